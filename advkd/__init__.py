@@ -1,0 +1,57 @@
+"""One-step image generation distilled from diffusion models.
+
+``import advkd`` imports torch and little else; diffusers, accelerate and matplotlib are imported where they are used.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdvKDPipeline": "pipeline",
+    "BackendUnavailableError": "errors",
+    "Critic": "models.critic",
+    "CriticConfig": "models.critic",
+    "DistillConfig": "distill",
+    "FusedStudent": "models.fused_student",
+    "InputError": "errors",
+    "Student": "models.student",
+    "StudentConfig": "models.student",
+    "Teacher": "teacher",
+    "Trajectories": "trajectories",
+    "distill": "distill",
+    "record_trajectories": "trajectories",
+    "train_teacher": "teacher_training",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'advkd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"advkd.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_EXPORTS))
+
+
+def _map_kernels():
+    """In a bare checkout the Triton kernels lie beside the package; an installed copy has them inside it."""
+    folder = Path(__file__).parent.parent / "kernels"
+    if (Path(__file__).parent / "kernels").is_dir() or not folder.is_dir():
+        return
+    spec = importlib.util.spec_from_file_location(
+        "advkd.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["advkd.kernels"] = module
+    spec.loader.exec_module(module)
+
+
+_map_kernels()

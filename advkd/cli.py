@@ -1,0 +1,250 @@
+"""The command line: ``advkd info | teacher train | trajectories | distill | sample | demo``."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+
+import click
+
+from .errors import BackendUnavailableError, InputError, TrainingError
+from .recipes import RECIPES, DistillConfig
+from .teacher_training import TeacherTrainingConfig
+from .trajectories import TrajectoryConfig
+
+
+class _Commands(click.Group):
+    """Errors that a user can mend are one line and exit code 2 (a run that diverged: 1), not a traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except (InputError, BackendUnavailableError, OSError) as error:
+            self._fail(error, 2)
+        except TrainingError as error:
+            self._fail(error, 1)
+        except KeyboardInterrupt:
+            self._fail("interrupted; run the same command again (with --resume where it has one) to go on", 130)
+
+    def _fail(self, error, code):
+        click.echo("advkd: " + " ".join(str(error).split()), err=True)
+        raise SystemExit(code)
+
+
+def _options(config_class, skip=()):
+    """A click option for every field of a configuration dataclass; unset ones are None."""
+
+    def decorate(command):
+        documentation = _field_documentation(config_class)
+        for field in reversed([f for f in dataclasses.fields(config_class) if f.name not in skip]):
+            command = click.option(*_declaration(field), help=documentation.get(field.name, ""))(command)
+        return command
+
+    return decorate
+
+
+def _declaration(field):
+    name = "--" + field.name.replace("_", "-")
+    if isinstance(field.default, bool):
+        return [f"{name}/--no-{name[2:]}", field.name]
+    return [name, field.name]
+
+
+def _field_documentation(config_class):
+    """The ``Attributes`` of the class' docstring: one line per field."""
+    documentation, name = {}, None
+    for line in config_class.__doc__.split("Attributes:")[1].splitlines():
+        head, _, text = line.strip().partition(": ")
+        if text and all(part.strip().isidentifier() for part in head.split(",")):
+            for name in head.split(", "):
+                documentation[name] = text
+        elif name and line.strip():
+            documentation[name] += " " + line.strip()
+    return documentation
+
+
+def _apply(config, values, where):
+    """Overlay texts or JSON values on a configuration; unknown keys and unreadable values are refused by name."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    changes = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in fields:
+            raise InputError(f"{where}: unknown key {name!r} (known: {', '.join(fields)})")
+        changes[name] = _parse(value, getattr(config, name), f"{where}: {name}", fields[name].type)
+    return dataclasses.replace(config, **changes)
+
+
+def _parse(value, default, where, kind):
+    try:
+        if isinstance(default, tuple):
+            parts = value.split(",") if isinstance(value, str) else value
+            item = float if "float" in str(kind) else int
+            return tuple(item(part) for part in parts if part != "")
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if isinstance(default, int) and isinstance(value, float) and value != int(value):
+            raise ValueError
+        return type(default)(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where} must be {_kind_name(default, kind)}, got {value!r}") from None
+
+
+def _kind_name(default, kind):
+    if isinstance(default, tuple):
+        return "comma-separated numbers"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), str(kind))
+
+
+def _read_config(path):
+    """A JSON or TOML file as a dict."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"--config {path} does not exist") from None
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not readable JSON or TOML ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must hold an object of fields")
+    return values
+
+
+device_option = click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda, cuda:1, ...")
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="advkd")
+def main():
+    """Distil a diffusion teacher into a student that draws an image in one pass."""
+
+
+@main.command()
+def info():
+    """Print versions, devices, and which backend runs which op, with the reason for each gap."""
+    from .info import describe
+
+    click.echo(describe())
+
+
+@main.group()
+def teacher():
+    """Make a teacher."""
+
+
+@teacher.command("train")
+@click.option("--out", required=True, help="Folder for the teacher (diffusers' format).")
+@click.option("--resume", is_flag=True, help="Go on from an unfinished run.")
+@_options(TeacherTrainingConfig)
+def teacher_train(out, resume, **values):
+    """Train a small diffusers teacher on the digits or on a folder of images."""
+    from .sampling import require_device
+    from .teacher_training import train_teacher
+
+    config = _apply(TeacherTrainingConfig(), values, "teacher train")
+    require_device(config.device)
+    click.echo(f"teacher saved in {train_teacher(config, out, resume)}")
+
+
+@main.command()
+@click.option("--teacher", "teacher_source", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--out", required=True, help="Folder for the shards and the manifest.")
+@device_option
+@_options(TrajectoryConfig)
+def trajectories(teacher_source, out, device, **values):
+    """Run the teacher and store its trajectories; run again to go on after a kill."""
+    from .sampling import require_device
+    from .teacher import Teacher
+    from .trajectories import record_trajectories
+
+    config = _apply(TrajectoryConfig(), values, "trajectories")
+    config.validate()
+    record_trajectories(Teacher.from_pretrained(teacher_source, require_device(_local(device))), config, out)
+    click.echo(f"{config.num} trajectories in {out}")
+
+
+def _local(device):
+    """Under a launcher, ``cuda`` means this process's own device."""
+    import os
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+@main.command()
+@click.option("--trajectories", "data", required=True, help="Folder of 'advkd trajectories'.")
+@click.option("--preset", required=True, help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
+@click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
+@click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+@device_option
+@_options(DistillConfig)
+def distill(data, preset, out, config_file, resume, device, **values):
+    """Train a student on recorded trajectories."""
+    import torch
+
+    from .distill import distill as run
+    from .sampling import require_device
+
+    from_file = _read_config(config_file) if config_file else {}
+    name = values.pop("recipe") or from_file.pop("recipe", "joint")
+    if name not in RECIPES:
+        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    config = _apply(_apply(RECIPES[name], from_file, f"--config {config_file}"), values, "distill")
+    require_device(_local(device))
+    torch.manual_seed(config.seed)
+    run(data, _build_student(preset), config, out, resume, device)
+    click.echo(f"student saved in {out}")
+
+
+def _build_student(preset):
+    from .files import read_json
+    from .models.saving import build_config
+    from .models.student import PRESETS, Student, StudentConfig
+
+    if preset in PRESETS:
+        return Student.from_preset(preset)
+    if not preset.endswith(".json"):
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)} or a JSON file, got {preset!r}")
+    values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
+    return Student(build_config(StudentConfig, values, f"--preset {preset}"))
+
+
+@main.command()
+@click.option("--student", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("-n", "--num", "n", default=16, show_default=True, help="Number of images.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image).")
+@click.option("--interpolate", is_flag=True, help="A spherical walk between the seed's first two latents.")
+@click.option("--batch-size", default=64, show_default=True, help="Images per pass.")
+@click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@device_option
+def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
+    """Draw images with a student, in one pass."""
+    from .sampling import sample as run
+
+    run(student, n, seed, out, interpolate, device, backend, dtype, batch_size)
+    click.echo(f"{n} images in {out}")
+
+
+@main.command()
+@click.option("--out", default="demo", show_default=True, help="Folder for trajectories, student and pictures.")
+@click.option("--num", default=1024, show_default=True, help="Trajectories.")
+@click.option("--updates", default=300, show_default=True, help="Student updates.")
+@device_option
+def demo(out, num, updates, device):
+    """The main job on the embedded teacher: trajectories, distillation, samples, pictures."""
+    from .demo import run_demo
+    from .sampling import require_device
+
+    require_device(device)
+    click.echo(run_demo(out, num, updates, device))
+    click.echo(f"pictures in {out}: teacher_and_student.png, levels.png, loss_curves.png, student_samples.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Image data sets for training a teacher: the embedded digits, or any folder of images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .errors import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def load_images(source, size=None, channels=None):
+    """Load a whole image data set.
+
+    Args:
+        source: ``"digits"`` (scikit-learn's 1,797 handwritten digits) or a folder that holds images at any depth.
+        size: side in pixels; default 32 for the digits, else the first image's shorter side, rounded down to 4 * 2^k.
+        channels: 1 (gray) or 3 (RGB); default 1 for the digits, else what the first image has.
+
+    Returns:
+        ``(N, channels, size, size)`` float32 in [-1, 1], bicubically resized (after a centre crop to a square).
+
+    Raises:
+        InputError: no such folder, no image in it, or an image that cannot be read (it is named).
+    """
+    if channels not in (None, 1, 3):
+        raise InputError(f"channels must be 1 or 3, got {channels}")
+    if str(source) == "digits":
+        return _digits(size or 32, channels or 1)
+    return _folder(Path(source), size, channels)
+
+
+def _digits(size, channels):
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
+    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return images.expand(-1, channels, -1, -1).contiguous()
+
+
+def _folder(folder, size, channels):
+    from PIL import Image, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise InputError(f"--data {folder} is neither 'digits' nor a folder of images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise InputError(f"--data {folder} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                channels = channels or (1 if image.getbands() == ("L",) else 3)
+                size = size or _largest_size(min(image.size))
+                images.append(_square(image.convert("L" if channels == 1 else "RGB"), size))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"image {path} cannot be read ({error})") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def _largest_size(side):
+    """The largest 4 * 2^k that is at most ``side``, and at least 8."""
+    return max(8, 1 << (side.bit_length() - 1))
+
+
+def _square(image, size):
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(size, size, -1)

@@ -1,0 +1,378 @@
+"""Distil a teacher's trajectories into a student (ADV-KD, section 3).
+
+A run is a list of stages; a stage's update is: critic updates on (teacher's levels, student's levels), then one student
+update on J = mse + kl + wasserstein over the stage's levels. All random draws are functions of (seed, global draw number),
+so a checkpoint's cursor says all of them, and the number of processes changes nothing but rounding.
+"""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+
+import torch
+from tqdm import tqdm
+
+from .draws import DataOrder, interpolate
+from .errors import InputError, TrainingError
+from .files import pack_optimizer, read_tensors, require_output_folder, sha256, unpack_optimizer, write_bytes, write_tensors
+from .latents import split_latent
+from .models.critic import Critic, CriticConfig
+from .ops import gradient_penalty
+from .pictures import save_grid
+from .recipes import DistillConfig
+from .trajectories import Trajectories
+
+__all__ = ["DistillConfig", "Distiller", "distill"]
+
+
+def distill(trajectories, student, config, out, resume=False, device="cpu", progress=True):
+    """Train ``student`` on recorded trajectories and save it (its average, where ``config.ema`` is positive) under ``out``.
+
+    Args:
+        trajectories: folder of ``advkd trajectories`` or a :class:`Trajectories`.
+        student: a :class:`Student` with fresh weights; it is trained in place.
+        config: a :class:`DistillConfig`.
+        out: folder for the student, ``checkpoint.safetensors``, ``metrics.csv``, TensorBoard files and sample grids.
+        resume: go on from ``out``'s checkpoint.
+        device: torch device of a single process (several processes: what accelerate gives).
+
+    Returns:
+        The :class:`Student` that was saved, in eval mode.
+
+    Raises:
+        InputError: data, student, configuration or folder do not fit each other; nothing was started.
+        TrainingError: a loss is not finite; the last good checkpoint is kept.
+    """
+    data = trajectories if isinstance(trajectories, Trajectories) else Trajectories(trajectories)
+    return Distiller(data, student, config, out, resume, device, progress=progress).run()
+
+
+class Distiller:
+    """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
+
+    def __init__(self, data, student, config, out, resume=False, device="cpu", dtype=torch.float32, progress=True):
+        config.validate(student.depth, data.paired)
+        _require_fit(data, student)
+        self.stages = config.stages(student.depth)
+        self.accelerator = _accelerator(config.mixed_precision, device)
+        world = self.accelerator.num_processes
+        if any(stage.batch_size % world for stage in self.stages):
+            raise InputError(f"batch_sizes {config.batch_sizes} must be divisible by the {world} processes")
+        data.verify()
+        self.out = require_output_folder(out)
+        self.checkpoint = self.out / "checkpoint.safetensors"
+        if self.checkpoint.exists() and not resume:
+            raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
+        self.data, self.config, self.dtype, self.progress = data, config, dtype, progress
+        self.student = student.to(self.accelerator.device, dtype)
+        self.average = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.log_s = torch.nn.Parameter(torch.zeros(student.depth, device=self.accelerator.device, dtype=dtype))
+        self.order = DataOrder(len(data), config.seed)
+        self.cursor, self.stage_index, self.update = 0, 0, 0
+        self._restored = self._read_checkpoint() if self.checkpoint.exists() else None
+
+    def run(self):
+        """Run all stages that are left; returns the saved student."""
+        main = self.accelerator.is_main_process
+        log = _Log(self.out, self.student.depth, self.stage_index, self.update) if main else None
+        total = sum(stage.updates for stage in self.stages)
+        done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
+        bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
+        for self.stage_index in range(self.stage_index, len(self.stages)):
+            self._run_stage(self.stages[self.stage_index], log, bar)
+            self.update = 0
+        bar.close()
+        if main:
+            log.close()
+            self.result.save_pretrained(self.out)
+        self.accelerator.wait_for_everyone()
+        return self.result.eval()
+
+    @property
+    def result(self):
+        """The student to keep: the average where there is one."""
+        return self.average if self.config.ema else self.student
+
+    def _run_stage(self, stage, log, bar):
+        self._start_stage(stage)
+        while self.update < stage.updates:
+            metrics = self._train_update(stage)
+            self.update += 1
+            if log:
+                log.write(stage.number, self.update, metrics)
+            shown = {k: f"{metrics[k]:.3f}" for k in ("loss", "critic") if k in metrics}
+            bar.set_postfix(stage=stage.number, **shown, refresh=False)
+            bar.update()
+            if self.update % self.config.checkpoint_every == 0 and self.update < stage.updates:
+                self._write_checkpoint(self.stage_index, self.update)
+        if self.accelerator.is_main_process:
+            self._draw_samples(stage)
+        self._write_checkpoint(self.stage_index + 1, 0)
+
+    def _start_stage(self, stage):
+        """Fresh critics and optimisers, or the checkpoint's where the run stopped inside this stage."""
+        config = self.config
+        depth = self.student.depth
+        self.student.requires_grad_(False)
+        self.student.eval()
+        trained = [self.student.submodules[k - 1] for k in stage.trained]
+        trained += [self.student.head if k == depth else self.student.terminals[k - 1] for k in stage.levels]
+        for module in trained:
+            module.requires_grad_(True).train()
+        parameters = [p for p in self.student.parameters() if p.requires_grad] + ([self.log_s] if config.kl else [])
+        self.optimizer = torch.optim.Adam(parameters, config.learning_rate, betas=config.betas)
+        self.critics = self._build_critics(stage)
+        if self.critics:
+            self.critic_optimizer = torch.optim.Adam(
+                self.critics.parameters(), config.critic_learning_rate, betas=config.betas
+            )
+        if self._restored is not None:
+            self._restore_stage(self._restored)
+            self._restored = None
+
+    def _build_critics(self, stage):
+        data, config, critics = self.data.recipe, self.config, {}
+        condition = sum(channels for channels, side in self.student.latent_parts if side == 4)
+        with torch.random.fork_rng(devices=[]):
+            for k in stage.critic_levels:
+                torch.manual_seed(config.seed * 2**16 + stage.number * 2**8 + k)
+                shape = CriticConfig(
+                    image_size=data["resolutions"][k - 1],
+                    image_channels=data["image_channels"],
+                    channels=config.critic_channels,
+                    max_channels=config.critic_max_channels,
+                    condition_channels=condition if config.conditional else 0,
+                )
+                critics[str(k)] = Critic(shape).to(self.accelerator.device, self.dtype)
+        return torch.nn.ModuleDict(critics)
+
+    def _train_update(self, stage):
+        self._set_learning_rates(stage)
+        metrics = {}
+        # Critic updates before the last see their own batches; the last one shares the student's.
+        for i in range(self.config.critic_updates if self.critics else 1):
+            last = i + 1 == self.config.critic_updates or not self.critics
+            start, z, targets = self._next_batch(stage)
+            with torch.set_grad_enabled(last), self.accelerator.autocast():
+                images = self.student(z, levels=stage.levels)
+            images = {k: image.to(self.dtype) for k, image in images.items()}
+            if self.critics:
+                metrics |= self._update_critics(stage, start, z, targets, images)
+        metrics |= self._update_student(z, targets, images)
+        self._update_average()
+        return metrics
+
+    def _set_learning_rates(self, stage):
+        final = self.config.final_learning_rate
+        rate = final + (1 - final) * 0.5 * (1 + math.cos(math.pi * self.update / stage.updates))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate
+        if self.critics:
+            for group in self.critic_optimizer.param_groups:
+                group["lr"] = self.config.critic_learning_rate * rate
+
+    def _next_batch(self, stage):
+        """This process's rows of the next global batch: first global draw, z, standardised targets."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        local = stage.batch_size // world
+        start = self.cursor + rank * local
+        z, levels = self.data.batch(self.order.rows(start, local), stage.levels)
+        self.cursor += stage.batch_size
+        place = {"device": self.accelerator.device, "dtype": self.dtype}
+        targets = {k: self._standardise(k, level.to(**place)) for k, level in levels.items()}
+        return start, z.to(**place), targets
+
+    def _standardise(self, k, level):
+        # The last level is the image itself, in [-1, 1].
+        return level if k == self.student.depth else level / max(self.data.standard_deviations[k - 1], 1e-6)
+
+    def _condition(self, z):
+        if not self.config.conditional:
+            return None
+        parts = zip(split_latent(z, self.student.latent_parts), self.student.latent_parts, strict=True)
+        return torch.cat([piece for piece, (_, side) in parts if side == 4], dim=1)
+
+    def _update_critics(self, stage, start, z, targets, images):
+        # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
+        condition = self._condition(z)
+        gaps, penalties = [], []
+        for k in stage.critic_levels:
+            critic, fake = self.critics[str(k)], images[k].detach()
+            arguments = () if condition is None else (condition,)
+            gaps.append(critic(fake, *arguments).mean() - critic(targets[k], *arguments).mean())
+            x_hat = interpolate(targets[k], fake, self.config.seed, start, k)
+            weight = self.config.gradient_penalty
+            penalties.append(gradient_penalty(critic, x_hat, condition=condition, weight=weight))
+        loss = torch.stack(gaps).sum() + torch.stack(penalties).sum()
+        self._step(self.critic_optimizer, self.critics.parameters(), loss, "critic")
+        return self._means(critic=torch.stack(gaps).mean(), penalty=torch.stack(penalties).mean())
+
+    def _update_student(self, z, targets, images):
+        config, depth = self.config, self.student.depth
+        metrics, terms = {}, []
+        for k, image in images.items():
+            weight = 1 / len(images) + (config.final_weight if k == depth else 0.0)
+            squared = (image - targets[k]).square().mean()
+            metrics[f"mse_{k:02d}"] = squared.detach()
+            if config.mse:
+                terms.append(weight * config.mse * squared)
+            if config.kl:
+                terms.append(weight * config.kl * _kl(squared, self.log_s[k - 1], config.kl_floor))
+        if self.critics:
+            condition = self._condition(z)
+            arguments = () if condition is None else (condition,)
+            scores = [-self.critics[k](images[int(k)], *arguments).mean() for k in self.critics]
+            metrics["wasserstein"] = torch.stack(scores).mean().detach()
+            terms.append(config.wasserstein * torch.stack(scores).mean())
+        loss = torch.stack(terms).sum()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._step(self.optimizer, parameters, loss, "student")
+        return self._means(loss=loss.detach(), **metrics)
+
+    def _step(self, optimizer, parameters, loss, name):
+        """Backward, one averaging of all gradients over the processes, clipping, optimiser step."""
+        parameters = list(parameters)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+            pieces = flat.split([g.numel() for g in gradients])
+            gradients = [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        if not math.isfinite(float(norm)):
+            where = f"stage {self.stages[self.stage_index].number}, update {self.update}"
+            kept = f"the last checkpoint is kept in {self.out}" if self.checkpoint.exists() else "no checkpoint yet"
+            raise TrainingError(f"the {name}'s loss or gradient is not finite at {where}; {kept}: lower the learning rate")
+        scale = self.config.clip_gradients / max(float(norm), self.config.clip_gradients) if self.config.clip_gradients else 1.0
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * scale if scale != 1.0 else gradient
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _means(self, **values):
+        """Means over the processes, as floats."""
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _update_average(self):
+        """EMA of parameters and batch-norm buffers; the decay warms up within each stage."""
+        decay = min(self.config.ema, (self.update + 1) / (self.update + 10))
+        for mean, value in zip(self.average.state_dict().values(), self.student.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
+    @torch.no_grad()
+    def _draw_samples(self, stage):
+        k = stage.levels[-1]
+        was_training = {module: module.training for module in self.result.modules()}
+        z = self.result.latents(36, seed=self.config.seed).to(self.dtype)
+        images = self.result.eval()(z, levels=(k,))[k]
+        for module, training in was_training.items():
+            module.training = training
+        scale = 1.0 if k == self.student.depth else 3.0
+        save_grid(images / scale, self.out / f"samples-stage-{stage.number:02d}.png")
+
+    def _write_checkpoint(self, stage_index, update):
+        if self.accelerator.is_main_process:
+            tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
+            tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+            tensors |= {"log_s": self.log_s, "rng": torch.get_rng_state()} | pack_optimizer("optimizer", self.optimizer)
+            if self.critics:
+                tensors |= {f"critics/{k}": v for k, v in self.critics.state_dict().items()}
+                tensors |= pack_optimizer("critic_optimizer", self.critic_optimizer)
+            cursor = {"stage": stage_index, "update": update, "cursor": self.cursor}
+            write_tensors(self.checkpoint, tensors, {**cursor, "run": self._identity()})
+        self.accelerator.wait_for_everyone()
+
+    def _identity(self):
+        """What must not change between a run and its resumption."""
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "checkpoint_every"}
+        manifest = sha256(self.data.folder / "manifest.json")
+        return json.loads(json.dumps({**config, "student": dataclasses.asdict(self.student.config), "trajectories": manifest}))
+
+    def _read_checkpoint(self):
+        tensors, metadata = read_tensors(self.checkpoint, "checkpoint")
+        identity = self._identity()
+        changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
+        if changed:
+            raise InputError(f"--resume: {', '.join(changed)} differ from the run in {self.out}")
+        self.student.load_state_dict(_part(tensors, "student"))
+        self.average.load_state_dict(_part(tensors, "average"))
+        self.log_s.data.copy_(tensors["log_s"])
+        torch.set_rng_state(tensors["rng"].clone())
+        self.stage_index, self.update, self.cursor = metadata["stage"], metadata["update"], metadata["cursor"]
+        return tensors if self.update else None
+
+    def _restore_stage(self, tensors):
+        unpack_optimizer("optimizer", self.optimizer, tensors)
+        if self.critics:
+            self.critics.load_state_dict(_part(tensors, "critics"))
+            unpack_optimizer("critic_optimizer", self.critic_optimizer, tensors)
+
+
+def _part(tensors, name):
+    return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + "/")}
+
+
+def _kl(squared, log_s, floor):
+    """KL(N(x', floor^2 I) || N(y, s^2 I)) per dimension; with s learned its minimum is s^2 = floor^2 + mse."""
+    variance = torch.exp(2 * log_s)
+    return log_s - math.log(floor) + (floor * floor + squared) / (2 * variance) - 0.5
+
+
+def _accelerator(mixed_precision, device):
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=mixed_precision, cpu=str(device) == "cpu")
+
+
+def _require_fit(data, student):
+    recipe, config = data.recipe, student.config
+    wanted = {
+        "image_size": (recipe["image_size"], config.image_size),
+        "image_channels": (recipe["image_channels"], config.image_channels),
+        "depth": (recipe["depth"], len(config.channels)),
+        "latent_size": (recipe["latent_size"], config.latent_size),
+        "detail_noise": (recipe["detail_noise"], config.detail_noise),
+    }
+    for name, (theirs, ours) in wanted.items():
+        if theirs != ours:
+            raise InputError(f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again")
+
+
+class _Log:
+    """metrics.csv and TensorBoard; rows after the point a run resumes from are dropped first."""
+
+    def __init__(self, out, depth, stage_index, update):
+        from torch.utils.tensorboard import SummaryWriter
+
+        levels = [f"mse_{k:02d}" for k in range(1, depth + 1)]
+        self.columns = ["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels]
+        self.path = out / "metrics.csv"
+        kept = [",".join(self.columns)]
+        if self.path.exists() and (stage_index or update):
+            rows = self.path.read_text().splitlines()[1:]
+            kept += [row for row in rows if tuple(map(int, row.split(",")[:2])) <= (stage_index + (update > 0), update or 2**62)]
+        write_bytes(self.path, ("\n".join(kept) + "\n").encode())
+        self.rows = len(kept) - 1
+        self.file = open(self.path, "a", newline="")
+        self.writer = csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n")
+        self.board = SummaryWriter(out / "tensorboard", purge_step=self.rows)
+
+    def write(self, stage, update, metrics):
+        self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in metrics.items()})
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, self.rows)
+        self.rows += 1
+
+    def close(self):
+        self.file.close()
+        self.board.close()

@@ -1,0 +1,146 @@
+"""Files that are whole or absent: everything is written to a temporary name and renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    Two processes may write one path at the same time: each has a temporary file of its own.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(f"no space left to write {path}: free some and run the same command again") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """Like :func:`replacing`, for a whole folder: a reader finds the old one or the new one, never a half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path, data):
+    """Write ``data`` (bytes) atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path, value):
+    """Write ``value`` atomically as indented JSON with sorted keys, so that equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path, what="file"):
+    """Read a JSON file; a missing or damaged one raises :class:`InputError` that names it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{what} {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{what} {path} is not readable JSON ({error})") from error
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write a dict of tensors atomically as safetensors; ``metadata`` is one JSON value (a single header key, so that
+    equal contents give equal bytes)."""
+    header = {"advkd": json.dumps(metadata, sort_keys=True)} if metadata is not None else None
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
+
+
+def read_tensors(path, what="file"):
+    """Return ``(tensors, metadata)`` of a file by :func:`write_tensors`, memory-mapped, on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("advkd", "null"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except FileNotFoundError:
+        raise InputError(f"{what} {path} does not exist") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{what} {path} is damaged ({error})") from error
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_space(folder, needed, what):
+    """Refuse before work starts when ``folder``'s disk has less than ``needed`` bytes left."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(f"{what} needs {needed / 2**20:.0f} MiB in {folder}, where {free / 2**20:.0f} MiB are free")
+
+
+def require_output_folder(path, option="--out"):
+    """Refuse an output path that is a file or cannot be written to; create the folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{option} {path} is a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be created ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{option} {path} is not writable")
+    return path
+
+
+def pack_optimizer(prefix, optimizer):
+    """Flatten an optimiser's state into tensors named ``prefix/parameter/key`` (its options stay in the configuration)."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}/{i}/{key}": torch.as_tensor(value) for i, slots in state.items() for key, value in slots.items()}
+
+
+def unpack_optimizer(prefix, optimizer, tensors):
+    """Restore what :func:`pack_optimizer` wrote into a freshly built optimiser."""
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix + "/"):
+            index, key = name[len(prefix) + 1 :].split("/")
+            state.setdefault(int(index), {})[key] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,1 @@
+"""The student, the fused student and the critic: plain ``nn.Module``s with a typed configuration."""

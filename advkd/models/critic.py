@@ -1,0 +1,70 @@
+"""The critic of one level: DCGAN-like strided convolutions, no batch norm (the gradient penalty is per sample)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .saving import PretrainedModule
+
+
+@dataclass
+class CriticConfig:
+    """Shape of a critic.
+
+    Attributes:
+        image_size: side of the level's images, 4 * 2^k.
+        image_channels: channels of the images.
+        channels: features after the first convolution; they double at each halving of the resolution.
+        max_channels: upper bound of the features.
+        condition_channels: channels of the 4x4 condition (the latent's 4x4 parts), 0 for an unconditional critic.
+        slope: of LeakyReLU.
+    """
+
+    image_size: int = 32
+    image_channels: int = 1
+    channels: int = 32
+    max_channels: int = 128
+    condition_channels: int = 0
+    slope: float = 0.2
+
+    def __post_init__(self):
+        if self.image_size < 4 or self.image_size & (self.image_size - 1):
+            raise InputError(f"image_size must be 4 * 2^k, got {self.image_size}")
+
+
+class Critic(PretrainedModule, nn.Module):
+    """``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
+
+    Strided 4x4 convolutions bring the image to 4x4, where a conditional critic joins the condition; a 3x3 convolution and
+    a linear map follow.
+    """
+
+    config_class = CriticConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        features, side = config.channels, config.image_size
+        layers = [nn.Conv2d(config.image_channels, features, 3, padding=1), nn.LeakyReLU(config.slope)]
+        while side > 4:
+            wider = min(2 * features, config.max_channels)
+            layers += [nn.Conv2d(features, wider, 4, stride=2, padding=1), nn.LeakyReLU(config.slope)]
+            features, side = wider, side // 2
+        self.trunk = nn.Sequential(*layers)
+        self.tail = nn.Sequential(
+            nn.Conv2d(features + config.condition_channels, features, 3, padding=1),
+            nn.LeakyReLU(config.slope),
+            nn.Flatten(),
+            nn.Linear(16 * features, 1),
+        )
+
+    def forward(self, x, condition=None):
+        """Scores ``(N,)`` of images ``(N, C, S, S)``; ``condition`` is ``(N, condition_channels, 4, 4)`` where configured."""
+        if (condition is None) != (self.config.condition_channels == 0):
+            raise InputError(f"condition must have {self.config.condition_channels} channels, got {condition}")
+        features = self.trunk(x)
+        if condition is not None:
+            features = torch.cat((features, condition), dim=1)
+        return self.tail(features).squeeze(1)

@@ -1,0 +1,101 @@
+"""diffusers' folder format (``config.json`` + ``diffusion_pytorch_model.safetensors``) without importing diffusers."""
+
+import dataclasses
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ..errors import InputError
+from ..files import read_json, write_bytes, write_json
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class PretrainedModule:
+    """Mix-in for an ``nn.Module`` whose only constructor argument is the dataclass ``config_class``."""
+
+    config_class = None
+    embedded = {}
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu"):
+        """Load from an embedded name, a folder by :meth:`save_pretrained` or a hub id; the module comes in eval mode.
+
+        Raises:
+            InputError: missing, damaged or foreign files; the message names the file.
+        """
+        folder = cls.embedded.get(str(source)) or _resolve(str(source), cls.__name__)
+        values = read_json(folder / "config.json", f"{cls.__name__} configuration")
+        kind = values.pop("_class_name", cls.__name__)
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        if kind not in (cls.__name__, f"{cls.__name__}Model"):
+            raise InputError(f"{folder} holds a {kind}, not a {cls.__name__}")
+        module = cls(build_config(cls.config_class, values, f"{folder / 'config.json'}"))
+        try:
+            module.load_state_dict(load_file(folder / WEIGHTS))
+        except FileNotFoundError:
+            raise InputError(f"{folder / WEIGHTS} does not exist") from None
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({str(error).splitlines()[0]})") from error
+        return module.to(device).eval()
+
+    def save_pretrained(self, folder):
+        """Write ``config.json`` and the weights (safetensors) to ``folder``; each file is whole or absent."""
+        folder = Path(folder)
+        if folder.is_file():
+            raise InputError(f"{folder} is a file; name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+        write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
+
+    def push_to_hub(self, repo_id, *, private=None, token=None, commit_message="Upload advkd model"):
+        """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def _resolve(source, kind):
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"{kind} {source!r} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", WEIGHTS]))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{kind} {source!r} is not a local folder and cannot be fetched from the hub ({reason})") from error
+
+
+def build_config(config_class, values, where):
+    """A dataclass from a dict of JSON values; an unknown key or a wrong type is an :class:`InputError` that names it."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"{where}: unknown key {key!r} (known: {', '.join(fields)})")
+        values = {**values, key: _coerced(value, fields[key], where)}
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _coerced(value, field, where):
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise InputError(f"{where}: {field.name} must be {type(default).__name__}, got {value!r}")
+    return value

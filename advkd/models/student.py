@@ -1,0 +1,194 @@
+"""The one-pass student: 12 submodules, each a denoising step of the teacher (ADV-KD, section 3, eq. 6 and 7)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import InputError
+from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
+from ..ops import philox_normal
+from ..schedule import resolutions
+from ..teacher import PRETRAINED
+from .batch_norm import BatchNorm2d, convolution_stage
+from .saving import PretrainedModule
+
+
+@dataclass
+class StudentConfig:
+    """Shape of a student.
+
+    Attributes:
+        image_size: side of the images, 4 * 2^k.
+        image_channels: 1 to 4.
+        channels: features of each submodule; their number is the depth (even).
+        latent_size: m, the latent is ``(C m m, 4, 4)``.
+        detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
+        slope: of LeakyReLU.
+    """
+
+    image_size: int = 256
+    image_channels: int = 3
+    channels: tuple[int, ...] = field(default=(16, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128))
+    latent_size: int = 4
+    detail_noise: bool = False
+    slope: float = 0.2
+
+    def __post_init__(self):
+        resolutions(self.image_size, len(self.channels))
+        check_latent(self.image_size, self.latent_size, self.detail_noise)
+        if not 1 <= self.image_channels <= 4:
+            raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
+        if any(not isinstance(c, int) or c < 1 for c in self.channels):
+            raise InputError(f"channels must be positive integers, got {self.channels}")
+
+
+PRESETS = {
+    "paper-256": StudentConfig(),
+    "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
+    "digits": StudentConfig(
+        image_size=32, image_channels=1, channels=(64, 64, 64, 64, 64, 32, 32, 32, 32, 32, 32, 32), latent_size=8
+    ),
+}
+
+
+class Submodule(nn.Module):
+    """Two convolutions, each followed by batch norm and LeakyReLU; the input is up-sampled first where asked."""
+
+    def __init__(self, in_channels, out_channels, upsample, slope):
+        super().__init__()
+        self.upsample = upsample
+        self.slope = slope
+        self.convolution1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = BatchNorm2d(out_channels)
+        self.convolution2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = BatchNorm2d(out_channels)
+
+    def forward(self, x):
+        """``(N, in, H, W)`` to ``(N, out, H, W)``, or twice the side."""
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = convolution_stage(self.convolution1, self.norm1, x, self.slope)
+        return convolution_stage(self.convolution2, self.norm2, x, self.slope)
+
+
+class Student(PretrainedModule, nn.Module):
+    """Low-dimensional noise in, an image out, in one pass.
+
+    Args:
+        config: a :class:`StudentConfig`.
+
+    ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
+    training only: :meth:`fuse` drops them.
+    """
+
+    config_class = StudentConfig
+    embedded = {"digits": PRETRAINED / "digits"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sides = resolutions(config.image_size, len(config.channels))
+        self.resolutions = sides
+        self.latent_parts = latent_parts(
+            config.image_channels, config.image_size, config.latent_size, config.detail_noise
+        )
+        detail = dict(zip((side for _, side in self.latent_parts[1:]), (c for c, _ in self.latent_parts[1:])))
+        blocks, features, previous = [], self.latent_parts[0][0], 4
+        for out_channels, side in zip(config.channels, sides, strict=True):
+            upsample = side > previous
+            features += detail.get(previous, 0) if upsample else 0
+            blocks.append(Submodule(features, out_channels, upsample, config.slope))
+            features, previous = out_channels, side
+        self.submodules = nn.ModuleList(blocks)
+        terminals = [nn.Conv2d(c, config.image_channels, 3, padding=1) for c in config.channels[:-1]]
+        self.terminals = nn.ModuleList(terminals)
+        self.head = nn.Conv2d(features, config.image_channels, 3, padding=1)
+        self._initialize()
+
+    @classmethod
+    def from_preset(cls, name):
+        """A student with fresh weights: ``paper-256``, ``pyramid-256`` or ``digits``."""
+        if name not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(PRESETS[name])
+
+    @property
+    def depth(self):
+        """Number of submodules."""
+        return len(self.submodules)
+
+    @property
+    def latent_numel(self):
+        """Elements of one latent z."""
+        config = self.config
+        return latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
+
+    def num_parameters(self, terminals=True):
+        """Number of parameters, with or without the terminal modules."""
+        kept = [self.submodules, self.head, *([self.terminals] if terminals else [])]
+        return sum(p.numel() for module in kept for p in module.parameters())
+
+    def latents(self, n, seed=0, start=0, device=None):
+        """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
+        device = device or self.head.weight.device
+        return philox_normal(seed, torch.arange(start, start + n, device=device), (self.latent_numel,), stream="z")
+
+    def project(self, x_T):
+        """z of the teacher's start states ``(N, C, S, S)``, for pairs and side-by-side pictures."""
+        return project(x_T, self.config.latent_size, self.config.detail_noise)
+
+    def forward(self, z, levels=None):
+        """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``.
+
+        With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
+        are standardised levels of the teacher, not clipped. Submodules after the last level asked for do not run.
+        """
+        wanted = {self.depth} if levels is None else set(levels)
+        coarse, *details = split_latent(z, self.latent_parts)
+        outputs, x = {}, coarse
+        for k, block in enumerate(self.submodules[: max(wanted)], 1):
+            if block.upsample and details:
+                x = torch.cat((x, details.pop(0)), dim=1)
+            x = block(x)
+            if k in wanted:
+                outputs[k] = torch.tanh(self.head(x)) if k == self.depth else self.terminals[k - 1](x)
+        return outputs[self.depth] if levels is None else outputs
+
+    def levels(self, z):
+        """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth."""
+        outputs = self(z, levels=range(1, self.depth + 1))
+        return [outputs[k] for k in sorted(outputs)]
+
+    def fuse(self, backend="auto", dtype=torch.float32):
+        """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped."""
+        from .fused_student import FusedStudent
+
+        return FusedStudent(self, backend, dtype)
+
+    @torch.no_grad()
+    def sample(self, n, seed=0, batch_size=64, start=0):
+        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1]; image i does not depend on ``batch_size``."""
+        return sample_in_batches(self, self.latents, n, seed, batch_size, start)
+
+    def _initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=self.config.slope)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for terminal in (*self.terminals, self.head):
+            nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
+
+
+def sample_in_batches(model, latents, n, seed, batch_size, start):
+    """``model(latents(...))`` for images ``start .. start + n - 1``, ``batch_size`` at a time, on the CPU."""
+    if n < 0 or batch_size < 1:
+        raise InputError(f"n must be at least 0 and batch_size at least 1, got {n} and {batch_size}")
+    images = [model(latents(min(batch_size, n - i), seed, start + i)).float().cpu() for i in range(0, n, batch_size)]
+    if images:
+        return torch.cat(images)
+    side = model.config.image_size
+    return torch.empty(0, model.config.image_channels, side, side)

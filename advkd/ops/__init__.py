@@ -1,0 +1,16 @@
+"""One file per op: public function, plain-PyTorch reference, registration, backend choice."""
+
+from .conv_block import conv_block
+from .gradient_penalty import gradient_penalty
+from .philox import philox_normal, philox_uniform, philox_words
+from .sampler_step import StepCoefficients, sampler_step
+
+__all__ = [
+    "StepCoefficients",
+    "conv_block",
+    "gradient_penalty",
+    "philox_normal",
+    "philox_uniform",
+    "philox_words",
+    "sampler_step",
+]

@@ -1,0 +1,89 @@
+"""Which backends an op has, which can run here, and the reason for each gap."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import BackendUnavailableError, InputError
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Fastest first; ``auto`` takes the first one that an op has and that can run on the tensor's device."""
+
+IMPLEMENTED = {}
+"""Op name -> backends it is written for; each op's file adds its own line."""
+
+
+def implement(name, *backends):
+    """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered)."""
+    IMPLEMENTED[name] = ("reference", *backends)
+
+
+def gap(name, backend, device):
+    """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
+    if backend not in IMPLEMENTED[name]:
+        return "not written for this op yet"
+    return _MISSING[backend](device)
+
+
+def choose(name, backend, device):
+    """The backend that runs op ``name``: the one asked for, or for ``auto`` the fastest that can.
+
+    The environment variable ``ADVKD_BACKEND`` steers ``auto`` (where it cannot run, the next best does).
+
+    Raises:
+        InputError: ``backend`` is not a backend's name.
+        BackendUnavailableError: the backend asked for cannot run; the message gives the reason.
+    """
+    if backend not in (*BACKENDS, "auto"):
+        raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+    if backend != "auto":
+        if reason := gap(name, backend, device):
+            raise BackendUnavailableError(f"backend {backend!r} cannot run {name} on {device}: {reason}")
+        return backend
+    preferred = os.environ.get("ADVKD_BACKEND", "auto")
+    if preferred not in (*BACKENDS, "auto"):
+        raise InputError(f"ADVKD_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {preferred!r}")
+    order = BACKENDS if preferred == "auto" else (preferred, *BACKENDS)
+    return next(candidate for candidate in order if gap(name, candidate, device) is None)
+
+
+@functools.cache
+def extension_gap(kind):
+    """Load the C++ extension ``kind`` (``cpu`` or ``cuda``) once; None if it is loaded, else the reason."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+    files = sorted(Path(__file__).parent.parent.glob(f"_{kind}*.so"))
+    if not files:
+        return f"the {kind} extension is not built (python setup.py build_ext --inplace)"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:
+        return f"{files[0].name} does not load ({error})"
+    return None
+
+
+@functools.cache
+def _triton_installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+def _cpu_gap(device):
+    return f"runs on CPU tensors, not on {device}" if device.type != "cpu" else extension_gap("cpu")
+
+
+def _cuda_gap(device):
+    return extension_gap("cuda") or (f"runs on CUDA tensors, not on {device}" if device.type != "cuda" else None)
+
+
+def _triton_gap(device):
+    if not _triton_installed():
+        return "Triton is not installed (pip install 'advkd[triton]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return None if device.type == "cuda" else f"runs on CUDA tensors, not on {device} (TRITON_INTERPRET=1 interprets)"
+
+
+_MISSING = {"reference": lambda device: None, "cpu": _cpu_gap, "triton": _triton_gap, "cuda": _cuda_gap}

@@ -1,0 +1,167 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+A sample's numbers depend on (seed, stream, step, sample index) and nothing else: not on the batch, its split, the number
+of processes, the device or the backend. The counter is (block, index low, index high, stream << 24 | step), the key
+(seed low, seed high); block j fills elements 4j .. 4j+3 of a sample, in logical (C, H, W) order.
+"""
+
+import math
+
+import torch
+
+from ..errors import InputError
+from . import backends
+
+STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4}
+"""What a number is used for; streams never share a counter."""
+
+_MASK = 0xFFFFFFFF
+
+
+def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
+    """Random 32-bit words, equal bit for bit on every backend.
+
+    Args:
+        seed: int in [0, 2^64).
+        indices: ``(N,)`` int64 tensor or a range: the samples' indices.
+        count: words per sample.
+        stream: one of :data:`STREAMS`.
+        step: int in [0, 2^24).
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``(N, count)`` int64 tensor with values in [0, 2^32), on the indices' device.
+
+    Order of differentiability 0 (there is nothing to differentiate).
+    """
+    seed, indices, code = _validated(seed, indices, stream, step)
+    if count < 0:
+        raise InputError(f"count must not be negative, got {count}")
+    backend = backends.choose("philox", backend, indices.device)
+    return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
+
+
+def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
+    """Standard normal numbers by Box-Muller from :func:`philox_words`.
+
+    u1 = ((w >> 8) + 1) 2^-24, u2 = (w >> 8) 2^-24, angle = float32(2 pi) u2; of four words, (w0, w1) and then (w2, w3) give
+    sqrt(-2 ln u1) cos(angle), sqrt(-2 ln u1) sin(angle).
+
+    Args:
+        seed, indices, stream, step, backend: as in :func:`philox_words`.
+        shape: shape of one sample, (C, H, W) say.
+
+    Returns:
+        ``(N, *shape)`` float32, contiguous, on the indices' device. Equal bit for bit on one backend whatever the batch; to
+        2e-6 absolute between backends. Order of differentiability 0.
+    """
+    seed, indices, code = _validated(seed, indices, stream, step)
+    shape = [int(side) for side in shape]
+    if any(side < 0 for side in shape):
+        raise InputError(f"shape must not be negative, got {shape}")
+    backend = backends.choose("philox", backend, indices.device)
+    return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
+
+
+def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
+    """One uniform number in [0, 1) per sample, (w0 >> 8) 2^-24: ``(N,)`` float32. Order of differentiability 0."""
+    words = philox_words(seed, indices, 1, stream=stream, step=step, backend=backend)
+    return (words[:, 0] >> 8).float() * 2.0**-24
+
+
+def _validated(seed, indices, stream, step):
+    if isinstance(indices, range):
+        indices = torch.arange(indices.start, indices.stop, indices.step)
+    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+        raise InputError("indices must be a range or a one-dimensional int64 tensor")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be in [0, 2^64), got {seed}")
+    if stream not in STREAMS:
+        raise InputError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
+    if not 0 <= step < 2**24:
+        raise InputError(f"step must be in [0, 2^24), got {step}")
+    return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
+
+
+def words_reference(indices, seed, count, stream, step):
+    """The specification of :func:`philox_words`, in integer tensors."""
+    blocks = (count + 3) // 4
+    block = torch.arange(blocks, device=indices.device)
+    c0 = block.expand(len(indices), blocks)
+    c1 = (indices & _MASK).unsqueeze(1).expand_as(c0)
+    c2 = ((indices >> 32) & _MASK).unsqueeze(1).expand_as(c0)
+    c3 = torch.full_like(c0, stream << 24 | step)
+    words = rounds_reference((c0, c1, c2, c3), (seed & _MASK, (seed >> 32) & _MASK))
+    return torch.stack(words, dim=-1).reshape(len(indices), 4 * blocks)[:, :count].contiguous()
+
+
+def rounds_reference(counter, key):
+    """The ten rounds: four counter words (int64 tensors in [0, 2^32)) and two key words (ints) to four output words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(a, b):
+    # The product wraps modulo 2^64 in int64: its bits are those of the unsigned product.
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def normal_reference(indices, seed, shape, stream, step):
+    """The specification of :func:`philox_normal`: uniforms as stated, logarithm, sine and cosine in float64."""
+    count = math.prod(shape)
+    words = words_reference(indices, seed, (count + 3) // 4 * 4, stream, step).reshape(len(indices), -1, 2)
+    u1 = ((words[..., 0] >> 8) + 1).double() * 2.0**-24
+    angle = ((words[..., 1] >> 8).float() * 2.0**-24 * torch.tensor(2 * math.pi, dtype=torch.float32)).double()
+    radius = torch.sqrt(-2 * torch.log(u1))
+    normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).float()
+    return normals.reshape(len(indices), -1)[:, :count].reshape(len(indices), *shape).contiguous()
+
+
+def _triton_launcher(name):
+    from advkd.kernels import philox
+
+    return getattr(philox, name)
+
+
+_WORDS = {
+    "reference": words_reference,
+    "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
+    "cuda": lambda *args: torch.ops.advkd_cuda.philox_words(*args),
+    "triton": lambda *args: _triton_launcher("words")(*args),
+}
+_NORMAL = {
+    "reference": normal_reference,
+    "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
+    "cuda": lambda *args: torch.ops.advkd_cuda.philox_normal(*args),
+    "triton": lambda *args: _triton_launcher("normal")(*args),
+}
+backends.implement("philox", "cpu", "triton", "cuda")
+
+
+@torch.library.custom_op("advkd::philox_words", mutates_args=())
+def _words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int, backend: str) -> torch.Tensor:
+    return _WORDS[backend](indices, seed, count, stream, step)
+
+
+@_words.register_fake
+def _(indices, seed, count, stream, step, backend):
+    return indices.new_empty((indices.shape[0], count))
+
+
+@torch.library.custom_op("advkd::philox_normal", mutates_args=())
+def _normal(
+    indices: torch.Tensor, seed: int, shape: list[int], stream: int, step: int, backend: str
+) -> torch.Tensor:
+    return _NORMAL[backend](indices, seed, shape, stream, step)
+
+
+@_normal.register_fake
+def _(indices, seed, shape, stream, step, backend):
+    return indices.new_empty((indices.shape[0], *shape), dtype=torch.float32)

@@ -1,0 +1,257 @@
+"""Distillation data: the teacher's paths, reduced to what the student's submodules imitate.
+
+A data set is a folder of shards (safetensors, float16) and a ``manifest.json``. Shard s holds samples
+``[s * shard_size, (s + 1) * shard_size)``; it is a function of the recipe alone, so it is the same whoever writes it and
+whenever. The manifest is written once all shards are there.
+"""
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .errors import InputError
+from .files import read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
+from .latents import check_latent, latent_numel, project
+from .schedule import resolutions, supervising_timesteps
+
+FORMAT = "advkd-trajectories-1"
+
+
+@dataclass
+class TrajectoryConfig:
+    """What ``advkd trajectories`` records.
+
+    Attributes:
+        sampler: ``ddim`` (paired: x_0 is a function of z's x_T) or ``ddpm`` (unpaired).
+        steps: sampler steps (0: 50 for DDIM, all for DDPM).
+        num: number of trajectories.
+        seed: of the noise.
+        depth: submodules of the student.
+        latent_size: m of the latent's blocks (0: all of x_T up to 32 pixels, 4 above).
+        detail_noise: store the Haar pyramid of x_T instead of blocks.
+        batch_size: samples that run through the teacher at once; the last batch is padded to it.
+        shard_size: samples per shard, a multiple of ``batch_size``.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 0
+    num: int = 2048
+    seed: int = 0
+    depth: int = 12
+    latent_size: int = 0
+    detail_noise: bool = False
+    batch_size: int = 32
+    shard_size: int = 128
+
+    def validate(self):
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name in ("num", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard_size % self.batch_size:
+            raise InputError(f"shard_size must be a multiple of batch_size {self.batch_size}, got {self.shard_size}")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
+
+
+def record_trajectories(teacher, config, out, progress=True):
+    """Run the teacher and store its trajectories under ``out``; finished shards of an earlier, killed run are kept.
+
+    Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; whoever finds all shards
+    present writes the manifest. Returns the folder.
+
+    Raises:
+        InputError: bad configuration, too little disk, or ``out`` holds shards of another recipe or damaged ones.
+    """
+    config.validate()
+    recipe = _recipe(teacher, config)
+    out = require_output_folder(out)
+    starts = range(0, config.num, config.shard_size)
+    _check_existing(out, recipe)
+    missing = [s for s in range(len(starts)) if not _shard_path(out, s).exists()]
+    require_space(out, len(missing) * config.shard_size * _bytes_per_sample(recipe), "the remaining trajectories")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = [s for s in missing if s % world == rank]
+    bar = tqdm(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", disable=not progress or rank > 0)
+    for shard in mine:
+        count = min(config.shard_size, config.num - starts[shard])
+        tensors = _run_shard(teacher, config, recipe, starts[shard], count, bar)
+        metadata = {"recipe": recipe, "start": starts[shard], "count": count, "digest": _digest(tensors)}
+        write_tensors(_shard_path(out, shard), tensors, metadata)
+    bar.close()
+    if all(_shard_path(out, s).exists() for s in range(len(starts))):
+        write_json(out / "manifest.json", _manifest(out, recipe, len(starts)))
+    return out
+
+
+def _recipe(teacher, config):
+    """Everything that the shards' contents depend on."""
+    size = teacher.image_size
+    timesteps = teacher.timesteps(config.sampler, config.steps or None)
+    latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
+    check_latent(size, latent_size, config.detail_noise)
+    return {
+        **dataclasses.asdict(config),
+        "steps": len(timesteps),
+        "latent_size": latent_size,
+        "teacher": {"name": teacher.name, "sha256": teacher.fingerprint, "parameters": teacher.num_parameters()},
+        "image_channels": teacher.image_channels,
+        "image_size": size,
+        "timesteps": supervising_timesteps(config.sampler, config.depth, timesteps, teacher.train_timesteps),
+        "resolutions": resolutions(size, config.depth),
+    }
+
+
+def _bytes_per_sample(recipe):
+    channels = recipe["image_channels"]
+    pixels = sum(channels * r * r for r in recipe["resolutions"])
+    return 2 * (pixels + latent_numel(channels, recipe["image_size"], recipe["latent_size"], recipe["detail_noise"]))
+
+
+def _run_shard(teacher, config, recipe, start, count, bar):
+    batches = [
+        _run_batch(teacher, config, recipe, start + offset, bar, min(config.batch_size, count - offset))
+        for offset in range(0, count, config.batch_size)
+    ]
+    return {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
+
+
+def _run_batch(teacher, config, recipe, start, bar, count):
+    # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
+    x_T = teacher.noise(config.batch_size, config.seed, start)
+    tensors = {"z": project(x_T, recipe["latent_size"], recipe["detail_noise"])}
+    for t, x in teacher.path(x_T, config.sampler, config.steps or None, config.seed, start):
+        for k, (wanted, side) in enumerate(zip(recipe["timesteps"], recipe["resolutions"]), 1):
+            if t == wanted:
+                tensors[f"level_{k:02d}"] = downsample(x, side)
+    tensors[f"level_{config.depth:02d}"] = x.clamp(-1, 1)
+    bar.update(count)
+    return {name: tensor.half().cpu() for name, tensor in tensors.items()}
+
+
+def downsample(x, side):
+    """Psi: area average of ``(N, C, S, S)`` to ``(N, C, side, side)``."""
+    factor = x.shape[-1] // side
+    return F.avg_pool2d(x, factor) if factor > 1 else x
+
+
+def _shard_path(out, shard):
+    return Path(out) / f"shard-{shard:05d}.safetensors"
+
+
+def _check_existing(out, recipe):
+    for path in sorted(out.glob("shard-*.safetensors")):
+        tensors, metadata = read_tensors(path, "shard")
+        metadata = metadata or {}
+        changed = sorted(k for k in recipe if metadata.get("recipe", {}).get(k) != recipe[k])
+        if changed:
+            raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
+        if metadata["digest"] != _digest(tensors):
+            raise InputError(f"shard {path} is altered: delete it and run the same command again")
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _manifest(out, recipe, shards):
+    """The manifest holds no times and no host: equal recipes give equal bytes."""
+    sums, entries = {}, []
+    for shard in range(shards):
+        path = _shard_path(out, shard)
+        tensors, metadata = read_tensors(path, "shard")
+        entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
+        for name, tensor in tensors.items():
+            values = tensor.double()
+            moments = torch.stack((values.sum(), values.square().sum(), torch.tensor(values.numel()).double()))
+            sums[name] = sums.get(name, 0) + moments
+    deviations = {}
+    for name, (total, squares, number) in sums.items():
+        deviations[name] = float((squares / number - (total / number) ** 2).clamp_min(0).sqrt())
+    levels = [name for name in sorted(sums) if name != "z"]
+    return {
+        "format": FORMAT,
+        "recipe": recipe,
+        "standard_deviations": [deviations[name] for name in levels],
+        "latent_standard_deviation": deviations["z"],
+        "shards": entries,
+    }
+
+
+class Trajectories:
+    """A recorded data set, memory-mapped; a shard's hash is checked the first time the shard is read.
+
+    Args:
+        folder: where ``advkd trajectories`` wrote.
+
+    Attributes:
+        recipe: how it was made (a dict: :class:`TrajectoryConfig` plus teacher, timesteps, resolutions).
+        standard_deviations: one per level.
+
+    Raises:
+        InputError: no finished data set there, or (on reading) a shard that is missing, truncated or altered.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"--trajectories {folder} is not a folder")
+        if not (self.folder / "manifest.json").exists() and any(self.folder.glob("shard-*.safetensors")):
+            raise InputError(f"--trajectories {folder} is unfinished: run the same 'advkd trajectories' command again")
+        manifest = read_json(self.folder / "manifest.json", "manifest")
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{self.folder / 'manifest.json'} is not a manifest of advkd trajectories")
+        self.recipe = manifest["recipe"]
+        self.standard_deviations = manifest["standard_deviations"]
+        self._entries = manifest["shards"]
+        self._shards = {}
+
+    def __len__(self):
+        return self.recipe["num"]
+
+    @property
+    def paired(self):
+        """Whether x_0 is a function of z's x_T (DDIM), so that pairs (z, x_0) mean something."""
+        return self.recipe["sampler"] == "ddim"
+
+    def verify(self):
+        """Check every shard's hash now."""
+        for shard in range(len(self._entries)):
+            self._load(shard)
+
+    def batch(self, rows, levels):
+        """Rows of the data set.
+
+        Args:
+            rows: list of sample numbers.
+            levels: list of level numbers k (1-based).
+
+        Returns:
+            ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).
+        """
+        names = ["z", *(f"level_{k:02d}" for k in levels)]
+        size = self.recipe["shard_size"]
+        picked = {name: torch.stack([self._load(row // size)[name][row % size] for row in rows]) for name in names}
+        z, *rest = (picked[name].float() for name in names)
+        return z, dict(zip(levels, rest, strict=True))
+
+    def _load(self, shard):
+        if shard not in self._shards:
+            entry = self._entries[shard]
+            path = self.folder / entry["file"]
+            if not path.exists():
+                raise InputError(f"shard {path} is missing: run the same 'advkd trajectories' command again")
+            if sha256(path) != entry["sha256"]:
+                raise InputError(f"shard {path} is truncated or altered: delete it and run 'advkd trajectories' again")
+            self._shards[shard], _ = read_tensors(path, "shard")
+        return self._shards[shard]

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Nothing here is imported until a Triton backend is asked for."""

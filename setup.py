@@ -1,0 +1,158 @@
+"""Builds the C++ extensions against LibTorch's stable ABI: ``_cpu`` always, ``_cuda`` where nvcc is.
+
+Environment: ``ADVKD_CPU=1`` demands the CPU object (without it a missing compiler is a warning), ``ADVKD_CUDA=1`` demands the
+CUDA object, ``ADVKD_CUDA=0`` skips it, ``TORCH_CUDA_ARCH_LIST`` chooses architectures ("8.0;9.0a+PTX").
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+# The oldest torch whose stable ABI the extensions use: 2.10.
+TARGET_VERSION = "0x020a000000000000"
+
+
+def find_torch():
+    """The folder of an installed torch, without importing it; a build environment may hide the one that pip installs into."""
+    candidates = [*sys.path, *(sysconfig.get_paths()[key] for key in ("purelib", "platlib"))]
+    for folder in candidates:
+        torch = Path(folder) / "torch"
+        if (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+            return torch
+    return None
+
+
+TORCH = find_torch()
+
+
+def sources(kind, suffixes):
+    """Paths relative to the root, as setuptools wants them."""
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / kind).iterdir() if p.suffix in suffixes)
+
+
+def cuda_compiler():
+    """nvcc's path, or None where it is missing or ADVKD_CUDA=0."""
+    wish = os.environ.get("ADVKD_CUDA", "")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    if wish == "1" and nvcc is None:
+        raise SystemExit("ADVKD_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")
+    return None if wish == "0" else nvcc
+
+
+def architecture_flags(nvcc):
+    """``-gencode`` flags: TORCH_CUDA_ARCH_LIST, or sm_80, sm_90a and sm_100 where nvcc knows them, plus PTX of the newest."""
+    known = set(re.findall(r"sm_(\d+a?)", subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout))
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not wanted:
+        found = [a for a in ("8.0", "9.0a", "10.0") if a.replace(".", "") in known or a == "9.0a" and "90" in known]
+        wanted = [*found[:-1], found[-1] + "+PTX"]
+    flags = []
+    for architecture in wanted:
+        number = architecture.replace("+PTX", "").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildExtensions(build_ext):
+    """g++ and nvcc by hand: two shared objects without Python symbols."""
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:
+            if os.environ.get("ADVKD_CPU") == "1" or os.environ.get("ADVKD_CUDA") == "1":
+                raise
+            self.warn(f"the C++ extension was not built, the reference backend remains ({error})")
+
+    def build_extension(self, extension):
+        if TORCH is None:
+            raise RuntimeError("torch >= 2.10 is not installed where the extension is built")
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        build = self._build_cuda if extension.name.endswith("_cuda") else self._build_cpu
+        build(extension.sources, target)
+
+    def get_outputs(self):
+        # An extension that could not be built is not installed.
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self):
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath_in_build(e)).exists()]
+        super().copy_extensions_to_source()
+
+    def get_ext_fullpath_in_build(self, extension):
+        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(extension.name)))
+
+    def _build_cpu(self, files, target):
+        compiler = os.environ.get("CXX", "g++")
+        objects = []
+        for source, suffix, flags in cpu_units(files):
+            name = f"{Path(source).stem}{suffix}.o"
+            objects.append(self._compile([compiler, *host_flags(), *flags], source, name))
+        self._link([compiler, "-shared", *objects], target)
+
+    def _build_cuda(self, files, target):
+        nvcc = cuda_compiler()
+        host = ",".join(host_flags(include=False))
+        flags = ["-std=c++20", "-O3", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
+        objects = [self._compile([nvcc, *flags], source, Path(source).stem + ".cuda.o") for source in files]
+        self._link([nvcc, "-shared", "-cudart=static", *objects], target)
+
+    def _compile(self, command, source, name):
+        output = str(Path(self.build_temp) / name)
+        self.spawn([*command, "-c", str(ROOT / source), "-o", output])
+        return output
+
+    def _link(self, command, target):
+        # torch is loaded before the extension: its libraries are found by name, no path is written into the object.
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        self.spawn([*command, *libraries, "-o", str(temporary)])
+        os.replace(temporary, target)
+
+
+def includes():
+    return [f"-I{ROOT / 'csrc'}", f"-I{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+
+
+def host_flags(include=True):
+    # No contraction: every instruction set gives the same bits.
+    flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-O3", "-Wall"]
+    return [*flags, "-std=c++20", "-pthread", *includes()] if include else flags
+
+
+def cpu_units(files):
+    """(source, object suffix, flags): kernels are compiled once per instruction set, the registration once."""
+    levels = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]}
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    for source in files:
+        if not source.endswith("_kernel.cpp"):
+            yield source, "", []
+            continue
+        for suffix, flags in levels.items() if x86 else [("", [])]:
+            yield source, suffix, [*flags, f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
+
+
+extensions = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
+if cuda_compiler():
+    extensions.append(Extension("advkd._cuda", sources("cuda", {".cu", ".cpp"}), py_limited_api=True))
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExtensions},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    # Where no torch is at hand, the build needs one of its own (the binary then fits any torch from 2.10 on).
+    setup_requires=[] if TORCH else ["torch>=2.10,<3"],
+)
