@@ -138,7 +138,7 @@ def cpu_units(files):
     levels = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]}
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     for source in files:
-        if not source.endswith("_kernel.cpp"):
+        if source.endswith("register.cpp"):
             yield source, "", []
             continue
         for suffix, flags in levels.items() if x86 else [("", [])]:
@@ -147,7 +147,8 @@ def cpu_units(files):
 
 extensions = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
 if cuda_compiler():
-    extensions.append(Extension("advkd._cuda", sources("cuda", {".cu", ".cpp"}), py_limited_api=True))
+    # The registration unit includes the kernels: device code of one object needs no separate linking.
+    extensions.append(Extension("advkd._cuda", ["csrc/cuda/register.cu"], py_limited_api=True))
 
 setup(
     ext_modules=extensions,

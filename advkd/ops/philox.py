@@ -116,12 +116,13 @@ def _multiply(a, b):
 def normal_reference(indices, seed, shape, stream, step):
     """The specification of :func:`philox_normal`: uniforms as stated, logarithm, sine and cosine in float64."""
     count = math.prod(shape)
-    words = words_reference(indices, seed, (count + 3) // 4 * 4, stream, step).reshape(len(indices), -1, 2)
+    pairs = (count + 3) // 4 * 2
+    words = words_reference(indices, seed, 2 * pairs, stream, step).reshape(len(indices), pairs, 2)
     u1 = ((words[..., 0] >> 8) + 1).double() * 2.0**-24
     angle = ((words[..., 1] >> 8).float() * 2.0**-24 * torch.tensor(2 * math.pi, dtype=torch.float32)).double()
     radius = torch.sqrt(-2 * torch.log(u1))
     normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).float()
-    return normals.reshape(len(indices), -1)[:, :count].reshape(len(indices), *shape).contiguous()
+    return normals.reshape(len(indices), 2 * pairs)[:, :count].reshape(len(indices), *shape).contiguous()
 
 
 def _triton_launcher(name):
@@ -145,23 +146,29 @@ _NORMAL = {
 backends.implement("philox", "cpu", "triton", "cuda")
 
 
-@torch.library.custom_op("advkd::philox_words", mutates_args=())
-def _words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int, backend: str) -> torch.Tensor:
+# Library rather than custom_op: that one imports torch._dynamo on the first call, a second of a sampler's start.
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define("philox_words(Tensor indices, int seed, int count, int stream, int step, str backend) -> Tensor")
+_LIBRARY.define("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step, str backend) -> Tensor")
+
+
+def _words(indices, seed, count, stream, step, backend):
     return _WORDS[backend](indices, seed, count, stream, step)
 
 
-@_words.register_fake
+def _normal(indices, seed, shape, stream, step, backend):
+    return _NORMAL[backend](indices, seed, shape, stream, step)
+
+
+_LIBRARY.impl("philox_words", _words, "CompositeExplicitAutograd")
+_LIBRARY.impl("philox_normal", _normal, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::philox_words", lib=_LIBRARY)
 def _(indices, seed, count, stream, step, backend):
     return indices.new_empty((indices.shape[0], count))
 
 
-@torch.library.custom_op("advkd::philox_normal", mutates_args=())
-def _normal(
-    indices: torch.Tensor, seed: int, shape: list[int], stream: int, step: int, backend: str
-) -> torch.Tensor:
-    return _NORMAL[backend](indices, seed, shape, stream, step)
-
-
-@_normal.register_fake
+@torch.library.register_fake("advkd::philox_normal", lib=_LIBRARY)
 def _(indices, seed, shape, stream, step, backend):
     return indices.new_empty((indices.shape[0], *shape), dtype=torch.float32)

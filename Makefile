@@ -1,0 +1,43 @@
+# make demo: install into .venv, build the extension, run the main job.   make test: the same set-up, then the tests.
+#
+# TORCH_BUILD chooses the torch build and TORCH_INDEX where it is found, for example
+#   make demo TORCH_BUILD=+cu130 TORCH_INDEX=<the index or folder that holds it>
+# Without them pip takes its default build of the version in constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_BUILD ?=
+TORCH_INDEX ?=
+DEMO ?= demo
+DEVICE ?= cpu
+
+BIN := $(VENV)/bin
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
+
+.PHONY: install demo test test-all clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed (PYTHON=python3.12)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: 'python3 -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+clean:
+	rm -rf $(VENV) build *.egg-info advkd/*.so

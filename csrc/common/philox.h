@@ -1,0 +1,37 @@
+// Philox4x32-10 (Salmon et al. 2011), shared by the CPU and the CUDA sources. No Torch, no standard library: NVRTC compiles it.
+#pragma once
+
+#ifdef __CUDACC__
+#define ADVKD_INLINE static __device__ __forceinline__
+#else
+#define ADVKD_INLINE static inline
+#endif
+
+namespace advkd {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+// What one call draws: `count` elements per sample under a key; counter word 3 is stream << 24 | step.
+struct PhiloxParameters {
+  u32 key0;
+  u32 key1;
+  u32 stream_step;
+  i64 count;
+};
+
+ADVKD_INLINE void philox_rounds(u32 c[4], u32 k0, u32 k1) {
+  for (int round = 0; round < 10; ++round) {
+    const u64 p0 = static_cast<u64>(c[0]) * 0xD2511F53u;
+    const u64 p1 = static_cast<u64>(c[2]) * 0xCD9E8D57u;
+    c[0] = static_cast<u32>(p1 >> 32) ^ c[1] ^ k0;
+    c[1] = static_cast<u32>(p1);
+    c[2] = static_cast<u32>(p0 >> 32) ^ c[3] ^ k1;
+    c[3] = static_cast<u32>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+}  // namespace advkd

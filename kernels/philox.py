@@ -1,0 +1,103 @@
+"""Philox words and normals in Triton.
+
+One program draws BLOCK blocks of four elements of one sample (programs run over samples x block tiles along one grid axis, with
+64-bit offsets). The four words of a block land in four registers, so the stores are four strided ones; a normal costs one
+Philox call per four elements. The rounds are written out rather than taken from ``tl.philox``: the counter's layout is ours.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 256
+# A seed or a count that happens to be 1 must not become a compile-time constant.
+SCALARS = ["key", "stream_step", "count", "tiles"]
+
+
+@triton.jit
+def _multiply(a, b):
+    product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _rounds(c0, c1, c2, c3, k0, k1):
+    for _ in tl.static_range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _draw(indices, sample, block, key, stream_step):
+    index = tl.load(indices + sample).to(tl.uint64)
+    key = key.to(tl.uint64)
+    c0 = block.to(tl.uint32)
+    zero = c0 ^ c0
+    c1, c2 = zero + index.to(tl.uint32), zero + (index >> 32).to(tl.uint32)
+    c3 = zero + stream_step.to(tl.uint32)
+    k0, k1 = zero + key.to(tl.uint32), zero + (key >> 32).to(tl.uint32)
+    return _rounds(c0, c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word):
+    u1 = ((radius_word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-8
+    u2 = (angle_word >> 8).to(tl.float32) * 5.9604644775390625e-8
+    radius = tl.sqrt_rn(-2.0 * tl.log(u1))
+    angle = 6.2831854820251465 * u2
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _store(out, offset, left, v0, v1, v2, v3):
+    tl.store(out + offset, v0, mask=left > 0)
+    tl.store(out + offset + 1, v1, mask=left > 1)
+    tl.store(out + offset + 2, v2, mask=left > 2)
+    tl.store(out + offset + 3, v3, mask=left > 3)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def words_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // tiles
+    block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = _draw(indices, sample, block, key, stream_step)
+    left = count - 4 * block
+    offset = sample * count + 4 * block
+    _store(out, offset, left, w0.to(tl.int64), w1.to(tl.int64), w2.to(tl.int64), w3.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def normal_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // tiles
+    block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = _draw(indices, sample, block, key, stream_step)
+    n0, n1 = _box_muller(w0, w1)
+    n2, n3 = _box_muller(w2, w3)
+    _store(out, sample * count + 4 * block, count - 4 * block, n0, n1, n2, n3)
+
+
+def words(indices, seed, count, stream, step):
+    """Launcher of ``advkd::philox_words``."""
+    return _launch(words_kernel, indices, seed, (count,), count, stream, step, torch.int64)
+
+
+def normal(indices, seed, shape, stream, step):
+    """Launcher of ``advkd::philox_normal``."""
+    count = 1
+    for side in shape:
+        count *= side
+    return _launch(normal_kernel, indices, seed, shape, count, stream, step, torch.float32)
+
+
+def _launch(kernel, indices, seed, shape, count, stream, step, dtype):
+    out = torch.empty((len(indices), *shape), dtype=dtype, device=indices.device)
+    tiles = triton.cdiv(count, 4 * BLOCK)
+    if out.numel():
+        kernel[(len(indices) * tiles,)](indices, out, seed, stream << 24 | step, count, tiles, BLOCK=BLOCK)
+    return out

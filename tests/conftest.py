@@ -1,0 +1,105 @@
+"""Small things that many tests need: a tiny teacher, its trajectories, a tiny student."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from advkd.models.student import Student, StudentConfig  # noqa: E402
+from advkd.teacher import Teacher  # noqa: E402
+from advkd.trajectories import TrajectoryConfig, record_trajectories  # noqa: E402
+
+TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
+
+
+def tiny_unet(channels=1, seed=0, **options):
+    """An 8x8 UNet of a few thousand parameters."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def tiny_teacher(timesteps=1000, channels=1, **scheduler):
+    from diffusers import DDPMScheduler
+
+    return Teacher(tiny_unet(channels), DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny", "0" * 64)
+
+
+def tiny_student(seed=0):
+    torch.manual_seed(seed)
+    return Student(TINY_STUDENT)
+
+
+def tiny_recording(**changes):
+    """Depth 4, ten teacher steps, 24 samples in shards of 8."""
+    values = {"num": 24, "depth": 4, "steps": 10, "batch_size": 4, "shard_size": 8, **changes}
+    return TrajectoryConfig(**values)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    return tiny_teacher()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """The tiny teacher in diffusers' pipeline layout."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    folder = tmp_path_factory.mktemp("teacher")
+    DDPMPipeline(tiny_unet(), DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trajectories(teacher, tmp_path_factory):
+    """Paired (DDIM) trajectories of the tiny teacher."""
+    return record_trajectories(teacher, tiny_recording(), tmp_path_factory.mktemp("ddim"), progress=False)
+
+
+@pytest.fixture(scope="session")
+def unpaired(tmp_path_factory):
+    """Unpaired (ancestral DDPM) trajectories of a tiny teacher with 20 timesteps."""
+    config = tiny_recording(sampler="ddpm", steps=0)
+    return record_trajectories(tiny_teacher(20), config, tmp_path_factory.mktemp("ddpm"), progress=False)
+
+
+def run_cli(*arguments, environment=None, timeout=300, cwd=None):
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "advkd.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=process_environment(environment),
+    )
+
+
+def process_environment(changes=None):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(changes or {})}
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
