@@ -1,0 +1,21 @@
+"""One process of the data-parallel test: 20 updates in float64, losses to a JSON file by the main process."""
+
+import json
+import os
+import sys
+
+import torch
+
+from advkd.distill import Distiller
+from advkd.recipes import recipe
+from advkd.trajectories import Trajectories
+from tests.conftest import tiny_student
+
+if __name__ == "__main__":
+    folder, out, overrides = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    config = recipe(overrides.pop("recipe"), **overrides)
+    data = Trajectories(folder)
+    Distiller(data, tiny_student().double(), config, out, dtype=torch.float64, progress=False).run()
+    assert int(os.environ.get("WORLD_SIZE", 1)) in (1, 2)

@@ -1,0 +1,131 @@
+"""The command line as a user meets it: exit codes, one line per mistake, files."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from advkd.cli import main
+
+from ..conftest import run_cli
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of the command line in this process."""
+    try:
+        main([str(a) for a in arguments], standalone_mode=True)
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line that a refused command prints."""
+    code, _, error = run(capsys, *arguments)
+    assert code == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("advkd: ")]
+    assert len(lines) == 1 and "Traceback" not in error
+    return lines[0]
+
+
+def test_info_shows_every_op_and_the_reason_for_each_gap(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for op in ("conv_block", "gradient_penalty", "philox", "sampler_step"):
+        assert op in out
+    assert "torch" in out and "not written for this op yet" in out
+    philox = out[out.index("  philox") : out.index("  sampler_step")]
+    assert "cpu        yes" in philox
+
+
+def test_sample_to_a_picture_and_to_a_folder(capsys, tmp_path):
+    from PIL import Image
+
+    assert run(capsys, "sample", "-n", 5, "--seed", 7, "--out", tmp_path / "grid.png")[0] == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 3 * 96
+    assert run(capsys, "sample", "-n", 5, "--seed", 7, "--batch-size", 2, "--out", tmp_path / "a")[0] == 0
+    assert run(capsys, "sample", "-n", 5, "--seed", 7, "--batch-size", 5, "--out", tmp_path / "b")[0] == 0
+    names = [f"{i:06d}.png" for i in range(5)]
+    assert sorted(os.listdir(tmp_path / "a")) == names
+    for name in names:
+        pair = [np.asarray(Image.open(tmp_path / f / name), dtype=int) for f in "ab"]
+        assert pair[0].shape == (32, 32) and np.abs(pair[0] - pair[1]).max() <= 1
+
+
+def test_interpolation_ends_at_two_latents(capsys, tmp_path):
+    from PIL import Image
+
+    from advkd import Student
+
+    assert run(capsys, "sample", "-n", 6, "--seed", 2, "--interpolate", "--out", tmp_path / "walk")[0] == 0
+    ends = Student.from_pretrained("digits").sample(2, seed=2)
+    for name, end in (("000000.png", ends[0]), ("000005.png", ends[1])):
+        picture = np.asarray(Image.open(tmp_path / "walk" / name), dtype=float) / 127.5 - 1
+        assert np.abs(picture - end[0].numpy()).max() <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["sample", "-n", 0, "--out", "x.png"], "-n"),
+        (["sample", "--out", "x.gif3"], "x.gif3"),
+        (["sample", "--seed", -1, "--out", "x.png"], "--seed"),
+        (["sample", "--device", "gpu", "--out", "x.png"], "--device"),
+        (["sample", "--dtype", "int8", "--out", "x.png"], "--dtype"),
+        (["sample", "--batch-size", 0, "--out", "x.png"], "--batch-size"),
+        (["sample", "--student", "nowhere", "--out", "x.png"], "nowhere"),
+        (["sample", "--backend", "cuda", "--out", "x.png"], "cuda"),
+        (["trajectories", "--teacher", "nowhere", "--out", "x"], "nowhere"),
+        (["trajectories", "--num", "many", "--out", "x"], "num must be a whole number"),
+        (["distill", "--trajectories", "nowhere", "--preset", "digits", "--out", "x"], "nowhere"),
+        (["distill", "--trajectories", "nowhere", "--preset", "celeba", "--out", "x"], "celeba"),
+        (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--recipe", "fast"], "fast"),
+        (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--betas", "a,b"], "betas"),
+        (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--config", "none.json"], "none.json"),
+        (["teacher", "train", "--data", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    assert word in refused(capsys, *arguments)
+
+
+def test_configuration_files(capsys, tmp_path, trajectories):
+    arguments = ["distill", "--trajectories", trajectories, "--preset", "digits", "--out", tmp_path / "out", "--config"]
+    (tmp_path / "a.json").write_text(json.dumps({"recipe": "paper", "learningrate": 1}))
+    assert "unknown key 'learningrate'" in refused(capsys, *arguments, tmp_path / "a.json")
+    (tmp_path / "b.toml").write_text("updates = [3")
+    assert "b.toml is not readable" in refused(capsys, *arguments, tmp_path / "b.toml")
+    (tmp_path / "c.toml").write_text("updates = [3]\nema = 2.0")
+    assert "ema" in refused(capsys, *arguments, tmp_path / "c.toml")
+    # The file is right and overridden by an option: now only the student does not fit.
+    assert "image_size" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
+    (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "chanels": [8]}))
+    arguments[4] = tmp_path / "student.json"
+    assert "chanels" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
+
+
+def test_output_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, "trajectories", "--out", tmp_path / "file")
+    assert "cannot be created" in refused(capsys, "sample", "--out", tmp_path / "file" / "below")
+
+
+def test_a_fresh_process_refuses_without_a_traceback(tmp_path):
+    result = run_cli("sample", "--student", "nowhere", "--out", tmp_path / "x.png")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("advkd: ") and result.stderr.count("\n") == 1
+
+
+def test_small_demo(capsys, tmp_path):
+    from PIL import Image
+
+    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 64, "--updates", 2)
+    assert code == 0 and "50 evaluations" in out and "1 evaluation" in out
+    for name in ("teacher_and_student", "levels", "loss_curves", "student_samples"):
+        with Image.open(tmp_path / "demo" / f"{name}.png") as picture:
+            assert picture.width > 300 and len(picture.convert("L").getcolors(1 << 16)) > 10

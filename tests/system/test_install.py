@@ -1,0 +1,84 @@
+"""How the package is imported and installed."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from ..conftest import ROOT, process_environment
+
+
+def python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options).stdout.split()
+
+
+def test_import_and_sampling_are_light():
+    code = (
+        "import sys, advkd; advkd.Student.from_pretrained('digits').fuse().sample(2);"
+        "print([m for m in ('diffusers', 'accelerate', 'torchmetrics', 'matplotlib', 'triton', 'torch._dynamo', 'sklearn',"
+        "'transformers', 'tensorboard') if m in sys.modules])"
+    )
+    assert python(code, env=process_environment()) == ["[]"]
+
+
+def test_public_names_exist():
+    import advkd
+
+    assert all(getattr(advkd, name) is not None for name in advkd.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        advkd.no_such_name
+
+
+def test_kernels_are_mapped_in_a_bare_checkout(tmp_path):
+    for name in ("advkd", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "import advkd.kernels.philox as p, importlib.util as u; print(p.__name__, u.find_spec('kernels') is None or 'cwd')"
+    environment = process_environment({"PYTHONPATH": str(tmp_path)})
+    assert python(code, env=environment, cwd=tmp_path)[0] == "advkd.kernels.philox"
+
+
+def test_wheel_holds_everything_and_works_alone(tmp_path):
+    """Built from the sources, unpacked far from them: kernels inside the package, pretrained weights, the extension."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    environment = process_environment({"ADVKD_CUDA": "0", "ADVKD_CPU": "1"})
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "cp311-abi3" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
+    expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
+    expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
+    assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
+    code = (
+        "import advkd, advkd.kernels.philox, torch; from advkd.ops import backends;"
+        "print(advkd.__file__, advkd.kernels.philox.__file__, backends.gap('philox', 'cpu', torch.device('cpu')),"
+        "len(advkd.Student.from_pretrained('digits').sample(3)))"
+    )
+    environment = process_environment({"PYTHONPATH": str(tmp_path / "site")})
+    package, kernel, gap, images = python(code, env=environment, cwd=tmp_path)
+    assert package.startswith(str(tmp_path)) and kernel.startswith(str(tmp_path / "site" / "advkd"))
+    assert (gap, images) == ("None", "3")
+
+
+def test_without_the_extension_the_reference_remains(tmp_path):
+    (tmp_path / "advkd").mkdir()
+    for path in (ROOT / "advkd").iterdir():
+        if path.suffix != ".so":
+            (tmp_path / "advkd" / path.name).symlink_to(path)
+    code = (
+        "import torch; from advkd.ops import backends as b; d = torch.device('cpu');"
+        "print(b.choose('philox', 'auto', d)); print(b.gap('philox', 'cpu', d).replace(' ', '_'))"
+    )
+    # The folder is copied by links to files: only the modules' own folder must be the bare one.
+    chosen, gap = python(code, env=process_environment({"PYTHONPATH": str(tmp_path)}), cwd=tmp_path)
+    assert (chosen, gap) == ("reference", "the_cpu_extension_is_not_built_(python_setup.py_build_ext_--inplace)")
+
+
+def test_a_missing_compiler_is_a_warning_unless_the_build_is_demanded(tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")]
+    environment = {"CXX": "no-such-compiler", "ADVKD_CUDA": "0"}
+    result = subprocess.run(command, cwd=ROOT, env=process_environment(environment), capture_output=True, text=True)
+    assert result.returncode == 0 and "reference backend remains" in result.stdout + result.stderr
+    demanded = process_environment({**environment, "ADVKD_CPU": "1"})
+    assert subprocess.run(command, cwd=ROOT, env=demanded, capture_output=True, text=True).returncode != 0

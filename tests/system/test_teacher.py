@@ -1,0 +1,191 @@
+"""Teachers: loading and refusing, sampling, training."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from advkd.errors import InputError
+from advkd.schedule import supervising_timesteps
+from advkd.teacher import Teacher
+from advkd.teacher_training import TeacherTrainingConfig, build_unet, train_teacher
+
+from ..conftest import tiny_teacher, tiny_unet
+
+
+def copy_with(folder, target, file, **changes):
+    """A copy of a teacher's folder with some keys of a JSON file changed."""
+    shutil.copytree(folder, target)
+    path = target / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return target
+
+
+def test_the_shipped_teacher():
+    teacher = Teacher.from_pretrained("digits")
+    assert (teacher.image_size, teacher.image_channels, teacher.train_timesteps) == (32, 1, 1000)
+    assert teacher.num_parameters() == 1_085_937
+    from advkd.teacher import EMBEDDED
+
+    weights = EMBEDDED["digits"] / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size <= 4 * 2**20
+    image = teacher.sample(4, seed=1)
+    assert 0.25 < (image < -0.8).float().mean() < 0.8 and 0.05 < (image > 0.5).float().mean() < 0.5
+
+
+def test_folder_layouts(teacher_folder, tmp_path):
+    pipeline = Teacher.from_pretrained(teacher_folder)
+    # The hub's first repositories (google/ddpm-celebahq-256) keep everything beside model_index.json.
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (*(teacher_folder / "unet").iterdir(), *(teacher_folder / "scheduler").iterdir()):
+        shutil.copy(path, flat)
+    shutil.copy(teacher_folder / "model_index.json", flat)
+    again = Teacher.from_pretrained(flat)
+    assert pipeline.fingerprint == again.fingerprint and len(again.fingerprint) == 64
+    assert torch.equal(pipeline.sample(2, steps=3), again.sample(2, steps=3))
+
+
+def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
+    folder = copy_with(teacher_folder, tmp_path / "t", "scheduler/scheduler_config.json", _class_name="DDIMScheduler")
+    assert torch.equal(Teacher.from_pretrained(folder).sample(2, steps=3), Teacher.from_pretrained(teacher_folder).sample(2, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "latents"),
+        ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "conditional"),
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ("unet/config.json", {"num_class_embeds": 10}, "class-conditional"),
+        ("unet/config.json", {"out_channels": 2}, "learned variance"),
+        ("unet/config.json", {"sample_size": 48}, "sample_size 48"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "flow"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
+    ],
+)
+def test_unfit_teachers_are_refused(teacher_folder, tmp_path, file, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        Teacher.from_pretrained(copy_with(teacher_folder, tmp_path / "t", file, **changes))
+
+
+def test_missing_and_damaged_teachers_are_named(teacher_folder, tmp_path):
+    with pytest.raises(InputError, match="neither a folder, a hub id"):
+        Teacher.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(InputError, match="cannot be fetched from the hub"):
+        Teacher.from_pretrained("someone/no-such-teacher")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="does not exist"):
+        Teacher.from_pretrained(tmp_path / "empty")
+    folder = tmp_path / "t"
+    shutil.copytree(teacher_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="weights cannot be read"):
+        Teacher.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddim_path_is_diffusers_pipeline(prediction):
+    """Every step of a run against diffusers' own, each from our state: a random network amplifies differences from step to step."""
+    from diffusers import DDIMScheduler
+
+    teacher = tiny_teacher(prediction_type=prediction)
+    x = teacher.noise(3, seed=4)
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(50)
+    ours = dict(teacher.path(x))
+    assert list(ours) == scheduler.timesteps.tolist() == list(range(980, -1, -20))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected = scheduler.step(teacher.unet(x, t).sample, t, x).prev_sample
+            assert (ours[int(t)] - expected).abs().max() <= 2e-6 * max(1.0, float(x.abs().max()), float(expected.abs().max()))
+            x = ours[int(t)]
+
+
+def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
+    teacher = tiny_teacher(20)
+    assert teacher.timesteps("ddpm") == list(range(19, -1, -1))
+    whole = teacher.sample(4, seed=2, sampler="ddpm")
+    assert torch.allclose(whole[2:], teacher.sample(2, seed=2, sampler="ddpm", start=2), atol=1e-5)
+    assert not torch.allclose(whole, teacher.sample(4, seed=3, sampler="ddpm"), atol=1e-2)
+
+
+def test_timesteps_of_the_paper():
+    ddim = supervising_timesteps("ddim", 12, list(range(980, -1, -20)), 1000)
+    assert ddim == [980, 980, 960, 920, 860, 780, 680, 560, 420, 260, 80]
+    assert ddim == [190 * n - 10 * n * n + 80 for n in range(10, -1, -1)]
+    ddpm = supervising_timesteps("ddpm", 12, list(range(999, -1, -1)), 1000)
+    assert ddpm == [999, 999, 900, 800, 700, 600, 500, 400, 300, 200, 100]
+    # Another depth spreads n evenly; another T scales t(n) and snaps to the run's timesteps.
+    assert len(supervising_timesteps("ddim", 14, list(range(980, -1, -20)), 1000)) == 13
+    short = supervising_timesteps("ddim", 12, list(range(98, -1, -2)), 100)
+    assert short[0] == 98 and short[-1] == 8 and all(t % 2 == 0 for t in short)
+
+
+@pytest.mark.parametrize(("sampler", "steps", "name"), [("euler", None, "sampler"), ("ddim", 1001, "steps")])
+def test_bad_runs_are_refused(sampler, steps, name):
+    with pytest.raises(InputError, match=name):
+        tiny_teacher().timesteps(sampler, steps)
+
+
+def test_training_learns_saves_and_resumes(tmp_path):
+    config = TeacherTrainingConfig(size=8, channels=(8, 16), steps=6, batch_size=8, checkpoint_every=2)
+    train_teacher(config, tmp_path / "whole", progress=False)
+
+    class Killed(Exception):
+        pass
+
+    import advkd.teacher_training as module
+
+    real, calls = module._train_step, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return real(*arguments)
+
+    module._train_step = dies
+    try:
+        with pytest.raises(Killed):
+            train_teacher(config, tmp_path / "killed", progress=False)
+    finally:
+        module._train_step = real
+    with pytest.raises(InputError, match="--resume"):
+        train_teacher(config, tmp_path / "killed", progress=False)
+    train_teacher(config, tmp_path / "killed", resume=True, progress=False)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert not (tmp_path / "killed" / "checkpoint.safetensors").exists()
+    teacher = Teacher.from_pretrained(tmp_path / "whole")
+    assert teacher.sample(2, steps=2).shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match="not empty"):
+        train_teacher(config, tmp_path / "whole", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"ema": 1.0}, "ema"),
+        ({"prediction": "noise"}, "prediction"),
+        ({"channels": (12,)}, "channels"),
+        ({"size": 20}, "size"),
+        ({"data": "nowhere"}, "--data nowhere"),
+    ],
+)
+def test_bad_training_is_refused(changes, name, tmp_path):
+    with pytest.raises(InputError, match=name):
+        train_teacher(TeacherTrainingConfig(**changes), tmp_path / "t", progress=False)
+
+
+def test_default_unet_fits_every_size():
+    for size, parameters in ((32, 1_085_937), (8, None), (64, None)):
+        unet = build_unet(size, 1)
+        assert parameters in (None, sum(p.numel() for p in unet.parameters()))
+        assert unet(torch.zeros(1, 1, size, size), 3).sample.shape == (1, 1, size, size)
+    assert tiny_unet().config.sample_size == 8

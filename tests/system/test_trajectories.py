@@ -1,0 +1,184 @@
+"""The recorder: contents, kills, processes, damage."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+
+from advkd import files
+from advkd.errors import InputError
+from advkd.latents import project
+from advkd.trajectories import Trajectories, downsample, record_trajectories
+
+from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
+
+CLI = ["--num", 40, "--depth", 4, "--steps", 10, "--batch-size", 4, "--shard-size", 8, "--seed", 3]
+
+
+def contents(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def start_cli(*arguments, launcher=(), environment=None):
+    command = [sys.executable, *(launcher or ["-m"]), "advkd.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_contents_are_the_teachers_states(teacher, trajectories):
+    data = Trajectories(trajectories)
+    assert len(data) == 24 and data.paired
+    assert data.recipe["timesteps"] == [900, 800, 100] and data.recipe["resolutions"] == [4, 8, 8, 8]
+    rows = [0, 7, 8, 23]
+    z, levels = data.batch(rows, [1, 2, 3, 4])
+    x_T = torch.cat([teacher.noise(1, 0, row) for row in rows])
+    assert (z - project(x_T, 2)).abs().max() <= 2e-3
+    states = dict(teacher.path(x_T, "ddim", 10))
+    for k, t in enumerate(data.recipe["timesteps"], 1):
+        expected = downsample(states[t], data.recipe["resolutions"][k - 1])
+        assert (levels[k] - expected).abs().max() <= 4e-3
+    assert (levels[4] - states[0].clamp(-1, 1)).abs().max() <= 1e-3
+
+
+def test_manifest_describes_the_data(trajectories):
+    manifest = json.loads((trajectories / "manifest.json").read_text())
+    assert [(s["start"], s["count"]) for s in manifest["shards"]] == [(0, 8), (8, 8), (16, 8)]
+    assert all(s["sha256"] == files.sha256(trajectories / s["file"]) for s in manifest["shards"])
+    _, levels = Trajectories(trajectories).batch(list(range(24)), [1, 2, 3, 4])
+    for k in range(1, 5):
+        assert abs(manifest["standard_deviations"][k - 1] - levels[k].double().std(correction=0).item()) < 1e-6
+    assert 0.9 < manifest["latent_standard_deviation"] < 1.1
+    assert manifest["recipe"]["teacher"]["sha256"] == "0" * 64
+
+
+def test_unpaired_data(unpaired):
+    data = Trajectories(unpaired)
+    assert not data.paired and data.recipe["steps"] == 20
+    assert data.recipe["timesteps"][:2] == [19, 19]
+
+
+def test_last_batch_is_padded(tmp_path, teacher):
+    """Sample i does not depend on how many samples are asked for."""
+    few = record_trajectories(teacher, tiny_recording(num=6), tmp_path / "few", progress=False)
+    many = record_trajectories(teacher, tiny_recording(num=8), tmp_path / "many", progress=False)
+    a, b = (Trajectories(folder).batch([4, 5], [4])[1][4] for folder in (few, many))
+    assert torch.equal(a, b)
+
+
+def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out"]
+    assert run_cli(*arguments, tmp_path / "whole").returncode == 0
+    process = start_cli(*arguments, tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "shard-00001.safetensors", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run_cli(*arguments, tmp_path / "killed").returncode == 0
+    leftovers = [p for p in (tmp_path / "killed").iterdir() if p.name.endswith(".tmp")]
+    for path in leftovers:
+        path.unlink()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_processes_share_the_work(teacher_folder, tmp_path):
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    assert run_cli(*arguments, tmp_path / "one", environment=one_thread).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    process = start_cli(*arguments, tmp_path / "two", launcher=launcher, environment=one_thread)
+    assert process.wait(timeout=240) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_damaged_shards_are_named(trajectories, teacher, tmp_path):
+    for damage in ("truncated", "altered", "missing"):
+        folder = tmp_path / damage
+        shutil.copytree(trajectories, folder)
+        shard = folder / "shard-00001.safetensors"
+        data = bytearray(shard.read_bytes())
+        if damage == "missing":
+            shard.unlink()
+        else:
+            data[-20] ^= 1
+            shard.write_bytes(data[:-100] if damage == "truncated" else data)
+        with pytest.raises(InputError, match="shard-00001"):
+            Trajectories(folder).verify()
+        if damage == "missing":
+            record_trajectories(teacher, tiny_recording(), folder, progress=False)
+            assert contents(folder) == contents(trajectories)
+        else:
+            with pytest.raises(InputError, match="shard-00001"):
+                record_trajectories(teacher, tiny_recording(), folder, progress=False)
+
+
+def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, tmp_path):
+    with pytest.raises(InputError, match="another seed"):
+        record_trajectories(teacher, tiny_recording(seed=9), trajectories, progress=False)
+    shutil.copytree(trajectories, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="unfinished"):
+        Trajectories(tmp_path / "unfinished")
+    with pytest.raises(InputError, match="not a folder"):
+        Trajectories(tmp_path / "nothing")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="not a manifest"):
+        Trajectories(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num": 0}, "num"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"shard_size": 6}, "shard_size"),
+        ({"seed": -1}, "seed"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"steps": 2000}, "steps"),
+        ({"depth": 5}, "depth"),
+        ({"latent_size": 3}, "latent_size"),
+    ],
+)
+def test_bad_requests_are_refused_before_work(changes, name, tmp_path):
+    with pytest.raises(InputError, match=name):
+        record_trajectories(tiny_teacher(), tiny_recording(**changes), tmp_path / "t", progress=False)
+    assert not list(tmp_path.glob("t/*"))
+
+
+def test_a_disk_too_small_is_refused_before_work(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(1, 1, 100))
+    with pytest.raises(InputError, match="MiB are free"):
+        record_trajectories(tiny_teacher(), tiny_recording(), tmp_path / "t", progress=False)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
+    """A file-size limit stands in for the full disk: the shard in work is not left as a torn file."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "import torch; from advkd.files import write_tensors\n"
+        "write_tensors(sys.argv[1] + '/small.safetensors', {'x': torch.zeros(8)})\n"
+        "try: write_tensors(sys.argv[1] + '/large.safetensors', {'x': torch.zeros(10000)})\n"
+        "except ValueError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=process_environment()
+    )
+    assert "no space left to write" in result.stdout and "large.safetensors" in result.stdout, result.stderr
+    assert os.listdir(tmp_path) == ["small.safetensors"]
