@@ -1,7 +1,7 @@
 # make demo: install into .venv, build the extension, run the main job.   make test: the same set-up, then the tests.
 #
-# TORCH_BUILD chooses the torch build and TORCH_INDEX where it is found, for example
-#   make demo TORCH_BUILD=+cu130 TORCH_INDEX=<the index or folder that holds it>
+# TORCH_BUILD chooses the torch build and TORCH_INDEX the package index that holds it, for example
+#   make demo TORCH_BUILD=+cpu TORCH_INDEX=<index>
 # Without them pip takes its default build of the version in constraints.txt.
 
 PYTHON ?= python3
@@ -13,25 +13,31 @@ DEVICE ?= cpu
 
 BIN := $(VENV)/bin
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)$(TORCH_BUILD)
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
 .PHONY: install demo test test-all clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.torch: constraints.txt
+# The stamp's name holds the build that was asked for: another one installs anew.
+$(TORCH_STAMP): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed (PYTHON=python3.12)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: 'python3 -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
+$(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
+	ADVKD_CPU=1 $(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
+# glibc hands the memory of every large tensor back to the kernel and pays page faults for the next one; keeping it makes CPU
+# training steady.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
+
 demo: install
-	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
+	$(KEEP_MEMORY) $(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
 
 test: install
 	$(BIN)/python -m pytest

@@ -26,9 +26,15 @@ def find_torch():
     candidates = [*sys.path, *(sysconfig.get_paths()[key] for key in ("purelib", "platlib"))]
     for folder in candidates:
         torch = Path(folder) / "torch"
-        if (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        if (torch / "include" / "torch" / "csrc" / "stable" / "library.h").is_file() and _is_new(torch):
             return torch
     return None
+
+
+def _is_new(torch):
+    """Whether it is torch 2.10 or newer (the stable ABI's version that the sources are written for)."""
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    return version is not None and (int(version[1]), int(version[2])) >= (2, 10)
 
 
 TORCH = find_torch()
@@ -68,21 +74,24 @@ class BuildExtensions(build_ext):
     """g++ and nvcc by hand: two shared objects without Python symbols."""
 
     def run(self):
-        try:
-            super().run()
-        except Exception as error:
-            if os.environ.get("ADVKD_CPU") == "1" or os.environ.get("ADVKD_CUDA") == "1":
-                raise
-            self.warn(f"the C++ extension was not built, the reference backend remains ({error})")
+        # An object of an earlier build with other switches must not slip into this one.
+        for path in Path(self.build_lib, "advkd").glob("_*.so"):
+            path.unlink()
+        super().run()
 
     def build_extension(self, extension):
-        if TORCH is None:
-            raise RuntimeError("torch >= 2.10 is not installed where the extension is built")
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        build = self._build_cuda if extension.name.endswith("_cuda") else self._build_cpu
-        build(extension.sources, target)
+        kind = extension.name.rpartition("_")[2]
+        try:
+            if TORCH is None:
+                raise RuntimeError("torch >= 2.10 is not installed where the extension is built")
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            {"cpu": self._build_cpu, "cuda": self._build_cuda}[kind](extension.sources, target)
+        except Exception as error:
+            if os.environ.get(f"ADVKD_{kind.upper()}") == "1":
+                raise
+            self.warn(f"the {kind} extension was not built, the other backends remain ({error})")
 
     def get_outputs(self):
         # An extension that could not be built is not installed.

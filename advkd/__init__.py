@@ -15,14 +15,14 @@ _EXPORTS = {
     "BackendUnavailableError": "errors",
     "Critic": "models.critic",
     "CriticConfig": "models.critic",
-    "DistillConfig": "distill",
+    "DistillConfig": "recipes",
+    "Distiller": "distill",
     "FusedStudent": "models.fused_student",
     "InputError": "errors",
     "Student": "models.student",
     "StudentConfig": "models.student",
     "Teacher": "teacher",
     "Trajectories": "trajectories",
-    "distill": "distill",
     "record_trajectories": "trajectories",
     "train_teacher": "teacher_training",
 }
@@ -52,6 +52,7 @@ def _map_kernels():
     module = importlib.util.module_from_spec(spec)
     sys.modules["advkd.kernels"] = module
     spec.loader.exec_module(module)
+    globals()["kernels"] = module
 
 
 _map_kernels()

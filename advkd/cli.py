@@ -37,7 +37,7 @@ def _options(config_class, skip=()):
     def decorate(command):
         documentation = _field_documentation(config_class)
         for field in reversed([f for f in dataclasses.fields(config_class) if f.name not in skip]):
-            command = click.option(*_declaration(field), help=documentation.get(field.name, ""))(command)
+            command = click.option(*_declaration(field), default=None, help=documentation.get(field.name, ""))(command)
         return command
 
     return decorate
@@ -80,23 +80,31 @@ def _parse(value, default, where, kind):
     try:
         if isinstance(default, tuple):
             parts = value.split(",") if isinstance(value, str) else value
-            item = float if "float" in str(kind) else int
-            return tuple(item(part) for part in parts if part != "")
+            item = 0.0 if "float" in str(kind) else 0
+            return tuple(_number(part, item) for part in parts if part != "")
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if isinstance(default, int) and isinstance(value, float) and value != int(value):
-            raise ValueError
-        return type(default)(value)
-    except (TypeError, ValueError):
+        return value if isinstance(default, str) and isinstance(value, str) else _number(value, default)
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where} must be {_kind_name(default, kind)}, got {value!r}") from None
+
+
+def _number(value, default):
+    """``value`` (text or JSON) as the number type of ``default``; nothing is rounded."""
+    if isinstance(value, bool) or isinstance(default, str):
+        raise ValueError
+    number = type(default)(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError
+    return number
 
 
 def _kind_name(default, kind):
     if isinstance(default, tuple):
         return "comma-separated numbers"
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), str(kind))
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "text")
 
 
 def _read_config(path):
@@ -153,17 +161,27 @@ def teacher_train(out, resume, **values):
 @main.command()
 @click.option("--teacher", "teacher_source", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--out", required=True, help="Folder for the shards and the manifest.")
+@click.option("--processes", default=1, show_default=True, help="Local processes of one thread each (CPU only).")
 @device_option
 @_options(TrajectoryConfig)
-def trajectories(teacher_source, out, device, **values):
-    """Run the teacher and store its trajectories; run again to go on after a kill."""
+def trajectories(teacher_source, out, processes, device, **values):
+    """Run the teacher and store its trajectories; run again to go on after a kill.
+
+    Several machines or GPUs: torchrun --nproc-per-node N -m -- advkd.cli trajectories ...
+    """
     from .sampling import require_device
     from .teacher import Teacher
-    from .trajectories import record_trajectories
+    from .trajectories import record_in_processes, record_trajectories
 
     config = _apply(TrajectoryConfig(), values, "trajectories")
     config.validate()
-    record_trajectories(Teacher.from_pretrained(teacher_source, require_device(_local(device))), config, out)
+    if processes != 1 and device != "cpu":
+        raise InputError(f"--processes {processes} is for --device cpu; use torchrun for several GPUs")
+    teacher = Teacher.from_pretrained(teacher_source, require_device(_local(device)))
+    if processes == 1:
+        record_trajectories(teacher, config, out)
+    else:
+        record_in_processes(teacher_source, config, out, processes)
     click.echo(f"{config.num} trajectories in {out}")
 
 
@@ -191,11 +209,12 @@ def distill(data, preset, out, config_file, resume, device, **values):
 
     from_file = _read_config(config_file) if config_file else {}
     name = values.pop("recipe") or from_file.pop("recipe", "joint")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     config = _apply(_apply(RECIPES[name], from_file, f"--config {config_file}"), values, "distill")
-    require_device(_local(device))
-    torch.manual_seed(config.seed)
+    device = _local(device)
+    require_device(device)
+    torch.manual_seed(config.seed % 2**63)
     run(data, _build_student(preset), config, out, resume, device)
     click.echo(f"student saved in {out}")
 

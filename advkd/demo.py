@@ -1,16 +1,18 @@
 """The main job, end to end: trajectories of the embedded teacher, distillation, samples and pictures."""
 
+import os
+import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from .distill import distill
+from .distill import CHECKPOINT, distill
 from .models.student import Student
 from .pictures import save_curves, save_grid, save_levels, save_pairs
 from .recipes import recipe
 from .teacher import Teacher
-from .trajectories import TrajectoryConfig, downsample, record_trajectories
+from .trajectories import TrajectoryConfig, downsample, record_in_processes, record_trajectories
 
 FRESH_SEED = 12345
 
@@ -22,16 +24,24 @@ def run_demo(out, num=1024, updates=300, device="cpu", progress=True):
     """
     out = Path(out)
     teacher = Teacher.from_pretrained("digits", device)
-    trajectories = record_trajectories(teacher, TrajectoryConfig(num=num), out / "trajectories", progress)
+    trajectories = _record(teacher, TrajectoryConfig(num=num), out / "trajectories", device, progress)
     config = demo_recipe(updates)
     torch.manual_seed(config.seed)
     student = Student.from_preset("digits")
-    student = distill(trajectories, student, config, out / "student", resume=True, device=device, progress=progress)
+    resume = (out / "student" / CHECKPOINT).exists()
+    student = distill(trajectories, student, config, out / "student", resume, device, progress)
     pairs_picture(teacher, student, out / "teacher_and_student.png")
     levels_picture(teacher, student, out / "levels.png")
     save_curves(out / "student" / "metrics.csv", out / "loss_curves.png")
     save_grid(student.fuse().sample(64, seed=FRESH_SEED), out / "student_samples.png")
     return summary(teacher, student)
+
+
+def _record(teacher, config, out, device, progress):
+    processes = os.cpu_count() or 1
+    if str(device) != "cpu" or processes == 1:
+        return record_trajectories(teacher, config, out, progress)
+    return record_in_processes("digits", config, out, min(processes, 8), progress)
 
 
 def demo_recipe(updates):
@@ -67,17 +77,21 @@ def summary(teacher, student, n=16):
     """One line: parameters, network evaluations and time per image of teacher and student."""
     fused = student.fuse()
     z = fused.latents(n, FRESH_SEED)
-    fused(z)
-    begin = time.perf_counter()
-    for _ in range(5):
-        fused(z)
-    student_time = (time.perf_counter() - begin) / 5 / n
-    begin = time.perf_counter()
-    teacher.sample(n, FRESH_SEED)
-    teacher_time = (time.perf_counter() - begin) / n
+    student_time = _seconds(lambda: fused(z), repeats=20) / n
+    teacher_time = _seconds(lambda: teacher.sample(n, FRESH_SEED), repeats=2) / n
     evaluations = len(teacher.timesteps("ddim"))
     return (
         f"teacher: {teacher.num_parameters():,} parameters, {evaluations} evaluations, {1e3 * teacher_time:.1f} ms per image; "
         f"student: {student.num_parameters(terminals=False):,} parameters, 1 evaluation, {1e3 * student_time:.2f} ms per image "
         f"({teacher_time / student_time:.0f} times faster; batches of {n}, {torch.get_num_threads()} threads)"
     )
+
+
+def _seconds(function, repeats):
+    """Median time of a call, after one call to warm up; results are fetched to the CPU, so that a GPU's work is counted."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        function().cpu()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])

@@ -5,6 +5,7 @@ update on J = mse + kl + wasserstein over the stage's levels. All random draws a
 so a checkpoint's cursor says all of them, and the number of processes changes nothing but rounding.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -16,7 +17,18 @@ from tqdm import tqdm
 
 from .draws import DataOrder, interpolate
 from .errors import InputError, TrainingError
-from .files import pack_optimizer, read_tensors, require_output_folder, sha256, unpack_optimizer, write_bytes, write_tensors
+from .files import (
+    locked,
+    pack_optimizer,
+    read_tensors,
+    require_output_folder,
+    require_space,
+    sha256,
+    unpack_optimizer,
+    write_bytes,
+    write_tensors,
+)
+from .hub import reason
 from .latents import split_latent
 from .models.critic import Critic, CriticConfig
 from .ops import gradient_penalty
@@ -25,6 +37,8 @@ from .recipes import DistillConfig
 from .trajectories import Trajectories
 
 __all__ = ["DistillConfig", "Distiller", "distill"]
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def distill(trajectories, student, config, out, resume=False, device="cpu", progress=True):
@@ -53,7 +67,7 @@ class Distiller:
     """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
 
     def __init__(self, data, student, config, out, resume=False, device="cpu", dtype=torch.float32, progress=True):
-        config.validate(student.depth, data.paired)
+        config.validate(student.depth, data.paired, len(data))
         _require_fit(data, student)
         self.stages = config.stages(student.depth)
         self.accelerator = _accelerator(config.mixed_precision, device)
@@ -61,12 +75,11 @@ class Distiller:
         if any(stage.batch_size % world for stage in self.stages):
             raise InputError(f"batch_sizes {config.batch_sizes} must be divisible by the {world} processes")
         data.verify()
-        self.out = require_output_folder(out)
-        self.checkpoint = self.out / "checkpoint.safetensors"
-        if self.checkpoint.exists() and not resume:
-            raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
+        self.out = _claim(out, resume, 40 * sum(p.numel() for p in student.parameters()) + 2**26)
+        self.checkpoint = self.out / CHECKPOINT
         self.data, self.config, self.dtype, self.progress = data, config, dtype, progress
-        self.student = student.to(self.accelerator.device, dtype)
+        self.student = student.to(self.accelerator.device, dtype, memory_format=torch.channels_last)
+        self._share_weights()
         self.average = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.log_s = torch.nn.Parameter(torch.zeros(student.depth, device=self.accelerator.device, dtype=dtype))
         self.order = DataOrder(len(data), config.seed)
@@ -76,19 +89,26 @@ class Distiller:
     def run(self):
         """Run all stages that are left; returns the saved student."""
         main = self.accelerator.is_main_process
-        log = _Log(self.out, self.student.depth, self.stage_index, self.update) if main else None
-        total = sum(stage.updates for stage in self.stages)
-        done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
-        bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
-        for self.stage_index in range(self.stage_index, len(self.stages)):
-            self._run_stage(self.stages[self.stage_index], log, bar)
-            self.update = 0
-        bar.close()
-        if main:
-            log.close()
-            self.result.save_pretrained(self.out)
+        with locked(self.out) if main else contextlib.nullcontext():
+            done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
+            log = _Log(self.out, self.student.depth, done) if main else None
+            total = sum(stage.updates for stage in self.stages)
+            bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
+            for self.stage_index in range(self.stage_index, len(self.stages)):
+                self._run_stage(self.stages[self.stage_index], log, bar)
+                self.update = 0
+            bar.close()
+            if main:
+                log.close()
+                self.result.save_pretrained(self.out)
         self.accelerator.wait_for_everyone()
-        return self.result.eval()
+        return self.result.to(memory_format=torch.contiguous_format).eval()
+
+    def _share_weights(self):
+        """Every process starts from the main process's weights."""
+        if self.accelerator.num_processes > 1:
+            for tensor in self.student.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
 
     @property
     def result(self):
@@ -137,7 +157,7 @@ class Distiller:
         condition = sum(channels for channels, side in self.student.latent_parts if side == 4)
         with torch.random.fork_rng(devices=[]):
             for k in stage.critic_levels:
-                torch.manual_seed(config.seed * 2**16 + stage.number * 2**8 + k)
+                torch.manual_seed((config.seed * 2**16 + stage.number * 2**8 + k) % 2**63)
                 shape = CriticConfig(
                     image_size=data["resolutions"][k - 1],
                     image_channels=data["image_channels"],
@@ -160,7 +180,7 @@ class Distiller:
             images = {k: image.to(self.dtype) for k, image in images.items()}
             if self.critics:
                 metrics |= self._update_critics(stage, start, z, targets, images)
-        metrics |= self._update_student(z, targets, images)
+        metrics |= self._update_student(stage, z, targets, images)
         self._update_average()
         return metrics
 
@@ -209,16 +229,17 @@ class Distiller:
         self._step(self.critic_optimizer, self.critics.parameters(), loss, "critic")
         return self._means(critic=torch.stack(gaps).mean(), penalty=torch.stack(penalties).mean())
 
-    def _update_student(self, z, targets, images):
+    def _update_student(self, stage, z, targets, images):
         config, depth = self.config, self.student.depth
         metrics, terms = {}, []
+        regressed = config.regression_levels_of(stage)
         for k, image in images.items():
             weight = 1 / len(images) + (config.final_weight if k == depth else 0.0)
             squared = (image - targets[k]).square().mean()
             metrics[f"mse_{k:02d}"] = squared.detach()
-            if config.mse:
+            if config.mse and k in regressed:
                 terms.append(weight * config.mse * squared)
-            if config.kl:
+            if config.kl and k in regressed:
                 terms.append(weight * config.kl * _kl(squared, self.log_s[k - 1], config.kl_floor))
         if self.critics:
             condition = self._condition(z)
@@ -298,11 +319,11 @@ class Distiller:
         return json.loads(json.dumps({**config, "student": dataclasses.asdict(self.student.config), "trajectories": manifest}))
 
     def _read_checkpoint(self):
-        tensors, metadata = read_tensors(self.checkpoint, "checkpoint")
+        tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run"))
         identity = self._identity()
         changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
         if changed:
-            raise InputError(f"--resume: {', '.join(changed)} differ from the run in {self.out}")
+            raise InputError(f"{self.out} holds a run with another {', '.join(changed)}: repeat its options or name another folder")
         self.student.load_state_dict(_part(tensors, "student"))
         self.average.load_state_dict(_part(tensors, "average"))
         self.log_s.data.copy_(tensors["log_s"])
@@ -330,7 +351,28 @@ def _kl(squared, log_s, floor):
 def _accelerator(mixed_precision, device):
     from accelerate import Accelerator
 
-    return Accelerator(mixed_precision=mixed_precision, cpu=str(device) == "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    try:
+        return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+    except ValueError as error:
+        # accelerate keeps one precision and one device per process.
+        raise InputError(f"mixed_precision {mixed_precision} on {device}: {reason(error)}") from error
+
+
+def _claim(out, resume, needed):
+    """The output folder, with room for the run; one that holds a student or an unfinished run is not overwritten."""
+    out = require_output_folder(out)
+    if (out / CHECKPOINT).exists():
+        if not resume:
+            raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
+    elif resume:
+        raise InputError(f"--resume: --out {out} holds no checkpoint")
+    elif (out / "config.json").exists():
+        raise InputError(f"--out {out} holds a student already: name another folder")
+    require_space(out, needed, "the run")
+    return out
 
 
 def _require_fit(data, student):
@@ -348,20 +390,20 @@ def _require_fit(data, student):
 
 
 class _Log:
-    """metrics.csv and TensorBoard; rows after the point a run resumes from are dropped first."""
+    """metrics.csv and TensorBoard, one row per update; rows after the ``done`` first are dropped, torn ones too."""
 
-    def __init__(self, out, depth, stage_index, update):
+    def __init__(self, out, depth, done):
         from torch.utils.tensorboard import SummaryWriter
 
         levels = [f"mse_{k:02d}" for k in range(1, depth + 1)]
         self.columns = ["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels]
         self.path = out / "metrics.csv"
         kept = [",".join(self.columns)]
-        if self.path.exists() and (stage_index or update):
-            rows = self.path.read_text().splitlines()[1:]
-            kept += [row for row in rows if tuple(map(int, row.split(",")[:2])) <= (stage_index + (update > 0), update or 2**62)]
+        if self.path.exists():
+            rows = self.path.read_text().splitlines(keepends=True)[1 : done + 1]
+            kept += [row[:-1] for row in rows if row.endswith("\n") and row.count(",") == len(self.columns) - 1]
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
-        self.rows = len(kept) - 1
+        self.rows = done
         self.file = open(self.path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n")
         self.board = SummaryWriter(out / "tensorboard", purge_step=self.rows)

@@ -1,4 +1,4 @@
-"""The two errors a user of advkd is expected to meet."""
+"""The errors a user of advkd is expected to meet."""
 
 
 class InputError(ValueError):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import InputError
+
+_HOST = socket.gethostname().replace(".", "-")
 
 
 @contextlib.contextmanager
@@ -22,7 +25,7 @@ def replacing(path):
     Two processes may write one path at the same time: each has a temporary file of its own.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -37,24 +40,34 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing_folder(path):
-    """Like :func:`replacing`, for a whole folder: a reader finds the old one or the new one, never a half."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+def remove_leftovers(folder):
+    """Remove the temporary files that killed processes of this machine left in ``folder``."""
+    for path in Path(folder).glob(f".*.{_HOST}.*.tmp"):
+        if not _is_running(int(path.name.split(".")[-2])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process."""
+    import fcntl
+
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {folder}: another process is writing there; wait for it or name another folder") from None
+        yield
 
 
 def write_bytes(path, data):
@@ -68,14 +81,21 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_json(path, what="file"):
-    """Read a JSON file; a missing or damaged one raises :class:`InputError` that names it."""
+def read_json(path, what="file", keys=()):
+    """Read a JSON object; a missing or damaged one, or one without ``keys``, raises :class:`InputError` that names it."""
     try:
-        return json.loads(Path(path).read_text())
+        return _require_keys(json.loads(Path(path).read_text()), keys, f"{what} {path}")
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{what} {path} is not readable JSON ({error})") from error
+
+
+def _require_keys(value, keys, what):
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        expected = f" with {', '.join(keys)}" if keys else ""
+        raise InputError(f"{what} is not what advkd writes (expected an object{expected})")
+    return value
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -85,16 +105,30 @@ def write_tensors(path, tensors, metadata=None):
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
 
 
-def read_tensors(path, what="file"):
-    """Return ``(tensors, metadata)`` of a file by :func:`write_tensors`, memory-mapped, on the CPU."""
+def read_tensors(path, what="file", keys=()):
+    """Return ``(tensors, metadata)`` of a file by :func:`write_tensors`, memory-mapped, on the CPU.
+
+    Raises:
+        InputError: a missing or damaged file, or metadata without ``keys``.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("advkd", "null"))
+            metadata = _require_keys(json.loads((file.metadata() or {}).get("advkd", "{}")), keys, f"{what} {path}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{what} {path} is damaged ({error})") from error
+
+
+def digest(tensors):
+    """Hexadecimal SHA-256 of a dict of tensors: names, dtypes, shapes and contents."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def sha256(path):
@@ -127,6 +161,7 @@ def require_output_folder(path, option="--out"):
         raise InputError(f"{option} {path} cannot be created ({error.strerror})") from error
     if not os.access(path, os.W_OK):
         raise InputError(f"{option} {path} is not writable")
+    remove_leftovers(path)
     return path
 
 

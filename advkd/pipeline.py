@@ -23,7 +23,7 @@ license: apache-2.0
 Draws {size}x{size} images with {channels} channel(s) in one network evaluation; {parameters:,} parameters.
 
 ```python
-from advkd import AdvKDPipeline
+from advkd import AdvKDPipeline  # pip install advkd; diffusers' own DiffusionPipeline does not know the class
 
 images = AdvKDPipeline.from_pretrained(".")(batch_size=4).images
 ```
@@ -72,6 +72,7 @@ class AdvKDPipeline(DiffusionPipeline):
     def __init__(self, student):
         super().__init__()
         self.register_modules(student=StudentModel.from_student(student) if isinstance(student, Student) else student)
+        self._fused = (None, None)
 
     @torch.no_grad()
     def __call__(self, batch_size=1, generator=None, output_type="pil", return_dict=True):
@@ -88,15 +89,14 @@ class AdvKDPipeline(DiffusionPipeline):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type must be pil, np or pt, got {output_type!r}")
-        student = self.student.student.eval()
+        student = self._current_fused()
         if isinstance(generator, (list, tuple)):
             if len(generator) != batch_size:
                 raise InputError(f"generator: {len(generator)} generators came for batch_size {batch_size}")
             z = torch.cat([student.latents(1, _draw_seed(g)) for g in generator])
         else:
             z = student.latents(batch_size, _draw_seed(generator))
-        fused = student.fuse(dtype=student.head.weight.dtype)
-        images = fused(z).float()
+        images = student(z).float()
         if output_type == "pil":
             images = to_pil(images)
         else:
@@ -104,9 +104,17 @@ class AdvKDPipeline(DiffusionPipeline):
             images = images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _current_fused(self):
+        """The fused student, made anew when the weights have changed or moved."""
+        student = self.student.student.eval()
+        weight = student.head.weight
+        state = (weight.device, weight.dtype, [tensor._version for tensor in student.state_dict().values()])
+        if self._fused[0] != state:
+            self._fused = (state, student.fuse(dtype=weight.dtype))
+        return self._fused[1]
+
     def save_pretrained(self, save_directory, **options):
         """diffusers' ``save_pretrained``, and a model card."""
-        super().save_pretrained(save_directory, **options)
         config = self.student.config
         card = MODEL_CARD.format(
             size=config.image_size,
@@ -114,6 +122,7 @@ class AdvKDPipeline(DiffusionPipeline):
             parameters=self.student.student.num_parameters(terminals=False),
         )
         write_bytes(Path(save_directory) / "README.md", card.encode())
+        super().save_pretrained(save_directory, **options)
 
 
 def _draw_seed(generator):

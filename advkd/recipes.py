@@ -18,6 +18,7 @@ class DistillConfig:
         kl_floor: standard deviation that a target is given in the divergence.
         wasserstein: weight of the critics' score.
         final_weight: extra weight of the last level's regression (mse and kl).
+        regression_levels: levels that mse and kl apply to (empty: every supervised level).
         critic_levels: levels with a critic (empty: every supervised level).
         critic_updates: critic updates per student update.
         critic_channels, critic_max_channels: width of the critics.
@@ -42,6 +43,7 @@ class DistillConfig:
     kl_floor: float = 0.05
     wasserstein: float = 0.1
     final_weight: float = 2.0
+    regression_levels: tuple[int, ...] = ()
     critic_levels: tuple[int, ...] = ()
     critic_updates: int = 1
     critic_channels: int = 32
@@ -59,8 +61,9 @@ class DistillConfig:
     seed: int = 0
     checkpoint_every: int = 100
 
-    def validate(self, depth, paired):
-        """Raise :class:`InputError` that names the field that cannot work with this student and data set."""
+    def validate(self, depth, paired, num):
+        """Raise :class:`InputError` that names the field that cannot work with a student of ``depth`` submodules and a data
+        set of ``num`` samples."""
         _require(self.recipe in RECIPES, f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
@@ -72,6 +75,7 @@ class DistillConfig:
         for name in ("learning_rate", "critic_learning_rate", "kl_floor"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         _require(min(self.batch_sizes) >= 2, f"batch_sizes must be at least 2 for batch norm, got {self.batch_sizes}")
+        _require(max(self.batch_sizes) <= num, f"batch_sizes must be at most the {num} trajectories, got {self.batch_sizes}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         _require(0 <= self.final_learning_rate <= 1, "final_learning_rate must be in [0, 1]")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas must be two numbers in [0, 1), got {self.betas}")
@@ -79,13 +83,20 @@ class DistillConfig:
         _require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         _require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
         _require(self.mse or self.kl or self.wasserstein, "one of mse, kl and wasserstein must be positive")
-        bad = [k for k in self.critic_levels if not 1 <= k <= depth]
-        _require(not bad, f"critic_levels must be between 1 and the student's depth {depth}, got {bad}")
+        bad = [k for k in (*self.critic_levels, *self.regression_levels) if not 1 <= k <= depth]
+        _require(not bad, f"critic_levels and regression_levels must be between 1 and the student's depth {depth}, got {bad}")
+        for stage in self.stages(depth):
+            regressed = (self.mse or self.kl) and self.regression_levels_of(stage)
+            _require(regressed or stage.critic_levels, f"stage {stage.number} has no loss: see critic_levels, mse and kl")
         if not paired and (self.mse or self.kl or self.conditional):
             raise InputError(
                 "the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z), so only the Wasserstein loss with "
                 "an unconditional critic is right: use --mse 0 --kl 0 --no-conditional, or record with --sampler ddim"
             )
+
+    def regression_levels_of(self, stage):
+        """The stage's levels that mse and kl apply to."""
+        return [k for k in stage.levels if not self.regression_levels or k in self.regression_levels]
 
     def stages(self, depth):
         """The stages of a run for a student of ``depth`` submodules."""
@@ -96,8 +107,8 @@ class DistillConfig:
     def _stage(self, number, levels, last):
         critics = tuple(k for k in levels if not self.critic_levels or k in self.critic_levels) if self.wasserstein else ()
         first = last if self.train_scope == "last" and self.recipe == "paper" else 1
-        pick = lambda values: values[min(number, len(values)) - 1]
-        return Stage(number, levels, critics, range(first, last + 1), pick(self.batch_sizes), pick(self.updates))
+        batch_size, updates = (v[min(number, len(v)) - 1] for v in (self.batch_sizes, self.updates))
+        return Stage(number, levels, critics, range(first, last + 1), batch_size, updates)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The diffusion teacher: loading, noise, and the sampling paths that the student imitates."""
 
+import hashlib
+import json
 import math
-from pathlib import Path
 
 import torch
 
 from .errors import InputError
-from .files import read_json, sha256
+from .files import digest, read_json
+from .hub import PRETRAINED, reason, resolve
 from .ops import StepCoefficients, philox_normal, sampler_step
 
-PRETRAINED = Path(__file__).parent / "pretrained"
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
 SAMPLERS = ("ddim", "ddpm")
 
@@ -21,14 +22,12 @@ class Teacher:
         unet: diffusers ``UNet2DModel`` in eval mode.
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
         name: what the data set's manifest calls it.
-        fingerprint: SHA-256 of the weights, or None.
     """
 
-    def __init__(self, unet, scheduler, name="teacher", fingerprint=None):
+    def __init__(self, unet, scheduler, name="teacher"):
         self.unet = unet.eval().requires_grad_(False)
         self.scheduler = scheduler
         self.name = name
-        self.fingerprint = fingerprint
         self.alpha_bars = scheduler.alphas_cumprod.double()
         self.prediction = scheduler.config.prediction_type
         config = scheduler.config
@@ -48,12 +47,13 @@ class Teacher:
             InputError: missing or damaged files, or a teacher that is conditional, works on latents, learns its variance, or
                 whose scheduler is neither DDPM nor DDIM.
         """
-        folder = EMBEDDED.get(str(source)) or _resolve(str(source))
+        # An unfit repository of the hub is refused before its weights are fetched.
+        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
         _refuse_unfit_pipeline(folder)
-        unet = _load_unet(folder).to(device=device, dtype=dtype)
-        weights = sorted(_part(folder, "unet").glob("diffusion_pytorch_model*.safetensors"))
-        fingerprint = sha256(weights[0]) if weights else None
-        return cls(unet, _load_scheduler(folder), str(source), fingerprint)
+        scheduler = _load_scheduler(folder)
+        place = "unet/" if (folder / "unet").is_dir() else ""
+        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", f"{place}diffusion_pytorch_model*.safetensors"])
+        return cls(_load_unet(folder).to(device=device, dtype=dtype), scheduler, str(source))
 
     @property
     def image_channels(self):
@@ -74,6 +74,20 @@ class Teacher:
     def device(self):
         """The network's device."""
         return next(self.unet.parameters()).device
+
+    def identity(self):
+        """What its paths depend on, for a data set's manifest: weights, network, schedule, prediction, clipping."""
+        network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
+        return {
+            "name": self.name,
+            "parameters": self.num_parameters(),
+            "weights_sha256": digest(self.unet.state_dict()),
+            "network_sha256": hashlib.sha256(json.dumps(network, sort_keys=True).encode()).hexdigest(),
+            "schedule_sha256": digest({"alpha_bars": self.alpha_bars}),
+            "prediction": self.prediction,
+            "clip": self.clip if math.isfinite(self.clip) else None,
+            "variance": str(self.scheduler.config.get("variance_type")),
+        }
 
     def num_parameters(self):
         """Number of parameters of the network."""
@@ -154,22 +168,6 @@ class Teacher:
         return (self.image_channels, self.image_size, self.image_size)
 
 
-def _resolve(source):
-    """A local folder, or the hub's snapshot of a repository."""
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"teacher {source!r} is neither a folder, a hub id (owner/name), nor {', '.join(EMBEDDED)!r}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*/*.json", "*.safetensors", "*/*.safetensors"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"teacher {source!r} is not a local folder and cannot be fetched from the hub ({reason})") from error
-
-
 def _part(folder, name):
     # The first repositories of the hub keep the network and the scheduler beside model_index.json.
     return folder / name if (folder / name).is_dir() else folder
@@ -202,10 +200,15 @@ def _load_unet(folder):
     from diffusers import UNet2DModel
 
     try:
-        return UNet2DModel.from_pretrained(_part(folder, "unet"), use_safetensors=True, low_cpu_mem_usage=False)
+        unet, report = UNet2DModel.from_pretrained(
+            _part(folder, "unet"), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"teacher {folder}: the weights cannot be read ({reason})") from error
+        raise InputError(f"teacher {folder}: the weights cannot be read ({reason(error)})") from error
+    wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if wrong:
+        raise InputError(f"teacher {folder}: the weights do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
+    return unet
 
 
 def _load_scheduler(folder):
@@ -215,7 +218,10 @@ def _load_scheduler(folder):
     kind = config.get("_class_name", "DDPMScheduler")
     if kind not in ("DDPMScheduler", "DDIMScheduler"):
         raise InputError(f"teacher {folder} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
-    scheduler = getattr(diffusers, kind).from_config(config)
+    try:
+        scheduler = getattr(diffusers, kind).from_config(config)
+    except Exception as error:
+        raise InputError(f"teacher {folder}: the scheduler configuration cannot be used ({reason(error)})") from error
     if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
         raise InputError(f"teacher {folder}: prediction_type {scheduler.config.prediction_type!r} is not supported")
     if scheduler.config.thresholding:

@@ -3,16 +3,30 @@
 import copy
 import dataclasses
 import math
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .data import load_images
-from .errors import InputError
-from .files import pack_optimizer, read_tensors, replacing_folder, require_output_folder, unpack_optimizer, write_tensors
+from .data import load_images, normalize
+from .errors import InputError, TrainingError
+from .files import (
+    locked,
+    pack_optimizer,
+    read_tensors,
+    require_output_folder,
+    require_space,
+    unpack_optimizer,
+    write_tensors,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
+PIPELINE = ("unet", "scheduler", "model_index.json")
 
 
 @dataclass
@@ -58,8 +72,14 @@ class TeacherTrainingConfig:
             raise InputError(f"ema must be in [0, 1), got {self.ema}")
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
-        if any(c % 8 for c in self.channels):
-            raise InputError(f"channels must be multiples of 8 (group norm has 8 groups), got {self.channels}")
+        if any(c < 8 or c % 8 for c in self.channels):
+            raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
+        if self.learning_rate <= 0 or self.warmup < 0:
+            raise InputError(f"learning_rate must be positive and warmup not negative, got {self.learning_rate}, {self.warmup}")
+        if self.size and (self.size < 8 or self.size & (self.size - 1)):
+            raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
 
 
 def build_unet(size, image_channels, channels=()):
@@ -95,48 +115,56 @@ def train_teacher(config, out, resume=False, progress=True):
     is a function of (seed, step), so the resumed run equals an uninterrupted one.
 
     Raises:
-        InputError: bad configuration, data that cannot be read, ``out`` that holds another run, or a loss that is not finite.
+        InputError: bad configuration, data that cannot be read, or ``out`` that holds another run or teacher.
+        TrainingError: the loss is not finite; the last checkpoint is kept.
     """
     from diffusers import DDPMScheduler
 
     config.validate()
     out = require_output_folder(out)
-    foreign = sorted(path.name for path in out.iterdir() if path.name != CHECKPOINT)
-    if foreign:
-        raise InputError(f"--out {out} is not empty (it holds {foreign[0]}): name another folder")
+    if not (out / CHECKPOINT).exists():
+        if resume:
+            raise InputError(f"--resume: --out {out} holds no checkpoint")
+        if any((out / name).exists() for name in PIPELINE):
+            raise InputError(f"--out {out} holds a teacher already: name another folder")
     images = load_images(config.data, config.size or None, config.image_channels or None)
     torch.manual_seed(config.seed)
     unet = build_unet(images.shape[-1], images.shape[1], config.channels).to(config.device)
     average = copy.deepcopy(unet).requires_grad_(False)
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=config.prediction, clip_sample=True)
     optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate)
+    require_space(out, 20 * sum(p.numel() for p in unet.parameters()) + 2**24, "the run")
     checkpoint, start = out / CHECKPOINT, 0
     if checkpoint.exists():
         if not resume:
             raise InputError(f"--out {out} holds an unfinished run: add --resume, or name another folder")
         start = _restore(checkpoint, config, unet, average, optimizer)
-    images = images.to(config.device)
+    with locked(out):
+        _train(config, checkpoint, start, images.to(config.device), unet, average, scheduler, optimizer, progress)
+        _save_pipeline(out, average, scheduler)
+    return out
+
+
+def _train(config, checkpoint, start, images, unet, average, scheduler, optimizer, progress):
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="teacher", disable=not progress)
     smooth = None
     for step in bar:
         loss = _train_step(config, step, images, unet, scheduler, optimizer)
         if not math.isfinite(loss):
-            raise InputError(f"the loss is not finite at step {step}: lower learning_rate (now {config.learning_rate})")
+            raise TrainingError(f"the loss is not finite at step {step}: lower learning_rate (now {config.learning_rate})")
         decay = min(config.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
             _save_checkpoint(checkpoint, config, step + 1, unet, average, optimizer)
-    _save_pipeline(out, average, scheduler)
-    return out
 
 
 def _train_step(config, step, images, unet, scheduler, optimizer):
     # One batch, its timesteps and its noise: a function of (seed, step) alone.
     generator = torch.Generator().manual_seed((config.seed * 2**32 + step) % 2**63)
     rows = torch.randint(len(images), (config.batch_size,), generator=generator)
-    x0 = images[rows.to(images.device)]
+    x0 = normalize(images[rows.to(images.device)])
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     t = torch.randint(scheduler.config.num_train_timesteps, (config.batch_size,), generator=generator).to(x0.device)
     # The network's output against its target, at x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps.
@@ -163,7 +191,7 @@ def _save_checkpoint(path, config, step, unet, average, optimizer):
 
 
 def _restore(path, config, unet, average, optimizer):
-    tensors, metadata = read_tensors(path, "checkpoint")
+    tensors, metadata = read_tensors(path, "checkpoint", ("step", "config"))
     wanted = dataclasses.asdict(config)
     wanted["channels"] = list(config.channels)
     ignored = ("checkpoint_every", "device")
@@ -179,6 +207,13 @@ def _restore(path, config, unet, average, optimizer):
 def _save_pipeline(out, unet, scheduler):
     from diffusers import DDPMPipeline
 
-    # The folder is swapped whole: the checkpoint goes with the old one, and a reader never finds half a teacher.
-    with replacing_folder(out) as folder:
-        DDPMPipeline(copy.deepcopy(unet).cpu().half(), scheduler).save_pretrained(folder)
+    # Saved aside and moved in, the index last; the checkpoint stays until all is there, so a kill loses nothing.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as folder:
+        try:
+            DDPMPipeline(copy.deepcopy(unet).cpu().half(), scheduler).save_pretrained(folder)
+        except SafetensorError as error:
+            raise InputError(f"the teacher cannot be written to {out} ({error})") from error
+        for name in PIPELINE:
+            shutil.rmtree(out / name, ignore_errors=True)
+            os.replace(Path(folder) / name, out / name)
+    (out / CHECKPOINT).unlink(missing_ok=True)

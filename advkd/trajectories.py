@@ -6,7 +6,7 @@ whenever. The manifest is written once all shards are there.
 """
 
 import dataclasses
-import hashlib
+import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .errors import InputError
-from .files import read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
+from .errors import InputError, TrainingError
+from .files import digest, read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
 from .latents import check_latent, latent_numel, project
 from .schedule import resolutions, supervising_timesteps
 
 FORMAT = "advkd-trajectories-1"
+SHARD_KEYS = ("recipe", "start", "count", "digest")
 
 
 @dataclass
@@ -82,17 +83,44 @@ def record_trajectories(teacher, config, out, progress=True):
     for shard in mine:
         count = min(config.shard_size, config.num - starts[shard])
         tensors = _run_shard(teacher, config, recipe, starts[shard], count, bar)
-        metadata = {"recipe": recipe, "start": starts[shard], "count": count, "digest": _digest(tensors)}
+        metadata = {"recipe": recipe, "start": starts[shard], "count": count, "digest": digest(tensors)}
         write_tensors(_shard_path(out, shard), tensors, metadata)
     bar.close()
     if all(_shard_path(out, s).exists() for s in range(len(starts))):
+        _check_existing(out, recipe)
         write_json(out / "manifest.json", _manifest(out, recipe, len(starts)))
     return out
+
+
+def record_in_processes(source, config, out, processes, progress=True):
+    """:func:`record_trajectories` by ``processes`` local processes of one thread each, which on CPUs beats one process with
+    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes."""
+    if processes < 1:
+        raise InputError(f"processes must be at least 1, got {processes}")
+    context = multiprocessing.get_context("spawn")
+    arguments = [(source, config, out, rank, processes, progress) for rank in range(processes)]
+    workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise TrainingError(f"a recording process failed; the finished shards are kept in {out}")
+    return Path(out)
+
+
+def _record_as(source, config, out, rank, processes, progress):
+    from .teacher import Teacher
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+    torch.set_num_threads(1)
+    record_trajectories(Teacher.from_pretrained(source), config, out, progress)
 
 
 def _recipe(teacher, config):
     """Everything that the shards' contents depend on."""
     size = teacher.image_size
+    sides = resolutions(size, config.depth)
     timesteps = teacher.timesteps(config.sampler, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)
@@ -100,11 +128,11 @@ def _recipe(teacher, config):
         **dataclasses.asdict(config),
         "steps": len(timesteps),
         "latent_size": latent_size,
-        "teacher": {"name": teacher.name, "sha256": teacher.fingerprint, "parameters": teacher.num_parameters()},
+        "teacher": teacher.identity(),
         "image_channels": teacher.image_channels,
         "image_size": size,
+        "resolutions": sides,
         "timesteps": supervising_timesteps(config.sampler, config.depth, timesteps, teacher.train_timesteps),
-        "resolutions": resolutions(size, config.depth),
     }
 
 
@@ -147,21 +175,12 @@ def _shard_path(out, shard):
 
 def _check_existing(out, recipe):
     for path in sorted(out.glob("shard-*.safetensors")):
-        tensors, metadata = read_tensors(path, "shard")
-        metadata = metadata or {}
-        changed = sorted(k for k in recipe if metadata.get("recipe", {}).get(k) != recipe[k])
+        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS)
+        changed = sorted(k for k in recipe if metadata["recipe"].get(k) != recipe[k])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
-        if metadata["digest"] != _digest(tensors):
+        if metadata["digest"] != digest(tensors):
             raise InputError(f"shard {path} is altered: delete it and run the same command again")
-
-
-def _digest(tensors):
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _manifest(out, recipe, shards):
@@ -208,8 +227,9 @@ class Trajectories:
             raise InputError(f"--trajectories {folder} is not a folder")
         if not (self.folder / "manifest.json").exists() and any(self.folder.glob("shard-*.safetensors")):
             raise InputError(f"--trajectories {folder} is unfinished: run the same 'advkd trajectories' command again")
-        manifest = read_json(self.folder / "manifest.json", "manifest")
-        if manifest.get("format") != FORMAT:
+        keys = ("format", "recipe", "standard_deviations", "shards")
+        manifest = read_json(self.folder / "manifest.json", "manifest", keys)
+        if manifest["format"] != FORMAT:
             raise InputError(f"{self.folder / 'manifest.json'} is not a manifest of advkd trajectories")
         self.recipe = manifest["recipe"]
         self.standard_deviations = manifest["standard_deviations"]

@@ -39,7 +39,7 @@ def tiny_unet(channels=1, seed=0, **options):
 def tiny_teacher(timesteps=1000, channels=1, **scheduler):
     from diffusers import DDPMScheduler
 
-    return Teacher(tiny_unet(channels), DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny", "0" * 64)
+    return Teacher(tiny_unet(channels), DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny")
 
 
 def tiny_student(seed=0):

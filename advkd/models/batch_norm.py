@@ -17,6 +17,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """``(N, C, H, W)`` to the same shape."""
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
+        narrow, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         mean, variance, count = _global_moments(x)
         if self.track_running_stats:
             with torch.no_grad():
@@ -25,7 +26,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return (x * scale[:, None, None] + shift[:, None, None]).to(narrow)
 
 
 def _global_moments(x):
@@ -52,4 +53,5 @@ def fold(convolution, norm):
 
 def convolution_stage(convolution, norm, x, slope):
     """LeakyReLU(batch norm(convolution(x)))."""
-    return F.leaky_relu(norm(convolution(x)), slope)
+    # In place: neither backward needs the normalised value before the activation.
+    return F.leaky_relu(norm(convolution(x)), slope, inplace=True)

@@ -16,7 +16,7 @@ class CriticConfig:
     Attributes:
         image_size: side of the level's images, 4 * 2^k.
         image_channels: channels of the images.
-        channels: features after the first convolution; they double at each halving of the resolution.
+        channels: features after the first strided convolution; they double with each further one.
         max_channels: upper bound of the features.
         condition_channels: channels of the 4x4 condition (the latent's 4x4 parts), 0 for an unconditional critic.
         slope: of LeakyReLU.
@@ -32,6 +32,10 @@ class CriticConfig:
     def __post_init__(self):
         if self.image_size < 4 or self.image_size & (self.image_size - 1):
             raise InputError(f"image_size must be 4 * 2^k, got {self.image_size}")
+        if min(self.image_channels, self.channels, self.max_channels) < 1 or self.condition_channels < 0:
+            raise InputError("image_channels, channels and max_channels must be positive, condition_channels not negative")
+        if not 0 <= self.slope < 1:
+            raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
 class Critic(PretrainedModule, nn.Module):
@@ -46,18 +50,16 @@ class Critic(PretrainedModule, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        features, side = config.channels, config.image_size
-        layers = [nn.Conv2d(config.image_channels, features, 3, padding=1), nn.LeakyReLU(config.slope)]
+        layers, features, wider, side = [], config.image_channels, config.channels, config.image_size
         while side > 4:
-            wider = min(2 * features, config.max_channels)
             layers += [nn.Conv2d(features, wider, 4, stride=2, padding=1), nn.LeakyReLU(config.slope)]
-            features, side = wider, side // 2
+            features, wider, side = wider, min(2 * wider, config.max_channels), side // 2
         self.trunk = nn.Sequential(*layers)
         self.tail = nn.Sequential(
-            nn.Conv2d(features + config.condition_channels, features, 3, padding=1),
+            nn.Conv2d(features + config.condition_channels, wider, 3, padding=1),
             nn.LeakyReLU(config.slope),
             nn.Flatten(),
-            nn.Linear(16 * features, 1),
+            nn.Linear(16 * wider, 1),
         )
 
     def forward(self, x, condition=None):

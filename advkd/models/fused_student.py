@@ -5,11 +5,11 @@ from torch import nn
 
 from ..errors import InputError
 from ..latents import split_latent
-from ..ops import backends, conv_block
+from ..ops import backends, conv_block, philox_normal
 from .batch_norm import fold
 from .student import sample_in_batches
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FusedStudent(nn.Module):
@@ -18,7 +18,7 @@ class FusedStudent(nn.Module):
     Args:
         student: the :class:`Student`; it is not changed.
         backend: see :func:`advkd.ops.backends.choose`.
-        dtype: of weights and activations: float32, bfloat16 or float16.
+        dtype: of weights and activations: float32, bfloat16, float16 or float64.
 
     ``fused(z)`` has no gradient.
     """
@@ -27,11 +27,11 @@ class FusedStudent(nn.Module):
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        device = student.head.weight.device
-        self.backend = backends.choose("conv_block", backend, device)
+        backends.choose("conv_block", backend, student.head.weight.device)
+        self.backend = backend
         self.config = student.config
         self.latent_parts = student.latent_parts
-        self.latents = student.latents
+        self.latent_numel = student.latent_numel
         self.plan = []
         for block in student.submodules:
             self._add(*fold(block.convolution1, block.norm1), block.upsample, "leaky_relu", dtype)
@@ -43,6 +43,11 @@ class FusedStudent(nn.Module):
         self.register_buffer(f"weight{i}", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer(f"bias{i}", bias.to(dtype))
         self.plan.append((upsample, activation))
+
+    def latents(self, n, seed=0, start=0):
+        """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
+        indices = torch.arange(start, start + n, device=self.weight0.device)
+        return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
     def forward(self, z):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save
 
 from ..errors import InputError
 from ..files import read_json, write_bytes, write_json
+from ..hub import reason, resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -20,12 +21,14 @@ class PretrainedModule:
 
     @classmethod
     def from_pretrained(cls, source, device="cpu"):
-        """Load from an embedded name, a folder by :meth:`save_pretrained` or a hub id; the module comes in eval mode.
+        """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
 
         Raises:
             InputError: missing, damaged or foreign files; the message names the file.
         """
-        folder = cls.embedded.get(str(source)) or _resolve(str(source), cls.__name__)
+        folder = resolve(source, cls.embedded, cls.__name__, ["config.json", WEIGHTS])
+        if not (folder / "config.json").exists() and (folder / "model_index.json").exists():
+            folder = folder / cls.__name__.lower()
         values = read_json(folder / "config.json", f"{cls.__name__} configuration")
         kind = values.pop("_class_name", cls.__name__)
         values = {key: value for key, value in values.items() if not key.startswith("_")}
@@ -37,7 +40,7 @@ class PretrainedModule:
         except FileNotFoundError:
             raise InputError(f"{folder / WEIGHTS} does not exist") from None
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({str(error).splitlines()[0]})") from error
+            raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({reason(error)})") from error
         return module.to(device).eval()
 
     def save_pretrained(self, folder):
@@ -61,20 +64,6 @@ class PretrainedModule:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-
-
-def _resolve(source, kind):
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"{kind} {source!r} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", WEIGHTS]))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{kind} {source!r} is not a local folder and cannot be fetched from the hub ({reason})") from error
 
 
 def build_config(config_class, values, where):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..hub import PRETRAINED
 from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
 from ..schedule import resolutions
-from ..teacher import PRETRAINED
 from .batch_norm import BatchNorm2d, convolution_stage
 from .saving import PretrainedModule
 
@@ -43,13 +43,15 @@ class StudentConfig:
             raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
         if any(not isinstance(c, int) or c < 1 for c in self.channels):
             raise InputError(f"channels must be positive integers, got {self.channels}")
+        if not 0 <= self.slope < 1:
+            raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
 PRESETS = {
     "paper-256": StudentConfig(),
     "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
     "digits": StudentConfig(
-        image_size=32, image_channels=1, channels=(64, 64, 64, 64, 64, 32, 32, 32, 32, 32, 32, 32), latent_size=8
+        image_size=32, image_channels=1, channels=(64, 64, 64, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
     ),
 }
 

@@ -47,6 +47,8 @@ def choose(name, backend, device):
     if preferred not in (*BACKENDS, "auto"):
         raise InputError(f"ADVKD_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {preferred!r}")
     order = BACKENDS if preferred == "auto" else (preferred, *BACKENDS)
+    # Triton's interpreter runs when asked for by name, never by itself.
+    order = [b for b in order if not (b == "triton" and device.type == "cpu" and preferred != "triton")]
     return next(candidate for candidate in order if gap(name, candidate, device) is None)
 
 

@@ -34,4 +34,13 @@ ADVKD_INLINE void philox_rounds(u32 c[4], u32 k0, u32 k1) {
   }
 }
 
+#ifndef __CUDACC_RTC__
+// Parameters from what torch passes: a seed's 64 bits as a signed integer.
+inline PhiloxParameters philox_parameters(i64 seed, i64 stream, i64 step, i64 count) {
+  const u64 key = static_cast<u64>(seed);
+  const u32 stream_step = static_cast<u32>(stream) << 24 | static_cast<u32>(step);
+  return {static_cast<u32>(key), static_cast<u32>(key >> 32), stream_step, count};
+}
+#endif
+
 }  // namespace advkd

@@ -16,12 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-PhiloxParameters parameters(int64_t seed, int64_t stream, int64_t step, i64 count) {
-  const auto key = static_cast<std::uint64_t>(seed);
-  const auto stream_step = static_cast<u32>(stream) << 24 | static_cast<u32>(step);
-  return {static_cast<u32>(key), static_cast<u32>(key >> 32), stream_step, count};
-}
-
 template <typename Element, typename Kernel>
 void launch(const Tensor& indices, const PhiloxParameters& p, Kernel kernel, Tensor& out) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_contiguous(), "indices must be contiguous int64");
@@ -41,7 +35,7 @@ void launch(const Tensor& indices, const PhiloxParameters& p, Kernel kernel, Ten
 Tensor philox_words(const Tensor& indices, int64_t seed, int64_t count, int64_t stream, int64_t step) {
   const std::vector<int64_t> shape{indices.numel(), count};
   Tensor out = torch::stable::new_empty(indices, shape, ScalarType::Long);
-  launch<std::int64_t>(indices, parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_words), out);
+  launch<std::int64_t>(indices, philox_parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_words), out);
   return out;
 }
 
@@ -58,7 +52,7 @@ Tensor philox_normal(
     count *= side;
   }
   Tensor out = torch::stable::new_empty(indices, full, ScalarType::Float);
-  launch<float>(indices, parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_normal), out);
+  launch<float>(indices, philox_parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_normal), out);
   return out;
 }
 

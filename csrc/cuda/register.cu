@@ -20,12 +20,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-PhiloxParameters parameters(int64_t seed, int64_t stream, int64_t step, i64 count) {
-  const auto key = static_cast<std::uint64_t>(seed);
-  const auto stream_step = static_cast<u32>(stream) << 24 | static_cast<u32>(step);
-  return {static_cast<u32>(key), static_cast<u32>(key >> 32), stream_step, count};
-}
-
 template <typename Element>
 void launch(const Tensor& indices, PhiloxParameters p, void (*kernel)(const i64*, i64, PhiloxParameters, Element*), Tensor& out) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_contiguous(), "indices must be contiguous int64");
@@ -46,7 +40,7 @@ void launch(const Tensor& indices, PhiloxParameters p, void (*kernel)(const i64*
 Tensor philox_words(const Tensor& indices, int64_t seed, int64_t count, int64_t stream, int64_t step) {
   const std::vector<int64_t> shape{indices.numel(), count};
   Tensor out = torch::stable::new_empty(indices, shape, ScalarType::Long);
-  launch<i64>(indices, parameters(seed, stream, step, count), advkd_philox_words, out);
+  launch<i64>(indices, philox_parameters(seed, stream, step, count), advkd_philox_words, out);
   return out;
 }
 
@@ -63,7 +57,7 @@ Tensor philox_normal(
     count *= side;
   }
   Tensor out = torch::stable::new_empty(indices, full, ScalarType::Float);
-  launch<float>(indices, parameters(seed, stream, step, count), advkd_philox_normal, out);
+  launch<float>(indices, philox_parameters(seed, stream, step, count), advkd_philox_normal, out);
   return out;
 }
 

@@ -40,6 +40,9 @@ def test_triton_kernels_compile(kernel, architecture, tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 def test_nvcc_spills_nothing(architecture, tmp_path):
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if architecture.rstrip("a") not in known:
+        pytest.skip(f"this nvcc does not know {architecture}")
     command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
     command += ["-cubin", str(ROOT / "csrc/cuda/philox.cu"), "-o", str(tmp_path / "philox.cubin")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -17,5 +17,12 @@ if __name__ == "__main__":
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     config = recipe(overrides.pop("recipe"), **overrides)
     data = Trajectories(folder)
-    Distiller(data, tiny_student().double(), config, out, dtype=torch.float64, progress=False).run()
-    assert int(os.environ.get("WORLD_SIZE", 1)) in (1, 2)
+    # Every process brings other weights: those of the main process count.
+    student = tiny_student(seed=int(os.environ.get("RANK", 0)))
+    dtype = torch.float64 if config.mixed_precision == "no" else torch.float32
+    run = Distiller(data, student, config, out, dtype=dtype, progress=False)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    assert run.accelerator.num_processes == world
+    assert len(run._next_batch(run.stages[0])[1]) == config.batch_sizes[0] // world
+    run.cursor = 0
+    run.run()

@@ -87,6 +87,8 @@ def test_interpolation_ends_at_two_latents(capsys, tmp_path):
         (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--betas", "a,b"], "betas"),
         (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--config", "none.json"], "none.json"),
         (["teacher", "train", "--data", "nowhere", "--out", "x"], "nowhere"),
+        (["teacher", "train", "--seed", 2**70, "--out", "x"], "seed"),
+        (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--seed", 2**70], "x"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, word):
@@ -107,6 +109,23 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "chanels": [8]}))
     arguments[4] = tmp_path / "student.json"
     assert "chanels" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
+
+
+def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, trajectories):
+    import advkd.distill
+
+    seen = []
+    monkeypatch.setattr(advkd.distill, "distill", lambda data, student, config, *rest: seen.append(config))
+    (tmp_path / "c.json").write_text(json.dumps({"conditional": True, "kl": 0.5, "updates": [7], "betas": [0.1, 0.2]}))
+    arguments = ["distill", "--trajectories", trajectories, "--preset", "digits", "--out", tmp_path, "--config"]
+    assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0
+    assert run(capsys, *arguments, tmp_path / "c.json", "--no-conditional", "--updates", "3,4")[0] == 0
+    first, second = seen
+    assert (first.conditional, first.kl, first.updates, first.betas) == (True, 0.5, (7,), (0.1, 0.2))
+    assert (second.conditional, second.kl, second.updates, second.betas) == (False, 0.5, (3, 4), (0.1, 0.2))
+    for wrong in ({"updates": [8.9]}, {"updates": [True]}, {"conditional": 1}, {"seed": 1e400}, {"recipe": ["paper"]}):
+        (tmp_path / "c.json").write_text(json.dumps(wrong))
+        assert next(iter(wrong)) in refused(capsys, *arguments, tmp_path / "c.json")
 
 
 def test_output_that_cannot_be_written(capsys, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from advkd.data import load_images
+from advkd.data import load_images, normalize
 from advkd.errors import InputError
 
 
@@ -26,10 +26,20 @@ def test_folder_of_any_size_and_channels(tmp_path):
     save(tmp_path / "deep" / "b.jpg", (40, 33))
     images = load_images(tmp_path)
     assert images.shape == (2, 3, 8, 8)
-    assert torch.allclose(images[0, :, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
+    assert images.dtype == torch.uint8
+    assert torch.equal(normalize(images)[0, :, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
     assert load_images(tmp_path, size=16, channels=1).shape == (2, 1, 16, 16)
     save(tmp_path / "gray" / "c.png", (64, 64), "L", 128)
     assert load_images(tmp_path / "gray").shape == (1, 1, 64, 64)
+
+
+def test_sixteen_bit_gray_is_scaled(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.png")
+    images = load_images(tmp_path)
+    assert images.shape == (1, 1, 8, 8) and (images == 100).all()
 
 
 def test_bad_folders_are_named(tmp_path):

@@ -91,7 +91,7 @@ def test_train_scope_last_freezes_the_earlier_submodules(trajectories, tmp_path)
         {"mse": 0.0, "kl": 1.0, "wasserstein": 0.0},
         {"mse": 0.0, "wasserstein": 1.0},
         {"mse": 0.5, "kl": 0.1, "wasserstein": 0.2, "conditional": True, "clip_gradients": 0.1},
-        {"critic_levels": (4,), "ema": 0.0},
+        {"critic_levels": (4,), "regression_levels": (1, 2), "ema": 0.0},
         {"mixed_precision": "bf16"},
     ],
 )
@@ -174,6 +174,54 @@ def test_two_processes_give_the_losses_of_one(trajectories, tmp_path, overrides)
                 assert abs(float(one[name]) - float(two[name])) <= 1e-6 * max(1.0, abs(float(one[name]))), name
 
 
+def test_two_processes_train_in_bfloat16(trajectories, tmp_path):
+    overrides = {"recipe": "joint", "updates": [2], "batch_sizes": [8], "mixed_precision": "bf16", "critic_channels": 4}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.system.distill_worker", str(trajectories), str(tmp_path), json.dumps(overrides)]
+    result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path))
+
+
+def test_a_finished_run_resumes_to_itself(trajectories, tmp_path):
+    first = distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
+    again = distill(trajectories, tiny_student(seed=1), JOINT, tmp_path, resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert len(rows(tmp_path)) == 6
+
+
+def test_torn_metrics_do_not_stop_a_resumption(trajectories, tmp_path):
+    distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
+    text = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(text[: text.rindex("1,6,") + 2])
+    distill(trajectories, tiny_student(), JOINT, tmp_path, resume=True, progress=False)
+    assert [row["update"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5"]
+
+
+def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
+    from advkd.files import locked
+
+    with pytest.raises(InputError, match="no checkpoint"):
+        distill(trajectories, tiny_student(), JOINT, tmp_path / "typo", resume=True)
+    tiny_student().save_pretrained(tmp_path / "student")
+    with pytest.raises(InputError, match="holds a student already"):
+        distill(trajectories, tiny_student(), JOINT, tmp_path / "student")
+    (tmp_path / "busy").mkdir()
+    with locked(tmp_path / "busy"), pytest.raises(InputError, match="another process"):
+        distill(trajectories, tiny_student(), JOINT, tmp_path / "busy", progress=False)
+    (tmp_path / "foreign").mkdir()
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign" / "checkpoint.safetensors")
+    with pytest.raises(InputError, match="checkpoint.safetensors is not what advkd writes"):
+        distill(trajectories, tiny_student(), JOINT, tmp_path / "foreign", resume=True)
+
+
+def test_large_seeds_train(trajectories, tmp_path):
+    distill(trajectories, tiny_student(), recipe("joint", updates=(1,), seed=2**63 - 1, **SMALL), tmp_path, progress=False)
+    assert len(rows(tmp_path)) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trajectories, tmp_path, monkeypatch):
     run = Distiller(Trajectories(trajectories), tiny_student(), JOINT, tmp_path, progress=False)
     real = run._next_batch
@@ -196,6 +244,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trajectories, 
         ({"updates": (0,)}, "updates"),
         ({"updates": ()}, "updates"),
         ({"batch_sizes": (1,)}, "batch_sizes"),
+        ({"batch_sizes": (25,)}, "batch_sizes"),
+        ({"recipe": "paper", "mse": 0.0, "critic_levels": (4,)}, "stage 1 has no loss"),
         ({"critic_updates": 0}, "critic_updates"),
         ({"mse": -1.0}, "mse"),
         ({"mse": 0.0, "wasserstein": 0.0}, "one of mse"),

@@ -25,7 +25,9 @@ def test_import_and_sampling_are_light():
 def test_public_names_exist():
     import advkd
 
-    assert all(getattr(advkd, name) is not None for name in advkd.__all__)
+    assert all(callable(getattr(advkd, name)) for name in advkd.__all__)
+    # A name that is also a submodule would be the one or the other, depending on what was imported first.
+    assert not [name for name in advkd.__all__ if (ROOT / "advkd" / f"{name}.py").exists()]
     with pytest.raises(AttributeError, match="no_such_name"):
         advkd.no_such_name
 
@@ -33,7 +35,7 @@ def test_public_names_exist():
 def test_kernels_are_mapped_in_a_bare_checkout(tmp_path):
     for name in ("advkd", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
-    code = "import advkd.kernels.philox as p, importlib.util as u; print(p.__name__, u.find_spec('kernels') is None or 'cwd')"
+    code = "import advkd.kernels.philox; print(advkd.kernels.philox.__name__)"
     environment = process_environment({"PYTHONPATH": str(tmp_path)})
     assert python(code, env=environment, cwd=tmp_path)[0] == "advkd.kernels.philox"
 
@@ -79,6 +81,6 @@ def test_a_missing_compiler_is_a_warning_unless_the_build_is_demanded(tmp_path):
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")]
     environment = {"CXX": "no-such-compiler", "ADVKD_CUDA": "0"}
     result = subprocess.run(command, cwd=ROOT, env=process_environment(environment), capture_output=True, text=True)
-    assert result.returncode == 0 and "reference backend remains" in result.stdout + result.stderr
+    assert result.returncode == 0 and "the cpu extension was not built, the other backends remain" in result.stdout + result.stderr
     demanded = process_environment({**environment, "ADVKD_CPU": "1"})
     assert subprocess.run(command, cwd=ROOT, env=demanded, capture_output=True, text=True).returncode != 0

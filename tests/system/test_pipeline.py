@@ -51,9 +51,17 @@ def test_saving_and_loading(pipe, tmp_path):
     again = AdvKDPipeline.from_pretrained(tmp_path)
     images = [p(batch_size=2, generator=seeded(0), output_type="pt").images for p in (pipe, again)]
     assert torch.equal(*images)
-    # The student's folder is a student's folder.
+    # The student's folder is a student's folder, and so is the pipeline's.
+    assert Student.from_pretrained(tmp_path).config == Student.from_pretrained(tmp_path / "student").config
     student = Student.from_pretrained(tmp_path / "student")
     assert torch.equal(student(student.latents(1)), pipe.student(student.latents(1)))
+
+
+def test_changed_weights_change_the_images(pipe):
+    before = pipe(generator=seeded(0), output_type="pt").images
+    with torch.no_grad():
+        pipe.student.student.head.bias += 0.5
+    assert (pipe(generator=seeded(0), output_type="pt").images - before).min() > 0
 
 
 def test_bad_calls_are_named(pipe):

@@ -27,7 +27,7 @@ def trained_like(student):
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("paper-256", 1_878_275), ("pyramid-256", 2_297_827), ("digits", 509_345)]
+    ("preset", "parameters"), [("paper-256", 1_878_275), ("pyramid-256", 2_297_827), ("digits", 460_017)]
 )
 def test_presets_have_the_sizes_the_readme_says(preset, parameters):
     student = Student.from_preset(preset)
@@ -76,6 +76,8 @@ def test_fused_is_the_student(dtype, tolerance):
     assert fused(z).dtype == dtype
     assert (fused(z).float() - student(z)).abs().max() <= tolerance
     assert not any("terminal" in name for name, _ in fused.named_buffers())
+    assert not any(value is student for value in vars(fused).values()), "the student must not stay alive"
+    assert torch.equal(fused.latents(2, seed=9, start=3), student.latents(2, seed=9, start=3))
     with pytest.raises(BackendUnavailableError, match="conv_block"):
         student.fuse(backend="cuda")
     with pytest.raises(InputError, match="dtype"):
@@ -124,6 +126,9 @@ def test_damaged_files_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(InputError, match="does not exist"):
         Student.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json is not what advkd writes"):
+        Student.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="neither a folder nor a hub id"):
         Student.from_pretrained(tmp_path / "nothing")
 
@@ -160,6 +165,7 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
         ({"channels": (8,) * 10}, "depth"),
         ({"channels": (8,) * 11 + (0,)}, "channels"),
         ({"image_channels": 5}, "image_channels"),
+        ({"slope": -0.1}, "slope"),
         ({"latent_size": 65}, "latent_size"),
         ({"detail_noise": True}, "latent_size"),
     ],

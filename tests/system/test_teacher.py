@@ -43,7 +43,7 @@ def test_folder_layouts(teacher_folder, tmp_path):
         shutil.copy(path, flat)
     shutil.copy(teacher_folder / "model_index.json", flat)
     again = Teacher.from_pretrained(flat)
-    assert pipeline.fingerprint == again.fingerprint and len(again.fingerprint) == 64
+    assert {**pipeline.identity(), "name": ""} == {**again.identity(), "name": ""}
     assert torch.equal(pipeline.sample(2, steps=3), again.sample(2, steps=3))
 
 
@@ -71,8 +71,22 @@ def test_unfit_teachers_are_refused(teacher_folder, tmp_path, file, changes, rea
         Teacher.from_pretrained(copy_with(teacher_folder, tmp_path / "t", file, **changes))
 
 
+def test_incomplete_weights_are_refused(teacher_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "t"
+    shutil.copytree(teacher_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "conv_in" not in k}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match="conv_in"):
+        Teacher.from_pretrained(folder)
+    weights.with_name("config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json is not what advkd writes"):
+        Teacher.from_pretrained(folder)
+
+
 def test_missing_and_damaged_teachers_are_named(teacher_folder, tmp_path):
-    with pytest.raises(InputError, match="neither a folder, a hub id"):
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
         Teacher.from_pretrained(tmp_path / "nothing")
     with pytest.raises(InputError, match="cannot be fetched from the hub"):
         Teacher.from_pretrained("someone/no-such-teacher")
@@ -162,8 +176,20 @@ def test_training_learns_saves_and_resumes(tmp_path):
     assert not (tmp_path / "killed" / "checkpoint.safetensors").exists()
     teacher = Teacher.from_pretrained(tmp_path / "whole")
     assert teacher.sample(2, steps=2).shape == (2, 1, 8, 8)
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="holds a teacher already"):
         train_teacher(config, tmp_path / "whole", progress=False)
+    with pytest.raises(InputError, match="no checkpoint"):
+        train_teacher(config, tmp_path / "empty", resume=True, progress=False)
+
+
+def test_other_files_and_links_survive_training(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    config = TeacherTrainingConfig(size=8, channels=(8,), steps=1, batch_size=2)
+    train_teacher(config, tmp_path / "link", progress=False)
+    assert (tmp_path / "real" / "notes.txt").read_text() == "mine"
+    assert Teacher.from_pretrained(tmp_path / "link").image_size == 8
 
 
 @pytest.mark.parametrize(
@@ -176,6 +202,9 @@ def test_training_learns_saves_and_resumes(tmp_path):
         ({"channels": (12,)}, "channels"),
         ({"size": 20}, "size"),
         ({"data": "nowhere"}, "--data nowhere"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"size": -8}, "size"),
+        ({"seed": 2**64}, "seed"),
     ],
 )
 def test_bad_training_is_refused(changes, name, tmp_path):

@@ -64,7 +64,7 @@ def test_manifest_describes_the_data(trajectories):
     for k in range(1, 5):
         assert abs(manifest["standard_deviations"][k - 1] - levels[k].double().std(correction=0).item()) < 1e-6
     assert 0.9 < manifest["latent_standard_deviation"] < 1.1
-    assert manifest["recipe"]["teacher"]["sha256"] == "0" * 64
+    assert manifest["recipe"]["teacher"] == tiny_teacher().identity()
 
 
 def test_unpaired_data(unpaired):
@@ -88,10 +88,10 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     wait_for(tmp_path / "killed" / "shard-00001.safetensors", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (tmp_path / "killed" / "shard-00004.safetensors").exists(), "the run ended before it was killed"
+    # What a process killed while writing leaves; process numbers end far below this one.
+    (tmp_path / "killed" / f".shard-00003.safetensors.{files._HOST}.4194999.tmp").write_bytes(b"torn")
     assert run_cli(*arguments, tmp_path / "killed").returncode == 0
-    leftovers = [p for p in (tmp_path / "killed").iterdir() if p.name.endswith(".tmp")]
-    for path in leftovers:
-        path.unlink()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -102,7 +102,25 @@ def test_processes_share_the_work(teacher_folder, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     process = start_cli(*arguments, tmp_path / "two", launcher=launcher, environment=one_thread)
     assert process.wait(timeout=240) == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert run_cli(*arguments, tmp_path / "local", "--processes", 3).returncode == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "local")
+
+
+def test_each_process_writes_its_own_shards(teacher, tmp_path, monkeypatch):
+    written = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
+        written.append(sorted(p.name[:11] for p in tmp_path.iterdir()))
+    assert written == [["shard-00001"], ["manifest.js", "shard-00000", "shard-00001", "shard-00002"]]
+
+
+def test_another_schedule_is_another_teacher(trajectories, tmp_path):
+    shutil.copytree(trajectories, tmp_path / "t")
+    (tmp_path / "t" / "shard-00001.safetensors").unlink()
+    with pytest.raises(InputError, match="another teacher"):
+        record_trajectories(tiny_teacher(prediction_type="v_prediction"), tiny_recording(), tmp_path / "t", progress=False)
 
 
 def test_damaged_shards_are_named(trajectories, teacher, tmp_path):
@@ -136,9 +154,10 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
     with pytest.raises(InputError, match="not a folder"):
         Trajectories(tmp_path / "nothing")
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="not a manifest"):
-        Trajectories(tmp_path / "foreign")
+    for text in ("{}", "[]", "torn"):
+        (tmp_path / "foreign" / "manifest.json").write_text(text)
+        with pytest.raises(InputError, match="manifest.json"):
+            Trajectories(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +170,7 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
         ({"sampler": "euler"}, "sampler"),
         ({"steps": 2000}, "steps"),
         ({"depth": 5}, "depth"),
+        ({"depth": 2}, "depth"),
         ({"latent_size": 3}, "latent_size"),
     ],
 )

@@ -1,0 +1,38 @@
+"""What the README states as a number is what the code counts; its Python examples run."""
+
+import re
+
+import pytest
+
+from advkd import Student, Teacher
+
+from ..conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits"])
+def test_sizes_of_the_students(preset):
+    student = Student.from_preset(preset)
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{preset}`"))
+    small, full = (student.num_parameters(terminals) for terminals in (False, True))
+    expected = [f"{small:,}", f"{full:,}", f"{4 * small / 1e6:.1f} MB", f"{4 * full / 1e6:.1f} MB", "1"]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
+
+
+def test_size_of_the_embedded_teacher():
+    assert f"| {Teacher.from_pretrained('digits').num_parameters():,} |" in README
+
+
+def test_python_examples_run():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(example.replace("fused.sample(1000", "fused.sample(3"), {})
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / path).stat().st_size > 1000 for path in pictures)
+
+
+def test_it_speaks_of_itself_alone():
+    assert not re.search(r"(?i)pypi\.org|debian\.org|session|issue #?\d", README)
