@@ -45,9 +45,15 @@ def _record(teacher, config, out, device, progress):
 
 
 def demo_recipe(updates):
-    """The joint recipe, shortened: a critic on the final image only."""
+    """The joint recipe, shortened: half the batch, a critic on the final image only."""
     return recipe(
-        "joint", updates=(updates,), critic_levels=(12,), learning_rate=1e-3, final_learning_rate=0.1, checkpoint_every=50
+        "joint",
+        updates=(updates,),
+        batch_sizes=(32,),
+        critic_levels=(12,),
+        learning_rate=1e-3,
+        final_learning_rate=0.1,
+        checkpoint_every=50,
     )
 
 

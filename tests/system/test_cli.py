@@ -102,7 +102,7 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     assert "unknown key 'learningrate'" in refused(capsys, *arguments, tmp_path / "a.json")
     (tmp_path / "b.toml").write_text("updates = [3")
     assert "b.toml is not readable" in refused(capsys, *arguments, tmp_path / "b.toml")
-    (tmp_path / "c.toml").write_text("updates = [3]\nema = 2.0")
+    (tmp_path / "c.toml").write_text("updates = [3]\nbatch_sizes = [8]\nema = 2.0")
     assert "ema" in refused(capsys, *arguments, tmp_path / "c.toml")
     # The file is right and overridden by an option: now only the student does not fit.
     assert "image_size" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
