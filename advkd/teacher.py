@@ -51,9 +51,7 @@ class Teacher:
         folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
         _refuse_unfit_pipeline(folder)
         scheduler = _load_scheduler(folder)
-        place = "unet/" if (folder / "unet").is_dir() else ""
-        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", f"{place}diffusion_pytorch_model*.safetensors"])
-        return cls(_load_unet(folder).to(device=device, dtype=dtype), scheduler, str(source))
+        return cls(_load_unet(source, folder).to(device=device, dtype=dtype), scheduler, str(source))
 
     @property
     def image_channels(self):
@@ -196,13 +194,21 @@ def _refuse_unfit_pipeline(folder):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
 
 
-def _load_unet(folder):
+def _load_unet(source, folder):
+    """Safetensors where there are any; else diffusers' older ``.bin`` files, which torch reads as weights only, never as code."""
     from diffusers import UNet2DModel
 
+    place = "unet/" if (folder / "unet").is_dir() else ""
+    for suffix in ("safetensors", "bin"):
+        weights = f"{place}diffusion_pytorch_model*.{suffix}"
+        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", weights])
+        if any(folder.glob(weights)):
+            break
+    else:
+        raise InputError(f"teacher {folder}: there is no {place}diffusion_pytorch_model.safetensors")
+    options = {"use_safetensors": suffix == "safetensors", "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        unet, report = UNet2DModel.from_pretrained(
-            _part(folder, "unet"), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        unet, report = UNet2DModel.from_pretrained(_part(folder, "unet"), **options)
     except Exception as error:
         raise InputError(f"teacher {folder}: the weights cannot be read ({reason(error)})") from error
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]

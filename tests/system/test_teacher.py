@@ -71,6 +71,20 @@ def test_unfit_teachers_are_refused(teacher_folder, tmp_path, file, changes, rea
         Teacher.from_pretrained(copy_with(teacher_folder, tmp_path / "t", file, **changes))
 
 
+def test_older_weight_files_are_read(teacher_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "t"
+    shutil.copytree(teacher_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert Teacher.from_pretrained(folder).identity()["weights_sha256"] == Teacher.from_pretrained(teacher_folder).identity()["weights_sha256"]
+    weights.with_suffix(".bin").unlink()
+    with pytest.raises(InputError, match="there is no unet/diffusion_pytorch_model.safetensors"):
+        Teacher.from_pretrained(folder)
+
+
 def test_incomplete_weights_are_refused(teacher_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
