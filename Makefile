@@ -24,8 +24,10 @@ install: $(VENV)/.installed
 $(TORCH_STAMP): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed (PYTHON=python3.12)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: 'python3 -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-g++} > /dev/null || { echo "make: a C++ compiler is needed; on Debian and Ubuntu: apt install g++"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH_VERSION)$(TORCH_BUILD)"
+	@rm -f $(VENV)/.torch-*
 	@touch $@
 
 $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)

@@ -125,9 +125,10 @@ class BuildExtensions(build_ext):
         return output
 
     def _link(self, command, target):
-        # torch is loaded before the extension: its libraries are found by name, no path is written into the object.
+        # torch is loaded before the extension: its libraries are found by name, none is written into the object. All are kept
+        # (some linkers drop "unused" ones): CUDA symbols are found through libtorch.
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
         self.spawn([*command, *libraries, "-o", str(temporary)])
         os.replace(temporary, target)
 

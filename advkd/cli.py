@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .errors import BackendUnavailableError, InputError, TrainingError
+from .hub import reason
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
 from .trajectories import TrajectoryConfig
@@ -23,6 +24,10 @@ class _Commands(click.Group):
             self._fail(error, 2)
         except TrainingError as error:
             self._fail(error, 1)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            self._fail(f"not enough memory: lower the batch size or the model's channels ({reason(error)})", 2)
         except KeyboardInterrupt:
             self._fail("interrupted; run the same command again (with --resume where it has one) to go on", 130)
 
@@ -182,7 +187,8 @@ def trajectories(teacher_source, out, processes, device, **values):
         record_trajectories(teacher, config, out)
     else:
         record_in_processes(teacher_source, config, out, processes)
-    click.echo(f"{config.num} trajectories in {out}")
+    finished = (Path(out) / "manifest.json").exists()
+    click.echo(f"{config.num} trajectories in {out}" if finished else f"this process's shards are in {out}")
 
 
 def _local(device):
@@ -208,7 +214,8 @@ def distill(data, preset, out, config_file, resume, device, **values):
     from .sampling import require_device
 
     from_file = _read_config(config_file) if config_file else {}
-    name = values.pop("recipe") or from_file.pop("recipe", "joint")
+    in_file = from_file.pop("recipe", "joint")
+    name = values.pop("recipe") or in_file
     if not isinstance(name, str) or name not in RECIPES:
         raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     config = _apply(_apply(RECIPES[name], from_file, f"--config {config_file}"), values, "distill")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .distill import CHECKPOINT, distill
-from .models.student import Student
+from .models.student import PRESETS, Student
 from .pictures import save_curves, save_grid, save_levels, save_pairs
 from .recipes import recipe
 from .teacher import Teacher
@@ -18,14 +18,16 @@ FRESH_SEED = 12345
 
 
 def run_demo(out, num=1024, updates=300, device="cpu", progress=True):
-    """Make ``num`` trajectories, distil for ``updates`` updates and write the pictures under ``out``; an interrupted run goes on.
+    """Make ``num`` trajectories, distil for ``updates`` updates and write the pictures under ``out``; a killed run goes on.
 
     Returns the summary line (parameters, network evaluations, time per image of teacher and student).
     """
     out = Path(out)
+    config = demo_recipe(updates)
+    TrajectoryConfig(num=num).validate()
+    config.validate(len(PRESETS["digits"].channels), True, num)
     teacher = Teacher.from_pretrained("digits", device)
     trajectories = _record(teacher, TrajectoryConfig(num=num), out / "trajectories", device, progress)
-    config = demo_recipe(updates)
     torch.manual_seed(config.seed)
     student = Student.from_preset("digits")
     resume = (out / "student" / CHECKPOINT).exists()

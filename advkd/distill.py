@@ -18,9 +18,11 @@ from tqdm import tqdm
 from .draws import DataOrder, interpolate
 from .errors import InputError, TrainingError
 from .files import (
+    digest,
     locked,
     pack_optimizer,
     read_tensors,
+    require_digest,
     require_output_folder,
     require_space,
     sha256,
@@ -77,6 +79,7 @@ class Distiller:
         data.verify()
         self.out = _claim(out, resume, 40 * sum(p.numel() for p in student.parameters()) + 2**26)
         self.checkpoint = self.out / CHECKPOINT
+        self._state_found = _file_state(self.checkpoint)
         self.data, self.config, self.dtype, self.progress = data, config, dtype, progress
         self.student = student.to(self.accelerator.device, dtype, memory_format=torch.channels_last)
         self._share_weights()
@@ -90,6 +93,8 @@ class Distiller:
         """Run all stages that are left; returns the saved student."""
         main = self.accelerator.is_main_process
         with locked(self.out) if main else contextlib.nullcontext():
+            if main and _file_state(self.checkpoint) != self._state_found:
+                raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
             log = _Log(self.out, self.student.depth, done) if main else None
             total = sum(stage.updates for stage in self.stages)
@@ -145,9 +150,7 @@ class Distiller:
         self.optimizer = torch.optim.Adam(parameters, config.learning_rate, betas=config.betas)
         self.critics = self._build_critics(stage)
         if self.critics:
-            self.critic_optimizer = torch.optim.Adam(
-                self.critics.parameters(), config.critic_learning_rate, betas=config.betas
-            )
+            self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), config.critic_learning_rate, betas=config.betas)
         if self._restored is not None:
             self._restore_stage(self._restored)
             self._restored = None
@@ -309,7 +312,7 @@ class Distiller:
                 tensors |= {f"critics/{k}": v for k, v in self.critics.state_dict().items()}
                 tensors |= pack_optimizer("critic_optimizer", self.critic_optimizer)
             cursor = {"stage": stage_index, "update": update, "cursor": self.cursor}
-            write_tensors(self.checkpoint, tensors, {**cursor, "run": self._identity()})
+            write_tensors(self.checkpoint, tensors, {**cursor, "run": self._identity(), "digest": digest(tensors)})
         self.accelerator.wait_for_everyone()
 
     def _identity(self):
@@ -319,11 +322,14 @@ class Distiller:
         return json.loads(json.dumps({**config, "student": dataclasses.asdict(self.student.config), "trajectories": manifest}))
 
     def _read_checkpoint(self):
-        tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run"))
+        tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run", "digest"))
+        require_digest(self.checkpoint, tensors, metadata)
         identity = self._identity()
         changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
         if changed:
-            raise InputError(f"{self.out} holds a run with another {', '.join(changed)}: repeat its options or name another folder")
+            raise InputError(
+                f"{self.out} holds a run with another {', '.join(changed)}: repeat its options or name another folder"
+            )
         self.student.load_state_dict(_part(tensors, "student"))
         self.average.load_state_dict(_part(tensors, "average"))
         self.log_s.data.copy_(tensors["log_s"])
@@ -361,6 +367,10 @@ def _accelerator(mixed_precision, device):
         raise InputError(f"mixed_precision {mixed_precision} on {device}: {reason(error)}") from error
 
 
+def _file_state(path):
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+
+
 def _claim(out, resume, needed):
     """The output folder, with room for the run; one that holds a student or an unfinished run is not overwritten."""
     out = require_output_folder(out)
@@ -368,7 +378,7 @@ def _claim(out, resume, needed):
         if not resume:
             raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
     elif resume:
-        raise InputError(f"--resume: --out {out} holds no checkpoint")
+        raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
     elif (out / "config.json").exists():
         raise InputError(f"--out {out} holds a student already: name another folder")
     require_space(out, needed, "the run")
@@ -386,7 +396,9 @@ def _require_fit(data, student):
     }
     for name, (theirs, ours) in wanted.items():
         if theirs != ours:
-            raise InputError(f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again")
+            raise InputError(
+                f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again"
+            )
 
 
 class _Log:

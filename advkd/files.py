@@ -25,7 +25,7 @@ def replacing(path):
     Two processes may write one path at the same time: each has a temporary file of its own.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -41,10 +41,14 @@ def replacing(path):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files that killed processes of this machine left in ``folder``."""
+    """Remove the temporary files and folders that killed processes of this machine left in ``folder``."""
     for path in Path(folder).glob(f".*.{_HOST}.*.tmp"):
-        if not _is_running(int(path.name.split(".")[-2])):
-            path.unlink(missing_ok=True)
+        process = path.name.split(".")[-2]
+        if process.isdigit() and not _is_running(int(process)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_running(pid):
@@ -55,6 +59,12 @@ def _is_running(pid):
     except PermissionError:
         return True
     return True
+
+
+def temporary_path(path):
+    """A name beside ``path`` that belongs to this process, and that :func:`remove_leftovers` recognises after its death."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -129,6 +139,12 @@ def digest(tensors):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(tensor.flatten().view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def require_digest(path, tensors, metadata):
+    """Refuse a file whose tensors are not those that were written."""
+    if metadata["digest"] != digest(tensors):
+        raise InputError(f"{path} is altered: delete it and start again, or restore a copy")
 
 
 def sha256(path):

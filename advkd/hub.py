@@ -29,7 +29,9 @@ def resolve(source, embedded, kind, patterns):
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
-        raise InputError(f"{kind} {source!r} is not a local folder and cannot be fetched from the hub ({reason(error)})") from error
+        raise InputError(
+            f"{kind} {source!r} is not a local folder and cannot be fetched from the hub ({reason(error)})"
+        ) from error
 
 
 def reason(error):

@@ -78,7 +78,10 @@ class DistillConfig:
         _require(max(self.batch_sizes) <= num, f"batch_sizes must be at most the {num} trajectories, got {self.batch_sizes}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         _require(0 <= self.final_learning_rate <= 1, "final_learning_rate must be in [0, 1]")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas must be two numbers in [0, 1), got {self.betas}")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"betas must be two numbers in [0, 1), got {self.betas}",
+        )
         _require(self.train_scope in ("all", "last"), f"train_scope must be all or last, got {self.train_scope!r}")
         _require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         _require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")

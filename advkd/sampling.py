@@ -38,6 +38,8 @@ def sample(student, n, seed, out, interpolate=False, device="cpu", backend="auto
         require_output_folder(out)
     elif out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
         raise InputError(f"--out {out}: unknown picture suffix {out.suffix!r}; use .png or a folder")
+    else:
+        require_output_folder(out.parent)
     fused = Student.from_pretrained(student, require_device(device)).fuse(backend, DTYPES[dtype])
     pieces = []
     for start in range(0, n, batch_size):

@@ -97,7 +97,7 @@ class Teacher:
         return philox_normal(seed, indices, self._shape, stream="x_T")
 
     def timesteps(self, sampler="ddim", steps=None):
-        """The timesteps of a run, descending: DDIM-``steps`` (default 50) in leading spacing with offset 0, or all T of DDPM."""
+        """Timesteps of a run, descending: DDIM-``steps`` (default 50) in leading spacing with offset 0, or all T of DDPM."""
         if sampler not in SAMPLERS:
             raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         total = self.train_timesteps
@@ -195,7 +195,7 @@ def _refuse_unfit_pipeline(folder):
 
 
 def _load_unet(source, folder):
-    """Safetensors where there are any; else diffusers' older ``.bin`` files, which torch reads as weights only, never as code."""
+    """Safetensors where there are any; else diffusers' older ``.bin`` files, read as weights only, never as code."""
     from diffusers import UNet2DModel
 
     place = "unet/" if (folder / "unet").is_dir() else ""

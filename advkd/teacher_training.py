@@ -5,9 +5,7 @@ import dataclasses
 import math
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +14,14 @@ from tqdm import tqdm
 from .data import load_images, normalize
 from .errors import InputError, TrainingError
 from .files import (
+    digest,
     locked,
     pack_optimizer,
     read_tensors,
+    require_digest,
     require_output_folder,
     require_space,
+    temporary_path,
     unpack_optimizer,
     write_tensors,
 )
@@ -74,7 +75,7 @@ class TeacherTrainingConfig:
             raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
         if any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
-        if self.learning_rate <= 0 or self.warmup < 0:
+        if not self.learning_rate > 0 or self.warmup < 0:
             raise InputError(f"learning_rate must be positive and warmup not negative, got {self.learning_rate}, {self.warmup}")
         if self.size and (self.size < 8 or self.size & (self.size - 1)):
             raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
@@ -118,13 +119,18 @@ def train_teacher(config, out, resume=False, progress=True):
         InputError: bad configuration, data that cannot be read, or ``out`` that holds another run or teacher.
         TrainingError: the loss is not finite; the last checkpoint is kept.
     """
-    from diffusers import DDPMScheduler
-
     config.validate()
     out = require_output_folder(out)
+    with locked(out):
+        return _train_locked(config, out, resume, progress)
+
+
+def _train_locked(config, out, resume, progress):
+    from diffusers import DDPMScheduler
+
     if not (out / CHECKPOINT).exists():
         if resume:
-            raise InputError(f"--resume: --out {out} holds no checkpoint")
+            raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
         if any((out / name).exists() for name in PIPELINE):
             raise InputError(f"--out {out} holds a teacher already: name another folder")
     images = load_images(config.data, config.size or None, config.image_channels or None)
@@ -139,9 +145,8 @@ def train_teacher(config, out, resume=False, progress=True):
         if not resume:
             raise InputError(f"--out {out} holds an unfinished run: add --resume, or name another folder")
         start = _restore(checkpoint, config, unet, average, optimizer)
-    with locked(out):
-        _train(config, checkpoint, start, images.to(config.device), unet, average, scheduler, optimizer, progress)
-        _save_pipeline(out, average, scheduler)
+    _train(config, checkpoint, start, images.to(config.device), unet, average, scheduler, optimizer, progress)
+    _save_pipeline(out, average, scheduler)
     return out
 
 
@@ -156,7 +161,7 @@ def _train(config, checkpoint, start, images, unet, average, scheduler, optimize
         torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             _save_checkpoint(checkpoint, config, step + 1, unet, average, optimizer)
 
 
@@ -187,11 +192,12 @@ def _save_checkpoint(path, config, step, unet, average, optimizer):
     tensors = {f"unet/{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
     tensors |= pack_optimizer("optimizer", optimizer)
-    write_tensors(path, tensors, {"step": step, "config": dataclasses.asdict(config)})
+    write_tensors(path, tensors, {"step": step, "config": dataclasses.asdict(config), "digest": digest(tensors)})
 
 
 def _restore(path, config, unet, average, optimizer):
-    tensors, metadata = read_tensors(path, "checkpoint", ("step", "config"))
+    tensors, metadata = read_tensors(path, "checkpoint", ("step", "config", "digest"))
+    require_digest(path, tensors, metadata)
     wanted = dataclasses.asdict(config)
     wanted["channels"] = list(config.channels)
     ignored = ("checkpoint_every", "device")
@@ -208,12 +214,14 @@ def _save_pipeline(out, unet, scheduler):
     from diffusers import DDPMPipeline
 
     # Saved aside and moved in, the index last; the checkpoint stays until all is there, so a kill loses nothing.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".") as folder:
-        try:
-            DDPMPipeline(copy.deepcopy(unet).cpu().half(), scheduler).save_pretrained(folder)
-        except SafetensorError as error:
-            raise InputError(f"the teacher cannot be written to {out} ({error})") from error
+    folder = temporary_path(out / "pipeline")
+    try:
+        DDPMPipeline(copy.deepcopy(unet).cpu().half(), scheduler).save_pretrained(folder)
         for name in PIPELINE:
             shutil.rmtree(out / name, ignore_errors=True)
-            os.replace(Path(folder) / name, out / name)
+            os.replace(folder / name, out / name)
+    except SafetensorError as error:
+        raise InputError(f"the teacher cannot be written to {out} ({error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     (out / CHECKPOINT).unlink(missing_ok=True)

@@ -8,6 +8,9 @@ whenever. The manifest is written once all shards are there.
 import dataclasses
 import multiprocessing
 import os
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,51 +73,88 @@ def record_trajectories(teacher, config, out, progress=True):
     Raises:
         InputError: bad configuration, too little disk, or ``out`` holds shards of another recipe or damaged ones.
     """
-    config.validate()
-    recipe = _recipe(teacher, config)
-    out = require_output_folder(out)
-    starts = range(0, config.num, config.shard_size)
-    _check_existing(out, recipe)
-    missing = [s for s in range(len(starts)) if not _shard_path(out, s).exists()]
-    require_space(out, len(missing) * config.shard_size * _bytes_per_sample(recipe), "the remaining trajectories")
+    recipe, missing = _prepare(teacher, config, out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [s for s in missing if s % world == rank]
+    mine = [shard for shard in missing if shard % world == rank]
     bar = tqdm(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", disable=not progress or rank > 0)
     for shard in mine:
-        count = min(config.shard_size, config.num - starts[shard])
-        tensors = _run_shard(teacher, config, recipe, starts[shard], count, bar)
-        metadata = {"recipe": recipe, "start": starts[shard], "count": count, "digest": digest(tensors)}
+        start = shard * config.shard_size
+        count = min(config.shard_size, config.num - start)
+        tensors = _run_shard(teacher, config, recipe, start, count, bar)
+        metadata = {"recipe": recipe, "start": start, "count": count, "digest": digest(tensors)}
         write_tensors(_shard_path(out, shard), tensors, metadata)
     bar.close()
-    if all(_shard_path(out, s).exists() for s in range(len(starts))):
-        _check_existing(out, recipe)
-        write_json(out / "manifest.json", _manifest(out, recipe, len(starts)))
-    return out
+    _finish(out, recipe)
+    return Path(out)
 
 
 def record_in_processes(source, config, out, processes, progress=True):
     """:func:`record_trajectories` by ``processes`` local processes of one thread each, which on CPUs beats one process with
-    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes."""
+    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes. What it refuses, it refuses before it starts them.
+    """
+    from .teacher import Teacher
+
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
+    _prepare(Teacher.from_pretrained(source), config, out)
     context = multiprocessing.get_context("spawn")
-    arguments = [(source, config, out, rank, processes, progress) for rank in range(processes)]
+    failures = context.SimpleQueue()
+    arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures) for rank in range(processes)]
     workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    if not failures.empty():
+        raise InputError(failures.get())
     if any(worker.exitcode for worker in workers):
-        raise TrainingError(f"a recording process failed; the finished shards are kept in {out}")
+        raise TrainingError(
+            f"a recording process was killed; the finished shards are kept in {out}: run the same command again"
+        )
     return Path(out)
 
 
-def _record_as(source, config, out, rank, processes, progress):
+def _record_as(source, config, out, rank, processes, progress, parent, failures):
     from .teacher import Teacher
 
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     torch.set_num_threads(1)
-    record_trajectories(Teacher.from_pretrained(source), config, out, progress)
+    try:
+        record_trajectories(Teacher.from_pretrained(source), config, out, progress)
+    except (InputError, OSError) as error:
+        failures.put(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _end_with(parent):
+    """End this process when its parent is gone (killed, say): nobody would wait for it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _prepare(teacher, config, out):
+    """All checks before work starts; returns the recipe and the shards that are missing."""
+    config.validate()
+    recipe = _recipe(teacher, config)
+    out = require_output_folder(out)
+    present = {path.name for path in _check_existing(out, recipe)}
+    left = max(0, config.num - len(present) * config.shard_size)
+    require_space(out, left * _bytes_per_sample(recipe), "the remaining trajectories")
+    return recipe, [s for s in range(_num_shards(recipe)) if _shard_path(out, s).name not in present]
+
+
+def _finish(out, recipe):
+    """Write the manifest if all shards are there."""
+    if all(_shard_path(out, s).exists() for s in range(_num_shards(recipe))):
+        _check_existing(out, recipe)
+        write_json(Path(out) / "manifest.json", _manifest(out, recipe, _num_shards(recipe)))
+
+
+def _num_shards(recipe):
+    return -(-recipe["num"] // recipe["shard_size"])
 
 
 def _recipe(teacher, config):
@@ -174,13 +214,16 @@ def _shard_path(out, shard):
 
 
 def _check_existing(out, recipe):
-    for path in sorted(out.glob("shard-*.safetensors")):
+    """The shards in ``out``, each whole and of this recipe."""
+    paths = sorted(Path(out).glob("shard-*.safetensors"))
+    for path in paths:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS)
         changed = sorted(k for k in recipe if metadata["recipe"].get(k) != recipe[k])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
         if metadata["digest"] != digest(tensors):
             raise InputError(f"shard {path} is altered: delete it and run the same command again")
+    return paths
 
 
 def _manifest(out, recipe, shards):
@@ -207,6 +250,21 @@ def _manifest(out, recipe, shards):
     }
 
 
+def _is_consistent(manifest):
+    """Whether a manifest's parts fit each other: shards that cover the samples, one deviation per level."""
+    recipe, entries = manifest["recipe"], manifest["shards"]
+    keys = {"image_size", "image_channels", "latent_size", "detail_noise", "resolutions", "timesteps"}
+    keys |= {field.name for field in dataclasses.fields(TrajectoryConfig)}
+    if not isinstance(recipe, dict) or not keys <= set(recipe) or not isinstance(entries, list):
+        return False
+    starts = list(range(0, recipe["num"], recipe["shard_size"]))
+    return (
+        [entry.get("start") for entry in entries] == starts
+        and all({"file", "sha256"} <= set(entry) for entry in entries)
+        and len(manifest["standard_deviations"]) == len(recipe["resolutions"]) == recipe["depth"]
+    )
+
+
 class Trajectories:
     """A recorded data set, memory-mapped; a shard's hash is checked the first time the shard is read.
 
@@ -231,6 +289,8 @@ class Trajectories:
         manifest = read_json(self.folder / "manifest.json", "manifest", keys)
         if manifest["format"] != FORMAT:
             raise InputError(f"{self.folder / 'manifest.json'} is not a manifest of advkd trajectories")
+        if not _is_consistent(manifest):
+            raise InputError(f"{self.folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
         self.recipe = manifest["recipe"]
         self.standard_deviations = manifest["standard_deviations"]
         self._entries = manifest["shards"]

@@ -26,9 +26,10 @@ class PretrainedModule:
         Raises:
             InputError: missing, damaged or foreign files; the message names the file.
         """
-        folder = resolve(source, cls.embedded, cls.__name__, ["config.json", WEIGHTS])
+        part = cls.__name__.lower()
+        folder = resolve(source, cls.embedded, cls.__name__, ["config.json", WEIGHTS, "model_index.json", f"{part}/*"])
         if not (folder / "config.json").exists() and (folder / "model_index.json").exists():
-            folder = folder / cls.__name__.lower()
+            folder = folder / part
         values = read_json(folder / "config.json", f"{cls.__name__} configuration")
         kind = values.pop("_class_name", cls.__name__)
         values = {key: value for key, value in values.items() if not key.startswith("_")}

@@ -94,9 +94,7 @@ class Student(PretrainedModule, nn.Module):
         self.config = config
         sides = resolutions(config.image_size, len(config.channels))
         self.resolutions = sides
-        self.latent_parts = latent_parts(
-            config.image_channels, config.image_size, config.latent_size, config.detail_noise
-        )
+        self.latent_parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
         detail = dict(zip((side for _, side in self.latent_parts[1:]), (c for c, _ in self.latent_parts[1:])))
         blocks, features, previous = [], self.latent_parts[0][0], 4
         for out_channels, side in zip(config.channels, sides, strict=True):

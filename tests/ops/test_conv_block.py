@@ -38,7 +38,7 @@ def oracle(x, weight, bias, slope, upsample, activation):
 def test_parity(shape, upsample, activation):
     x, weight, bias = arguments(*shape)
     y = conv_block(x, weight, bias, slope=0.1, upsample=upsample, activation=activation)
-    # A dot product's rounding error is at most (number of terms + 1) 2^-24 times the sum of its terms' sizes; tanh adds its own.
+    # A dot product errs by at most (number of terms + 1) 2^-24 times the sum of its terms' sizes; tanh adds its own.
     sizes = oracle(x.abs(), weight.abs(), bias.abs(), 0.1, upsample, "none")
     bound = (9 * x.shape[1] + 2) * 2**-24 * sizes + 2**-23
     assert ((y - oracle(x, weight, bias, 0.1, upsample, activation)).abs() <= bound).all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from advkd.cli import main
+from advkd.recipes import RECIPES
 
 from ..conftest import run_cli
 
@@ -88,7 +89,11 @@ def test_interpolation_ends_at_two_latents(capsys, tmp_path):
         (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--config", "none.json"], "none.json"),
         (["teacher", "train", "--data", "nowhere", "--out", "x"], "nowhere"),
         (["teacher", "train", "--seed", 2**70, "--out", "x"], "seed"),
-        (["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--seed", 2**70], "x"),
+        (["trajectories", "--seed", 2**70, "--out", "x"], "seed"),
+        (["teacher", "train", "--learning-rate", "nan", "--out", "x"], "learning_rate"),
+        (["demo", "--num", 16, "--out", "x"], "batch_sizes"),
+        (["demo", "--updates", 0, "--out", "x"], "updates"),
+        (["sample", "--out", "/proc/none/x.png"], "/proc/none"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, word):
@@ -123,9 +128,23 @@ def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, traje
     first, second = seen
     assert (first.conditional, first.kl, first.updates, first.betas) == (True, 0.5, (7,), (0.1, 0.2))
     assert (second.conditional, second.kl, second.updates, second.betas) == (False, 0.5, (3, 4), (0.1, 0.2))
+    (tmp_path / "c.json").write_text(json.dumps({"recipe": "paper"}))
+    assert run(capsys, *arguments, tmp_path / "c.json", "--recipe", "joint")[0] == 0
+    assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0
+    assert seen[2:] == [RECIPES["joint"], RECIPES["paper"]]
     for wrong in ({"updates": [8.9]}, {"updates": [True]}, {"conditional": 1}, {"seed": 1e400}, {"recipe": ["paper"]}):
         (tmp_path / "c.json").write_text(json.dumps(wrong))
         assert next(iter(wrong)) in refused(capsys, *arguments, tmp_path / "c.json")
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys, tmp_path):
+    import advkd.sampling
+
+    def exhausted(*arguments):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    monkeypatch.setattr(advkd.sampling, "sample", exhausted)
+    assert "not enough memory" in refused(capsys, "sample", "--out", tmp_path / "x.png")
 
 
 def test_output_that_cannot_be_written(capsys, tmp_path):

@@ -217,6 +217,22 @@ def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
         distill(trajectories, tiny_student(), JOINT, tmp_path / "foreign", resume=True)
 
 
+def test_altered_checkpoints_and_changed_folders_are_refused(trajectories, tmp_path):
+    distill(trajectories, tiny_student(), JOINT, tmp_path / "a", progress=False)
+    checkpoint = tmp_path / "a" / "checkpoint.safetensors"
+    data = bytearray(checkpoint.read_bytes())
+    data[-100] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(InputError, match="checkpoint.safetensors is altered"):
+        distill(trajectories, tiny_student(), JOINT, tmp_path / "a", resume=True)
+    late = Distiller(Trajectories(trajectories), tiny_student(), JOINT, tmp_path / "b", progress=False)
+    distill(trajectories, tiny_student(), JOINT, tmp_path / "b", progress=False)
+    before = weights(tmp_path / "b")
+    with pytest.raises(InputError, match="another process has written"):
+        late.run()
+    assert weights(tmp_path / "b") == before
+
+
 def test_large_seeds_train(trajectories, tmp_path):
     distill(trajectories, tiny_student(), recipe("joint", updates=(1,), seed=2**63 - 1, **SMALL), tmp_path, progress=False)
     assert len(rows(tmp_path)) == 1

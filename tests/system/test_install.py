@@ -1,5 +1,6 @@
 """How the package is imported and installed."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -42,9 +43,11 @@ def test_kernels_are_mapped_in_a_bare_checkout(tmp_path):
 
 def test_wheel_holds_everything_and_works_alone(tmp_path):
     """Built from the sources, unpacked far from them: kernels inside the package, pretrained weights, the extension."""
+    ignored = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
     environment = process_environment({"ADVKD_CUDA": "0", "ADVKD_CPU": "1"})
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    subprocess.run(command, cwd=tmp_path / "sources", env=environment, capture_output=True, text=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert "cp311-abi3" in wheel.name
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -81,6 +84,8 @@ def test_a_missing_compiler_is_a_warning_unless_the_build_is_demanded(tmp_path):
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")]
     environment = {"CXX": "no-such-compiler", "ADVKD_CUDA": "0"}
     result = subprocess.run(command, cwd=ROOT, env=process_environment(environment), capture_output=True, text=True)
-    assert result.returncode == 0 and "the cpu extension was not built, the other backends remain" in result.stdout + result.stderr
+    assert (
+        result.returncode == 0 and "the cpu extension was not built, the other backends remain" in result.stdout + result.stderr
+    )
     demanded = process_environment({**environment, "ADVKD_CPU": "1"})
     assert subprocess.run(command, cwd=ROOT, env=demanded, capture_output=True, text=True).returncode != 0

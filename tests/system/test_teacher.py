@@ -49,7 +49,9 @@ def test_folder_layouts(teacher_folder, tmp_path):
 
 def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
     folder = copy_with(teacher_folder, tmp_path / "t", "scheduler/scheduler_config.json", _class_name="DDIMScheduler")
-    assert torch.equal(Teacher.from_pretrained(folder).sample(2, steps=3), Teacher.from_pretrained(teacher_folder).sample(2, steps=3))
+    assert torch.equal(
+        Teacher.from_pretrained(folder).sample(2, steps=3), Teacher.from_pretrained(teacher_folder).sample(2, steps=3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,10 @@ def test_older_weight_files_are_read(teacher_folder, tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    assert Teacher.from_pretrained(folder).identity()["weights_sha256"] == Teacher.from_pretrained(teacher_folder).identity()["weights_sha256"]
+    assert (
+        Teacher.from_pretrained(folder).identity()["weights_sha256"]
+        == Teacher.from_pretrained(teacher_folder).identity()["weights_sha256"]
+    )
     weights.with_suffix(".bin").unlink()
     with pytest.raises(InputError, match="there is no unet/diffusion_pytorch_model.safetensors"):
         Teacher.from_pretrained(folder)
@@ -117,7 +122,7 @@ def test_missing_and_damaged_teachers_are_named(teacher_folder, tmp_path):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_ddim_path_is_diffusers_pipeline(prediction):
-    """Every step of a run against diffusers' own, each from our state: a random network amplifies differences from step to step."""
+    """Every step of a run against diffusers' own, each from our state: a random network amplifies differences."""
     from diffusers import DDIMScheduler
 
     teacher = tiny_teacher(prediction_type=prediction)

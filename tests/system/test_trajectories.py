@@ -29,9 +29,7 @@ def contents(folder):
 
 def start_cli(*arguments, launcher=(), environment=None):
     command = [sys.executable, *(launcher or ["-m"]), "advkd.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for(path, process, seconds=120):
@@ -106,6 +104,44 @@ def test_processes_share_the_work(teacher_folder, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "local")
 
 
+def test_another_batch_size_and_thread_count_stay_within_the_stated_tolerance(trajectories, teacher, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if before == 1 else 1)
+        other = record_trajectories(teacher, tiny_recording(batch_size=8), tmp_path, progress=False)
+    finally:
+        torch.set_num_threads(before)
+    (z, levels), (other_z, other_levels) = (Trajectories(f).batch(range(24), [1, 2, 3, 4]) for f in (trajectories, other))
+    assert torch.equal(z, other_z)
+    for k in levels:
+        assert ((levels[k] - other_levels[k]).abs() <= 1e-4 + 2**-10 * levels[k].abs()).all()
+
+
+def test_local_processes_refuse_in_one_line(teacher_folder, trajectories, tmp_path):
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out"]
+    for more, word in ((["--depth", 5], "depth"), (["--batch-size", 3], "shard_size"), (["--num", 10**15], "MiB are free")):
+        result = run_cli(*arguments, tmp_path / "t", *more)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1) and word in result.stderr
+    result = run_cli(*arguments, trajectories)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "another" in result.stderr
+
+
+def test_local_processes_die_with_their_parent(teacher_folder, tmp_path):
+    """Killed in the middle and started again: nothing of the first run writes on, and the result is the same."""
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out"]
+    process = start_cli(*arguments, tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "shard-00000.safetensors", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)
+    state = contents(tmp_path / "killed")
+    time.sleep(2)
+    assert contents(tmp_path / "killed") == state
+    assert run_cli(*arguments, tmp_path / "killed").returncode == 0
+    assert run_cli(*arguments, tmp_path / "whole").returncode == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_each_process_writes_its_own_shards(teacher, tmp_path, monkeypatch):
     written = []
     for rank in (1, 0):
@@ -154,7 +190,9 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
     with pytest.raises(InputError, match="not a folder"):
         Trajectories(tmp_path / "nothing")
     (tmp_path / "foreign").mkdir()
-    for text in ("{}", "[]", "torn"):
+    manifest = json.loads((trajectories / "manifest.json").read_text())
+    broken = [{**manifest, key: value} for key, value in (("recipe", {}), ("shards", []), ("standard_deviations", []))]
+    for text in ("{}", "[]", "torn", *map(json.dumps, broken)):
         (tmp_path / "foreign" / "manifest.json").write_text(text)
         with pytest.raises(InputError, match="manifest.json"):
             Trajectories(tmp_path / "foreign")
