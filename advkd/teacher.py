@@ -51,7 +51,7 @@ class Teacher:
         folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
         _refuse_unfit_pipeline(folder)
         scheduler = _load_scheduler(folder)
-        return cls(_load_unet(source, folder).to(device=device, dtype=dtype), scheduler, str(source))
+        return cls(_load_unet(source, folder, dtype).to(device), scheduler, str(source))
 
     @property
     def image_channels(self):
@@ -194,7 +194,7 @@ def _refuse_unfit_pipeline(folder):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
 
 
-def _load_unet(source, folder):
+def _load_unet(source, folder, dtype):
     """Safetensors where there are any; else diffusers' older ``.bin`` files, read as weights only, never as code."""
     from diffusers import UNet2DModel
 
@@ -206,7 +206,8 @@ def _load_unet(source, folder):
             break
     else:
         raise InputError(f"teacher {folder}: there is no {place}diffusion_pytorch_model.safetensors")
-    options = {"use_safetensors": suffix == "safetensors", "low_cpu_mem_usage": False, "output_loading_info": True}
+    options = {"torch_dtype": dtype, "use_safetensors": suffix == "safetensors"}
+    options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         unet, report = UNet2DModel.from_pretrained(_part(folder, "unet"), **options)
     except Exception as error:

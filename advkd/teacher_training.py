@@ -216,7 +216,7 @@ def _save_pipeline(out, unet, scheduler):
     # Saved aside and moved in, the index last; the checkpoint stays until all is there, so a kill loses nothing.
     folder = temporary_path(out / "pipeline")
     try:
-        DDPMPipeline(copy.deepcopy(unet).cpu().half(), scheduler).save_pretrained(folder)
+        DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
         for name in PIPELINE:
             shutil.rmtree(out / name, ignore_errors=True)
             os.replace(folder / name, out / name)
@@ -225,3 +225,11 @@ def _save_pipeline(out, unet, scheduler):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     (out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _in_half(unet):
+    """A float16 copy on the CPU (diffusers warns about ``half()``)."""
+    unet = copy.deepcopy(unet).cpu()
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.half()
+    return unet

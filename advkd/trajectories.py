@@ -90,7 +90,7 @@ def record_trajectories(teacher, config, out, progress=True):
 
 def record_in_processes(source, config, out, processes, progress=True):
     """:func:`record_trajectories` by ``processes`` local processes of one thread each, which on CPUs beats one process with
-    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes. What it refuses, it refuses before it starts them.
+    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes. Bad input is refused before they start.
     """
     from .teacher import Teacher
 
@@ -142,7 +142,7 @@ def _prepare(teacher, config, out):
     out = require_output_folder(out)
     present = {path.name for path in _check_existing(out, recipe)}
     left = max(0, config.num - len(present) * config.shard_size)
-    require_space(out, left * _bytes_per_sample(recipe), "the remaining trajectories")
+    require_space(out, left * _bytes_per_sample(recipe), "what is left of the trajectories")
     return recipe, [s for s in range(_num_shards(recipe)) if _shard_path(out, s).name not in present]
 
 
