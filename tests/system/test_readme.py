@@ -26,7 +26,10 @@ def test_size_of_the_embedded_teacher():
 
 def test_python_examples_run():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(example.replace("fused.sample(1000", "fused.sample(3"), {})
+    names = {}
+    exec(example.replace("fused.sample(1000", "fused.sample(3"), names)
+    assert names["images"].shape == (3, 1, 32, 32) and names["image"].shape == (1, 1, 32, 32)
+    assert len(names["pictures"]) == 4 and names["pairs"][0].shape == names["pairs"][1].shape == (4, 1, 32, 32)
 
 
 def test_pictures_exist():
