@@ -25,7 +25,9 @@ class _Commands(click.Group):
         except TrainingError as error:
             self._fail(error, 1)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            # torch's allocators raise RuntimeError: on the CPU with these words, on a GPU with those.
+            words = ("can't allocate memory", "out of memory")
+            if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
                 raise
             self._fail(f"not enough memory: lower the batch size or the model's channels ({reason(error)})", 2)
         except KeyboardInterrupt:

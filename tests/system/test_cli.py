@@ -147,6 +147,17 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, tmp_path):
     assert "not enough memory" in refused(capsys, "sample", "--out", tmp_path / "x.png")
 
 
+def test_other_failures_keep_their_traceback(monkeypatch, tmp_path):
+    import advkd.sampling
+
+    def broken(*arguments):
+        raise RuntimeError("unsupported memory format option")
+
+    monkeypatch.setattr(advkd.sampling, "sample", broken)
+    with pytest.raises(RuntimeError, match="memory format"):
+        main(["sample", "--out", str(tmp_path / "x.png")], standalone_mode=True)
+
+
 def test_output_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(capsys, "trajectories", "--out", tmp_path / "file")
