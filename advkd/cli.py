@@ -1,4 +1,5 @@
-"""The command line: ``advkd info | teacher train | trajectories | distill | sample | demo``."""
+"""The command line: ``advkd info | teacher train | classifier train | trajectories | distill | sample | evaluate |
+report | demo``."""
 
 import dataclasses
 import json
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from .classifier_training import ClassifierTrainingConfig
 from .errors import BackendUnavailableError, InputError, TrainingError
+from .evaluate import EvaluationConfig
 from .hub import reason
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
@@ -165,6 +168,22 @@ def teacher_train(out, resume, **values):
     click.echo(f"teacher saved in {train_teacher(config, out, resume)}")
 
 
+@main.group()
+def classifier():
+    """Make a feature extractor for 'advkd evaluate'."""
+
+
+@classifier.command("train")
+@click.option("--out", required=True, help="Folder for the classifier.")
+@_options(ClassifierTrainingConfig)
+def classifier_train(out, **values):
+    """Train a small classifier on the digits or on a folder that holds one folder of images per class."""
+    from .classifier_training import train_classifier
+
+    accuracy = train_classifier(_apply(ClassifierTrainingConfig(), values, "classifier train"), out)
+    click.echo(f"classifier saved in {out}, held-out accuracy {accuracy:.4f}")
+
+
 @main.command()
 @click.option("--teacher", "teacher_source", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--out", required=True, help="Folder for the shards and the manifest.")
@@ -201,14 +220,15 @@ def _local(device):
 
 
 @main.command()
-@click.option("--trajectories", "data", required=True, help="Folder of 'advkd trajectories'.")
+@click.option("--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat).")
+@click.option("--teacher", "teacher_source", help="The trajectories' teacher, which --grow needs.")
 @click.option("--preset", required=True, help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
 @click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
 @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @device_option
 @_options(DistillConfig)
-def distill(data, preset, out, config_file, resume, device, **values):
+def distill(data, teacher_source, preset, out, config_file, resume, device, **values):
     """Train a student on recorded trajectories."""
     import torch
 
@@ -224,7 +244,12 @@ def distill(data, preset, out, config_file, resume, device, **values):
     device = _local(device)
     require_device(device)
     torch.manual_seed(config.seed % 2**63)
-    run(data, _build_student(preset), config, out, resume, device)
+    teacher = None
+    if config.grow and teacher_source:
+        from .teacher import Teacher
+
+        teacher = Teacher.from_pretrained(teacher_source, device)
+    run(data, _build_student(preset), config, out, resume, device, teacher=teacher)
     click.echo(f"student saved in {out}")
 
 
@@ -257,6 +282,61 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 
     run(student, n, seed, out, interpolate, device, backend, dtype, batch_size)
     click.echo(f"{n} images in {out}")
+
+
+@main.command()
+@click.option("--student", help="'digits' (the default), a folder or a hub id.")
+@click.option("--teacher", help="'digits' (the default), a folder or a hub id.")
+@click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
+@click.option("--images", help="Measure a folder of images instead, against --reference.")
+@click.option("--reference", help="Folder of reference images, or 'digits'.")
+@click.option("--out", help="Folder for evaluation.json (needed for a student).")
+@device_option
+@_options(EvaluationConfig)
+def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
+    """Measure a student against its teacher and real images, or a folder of images against another."""
+    from . import evaluate as run
+
+    config = _apply(run.EvaluationConfig(), values, "evaluate")
+    if (images is None) != (reference is None):
+        raise InputError("--images and --reference go together")
+    if images is not None:
+        unused = {"--student": student, "--teacher": teacher, "--teacher-samples": teacher_samples}
+        given = [option for option, value in unused.items() if value is not None]
+        if given:
+            raise InputError(f"{given[0]} does not go with --images")
+        result = run.evaluate_folders(images, reference, config, out)
+    elif out is None:
+        raise InputError("--out is missing: name a folder for evaluation.json")
+    else:
+        from .sampling import require_device
+
+        require_device(device)
+        result = run.evaluate_student(student or "digits", teacher or "digits", config, out, teacher_samples, device)
+    click.echo(run.table(result))
+
+
+@main.command()
+@click.option("--student", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
+@click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
+@click.option("--ablation", help="Table of runs by profiling/ablation.py.")
+@click.option("--out", required=True, help="Folder for report.html and its PNGs.")
+@device_option
+def report(student, teacher, evaluation, metrics, ablation, out, device):
+    """Write one self-contained HTML page: samples, levels, loss curves, tables."""
+    from .models.student import Student
+    from .report import write_report
+    from .sampling import require_device
+    from .teacher import Teacher
+
+    model = Student.from_pretrained(student, require_device(device))
+    folder = Student.embedded.get(student, Path(student))
+    if metrics is None and (folder / "metrics.csv").exists():
+        metrics = folder / "metrics.csv"
+    page = write_report(model, Teacher.from_pretrained(teacher, device), evaluation, out, metrics, ablation)
+    click.echo(f"report in {page}")
 
 
 @main.command()

@@ -87,3 +87,56 @@ def _square(image, size):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, -1)
+
+
+def load_labelled(source, size=None):
+    """Images with classes: ``(images, labels, names)`` of ``"digits"`` or of a folder that holds one folder per class.
+
+    ``images`` are as :func:`load_images` gives them, ``labels`` int64 ``(N,)``, ``names`` the classes' names.
+    """
+    if str(source) == "digits":
+        from sklearn.datasets import load_digits
+
+        return _digits(size or 32, 1), torch.from_numpy(load_digits().target).long(), [str(i) for i in range(10)]
+    folders = sorted(path for path in Path(source).iterdir() if path.is_dir()) if Path(source).is_dir() else []
+    if len(folders) < 2:
+        raise InputError(f"--data {source} is neither 'digits' nor a folder that holds one folder of images per class")
+    parts, channels = [], None
+    for folder in folders:
+        parts.append(_folder(folder, size, channels))
+        size, channels = parts[0].shape[-1], parts[0].shape[1]
+    labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
+    return torch.cat(parts), labels, [folder.name for folder in folders]
+
+
+def read_pictures(folder, option):
+    """All pictures of a folder as they are, for measuring: uint8 ``(N, 1 or 3, H, W)``.
+
+    Raises:
+        InputError: no folder, no picture, one that cannot be read, of another size, or gray among colour ones (it is named).
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not Path(folder).is_dir():
+        raise InputError(f"{option} {folder} is not a folder of images")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise InputError(f"{option} {folder} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                gray = image.mode in ("1", "L", "I", "I;16")
+                pictures.append(np.atleast_3d(np.asarray(_eight_bit(image).convert("L" if gray else "RGB"))))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{option}: image {path} cannot be read ({error})") from error
+        if pictures[-1].shape != pictures[0].shape:
+            first, other = (describe_shape(p.transpose(2, 0, 1).shape) for p in (pictures[0], pictures[-1]))
+            raise InputError(f"{option} {folder} mixes images: {paths[0].name} is {first}, {path.name} is {other}")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def describe_shape(shape):
+    """``(C, H, W)`` in words."""
+    kind = {1: "gray", 3: "colour"}.get(shape[0], f"of {shape[0]} channels")
+    return f"{kind} {shape[-1]}x{shape[-2]}"

@@ -11,11 +11,14 @@ import csv
 import dataclasses
 import json
 import math
+import statistics
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .draws import DataOrder, interpolate
+from . import __version__
+from .draws import DataOrder, interpolate, shift, training_latents
 from .errors import InputError, TrainingError
 from .files import (
     digest,
@@ -25,9 +28,9 @@ from .files import (
     require_digest,
     require_output_folder,
     require_space,
-    sha256,
     unpack_optimizer,
     write_bytes,
+    write_json,
     write_tensors,
 )
 from .hub import reason
@@ -36,23 +39,25 @@ from .models.critic import Critic, CriticConfig
 from .ops import gradient_penalty
 from .pictures import save_grid
 from .recipes import DistillConfig
-from .trajectories import Trajectories
+from .trajectories import Trajectories, TrajectoryConfig, record_trajectories, same_teacher
 
 __all__ = ["DistillConfig", "Distiller", "distill"]
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def distill(trajectories, student, config, out, resume=False, device="cpu", progress=True):
+def distill(trajectories, student, config, out, resume=False, device="cpu", progress=True, teacher=None):
     """Train ``student`` on recorded trajectories and save it (its average, where ``config.ema`` is positive) under ``out``.
 
     Args:
-        trajectories: folder of ``advkd trajectories`` or a :class:`Trajectories`.
+        trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
         student: a :class:`Student` with fresh weights; it is trained in place.
         config: a :class:`DistillConfig`.
-        out: folder for the student, ``checkpoint.safetensors``, ``metrics.csv``, TensorBoard files and sample grids.
+        out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
+            TensorBoard files and sample grids.
         resume: go on from ``out``'s checkpoint.
         device: torch device of a single process (several processes: what accelerate gives).
+        teacher: the :class:`Teacher` of the trajectories, where ``config.grow`` adds some while training.
 
     Returns:
         The :class:`Student` that was saved, in eval mode.
@@ -61,31 +66,39 @@ def distill(trajectories, student, config, out, resume=False, device="cpu", prog
         InputError: data, student, configuration or folder do not fit each other; nothing was started.
         TrainingError: a loss is not finite; the last good checkpoint is kept.
     """
-    data = trajectories if isinstance(trajectories, Trajectories) else Trajectories(trajectories)
-    return Distiller(data, student, config, out, resume, device, progress=progress).run()
+    if not isinstance(trajectories, Trajectories):
+        folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
+        trajectories = Trajectories(*folders)
+    return Distiller(trajectories, student, config, out, resume, device, progress=progress, teacher=teacher).run()
 
 
 class Distiller:
     """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
 
-    def __init__(self, data, student, config, out, resume=False, device="cpu", dtype=torch.float32, progress=True):
+    def __init__(
+        self, data, student, config, out, resume=False, device="cpu", dtype=torch.float32, progress=True, teacher=None
+    ):
         config.validate(student.depth, data.paired, len(data))
-        _require_fit(data, student)
+        _require_fit(data, student, config, teacher)
         self.stages = config.stages(student.depth)
         self.accelerator = _accelerator(config.mixed_precision, device)
         world = self.accelerator.num_processes
         if any(stage.batch_size % world for stage in self.stages):
             raise InputError(f"batch_sizes {config.batch_sizes} must be divisible by the {world} processes")
         data.verify()
+        self.teacher = teacher
+        self.latent = (student.config.latent_size, student.config.detail_noise)
         self.out = _claim(out, resume, 40 * sum(p.numel() for p in student.parameters()) + 2**26)
         self.checkpoint = self.out / CHECKPOINT
         self._state_found = _file_state(self.checkpoint)
         self.data, self.config, self.dtype, self.progress = data, config, dtype, progress
+        self.recorded, self.folders = len(data), len(data.parts)
         self.student = student.to(self.accelerator.device, dtype, memory_format=torch.channels_last)
         self._share_weights()
         self.average = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.log_s = torch.nn.Parameter(torch.zeros(student.depth, device=self.accelerator.device, dtype=dtype))
-        self.order = DataOrder(len(data), config.seed)
+        self.order = DataOrder(config.pairs or len(data), config.seed)
+        self.identity = self._identity()
         self.cursor, self.stage_index, self.update = 0, 0, 0
         self._restored = self._read_checkpoint() if self.checkpoint.exists() else None
 
@@ -96,7 +109,8 @@ class Distiller:
             if main and _file_state(self.checkpoint) != self._state_found:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
-            log = _Log(self.out, self.student.depth, done) if main else None
+            reached = (self.stage_index + 1, self.update)
+            log = _Log(self.out, self.student.depth, reached, done, self.config.log_every) if main else None
             total = sum(stage.updates for stage in self.stages)
             bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
             for self.stage_index in range(self.stage_index, len(self.stages)):
@@ -106,6 +120,7 @@ class Distiller:
             if main:
                 log.close()
                 self.result.save_pretrained(self.out)
+                write_json(self.out / "training.json", self._provenance())
         self.accelerator.wait_for_everyone()
         return self.result.to(memory_format=torch.contiguous_format).eval()
 
@@ -123,10 +138,11 @@ class Distiller:
     def _run_stage(self, stage, log, bar):
         self._start_stage(stage)
         while self.update < stage.updates:
+            self._grow(stage)
             metrics = self._train_update(stage)
             self.update += 1
             if log:
-                log.write(stage.number, self.update, metrics)
+                log.write(stage.number, self.update, metrics, last=self.update == stage.updates)
             shown = {k: f"{metrics[k]:.3f}" for k in ("loss", "critic") if k in metrics}
             bar.set_postfix(stage=stage.number, **shown, refresh=False)
             bar.update()
@@ -171,6 +187,24 @@ class Distiller:
                 critics[str(k)] = Critic(shape).to(self.accelerator.device, self.dtype)
         return torch.nn.ModuleDict(critics)
 
+    def _grow(self, stage):
+        """Pairs made while training: the data as it is to be at this update, recorded where it is not there yet."""
+        if not self.config.grow:
+            return
+        updates = sum(earlier.updates for earlier in self.stages[: self.stage_index]) + self.update
+        base = self.config.pairs or self.recorded
+        first = max(part["start"] + part["num"] for part in self.data.parts[: self.folders])
+        for i in range(len(self.data.parts) - self.folders, updates // self.config.grow_every):
+            folder = self.out / "trajectories" / f"{i + 1:04d}"
+            names = {field.name for field in dataclasses.fields(TrajectoryConfig)}
+            values = {name: value for name, value in self.data.recipe.items() if name in names}
+            values |= {"start": first + i * self.config.grow, "num": self.config.grow}
+            if self.accelerator.is_main_process:
+                record_trajectories(self.teacher, TrajectoryConfig(**values), folder, progress=False)
+            self.accelerator.wait_for_everyone()
+            self.data.append(folder)
+            self.order = DataOrder(base + (i + 1) * self.config.grow, self.config.seed)
+
     def _train_update(self, stage):
         self._set_learning_rates(stage)
         metrics = {}
@@ -178,12 +212,19 @@ class Distiller:
         for i in range(self.config.critic_updates if self.critics else 1):
             last = i + 1 == self.config.critic_updates or not self.critics
             start, z, targets = self._next_batch(stage)
+            latents = z
+            if self.config.fresh and self.critics:
+                fresh = training_latents(self.config.seed, start, len(z), z.shape[1], z.device)
+                latents = torch.cat((z, fresh.to(self.dtype)))
             with torch.set_grad_enabled(last), self.accelerator.autocast():
-                images = self.student(z, levels=stage.levels)
+                images = self.student(latents, levels=stage.levels)
             images = {k: image.to(self.dtype) for k, image in images.items()}
+            # What critics judge: the images of the fresh latents where there are any, else those of the pairs.
+            judged = {k: images[k][-len(z) :] for k in stage.critic_levels}
+            images = {k: image[: len(z)] for k, image in images.items()}
             if self.critics:
-                metrics |= self._update_critics(stage, start, z, targets, images)
-        metrics |= self._update_student(stage, z, targets, images)
+                metrics |= self._update_critics(stage, start, z, targets, judged)
+        metrics |= self._update_student(start, stage, z, targets, images, judged)
         self._update_average()
         return metrics
 
@@ -201,11 +242,17 @@ class Distiller:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         local = stage.batch_size // world
         start = self.cursor + rank * local
-        z, levels = self.data.batch(self.order.rows(start, local), stage.levels)
+        z, levels = self.data.batch(self._rows(start, local), stage.levels, self.latent)
         self.cursor += stage.batch_size
         place = {"device": self.accelerator.device, "dtype": self.dtype}
         targets = {k: self._standardise(k, level.to(**place)) for k, level in levels.items()}
         return start, z.to(**place), targets
+
+    def _rows(self, start, count):
+        """Data-set rows of the global draws; with ``pairs``, the rows between them and the grown ones are skipped."""
+        rows = self.order.rows(start, count)
+        skipped = self.recorded - (self.config.pairs or self.recorded)
+        return [row + skipped if row >= self.recorded - skipped else row for row in rows]
 
     def _standardise(self, k, level):
         # The last level is the image itself, in [-1, 1].
@@ -217,22 +264,27 @@ class Distiller:
         parts = zip(split_latent(z, self.student.latent_parts), self.student.latent_parts, strict=True)
         return torch.cat([piece for piece, (_, side) in parts if side == 4], dim=1)
 
-    def _update_critics(self, stage, start, z, targets, images):
+    def _seen(self, image, start, level, kind):
+        """What a critic is shown of an image."""
+        return shift(image, self.config.seed, start, level, kind) if self.config.augment else image
+
+    def _update_critics(self, stage, start, z, targets, judged):
         # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
         condition = self._condition(z)
         gaps, penalties = [], []
         for k in stage.critic_levels:
-            critic, fake = self.critics[str(k)], images[k].detach()
+            critic, fake = self.critics[str(k)], self._seen(judged[k].detach(), start, k, 2)
+            real = self._seen(targets[k], start, k, 1)
             arguments = () if condition is None else (condition,)
-            gaps.append(critic(fake, *arguments).mean() - critic(targets[k], *arguments).mean())
-            x_hat = interpolate(targets[k], fake, self.config.seed, start, k)
+            gaps.append(critic(fake, *arguments).mean() - critic(real, *arguments).mean())
+            x_hat = interpolate(real, fake, self.config.seed, start, k)
             weight = self.config.gradient_penalty
             penalties.append(gradient_penalty(critic, x_hat, condition=condition, weight=weight))
         loss = torch.stack(gaps).sum() + torch.stack(penalties).sum()
         self._step(self.critic_optimizer, self.critics.parameters(), loss, "critic")
         return self._means(critic=torch.stack(gaps).mean(), penalty=torch.stack(penalties).mean())
 
-    def _update_student(self, stage, z, targets, images):
+    def _update_student(self, start, stage, z, targets, images, judged):
         config, depth = self.config, self.student.depth
         metrics, terms = {}, []
         regressed = config.regression_levels_of(stage)
@@ -247,7 +299,8 @@ class Distiller:
         if self.critics:
             condition = self._condition(z)
             arguments = () if condition is None else (condition,)
-            scores = [-self.critics[k](images[int(k)], *arguments).mean() for k in self.critics]
+            seen = {k: self._seen(judged[k], start, k, 2) for k in stage.critic_levels}
+            scores = [-self.critics[str(k)](image, *arguments).mean() for k, image in seen.items()]
             metrics["wasserstein"] = torch.stack(scores).mean().detach()
             terms.append(config.wasserstein * torch.stack(scores).mean())
         loss = torch.stack(terms).sum()
@@ -312,19 +365,31 @@ class Distiller:
                 tensors |= {f"critics/{k}": v for k, v in self.critics.state_dict().items()}
                 tensors |= pack_optimizer("critic_optimizer", self.critic_optimizer)
             cursor = {"stage": stage_index, "update": update, "cursor": self.cursor}
-            write_tensors(self.checkpoint, tensors, {**cursor, "run": self._identity(), "digest": digest(tensors)})
+            write_tensors(self.checkpoint, tensors, {**cursor, "run": self.identity, "digest": digest(tensors)})
         self.accelerator.wait_for_everyone()
 
     def _identity(self):
         """What must not change between a run and its resumption."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "checkpoint_every"}
-        manifest = sha256(self.data.folder / "manifest.json")
-        return json.loads(json.dumps({**config, "student": dataclasses.asdict(self.student.config), "trajectories": manifest}))
+        student, manifests = dataclasses.asdict(self.student.config), self.data.manifests
+        return json.loads(json.dumps({**config, "student": student, "trajectories": manifests}))
+
+    def _provenance(self):
+        """What the student was trained on and how; evaluation refuses reference samples that are among ``samples``."""
+        recipe = self.data.recipe
+        return {
+            "config": dataclasses.asdict(self.config),
+            "sampler": recipe["sampler"],
+            "steps": recipe["steps"],
+            "teacher": recipe["teacher"],
+            "samples": self.data.parts,
+            "version": __version__,
+        }
 
     def _read_checkpoint(self):
         tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run", "digest"))
         require_digest(self.checkpoint, tensors, metadata)
-        identity = self._identity()
+        identity = self.identity
         changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
         if changed:
             raise InputError(
@@ -385,14 +450,14 @@ def _claim(out, resume, needed):
     return out
 
 
-def _require_fit(data, student):
-    recipe, config = data.recipe, student.config
+def _require_fit(data, student, config, teacher):
+    if config.grow and (teacher is None or not same_teacher(teacher.identity(), data.recipe["teacher"])):
+        raise InputError(f"grow {config.grow} needs the teacher of the trajectories: --teacher")
+    recipe, shape = data.recipe, student.config
     wanted = {
-        "image_size": (recipe["image_size"], config.image_size),
-        "image_channels": (recipe["image_channels"], config.image_channels),
-        "depth": (recipe["depth"], len(config.channels)),
-        "latent_size": (recipe["latent_size"], config.latent_size),
-        "detail_noise": (recipe["detail_noise"], config.detail_noise),
+        "image_size": (recipe["image_size"], shape.image_size),
+        "image_channels": (recipe["image_channels"], shape.image_channels),
+        "depth": (recipe["depth"], len(shape.channels)),
     }
     for name, (theirs, ours) in wanted.items():
         if theirs != ours:
@@ -402,30 +467,39 @@ def _require_fit(data, student):
 
 
 class _Log:
-    """metrics.csv and TensorBoard, one row per update; rows after the ``done`` first are dropped, torn ones too."""
+    """metrics.csv and TensorBoard: one row averages ``every`` updates of a stage (the last row of a stage what is left).
 
-    def __init__(self, out, depth, done):
+    Rows after ``reached``, a checkpoint's (stage, update), are dropped, torn ones too; ``done`` updates were before it.
+    """
+
+    def __init__(self, out, depth, reached, done, every):
         from torch.utils.tensorboard import SummaryWriter
 
         levels = [f"mse_{k:02d}" for k in range(1, depth + 1)]
         self.columns = ["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels]
-        self.path = out / "metrics.csv"
+        self.path, self.every, self.pending = out / "metrics.csv", every, []
         kept = [",".join(self.columns)]
         if self.path.exists():
-            rows = self.path.read_text().splitlines(keepends=True)[1 : done + 1]
-            kept += [row[:-1] for row in rows if row.endswith("\n") and row.count(",") == len(self.columns) - 1]
+            rows = [row[:-1] for row in self.path.read_text().splitlines(keepends=True)[1:] if row.endswith("\n")]
+            whole = [row for row in rows if row.count(",") == len(self.columns) - 1]
+            kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
-        self.rows = done
+        self.updates = done
         self.file = open(self.path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n")
-        self.board = SummaryWriter(out / "tensorboard", purge_step=self.rows)
+        self.board = SummaryWriter(out / "tensorboard", purge_step=self.updates)
 
-    def write(self, stage, update, metrics):
-        self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in metrics.items()})
+    def write(self, stage, update, metrics, last=False):
+        self.pending.append(metrics)
+        self.updates += 1
+        if not last and update % self.every:
+            return
+        means = {name: statistics.fmean(row[name] for row in self.pending) for name in metrics}
+        self.pending = []
+        self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in means.items()})
         self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, self.rows)
-        self.rows += 1
+        for name, value in means.items():
+            self.board.add_scalar(name, value, self.updates - 1)
 
     def close(self):
         self.file.close()

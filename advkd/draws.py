@@ -1,8 +1,9 @@
 """Training's random draws, each keyed by its global number: no draw depends on processes, restarts or batch splits."""
 
 import torch
+import torch.nn.functional as F
 
-from .ops import philox_uniform, philox_words
+from .ops import philox_normal, philox_uniform, philox_words
 
 
 class DataOrder:
@@ -30,6 +31,27 @@ class DataOrder:
             self._permutation = torch.argsort(words[:, 0], stable=True).tolist()
             self._epoch = epoch
         return self._permutation[offset]
+
+
+def training_latents(seed, start, count, numel, device=None):
+    """z of the global draws ``start ..``: ``(count, numel)``, disjoint from every seed's sampled latents (another step)."""
+    return philox_normal(seed, torch.arange(start, start + count, device=device), (numel,), stream="z", step=1)
+
+
+def shift(images, seed, start, level, kind):
+    """Each image moved by up to an eighth of its side in both directions, its border repeated; differentiable in ``images``.
+
+    The moves are keyed by (seed, global draw, level, kind); kind 1 are real images, kind 2 generated ones.
+    """
+    n, channels, side, _ = images.shape
+    reach = max(1, side // 8)
+    words = philox_words(seed, range(start, start + n), 2, stream="interpolation", step=level + 2**8 * kind)
+    corners = (words % (2 * reach + 1)).to(images.device)
+    rows, columns = (corners[:, i, None] + torch.arange(side, device=images.device) for i in range(2))
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    batch = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def interpolate(real, fake, seed, start, level):

@@ -109,25 +109,61 @@ def save_curves(metrics, path):
     from matplotlib.figure import Figure
 
     columns = _read_columns(metrics)
+    updates = _total_updates(columns["stage"], columns["update"])
     levels = [name for name in columns if name.startswith("mse_")]
     adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns[name]))]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(levels):
-        left.plot(columns[name], color=(0.1, 0.25 + 0.6 * i / len(levels), 0.75), label=f"level {int(name[4:])}", lw=1)
+        left.plot(updates, columns[name], color=(0.1, 0.25 + 0.6 * i / len(levels), 0.75), label=f"level {int(name[4:])}", lw=1)
     left.set(title="mean squared error by level", xlabel="update", yscale="log")
     left.legend(fontsize=6, ncols=2)
     for name in ["loss", *adversarial]:
-        right.plot(columns[name], label=name, lw=1)
+        right.plot(updates, columns[name], label=name, lw=1)
     right.set(title="losses", xlabel="update")
     right.legend(fontsize=7)
+    _save_figure(figure, path)
+
+
+def save_extrapolation(curves, score, path):
+    """Frechet distances at several N against 1/N, with the fitted lines, as a PNG.
+
+    Args:
+        curves: ``{name: a result of advkd.metrics.frechet_at_infinity}``.
+        score: what the distance is called.
+        path: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, fit in curves.items():
+        inverse = [1 / size for size in fit["sizes"]]
+        (points,) = axis.plot(inverse, fit["distances"], "o", ms=3)
+        ends = [0, max(inverse)]
+        axis.plot(ends, [fit["value"] + fit["slope"] * x for x in ends], color=points.get_color(), lw=1, label=name)
+    axis.set(xlabel="1 / N", ylabel=score, title=f"{score} at several N")
+    axis.legend(fontsize=7)
     _save_figure(figure, path)
 
 
 def _read_columns(metrics):
     lines = [line.split(",") for line in Path(metrics).read_text().splitlines()]
     return {name: [float(row[i]) if row[i] else math.nan for row in lines[1:]] for i, name in enumerate(lines[0])}
+
+
+def _total_updates(stages, updates):
+    """Updates since the run's start, from the updates since each stage's."""
+    total, before, result = 0, None, []
+    for stage, update in zip(stages, updates, strict=True):
+        if before is not None and stage != before[0]:
+            total += before[1]
+        before = (stage, update)
+        result.append(total + update)
+    return result
 
 
 def _save_figure(figure, path):

@@ -23,6 +23,12 @@ class DistillConfig:
         critic_updates: critic updates per student update.
         critic_channels, critic_max_channels: width of the critics.
         conditional: critics see the latent's 4x4 parts.
+        fresh: critics judge the student's images of new latents, as many as pairs, instead of those of the pairs' latents
+            (unconditional critics only): the adversarial loss then reaches what the pairs do not cover.
+        augment: critics see real and generated images shifted by up to an eighth of their side (differentiable augmentation).
+        pairs: only the first so many trajectories are used (0: all).
+        grow: trajectories that the teacher adds to the data after every ``grow_every`` updates of a stage (0: none).
+        grow_every: see ``grow``.
         gradient_penalty: lambda.
         train_scope: ``all`` trains submodules 1 .. k in stage k, ``last`` only the k-th, the others frozen in eval mode.
         learning_rate, critic_learning_rate: of Adam.
@@ -33,6 +39,7 @@ class DistillConfig:
         mixed_precision: ``no`` or ``bf16`` (student only; critics stay in float32).
         seed: of weights and all draws.
         checkpoint_every: student updates between checkpoints.
+        log_every: student updates that one row of ``metrics.csv`` averages.
     """
 
     recipe: str = "joint"
@@ -49,6 +56,11 @@ class DistillConfig:
     critic_channels: int = 32
     critic_max_channels: int = 128
     conditional: bool = False
+    fresh: bool = False
+    augment: bool = False
+    pairs: int = 0
+    grow: int = 0
+    grow_every: int = 100
     gradient_penalty: float = 10.0
     train_scope: str = "all"
     learning_rate: float = 5e-4
@@ -60,6 +72,7 @@ class DistillConfig:
     mixed_precision: str = "no"
     seed: int = 0
     checkpoint_every: int = 100
+    log_every: int = 1
 
     def validate(self, depth, paired, num):
         """Raise :class:`InputError` that names the field that cannot work with a student of ``depth`` submodules and a data
@@ -68,7 +81,11 @@ class DistillConfig:
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
             _require(values and min(values) >= 1, f"{name} must hold positive numbers, got {values}")
-        for name in ("critic_updates", "critic_channels", "critic_max_channels", "checkpoint_every"):
+        for name in ("pairs", "grow"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _require(self.pairs <= num, f"pairs must be at most the {num} trajectories, got {self.pairs}")
+        num = self.pairs or num
+        for name in ("critic_updates", "critic_channels", "critic_max_channels", "grow_every", "checkpoint_every", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("mse", "kl", "wasserstein", "final_weight", "gradient_penalty", "clip_gradients"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
@@ -86,6 +103,12 @@ class DistillConfig:
         _require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         _require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
         _require(self.mse or self.kl or self.wasserstein, "one of mse, kl and wasserstein must be positive")
+        _require(
+            not (self.fresh and self.conditional), "fresh latents have no teacher's image: use fresh or conditional, not both"
+        )
+        _require(not self.fresh or self.wasserstein, "fresh latents are for the critics: wasserstein must be positive")
+        every = self.checkpoint_every % self.log_every
+        _require(not every, f"checkpoint_every must be a multiple of log_every {self.log_every}, got {self.checkpoint_every}")
         bad = [k for k in (*self.critic_levels, *self.regression_levels) if not 1 <= k <= depth]
         _require(not bad, f"critic_levels and regression_levels must be between 1 and the student's depth {depth}, got {bad}")
         for stage in self.stages(depth):

@@ -5,6 +5,7 @@ A data set is a folder of shards (safetensors, float16) and a ``manifest.json``.
 whenever. The manifest is written once all shards are there.
 """
 
+import bisect
 import dataclasses
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from .errors import InputError, TrainingError
 from .files import digest, read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
 from .latents import check_latent, latent_numel, project
+from .ops import philox_normal
 from .schedule import resolutions, supervising_timesteps
 
 FORMAT = "advkd-trajectories-1"
@@ -35,6 +37,7 @@ class TrajectoryConfig:
         sampler: ``ddim`` (paired: x_0 is a function of z's x_T) or ``ddpm`` (unpaired).
         steps: sampler steps (0: 50 for DDIM, all for DDPM).
         num: number of trajectories.
+        start: index of the first one among the seed's samples.
         seed: of the noise.
         depth: submodules of the student.
         latent_size: m of the latent's blocks (0: all of x_T up to 32 pixels, 4 above).
@@ -46,6 +49,7 @@ class TrajectoryConfig:
     sampler: str = "ddim"
     steps: int = 0
     num: int = 2048
+    start: int = 0
     seed: int = 0
     depth: int = 12
     latent_size: int = 0
@@ -62,6 +66,8 @@ class TrajectoryConfig:
             raise InputError(f"shard_size must be a multiple of batch_size {self.batch_size}, got {self.shard_size}")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
+        if not 0 <= self.start < 2**62:
+            raise InputError(f"start must be in [0, 2^62), got {self.start}")
 
 
 def record_trajectories(teacher, config, out, progress=True):
@@ -192,6 +198,7 @@ def _run_shard(teacher, config, recipe, start, count, bar):
 
 def _run_batch(teacher, config, recipe, start, bar, count):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
+    start += config.start
     x_T = teacher.noise(config.batch_size, config.seed, start)
     tensors = {"z": project(x_T, recipe["latent_size"], recipe["detail_noise"])}
     for t, x in teacher.path(x_T, config.sampler, config.steps or None, config.seed, start):
@@ -266,38 +273,46 @@ def _is_consistent(manifest):
 
 
 class Trajectories:
-    """A recorded data set, memory-mapped; a shard's hash is checked the first time the shard is read.
+    """Recorded data, memory-mapped; a shard's hash is checked the first time the shard is read.
 
     Args:
-        folder: where ``advkd trajectories`` wrote.
+        folders: where ``advkd trajectories`` wrote; several make one data set if only ``num``, ``start`` and ``seed`` differ.
 
     Attributes:
-        recipe: how it was made (a dict: :class:`TrajectoryConfig` plus teacher, timesteps, resolutions).
-        standard_deviations: one per level.
+        recipe: how it was made (a dict: :class:`TrajectoryConfig` plus teacher, timesteps, resolutions), of the first folder.
+        parts: ``seed``, ``start`` and ``num`` of every folder.
+        standard_deviations: one per level, of the first folder.
 
     Raises:
-        InputError: no finished data set there, or (on reading) a shard that is missing, truncated or altered.
+        InputError: no finished data set there, folders that do not fit each other, or (on reading) a shard that is missing,
+            truncated or altered.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"--trajectories {folder} is not a folder")
-        if not (self.folder / "manifest.json").exists() and any(self.folder.glob("shard-*.safetensors")):
-            raise InputError(f"--trajectories {folder} is unfinished: run the same 'advkd trajectories' command again")
-        keys = ("format", "recipe", "standard_deviations", "shards")
-        manifest = read_json(self.folder / "manifest.json", "manifest", keys)
-        if manifest["format"] != FORMAT:
-            raise InputError(f"{self.folder / 'manifest.json'} is not a manifest of advkd trajectories")
-        if not _is_consistent(manifest):
-            raise InputError(f"{self.folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
-        self.recipe = manifest["recipe"]
-        self.standard_deviations = manifest["standard_deviations"]
-        self._entries = manifest["shards"]
-        self._shards = {}
+    def __init__(self, *folders):
+        self.folder = Path(folders[0])
+        self._entries, self._shards, self.parts, self.manifests = [], {}, [], []
+        for folder in map(Path, folders):
+            self.append(folder)
+
+    def append(self, folder):
+        """Add a folder's samples after those that are there."""
+        manifest = _read_manifest(Path(folder))
+        recipe = manifest["recipe"]
+        if not self.parts:
+            self.recipe, self.standard_deviations = recipe, manifest["standard_deviations"]
+        changed = sorted(k for k in recipe if recipe[k] != self.recipe.get(k) and k not in ("num", "start", "seed"))
+        if changed:
+            raise InputError(f"--trajectories {folder} and {self.folder} were made with different {', '.join(changed)}")
+        part = {key: recipe[key] for key in ("seed", "start", "num")}
+        if any(samples_overlap(part, other) for other in self.parts):
+            raise InputError(f"--trajectories {folder} repeats samples of another folder: record with another --start")
+        first = len(self)
+        self._entries += [{**entry, "start": first + entry["start"], "folder": folder} for entry in manifest["shards"]]
+        self.parts.append(part)
+        self.manifests.append(sha256(Path(folder) / "manifest.json"))
 
     def __len__(self):
-        return self.recipe["num"]
+        return sum(part["num"] for part in self.parts)
 
     @property
     def paired(self):
@@ -309,29 +324,72 @@ class Trajectories:
         for shard in range(len(self._entries)):
             self._load(shard)
 
-    def batch(self, rows, levels):
+    def noise(self, rows):
+        """x_T of some rows: ``(len(rows), C, S, S)`` float32 on the CPU, made anew from its counters."""
+        side, channels = self.recipe["image_size"], self.recipe["image_channels"]
+        pieces = []
+        for row in rows:
+            part = 0
+            while row >= self.parts[part]["num"]:
+                row, part = row - self.parts[part]["num"], part + 1
+            indices = torch.tensor([self.parts[part]["start"] + row])
+            pieces.append(philox_normal(self.parts[part]["seed"], indices, (channels, side, side), stream="x_T"))
+        return torch.cat(pieces)
+
+    def batch(self, rows, levels, latent=None):
         """Rows of the data set.
 
         Args:
             rows: list of sample numbers.
             levels: list of level numbers k (1-based).
+            latent: ``(latent_size, detail_noise)`` of the z that is wanted; by default that of the recording.
 
         Returns:
             ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).
         """
-        names = ["z", *(f"level_{k:02d}" for k in levels)]
-        size = self.recipe["shard_size"]
-        picked = {name: torch.stack([self._load(row // size)[name][row % size] for row in rows]) for name in names}
-        z, *rest = (picked[name].float() for name in names)
-        return z, dict(zip(levels, rest, strict=True))
+        recorded = (self.recipe["latent_size"], self.recipe["detail_noise"])
+        stored = latent is None or tuple(latent) == recorded
+        names = [*(["z"] if stored else []), *(f"level_{k:02d}" for k in levels)]
+        places = [self._place(row) for row in rows]
+        picked = [torch.stack([self._load(shard)[name][offset] for shard, offset in places]).float() for name in names]
+        z = picked.pop(0) if stored else project(self.noise(rows), *latent)
+        return z, dict(zip(levels, picked, strict=True))
+
+    def _place(self, row):
+        shard = bisect.bisect_right(self._entries, row, key=lambda entry: entry["start"]) - 1
+        return shard, row - self._entries[shard]["start"]
 
     def _load(self, shard):
         if shard not in self._shards:
             entry = self._entries[shard]
-            path = self.folder / entry["file"]
+            path = entry["folder"] / entry["file"]
             if not path.exists():
                 raise InputError(f"shard {path} is missing: run the same 'advkd trajectories' command again")
             if sha256(path) != entry["sha256"]:
                 raise InputError(f"shard {path} is truncated or altered: delete it and run 'advkd trajectories' again")
             self._shards[shard], _ = read_tensors(path, "shard")
         return self._shards[shard]
+
+
+def _read_manifest(folder):
+    if not folder.is_dir():
+        raise InputError(f"--trajectories {folder} is not a folder")
+    if not (folder / "manifest.json").exists() and any(folder.glob("shard-*.safetensors")):
+        raise InputError(f"--trajectories {folder} is unfinished: run the same 'advkd trajectories' command again")
+    keys = ("format", "recipe", "standard_deviations", "shards")
+    manifest = read_json(folder / "manifest.json", "manifest", keys)
+    if manifest["format"] != FORMAT:
+        raise InputError(f"{folder / 'manifest.json'} is not a manifest of advkd trajectories")
+    if not _is_consistent(manifest):
+        raise InputError(f"{folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
+    return manifest
+
+
+def samples_overlap(a, b):
+    """Whether two parts (seed, start, num) share a sample."""
+    return a["seed"] == b["seed"] and a["start"] < b["start"] + b["num"] and b["start"] < a["start"] + a["num"]
+
+
+def same_teacher(a, b):
+    """Whether two :meth:`Teacher.identity` are of one teacher, whatever it was called."""
+    return {**a, "name": None} == {**b, "name": None}

@@ -11,6 +11,7 @@ from ..files import read_json, write_bytes, write_json
 from ..hub import reason, resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRAINING = "training.json"
 
 
 class PretrainedModule:
@@ -18,6 +19,8 @@ class PretrainedModule:
 
     config_class = None
     embedded = {}
+    training_record = None
+    """What a loaded module was trained on (``training.json``), if that is known."""
 
     @classmethod
     def from_pretrained(cls, source, device="cpu"):
@@ -27,7 +30,9 @@ class PretrainedModule:
             InputError: missing, damaged or foreign files; the message names the file.
         """
         part = cls.__name__.lower()
-        folder = resolve(source, cls.embedded, cls.__name__, ["config.json", WEIGHTS, "model_index.json", f"{part}/*"])
+        folder = resolve(
+            source, cls.embedded, cls.__name__, ["config.json", WEIGHTS, TRAINING, "model_index.json", f"{part}/*"]
+        )
         if not (folder / "config.json").exists() and (folder / "model_index.json").exists():
             folder = folder / part
         values = read_json(folder / "config.json", f"{cls.__name__} configuration")
@@ -42,6 +47,8 @@ class PretrainedModule:
             raise InputError(f"{folder / WEIGHTS} does not exist") from None
         except (SafetensorError, OSError, RuntimeError) as error:
             raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({reason(error)})") from error
+        if (folder / TRAINING).exists():
+            module.training_record = read_json(folder / TRAINING, "training record")
         return module.to(device).eval()
 
     def save_pretrained(self, folder):

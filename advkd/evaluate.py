@@ -1,0 +1,308 @@
+"""How good a student is: its images against the teacher's and against real ones, each with the floor of that comparison.
+
+The floor is what two disjoint halves of the reference give at the same N: no generator can be expected to do better. All
+images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .data import describe_shape, load_images, read_pictures
+from .errors import InputError
+from .features import build_extractor, cache_folder, extract, require_fit
+from .files import require_output_folder, write_json
+from .metrics import compare, frechet_floor
+from .models.student import Student
+from .pictures import to_uint8
+from .teacher import Teacher
+from .timing import measure, provenance
+from .trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    record_in_processes,
+    record_trajectories,
+    same_teacher,
+    samples_overlap,
+)
+
+REFERENCE_SEED = 1_000_001
+"""Default seed of evaluation: far from the small numbers that people train with."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How ``advkd evaluate`` measures.
+
+    Attributes:
+        num: images of the student, and of each of two disjoint sets of the teacher's.
+        seed: of the student's and the teacher's noise; the training trajectories must have another one.
+        extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
+        inception_weights: file of the Inception weights.
+        real: ``digits``, a folder of images, or ``none``.
+        resamples: of the bootstrap behind the Frechet distances' intervals.
+        processes: local processes that draw the teacher's samples (CPU only).
+    """
+
+    num: int = 2000
+    seed: int = REFERENCE_SEED
+    extractor: str = "digits"
+    inception_weights: str = ""
+    real: str = "digits"
+    resamples: int = 200
+    processes: int = 1
+
+    def validate(self):
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name in ("num", "resamples", "processes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
+
+
+def evaluate_student(student, teacher, config, out, teacher_samples=None, device="cpu", cache=None, progress=True):
+    """Measure a student against its teacher and against real images, and write ``evaluation.json`` under ``out``.
+
+    Args:
+        student, teacher: what their ``from_pretrained`` take.
+        config: an :class:`EvaluationConfig`.
+        out: folder.
+        teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
+            run goes on) and kept in the cache.
+        device: torch device.
+        cache: folder of kept features and samples (default :func:`advkd.features.cache_folder`).
+
+    Returns:
+        The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.
+
+    Raises:
+        InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
+    """
+    config.validate()
+    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
+    out = require_output_folder(out)
+    cache = Path(cache or cache_folder())
+    model = Student.from_pretrained(student, device)
+    source, teacher = teacher, Teacher.from_pretrained(teacher, device)
+    _require_drawable(extractor, model, teacher, config)
+    real = _real_images(config.real, model)
+    if real is not None:
+        require_fit(extractor, real[: len(real) // 2], f"--real {config.real}")
+    recording = TrajectoryConfig(num=2 * config.num, seed=config.seed)
+    if teacher_samples is None:
+        _require_disjoint(model.training_record, teacher, asdict(recording))
+        teacher_samples = _draw_teacher(source, teacher, recording, cache, config.processes, progress)
+    samples = Trajectories(teacher_samples)
+    _require_samples(samples, teacher, model, config)
+
+    fused = model.fuse()
+    with torch.no_grad():
+        drawn = {
+            "student": to_uint8(fused.sample(config.num, config.seed)).permute(0, 3, 1, 2).contiguous(),
+            "teacher": _images(samples, range(2 * config.num)),
+        }
+    features = {name: extract(extractor, images, cache=cache) for name, images in drawn.items()}
+    student_features, teacher_features = features["student"], features["teacher"]
+    rows = _rows("teacher", {"student": student_features}, teacher_features, "fresh teacher samples", config)
+    if real is not None:
+        real_features = _shuffled(extract(extractor, real, cache=cache))
+        both = {"student": student_features, "teacher": teacher_features[config.num :]}
+        rows += _rows("real", both, real_features, "other real images", config)
+    result = {
+        "score": extractor.score,
+        "num_features": extractor.num_features,
+        "config": asdict(config),
+        "rows": rows,
+        "pairs": _pairs(samples, model),
+        "models": describe_models(fused, model, teacher),
+        "seeds_known_disjoint": model.training_record is not None,
+        "provenance": provenance(),
+    }
+    write_json(out / "evaluation.json", result)
+    return result
+
+
+def evaluate_folders(images, reference, config, out=None, cache=None):
+    """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
+
+    The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
+    number of images. With ``out``, writes ``evaluation.json`` there.
+    """
+    config.validate()
+    extractor = build_extractor(config.extractor, config.inception_weights or None)
+    sets = {}
+    for option, source in (("--images", images), ("--reference", reference)):
+        sets[option] = _digits() if str(source) == "digits" else read_pictures(source, option)
+    shapes = {option: tuple(pictures.shape[1:]) for option, pictures in sets.items()}
+    if len(set(shapes.values())) > 1:
+        ours, theirs = (describe_shape(shape) for shape in shapes.values())
+        raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
+    require_fit(extractor, sets["--images"], f"--images {images}")
+    require_fit(extractor, sets["--reference"][::2], f"half of --reference {reference}")
+    if out is not None:
+        out = require_output_folder(out)
+    cache = Path(cache or cache_folder())
+    found, wanted = (_shuffled(extract(extractor, pictures, cache=cache)) for pictures in sets.values())
+    rows = _rows("reference", {"images": found}, wanted, "other reference images", config)
+    result = {
+        "score": extractor.score,
+        "num_features": extractor.num_features,
+        "config": asdict(config),
+        "images": str(images),
+        "reference": str(reference),
+        "rows": rows,
+        "provenance": provenance(),
+    }
+    if out is not None:
+        write_json(out / "evaluation.json", result)
+    return result
+
+
+def table(result):
+    """The rows of a result as aligned text."""
+    titles = [
+        "images",
+        "against",
+        "N",
+        result["score"],
+        "95 % interval",
+        "x floor",
+        "at infinity",
+        "KID",
+        "precision",
+        "recall",
+    ]
+    lines = [[*titles, "nearest", "diversity"]]
+    for row in result["rows"]:
+        low, high = row["frechet_interval"]
+        lines.append(
+            [
+                row["images"],
+                row["against"],
+                str(row["samples"][0]),
+                f"{row['frechet']:.3f}",
+                f"{low:.3f} .. {high:.3f}",
+                f"{row['times_floor']:.2f}",
+                f"{row['frechet_at_infinity']['value']:.3f}",
+                f"{row['kid']:.5f}",
+                f"{row['precision']:.3f}",
+                f"{row['recall']:.3f}",
+                f"{row['nearest']:.3f}",
+                f"{row['diversity']:.3f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _rows(against, sets, reference, floor_name, config):
+    """One row per set against the reference's first half, and the floor from its second, all at the same N."""
+    half = len(reference) // 2
+    n = min(half, *(len(features) for features in sets.values()))
+    first, second = reference[:n], reference[half : half + n]
+    splits = frechet_floor(torch.cat((first, second)))
+    floor = sum(splits) / len(splits)
+    other = compare(second, first, config.resamples)
+    rows = [{"images": name, **compare(features[:n], first, config.resamples)} for name, features in sets.items()]
+    rows.append({"images": floor_name, **other})
+    for row in rows:
+        row |= {"against": against, "floor": floor, "floor_range": [min(splits), max(splits)]}
+        row["times_floor"] = row["frechet"] / floor
+        row["recall_of_other"] = row["recall"] / other["recall"] if other["recall"] else None
+    return rows
+
+
+def _require_drawable(extractor, model, teacher, config):
+    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
+    theirs = (teacher.image_channels, teacher.image_size, teacher.image_size)
+    if shape != theirs:
+        raise InputError(f"--student draws {describe_shape(shape)} images, --teacher {describe_shape(theirs)} ones")
+    require_fit(extractor, torch.empty(1, dtype=torch.uint8).expand(config.num, *shape), "--num")
+
+
+def _require_disjoint(record, teacher, recording):
+    """Reference samples that the student was trained on measure nothing."""
+    if record is None or not same_teacher(record["teacher"], teacher.identity()):
+        return
+    for part in record["samples"]:
+        if samples_overlap(part, recording):
+            raise InputError(f"seed {recording['seed']} is that of the student's training trajectories: choose another --seed")
+
+
+def _require_samples(samples, teacher, model, config):
+    if not same_teacher(samples.recipe["teacher"], teacher.identity()):
+        raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
+    if len(samples) < 2 * config.num:
+        raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
+    for part in samples.parts:
+        _require_disjoint(model.training_record, teacher, part)
+
+
+def _draw_teacher(source, teacher, recording, cache, processes, progress):
+    """The teacher's samples, from the cache or drawn now; the folder's name holds all that they depend on."""
+    name = f"teacher-{teacher.identity()['weights_sha256'][:16]}-seed{recording.seed}-{recording.num}"
+    folder = cache / name
+    if (folder / "manifest.json").exists():
+        return folder
+    if processes > 1:
+        return record_in_processes(source, recording, folder, processes, progress)
+    return record_trajectories(teacher, recording, folder, progress)
+
+
+def _images(samples, rows):
+    last = samples.recipe["depth"]
+    images = torch.cat([samples.batch([row], [last])[1][last] for row in rows])
+    return to_uint8(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _real_images(source, model):
+    if source == "none":
+        return None
+    size, channels = model.config.image_size, model.config.image_channels
+    if source == "digits" and (size, channels) == (32, 1):
+        return _digits()
+    images = load_images(source, size, channels)
+    return images if images.dtype == torch.uint8 else to_uint8(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _digits():
+    return to_uint8(load_images("digits")).permute(0, 3, 1, 2).contiguous()
+
+
+def _shuffled(features, seed=0):
+    """Rows in a seeded random order: real sets are sorted by writer, class or name."""
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))]
+
+
+def _pairs(samples, model, n=256):
+    """How much the student's image looks like the teacher's from the same noise, which it has not seen."""
+    n = min(n, len(samples))
+    last = samples.recipe["depth"]
+    images = samples.batch(range(n), [last])[1][last]
+    device = model.head.weight.device
+    with torch.no_grad():
+        drawn = model(model.project(samples.noise(range(n))).to(device)).cpu()
+    a, b = (x.flatten(1) - x.flatten(1).mean(dim=1, keepdim=True) for x in (drawn, images))
+    correlation = torch.nn.functional.cosine_similarity(a, b)
+    other = torch.nn.functional.cosine_similarity(a.roll(1, dims=0), b)
+    squared = (drawn - images).square().mean()
+    return {"num": n, "correlation": correlation.mean().item(), "mismatched": other.mean().item(), "mse": squared.item()}
+
+
+def describe_models(fused, student, teacher, n=16):
+    """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
+    z = fused.latents(n, REFERENCE_SEED)
+    slow = measure({"teacher": lambda: teacher.sample(n, REFERENCE_SEED)}, repeats=3)["teacher"]
+    quick = measure({"student": lambda: fused(z)}, repeats=30, warmup=3)["student"]
+    evaluations = len(teacher.timesteps("ddim"))
+    return {
+        "batch_size": n,
+        "teacher": {"parameters": teacher.num_parameters(), "evaluations": evaluations, "seconds": _each(slow, n)},
+        "student": {"parameters": student.num_parameters(terminals=False), "evaluations": 1, "seconds": _each(quick, n)},
+    }
+
+
+def _each(times, n):
+    return {name: value if name == "repeats" else value / n for name, value in times.items()}

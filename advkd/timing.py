@@ -1,0 +1,105 @@
+"""Wall-clock times and where they were taken."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino")
+
+
+def measure(calls, repeats=10, warmup=1):
+    """Time functions in turn, so that a change of the machine's speed meets all of them.
+
+    Args:
+        calls: ``{name: function}``, functions without arguments; what a GPU computes for one is waited for.
+        repeats: timed rounds.
+        warmup: rounds before them.
+
+    Returns:
+        ``{name: {"median": s, "p20": s, "p80": s, "repeats": n}}`` in seconds.
+    """
+    times = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            _synchronize()
+            begin = time.perf_counter()
+            call()
+            _synchronize()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - begin)
+    return {name: _percentiles(values) for name, values in times.items()}
+
+
+def _percentiles(values):
+    p20, median, p80 = torch.quantile(
+        torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double()
+    ).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "repeats": len(values)}
+
+
+def _synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def provenance():
+    """Commit, dirty flag, device, threads and versions, as a JSON-ready dict. Unknown ones are None."""
+    gpu = torch.cuda.is_available()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": _dirty(),
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONED},
+    }
+
+
+def _git(*arguments):
+    """git's answer about the checkout this package lies in; None for an installed copy."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _dirty():
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return None if status is None else bool(status)
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver():
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

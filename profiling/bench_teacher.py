@@ -1,0 +1,87 @@
+"""The teacher: one network evaluation, and a whole DDIM-50 trajectory.
+
+python -m profiling.bench_teacher [--only trajectory] [--out FOLDER]
+"""
+
+import copy
+
+import torch
+
+from advkd import Teacher
+
+from . import peers
+from .harness import Case, Contestant, main
+
+TIMESTEP = 500
+
+
+class Evaluation(torch.nn.Module):
+    """One evaluation of the teacher's network at a fixed timestep."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet.eval().requires_grad_(False)
+
+    def forward(self, x):
+        return self.unet(x, TIMESTEP, return_dict=False)[0]
+
+
+def evaluation(batch):
+    """The case of one network evaluation."""
+    teacher = Teacher.from_pretrained("digits")
+    network = Evaluation(teacher.unet)
+    x = teacher.noise(batch, seed=1)
+    with torch.no_grad():
+        wanted = Evaluation(copy.deepcopy(teacher.unet).double())(x.double())
+        tolerance = 2 * (network(x).double() - wanted).abs().max().item() + 1e-5
+    plain = copy.deepcopy(network)
+
+    def contiguous():
+        def call():
+            with torch.inference_mode():
+                return plain(x)
+
+        return call
+
+    contestants = [
+        Contestant("advkd, Teacher's network", contiguous, "ours"),
+        Contestant("PyTorch eager, channels_last", lambda: peers.eager(copy.deepcopy(network), x)),
+        Contestant("torch.compile, freezing", lambda: peers.compiled(copy.deepcopy(network), x)),
+        Contestant("OpenVINO", lambda: peers.openvino(copy.deepcopy(network), x)),
+    ]
+    return Case(f"evaluation, batch {batch}", lambda: wanted, tolerance, contestants, batch, repeats=15)
+
+
+def trajectory(batch):
+    """The case of whole trajectories: ours against diffusers' own DDIM loop."""
+    from diffusers import DDIMScheduler
+
+    teacher = Teacher.from_pretrained("digits")
+    x_T = teacher.noise(batch, seed=1)
+    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
+    scheduler.set_timesteps(50)
+
+    def diffusers_loop(unet=teacher.unet, x=x_T):
+        with torch.inference_mode():
+            for t in scheduler.timesteps:
+                x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        return x.clamp(-1, 1)
+
+    # Fifty float32 steps drift: the oracle is diffusers' loop in float64, the bound twice its own float32 drift.
+    wanted = diffusers_loop(copy.deepcopy(teacher.unet).double(), x_T.double())
+    tolerance = 2 * (diffusers_loop().double() - wanted).abs().max().item() + 1e-4
+    contestants = [
+        Contestant("advkd, Teacher.sample", lambda: lambda: teacher.sample(batch, seed=1), "ours"),
+        Contestant("diffusers, DDIMScheduler", lambda: diffusers_loop, "baseline"),
+    ]
+    return Case(f"DDIM-50 trajectory, batch {batch}", lambda: wanted, tolerance, contestants, batch, repeats=5)
+
+
+CASES = {
+    "evaluation, batch 1": lambda: evaluation(1),
+    "evaluation, batch 16": lambda: evaluation(16),
+    "DDIM-50 trajectory, batch 16": lambda: trajectory(16),
+}
+
+if __name__ == "__main__":
+    main("bench_teacher", CASES, ["tests/ops/test_sampler_step.py", "tests/system/test_teacher.py"])

@@ -1,0 +1,161 @@
+"""How every speed claim of this project is measured: parity first, then peers and ours in turn, then JSON with provenance.
+
+A benchmark is a list of cases. A case names the work, gives the float64 oracle's output and the contestants that do the work:
+ours, the baseline, and the best configuration of the best peers. A contestant whose output is off is not timed and the command
+fails; one that is not installed is recorded with the reason. Times are of whole calls in one process, contestants in turn.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from advkd.files import write_json
+from advkd.timing import measure, provenance
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "profiling" / "results"
+
+
+@dataclass
+class Contestant:
+    """One way to do a case's work.
+
+    Attributes:
+        name: what the tables call it.
+        prepare: function without arguments that gives the function to time (which returns a tensor); an ImportError from it
+            means that the contestant is not installed.
+        kind: ``ours``, ``baseline`` or ``peer``.
+    """
+
+    name: str
+    prepare: object
+    kind: str = "peer"
+
+
+@dataclass
+class Case:
+    """One piece of work.
+
+    Attributes:
+        name: of the case, unique in its benchmark.
+        oracle: function without arguments that gives the float64 result.
+        tolerance: largest absolute difference from the oracle.
+        contestants: of the case.
+        images: images per call.
+        flop: floating-point operations per call (direct count), or None.
+        moved_bytes: bytes that a call must at least read and write, or None.
+        repeats: timed calls of each contestant.
+    """
+
+    name: str
+    oracle: object
+    tolerance: float
+    contestants: list = field(default_factory=list)
+    images: int = 1
+    flop: int | None = None
+    moved_bytes: int | None = None
+    repeats: int = 20
+
+
+def device_folder():
+    """The results' folder for this machine's device."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
+
+
+def run(name, cases, parity_tests, out=None):
+    """Run the parity tests, then every case; write ``<name>.json`` and return whether all gates were green.
+
+    Args:
+        name: of the benchmark.
+        cases: functions without arguments that give a :class:`Case` (built one after the other, to bound memory).
+        parity_tests: pytest arguments (files below the root); they must pass before anything is timed.
+        out: folder, default :func:`device_folder`.
+    """
+    gate = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
+    if subprocess.run(gate, cwd=ROOT).returncode != 0:
+        print(f"{name}: the parity tests failed, nothing was timed", file=sys.stderr)
+        return False
+    results, green = [], True
+    for build in cases:
+        result = run_case(build())
+        green &= all(c.get("parity", {}).get("passed", True) for c in result["contestants"])
+        results.append(result)
+        print(format_case(result), flush=True)
+        path = Path(out or device_folder()) / f"{name}.json"
+        write_json(path, {"benchmark": name, "cases": results, "parity_tests": parity_tests, "provenance": provenance()})
+    return green
+
+
+def run_case(case):
+    """Check and time one case; returns its JSON."""
+    wanted = case.oracle()
+    entries, calls = [], {}
+    for contestant in case.contestants:
+        entry = {"name": contestant.name, "kind": contestant.kind}
+        entries.append(entry)
+        try:
+            call = contestant.prepare()
+        except ImportError as error:
+            entry["missing"] = str(error)
+            continue
+        found = call()
+        error = (torch.as_tensor(found).double().cpu() - wanted.cpu()).abs().max().item()
+        entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
+        if entry["parity"]["passed"]:
+            calls[contestant.name] = call
+    times = measure(calls, case.repeats, warmup=3)
+    for entry in entries:
+        if entry["name"] in times:
+            entry["seconds"] = times[entry["name"]]
+            if case.flop:
+                entry["flop_per_second"] = case.flop / entry["seconds"]["median"]
+    figures = {"images": case.images, "flop": case.flop, "moved_bytes": case.moved_bytes}
+    return {"case": case.name, **figures, "contestants": entries, "ratio": _ratio(entries)}
+
+
+def _ratio(entries):
+    """Time of the fastest that is not ours by the time of our fastest."""
+    fastest = {}
+    for entry in entries:
+        if "seconds" in entry:
+            side = "ours" if entry["kind"] == "ours" else "others"
+            fastest[side] = min(fastest.get(side, float("inf")), entry["seconds"]["median"])
+    return fastest["others"] / fastest["ours"] if len(fastest) == 2 else None
+
+
+def format_case(result):
+    """A case's result as text."""
+    lines = [f"{result['case']} ({result['images']} images)"]
+    for entry in result["contestants"]:
+        if "missing" in entry:
+            lines.append(f"  {entry['name']:32} not installed: {entry['missing']}")
+        elif "seconds" not in entry:
+            lines.append(f"  {entry['name']:32} off by {entry['parity']['error']:.2e}, not timed")
+        else:
+            median, p20, p80 = (1e3 * entry["seconds"][k] for k in ("median", "p20", "p80"))
+            lines.append(f"  {entry['name']:32} {median:9.3f} ms  ({p20:.3f} .. {p80:.3f})")
+    return "\n".join(lines)
+
+
+def main(name, cases, parity_tests):
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=f"Benchmark {name}: parity first, then times, as JSON.")
+    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
+    parser.add_argument("--only", help="cases whose name holds this text")
+    options = parser.parse_args()
+    chosen = {case: build for case, build in cases.items() if not options.only or options.only in case}
+    if not chosen:
+        parser.error(f"--only {options.only}: no such case (known: {', '.join(cases)})")
+    sys.exit(0 if run(name, list(chosen.values()), parity_tests, options.out) else 1)
+
+
+def read(name, folder=None):
+    """A benchmark's stored result, or None."""
+    path = Path(folder or device_folder()) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
