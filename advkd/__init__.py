@@ -1,6 +1,7 @@
 """One-step image generation distilled from diffusion models.
 
-``import advkd`` imports torch and little else; diffusers, accelerate and matplotlib are imported where they are used.
+``import advkd`` imports torch and little else; diffusers, accelerate, torchmetrics and matplotlib are imported where they are
+used.
 """
 
 import importlib
@@ -13,18 +14,24 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdvKDPipeline": "pipeline",
     "BackendUnavailableError": "errors",
+    "Classifier": "models.classifier",
     "Critic": "models.critic",
     "CriticConfig": "models.critic",
     "DistillConfig": "recipes",
     "Distiller": "distill",
+    "EvaluationConfig": "evaluate",
     "FusedStudent": "models.fused_student",
     "InputError": "errors",
     "Student": "models.student",
     "StudentConfig": "models.student",
     "Teacher": "teacher",
     "Trajectories": "trajectories",
+    "evaluate_folders": "evaluate",
+    "evaluate_student": "evaluate",
     "record_trajectories": "trajectories",
+    "train_classifier": "classifier_training",
     "train_teacher": "teacher_training",
+    "write_report": "report",
 }
 __all__ = sorted(_EXPORTS)
 

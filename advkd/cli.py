@@ -222,13 +222,14 @@ def _local(device):
 @main.command()
 @click.option("--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat).")
 @click.option("--teacher", "teacher_source", help="The trajectories' teacher, which --grow needs.")
-@click.option("--preset", required=True, help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
+@click.option("--preset", help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
+@click.option("--init", help="Start from a student ('digits', a folder or a hub id) instead of a preset's fresh weights.")
 @click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
 @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @device_option
 @_options(DistillConfig)
-def distill(data, teacher_source, preset, out, config_file, resume, device, **values):
+def distill(data, teacher_source, preset, init, out, config_file, resume, device, **values):
     """Train a student on recorded trajectories."""
     import torch
 
@@ -249,15 +250,19 @@ def distill(data, teacher_source, preset, out, config_file, resume, device, **va
         from .teacher import Teacher
 
         teacher = Teacher.from_pretrained(teacher_source, device)
-    run(data, _build_student(preset), config, out, resume, device, teacher=teacher)
+    run(data, _build_student(preset, init), config, out, resume, device, teacher=teacher)
     click.echo(f"student saved in {out}")
 
 
-def _build_student(preset):
+def _build_student(preset, init=None):
     from .files import read_json
     from .models.saving import build_config
     from .models.student import PRESETS, Student, StudentConfig
 
+    if (preset is None) == (init is None):
+        raise InputError("name either a --preset or a student to start from by --init")
+    if init is not None:
+        return Student.from_pretrained(init)
     if preset in PRESETS:
         return Student.from_preset(preset)
     if not preset.endswith(".json"):

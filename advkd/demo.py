@@ -58,8 +58,9 @@ def summary(teacher, student):
     models = describe_models(student.fuse(), student, teacher)
     slow, quick = models["teacher"], models["student"]
     teacher_time, student_time = (1e3 * model["seconds"]["median"] for model in (slow, quick))
+    size, threads = models["batch_size"], torch.get_num_threads()
     return (
         f"teacher: {slow['parameters']:,} parameters, {slow['evaluations']} evaluations, {teacher_time:.1f} ms per image; "
         f"student: {quick['parameters']:,} parameters, 1 evaluation, {student_time:.2f} ms per image "
-        f"({teacher_time / student_time:.0f} times faster; batches of {models['batch_size']}, {torch.get_num_threads()} threads)"
+        f"({teacher_time / student_time:.0f} times faster; batches of {size}, {threads} threads)"
     )

@@ -51,7 +51,7 @@ def distill(trajectories, student, config, out, resume=False, device="cpu", prog
 
     Args:
         trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
-        student: a :class:`Student` with fresh weights; it is trained in place.
+        student: a :class:`Student`, fresh or loaded; it is trained in place.
         config: a :class:`DistillConfig`.
         out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
             TensorBoard files and sample grids.
@@ -376,13 +376,14 @@ class Distiller:
 
     def _provenance(self):
         """What the student was trained on and how; evaluation refuses reference samples that are among ``samples``."""
-        recipe = self.data.recipe
+        recipe, before = self.data.recipe, self.student.training_record
+        before = before if before and same_teacher(before["teacher"], recipe["teacher"]) else {"samples": [], "runs": []}
         return {
-            "config": dataclasses.asdict(self.config),
+            "runs": [*before["runs"], {"config": dataclasses.asdict(self.config), "samples": self.data.parts}],
+            "samples": before["samples"] + [part for part in self.data.parts if part not in before["samples"]],
             "sampler": recipe["sampler"],
             "steps": recipe["steps"],
             "teacher": recipe["teacher"],
-            "samples": self.data.parts,
             "version": __version__,
         }
 

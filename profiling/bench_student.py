@@ -18,7 +18,7 @@ SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1,)}
 
 
 class Folded(nn.Module):
-    """The student as an engine's user would fold it: convolutions with bias, LeakyReLU, nearest up-sampling; input (N, C, 4, 4)."""
+    """The student as an engine's user folds it: convolutions with bias, LeakyReLU, nearest up-sampling, input (N, C, 4, 4)."""
 
     def __init__(self, fused):
         super().__init__()

@@ -51,7 +51,7 @@ PRESETS = {
     "paper-256": StudentConfig(),
     "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
     "digits": StudentConfig(
-        image_size=32, image_channels=1, channels=(64, 64, 64, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
+        image_size=32, image_channels=1, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
     ),
 }
 

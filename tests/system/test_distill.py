@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from advkd.distill import Distiller, _kl, distill
-from advkd.draws import DataOrder, interpolate
+from advkd.draws import DataOrder, interpolate, shift, training_latents
 from advkd.errors import InputError, TrainingError
 from advkd.models.student import Student
 from advkd.recipes import RECIPES, recipe
-from advkd.trajectories import Trajectories
+from advkd.trajectories import Trajectories, record_trajectories
 
-from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_student
+from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_recording, tiny_student, tiny_teacher
 
 SMALL = {"batch_sizes": (8,), "critic_channels": 4, "critic_max_channels": 8, "checkpoint_every": 2}
 JOINT = recipe("joint", updates=(6,), **SMALL)
@@ -93,6 +93,7 @@ def test_train_scope_last_freezes_the_earlier_submodules(trajectories, tmp_path)
         {"mse": 0.5, "kl": 0.1, "wasserstein": 0.2, "conditional": True, "clip_gradients": 0.1},
         {"critic_levels": (4,), "regression_levels": (1, 2), "ema": 0.0},
         {"mixed_precision": "bf16"},
+        {"fresh": True, "augment": True},
     ],
 )
 def test_every_distance_and_switch_trains(trajectories, tmp_path, changes):
@@ -288,8 +289,6 @@ def test_bad_recipes_are_refused_before_work(trajectories, tmp_path, changes, na
         ({"image_size": 16, "channels": (8,) * 4}, "image_size"),
         ({"image_channels": 3}, "image_channels"),
         ({"channels": (8,) * 6}, "depth"),
-        ({"latent_size": 1}, "latent_size"),
-        ({"latent_size": 1, "detail_noise": True}, "latent_size"),
     ],
 )
 def test_a_student_that_does_not_fit_the_data_is_refused(trajectories, tmp_path, changes, name):
@@ -297,6 +296,175 @@ def test_a_student_that_does_not_fit_the_data_is_refused(trajectories, tmp_path,
 
     with pytest.raises(InputError, match=name):
         distill(trajectories, Student(replace(TINY_STUDENT, **changes)), JOINT, tmp_path / "out")
+
+
+@pytest.mark.parametrize("changes", [{"latent_size": 1}, {"latent_size": 1, "detail_noise": True}])
+def test_any_latent_of_the_recorded_noise_can_be_trained_on(trajectories, tmp_path, changes):
+    """z of another layout than the recorded one is made anew from x_T's counters."""
+    from dataclasses import replace
+
+    student = Student(replace(TINY_STUDENT, **changes))
+    run = Distiller(Trajectories(trajectories), student, JOINT, tmp_path, progress=False)
+    _, z, _ = run._next_batch(run.stages[0])
+    expected = student.project(tiny_teacher().noise(24, 0))[run._rows(0, 8)]
+    assert torch.allclose(z, expected, atol=1e-6)
+    run.run()
+    assert len(rows(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fresh": True, "conditional": True},
+        {"fresh": True, "wasserstein": 0.0},
+        {"pairs": 25},
+        {"pairs": -1},
+        {"log_every": 4},
+        {"grow": 8},
+    ],
+)
+def test_switches_that_do_not_go_together(trajectories, tmp_path, changes):
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match=next(iter(changes))):
+        distill(trajectories, tiny_student(), replace(JOINT, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fresh_latents_reach_the_critic_and_not_the_regression(trajectories, tmp_path, monkeypatch):
+    config = recipe("joint", updates=(1,), fresh=True, critic_levels=(4,), **SMALL)
+    run = Distiller(Trajectories(trajectories), tiny_student(), config, tmp_path, progress=False)
+    seen = {}
+
+    def watch(name, original):
+        def watched(*arguments):
+            seen[name] = arguments
+            return original(*arguments)
+
+        return watched
+
+    for name in ("_update_critics", "_update_student"):
+        monkeypatch.setattr(run, name, watch(name, getattr(run, name)))
+    run.run()
+    _, start, z, targets, judged = seen["_update_critics"]
+    images = seen["_update_student"][4]
+    assert len(judged[4]) == len(images[4]) == len(targets[4]) == len(z) == 8
+    assert not torch.equal(judged[4], images[4])
+    latents = training_latents(config.seed, start, 8, z.shape[1])
+    reference = tiny_student().train()
+    with torch.no_grad():
+        expected = reference(torch.cat((z, latents)))
+    assert torch.allclose(judged[4], expected[8:], atol=1e-5) and torch.allclose(images[4], expected[:8], atol=1e-5)
+
+
+def test_training_latents_are_nobodys_samples():
+    student = tiny_student()
+    mine = training_latents(0, 5, 3, student.latent_numel)
+    assert torch.equal(mine[1:], training_latents(0, 6, 2, student.latent_numel))
+    assert not torch.equal(mine, student.latents(3, 0, 5))
+
+
+def test_shift_moves_images_and_gradients():
+    images = torch.arange(2.0 * 16 * 16).reshape(2, 1, 16, 16).requires_grad_()
+    moved = shift(images, 0, 10, 12, 1)
+    assert torch.equal(moved[1:], shift(images[1:], 0, 11, 12, 1)) and not torch.equal(moved, shift(images, 0, 10, 12, 2))
+    # Away from the border every pixel's value is 16 rows + columns further on: one offset per image, of at most 2 each way.
+    offsets = (moved - images)[:, 0, 4:12, 4:12].flatten(1)
+    assert (offsets == offsets[:, :1]).all()
+    for offset in offsets[:, 0].tolist():
+        assert any(offset == 16 * dy + dx for dy in range(-2, 3) for dx in range(-2, 3))
+    moved.sum().backward()
+    assert images.grad.sum() == moved.numel() and (images.grad >= 0).all()
+    drawn = torch.cat([shift(images.detach(), seed, 0, 1, 1)[:, 0, 8, 8] - images[:, 0, 8, 8].detach() for seed in range(40)])
+    assert len(drawn.unique()) > 15
+
+
+def test_rows_of_the_log_average_updates(trajectories, tmp_path):
+    every = recipe("joint", updates=(5,), **SMALL)
+    distill(trajectories, tiny_student(), every, tmp_path / "every", progress=False)
+    distill(trajectories, tiny_student(), recipe("joint", updates=(5,), log_every=2, **SMALL), tmp_path / "two", progress=False)
+    fine, coarse = rows(tmp_path / "every"), rows(tmp_path / "two")
+    assert [r["update"] for r in coarse] == ["2", "4", "5"]
+    means = [sum(float(r["mse_04"]) for r in part) / len(part) for part in (fine[:2], fine[2:4], fine[4:])]
+    assert [float(r["mse_04"]) for r in coarse] == pytest.approx(means, rel=1e-6)
+    assert weights(tmp_path / "every") == weights(tmp_path / "two")
+
+
+def test_two_folders_are_one_data_set(teacher, trajectories, tmp_path):
+    more = record_trajectories(teacher, tiny_recording(num=12, start=24), tmp_path / "more", progress=False)
+    whole = record_trajectories(teacher, tiny_recording(num=36), tmp_path / "whole", progress=False)
+    joined, one = Trajectories(trajectories, more), Trajectories(whole)
+    assert len(joined) == 36 and joined.parts == [{"seed": 0, "start": 0, "num": 24}, {"seed": 0, "start": 24, "num": 12}]
+    for part, expected in zip(
+        joined.batch([3, 23, 24, 35], [2, 4])[1].values(), one.batch([3, 23, 24, 35], [2, 4])[1].values()
+    ):
+        assert torch.equal(part, expected)
+    assert torch.equal(joined.noise([0, 30]), teacher.noise(36)[[0, 30]])
+    with pytest.raises(InputError, match="repeats samples"):
+        Trajectories(trajectories, whole)
+    other = record_trajectories(teacher, tiny_recording(num=8, steps=5, seed=9), tmp_path / "other", progress=False)
+    with pytest.raises(InputError, match="different steps, timesteps"):
+        Trajectories(trajectories, other)
+
+
+def test_pairs_limits_the_data(trajectories, tmp_path):
+    config = recipe("joint", updates=(6,), pairs=9, **SMALL)
+    run = Distiller(Trajectories(trajectories), tiny_student(), config, tmp_path, progress=False)
+    assert sorted(run._rows(0, 9)) == list(range(9))
+
+
+def test_pairs_made_while_training(teacher, trajectories, tmp_path):
+    """The data grows at fixed updates; a run that was killed in between equals one that was not."""
+    config = recipe("joint", updates=(7,), pairs=16, grow=8, grow_every=2, **SMALL)
+    whole = distill(trajectories, tiny_student(), config, tmp_path / "whole", progress=False, teacher=teacher)
+    folders = sorted((tmp_path / "whole" / "trajectories").iterdir())
+    recipes = [Trajectories(folder).recipe for folder in folders]
+    assert [(r["start"], r["num"]) for r in recipes] == [(24, 8), (32, 8), (40, 8)]
+    assert json.loads((tmp_path / "whole" / "training.json").read_text())["samples"] == [
+        {"seed": 0, "start": start, "num": num} for start, num in ((0, 24), (24, 8), (32, 8), (40, 8))
+    ]
+    run = Distiller(Trajectories(trajectories), tiny_student(), config, tmp_path / "cut", progress=False, teacher=teacher)
+    original, count = run._train_update, []
+
+    def killed(stage):
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        count.append(1)
+        return original(stage)
+
+    run._train_update = killed
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert sorted({row for row in run._rows(0, 32)}) == [*range(16), *range(24, 40)]
+    resumed = distill(trajectories, tiny_student(), config, tmp_path / "cut", resume=True, progress=False, teacher=teacher)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_run_can_start_from_a_student(teacher, trajectories, tmp_path):
+    """Its weights count, and its record goes on: what the first run saw is still known."""
+    first = recipe("joint", updates=(2,), **SMALL)
+    distill(trajectories, tiny_student(), first, tmp_path / "first", progress=False)
+    more = record_trajectories(teacher, tiny_recording(num=8, seed=5), tmp_path / "more", progress=False)
+    options = ["--updates", 1, "--batch-sizes", 8, "--learning-rate", 1e-12, "--ema", 0, "--wasserstein", 0]
+    done = run_cli("distill", "--trajectories", more, "--init", tmp_path / "first", "--out", tmp_path / "second", *options)
+    assert done.returncode == 0, done.stderr
+    one, two = (Student.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
+        assert "convolution" not in name or torch.allclose(a, b, atol=1e-6)
+    record = two.training_record
+    assert record["samples"] == [{"seed": 0, "start": 0, "num": 24}, {"seed": 5, "start": 0, "num": 8}]
+    assert [run["config"]["updates"] for run in record["runs"]] == [[2], [1]]
+    for wrong in ([], ["--init", "digits", "--preset", "digits"]):
+        done = run_cli("distill", "--trajectories", more, "--out", tmp_path / "no", *wrong)
+        assert done.returncode == 2 and "either a --preset or a student" in done.stderr
+
+
+def test_grow_needs_the_trajectories_own_teacher(trajectories, tmp_path):
+    config = recipe("joint", updates=(1,), grow=8, **SMALL)
+    for teacher in (None, tiny_teacher(500)):
+        with pytest.raises(InputError, match="grow 8 needs the teacher of the trajectories"):
+            distill(trajectories, tiny_student(), config, tmp_path / "out", teacher=teacher)
 
 
 def test_data_order_is_a_permutation_per_epoch():

@@ -1,0 +1,346 @@
+"""The evaluator: what its figures do, what it keeps, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from advkd import features
+from advkd.data import load_images, load_labelled, read_pictures
+from advkd.errors import InputError
+from advkd.evaluate import EvaluationConfig, evaluate_folders, evaluate_student, table
+from advkd.features import build_extractor, extract, require_fit
+from advkd.files import write_json
+from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.models.student import Student
+from advkd.pictures import save_image, to_pil, to_uint8
+from advkd.teacher import Teacher
+from advkd.trajectories import record_trajectories
+
+from ..conftest import run_cli, tiny_recording, tiny_student
+
+QUICK = {"num": 30, "resamples": 5, "real": "none"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The real digits as uint8 in a seeded random order, and their classes."""
+    images, labels, _ = load_labelled("digits")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(9))
+    return to_uint8(images).permute(0, 3, 1, 2)[order].contiguous(), labels[order]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, teacher_folder):
+    """A student, its teacher, a classifier of 4 features, and samples of the teacher: all 8x8."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tiny_student().save_pretrained(root / "student")
+    torch.manual_seed(0)
+    Classifier(ClassifierConfig("tiny", 8, 1, 3, (8,), 4)).save_pretrained(root / "classifier")
+    recording = tiny_recording(num=60, seed=77)
+    record_trajectories(Teacher.from_pretrained(str(teacher_folder)), recording, root / "samples", progress=False)
+    return root
+
+
+def save_pictures(images, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(to_pil(images.float() / 127.5 - 1)):
+        save_image(picture, folder / f"{i:04d}.png")
+    return folder
+
+
+def distances(sets, reference, cache):
+    """FD-digits of uint8 sets against a reference of the same size."""
+    from advkd.metrics import frechet_distance
+
+    extractor = build_extractor("digits")
+    wanted = extract(extractor, reference, cache=cache)
+    return [frechet_distance(extract(extractor, images, cache=cache), wanted) for images in sets]
+
+
+def test_the_classifier_knows_the_digits(digits):
+    images, labels = digits
+    classifier = Classifier.from_pretrained("digits")
+    assert classifier.accuracy(images.float() / 127.5 - 1, labels) > 0.98
+    assert classifier.training_record["accuracy"]["held_out"] > 0.98
+    assert abs(classifier.features(images.float() / 127.5 - 1).square().mean().item() - 1) < 0.1
+
+
+def test_fd_digits_rises_with_every_damage(digits, tmp_path):
+    images, labels = digits
+    reference, rest = images[:800], images[800:1600]
+    blurred = F.avg_pool2d(F.pad(rest.float(), (3,) * 4, mode="replicate"), 7, stride=1).round().byte()
+    noise = torch.randn(rest.shape, generator=torch.Generator().manual_seed(1)) * 60
+    noisy = (rest.float() + noise).clamp(0, 255).byte()
+    few = images[800:][labels[800:] < 5]
+    upside_down = rest.flip(2)
+    floor, *damaged = distances([rest, blurred, noisy, few, upside_down], reference, tmp_path)
+    assert floor > 0 and all(distance > 3 * floor for distance in damaged)
+
+
+def test_a_folder_of_pictures_gives_what_the_images_give(digits, tmp_path):
+    images, _ = digits
+    folder = save_pictures(images[:300], tmp_path / "a")
+    assert torch.equal(read_pictures(folder, "--images"), images[:300])
+    config = EvaluationConfig(resamples=5)
+    result = evaluate_folders(folder, "digits", config, tmp_path / "out", cache=tmp_path / "cache")
+    assert result["score"] == "FD-digits" and [row["images"] for row in result["rows"]] == ["images", "other reference images"]
+    assert [row["samples"] for row in result["rows"]] == [[300, 300]] * 2
+    ours, other = result["rows"]
+    assert 0.2 < ours["times_floor"] < 4 and ours["floor"] == other["floor"] > 0
+    assert ours["frechet_interval"][0] < ours["frechet"] < ours["frechet_interval"][1]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    assert {"commit", "dirty", "device", "versions"} <= set(result["provenance"])
+    assert "FD-digits" in table(result) and "300" in table(result)
+
+
+def test_command_line_on_folders(digits, tmp_path):
+    images, _ = digits
+    a, b = save_pictures(images[:150], tmp_path / "a"), save_pictures(images[150:450], tmp_path / "b")
+    done = run_cli(
+        *("evaluate", "--images", a, "--reference", b, "--resamples", 3), environment={"ADVKD_CACHE": str(tmp_path / "cache")}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("images") and len(done.stdout.splitlines()) == 3
+    assert len(list((tmp_path / "cache").glob("features-*.safetensors"))) == 2
+
+
+def test_features_are_kept_by_content(digits, tmp_path):
+    images = digits[0][:80]
+    extractor = build_extractor("digits")
+    calls = []
+    extractor.register_forward_hook(lambda *_: calls.append(1))
+    first = extract(extractor, images, cache=tmp_path)
+    assert torch.equal(first, extract(extractor, images.clone(), cache=tmp_path)) and len(calls) == 1
+    changed = images.clone()
+    changed[0, 0, 0, 0] ^= 1
+    extract(extractor, changed, cache=tmp_path)
+    assert len(calls) == 2
+    for path in tmp_path.glob("features-*"):
+        path.write_bytes(path.read_bytes()[:-8])
+    assert torch.equal(first, extract(extractor, images, cache=tmp_path)) and len(calls) == 3
+    other = Classifier(ClassifierConfig())
+    assert not torch.equal(first, extract(features.ClassifierFeatures(other.eval()), images, cache=tmp_path))
+
+
+def test_student_against_its_teacher(tiny, teacher_folder, tmp_path):
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **QUICK)
+    arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
+    result = evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
+    assert result["score"] == "FD-tiny" and result["num_features"] == 4
+    assert [(row["images"], row["against"]) for row in result["rows"]] == [
+        ("student", "teacher"),
+        ("fresh teacher samples", "teacher"),
+    ]
+    # An untrained student is far off; the teacher's own other samples are at the floor.
+    assert result["rows"][0]["times_floor"] > 3 > result["rows"][1]["times_floor"]
+    assert result["rows"][1]["recall_of_other"] == 1
+    models = result["models"]
+    assert models["student"]["evaluations"] == 1 and models["teacher"]["evaluations"] == 50
+    assert models["student"]["parameters"] == tiny_student().num_parameters(terminals=False)
+    assert (
+        0 < models["student"]["seconds"]["p20"] <= models["student"]["seconds"]["median"] <= models["student"]["seconds"]["p80"]
+    )
+    assert result["seeds_known_disjoint"] is False
+    again = evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
+    assert again["rows"] == result["rows"]
+
+
+def test_teacher_samples_are_drawn_and_kept(tiny, teacher_folder, tmp_path):
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), **{**QUICK, "num": 12})
+    for _ in range(2):
+        evaluate_student(tiny / "student", str(teacher_folder), config, tmp_path / "out", cache=tmp_path, progress=False)
+    (folder,) = tmp_path.glob("teacher-*")
+    assert json.loads((folder / "manifest.json").read_text())["recipe"]["num"] == 24
+
+
+def test_real_images_of_a_folder(tiny, teacher_folder, tmp_path):
+    noise = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    folder = save_pictures(noise, tmp_path / "real")
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **{**QUICK, "real": str(folder)})
+    arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
+    result = evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
+    assert [(r["images"], r["samples"][0]) for r in result["rows"] if r["against"] == "real"] == [
+        ("student", 20),
+        ("teacher", 20),
+        ("other real images", 20),
+    ]
+
+
+def test_samples_that_the_student_was_trained_on_are_refused(tiny, teacher_folder, tmp_path):
+    student = shutil.copytree(tiny / "student", tmp_path / "student")
+    identity = Teacher.from_pretrained(str(teacher_folder)).identity()
+    write_json(student / "training.json", {"teacher": identity, "samples": [{"seed": 77, "start": 40, "num": 100}]})
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **QUICK)
+    for samples in (tiny / "samples", None):
+        with pytest.raises(InputError, match="seed 77 is that of the student's training trajectories"):
+            evaluate_student(student, str(teacher_folder), config, tmp_path / "out", samples, cache=tmp_path, progress=False)
+    assert not list(tmp_path.glob("teacher-*"))
+    write_json(student / "training.json", {"teacher": identity, "samples": [{"seed": 3, "start": 0, "num": 100}]})
+    arguments = (student, str(teacher_folder), config, tmp_path / "out", tiny / "samples")
+    assert evaluate_student(*arguments, cache=tmp_path, progress=False)["seeds_known_disjoint"]
+
+
+def test_the_shipped_student_says_what_it_was_trained_on():
+    record = Student.from_pretrained("digits").training_record
+    assert record["samples"] and all(part["seed"] != EvaluationConfig().seed for part in record["samples"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num": 31}, "holds 60 samples, 2 x 31 are needed"),
+        ({"num": 4}, "4 images are fewer than FD-tiny's 4 features need"),
+        ({"num": 0}, "num must be at least 1"),
+        ({"extractor": "digits"}, "takes gray 32x32 images, these are gray 8x8"),
+        ({"extractor": "no-such"}, "--extractor must be digits, inception or a folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_work_starts(tiny, teacher_folder, tmp_path, change, message):
+    config = EvaluationConfig(**{"extractor": str(tiny / "classifier"), "seed": 77, **QUICK, **change})
+    arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
+    with pytest.raises(InputError, match=message):
+        evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_samples_of_another_teacher_are_refused(tiny, trajectories, teacher_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "samples", other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["recipe"]["teacher"]["weights_sha256"] = "0"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), **QUICK)
+    with pytest.raises(InputError, match="are of another teacher"):
+        evaluate_student(tiny / "student", str(teacher_folder), config, tmp_path / "out", other, progress=False)
+
+
+class WrongFeatures(torch.nn.Module):
+    num_features, score, shape, identity = 5, "FD-wrong", None, "wrong"
+
+    def forward(self, images):
+        return images.float().flatten(1)[:, :4]
+
+
+def test_extractor_with_the_wrong_number_of_features():
+    with pytest.raises(InputError, match=r"it says 5 features and gives \(20, 4\)"):
+        extract(WrongFeatures(), torch.zeros(20, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_classifier_folder_with_the_wrong_number_of_features(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "classifier", tmp_path / "classifier")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "num_features": 6})
+    with pytest.raises(InputError, match="is damaged or of another model"):
+        build_extractor(str(folder))
+
+
+@pytest.mark.parametrize("broken", ["empty", "missing", "mixed sizes", "gray and colour", "unreadable"])
+def test_bad_folders_are_one_clear_line(digits, tmp_path, broken):
+    good, bad = save_pictures(digits[0][:140], tmp_path / "good"), tmp_path / "bad"
+    if broken != "missing":
+        save_pictures(digits[0][:140], bad)
+    expected = f"--images {bad}"
+    if broken == "empty":
+        shutil.rmtree(bad)
+        bad.mkdir()
+        expected = "holds no image"
+    elif broken == "missing":
+        expected = "is not a folder of images"
+    elif broken == "mixed sizes":
+        Image.new("L", (16, 32)).save(bad / "zz.png")
+        expected = "0000.png is gray 32x32, zz.png is gray 16x32"
+    elif broken == "gray and colour":
+        Image.new("RGB", (32, 32)).save(bad / "zz.png")
+        expected = "0000.png is gray 32x32, zz.png is colour 32x32"
+    else:
+        (bad / "zz.png").write_bytes(b"not a picture")
+        expected = "zz.png cannot be read"
+    done = run_cli("evaluate", "--images", bad, "--reference", good, "--out", tmp_path / "out")
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gray_against_colour_folders(digits, tmp_path):
+    gray = save_pictures(digits[0][:140], tmp_path / "gray")
+    colour = save_pictures(digits[0][:140].expand(-1, 3, -1, -1), tmp_path / "colour")
+    with pytest.raises(InputError, match="are gray 32x32, --reference .* are colour 32x32"):
+        evaluate_folders(gray, colour, EvaluationConfig())
+
+
+def test_too_few_images_in_a_folder(digits, tmp_path):
+    few, many = save_pictures(digits[0][:64], tmp_path / "few"), save_pictures(digits[0][:140], tmp_path / "many")
+    with pytest.raises(InputError, match="--images .*: 64 images are fewer than FD-digits's 64 features need"):
+        evaluate_folders(few, many, EvaluationConfig())
+    with pytest.raises(InputError, match="half of --reference .*: 32 images are fewer"):
+        evaluate_folders(many, few, EvaluationConfig())
+
+
+def test_inception_weights(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="needs --inception-weights"):
+        build_extractor("inception")
+    weights = tmp_path / "weights.pth"
+    with pytest.raises(InputError, match="weights.pth does not exist"):
+        build_extractor("inception", weights)
+    weights.write_bytes(b"something else")
+    with pytest.raises(InputError, match="has SHA-256 .*, not 6726825d"):
+        build_extractor("inception", weights)
+    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{features.sha256(weights)[:8]}.pth")
+    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs torch-fidelity: pip install 'advkd\[inception\]'"):
+        build_extractor("inception", weights)
+
+
+def test_images_for_another_extractor_are_refused():
+    extractor = build_extractor("digits")
+    with pytest.raises(InputError, match="takes gray 32x32 images, these are colour 32x32"):
+        require_fit(extractor, torch.zeros(100, 3, 32, 32, dtype=torch.uint8), "--images")
+    with pytest.raises(InputError, match="must be uint8"):
+        require_fit(extractor, torch.zeros(100, 1, 32, 32), "--images")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--images", "a"], "--images and --reference go together"),
+        (["--images", "a", "--reference", "b", "--student", "c"], "--student does not go with --images"),
+        ([], "--out is missing"),
+        (["--out", "x", "--num", "many"], "num must be a whole number"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    done = run_cli("evaluate", *options)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_classifier_of_a_folder(digits, tmp_path):
+    images, labels = digits
+    for label in (0, 1):
+        save_pictures(images[labels == label][:40], tmp_path / "data" / str(label))
+    done = run_cli(
+        *("classifier", "train", "--data", tmp_path / "data", "--out", tmp_path / "classifier"),
+        *("--steps", 40, "--num-features", 8),
+    )
+    assert done.returncode == 0, done.stderr
+    classifier = Classifier.from_pretrained(tmp_path / "classifier")
+    assert classifier.config.classes == 2 and classifier.config.name == "classes"
+    assert classifier.training_record["accuracy"]["held_out"] > 0.9
+    chosen = images[labels < 2][-60:]
+    assert classifier.accuracy(chosen.float() / 127.5 - 1, labels[labels < 2][-60:]) > 0.9
+    again = run_cli("classifier", "train", "--data", tmp_path / "data", "--out", tmp_path / "classifier")
+    assert again.returncode == 2 and "holds a model already" in again.stderr
+    assert run_cli("classifier", "train", "--data", tmp_path / "data" / "0", "--out", tmp_path / "no").returncode == 2
+
+
+def test_student_and_teacher_of_different_sizes(tiny, tmp_path):
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), **QUICK)
+    with pytest.raises(InputError, match="--student draws gray 8x8 images, --teacher gray 32x32 ones"):
+        evaluate_student(tiny / "student", "digits", config, tmp_path)
+
+
+def test_real_digits_are_the_documented_set():
+    images = load_images("digits")
+    assert images.shape == (1797, 1, 32, 32) and images.min() == -1 and images.max() == 1

@@ -1,0 +1,132 @@
+"""The harness refuses what is wrong before it times anything; the tables are what the results say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from advkd import timing
+from advkd.cli import _apply, distill
+from advkd.models.student import StudentConfig
+from advkd.recipes import RECIPES
+from profiling import ablation, bench_student, bench_teacher, harness, tables
+from profiling.harness import Case, Contestant
+
+from ..conftest import ROOT, process_environment
+
+ONES = torch.ones(3, dtype=torch.float64)
+
+
+def missing():
+    raise ImportError("No module named 'fast'")
+
+
+def a_case():
+    return Case(
+        "sum",
+        lambda: ONES,
+        1e-6,
+        [
+            Contestant("exact", lambda: lambda: torch.ones(3), "ours"),
+            Contestant("slow", lambda: lambda: torch.ones(300, 300, 300).mean() * torch.ones(3), "peer"),
+            Contestant("off", lambda: lambda: torch.full((3,), 1.1), "peer"),
+            Contestant("nan", lambda: lambda: torch.full((3,), float("nan")), "peer"),
+            Contestant("absent", missing, "peer"),
+        ],
+        images=3,
+        flop=12,
+        repeats=4,
+    )
+
+
+def test_a_case_checks_before_it_times():
+    result = harness.run_case(a_case())
+    exact, slow, off, nan, absent = result["contestants"]
+    assert exact["parity"]["passed"] and exact["seconds"]["repeats"] == 4
+    assert exact["flop_per_second"] == 12 / exact["seconds"]["median"]
+    for wrong in (off, nan):
+        assert not wrong["parity"]["passed"] and "seconds" not in wrong
+    assert "fast" in absent["missing"] and "seconds" not in absent
+    assert result["ratio"] == slow["seconds"]["median"] / exact["seconds"]["median"] > 1
+    text = harness.format_case(result)
+    assert "off by 1.00e-01, not timed" in text and "not installed" in text
+
+
+def test_red_gates_fail_and_leave_nothing(tmp_path):
+    passing, failing = tmp_path / "test_green.py", tmp_path / "test_red.py"
+    passing.write_text("def test_it():\n    pass\n")
+    failing.write_text("def test_it():\n    assert False\n")
+    built = []
+    assert not harness.run("sums", [lambda: built.append(1)], [str(failing)], tmp_path / "out")
+    assert not built and not (tmp_path / "out").exists()
+    # A contestant that is off makes the run fail, but the other figures are kept.
+    assert not harness.run("sums", [a_case], [str(passing)], tmp_path / "out")
+    stored = harness.read("sums", tmp_path / "out")
+    assert stored["cases"][0]["case"] == "sum" and stored["parity_tests"] == [str(passing)]
+    known = {"commit", "dirty", "device", "driver", "cuda", "threads", "versions"}
+    assert known <= set(stored["provenance"]) and stored["provenance"]["versions"]["torch"] == torch.__version__
+
+
+def test_contestants_take_turns():
+    order = []
+    times = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert all(t["p20"] <= t["median"] <= t["p80"] and t["repeats"] == 3 for t in times.values())
+
+
+@pytest.mark.parametrize("module", [bench_student, bench_teacher])
+def test_benchmarks_gate_on_tests_that_exist(module):
+    source = (ROOT / "profiling" / f"{module.__name__.split('.')[1]}.py").read_text()
+    gates = [word.strip('[]",()') for word in source.splitlines()[-1].split() if "tests/" in word]
+    assert gates and all((ROOT / gate).exists() for gate in gates)
+
+
+def test_small_benchmark_runs(tmp_path):
+    case = bench_student.case("digits", 1)
+    case.contestants, case.repeats = case.contestants[:3], 2
+    result = harness.run_case(case)
+    assert all(entry["parity"]["passed"] for entry in result["contestants"])
+    # 2 x 9 x (inputs x outputs x pixels) of the digits preset, by hand.
+    maps = [(64, 96, 4), (96, 96, 4), *[(96, 96, 8)] * 4, (96, 64, 16), *[(64, 64, 16)] * 3, (64, 32, 32), *[(32, 32, 32)] * 3]
+    maps += [(32, 24, 32), *[(24, 24, 32)] * 5, (24, 16, 32), *[(16, 16, 32)] * 3, (16, 1, 32)]
+    assert result["flop"] == sum(18 * a * b * side * side for a, b, side in maps)
+
+
+def test_unknown_case_is_refused():
+    command = [sys.executable, "-m", "profiling.bench_student", "--only", "no-such"]
+    done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no such case" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(ablation.ROWS))
+def test_every_row_of_the_ablation_is_a_recipe(name):
+    program, command, *arguments = ablation.command(name, "paths", "out")
+    assert (program, command) == ("advkd", "distill")
+    values = distill.make_context("distill", arguments).params
+    for key in ("data", "teacher_source", "preset", "out", "config_file", "resume", "device"):
+        values.pop(key)
+    config = _apply(RECIPES[values.pop("recipe") or "joint"], values, "distill")
+    config.validate(12, True, 8192)
+    StudentConfig(**ablation.student_shape({k: v for k, v in ablation.ROWS[name].items() if k in ablation.STUDENT_FIELDS}))
+    if config.recipe == "joint":
+        assert (config.updates, config.batch_sizes) == ((400,), (32,))
+
+
+def test_readme_holds_the_results():
+    text = tables.README.read_text()
+    assert set(tables.TABLES) == {line.split()[2] for line in text.splitlines() if line.startswith("<!-- table: ")}
+    assert tables.filled(text) == text
+    assert tables.filled(text.replace("student", "x")) != text
+
+
+def test_results_have_provenance_and_green_gates():
+    paths = list(harness.RESULTS.glob("*/*.json"))
+    assert paths
+    for path in paths:
+        result = json.loads(path.read_text())
+        assert result["provenance"]["commit"] and result["provenance"]["device"]
+        for case in result.get("cases", []):
+            assert any("seconds" in entry for entry in case["contestants"])
+            assert all("seconds" not in entry or entry["parity"]["passed"] for entry in case["contestants"])

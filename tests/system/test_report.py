@@ -1,0 +1,139 @@
+"""The report: one file, no network, and a browser shows its pictures."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advkd.errors import InputError
+from advkd.evaluate import EvaluationConfig
+from advkd.files import write_json
+from advkd.models.student import Student
+from advkd.report import write_report
+from advkd.teacher import Teacher
+
+from ..conftest import run_cli
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PICTURES = ["teacher_and_student.png", "levels.png", "student_samples.png", "loss_curves.png", "extrapolation.png"]
+
+
+def a_row(name, against):
+    fit = {"value": 0.1, "slope": 2.0, "sizes": [200, 100], "distances": [0.11, 0.12]}
+    row = {"images": name, "against": against, "samples": [200, 200], "frechet": 0.5, "frechet_interval": [0.4, 0.6]}
+    row |= {"times_floor": 2.5, "floor": 0.2, "frechet_at_infinity": fit, "kid": 0.01, "precision": 0.9, "recall": 0.8}
+    return row
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """An evaluation with made-up figures that are easy to find again."""
+    seconds = {"median": 0.00123, "p20": 0.001, "p80": 0.002, "repeats": 3}
+    models = {name: {"parameters": 1234567, "evaluations": 1, "seconds": seconds} for name in ("teacher", "student")}
+    result = {
+        "score": "FD-digits",
+        "num_features": 64,
+        "config": EvaluationConfig().__dict__,
+        "rows": [a_row("student", "teacher"), a_row("<b>odd & name</b>", "teacher")],
+        "pairs": {"num": 16, "correlation": 0.912, "mismatched": 0.5, "mse": 0.1},
+        "models": {"batch_size": 16, **models},
+        "provenance": {"commit": "abc", "dirty": False, "device": "a processor", "driver": None, "versions": {"torch": "2"}},
+    }
+    path = tmp_path_factory.mktemp("evaluation") / "evaluation.json"
+    write_json(path, result)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(evaluation, tmp_path_factory):
+    """A report of the shipped student, with losses and a table of runs."""
+    root = tmp_path_factory.mktemp("report")
+    levels = [f"mse_{k:02d}" for k in range(1, 13)]
+    lines = [",".join(["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels])]
+    lines += [",".join(["1", str(20 * i), *["0.5"] * 16]) for i in range(1, 5)]
+    (root / "metrics.csv").write_text("\n".join(lines) + "\n")
+    run = {"name": "a row", "times_floor": 3.0, "at_infinity": 0.2, "precision": 0.9, "recall": 0.8, "correlation": 0.7}
+    write_json(root / "ablation.json", {"runs": [{**run, "cpu_seconds": 12.0, "command": "advkd distill --fresh"}]})
+    student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
+    write_report(student, teacher, evaluation, root / "out", root / "metrics.csv", root / "ablation.json")
+    return root / "out"
+
+
+def embedded(page):
+    """The PNGs inside a page, as arrays."""
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+def test_one_page_holds_everything(report):
+    page = (report / "report.html").read_text()
+    assert sorted(path.name for path in report.iterdir()) == sorted([*PICTURES, "report.html"])
+    assert not re.search(r'(?:src|href)=(?!"data:)|https?://|@import|<script|<link', page)
+    pictures = embedded(page)
+    assert len(pictures) == 5
+    for name in PICTURES:
+        assert any(np.array_equal(np.asarray(Image.open(report / name).convert("RGB")), picture) for picture in pictures)
+    for text in ("FD-digits", "2.50", "0.400 to 0.600", "1,234,567", "0.912", "advkd distill --fresh", "a processor"):
+        assert text in page
+    assert "<b>odd" not in page and "&lt;b&gt;odd &amp; name" in page
+
+
+def screenshot(page, path, profile):
+    """The page as headless Chromium draws it."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command += ["--force-device-scale-factor=1", "--force-color-profile=srgb", f"--user-data-dir={profile}"]
+    command += ["--window-size=1700,4200", f"--screenshot={path}", page.as_uri()]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def shows(screen, picture):
+    """Whether a picture stands somewhere on the screen, pixel by pixel, as far as its most detailed 32x32 patch tells."""
+    patches = [(y, x) for y in range(0, picture.shape[0] - 32, 16) for x in range(0, picture.shape[1] - 32, 16)]
+    y, x = max(patches, key=lambda corner: picture[corner[0] : corner[0] + 32, corner[1] : corner[1] + 32].std())
+    patch = picture[y : y + 32, x : x + 32]
+    likely = np.ones((screen.shape[0] - 31, screen.shape[1] - 31), dtype=bool)
+    for dy, dx in [(0, 0), (5, 9), (11, 3), (17, 29), (31, 31), (23, 14), (8, 20), (28, 2)]:
+        likely &= (screen[dy : dy + likely.shape[0], dx : dx + likely.shape[1]] == patch[dy, dx]).all(axis=-1)
+    return any(np.array_equal(screen[a : a + 32, b : b + 32], patch) for a, b in np.argwhere(likely))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_a_browser_shows_the_pictures(report, tmp_path):
+    page = report / "report.html"
+    screen = screenshot(page, tmp_path / "page.png", tmp_path / "profile")
+    pictures = embedded(page.read_text())
+    assert all(shows(screen, picture) for picture in pictures)
+    # The same check on a page whose pictures are gone: it can fail.
+    blind = tmp_path / "blind.html"
+    blind.write_text(re.sub(r'src="data:[^"]+"', 'src=""', page.read_text()))
+    assert not any(shows(screenshot(blind, tmp_path / "blind.png", tmp_path / "profile"), picture) for picture in pictures)
+
+
+def test_command_line(evaluation, tmp_path):
+    done = run_cli("report", "--evaluation", evaluation, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout and (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("broken", ["missing", "another file", "metrics", "ablation"])
+def test_bad_files_are_refused_before_anything_is_written(evaluation, tmp_path, broken):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"runs": []}) if broken == "another file" else "[]")
+    values = {"evaluation": evaluation, "metrics": None, "ablation": None}
+    values |= {
+        "missing": {"evaluation": tmp_path / "none.json"},
+        "another file": {"evaluation": other},
+        "metrics": {"metrics": tmp_path / "none.csv"},
+        "ablation": {"ablation": other},
+    }[broken]
+    with pytest.raises(InputError):
+        write_report(None, None, values["evaluation"], tmp_path / "out", values["metrics"], values["ablation"])
+    assert not (tmp_path / "out").exists()
