@@ -161,7 +161,7 @@ def evaluate_folders(images, reference, config, out=None, cache=None):
 
 
 def table(result):
-    """The rows of a result as aligned text."""
+    """A result as text: the rows aligned, then the models."""
     titles = [
         "images",
         "against",
@@ -194,7 +194,21 @@ def table(result):
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(text + _describe(result))
+
+
+def _describe(result):
+    """Lines about the models, where a result has them."""
+    if "models" not in result:
+        return []
+    models, pairs = result["models"], result["pairs"]
+    lines = [
+        f"{name}: {models[name]['parameters']:,} parameters, network evaluations: {models[name]['evaluations']}, "
+        f"{1e3 * models[name]['seconds']['median']:.2f} ms per image (batches of {models['batch_size']})"
+        for name in ("teacher", "student")
+    ]
+    return [*lines, f"correlation with the teacher's image of the same unseen noise: {pairs['correlation']:.3f}"]
 
 
 def _rows(against, sets, reference, floor_name, config):

@@ -344,3 +344,21 @@ def test_student_and_teacher_of_different_sizes(tiny, tmp_path):
 def test_real_digits_are_the_documented_set():
     images = load_images("digits")
     assert images.shape == (1797, 1, 32, 32) and images.min() == -1 and images.max() == 1
+
+
+def test_inception_is_torchmetrics_own(tmp_path, monkeypatch):
+    """Random weights of the right architecture, as FID's users have the real ones in a file."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3 as original
+
+    with monkeypatch.context() as patch:
+        patch.setattr(original, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(original.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = original.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    weights = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), weights)
+    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{features.sha256(weights)[:8]}.pth")
+    extractor = build_extractor("inception", weights)
+    images = torch.randint(0, 255, (3, 1, 32, 32), dtype=torch.uint8)
+    expected = extractor.network(images.expand(-1, 3, -1, -1))
+    assert extractor.score == "FID" and torch.equal(extract(extractor, images), expected)
