@@ -162,40 +162,23 @@ def evaluate_folders(images, reference, config, out=None, cache=None):
 
 def table(result):
     """A result as text: the rows aligned, then the models."""
-    titles = [
-        "images",
-        "against",
-        "N",
-        result["score"],
-        "95 % interval",
-        "x floor",
-        "at infinity",
-        "KID",
-        "precision",
-        "recall",
-    ]
-    lines = [[*titles, "nearest", "diversity"]]
-    for row in result["rows"]:
-        low, high = row["frechet_interval"]
-        lines.append(
-            [
-                row["images"],
-                row["against"],
-                str(row["samples"][0]),
-                f"{row['frechet']:.3f}",
-                f"{low:.3f} .. {high:.3f}",
-                f"{row['times_floor']:.2f}",
-                f"{row['frechet_at_infinity']['value']:.3f}",
-                f"{row['kid']:.5f}",
-                f"{row['precision']:.3f}",
-                f"{row['recall']:.3f}",
-                f"{row['nearest']:.3f}",
-                f"{row['diversity']:.3f}",
-            ]
-        )
+    lines = cells(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join(text + _describe(result))
+
+
+def cells(result):
+    """A result's rows as texts, titles first, for any table."""
+    titles = ["images", "against", "N", result["score"], "95 % interval", "x floor", "floor", "at infinity", "KID"]
+    lines = [[*titles, "precision", "recall", "nearest", "diversity"]]
+    for row in result["rows"]:
+        low, high = row["frechet_interval"]
+        distance = [f"{row['frechet']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['times_floor']:.2f}", f"{row['floor']:.3f}"]
+        distance += [f"{row['frechet_at_infinity']['value']:.3f}", f"{row['kid']:.4f}"]
+        shares = [f"{row[name]:.3f}" for name in ("precision", "recall", "nearest", "diversity")]
+        lines.append([row["images"], row["against"], str(row["samples"][0]), *distance, *shares])
+    return lines
 
 
 def _describe(result):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
+from .evaluate import cells
 from .files import read_json, require_output_folder, write_bytes
 from .pictures import save_curves, save_extrapolation, save_grid, save_levels, save_pairs
 from .schedule import supervising_timesteps
@@ -15,7 +16,6 @@ from .trajectories import downsample
 FRESH_SEED = 12345
 """Seed of the pictures' noise, which training has not seen."""
 
-COLUMNS = ("images", "against", "N", "score", "95 % interval", "x floor", "floor", "at infinity", "KID", "precision", "recall")
 EVALUATION_KEYS = ("score", "rows", "models", "pairs", "provenance", "config")
 
 
@@ -93,7 +93,8 @@ def save_levels_of(teacher, student, path, seed=FRESH_SEED):
 def _page(title, result, runs, pictures):
     body = [f"<h1>{html.escape(title)}</h1>", _summary(result)]
     body += [_figure(path, caption) for path, caption in pictures[:2]]
-    body += ["<h2>How far from the teacher, how far from real images</h2>", _evaluation_table(result), _reading(result)]
+    titles, *rows = cells(result)
+    body += ["<h2>How far from the teacher, how far from real images</h2>", _table(titles, rows), _reading(result)]
     body += [_figure(path, caption) for path, caption in pictures[2:]]
     if runs:
         body += ["<h2>What helped</h2>", _ablation_table(runs, result["score"])]
@@ -119,26 +120,14 @@ def _summary(result):
     return _table(titles, rows) + f"<p>{likeness}</p>"
 
 
-def _evaluation_table(result):
-    titles = [result["score"] if name == "score" else name for name in COLUMNS]
-    rows = []
-    for row in result["rows"]:
-        low, high = row["frechet_interval"]
-        rows.append(
-            [row["images"], row["against"], str(row["samples"][0]), f"{row['frechet']:.3f}", f"{low:.3f} to {high:.3f}"]
-            + [f"{row['times_floor']:.2f}", f"{row['floor']:.3f}", f"{row['frechet_at_infinity']['value']:.3f}"]
-            + [f"{row['kid']:.4f}", f"{row['precision']:.3f}", f"{row['recall']:.3f}"]
-        )
-    return _table(titles, rows)
-
-
 def _reading(result):
     distance = html.escape(result["score"])
     return (
         f"<p>{distance} is a Frechet distance on {result['num_features']} features; smaller is better, and it means something "
         "only beside its <em>floor</em>: the mean over random splits of the reference into two halves of N images. Intervals "
         "are bootstrap. Precision is the share of images within the reference's manifold, recall the share of the reference "
-        "within the images' manifold.</p>"
+        "within the images' manifold, nearest the mean distance of an image to the closest of the reference, "
+        "diversity that of two images of the set.</p>"
     )
 
 

@@ -1,6 +1,7 @@
 """Other engines in their best configuration for a network ``module(x) -> tensor`` of one fixed input shape, in float32."""
 
 import io
+import warnings
 
 import torch
 
@@ -52,7 +53,10 @@ def openvino(module, x):
     """OpenVINO in float32 with the latency hint, as many threads as torch."""
     import openvino as ov
 
-    network = ov.convert_model(module, example_input=x)
+    with warnings.catch_warnings():
+        # Tracing warns about every Python condition that becomes a constant; the shape is fixed here.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        network = ov.convert_model(module, example_input=x)
     network.reshape(list(x.shape))
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = ov.compile_model(network, "CPU", hints).create_infer_request()

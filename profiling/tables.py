@@ -6,6 +6,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test che
 import json
 import re
 
+from advkd.evaluate import cells
 from advkd.files import write_bytes
 
 from .harness import RESULTS, ROOT
@@ -22,14 +23,8 @@ def evaluation():
     """Distances of the shipped student, with floors and intervals."""
     lines = []
     for result in results("evaluation"):
-        lines.append(_row("images", "against", "N", result["score"], "x floor", "at infinity", "KID", "precision", "recall"))
-        lines.append(_rule(9))
-        for row in result["rows"]:
-            low, high = row["frechet_interval"]
-            distance = f"{row['frechet']:.3f} ({low:.3f} to {high:.3f})"
-            ratios = (f"{row['times_floor']:.2f}", f"{row['frechet_at_infinity']['value']:.3f}", f"{row['kid']:.4f}")
-            shares = (f"{row['precision']:.3f}", f"{row['recall']:.3f}")
-            lines.append(_row(row["images"], row["against"], row["samples"][0], distance, *ratios, *shares))
+        titles, *rows = cells(result)
+        lines += [_row(*titles), _rule(len(titles)), *(_row(*row) for row in rows)]
     return lines
 
 

@@ -28,6 +28,7 @@ def a_row(name, against):
     fit = {"value": 0.1, "slope": 2.0, "sizes": [200, 100], "distances": [0.11, 0.12]}
     row = {"images": name, "against": against, "samples": [200, 200], "frechet": 0.5, "frechet_interval": [0.4, 0.6]}
     row |= {"times_floor": 2.5, "floor": 0.2, "frechet_at_infinity": fit, "kid": 0.01, "precision": 0.9, "recall": 0.8}
+    row |= {"nearest": 1.75, "diversity": 7.25}
     return row
 
 
@@ -79,7 +80,17 @@ def test_one_page_holds_everything(report):
     assert len(pictures) == 5
     for name in PICTURES:
         assert any(np.array_equal(np.asarray(Image.open(report / name).convert("RGB")), picture) for picture in pictures)
-    for text in ("FD-digits", "2.50", "0.400 to 0.600", "1,234,567", "0.912", "advkd distill --fresh", "a processor"):
+    for text in (
+        "FD-digits",
+        "2.50",
+        "0.400 to 0.600",
+        "1,234,567",
+        "0.912",
+        "1.750",
+        "7.250",
+        "advkd distill --fresh",
+        "a processor",
+    ):
         assert text in page
     assert "<b>odd" not in page and "&lt;b&gt;odd &amp; name" in page
 
