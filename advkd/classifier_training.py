@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from .data import load_labelled, normalize
 from .errors import InputError, TrainingError
-from .files import require_output_folder, require_space, write_json
+from .files import require_output_folder, require_space
 from .models.classifier import Classifier, ClassifierConfig
 
 
@@ -42,6 +43,8 @@ class ClassifierTrainingConfig:
         for name in ("steps", "batch_size", "num_features"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.size and (self.size < 8 or self.size & (self.size - 1)):
+            raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be between 0 and 1, got {self.held_out}")
         if not self.learning_rate > 0:
@@ -77,8 +80,9 @@ def train_classifier(config, out, progress=True):
     _fit(classifier, images[train], labels[train], config, generator, progress)
     classifier.calibrate(images[train])
     accuracy = {part: classifier.accuracy(images[i], labels[i]) for part, i in (("held_out", test), ("trained", train))}
+    record = {"config": asdict(config), "accuracy": accuracy, "classes": names, "images": len(images)}
+    classifier.training_record = record
     classifier.save_pretrained(out)
-    write_json(out / "training.json", {"config": asdict(config), "accuracy": accuracy, "classes": names, "images": len(images)})
     return accuracy["held_out"]
 
 
@@ -87,7 +91,7 @@ def _shape(config, images, classes):
     halvings = size.bit_length() - 3
     channels = tuple(min(64, 32 << i) for i in range(halvings))
     return ClassifierConfig(
-        name="digits" if config.data == "digits" else "classes",
+        name=Path(config.data).resolve().name if config.data != "digits" else "digits",
         image_size=size,
         image_channels=images.shape[1],
         classes=classes,

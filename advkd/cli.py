@@ -246,9 +246,11 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
     require_device(device)
     torch.manual_seed(config.seed % 2**63)
     teacher = None
-    if config.grow and teacher_source:
+    if teacher_source:
         from .teacher import Teacher
 
+        if not config.grow:
+            raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
         teacher = Teacher.from_pretrained(teacher_source, device)
     run(data, _build_student(preset, init), config, out, resume, device, teacher=teacher)
     click.echo(f"student saved in {out}")
@@ -301,22 +303,22 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
     """Measure a student against its teacher and real images, or a folder of images against another."""
     from . import evaluate as run
+    from .sampling import require_device
 
     config = _apply(run.EvaluationConfig(), values, "evaluate")
+    require_device(device)
     if (images is None) != (reference is None):
         raise InputError("--images and --reference go together")
     if images is not None:
-        unused = {"--student": student, "--teacher": teacher, "--teacher-samples": teacher_samples}
+        unused = {"student": student, "teacher": teacher, "teacher-samples": teacher_samples}
+        unused |= {name: values[name] for name in ("num", "seed", "real", "processes")}
         given = [option for option, value in unused.items() if value is not None]
         if given:
-            raise InputError(f"{given[0]} does not go with --images")
-        result = run.evaluate_folders(images, reference, config, out)
+            raise InputError(f"--{given[0]} does not go with --images")
+        result = run.evaluate_folders(images, reference, config, out, device)
     elif out is None:
         raise InputError("--out is missing: name a folder for evaluation.json")
     else:
-        from .sampling import require_device
-
-        require_device(device)
         result = run.evaluate_student(student or "digits", teacher or "digits", config, out, teacher_samples, device)
     click.echo(run.table(result))
 

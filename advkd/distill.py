@@ -30,7 +30,6 @@ from .files import (
     require_space,
     unpack_optimizer,
     write_bytes,
-    write_json,
     write_tensors,
 )
 from .hub import reason
@@ -85,6 +84,7 @@ class Distiller:
         world = self.accelerator.num_processes
         if any(stage.batch_size % world for stage in self.stages):
             raise InputError(f"batch_sizes {config.batch_sizes} must be divisible by the {world} processes")
+        data = Trajectories(*data.folders)
         data.verify()
         self.teacher = teacher
         self.latent = (student.config.latent_size, student.config.detail_noise)
@@ -119,8 +119,8 @@ class Distiller:
             bar.close()
             if main:
                 log.close()
+                self.result.training_record = self._provenance()
                 self.result.save_pretrained(self.out)
-                write_json(self.out / "training.json", self._provenance())
         self.accelerator.wait_for_everyone()
         return self.result.to(memory_format=torch.contiguous_format).eval()
 
@@ -199,8 +199,7 @@ class Distiller:
             names = {field.name for field in dataclasses.fields(TrajectoryConfig)}
             values = {name: value for name, value in self.data.recipe.items() if name in names}
             values |= {"start": first + i * self.config.grow, "num": self.config.grow}
-            if self.accelerator.is_main_process:
-                record_trajectories(self.teacher, TrajectoryConfig(**values), folder, progress=False)
+            record_trajectories(self.teacher, TrajectoryConfig(**values), folder, progress=False)
             self.accelerator.wait_for_everyone()
             self.data.append(folder)
             self.order = DataOrder(base + (i + 1) * self.config.grow, self.config.seed)
@@ -371,21 +370,20 @@ class Distiller:
     def _identity(self):
         """What must not change between a run and its resumption."""
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "checkpoint_every"}
-        student, manifests = dataclasses.asdict(self.student.config), self.data.manifests
-        return json.loads(json.dumps({**config, "student": student, "trajectories": manifests}))
+        identity = {**config, "student": dataclasses.asdict(self.student.config), "trajectories": self.data.manifests}
+        identity["init"] = (self.student.training_record or {}).get("samples")
+        return json.loads(json.dumps(identity))
 
     def _provenance(self):
         """What the student was trained on and how; evaluation refuses reference samples that are among ``samples``."""
-        recipe, before = self.data.recipe, self.student.training_record
-        before = before if before and same_teacher(before["teacher"], recipe["teacher"]) else {"samples": [], "runs": []}
-        return {
-            "runs": [*before["runs"], {"config": dataclasses.asdict(self.config), "samples": self.data.parts}],
-            "samples": before["samples"] + [part for part in self.data.parts if part not in before["samples"]],
-            "sampler": recipe["sampler"],
-            "steps": recipe["steps"],
-            "teacher": recipe["teacher"],
-            "version": __version__,
-        }
+        recipe, before = self.data.recipe, self.student.training_record or {"samples": [], "runs": []}
+        # A finished run that is resumed has not opened the folders that it grew.
+        grown = [Trajectories(path.parent).parts[0] for path in sorted(self.out.glob("trajectories/*/manifest.json"))]
+        parts = self.data.parts + [part for part in grown if part not in self.data.parts]
+        run = {"config": dataclasses.asdict(self.config), "samples": parts, "version": __version__}
+        run |= {name: recipe[name] for name in ("sampler", "steps", "teacher")}
+        samples = before["samples"] + [part for part in parts if part not in before["samples"]]
+        return {"runs": [*before["runs"], run], "samples": samples}
 
     def _read_checkpoint(self):
         tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run", "digest"))

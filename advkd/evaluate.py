@@ -4,15 +4,16 @@ The floor is what two disjoint halves of the reference give at the same N: no ge
 images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from .data import describe_shape, load_images, read_pictures
 from .errors import InputError
 from .features import build_extractor, cache_folder, extract, require_fit
-from .files import require_output_folder, write_json
+from .files import digest, require_output_folder, write_json
 from .metrics import compare, frechet_floor
 from .models.student import Student
 from .pictures import to_uint8
@@ -37,11 +38,11 @@ class EvaluationConfig:
 
     Attributes:
         num: images of the student, and of each of two disjoint sets of the teacher's.
-        seed: of the student's and the teacher's noise; the training trajectories must have another one.
+        seed: of the student's and the teacher's noise; what the student was trained on must not be among its samples.
         extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
         inception_weights: file of the Inception weights.
-        real: ``digits``, a folder of images, or ``none``.
-        resamples: of the bootstrap behind the Frechet distances' intervals.
+        real: ``digits``, a folder of images of the student's size, ``none``, or ``auto``: digits with the digits' extractor.
+        resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
     """
 
@@ -49,15 +50,15 @@ class EvaluationConfig:
     seed: int = REFERENCE_SEED
     extractor: str = "digits"
     inception_weights: str = ""
-    real: str = "digits"
+    real: str = "auto"
     resamples: int = 200
     processes: int = 1
 
     def validate(self):
         """Raise :class:`InputError` that names the field that cannot work."""
-        for name in ("num", "resamples", "processes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
 
@@ -81,83 +82,85 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
     config.validate()
+    if config.processes > 1 and torch.device(device).type != "cpu":
+        raise InputError(f"--processes {config.processes} is for --device cpu")
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
-    out = require_output_folder(out)
-    cache = Path(cache or cache_folder())
     model = Student.from_pretrained(student, device)
     source, teacher = teacher, Teacher.from_pretrained(teacher, device)
     _require_drawable(extractor, model, teacher, config)
-    real = _real_images(config.real, model)
+    real = _real_images(config, model)
     if real is not None:
-        require_fit(extractor, real[: len(real) // 2], f"--real {config.real}")
+        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
     recording = TrajectoryConfig(num=2 * config.num, seed=config.seed)
     if teacher_samples is None:
-        _require_disjoint(model.training_record, teacher, asdict(recording))
+        _require_unseen(model.training_record, asdict(recording))
+    else:
+        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), teacher, model, config)
+    cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
+    out = require_output_folder(out)
+    if teacher_samples is None:
         teacher_samples = _draw_teacher(source, teacher, recording, cache, config.processes, progress)
-    samples = Trajectories(teacher_samples)
-    _require_samples(samples, teacher, model, config)
+    samples = Trajectories(teacher_samples, option="--teacher-samples")
 
     fused = model.fuse()
-    with torch.no_grad():
-        drawn = {
-            "student": to_uint8(fused.sample(config.num, config.seed)).permute(0, 3, 1, 2).contiguous(),
-            "teacher": _images(samples, range(2 * config.num)),
-        }
-    features = {name: extract(extractor, images, cache=cache) for name, images in drawn.items()}
-    student_features, teacher_features = features["student"], features["teacher"]
-    rows = _rows("teacher", {"student": student_features}, teacher_features, "fresh teacher samples", config)
+    drawn = _eight_bit(fused.sample(config.num, config.seed))
+    ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
+    rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
     if real is not None:
         real_features = _shuffled(extract(extractor, real, cache=cache))
-        both = {"student": student_features, "teacher": teacher_features[config.num :]}
-        rows += _rows("real", both, real_features, "other real images", config)
+        rows += _rows("real", {"student": ours, "teacher": theirs[config.num :]}, real_features, "other real images", config)
     result = {
-        "score": extractor.score,
-        "num_features": extractor.num_features,
-        "config": asdict(config),
+        **_header(extractor, config),
         "rows": rows,
-        "pairs": _pairs(samples, model),
-        "models": describe_models(fused, model, teacher),
-        "seeds_known_disjoint": model.training_record is not None,
-        "provenance": provenance(),
+        "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
+        "teacher": teacher.identity(),
+        "samples": {"parts": samples.parts, "manifests": samples.manifests},
+        "real_sha256": None if real is None else digest({"images": real}),
+        "pairs": _pairs(samples, model) if samples.paired else None,
+        "models": describe_models(fused, model, teacher, samples.recipe["sampler"], samples.recipe["steps"]),
+        "known_unseen": model.training_record is not None,
+        "provenance": provenance(device),
     }
     write_json(out / "evaluation.json", result)
     return result
 
 
-def evaluate_folders(images, reference, config, out=None, cache=None):
+def evaluate_folders(images, reference, config, out=None, device="cpu", cache=None):
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
     The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
     number of images. With ``out``, writes ``evaluation.json`` there.
     """
     config.validate()
-    extractor = build_extractor(config.extractor, config.inception_weights or None)
-    sets = {}
-    for option, source in (("--images", images), ("--reference", reference)):
-        sets[option] = _digits() if str(source) == "digits" else read_pictures(source, option)
-    shapes = {option: tuple(pictures.shape[1:]) for option, pictures in sets.items()}
-    if len(set(shapes.values())) > 1:
-        ours, theirs = (describe_shape(shape) for shape in shapes.values())
+    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
+    found, wanted = (
+        _digits() if str(source) == "digits" else read_pictures(source, option)
+        for option, source in (("--images", images), ("--reference", reference))
+    )
+    if found.shape[1:] != wanted.shape[1:]:
+        ours, theirs = (describe_shape(pictures.shape[1:]) for pictures in (found, wanted))
         raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
-    require_fit(extractor, sets["--images"], f"--images {images}")
-    require_fit(extractor, sets["--reference"][::2], f"half of --reference {reference}")
-    if out is not None:
-        out = require_output_folder(out)
-    cache = Path(cache or cache_folder())
-    found, wanted = (_shuffled(extract(extractor, pictures, cache=cache)) for pictures in sets.values())
-    rows = _rows("reference", {"images": found}, wanted, "other reference images", config)
+    require_fit(extractor, found, f"--images {images}")
+    require_fit(extractor, wanted[::2], f"half of --reference {reference}")
+    cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
+    out = None if out is None else require_output_folder(out)
+    ours, theirs = (_shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted)))
     result = {
-        "score": extractor.score,
-        "num_features": extractor.num_features,
-        "config": asdict(config),
-        "images": str(images),
-        "reference": str(reference),
-        "rows": rows,
-        "provenance": provenance(),
+        **_header(extractor, config),
+        "images": {"folder": str(images), "sha256": digest({"images": found})},
+        "reference": {"folder": str(reference), "sha256": digest({"images": wanted})},
+        "rows": _rows("reference", {"images": ours}, theirs, "other reference images", config),
+        "provenance": provenance(device),
     }
     if out is not None:
         write_json(out / "evaluation.json", result)
     return result
+
+
+def _header(extractor, config):
+    kept = asdict(config)
+    names = {"score": extractor.score, "num_features": extractor.num_features, "extractor_sha256": extractor.identity}
+    return {**names, "config": kept}
 
 
 def table(result):
@@ -191,7 +194,11 @@ def _describe(result):
         f"{1e3 * models[name]['seconds']['median']:.2f} ms per image (batches of {models['batch_size']})"
         for name in ("teacher", "student")
     ]
-    return [*lines, f"correlation with the teacher's image of the same unseen noise: {pairs['correlation']:.3f}"]
+    if pairs:
+        lines.append(f"correlation with the teacher's image of the same noise: {pairs['correlation']:.3f}")
+    if not result["known_unseen"]:
+        lines.append("the student does not say what it was trained on: whether it has seen this noise is not known")
+    return lines
 
 
 def _rows(against, sets, reference, floor_name, config):
@@ -201,12 +208,15 @@ def _rows(against, sets, reference, floor_name, config):
     first, second = reference[:n], reference[half : half + n]
     splits = frechet_floor(torch.cat((first, second)))
     floor = sum(splits) / len(splits)
+    if floor <= 1e-9 * first.double().square().mean():
+        raise InputError("the reference images are all alike: nothing can be measured against them")
     other = compare(second, first, config.resamples)
     rows = [{"images": name, **compare(features[:n], first, config.resamples)} for name, features in sets.items()]
     rows.append({"images": floor_name, **other})
     for row in rows:
         row |= {"against": against, "floor": floor, "floor_range": [min(splits), max(splits)]}
         row["times_floor"] = row["frechet"] / floor
+        row["times_floor_interval"] = [end / floor for end in row["frechet_interval"]]
         row["recall_of_other"] = row["recall"] / other["recall"] if other["recall"] else None
     return rows
 
@@ -216,16 +226,21 @@ def _require_drawable(extractor, model, teacher, config):
     theirs = (teacher.image_channels, teacher.image_size, teacher.image_size)
     if shape != theirs:
         raise InputError(f"--student draws {describe_shape(shape)} images, --teacher {describe_shape(theirs)} ones")
-    require_fit(extractor, torch.empty(1, dtype=torch.uint8).expand(config.num, *shape), "--num")
+    require_fit(extractor, torch.empty(1, dtype=torch.uint8).expand(config.num, *shape), f"--student with --num {config.num}")
 
 
-def _require_disjoint(record, teacher, recording):
+def has_seen(record, part):
+    """Whether a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
+
+    The noise of a seed is the same for every teacher, so the teacher does not matter.
+    """
+    return None if record is None else any(samples_overlap(seen, part) for seen in record["samples"])
+
+
+def _require_unseen(record, part):
     """Reference samples that the student was trained on measure nothing."""
-    if record is None or not same_teacher(record["teacher"], teacher.identity()):
-        return
-    for part in record["samples"]:
-        if samples_overlap(part, recording):
-            raise InputError(f"seed {recording['seed']} is that of the student's training trajectories: choose another --seed")
+    if has_seen(record, part):
+        raise InputError(f"seed {part['seed']} is that of the student's training trajectories: choose another --seed")
 
 
 def _require_samples(samples, teacher, model, config):
@@ -234,13 +249,13 @@ def _require_samples(samples, teacher, model, config):
     if len(samples) < 2 * config.num:
         raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
     for part in samples.parts:
-        _require_disjoint(model.training_record, teacher, part)
+        _require_unseen(model.training_record, part)
 
 
 def _draw_teacher(source, teacher, recording, cache, processes, progress):
-    """The teacher's samples, from the cache or drawn now; the folder's name holds all that they depend on."""
-    name = f"teacher-{teacher.identity()['weights_sha256'][:16]}-seed{recording.seed}-{recording.num}"
-    folder = cache / name
+    """The teacher's samples, from the cache or drawn now; the folder's name is a hash of all that they depend on."""
+    depends = json.dumps([{**teacher.identity(), "name": None}, asdict(recording)], sort_keys=True)
+    folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
         return folder
     if processes > 1:
@@ -248,24 +263,33 @@ def _draw_teacher(source, teacher, recording, cache, processes, progress):
     return record_trajectories(teacher, recording, folder, progress)
 
 
-def _images(samples, rows):
+def _images(samples, num):
+    """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
     last = samples.recipe["depth"]
-    images = torch.cat([samples.batch([row], [last])[1][last] for row in rows])
+    return torch.cat([_eight_bit(samples.batch([row], [last])[1][last]) for row in range(num)])
+
+
+def _eight_bit(images):
+    """Images in [-1, 1] as uint8 ``(N, C, H, W)``."""
     return to_uint8(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _real_images(source, model):
+def _real_images(config, model):
+    source = config.real
+    if source == "auto":
+        source = "digits" if config.extractor == "digits" else "none"
     if source == "none":
         return None
-    size, channels = model.config.image_size, model.config.image_channels
-    if source == "digits" and (size, channels) == (32, 1):
-        return _digits()
-    images = load_images(source, size, channels)
-    return images if images.dtype == torch.uint8 else to_uint8(images).permute(0, 3, 1, 2).contiguous()
+    images = _digits() if source == "digits" else read_pictures(source, "--real")
+    wanted = (model.config.image_channels, model.config.image_size, model.config.image_size)
+    if tuple(images.shape[1:]) != wanted:
+        found = describe_shape(images.shape[1:])
+        raise InputError(f"--real {source} holds {found} images, the student draws {describe_shape(wanted)} ones")
+    return images
 
 
 def _digits():
-    return to_uint8(load_images("digits")).permute(0, 3, 1, 2).contiguous()
+    return _eight_bit(load_images("digits"))
 
 
 def _shuffled(features, seed=0):
@@ -288,16 +312,20 @@ def _pairs(samples, model, n=256):
     return {"num": n, "correlation": correlation.mean().item(), "mismatched": other.mean().item(), "mse": squared.item()}
 
 
-def describe_models(fused, student, teacher, n=16):
+def describe_models(fused, student, teacher, sampler="ddim", steps=None, n=16):
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
-    z = fused.latents(n, REFERENCE_SEED)
-    slow = measure({"teacher": lambda: teacher.sample(n, REFERENCE_SEED)}, repeats=3)["teacher"]
-    quick = measure({"student": lambda: fused(z)}, repeats=30, warmup=3)["student"]
-    evaluations = len(teacher.timesteps("ddim"))
+    z, passes = fused.latents(n, REFERENCE_SEED), 10
+    calls = {
+        "teacher": lambda: teacher.sample(n, REFERENCE_SEED, sampler, steps),
+        "student": lambda: [fused(z) for _ in range(passes)],
+    }
+    times = measure(calls, repeats=5, device=z.device)
+    evaluations = len(teacher.timesteps(sampler, steps))
+    quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)
     return {
         "batch_size": n,
-        "teacher": {"parameters": teacher.num_parameters(), "evaluations": evaluations, "seconds": _each(slow, n)},
-        "student": {"parameters": student.num_parameters(terminals=False), "evaluations": 1, "seconds": _each(quick, n)},
+        "teacher": {"parameters": teacher.num_parameters(), "evaluations": evaluations, "seconds": slow},
+        "student": {"parameters": student.num_parameters(terminals=False), "evaluations": 1, "seconds": quick},
     }
 
 

@@ -7,7 +7,11 @@ hash of what it computes), ``shape`` (the images it takes, or None) and a ``forw
 
 import hashlib
 import importlib.util
+import io
+import json
 import os
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +19,8 @@ from torch import nn
 
 from .data import describe_shape, normalize
 from .errors import InputError
-from .files import digest, read_tensors, require_digest, sha256, write_tensors
+from .files import digest, read_tensors, require_digest, write_tensors
+from .metrics import require_enough
 from .models.classifier import Classifier
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -31,7 +36,8 @@ class ClassifierFeatures(nn.Module):
         self.num_features = config.num_features
         self.score = f"FD-{config.name}"
         self.shape = (config.image_channels, config.image_size, config.image_size)
-        self.identity = digest(classifier.state_dict())
+        shape = json.dumps(asdict(config), sort_keys=True)
+        self.identity = hashlib.sha256(f"{shape} {digest(classifier.state_dict())}".encode()).hexdigest()
 
     def forward(self, images):
         return self.classifier.features(normalize(images))
@@ -52,7 +58,8 @@ class InceptionFeatures(nn.Module):
         weights = Path(weights)
         if not weights.is_file():
             raise InputError(f"--inception-weights {weights} does not exist; it is torch-fidelity's {INCEPTION_FILE}")
-        self.identity = sha256(weights)
+        data = weights.read_bytes()
+        self.identity = hashlib.sha256(data).hexdigest()
         wanted = INCEPTION_FILE.removesuffix(".pth").rpartition("-")[2]
         if not self.identity.startswith(wanted):
             found = self.identity[: len(wanted)]
@@ -61,7 +68,10 @@ class InceptionFeatures(nn.Module):
             raise InputError("--extractor inception needs torch-fidelity: pip install 'advkd[inception]'")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        # torch-fidelity unpickles whatever it is given: it gets a copy that was read as tensors only.
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(torch.load(io.BytesIO(data), weights_only=True), Path(folder) / "weights.pth")
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(Path(folder) / "weights.pth"))
 
     def forward(self, images):
         return self.network(images.expand(-1, 3, -1, -1))
@@ -85,14 +95,12 @@ def require_fit(extractor, images, option):
         raise InputError(f"{option}: the extractor for {extractor.score} takes {wanted} images, these are {found}")
     if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
         raise InputError(f"{option}: images must be uint8 with 1 or 3 channels, got {images.dtype} {tuple(images.shape)}")
-    if len(images) <= extractor.num_features:
-        few = f"{len(images)} images are fewer than {extractor.score}'s {extractor.num_features} features need"
-        raise InputError(f"{option}: {few} (twice as many, at least)")
+    require_enough(torch.empty(1).expand(len(images), extractor.num_features), option)
 
 
 @torch.no_grad()
 def extract(extractor, images, batch_size=256, cache=None):
-    """Features ``(N, D)`` float32 of uint8 images ``(N, C, H, W)``.
+    """Features ``(N, D)`` float32, on the CPU, of uint8 images ``(N, C, H, W)``; computed on the extractor's device.
 
     Args:
         extractor: see the module; one that does not give ``(N, num_features)`` is an :class:`InputError`.
@@ -107,13 +115,13 @@ def extract(extractor, images, batch_size=256, cache=None):
         kept = _read_kept(path)
         if kept is not None:
             return kept
-    pieces = []
+    pieces, device = [], next((p.device for p in extractor.parameters()), torch.device("cpu"))
     for part in images.split(batch_size):
-        features = extractor(part)
+        features = extractor(part.to(device))
         if features.shape != (len(part), extractor.num_features):
             shape = f"{tuple(features.shape)} for {len(part)} images"
             raise InputError(f"extractor: it says {extractor.num_features} features and gives {shape}")
-        pieces.append(features.float())
+        pieces.append(features.float().cpu())
     features = torch.cat(pieces)
     if not features.isfinite().all():
         raise InputError("extractor: its features are not finite")

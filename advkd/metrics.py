@@ -25,11 +25,21 @@ class _Given(nn.Module):
         return features
 
 
+NEIGHBOUR = 3
+"""k of the manifolds behind precision and recall."""
+
+
+def fewest(dimension):
+    """The fewest samples that features of a dimension can be measured with: covariances and neighbours need that many."""
+    return max(2 * dimension, NEIGHBOUR + 2)
+
+
 def require_enough(features, name):
-    """Refuse a set of features ``(N, D)`` with too few samples for a covariance."""
+    """Refuse a set of features ``(N, D)`` with too few samples."""
     samples, dimension = features.shape
-    if samples <= dimension:
-        raise InputError(f"{name}: {samples} samples are too few for {dimension} features; {2 * dimension} or more are needed")
+    if samples < fewest(dimension):
+        needed = f"{fewest(dimension)} or more are needed"
+        raise InputError(f"{name}: {samples} images are too few for {dimension} features; {needed}")
 
 
 def frechet_distance(generated, reference):
@@ -43,10 +53,10 @@ def frechet_distance(generated, reference):
 
 
 def kernel_distance(generated, reference, subsets=100, seed=0):
-    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of up to 1,000 samples, seeded."""
+    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), seeded."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size = min(1000, len(generated), len(reference))
+    size = min(1000, len(generated) // 2, len(reference) // 2)
     with warnings.catch_warnings(), _seeded(seed):
         warnings.simplefilter("ignore", UserWarning)
         metric = KernelInceptionDistance(feature=_Given(generated.shape[1]), subsets=subsets, subset_size=size)
@@ -56,31 +66,27 @@ def kernel_distance(generated, reference, subsets=100, seed=0):
     return mean.item(), deviation.item()
 
 
-def inside(points, manifold, k=3):
-    """Which of ``points`` (N, D) lie in the manifold of ``manifold`` (M, D): within the k-th neighbour of one of its points.
+def covers(points, manifold, k=NEIGHBOUR):
+    """``(N, M)`` bool: which of ``points`` (N, D) are within the k-th neighbour's distance of which of ``manifold`` (M, D).
 
-    Precision is the mean over generated points in the reference's manifold, recall that over reference points in the
-    generated one's. Returns ``(N,)`` float64, 0 or 1.
+    Precision is the share of generated points that some reference point covers, recall that of reference points that some
+    generated one covers.
     """
-    radii = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values
-    return (torch.cdist(points, manifold) <= radii).any(dim=1).double()
+    radii = distances(manifold, manifold).kthvalue(k + 1, dim=1).values
+    return distances(points, manifold) <= radii
 
 
-def nearest_distances(points, others):
-    """Distance of each of ``points`` (N, D) to the nearest of ``others``: ``(N,)``."""
-    return torch.cdist(points, others).min(dim=1).values
-
-
-def mean_distances(points):
-    """Mean distance of each of ``points`` (N, D) to all others: ``(N,)``; its mean is the set's pairwise diversity."""
-    return torch.cdist(points, points).sum(dim=1) / (len(points) - 1)
+def distances(points, others):
+    """Euclidean distances ``(N, M)`` of features, in float64: in float32 a copy would seem some way off."""
+    return torch.cdist(points.double(), others.double())
 
 
 def frechet_interval(generated, reference, resamples=200, seed=0, level=0.95):
     """Bootstrap interval ``(low, high)`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
 
     A resample repeats samples, which raises the distance as fewer samples would; the interval is therefore that of the
-    resampled distances, moved so that its centre of mass is the measured distance.
+    resampled distances, moved so that its centre of mass is the measured distance. Near the floor it is too wide rather than
+    too narrow.
     """
     measured = frechet_distance(generated, reference)
     generator = torch.Generator().manual_seed(seed)
@@ -88,11 +94,49 @@ def frechet_interval(generated, reference, resamples=200, seed=0, level=0.95):
     return _percentiles(torch.tensor(values) + measured - sum(values) / len(values), level)
 
 
-def mean_interval(values, resamples=1000, seed=0, level=0.95):
-    """Bootstrap interval ``(low, high)`` of the mean of ``values`` (N,)."""
+def neighbour_measures(generated, reference, resamples=200, seed=0, level=0.95):
+    """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
+
+    ``nearest`` is the mean distance of a generated point to the closest reference point, ``diversity`` the mean distance of two
+    generated points. Both sets are drawn anew, the manifolds' radii stay; the resampled values are moved so that their centre
+    of mass is the measured one, as a resample holds only two thirds of a set's points.
+
+    Returns:
+        ``{"precision": value, "precision_interval": [low, high], ...}``.
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    return _percentiles(values[rows].double().mean(dim=1), level)
+    to_reference, within = distances(generated, reference), distances(generated, generated)
+    covered, recalled = covers(generated, reference).double(), covers(reference, generated).double()
+    ours, theirs = (_counts(len(features), resamples, generator) for features in (generated, reference))
+    n, m = len(generated), len(reference)
+    there, here = (theirs > 0).double(), (ours > 0).double()
+    resampled = {
+        "precision": ((covered @ there > 0) * ours).sum(dim=0) / n,
+        "recall": ((recalled @ here > 0) * theirs).sum(dim=0) / m,
+        "nearest": torch.stack([_weighted_nearest(to_reference, w, kept) for w, kept in zip(ours.T, there.T, strict=True)]),
+        "diversity": (ours * (within @ ours)).sum(dim=0) / (n * (n - 1)),
+    }
+    measured = {
+        "precision": covered.any(dim=1).double().mean(),
+        "recall": recalled.any(dim=1).double().mean(),
+        "nearest": to_reference.min(dim=1).values.mean(),
+        "diversity": within.sum() / (n * (n - 1)),
+    }
+    result = {}
+    for name, value in measured.items():
+        result[name] = value.item()
+        result[f"{name}_interval"] = _percentiles(resampled[name] + value - resampled[name].mean(), level)
+    return result
+
+
+def _counts(size, resamples, generator):
+    """How often each of ``size`` samples is drawn in each resample: ``(size, resamples)`` float64."""
+    rows = torch.randint(size, (size, resamples), generator=generator)
+    return torch.zeros(size, resamples, dtype=torch.float64).scatter_add_(0, rows, torch.ones(rows.shape, dtype=torch.float64))
+
+
+def _weighted_nearest(matrix, weights, kept):
+    return (matrix[:, kept > 0].min(dim=1).values * weights).sum() / weights.sum()
 
 
 def frechet_at_infinity(generated, reference, points=8, subsets=5, seed=0):
@@ -104,7 +148,7 @@ def frechet_at_infinity(generated, reference, points=8, subsets=5, seed=0):
         ``{"value": intercept, "slope": ..., "sizes": [N, ...], "distances": [mean over subsets, ...]}``.
     """
     largest, dimension = min(len(generated), len(reference)), generated.shape[1]
-    smallest = max(largest // 4, min(2 * dimension, largest // 2))
+    smallest = max(largest // 4, min(2 * dimension, largest // 2), dimension + 1)
     sizes = torch.linspace(1 / largest, 1 / smallest, points).reciprocal().round().long().tolist()
     generator = torch.Generator().manual_seed(seed)
     distances = []
@@ -134,22 +178,16 @@ def compare(generated, reference, resamples=200, seed=0):
     """Every measure of generated features ``(N, D)`` against reference ones ``(M, D)``, as a dict of numbers and intervals."""
     require_enough(generated, "generated images")
     require_enough(reference, "reference images")
-    covered, nearest = inside(generated, reference), nearest_distances(generated, reference)
-    recalled, spread = inside(reference, generated), mean_distances(generated)
     kid, kid_deviation = kernel_distance(generated, reference, seed=seed)
-    result = {
+    return {
         "samples": [len(generated), len(reference)],
         "frechet": frechet_distance(generated, reference),
         "frechet_interval": frechet_interval(generated, reference, resamples, seed),
         "frechet_at_infinity": frechet_at_infinity(generated, reference, seed=seed),
         "kid": kid,
         "kid_standard_deviation": kid_deviation,
+        **neighbour_measures(generated, reference, resamples, seed),
     }
-    means = {"precision": covered, "recall": recalled, "nearest": nearest, "diversity": spread}
-    for name, values in means.items():
-        result[name] = values.mean().item()
-        result[f"{name}_interval"] = mean_interval(values, seed=seed)
-    return result
 
 
 def _percentiles(values, level):

@@ -108,7 +108,7 @@ def save_curves(metrics, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = _read_columns(metrics)
+    columns = read_metrics(metrics)
     updates = _total_updates(columns["stage"], columns["update"])
     levels = [name for name in columns if name.startswith("mse_")]
     adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns[name]))]
@@ -150,9 +150,22 @@ def save_extrapolation(curves, score, path):
     _save_figure(figure, path)
 
 
-def _read_columns(metrics):
-    lines = [line.split(",") for line in Path(metrics).read_text().splitlines()]
-    return {name: [float(row[i]) if row[i] else math.nan for row in lines[1:]] for i, name in enumerate(lines[0])}
+def read_metrics(path):
+    """The columns of a ``metrics.csv``, ``{name: [numbers]}``; a torn last row, of a run that goes on, is left out.
+
+    Raises:
+        InputError: the file is missing or not a training's metrics.
+    """
+    try:
+        lines = [line.split(",") for line in Path(path).read_text().splitlines()]
+        titles, *rows = lines
+        rows = [row for row in rows if len(row) == len(titles)]
+        columns = {name: [float(row[i]) if row[i] else math.nan for row in rows] for i, name in enumerate(titles)}
+    except (OSError, ValueError) as error:
+        raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill' ({error})") from error
+    if not {"stage", "update", "loss", "critic", "wasserstein", "penalty"} <= set(columns) or not rows:
+        raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill'")
+    return columns
 
 
 def _total_updates(stages, updates):

@@ -7,16 +7,34 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .evaluate import cells
-from .files import read_json, require_output_folder, write_bytes
-from .pictures import save_curves, save_extrapolation, save_grid, save_levels, save_pairs
+from .evaluate import cells, has_seen
+from .files import digest, read_json, require_output_folder, write_bytes
+from .pictures import read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
 from .schedule import supervising_timesteps
-from .trajectories import downsample
+from .trajectories import downsample, same_teacher
 
 FRESH_SEED = 12345
-"""Seed of the pictures' noise, which training has not seen."""
+"""Seed of the pictures' noise."""
 
-EVALUATION_KEYS = ("score", "rows", "models", "pairs", "provenance", "config")
+UNSEEN = {
+    None: "Whether training has seen this noise is not known.",
+    False: "Training has not seen this noise.",
+    True: "Training has seen this noise.",
+}
+
+EVALUATION_KEYS = (
+    "score",
+    "num_features",
+    "rows",
+    "student",
+    "teacher",
+    "models",
+    "pairs",
+    "known_unseen",
+    "provenance",
+    "config",
+)
+RUN_KEYS = ("name", "times_floor", "at_infinity", "precision", "recall", "correlation", "cpu_seconds", "command")
 
 
 def write_report(student, teacher, evaluation, out, metrics=None, ablation=None, title="advkd: one pass against many"):
@@ -35,12 +53,15 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
         The page's path.
 
     Raises:
-        InputError: a file that is missing or of another kind; nothing was written.
+        InputError: a file that is missing or of another kind, or an evaluation of another student or teacher; nothing was
+            written.
     """
-    result = read_json(evaluation, "evaluation", EVALUATION_KEYS)
+    result = _read_evaluation(evaluation, student, teacher)
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
-    if metrics and not Path(metrics).is_file():
-        raise InputError(f"--metrics {metrics} does not exist")
+    if not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
+        raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
+    if metrics:
+        read_metrics(metrics)
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
     curves = {f"{row['images']} against {row['against']}": row["frechet_at_infinity"] for row in result["rows"]}
@@ -49,6 +70,23 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
     page = _page(title, result, runs, [(out / name, caption) for name, caption in captions.items()])
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
+
+
+def _read_evaluation(path, student, teacher):
+    """A student's evaluation; that of a folder, of another student or of another teacher is refused."""
+    result = read_json(path, "evaluation", ("score", "rows"))
+    if "images" in result:
+        raise InputError(f"evaluation {path} is of a folder of images; a report needs that of a student")
+    result = read_json(path, "evaluation", EVALUATION_KEYS)
+    if result["student"].get("weights_sha256") != digest(student.state_dict()):
+        raise InputError(f"evaluation {path} is of another student: run 'advkd evaluate' for this one")
+    if not same_teacher(result["teacher"], teacher.identity()):
+        raise InputError(f"evaluation {path} is of another teacher: name that one by --teacher")
+    try:
+        cells(result)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"evaluation {path} is damaged ({error!r}): run 'advkd evaluate' again") from error
+    return result
 
 
 def save_pictures(teacher, student, metrics, out):
@@ -60,7 +98,7 @@ def save_pictures(teacher, student, metrics, out):
     evaluations = len(teacher.timesteps("ddim"))
     captions = {
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one. "
-        "Training has not seen this noise.",
+        + UNSEEN[has_seen(student.training_record, {"seed": FRESH_SEED, "start": 0, "num": 12})],
         "levels.png": "The teacher's states that supervise the submodules, and what the submodules draw.",
         "student_samples.png": "64 images of the student, not chosen.",
     }
@@ -113,11 +151,11 @@ def _summary(result):
         spread = f"{1e3 * seconds['median']:.2f} ms ({1e3 * seconds['p20']:.2f} to {1e3 * seconds['p80']:.2f})"
         rows.append([name, f"{model['parameters']:,}", str(model["evaluations"]), spread])
     titles = ("", "parameters", "network evaluations", f"time per image, batches of {models['batch_size']} (p20 to p80)")
-    likeness = (
-        f"From {pairs['num']} noises it has not seen, the student's image correlates with the teacher's by "
-        f"{pairs['correlation']:.3f} (images of different noises: {pairs['mismatched']:.3f})."
-    )
-    return _table(titles, rows) + f"<p>{likeness}</p>"
+    text = UNSEEN[False if result["known_unseen"] else None]
+    if pairs:
+        likeness = f"{pairs['correlation']:.3f} (images of different noises: {pairs['mismatched']:.3f})"
+        text = f"From the same {pairs['num']} noises, the student's image correlates with the teacher's by {likeness}. {text}"
+    return _table(titles, rows) + f"<p>{text}</p>"
 
 
 def _reading(result):
@@ -135,10 +173,15 @@ def _ablation_table(runs, score):
     titles = ("run", f"{score}, x floor", "at infinity", "precision", "recall", "likeness", "CPU s", "command")
     rows = [
         [run["name"], f"{run['times_floor']:.2f}", f"{run['at_infinity']:.3f}", f"{run['precision']:.3f}"]
-        + [f"{run['recall']:.3f}", f"{run['correlation']:.3f}", f"{run['cpu_seconds']:.0f}", run["command"]]
+        + [f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run), run["command"]]
         for run in runs
     ]
     return _table(titles, rows)
+
+
+def seconds(run):
+    """A run's CPU seconds as text; those of a run that was killed and went on are not known."""
+    return "" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.0f}"
 
 
 def _provenance(result):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import random
 import subprocess
 import time
 from pathlib import Path
@@ -12,24 +13,25 @@ import torch
 VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino")
 
 
-def measure(calls, repeats=10, warmup=1):
-    """Time functions in turn, so that a change of the machine's speed meets all of them.
+def measure(calls, repeats=10, warmup=1, device="cpu"):
+    """Time functions in turn, in a new random order each round, so that a change of the machine's speed meets all of them.
 
     Args:
-        calls: ``{name: function}``, functions without arguments; what a GPU computes for one is waited for.
+        calls: ``{name: function}``, functions without arguments.
         repeats: timed rounds.
         warmup: rounds before them.
+        device: where they compute; a GPU's work is waited for.
 
     Returns:
         ``{name: {"median": s, "p20": s, "p80": s, "repeats": n}}`` in seconds.
     """
-    times = {name: [] for name in calls}
+    times, shuffler, device = {name: [] for name in calls}, random.Random(0), torch.device(device)
     for i in range(warmup + repeats):
-        for name, call in calls.items():
-            _synchronize()
+        for name in shuffler.sample(list(calls), len(calls)):
+            _synchronize(device)
             begin = time.perf_counter()
-            call()
-            _synchronize()
+            calls[name]()
+            _synchronize(device)
             if i >= warmup:
                 times[name].append(time.perf_counter() - begin)
     return {name: _percentiles(values) for name, values in times.items()}
@@ -42,18 +44,19 @@ def _percentiles(values):
     return {"median": median, "p20": p20, "p80": p80, "repeats": len(values)}
 
 
-def _synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def provenance():
-    """Commit, dirty flag, device, threads and versions, as a JSON-ready dict. Unknown ones are None."""
-    gpu = torch.cuda.is_available()
+def provenance(device="cpu"):
+    """Commit, dirty flag, the device the work ran on, threads and versions, as a JSON-ready dict. Unknown ones are None."""
+    device = torch.device(device)
+    gpu = device.type == "cuda"
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _dirty(),
-        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "driver": _driver() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -77,7 +80,8 @@ def _git(*arguments):
 
 
 def _dirty():
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # New sources count, new results do not.
+    status = _git("status", "--porcelain", "--", "advkd", "kernels", "csrc", "setup.py", "profiling/*.py")
     return None if status is None else bool(status)
 
 

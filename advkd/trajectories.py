@@ -225,12 +225,20 @@ def _check_existing(out, recipe):
     paths = sorted(Path(out).glob("shard-*.safetensors"))
     for path in paths:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS)
-        changed = sorted(k for k in recipe if metadata["recipe"].get(k) != recipe[k])
+        changed = _differences(recipe, metadata["recipe"])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
         if metadata["digest"] != digest(tensors):
             raise InputError(f"shard {path} is altered: delete it and run the same command again")
     return paths
+
+
+def _differences(recipe, other, ignored=()):
+    """Sorted keys in which two recipes differ; a teacher's name is not one."""
+    differ = {k for k in recipe if k not in ignored and recipe[k] != other.get(k)}
+    if "teacher" in differ and isinstance(other.get("teacher"), dict) and same_teacher(recipe["teacher"], other["teacher"]):
+        differ.remove("teacher")
+    return sorted(differ)
 
 
 def _manifest(out, recipe, shards):
@@ -277,10 +285,13 @@ class Trajectories:
 
     Args:
         folders: where ``advkd trajectories`` wrote; several make one data set if only ``num``, ``start`` and ``seed`` differ.
+        option: what error messages call it.
 
     Attributes:
         recipe: how it was made (a dict: :class:`TrajectoryConfig` plus teacher, timesteps, resolutions), of the first folder.
+        folders: all of them.
         parts: ``seed``, ``start`` and ``num`` of every folder.
+        manifests: SHA-256 of every folder's manifest.
         standard_deviations: one per level, of the first folder.
 
     Raises:
@@ -288,27 +299,28 @@ class Trajectories:
             truncated or altered.
     """
 
-    def __init__(self, *folders):
-        self.folder = Path(folders[0])
+    def __init__(self, *folders, option="--trajectories"):
+        self.folder, self.folders, self._option = Path(folders[0]), [], option
         self._entries, self._shards, self.parts, self.manifests = [], {}, [], []
         for folder in map(Path, folders):
             self.append(folder)
 
     def append(self, folder):
         """Add a folder's samples after those that are there."""
-        manifest = _read_manifest(Path(folder))
+        manifest = _read_manifest(Path(folder), self._option)
         recipe = manifest["recipe"]
         if not self.parts:
             self.recipe, self.standard_deviations = recipe, manifest["standard_deviations"]
-        changed = sorted(k for k in recipe if recipe[k] != self.recipe.get(k) and k not in ("num", "start", "seed"))
+        changed = _differences(recipe, self.recipe, ignored=("num", "start", "seed"))
         if changed:
-            raise InputError(f"--trajectories {folder} and {self.folder} were made with different {', '.join(changed)}")
+            raise InputError(f"{self._option} {folder} and {self.folder} were made with different {', '.join(changed)}")
         part = {key: recipe[key] for key in ("seed", "start", "num")}
         if any(samples_overlap(part, other) for other in self.parts):
-            raise InputError(f"--trajectories {folder} repeats samples of another folder: record with another --start")
+            raise InputError(f"{self._option} {folder} repeats samples of another folder: record with another --start")
         first = len(self)
         self._entries += [{**entry, "start": first + entry["start"], "folder": folder} for entry in manifest["shards"]]
         self.parts.append(part)
+        self.folders.append(Path(folder))
         self.manifests.append(sha256(Path(folder) / "manifest.json"))
 
     def __len__(self):
@@ -371,11 +383,11 @@ class Trajectories:
         return self._shards[shard]
 
 
-def _read_manifest(folder):
+def _read_manifest(folder, option):
     if not folder.is_dir():
-        raise InputError(f"--trajectories {folder} is not a folder")
+        raise InputError(f"{option} {folder} is not a folder")
     if not (folder / "manifest.json").exists() and any(folder.glob("shard-*.safetensors")):
-        raise InputError(f"--trajectories {folder} is unfinished: run the same 'advkd trajectories' command again")
+        raise InputError(f"{option} {folder} is unfinished: run the same 'advkd trajectories' command again")
     keys = ("format", "recipe", "standard_deviations", "shards")
     manifest = read_json(folder / "manifest.json", "manifest", keys)
     if manifest["format"] != FORMAT:

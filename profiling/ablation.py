@@ -4,9 +4,9 @@ advkd trajectories --teacher digits --num 8192 --out paths
 advkd trajectories --teacher digits --num 4096 --seed 1000001 --out reference
 python -m profiling.ablation --trajectories paths --teacher-samples reference --out runs
 
-Every row differs from the first in the options it names, and sees 400 student updates of 32 pairs; the paper's stages together
-take about the CPU time of the first row. Finished rows are kept, a killed one goes on; several processes may share the rows by
-``--only``. The table is ``profiling/results/<device>/ablation.json``.
+Every row differs from the first in what it names, and sees 400 student updates of 32 pairs. The paper's recipe has twelve
+stages of 40 updates with five critic updates each, about twice the CPU time of the first row. Finished rows are kept, a killed
+one goes on; several processes may share the rows by ``--only``. The table is ``profiling/results/<device>/ablation.json``.
 """
 
 import argparse
@@ -17,10 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig, evaluate_student
-from advkd.files import write_json
+from advkd.files import read_json, write_json
 from advkd.models.student import PRESETS
+from advkd.report import seconds
 from advkd.timing import provenance
+from advkd.trajectories import Trajectories
 
 from .harness import device_folder
 
@@ -33,7 +36,7 @@ BASE = {
     "final-learning-rate": 0.05,
     "log-every": 20,
 }
-# The paper's critics and rates; its twelve stages share the first row's CPU time.
+# The paper's critics, rates and batches.
 PAPER = {"recipe": "paper", "updates": 40, "pairs": 4096, "log-every": 20, "batch-sizes": None}
 PAPER |= {"critic-levels": None, "learning-rate": None, "final-learning-rate": None}
 NARROW = [64, 64, 64, 64, 64, 32, 32, 24, 24, 24, 16, 16]
@@ -65,7 +68,9 @@ def command(name, trajectories, out):
     """The row's ``advkd distill`` command line, as a list; a student of its own shape is in ``<out>-student.json``."""
     options = {key: value for key, value in {**BASE, **ROWS[name]}.items() if key not in STUDENT_FIELDS}
     preset = f"{out}-student.json" if set(ROWS[name]) & set(STUDENT_FIELDS) else "digits"
-    line = ["advkd", "distill", "--trajectories", str(trajectories), "--preset", preset, "--out", str(out)]
+    folders = [trajectories] if isinstance(trajectories, str) else trajectories
+    line = ["advkd", "distill", *(word for folder in folders for word in ("--trajectories", str(folder)))]
+    line += ["--preset", preset, "--out", str(out)]
     for key, value in options.items():
         if value is True:
             line.append(f"--{key}")
@@ -85,28 +90,32 @@ def run_row(name, trajectories, samples, folder, num):
     """Distil and measure one row; its figures go to ``<folder>/<slug>.json``."""
     slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
     out, record = folder / slug, folder / f"{slug}.json"
-    if record.exists():
-        return
     shape = {key: value for key, value in ROWS[name].items() if key in STUDENT_FIELDS}
+    what = {"name": name, "command": shlex.join(command(name, "paths", slug)), "num": num}
+    what |= {"student": student_shape(shape) if shape else None, "manifests": Trajectories(*trajectories).manifests}
+    if record.exists():
+        stored = read_json(record, "row", ("name",))
+        changed = [key for key in what if stored.get(key) != what[key]]
+        if changed:
+            raise InputError(f"{record} was made with another {', '.join(changed)}: name another --out")
+        return
     if shape:
         write_json(f"{out}-student.json", student_shape(shape))
-    line = command(name, trajectories, out)
-    if (out / "checkpoint.safetensors").exists():
-        line.append("--resume")
+    line, resumed = command(name, trajectories, out), (out / "checkpoint.safetensors").exists()
     before = _cpu_seconds()
-    subprocess.run([sys.executable, "-m", "advkd.cli", *line[1:]], check=True)
-    seconds = _cpu_seconds() - before
-    config = EvaluationConfig(num=num, real="none", resamples=100)
-    result = evaluate_student(out, "digits", config, out / "evaluation", samples)
-    row, student = result["rows"][0], result["models"]["student"]
-    figures = {key: row[key] for key in ("frechet", "frechet_interval", "times_floor", "precision", "recall", "diversity")}
-    shown = command(name, "paths", slug)
-    write_json(
-        record,
-        {"name": name, "command": shlex.join(shown), "cpu_seconds": seconds, "parameters": student["parameters"], **figures}
-        | {"at_infinity": row["frechet_at_infinity"]["value"], "correlation": result["pairs"]["correlation"]}
-        | {"recall_of_other": row["recall_of_other"], "score": result["score"], "floor": row["floor"]},
-    )
+    subprocess.run([sys.executable, "-m", "advkd.cli", *line[1:], *(["--resume"] if resumed else [])], check=True)
+    # Of a run that was killed, only the last part's time is known.
+    spent = None if resumed else _cpu_seconds() - before
+    result = evaluate_student(out, "digits", EvaluationConfig(num=num, real="none", resamples=100), out / "evaluation", samples)
+    write_json(record, {**what, "cpu_seconds": spent, **_figures(result), "provenance": provenance()})
+
+
+def _figures(result):
+    row = result["rows"][0]
+    names = ("frechet", "frechet_interval", "times_floor", "floor", "precision", "recall", "recall_of_other", "diversity")
+    figures = {name: row[name] for name in names}
+    figures |= {"at_infinity": row["frechet_at_infinity"]["value"], "correlation": result["pairs"]["correlation"]}
+    return {**figures, "score": result["score"], "parameters": result["models"]["student"]["parameters"]}
 
 
 def _cpu_seconds():
@@ -125,20 +134,25 @@ def collect(folder, out):
 def main():
     """The command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trajectories", required=True, help="the pairs, 8,192 or more")
+    parser.add_argument("--trajectories", required=True, action="append", help="the pairs, 8,192 or more (several: repeat)")
     parser.add_argument("--teacher-samples", required=True, help="twice --num samples of another seed")
     parser.add_argument("--out", required=True, help="folder for the runs")
     parser.add_argument("--only", action="append", help="a row's name, or a part of it (several: repeat)")
     parser.add_argument("--num", type=int, default=2000, help="images that a row is measured with")
     parser.add_argument("--results", help="folder of ablation.json (default: profiling/results/<device>)")
     options = parser.parse_args()
+    chosen = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
+    pairs, samples = len(Trajectories(*options.trajectories)), len(Trajectories(options.teacher_samples))
+    if not chosen:
+        parser.error(f"--only {', '.join(options.only)}: no such row (known: {', '.join(ROWS)})")
+    if pairs < 8192 or samples < 2 * options.num:
+        parser.error(f"8,192 pairs and {2 * options.num} samples are needed, {pairs} and {samples} are there")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ROWS:
-        if not options.only or any(part in name for part in options.only):
-            run_row(name, options.trajectories, options.teacher_samples, folder, options.num)
+    for name in chosen:
+        run_row(name, options.trajectories, options.teacher_samples, folder, options.num)
     for run in collect(folder, options.results or device_folder()):
-        print(f"{run['name']:45} {run['times_floor']:6.2f} x floor  recall {run['recall']:.3f}  {run['cpu_seconds']:.0f} s")
+        print(f"{run['name']:45} {run['times_floor']:6.2f} x floor  recall {run['recall']:.3f}  {seconds(run)} s")
 
 
 if __name__ == "__main__":

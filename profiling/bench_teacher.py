@@ -6,6 +6,7 @@ python -m profiling.bench_teacher [--only trajectory] [--out FOLDER]
 import copy
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from advkd import Teacher
 
@@ -38,7 +39,8 @@ def evaluation(batch):
 
     def contiguous():
         def call():
-            with torch.inference_mode():
+            # As Teacher.path does.
+            with torch.no_grad():
                 return plain(x)
 
         return call
@@ -49,7 +51,17 @@ def evaluation(batch):
         Contestant("torch.compile, freezing", lambda: peers.compiled(copy.deepcopy(network), x)),
         Contestant("OpenVINO", lambda: peers.openvino(copy.deepcopy(network), x)),
     ]
-    return Case(f"evaluation, batch {batch}", lambda: wanted, tolerance, contestants, batch, repeats=15)
+    flop, moved = count(network, x)
+    return Case(f"evaluation, batch {batch}", lambda: wanted, tolerance, contestants, batch, flop, moved, repeats=15)
+
+
+@torch.no_grad()
+def count(network, x):
+    """Floating-point operations of one call, and bytes of weights, input and output."""
+    with FlopCounterMode(display=False) as counter:
+        output = network(x)
+    weights = sum(p.numel() for p in network.parameters())
+    return counter.get_total_flops(), 4 * (weights + x.numel() + output.numel())
 
 
 def trajectory(batch):
@@ -74,7 +86,8 @@ def trajectory(batch):
         Contestant("advkd, Teacher.sample", lambda: lambda: teacher.sample(batch, seed=1), "ours"),
         Contestant("diffusers, DDIMScheduler", lambda: diffusers_loop, "baseline"),
     ]
-    return Case(f"DDIM-50 trajectory, batch {batch}", lambda: wanted, tolerance, contestants, batch, repeats=5)
+    flop, moved = (50 * figure for figure in count(Evaluation(teacher.unet), x_T))
+    return Case(f"DDIM-50 trajectory, batch {batch}", lambda: wanted, tolerance, contestants, batch, flop, moved, repeats=5)
 
 
 CASES = {

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from advkd.files import write_json
+from advkd.hub import reason
 from advkd.timing import measure, provenance
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +29,8 @@ class Contestant:
 
     Attributes:
         name: what the tables call it.
-        prepare: function without arguments that gives the function to time (which returns a tensor); an ImportError from it
-            means that the contestant is not installed.
+        prepare: function without arguments that gives the function to time (which returns a tensor). A peer whose
+            preparation fails is recorded with the reason (not installed, no compiler, no export); ours must not fail.
         kind: ``ours``, ``baseline`` or ``peer``.
     """
 
@@ -77,19 +78,27 @@ def run(name, cases, parity_tests, out=None):
         parity_tests: pytest arguments (files below the root); they must pass before anything is timed.
         out: folder, default :func:`device_folder`.
     """
-    gate = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
-    if subprocess.run(gate, cwd=ROOT).returncode != 0:
-        print(f"{name}: the parity tests failed, nothing was timed", file=sys.stderr)
+    if not passes(parity_tests):
+        print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
         return False
-    results, green = [], True
+    green, path = True, Path(out or device_folder()) / f"{name}.json"
     for build in cases:
         result = run_case(build())
+        result["provenance"] = provenance()
         green &= all(c.get("parity", {}).get("passed", True) for c in result["contestants"])
-        results.append(result)
         print(format_case(result), flush=True)
-        path = Path(out or device_folder()) / f"{name}.json"
-        write_json(path, {"benchmark": name, "cases": results, "parity_tests": parity_tests, "provenance": provenance()})
+        kept = [c for c in (read(name, path.parent) or {"cases": []})["cases"] if c["case"] != result["case"]]
+        stored = {"benchmark": name, "cases": [*kept, result], "parity_tests": parity_tests, "provenance": provenance()}
+        write_json(path, stored)
     return green
+
+
+def passes(parity_tests):
+    """Whether pytest passes on these arguments, with at least one test that ran."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print("\n".join(done.stdout.splitlines()[-1:]), flush=True)
+    return done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
 
 
 def run_case(case):
@@ -101,10 +110,12 @@ def run_case(case):
         entries.append(entry)
         try:
             call = contestant.prepare()
-        except ImportError as error:
-            entry["missing"] = str(error)
+            found = call()
+        except Exception as error:
+            if contestant.kind == "ours":
+                raise
+            entry["missing"] = f"{type(error).__name__}: {reason(error)}"
             continue
-        found = call()
         error = (torch.as_tensor(found).double().cpu() - wanted.cpu()).abs().max().item()
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if entry["parity"]["passed"]:
@@ -134,7 +145,7 @@ def format_case(result):
     lines = [f"{result['case']} ({result['images']} images)"]
     for entry in result["contestants"]:
         if "missing" in entry:
-            lines.append(f"  {entry['name']:32} not installed: {entry['missing']}")
+            lines.append(f"  {entry['name']:32} cannot run: {entry['missing']}")
         elif "seconds" not in entry:
             lines.append(f"  {entry['name']:32} off by {entry['parity']['error']:.2e}, not timed")
         else:

@@ -8,6 +8,7 @@ import re
 
 from advkd.evaluate import cells
 from advkd.files import write_bytes
+from advkd.report import seconds
 
 from .harness import RESULTS, ROOT
 
@@ -33,10 +34,12 @@ def ablation():
     lines = []
     for result in results("ablation"):
         score = result["runs"][0]["score"]
-        lines += [_row("run", f"{score}, x floor", "at infinity", "precision", "recall", "likeness", "CPU s"), _rule(7)]
+        titles = ("run", f"{score}, x floor (95 %)", "at infinity", "precision", "recall", "likeness", "CPU s")
+        lines += [_row(*titles), _rule(len(titles))]
         for run in result["runs"]:
-            figures = (f"{run['times_floor']:.1f}", f"{run['at_infinity']:.2f}", f"{run['precision']:.3f}")
-            figures += (f"{run['recall']:.3f}", f"{run['correlation']:.3f}", f"{run['cpu_seconds']:.0f}")
+            low, high = (end / run["floor"] for end in run["frechet_interval"])
+            figures = (f"{run['times_floor']:.1f} ({low:.1f} to {high:.1f})", f"{run['at_infinity']:.2f}")
+            figures += (f"{run['precision']:.3f}", f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run))
             lines.append(_row(run["name"], *figures))
     return lines
 
@@ -58,7 +61,7 @@ def speed():
 
 def _time(entry):
     if "missing" in entry:
-        return "not installed"
+        return "cannot run here"
     if "seconds" not in entry:
         return f"off by {entry['parity']['error']:.1e}, not timed"
     median, p20, p80 = (1e3 * entry["seconds"][key] for key in ("median", "p20", "p80"))

@@ -52,6 +52,7 @@ class Classifier(PretrainedModule, nn.Module):
 
     config_class = ClassifierConfig
     embedded = {"digits": PRETRAINED / "digits-classifier"}
+    training_keys = ("accuracy",)
 
     def __init__(self, config):
         super().__init__()

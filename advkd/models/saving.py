@@ -19,6 +19,7 @@ class PretrainedModule:
 
     config_class = None
     embedded = {}
+    training_keys = ()
     training_record = None
     """What a loaded module was trained on (``training.json``), if that is known."""
 
@@ -48,11 +49,14 @@ class PretrainedModule:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({reason(error)})") from error
         if (folder / TRAINING).exists():
-            module.training_record = read_json(folder / TRAINING, "training record")
+            module.training_record = read_json(folder / TRAINING, "training record", cls.training_keys)
         return module.to(device).eval()
 
     def save_pretrained(self, folder):
-        """Write ``config.json`` and the weights (safetensors) to ``folder``; each file is whole or absent."""
+        """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
+
+        Each file is whole or absent.
+        """
         folder = Path(folder)
         if folder.is_file():
             raise InputError(f"{folder} is a file; name a folder")
@@ -60,6 +64,8 @@ class PretrainedModule:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
+        if self.training_record is not None:
+            write_json(folder / TRAINING, self.training_record)
 
     def push_to_hub(self, repo_id, *, private=None, token=None, commit_message="Upload advkd model"):
         """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""

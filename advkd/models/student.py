@@ -88,6 +88,7 @@ class Student(PretrainedModule, nn.Module):
 
     config_class = StudentConfig
     embedded = {"digits": PRETRAINED / "digits"}
+    training_keys = ("samples", "runs")
 
     def __init__(self, config):
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 from advkd.distill import Distiller
 from advkd.recipes import recipe
 from advkd.trajectories import Trajectories
-from tests.conftest import tiny_student
+from tests.conftest import tiny_student, tiny_teacher
 
 if __name__ == "__main__":
     folder, out, overrides = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -20,7 +20,8 @@ if __name__ == "__main__":
     # Every process brings other weights: those of the main process count.
     student = tiny_student(seed=int(os.environ.get("RANK", 0)))
     dtype = torch.float64 if config.mixed_precision == "no" else torch.float32
-    run = Distiller(data, student, config, out, dtype=dtype, progress=False)
+    teacher = tiny_teacher() if config.grow else None
+    run = Distiller(data, student, config, out, dtype=dtype, progress=False, teacher=teacher)
     world = int(os.environ.get("WORLD_SIZE", 1))
     assert run.accelerator.num_processes == world
     assert len(run._next_batch(run.stages[0])[1]) == config.batch_sizes[0] // world

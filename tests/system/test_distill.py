@@ -16,6 +16,7 @@ from advkd.draws import DataOrder, interpolate, shift, training_latents
 from advkd.errors import InputError, TrainingError
 from advkd.models.student import Student
 from advkd.recipes import RECIPES, recipe
+from advkd.teacher import Teacher
 from advkd.trajectories import Trajectories, record_trajectories
 
 from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_recording, tiny_student, tiny_teacher
@@ -182,6 +183,15 @@ def test_two_processes_train_in_bfloat16(trajectories, tmp_path):
     result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path))
+
+
+def test_two_processes_record_growing_data_together(trajectories, tmp_path):
+    overrides = {"recipe": "joint", "updates": [2], "batch_sizes": [8], "grow": 16, "grow_every": 1, "critic_channels": 4}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.system.distill_worker", str(trajectories), str(tmp_path), json.dumps(overrides)]
+    result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(Trajectories(trajectories, tmp_path / "trajectories" / "0001")) == 40
 
 
 def test_a_finished_run_resumes_to_itself(trajectories, tmp_path):
@@ -439,6 +449,10 @@ def test_pairs_made_while_training(teacher, trajectories, tmp_path):
     resumed = distill(trajectories, tiny_student(), config, tmp_path / "cut", resume=True, progress=False, teacher=teacher)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    # Resuming what is finished forgets nothing.
+    record = (tmp_path / "whole" / "training.json").read_bytes()
+    distill(trajectories, tiny_student(), config, tmp_path / "whole", resume=True, progress=False, teacher=teacher)
+    assert (tmp_path / "whole" / "training.json").read_bytes() == record
 
 
 def test_a_run_can_start_from_a_student(teacher, trajectories, tmp_path):
@@ -455,9 +469,26 @@ def test_a_run_can_start_from_a_student(teacher, trajectories, tmp_path):
     record = two.training_record
     assert record["samples"] == [{"seed": 0, "start": 0, "num": 24}, {"seed": 5, "start": 0, "num": 8}]
     assert [run["config"]["updates"] for run in record["runs"]] == [[2], [1]]
+    two.save_pretrained(tmp_path / "copy")
+    assert Student.from_pretrained(tmp_path / "copy").training_record == record
+    options = [*options, "--resume", "--preset", str(tmp_path / "preset.json")]
+    (tmp_path / "preset.json").write_text((tmp_path / "first" / "config.json").read_text())
+    done = run_cli("distill", "--trajectories", more, "--out", tmp_path / "second", *options)
+    assert done.returncode == 2 and "a run with another init" in done.stderr
     for wrong in ([], ["--init", "digits", "--preset", "digits"]):
         done = run_cli("distill", "--trajectories", more, "--out", tmp_path / "no", *wrong)
         assert done.returncode == 2 and "either a --preset or a student" in done.stderr
+
+
+def test_the_teacher_may_have_another_name(teacher_folder, tmp_path, monkeypatch):
+    """A relative path to it, say: for growing data, and for two folders of one data set."""
+    monkeypatch.chdir(teacher_folder.parent)
+    named = [Teacher.from_pretrained(name) for name in (str(teacher_folder), teacher_folder.name)]
+    first = record_trajectories(named[0], tiny_recording(), tmp_path / "first", progress=False)
+    config = recipe("joint", updates=(2,), grow=8, grow_every=1, **SMALL)
+    distill(first, tiny_student(), config, tmp_path / "out", progress=False, teacher=named[1])
+    second = record_trajectories(named[1], tiny_recording(start=24), tmp_path / "second", progress=False)
+    assert len(Trajectories(first, second)) == 48
 
 
 def test_grow_needs_the_trajectories_own_teacher(trajectories, tmp_path):

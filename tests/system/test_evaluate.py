@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from advkd import features
+from advkd import features, files
 from advkd.data import load_images, load_labelled, read_pictures
 from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig, evaluate_folders, evaluate_student, table
 from advkd.features import build_extractor, extract, require_fit
-from advkd.files import write_json
+from advkd.files import digest, write_json
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.student import Student
 from advkd.pictures import save_image, to_pil, to_uint8
@@ -22,7 +22,7 @@ from advkd.trajectories import record_trajectories
 
 from ..conftest import run_cli, tiny_recording, tiny_student
 
-QUICK = {"num": 30, "resamples": 5, "real": "none"}
+QUICK = {"num": 30, "resamples": 20, "real": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_folder_of_pictures_gives_what_the_images_give(digits, tmp_path):
     images, _ = digits
     folder = save_pictures(images[:300], tmp_path / "a")
     assert torch.equal(read_pictures(folder, "--images"), images[:300])
-    config = EvaluationConfig(resamples=5)
+    config = EvaluationConfig(resamples=20)
     result = evaluate_folders(folder, "digits", config, tmp_path / "out", cache=tmp_path / "cache")
     assert result["score"] == "FD-digits" and [row["images"] for row in result["rows"]] == ["images", "other reference images"]
     assert [row["samples"] for row in result["rows"]] == [[300, 300]] * 2
@@ -101,7 +101,7 @@ def test_command_line_on_folders(digits, tmp_path):
     images, _ = digits
     a, b = save_pictures(images[:150], tmp_path / "a"), save_pictures(images[150:450], tmp_path / "b")
     done = run_cli(
-        *("evaluate", "--images", a, "--reference", b, "--resamples", 3), environment={"ADVKD_CACHE": str(tmp_path / "cache")}
+        *("evaluate", "--images", a, "--reference", b, "--resamples", 20), environment={"ADVKD_CACHE": str(tmp_path / "cache")}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("images") and len(done.stdout.splitlines()) == 3
@@ -122,6 +122,9 @@ def test_features_are_kept_by_content(digits, tmp_path):
     for path in tmp_path.glob("features-*"):
         path.write_bytes(path.read_bytes()[:-8])
     assert torch.equal(first, extract(extractor, images, cache=tmp_path)) and len(calls) == 3
+    same_weights = Classifier(ClassifierConfig(slope=0.9)).eval()
+    same_weights.load_state_dict(extractor.classifier.state_dict())
+    assert not torch.equal(first, extract(features.ClassifierFeatures(same_weights), images, cache=tmp_path))
     other = Classifier(ClassifierConfig())
     assert not torch.equal(first, extract(features.ClassifierFeatures(other.eval()), images, cache=tmp_path))
 
@@ -139,12 +142,14 @@ def test_student_against_its_teacher(tiny, teacher_folder, tmp_path):
     assert result["rows"][0]["times_floor"] > 3 > result["rows"][1]["times_floor"]
     assert result["rows"][1]["recall_of_other"] == 1
     models = result["models"]
-    assert models["student"]["evaluations"] == 1 and models["teacher"]["evaluations"] == 50
+    assert models["student"]["evaluations"] == 1 and models["teacher"]["evaluations"] == 10
     assert models["student"]["parameters"] == tiny_student().num_parameters(terminals=False)
     assert (
         0 < models["student"]["seconds"]["p20"] <= models["student"]["seconds"]["median"] <= models["student"]["seconds"]["p80"]
     )
-    assert result["seeds_known_disjoint"] is False
+    assert result["known_unseen"] is False and "is not known" in table(result)
+    assert result["student"]["weights_sha256"] == digest(Student.from_pretrained(tiny / "student").state_dict())
+    assert result["samples"]["parts"] == [{"seed": 77, "start": 0, "num": 60}]
     again = evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
     assert again["rows"] == result["rows"]
 
@@ -172,16 +177,18 @@ def test_real_images_of_a_folder(tiny, teacher_folder, tmp_path):
 
 def test_samples_that_the_student_was_trained_on_are_refused(tiny, teacher_folder, tmp_path):
     student = shutil.copytree(tiny / "student", tmp_path / "student")
-    identity = Teacher.from_pretrained(str(teacher_folder)).identity()
-    write_json(student / "training.json", {"teacher": identity, "samples": [{"seed": 77, "start": 40, "num": 100}]})
+    write_json(student / "training.json", {"runs": [], "samples": [{"seed": 77, "start": 40, "num": 100}]})
     config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **QUICK)
     for samples in (tiny / "samples", None):
         with pytest.raises(InputError, match="seed 77 is that of the student's training trajectories"):
             evaluate_student(student, str(teacher_folder), config, tmp_path / "out", samples, cache=tmp_path, progress=False)
     assert not list(tmp_path.glob("teacher-*"))
-    write_json(student / "training.json", {"teacher": identity, "samples": [{"seed": 3, "start": 0, "num": 100}]})
+    write_json(student / "training.json", {"runs": [], "samples": [{"seed": 3, "start": 0, "num": 100}]})
     arguments = (student, str(teacher_folder), config, tmp_path / "out", tiny / "samples")
-    assert evaluate_student(*arguments, cache=tmp_path, progress=False)["seeds_known_disjoint"]
+    assert evaluate_student(*arguments, cache=tmp_path, progress=False)["known_unseen"]
+    write_json(student / "training.json", {"x": 1})
+    with pytest.raises(InputError, match="training record"):
+        evaluate_student(*arguments, cache=tmp_path, progress=False)
 
 
 def test_the_shipped_student_says_what_it_was_trained_on():
@@ -193,7 +200,10 @@ def test_the_shipped_student_says_what_it_was_trained_on():
     "change, message",
     [
         ({"num": 31}, "holds 60 samples, 2 x 31 are needed"),
-        ({"num": 4}, "4 images are fewer than FD-tiny's 4 features need"),
+        ({"num": 7}, "--student with --num 7: 7 images are too few for 4 features; 8 or more"),
+        ({"resamples": 19}, "resamples must be at least 20"),
+        ({"real": "no-such-folder"}, "--real no-such-folder is not a folder of images"),
+        ({"real": "digits"}, "--real digits holds gray 32x32 images, the student draws gray 8x8 ones"),
         ({"num": 0}, "num must be at least 1"),
         ({"extractor": "digits"}, "takes gray 32x32 images, these are gray 8x8"),
         ({"extractor": "no-such"}, "--extractor must be digits, inception or a folder"),
@@ -204,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(tiny, teacher_folder, t
     arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
     with pytest.raises(InputError, match=message):
         evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
 def test_samples_of_another_teacher_are_refused(tiny, trajectories, teacher_folder, tmp_path):
@@ -272,10 +282,10 @@ def test_gray_against_colour_folders(digits, tmp_path):
 
 
 def test_too_few_images_in_a_folder(digits, tmp_path):
-    few, many = save_pictures(digits[0][:64], tmp_path / "few"), save_pictures(digits[0][:140], tmp_path / "many")
-    with pytest.raises(InputError, match="--images .*: 64 images are fewer than FD-digits's 64 features need"):
+    few, many = save_pictures(digits[0][:64], tmp_path / "few"), save_pictures(digits[0][:260], tmp_path / "many")
+    with pytest.raises(InputError, match="--images .*: 64 images are too few for 64 features; 128 or more"):
         evaluate_folders(few, many, EvaluationConfig())
-    with pytest.raises(InputError, match="half of --reference .*: 32 images are fewer"):
+    with pytest.raises(InputError, match="half of --reference .*: 32 images are too few"):
         evaluate_folders(many, few, EvaluationConfig())
 
 
@@ -288,7 +298,7 @@ def test_inception_weights(tmp_path, monkeypatch):
     weights.write_bytes(b"something else")
     with pytest.raises(InputError, match="has SHA-256 .*, not 6726825d"):
         build_extractor("inception", weights)
-    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{features.sha256(weights)[:8]}.pth")
+    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{files.sha256(weights)[:8]}.pth")
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs torch-fidelity: pip install 'advkd\[inception\]'"):
         build_extractor("inception", weights)
@@ -307,6 +317,7 @@ def test_images_for_another_extractor_are_refused():
     [
         (["--images", "a"], "--images and --reference go together"),
         (["--images", "a", "--reference", "b", "--student", "c"], "--student does not go with --images"),
+        (["--images", "a", "--reference", "b", "--num", "5"], "--num does not go with --images"),
         ([], "--out is missing"),
         (["--out", "x", "--num", "many"], "num must be a whole number"),
     ],
@@ -326,7 +337,7 @@ def test_classifier_of_a_folder(digits, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     classifier = Classifier.from_pretrained(tmp_path / "classifier")
-    assert classifier.config.classes == 2 and classifier.config.name == "classes"
+    assert classifier.config.classes == 2 and classifier.config.name == "data"
     assert classifier.training_record["accuracy"]["held_out"] > 0.9
     chosen = images[labels < 2][-60:]
     assert classifier.accuracy(chosen.float() / 127.5 - 1, labels[labels < 2][-60:]) > 0.9
@@ -339,6 +350,35 @@ def test_student_and_teacher_of_different_sizes(tiny, tmp_path):
     config = EvaluationConfig(extractor=str(tiny / "classifier"), **QUICK)
     with pytest.raises(InputError, match="--student draws gray 8x8 images, --teacher gray 32x32 ones"):
         evaluate_student(tiny / "student", "digits", config, tmp_path)
+
+
+def test_references_that_are_all_alike_are_refused(digits, tmp_path):
+    images, _ = digits
+    save_pictures(images[:1].expand(260, -1, -1, -1), tmp_path / "same")
+    with pytest.raises(InputError, match="all alike"):
+        evaluate_folders("digits", tmp_path / "same", EvaluationConfig(resamples=20), cache=tmp_path / "cache")
+
+
+def test_an_unusable_cache_is_named(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("digits", "digits", EvaluationConfig())
+    with pytest.raises(InputError, match="the cache"):
+        evaluate_folders(*arguments, cache=tmp_path / "file")
+
+
+def test_the_same_teacher_under_another_name_shares_its_samples(tiny, teacher_folder, tmp_path, monkeypatch):
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), **{**QUICK, "num": 12})
+    monkeypatch.chdir(teacher_folder.parent)
+    for name in (str(teacher_folder), teacher_folder.name):
+        evaluate_student(tiny / "student", name, config, tmp_path / "out", cache=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu(digits):
+    images = digits[0][:300]
+    here, there = build_extractor("digits"), build_extractor("digits").to("cuda")
+    assert (extract(here, images) - extract(there, images)).abs().max() < 1e-2
 
 
 def test_real_digits_are_the_documented_set():
@@ -357,7 +397,7 @@ def test_inception_is_torchmetrics_own(tmp_path, monkeypatch):
         network = original.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     weights = tmp_path / "weights.pth"
     torch.save(network.state_dict(), weights)
-    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{features.sha256(weights)[:8]}.pth")
+    monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{files.sha256(weights)[:8]}.pth")
     extractor = build_extractor("inception", weights)
     images = torch.randint(0, 255, (3, 1, 32, 32), dtype=torch.uint8)
     expected = extractor.network(images.expand(-1, 3, -1, -1))

@@ -74,27 +74,46 @@ def test_floor_is_what_a_perfect_generator_reaches():
     assert 0.7 < (sum(splits) / 20) / (sum(perfect) / 20) < 1.4
 
 
+def covered(points, manifold):
+    return metrics.covers(points, manifold).any(dim=1).double().mean().item()
+
+
 def test_precision_and_recall():
     left, right = gaussian(200, seed=1), gaussian(200, seed=2, mean=50)
     both = torch.cat((left[:100], right[:100]))
-    assert metrics.inside(gaussian(200, seed=3), left).mean() > 0.8
-    assert metrics.inside(left, right).max() == 0
+    assert covered(gaussian(200, seed=3), left) > 0.8
+    assert covered(left, right) == 0
     # A generator that draws one of two modes: precise, but half of the reference is missed.
-    assert metrics.inside(gaussian(100, seed=4), both).mean() > 0.8
-    assert 0.3 < metrics.inside(both, gaussian(100, seed=4)).mean() < 0.55
+    one_mode = metrics.neighbour_measures(gaussian(100, seed=4), both, resamples=20)
+    assert one_mode["precision"] > 0.8 and 0.3 < one_mode["recall"] < 0.55
 
 
-def test_inside_by_hand():
+def test_covers_by_hand():
     line = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
     # The third neighbours are 3, 2, 2, 3 and 9 away.
-    assert metrics.inside(torch.tensor([[-3.0], [-3.1], [6.0], [19.5]]), line, k=3).tolist() == [1, 0, 1, 0]
+    assert metrics.covers(torch.tensor([[-3.0], [-3.1], [6.0], [19.5]]), line).any(dim=1).tolist() == [True, False, True, False]
 
 
-def test_nearest_and_diversity():
-    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    assert metrics.nearest_distances(points, points).tolist() == [0, 0]
-    assert metrics.nearest_distances(torch.tensor([[0.0, 1.0]]), points).tolist() == [1]
-    assert metrics.mean_distances(points).tolist() == [5, 5]
+def test_nearest_and_diversity_by_hand():
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 8.0], [6.0, 0.0], [6.0, 8.0]])
+    same = metrics.neighbour_measures(points, points, resamples=20)
+    assert same["nearest"] == 0 and same["precision"] == same["recall"] == 1
+    expected = torch.pdist(points.double()).mean().item()
+    assert math.isclose(same["diversity"], expected, rel_tol=1e-9)
+    away = metrics.neighbour_measures(points + torch.tensor([0.0, 0.5]), points, resamples=20)
+    assert math.isclose(away["nearest"], 0.5, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["precision", "recall", "nearest", "diversity"])
+def test_neighbour_intervals_have_the_measures_spread(name):
+    """As wide as the spread over fresh pairs of sets (within a factor), and about the measured value."""
+    pairs = [(gaussian(150, seed=i, mean=0.6), gaussian(150, seed=900 + i)) for i in range(60)]
+    fresh = torch.tensor([metrics.neighbour_measures(*pair, resamples=1)[name] for pair in pairs])
+    found = [metrics.neighbour_measures(*pair, resamples=200) for pair in pairs[:10]]
+    width = sum(m[f"{name}_interval"][1] - m[f"{name}_interval"][0] for m in found) / len(found)
+    expected = 2 * 1.96 * fresh.std().item()
+    assert 0.7 * expected < width < 1.6 * expected
+    assert all(m[f"{name}_interval"][0] < m[name] < m[f"{name}_interval"][1] for m in found)
 
 
 def test_kernel_distance_is_seeded_and_leaves_the_generator_alone():
@@ -107,11 +126,15 @@ def test_kernel_distance_is_seeded_and_leaves_the_generator_alone():
     assert first[0] > 10 * abs(metrics.kernel_distance(a, gaussian(150, seed=3), subsets=5)[0])
 
 
-def test_mean_interval():
-    low, high = metrics.mean_interval(torch.tensor([0.0, 1.0] * 50))
-    assert 0.39 < low < 0.43 and 0.57 < high < 0.61
+def test_subsets_of_small_sets_differ():
+    """Subsets as large as the set would all be the set: no spread at all."""
+    assert metrics.kernel_distance(gaussian(100, seed=1), gaussian(100, seed=2), subsets=10)[1] > 1e-6
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(InputError, match="6 samples are too few for 6 features"):
-        metrics.compare(gaussian(6), gaussian(100))
+    with pytest.raises(InputError, match="generated images: 11 images are too few for 6 features; 12 or more are needed"):
+        metrics.compare(gaussian(11), gaussian(100))
+    with pytest.raises(InputError, match="reference images: 4 images are too few for 1 features; 5 or more"):
+        metrics.compare(gaussian(20, 1), gaussian(4, 1))
+    fit = metrics.compare(gaussian(12), gaussian(12, seed=1), resamples=20)["frechet_at_infinity"]
+    assert min(fit["sizes"]) > 6

@@ -1,6 +1,7 @@
 """The harness refuses what is wrong before it times anything; the tables are what the results say."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import torch
 
 from advkd import timing
 from advkd.cli import _apply, distill
-from advkd.models.student import StudentConfig
+from advkd.features import build_extractor
+from advkd.files import digest
+from advkd.models.student import Student, StudentConfig
 from advkd.recipes import RECIPES
 from profiling import ablation, bench_student, bench_teacher, harness, tables
 from profiling.harness import Case, Contestant
@@ -51,20 +54,31 @@ def test_a_case_checks_before_it_times():
     assert "fast" in absent["missing"] and "seconds" not in absent
     assert result["ratio"] == slow["seconds"]["median"] / exact["seconds"]["median"] > 1
     text = harness.format_case(result)
-    assert "off by 1.00e-01, not timed" in text and "not installed" in text
+    assert "off by 1.00e-01, not timed" in text and "cannot run: ImportError" in text
+    ours = Case("ours", lambda: ONES, 1, [Contestant("broken", missing, "ours")])
+    with pytest.raises(ImportError):
+        harness.run_case(ours)
 
 
 def test_red_gates_fail_and_leave_nothing(tmp_path):
-    passing, failing = tmp_path / "test_green.py", tmp_path / "test_red.py"
+    passing, failing, skipping = (tmp_path / f"test_{name}.py" for name in ("green", "red", "skip"))
     passing.write_text("def test_it():\n    pass\n")
     failing.write_text("def test_it():\n    assert False\n")
+    skipping.write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_it():\n    pass\n")
     built = []
-    assert not harness.run("sums", [lambda: built.append(1)], [str(failing)], tmp_path / "out")
+    for gate in (failing, skipping):
+        assert not harness.run("sums", [lambda: built.append(1)], [str(gate)], tmp_path / "out")
     assert not built and not (tmp_path / "out").exists()
     # A contestant that is off makes the run fail, but the other figures are kept.
     assert not harness.run("sums", [a_case], [str(passing)], tmp_path / "out")
     stored = harness.read("sums", tmp_path / "out")
     assert stored["cases"][0]["case"] == "sum" and stored["parity_tests"] == [str(passing)]
+    # Another case joins those that are there.
+    assert harness.run(
+        "sums", [lambda: Case("other", lambda: ONES, 1, a_case().contestants[:1])], [str(passing)], tmp_path / "out"
+    )
+    stored = harness.read("sums", tmp_path / "out")
+    assert [case["case"] for case in stored["cases"]] == ["sum", "other"]
     known = {"commit", "dirty", "device", "driver", "cuda", "threads", "versions"}
     assert known <= set(stored["provenance"]) and stored["provenance"]["versions"]["torch"] == torch.__version__
 
@@ -72,7 +86,8 @@ def test_red_gates_fail_and_leave_nothing(tmp_path):
 def test_contestants_take_turns():
     order = []
     times = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=1)
-    assert order == ["a", "b"] * 4
+    rounds = [sorted(order[i : i + 2]) for i in range(0, 8, 2)]
+    assert rounds == [["a", "b"]] * 4 and len(order) == 8
     assert all(t["p20"] <= t["median"] <= t["p80"] and t["repeats"] == 3 for t in times.values())
 
 
@@ -118,15 +133,28 @@ def test_readme_holds_the_results():
     text = tables.README.read_text()
     assert set(tables.TABLES) == {line.split()[2] for line in text.splitlines() if line.startswith("<!-- table: ")}
     assert tables.filled(text) == text
-    assert tables.filled(text.replace("student", "x")) != text
+    table = text[text.index("<!-- table: evaluation -->") :]
+    figure = re.search(r"\d\.\d{3}", table)[0]
+    wrong = text.replace(figure, "9.999")
+    assert (
+        wrong != text
+        and "9.999" not in tables.filled(wrong)[text.index("<!-- table: evaluation -->") :].split("<!-- end -->")[0]
+    )
+
+
+def test_the_evaluation_is_of_the_shipped_student():
+    (result,) = tables.results("evaluation")
+    assert result["student"]["weights_sha256"] == digest(Student.from_pretrained("digits").state_dict())
+    assert result["extractor_sha256"] == build_extractor("digits").identity and result["known_unseen"]
 
 
 def test_results_have_provenance_and_green_gates():
     paths = list(harness.RESULTS.glob("*/*.json"))
-    assert paths
+    assert len(paths) >= 4
     for path in paths:
         result = json.loads(path.read_text())
-        assert result["provenance"]["commit"] and result["provenance"]["device"]
+        for where in (result["provenance"], *(case["provenance"] for case in result.get("cases", []))):
+            assert where["commit"] and where["device"] and where["dirty"] is False
         for case in result.get("cases", []):
-            assert any("seconds" in entry for entry in case["contestants"])
-            assert all("seconds" not in entry or entry["parity"]["passed"] for entry in case["contestants"])
+            ours = [entry for entry in case["contestants"] if entry["kind"] == "ours"]
+            assert ours and all(entry["parity"]["error"] <= entry["parity"]["tolerance"] and entry["seconds"] for entry in ours)

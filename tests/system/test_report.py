@@ -13,8 +13,9 @@ from PIL import Image
 
 from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig
-from advkd.files import write_json
+from advkd.files import digest, write_json
 from advkd.models.student import Student
+from advkd.pictures import read_metrics
 from advkd.report import write_report
 from advkd.teacher import Teacher
 
@@ -41,6 +42,9 @@ def evaluation(tmp_path_factory):
         "score": "FD-digits",
         "num_features": 64,
         "config": EvaluationConfig().__dict__,
+        "student": {"weights_sha256": digest(Student.from_pretrained("digits").state_dict())},
+        "teacher": Teacher.from_pretrained("digits").identity(),
+        "known_unseen": True,
         "rows": [a_row("student", "teacher"), a_row("<b>odd & name</b>", "teacher")],
         "pairs": {"num": 16, "correlation": 0.912, "mismatched": 0.5, "mse": 0.1},
         "models": {"batch_size": 16, **models},
@@ -134,17 +138,37 @@ def test_command_line(evaluation, tmp_path):
     assert "report.html" in done.stdout and (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("broken", ["missing", "another file", "metrics", "ablation"])
+@pytest.mark.parametrize(
+    "broken", ["missing", "another file", "a row", "another student", "a folder", "metrics", "no metrics", "ablation", "a run"]
+)
 def test_bad_files_are_refused_before_anything_is_written(evaluation, tmp_path, broken):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({"runs": []}) if broken == "another file" else "[]")
+    good, changed = json.loads(evaluation.read_text()), tmp_path / "changed.json"
+    (tmp_path / "text.csv").write_text("some,words\nand,more\n")
+    row = {key: value for key, value in good["rows"][0].items() if key != "kid"}
+    changes = {
+        "another file": {"runs": []},
+        "a row": {**good, "rows": [row]},
+        "another student": {**good, "student": {"weights_sha256": "0"}},
+        "a folder": {**good, "images": {}},
+        "ablation": [],
+        "a run": {"runs": [{"name": "x"}]},
+    }
+    changed.write_text(json.dumps(changes.get(broken, {})))
     values = {"evaluation": evaluation, "metrics": None, "ablation": None}
     values |= {
         "missing": {"evaluation": tmp_path / "none.json"},
-        "another file": {"evaluation": other},
-        "metrics": {"metrics": tmp_path / "none.csv"},
-        "ablation": {"ablation": other},
-    }[broken]
+        "metrics": {"metrics": tmp_path / "text.csv"},
+        "no metrics": {"metrics": tmp_path / "none.csv"},
+        "ablation": {"ablation": changed},
+        "a run": {"ablation": changed},
+    }.get(broken, {"evaluation": changed})
+    models = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
     with pytest.raises(InputError):
-        write_report(None, None, values["evaluation"], tmp_path / "out", values["metrics"], values["ablation"])
+        write_report(*models, values["evaluation"], tmp_path / "out", values["metrics"], values["ablation"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,\n1,2,0.")
+    assert read_metrics(path)["loss"] == [0.5]
