@@ -41,6 +41,9 @@ def ablation():
             figures = (f"{run['times_floor']:.1f} ({low:.1f} to {high:.1f})", f"{run['at_infinity']:.2f}")
             figures += (f"{run['precision']:.3f}", f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run))
             lines.append(_row(run["name"], *figures))
+        lines += ["", "<details><summary>The command of each row</summary>", "", "```sh"]
+        lines += [line for run in result["runs"] for line in (f"# {run['name']}", run["command"])]
+        lines += ["```", "", "</details>"]
     return lines
 
 

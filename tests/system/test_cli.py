@@ -120,7 +120,7 @@ def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, traje
     import advkd.distill
 
     seen = []
-    monkeypatch.setattr(advkd.distill, "distill", lambda data, student, config, *rest: seen.append(config))
+    monkeypatch.setattr(advkd.distill, "distill", lambda data, student, config, *rest, **more: seen.append(config))
     (tmp_path / "c.json").write_text(json.dumps({"conditional": True, "kl": 0.5, "updates": [7], "betas": [0.1, 0.2]}))
     arguments = ["distill", "--trajectories", trajectories, "--preset", "digits", "--out", tmp_path, "--config"]
     assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from advkd.demo import FRESH_SEED, run_demo
+from advkd.demo import run_demo
 from advkd.models.student import Student
+from advkd.report import FRESH_SEED
 from advkd.teacher import Teacher
 
 
@@ -33,5 +34,5 @@ def test_the_shipped_student_follows_the_shipped_teacher():
     *_, (_, images) = teacher.path(x_T)
     with torch.no_grad():
         drawn = student(student.project(x_T))
-    assert correlation(drawn, images) > 0.8
+    assert correlation(drawn, images) > 0.88
     assert correlation(drawn.roll(1, dims=0), images) < 0.7
