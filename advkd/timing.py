@@ -13,7 +13,7 @@ import torch
 VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino")
 
 
-def measure(calls, repeats=10, warmup=1, device="cpu"):
+def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
     """Time functions in turn, in a new random order each round, so that a change of the machine's speed meets all of them.
 
     Args:
@@ -21,6 +21,8 @@ def measure(calls, repeats=10, warmup=1, device="cpu"):
         repeats: timed rounds.
         warmup: rounds before them.
         device: where they compute; a GPU's work is waited for.
+        settle: seconds of rest before each timed call, and then an untimed one, so that the spinning threads of the engine
+            before it take no core away.
 
     Returns:
         ``{name: {"median": s, "p20": s, "p80": s, "repeats": n}}`` in seconds.
@@ -28,6 +30,9 @@ def measure(calls, repeats=10, warmup=1, device="cpu"):
     times, shuffler, device = {name: [] for name in calls}, random.Random(0), torch.device(device)
     for i in range(warmup + repeats):
         for name in shuffler.sample(list(calls), len(calls)):
+            if settle:
+                time.sleep(settle)
+                calls[name]()
             _synchronize(device)
             begin = time.perf_counter()
             calls[name]()

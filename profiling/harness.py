@@ -21,6 +21,8 @@ from advkd.timing import measure, provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
+SETTLE = 0.1
+"""Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
 
 
 @dataclass
@@ -120,7 +122,7 @@ def run_case(case):
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if entry["parity"]["passed"]:
             calls[contestant.name] = call
-    times = measure(calls, case.repeats, warmup=3)
+    times = measure(calls, case.repeats, warmup=3, settle=SETTLE)
     for entry in entries:
         if entry["name"] in times:
             entry["seconds"] = times[entry["name"]]

@@ -88,6 +88,9 @@ def test_contestants_take_turns():
     times = timing.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=1)
     rounds = [sorted(order[i : i + 2]) for i in range(0, 8, 2)]
     assert rounds == [["a", "b"]] * 4 and len(order) == 8
+    order.clear()
+    timing.measure({"a": lambda: order.append("a")}, repeats=2, warmup=0, settle=1e-4)
+    assert order == ["a"] * 4
     assert all(t["p20"] <= t["median"] <= t["p80"] and t["repeats"] == 3 for t in times.values())
 
 
