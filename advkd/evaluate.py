@@ -81,26 +81,15 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
     Raises:
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
-    config.validate()
-    if config.processes > 1 and torch.device(device).type != "cpu":
-        raise InputError(f"--processes {config.processes} is for --device cpu")
-    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
-    model = Student.from_pretrained(student, device)
-    source, teacher = teacher, Teacher.from_pretrained(teacher, device)
-    _require_drawable(extractor, model, teacher, config)
-    real = _real_images(config, model)
-    if real is not None:
-        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
-    recording = TrajectoryConfig(num=2 * config.num, seed=config.seed)
+    extractor, model, drawer, real = _load(student, teacher, config, device)
     if teacher_samples is None:
-        _require_unseen(model.training_record, asdict(recording))
+        _require_unseen(model.training_record, asdict(_recording(config)))
     else:
-        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), teacher, model, config)
+        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = require_output_folder(out)
-    if teacher_samples is None:
-        teacher_samples = _draw_teacher(source, teacher, recording, cache, config.processes, progress)
-    samples = Trajectories(teacher_samples, option="--teacher-samples")
+    folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
+    samples = Trajectories(folder, option="--teacher-samples")
 
     fused = model.fuse()
     drawn = _eight_bit(fused.sample(config.num, config.seed))
@@ -110,19 +99,32 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         real_features = _shuffled(extract(extractor, real, cache=cache))
         rows += _rows("real", {"student": ours, "teacher": theirs[config.num :]}, real_features, "other real images", config)
     result = {
-        **_header(extractor, config),
+        **_header(extractor, config, device),
         "rows": rows,
         "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
-        "teacher": teacher.identity(),
+        "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
         "pairs": _pairs(samples, model) if samples.paired else None,
-        "models": describe_models(fused, model, teacher, samples.recipe["sampler"], samples.recipe["steps"]),
+        "models": describe_models(fused, model, drawer, samples.recipe["sampler"], samples.recipe["steps"]),
         "known_unseen": model.training_record is not None,
-        "provenance": provenance(device),
     }
     write_json(out / "evaluation.json", result)
     return result
+
+
+def _load(student, teacher, config, device):
+    """Extractor, student, teacher and real images (None: without), which fit each other."""
+    config.validate()
+    if config.processes > 1 and torch.device(device).type != "cpu":
+        raise InputError(f"--processes {config.processes} is for --device cpu")
+    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
+    model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
+    _require_drawable(extractor, model, drawer, config)
+    real = _real_images(config, model)
+    if real is not None:
+        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
+    return extractor, model, drawer, real
 
 
 def evaluate_folders(images, reference, config, out=None, device="cpu", cache=None):
@@ -146,21 +148,19 @@ def evaluate_folders(images, reference, config, out=None, device="cpu", cache=No
     out = None if out is None else require_output_folder(out)
     ours, theirs = (_shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted)))
     result = {
-        **_header(extractor, config),
+        **_header(extractor, config, device),
         "images": {"folder": str(images), "sha256": digest({"images": found})},
         "reference": {"folder": str(reference), "sha256": digest({"images": wanted})},
         "rows": _rows("reference", {"images": ours}, theirs, "other reference images", config),
-        "provenance": provenance(device),
     }
     if out is not None:
         write_json(out / "evaluation.json", result)
     return result
 
 
-def _header(extractor, config):
-    kept = asdict(config)
+def _header(extractor, config, device):
     names = {"score": extractor.score, "num_features": extractor.num_features, "extractor_sha256": extractor.identity}
-    return {**names, "config": kept}
+    return {**names, "config": asdict(config), "provenance": provenance(device)}
 
 
 def table(result):
@@ -252,15 +252,21 @@ def _require_samples(samples, teacher, model, config):
         _require_unseen(model.training_record, part)
 
 
-def _draw_teacher(source, teacher, recording, cache, processes, progress):
+def _recording(config):
+    """What the teacher draws for an evaluation: two disjoint sets."""
+    return TrajectoryConfig(num=2 * config.num, seed=config.seed)
+
+
+def _draw_teacher(source, drawer, config, cache, progress):
     """The teacher's samples, from the cache or drawn now; the folder's name is a hash of all that they depend on."""
-    depends = json.dumps([{**teacher.identity(), "name": None}, asdict(recording)], sort_keys=True)
+    recording = _recording(config)
+    depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
         return folder
-    if processes > 1:
-        return record_in_processes(source, recording, folder, processes, progress)
-    return record_trajectories(teacher, recording, folder, progress)
+    if config.processes > 1:
+        return record_in_processes(source, recording, folder, config.processes, progress)
+    return record_trajectories(drawer, recording, folder, progress)
 
 
 def _images(samples, num):
