@@ -1,5 +1,6 @@
 """Image data sets for training a teacher: the embedded digits, or any folder of images."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +43,39 @@ def _digits(size, channels):
 
 
 def _folder(folder, size, channels):
-    from PIL import Image, UnidentifiedImageError
-
     if not folder.is_dir():
         raise InputError(f"--data {folder} is neither 'digits' nor a folder of images")
+    images = []
+    for path in _image_paths(folder, "--data"):
+        with _opened(path) as image:
+            channels = channels or (1 if _is_gray(image) else 3)
+            size = size or _largest_size(min(image.size))
+            images.append(_square(_eight_bit(image).convert("L" if channels == 1 else "RGB"), size))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _image_paths(folder, option):
+    """The images of a folder at any depth, by name; none is an :class:`InputError`."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise InputError(f"--data {folder} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                channels = channels or (1 if image.mode in ("1", "L", "I", "I;16") else 3)
-                size = size or _largest_size(min(image.size))
-                images.append(_square(_eight_bit(image).convert("L" if channels == 1 else "RGB"), size))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"image {path} cannot be read ({error})") from error
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        raise InputError(f"{option} {folder} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """An image of Pillow's; what goes wrong while it is read names it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read ({error})") from error
+
+
+def _is_gray(image):
+    return image.mode in ("1", "L", "I", "I;16")
 
 
 def normalize(images):
@@ -115,21 +132,13 @@ def read_pictures(folder, option):
     Raises:
         InputError: no folder, no picture, one that cannot be read, of another size, or gray among colour ones (it is named).
     """
-    from PIL import Image, UnidentifiedImageError
-
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise InputError(f"{option} {folder} is not a folder of images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise InputError(f"{option} {folder} holds no image (looked for {', '.join(IMAGE_SUFFIXES)})")
-    pictures = []
+    paths, pictures = _image_paths(folder, option), []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                gray = image.mode in ("1", "L", "I", "I;16")
-                pictures.append(np.atleast_3d(np.asarray(_eight_bit(image).convert("L" if gray else "RGB"))))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{option}: image {path} cannot be read ({error})") from error
+        with _opened(path) as image:
+            pictures.append(np.atleast_3d(np.asarray(_eight_bit(image).convert("L" if _is_gray(image) else "RGB"))))
         if pictures[-1].shape != pictures[0].shape:
             first, other = (describe_shape(p.transpose(2, 0, 1).shape) for p in (pictures[0], pictures[-1]))
             raise InputError(f"{option} {folder} mixes images: {paths[0].name} is {first}, {path.name} is {other}")
