@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -106,11 +107,12 @@ class BuildExtensions(build_ext):
 
     def _build_cpu(self, files, target):
         compiler = os.environ.get("CXX", "g++")
-        objects = []
-        for source, suffix, flags in cpu_units(files):
-            name = f"{Path(source).stem}{suffix}.o"
-            objects.append(self._compile([compiler, *host_flags(), *flags], source, name))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            objects = list(threads.map(lambda unit: self._compile_unit(compiler, *unit), cpu_units(files)))
         self._link([compiler, "-shared", *objects], target)
+
+    def _compile_unit(self, compiler, source, suffix, flags):
+        return self._compile([compiler, *host_flags(), *flags], source, f"{Path(source).stem}{suffix}.o")
 
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
@@ -143,16 +145,22 @@ def host_flags(include=True):
     return [*flags, "-std=c++20", "-pthread", *includes()] if include else flags
 
 
-def cpu_units(files):
-    """(source, object suffix, flags): kernels are compiled once per instruction set, the registration once."""
-    levels = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]}
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
+LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
+# The levels that a kernel is compiled for beside the baseline; the files not named here know no instruction set.
+KERNELS = {"philox.cpp": (".avx2", ".avx512"), "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16")}
+
+
+def cpu_units(files, machine=platform.machine()):
+    """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once."""
+    x86 = machine.lower() in ("x86_64", "amd64")
     for source in files:
-        if source.endswith("register.cpp"):
+        levels = KERNELS.get(Path(source).name)
+        if levels is None:
             yield source, "", []
             continue
-        for suffix, flags in levels.items() if x86 else [("", [])]:
-            yield source, suffix, [*flags, f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
+        for suffix in ("", *levels) if x86 else ("",):
+            yield source, suffix, [*LEVELS[suffix], f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
 
 
 extensions = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]

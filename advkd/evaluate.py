@@ -12,8 +12,8 @@ import torch
 
 from .data import describe_shape, load_images, read_pictures
 from .errors import InputError
-from .features import build_extractor, cache_folder, extract, require_fit
-from .files import digest, require_output_folder, write_json
+from .features import build_extractor, extract, require_fit
+from .files import cache_folder, digest, require_output_folder, write_json
 from .metrics import compare, frechet_floor
 from .models.student import Student
 from .pictures import to_uint8
@@ -73,7 +73,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
             run goes on) and kept in the cache.
         device: torch device.
-        cache: folder of kept features and samples (default :func:`advkd.features.cache_folder`).
+        cache: folder of kept features and samples (default :func:`advkd.files.cache_folder`).
 
     Returns:
         The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.

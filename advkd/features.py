@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -140,9 +139,3 @@ def _read_kept(path):
     except InputError:
         return None
     return tensors["features"]
-
-
-def cache_folder():
-    """Where features and reference samples are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ADVKD_CACHE") or Path(home) / "advkd")

@@ -18,6 +18,12 @@ from .errors import InputError
 _HOST = socket.gethostname().replace(".", "-")
 
 
+def cache_folder():
+    """Where features, reference samples and plans are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ADVKD_CACHE") or Path(home) / "advkd")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.

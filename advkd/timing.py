@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino")
+VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino", "ncnn")
 
 
 def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
@@ -61,7 +61,7 @@ def provenance(device="cpu"):
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _dirty(),
-        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if gpu else processor(),
         "driver": _driver() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -90,7 +90,8 @@ def _dirty():
     return None if status is None else bool(status)
 
 
-def _processor():
+def processor():
+    """The processor's model, as the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,48 +1,142 @@
-"""The student as it is used: batch norm folded into the convolutions, terminal modules gone, one op per convolution."""
+"""The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one op."""
+
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from ..latents import split_latent
-from ..ops import backends, conv_block, philox_normal
+from ..latents import latent_numel, latent_parts
+from ..ops import philox_normal
+from ..ops.conv_block import ConvLayer, choose_for, require_finite
+from ..ops.student_forward import encode, pack, student_forward
+from ..plan import Plan, choose_algorithms
+from ..schedule import resolutions
 from .batch_norm import fold
-from .student import sample_in_batches
+from .saving import PretrainedModule
+from .student import StudentConfig
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-class FusedStudent(nn.Module):
-    """A student for sampling only. Made by :meth:`Student.fuse`.
+@dataclass
+class FusedStudentConfig(StudentConfig):
+    """A student's shape and how it is computed.
 
-    Args:
-        student: the :class:`Student`; it is not changed.
-        backend: see :func:`advkd.ops.backends.choose`.
-        dtype: of weights and activations: float32, bfloat16, float16 or float64.
-
-    ``fused(z)`` has no gradient.
+    Attributes:
+        dtype: of activations and images: float32, bfloat16, float16 or float64.
+        algorithms: one of :data:`advkd.ops.conv_block.ALGORITHMS` per convolution for the ``cpu`` backend; empty: the defaults.
     """
 
-    def __init__(self, student, backend="auto", dtype=torch.float32):
-        super().__init__()
-        if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        backends.choose("conv_block", backend, student.head.weight.device)
-        self.backend = backend
-        self.config = student.config
-        self.latent_parts = student.latent_parts
-        self.latent_numel = student.latent_numel
-        self.plan = []
-        for block in student.submodules:
-            self._add(*fold(block.convolution1, block.norm1), block.upsample, "leaky_relu", dtype)
-            self._add(*fold(block.convolution2, block.norm2), False, "leaky_relu", dtype)
-        self._add(student.head.weight.detach(), student.head.bias.detach(), False, "tanh", dtype)
+    dtype: str = "float32"
+    algorithms: tuple[str, ...] = ()
 
-    def _add(self, weight, bias, upsample, activation, dtype):
-        i = len(self.plan)
-        self.register_buffer(f"weight{i}", weight.to(dtype).contiguous(memory_format=torch.channels_last))
-        self.register_buffer(f"bias{i}", bias.to(dtype))
-        self.plan.append((upsample, activation))
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        layers = convolutions(self)
+        if self.algorithms and len(self.algorithms) != len(layers):
+            raise InputError(f"algorithms must name one for each of the {len(layers)} convolutions, got {len(self.algorithms)}")
+        for i, (layer, algorithm) in enumerate(zip(layers, self.algorithms)):
+            if algorithm not in layer.algorithms():
+                raise InputError(f"algorithms: convolution {i} takes {', '.join(layer.algorithms())}, not {algorithm!r}")
+
+
+def convolutions(config):
+    """The :class:`ConvLayer` of every convolution of a student, in order."""
+    parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
+    details = {side: channels for channels, side in parts[1:]}
+    layers, features, previous = [], parts[0][0], 4
+    for channels, side in zip(config.channels, resolutions(config.image_size, len(config.channels)), strict=True):
+        upsample = side > previous
+        detail = details.get(previous, 0) if upsample else 0
+        layers.append(ConvLayer(features + detail, channels, previous, previous, upsample, detail=detail))
+        layers.append(ConvLayer(channels, channels, side, side))
+        features, previous = channels, side
+    return [*layers, ConvLayer(features, config.image_channels, previous, previous, activation="tanh")]
+
+
+class FusedStudent(PretrainedModule, nn.Module):
+    """A student for sampling only. Made by :meth:`Student.fuse`, or loaded by :meth:`from_pretrained`.
+
+    Args:
+        config: a :class:`FusedStudentConfig`.
+        backend: see :func:`advkd.ops.backends.choose`; ``auto`` is decided when the weights come.
+
+    ``fused(z)`` has no gradient. Several threads may call one engine at the same time.
+    """
+
+    config_class = FusedStudentConfig
+
+    def __init__(self, config, backend="auto"):
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.dtype = DTYPES[config.dtype]
+        self.layers = convolutions(config)
+        self.latent_parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
+        self.latent_numel = latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
+        # Folded weights are kept wide; narrowing is the backend's.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        for i, layer in enumerate(self.layers):
+            self.register_buffer(f"weight{i}", torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=wide))
+            self.register_buffer(f"bias{i}", torch.empty(layer.c_out, dtype=wide))
+        self._packed = []
+
+    @classmethod
+    def from_student(cls, student, backend="auto", dtype=torch.float32, tune=True):
+        """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`."""
+        names = {value: name for name, value in DTYPES.items()}
+        if dtype not in names:
+            raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+        device = student.head.weight.device
+        backend = choose_for(dtype, backend, device)
+        shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
+        module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend).to(device)
+        module._fill(student)
+        if backend == "cpu" and tune:
+            module.config.algorithms = choose_algorithms(module.layers, dtype)
+        return module._prepare(device)
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", backend="auto"):
+        """Load what :meth:`save_pretrained` wrote: folded weights and the algorithms that were chosen.
+
+        The algorithms hold on every processor (their weights are packed anew here); those of another model of processor may
+        not be its fastest.
+        """
+        module = super().from_pretrained(source, device)
+        module.backend = choose_for(module.dtype, backend, torch.device(device))
+        return module._prepare(torch.device(device))
+
+    def _fill(self, student):
+        stages = [s for b in student.submodules for s in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
+        folded = [*(fold(*stage) for stage in stages), (student.head.weight.detach(), student.head.bias.detach())]
+        for i, (weight, bias) in enumerate(folded):
+            self._weight(i).copy_(weight)
+            self._bias(i).copy_(bias)
+
+    def _prepare(self, device):
+        """Check the weights; bring them into the form that the backend reads."""
+        for i in range(len(self.layers)):
+            require_finite(**{f"the weight of convolution {i}": self._weight(i), f"the bias of convolution {i}": self._bias(i)})
+        if self.backend == "cpu":
+            if not self.config.algorithms:
+                self.config.algorithms = tuple(layer.default(self.dtype) for layer in self.layers)
+            plan = zip(range(len(self.layers)), self.layers, self.config.algorithms, strict=True)
+            self._packed = [pack(self._weight(i), self._bias(i), layer, self.dtype, name) for i, layer, name in plan]
+        else:
+            for name, buffer in list(self.named_buffers()):
+                form = torch.channels_last if buffer.ndim == 4 else torch.contiguous_format
+                setattr(self, name, buffer.to(device, self.dtype, memory_format=form))
+        return self.eval()
+
+    def _weight(self, i):
+        return getattr(self, f"weight{i}")
+
+    def _bias(self, i):
+        return getattr(self, f"bias{i}")
 
     def latents(self, n, seed=0, start=0):
         """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
@@ -52,17 +146,48 @@ class FusedStudent(nn.Module):
     @torch.no_grad()
     def forward(self, z):
         """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, of latents ``(N, latent_numel)``."""
-        coarse, *details = split_latent(z.to(self.weight0.dtype), self.latent_parts)
-        x = coarse.contiguous(memory_format=torch.channels_last)
-        for i, (upsample, activation) in enumerate(self.plan):
-            if upsample and details:
-                x = torch.cat((x, details.pop(0)), dim=1)
-            weight, bias = getattr(self, f"weight{i}"), getattr(self, f"bias{i}")
-            x = conv_block(
-                x, weight, bias, slope=self.config.slope, upsample=upsample, activation=activation, backend=self.backend
-            )
-        return x
+        count = range(len(self.layers))
+        return student_forward(
+            z,
+            [self._weight(i) for i in count],
+            [self._bias(i) for i in count],
+            self.layers,
+            slope=self.config.slope,
+            dtype=self.dtype,
+            packed=self._packed,
+            algorithms=self.config.algorithms if self._packed else (),
+            backend=self.backend,
+        )
+
+    def stream(self, n, seed=0, batch_size=64, start=0):
+        """Yield the images of :meth:`sample` ``batch_size`` at a time; memory does not grow with ``n``."""
+        from .student import batches
+
+        for first, count in batches(n, batch_size):
+            yield self(self.latents(count, seed, start + first)).float().cpu()
 
     def sample(self, n, seed=0, batch_size=64, start=0):
-        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``."""
-        return sample_in_batches(self, self.latents, n, seed, batch_size, start)
+        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
+
+        Beside the result this takes one batch of images and :meth:`memory`; :meth:`stream` takes no more than that.
+        """
+        from .student import gather
+
+        return gather(self.stream(n, seed, batch_size, start), n, self.config)
+
+    def memory(self, batch_size=1):
+        """Bytes that the engine takes beside images: ``{"weights": packed weights, "workspace": activations and scratch}``.
+
+        Known for the ``cpu`` backend only; the workspace is kept from call to call.
+        """
+        if self.backend != "cpu":
+            raise InputError(f"memory is known for backend 'cpu', not {self.backend!r}")
+        numbers = encode(self.layers, self.dtype, self.config.algorithms)
+        workspace = torch.ops.advkd_cpu.workspace_bytes(numbers, batch_size)
+        return {"weights": sum(packed.numel() for packed in self._packed), "workspace": workspace}
+
+    def plan(self, measured=True):
+        """How every layer is computed: a :class:`advkd.plan.Plan`, to be printed."""
+        if self.backend != "cpu":
+            raise InputError(f"a plan exists for backend 'cpu', not {self.backend!r}")
+        return Plan.of(self.layers, self.config.algorithms, self.dtype, self._packed, measured)

@@ -163,16 +163,24 @@ class Student(PretrainedModule, nn.Module):
         outputs = self(z, levels=range(1, self.depth + 1))
         return [outputs[k] for k in sorted(outputs)]
 
-    def fuse(self, backend="auto", dtype=torch.float32):
-        """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped."""
+    def fuse(self, backend="auto", dtype=torch.float32, tune=True):
+        """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped.
+
+        Args:
+            backend: see :func:`advkd.ops.backends.choose`.
+            dtype: of activations and images: float32, bfloat16, float16 or float64 (``cpu`` has the first two).
+            tune: on the ``cpu`` backend, choose each layer's algorithm by a measurement of a second or so, kept in the user's
+                cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults.
+        """
         from .fused_student import FusedStudent
 
-        return FusedStudent(self, backend, dtype)
+        return FusedStudent.from_student(self, backend, dtype, tune)
 
     @torch.no_grad()
     def sample(self, n, seed=0, batch_size=64, start=0):
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1]; image i does not depend on ``batch_size``."""
-        return sample_in_batches(self, self.latents, n, seed, batch_size, start)
+        pieces = (self(self.latents(count, seed, start + first)).cpu() for first, count in batches(n, batch_size))
+        return gather(pieces, n, self.config)
 
     def _initialize(self):
         for module in self.modules():
@@ -184,12 +192,17 @@ class Student(PretrainedModule, nn.Module):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
 
 
-def sample_in_batches(model, latents, n, seed, batch_size, start):
-    """``model(latents(...))`` for images ``start .. start + n - 1``, ``batch_size`` at a time, on the CPU."""
+def batches(n, batch_size):
+    """``(first, count)`` of the batches that make ``n`` images."""
     if n < 0 or batch_size < 1:
         raise InputError(f"n must be at least 0 and batch_size at least 1, got {n} and {batch_size}")
-    images = [model(latents(min(batch_size, n - i), seed, start + i)).float().cpu() for i in range(0, n, batch_size)]
-    if images:
-        return torch.cat(images)
-    side = model.config.image_size
-    return torch.empty(0, model.config.image_channels, side, side)
+    return [(first, min(batch_size, n - first)) for first in range(0, n, batch_size)]
+
+
+def gather(pieces, n, config):
+    """Batches of images as one float32 tensor ``(n, C, S, S)``."""
+    images, first = torch.empty(n, config.image_channels, config.image_size, config.image_size), 0
+    for piece in pieces:
+        images[first : first + len(piece)] = piece
+        first += len(piece)
+    return images

@@ -4,6 +4,7 @@ from .conv_block import conv_block
 from .gradient_penalty import gradient_penalty
 from .philox import philox_normal, philox_uniform, philox_words
 from .sampler_step import StepCoefficients, sampler_step
+from .student_forward import student_forward
 
 __all__ = [
     "StepCoefficients",
@@ -13,4 +14,5 @@ __all__ = [
     "philox_uniform",
     "philox_words",
     "sampler_step",
+    "student_forward",
 ]

@@ -21,6 +21,15 @@ def implement(name, *backends):
     IMPLEMENTED[name] = ("reference", *backends)
 
 
+def refuse_gradients(library, name):
+    """Declare op ``name`` of order 0: a gradient through it raises instead of being silently wrong."""
+
+    def backward(ctx, *gradients):
+        raise RuntimeError(f"{name} has no gradient (order of differentiability 0)")
+
+    torch.library.register_autograd(f"advkd::{name}", backward, lib=library)
+
+
 def gap(name, backend, device):
     """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
     if backend not in IMPLEMENTED[name]:

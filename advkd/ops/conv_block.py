@@ -1,46 +1,122 @@
 """A convolution of the student with everything around it: y = act(conv3x3(up(x)) + bias), batch norm already folded."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
 from . import backends
 
-ACTIVATIONS = ("leaky_relu", "tanh", "none")
+ACTIVATIONS = ("none", "leaky_relu", "tanh")
+ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
+"""How the ``cpu`` backend computes a layer. Up-sampling layers take four phases on the low-resolution input with each of them.
+
+``dot`` sums over vectors of input channels (1 to 4 output channels, no up-sampling); ``direct`` adds nine taps (four per phase);
+``winogradM`` is F(M x M, 3 x 3). In bfloat16 ``winograd4`` and ``winograd6`` multiply in float32, the others in bfloat16.
+"""
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """Shape and meaning of one convolution: sides are those of the input, before up-sampling.
+
+    ``detail`` of the input channels come from the latent and not from the layer before.
+    """
+
+    c_in: int
+    c_out: int
+    height: int
+    width: int
+    upsample: bool = False
+    activation: str = "leaky_relu"
+    detail: int = 0
+
+    def numbers(self, dtype, algorithm):
+        """The layer as the C++ launchers take it."""
+        codes = (ACTIVATIONS.index(self.activation), CPU_DTYPES.index(dtype), ALGORITHMS.index(algorithm))
+        return [self.c_in, self.c_out, self.height, self.width, int(self.upsample), *codes, self.detail]
+
+    def algorithms(self):
+        """Algorithms that can compute the layer, ``default`` among them; tiles larger than the image are left out."""
+        if self.c_out <= 4 and not self.upsample:
+            return ("dot",)
+        side = max(self.height, self.width)
+        return tuple(a for a in ALGORITHMS[1:] if a == "direct" or int(a[-1]) <= side)
+
+    def default(self, dtype):
+        """The algorithm taken without a measurement.
+
+        Winograd's larger tiles make fewer products, on 4x4 images of more weights than they save. In bfloat16 F(2x2) keeps
+        the products narrow where the processor has such an instruction.
+        """
+        possible = self.algorithms()
+        narrow = dtype == torch.bfloat16 and torch.ops.advkd_cpu.isa() == "avx512bf16"
+        best = "winograd2" if narrow or max(self.height, self.width) <= 4 else "winograd4"
+        return best if best in possible else possible[0]
 
 
 def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_relu", backend="auto"):
     """3x3 convolution (padding 1) of the nearest-neighbour up-sampled input, bias and activation.
 
     Args:
-        x: ``(N, C_in, H, W)``, float32, bfloat16 or float16.
-        weight: ``(C_out, C_in, 3, 3)``, same dtype.
-        bias: ``(C_out,)``, same dtype.
+        x: ``(N, C_in, H, W)``, any strides: float32 or bfloat16 (all backends), float16 or float64 (``reference``).
+        weight: ``(C_out, C_in, 3, 3)``, same dtype, finite.
+        bias: ``(C_out,)``, same dtype, finite.
         slope: LeakyReLU's slope for negative values.
         upsample: double height and width of ``x`` before the convolution.
         activation: ``leaky_relu``, ``tanh`` (the last layer) or ``none``.
         backend: see :func:`advkd.ops.backends.choose`.
 
     Returns:
-        ``(N, C_out, H, W)``, or ``(N, C_out, 2H, 2W)`` with ``upsample``, in ``x``'s dtype.
+        ``(N, C_out, H, W)``, or ``(N, C_out, 2H, 2W)`` with ``upsample``, in ``x``'s dtype. Sums are float32. On the ``cpu``
+        backend an image's bits depend neither on the batch nor on the number of threads; a number of x that is not finite
+        spoils the 6x6 neighbourhood of outputs around it, not only the 3x3 one.
 
     Raises:
-        InputError: shapes, dtypes or names that do not fit.
+        InputError: shapes, dtypes, names or weights that do not fit.
+        BackendUnavailableError: the backend asked for cannot run.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[1] != x.shape[1]:
-        expected = f"(C_out, {x.shape[1] if x.ndim == 4 else 'C_in'}, 3, 3)"
-        raise InputError(f"weight must be {expected} for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}")
-    if bias.shape != weight.shape[:1]:
-        raise InputError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if not x.dtype == weight.dtype == bias.dtype:
-        raise InputError(f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}")
+    _check_shapes(x, weight, bias)
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("conv_block has no gradient, and an argument requires one: call it under torch.no_grad()")
-    backends.choose("conv_block", backend, x.device)
-    return conv_block_reference(x, weight, bias, slope, upsample, activation)
+    require_finite(weight=weight, bias=bias)
+    backend = choose_for(x.dtype, backend, x.device)
+    return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
+
+
+def _check_shapes(x, weight, bias):
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[1] != x.shape[1]:
+        expected = f"(C_out, {x.shape[1] if x.ndim == 4 else 'C_in'}, 3, 3)"
+        raise InputError(f"weight must be {expected} for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if min(*x.shape[1:], *weight.shape) < 1:
+        raise InputError(f"x and weight must not be empty but in N, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise InputError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise InputError(f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}")
+    if not x.dtype.is_floating_point:
+        raise InputError(f"x must be a floating-point tensor, got {x.dtype}")
+
+
+def require_finite(**tensors):
+    """Refuse weights that are infinite or not numbers: transforms would spread them over the image."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} holds numbers that are not finite")
+
+
+def choose_for(dtype, backend, device):
+    """:func:`backends.choose` for the student's convolutions; ``cpu`` has float32 and bfloat16 only."""
+    if backend == "cpu" and dtype not in CPU_DTYPES:
+        raise InputError(f"the dtype must be float32 or bfloat16 for backend 'cpu', got {dtype}")
+    chosen = backends.choose("conv_block", backend, device)
+    return "reference" if chosen == "cpu" and dtype not in CPU_DTYPES else chosen
 
 
 def conv_block_reference(x, weight, bias, slope, upsample, activation):
@@ -53,4 +129,34 @@ def conv_block_reference(x, weight, bias, slope, upsample, activation):
     return torch.tanh(y) if activation == "tanh" else y
 
 
-backends.implement("conv_block")
+def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None):
+    """The C++ kernels, packing the weights on every call (:func:`student_forward` keeps them packed)."""
+    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    numbers = layer.numbers(x.dtype, algorithm or layer.default(x.dtype))
+    packed = torch.ops.advkd_cpu.conv_pack(weight.float().contiguous(), bias.float().contiguous(), numbers)
+    return torch.ops.advkd_cpu.conv_block(x.float().contiguous(), packed, numbers, slope)
+
+
+_LAUNCH = {"reference": conv_block_reference, "cpu": conv_block_cpu}
+backends.implement("conv_block", "cpu")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define(
+    "conv_block(Tensor x, Tensor weight, Tensor bias, float slope, bool upsample, str activation, str backend) -> Tensor"
+)
+
+
+def _conv_block(x, weight, bias, slope, upsample, activation, backend):
+    return _LAUNCH[backend](x, weight, bias, slope, upsample, activation).contiguous()
+
+
+_LIBRARY.impl("conv_block", _conv_block, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::conv_block", lib=_LIBRARY)
+def _(x, weight, bias, slope, upsample, activation, backend):
+    scale = 2 if upsample else 1
+    return x.new_empty((x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3]))
+
+
+backends.refuse_gradients(_LIBRARY, "conv_block")

@@ -1,24 +1,35 @@
-// The best instruction set that this processor has and that was compiled; ADVKD_ISA (baseline, avx2, avx512) forces a lower one.
+// The best instruction set that this processor has and that was compiled; ADVKD_ISA (baseline, avx2, avx512, avx512bf16) forces a
+// lower one.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/conv_block.h"
+
 namespace advkd {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512bf16 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
 
-inline Isa detect_isa() {
+inline Isa processor_isa() {
 #if defined(__x86_64__)
-  const char* wish = std::getenv("ADVKD_ISA");
-  if (wish && std::strcmp(wish, "baseline") == 0) return Isa::baseline;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && avx2 && !(wish && std::strcmp(wish, "avx2") == 0)) return Isa::avx512;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+  if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
+}
+
+inline Isa detect_isa() {
+  const Isa best = processor_isa();
+  const char* wish = std::getenv("ADVKD_ISA");
+  for (int isa = 0; wish && isa < static_cast<int>(best); ++isa)
+    if (std::strcmp(wish, kIsaNames[isa]) == 0) return static_cast<Isa>(isa);
+  return best;
 }
 
 inline Isa current_isa() {
@@ -27,12 +38,25 @@ inline Isa current_isa() {
 }
 
 #if defined(__x86_64__)
+// Kernels that bfloat16 instructions do not serve exist up to AVX-512.
 #define ADVKD_DISPATCH(kernel)                                 \
-  (::advkd::current_isa() == ::advkd::Isa::avx512 ? ::advkd::isa_avx512::kernel \
+  (::advkd::current_isa() >= ::advkd::Isa::avx512 ? ::advkd::isa_avx512::kernel \
    : ::advkd::current_isa() == ::advkd::Isa::avx2 ? ::advkd::isa_avx2::kernel   \
                                                   : ::advkd::isa_baseline::kernel)
 #else
 #define ADVKD_DISPATCH(kernel) (::advkd::isa_baseline::kernel)
 #endif
+
+inline const ConvKernels& conv_kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::avx512bf16: return isa_avx512bf16::conv_kernels;
+    case Isa::avx512: return isa_avx512::conv_kernels;
+    case Isa::avx2: return isa_avx2::conv_kernels;
+    default: break;
+  }
+#endif
+  return isa_baseline::conv_kernels;
+}
 
 }  // namespace advkd

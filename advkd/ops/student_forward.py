@@ -1,0 +1,108 @@
+"""The whole student as one op: from latents to images, batch norm folded, nothing of Python between the layers."""
+
+import torch
+
+from ..errors import InputError
+from ..latents import split_latent
+from . import backends
+from .conv_block import ACTIVATIONS, ConvLayer, choose_for, conv_block_reference
+
+FIELDS = 9
+"""Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
+
+
+def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algorithms=(), backend="auto"):
+    """Images of latents, through convolutions that follow each other.
+
+    Args:
+        z: ``(N, latent_numel)`` float32: the first layer's input, then the detail bands of up-sampling layers, in order.
+        weights: per layer ``(C_out, C_in, 3, 3)``; float32, or ``dtype``.
+        biases: per layer ``(C_out,)``, as the weights.
+        layers: a :class:`ConvLayer` each; the last one is the image's.
+        slope: LeakyReLU's.
+        dtype: of activations and images: float32, bfloat16; float16, float64 (``reference``).
+        packed: for ``cpu``, what :func:`pack` made of weights and biases.
+        algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer, the ones that ``packed`` was made for.
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``(N, C, S, S)`` images in ``dtype``. On ``cpu`` an image's bits depend on its latent, the algorithms and the
+        instruction set alone: not on the batch or the number of threads.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit. BackendUnavailableError: the backend cannot run.
+        RuntimeError: through a gradient. Order of differentiability 0.
+    """
+    numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
+    if z.ndim != 2 or z.shape[1] != numel:
+        raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
+    if not len(weights) == len(biases) == len(layers):
+        raise InputError(f"{len(layers)} layers need as many weights and biases, got {len(weights)} and {len(biases)}")
+    backend = choose_for(dtype, backend, z.device)
+    if backend == "cpu" and not len(packed) == len(algorithms) == len(layers):
+        raise InputError(f"backend 'cpu' needs packed weights and an algorithm for each of the {len(layers)} layers")
+    numbers = encode(layers, dtype, algorithms) if backend == "cpu" else encode(layers)
+    weights, biases = ([tensor.to(dtype) for tensor in group] if backend != "cpu" else list(group) for group in (weights, biases))
+    z = z.float().contiguous() if backend == "cpu" else z.to(dtype)
+    return torch.ops.advkd.student_forward(z, weights, biases, list(packed), numbers, slope, backend)
+
+
+def pack(weight, bias, layer, dtype, algorithm):
+    """One layer's weights as the ``cpu`` backend reads them, a ``(bytes,)`` uint8 tensor for this processor."""
+    numbers = layer.numbers(dtype, algorithm)
+    return torch.ops.advkd_cpu.conv_pack(weight.float().contiguous(), bias.float().contiguous(), numbers)
+
+
+def encode(layers, dtype=torch.float32, algorithms=()):
+    """All layers as one list of integers; without algorithms that of the first stands in (the reference has no choice)."""
+    algorithms = algorithms or ["direct"] * len(layers)
+    return [n for layer, algorithm in zip(layers, algorithms, strict=True) for n in layer.numbers(dtype, algorithm)]
+
+
+def decode(numbers):
+    """The layers of :func:`encode`."""
+    rows = [numbers[i : i + FIELDS] for i in range(0, len(numbers), FIELDS)]
+    return [ConvLayer(*row[:4], bool(row[4]), ACTIVATIONS[row[5]], row[8]) for row in rows]
+
+
+def student_forward_reference(z, weights, biases, layers, slope):
+    """The specification of :func:`student_forward`."""
+    first = layers[0]
+    parts = [(first.c_in, first.height), *((layer.detail, layer.height) for layer in layers if layer.detail)]
+    coarse, *details = split_latent(z, parts)
+    x = coarse.contiguous(memory_format=torch.channels_last)
+    for layer, weight, bias in zip(layers, weights, biases, strict=True):
+        if layer.detail:
+            x = torch.cat((x, details.pop(0)), dim=1)
+        x = conv_block_reference(x, weight, bias, slope, layer.upsample, layer.activation)
+    return x
+
+
+backends.implement("student_forward", "cpu")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define(
+    "student_forward(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] layers, float slope, str backend)"
+    " -> Tensor"
+)
+
+
+def _student_forward(z, weights, biases, packed, layers, slope, backend):
+    if backend == "cpu":
+        return torch.ops.advkd_cpu.student_forward(z, packed, layers, slope)
+    return student_forward_reference(z, weights, biases, decode(layers), slope).contiguous()
+
+
+_LIBRARY.impl("student_forward", _student_forward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::student_forward", lib=_LIBRARY)
+def _(z, weights, biases, packed, layers, slope, backend):
+    image = decode(layers)[-1]
+    scale = 2 if image.upsample else 1
+    narrow = backend == "cpu" and layers[6] == 1
+    dtype = torch.bfloat16 if narrow else z.dtype
+    return z.new_empty((z.shape[0], image.c_out, scale * image.height, scale * image.width), dtype=dtype)
+
+
+backends.refuse_gradients(_LIBRARY, "student_forward")

@@ -1,0 +1,214 @@
+// One vector type per instruction set, for kernels that are compiled once for each. Everything that a portable vector can say is
+// said with GCC's and Clang's vector extensions (SSE2 and NEON come from the same source); intrinsics only where an instruction
+// has no such form: fused multiply-add and bfloat16 products.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace advkd::ADVKD_ISA {
+
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+// Registers for accumulators, beside those for weights and one broadcast.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
+
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef float VUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::int32_t VI __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t VU __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t VH __attribute__((vector_size(2 * kLanes)));
+typedef std::uint16_t VHUnaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+// bfloat16 as it lies in memory.
+struct bf16 {
+  std::uint16_t bits;
+};
+
+inline V splat(float x) {
+  return x - V{};
+}
+
+inline V fma(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline V select(VI mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+inline V minimum(V a, V b) {
+  return a < b ? a : b;
+}
+
+inline V load(const float* p) {
+  return *reinterpret_cast<const VUnaligned*>(p);
+}
+
+inline void store(float* p, V x) {
+  *reinterpret_cast<VUnaligned*>(p) = x;
+}
+
+inline V load(const bf16* p) {
+  const VH half = *reinterpret_cast<const VHUnaligned*>(p);
+  return (V)(__builtin_convertvector(half, VU) << 16);
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void store(bf16* p, V x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &half, sizeof half);
+#else
+  const VU bits = (VU)x;
+  const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const VU quiet = (bits >> 16) | 0x40u;
+  *reinterpret_cast<VHUnaligned*>(p) = __builtin_convertvector(x == x ? rounded : quiet, VH);
+#endif
+}
+
+inline float to_float(float x) {
+  return x;
+}
+
+inline float to_float(bf16 x) {
+  const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline void from_float(float x, float& out) {
+  out = x;
+}
+
+inline void from_float(float x, bf16& out) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<std::uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
+}
+
+// A product consumes `step` channels of one pixel and `step` weights per lane at once: one for float, a pair for bf16.
+template <typename P>
+struct Product;
+
+template <>
+struct Product<float> {
+  static constexpr int step = 1;
+  using Weight = V;
+  using Pixel = V;
+  static Weight weight(const float* p) { return load(p); }
+  static Pixel pixel(const float* p) { return splat(*p); }
+  static V add(V sum, Weight w, Pixel x) { return fma(w, x, sum); }
+};
+
+template <>
+struct Product<bf16> {
+  static constexpr int step = 2;
+  static VU pair(const bf16* p) {
+    std::uint32_t bits;
+    std::memcpy(&bits, p, 4);
+    return bits - VU{};
+  }
+#if defined(__AVX512BF16__)
+  using Weight = __m512bh;
+  using Pixel = __m512bh;
+  static Weight weight(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Pixel pixel(const bf16* p) { return (__m512bh)pair(p); }
+  static V add(V sum, Weight w, Pixel x) { return _mm512_dpbf16_ps(sum, w, x); }
+#else
+  struct Weight {
+    V even, odd;
+  };
+  using Pixel = Weight;
+  static Weight split(VU bits) { return {(V)(bits << 16), (V)(bits & 0xFFFF0000u)}; }
+  static Weight weight(const bf16* p) {
+    VU bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return split(bits);
+  }
+  static Pixel pixel(const bf16* p) { return split(pair(p)); }
+  static V add(V sum, Weight w, Pixel x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
+#endif
+};
+
+template <int kDistance, std::size_t... I>
+inline V interleave_sum(V a, V b, std::index_sequence<I...>) {
+  // Lane i of the sum holds a's partial sum where (i / kDistance) is even, b's where it is odd.
+  const V low = __builtin_shufflevector(a, b, ((I / kDistance) % 2 ? kLanes + I - kDistance : I)...);
+  const V high = __builtin_shufflevector(a, b, ((I / kDistance) % 2 ? kLanes + I : I + kDistance)...);
+  return low + high;
+}
+
+// The sums over lanes of four vectors.
+inline void sum_lanes(const V (&x)[4], float* out) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>{};
+  const V ab = interleave_sum<1>(x[0], x[1], lanes), cd = interleave_sum<1>(x[2], x[3], lanes);
+  float partial[kLanes];
+  store(partial, interleave_sum<2>(ab, cd, lanes));
+  for (int width = kLanes / 2; width >= 4; width /= 2)
+    for (int i = 0; i < width; ++i) partial[i] += partial[i + width];
+  std::memcpy(out, partial, 4 * sizeof(float));
+}
+
+// tanh: an odd polynomial below 0.625, 1 - 2 / (exp(2 |x|) + 1) above (the split and the polynomial's degree are those of the
+// classical single-precision routines; absolute error below 2^-22).
+inline V tanh(V x) {
+  const V magnitude = maximum(x, -x);
+  const V w = x * x;
+  V p = splat(-5.70498872745e-3f);
+  p = fma(p, w, splat(2.06390887954e-2f));
+  p = fma(p, w, splat(-5.37397155531e-2f));
+  p = fma(p, w, splat(1.33314422036e-1f));
+  p = fma(p, w, splat(-3.33332819422e-1f));
+  const V small = fma(p * w, x, x);
+  // exp(t) = 2^k exp(r), r = t - k ln 2 in two parts, |r| <= ln 2 / 2; beyond t = 20 the result is 1 to rounding.
+  const V t = minimum(magnitude + magnitude, splat(20.0f));
+  const V k = __builtin_convertvector(__builtin_convertvector(fma(t, splat(1.44269504f), splat(0.5f)), VI), V);
+  const V r = fma(k, splat(2.12194440e-4f), fma(k, splat(-0.693359375f), t));
+  V e = splat(1.0f / 5040);
+  e = fma(e, r, splat(1.0f / 720));
+  e = fma(e, r, splat(1.0f / 120));
+  e = fma(e, r, splat(1.0f / 24));
+  e = fma(e, r, splat(1.0f / 6));
+  e = fma(e, r, splat(0.5f));
+  e = fma(e, r, splat(1.0f));
+  e = fma(e, r, splat(1.0f));
+  const V scale = (V)((__builtin_convertvector(k, VI) + 127) << 23);
+  const V large = splat(1.0f) - splat(2.0f) / fma(e, scale, splat(1.0f));
+  const V result = magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+  return x == x ? result : x;
+}
+
+}  // namespace advkd::ADVKD_ISA
