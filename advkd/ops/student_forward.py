@@ -42,7 +42,9 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     if backend == "cpu" and not len(packed) == len(algorithms) == len(layers):
         raise InputError(f"backend 'cpu' needs packed weights and an algorithm for each of the {len(layers)} layers")
     numbers = encode(layers, dtype, algorithms) if backend == "cpu" else encode(layers)
-    weights, biases = ([tensor.to(dtype) for tensor in group] if backend != "cpu" else list(group) for group in (weights, biases))
+    weights, biases = (
+        [tensor.to(dtype) for tensor in group] if backend != "cpu" else list(group) for group in (weights, biases)
+    )
     z = z.float().contiguous() if backend == "cpu" else z.to(dtype)
     return torch.ops.advkd.student_forward(z, weights, biases, list(packed), numbers, slope, backend)
 
