@@ -1,4 +1,4 @@
-"""Which algorithm computes each layer of a fused student on the CPU: a small measured search, kept; and a table of the outcome."""
+"""Which algorithm computes each layer of a fused student on the CPU: a small measured search, kept, and a table of it."""
 
 import logging
 import re

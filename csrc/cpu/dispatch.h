@@ -47,7 +47,7 @@ inline Isa current_isa() {
 #define ADVKD_DISPATCH(kernel) (::advkd::isa_baseline::kernel)
 #endif
 
-inline const ConvKernels& conv_kernels_of(Isa isa) {
+inline const ConvKernels& conv_kernels_of([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::avx512bf16: return isa_avx512bf16::conv_kernels;

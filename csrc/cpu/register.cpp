@@ -141,8 +141,9 @@ std::vector<StudentLayer> student_layers(const std::vector<Tensor>& packed, cons
     STD_TORCH_CHECK(
         i + 1 == layers.size() ||
             (next.height == s * layers[i].conv.height && next.width == s * layers[i].conv.width &&
-             next.c_in == layers[i].conv.c_out + layers[i + 1].detail && next.storage == layers[i].conv.storage),
-        "the layers do not follow each other");
+             next.c_in == layers[i].conv.c_out + layers[i + 1].detail && next.storage == layers[i].conv.storage &&
+             layers[i].conv.algorithm != Algorithm::dot),
+        "the layers do not follow each other, or `dot` is not the last");
   }
   return layers;
 }

@@ -59,8 +59,8 @@ Memory plan_memory(const ConvKernels& kernels, const std::vector<StudentLayer>& 
   for (size_t i = 0; i < layers.size(); ++i) {
     // The input of the first layer of the second half is the output of the first half.
     const bool together = i <= memory.split;
-    i64& bytes = (together ? memory.low : memory.high)[i % 2];
-    bytes = std::max(bytes, input_bytes(layers[i].conv, together ? memory.group : 1));
+    i64* region = together ? memory.low : memory.high;
+    region[i % 2] = std::max(region[i % 2], input_bytes(layers[i].conv, together ? memory.group : 1));
     // The last group may be smaller and a small job runs on one thread: both are cut into other blocks.
     const i64 counts[2] = {together ? memory.group : 1, i < memory.split ? images % memory.group : 0};
     for (const i64 count : counts)
