@@ -10,71 +10,111 @@ import torch.nn.functional as F
 from torch import nn
 
 from advkd import Student
+from advkd.models.fused_student import convolutions
 
 from . import peers
 from .harness import Case, Contestant, main
 
-SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1,)}
+SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Folded(nn.Module):
-    """The student as an engine's user folds it: convolutions with bias, LeakyReLU, nearest up-sampling, input (N, C, 4, 4)."""
+    """The student as an engine's user folds it: convolutions with bias, LeakyReLU, nearest up-sampling, input (N, C, 4, 4).
 
-    def __init__(self, fused):
+    With ``transposed`` each up-sampling is folded into its convolution by hand: ``conv_transpose2d`` with 4x4 taps, stride 2
+    and padding 1 makes the same image from (w2, w1 + w2, w0 + w1, w0) along each axis.
+    """
+
+    def __init__(self, fused, transposed=False):
         super().__init__()
         self.slope = fused.config.slope
-        self.ups = [upsample for upsample, _ in fused.plan]
-        weights = [getattr(fused, f"weight{i}") for i in range(len(fused.plan))]
-        self.convolutions = nn.ModuleList([nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1) for w in weights])
-        for i, convolution in enumerate(self.convolutions):
-            convolution.weight.data = weights[i].clone()
+        self.ups = [layer.upsample for layer in fused.layers]
+        self.transposed = transposed
+        self.convolutions = nn.ModuleList()
+        for i, layer in enumerate(fused.layers):
+            weight = getattr(fused, f"weight{i}")
+            if transposed and layer.upsample:
+                convolution = nn.ConvTranspose2d(layer.c_in, layer.c_out, 4, stride=2, padding=1)
+                convolution.weight.data = _transposed(weight)
+            else:
+                convolution = nn.Conv2d(layer.c_in, layer.c_out, 3, padding=1)
+                convolution.weight.data = weight.clone()
             convolution.bias.data = getattr(fused, f"bias{i}").clone()
+            self.convolutions.append(convolution)
         self.eval().requires_grad_(False)
 
     def forward(self, x):
         last = len(self.convolutions) - 1
         for i, convolution in enumerate(self.convolutions):
-            if self.ups[i]:
+            if self.ups[i] and not self.transposed:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = convolution(x)
             x = torch.tanh(x) if i == last else F.leaky_relu(x, self.slope)
         return x
 
 
-def case(preset, batch):
-    """The case of one preset and batch size."""
+def _transposed(weight):
+    taps = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
+    return torch.einsum("ocij,ui,vj->couv", weight.double(), taps, taps).to(weight.dtype).contiguous()
+
+
+def case(preset, batch, dtype="float32"):
+    """The case of one preset, batch size and dtype."""
+    kind = DTYPES[dtype]
     student = _student(preset)
-    fused = student.fuse()
+    fused = student.fuse(dtype=kind)
     z = fused.latents(batch, seed=1)
     channels, side = fused.latent_parts[0]
     x = z.reshape(batch, channels, side, side)
-    folded = Folded(fused)
-    double = copy.deepcopy(student).double()
-    wanted = _oracle(double, z)
-    # At most twice the error of eager float32, plus a floor of a few roundings of the image's range.
-    with torch.no_grad():
-        tolerance = 2 * (student(z).double() - wanted).abs().max().item() + 2e-5
+    folded = Folded(student.fuse(tune=False))
+    wanted = _oracle(copy.deepcopy(student).double(), z)
+    # At most twice the error of eager in the same dtype, plus a floor: float32's of a few roundings of the image's range (far
+    # below the 1e-4 that is asked for), bfloat16's of one rounding of an image.
+    found = peers.eager(copy.deepcopy(folded), x, kind)()
+    tolerance = 2 * (found.double() - wanted).abs().max().item() + (2e-5 if kind == torch.float32 else 2**-9)
+    contestants = [Contestant(f"advkd, FusedStudent {dtype}", lambda: lambda: fused(z), "ours"), *_peers(folded, x, kind)]
+    if kind == torch.float32:
+        contestants.insert(1, Contestant("PyTorch eager", lambda: _plain(student, z), "baseline"))
+    transposed = Folded(student.fuse(tune=False), transposed=True)
+    contestants.append(
+        Contestant("torch.compile, freezing, conv_transpose2d", lambda: peers.compiled(copy.deepcopy(transposed), x, kind))
+    )
+    flop = 2 * batch * direct_products(student.config)
+    parameters = sum(p.numel() for p in folded.parameters())
+    moved = 4 * (parameters + x.numel() + wanted.numel())
+    repeats = {"digits": 30, "pyramid-256": 10, "paper-256": 10 if batch == 1 else 5}[preset]
+    name = f"{preset}, batch {batch}, {dtype}"
+    return Case(name, lambda: wanted, tolerance, contestants, batch, flop, moved, repeats)
 
-    def plain():
-        model = student.to(memory_format=torch.channels_last)
 
-        def call():
-            with torch.inference_mode():
-                return model(z)
+def direct_products(config):
+    """Multiply-adds of one image, on the up-sampled tensors."""
+    return sum(9 * i.c_in * i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in convolutions(config))
 
-        return call
 
-    contestants = [
-        Contestant("advkd, FusedStudent", lambda: lambda: fused(z), "ours"),
-        Contestant("PyTorch eager", plain, "baseline"),
-        Contestant("PyTorch eager, folded", lambda: peers.eager(folded, x)),
-        Contestant("torch.compile, folded, freezing", lambda: peers.compiled(copy.deepcopy(folded), x)),
-        Contestant("ONNX Runtime", lambda: peers.onnx_runtime(copy.deepcopy(folded), x)),
-        Contestant("OpenVINO", lambda: peers.openvino(copy.deepcopy(folded), x)),
-    ]
-    flop, moved = _count(folded, x)
-    repeats = 30 if preset == "digits" else 10
-    return Case(f"{preset}, batch {batch}", lambda: wanted, tolerance, contestants, batch, flop, moved, repeats)
+def _plain(student, z):
+    model = student.to(memory_format=torch.channels_last)
+
+    def call():
+        with torch.inference_mode():
+            return model(z)
+
+    return call
+
+
+def _peers(folded, x, dtype):
+    """Every engine that computes in this dtype."""
+    names = {
+        "PyTorch eager, folded": peers.eager,
+        "torch.compile, folded, freezing": peers.compiled,
+        "OpenVINO": peers.openvino,
+        "ncnn": peers.ncnn,
+    }
+    found = [Contestant(n, lambda peer=peer: peer(copy.deepcopy(folded), x, dtype)) for n, peer in names.items()]
+    if dtype == torch.float32:
+        found.append(Contestant("ONNX Runtime", lambda: peers.onnx_runtime(copy.deepcopy(folded), x)))
+    return found
 
 
 @torch.no_grad()
@@ -94,27 +134,11 @@ def _oracle(double, z):
     return torch.cat([double(row.double()) for row in z.split(1)])
 
 
-@torch.no_grad()
-def _count(folded, x):
-    """Direct floating-point operations, and bytes of weights, input and image, of one call."""
-    flop, hooks = 0, []
-
-    def count(module, _, output):
-        nonlocal flop
-        flop += 2 * 9 * module.in_channels * output.numel()
-
-    hooks = [convolution.register_forward_hook(count) for convolution in folded.convolutions]
-    image = folded(x)
-    for hook in hooks:
-        hook.remove()
-    weights = sum(p.numel() for p in folded.parameters())
-    return flop, 4 * (weights + x.numel() + image.numel())
-
-
 CASES = {
-    f"{preset}, batch {batch}": lambda preset=preset, batch=batch: case(preset, batch)
+    f"{preset}, batch {batch}, {dtype}": lambda preset=preset, batch=batch, dtype=dtype: case(preset, batch, dtype)
     for preset, batches in SHAPES.items()
     for batch in batches
+    for dtype in DTYPES
 }
 
 if __name__ == "__main__":

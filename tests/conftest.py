@@ -1,8 +1,11 @@
 """Small things that many tests need: a tiny teacher, its trajectories, a tiny student."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the package keeps between runs is not the user's here.
+os.environ["ADVKD_CACHE"] = tempfile.mkdtemp(prefix="advkd-tests-")
+atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 
 from advkd.models.student import Student, StudentConfig  # noqa: E402
 from advkd.teacher import Teacher  # noqa: E402

@@ -12,8 +12,8 @@ ACTIVATIONS = ("none", "leaky_relu", "tanh")
 ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
 """How the ``cpu`` backend computes a layer. Up-sampling layers take four phases on the low-resolution input with each of them.
 
-``dot`` sums over vectors of input channels (the image: 1 to 4 output channels, no up-sampling); ``direct`` adds nine taps (four
-per phase); ``winogradM`` is F(M x M, 3 x 3). In bfloat16 ``winograd4`` and ``winograd6`` multiply in float32, the others in bfloat16.
+``dot`` sums over vectors of input channels (the image: 1 to 4 output channels, no up-sampling), ``direct`` adds nine taps (four
+per phase), ``winogradM`` is F(M x M, 3 x 3). Products are float32, in bfloat16 those of ``direct`` and ``winograd2`` bfloat16.
 """
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)

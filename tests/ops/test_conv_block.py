@@ -1,14 +1,25 @@
-"""The student's convolution against float64, and its refusals."""
+"""The student's convolution: every backend and algorithm against float64, and its refusals."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import conv_block
+from advkd.ops import backends, conv_block
+from advkd.ops.conv_block import ALGORITHMS, ConvLayer, conv_block_cpu
 
-# 1x1 and 3x5: all border; 4x4: the student's start; odd channels: no multiple of a vector.
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 5), (2, 48, 16, 4, 4), (1, 7, 3, 9, 6)]
+from ..conftest import ROOT, process_environment
+
+CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
+ACTIVATIONS = ["leaky_relu", "tanh", "none"]
+# 1x1 and 3x5: all border; 4x4: the student's start; 9x6 and 13x17: whole and partial tiles of each size; odd channels: no
+# multiple of a vector; 50 and 112 channels: panels of three and of two vectors; 300 pixels: several blocks per thread.
+SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 5), (2, 48, 16, 4, 4), (1, 7, 3, 9, 6), (3, 33, 50, 13, 17), (1, 20, 112, 8, 300)]
 
 
 def arguments(n, c_in, c_out, height, width, dtype=torch.float32):
@@ -32,38 +43,219 @@ def oracle(x, weight, bias, slope, upsample, activation):
     return {"leaky_relu": torch.where(y > 0, y, slope * y), "tanh": y.tanh(), "none": y}[activation]
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "tanh", "none"])
+def phase_filters(weight):
+    """The four phases' 3x3 filters on the low-resolution input, by (vertical, horizontal)."""
+    fold = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+    return {(a, b): torch.einsum("ocij,ui,vj->ocuv", weight.double(), fold[a], fold[b]) for a in (0, 1) for b in (0, 1)}
+
+
+def winograd_matrices(m):
+    """A, B, G of F(m, 3) from its points alone (Toom and Cook), independent of the C++ code."""
+    pairs = {2: (1.0,), 4: (0.75, 1.5), 6: (1.0, 2.0, 0.5)}[m]
+    points, n = [0.0, *(s * p for p in pairs for s in (1, -1))], m + 2
+    a, b, g = (torch.zeros(shape, dtype=torch.float64) for shape in ((m, n), (n, n), (n, 3)))
+    for i, point in enumerate(points):
+        others = [q for q in points if q != point]
+        b[i, : len(others) + 1] = polynomial(others)
+        a[:, i] = torch.tensor([point**k for k in range(m)])
+        g[i] = torch.tensor([1, point, point**2]) / torch.tensor([point - q for q in others], dtype=torch.float64).prod()
+    b[n - 1] = polynomial(points)
+    a[m - 1, n - 1] = g[n - 1, 2] = 1
+    return a, b, g
+
+
+def polynomial(roots):
+    coefficients = torch.ones(1, dtype=torch.float64)
+    for root in roots:
+        coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
+    return coefficients
+
+
+def sizes(x, weight, m):
+    """What an algorithm's roundings are relative to: its sums with every number, matrices included, made positive."""
+    if not m:
+        return F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
+    a, b, g = (matrix.abs() for matrix in winograd_matrices(m))
+    n, _, height, width = x.shape
+    down, across = -(-height // m), -(-width // m)
+    padded = F.pad(x.double().abs(), (1, across * m - width + 1, 1, down * m - height + 1))
+    tiles = padded.unfold(2, m + 2, m).unfold(3, m + 2, m)
+    u = torch.einsum("ip,ocpq,jq->ocij", g, weight.double().abs(), g)
+    v = torch.einsum("ip,ncyxpq,jq->ncyxij", b, tiles, b)
+    products = torch.einsum("ocij,ncyxij->noyxij", u, v)
+    y = torch.einsum("ki,noyxij,lj->noyxkl", a, products, a)
+    return y.permute(0, 1, 2, 4, 3, 5).reshape(n, -1, down * m, across * m)[:, :, :height, :width]
+
+
+def bound(x, weight, bias, upsample, algorithm, wanted):
+    """Largest error that rounding allows, element by element.
+
+    float32: one rounding per term of a sum (3 m + 12 for the transforms of input, weights and output). bfloat16: one for the
+    output, and one each for what is rounded before it is multiplied (folded or transformed weights, transformed inputs).
+    """
+    m = int(algorithm[-1]) if algorithm.startswith("winograd") else 0
+    single = (9 * x.shape[1] + 3 * m + 12) * 2.0**-24
+    if upsample:
+        size = torch.zeros_like(wanted)
+        for (a, b), filters in phase_filters(weight).items():
+            size[:, :, a::2, b::2] = sizes(x, filters, m)
+    else:
+        size = sizes(x, weight, m)
+    size = size + bias.double().abs()[None, :, None, None]
+    if x.dtype == torch.float32:
+        # tanh adds its own error.
+        return single * size + 2**-21
+    narrow = algorithm in ("direct", "winograd2")
+    roundings = (1 if narrow and (m or upsample) else 0) + (1 if narrow and m else 0)
+    return (single + roundings * 2**-9) * size + 2**-8 * wanted.abs() + 2**-20
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parity(shape, upsample, activation):
-    x, weight, bias = arguments(*shape)
-    y = conv_block(x, weight, bias, slope=0.1, upsample=upsample, activation=activation)
-    # A dot product errs by at most (number of terms + 1) 2^-24 times the sum of its terms' sizes; tanh adds its own.
-    sizes = oracle(x.abs(), weight.abs(), bias.abs(), 0.1, upsample, "none")
-    bound = (9 * x.shape[1] + 2) * 2**-24 * sizes + 2**-23
-    assert ((y - oracle(x, weight, bias, 0.1, upsample, activation)).abs() <= bound).all()
-    strided = x.to(memory_format=torch.channels_last)
-    z = conv_block(strided, weight, bias, slope=0.1, upsample=upsample, activation=activation)
-    assert ((z - y).abs() <= 2 * bound).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity(backend, dtype, shape, upsample, activation):
+    x, weight, bias = arguments(*shape, dtype)
+    y = conv_block(x, weight, bias, slope=0.1, upsample=upsample, activation=activation, backend=backend)
+    assert y.dtype == dtype and y.is_contiguous()
+    wanted = oracle(x, weight, bias, 0.1, upsample, activation)
+    algorithm = "direct"
+    if backend == "cpu":
+        algorithm = ConvLayer(shape[1], shape[2], *shape[3:], upsample, activation).default(dtype)
+    allowed = bound(x, weight, bias, upsample, algorithm, wanted)
+    if backend == "reference" and dtype == torch.bfloat16:
+        # oneDNN rounds between bias and activation.
+        allowed = allowed + 2**-8 * (oracle(x, weight, bias, 0.1, upsample, "none").abs() + 1)
+    errors = (y - wanted).abs()
+    border = torch.ones_like(errors, dtype=torch.bool)
+    border[:, :, 1:-1, 1:-1] = False
+    assert (errors <= allowed)[border].all(), "border"
+    assert (errors <= allowed)[~border].all(), "inside"
+    for strided in (x.to(memory_format=torch.channels_last), x.repeat_interleave(2, dim=3)[..., ::2]):
+        z = conv_block(strided, weight, bias, slope=0.1, upsample=upsample, activation=activation, backend=backend)
+        assert torch.equal(z, y) if backend == "cpu" else ((z - y).abs() <= 2 * allowed).all()
+
+
+@CPU
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_algorithm(dtype, algorithm, upsample):
+    if algorithm == "dot" and upsample:
+        pytest.skip("dot does not up-sample")
+    for n, c_in, c_out, height, width in SHAPES:
+        x, weight, bias = arguments(n, c_in, min(c_out, 4) if algorithm == "dot" else c_out, height, width, dtype)
+        wanted = oracle(x, weight, bias, 0.3, upsample, "leaky_relu")
+        y = conv_block_cpu(x, weight, bias, 0.3, upsample, "leaky_relu", algorithm)
+        assert ((y - wanted).abs() <= bound(x, weight, bias, upsample, algorithm, wanted)).all()
+        assert torch.equal(y, conv_block_cpu(x, weight, bias, 0.3, upsample, "leaky_relu", algorithm))
+
+
+@CPU
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_on_neither_batch_nor_threads(dtype, algorithm):
+    for height, width in ((7, 9), (40, 40)):
+        x, weight, bias = arguments(5, 19, 3 if algorithm == "dot" else 70, height, width, dtype)
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                found.append(conv_block_cpu(x, weight, bias, 0.1, False, "none", algorithm))
+                found.append(torch.cat([conv_block_cpu(i, weight, bias, 0.1, False, "none", algorithm) for i in x.split(2)]))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(y, found[0]) for y in found)
+
+
+@CPU
+def test_larger_tiles_cost_accuracy_within_reason():
+    """The plan's defaults rest on this: F(4x4) within 8 times the direct sum's error, F(6x6) within 64, F(2x2) within 3."""
+    x, weight, bias = arguments(1, 128, 64, 32, 32)
+    wanted = oracle(x, weight, bias, 0.1, False, "none")
+    error = {
+        a: (conv_block_cpu(x, weight, bias, 0.1, False, "none", a) - wanted).square().mean().sqrt() for a in ALGORITHMS[1:]
+    }
+    assert error["winograd2"] < 3 * error["direct"]
+    assert error["winograd4"] < 8 * error["direct"]
+    assert error["winograd6"] < 64 * error["direct"]
+    assert error["winograd4"] < error["winograd6"], "the plan prefers the smaller tile at equal speed"
+
+
+@CPU
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa):
+    """The parity tests again in a process that may use no more than this instruction set."""
+    if isa == os.environ.get("ADVKD_ISA"):
+        pytest.skip("this is that process")
+    environment = process_environment({"ADVKD_ISA": isa})
+    code = "import advkd.ops, torch; torch.ones(1); advkd.ops.backends.extension_gap('cpu'); print(torch.ops.advkd_cpu.isa())"
+    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "every_algorithm or depend_on_neither", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
 
 
 def test_up_sampling_folds_into_four_phases():
-    """The identity that later kernels rest on: W0 and W1 + W2 for phase 0, W0 + W1 and W2 for phase 1, per axis."""
+    """The identity that the kernels rest on: W0 and W1 + W2 for phase 0, W0 + W1 and W2 for phase 1, per axis."""
     x, weight, bias = (tensor.double() for tensor in arguments(2, 3, 4, 5, 6))
     expected = oracle(x, weight, bias, 0.2, True, "none")
-    fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
     y = torch.empty_like(expected)
-    for a in range(2):
-        for b in range(2):
-            phase = torch.einsum("ocij,ui,vj->ocuv", weight, fold[a], fold[b])
-            padded = F.pad(x, (1 - b, b, 1 - a, a))
-            y[:, :, a::2, b::2] = F.conv2d(padded, phase, bias)
+    for (a, b), filters in phase_filters(weight).items():
+        y[:, :, a::2, b::2] = F.conv2d(x, filters, bias, padding=1)
     assert (y - expected).abs().max() < 1e-12
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("m", [2, 4, 6])
+def test_a_phase_needs_one_point_less(m):
+    """Phase 0 vanishes at infinity and phase 1 at zero: (m + 1)^2 of the (m + 2)^2 products remain for each phase."""
+    _, _, g = winograd_matrices(m)
+    for (a, b), filters in phase_filters(torch.randn(2, 3, 3, 3)).items():
+        values = torch.einsum("ip,ocpq,jq->ocij", g, filters, g)
+        rows = values[:, :, -1 if a == 0 else 0]
+        columns = values[..., -1 if b == 0 else 0]
+        assert (rows == 0).all() and (columns == 0).all() and (values != 0).sum() == 6 * (m + 1) ** 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
     x, weight, bias = arguments(0, 3, 5, 4, 4)
-    assert conv_block(x, weight, bias, upsample=True).shape == (0, 5, 8, 8)
+    assert conv_block(x, weight, bias, upsample=True, backend=backend).shape == (0, 5, 8, 8)
+
+
+@CPU
+def test_extreme_values():
+    """tanh saturates exactly; a NaN in x stays a NaN; bfloat16 rounds to even and overflows to infinity."""
+    weight, zero = torch.zeros(1, 1, 3, 3), torch.zeros(1)
+    weight[0, 0, 1, 1] = 1
+
+    def one_pixel(values, activation):
+        x = torch.as_tensor(values).reshape(-1, 1, 1, 1)
+        return conv_block_cpu(x, weight, zero, 0.1, False, activation, "direct").flatten()
+
+    x = torch.cat((torch.tensor([-1e30, -9.1, -1e-8, 0.0, 9.1, 1e30, 3e38]), torch.linspace(-1.5, 1.5, 1000)))
+    y = one_pixel(x, "tanh")
+    assert ((y - x.double().tanh()).abs() <= 2**-22).all()
+    assert (y.abs() <= 1).all() and torch.equal(y[:7].abs() == 1, x[:7].abs() > 9) and y[3] == 0 and y[2] == x[2]
+    infinite = one_pixel([float("inf"), -float("inf"), float("nan")], "tanh")
+    assert infinite[:2].tolist() == [1, -1] and infinite[2].isnan()
+    assert one_pixel([float("nan")], "leaky_relu").isnan().all()
+    values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.39e38, float("nan")])
+    bias = values.clone()
+    narrow = conv_block_cpu(
+        torch.zeros(1, 1, 2, 2).bfloat16(), torch.zeros(4, 1, 3, 3).bfloat16(), bias, 0.1, False, "none", "direct"
+    )
+    assert torch.equal(narrow[0, :3, 0, 0], values[:3].bfloat16()) and narrow[0, 3].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = arguments(2, 3, 5, 4, 4, dtype)
+        torch.library.opcheck(torch.ops.advkd.conv_block.default, (x, weight, bias, 0.2, True, "leaky_relu", backend))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +263,13 @@ def test_empty_batch():
     [
         ({"weight": torch.zeros(5, 3, 5, 5)}, "weight"),
         ({"weight": torch.zeros(5, 4, 3, 3)}, "weight"),
+        ({"weight": torch.full((5, 3, 3, 3), float("inf"))}, "weight holds numbers that are not finite"),
         ({"bias": torch.zeros(4)}, "bias"),
+        ({"bias": torch.full((5,), float("nan"))}, "bias holds numbers that are not finite"),
         ({"bias": torch.zeros(5).half()}, "dtype"),
+        ({"x": torch.zeros(1, 3, 0, 4)}, "empty"),
         ({"activation": "relu"}, "activation"),
+        ({"backend": "cpp"}, "backend"),
     ],
 )
 def test_bad_arguments_are_named(changes, name):
@@ -82,9 +278,31 @@ def test_bad_arguments_are_named(changes, name):
         conv_block(**{"x": x, "weight": weight, "bias": bias, **changes})
 
 
-def test_no_gradient_and_no_other_backend():
+def test_dtypes():
+    """float16 and float64 run on the reference; asked for by name the C++ kernels refuse them."""
+    for dtype in (torch.float16, torch.float64):
+        x, weight, bias = arguments(1, 3, 5, 4, 4, dtype)
+        assert conv_block(x, weight, bias).dtype == dtype
+        with pytest.raises(InputError, match="dtype must be float32 or bfloat16"):
+            conv_block(x, weight, bias, backend="cpu")
+    with pytest.raises(InputError, match="floating-point"):
+        conv_block(x.long(), weight.long(), bias.long())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient(backend):
     x, weight, bias = arguments(1, 3, 5, 4, 4)
     with pytest.raises(RuntimeError, match="no gradient"):
-        conv_block(x, weight.requires_grad_(), bias)
+        conv_block(x, weight.requires_grad_(), bias, backend=backend)
+    # Around the public function the op itself raises, both ways.
+    y = torch.ops.advkd.conv_block(x, weight, bias, 0.2, False, "none", backend)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        torch.autograd.grad(y.sum(), [weight])
+
+
+def test_another_backend_is_not_there():
+    x, weight, bias = arguments(1, 3, 5, 4, 4)
     with pytest.raises(BackendUnavailableError, match="not written"):
-        conv_block(x, weight.detach(), bias, backend="triton")
+        conv_block(x, weight, bias, backend="triton")
