@@ -281,7 +281,7 @@ def _build_student(preset, init=None):
 @click.option("--interpolate", is_flag=True, help="A spherical walk between the seed's first two latents.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per pass.")
 @click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @device_option
 def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
     """Draw images with a student, in one pass."""
@@ -311,7 +311,7 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
         raise InputError("--images and --reference go together")
     if images is not None:
         unused = {"student": student, "teacher": teacher, "teacher-samples": teacher_samples}
-        unused |= {name: values[name] for name in ("num", "seed", "real", "processes")}
+        unused |= {name: values[name] for name in ("num", "seed", "real", "processes", "dtype")}
         given = [option for option, value in unused.items() if value is not None]
         if given:
             raise InputError(f"--{given[0]} does not go with --images")

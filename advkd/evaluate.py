@@ -15,6 +15,7 @@ from .errors import InputError
 from .features import build_extractor, extract, require_fit
 from .files import cache_folder, digest, require_output_folder, write_json
 from .metrics import compare, frechet_floor
+from .models.fused_student import DTYPES
 from .models.student import Student
 from .pictures import to_uint8
 from .teacher import Teacher
@@ -44,6 +45,7 @@ class EvaluationConfig:
         real: ``digits``, a folder of images of the student's size, ``none``, or ``auto``: digits with the digits' extractor.
         resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
+        dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
     """
 
     num: int = 2000
@@ -53,12 +55,15 @@ class EvaluationConfig:
     real: str = "auto"
     resamples: int = 200
     processes: int = 1
+    dtype: str = "float32"
 
     def validate(self):
         """Raise :class:`InputError` that names the field that cannot work."""
         for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
 
@@ -91,7 +96,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
     folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
     samples = Trajectories(folder, option="--teacher-samples")
 
-    fused = model.fuse()
+    fused = model.fuse(dtype=DTYPES[config.dtype])
     drawn = _eight_bit(fused.sample(config.num, config.seed))
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)

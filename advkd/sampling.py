@@ -7,10 +7,9 @@ import torch
 
 from .errors import InputError
 from .files import require_output_folder
+from .models.fused_student import DTYPES
 from .models.student import Student
 from .pictures import save_grid, save_image, to_pil
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def sample(student, n, seed, out, interpolate=False, device="cpu", backend="auto", dtype="float32", batch_size=64):
