@@ -16,6 +16,7 @@ from . import peers
 from .harness import Case, Contestant, main
 
 SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
+PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +63,7 @@ def _transposed(weight):
 def case(preset, batch, dtype="float32"):
     """The case of one preset, batch size and dtype."""
     kind = DTYPES[dtype]
-    student = _student(preset)
+    student = plausible_student(preset)
     fused = student.fuse(dtype=kind)
     z = fused.latents(batch, seed=1)
     channels, side = fused.latent_parts[0]
@@ -118,7 +119,7 @@ def _peers(folded, x, dtype):
 
 
 @torch.no_grad()
-def _student(preset):
+def plausible_student(preset):
     """A student with plausible batch-norm statistics: the shipped one, or fresh weights that have seen some latents."""
     if preset in Student.embedded:
         return Student.from_pretrained(preset)
@@ -142,4 +143,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    main("bench_student", CASES, ["tests/ops/test_conv_block.py", "tests/system/test_student.py"])
+    main("bench_student", CASES, PARITY_TESTS)

@@ -96,5 +96,7 @@ CASES = {
     "DDIM-50 trajectory, batch 16": lambda: trajectory(16),
 }
 
+PARITY_TESTS = ["tests/ops/test_sampler_step.py", "tests/system/test_teacher.py"]
+
 if __name__ == "__main__":
-    main("bench_teacher", CASES, ["tests/ops/test_sampler_step.py", "tests/system/test_teacher.py"])
+    main("bench_teacher", CASES, PARITY_TESTS)

@@ -1,0 +1,46 @@
+"""Every layer of the fused students on this processor: algorithm, useful rate, share of the rate in registers.
+
+python -m profiling.layers [--out FOLDER]
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from advkd.files import write_json
+from advkd.timing import provenance
+
+from .bench_student import DTYPES, PARITY_TESTS, SHAPES, plausible_student
+from .harness import device_folder, passes
+
+
+def measure(preset, dtype):
+    """One preset's plan with measured times, as JSON values."""
+    plan = plausible_student(preset).fuse("cpu", DTYPES[dtype]).plan()
+    peak = plan.rate[DTYPES[dtype]]
+    rows = []
+    for row in plan.rows:
+        figures = {k: v for k, v in asdict(row).items() if k != "layer"}
+        rates = {"gflops": 2e-9 * row.direct_products / row.measured, "of_peak": row.direct_products / row.measured / peak}
+        rows.append({**asdict(row.layer), **figures, **rates})
+    rate = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}
+    return {"preset": preset, "dtype": dtype, "isa": plan.isa, "products_per_second": rate, "layers": rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="folder for layers.json (default: profiling/results/<device>)")
+    options = parser.parse_args()
+    if not passes(PARITY_TESTS):
+        sys.exit("the parity tests failed, nothing was timed")
+    students = [measure(preset, dtype) for preset in SHAPES for dtype in DTYPES]
+    threads = torch.get_num_threads()
+    result = {"students": students, "threads": threads, "parity_tests": PARITY_TESTS, "provenance": provenance()}
+    write_json(Path(options.out or device_folder()) / "layers.json", result)
+
+
+if __name__ == "__main__":
+    main()
