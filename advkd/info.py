@@ -16,7 +16,8 @@ def describe():
     """The report as text."""
     lines = [f"advkd {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines += [f"  {name} {_version(name)}" for name in PACKAGES]
-    lines += ["devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    kernels = "no kernels built" if backends.extension_gap("cpu") else f"kernels {torch.ops.advkd_cpu.isa()}"
+    lines += ["devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {kernels}"]
     for i in range(torch.cuda.device_count()):
         lines.append(f"  cuda:{i}: {torch.cuda.get_device_name(i)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -47,17 +47,105 @@ def ablation():
     return lines
 
 
-def speed():
-    """Times of student and teacher, ours and others."""
+ENGINES = {
+    "advkd": "advkd",
+    "PyTorch eager, folded": "eager",
+    "torch.compile, folded, freezing": "torch.compile",
+    "torch.compile, freezing, conv_transpose2d": "the same, up-sampling folded by hand",
+    "ONNX Runtime": "ONNX Runtime",
+    "OpenVINO": "OpenVINO",
+    "ncnn": "ncnn",
+}
+
+
+def student():
+    """Milliseconds per call of the student, ours and others, one row per case."""
     lines = []
-    for student in results("bench_student"):
-        place = student["provenance"]
-        lines += [f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']}:", ""]
-        lines += [_row("work", "images", "engine", "ms per call (p20 to p80)", "GFLOP/s"), _rule(5)]
-        same = [r for r in results("bench_teacher") if r["provenance"]["device"] == place["device"]]
-        for case in [*student["cases"], *(case for result in same for case in result["cases"])]:
+    for result in results("bench_student"):
+        lines += [*_place(result), _row("student", *ENGINES.values(), "advkd against the fastest"), _rule(len(ENGINES) + 2)]
+        for case in result["cases"]:
+            times = [_engine(case, name) for name in ENGINES]
+            lines.append(_row(case["case"], *times, f"{case['ratio']:.2f} x"))
+        lines.append("")
+    return lines[:-1]
+
+
+def _engine(case, name):
+    entries = [e for e in case["contestants"] if e["name"] == name or name == "advkd" and e["kind"] == "ours"]
+    return " ".join(_milliseconds(entry) for entry in entries) or "-"
+
+
+def _milliseconds(entry):
+    return f"{1e3 * entry['seconds']['median']:.4g}" if "seconds" in entry else "off" if "parity" in entry else "cannot run"
+
+
+def _place(result):
+    place = result["provenance"]
+    return [f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']}:", ""]
+
+
+def teacher():
+    """Times of the teacher, ours and others."""
+    lines = []
+    for result in results("bench_teacher"):
+        lines += [*_place(result), _row("work", "images", "engine", "ms per call (p20 to p80)", "GFLOP/s"), _rule(5)]
+        for case in result["cases"]:
             for entry in case["contestants"]:
                 lines.append(_row(case["case"], case["images"], entry["name"], _time(entry), _rate(entry)))
+        lines.append("")
+    return lines[:-1]
+
+
+def layers():
+    """The layers of each preset that take most of its time, and the whole."""
+    lines = []
+    for result in results("layers"):
+        lines += _place(result)
+        titles = (
+            "student",
+            "layer",
+            "algorithm",
+            "ms",
+            "useful GFLOP/s",
+            "of the rate in registers",
+            "made products' share of it",
+        )
+        lines += [_row(*titles), _rule(len(titles))]
+        for plan in result["students"]:
+            peak = plan["products_per_second"][plan["dtype"]]
+            slowest = sorted(plan["layers"], key=lambda row: -row["measured"])[:3]
+            for row in [r for r in plan["layers"] if r in slowest]:
+                lines.append(
+                    _row(f"{plan['preset']}, {plan['dtype']}", _layer(row), row["algorithm"], *_layer_rates([row], peak))
+                )
+            lines.append(_row(f"{plan['preset']}, {plan['dtype']}", "all", "", *_layer_rates(plan["layers"], peak)))
+        lines.append("")
+    return lines[:-1]
+
+
+def _layer(row):
+    side = f"up to {2 * row['height']}" if row["upsample"] else f"at {row['height']}"
+    return f"{row['c_in']} to {row['c_out']}, {side}"
+
+
+def _layer_rates(rows, peak):
+    seconds_, direct, made = (sum(row[key] for row in rows) for key in ("measured", "direct_products", "products"))
+    shares = (direct / seconds_ / peak, made / seconds_ / peak)
+    return f"{1e3 * seconds_:.2f}", f"{2e-9 * direct / seconds_:.0f}", *(f"{100 * share:.0f} %" for share in shares)
+
+
+def footprint():
+    """Memory and time of a first image."""
+    lines = []
+    for result in results("scaling"):
+        titles = ("student", "packed weights", "workspace", "two largest activations", "process grows by", "first image")
+        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        for row in result["footprints"]:
+            keys = ("weights", "workspace", "two_largest_activations")
+            sizes = [f"{row[key] / 1e6:.1f} MB" for key in keys]
+            first = row["first_image"]
+            grown = f"{first['image_bytes'] / 1e6:.1f} MB"
+            lines.append(_row(f"{row['preset']}, {row['dtype']}", *sizes, grown, f"{first['seconds']:.2f} s"))
         lines.append("")
     return lines[:-1]
 
@@ -83,7 +171,14 @@ def _rule(columns):
     return "|" + "---|" * columns
 
 
-TABLES = {"evaluation": evaluation, "ablation": ablation, "speed": speed}
+TABLES = {
+    "evaluation": evaluation,
+    "ablation": ablation,
+    "student": student,
+    "layers": layers,
+    "footprint": footprint,
+    "teacher": teacher,
+}
 
 
 def filled(text):
