@@ -108,7 +108,10 @@ class BuildExtensions(build_ext):
     def _build_cpu(self, files, target):
         compiler = os.environ.get("CXX", "g++")
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            objects = list(threads.map(lambda unit: self._compile_unit(compiler, *unit), cpu_units(files)))
+            # Baseline code first: of an inline function that several objects hold the linker keeps the first copy, which every
+            # processor must be able to run.
+            units = sorted(cpu_units(files), key=lambda unit: unit[1] != "")
+            objects = list(threads.map(lambda unit: self._compile_unit(compiler, *unit), units))
         self._link([compiler, "-shared", *objects], target)
 
     def _compile_unit(self, compiler, source, suffix, flags):
@@ -172,6 +175,7 @@ setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtensions},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    # Where no torch is at hand, the build needs one of its own (the binary then fits any torch from 2.10 on).
-    setup_requires=[] if TORCH else ["torch>=2.10,<3"],
+    # Where no torch is at hand, pip's isolated build fetches one of its own (the binary then fits any torch from 2.10 on); a
+    # bare "python setup.py" says what is missing instead of fetching gigabytes.
+    setup_requires=[] if TORCH or "build_ext" in sys.argv else ["torch>=2.10,<3"],
 )

@@ -96,7 +96,8 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
     folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
     samples = Trajectories(folder, option="--teacher-samples")
 
-    fused = model.fuse(dtype=DTYPES[config.dtype])
+    # Without a search: figures must not hang on a measurement's noise.
+    fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
     drawn = _eight_bit(fused.sample(config.num, config.seed))
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ _HOST = socket.gethostname().replace(".", "-")
 
 def cache_folder():
     """Where features, reference samples and plans are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ADVKD_CACHE") or Path(home) / "advkd")
+    if folder := os.environ.get("ADVKD_CACHE"):
+        return Path(folder)
+    home = os.path.expanduser("~/.cache")
+    # A user without a home has the system's temporary folder.
+    return Path(os.environ.get("XDG_CACHE_HOME") or (home if os.path.isabs(home) else tempfile.gettempdir())) / "advkd"
 
 
 @contextlib.contextmanager

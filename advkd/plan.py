@@ -10,7 +10,7 @@ from .errors import InputError
 from .files import cache_folder, read_json, write_json
 from .ops.conv_block import CPU_DTYPES
 from .ops.student_forward import pack
-from .timing import processor
+from .timing import processor_identity
 
 VERSION = 1
 """Of the kernels as a search sees them: raised when their speed changes, so that kept choices are measured anew."""
@@ -19,7 +19,8 @@ SECONDS = 0.02
 """Aim for the time that one candidate's runs take together."""
 
 KEEP = 1.03
-"""An algorithm with larger tiles must be so many times faster: its rounding error is larger."""
+"""An algorithm must be so many times faster to take the place of one with smaller tiles: a tie is not decided by noise. F(6x6)
+is allowed everywhere: in float32 a network of nothing else stays within 1e-4 of the range (as tests show)."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def choose_algorithms(layers, dtype):
     of threads, so that neither changes an image. What is measured is the time per image of one image and, where low
     resolutions go through the network together, of eight.
     """
-    path = cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}.json"
+    path = cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', processor_identity().lower()).strip('-')}.json"
     known, found = _read(path), {}
     for layer in dict.fromkeys(layers):
         key = _key(layer, dtype)
@@ -108,7 +109,7 @@ class PlannedLayer:
     measured: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How every layer is computed; ``print(plan)`` shows it.
 
@@ -133,7 +134,7 @@ class Plan:
         for layer, algorithm, weights in zip(layers, algorithms, packed, strict=True):
             numbers = layer.numbers(dtype, algorithm)
             products, direct = ops.conv_products(numbers)
-            predicted = products / rate[dtype if algorithm in ("direct", "winograd2") else torch.float32]
+            predicted = products / rate[layer.products(dtype, algorithm)]
             repeats = max(3, min(30, int(SECONDS / predicted)))
             seconds = ops.conv_seconds(weights, numbers, 1, repeats) if measured else None
             rows.append(PlannedLayer(layer, algorithm, direct, products, predicted, seconds))
@@ -147,6 +148,8 @@ class Plan:
         text = ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
         rates = ", ".join(f"{value / 1e9:.0f} GMAC/s {str(kind).removeprefix('torch.')}" for kind, value in self.rate.items())
         return "\n".join([f"{self.isa}, {self.threads} threads, at most {rates}", *text])
+
+    __repr__ = __str__
 
     def _total(self):
         measured = [row.measured for row in self.rows]

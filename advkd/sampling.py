@@ -18,7 +18,7 @@ def sample(student, n, seed, out, interpolate=False, device="cpu", backend="auto
     Args:
         student: what :meth:`Student.from_pretrained` takes.
         n: number of images.
-        seed: of the noise; image i of a seed is always the same.
+        seed: of the noise; image i of a seed is always the same (to rounding: see :meth:`Student.fuse`).
         out: a picture (a grid) or a folder (one PNG per image, finished ones are kept on failure).
         interpolate: a spherical walk from the seed's first latent to its second, in ``n`` pictures.
         device, backend, dtype, batch_size: how it runs.

@@ -90,6 +90,18 @@ def _dirty():
     return None if status is None else bool(status)
 
 
+def processor_identity():
+    """Model, family, stepping and cache size: virtual machines often name very different processors alike."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    x86 = ("cpu family", "model", "stepping", "cache size")
+    arm = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part")
+    return " ".join([processor(), *(f"{values[name]}" for name in (*x86, *arm) if name in values)])
+
+
 def processor():
     """The processor's model, as the system names it."""
     try:

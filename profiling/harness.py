@@ -31,7 +31,8 @@ class Contestant:
 
     Attributes:
         name: what the tables call it.
-        prepare: function without arguments that gives the function to time (which returns a tensor). A peer whose
+        prepare: function without arguments that gives the function to time (which returns a tensor, or a list of the
+            images of one). A peer whose
             preparation fails is recorded with the reason (not installed, no compiler, no export); ours must not fail.
         kind: ``ours``, ``baseline`` or ``peer``.
     """
@@ -118,7 +119,8 @@ def run_case(case):
                 raise
             entry["missing"] = f"{type(error).__name__}: {reason(error)}"
             continue
-        error = (torch.as_tensor(found).double().cpu() - wanted.cpu()).abs().max().item()
+        whole = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
+        error = (whole.double().cpu() - wanted.cpu()).abs().max().item()
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if entry["parity"]["passed"]:
             calls[contestant.name] = call

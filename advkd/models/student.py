@@ -170,7 +170,8 @@ class Student(PretrainedModule, nn.Module):
             backend: see :func:`advkd.ops.backends.choose`.
             dtype: of activations and images: float32, bfloat16, float16 or float64 (``cpu`` has the first two).
             tune: on the ``cpu`` backend, choose each layer's algorithm by a measurement of a second or so, kept in the user's
-                cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults.
+                cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:
+                where bits must not hang on a measurement, take the defaults or load a saved engine.
         """
         from .fused_student import FusedStudent
 
@@ -179,7 +180,8 @@ class Student(PretrainedModule, nn.Module):
     @torch.no_grad()
     def sample(self, n, seed=0, batch_size=64, start=0):
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1]; image i does not depend on ``batch_size``."""
-        pieces = (self(self.latents(count, seed, start + first)).cpu() for first, count in batches(n, batch_size))
+        parts = batches(n, batch_size)
+        pieces = (self(self.latents(count, seed, start + first)).cpu() for first, count in parts)
         return gather(pieces, n, self.config)
 
     def _initialize(self):

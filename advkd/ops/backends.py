@@ -15,10 +15,14 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 IMPLEMENTED = {}
 """Op name -> backends it is written for; each op's file adds its own line."""
 
+BY_NAME = {}
+"""Op name -> backends that ``auto`` passes over: slower than the reference when the op is called alone."""
 
-def implement(name, *backends):
+
+def implement(name, *backends, by_name=()):
     """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered)."""
     IMPLEMENTED[name] = ("reference", *backends)
+    BY_NAME[name] = by_name
 
 
 def refuse_gradients(library, name):
@@ -56,6 +60,7 @@ def choose(name, backend, device):
     if preferred not in (*BACKENDS, "auto"):
         raise InputError(f"ADVKD_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {preferred!r}")
     order = BACKENDS if preferred == "auto" else (preferred, *BACKENDS)
+    order = [b for b in order if b not in BY_NAME[name] or b == preferred]
     # Triton's interpreter runs when asked for by name, never by itself.
     order = [b for b in order if not (b == "triton" and device.type == "cpu" and preferred != "triton")]
     return next(candidate for candidate in order if gap(name, candidate, device) is None)

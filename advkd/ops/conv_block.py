@@ -1,5 +1,6 @@
 """A convolution of the student with everything around it: y = act(conv3x3(up(x)) + bias), batch norm already folded."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,10 @@ class ConvLayer:
         codes = (ACTIVATIONS.index(self.activation), CPU_DTYPES.index(dtype), ALGORITHMS.index(algorithm))
         return [self.c_in, self.c_out, self.height, self.width, int(self.upsample), *codes, self.detail]
 
+    def products(self, dtype, algorithm):
+        """The dtype of the multiplied numbers, as the C++ code has it."""
+        return dtype if algorithm in ("direct", "winograd2") else torch.float32
+
     def algorithms(self):
         """Algorithms that can compute the layer, ``default`` among them; tiles larger than the image are left out."""
         if self.activation == "tanh" and self.c_out <= 4 and not self.upsample:
@@ -68,31 +73,36 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
         slope: LeakyReLU's slope for negative values.
         upsample: double height and width of ``x`` before the convolution.
         activation: ``leaky_relu``, ``tanh`` (the last layer) or ``none``.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.backends.choose`. ``cpu`` packs the weights on every call, which takes longer than a
+            convolution of one image: ``auto`` passes it over here (not in :func:`student_forward`, which keeps them packed).
 
     Returns:
         ``(N, C_out, H, W)``, or ``(N, C_out, 2H, 2W)`` with ``upsample``, in ``x``'s dtype. Sums are float32. On the ``cpu``
         backend an image's bits depend neither on the batch nor on the number of threads; a number of x that is not finite
-        spoils the 6x6 neighbourhood of outputs around it, not only the 3x3 one.
+        spoils the tiles of outputs that read it, not only the nine outputs around it.
 
     Raises:
         InputError: shapes, dtypes, names or weights that do not fit.
         BackendUnavailableError: the backend asked for cannot run.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    _check_shapes(x, weight, bias)
+    _check_tensors(x, weight, bias)
+    if not math.isfinite(slope):
+        raise InputError(f"slope must be finite, got {slope}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
         raise RuntimeError("conv_block has no gradient, and an argument requires one: call it under torch.no_grad()")
     require_finite(weight=weight, bias=bias)
-    backend = choose_for(x.dtype, backend, x.device)
+    backend = choose_for("conv_block", x.dtype, backend, x.device)
     return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
 
 
-def _check_shapes(x, weight, bias):
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[1] != x.shape[1]:
-        expected = f"(C_out, {x.shape[1] if x.ndim == 4 else 'C_in'}, 3, 3)"
+def _check_tensors(x, weight, bias):
+    if x.ndim != 4:
+        raise InputError(f"x must have shape (N, C_in, H, W), got {tuple(x.shape)}")
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[1] != x.shape[1]:
+        expected = f"(C_out, {x.shape[1]}, 3, 3)"
         raise InputError(f"weight must be {expected} for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}")
     if min(*x.shape[1:], *weight.shape) < 1:
         raise InputError(f"x and weight must not be empty but in N, got {tuple(x.shape)} and {tuple(weight.shape)}")
@@ -100,6 +110,8 @@ def _check_shapes(x, weight, bias):
         raise InputError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if not x.dtype == weight.dtype == bias.dtype:
         raise InputError(f"x, weight and bias must share a dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}")
+    if not x.device == weight.device == bias.device:
+        raise InputError(f"x, weight and bias must be on one device, got {x.device}, {weight.device} and {bias.device}")
     if not x.dtype.is_floating_point:
         raise InputError(f"x must be a floating-point tensor, got {x.dtype}")
 
@@ -111,11 +123,11 @@ def require_finite(**tensors):
             raise InputError(f"{name} holds numbers that are not finite")
 
 
-def choose_for(dtype, backend, device):
+def choose_for(op, dtype, backend, device):
     """:func:`backends.choose` for the student's convolutions; ``cpu`` has float32 and bfloat16 only."""
     if backend == "cpu" and dtype not in CPU_DTYPES:
         raise InputError(f"the dtype must be float32 or bfloat16 for backend 'cpu', got {dtype}")
-    chosen = backends.choose("conv_block", backend, device)
+    chosen = backends.choose(op, backend, device)
     return "reference" if chosen == "cpu" and dtype not in CPU_DTYPES else chosen
 
 
@@ -138,7 +150,7 @@ def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None)
 
 
 _LAUNCH = {"reference": conv_block_reference, "cpu": conv_block_cpu}
-backends.implement("conv_block", "cpu")
+backends.implement("conv_block", "cpu", by_name=("cpu",))
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

@@ -5,10 +5,13 @@ import torch
 from ..errors import InputError
 from ..latents import split_latent
 from . import backends
-from .conv_block import ACTIVATIONS, ConvLayer, choose_for, conv_block_reference
+from .conv_block import ACTIVATIONS, CPU_DTYPES, ConvLayer, choose_for, conv_block_reference
 
 FIELDS = 9
 """Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
+
+STORAGE = 6
+"""Which of them is the dtype."""
 
 
 def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algorithms=(), backend="auto"):
@@ -21,8 +24,8 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         layers: a :class:`ConvLayer` each; the last one is the image's.
         slope: LeakyReLU's.
         dtype: of activations and images: float32, bfloat16; float16, float64 (``reference``).
-        packed: for ``cpu``, what :func:`pack` made of weights and biases.
-        algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer, the ones that ``packed`` was made for.
+        algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
+        packed: for ``cpu``, what :func:`pack` made of these weights, biases and algorithms; by default they are packed now.
         backend: see :func:`advkd.ops.backends.choose`.
 
     Returns:
@@ -33,20 +36,31 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         InputError: shapes or dtypes that do not fit. BackendUnavailableError: the backend cannot run.
         RuntimeError: through a gradient. Order of differentiability 0.
     """
+    _check_layers(layers, weights, biases)
     numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
     if z.ndim != 2 or z.shape[1] != numel:
         raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
-    if not len(weights) == len(biases) == len(layers):
+    backend = choose_for("student_forward", dtype, backend, z.device)
+    if backend != "cpu":
+        narrow = ([tensor.to(dtype) for tensor in group] for group in (weights, biases))
+        return torch.ops.advkd.student_forward(z.to(dtype), *narrow, [], encode(layers), slope, backend)
+    algorithms = algorithms or [layer.default(dtype) for layer in layers]
+    if len(algorithms) != len(layers) or packed and len(packed) != len(layers):
+        raise InputError(f"{len(layers)} layers need as many algorithms and packed weights")
+    packed = packed or [pack(w, b, i, dtype, a) for w, b, i, a in zip(weights, biases, layers, algorithms, strict=True)]
+    z, numbers = z.float().contiguous(), encode(layers, dtype, algorithms)
+    return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, slope, backend)
+
+
+def _check_layers(layers, weights, biases):
+    if not layers or not len(weights) == len(biases) == len(layers):
         raise InputError(f"{len(layers)} layers need as many weights and biases, got {len(weights)} and {len(biases)}")
-    backend = choose_for(dtype, backend, z.device)
-    if backend == "cpu" and not len(packed) == len(algorithms) == len(layers):
-        raise InputError(f"backend 'cpu' needs packed weights and an algorithm for each of the {len(layers)} layers")
-    numbers = encode(layers, dtype, algorithms) if backend == "cpu" else encode(layers)
-    weights, biases = (
-        [tensor.to(dtype) for tensor in group] if backend != "cpu" else list(group) for group in (weights, biases)
-    )
-    z = z.float().contiguous() if backend == "cpu" else z.to(dtype)
-    return torch.ops.advkd.student_forward(z, weights, biases, list(packed), numbers, slope, backend)
+    for i, (layer, weight, bias) in enumerate(zip(layers, weights, biases, strict=True)):
+        if not 0 <= layer.detail < layer.c_in or i == 0 and layer.detail:
+            raise InputError(f"layer {i}: detail must be 0 or some of a later layer's input channels, got {layer.detail}")
+        if weight.shape != (layer.c_out, layer.c_in, 3, 3) or bias.shape != (layer.c_out,):
+            expected = f"({layer.c_out}, {layer.c_in}, 3, 3) and ({layer.c_out},)"
+            raise InputError(f"weights and biases {i} must be {expected}, got {tuple(weight.shape)} and {tuple(bias.shape)}")
 
 
 def pack(weight, bias, layer, dtype, algorithm):
@@ -56,7 +70,7 @@ def pack(weight, bias, layer, dtype, algorithm):
 
 
 def encode(layers, dtype=torch.float32, algorithms=()):
-    """All layers as one list of integers; without algorithms that of the first stands in (the reference has no choice)."""
+    """All layers as one list of integers; ``direct`` stands in where there is no choice (the reference's)."""
     algorithms = algorithms or ["direct"] * len(layers)
     return [n for layer, algorithm in zip(layers, algorithms, strict=True) for n in layer.numbers(dtype, algorithm)]
 
@@ -89,10 +103,16 @@ _LIBRARY.define(
 )
 
 
+_LAUNCH = {
+    "reference": lambda z, weights, biases, packed, layers, slope: student_forward_reference(
+        z, weights, biases, decode(layers), slope
+    ).contiguous(),
+    "cpu": lambda z, weights, biases, packed, layers, slope: torch.ops.advkd_cpu.student_forward(z, packed, layers, slope),
+}
+
+
 def _student_forward(z, weights, biases, packed, layers, slope, backend):
-    if backend == "cpu":
-        return torch.ops.advkd_cpu.student_forward(z, packed, layers, slope)
-    return student_forward_reference(z, weights, biases, decode(layers), slope).contiguous()
+    return _LAUNCH[backend](z, weights, biases, packed, layers, slope)
 
 
 _LIBRARY.impl("student_forward", _student_forward, "CompositeExplicitAutograd")
@@ -102,8 +122,8 @@ _LIBRARY.impl("student_forward", _student_forward, "CompositeExplicitAutograd")
 def _(z, weights, biases, packed, layers, slope, backend):
     image = decode(layers)[-1]
     scale = 2 if image.upsample else 1
-    narrow = backend == "cpu" and layers[6] == 1
-    dtype = torch.bfloat16 if narrow else z.dtype
+    # The reference computes in z's dtype; the C++ launchers take float32 latents and say theirs with each layer.
+    dtype = CPU_DTYPES[layers[STORAGE]] if backend == "cpu" else z.dtype
     return z.new_empty((z.shape[0], image.c_out, scale * image.height, scale * image.width), dtype=dtype)
 
 

@@ -21,7 +21,7 @@
 namespace advkd::ADVKD_ISA {
 namespace {
 
-// --- what a layer looks like to the kernels ---
+// What a layer looks like to the kernels.
 
 i64 padded(i64 channels) {
   return round_up(channels, 16);
@@ -100,21 +100,36 @@ i64 matrices(const ConvLayer& layer) {
   return used * used;
 }
 
-i64 bias_bytes(const ConvLayer& layer) {
-  return 4 * padded(layer.c_out);
+// Packed: the header, the bias, the weights.
+const float* packed_bias(const void* packed) {
+  return reinterpret_cast<const float*>(static_cast<const char*>(packed) + sizeof(PackedHeader));
+}
+
+i64 leading_bytes(const ConvLayer& layer) {
+  return static_cast<i64>(sizeof(PackedHeader)) + 4 * padded(layer.c_out);
 }
 
 template <typename P>
 const P* packed_weights(const ConvJob& job) {
-  return reinterpret_cast<const P*>(static_cast<const char*>(job.packed) + bias_bytes(job.layer));
+  return reinterpret_cast<const P*>(static_cast<const char*>(job.packed) + leading_bytes(job.layer));
 }
 
-// --- packing ---
+PackedHeader header_of(const ConvLayer& layer) {
+  return {kLanes, layer.c_in, layer.c_out, layer.upsample, static_cast<i64>(layer.storage), static_cast<i64>(layer.algorithm), 1, 0};
+}
+
+bool fits(const ConvLayer& layer, const void* packed) {
+  PackedHeader header;
+  std::memcpy(&header, packed, sizeof header);
+  return header == header_of(layer);
+}
+
+// Packing.
 
 i64 packed_bytes(const ConvLayer& layer) {
-  if (layer.algorithm == Algorithm::dot) return bias_bytes(layer) + 9 * vectors(layer.c_in) * layer.c_out * kLanes * 4;
+  if (layer.algorithm == Algorithm::dot) return leading_bytes(layer) + 9 * vectors(layer.c_in) * layer.c_out * kLanes * 4;
   const i64 numbers = phases(layer) * matrices(layer) * product_channels(layer) * vectors(layer.c_out) * kLanes;
-  return bias_bytes(layer) + numbers * element_bytes(layer.products());
+  return leading_bytes(layer) + numbers * element_bytes(layer.products());
 }
 
 // [row of taps][vector of input channels][output channel][tap][lane]
@@ -183,7 +198,9 @@ void pack_products(const ConvLayer& layer, const float* weight, P* out) {
 }
 
 void pack(const ConvLayer& layer, const float* weight, const float* bias, void* packed) {
-  auto* padded_bias = static_cast<float*>(packed);
+  const PackedHeader header = header_of(layer);
+  std::memcpy(packed, &header, sizeof header);
+  auto* padded_bias = reinterpret_cast<float*>(static_cast<char*>(packed) + sizeof header);
   std::fill(padded_bias, padded_bias + padded(layer.c_out), 0.0f);
   std::copy(bias, bias + layer.c_out, padded_bias);
   void* weights = padded_bias + padded(layer.c_out);
@@ -192,7 +209,7 @@ void pack(const ConvLayer& layer, const float* weight, const float* bias, void* 
   pack_products(layer, weight, static_cast<float*>(weights));
 }
 
-// --- the epilogue ---
+// The epilogue.
 
 struct Epilogue {
   Activation activation;
@@ -203,7 +220,7 @@ struct Epilogue {
   }
 };
 
-// --- direct: pixels in groups of four along a row ---
+// Direct: pixels in groups of four along a row.
 
 struct Group {
   i64 in, out;  // offsets of the first pixel
@@ -259,14 +276,14 @@ void run_direct(const ConvJob& job, const ConvSchedule& schedule, i64 task, void
     const i64 channels = product_channels(layer);
     const Segments taps{offsets, count, channels};
     const S* weights = packed_weights<S>(job) + ((pair / panels) * total + panel.first) * kLanes * count * channels;
-    const float* bias = static_cast<const float*>(job.packed) + panel.first * kLanes;
+    const float* bias = packed_bias(job.packed) + panel.first * kLanes;
     S* out = static_cast<S*>(job.out.data) + panel.first * kLanes;
     if (layer.upsample) out += phase.vertical * job.out.row() + phase.horizontal * job.out.channels;
     for_panel(panel.width, [&]<int N>() { direct_panel<S, N>(job, groups, end - begin, taps, weights, bias, out); });
   }
 }
 
-// --- Winograd: tiles of m x m outputs (of the low-resolution grid where up-sampling) ---
+// Winograd: tiles of m x m outputs (of the low-resolution grid where up-sampling).
 
 struct Tile {
   i64 image, y, x;  // first output pixel
@@ -360,7 +377,7 @@ void transform_outputs(const ConvJob& job, i64 begin, i64 end, const Panel& pane
     S* out = static_cast<S*>(job.out.data) + tile.image * job.out.image() + panel.first * kLanes;
     out += (s * tile.y + 1 + (pv > 0)) * job.out.row() + (s * tile.x + 1 + (ph > 0)) * job.out.channels;
     for (int j = 0; j < panel.width; ++j) {
-      const V bias = load(static_cast<const float*>(job.packed) + (panel.first + j) * kLanes);
+      const V bias = load(packed_bias(job.packed) + (panel.first + j) * kLanes);
       transform_output<m, S, pv, ph>(
           in + j * kLanes, point_stride, bias, epilogue, layer.height - tile.y, layer.width - tile.x, out + j * kLanes,
           s * job.out.row(), s * job.out.channels);
@@ -430,7 +447,7 @@ void run_winograd(const ConvJob& job, const ConvSchedule& schedule, i64 task, vo
   }
 }
 
-// --- dot: few output channels, sums over vectors of input channels ---
+// Dot: few output channels, sums over vectors of input channels.
 
 template <typename S, int O>
 void dot_pixels(const ConvJob& job, const S* in, float* out) {
@@ -470,7 +487,7 @@ void run_dot(const ConvJob& job, i64 image, i64 y, float* scratch) {
     for (int o = 0; o < O; ++o) std::memcpy(scratch + o * stride + x, sums + 4 * o, 4 * sizeof(float));
   }
   const Epilogue epilogue{layer.activation, layer.slope};
-  const auto* bias = static_cast<const float*>(job.packed);
+  const float* bias = packed_bias(job.packed);
   for (int o = 0; o < O; ++o) {
     float* row = scratch + o * stride;
     for (i64 x = 0; x < layer.width; x += kLanes) store(row + x, epilogue(load(row + x) + splat(bias[o])));
@@ -494,7 +511,7 @@ void run_dot(const ConvJob& job, const ConvSchedule& schedule, i64 task, void* s
   }
 }
 
-// --- tasks ---
+// Tasks.
 
 i64 cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -558,7 +575,7 @@ void run(const ConvJob& job, const ConvSchedule& schedule, i64 task, void* scrat
   single ? run_direct<float>(job, schedule, task, scratch) : run_direct<bf16>(job, schedule, task, scratch);
 }
 
-// --- the borders of the engine ---
+// The borders of the engine.
 
 template <typename S>
 void import_image(const float* planar, i64 c, const Activations& out, i64 first, i64 image) {
@@ -602,7 +619,7 @@ void clear_halo(const Activations& a, Storage storage, i64 image, i64 images) {
   std::memset(first + (a.height + 1) * row - pixel, 0, row + pixel + (image + 1 == images ? 4 * pixel : 0));
 }
 
-// --- the machine's own rate ---
+// The machine's own rate.
 
 #if defined(__aarch64__)
 #define ADVKD_IN_REGISTER(x) "+w"(x)
@@ -651,7 +668,7 @@ double product_rate(Storage storage, double seconds) {
 #define ADVKD_TEXT(x) ADVKD_TEXT_(x)
 
 const ConvKernels conv_kernels{
-    ADVKD_TEXT(ADVKD_ISA) + 4, packed_bytes, pack, schedule, run, import_planar, export_planar, clear_halo, product_rate,
+    ADVKD_TEXT(ADVKD_ISA) + 4, packed_bytes, pack, fits, schedule, run, import_planar, export_planar, clear_halo, product_rate,
 };
 
 }  // namespace advkd::ADVKD_ISA

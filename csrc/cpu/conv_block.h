@@ -77,6 +77,13 @@ inline i64 direct_products_per_image(const ConvLayer& layer) {
   return layer.c_in * layer.c_out * layer.height * layer.width * 9 * layer.scale() * layer.scale();
 }
 
+// What packed weights were made for. They begin with it: weights packed for another instruction set can have the same size.
+struct PackedHeader {
+  i64 lanes, c_in, c_out, upsample, storage, algorithm, version, unused;
+  bool operator==(const PackedHeader&) const = default;
+};
+static_assert(sizeof(PackedHeader) == 64);
+
 struct ConvJob {
   ConvLayer layer;
   const void* packed;
@@ -97,6 +104,7 @@ struct ConvKernels {
   const char* name;
   i64 (*packed_bytes)(const ConvLayer&);
   void (*pack)(const ConvLayer&, const float* weight, const float* bias, void* packed);
+  bool (*fits)(const ConvLayer&, const void* packed);
   ConvSchedule (*schedule)(const ConvLayer&, i64 images, i64 threads);
   void (*run)(const ConvJob&, const ConvSchedule&, i64 task, void* scratch);
   // Channels `first` .. of padded activations from planar float32 rows, `stride` elements from image to image.

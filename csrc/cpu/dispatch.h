@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/conv_block.h"
 
@@ -27,9 +29,10 @@ inline Isa processor_isa() {
 inline Isa detect_isa() {
   const Isa best = processor_isa();
   const char* wish = std::getenv("ADVKD_ISA");
-  for (int isa = 0; wish && isa < static_cast<int>(best); ++isa)
-    if (std::strcmp(wish, kIsaNames[isa]) == 0) return static_cast<Isa>(isa);
-  return best;
+  if (!wish || !*wish) return best;
+  for (int isa = 0; isa < 4; ++isa)
+    if (std::strcmp(wish, kIsaNames[isa]) == 0) return isa < static_cast<int>(best) ? static_cast<Isa>(isa) : best;
+  throw std::runtime_error("ADVKD_ISA must be baseline, avx2, avx512 or avx512bf16, got " + std::string(wish));
 }
 
 inline Isa current_isa() {

@@ -59,7 +59,7 @@ Tensor philox_normal(
   return out;
 }
 
-// --- the student's convolutions ---
+// The student's convolutions.
 
 const ConvKernels& conv_kernels() {
   return conv_kernels_of(current_isa());
@@ -87,6 +87,7 @@ std::vector<StudentLayer> parse_layers(const std::vector<int64_t>& numbers, doub
   std::vector<StudentLayer> layers;
   for (auto n = numbers.begin(); n != numbers.end(); n += kLayerNumbers) {
     STD_TORCH_CHECK(n[0] > 0 && n[1] > 0 && n[2] > 0 && n[3] > 0, "channels and sides must be positive");
+    STD_TORCH_CHECK(n[8] >= 0 && n[8] < n[0], "detail must be some of the input channels");
     STD_TORCH_CHECK(n[5] >= 0 && n[5] <= 2 && n[6] >= 0 && n[6] <= 1, "unknown activation or storage");
     STD_TORCH_CHECK(n[7] >= 0 && n[7] < kAlgorithms, "unknown algorithm");
     const ConvLayer conv{
@@ -111,7 +112,10 @@ Tensor conv_pack(const Tensor& weight, const Tensor& bias, std::vector<int64_t> 
 }
 
 const void* checked_packed(const Tensor& packed, const ConvLayer& layer) {
-  STD_TORCH_CHECK(packed.is_contiguous() && packed.numel() == conv_kernels().packed_bytes(layer), "packed weights are of another layer");
+  STD_TORCH_CHECK(
+      packed.is_contiguous() && packed.numel() == conv_kernels().packed_bytes(layer) &&
+          conv_kernels().fits(layer, packed.const_data_ptr()),
+      "packed weights are of another layer or of another processor: pack them here");
   return packed.const_data_ptr();
 }
 
@@ -133,6 +137,7 @@ Tensor conv_block(const Tensor& x, const Tensor& packed, std::vector<int64_t> nu
 std::vector<StudentLayer> student_layers(const std::vector<Tensor>& packed, const std::vector<int64_t>& numbers, double slope) {
   std::vector<StudentLayer> layers = parse_layers(numbers, slope);
   STD_TORCH_CHECK(packed.size() == layers.size(), "one packed tensor per layer");
+  STD_TORCH_CHECK(layers.front().detail == 0, "the first layer's input is the latent's first part: it has no detail");
   STD_TORCH_CHECK(layers.back().conv.algorithm == Algorithm::dot, "the last layer must be `dot`");
   for (size_t i = 0; i < layers.size(); ++i) {
     layers[i].packed = checked_packed(packed[i], layers[i].conv);
@@ -160,29 +165,33 @@ Tensor student_forward(const Tensor& z, std::vector<Tensor> packed, std::vector<
   const std::vector<int64_t> shape{images, head.c_out, head.height, head.width};
   Tensor out = torch::stable::new_empty(z, shape, scalar_type(head.storage));
   if (images == 0) return out;
-  auto workspace = acquire_workspace(student_workspace_bytes(conv_kernels(), layers, images, threads()));
+  // Read once: another thread may change it.
+  const i64 workers = threads();
+  auto workspace = acquire_workspace(student_workspace_bytes(conv_kernels(), layers, images, workers));
   run_student(
-      conv_kernels(), layers, static_cast<const float*>(z.const_data_ptr()), images, out.mutable_data_ptr(), threads(), kParallel,
+      conv_kernels(), layers, static_cast<const float*>(z.const_data_ptr()), images, out.mutable_data_ptr(), workers, kParallel,
       workspace->data());
   release_workspace(std::move(workspace));
   return out;
 }
 
 int64_t workspace_bytes(std::vector<int64_t> numbers, int64_t images) {
-  return student_workspace_bytes(conv_kernels(), parse_layers(numbers, 0), images, threads());
+  return Workspace::rounded(student_workspace_bytes(conv_kernels(), parse_layers(numbers, 0), images, threads()));
 }
 
 double conv_seconds(const Tensor& packed, std::vector<int64_t> numbers, int64_t images, int64_t repeats) {
+  STD_TORCH_CHECK(images > 0 && repeats > 0, "images and repeats must be positive");
   const ConvLayer layer = parse_layers(numbers, 0.2).front().conv;
   return conv_block_seconds(conv_kernels(), layer, checked_packed(packed, layer), images, repeats, threads(), kParallel);
 }
 
 // Multiply-adds per second of all threads together.
 double product_rate(int64_t storage, double seconds) {
-  std::vector<double> rates(threads());
+  const i64 workers = threads();
+  std::vector<double> rates(workers);
   const auto kind = static_cast<Storage>(storage);
   const std::function<void(i64)> measure = [&](i64 worker) { rates[worker] = conv_kernels().product_rate(kind, seconds); };
-  kParallel(threads(), measure);
+  kParallel(workers, measure);
   double sum = 0;
   for (const double rate : rates) sum += rate;
   return sum;

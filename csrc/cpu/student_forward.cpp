@@ -2,10 +2,15 @@
 
 #include <sys/mman.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -23,8 +28,24 @@ constexpr i64 kPage = i64{2} << 20;
 std::mutex pool_mutex;
 std::vector<std::unique_ptr<Workspace>> pool;
 
+// Regions of one workspace follow each other with a gap, so that a sanitizer can tell them apart and rows of one do not share a
+// line with another.
 i64 aligned(i64 bytes) {
-  return round_up(bytes, 256);
+  return round_up(bytes, 256) + 256;
+}
+
+// Under the address sanitizer the gap behind a region may not be touched until `open_gap`.
+void close_gap([[maybe_unused]] char* region, [[maybe_unused]] i64 bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(region, bytes);
+  __asan_poison_memory_region(region + bytes, aligned(bytes) - bytes);
+#endif
+}
+
+void open_gap([[maybe_unused]] char* region, [[maybe_unused]] i64 bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(region, aligned(bytes));
+#endif
 }
 
 i64 output_pixels(const ConvLayer& layer) {
@@ -113,9 +134,17 @@ struct Run {
 
 }  // namespace
 
-Workspace::Workspace(i64 bytes) : bytes_(round_up(std::max(bytes, i64{1}), bytes < kPage ? 4096 : kPage)) {
+i64 Workspace::rounded(i64 bytes) {
+  return round_up(std::max(bytes, i64{1}), bytes < kPage ? 4096 : kPage);
+}
+
+Workspace::Workspace(i64 bytes) : bytes_(rounded(bytes)) {
   data_ = static_cast<char*>(std::aligned_alloc(bytes < kPage ? 4096 : kPage, bytes_));
   if (!data_) throw std::bad_alloc();
+#if defined(__SANITIZE_ADDRESS__)
+  // What is read before it is written is a NaN, in either storage.
+  std::memset(data_, 0xFF, bytes_);
+#endif
 #if defined(MADV_HUGEPAGE)
   // Rows of many channels lie pages apart; large pages save the look-ups.
   if (bytes >= kPage) madvise(data_, bytes_, MADV_HUGEPAGE);
@@ -166,6 +195,10 @@ void run_student(
   char* low[2] = {workspace, workspace + aligned(memory.low[0])};
   char* high[2] = {low[1] + aligned(memory.low[1]), low[1] + aligned(memory.low[1]) + aligned(memory.high[0])};
   const Run run{kernels, parallel, threads, high[1] + aligned(memory.high[1]), memory.scratch};
+  for (int i = 0; i < 2; ++i) {
+    close_gap(low[i], memory.low[i]);
+    close_gap(high[i], memory.high[i]);
+  }
 
   std::vector<i64> offsets;  // of each layer's latent part in z
   i64 numel = 0;
@@ -207,6 +240,10 @@ void run_student(
       }
     }
   }
+  for (int i = 0; i < 2; ++i) {
+    open_gap(low[i], memory.low[i]);
+    open_gap(high[i], memory.high[i]);
+  }
 }
 
 namespace {
@@ -216,17 +253,22 @@ template <typename Fill, typename Body>
 void with_layer(const ConvKernels& kernels, const ConvLayer& layer, const void* packed, i64 images, i64 threads, const Parallel& parallel, const Fill& fill, const Body& body) {
   const i64 s = layer.scale(), element = element_bytes(layer.storage);
   const i64 in_channels = padded_channels(layer.c_in), out_channels = padded_channels(layer.c_out);
-  const i64 in_bytes = aligned(element * Activations::elements(images, in_channels, layer.height, layer.width));
-  const i64 out_bytes = aligned(element * Activations::elements(images, out_channels, s * layer.height, s * layer.width));
+  const i64 in_bytes = element * Activations::elements(images, in_channels, layer.height, layer.width);
+  const i64 out_bytes = element * Activations::elements(images, out_channels, s * layer.height, s * layer.width);
   i64 scratch = 0;
   for (const i64 workers : {i64{1}, threads}) scratch = std::max(scratch, aligned(kernels.schedule(layer, images, workers).scratch_bytes));
-  auto workspace = acquire_workspace(in_bytes + out_bytes + threads * scratch);
-  char* data = workspace->data();
-  const Run run{kernels, parallel, threads, data + in_bytes + out_bytes, scratch};
-  ConvJob job{layer, packed, {data, in_channels, layer.height, layer.width}, {data + in_bytes, out_channels, s * layer.height, s * layer.width}, nullptr, images};
+  // Not from the pool: a batch of large images is the caller's to hold, and only as long as the call.
+  const Workspace workspace(aligned(in_bytes) + aligned(out_bytes) + threads * scratch);
+  char* in = workspace.data();
+  char* out = in + aligned(in_bytes);
+  const Run run{kernels, parallel, threads, out + aligned(out_bytes), scratch};
+  const ConvJob job{layer, packed, {in, in_channels, layer.height, layer.width}, {out, out_channels, s * layer.height, s * layer.width}, nullptr, images};
+  close_gap(in, in_bytes);
+  close_gap(out, out_bytes);
   fill(run, job.in);
   body(run, job);
-  release_workspace(std::move(workspace));
+  open_gap(in, in_bytes);
+  open_gap(out, out_bytes);
 }
 
 }  // namespace

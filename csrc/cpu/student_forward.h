@@ -30,6 +30,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   char* data() const { return data_; }
   i64 bytes() const { return bytes_; }
+  // To whole pages, large ones from the first on.
+  static i64 rounded(i64 bytes);
 
  private:
   char* data_;
@@ -49,7 +51,7 @@ void run_student(
     const ConvKernels&, const std::vector<StudentLayer>&, const float* z, i64 images, void* out, i64 threads, const Parallel&,
     char* workspace);
 
-// One layer of planar float32 input to planar output in the layer's storage type; `workspace` as large as for a student of it.
+// One layer of planar float32 input to planar output in the layer's storage type, in memory of its own.
 void conv_block_forward(
     const ConvKernels&, const ConvLayer&, const void* packed, const float* x, i64 images, void* out, i64 threads, const Parallel&);
 

@@ -14,7 +14,7 @@ trap 'rm -rf "$folder"' EXIT
 export root compiler folder
 
 # The flags of each unit are the extension's own.
-units=$(cd "$root" && python3 - "$("$compiler" -dumpmachine | cut -d- -f1)" <<'PYTHON'
+units=$(cd "$root" && "${PYTHON:-python3}" - "$("$compiler" -dumpmachine | cut -d- -f1)" <<'PYTHON'
 import runpy, sys
 import setuptools
 setuptools.setup = lambda **options: None
@@ -37,4 +37,7 @@ done <<< "$units"
 unit csrc/driver/conv_driver.cpp - "$@" &
 pids+=($!)
 for pid in "${pids[@]}"; do wait "$pid"; done
-"$compiler" -pthread "$@" "$folder"/*.o -o "$output"
+# Baseline code first: of an inline function that several objects hold the linker keeps the first copy.
+objects=("$folder/conv_driver.cpp-.o" "$folder/conv_block.cpp-.o" "$folder/student_forward.cpp-.o")
+shopt -s nullglob
+"$compiler" -pthread "$@" "${objects[@]}" "$folder"/*.cpp.*.o -o "$output"

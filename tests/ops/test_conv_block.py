@@ -22,6 +22,15 @@ ACTIVATIONS = ["leaky_relu", "tanh", "none"]
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 5), (2, 48, 16, 4, 4), (1, 7, 3, 9, 6), (3, 33, 50, 13, 17), (1, 20, 112, 8, 300)]
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors are full of NaN: an output that is not written whole shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(100).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def arguments(n, c_in, c_out, height, width, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, c_in, height, width, generator=generator)
@@ -268,6 +277,9 @@ def test_opcheck(backend):
         ({"bias": torch.full((5,), float("nan"))}, "bias holds numbers that are not finite"),
         ({"bias": torch.zeros(5).half()}, "dtype"),
         ({"x": torch.zeros(1, 3, 0, 4)}, "empty"),
+        ({"x": torch.zeros(3, 4, 4)}, "x must have shape"),
+        ({"x": torch.zeros(1, 3, 4, 4, device="meta")}, "one device"),
+        ({"slope": float("nan")}, "slope"),
         ({"activation": "relu"}, "activation"),
         ({"backend": "cpp"}, "backend"),
     ],

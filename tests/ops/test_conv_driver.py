@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -17,7 +18,7 @@ def run(command, **environment):
 
 
 def build(path, *flags, **environment):
-    done = run([SCRIPT, path, *flags], **environment)
+    done = run([SCRIPT, path, *flags], PYTHON=sys.executable, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return path
 

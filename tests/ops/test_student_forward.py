@@ -1,5 +1,9 @@
 """The whole student as one op against float64, for every backend, dtype and algorithm."""
 
+import copy
+import pickle
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -7,10 +11,12 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.models.fused_student import FusedStudent
 from advkd.models.student import Student, StudentConfig
 from advkd.ops import backends, student_forward
-from advkd.ops.student_forward import decode, encode
+from advkd.ops.conv_block import ConvLayer
+from advkd.ops.student_forward import decode, encode, pack
+
+from ..conftest import process_environment
 
 CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
@@ -35,30 +41,50 @@ def a_student(name):
 
 @torch.no_grad()
 def exact(student, z):
-    import copy
-
     return copy.deepcopy(student).double()(z.double())
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors are full of NaN: an image that is not written whole shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_new_memory_is_poisoned():
+    assert torch.empty(100).isnan().all()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parity(backend, name):
-    """float32 within 1e-4 of the range whatever the plan (F(6x6) everywhere is the worst); bfloat16 within 40 dB and 0.2."""
+    """float32 within 1e-4 of the range whatever the plan (F(6x6) everywhere is the worst); bfloat16 to 35 dB on random weights,
+    as eager bfloat16 is to within a few decibels (trained digits keep 40: tests/system/test_fused_student.py)."""
     student = a_student(name)
     z = student.latents(5, seed=1)
     wanted = exact(student, z)
-    for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
+    for dtype in (torch.float32, torch.bfloat16):
         fused = student.fuse(backend, dtype, tune=False)
         plans = [fused.config.algorithms]
         if backend == "cpu":
             plans += [tuple(at.algorithms()[min(i, len(at.algorithms()) - 1)] for at in fused.layers) for i in range(4)]
         for algorithms in plans:
             fused.config.algorithms = algorithms
-            images = fused._prepare(torch.device("cpu"))(z)
+            images = fused._prepare()(z)
             assert images.dtype == dtype and images.is_contiguous()
             error = images.double() - wanted
-            assert error.abs().max() <= allowed * (wanted.max() - wanted.min()), algorithms
-            if dtype == torch.bfloat16:
+            if dtype == torch.float32:
+                assert error.abs().max() <= 1e-4 * (wanted.max() - wanted.min()), algorithms
+            else:
                 assert 10 * torch.log10(4 / error.square().mean()) >= 35, algorithms
 
 
@@ -66,7 +92,7 @@ def test_parity(backend, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bits_depend_on_neither_batch_nor_threads(name, dtype):
-    fused = a_student(name).fuse("cpu", dtype)
+    fused = a_student(name).fuse("cpu", dtype, tune=False)
     z, threads = fused.latents(33, seed=2), torch.get_num_threads()
     found = []
     try:
@@ -81,7 +107,7 @@ def test_bits_depend_on_neither_batch_nor_threads(name, dtype):
 @CPU
 def test_threads_may_share_an_engine():
     """Four threads, two engines, other batch sizes: everyone gets the images that one thread alone gets."""
-    engines = [a_student("large").fuse("cpu"), a_student("small").fuse("cpu")]
+    engines = [a_student(name).fuse("cpu", tune=False) for name in ("large", "small")]
     wanted = [engine.sample(6, seed=3) for engine in engines]
     wrong = []
 
@@ -101,7 +127,7 @@ def test_threads_may_share_an_engine():
 @CPU
 def test_dirty_memory_does_not_reach_the_image():
     """The pooled workspace holds an earlier call's numbers, NaN among them: an engine of another shape must not see them."""
-    small, large = a_student("small").fuse("cpu"), a_student("detail").fuse("cpu")
+    small, large = (a_student(name).fuse("cpu", tune=False) for name in ("small", "detail"))
     z = small.latents(4, seed=1)
     torch.ops.advkd_cpu.clear_workspaces()
     wanted = small(z)
@@ -151,10 +177,20 @@ def test_bad_arguments_are_named():
 @CPU
 def test_bad_plans_are_named():
     fused = a_student("small").fuse("cpu", tune=False)
-    with pytest.raises(InputError, match="packed weights and an algorithm"):
-        count = range(len(fused.layers))
-        weights, biases = ([getattr(fused, f"{kind}{i}") for i in count] for kind in ("weight", "bias"))
-        student_forward(fused.latents(1), weights, biases, fused.layers, slope=0.2, dtype=torch.float32, backend="cpu")
+    count = range(len(fused.layers))
+    weights, biases = ([getattr(fused, f"{kind}{i}") for i in count] for kind in ("weight", "bias"))
+    options = {"slope": 0.2, "dtype": torch.float32, "backend": "cpu"}
+    # Weights alone are packed on the spot.
+    z = fused.latents(2)
+    assert torch.equal(student_forward(z, weights, biases, fused.layers, **options), fused(z))
+    with pytest.raises(InputError, match="as many algorithms and packed weights"):
+        student_forward(z, weights, biases, fused.layers, **options, algorithms=["direct"])
+    with pytest.raises(InputError, match="weights and biases 0 must be"):
+        student_forward(z, weights[::-1], biases, fused.layers, **options)
+    for i, detail in ((0, 3), (2, -1), (2, 24)):
+        layers = [replace(layer, detail=detail) if i == k else layer for k, layer in enumerate(fused.layers)]
+        with pytest.raises(InputError, match=f"layer {i}: detail"):
+            student_forward(z, weights, biases, layers, **options)
     with pytest.raises(InputError, match="algorithms must name one for each of the 17"):
         replace(fused.config, algorithms=("direct",))
     with pytest.raises(InputError, match="convolution 0 takes direct, winograd2, winograd4, not 'winograd6'"):
@@ -171,6 +207,9 @@ def test_bad_plans_are_named():
         (fused._packed, [*numbers[:9], 7, *numbers[10:]]),
         (fused._packed, [*numbers[:7], 9, *numbers[8:]]),
         (fused._packed, [0, *numbers[1:]]),
+        (fused._packed, [*numbers[:8], 3, *numbers[9:]]),
+        (fused._packed, [*numbers[:17], -4, *numbers[18:]]),
+        ([fused._packed[0] + 1, *fused._packed[1:]], numbers),
     ):
         with pytest.raises(RuntimeError):
             op(z, packed, layers, 0.2)
@@ -179,12 +218,73 @@ def test_bad_plans_are_named():
 
 
 @CPU
-def test_memory_is_bounded():
-    """Workspace at batch 1 within 1.5 times the two largest activations, and no larger for many images than for a group."""
-    for name in ("paper-256", "pyramid-256"):
-        fused = Student.from_preset(name).fuse("cpu", tune=False)
-        two = 2 * 4 * 256 * 256 * fused.config.channels[-1]
-        assert fused.memory(1)["workspace"] <= 1.5 * two
-        assert fused.memory(10_000) == fused.memory(1000)
-        assert fused.memory(1000)["workspace"] <= 1.5 * two + 12 * 2**20
-    assert isinstance(fused, FusedStudent)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["paper-256", "pyramid-256"])
+def test_memory_is_bounded(name, dtype, two_threads):
+    """On two threads the workspace at batch 1 is within 1.5 times the two largest activations, and does not grow with n."""
+    fused = Student.from_preset(name).fuse("cpu", dtype, tune=False)
+    two = 2 * dtype.itemsize * 256 * 256 * fused.config.channels[-1]
+    assert fused.memory(1)["workspace"] <= 1.5 * two
+    assert fused.memory(10_000) == fused.memory(1000)
+    assert fused.memory(1000)["workspace"] <= 1.5 * two + 12 * 2**20
+
+
+@CPU
+def test_memory_is_what_a_process_takes(two_threads):
+    """A first image's peak above the loaded engine, as the system counts it, is the workspace and a little."""
+    code = """
+import re, torch, advkd
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.set_num_threads(2)
+fused = advkd.Student.from_preset("pyramid-256").eval().fuse("cpu", tune=False)
+small = advkd.Student.from_preset("digits").eval().fuse("cpu", tune=False)
+small.sample(1)
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+fused.sample(1)
+print(memory("VmHWM") - before, fused.memory(1)["workspace"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=process_environment(), capture_output=True, text=True, check=True)
+    taken, said = map(int, done.stdout.split())
+    # The image, its float32 copy and the latent; the other engine's workspace was there before.
+    assert 0.5 * said <= taken <= said + 6 * 2**20
+
+
+@CPU
+def test_an_engine_can_be_copied_moved_and_loaded():
+    fused = a_student("small").fuse("cpu", tune=False)
+    z = fused.latents(3)
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused).to("cpu").float()):
+        assert torch.equal(again(z), fused(z))
+    other = a_student("small")
+    with torch.no_grad():
+        other.head.bias += 1
+    again.load_state_dict(other.fuse("cpu", tune=False).state_dict())
+    assert torch.equal(again(z), other.fuse("cpu", tune=False)(z)) and not torch.equal(again(z), fused(z))
+    with pytest.raises(InputError, match="choose another dtype by student.fuse"):
+        fused.half()
+    with pytest.raises(InputError, match="not finite"):
+        again.load_state_dict({name: value * float("nan") for name, value in fused.state_dict().items()})
+
+
+@CPU
+def test_weights_packed_for_another_processor_are_refused(tmp_path):
+    """Sixteen channels take as many bytes on every instruction set: the header tells them apart."""
+    layer = ConvLayer(16, 16, 8, 8)
+    weight, bias = torch.randn(16, 16, 3, 3), torch.zeros(16)
+    torch.save(pack(weight, bias, layer, torch.float32, "winograd2"), tmp_path / "packed.pt")
+    code = (
+        "import sys, torch; from advkd.ops import backends; backends.extension_gap('cpu');"
+        "packed = torch.load(sys.argv[1]); numbers = [16, 16, 8, 8, 0, 1, 0, 2, 0];"
+        "torch.ops.advkd_cpu.conv_block(torch.zeros(1, 16, 8, 8), packed, numbers, 0.2)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "packed.pt"]
+    isa = torch.ops.advkd_cpu.isa()
+    other = "avx2" if isa == "baseline" else "baseline"
+    for name, works in ((isa, True), (other, isa == "baseline")):
+        environment = process_environment({"ADVKD_ISA": name})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == works and (works or "of another processor" in done.stderr)
+    done = subprocess.run(command, env=process_environment({"ADVKD_ISA": "avx-2"}), capture_output=True, text=True)
+    assert done.returncode != 0 and "ADVKD_ISA must be baseline" in done.stderr

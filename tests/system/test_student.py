@@ -76,7 +76,7 @@ def test_fused_is_the_student(dtype, tolerance):
     assert not any("terminal" in name for name, _ in fused.named_buffers())
     assert not any(value is student for value in vars(fused).values()), "the student must not stay alive"
     assert torch.equal(fused.latents(2, seed=9, start=3), student.latents(2, seed=9, start=3))
-    with pytest.raises(BackendUnavailableError, match="conv_block"):
+    with pytest.raises(BackendUnavailableError, match="student_forward"):
         student.fuse(backend="cuda")
     with pytest.raises(InputError, match="dtype"):
         student.fuse(dtype=torch.int8)
