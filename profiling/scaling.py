@@ -134,6 +134,9 @@ def plot(result, path):
         xlabel="image side, 32 channels throughout", ylabel="ms per image", title="resolution (dotted: proportional to work)"
     )
     middle.set_xticks(SIZES, map(str, SIZES))
+    left.set_xticks(BATCHES, map(str, BATCHES))
+    for panel in (left, middle):
+        panel.xaxis.minorticks_off()
     middle.legend()
     for preset, batch in (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8)):
         rows = [r for r in result["threads"] if (r["preset"], r["batch"], r["dtype"]) == (preset, batch, "float32")]

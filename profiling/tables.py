@@ -101,15 +101,8 @@ def layers():
     lines = []
     for result in results("layers"):
         lines += _place(result)
-        titles = (
-            "student",
-            "layer",
-            "algorithm",
-            "ms",
-            "useful GFLOP/s",
-            "of the rate in registers",
-            "made products' share of it",
-        )
+        titles = ("student", "layer", "algorithm", "ms", "useful GFLOP/s")
+        titles += tuple(f"{count}, of the rate in registers" for count in ("useful", "phase count", "products made"))
         lines += [_row(*titles), _rule(len(titles))]
         for plan in result["students"]:
             peak = plan["products_per_second"][plan["dtype"]]
@@ -129,16 +122,40 @@ def _layer(row):
 
 
 def _layer_rates(rows, peak):
-    seconds_, direct, made = (sum(row[key] for row in rows) for key in ("measured", "direct_products", "products"))
-    shares = (direct / seconds_ / peak, made / seconds_ / peak)
-    return f"{1e3 * seconds_:.2f}", f"{2e-9 * direct / seconds_:.0f}", *(f"{100 * share:.0f} %" for share in shares)
+    spent, direct, made = (sum(row[key] for row in rows) for key in ("measured", "direct_products", "products"))
+    phases = sum(row["direct_products"] * (4 / 9 if row["upsample"] else 1) for row in rows)
+    shares = (f"{100 * count / spent / peak:.0f} %" for count in (direct, phases, made))
+    return f"{1e3 * spent:.2f}", f"{2e-9 * direct / spent:.0f}", *shares
+
+
+def precision():
+    """What bfloat16 costs the shipped student."""
+    lines = []
+    for result in results("precision"):
+        lines += [*_place(result), _row("dtype", "FD-digits (95 %)", "x floor", "precision", "recall", "PSNR"), _rule(6)]
+        for dtype, row in result["rows"].items():
+            low, high = row["frechet_interval"]
+            figures = (f"{row['frechet']:.4f} ({low:.3f} to {high:.3f})", *(f"{row[k]:.3f}" for k in KEPT))
+            lines.append(_row(dtype, *figures, f"{result['psnr']:.1f} dB" if dtype == "bfloat16" else ""))
+        lines.append("")
+    return lines[:-1]
+
+
+KEPT = ("times_floor", "precision", "recall")
 
 
 def footprint():
     """Memory and time of a first image."""
     lines = []
     for result in results("scaling"):
-        titles = ("student", "packed weights", "workspace", "two largest activations", "process grows by", "first image")
+        titles = (
+            "student",
+            "packed weights",
+            "workspace",
+            "two largest activations",
+            "an image adds to the process",
+            "first image after",
+        )
         lines += [*_place(result), _row(*titles), _rule(len(titles))]
         for row in result["footprints"]:
             keys = ("weights", "workspace", "two_largest_activations")
@@ -177,6 +194,7 @@ TABLES = {
     "student": student,
     "layers": layers,
     "footprint": footprint,
+    "precision": precision,
     "teacher": teacher,
 }
 
