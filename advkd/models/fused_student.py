@@ -101,7 +101,8 @@ class FusedStudent(PretrainedModule, nn.Module):
         device = student.head.weight.device
         backend = choose_for("student_forward", dtype, backend, device)
         shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
-        module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend).to(device)
+        with device:
+            module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend)
         module._fill(student)
         if backend == "cpu" and tune:
             module.config.algorithms = choose_algorithms(module.layers, dtype)

@@ -268,6 +268,16 @@ def test_an_engine_can_be_copied_moved_and_loaded():
         again.load_state_dict({name: value * float("nan") for name, value in fused.state_dict().items()})
 
 
+@pytest.mark.gpu
+def test_an_engine_moves_to_a_gpu_and_back():
+    fused = a_student("small").fuse(tune=False)
+    z = fused.latents(3)
+    moved = copy.deepcopy(fused).to("cuda")
+    assert (moved(z.cuda()).cpu() - fused(z)).abs().max() < 1e-4
+    assert torch.equal(moved.to("cpu")(z), fused(z))
+    assert (a_student("small").cuda().fuse()(z.cuda()).cpu() - fused(z)).abs().max() < 1e-4
+
+
 @CPU
 def test_weights_packed_for_another_processor_are_refused(tmp_path):
     """Sixteen channels take as many bytes on every instruction set: the header tells them apart."""
