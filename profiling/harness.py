@@ -170,6 +170,16 @@ def main(name, cases, parity_tests):
     sys.exit(0 if run(name, list(chosen.values()), parity_tests, options.out) else 1)
 
 
+def gated_folder(description, parity_tests):
+    """The command line of a script that measures without contestants: the folder of ``--out``, once the parity tests passed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", help="folder for the results (default: profiling/results/<device>)")
+    options = parser.parse_args()
+    if not passes(parity_tests):
+        sys.exit("the parity tests failed or none ran, nothing was timed")
+    return Path(options.out or device_folder())
+
+
 def read(name, folder=None):
     """A benchmark's stored result, or None."""
     path = Path(folder or device_folder()) / f"{name}.json"

@@ -3,10 +3,7 @@
 python -m profiling.layers [--out FOLDER]
 """
 
-import argparse
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -14,7 +11,7 @@ from advkd.files import write_json
 from advkd.timing import provenance
 
 from .bench_student import DTYPES, PARITY_TESTS, SHAPES, plausible_student
-from .harness import device_folder, passes
+from .harness import gated_folder
 
 
 def measure(preset, dtype):
@@ -31,15 +28,11 @@ def measure(preset, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="folder for layers.json (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    if not passes(PARITY_TESTS):
-        sys.exit("the parity tests failed, nothing was timed")
+    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
     students = [measure(preset, dtype) for preset in SHAPES for dtype in DTYPES]
     threads = torch.get_num_threads()
     result = {"students": students, "threads": threads, "parity_tests": PARITY_TESTS, "provenance": provenance()}
-    write_json(Path(options.out or device_folder()) / "layers.json", result)
+    write_json(out / "layers.json", result)
 
 
 if __name__ == "__main__":

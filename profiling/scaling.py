@@ -3,8 +3,7 @@
 python -m profiling.scaling [--out FOLDER]
 """
 
-import argparse
-import os
+import json
 import statistics
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from pathlib import Path
 import torch
 
 from advkd import Student, StudentConfig
-from advkd.files import read_json, replacing, write_json
+from advkd.files import replacing, write_json
 from advkd.timing import provenance
 
 from .bench_student import DTYPES, PARITY_TESTS, direct_products, plausible_student
-from .harness import device_folder, passes
+from .harness import gated_folder
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (32, 64, 128, 256, 512)
@@ -103,9 +102,7 @@ def footprint(preset, dtype, folder):
     element = 4 if dtype == "float32" else 2
     pixels = [i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in fused.layers[:-1]]
     command = [sys.executable, "-c", FIRST_IMAGE, str(Path(folder) / preset), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-    (Path(folder) / "first.json").write_text(done.stdout)
-    measured = read_json(Path(folder) / "first.json", "figures", ("seconds",))
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     two = element * sum(sorted(pixels)[-2:])
     return {"preset": preset, "dtype": dtype, **fused.memory(1), "two_largest_activations": two, "first_image": measured}
 
@@ -155,16 +152,11 @@ PARTS = {"batches": batches, "sizes": sizes, "threads": threads}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="folder for scaling.json and scaling.png (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    if not passes(PARITY_TESTS):
-        sys.exit("the parity tests failed, nothing was timed")
+    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
     with tempfile.TemporaryDirectory() as folder:
         footprints = [footprint(preset, dtype, folder) for preset in FOOTPRINTS for dtype in DTYPES]
     result = {name: [r for dtype in DTYPES for r in part(dtype)] for name, part in PARTS.items()}
     result |= {"footprints": footprints, "parity_tests": PARITY_TESTS, "provenance": provenance()}
-    out = Path(options.out or device_folder())
     write_json(out / "scaling.json", result)
     plot(result, out / "scaling.png")
 

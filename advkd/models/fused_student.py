@@ -15,7 +15,7 @@ from ..plan import Plan, choose_algorithms
 from ..schedule import resolutions
 from .batch_norm import fold
 from .saving import PretrainedModule
-from .student import StudentConfig
+from .student import StudentConfig, batches, gather
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -116,7 +116,10 @@ class FusedStudent(PretrainedModule, nn.Module):
         not be its fastest.
         """
         module = super().from_pretrained(source, device)
-        module.backend = choose_for("student_forward", module.dtype, backend, torch.device(device))
+        backend = choose_for("student_forward", module.dtype, backend, torch.device(device))
+        if backend == module.backend:
+            return module
+        module.backend = backend
         return module._prepare()
 
     def _fill(self, student):
@@ -139,6 +142,7 @@ class FusedStudent(PretrainedModule, nn.Module):
             # Idle workspaces go with the engine; one that is still in use elsewhere makes its own anew.
             weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False
         else:
+            self._packed = []
             for name, buffer in list(self.named_buffers()):
                 form = torch.channels_last if buffer.ndim == 4 else torch.contiguous_format
                 setattr(self, name, buffer.to(self.dtype, memory_format=form))
@@ -152,7 +156,6 @@ class FusedStudent(PretrainedModule, nn.Module):
         super()._apply(function, recurse)
         if self.weight0.device != before and self.weight0.device.type != "meta":
             self.backend = "auto"
-            self._packed = []
             self._prepare()
         return self
 
@@ -194,8 +197,6 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def stream(self, n, seed=0, batch_size=64, start=0):
         """An iterator over the images of :meth:`sample`, ``batch_size`` at a time; memory does not grow with ``n``."""
-        from .student import batches
-
         parts = batches(n, batch_size)
         return (self(self.latents(count, seed, start + first)).float().cpu() for first, count in parts)
 
@@ -205,8 +206,6 @@ class FusedStudent(PretrainedModule, nn.Module):
         Batches are written straight into the result: beside it this takes one batch of images and :meth:`memory`.
         10,000 images of 256x256 are 7.9 GB; :meth:`stream` takes no more than one batch at a time.
         """
-        from .student import gather
-
         return gather(self.stream(n, seed, batch_size, start), n, self.config)
 
     def memory(self, batch_size=1):

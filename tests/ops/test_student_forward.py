@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from advkd.errors import InputError
 from advkd.models.student import Student, StudentConfig
@@ -283,13 +284,14 @@ def test_weights_packed_for_another_processor_are_refused(tmp_path):
     """Sixteen channels take as many bytes on every instruction set: the header tells them apart."""
     layer = ConvLayer(16, 16, 8, 8)
     weight, bias = torch.randn(16, 16, 3, 3), torch.zeros(16)
-    torch.save(pack(weight, bias, layer, torch.float32, "winograd2"), tmp_path / "packed.pt")
+    save_file({"packed": pack(weight, bias, layer, torch.float32, "winograd2")}, tmp_path / "packed.safetensors")
     code = (
         "import sys, torch; from advkd.ops import backends; backends.extension_gap('cpu');"
-        "packed = torch.load(sys.argv[1]); numbers = [16, 16, 8, 8, 0, 1, 0, 2, 0];"
+        "from safetensors.torch import load_file; packed = load_file(sys.argv[1])['packed'];"
+        "numbers = [16, 16, 8, 8, 0, 1, 0, 2, 0];"
         "torch.ops.advkd_cpu.conv_block(torch.zeros(1, 16, 8, 8), packed, numbers, 0.2)"
     )
-    command = [sys.executable, "-c", code, tmp_path / "packed.pt"]
+    command = [sys.executable, "-c", code, tmp_path / "packed.safetensors"]
     isa = torch.ops.advkd_cpu.isa()
     other = "avx2" if isa == "baseline" else "baseline"
     for name, works in ((isa, True), (other, isa == "baseline")):
