@@ -34,7 +34,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
 
     Order of differentiability 0 (there is nothing to differentiate).
     """
-    seed, indices, code = _validated(seed, indices, stream, step)
+    seed, indices, code = validated(seed, indices, stream, step)
     if count < 0:
         raise InputError(f"count must not be negative, got {count}")
     backend = backends.choose("philox", backend, indices.device)
@@ -55,7 +55,7 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
         ``(N, *shape)`` float32, contiguous, on the indices' device. Equal bit for bit on one backend whatever the batch; to
         2e-6 absolute between backends. Order of differentiability 0.
     """
-    seed, indices, code = _validated(seed, indices, stream, step)
+    seed, indices, code = validated(seed, indices, stream, step)
     shape = [int(side) for side in shape]
     if any(side < 0 for side in shape):
         raise InputError(f"shape must not be negative, got {shape}")
@@ -69,7 +69,8 @@ def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
     return (words[:, 0] >> 8).float() * 2.0**-24
 
 
-def _validated(seed, indices, stream, step):
+def validated(seed, indices, stream, step):
+    """The seed as a signed 64-bit integer, the indices as a tensor, the stream's code; :class:`InputError` names what is wrong."""
     if isinstance(indices, range):
         indices = torch.arange(indices.start, indices.stop, indices.step)
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
@@ -84,13 +85,14 @@ def _validated(seed, indices, stream, step):
 
 
 def words_reference(indices, seed, count, stream, step):
-    """The specification of :func:`philox_words`, in integer tensors."""
+    """The specification of :func:`philox_words`, in integer tensors; ``step`` may be an int64 tensor of 1 or N elements."""
     blocks = (count + 3) // 4
     block = torch.arange(blocks, device=indices.device)
     c0 = block.expand(len(indices), blocks)
     c1 = (indices & _MASK).unsqueeze(1).expand_as(c0)
     c2 = ((indices >> 32) & _MASK).unsqueeze(1).expand_as(c0)
-    c3 = torch.full_like(c0, stream << 24 | step)
+    word = stream << 24 | step
+    c3 = torch.zeros_like(c0) + (word.reshape(-1, 1) if isinstance(word, torch.Tensor) else word)
     words = rounds_reference((c0, c1, c2, c3), (seed & _MASK, (seed >> 32) & _MASK))
     return torch.stack(words, dim=-1).reshape(len(indices), 4 * blocks)[:, :count].contiguous()
 

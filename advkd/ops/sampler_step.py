@@ -1,11 +1,13 @@
-"""One step of any first-order diffusion sampler, as a linear combination with clipping.
+"""One step of any first-order or multistep diffusion sampler, as a linear combination with clipping.
 
 x0 = clamp(k_x x + k_m m, -clip, clip);  x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z
 
-with m the network's output, x0_prev the previous step's x0 and z a standard normal tensor. A sampler is a table of
-coefficients: see :mod:`advkd.teacher` for DDIM (Song et al. 2020) and DDPM (Ho et al. 2020).
+with m the network's output, x0_prev the previous step's x0 and z standard normal noise. A sampler is a table of coefficients:
+:mod:`advkd.schedulers` has DDIM (Song et al. 2020), DDPM (Ho et al. 2020), Euler (Karras et al. 2022) and DPM-Solver++(2M) (Lu et
+al. 2022), :mod:`advkd.samplers` the re-noising samplers.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
-from . import backends
+from . import backends, philox
+
+COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
+"""Columns of a table of coefficients."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Storage of the kernels; the reference also takes float64."""
 
 
 @dataclass(frozen=True)
@@ -36,54 +44,251 @@ class StepCoefficients:
     clip: float = math.inf
 
 
-def sampler_step(x, model_output, coefficients, *, previous_x0=None, noise=None, pool=None, return_x0=True, backend="auto"):
-    """One sampler step in one pass.
+def coefficient_table(steps, device="cpu", dtype=torch.float32):
+    """``(len(steps), 8)`` table of :class:`StepCoefficients` on ``device``, columns :data:`COEFFICIENTS`.
+
+    A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`: nothing is copied then.
+    """
+    rows = [[getattr(step, name) for name in COEFFICIENTS] for step in steps]
+    return torch.tensor(rows, dtype=dtype).reshape(len(rows), len(COEFFICIENTS)).to(device)
+
+
+def sampler_step(
+    x,
+    model_output,
+    coefficients,
+    *,
+    previous_x0=None,
+    noise=None,
+    pool=None,
+    return_x0=False,
+    out=None,
+    check_finite=False,
+    backend="auto",
+):
+    """One sampler step in one pass over memory.
 
     Args:
-        x: state ``(N, C, H, W)``, float32, bfloat16 or float16.
-        model_output: the network's output, same shape and dtype.
-        coefficients: :class:`StepCoefficients`.
-        previous_x0: x0 of the previous step, needed where ``c_h`` is not 0.
-        noise: standard normal tensor like ``x``, needed where ``c_z`` is not 0.
+        x: state ``(N, ...)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last; another
+            layout is copied to a contiguous one first.
+        model_output: the network's output, ``x``'s shape; any of the three dtypes.
+        coefficients: :class:`StepCoefficients`; or a sequence of N of them, one per sample (a batch at mixed timesteps); or rows
+            of a :func:`coefficient_table` on ``x``'s device, ``(8,)``, ``(1, 8)`` or ``(N, 8)``. The values of a tensor are
+            not read on the host: there a term whose tensor is missing counts as zero.
+        previous_x0: x0 of the previous step, like ``x``; needed where ``c_h`` is not 0.
+        noise: standard normal tensor like ``x``, or ``(seed, sample indices, step)`` for the Philox noise of stream "step"
+            (:func:`advkd.ops.philox_normal`) made inside the pass; ``step`` is an int, or an int64 tensor of 1 or N elements on
+            ``x``'s device. Needed where ``c_z`` is not 0.
         pool: integer r that divides H and W: also return the r x r area average of the next state.
-        return_x0: False leaves x0 out (None in its place).
+        return_x0: also return x0.
+        out: tensor that receives the next state, laid out like ``x``; ``x`` itself for a step in place.
+        check_finite: look for infinities and NaN in the next state within the pass (waits for the device).
         backend: see :func:`advkd.ops.backends.choose`.
 
     Returns:
-        ``(x_next, x0 or None, pooled or None)``, in ``x``'s dtype; arithmetic is float32 (float64 for float64 input).
+        ``(x_next, x0 or None, pooled or None)``, in ``x``'s dtype and layout; arithmetic is float32 (float64 for float64).
 
     Raises:
-        InputError: shapes or dtypes that differ, or a tensor that the coefficients need and that is missing.
+        InputError: shapes, dtypes or devices that differ, coefficients of the wrong length, a tensor that the coefficients need
+            and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    tensors = {"x": x, "model_output": model_output, "previous_x0": previous_x0, "noise": noise}
-    for name, tensor in tensors.items():
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype):
-            expected = f"{tuple(x.shape)} {x.dtype}"
-            raise InputError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} as x")
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"sampler_step has no gradient, and {name} requires one: call it under torch.no_grad()")
-    for name, weight in (("previous_x0", coefficients.c_h), ("noise", coefficients.c_z)):
-        if weight != 0 and tensors[name] is None:
-            raise InputError(f"{name} is needed: its coefficient is {weight}")
-    if pool is not None and (pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
-        raise InputError(f"pool must divide the height and width {tuple(x.shape[-2:])}, got {pool}")
-    backends.choose("sampler_step", backend, x.device)
-    return sampler_step_reference(x, model_output, coefficients, previous_x0, noise, pool, return_x0)
+    tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
+    seed, indices, step, steps = 0, None, 0, None
+    if isinstance(noise, (tuple, list)):
+        seed, indices, step, steps = _counters(noise, x)
+    else:
+        tensors["noise"] = noise
+    _check_tensors(x, tensors)
+    table = _table(coefficients, x, previous_x0 is not None, noise is not None)
+    if pool is not None and (x.ndim != 4 or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
+        raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
+    arguments = (x, model_output, table, previous_x0, None if indices is not None else noise, indices, seed, step, steps)
+    arguments += (pool or 0, return_x0, check_finite, choose_for(x, model_output, backend))
+    if out is None:
+        x_next, x0, pooled, flags = torch.ops.advkd.sampler_step(*arguments)
+    else:
+        x_next, (x0, pooled, flags) = out, torch.ops.advkd.sampler_step_out(*arguments, out)
+    if check_finite and flags.any():
+        wrong = flags.nonzero().flatten().tolist()
+        raise InputError(f"the next state of sample {', '.join(map(str, wrong[:8]))} is not finite: check x and model_output")
+    return x_next, x0 if return_x0 else None, pooled if pool else None
 
 
-def sampler_step_reference(x, model_output, c, previous_x0=None, noise=None, pool=None, return_x0=True):
-    """The specification of :func:`sampler_step`."""
+def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
+    """The specification of :func:`sampler_step`: writes ``out`` and what else is not None."""
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    state, m = x.to(arithmetic), model_output.to(arithmetic)
-    x0 = (c.k_x * state + c.k_m * m).clamp(-c.clip, c.clip)
-    x_next = c.c_0 * x0 + c.c_x * state + c.c_m * m
-    if c.c_h:
-        x_next = x_next + c.c_h * previous_x0.to(arithmetic)
-    if c.c_z:
-        x_next = x_next + c.c_z * noise.to(arithmetic)
-    pooled = F.avg_pool2d(x_next, pool).to(x.dtype) if pool else None
-    return x_next.to(x.dtype), x0.to(x.dtype) if return_x0 else None, pooled
+    k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = table.to(arithmetic).reshape(-1, 8, *[1] * (x.ndim - 1)).unbind(1)
+    state, m = x.to(arithmetic), m.to(arithmetic)
+    clean = torch.minimum(torch.maximum(k_x * state + k_m * m, -clip), clip)
+    x_next = c_0 * clean + c_x * state + c_m * m
+    if previous_x0 is not None:
+        x_next = x_next + c_h * previous_x0.to(arithmetic)
+    if indices is not None:
+        noise = philox.normal_reference(indices, seed, x.shape[1:], philox.STREAMS["step"], step if steps is None else steps)
+    if noise is not None:
+        x_next = x_next + c_z * noise.to(arithmetic)
+    out.copy_(x_next)
+    if x0 is not None:
+        x0.copy_(clean)
+    if pooled is not None:
+        pooled.copy_(F.avg_pool2d(x_next, pool))
+    if flags is not None:
+        flags.copy_(~torch.isfinite(x_next.to(x.dtype)).flatten(1).all(1))
 
 
+def _counters(noise, x):
+    """The seed, indices, step and steps of a noise triple."""
+    if len(noise) != 3:
+        raise InputError(f"noise must be a tensor or (seed, sample indices, step), got {len(noise)} values")
+    seed, indices, step = noise
+    steps = step if isinstance(step, torch.Tensor) else None
+    if steps is None:
+        seed, indices, _ = philox.validated(seed, indices, "step", step)
+    else:
+        seed, indices, _ = philox.validated(seed, indices, "step", 0)
+        if steps.dtype != torch.int64 or steps.numel() not in (1, len(x)) or steps.device != x.device:
+            raise InputError(f"noise's step must be an int or an int64 tensor of 1 or {len(x)} elements on {x.device}")
+        if steps.device.type == "cpu" and steps.numel() and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
+            raise InputError(f"noise's step must be in [0, 2^24), got {steps.tolist()}")
+    if len(indices) != len(x):
+        raise InputError(f"noise has {len(indices)} sample indices for {len(x)} samples")
+    return seed, indices.to(x.device), 0 if steps is not None else step, steps
+
+
+def _check_tensors(x, tensors):
+    if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
+        raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sampler_step has no gradient, and x requires one: call it under torch.no_grad()")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        mixed = name == "model_output" and tensor.dtype in DTYPES and x.dtype in DTYPES
+        if tensor.shape != x.shape or tensor.device != x.device or (tensor.dtype != x.dtype and not mixed):
+            found, expected = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (tensor, x))
+            raise InputError(f"{name} is {found}, expected {expected} as x")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"sampler_step has no gradient, and {name} requires one: call it under torch.no_grad()")
+    if tensors["out"] is not None and not torch.compiler.is_compiling():
+        _check_out(x, tensors)
+
+
+def _check_out(x, tensors):
+    """``out`` is laid out like ``x``, and it is one of the other tensors or shares nothing with them."""
+    out = tensors["out"]
+    if not out.is_contiguous(memory_format=memory_format(x)):
+        raise InputError(f"out must be laid out like x ({memory_format(x)}), got strides {out.stride()}")
+    for name, tensor in {"x": x, **tensors}.items():
+        if name == "out" or tensor is None or not tensor.numel():
+            continue
+        first, last = (tensor.data_ptr(), tensor.data_ptr() + sum(s * (n - 1) for n, s in zip(tensor.shape, tensor.stride())))
+        span = (last - first + 1) * tensor.element_size()
+        same = first == out.data_ptr() and tensor.stride() == out.stride() and tensor.dtype == out.dtype
+        if not same and first < out.data_ptr() + out.numel() * out.element_size() and out.data_ptr() < first + span:
+            raise InputError(f"out overlaps {name} without being the same tensor")
+
+
+def _table(coefficients, x, history, noisy):
+    """The rows for the kernels, checked: one, or one per sample."""
+    if isinstance(coefficients, torch.Tensor):
+        rows = coefficients.reshape(1, -1) if coefficients.ndim == 1 else coefficients
+        wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if rows.ndim != 2 or rows.shape[1] != len(COEFFICIENTS) or len(rows) not in (1, len(x)):
+            shape = tuple(coefficients.shape)
+            raise InputError(f"coefficients must have shape (8,), (1, 8) or ({len(x)}, 8) for {len(x)} samples, got {shape}")
+        if rows.dtype != wanted or rows.device != x.device:
+            raise InputError(f"coefficients must be {wanted} on {x.device}, got {rows.dtype} on {rows.device}")
+        return rows.contiguous()
+    single = isinstance(coefficients, StepCoefficients)
+    steps = (coefficients,) if single else tuple(coefficients)
+    if not single and len(steps) != len(x):
+        raise InputError(f"coefficients must be one StepCoefficients or one per sample ({len(x)}), got {len(steps)}")
+    for step in steps:
+        for name, weight, given in (("previous_x0", step.c_h, history), ("noise", step.c_z, noisy)):
+            if weight != 0 and not given:
+                raise InputError(f"{name} is needed: its coefficient is {weight}")
+    return _rows(steps, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(steps, device, dtype):
+    # Kept, so that a loop over the same steps copies nothing to the device the second time.
+    return coefficient_table(steps, device, dtype)
+
+
+def choose_for(x, model_output, backend):
+    """:func:`backends.choose`, with float64 for the reference alone."""
+    chosen = backends.choose("sampler_step", backend, x.device)
+    if chosen == "reference" or x.dtype in DTYPES:
+        return chosen
+    if backend != "auto":
+        raise InputError(f"x must be float32, bfloat16 or float16 for backend {backend!r}, got {x.dtype}")
+    return "reference"
+
+
+def memory_format(x):
+    """The layout of a step: channels_last where ``x`` is that and not contiguous, else contiguous."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _triton(*args):
+    from advkd.kernels import sampler_step
+
+    sampler_step.launch(*args)
+
+
+_LAUNCH = {
+    "reference": sampler_step_reference,
+    "cpu": lambda *args: torch.ops.advkd_cpu.sampler_step(*args),
+}
 backends.implement("sampler_step")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, int step, "
+    "Tensor? steps, int pool, bool return_x0, bool check_finite, str backend"
+)
+_LIBRARY.define(f"sampler_step({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"sampler_step_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
+
+
+def _sampler_step(x, *arguments):
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    return out, *_sampler_step_out(x, *arguments, out)
+
+
+def _sampler_step_out(
+    x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend, out
+):
+    layout = memory_format(x)
+    dense = [t if t is None else t.contiguous(memory_format=layout) for t in (x, model_output, previous_x0, noise)]
+    x0, pooled, flags = _outputs(x, layout, pool, return_x0, check_finite)
+    if x.numel():
+        wanted = (x0 if return_x0 else None, pooled if pool else None, flags if check_finite else None)
+        x, model_output, previous_x0, noise = dense
+        _LAUNCH[backend](x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool, out, *wanted)
+    return x0, pooled, flags
+
+
+def _outputs(x, layout, pool, return_x0, check_finite):
+    """x0, the pooled state and one flag per sample, zero; empty where they are not wanted."""
+    x0 = torch.empty_like(x, memory_format=layout) if return_x0 else x.new_empty(0)
+    small = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else (0,)
+    pooled = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=layout if pool else torch.contiguous_format)
+    return x0, pooled, x.new_zeros(len(x) if check_finite else 0, dtype=torch.int32)
+
+
+def _fake(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
+    return torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, memory_format(x), pool, return_x0, check_finite)
+
+
+def _fake_out(*arguments):
+    return _fake(*arguments[:-1])[1:]
+
+
+for _name, _function, _shape in (("sampler_step", _sampler_step, _fake), ("sampler_step_out", _sampler_step_out, _fake_out)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"advkd::{_name}", _shape, lib=_LIBRARY)
+backends.refuse_gradients(_LIBRARY, "sampler_step")
