@@ -151,7 +151,11 @@ def host_flags(include=True):
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
 LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
 # The levels that a kernel is compiled for beside the baseline; the files not named here know no instruction set.
-KERNELS = {"philox.cpp": (".avx2", ".avx512"), "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16")}
+KERNELS = {
+    "philox.cpp": (".avx2", ".avx512"),
+    "sampler_step.cpp": (".avx2", ".avx512"),
+    "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16"),
+}
 
 
 def cpu_units(files, machine=platform.machine()):

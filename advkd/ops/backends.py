@@ -50,13 +50,18 @@ def choose(name, backend, device):
         InputError: ``backend`` is not a backend's name.
         BackendUnavailableError: the backend asked for cannot run; the message gives the reason.
     """
+    return _choose(name, backend, device, os.environ.get("ADVKD_BACKEND", "auto"))
+
+
+@functools.cache
+def _choose(name, backend, device, preferred):
+    """:func:`choose`, remembered: an op of a few microseconds asks on every call."""
     if backend not in (*BACKENDS, "auto"):
         raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     if backend != "auto":
         if reason := gap(name, backend, device):
             raise BackendUnavailableError(f"backend {backend!r} cannot run {name} on {device}: {reason}")
         return backend
-    preferred = os.environ.get("ADVKD_BACKEND", "auto")
     if preferred not in (*BACKENDS, "auto"):
         raise InputError(f"ADVKD_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {preferred!r}")
     order = BACKENDS if preferred == "auto" else (preferred, *BACKENDS)

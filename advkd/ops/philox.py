@@ -70,7 +70,7 @@ def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
 
 
 def validated(seed, indices, stream, step):
-    """The seed as a signed 64-bit integer, the indices as a tensor, the stream's code; :class:`InputError` names what is wrong."""
+    """The seed as a signed 64-bit integer, the indices as a tensor and the stream's code, or an :class:`InputError`."""
     if isinstance(indices, range):
         indices = torch.arange(indices.start, indices.stop, indices.step)
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:

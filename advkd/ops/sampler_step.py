@@ -3,8 +3,7 @@
 x0 = clamp(k_x x + k_m m, -clip, clip);  x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z
 
 with m the network's output, x0_prev the previous step's x0 and z standard normal noise. A sampler is a table of coefficients:
-:mod:`advkd.schedulers` has DDIM (Song et al. 2020), DDPM (Ho et al. 2020), Euler (Karras et al. 2022) and DPM-Solver++(2M) (Lu et
-al. 2022), :mod:`advkd.samplers` the re-noising samplers.
+:mod:`advkd.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
 """
 
 import functools
@@ -72,8 +71,8 @@ def sampler_step(
         x: state ``(N, ...)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last; another
             layout is copied to a contiguous one first.
         model_output: the network's output, ``x``'s shape; any of the three dtypes.
-        coefficients: :class:`StepCoefficients`; or a sequence of N of them, one per sample (a batch at mixed timesteps); or rows
-            of a :func:`coefficient_table` on ``x``'s device, ``(8,)``, ``(1, 8)`` or ``(N, 8)``. The values of a tensor are
+        coefficients: :class:`StepCoefficients`; or a sequence of N of them, one per sample (a batch at mixed timesteps); or
+            rows of a :func:`coefficient_table` on ``x``'s device, ``(8,)``, ``(1, 8)`` or ``(N, 8)``. The values of a tensor are
             not read on the host: there a term whose tensor is missing counts as zero.
         previous_x0: x0 of the previous step, like ``x``; needed where ``c_h`` is not 0.
         noise: standard normal tensor like ``x``, or ``(seed, sample indices, step)`` for the Philox noise of stream "step"
@@ -104,15 +103,16 @@ def sampler_step(
     if pool is not None and (x.ndim != 4 or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
     arguments = (x, model_output, table, previous_x0, None if indices is not None else noise, indices, seed, step, steps)
-    arguments += (pool or 0, return_x0, check_finite, choose_for(x, model_output, backend))
     if out is None:
-        x_next, x0, pooled, flags = torch.ops.advkd.sampler_step(*arguments)
+        out, *others = torch.ops.advkd.sampler_step.default(*arguments, pool or 0, return_x0, check_finite, backend)
     else:
-        x_next, (x0, pooled, flags) = out, torch.ops.advkd.sampler_step_out(*arguments, out)
-    if check_finite and flags.any():
-        wrong = flags.nonzero().flatten().tolist()
-        raise InputError(f"the next state of sample {', '.join(map(str, wrong[:8]))} is not finite: check x and model_output")
-    return x_next, x0 if return_x0 else None, pooled if pool else None
+        wanted = _outputs(x, pool, return_x0, check_finite)
+        torch.ops.advkd.sampler_step_out.default(*arguments, pool or 0, backend, out, *wanted)
+        others = [tensor for tensor in wanted if tensor is not None]
+    if check_finite:
+        _refuse_infinite(others.pop())
+    pooled = others.pop() if pool else None
+    return out, others.pop() if return_x0 else None, pooled
 
 
 def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
@@ -134,7 +134,7 @@ def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step,
     if pooled is not None:
         pooled.copy_(F.avg_pool2d(x_next, pool))
     if flags is not None:
-        flags.copy_(~torch.isfinite(x_next.to(x.dtype)).flatten(1).all(1))
+        flags.copy_(~torch.isfinite(x_next.to(x.dtype)).reshape(len(x), -1).all(1))
 
 
 def _counters(noise, x):
@@ -149,8 +149,11 @@ def _counters(noise, x):
         seed, indices, _ = philox.validated(seed, indices, "step", 0)
         if steps.dtype != torch.int64 or steps.numel() not in (1, len(x)) or steps.device != x.device:
             raise InputError(f"noise's step must be an int or an int64 tensor of 1 or {len(x)} elements on {x.device}")
-        if steps.device.type == "cpu" and steps.numel() and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
+        readable = steps.device.type == "cpu" and steps.numel() and not torch.compiler.is_compiling()
+        if readable and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
             raise InputError(f"noise's step must be in [0, 2^24), got {steps.tolist()}")
+    if x.numel() > 2**34 * max(len(x), 1):
+        raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // len(x)}")
     if len(indices) != len(x):
         raise InputError(f"noise has {len(indices)} sample indices for {len(x)} samples")
     return seed, indices.to(x.device), 0 if steps is not None else step, steps
@@ -159,8 +162,6 @@ def _counters(noise, x):
 def _check_tensors(x, tensors):
     if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
         raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("sampler_step has no gradient, and x requires one: call it under torch.no_grad()")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -168,8 +169,6 @@ def _check_tensors(x, tensors):
         if tensor.shape != x.shape or tensor.device != x.device or (tensor.dtype != x.dtype and not mixed):
             found, expected = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (tensor, x))
             raise InputError(f"{name} is {found}, expected {expected} as x")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"sampler_step has no gradient, and {name} requires one: call it under torch.no_grad()")
     if tensors["out"] is not None and not torch.compiler.is_compiling():
         _check_out(x, tensors)
 
@@ -179,14 +178,22 @@ def _check_out(x, tensors):
     out = tensors["out"]
     if not out.is_contiguous(memory_format=memory_format(x)):
         raise InputError(f"out must be laid out like x ({memory_format(x)}), got strides {out.stride()}")
-    for name, tensor in {"x": x, **tensors}.items():
-        if name == "out" or tensor is None or not tensor.numel():
+    first, last = _span(out)
+    for name, tensor in (("x", x), *tensors.items()):
+        if tensor is None or tensor is out:
             continue
-        first, last = (tensor.data_ptr(), tensor.data_ptr() + sum(s * (n - 1) for n, s in zip(tensor.shape, tensor.stride())))
-        span = (last - first + 1) * tensor.element_size()
-        same = first == out.data_ptr() and tensor.stride() == out.stride() and tensor.dtype == out.dtype
-        if not same and first < out.data_ptr() + out.numel() * out.element_size() and out.data_ptr() < first + span:
+        begin, end = _span(tensor)
+        same = begin == first and tensor.dtype == out.dtype and tensor.stride() == out.stride()
+        if begin < last and first < end and not same:
             raise InputError(f"out overlaps {name} without being the same tensor")
+
+
+def _span(tensor):
+    """First and one past the last address that a tensor may touch."""
+    first = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
+    return first, first + tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))
 
 
 def _table(coefficients, x, history, noisy):
@@ -217,7 +224,7 @@ def _rows(steps, device, dtype):
     return coefficient_table(steps, device, dtype)
 
 
-def choose_for(x, model_output, backend):
+def choose_for(x, backend):
     """:func:`backends.choose`, with float64 for the reference alone."""
     chosen = backends.choose("sampler_step", backend, x.device)
     if chosen == "reference" or x.dtype in DTYPES:
@@ -227,68 +234,77 @@ def choose_for(x, model_output, backend):
     return "reference"
 
 
+def _refuse_infinite(flags):
+    wrong = flags.nonzero().flatten().tolist()
+    if wrong:
+        raise InputError(f"the next state of sample {', '.join(map(str, wrong[:8]))} is not finite: check x and model_output")
+
+
 def memory_format(x):
     """The layout of a step: channels_last where ``x`` is that and not contiguous, else contiguous."""
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _triton(*args):
-    from advkd.kernels import sampler_step
-
-    sampler_step.launch(*args)
+def _cpu(*args):
+    torch.ops.advkd_cpu.sampler_step.default(*args)
 
 
-_LAUNCH = {
-    "reference": sampler_step_reference,
-    "cpu": lambda *args: torch.ops.advkd_cpu.sampler_step(*args),
-}
-backends.implement("sampler_step")
+_LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu}
+backends.implement("sampler_step", "cpu")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, int step, "
-    "Tensor? steps, int pool, bool return_x0, bool check_finite, str backend"
+    "Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, "
+    "int step, Tensor? steps, int pool"
 )
-_LIBRARY.define(f"sampler_step({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"sampler_step_out({_ARGUMENTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
+# The next state, then x0, the pooled state and one flag per sample, as far as they are asked for.
+_LIBRARY.define(f"sampler_step({_ARGUMENTS}, bool return_x0, bool check_finite, str backend) -> Tensor[]")
+_LIBRARY.define(
+    f"sampler_step_out({_ARGUMENTS}, str backend, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()"
+)
 
 
-def _sampler_step(x, *arguments):
-    out = torch.empty_like(x, memory_format=memory_format(x))
-    return out, *_sampler_step_out(x, *arguments, out)
+def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
+    outputs = (torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, pool, return_x0, check_finite))
+    _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs)
+    return [tensor for tensor in outputs if tensor is not None]
 
 
-def _sampler_step_out(
-    x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend, out
-):
+def _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
+    _refuse_gradients(x, m, previous_x0, noise)
+    launch = _LAUNCH[choose_for(x, backend)]
     layout = memory_format(x)
-    dense = [t if t is None else t.contiguous(memory_format=layout) for t in (x, model_output, previous_x0, noise)]
-    x0, pooled, flags = _outputs(x, layout, pool, return_x0, check_finite)
     if x.numel():
-        wanted = (x0 if return_x0 else None, pooled if pool else None, flags if check_finite else None)
-        x, model_output, previous_x0, noise = dense
-        _LAUNCH[backend](x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool, out, *wanted)
-    return x0, pooled, flags
+        x, m, previous_x0, noise = (t if t is None else t.contiguous(memory_format=layout) for t in (x, m, previous_x0, noise))
+        launch(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, *outputs)
 
 
-def _outputs(x, layout, pool, return_x0, check_finite):
-    """x0, the pooled state and one flag per sample, zero; empty where they are not wanted."""
-    x0 = torch.empty_like(x, memory_format=layout) if return_x0 else x.new_empty(0)
-    small = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else (0,)
-    pooled = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=layout if pool else torch.contiguous_format)
-    return x0, pooled, x.new_zeros(len(x) if check_finite else 0, dtype=torch.int32)
+def _refuse_gradients(*tensors):
+    # Here and not in an autograd formula, whose wrapper would double the time of a small step.
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("sampler_step has no gradient (order of differentiability 0): call it under torch.no_grad()")
+
+
+def _outputs(x, pool, return_x0, check_finite):
+    """x0, the pooled state and one flag per sample, zero; None where they are not wanted."""
+    layout = memory_format(x)
+    x0 = torch.empty_like(x, memory_format=layout) if return_x0 else None
+    small = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else None
+    pooled = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=layout) if pool else None
+    return x0, pooled, x.new_zeros(len(x), dtype=torch.int32) if check_finite else None
 
 
 def _fake(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
-    return torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, memory_format(x), pool, return_x0, check_finite)
+    _refuse_gradients(x, m, previous_x0, noise)
+    outputs = (torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, pool, return_x0, check_finite))
+    return [tensor for tensor in outputs if tensor is not None]
 
 
-def _fake_out(*arguments):
-    return _fake(*arguments[:-1])[1:]
+def _fake_out(x, m, table, previous_x0, noise, *others):
+    _refuse_gradients(x, m, previous_x0, noise)
 
 
 for _name, _function, _shape in (("sampler_step", _sampler_step, _fake), ("sampler_step_out", _sampler_step_out, _fake_out)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"advkd::{_name}", _shape, lib=_LIBRARY)
-backends.refuse_gradients(_LIBRARY, "sampler_step")

@@ -5,12 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu/conv_block.h"
 #include "cpu/dispatch.h"
 #include "cpu/philox.h"
+#include "cpu/sampler_step.h"
 #include "cpu/student_forward.h"
 
 namespace advkd {
@@ -57,6 +60,82 @@ Tensor philox_normal(
   Tensor out = torch::stable::new_empty(indices, full, ScalarType::Float);
   launch<float>(indices, philox_parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_normal), out);
   return out;
+}
+
+StepDtype step_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return StepDtype::float32;
+    case ScalarType::BFloat16: return StepDtype::bfloat16;
+    case ScalarType::Half: return StepDtype::float16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "sampler_step takes float32, bfloat16 and float16");
+}
+
+const void* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+// The tensors' common layout: contiguous, or NHWC.
+void set_layout(SamplerStep& s, const Tensor& x) {
+  const int64_t dims = x.dim();
+  const bool image = dims == 4, contiguous = x.is_contiguous();
+  s.samples = x.size(0);
+  const i64 size = s.samples ? x.numel() / s.samples : 0;
+  s.channels = contiguous ? 1 : x.size(1);
+  s.planes = image && contiguous ? x.size(1) : 1;
+  s.height = image ? x.size(2) : 1;
+  s.width = s.height ? size / (s.planes * s.height) : 0;
+  STD_TORCH_CHECK(contiguous || (image && x.stride(1) == 1 && x.stride(3) == s.channels), "x must be contiguous or channels_last");
+}
+
+void sampler_step(
+    const Tensor& x,
+    const Tensor& model_output,
+    const Tensor& table,
+    std::optional<Tensor> previous_x0,
+    std::optional<Tensor> noise,
+    std::optional<Tensor> indices,
+    int64_t seed,
+    int64_t step,
+    std::optional<Tensor> steps,
+    int64_t pool,
+    Tensor out,
+    std::optional<Tensor> x0,
+    std::optional<Tensor> pooled,
+    std::optional<Tensor> flags) {
+  if (x.numel() == 0) return;
+  SamplerStep s{};
+  set_layout(s, x);
+  STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Float && table.size(1) == 8, "table must be float32 (rows, 8)");
+  STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == s.samples), "one index per sample");
+  STD_TORCH_CHECK(!indices || x.numel() / s.samples <= i64{1} << 34, "a sample has at most 2^34 elements");
+  STD_TORCH_CHECK(!steps || steps->is_contiguous(), "steps must be contiguous");
+  s.x = x.const_data_ptr();
+  s.model_output = model_output.const_data_ptr();
+  s.previous_x0 = pointer(previous_x0);
+  s.noise = pointer(noise);
+  s.out = out.mutable_data_ptr();
+  s.x0 = const_cast<void*>(pointer(x0));
+  s.pooled = const_cast<void*>(pointer(pooled));
+  s.flags = static_cast<std::int32_t*>(const_cast<void*>(pointer(flags)));
+  s.rows = static_cast<const StepRow*>(table.const_data_ptr());
+  s.row_count = table.size(0);
+  s.indices = static_cast<const std::int64_t*>(pointer(indices));
+  s.steps = static_cast<const std::int64_t*>(pointer(steps));
+  s.step_count = steps ? steps->numel() : 0;
+  constexpr i64 kStream = 1;  // "step"
+  s.philox = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  s.pool = pool;
+  s.dtype = step_dtype(x);
+  s.model_dtype = step_dtype(model_output);
+  // What is larger than the caches goes past them, but for a step in place, whose lines are there already.
+  constexpr i64 kCached = i64{4} << 20;
+  s.stream = s.out != s.x && s.out != s.model_output && x.numel() * (s.dtype == StepDtype::float32 ? 4 : 2) > kCached;
+  constexpr i64 kElementsPerTask = 1 << 15;
+  const i64 pieces = s.samples * step_pieces_per_sample(s), grain = std::max<i64>(1, kElementsPerTask / step_piece(s));
+  const SamplerStepKernel kernel = ADVKD_DISPATCH(sampler_step);
+  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
 }
 
 // The student's convolutions.
@@ -213,6 +292,9 @@ std::string isa() {
 STABLE_TORCH_LIBRARY(advkd_cpu, m) {
   m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
   m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
+  m.def(
+      "sampler_step(Tensor x, Tensor model_output, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, "
+      "int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");
   m.def("conv_pack(Tensor weight, Tensor bias, int[] layer) -> Tensor");
   m.def("conv_block(Tensor x, Tensor packed, int[] layer, float slope) -> Tensor");
   m.def("student_forward(Tensor z, Tensor[] packed, int[] layers, float slope) -> Tensor");
@@ -227,6 +309,7 @@ STABLE_TORCH_LIBRARY(advkd_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CPU, m) {
   m.impl("philox_words", TORCH_BOX(&advkd::philox_words));
   m.impl("philox_normal", TORCH_BOX(&advkd::philox_normal));
+  m.impl("sampler_step", TORCH_BOX(&advkd::sampler_step));
   m.impl("conv_pack", TORCH_BOX(&advkd::conv_pack));
   m.impl("conv_block", TORCH_BOX(&advkd::conv_block));
   m.impl("student_forward", TORCH_BOX(&advkd::student_forward));

@@ -10,12 +10,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
 namespace advkd::ADVKD_ISA {
-
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -38,8 +39,11 @@ typedef std::uint32_t VU __attribute__((vector_size(4 * kLanes)));
 typedef std::uint16_t VH __attribute__((vector_size(2 * kLanes)));
 typedef std::uint16_t VHUnaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-// bfloat16 as it lies in memory.
+// bfloat16 and IEEE half precision as they lie in memory.
 struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
   std::uint16_t bits;
 };
 
@@ -84,17 +88,90 @@ inline V load(const bf16* p) {
   return (V)(__builtin_convertvector(half, VU) << 16);
 }
 
+// Half precision's exponent is moved by a product with 2^112, which subnormal numbers survive.
+inline V load(const f16* p) {
+  const VH half = *reinterpret_cast<const VHUnaligned*>(p);
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xFFFF, (__m256i)half);
+#else
+  const VU bits = __builtin_convertvector(half, VU);
+  const VU magnitude = (bits & 0x7FFFu) << 13;
+  const VU finite = (VU)((V)magnitude * 0x1p112f);
+  return (V)((magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite) | (bits & 0x8000u) << 16);
+#endif
+}
+
+inline V narrow(V x, const float*) {
+  return x;
+}
+
 // Round to nearest, ties to even; a NaN stays one.
-inline void store(bf16* p, V x) {
+inline VH narrow(V x, const bf16*) {
 #if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(x);
-  std::memcpy(p, &half, sizeof half);
+  return (VH)_mm512_cvtneps_pbh(x);
 #else
   const VU bits = (VU)x;
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const VU quiet = (bits >> 16) | 0x40u;
-  *reinterpret_cast<VHUnaligned*>(p) = __builtin_convertvector(x == x ? rounded : quiet, VH);
+  return __builtin_convertvector(x == x ? rounded : quiet, VH);
 #endif
+}
+
+inline VH narrow(V x, const f16*) {
+#if defined(__AVX512F__)
+  return (VH)_mm512_maskz_cvtps_ph(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const VU bits = (VU)x & 0x7FFFFFFFu;
+  const VU normal = (bits - 0x38000000u + 0x0FFFu + ((bits >> 13) & 1u)) >> 13;
+  // The sum with 1/2 rounds to a multiple of 2^-24, the smallest subnormal number.
+  const VU small = (VU)((V)bits + 0.5f) - 0x3F000000u;
+  VU half = bits < 0x38800000u ? small : normal;
+  half = bits >= 0x47800000u ? VU{} + 0x7C00u : half;
+  half = bits > 0x7F800000u ? ((bits >> 13) & 0x3FFu) | 0x7E00u : half;
+  return __builtin_convertvector(half | ((VU)x >> 16 & 0x8000u), VH);
+#endif
+}
+
+inline void store(bf16* p, V x) {
+  *reinterpret_cast<VHUnaligned*>(p) = narrow(x, p);
+}
+
+inline void store(f16* p, V x) {
+  *reinterpret_cast<VHUnaligned*>(p) = narrow(x, p);
+}
+
+// Stores that leave the caches to what will be read again; the address must be aligned to the vector.
+inline void store_past_caches(float* p, V x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
+inline void store_past_caches(void* p, VH x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x);
+#else
+  std::memcpy(p, &x, sizeof x);
+#endif
+}
+
+// Stores past the caches come before what follows.
+inline void order_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+inline bool is_vector_aligned(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(V) == 0;
 }
 
 inline float to_float(float x) {
@@ -162,6 +239,16 @@ struct Product<bf16> {
   static V add(V sum, Weight w, Pixel x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
 #endif
 };
+
+template <std::size_t... I>
+inline V sum_of_pairs(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+}
+
+// a0 + a1, a2 + a3, ..., b0 + b1, ...
+inline V sum_of_pairs(V a, V b) {
+  return sum_of_pairs(a, b, std::make_index_sequence<kLanes>{});
+}
 
 template <int kDistance, std::size_t... I>
 inline V interleave_sum(V a, V b, std::index_sequence<I...>) {

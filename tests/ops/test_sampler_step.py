@@ -1,132 +1,388 @@
-"""The one step against diffusers' schedulers, for every prediction type, with and without clipping."""
+"""Parity of every backend of the sampler step with its reference, its noise, and what it refuses."""
 
-import dataclasses
+import hashlib
+import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import StepCoefficients, sampler_step
+from advkd.ops import StepCoefficients, backends, coefficient_table, philox_normal, sampler_step
+from advkd.ops.philox import STREAMS, rounds_reference
+from advkd.ops.sampler_step import _LAUNCH, memory_format, sampler_step_reference
 
-from ..conftest import tiny_teacher
+from ..conftest import process_environment
 
-PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-# The first step, two in the middle, and the last, which goes to alpha_bar = 1.
-DDIM_STEPS = [(980, 960), (500, 480), (20, 0), (0, None)]
-
-
-def states():
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, 3, 5, 7, generator=generator) for _ in range(3))
-
-
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("t", "following"), DDIM_STEPS)
-def test_ddim_is_diffusers_ddim(t, following, prediction, clip):
-    from diffusers import DDIMScheduler
-
-    theirs = DDIMScheduler(prediction_type=prediction, clip_sample=clip, set_alpha_to_one=True)
-    theirs.set_timesteps(50)
-    teacher = tiny_teacher(prediction_type=prediction, clip_sample=clip)
-    x, output, _ = states()
-    expected = theirs.step(output, t, x)
-    ours, x0, _ = sampler_step(x, output, teacher.coefficients(t, following, "ddim"), return_x0=True)
-    scale = max(1.0, float(x.abs().max()), float(expected.prev_sample.abs().max()))
-    assert (ours - expected.prev_sample).abs().max() <= 2e-6 * scale
-    scale = max(1.0, float(expected.pred_original_sample.abs().max()))
-    assert (x0 - expected.pred_original_sample).abs().max() <= 5e-5 * scale
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+COEFFICIENTS = StepCoefficients(k_x=1.3, k_m=-0.6, c_0=0.8, c_x=0.15, c_m=0.2, c_h=-0.3, c_z=0.4, clip=0.9)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Every shape has a reason: one vector and less, odd sides, sizes that no vector divides, several pieces of work, no image at all.
+SHAPES = [(1, 1, 4, 4), (2, 3, 5, 7), (3, 4, 33, 16), (2, 3, 64, 64), (2, 1, 96, 96), (5,), (2, 3, 4, 5, 6)]
+SEED, STEP = 2**40 + 3, 7
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("t", [999, 500, 1, 0])
-def test_ddpm_is_diffusers_ddpm(t, prediction, variance, monkeypatch):
-    from diffusers import DDPMScheduler
-    from diffusers.schedulers import scheduling_ddpm
-
-    theirs = DDPMScheduler(prediction_type=prediction, variance_type=variance)
-    theirs.set_timesteps(1000)
-    teacher = tiny_teacher(prediction_type=prediction, variance_type=variance)
-    x, output, noise = states()
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **options: noise)
-    expected = theirs.step(output, t, x).prev_sample
-    coefficients = teacher.coefficients(t, t - 1 if t else None, "ddpm")
-    ours, _, _ = sampler_step(x, output, coefficients, noise=noise)
-    # diffusers computes the coefficients in float32.
-    assert (ours - expected).abs().max() <= 2e-4
+def fast_backends(device):
+    return [b for b in ("cpu", "triton", "cuda") if backends.gap("sampler_step", b, torch.device(device)) is None]
 
 
-def test_ddpm_mean_is_the_posterior_mean():
-    """Ho et al. 2020, eq. 7, in float64."""
-    teacher = tiny_teacher(clip_sample=False, prediction_type="sample")
-    x, x0, _ = (tensor.double() for tensor in states())
-    t = 600
-    a, b = float(teacher.alpha_bars[t]), float(teacher.alpha_bars[t - 1])
-    beta = 1 - a / b
-    mean = b**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - b) / (1 - a) * x
-    ours, _, _ = sampler_step(x, x0, dataclasses.replace(teacher.coefficients(t, t - 1, "ddpm"), c_z=0.0))
-    assert (ours - mean).abs().max() < 1e-12
+def make(shape, dtype=torch.float32, model_dtype=None, last=False, device="cpu", offset=0):
+    """x, model output, history and noise; ``offset`` elements past an allocation's start, so that vectors are not aligned."""
+    generator = torch.Generator().manual_seed(len(shape))
+    layout = torch.channels_last if last else torch.contiguous_format
+    tensors = []
+    for kind in (dtype, model_dtype or dtype, dtype, dtype):
+        values = torch.randn(shape, generator=generator).to(device, kind).contiguous(memory_format=layout)
+        place = torch.empty(values.numel() + offset, dtype=kind, device=device)[offset:].as_strided(shape, values.stride())
+        tensors.append(place.copy_(values) if offset else values)
+    return tensors
 
 
-def test_pool_history_noise_and_dtype():
-    coefficients = StepCoefficients(k_x=0.5, k_m=-0.25, c_0=2.0, c_x=0.1, c_m=0.2, c_h=0.3, c_z=0.4, clip=0.7)
-    generator = torch.Generator().manual_seed(1)
-    x, m, previous, z = (torch.randn(2, 1, 8, 8, generator=generator).bfloat16() for _ in range(4))
-    x_next, x0, pooled = sampler_step(x, m, coefficients, previous_x0=previous, noise=z, pool=4, return_x0=True)
-    x64, m64, p64, z64 = (tensor.double() for tensor in (x, m, previous, z))
-    x0_64 = (0.5 * x64 - 0.25 * m64).clamp(-0.7, 0.7)
-    next_64 = 2 * x0_64 + 0.1 * x64 + 0.2 * m64 + 0.3 * p64 + 0.4 * z64
-    # float32 arithmetic, one rounding to bfloat16 (relative 2^-8 of the largest value).
-    assert x_next.dtype == torch.bfloat16
-    assert (x_next - next_64).abs().max() <= 2**-8 * next_64.abs().max()
-    assert (x0 - x0_64).abs().max() <= 2**-8
-    assert (pooled - torch.nn.functional.avg_pool2d(next_64, 4)).abs().max() <= 2**-8 * next_64.abs().max()
-    assert sampler_step(x, m, coefficients, previous_x0=previous, noise=z, return_x0=False)[1:] == (None, None)
+def launch(backend, tensors, table, noise=None, pool=0, history=True, flags=False):
+    """A launcher's outputs (next state, x0, pooled, flags), all poisoned before."""
+    x, m, previous, z = tensors
+    layout = memory_format(x)
+    poison = lambda shape: torch.full(shape, torch.nan, dtype=x.dtype, device=x.device).contiguous(memory_format=layout)  # noqa: E731
+    offset = x.storage_offset()
+    base = torch.full((x.numel() + offset,), torch.nan, dtype=x.dtype, device=x.device)
+    out, x0 = base[offset:].as_strided(x.shape, x.stride()), poison(x.shape)
+    pooled = poison((*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool)) if pool else None
+    flagged = torch.zeros(len(x), dtype=torch.int32, device=x.device) if flags else None
+    drawn = (None, 0, 0, None)
+    if noise == "philox":
+        drawn = (torch.arange(5, 5 + len(x), device=x.device) * 2**31, SEED, STEP, None)
+    elif noise == "philox, steps":
+        drawn = (torch.arange(len(x), device=x.device), SEED, 0, torch.arange(len(x), device=x.device) + 3)
+    arguments = (x, m, table, previous if history else None, z if noise == "tensor" else None, *drawn, pool)
+    (_LAUNCH[backend] if backend != "reference" else sampler_step_reference)(*arguments, out, x0, pooled, flagged)
+    return [t for t in (out, x0, pooled, flagged) if t is not None]
 
 
-def test_channels_last_and_empty():
-    coefficients = StepCoefficients(1.0, -0.5, 0.9, 0.1)
-    x, m, _ = states()
-    dense, _, _ = sampler_step(x, m, coefficients)
-    last, _, _ = sampler_step(x.to(memory_format=torch.channels_last), m.to(memory_format=torch.channels_last), coefficients)
-    assert torch.equal(dense, last)
-    assert sampler_step(x[:0], m[:0], coefficients)[0].shape == (0, 3, 5, 7)
+def assert_parity(backend, tensors, table, **options):
+    """At most twice the error of the reference in the same dtype; normals may differ by 2e-6, sums of a pool by their length."""
+    found = launch(backend, tensors, table, **options)
+    again = launch(backend, tensors, table, **options)
+    eager = launch("reference", tensors, table, **options)
+    exact = launch("reference", [t.double() for t in tensors], table.double(), **options)
+    for ours, twice, same, wanted in zip(found, again, eager, exact, strict=True):
+        assert torch.equal(ours, twice) and ours.dtype == same.dtype and ours.stride() == same.stride()
+        scale = wanted.abs().max().item() + 1
+        floor = 2e-6 * scale if options.get("noise") else 2.0**-23 * scale
+        # One rounding to the storage's format may fall the other way.
+        floor += torch.finfo(ours.dtype).eps * scale if ours.dtype in (torch.bfloat16, torch.float16) else 0
+        error, theirs = ((t.double() - wanted).abs().max().item() for t in (ours, same))
+        assert error <= 2 * theirs + floor
+
+
+def table_for(tensors, rows=1):
+    steps = [COEFFICIENTS, StepCoefficients(1, -0.5, 0.5, c_x=0.5, c_h=0.1, c_z=0.2)]
+    return coefficient_table((steps * len(tensors[0]))[: len(tensors[0]) if rows > 1 else 1], tensors[0].device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("noise", [None, "tensor", "philox", "philox, steps"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, last, noise, device):
+    if last and len(shape) != 4:
+        pytest.skip("channels_last is a layout of images")
+    tensors = make(shape, last=last, device=device)
+    for backend, rows in itertools.product(fast_backends(device), (1, 2)):
+        assert_parity(backend, tensors, table_for(tensors, rows), noise=noise, flags=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_of_dtypes(dtype, model_dtype, device):
+    for (shape, last), noise in itertools.product([((2, 3, 5, 7), True), ((2, 3, 32, 32), False)], (None, "philox")):
+        tensors = make(shape, dtype, model_dtype, last, device)
+        for backend in fast_backends(device):
+            assert_parity(backend, tensors, table_for(tensors), noise=noise, pool=0, flags=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("noise", [None, "philox"])
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    # One pixel; halves, quarters and a whole image; odd r; a row of more than one vector; sides that differ; 6 = 2 x 3.
+    [((2, 3, 4, 6), 1), ((2, 3, 8, 8), 2), ((1, 3, 32, 64), 4), ((2, 1, 32, 32), 32), ((2, 3, 9, 6), 3), ((1, 2, 12, 90), 6)],
+    ids=str,
+)
+def test_parity_of_pooling(shape, pool, noise, last, device):
+    for dtype, backend in itertools.product((torch.float32, torch.bfloat16), fast_backends(device)):
+        tensors = make(shape, dtype, last=last, device=device)
+        assert_parity(backend, tensors, table_for(tensors, 2), noise=noise, pool=pool)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [0, 1, 3], ids=["aligned", "off by 1", "off by 3"])
+def test_larger_than_the_caches(offset, device):
+    # More than 4 MB: the CPU's stores pass the caches, where they are aligned; 401 columns leave a partial vector.
+    for width, pool in ((400, 0), (401, 0), (400, 8)):
+        tensors = make((2, 3, 800, width), device=device, offset=offset)
+        for backend in fast_backends(device):
+            assert_parity(backend, tensors, table_for(tensors), pool=pool, history=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_infinite_clip_and_missing_terms(device):
+    x, m, _, _ = make((2, 3, 8, 8), device=device)
+    c = StepCoefficients(157.0, -157.0, 0.006)
+    for backend in fast_backends(device):
+        ours, x0, pooled = sampler_step(x, m, c, backend=backend, return_x0=True)
+        wanted = 157.0 * x.double() - 157.0 * m.double()
+        assert pooled is None and (x0 - wanted).abs().max() <= 2**-22 * 157 * 8
+        assert (ours - 0.006 * wanted).abs().max() <= 2**-22 * 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_is_seen_in_the_pass(value, device):
+    # At a vector's place and in the partial last one; clipping hides an infinite x0, not an infinite state.
+    for place, dtype in itertools.product((0, -1), DTYPES):
+        x, m, _, _ = make((3, 1, 5, 7), dtype, device=device)
+        x[1].flatten()[place] = value
+        for backend in ("reference", *fast_backends(device)):
+            with pytest.raises(InputError, match="next state of sample 1 is not finite"):
+                sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), check_finite=True, backend=backend)
+            found, _, _ = sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), backend=backend)
+            assert torch.isfinite(found[[0, 2]]).all() and not torch.isfinite(found[1]).all()
+    overflowing = torch.full((2, 1, 4, 4), 60000.0, dtype=torch.float16, device=device)
+    for backend in ("reference", *fast_backends(device)):
+        with pytest.raises(InputError, match="sample 0, 1 is not finite"):
+            sampler_step(overflowing, overflowing, StepCoefficients(1, 0, 1.1), check_finite=True, backend=backend)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_in_place(last, device):
+    for backend in ("reference", *fast_backends(device)):
+        for name in ("x", "model_output", "previous_x0", "noise"):
+            tensors = dict(zip(("x", "model_output", "previous_x0", "noise"), make((2, 3, 17, 9), last=last, device=device)))
+            expected, x0, _ = sampler_step(coefficients=COEFFICIENTS, return_x0=True, backend=backend, **tensors)
+            out = tensors[name]
+            found, clean, _ = sampler_step(coefficients=COEFFICIENTS, return_x0=True, out=out, backend=backend, **tensors)
+            assert found is out and torch.equal(out, expected) and torch.equal(clean, x0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts(device):
+    x, m, previous, z = make((2, 3, 5, 7), device=device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for backend in ("reference", *fast_backends(device)):
+        options = {"previous_x0": previous, "noise": z, "backend": backend}
+        expected, _, _ = sampler_step(x, m, COEFFICIENTS, **options)
+        # Tensors of another layout than x's are copied to it; a strided x comes out contiguous.
+        mixed, _, _ = sampler_step(last, m, COEFFICIENTS, **options)
+        assert torch.equal(mixed, expected) and mixed.is_contiguous(memory_format=torch.channels_last)
+        wide = torch.stack((x, x), -1)[..., 0]
+        strided, _, _ = sampler_step(wide, m, COEFFICIENTS, **options)
+        assert torch.equal(strided, expected) and strided.is_contiguous()
+        assert sampler_step(x[:0], m[:0], StepCoefficients(1, 1, 1), pool=1, return_x0=True)[1].shape == (0, 3, 5, 7)
+        assert sampler_step(x[..., :0], m[..., :0], StepCoefficients(1, 1, 1))[0].shape == (2, 3, 5, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_noise_is_the_stream_of_steps(last, device):
+    """A sample's noise depends on nothing but (seed, index, step), whatever the batch and the layout."""
+    x, m, _, _ = make((4, 3, 7, 9), last=last, device=device)
+    indices = torch.tensor([3, 0, 2**33, 12], device=device)
+    for backend in fast_backends(device):
+        wanted = philox_normal(SEED, indices, (3, 7, 9), stream="step", step=STEP, backend=backend)
+        options = {"coefficients": StepCoefficients(0, 0, 0, c_z=1.0), "backend": backend}
+        whole, _, _ = sampler_step(x, m, noise=(SEED, indices, STEP), **options)
+        part, _, _ = sampler_step(x[2:], m[2:], noise=(SEED, indices[2:], torch.tensor([STEP], device=device)), **options)
+        assert (whole - wanted).abs().max() <= 2e-6 and torch.equal(part, whole[2:])
+
+
+def test_noise_of_steps_is_normal_and_independent():
+    x = torch.zeros(16, 3, 32, 32)
+    drawn = [sampler_step(x, x, StepCoefficients(0, 0, 0, c_z=1.0), noise=(5, range(16), i))[0] for i in range(20)]
+    z = torch.stack(drawn).double()
+    n = z.numel()
+    # Five standard errors of each moment; pairs: over steps, samples, channels, rows, columns and within a block.
+    assert abs(z.mean()) < 5 / n**0.5 and abs(z.var() - 1) < 5 * (2 / n) ** 0.5 and abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    for axis, shift in [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (4, 3), (4, 4)]:
+        first, second = z.narrow(axis, 0, z.shape[axis] - shift), z.narrow(axis, shift, z.shape[axis] - shift)
+        for a, b in ((first, second), (first**2 - 1, second**2 - 1)):
+            product = a * b
+            assert abs(product.mean()) < 5 * product.std() / product.numel() ** 0.5
+
+
+def test_counters_never_meet():
+    """The largest image has 2^32 blocks: no counter of another sample, step or stream is the same, nor of the millionth sample."""
+    blocks, samples, steps = (0, 1, 2**32 - 1), (0, 1, 10**6 - 1, 2**32, 2**62), (0, 1, 999, 2**24 - 1)
+    words = set()
+    corners = list(itertools.product(blocks, samples, steps, STREAMS.values()))
+    for block, index, step, stream in corners:
+        counter = (block, index & 0xFFFFFFFF, index >> 32, stream << 24 | step)
+        assert all(0 <= word < 2**32 for word in counter)
+        words.add(tuple(int(w) for w in rounds_reference([torch.tensor([word]) for word in counter], (1, 2))))
+    assert len(words) == len(corners)
+    huge = torch.zeros(1, 1).expand(1, 2**34 + 4)
+    with pytest.raises(InputError, match="2\\^34 numbers per sample"):
+        sampler_step(huge, huge, COEFFICIENTS, noise=(0, range(1), 0))
+
+
+def step_digest():
+    """SHA-256 of steps of all dtypes and both layouts, with noise, history, pooling, halves that are subnormal, and NaN."""
+    digest = hashlib.sha256()
+    for dtype, model_dtype, last in itertools.product(DTYPES, DTYPES, (False, True)):
+        x, m, previous, _ = make((3, 3, 12, 20), dtype, model_dtype, last)
+        x[0] *= 1e-6
+        x[1, 0, 0, 0] = torch.nan
+        m[2] *= 1e5
+        options = {"previous_x0": previous, "noise": (9, range(3), 4), "pool": 2, "return_x0": True, "backend": "cpu"}
+        for tensor in sampler_step(x, m, COEFFICIENTS, **options):
+            # A NaN's bits are the processor's own.
+            digest.update(torch.nan_to_num(tensor.float(), nan=7.0).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(level):
+    code = "from tests.ops.test_sampler_step import step_digest; print(step_digest())"
+    environment = process_environment({"ADVKD_ISA": level})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.strip() == step_digest()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_bits(threads):
+    x, m, previous, _ = make((3, 3, 96, 128))
+    options = {"previous_x0": previous, "noise": (9, range(3), 4), "pool": 8, "backend": "cpu"}
+    expected = sampler_step(x, m, COEFFICIENTS, **options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = sampler_step(x, m, COEFFICIENTS, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+
+
+@pytest.mark.slow
+def test_more_elements_than_a_32_bit_number():
+    x = torch.ones(3, 1, 2**15, 22000, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    m = x.clone()
+    m[-1, -1, -1, -1] = 3.0
+    found, _, _ = sampler_step(x, m, StepCoefficients(1.0, 1.0, 1.0), out=x, backend="cpu")
+    assert found[-1, -1, -1, -1] == 4 and found[-1, -1, -1, -2] == 2 and found[0, 0, 0, 0] == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(backend):
+    x, m, previous, z = make((2, 1, 4, 4))
+    table = coefficient_table([COEFFICIENTS])
+    everything = (x, m, table, previous, None, torch.arange(2), 1, 2, None, 2)
+    torch.library.opcheck(torch.ops.advkd.sampler_step.default, (*everything, True, True, backend))
+    torch.library.opcheck(
+        torch.ops.advkd.sampler_step.default, (x, m, table, previous, z, None, 0, 0, None, 0, False, False, backend)
+    )
+    outputs = (torch.empty_like(x), torch.empty_like(x), torch.empty(2, 1, 2, 2), torch.zeros(2, dtype=torch.int32))
+    torch.library.opcheck(torch.ops.advkd.sampler_step_out.default, (*everything, backend, *outputs))
+    torch.library.opcheck(torch.ops.advkd.sampler_step_out.default, (*everything[:-1], 0, backend, x.clone(), None, None, None))
+
+
+def test_compiles_whole():
+    x, m, previous, _ = make((2, 3, 8, 8))
+    table = coefficient_table([COEFFICIENTS])
+
+    def step(x, m, table, previous, indices, i):
+        return sampler_step(2 * x, m, table, previous_x0=previous, noise=(3, indices, i), pool=2, return_x0=True)
+
+    arguments = (x, m, table, previous, torch.arange(2), torch.tensor([5]))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, wanted in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_coefficients_of_one_call_and_of_every_sample():
+    x, m, _, _ = make((3, 2, 4, 4))
+    steps = [StepCoefficients(1, -0.1 * i, 0.5 + i, c_x=0.1, clip=1.0) for i in range(3)]
+    whole, _, _ = sampler_step(x, m, steps)
+    table, _, _ = sampler_step(x, m, coefficient_table(steps))
+    single = torch.cat([sampler_step(x[i : i + 1], m[i : i + 1], steps[i])[0] for i in range(3)])
+    assert torch.equal(whole, single) and torch.equal(table, single)
+    row, _, _ = sampler_step(x, m, coefficient_table(steps)[1])
+    assert torch.equal(row[1], single[1])
+
+
+def test_float64_is_the_references():
+    x, m, previous, z = (tensor.double() for tensor in make((2, 1, 3, 3)))
+    c = COEFFICIENTS
+    x0 = (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip)
+    wanted = c.c_0 * x0 + c.c_x * x + c.c_m * m + c.c_h * previous + c.c_z * z
+    found, _, _ = sampler_step(x, m, c, previous_x0=previous, noise=z)
+    assert (found - wanted).abs().max() < 1e-14
+    with pytest.raises(InputError, match="float32, bfloat16 or float16"):
+        sampler_step(x, m, StepCoefficients(1, 1, 1), backend="cpu")
 
 
 @pytest.mark.parametrize(
-    ("changes", "name"),
+    ("changes", "message"),
     [
-        ({"model_output": torch.zeros(1, 1, 4, 5)}, "model_output"),
-        ({"model_output": torch.zeros(1, 1, 4, 4).int()}, "model_output"),
+        ({"x": [1.0]}, "x must be"),
+        ({"x": torch.zeros(2, 1, 4, 4).int()}, "x must be"),
+        ({"model_output": torch.zeros(2, 1, 4, 5)}, "model_output"),
+        ({"model_output": torch.zeros(2, 1, 4, 4).int()}, "model_output"),
+        ({"model_output": torch.zeros(2, 1, 4, 4).double()}, "model_output"),
         ({"noise": torch.zeros(1)}, "noise"),
-        ({"coefficients": StepCoefficients(1, 1, 1, c_z=1.0)}, "noise"),
-        ({"coefficients": StepCoefficients(1, 1, 1, c_h=1.0)}, "previous_x0"),
+        ({"noise": torch.zeros(2, 1, 4, 4).half()}, "noise"),
+        ({"noise": (0, range(2))}, "noise"),
+        ({"noise": (0, range(3), 0)}, "noise has 3 sample indices for 2 samples"),
+        ({"noise": (-1, range(2), 0)}, "seed"),
+        ({"noise": (0, torch.zeros(2), 0)}, "indices"),
+        ({"noise": (0, range(2), 2**24)}, "step"),
+        ({"noise": (0, range(2), torch.tensor([2**24]))}, "step"),
+        ({"noise": (0, range(2), torch.zeros(3).long())}, "step"),
+        ({"coefficients": StepCoefficients(1, 1, 1, c_z=1.0)}, "noise is needed"),
+        ({"coefficients": StepCoefficients(1, 1, 1, c_h=1.0)}, "previous_x0 is needed"),
+        ({"coefficients": [StepCoefficients(1, 1, 1)] * 3}, "coefficients"),
+        ({"coefficients": torch.zeros(7)}, "coefficients"),
+        ({"coefficients": torch.zeros(3, 8)}, "coefficients"),
+        ({"coefficients": torch.zeros(8).double()}, "coefficients"),
         ({"pool": 3}, "pool"),
+        ({"pool": 0}, "pool"),
+        ({"out": torch.zeros(2, 1, 4, 5)}, "out"),
+        ({"out": torch.zeros(2, 1, 4, 8)[..., ::2]}, "out must be laid out like x"),
+        ({"backend": "gpu"}, "backend"),
     ],
 )
-def test_bad_arguments_are_named(changes, name):
-    x = torch.zeros(1, 1, 4, 4)
+def test_bad_arguments_are_named(changes, message):
+    x = torch.zeros(2, 1, 4, 4)
     arguments = {"x": x, "model_output": x, "coefficients": StepCoefficients(1, 1, 1), **changes}
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(InputError, match=message):
         sampler_step(**arguments)
 
 
-def test_no_gradient_and_no_other_backend():
+def test_out_may_not_overlap():
+    memory = torch.zeros(3, 1, 4, 4)
+    with pytest.raises(InputError, match="out overlaps x"):
+        sampler_step(memory[:2], torch.zeros(2, 1, 4, 4), StepCoefficients(1, 1, 1), out=memory[1:])
+    half = memory[:2].view(torch.float16).view(-1)[:32].view(2, 1, 4, 4)
+    with pytest.raises(InputError, match="out overlaps model_output"):
+        sampler_step(torch.zeros(2, 1, 4, 4), half, StepCoefficients(1, 1, 1), out=memory[:2])
+
+
+def test_no_gradient():
     x = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        sampler_step(x.clone().requires_grad_(), x, StepCoefficients(1, 1, 1))
-    with pytest.raises(BackendUnavailableError, match="not written"):
-        sampler_step(x, x, StepCoefficients(1, 1, 1), backend="cuda")
+    for changes in ({"x": x.clone().requires_grad_()}, {"previous_x0": x.clone().requires_grad_()}, {"out": x.clone()}):
+        arguments = {"x": x, "model_output": x.clone().requires_grad_(), "coefficients": StepCoefficients(1, 1, 1), **changes}
+        with pytest.raises(RuntimeError, match="no gradient"):
+            sampler_step(**arguments)
+        with torch.no_grad():
+            sampler_step(**arguments)
 
 
-def test_zero_terminal_snr():
-    epsilon = tiny_teacher(rescale_betas_zero_snr=True)
-    # diffusers leaves 2^-24 at the end for epsilon's sake; an exact zero must be refused.
-    epsilon.alpha_bars[999] = 0.0
-    with pytest.raises(InputError, match="alpha_bar = 0"):
-        epsilon.coefficients(999, 998, "ddim")
-    v = tiny_teacher(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    v.alpha_bars[999] = 0.0
-    x, m, _ = states()
-    assert torch.isfinite(sampler_step(x, m, v.coefficients(999, 980, "ddim"))[0]).all()
+def test_a_backend_by_name_runs_or_raises():
+    x = torch.zeros(1, 1, 4, 4)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailableError):
+            sampler_step(x, x, StepCoefficients(1, 1, 1), backend="cuda")
+    assert backends.choose("sampler_step", "auto", torch.device("cpu")) == "cpu"

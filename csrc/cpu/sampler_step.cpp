@@ -1,0 +1,202 @@
+// One step of a diffusion sampler: x0 = clamp(k_x x + k_m m), x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z.
+//
+// Bound by memory, so that everything happens in one pass: a piece's noise is drawn into a buffer of the first-level cache, then
+// every vector is loaded, combined in registers and stored, past the caches where the result is larger than they are. With
+// pooling a piece is a strip of r rows: their sum over rows stays in a row of column sums, which is then summed over columns.
+// Products and sums in the reference's order and without contraction: every instruction set gives the same bits.
+
+#include "cpu/sampler_step.h"
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/normals.h"
+
+namespace advkd::ADVKD_ISA {
+namespace {
+
+struct Coefficients {
+  explicit Coefficients(const StepRow& r)
+      : k_x(splat(r.k_x)), k_m(splat(r.k_m)), clip(splat(r.clip)), c_0(splat(r.c_0)), c_x(splat(r.c_x)), c_m(splat(r.c_m)),
+        c_h(splat(r.c_h)), c_z(splat(r.c_z)) {}
+  V k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z;
+};
+
+// The smallest magnitude that is infinite once stored.
+constexpr float overflow(const float*) { return __builtin_inff(); }
+constexpr float overflow(const bf16*) { return 0x1.FFp127f; }
+constexpr float overflow(const f16*) { return 65520.0f; }
+
+template <bool kWhole, typename T>
+inline V get(const T* p, i64 count) {
+  if constexpr (kWhole) return load(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
+template <bool kWhole, typename T>
+inline void put(T* p, V x, i64 count, bool stream) {
+  const auto narrowed = narrow(x, p);
+  if constexpr (!kWhole) {
+    std::memcpy(p, &narrowed, count * sizeof(T));
+  } else if (stream) {
+    store_past_caches(p, narrowed);
+  } else {
+    std::memcpy(p, &narrowed, sizeof narrowed);
+  }
+}
+
+// Neighbouring elements of one sample.
+template <typename X, typename M>
+struct Run {
+  const X* x;
+  const M* model_output;
+  const X* previous_x0;
+  const X* noise;
+  const float* drawn;
+  X* out;
+  X* x0;
+  float* sums;  // column sums of a strip, or null
+  bool first;   // row of the strip
+  bool stream;
+};
+
+// One vector of a run, from element i on; true lanes of the result are not finite.
+template <bool kWhole, typename X, typename M>
+inline VI combine(const Run<X, M>& run, const Coefficients& c, i64 i, i64 count) {
+  const V x = get<kWhole>(run.x + i, count), m = get<kWhole>(run.model_output + i, count);
+  V clean = c.k_x * x + c.k_m * m;
+  // In this form a NaN survives.
+  clean = clean < -c.clip ? -c.clip : clean;
+  clean = clean > c.clip ? c.clip : clean;
+  V next = c.c_0 * clean + c.c_x * x + c.c_m * m;
+  if (run.previous_x0) next = next + c.c_h * get<kWhole>(run.previous_x0 + i, count);
+  if (run.noise) next = next + c.c_z * get<kWhole>(run.noise + i, count);
+  if (run.drawn) next = next + c.c_z * get<kWhole>(run.drawn + i, count);
+  put<kWhole>(run.out + i, next, count, run.stream);
+  if (run.x0) put<kWhole>(run.x0 + i, clean, count, run.stream);
+  if (run.sums) put<kWhole>(run.sums + i, run.first ? next : next + get<kWhole>(run.sums + i, count), count, false);
+  return !(next < overflow(run.out) && -next < overflow(run.out));
+}
+
+template <typename X, typename M>
+bool is_finite_run(const Run<X, M>& run, const Coefficients& c, i64 count) {
+  VI wrong{};
+  i64 i = 0;
+  for (; i + kLanes <= count; i += kLanes) wrong |= combine<true>(run, c, i, kLanes);
+  // Past the end a partial vector is made of zeros.
+  if (i < count) wrong |= combine<false>(run, c, i, count - i);
+  std::int32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= wrong[lane];
+  return any == 0;
+}
+
+// The noise of one piece's samples, in the order of memory.
+class Noise {
+ public:
+  Noise(const SamplerStep& s, i64 largest) : s_(s) {
+    if (s.indices) logical_.resize(largest + 4 + 4 * kLanes);
+    if (s.indices && s.channels > 1) stored_.resize(largest);
+  }
+
+  // Elements begin .. begin + count - 1 of a sample's memory; null where no noise is drawn.
+  const float* draw(i64 sample, i64 begin, i64 count) {
+    if (!s_.indices) return nullptr;
+    if (s_.channels == 1) return logical(sample, begin, count);
+    const i64 channels = s_.channels, plane = s_.height * s_.width / channels;
+    for (i64 channel = 0; channel < channels; ++channel) {
+      const float* run = logical(sample, channel * plane + begin / channels, count / channels);
+      for (i64 pixel = 0; pixel < count / channels; ++pixel) stored_[pixel * channels + channel] = run[pixel];
+    }
+    return stored_.data();
+  }
+
+ private:
+  // Elements in NCHW order: block j makes 4j .. 4j + 3 of them.
+  const float* logical(i64 sample, i64 begin, i64 count) {
+    PhiloxParameters p = s_.philox;
+    if (s_.steps) p.stream_step |= static_cast<u32>(s_.steps[s_.step_count > 1 ? sample : 0]);
+    const i64 skipped = begin % 4;
+    for (i64 i = 0; i < skipped + count; i += 4 * kLanes)
+      draw_normals(static_cast<u64>(s_.indices[sample]), static_cast<u32>((begin + i) / 4), p, logical_.data() + i);
+    return logical_.data() + skipped;
+  }
+
+  const SamplerStep& s_;
+  std::vector<float> logical_, stored_;
+};
+
+// Pairs of pixels become one; reads are ahead of writes.
+void halve(float* sums, i64 pixels, i64 channels) {
+  i64 i = 0;
+  if (channels == 1)
+    for (; i + kLanes <= pixels / 2; i += kLanes)
+      store(sums + i, sum_of_pairs(load(sums + 2 * i), load(sums + 2 * i + kLanes)));
+  for (; i < pixels / 2; ++i)
+    for (i64 c = 0; c < channels; ++c) sums[i * channels + c] = sums[2 * i * channels + c] + sums[(2 * i + 1) * channels + c];
+}
+
+// The averages over r x r pixels from a strip's column sums, which are used up.
+template <typename X>
+void average(const SamplerStep& s, float* sums, X* pooled) {
+  i64 r = s.pool, pixels = s.width / s.channels;
+  for (; r % 2 == 0; r /= 2, pixels /= 2) halve(sums, pixels, s.channels);
+  const float scale = 1.0f / static_cast<float>(s.pool * s.pool);
+  for (i64 pixel = 0; pixel < pixels / r; ++pixel)
+    for (i64 c = 0; c < s.channels; ++c) {
+      float sum = 0;
+      for (i64 i = 0; i < r; ++i) sum += sums[(pixel * r + i) * s.channels + c];
+      sums[pixel * s.channels + c] = sum * scale;
+    }
+  const i64 count = pixels / r * s.channels;
+  i64 i = 0;
+  for (; i + kLanes <= count; i += kLanes) put<true>(pooled + i, load(sums + i), kLanes, false);
+  if (i < count) put<false>(pooled + i, get<false>(sums + i, count - i), count - i, false);
+}
+
+template <typename X, typename M>
+void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
+  const i64 piece = step_piece(s), pieces = step_pieces_per_sample(s), sample_size = s.planes * s.height * s.width;
+  const i64 run_size = s.pool ? s.width : piece;
+  Noise noise(s, run_size);
+  std::vector<float> sums(s.pool ? s.width : 0);
+  const auto at = [](const void* base, auto* type, i64 place) { return base ? static_cast<decltype(type)>(const_cast<void*>(base)) + place : nullptr; };
+  for (i64 item = begin; item < end; ++item) {
+    const i64 sample = item / pieces, offset = item % pieces * piece;
+    const i64 limit = offset + piece < sample_size ? offset + piece : sample_size;
+    const Coefficients c(s.rows[s.row_count > 1 ? sample : 0]);
+    for (i64 start = offset; start < limit; start += run_size) {
+      const i64 place = sample * sample_size + start, count = start + run_size < limit ? run_size : limit - start;
+      Run<X, M> run;
+      run.x = at(s.x, (X*)0, place);
+      run.model_output = at(s.model_output, (M*)0, place);
+      run.previous_x0 = at(s.previous_x0, (X*)0, place);
+      run.noise = at(s.noise, (X*)0, place);
+      run.drawn = noise.draw(sample, start, count);
+      run.out = at(s.out, (X*)0, place);
+      run.x0 = at(s.x0, (X*)0, place);
+      run.sums = s.pool ? sums.data() : nullptr;
+      run.first = start == offset;
+      run.stream = s.stream && is_vector_aligned(run.out) && (!run.x0 || is_vector_aligned(run.x0));
+      if (!is_finite_run(run, c, count) && s.flags) __atomic_store_n(s.flags + sample, 1, __ATOMIC_RELAXED);
+    }
+    const i64 strip = item % pieces, strip_size = s.pool ? s.width / s.pool : 0;
+    if (s.pool) average(s, sums.data(), static_cast<X*>(s.pooled) + (sample * pieces + strip) * strip_size);
+  }
+  if (s.stream) order_stores();
+}
+
+using Kernel = void (*)(const SamplerStep&, i64, i64);
+constexpr Kernel kKernels[3][3] = {
+    {make_pieces<float, float>, make_pieces<float, bf16>, make_pieces<float, f16>},
+    {make_pieces<bf16, float>, make_pieces<bf16, bf16>, make_pieces<bf16, f16>},
+    {make_pieces<f16, float>, make_pieces<f16, bf16>, make_pieces<f16, f16>}};
+
+}  // namespace
+
+void sampler_step(const SamplerStep& s, i64 begin, i64 end) {
+  kKernels[static_cast<int>(s.dtype)][static_cast<int>(s.model_dtype)](s, begin, end);
+}
+
+}  // namespace advkd::ADVKD_ISA
