@@ -128,13 +128,32 @@ class Noise {
 };
 
 // Pairs of pixels become one; reads are ahead of writes.
-void halve(float* sums, i64 pixels, i64 channels) {
+template <i64 kChannels>
+void halve_pixels(float* sums, i64 pixels, i64 channels) {
+  if constexpr (kChannels > 0) channels = kChannels;
   i64 i = 0;
-  if (channels == 1)
+  if constexpr (kChannels == 1)
     for (; i + kLanes <= pixels / 2; i += kLanes)
       store(sums + i, sum_of_pairs(load(sums + 2 * i), load(sums + 2 * i + kLanes)));
-  for (; i < pixels / 2; ++i)
-    for (i64 c = 0; c < channels; ++c) sums[i * channels + c] = sums[2 * i * channels + c] + sums[(2 * i + 1) * channels + c];
+  for (; i < pixels / 2; ++i) {
+    const float* pair = sums + 2 * i * channels;
+    for (i64 c = 0; c < channels; ++c) sums[i * channels + c] = pair[c] + pair[channels + c];
+  }
+}
+
+void halve(float* sums, i64 pixels, i64 channels) {
+  const auto known = channels == 1 ? halve_pixels<1> : channels == 3 ? halve_pixels<3> : halve_pixels<0>;
+  known(sums, pixels, channels);
+}
+
+// Each of `pixels / r` pixels is the sum of r neighbours.
+void sum_neighbours(float* sums, i64 r, i64 pixels, i64 channels) {
+  for (i64 pixel = 0; pixel < pixels / r; ++pixel)
+    for (i64 c = 0; c < channels; ++c) {
+      float sum = 0;
+      for (i64 i = 0; i < r; ++i) sum += sums[(pixel * r + i) * channels + c];
+      sums[pixel * channels + c] = sum;
+    }
 }
 
 // The averages over r x r pixels from a strip's column sums, which are used up.
@@ -142,17 +161,13 @@ template <typename X>
 void average(const SamplerStep& s, float* sums, X* pooled) {
   i64 r = s.pool, pixels = s.width / s.channels;
   for (; r % 2 == 0; r /= 2, pixels /= 2) halve(sums, pixels, s.channels);
-  const float scale = 1.0f / static_cast<float>(s.pool * s.pool);
-  for (i64 pixel = 0; pixel < pixels / r; ++pixel)
-    for (i64 c = 0; c < s.channels; ++c) {
-      float sum = 0;
-      for (i64 i = 0; i < r; ++i) sum += sums[(pixel * r + i) * s.channels + c];
-      sums[pixel * s.channels + c] = sum * scale;
-    }
+  if (r > 1) sum_neighbours(sums, r, pixels, s.channels);
+  const V scale = splat(1.0f / static_cast<float>(s.pool * s.pool));
   const i64 count = pixels / r * s.channels;
+  const bool stream = s.stream && is_vector_aligned(pooled);
   i64 i = 0;
-  for (; i + kLanes <= count; i += kLanes) put<true>(pooled + i, load(sums + i), kLanes, false);
-  if (i < count) put<false>(pooled + i, get<false>(sums + i, count - i), count - i, false);
+  for (; i + kLanes <= count; i += kLanes) put<true>(pooled + i, load(sums + i) * scale, kLanes, stream);
+  if (i < count) put<false>(pooled + i, get<false>(sums + i, count - i) * scale, count - i, false);
 }
 
 template <typename X, typename M>

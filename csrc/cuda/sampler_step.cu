@@ -1,0 +1,245 @@
+// One step of a diffusion sampler on NVIDIA GPUs. A thread takes a group of neighbouring elements of one channel: one vector per
+// tensor where alignment allows, one Philox call per four of them where it draws the noise.
+// Flat: a thread takes 16 bytes; the grid strides over samples x groups x channels, channels fastest (memory order).
+// Pool: a block takes `strips` strips of `pool` rows, cut into tiles of `outputs` pooled columns. Its threads are `lanes` groups of
+// four columns x `rows`; each adds its columns down every `rows`-th row in registers, then shared memory joins them.
+// Every product and sum is rounded by itself, in the reference's order. NVRTC compiles this file as it is.
+
+#include "cuda/sampler_step.h"
+
+#include "cuda/normals.cuh"
+
+namespace advkd {
+
+struct f32 {
+  using Bits = float;
+  ADVKD_INLINE float decode(float x) { return x; }
+  ADVKD_INLINE float encode(float x) { return x; }
+};
+
+struct bf16 {
+  using Bits = unsigned short;
+  ADVKD_INLINE float decode(unsigned short bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
+  ADVKD_INLINE unsigned short encode(float x) {
+    const u32 bits = __float_as_uint(x);
+    const u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<unsigned short>(x == x ? rounded : 0x7FFFu);
+  }
+};
+
+struct f16 {
+  using Bits = unsigned short;
+  ADVKD_INLINE float decode(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
+  ADVKD_INLINE unsigned short encode(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+  }
+};
+
+template <typename Bits, int kGroup>
+struct alignas(sizeof(Bits) * kGroup < 16 ? sizeof(Bits) * kGroup : 16) Vector {
+  Bits bits[kGroup];
+};
+
+// Up to a group of elements of one channel: `left` of them, `stride` apart in memory from `place`.
+struct Run {
+  i64 place, stride;
+  int left;
+  bool vector;
+};
+
+template <typename T, int kGroup>
+ADVKD_INLINE void load(const void* tensor, const Run& run, float (&to)[kGroup]) {
+  const auto* from = static_cast<const typename T::Bits*>(tensor) + run.place;
+  Vector<typename T::Bits, kGroup> vector = {};
+  if (run.vector) {
+    vector = *reinterpret_cast<const Vector<typename T::Bits, kGroup>*>(from);
+  } else {
+    for (int i = 0; i < kGroup; ++i)
+      if (i < run.left) vector.bits[i] = from[i * run.stride];
+  }
+  for (int i = 0; i < kGroup; ++i) to[i] = T::decode(vector.bits[i]);
+}
+
+// Whether what was stored is finite.
+template <typename T, int kGroup>
+ADVKD_INLINE bool store(void* tensor, const Run& run, const float (&values)[kGroup]) {
+  auto* to = static_cast<typename T::Bits*>(tensor) + run.place;
+  Vector<typename T::Bits, kGroup> vector;
+  bool finite = true;
+  for (int i = 0; i < kGroup; ++i) {
+    vector.bits[i] = T::encode(values[i]);
+    finite &= i >= run.left || fabsf(T::decode(vector.bits[i])) < __uint_as_float(0x7F800000u);
+  }
+  if (run.vector) {
+    *reinterpret_cast<Vector<typename T::Bits, kGroup>*>(to) = vector;
+  } else {
+    for (int i = 0; i < kGroup; ++i)
+      if (i < run.left) to[i * run.stride] = vector.bits[i];
+  }
+  return finite;
+}
+
+// What the elements of a sample have in common.
+struct Sample {
+  i64 number;
+  float k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z;
+  u64 index;
+  u32 stream_step;
+};
+
+template <bool kDraw>
+ADVKD_INLINE Sample sample_of(const StepParameters& p, i64 number) {
+  const float* k = p.table + number * p.row_stride;
+  Sample s = {number, k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], 0, p.stream_step};
+  if (kDraw) {
+    s.index = static_cast<u64>(p.indices[number]);
+    if (p.steps) s.stream_step |= static_cast<u32>(p.steps[number * p.step_stride]);
+  }
+  return s;
+}
+
+// Normals of a sample's logical elements first .. first + 3; where they begin inside a block the next one is drawn too.
+ADVKD_INLINE void four_normals(const StepParameters& p, const Sample& s, i64 first, float* out) {
+  u32 words[4];
+  float n[8] = {};
+  draw_words(s.index, first / 4, p.key0, p.key1, s.stream_step, words);
+  normals_of(words, n);
+  if (first % 4 != 0) {
+    draw_words(s.index, first / 4 + 1, p.key0, p.key1, s.stream_step, words);
+    normals_of(words, n + 4);
+    // Two conditional moves rather than an index that varies: the array stays in registers.
+    for (int i = 0; i < 7; ++i) n[i] = first & 1 ? n[i + 1] : n[i];
+    for (int i = 0; i < 6; ++i) n[i] = first & 2 ? n[i + 2] : n[i];
+  }
+  for (int i = 0; i < 4; ++i) out[i] = n[i];
+}
+
+// The step on `left` elements of a channel from `offset` on; the next state is stored and handed back.
+template <typename X, typename M, bool kDraw, int kGroup>
+ADVKD_INLINE void step(const StepParameters& p, const Sample& s, i64 channel, i64 offset, i64 left, float (&next)[kGroup]) {
+  const i64 place = (s.number * p.length + offset) * p.channels + channel;
+  const Run run = {place, p.channels, static_cast<int>(left < kGroup ? left : kGroup), p.vectors && left >= kGroup && offset % kGroup == 0};
+  float x[kGroup], m[kGroup], previous[kGroup] = {}, z[kGroup] = {}, clean[kGroup];
+  load<X>(p.x, run, x);
+  load<M>(p.m, run, m);
+  if (p.previous_x0) load<X>(p.previous_x0, run, previous);
+  if (kDraw) {
+    for (int i = 0; i < kGroup; i += 4) four_normals(p, s, channel * p.length + offset + i, z + i);
+  } else if (p.noise) {
+    load<X>(p.noise, run, z);
+  }
+  for (int i = 0; i < kGroup; ++i) {
+    float c = __fadd_rn(__fmul_rn(s.k_x, x[i]), __fmul_rn(s.k_m, m[i]));
+    // Comparisons rather than fminf and fmaxf: NaN must survive.
+    c = c < -s.clip ? -s.clip : c;
+    c = c > s.clip ? s.clip : c;
+    clean[i] = c;
+    next[i] = __fadd_rn(__fadd_rn(__fmul_rn(s.c_0, c), __fmul_rn(s.c_x, x[i])), __fmul_rn(s.c_m, m[i]));
+    if (p.previous_x0) next[i] = __fadd_rn(next[i], __fmul_rn(s.c_h, previous[i]));
+    if (kDraw || p.noise) next[i] = __fadd_rn(next[i], __fmul_rn(s.c_z, z[i]));
+  }
+  // Every thread that finds an offender writes the same 1.
+  if (!store<X>(p.out, run, next) && p.flags) p.flags[s.number] = 1;
+  if (p.x0) store<X>(p.x0, run, clean);
+}
+
+template <typename X, typename M, bool kDraw>
+ADVKD_INLINE void flat(const StepParameters& p) {
+  constexpr int kGroup = 16 / sizeof(typename X::Bits);
+  const i64 groups = (p.length + kGroup - 1) / kGroup, items = p.samples * groups * p.channels;
+  const i64 stride = static_cast<i64>(gridDim.x) * kStepThreads;
+  for (i64 item = static_cast<i64>(blockIdx.x) * kStepThreads + threadIdx.x; item < items; item += stride) {
+    const i64 pixel = p.channels == 1 ? item : item / p.channels, offset = pixel % groups * kGroup;
+    float next[kGroup];
+    step<X, M, kDraw>(p, sample_of<kDraw>(p, pixel / groups), item - pixel * p.channels, offset, p.length - offset, next);
+  }
+}
+
+// Where a thread of the pool kernel works: its part of the block and the block's tile.
+struct Tile {
+  int lane, row, slot;
+  i64 strip, output, channel;
+};
+
+ADVKD_INLINE Tile tile_of(const StepParameters& p, i64 tile) {
+  const int thread = threadIdx.x;
+  const Tile t = {thread % p.lanes, thread / p.lanes % p.rows, thread / (p.lanes * p.rows), 0, 0, 0};
+  const i64 per_strip = p.column_tiles * p.channel_tiles, strip = tile / per_strip, rest = tile % per_strip;
+  return {t.lane, t.row, t.slot, strip * p.strips + t.slot, rest / p.channel_tiles * p.outputs, rest % p.channel_tiles * p.tile_channels};
+}
+
+// The step on a thread's columns; their sums down its rows.
+template <typename X, typename M, bool kDraw>
+ADVKD_INLINE void column_sums(const StepParameters& p, const Tile& t, i64 strips_per_sample, float (&sums)[4]) {
+  const i64 channel = t.channel + t.lane % p.tile_channels;
+  if (channel >= p.channels) return;
+  const Sample s = sample_of<kDraw>(p, t.strip / strips_per_sample);
+  const i64 first_row = t.strip % strips_per_sample * p.pool, end = (t.output + p.outputs) * p.pool;
+  const i64 columns = end < p.width ? end : p.width;
+  // A second turn is there only where one output is wider than the block.
+  for (i64 column = t.output * p.pool + 4 * (t.lane / p.tile_channels); column < columns; column += 4 * (p.lanes / p.tile_channels)) {
+    for (i64 row = t.row; row < p.pool; row += p.rows) {
+      float next[4];
+      step<X, M, kDraw>(p, s, channel, (first_row + row) * p.width + column, columns - column, next);
+      for (int i = 0; i < 4; ++i) sums[i] += column + i < columns ? next[i] : 0.0f;
+    }
+  }
+}
+
+// The tile's means from the sums of its threads' columns.
+template <typename X>
+ADVKD_INLINE void means(const StepParameters& p, const Tile& t, const float* sums) {
+  const i64 outputs = p.width / p.pool, span = p.pool < 4 * kStepThreads ? p.pool : 4 * kStepThreads;
+  for (i64 item = t.row * p.lanes + t.lane; item < p.outputs * p.tile_channels; item += p.lanes * p.rows) {
+    const i64 output = item / p.tile_channels, channel = item % p.tile_channels;
+    if (t.output + output >= outputs || t.channel + channel >= p.channels) continue;
+    float total = 0.0f;
+    for (int row = 0; row < p.rows; ++row) {
+      const float* from = sums + 4 * ((t.slot * p.rows + row) * p.lanes + channel);
+      // Where an output is whole groups of four, each thread has added its four.
+      for (i64 j = output * p.pool; j < output * p.pool + span; j += p.pool % 4 ? 1 : 4) total += from[j / 4 * 4 * p.tile_channels + j % 4];
+    }
+    const float pixels = static_cast<float>(p.pool) * static_cast<float>(p.pool);
+    auto* pooled = static_cast<typename X::Bits*>(p.pooled);
+    pooled[(t.strip * outputs + t.output + output) * p.channels + t.channel + channel] = X::encode(__fdiv_rn(total, pixels));
+  }
+}
+
+template <typename X, typename M, bool kDraw>
+ADVKD_INLINE void pool(const StepParameters& p) {
+  __shared__ float4 shared[kStepThreads];
+  const i64 strips_per_sample = p.length / p.width / p.pool;
+  for (i64 tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    const Tile t = tile_of(p, tile);
+    const bool live = t.slot < p.strips && t.strip < p.samples * strips_per_sample;
+    float sums[4] = {};
+    if (live) column_sums<X, M, kDraw>(p, t, strips_per_sample, sums);
+    if (p.pool % 4 == 0) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    shared[threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    __syncthreads();
+    if (live) means<X>(p, t, reinterpret_cast<const float*>(shared));
+    __syncthreads();
+  }
+}
+
+// Entry points by name, advkd_step_<flat or pool>_<tensor or draw>_<x>_<m>.
+#define ADVKD_STEP_DTYPES(EACH) \
+  EACH(f32, f32) EACH(f32, bf16) EACH(f32, f16) EACH(bf16, f32) EACH(bf16, bf16) EACH(bf16, f16) EACH(f16, f32) EACH(f16, bf16) EACH(f16, f16)
+#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, X, M)                                                                              \
+  extern "C" __global__ void __launch_bounds__(kStepThreads) advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) { \
+    KIND<X, M, DRAW>(p);                                                                                                       \
+  }
+#define ADVKD_STEP_ENTRIES(X, M)               \
+  ADVKD_STEP_ENTRY(flat, tensor, false, X, M)  \
+  ADVKD_STEP_ENTRY(flat, draw, true, X, M)     \
+  ADVKD_STEP_ENTRY(pool, tensor, false, X, M)  \
+  ADVKD_STEP_ENTRY(pool, draw, true, X, M)
+ADVKD_STEP_DTYPES(ADVKD_STEP_ENTRIES)
+
+}  // namespace advkd
