@@ -188,13 +188,17 @@ def classifier_train(out, **values):
 @click.option("--teacher", "teacher_source", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--out", required=True, help="Folder for the shards and the manifest.")
 @click.option("--processes", default=1, show_default=True, help="Local processes of one thread each (CPU only).")
+@click.option("--compiled/--no-compiled", default=None, help="The network through torch.compile (default: on GPUs).")
+@click.option("--autocast/--no-autocast", default=False, help="Mixed precision in bfloat16: other paths, at less cost.")
 @device_option
 @_options(TrajectoryConfig)
-def trajectories(teacher_source, out, processes, device, **values):
+def trajectories(teacher_source, out, processes, compiled, autocast, device, **values):
     """Run the teacher and store its trajectories; run again to go on after a kill.
 
     Several machines or GPUs: torchrun --nproc-per-node N -m -- advkd.cli trajectories ...
     """
+    import torch
+
     from .sampling import require_device
     from .teacher import Teacher
     from .trajectories import record_in_processes, record_trajectories
@@ -204,10 +208,11 @@ def trajectories(teacher_source, out, processes, device, **values):
     if processes != 1 and device != "cpu":
         raise InputError(f"--processes {processes} is for --device cpu; use torchrun for several GPUs")
     teacher = Teacher.from_pretrained(teacher_source, require_device(_local(device)))
+    teacher.optimize(compiled, torch.bfloat16 if autocast else None)
     if processes == 1:
         record_trajectories(teacher, config, out)
     else:
-        record_in_processes(teacher_source, config, out, processes)
+        record_in_processes(teacher_source, config, out, processes, compiled=compiled, autocast=autocast)
     finished = (Path(out) / "manifest.json").exists()
     click.echo(f"{config.num} trajectories in {out}" if finished else f"this process's shards are in {out}")
 

@@ -6,10 +6,12 @@ import math
 
 import torch
 
+from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .errors import InputError
 from .files import digest, read_json
 from .hub import PRETRAINED, reason, resolve
-from .ops import StepCoefficients, philox_normal, sampler_step
+from .ops import philox_normal
+from .sampling_loop import SamplingLoop, network_of
 
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
 SAMPLERS = ("ddim", "ddpm")
@@ -25,13 +27,14 @@ class Teacher:
     """
 
     def __init__(self, unet, scheduler, name="teacher"):
-        self.unet = unet.eval().requires_grad_(False)
+        self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
         self.alpha_bars = scheduler.alphas_cumprod.double()
         self.prediction = scheduler.config.prediction_type
         config = scheduler.config
         self.clip = float(config.clip_sample_range) if config.clip_sample else math.inf
+        self.optimize()
 
     @classmethod
     def from_pretrained(cls, source="digits", device="cpu", dtype=torch.float32):
@@ -85,6 +88,7 @@ class Teacher:
             "prediction": self.prediction,
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
+            **({"autocast": str(self._autocast)} if self._autocast else {}),
         }
 
     def num_parameters(self):
@@ -107,6 +111,19 @@ class Teacher:
         spacing = total // steps
         return [spacing * i for i in reversed(range(steps))]
 
+    def optimize(self, compiled=None, autocast=None):
+        """Choose how the network runs in :meth:`record` and :meth:`sample`; returns the teacher.
+
+        Args:
+            compiled: through ``torch.compile`` (minutes the first time, kept on disk); None: on GPUs only, where the whole
+                step is then replayed as a captured CUDA graph.
+            autocast: ``torch.bfloat16`` for mixed precision (the paths are then others, and a recording says so), or None.
+        """
+        if autocast not in (None, torch.bfloat16):
+            raise InputError(f"autocast must be None or torch.bfloat16, got {autocast}")
+        self._compiled, self._autocast, self._loop = compiled, autocast, None
+        return self
+
     @torch.no_grad()
     def path(self, x_T, sampler="ddim", steps=None, seed=0, start=0):
         """Yield ``(t, x)`` after every step of a run, x being the state after the step taken at t; the last x is x_0.
@@ -117,49 +134,62 @@ class Teacher:
             steps: number of steps; see :meth:`timesteps`.
             seed, start: seed and first index of the samples, for the step noise.
         """
-        timesteps = self.timesteps(sampler, steps)
-        x = x_T.to(self.device, torch.float32)
-        indices = torch.arange(start, start + len(x), device=self.device)
-        dtype = next(self.unet.parameters()).dtype
-        for i, t in enumerate(timesteps):
-            following = timesteps[i + 1] if i + 1 < len(timesteps) else None
-            coefficients = self.coefficients(t, following, sampler)
-            noise = philox_normal(seed, indices, self._shape, stream="step", step=i) if coefficients.c_z else None
-            output = self.unet(x.to(dtype), t).sample.float()
-            x, _, _ = sampler_step(x, output, coefficients, noise=noise, return_x0=False)
-            yield t, x
+        # A loop of its own: several paths may be walked at the same time.
+        loop = self._make_loop(network_of(self.unet, self._autocast), len(x_T), sampler, steps, seed, capture=False)
+        loop.start(x_T, start)
+        for t in self.timesteps(sampler, steps):
+            loop.step()
+            yield t, loop.x.clone(memory_format=torch.contiguous_format)
+
+    def record(self, x_T, keep, sampler="ddim", steps=None, seed=0, start=0):
+        """A run that keeps area averages of some states, made within the steps.
+
+        Args:
+            keep: ``{t: r}``: keep the r x r average of the state after the step taken at t.
+            x_T, sampler, steps, seed, start: as in :meth:`path`.
+
+        Returns:
+            ``(x_0, {t: (N, C, H / r, W / r)})`` float32 on the teacher's device.
+        """
+        loop = self._recording_loop(len(x_T), sampler, steps, seed)
+        loop.start(x_T, start)
+        kept = {}
+        for t in self.timesteps(sampler, steps):
+            pooled = loop.step(keep.get(t))
+            if pooled is not None:
+                kept[t] = pooled.clone(memory_format=torch.contiguous_format)
+        return loop.x.clone(memory_format=torch.contiguous_format), kept
 
     def sample(self, n, seed=0, sampler="ddim", steps=None, start=0):
         """Images of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32 in [-1, 1]."""
-        for _, x in self.path(self.noise(n, seed, start), sampler, steps, seed, start):
-            pass
-        return x.clamp(-1, 1)
+        x_0, _ = self.record(self.noise(n, seed, start), {}, sampler, steps, seed, start)
+        return x_0.clamp_(-1, 1)
+
+    def _recording_loop(self, n, sampler, steps, seed):
+        # The last one is kept: a recorder asks for the same again and again, and graphs hold memory.
+        key = (n, sampler, steps, seed, self.device)
+        if self._loop is None or self._loop[0] != key:
+            on_gpu = self.device.type == "cuda"
+            network = network_of(self.unet, self._autocast, on_gpu if self._compiled is None else self._compiled)
+            self._loop = (key, self._make_loop(network, n, sampler, steps, seed, capture=on_gpu))
+        return self._loop[1]
+
+    def _make_loop(self, network, n, sampler, steps, seed, capture):
+        timesteps = self.timesteps(sampler, steps)
+        table = [self.coefficients(t, s, sampler) for t, s in zip(timesteps, [*timesteps[1:], None])]
+        return SamplingLoop(network, (n, *self._shape), timesteps, table, seed, self.device, capture)
 
     def coefficients(self, t, following, sampler):
         """Coefficients of the step from timestep ``t`` to ``following`` (None: to alpha_bar = 1).
 
-        DDIM: Song et al. 2020, eq. 12, eta = 0. DDPM: Ho et al. 2020, eq. 6 and 7, with the scheduler's fixed variance.
-        The noise that DDIM re-uses is the network's, before clipping, as in diffusers.
+        DDIM with eta = 0, or DDPM with the scheduler's fixed variance: see :mod:`advkd.coefficients`.
         """
         a_t = float(self.alpha_bars[t])
         a_s = float(self.alpha_bars[following]) if following is not None else 1.0
-        signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
-        if self.prediction == "epsilon":
-            if a_t == 0:
-                raise InputError("an epsilon-predicting teacher cannot start from alpha_bar = 0 (zero terminal SNR)")
-            (k_x, k_m), (e_x, e_m) = (1 / signal, -noise / signal), (0.0, 1.0)
-        elif self.prediction == "v_prediction":
-            (k_x, k_m), (e_x, e_m) = (signal, -noise), (noise, signal)
-        else:
-            (k_x, k_m), (e_x, e_m) = (0.0, 1.0), (1 / noise, -signal / noise)
         if sampler == "ddim":
-            direction = math.sqrt(1 - a_s)
-            return StepCoefficients(k_x, k_m, math.sqrt(a_s), direction * e_x, direction * e_m, clip=self.clip)
-        ratio = a_t / a_s
-        c_0, c_x = math.sqrt(a_s) * (1 - ratio) / (1 - a_t), math.sqrt(ratio) * (1 - a_s) / (1 - a_t)
-        small = (1 - a_s) / (1 - a_t) * (1 - ratio)
-        variance = 1 - ratio if self.scheduler.config.get("variance_type") == "fixed_large" else max(small, 1e-20)
-        return StepCoefficients(k_x, k_m, c_0, c_x, c_z=math.sqrt(variance) if t > 0 else 0.0, clip=self.clip)
+            return ddim_coefficients(a_t, a_s, self.prediction, clip=self.clip)
+        variance = self.scheduler.config.get("variance_type") or "fixed_small"
+        return ddpm_coefficients(a_t, a_s, self.prediction, variance, self.clip, noisy=t > 0)
 
     @property
     def _shape(self):
@@ -233,6 +263,7 @@ def _load_scheduler(folder):
         raise InputError(f"teacher {folder}: prediction_type {scheduler.config.prediction_type!r} is not supported")
     if scheduler.config.thresholding:
         raise InputError(f"teacher {folder}: dynamic thresholding is not supported")
-    if str(scheduler.config.get("variance_type", "")).startswith("learned"):
-        raise InputError(f"teacher {folder}: a learned variance is not supported")
+    variance = scheduler.config.get("variance_type") or VARIANCES[0]
+    if variance not in VARIANCES:
+        raise InputError(f"teacher {folder}: variance_type {variance!r} is not supported (known: {', '.join(VARIANCES)})")
     return scheduler

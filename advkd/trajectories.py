@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,26 +84,30 @@ def record_trajectories(teacher, config, out, progress=True):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = [shard for shard in missing if shard % world == rank]
     bar = tqdm(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", disable=not progress or rank > 0)
-    for shard in mine:
-        start = shard * config.shard_size
-        count = min(config.shard_size, config.num - start)
-        tensors = _run_shard(teacher, config, recipe, start, count, bar)
-        metadata = {"recipe": recipe, "start": start, "count": count, "digest": digest(tensors)}
-        write_tensors(_shard_path(out, shard), tensors, metadata)
+    # One shard is written while the next one is made; no more, to bound memory.
+    with ThreadPoolExecutor(1) as writer:
+        written = None
+        for shard in mine:
+            batches = _run_shard(teacher, config, recipe, shard, bar)
+            if written is not None:
+                written.result()
+            written = writer.submit(_write_shard, out, config, recipe, shard, batches)
+        if written is not None:
+            written.result()
     bar.close()
     _finish(out, recipe)
     return Path(out)
 
 
-def record_in_processes(source, config, out, processes, progress=True):
+def record_in_processes(source, config, out, processes, progress=True, *, compiled=None, autocast=False):
     """:func:`record_trajectories` by ``processes`` local processes of one thread each, which on CPUs beats one process with
-    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes. Bad input is refused before they start.
+    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes, ``compiled`` and ``autocast`` (to bfloat16) are
+    of :meth:`Teacher.optimize`. Bad input is refused before they start.
     """
-    from .teacher import Teacher
-
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
-    _prepare(Teacher.from_pretrained(source), config, out)
+    source = (source, compiled, autocast)
+    _prepare(_load(*source), config, out)
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures) for rank in range(processes)]
@@ -120,14 +125,18 @@ def record_in_processes(source, config, out, processes, progress=True):
     return Path(out)
 
 
-def _record_as(source, config, out, rank, processes, progress, parent, failures):
+def _load(source, compiled, autocast):
     from .teacher import Teacher
 
+    return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
+
+
+def _record_as(source, config, out, rank, processes, progress, parent, failures):
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     torch.set_num_threads(1)
     try:
-        record_trajectories(Teacher.from_pretrained(source), config, out, progress)
+        record_trajectories(_load(*source), config, out, progress)
     except (InputError, OSError) as error:
         failures.put(str(error))
     except KeyboardInterrupt:
@@ -188,26 +197,64 @@ def _bytes_per_sample(recipe):
     return 2 * (pixels + latent_numel(channels, recipe["image_size"], recipe["latent_size"], recipe["detail_noise"]))
 
 
-def _run_shard(teacher, config, recipe, start, count, bar):
-    batches = [
-        _run_batch(teacher, config, recipe, start + offset, bar, min(config.batch_size, count - offset))
-        for offset in range(0, count, config.batch_size)
-    ]
-    return {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
+def _run_shard(teacher, config, recipe, shard, bar):
+    """The shard's batches, on their way to the host."""
+    start = shard * config.shard_size
+    offsets = range(0, _shard_count(config, shard), config.batch_size)
+    return [_run_batch(teacher, config, recipe, start + offset, bar) for offset in offsets]
 
 
-def _run_batch(teacher, config, recipe, start, bar, count):
+def _shard_count(config, shard):
+    return min(config.shard_size, config.num - shard * config.shard_size)
+
+
+def _run_batch(teacher, config, recipe, start, bar):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
-    start += config.start
-    x_T = teacher.noise(config.batch_size, config.seed, start)
+    x_T = teacher.noise(config.batch_size, config.seed, start + config.start)
     tensors = {"z": project(x_T, recipe["latent_size"], recipe["detail_noise"])}
-    for t, x in teacher.path(x_T, config.sampler, config.steps or None, config.seed, start):
-        for k, (wanted, side) in enumerate(zip(recipe["timesteps"], recipe["resolutions"]), 1):
-            if t == wanted:
-                tensors[f"level_{k:02d}"] = downsample(x, side)
-    tensors[f"level_{config.depth:02d}"] = x.clamp(-1, 1)
-    bar.update(count)
-    return {name: tensor.half().cpu() for name, tensor in tensors.items()}
+    wanted = list(zip(recipe["timesteps"], recipe["resolutions"]))
+    # Levels of one state are averaged from the finest of them: areas nest.
+    keep = {t: min(x_T.shape[-1] // side for other, side in wanted if other == t) for t, _ in wanted}
+    x_0, kept = teacher.record(x_T, keep, config.sampler, config.steps or None, config.seed, start + config.start)
+    for k, (t, side) in enumerate(wanted, 1):
+        tensors[f"level_{k:02d}"] = downsample(kept[t], side)
+    tensors[f"level_{config.depth:02d}"] = x_0.clamp(-1, 1)
+    bar.update(min(config.batch_size, config.num - start))
+    return _ToHost({name: tensor.half() for name, tensor in tensors.items()})
+
+
+class _ToHost:
+    """Tensors copied to the host while their device goes on; :meth:`result` waits for them."""
+
+    def __init__(self, tensors):
+        self._tensors, self._copied = tensors, None
+        device = next(iter(tensors.values())).device
+        if device.type != "cuda":
+            return
+        copies = torch.cuda.Stream(device)
+        copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copies):
+            self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+            self._copied = copies.record_event()
+        for tensor in tensors.values():
+            tensor.record_stream(copies)
+
+    def result(self):
+        """The tensors on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensors
+
+
+def _write_shard(out, config, recipe, shard, batches):
+    batches = [batch.result() for batch in batches]
+    count = _shard_count(config, shard)
+    tensors = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"the teacher's {name} is not finite in float16: its weights or its schedule are damaged")
+    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count, "digest": digest(tensors)}
+    write_tensors(_shard_path(out, shard), tensors, metadata)
 
 
 def downsample(x, side):

@@ -72,8 +72,8 @@ def sampler_step(
             layout is copied to a contiguous one first.
         model_output: the network's output, ``x``'s shape; any of the three dtypes.
         coefficients: :class:`StepCoefficients`; or a sequence of N of them, one per sample (a batch at mixed timesteps); or
-            rows of a :func:`coefficient_table` on ``x``'s device, ``(8,)``, ``(1, 8)`` or ``(N, 8)``. The values of a tensor are
-            not read on the host: there a term whose tensor is missing counts as zero.
+            rows of a :func:`coefficient_table` on ``x``'s device, ``(8,)``, ``(1, 8)`` or ``(N, 8)``. The values of a
+            tensor are not read on the host: there a term whose tensor is missing counts as zero.
         previous_x0: x0 of the previous step, like ``x``; needed where ``c_h`` is not 0.
         noise: standard normal tensor like ``x``, or ``(seed, sample indices, step)`` for the Philox noise of stream "step"
             (:func:`advkd.ops.philox_normal`) made inside the pass; ``step`` is an int, or an int64 tensor of 1 or N elements on

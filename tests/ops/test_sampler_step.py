@@ -18,7 +18,7 @@ from ..conftest import process_environment
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COEFFICIENTS = StepCoefficients(k_x=1.3, k_m=-0.6, c_0=0.8, c_x=0.15, c_m=0.2, c_h=-0.3, c_z=0.4, clip=0.9)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Every shape has a reason: one vector and less, odd sides, sizes that no vector divides, several pieces of work, no image at all.
+# Every shape has a reason: one vector and less, odd sides, sizes that no vector divides, several pieces of work, no images.
 SHAPES = [(1, 1, 4, 4), (2, 3, 5, 7), (3, 4, 33, 16), (2, 3, 64, 64), (2, 1, 96, 96), (5,), (2, 3, 4, 5, 6)]
 SEED, STEP = 2**40 + 3, 7
 
@@ -60,7 +60,7 @@ def launch(backend, tensors, table, noise=None, pool=0, history=True, flags=Fals
 
 
 def assert_parity(backend, tensors, table, **options):
-    """At most twice the error of the reference in the same dtype; normals may differ by 2e-6, sums of a pool by their length."""
+    """At most twice the error of the reference in the same dtype; normals may differ by 2e-6, sums of a pool in their order."""
     found = launch(backend, tensors, table, **options)
     again = launch(backend, tensors, table, **options)
     eager = launch("reference", tensors, table, **options)
@@ -214,7 +214,7 @@ def test_noise_of_steps_is_normal_and_independent():
 
 
 def test_counters_never_meet():
-    """The largest image has 2^32 blocks: no counter of another sample, step or stream is the same, nor of the millionth sample."""
+    """The largest image has 2^32 blocks: no counter of another sample (nor of the millionth), step or stream is the same."""
     blocks, samples, steps = (0, 1, 2**32 - 1), (0, 1, 10**6 - 1, 2**32, 2**62), (0, 1, 999, 2**24 - 1)
     words = set()
     corners = list(itertools.product(blocks, samples, steps, STREAMS.values()))
