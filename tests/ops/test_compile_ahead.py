@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib.util
+import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -10,47 +12,129 @@ from pathlib import Path
 
 import pytest
 
+from advkd.ops import cupy_kernels
+
 from ..conftest import ROOT, process_environment
 
-# Runs in a process of its own: Triton's compiler and its interpreter exclude each other.
+# Runs in a process of its own: Triton's compiler and its interpreter exclude each other. Pointers and sizes are given the alignment
+# that the usual tensors have; a tensor that a variant lacks is a constant None.
 COMPILE = """
-import sys, triton
+import json, re, sys
+import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from advkd.kernels import philox
-kernel, element = (philox.words_kernel, "*i64") if sys.argv[1] == "words" else (philox.normal_kernel, "*fp32")
-types = {"indices": "*i64", "out": element, "key": "i64", "stream_step": "i32", "count": "i64", "tiles": "i64"}
-source = ASTSource(kernel, {**types, "BLOCK": "constexpr"}, {"BLOCK": philox.BLOCK})
-compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32))
-print(len(compiled.asm["cubin"]), compiled.metadata.shared)
+from advkd.kernels import philox, sampler_step as step
+
+TYPES = {"table": "*fp32", "indices": "*i64", "steps": "*i64", "flags": "*i32", "key": "i64"}
+UNALIGNED = {*step.SCALARS, *philox.SCALARS}
+
+def compile(kernel, constants, **types):
+    types = {**{name: "i32" for name in kernel.arg_names}, **TYPES, **types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature)
+               if signature[name] != "constexpr" and name not in UNALIGNED}
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"enable_fp_fusion": False} if "table" in signature else {}
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    ptx = compiled.asm["ptx"]
+    wide = [len(re.findall(way + r"\\.global\\S*\\.v4\\.b32", ptx)) for way in ("ld", "st")]
+    print("KERNEL " + json.dumps([len(compiled.asm["cubin"]), compiled.metadata.shared, *wide]))
+
+def step_kernel(kernel, element, absent, **constants):
+    tensors = dict.fromkeys(("x", "m", "previous_x0", "noise", "out", "x0", "pooled"), "*" + element)
+    compile(kernel, {**constants, **dict.fromkeys(absent)}, **tensors)
+
+compile(philox.words_kernel, {"BLOCK": philox.BLOCK}, out="*i64", stream_step="i32", count="i64", tiles="i64")
+compile(philox.normal_kernel, {"BLOCK": philox.BLOCK}, out="*fp32", stream_step="i32", count="i64", tiles="i64")
+flat = {"CHANNELS_LAST": False, "INDEX": tl.int32, "BLOCK": step.BLOCK}
+plain = ("previous_x0", "noise", "indices", "steps", "x0", "flags")
+step_kernel(step.flat_kernel, "fp32", plain, **flat)
+step_kernel(step.flat_kernel, "fp32", ("noise",), **flat)
+step_kernel(step.flat_kernel, "bf16", ("noise", "steps"), **flat)
+step_kernel(step.flat_kernel, "fp32", ("noise", "steps"), **{**flat, "CHANNELS_LAST": True, "INDEX": tl.int64})
+pool = {"POOL": 4, **step.pool_tile(256, 4), "CHANNELS_LAST": False}
+step_kernel(step.pool_kernel, "fp32", plain, **pool)
+step_kernel(step.pool_kernel, "fp32", ("noise", "steps"), **pool)
+step_kernel(step.pool_kernel, "fp16", ("noise", "previous_x0"), **{**pool, "POOL": 3, **step.pool_tile(255, 3), "CHANNELS_LAST": True})
 """
+# Bytes of cubin and of shared memory, then 16-byte loads and stores: BLOCK * 4 elements on 128 threads are two vectors of four per
+# tensor in float32, one of eight in bfloat16; strided and odd variants have none to promise.
+WIDE = [None, None, (4, 2), (6, 4), (3, 2), None, (4, 2), (6, 4), None]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("kernel", ["words", "normal"])
-def test_triton_kernels_compile(kernel, architecture, tmp_path):
-    environment = process_environment({"TRITON_CACHE_DIR": str(tmp_path)})
-    command = [sys.executable, "-c", COMPILE, kernel, str(architecture)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_triton_kernels_compile(architecture, tmp_path):
+    environment = process_environment({"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"})
+    result = subprocess.run([sys.executable, "-c", COMPILE, str(architecture)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    size, shared = map(int, result.stdout.split())
-    assert size > 1000 and shared <= 160 * 1024
+    kernels = [json.loads(line) for line in re.findall(r"^KERNEL (.*)$", result.stdout, re.M)]
+    assert len(kernels) == len(WIDE)
+    for (size, shared, *wide), expected in zip(kernels, WIDE):
+        assert size > 1000 and shared <= 160 * 1024
+        assert expected is None or (wide[0] >= expected[0] and wide[1] >= expected[1]), (wide, expected)
+    log = result.stdout + result.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    assert len(spills) == 2 * len(kernels) and sum(spills) == 0
+    assert all(int(n) <= 96 for n in re.findall(r"Used (\d+) registers", log))
+
+
+def cuda_kernels(source, folder, architecture):
+    """Per entry point of a CUDA source: bytes spilled, registers, and its PTX; compiled once."""
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        f"-arch={architecture}",
+        "-Xptxas",
+        "-v",
+        f"-I{ROOT / 'csrc'}",
+        "--keep",
+        "--keep-dir",
+        ".",
+    ]
+    command += ["-cubin", str(ROOT / "csrc/cuda" / source), "-o", "kernels.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
+    ptx = next(Path(folder).glob("*.ptx")).read_text()
+    for part in report.split("Compiling entry function ")[1:]:
+        name = re.match(r"'(\w+)'", part)[1]
+        body = re.search(rf"\.entry {name}\(.*?^}}", ptx, re.S | re.M)[0]
+        yield (
+            name,
+            sum(map(int, re.findall(r"(\d+) bytes spill", part))),
+            int(re.search(r"Used (\d+) registers", part)[1]),
+            body,
+        )
+
+
+def known_to_nvcc(architecture):
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if architecture.rstrip("a") not in known:
+        pytest.skip(f"this nvcc does not know {architecture}")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 def test_nvcc_spills_nothing(architecture, tmp_path):
-    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    if architecture.rstrip("a") not in known:
-        pytest.skip(f"this nvcc does not know {architecture}")
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
-    command += ["-cubin", str(ROOT / "csrc/cuda/philox.cu"), "-o", str(tmp_path / "philox.cubin")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", report)
+    known_to_nvcc(architecture)
+    kernels = {name: rest for name, *rest in cuda_kernels("philox.cu", tmp_path, architecture)}
     assert sorted(kernels) == ["advkd_philox_normal", "advkd_philox_words"]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert len(spills) == 2 * len(kernels) and sum(spills) == 0
-    assert all(int(n) <= 64 for n in re.findall(r"Used (\d+) registers", report))
+    assert all(spilled == 0 and registers <= 64 for spilled, registers, _ in kernels.values())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_nvcc_sampler_step(architecture, tmp_path):
+    """Nothing spills, three blocks of 256 threads fit on a multiprocessor, and aligned tensors are read and written in vectors."""
+    known_to_nvcc(architecture)
+    kernels = list(cuda_kernels("sampler_step.cu", tmp_path, architecture))
+    dtypes = ("f32", "bf16", "f16")
+    names = itertools.product(("flat", "pool"), ("tensor", "draw"), dtypes, dtypes)
+    assert sorted(name for name, *_ in kernels) == sorted("advkd_step_" + "_".join(name) for name in names)
+    for name, spilled, registers, ptx in kernels:
+        assert spilled == 0 and registers <= 80 and ".local" not in ptx, name
+        loads, stores = (len(re.findall(way + r"\.global\S*\.v4\.", ptx)) for way in ("ld", "st"))
+        # x, m, previous_x0 and, as a tensor, noise; the next state and x0.
+        assert loads >= (3 if "draw" in name else 4) and stores == 2, name
 
 
 def nvrtc_library():
@@ -61,15 +145,18 @@ def nvrtc_library():
 
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if p.name != "register.cu"))
 def test_nvrtc_compiles_every_device_source(source):
-    """The device sources need neither Torch nor the standard library, so that CuPy can compile them."""
+    """The device sources need neither Torch nor the standard library: CuPy compiles them as they are."""
     path = nvrtc_library()
     if path is None:
         pytest.skip("NVRTC is not installed (the test extra brings it)")
     nvrtc = ctypes.CDLL(str(path))
     program = ctypes.c_void_p()
-    text = (ROOT / "csrc/cuda" / source).read_bytes()
+    text = cupy_kernels.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
-    options = [b"--gpu-architecture=compute_80", b"--std=c++17", f"-I{ROOT / 'csrc'}".encode()]
+    # What the launchers ask for, and what CuPy adds.
+    pair = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)"] if source == "sampler_step.cu" else []
+    options = [*cupy_kernels.OPTIONS, *pair, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
+    options = [option.encode() for option in options]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
