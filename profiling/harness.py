@@ -34,12 +34,14 @@ class Contestant:
         prepare: function without arguments that gives the function to time (which returns a tensor, or a list of the
             images of one). A peer whose
             preparation fails is recorded with the reason (not installed, no compiler, no export); ours must not fail.
-        kind: ``ours``, ``baseline`` or ``peer``.
+        kind: ``ours``, ``baseline``, ``peer``, or ``floor``: other work that moves as many bytes, neither compared nor beaten.
+        oracle: its own float64 result, where it differs from the case's (it draws other noise, say).
     """
 
     name: str
     prepare: object
     kind: str = "peer"
+    oracle: object = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Case:
         flop: floating-point operations per call (direct count), or None.
         moved_bytes: bytes that a call must at least read and write, or None.
         repeats: timed calls of each contestant.
+        device: where the work is done.
     """
 
     name: str
@@ -65,14 +68,15 @@ class Case:
     flop: int | None = None
     moved_bytes: int | None = None
     repeats: int = 20
+    device: str = "cpu"
 
 
-def device_folder():
+def device_folder(device="cpu"):
     """The results' folder for this machine's device."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", provenance()["device"].lower()).strip("-")
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
 
 
-def run(name, cases, parity_tests, out=None):
+def run(name, cases, parity_tests, out=None, device="cpu"):
     """Run the parity tests, then every case; write ``<name>.json`` and return whether all gates were green.
 
     Args:
@@ -80,18 +84,19 @@ def run(name, cases, parity_tests, out=None):
         cases: functions without arguments that give a :class:`Case` (built one after the other, to bound memory).
         parity_tests: pytest arguments (files below the root); they must pass before anything is timed.
         out: folder, default :func:`device_folder`.
+        device: where the cases run.
     """
     if not passes(parity_tests):
         print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
         return False
-    green, path = True, Path(out or device_folder()) / f"{name}.json"
+    green, path = True, Path(out or device_folder(device)) / f"{name}.json"
     for build in cases:
         result = run_case(build())
-        result["provenance"] = provenance()
+        result["provenance"] = provenance(device)
         green &= all(c.get("parity", {}).get("passed", True) for c in result["contestants"])
         print(format_case(result), flush=True)
         kept = [c for c in (read(name, path.parent) or {"cases": []})["cases"] if c["case"] != result["case"]]
-        stored = {"benchmark": name, "cases": [*kept, result], "parity_tests": parity_tests, "provenance": provenance()}
+        stored = {"benchmark": name, "cases": [*kept, result], "parity_tests": parity_tests, "provenance": provenance(device)}
         write_json(path, stored)
     return green
 
@@ -119,12 +124,16 @@ def run_case(case):
                 raise
             entry["missing"] = f"{type(error).__name__}: {reason(error)}"
             continue
+        if contestant.kind == "floor":
+            calls[contestant.name] = call
+            continue
         whole = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
-        error = (whole.double().cpu() - wanted.cpu()).abs().max().item()
+        expected = contestant.oracle() if contestant.oracle else wanted
+        error = (whole.double().cpu() - expected.cpu()).abs().max().item()
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if entry["parity"]["passed"]:
             calls[contestant.name] = call
-    times = measure(calls, case.repeats, warmup=3, settle=SETTLE)
+    times = measure(calls, case.repeats, warmup=3, device=case.device, settle=SETTLE)
     for entry in entries:
         if entry["name"] in times:
             entry["seconds"] = times[entry["name"]]
@@ -139,6 +148,8 @@ def _ratio(entries):
     fastest = {}
     for entry in entries:
         if "seconds" in entry:
+            if entry["kind"] == "floor":
+                continue
             side = "ours" if entry["kind"] == "ours" else "others"
             fastest[side] = min(fastest.get(side, float("inf")), entry["seconds"]["median"])
     return fastest["others"] / fastest["ours"] if len(fastest) == 2 else None
@@ -159,15 +170,19 @@ def format_case(result):
 
 
 def main(name, cases, parity_tests):
-    """The command line of a benchmark."""
+    """The command line of a benchmark; ``cases`` is a dict, or a function of the device that gives one."""
     parser = argparse.ArgumentParser(description=f"Benchmark {name}: parity first, then times, as JSON.")
     parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
     parser.add_argument("--only", help="cases whose name holds this text")
+    if callable(cases):
+        parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
+    device = getattr(options, "device", "cpu")
+    cases = cases(device) if callable(cases) else cases
     chosen = {case: build for case, build in cases.items() if not options.only or options.only in case}
     if not chosen:
         parser.error(f"--only {options.only}: no such case (known: {', '.join(cases)})")
-    sys.exit(0 if run(name, list(chosen.values()), parity_tests, options.out) else 1)
+    sys.exit(0 if run(name, list(chosen.values()), parity_tests, options.out, device) else 1)
 
 
 def gated_folder(description, parity_tests):

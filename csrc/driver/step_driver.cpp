@@ -1,0 +1,209 @@
+// Runs the sampler step against a plain double-precision loop on exactly sized buffers; no Torch. For sanitizers, emulated
+// processors and instruction counts:
+//
+//   step_driver           every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
+//   step_driver bench     a step of 4 images of 3 x 256 x 256 with noise, ten times (for counters)
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/sampler_step.h"
+
+namespace {
+
+using namespace advkd;
+
+int cases = 0, failures = 0;
+
+struct Shape {
+  i64 samples, channels, height, width, pool;
+  bool last = false;  // channels_last
+  i64 count() const { return channels * height * width; }
+  // The place in memory of element e in NCHW order.
+  i64 place(i64 e) const { return last ? e % (height * width) * channels + e / (height * width) : e; }
+};
+
+int size_of(StepDtype dtype) {
+  return dtype == StepDtype::float32 ? 4 : 2;
+}
+
+double half_value(unsigned bits, int exponent_bits) {
+  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1) return mantissa ? NAN : sign * INFINITY;
+  const int power = std::max(exponent, 1) - bias - mantissa_bits;
+  return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), power);
+}
+
+double read(const std::vector<char>& bytes, StepDtype dtype, i64 i) {
+  if (dtype == StepDtype::float32) {
+    float x;
+    std::memcpy(&x, bytes.data() + 4 * i, 4);
+    return x;
+  }
+  std::uint16_t bits;
+  std::memcpy(&bits, bytes.data() + 2 * i, 2);
+  return half_value(bits, dtype == StepDtype::bfloat16 ? 8 : 5);
+}
+
+// Numbers in [-2, 2) that every dtype holds exactly.
+std::vector<char> random_bytes(StepDtype dtype, i64 count, u32 state) {
+  std::vector<char> bytes(count * size_of(dtype));
+  for (i64 i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const float x = static_cast<float>(static_cast<int>(state >> 26) - 32) / 16;
+    u32 bits;
+    std::memcpy(&bits, &x, 4);
+    const u32 exponent = (bits >> 23 & 0xFF) - 127 + 15, mantissa = bits >> 13 & 0x3FF;
+    std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
+    if (dtype == StepDtype::float16) half = static_cast<std::uint16_t>(x == 0 ? 0 : (bits >> 16 & 0x8000) | exponent << 10 | mantissa);
+    std::memcpy(bytes.data() + size_of(dtype) * i, dtype == StepDtype::float32 ? static_cast<void*>(&bits) : &half, size_of(dtype));
+  }
+  return bytes;
+}
+
+double normal(u64 index, i64 element, PhiloxParameters p, i64 step) {
+  u32 c[4] = {static_cast<u32>(element / 4), static_cast<u32>(index), static_cast<u32>(index >> 32), p.stream_step | static_cast<u32>(step)};
+  philox_rounds(c, p.key0, p.key1);
+  const u32* pair = c + (element % 4 < 2 ? 0 : 2);
+  const double radius = std::sqrt(-2 * std::log(((pair[0] >> 8) + 1) * 0x1p-24));
+  const double angle = 6.28318530717958647f * static_cast<float>((pair[1] >> 8) * 0x1p-24);
+  return radius * (element % 2 ? std::sin(angle) : std::cos(angle));
+}
+
+double rounding(StepDtype dtype) {
+  return dtype == StepDtype::float32 ? 0x1p-24 : dtype == StepDtype::bfloat16 ? 0x1p-8 : 0x1p-11;
+}
+
+void expect(double found, double wanted, double tolerance, const char* what) {
+  if (std::abs(found - wanted) <= tolerance) return;
+  if (failures++ < 10) std::printf("case %d, %s: %g, expected %g\n", cases, what, found, wanted);
+}
+
+// Noise: 0 none, 1 a tensor, 2 drawn with one step number, 3 drawn with one per sample.
+void check(const Shape& shape, StepDtype dtype, StepDtype model_dtype, int noise, bool stream) {
+  ++cases;
+  const i64 count = shape.count(), all = shape.samples * count;
+  const auto x = random_bytes(dtype, all, 1), m = random_bytes(model_dtype, all, 2), history = random_bytes(dtype, all, 3), z = random_bytes(dtype, all, 4);
+  std::vector<char> out(all * size_of(dtype), -1), x0(all * size_of(dtype), -1);
+  std::vector<char> pooled(shape.pool ? all / (shape.pool * shape.pool) * size_of(dtype) : 0, -1);
+  std::vector<std::int32_t> flags(shape.samples);
+  std::vector<std::int64_t> indices(shape.samples), steps(shape.samples);
+  std::vector<StepRow> rows(shape.samples);
+  for (i64 n = 0; n < shape.samples; ++n) {
+    indices[n] = (n << 33) + 5;
+    steps[n] = 7 + n;
+    rows[n] = {1.25f, -0.5f, 1.5f, 0.75f + n, 0.25f, 0.125f, -0.5f, 0.375f};
+  }
+  SamplerStep s{};
+  s.x = x.data();
+  s.model_output = m.data();
+  s.previous_x0 = history.data();
+  s.noise = noise == 1 ? z.data() : nullptr;
+  s.out = out.data();
+  s.x0 = x0.data();
+  s.pooled = shape.pool ? pooled.data() : nullptr;
+  s.flags = flags.data();
+  s.rows = rows.data();
+  s.row_count = shape.samples;
+  s.indices = noise > 1 ? indices.data() : nullptr;
+  s.steps = noise > 2 ? steps.data() : nullptr;
+  s.step_count = shape.samples;
+  s.philox = philox_parameters(-3, 1, noise > 2 ? 0 : 9, 0);
+  s.samples = shape.samples;
+  s.planes = shape.last ? 1 : shape.channels;
+  s.height = shape.height;
+  s.width = shape.width * (shape.last ? shape.channels : 1);
+  s.channels = shape.last ? shape.channels : 1;
+  s.pool = shape.pool;
+  s.dtype = dtype;
+  s.model_dtype = model_dtype;
+  s.stream = stream;
+  const i64 pieces = shape.samples * step_pieces_per_sample(s);
+  // In two parts, as two threads do.
+  ADVKD_DISPATCH(sampler_step)(s, 0, pieces / 2);
+  ADVKD_DISPATCH(sampler_step)(s, pieces / 2, pieces);
+
+  const i64 r = std::max<i64>(shape.pool, 1), small_width = shape.width / r, small = count / (r * r);
+  std::vector<double> sums(shape.samples * small);
+  for (i64 n = 0; n < shape.samples; ++n)
+    for (i64 e = 0; e < count; ++e) {
+      const i64 i = n * count + shape.place(e);
+      const StepRow& c = rows[n];
+      const double state = read(x, dtype, i), output = read(m, model_dtype, i);
+      const double clean = std::clamp<double>(c.k_x * state + c.k_m * output, -c.clip, c.clip);
+      double next = c.c_0 * clean + c.c_x * state + c.c_m * output + c.c_h * read(history, dtype, i);
+      if (noise == 1) next += c.c_z * read(z, dtype, i);
+      if (noise > 1) next += c.c_z * normal(indices[n], e, s.philox, noise > 2 ? steps[n] : 0);
+      const double scale = std::abs(next) + 1;
+      expect(read(out, dtype, i), next, rounding(dtype) * scale + 3e-6, "next state");
+      expect(read(x0, dtype, i), clean, rounding(dtype) * 2 + 1e-6, "x0");
+      const i64 channel = e / (shape.height * shape.width), row = e / shape.width % shape.height, column = e % shape.width;
+      sums[n * small + (channel * (shape.height / r) + row / r) * small_width + column / r] += next / (r * r);
+    }
+  const Shape reduced{shape.samples, shape.channels, shape.height / r, small_width, 0, shape.last};
+  for (i64 n = 0; shape.pool && n < shape.samples; ++n)
+    for (i64 e = 0; e < small; ++e)
+      expect(read(pooled, dtype, n * small + reduced.place(e)), sums[n * small + e], rounding(dtype) * 4 + 3e-6, "pooled");
+}
+
+// x_next = x for every half there is: what is read is written, subnormal numbers and infinities too, and flags see the latter.
+void check_all_halves(StepDtype dtype) {
+  ++cases;
+  std::vector<char> x(2 << 16), out(2 << 16);
+  for (u32 bits = 0; bits < 1 << 16; ++bits) std::memcpy(x.data() + 2 * bits, &bits, 2);
+  const StepRow row{0, 0, INFINITY, 0, 1, 0, 0, 0};
+  std::vector<std::int32_t> flags(1 << 16);
+  std::vector<char> zero(2 << 16);
+  SamplerStep s{};
+  s.x = x.data();
+  s.model_output = zero.data();
+  s.out = out.data();
+  s.flags = flags.data();
+  s.rows = &row;
+  s.row_count = 1;
+  s.samples = 1 << 16;
+  s.planes = s.height = s.width = s.channels = 1;
+  s.dtype = s.model_dtype = dtype;
+  ADVKD_DISPATCH(sampler_step)(s, 0, s.samples * step_pieces_per_sample(s));
+  for (i64 i = 0; i < 1 << 16; ++i) {
+    const double wanted = read(x, dtype, i), found = read(out, dtype, i);
+    // k_x x is NaN where x is infinite, and so is the sum.
+    const bool right = std::isfinite(wanted) ? wanted == found && !flags[i] : std::isnan(found) && flags[i];
+    if (!right) expect(found, wanted, 0, "half");
+  }
+}
+
+int check_everything() {
+  // Less than a vector; odd sides; several pieces; rows of more than a vector; pools of one, two, odd, composite and all.
+  const Shape shapes[] = {{1, 1, 1, 1, 0}, {2, 3, 5, 7, 0}, {2, 3, 40, 33, 0}, {1, 5, 64, 64, 0},   {2, 2, 4, 6, 1},
+                          {2, 3, 8, 34, 2}, {1, 1, 32, 32, 32}, {2, 3, 9, 6, 3}, {1, 2, 12, 90, 6}, {1, 3, 8, 80, 4}};
+  const StepDtype dtypes[] = {StepDtype::float32, StepDtype::bfloat16, StepDtype::float16};
+  for (Shape shape : shapes)
+    for (const bool last : {false, true})
+      for (int noise = 0; noise < 4; ++noise)
+        for (const bool stream : {false, true}) {
+          shape.last = last;
+          check(shape, dtypes[cases % 3], dtypes[cases / 3 % 3], noise, stream);
+        }
+  check_all_halves(StepDtype::bfloat16);
+  check_all_halves(StepDtype::float16);
+  std::printf("%s: %d cases, %d failures\n", kIsaNames[static_cast<int>(current_isa())], cases, failures);
+  return failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "bench") {
+    for (int i = 0; i < 10; ++i) check({4, 3, 256, 256, 0, false}, StepDtype::float32, StepDtype::float32, 2, false);
+    return 0;
+  }
+  return check_everything() ? 1 : 0;
+}
