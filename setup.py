@@ -120,7 +120,7 @@ class BuildExtensions(build_ext):
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
         host = ",".join(host_flags(include=False))
-        flags = ["-std=c++20", "-O3", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
+        flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
         objects = [self._compile([nvcc, *flags], source, Path(source).stem + ".cuda.o") for source in files]
         self._link([nvcc, "-shared", "-cudart=static", *objects], target)
 

@@ -96,7 +96,28 @@ def _cpu_gap(device):
 
 
 def _cuda_gap(device):
-    return extension_gap("cuda") or (f"runs on CUDA tensors, not on {device}" if device.type != "cuda" else None)
+    return cuda_gap() or (f"runs on CUDA tensors, not on {device}" if device.type != "cuda" else None)
+
+
+@functools.cache
+def cuda_gap():
+    """None if the CUDA kernels can run, from the extension or compiled by CuPy; else the reasons."""
+    missing = extension_gap("cuda")
+    if missing is None or not torch.cuda.is_available():
+        return missing
+    from . import cupy_kernels
+
+    also = cupy_kernels.gap()
+    return also and f"{missing}; {also}"
+
+
+def cuda_launcher(name):
+    """Launcher ``name`` of the CUDA kernels: the extension's, or CuPy's where that is not built."""
+    if extension_gap("cuda") is None:
+        return getattr(torch.ops.advkd_cuda, name).default
+    from . import cupy_kernels
+
+    return getattr(cupy_kernels, name)
 
 
 def _triton_gap(device):

@@ -136,13 +136,13 @@ def _triton_launcher(name):
 _WORDS = {
     "reference": words_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
-    "cuda": lambda *args: torch.ops.advkd_cuda.philox_words(*args),
+    "cuda": lambda *args: backends.cuda_launcher("philox_words")(*args),
     "triton": lambda *args: _triton_launcher("words")(*args),
 }
 _NORMAL = {
     "reference": normal_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
-    "cuda": lambda *args: torch.ops.advkd_cuda.philox_normal(*args),
+    "cuda": lambda *args: backends.cuda_launcher("philox_normal")(*args),
     "triton": lambda *args: _triton_launcher("normal")(*args),
 }
 backends.implement("philox", "cpu", "triton", "cuda")

@@ -250,8 +250,18 @@ def _cpu(*args):
     torch.ops.advkd_cpu.sampler_step.default(*args)
 
 
-_LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu}
-backends.implement("sampler_step", "cpu")
+def _cuda(*args):
+    backends.cuda_launcher("sampler_step")(*args)
+
+
+def _triton(*args):
+    from advkd.kernels import sampler_step
+
+    sampler_step.launch(*args)
+
+
+_LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
+backends.implement("sampler_step", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _ARGUMENTS = (

@@ -10,9 +10,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cuda/philox.cu"
+#include "cuda/sampler_step.cu"
 
 namespace advkd {
 namespace {
@@ -20,21 +22,32 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  return stream;
+}
+
+void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, name, " launch: ", cudaGetErrorString(error));
+}
+
 template <typename Element>
-void launch(const Tensor& indices, PhiloxParameters p, void (*kernel)(const i64*, i64, PhiloxParameters, Element*), Tensor& out) {
+using PhiloxKernel = void (*)(const i64*, i64, PhiloxParameters, Element*);
+
+template <typename Element>
+void launch(const Tensor& indices, PhiloxParameters p, PhiloxKernel<Element> kernel, Tensor& out) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_contiguous(), "indices must be contiguous int64");
   STD_TORCH_CHECK(p.count <= i64{1} << 34, "a sample has at most 2^34 elements");
   const i64 samples = indices.numel(), items = samples * ((p.count + 3) / 4);
   if (items == 0) return;
   torch::stable::accelerator::DeviceGuard guard(indices.get_device());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(indices.get_device(), &stream));
   constexpr int kThreads = 256;
   const auto grid = static_cast<unsigned>(std::min<i64>((items + kThreads - 1) / kThreads, 1 << 20));
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(current_stream(indices))>>>(
       static_cast<const i64*>(indices.const_data_ptr()), samples, p, static_cast<Element*>(out.mutable_data_ptr()));
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "philox launch: ", cudaGetErrorString(error));
+  check_launch("philox");
 }
 
 Tensor philox_words(const Tensor& indices, int64_t seed, int64_t count, int64_t stream, int64_t step) {
@@ -61,15 +74,120 @@ Tensor philox_normal(
   return out;
 }
 
+// The entry points of a pair of dtypes: [pool][draw].
+using StepKernel = void (*)(StepParameters);
+struct StepKernels {
+  StepKernel entries[2][2];
+};
+#define ADVKD_STEP_POINTERS(X, M)                                                  \
+  StepKernels{{{advkd_step_flat_tensor_##X##_##M, advkd_step_flat_draw_##X##_##M}, \
+               {advkd_step_pool_tensor_##X##_##M, advkd_step_pool_draw_##X##_##M}}},
+const StepKernels kStepKernels[] = {ADVKD_STEP_DTYPES(ADVKD_STEP_POINTERS)};
+
+int step_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "sampler_step takes float32, bfloat16 and float16");
+}
+
+const void* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+void* writable(const std::optional<Tensor>& t) {
+  return t ? t->mutable_data_ptr() : nullptr;
+}
+
+bool aligned(const StepParameters& p) {
+  const void* const addresses[] = {p.x, p.m, p.previous_x0, p.noise, p.out, p.x0};
+  for (const void* address : addresses)
+    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) return false;
+  return true;
+}
+
+// Sizes, and who takes what. Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
+void set_sizes(StepParameters& p, const Tensor& x, i64 pool, int group) {
+  const bool dense = x.is_contiguous();
+  const bool last = !dense && x.dim() == 4 && x.stride(1) == 1 && x.stride(3) == x.size(1);
+  STD_TORCH_CHECK(dense || last, "x must be contiguous or channels_last");
+  constexpr i64 kMost = (i64{1} << 31) - 1;
+  const i64 channels = last && (pool || p.indices) ? x.size(1) : 1, width = pool ? x.size(3) : 0;
+  STD_TORCH_CHECK(channels <= kMost && width <= kMost, "x must have at most 2^31 - 1 channels and columns");
+  p.samples = x.size(0);
+  p.channels = static_cast<int>(channels);
+  p.length = x.numel() / (p.samples * channels);
+  p.width = static_cast<int>(width);
+  p.pool = static_cast<int>(pool);
+  p.vectors = aligned(p) && channels == 1 && (pool ? width : p.length) % group == 0;
+  step_plan(p, group);
+  STD_TORCH_CHECK(p.tiles <= kMost, "x is too large for one launch");
+}
+
+void sampler_step(
+    const Tensor& x,
+    const Tensor& m,
+    const Tensor& table,
+    std::optional<Tensor> previous_x0,
+    std::optional<Tensor> noise,
+    std::optional<Tensor> indices,
+    int64_t seed,
+    int64_t step,
+    std::optional<Tensor> steps,
+    int64_t pool,
+    Tensor out,
+    std::optional<Tensor> x0,
+    std::optional<Tensor> pooled,
+    std::optional<Tensor> flags) {
+  if (x.numel() == 0) return;
+  const int dtype = step_dtype(x), model_dtype = step_dtype(m);
+  const bool rows = table.is_contiguous() && table.scalar_type() == ScalarType::Float && table.size(1) == 8;
+  STD_TORCH_CHECK(rows && (table.size(0) == 1 || table.size(0) == x.size(0)), "table must be float32 (1 or samples, 8)");
+  STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == x.size(0)), "one index per sample");
+  STD_TORCH_CHECK(!indices || x.numel() / x.size(0) <= i64{1} << 34, "a sample has at most 2^34 elements");
+  STD_TORCH_CHECK(!steps || steps->numel() == 1 || steps->numel() == x.size(0), "one step, or one per sample");
+  constexpr i64 kStream = 1;  // "step"
+  const PhiloxParameters key = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  StepParameters p{};
+  p.x = x.const_data_ptr();
+  p.m = m.const_data_ptr();
+  p.table = static_cast<const float*>(table.const_data_ptr());
+  p.previous_x0 = pointer(previous_x0);
+  p.noise = pointer(noise);
+  p.indices = static_cast<const i64*>(pointer(indices));
+  p.steps = static_cast<const i64*>(pointer(steps));
+  p.out = out.mutable_data_ptr();
+  p.x0 = writable(x0);
+  p.pooled = writable(pooled);
+  p.flags = static_cast<int*>(writable(flags));
+  p.key0 = key.key0;
+  p.key1 = key.key1;
+  p.stream_step = key.stream_step;
+  p.row_stride = table.size(0) > 1 ? 8 : 0;
+  p.step_stride = steps && steps->numel() > 1;
+  set_sizes(p, x, pool, pool || dtype == 0 ? 4 : 8);
+  torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const StepKernel kernel = kStepKernels[3 * dtype + model_dtype].entries[pool != 0][indices.has_value()];
+  kernel<<<static_cast<unsigned>(p.tiles), kStepThreads, 0, static_cast<cudaStream_t>(current_stream(x))>>>(p);
+  check_launch("sampler_step");
+}
+
 }  // namespace
 }  // namespace advkd
 
 STABLE_TORCH_LIBRARY(advkd_cuda, m) {
   m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
   m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
+  m.def(
+      "sampler_step(Tensor x, Tensor m, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, int step, "
+      "Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
   m.impl("philox_words", TORCH_BOX(&advkd::philox_words));
   m.impl("philox_normal", TORCH_BOX(&advkd::philox_normal));
+  m.impl("sampler_step", TORCH_BOX(&advkd::sampler_step));
 }

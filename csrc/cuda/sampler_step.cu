@@ -1,8 +1,8 @@
-// One step of a diffusion sampler on NVIDIA GPUs. A thread takes a group of neighbouring elements of one channel: one vector per
-// tensor where alignment allows, one Philox call per four of them where it draws the noise.
-// Flat: a thread takes 16 bytes; the grid strides over samples x groups x channels, channels fastest (memory order).
-// Pool: a block takes `strips` strips of `pool` rows, cut into tiles of `outputs` pooled columns. Its threads are `lanes` groups of
-// four columns x `rows`; each adds its columns down every `rows`-th row in registers, then shared memory joins them.
+// One step of a diffusion sampler on NVIDIA GPUs. A thread takes groups of neighbouring elements of one channel: one vector per
+// tensor where alignment allows, one Philox call per four elements where it draws the noise.
+// Flat: a thread takes 16 bytes of x; threads run over samples x groups x channels, channels fastest (the order of memory).
+// Pool: a block takes `strips` strips of `pool` rows, as wide as `outputs` pooled columns. Its threads are `lanes` groups of four
+// columns times `rows`; each adds its columns down every `rows`-th row in registers, then shared memory joins them.
 // Every product and sum is rounded by itself, in the reference's order. NVRTC compiles this file as it is.
 
 #include "cuda/sampler_step.h"
@@ -122,9 +122,10 @@ ADVKD_INLINE void four_normals(const StepParameters& p, const Sample& s, i64 fir
 
 // The step on `left` elements of a channel from `offset` on; the next state is stored and handed back.
 template <typename X, typename M, bool kDraw, int kGroup>
-ADVKD_INLINE void step(const StepParameters& p, const Sample& s, i64 channel, i64 offset, i64 left, float (&next)[kGroup]) {
+ADVKD_INLINE void step(const StepParameters& p, const Sample& s, int channel, i64 offset, i64 left, float (&next)[kGroup]) {
   const i64 place = (s.number * p.length + offset) * p.channels + channel;
-  const Run run = {place, p.channels, static_cast<int>(left < kGroup ? left : kGroup), p.vectors && left >= kGroup && offset % kGroup == 0};
+  const bool vector = p.vectors && left >= kGroup && offset % kGroup == 0;
+  const Run run = {place, p.channels, static_cast<int>(left < kGroup ? left : kGroup), vector};
   float x[kGroup], m[kGroup], previous[kGroup] = {}, z[kGroup] = {}, clean[kGroup];
   load<X>(p.x, run, x);
   load<M>(p.m, run, m);
@@ -152,41 +153,43 @@ ADVKD_INLINE void step(const StepParameters& p, const Sample& s, i64 channel, i6
 template <typename X, typename M, bool kDraw>
 ADVKD_INLINE void flat(const StepParameters& p) {
   constexpr int kGroup = 16 / sizeof(typename X::Bits);
-  const i64 groups = (p.length + kGroup - 1) / kGroup, items = p.samples * groups * p.channels;
-  const i64 stride = static_cast<i64>(gridDim.x) * kStepThreads;
-  for (i64 item = static_cast<i64>(blockIdx.x) * kStepThreads + threadIdx.x; item < items; item += stride) {
-    const i64 pixel = p.channels == 1 ? item : item / p.channels, offset = pixel % groups * kGroup;
-    float next[kGroup];
-    step<X, M, kDraw>(p, sample_of<kDraw>(p, pixel / groups), item - pixel * p.channels, offset, p.length - offset, next);
-  }
+  const i64 groups = (p.length + kGroup - 1) / kGroup, item = static_cast<i64>(blockIdx.x) * kStepThreads + threadIdx.x;
+  const i64 pixel = p.channels == 1 ? item : item / p.channels, sample = pixel / groups;
+  const i64 offset = (pixel - sample * groups) * kGroup;
+  if (sample >= p.samples) return;
+  const int channel = static_cast<int>(item - pixel * p.channels);
+  float next[kGroup];
+  step<X, M, kDraw>(p, sample_of<kDraw>(p, sample), channel, offset, p.length - offset, next);
 }
 
-// Where a thread of the pool kernel works: its part of the block and the block's tile.
+// Where a thread of the pool kernel works: its part of the block and the first column and channel of the block's tile.
 struct Tile {
-  int lane, row, slot;
-  i64 strip, output, channel;
+  int lane, row, slot, output, channel;
+  i64 strip;
 };
 
-ADVKD_INLINE Tile tile_of(const StepParameters& p, i64 tile) {
-  const int thread = threadIdx.x;
-  const Tile t = {thread % p.lanes, thread / p.lanes % p.rows, thread / (p.lanes * p.rows), 0, 0, 0};
-  const i64 per_strip = p.column_tiles * p.channel_tiles, strip = tile / per_strip, rest = tile % per_strip;
-  return {t.lane, t.row, t.slot, strip * p.strips + t.slot, rest / p.channel_tiles * p.outputs, rest % p.channel_tiles * p.tile_channels};
+ADVKD_INLINE Tile tile_of(const StepParameters& p) {
+  const int thread = threadIdx.x, block = blockIdx.x, per_strip = p.column_tiles * p.channel_tiles, rest = block % per_strip;
+  const int slot = thread / (p.lanes * p.rows);
+  const int output = rest / p.channel_tiles * p.outputs, channel = rest % p.channel_tiles * p.tile_channels;
+  const i64 strip = static_cast<i64>(block / per_strip) * p.strips + slot;
+  return {thread % p.lanes, thread / p.lanes % p.rows, slot, output, channel, strip};
 }
 
 // The step on a thread's columns; their sums down its rows.
 template <typename X, typename M, bool kDraw>
 ADVKD_INLINE void column_sums(const StepParameters& p, const Tile& t, i64 strips_per_sample, float (&sums)[4]) {
-  const i64 channel = t.channel + t.lane % p.tile_channels;
+  const int channel = t.channel + t.lane % p.tile_channels, first = t.output * p.pool;
+  const int columns = min(p.outputs * p.pool, p.width - first), groups = p.lanes / p.tile_channels;
   if (channel >= p.channels) return;
   const Sample s = sample_of<kDraw>(p, t.strip / strips_per_sample);
-  const i64 first_row = t.strip % strips_per_sample * p.pool, end = (t.output + p.outputs) * p.pool;
-  const i64 columns = end < p.width ? end : p.width;
+  const i64 first_row = t.strip % strips_per_sample * p.pool;
   // A second turn is there only where one output is wider than the block.
-  for (i64 column = t.output * p.pool + 4 * (t.lane / p.tile_channels); column < columns; column += 4 * (p.lanes / p.tile_channels)) {
-    for (i64 row = t.row; row < p.pool; row += p.rows) {
+  for (int column = 4 * (t.lane / p.tile_channels); column < columns; column += 4 * groups) {
+#pragma unroll 1
+    for (int row = t.row; row < p.pool; row += p.rows) {
       float next[4];
-      step<X, M, kDraw>(p, s, channel, (first_row + row) * p.width + column, columns - column, next);
+      step<X, M, kDraw>(p, s, channel, (first_row + row) * p.width + first + column, columns - column, next);
       for (int i = 0; i < 4; ++i) sums[i] += column + i < columns ? next[i] : 0.0f;
     }
   }
@@ -195,19 +198,20 @@ ADVKD_INLINE void column_sums(const StepParameters& p, const Tile& t, i64 strips
 // The tile's means from the sums of its threads' columns.
 template <typename X>
 ADVKD_INLINE void means(const StepParameters& p, const Tile& t, const float* sums) {
-  const i64 outputs = p.width / p.pool, span = p.pool < 4 * kStepThreads ? p.pool : 4 * kStepThreads;
-  for (i64 item = t.row * p.lanes + t.lane; item < p.outputs * p.tile_channels; item += p.lanes * p.rows) {
-    const i64 output = item / p.tile_channels, channel = item % p.tile_channels;
+  const int outputs = p.width / p.pool, span = min(p.pool, 4 * kStepThreads);
+  const float pixels = static_cast<float>(p.pool) * static_cast<float>(p.pool);
+  for (int item = t.row * p.lanes + t.lane; item < p.outputs * p.tile_channels; item += p.lanes * p.rows) {
+    const int output = item / p.tile_channels, channel = item % p.tile_channels;
     if (t.output + output >= outputs || t.channel + channel >= p.channels) continue;
     float total = 0.0f;
     for (int row = 0; row < p.rows; ++row) {
       const float* from = sums + 4 * ((t.slot * p.rows + row) * p.lanes + channel);
       // Where an output is whole groups of four, each thread has added its four.
-      for (i64 j = output * p.pool; j < output * p.pool + span; j += p.pool % 4 ? 1 : 4) total += from[j / 4 * 4 * p.tile_channels + j % 4];
+      for (int j = output * p.pool; j < output * p.pool + span; j += p.pool % 4 ? 1 : 4)
+        total += from[j / 4 * 4 * p.tile_channels + j % 4];
     }
-    const float pixels = static_cast<float>(p.pool) * static_cast<float>(p.pool);
-    auto* pooled = static_cast<typename X::Bits*>(p.pooled);
-    pooled[(t.strip * outputs + t.output + output) * p.channels + t.channel + channel] = X::encode(__fdiv_rn(total, pixels));
+    const i64 place = (t.strip * outputs + t.output + output) * p.channels + t.channel + channel;
+    static_cast<typename X::Bits*>(p.pooled)[place] = X::encode(__fdiv_rn(total, pixels));
   }
 }
 
@@ -215,30 +219,33 @@ template <typename X, typename M, bool kDraw>
 ADVKD_INLINE void pool(const StepParameters& p) {
   __shared__ float4 shared[kStepThreads];
   const i64 strips_per_sample = p.length / p.width / p.pool;
-  for (i64 tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-    const Tile t = tile_of(p, tile);
-    const bool live = t.slot < p.strips && t.strip < p.samples * strips_per_sample;
-    float sums[4] = {};
-    if (live) column_sums<X, M, kDraw>(p, t, strips_per_sample, sums);
-    if (p.pool % 4 == 0) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    shared[threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-    __syncthreads();
-    if (live) means<X>(p, t, reinterpret_cast<const float*>(shared));
-    __syncthreads();
-  }
+  const Tile t = tile_of(p);
+  const bool live = t.slot < p.strips && t.strip < p.samples * strips_per_sample;
+  float sums[4] = {};
+  if (live) column_sums<X, M, kDraw>(p, t, strips_per_sample, sums);
+  if (p.pool % 4 == 0) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  shared[threadIdx.x] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  __syncthreads();
+  if (live) means<X>(p, t, reinterpret_cast<const float*>(shared));
 }
 
-// Entry points by name, advkd_step_<flat or pool>_<tensor or draw>_<x>_<m>.
-#define ADVKD_STEP_DTYPES(EACH) \
-  EACH(f32, f32) EACH(f32, bf16) EACH(f32, f16) EACH(bf16, f32) EACH(bf16, bf16) EACH(bf16, f16) EACH(f16, f32) EACH(f16, bf16) EACH(f16, f16)
-#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, X, M)                                                                              \
-  extern "C" __global__ void __launch_bounds__(kStepThreads) advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) { \
-    KIND<X, M, DRAW>(p);                                                                                                       \
+// Entry points by name, advkd_step_<flat or pool>_<tensor or draw>_<x>_<m>. Whoever needs one pair of dtypes defines the list.
+#ifndef ADVKD_STEP_DTYPES
+#define ADVKD_STEP_DTYPES(EACH)                    \
+  EACH(f32, f32) EACH(f32, bf16) EACH(f32, f16)    \
+  EACH(bf16, f32) EACH(bf16, bf16) EACH(bf16, f16) \
+  EACH(f16, f32) EACH(f16, bf16) EACH(f16, f16)
+#endif
+// Three blocks to a multiprocessor: with no number the compiler spills registers here and there.
+#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, X, M)                                                                    \
+  extern "C" __global__ void __launch_bounds__(kStepThreads, 3)                                                      \
+      advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) {                                              \
+    KIND<X, M, DRAW>(p);                                                                                             \
   }
-#define ADVKD_STEP_ENTRIES(X, M)               \
-  ADVKD_STEP_ENTRY(flat, tensor, false, X, M)  \
-  ADVKD_STEP_ENTRY(flat, draw, true, X, M)     \
-  ADVKD_STEP_ENTRY(pool, tensor, false, X, M)  \
+#define ADVKD_STEP_ENTRIES(X, M)              \
+  ADVKD_STEP_ENTRY(flat, tensor, false, X, M) \
+  ADVKD_STEP_ENTRY(flat, draw, true, X, M)    \
+  ADVKD_STEP_ENTRY(pool, tensor, false, X, M) \
   ADVKD_STEP_ENTRY(pool, draw, true, X, M)
 ADVKD_STEP_DTYPES(ADVKD_STEP_ENTRIES)
 

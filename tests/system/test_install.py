@@ -54,9 +54,13 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
     expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
     expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
+    # What CuPy compiles, and nothing else of the sources.
+    sources = {f"advkd/csrc/cuda/{name}" for name in ("normals.cuh", "philox.cu", "sampler_step.cu", "sampler_step.h")}
+    assert {n for n in names if n.startswith("advkd/csrc/c") and "." in n} == sources | {"advkd/csrc/common/philox.h"}
     assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
     code = (
         "import advkd, advkd.kernels.philox, torch; from advkd.ops import backends;"
+        "from advkd.ops import cupy_kernels; assert cupy_kernels.folder().parent.name == 'advkd', cupy_kernels.folder();"
         "print(advkd.__file__, advkd.kernels.philox.__file__, backends.gap('philox', 'cpu', torch.device('cpu')),"
         "len(advkd.Student.from_pretrained('digits').sample(3)))"
     )

@@ -1,0 +1,494 @@
+"""The GPU sources of the sampler step without a GPU: the Triton kernels in the interpreter; the CUDA kernels compiled for the
+host, started by the CuPy launchers through a stand-in for CuPy.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import re
+import subprocess
+import sys
+import types
+
+import numpy
+import pytest
+import torch
+
+from advkd.ops import backends, cupy_kernels
+from advkd.ops.philox import normal_reference, rounds_reference, words_reference
+from advkd.ops.sampler_step import sampler_step_reference
+
+from ..conftest import ROOT, process_environment
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    shape: tuple
+    x: torch.dtype = F32
+    m: torch.dtype = F32
+    last: bool = False
+    pool: int = 0
+    noise: str | None = None
+    steps: tuple | None = None
+    rows: bool = False
+    history: bool = False
+    x0: bool = False
+    flags: bool = False
+    in_place: str | None = None
+    offset: int = 0
+    scale: float = 1.0
+    clip: float = 0.7
+    planted: bool = False
+
+    def __str__(self):
+        changed = [f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
+        values = [f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed]
+        return ",".join(["x".join(map(str, self.shape)), *values])
+
+
+ALL = {"rows": True, "history": True, "x0": True, "flags": True}
+CASES = [
+    # Odd everywhere: no vector fits, and a channel's 35 elements split the Philox blocks.
+    Case((2, 3, 5, 7), noise="tensor", **ALL),
+    Case((2, 3, 5, 7), noise="draw", planted=True, **ALL),
+    Case((2, 3, 5, 7), last=True, noise="draw", planted=True, **ALL),
+    # The smallest: most of a block or program is beyond the end. An infinite clip does not clip.
+    Case((1, 1, 4, 4), clip=float("inf"), x0=True),
+    Case((1, 1, 1, 1), noise="draw", pool=1),
+    Case((5,), noise="draw", rows=True),
+    # Whole vectors; the flag of the planted sample alone.
+    Case((2, 3, 8, 8), planted=True, **ALL),
+    Case((2, 3, 8, 8), noise="draw", steps=(5,), in_place="x", **ALL),
+    Case((2, 3, 8, 8), noise="draw", steps=(3, 2**24 - 1), in_place="m", history=True),
+    Case((2, 3, 8, 8), noise="tensor", in_place="noise"),
+    Case((2, 3, 8, 8), last=True, noise="tensor", in_place="previous_x0", history=True),
+    # More than one block or tile per sample, the last one in part.
+    Case((3, 4, 33, 16), last=True, noise="draw", rows=True, history=True),
+    Case((2, 1500), noise="draw"),
+    # A view whose base no vector fits.
+    Case((2, 3, 8, 8), noise="draw", offset=1, x0=True),
+    Case((2, 3, 8, 8), F16, F16, noise="tensor", offset=3),
+    # Every pair of dtypes: vectors of eight beside vectors of four; sizes that fit four but not eight.
+    *(Case((2, 3, 4, 4), x, m, noise="draw", **ALL) for x in (F32, BF16, F16) for m in (F32, BF16, F16)),
+    Case((2, 1, 2, 6), BF16, F32, history=True, in_place="x"),
+    # Finite inputs, a next state that is finite in float32 and infinite as stored.
+    Case((2, 3, 8, 8), F16, F16, history=True, rows=True, flags=True, scale=1.5e4),
+    # Pooling: one pixel, powers of two, others, a whole row; columns that are not whole vectors; several strips per block.
+    Case((2, 1, 3, 4), pool=1, noise="draw", **ALL),
+    Case((2, 3, 8, 8), pool=2, planted=True, noise="tensor", **ALL),
+    Case((2, 2, 6, 10), pool=2, noise="draw", in_place="x"),
+    Case((2, 2, 9, 27), pool=3, noise="draw", steps=(7,), x0=True),
+    Case((2, 3, 6, 12), pool=3, last=True, noise="draw", rows=True),
+    Case((2, 3, 8, 16), pool=4, noise="draw", history=True, in_place="previous_x0"),
+    Case((2, 3, 8, 16), pool=4, last=True, noise="draw", flags=True, in_place="x"),
+    Case((1, 5, 16, 16), BF16, F32, pool=8, last=True, noise="tensor"),
+    Case((2, 1, 8, 8), F16, BF16, pool=8, noise="draw", offset=5),
+    # Wider than one tile of a block.
+    Case((1, 1, 4, 1100), pool=4, noise="draw"),
+    Case((1, 1, 5, 1300), pool=5),
+]
+# Slow in the interpreter, and special in CUDA alone.
+CUDA_CASES = [
+    # One output wider than a block, its last group of columns in part.
+    Case((1, 2, 1030, 1030), pool=1030, last=True, noise="draw"),
+    # Tiles of three outputs: the second begins where no vector does.
+    Case((1, 1, 301, 1204), pool=301, noise="tensor"),
+    # More channels than a block has threads.
+    Case((1, 300, 2, 4), pool=2, last=True, noise="draw"),
+]
+
+
+class Guarded:
+    """A tensor inside a larger one of NaN: `untouched` tells whether the rest still is."""
+
+    def __init__(self, shape, dtype, last, offset, device, values=None):
+        size = torch.Size(shape).numel()
+        self.buffer = torch.full((size + offset + 64,), float("nan"), dtype=dtype, device=device)
+        dense = torch.empty(shape, device="meta").contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format
+        )
+        self.tensor = self.buffer.as_strided(shape, dense.stride(), offset)
+        self.size, self.offset = size, offset
+        if values is not None:
+            self.tensor.copy_(values)
+
+    def untouched(self):
+        return bool(self.buffer[: self.offset].isnan().all() and self.buffer[self.offset + self.size :].isnan().all())
+
+
+def run(case, launch, device="cpu"):
+    """The outputs of ``launch`` on the case's inputs by name; the outputs start as NaN, with NaN around them."""
+    generator = torch.Generator().manual_seed(0)
+    n = case.shape[0]
+
+    def tensor(dtype, wanted=True):
+        values = torch.randn(case.shape, generator=generator) * case.scale
+        return Guarded(case.shape, dtype, case.last, case.offset, device, values) if wanted else None
+
+    named = {
+        "x": tensor(case.x),
+        "m": tensor(case.m),
+        "previous_x0": tensor(case.x, case.history),
+        "noise": tensor(case.x, case.noise == "tensor"),
+    }
+    if case.planted:
+        named["x"].tensor[(n - 1, *[0] * (len(case.shape) - 1))] = float("inf")
+        named["m"].tensor[n - 1, ..., -1] = float("nan")
+    table = torch.randn(n if case.rows else 1, 8, generator=generator)
+    table[:, 2] = case.clip
+    small = (*case.shape[:2], *(side // case.pool for side in case.shape[2:])) if case.pool else None
+    outputs = {
+        "out": named[case.in_place] if case.in_place else Guarded(case.shape, case.x, case.last, case.offset, device),
+        "x0": Guarded(case.shape, case.x, case.last, case.offset, device) if case.x0 else None,
+        "pooled": Guarded(small, case.x, case.last, case.offset, device) if small else None,
+    }
+    flags = torch.zeros(n, dtype=torch.int32, device=device) if case.flags else None
+    # Indices beyond 32 bits, and a seed whose upper half counts.
+    indices = torch.arange(n, device=device) * 2**33 + 5 if case.noise == "draw" else None
+    steps = None if case.steps is None else torch.tensor(case.steps, device=device)
+    x, m, previous_x0, noise = (None if g is None else g.tensor for g in named.values())
+    out, x0, pooled = (None if g is None else g.tensor for g in outputs.values())
+    launch(x, m, table.to(device), previous_x0, noise, indices, -(2**40) + 9, 7, steps, case.pool, out, x0, pooled, flags)
+    assert all(g is None or g.untouched() for g in (*named.values(), *outputs.values()))
+    results = {"out": out, "x0": x0, "pooled": pooled, "flags": flags}
+    return {name: tensor.cpu() for name, tensor in results.items() if tensor is not None}
+
+
+def check(case, launch, device="cpu", truncates=False):
+    """``launch`` against the reference: bit for bit where nothing but rounding in the stated order happens."""
+    expected = run(case, sampler_step_reference)
+    for name, ours in run(case, launch, device).items():
+        if name == "flags":
+            assert torch.equal(ours, expected[name]), str(case)
+            continue
+        theirs, ours = expected[name].double(), ours.double()
+        # Drawn normals are within 2e-6 (times c_z, at most 3), sums of a pool's elements in another order within a few units.
+        slack = 6e-6 * (case.noise == "draw" and name != "x0") + 1e-6 * case.scale * (name == "pooled")
+        unit = torch.finfo(case.x).eps if slack or (truncates and case.x == BF16) else 0.0
+        finite = theirs.isfinite()
+        assert torch.equal(ours[~finite].nan_to_num(7), theirs[~finite].nan_to_num(7)), (str(case), name)
+        error = (ours[finite] - theirs[finite]).abs()
+        assert (error <= slack + unit * theirs[finite].abs()).all(), (str(case), name, float(error.max()))
+
+
+def interpret():
+    from advkd.kernels.sampler_step import launch
+
+    for case in CASES:
+        check(case, launch, truncates=True)
+
+
+def test_triton_interpreter_parity():
+    # The interpreter truncates where a GPU rounds to bfloat16: one unit is allowed there.
+    code = "from tests.ops.test_sampler_step_gpu_sources import interpret; interpret(); print('parity')"
+    environment = process_environment({"TRITON_INTERPRET": "1"})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.stdout.strip() == "parity", result.stderr
+
+
+# What g++ cannot read of the device code, and the same for the host.
+HOST_CODE = {
+    'asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));': "x = half_to_float(bits);",
+    'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));': "bits = float_to_half(x);",
+}
+ENTRY = {
+    "sampler_step": """
+extern "C" void run_on_host(void (*kernel)(advkd::StepParameters), unsigned blocks, unsigned threads, void** arguments) {
+  const auto p = *static_cast<advkd::StepParameters*>(arguments[0]);
+  on_host::run(blocks, threads, [=] { kernel(p); });
+}
+""",
+    "philox": """
+using advkd::i64;
+extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParameters, void*), unsigned blocks, unsigned threads,
+                            void** a) {
+  const auto indices = *static_cast<const i64**>(a[0]);
+  const auto samples = *static_cast<i64*>(a[1]);
+  const auto p = *static_cast<advkd::PhiloxParameters*>(a[2]);
+  const auto out = *static_cast<void**>(a[3]);
+  on_host::run(blocks, threads, [=] { kernel(indices, samples, p, out); });
+}
+""",
+}
+
+
+class HostModule:
+    """In the place of ``cupy.RawModule``: compiled by the host's compiler; arguments go by value, as in CuPy."""
+
+    libraries: dict = {}
+
+    def __init__(self, code, options, folder):
+        assert options[0] == "--std=c++17"
+        name = "sampler_step" if "StepParameters" in code else "philox"
+        # The kernels of all dtypes are compiled at once here, but only those asked for may be called.
+        self.pair = (
+            "_".join(re.fullmatch(r"-DADVKD_STEP_DTYPES\(EACH\)=EACH\((\w+), (\w+)\)", options[1]).groups())
+            if options[1:]
+            else ""
+        )
+        if name not in self.libraries:
+            self.libraries[name] = self.compile(name, code, folder)
+        self.library = self.libraries[name]
+
+    def compile(self, name, code, folder):
+        for device, host in HOST_CODE.items():
+            assert name == "philox" or code.count(device) == 1
+            code = code.replace(device, host)
+        (folder / f"{name}.cpp").write_text(f'#include "{ROOT}/tests/ops/cuda_on_host.h"\n{code}{ENTRY[name]}')
+        library = folder / f"{name}.so"
+        command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(folder / f"{name}.cpp")]
+        # A vector that is not aligned stops a GPU; here it stops the process.
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+        subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(library))
+
+    def get_function(self, name):
+        assert name.endswith(self.pair)
+
+        def call(grid, block, arguments):
+            # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
+            values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
+            assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1
+            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+            kernel = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
+            self.library.run_on_host(kernel, *grid, *block, pointers)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def host_modules(tmp_path_factory):
+    cupy_kernels._module.cache_clear()
+    HostModule.libraries.clear()
+    yield tmp_path_factory.mktemp("cuda")
+    cupy_kernels._module.cache_clear()
+
+
+@pytest.fixture
+def cupy_on_host(host_modules, monkeypatch):
+    stand_in = types.SimpleNamespace(RawModule=lambda code, options: HostModule(code, options, host_modules))
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    monkeypatch.setattr(cupy_kernels, "_current", lambda device: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("case", CASES + CUDA_CASES, ids=str)
+def test_cuda_kernels_on_the_host(case, cupy_on_host):
+    check(case, cupy_kernels.sampler_step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled_by", ["triton", "nvcc", "cupy"])
+@pytest.mark.parametrize("case", CASES + CUDA_CASES, ids=str)
+def test_on_a_gpu(case, compiled_by):
+    if compiled_by == "triton":
+        triton = pytest.importorskip("advkd.kernels.sampler_step")
+        check(case, triton.launch, "cuda")
+    elif compiled_by == "cupy":
+        if reason := cupy_kernels.gap():
+            pytest.skip(reason)
+        check(case, cupy_kernels.sampler_step, "cuda")
+    else:
+        if reason := backends.extension_gap("cuda"):
+            pytest.skip(reason)
+        check(case, torch.ops.advkd_cuda.sampler_step, "cuda")
+
+
+def test_cuda_kernels_round_to_bfloat16_as_torch_does(cupy_on_host):
+    """Every upper half of a float32, with lower halves below, at and above the middle; ties go to even, NaN stays NaN."""
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    bits = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16).unsqueeze(1) | lower
+    m = bits.reshape(1, -1).view(F32)
+    x, out = torch.zeros_like(m, dtype=BF16), torch.zeros_like(m, dtype=BF16)
+    table = torch.tensor([[0, 0, 1, 0, 0, 1.0, 0, 0]])
+    cupy_kernels.sampler_step(x, m, table, None, None, None, 0, 0, None, 0, out, None, None, None)
+    finite = m.isfinite()
+    assert torch.equal(out[finite], m[finite].to(BF16))
+    # Coefficients that are zero make NaN of an infinity.
+    assert out[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("pool", [0, 2])
+def test_cuda_kernels_count_beyond_32_bits(pool, cupy_on_host, monkeypatch):
+    """The last block of a sample of 2^33 + 16 elements, whose tensors begin 2^35 bytes before the memory that is there."""
+    before, rows = 2**33, 2
+    x = torch.zeros(1, 1, rows, 8)
+    out, pooled = torch.full_like(x, float("nan")), torch.full((1, 1, 1, 4), float("nan"))
+    table = torch.tensor([[0, 0, 1, 0, 0, 0, 0, 1.0]])
+    small = cupy_kernels.step_parameters
+
+    def large(tensors, seed, step, pool):
+        p = small(tensors, seed, step, pool)
+        length = before + x.numel()
+        plan = cupy_kernels.step_plan(1, length, 1, 8 if pool else 0, pool, 4)
+        for name, value in {"length": length, **plan}.items():
+            p[name] = value
+        for name in ("x", "m", "out"):
+            p[name] -= 4 * before
+        p["pooled"] -= 4 * (before // 4) if pool else 0
+        return p
+
+    monkeypatch.setattr(cupy_kernels, "step_parameters", large)
+    index, seed = 2**33 + 5, 2**40 + 9
+    arguments = (x, x, table, None, None, torch.tensor([index]), seed, 7, None, pool, out, None, pooled if pool else None, None)
+    tiles = int(
+        large(dict.fromkeys(cupy_kernels._POINTERS) | {"x": x, "m": x, "out": out, "table": table}, 0, 0, pool)["tiles"]
+    )
+    # Whole 1024 elements lie before the last block's.
+    with only_last_block(tiles):
+        cupy_kernels.sampler_step(*arguments)
+    block = before // 4 + torch.arange(4)
+    counter = (
+        block,
+        torch.full_like(block, index & 0xFFFFFFFF),
+        torch.full_like(block, index >> 32),
+        torch.full_like(block, 1 << 24 | 7),
+    )
+    words = torch.stack(rounds_reference(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=1).reshape(8, 2)
+    u1, angle = ((words[:, 0] >> 8) + 1).double() * 2.0**-24, (words[:, 1] >> 8).double() * 2.0**-24 * 6.2831854820251465
+    radius = torch.sqrt(-2 * torch.log(u1))
+    expected = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).reshape(1, 1, rows, 8)
+    assert (out - expected).abs().max() <= 2e-6
+    assert not pool or (pooled - torch.nn.functional.avg_pool2d(expected, 2)).abs().max() <= 2e-6
+
+
+@contextlib.contextmanager
+def only_last_block(tiles):
+    """The kernels run their last block alone."""
+    cupy_kernels._module("sampler_step", "-DADVKD_STEP_DTYPES(EACH)=EACH(f32, f32)")
+    first = ctypes.c_uint.in_dll(HostModule.libraries["sampler_step"], "first_block")
+    first.value = tiles - 1
+    try:
+        yield
+    finally:
+        first.value = 0
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 9, -1])
+def test_cuda_philox_on_the_host(seed, cupy_on_host):
+    indices = torch.tensor([0, 2**33 + 1])
+    for shape in [(1,), (3, 5, 7), (4, 16, 17)]:
+        count = torch.Size(shape).numel()
+        assert torch.equal(cupy_kernels.philox_words(indices, seed, count, 4, 5), words_reference(indices, seed, count, 4, 5))
+        normals = cupy_kernels.philox_normal(indices, seed, shape, 2, 7)
+        assert normals.shape == (2, *shape)
+        assert (normals - normal_reference(indices, seed, shape, 2, 7)).abs().max() <= 2e-6
+    assert cupy_kernels.philox_normal(indices[:0], seed, (3,), 2, 7).shape == (0, 3)
+
+
+PLANS = [
+    # samples, length, channels, width, pool, group: flat in vectors of four and of eight, by channel; then pooled.
+    (2, 105, 1, 0, 0, 4),
+    (64, 3 * 2**16, 1, 0, 0, 8),
+    (3, 2**33, 5, 0, 0, 4),
+    (1, 1, 1, 1, 1, 4),
+    (64, 3 * 2**16, 1, 256, 4, 4),
+    (64, 2**16, 3, 256, 4, 4),
+    (64, 2**16, 3, 256, 64, 4),
+    (2, 3 * 85 * 255, 1, 255, 3, 4),
+    (2, 8, 300, 4, 2, 4),
+    (1, 1100 * 1100, 2, 1100, 1100, 4),
+    (3, 2**33, 1, 2**16, 2, 4),
+]
+LAYOUT = r"""
+#include <cstdio>
+#include <cstddef>
+#include "cuda/sampler_step.h"
+using namespace advkd;
+int main() {
+  std::printf("%zu %zu\n", sizeof(PhiloxParameters), sizeof(StepParameters));
+  OFFSETS
+  long long samples, length;
+  int channels, width, pool, group;
+  while (std::scanf("%lld %lld %d %d %d %d", &samples, &length, &channels, &width, &pool, &group) == 6) {
+    StepParameters p{};
+    p.samples = samples, p.length = length, p.channels = channels, p.width = width, p.pool = pool;
+    step_plan(p, group);
+    std::printf("%lld", p.tiles);
+    const int plan[] = {p.column_tiles, p.channel_tiles, p.tile_channels, p.outputs, p.lanes, p.rows, p.strips};
+    for (int n : plan) std::printf(" %d", n);
+    std::printf("\n");
+  }
+}
+"""
+
+
+def test_python_and_cpp_launchers_agree(tmp_path):
+    """The parameters' layouts and the plan, which both launchers have."""
+    structures = {"PhiloxParameters": cupy_kernels.PHILOX, "StepParameters": cupy_kernels.STEP}
+    fields = [(name, field) for name, dtype in structures.items() for field in dtype.names]
+    offsets = "".join(f'std::printf("%zu\\n", offsetof({name}, {field}));' for name, field in fields)
+    (tmp_path / "layout.cpp").write_text(LAYOUT.replace("OFFSETS", offsets))
+    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    text = "\n".join(" ".join(map(str, plan)) for plan in PLANS)
+    lines = subprocess.run([tmp_path / "layout"], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0].split() == [str(dtype.itemsize) for dtype in structures.values()]
+    assert [int(line) for line in lines[1 : len(fields) + 1]] == [structures[name].fields[field][1] for name, field in fields]
+    ours = [cupy_kernels.step_plan(*plan) for plan in PLANS]
+    order = ("tiles", "column_tiles", "channel_tiles", "tile_channels", "outputs", "lanes", "rows", "strips")
+    assert [list(map(int, line.split())) for line in lines[len(fields) + 1 :]] == [[plan[k] for k in order] for plan in ours]
+    for (_, _, channels, width, pool, _), plan in zip(PLANS, ours):
+        if pool:
+            assert plan["lanes"] * plan["rows"] * plan["strips"] <= cupy_kernels.THREADS
+            assert (
+                plan["column_tiles"] * plan["outputs"] >= width // pool
+                and plan["channel_tiles"] * plan["tile_channels"] >= channels
+            )
+
+
+def test_vectors_only_where_they_are_aligned():
+    def vectors(x, pool=0, **others):
+        tensors = dict.fromkeys(cupy_kernels._POINTERS) | {"x": x, "m": x, "out": x, "table": torch.zeros(1, 8), **others}
+        return int(cupy_kernels.step_parameters(tensors, 0, 0, pool)["vectors"])
+
+    x = torch.zeros(2, 3, 8, 8)
+    drawn = {"indices": torch.arange(2)}
+    assert vectors(x) == vectors(x, pool=2) == vectors(x, **drawn) == 1
+    assert vectors(x, x0=torch.zeros(2 * 192 + 1)[1:]) == 0
+    assert vectors(torch.zeros(2, 3, 5, 7)) == vectors(torch.zeros(2, 3, 8, 6), pool=2) == 0
+    assert vectors(torch.zeros(2, 1, 2, 6)) == 1 and vectors(torch.zeros(2, 1, 2, 6).half()) == 0
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert (vectors(last), vectors(last, **drawn), vectors(last, pool=2)) == (1, 0, 0)
+
+
+def test_sources_are_whole_and_self_contained():
+    for name, kernel in [("sampler_step", "advkd_step_"), ("philox", "advkd_philox_normal")]:
+        text = cupy_kernels.source(name)
+        assert "#include" not in text and "#pragma once" not in text and kernel in text
+        assert text.count("void philox_rounds(") == 1
+
+
+@pytest.mark.parametrize("release", [13, 14])
+def test_kernels_run_on_torchs_stream(release, monkeypatch):
+    entered = []
+
+    class Stream(contextlib.nullcontext):
+        def __enter__(self):
+            entered.append(self.enter_result)
+
+    new = types.SimpleNamespace(from_external=lambda stream: Stream(stream.__cuda_stream__()))
+    cuda = types.SimpleNamespace(Stream=new if release == 14 else object, ExternalStream=lambda handle: Stream((0, handle)))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
+    with cupy_kernels._current(torch.device("cuda:1")):
+        assert entered == [(0, 77)]
+
+
+def test_gap_names_what_is_missing(monkeypatch):
+    gap = cupy_kernels.gap.__wrapped__
+    monkeypatch.setattr(cupy_kernels.importlib.util, "find_spec", lambda name: None)
+    assert "CuPy is not installed" in gap()
+    monkeypatch.setattr(cupy_kernels.importlib.util, "find_spec", lambda name: object())
+    broken = types.SimpleNamespace(getVersion=lambda: (_ for _ in ()).throw(RuntimeError("no libnvrtc")))
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=broken))
+    assert "no libnvrtc" in gap()
+    monkeypatch.setitem(
+        sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)))
+    )
+    assert gap() is None
+    monkeypatch.setattr(cupy_kernels, "folder", lambda: None)
+    assert "sources are not installed" in gap()
