@@ -146,6 +146,55 @@ def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
     assert not torch.allclose(whole, teacher.sample(4, seed=3, sampler="ddpm"), atol=1e-2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_recording_keeps_averages_of_the_path(sampler, device):
+    """The states of the path, averaged within the steps; on a GPU by compiled code and captured graphs."""
+    teacher = tiny_teacher(20, channels=3)
+    teacher.unet.to(device)
+    keep = {18: 1, 10: 4, 9: 4, 4: 2, 0: 8}
+    for start in (0, 7):
+        x_T = teacher.noise(3, seed=4, start=start)
+        states = dict(teacher.path(x_T, sampler, 20, seed=4, start=start))
+        x_0, kept = teacher.record(x_T, keep, sampler, 20, seed=4, start=start)
+        # The second batch runs on the first one's buffers; what was kept is not overwritten.
+        if start == 0:
+            first, copy = kept, {t: state.clone() for t, state in kept.items()}
+        tolerance = 2e-5 if device == "cpu" else 1e-2
+        assert (x_0 - states[0]).abs().max() <= tolerance and x_0.is_contiguous()
+        assert sorted(kept) == sorted(keep)
+        for t, r in keep.items():
+            assert (kept[t] - torch.nn.functional.avg_pool2d(states[t], r)).abs().max() <= tolerance
+    assert all(torch.equal(first[t], copy[t]) for t in keep)
+
+
+def test_paths_may_be_walked_at_the_same_time():
+    teacher = tiny_teacher(20)
+    noises = [teacher.noise(2, seed) for seed in (1, 2)]
+    alone = [list(teacher.path(x_T, steps=5)) for x_T in noises]
+    together = zip(*(teacher.path(x_T, steps=5) for x_T in noises))
+    for i, pair in enumerate(together):
+        for (t, x), path in zip(pair, alone):
+            assert t == path[i][0] and torch.equal(x, path[i][1])
+
+
+def test_mixed_precision_is_another_teacher():
+    teacher = tiny_teacher(20)
+    exact, identity = teacher.sample(2, seed=1, steps=5), teacher.identity()
+    mixed = teacher.optimize(autocast=torch.bfloat16).sample(2, seed=1, steps=5)
+    assert mixed.dtype == torch.float32 and not torch.equal(mixed, exact) and (mixed - exact).abs().max() < 0.1
+    assert teacher.identity() != identity and teacher.optimize().identity() == identity
+    with pytest.raises(InputError, match="autocast"):
+        teacher.optimize(autocast=torch.float16)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same():
+    teacher = tiny_teacher(20)
+    exact = teacher.sample(2, seed=1, steps=5)
+    assert (teacher.optimize(compiled=True).sample(2, seed=1, steps=5) - exact).abs().max() <= 2e-5
+
+
 def test_timesteps_of_the_paper():
     ddim = supervising_timesteps("ddim", 12, list(range(980, -1, -20)), 1000)
     assert ddim == [980, 980, 960, 920, 860, 780, 680, 560, 420, 260, 80]

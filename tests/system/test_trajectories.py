@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from advkd import files
+from advkd import trajectories as trajectories_module
 from advkd.errors import InputError
 from advkd.latents import project
 from advkd.trajectories import Trajectories, downsample, record_trajectories
@@ -178,6 +179,49 @@ def test_damaged_shards_are_named(trajectories, teacher, tmp_path):
         else:
             with pytest.raises(InputError, match="shard-00001"):
                 record_trajectories(teacher, tiny_recording(), folder, progress=False)
+
+
+def test_states_that_are_not_finite_are_refused(tmp_path):
+    teacher = tiny_teacher()
+    teacher.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="level_01 is not finite"):
+        record_trajectories(teacher, tiny_recording(), tmp_path / "t", progress=False)
+    assert not list((tmp_path / "t").iterdir())
+
+
+def test_a_shard_is_written_while_the_next_one_is_made(teacher, tmp_path, monkeypatch):
+    """A slow disk holds up the second shard's end, not its beginning; its failure is not lost."""
+    order, real = [], trajectories_module.write_tensors
+
+    def slow(path, *arguments):
+        time.sleep(0.5)
+        order.append(f"wrote {path.stem}")
+        real(path, *arguments)
+
+    def run(*arguments):
+        order.append("ran")
+        return real_run(*arguments)
+
+    real_run = trajectories_module._run_shard
+    monkeypatch.setattr(trajectories_module, "write_tensors", slow)
+    monkeypatch.setattr(trajectories_module, "_run_shard", run)
+    record_trajectories(teacher, tiny_recording(num=16), tmp_path / "t", progress=False)
+    assert order == ["ran", "ran", "wrote shard-00000", "wrote shard-00001"]
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(trajectories_module, "write_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        record_trajectories(teacher, tiny_recording(num=16), tmp_path / "u", progress=False)
+
+
+def test_mixed_precision_from_the_command_line(teacher_folder, tmp_path):
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out", tmp_path / "t"]
+    assert run_cli(*arguments, "--autocast", "--processes", 2).returncode == 0
+    assert "autocast" in json.loads((tmp_path / "t" / "manifest.json").read_text())["recipe"]["teacher"]
+    result = run_cli(*arguments)
+    assert result.returncode == 2 and "another teacher" in result.stderr
 
 
 def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, tmp_path):
