@@ -80,10 +80,12 @@ def deterministic(device, dtype=torch.float32, last=False):
     """DDIM with eta = 0."""
     x, m, y, c = problem(device, dtype, last)
     ours, theirs = schedulers()
+    without = schedulers()[0].set_step_options(return_x0=False)
     compiled = compiled_step(theirs)
     contestants = [
         Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, out=y)[0], "ours"),
         Contestant("advkd, FusedDDIMScheduler", lambda: lambda: ours.step(m, T, x).prev_sample, "ours"),
+        Contestant("advkd, FusedDDIMScheduler without x_0", lambda: lambda: without.step(m, T, x).prev_sample, "ours"),
         Contestant("diffusers, DDIMScheduler", lambda: lambda: theirs.step(m, T, x).prev_sample, "baseline"),
         Contestant("torch.compile of diffusers' step", lambda: lambda: compiled(x, m)),
         *floors(x, m, y),

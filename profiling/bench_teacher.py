@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd import Teacher
+from advkd.sampling_loop import network_of
 
 from . import peers
 from .harness import Case, Contestant, main
@@ -30,24 +31,25 @@ class Evaluation(torch.nn.Module):
 def evaluation(batch):
     """The case of one network evaluation."""
     teacher = Teacher.from_pretrained("digits")
-    network = Evaluation(teacher.unet)
+    network = Evaluation(copy.deepcopy(teacher.unet).to(memory_format=torch.contiguous_format))
     x = teacher.noise(batch, seed=1)
     with torch.no_grad():
         wanted = Evaluation(copy.deepcopy(teacher.unet).double())(x.double())
         tolerance = 2 * (network(x).double() - wanted).abs().max().item() + 1e-5
-    plain = copy.deepcopy(network)
+    x_last, t = x.contiguous(memory_format=torch.channels_last), torch.tensor([TIMESTEP])
 
     def contiguous():
-        def call():
-            # As Teacher.path does.
-            with torch.no_grad():
-                return plain(x)
+        with torch.no_grad():
+            return network(x)
 
-        return call
+    def ours(compiled):
+        run = network_of(teacher.unet, compiled=compiled)
+        return lambda: torch.no_grad()(run)(x_last, t)
 
     contestants = [
-        Contestant("advkd, Teacher's network", contiguous, "ours"),
-        Contestant("PyTorch eager, channels_last", lambda: peers.eager(copy.deepcopy(network), x)),
+        Contestant("advkd, Teacher's network", lambda: ours(False), "ours"),
+        Contestant("advkd, Teacher's network, compiled", lambda: ours(True), "ours"),
+        Contestant("PyTorch eager", lambda: contiguous, "baseline"),
         Contestant("torch.compile, freezing", lambda: peers.compiled(copy.deepcopy(network), x)),
         Contestant("OpenVINO", lambda: peers.openvino(copy.deepcopy(network), x)),
     ]
@@ -68,12 +70,13 @@ def trajectory(batch):
     """The case of whole trajectories: ours against diffusers' own DDIM loop."""
     from diffusers import DDIMScheduler
 
-    teacher = Teacher.from_pretrained("digits")
+    teacher, compiled = Teacher.from_pretrained("digits"), Teacher.from_pretrained("digits").optimize(compiled=True)
     x_T = teacher.noise(batch, seed=1)
     scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
     scheduler.set_timesteps(50)
+    plain = copy.deepcopy(teacher.unet).to(memory_format=torch.contiguous_format)
 
-    def diffusers_loop(unet=teacher.unet, x=x_T):
+    def diffusers_loop(unet=plain, x=x_T):
         with torch.inference_mode():
             for t in scheduler.timesteps:
                 x = scheduler.step(unet(x, t).sample, t, x).prev_sample
@@ -84,6 +87,7 @@ def trajectory(batch):
     tolerance = 2 * (diffusers_loop().double() - wanted).abs().max().item() + 1e-4
     contestants = [
         Contestant("advkd, Teacher.sample", lambda: lambda: teacher.sample(batch, seed=1), "ours"),
+        Contestant("advkd, Teacher.sample, compiled", lambda: lambda: compiled.sample(batch, seed=1), "ours"),
         Contestant("diffusers, DDIMScheduler", lambda: diffusers_loop, "baseline"),
     ]
     flop, moved = (50 * figure for figure in count(Evaluation(teacher.unet), x_T))

@@ -14,7 +14,7 @@ from advkd.features import build_extractor
 from advkd.files import digest
 from advkd.models.student import Student, StudentConfig
 from advkd.recipes import RECIPES
-from profiling import ablation, bench_student, bench_teacher, harness, tables
+from profiling import ablation, bench_sampler_step, bench_student, bench_teacher, harness, tables
 from profiling.harness import Case, Contestant
 
 from ..conftest import ROOT, process_environment
@@ -60,6 +60,22 @@ def test_a_case_checks_before_it_times():
         harness.run_case(ours)
 
 
+def test_floors_are_timed_beside_and_an_oracle_may_be_a_contestants_own():
+    case = a_case()
+    case.contestants = [
+        *case.contestants[:2],
+        Contestant("nothing", lambda: lambda: None, "floor"),
+        Contestant("twice", lambda: lambda: torch.ones(30, 300, 300).mean() * torch.full((3,), 2.0), "peer", lambda: 2 * ONES),
+    ]
+    result = harness.run_case(case)
+    exact, slow, floor, twice = result["contestants"]
+    assert floor["seconds"]["repeats"] == 4 and "parity" not in floor and twice["parity"]["passed"]
+    others = min(slow["seconds"]["median"], twice["seconds"]["median"])
+    assert result["ratio"] == others / exact["seconds"]["median"]
+    case.contestants[3].oracle = None
+    assert not harness.run_case(case)["contestants"][3]["parity"]["passed"]
+
+
 def test_red_gates_fail_and_leave_nothing(tmp_path):
     passing, failing, skipping = (tmp_path / f"test_{name}.py" for name in ("green", "red", "skip"))
     passing.write_text("def test_it():\n    pass\n")
@@ -95,7 +111,7 @@ def test_contestants_take_turns():
 
 
 def test_benchmarks_gate_on_tests_that_exist():
-    gates = [*bench_student.PARITY_TESTS, *bench_teacher.PARITY_TESTS]
+    gates = [*bench_student.PARITY_TESTS, *bench_teacher.PARITY_TESTS, *bench_sampler_step.PARITY_TESTS]
     assert len(gates) >= 5 and all((ROOT / gate).exists() for gate in gates)
 
 
