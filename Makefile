@@ -34,12 +34,8 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
 	ADVKD_CPU=1 $(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-# glibc hands the memory of every large tensor back to the kernel and pays page faults for the next one; keeping it makes CPU
-# training steady.
-KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
-
 demo: install
-	$(KEEP_MEMORY) $(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
+	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
 
 test: install
 	$(BIN)/python -m pytest

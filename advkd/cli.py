@@ -12,6 +12,7 @@ from .classifier_training import ClassifierTrainingConfig
 from .errors import BackendUnavailableError, InputError, TrainingError
 from .evaluate import EvaluationConfig
 from .hub import reason
+from .memory import keep_freed_memory
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
 from .trajectories import TrajectoryConfig
@@ -21,6 +22,7 @@ class _Commands(click.Group):
     """Errors that a user can mend are one line and exit code 2 (a run that diverged: 1), not a traceback."""
 
     def invoke(self, context):
+        keep_freed_memory()
         try:
             return super().invoke(context)
         except (InputError, BackendUnavailableError, OSError) as error:

@@ -450,6 +450,8 @@ def _claim(out, resume, needed):
 
 
 def _require_fit(data, student, config, teacher):
+    if teacher is not None:
+        teacher.match(data.recipe["teacher"])
     if config.grow and (teacher is None or not same_teacher(teacher.identity(), data.recipe["teacher"])):
         raise InputError(f"grow {config.grow} needs the teacher of the trajectories: --teacher")
     recipe, shape = data.recipe, student.config

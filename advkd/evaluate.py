@@ -250,6 +250,7 @@ def _require_unseen(record, part):
 
 
 def _require_samples(samples, teacher, model, config):
+    teacher.match(samples.recipe["teacher"])
     if not same_teacher(samples.recipe["teacher"], teacher.identity()):
         raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
     if len(samples) < 2 * config.num:

@@ -111,7 +111,7 @@ def save_pictures(teacher, student, metrics, out):
 def save_pairs_of(teacher, student, path, n=12, seed=FRESH_SEED):
     """Teacher and student side by side from the same noise."""
     x_T = teacher.noise(n, seed)
-    x_0, _ = teacher.record(x_T, {})
+    x_0 = teacher.sample(n, seed)
     with torch.no_grad():
         save_pairs(x_0, student(student.project(x_T)), path)
 

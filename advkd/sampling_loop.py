@@ -4,9 +4,15 @@ Everything that changes from step to step is read through one counter on the dev
 waited for, so that a GPU replays one captured CUDA graph per step. On a CPU the same calls run directly.
 """
 
+import logging
+import warnings
+
 import torch
 
+from .errors import InputError
 from .ops import coefficient_table, sampler_step
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class SamplingLoop:
@@ -24,18 +30,23 @@ class SamplingLoop:
 
     def __init__(self, network, shape, timesteps, steps, seed, device, capture=False):
         self._network, self._seed, self._capture_graphs = network, seed, capture
-        # diffusers' networks keep the layout of their input; convolutions are faster in this one.
-        self.x = torch.empty(shape, device=device, memory_format=torch.channels_last)
-        self._table = coefficient_table(steps, device)
-        self._timesteps = torch.tensor(timesteps, device=device)
         self._noisy = any(step.c_z for step in steps)
-        self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        # Buffers that are written to again and again, whatever the mode in which the loop is made.
+        with torch.inference_mode(False):
+            # diffusers' networks keep the layout of their input; convolutions are faster in this one.
+            self.x = torch.empty(shape, device=device, memory_format=torch.channels_last)
+            self._table = coefficient_table(steps, device)
+            self._timesteps = torch.tensor(timesteps, device=device)
+            self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
+            self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs = {}
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
+    @torch.no_grad()
     def start(self, x_T, first):
         """Begin with the states ``x_T`` of samples ``first ..``."""
+        if x_T.shape != self.x.shape:
+            raise InputError(f"x_T must have shape {tuple(self.x.shape)}, got {tuple(x_T.shape)}")
         self.x.copy_(x_T)
         self._indices.copy_(torch.arange(first, first + len(x_T), device=self.x.device))
         self._step.zero_()
@@ -62,18 +73,20 @@ class SamplingLoop:
     def _capture(self, pool):
         """One step as a graph. Graphs share their memory: what one leaves there is copied before the next one runs."""
         x, step = self.x.clone(), self._step.clone()
-        stream = torch.cuda.Stream(self.x.device)
-        stream.wait_stream(torch.cuda.current_stream(self.x.device))
-        with torch.cuda.stream(stream):
-            # Libraries choose and allocate in their first calls, which a graph cannot hold.
-            for _ in range(3):
-                self._run(pool)
-                self.x.copy_(x)
-                self._step.copy_(step)
-        torch.cuda.current_stream(self.x.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            pooled = self._run(pool)
+        with torch.cuda.device(self.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # Libraries choose and allocate in their first calls, which a graph cannot hold.
+                for _ in range(3):
+                    self._run(pool)
+                    self.x.copy_(x)
+                    self._step.copy_(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a writer that waits for copies) go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+                pooled = self._run(pool)
         return graph, pooled
 
 
@@ -83,7 +96,8 @@ def network_of(unet, autocast=None, compiled=False):
     Args:
         unet: ``UNet2DModel``.
         autocast: ``torch.bfloat16`` for mixed precision, or None.
-        compiled: through ``torch.compile``; minutes the first time, kept on disk.
+        compiled: through ``torch.compile``; a minute or more the first time, kept on disk. Its first output is compared with
+            the uncompiled network's, and a warning says if it is off.
     """
     parameter = next(unet.parameters())
 
@@ -95,5 +109,29 @@ def network_of(unet, autocast=None, compiled=False):
 
     if not compiled:
         return torch.inference_mode()(evaluate)
-    mode = "max-autotune-no-cudagraphs" if parameter.device.type == "cuda" else "default"
-    return torch.compile(evaluate, dynamic=False, mode=mode)
+    return _Checked(evaluate, torch.compile(evaluate, dynamic=False))
+
+
+class _Checked:
+    """A compiled network that is compared with the plain one on its first call: compilers have been wrong without a word."""
+
+    def __init__(self, plain, compiled):
+        self._plain, self._run = plain, compiled
+        self._first = True
+
+    def __call__(self, x, t):
+        if self._first:
+            self._first = False
+            _LOGGER.warning("torch.compile compiles the teacher's network (a minute or more; its cache keeps the result)")
+            self._compare(x, t)
+        return self._run(x, t)
+
+    def _compare(self, x, t):
+        wanted, found = self._plain(x, t).float(), self._run(x, t).float()
+        scale, error = wanted.abs().max().item(), (wanted - found).abs().max().item()
+        # Both round to the network's precision, TF32 or bfloat16 at the coarsest.
+        if not error <= 0.05 * scale:
+            warnings.warn(
+                f"the compiled network is off by {error:.2g} of {scale:.2g} and is not used", UserWarning, stacklevel=2
+            )
+            self._run = self._plain

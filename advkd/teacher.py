@@ -115,14 +115,18 @@ class Teacher:
         """Choose how the network runs in :meth:`record` and :meth:`sample`; returns the teacher.
 
         Args:
-            compiled: through ``torch.compile`` (minutes the first time, kept on disk); None: on GPUs only, where the whole
-                step is then replayed as a captured CUDA graph.
+            compiled: through ``torch.compile`` (a minute or more the first time, kept on disk; every batch size anew); None:
+                for recordings on GPUs. On a GPU the whole step is replayed as a captured CUDA graph, compiled or not.
             autocast: ``torch.bfloat16`` for mixed precision (the paths are then others, and a recording says so), or None.
         """
         if autocast not in (None, torch.bfloat16):
             raise InputError(f"autocast must be None or torch.bfloat16, got {autocast}")
         self._compiled, self._autocast, self._loop = compiled, autocast, None
         return self
+
+    def match(self, identity):
+        """Take the precision of a recording, given by the :meth:`identity` that it names; returns the teacher."""
+        return self.optimize(self._compiled, torch.bfloat16 if identity.get("autocast") else None)
 
     @torch.no_grad()
     def path(self, x_T, sampler="ddim", steps=None, seed=0, start=0):
@@ -149,9 +153,24 @@ class Teacher:
             x_T, sampler, steps, seed, start: as in :meth:`path`.
 
         Returns:
-            ``(x_0, {t: (N, C, H / r, W / r)})`` float32 on the teacher's device.
+            ``(x_0, {t: (N, C, H / r, W / r)})`` float32 on the teacher's device. Order of differentiability 0: no gradient
+            flows to ``x_T``.
+
+        Raises:
+            InputError: before work starts, an ``x_T`` of another shape, a t that is not of the run, an r that does not divide.
         """
-        loop = self._recording_loop(len(x_T), sampler, steps, seed)
+        timesteps = self.timesteps(sampler, steps)
+        for t, r in keep.items():
+            if t not in timesteps:
+                raise InputError(f"keep: there is no timestep {t} in this run (see Teacher.timesteps)")
+            if r < 1 or self.image_size % r:
+                raise InputError(f"keep: an average over {r} x {r} pixels does not divide images of {self.image_size}")
+        compiled = self.device.type == "cuda" if self._compiled is None else self._compiled
+        return self._run(x_T, keep, sampler, steps, seed, start, compiled)
+
+    @torch.no_grad()
+    def _run(self, x_T, keep, sampler, steps, seed, start, compiled):
+        loop = self._kept_loop(len(x_T), sampler, steps, seed, compiled)
         loop.start(x_T, start)
         kept = {}
         for t in self.timesteps(sampler, steps):
@@ -162,22 +181,34 @@ class Teacher:
 
     def sample(self, n, seed=0, sampler="ddim", steps=None, start=0):
         """Images of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32 in [-1, 1]."""
-        x_0, _ = self.record(self.noise(n, seed, start), {}, sampler, steps, seed, start)
+        # Compiled only where that was asked for: every n would be compiled anew.
+        x_0, _ = self._run(self.noise(n, seed, start), {}, sampler, steps, seed, start, bool(self._compiled))
         return x_0.clamp_(-1, 1)
 
-    def _recording_loop(self, n, sampler, steps, seed):
-        # The last one is kept: a recorder asks for the same again and again, and graphs hold memory.
-        key = (n, sampler, steps, seed, self.device)
+    def _kept_loop(self, n, sampler, steps, seed, compiled):
+        # The last one is kept: a recorder asks for the same again and again, and graphs hold memory. What a captured graph
+        # reads is in its key: moved or replaced weights, another schedule.
+        parameters = tuple((p.data_ptr(), p.dtype, p.device) for p in self.unet.parameters())
+        table = tuple(self._table(sampler, steps))
+        key = (n, sampler, steps, seed, compiled, self.unet, parameters, table)
         if self._loop is None or self._loop[0] != key:
-            on_gpu = self.device.type == "cuda"
-            network = network_of(self.unet, self._autocast, on_gpu if self._compiled is None else self._compiled)
-            self._loop = (key, self._make_loop(network, n, sampler, steps, seed, capture=on_gpu))
+            self._loop = None
+            network = network_of(self.unet, self._autocast, compiled)
+            self._loop = (key, self._make_loop(network, n, sampler, steps, seed, capture=self.device.type == "cuda"))
         return self._loop[1]
 
     def _make_loop(self, network, n, sampler, steps, seed, capture):
-        timesteps = self.timesteps(sampler, steps)
-        table = [self.coefficients(t, s, sampler) for t, s in zip(timesteps, [*timesteps[1:], None])]
+        timesteps, table = self.timesteps(sampler, steps), self._table(sampler, steps)
         return SamplingLoop(network, (n, *self._shape), timesteps, table, seed, self.device, capture)
+
+    def _table(self, sampler, steps):
+        """The coefficients of a run's steps."""
+        timesteps = self.timesteps(sampler, steps)
+        return [self.coefficients(t, s, sampler) for t, s in zip(timesteps, [*timesteps[1:], None])]
+
+    def __getstate__(self):
+        # A copy makes its own loop.
+        return {**self.__dict__, "_loop": None}
 
     def coefficients(self, t, following, sampler):
         """Coefficients of the step from timestep ``t`` to ``following`` (None: to alpha_bar = 1).

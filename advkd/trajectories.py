@@ -1,8 +1,9 @@
 """Distillation data: the teacher's paths, reduced to what the student's submodules imitate.
 
 A data set is a folder of shards (safetensors, float16) and a ``manifest.json``. Shard s holds samples
-``[s * shard_size, (s + 1) * shard_size)``; it is a function of the recipe alone, so it is the same whoever writes it and
-whenever. The manifest is written once all shards are there.
+``[s * shard_size, (s + 1) * shard_size)``; it is a function of the recipe alone, so on one kind of machine it is the same
+whoever writes it and whenever (another processor, or a compiled network, rounds otherwise). The manifest is written once all
+shards are there.
 """
 
 import bisect
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from .errors import InputError, TrainingError
 from .files import digest, read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
 from .latents import check_latent, latent_numel, project
+from .memory import keep_freed_memory
 from .ops import philox_normal
 from .schedule import resolutions, supervising_timesteps
 
@@ -88,7 +90,7 @@ def record_trajectories(teacher, config, out, progress=True):
     with ThreadPoolExecutor(1) as writer:
         written = None
         for shard in mine:
-            batches = _run_shard(teacher, config, recipe, shard, bar)
+            batches = _run_shard(teacher, config, recipe, shard, bar, written)
             if written is not None:
                 written.result()
             written = writer.submit(_write_shard, out, config, recipe, shard, batches)
@@ -135,6 +137,7 @@ def _record_as(source, config, out, rank, processes, progress, parent, failures)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         record_trajectories(_load(*source), config, out, progress)
     except (InputError, OSError) as error:
@@ -197,11 +200,14 @@ def _bytes_per_sample(recipe):
     return 2 * (pixels + latent_numel(channels, recipe["image_size"], recipe["latent_size"], recipe["detail_noise"]))
 
 
-def _run_shard(teacher, config, recipe, shard, bar):
-    """The shard's batches, on their way to the host."""
-    start = shard * config.shard_size
-    offsets = range(0, _shard_count(config, shard), config.batch_size)
-    return [_run_batch(teacher, config, recipe, start + offset, bar) for offset in offsets]
+def _run_shard(teacher, config, recipe, shard, bar, written):
+    """The shard's batches, on their way to the host; a failure to write the one before (``written``) ends the work at once."""
+    start, batches = shard * config.shard_size, []
+    for offset in range(0, _shard_count(config, shard), config.batch_size):
+        batches.append(_run_batch(teacher, config, recipe, start + offset, bar))
+        if written is not None and written.done():
+            written.result()
+    return batches
 
 
 def _shard_count(config, shard):
@@ -227,9 +233,9 @@ class _ToHost:
     """Tensors copied to the host while their device goes on; :meth:`result` waits for them."""
 
     def __init__(self, tensors):
-        self._tensors, self._copied = tensors, None
         device = next(iter(tensors.values())).device
         if device.type != "cuda":
+            self._tensors, self._copied = {name: tensor.cpu() for name, tensor in tensors.items()}, None
             return
         copies = torch.cuda.Stream(device)
         copies.wait_stream(torch.cuda.current_stream(device))

@@ -76,18 +76,30 @@ def compiled_step(scheduler, **options):
     return torch.compile(step, dynamic=False)
 
 
+def compiled_formula(c, y, pooled=None):
+    """torch.compile of the formula with constant coefficients, into tensors that are there: the best that a user can write."""
+
+    def step(x, m, z=None):
+        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+        y.copy_(x_next if z is None else x_next + c.c_z * z)
+        return y if pooled is None else pooled.copy_(F.avg_pool2d(x_next, x.shape[-1] // pooled.shape[-1]))
+
+    return torch.compile(step, dynamic=False)
+
+
 def deterministic(device, dtype=torch.float32, last=False):
     """DDIM with eta = 0."""
     x, m, y, c = problem(device, dtype, last)
     ours, theirs = schedulers()
     without = schedulers()[0].set_step_options(return_x0=False)
-    compiled = compiled_step(theirs)
+    compiled, formula = compiled_step(theirs), compiled_formula(c, y)
     contestants = [
         Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, out=y)[0], "ours"),
         Contestant("advkd, FusedDDIMScheduler", lambda: lambda: ours.step(m, T, x).prev_sample, "ours"),
         Contestant("advkd, FusedDDIMScheduler without x_0", lambda: lambda: without.step(m, T, x).prev_sample, "ours"),
         Contestant("diffusers, DDIMScheduler", lambda: lambda: theirs.step(m, T, x).prev_sample, "baseline"),
         Contestant("torch.compile of diffusers' step", lambda: lambda: compiled(x, m)),
+        Contestant("torch.compile of the formula, into y", lambda: lambda: formula(x, m)),
         *floors(x, m, y),
     ]
     return case("deterministic", x, lambda: oracle(x, m, c), contestants, bytes_of(x, m, y), device, last)
@@ -120,9 +132,13 @@ def noisy(device, dtype=torch.float32):
             torch.manual_seed(1)
             checked = [compiled_step(theirs, eta=1.0)(x, m)]
         torch._dynamo.reset()
-        fast = compiled_step(theirs, eta=1.0)
-        fast(x, m)
-        return lambda: checked.pop() if checked else fast(x, m)
+        step = compiled_step(theirs, eta=1.0)
+        step(x, m)
+        return lambda: checked.pop() if checked else step(x, m)
+
+    def drawn_apart():
+        step, z = compiled_formula(c, y), torch.empty_like(x)
+        return lambda: step(x, m, torch.randn(SHAPE, generator=generator.manual_seed(1), out=z))
 
     contestants = [
         Contestant(
@@ -131,6 +147,7 @@ def noisy(device, dtype=torch.float32):
         Contestant("advkd, FusedDDIMScheduler, torch's generator", lambda: call(ours), "ours", their_noise),
         Contestant("diffusers, DDIMScheduler", lambda: call(theirs), "baseline", their_noise),
         Contestant("torch.compile of diffusers' step", compiled, "peer", global_noise),
+        Contestant("torch.randn(out=z), torch.compile of the formula, into y", drawn_apart, "peer", their_noise),
         *floors(x, m, y),
     ]
     return case("with noise", x, lambda: oracle(x, m, c), contestants, bytes_of(x, m, y), device)
@@ -142,10 +159,12 @@ def pooled(device, r, dtype=torch.float32):
     _, theirs = schedulers()
     compiled = compiled_step(theirs)
     pool = torch.compile(lambda x, m: F.avg_pool2d(compiled(x, m), r), dynamic=False)
+    formula = compiled_formula(c, y, torch.empty(*SHAPE[:2], SHAPE[2] // r, SHAPE[3] // r, dtype=dtype, device=device))
     contestants = [
         Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, pool=r, out=y)[2], "ours"),
         Contestant("diffusers and avg_pool2d", lambda: lambda: F.avg_pool2d(theirs.step(m, T, x).prev_sample, r), "baseline"),
         Contestant("torch.compile of both", lambda: lambda: pool(x, m)),
+        Contestant("torch.compile of the formula and the average, into tensors", lambda: lambda: formula(x, m)),
         Contestant("advkd, sampler_step without pooling", lambda: lambda: sampler_step(x, m, c, out=y)[0], "floor"),
     ]
     small = x.numel() // r**2 * x.element_size()

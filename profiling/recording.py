@@ -1,8 +1,13 @@
 """A recording of trajectories end to end, against a plain diffusers loop that stores the same states, and where its time goes.
 
 python -m profiling.recording [--out FOLDER]
+
+Every contestant is a process of its own, timed from its start to its end.
 """
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,14 +20,26 @@ from advkd import Teacher
 from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.latents import project
+from advkd.memory import keep_freed_memory
 from advkd.timing import provenance
-from advkd.trajectories import Trajectories, TrajectoryConfig, record_in_processes, record_trajectories
+from advkd.trajectories import Trajectories, TrajectoryConfig
 
 from .bench_teacher import PARITY_TESTS
-from .harness import gated_folder
+from .harness import ROOT, gated_folder
 
 CONFIG = TrajectoryConfig(num=512)
 ROUNDS = 2
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+
+PLAIN = [sys.executable, "-c", "import sys; from profiling.recording import plain; plain(sys.argv[1])"]
+OURS = [sys.executable, "-m", "advkd.cli", "trajectories", "--num", str(CONFIG.num)]
+CONTESTANTS = {
+    "diffusers, plain loop": (PLAIN, {}),
+    "diffusers, plain loop, freed memory kept": (PLAIN, KEEP_MEMORY),
+    "advkd trajectories": ([*OURS, "--out"], {}),
+    "advkd trajectories --compiled": ([*OURS, "--compiled", "--out"], {}),
+    "advkd trajectories --processes 2": ([*OURS, "--processes", "2", "--out"], {}),
+}
 
 
 def plain(folder):
@@ -44,7 +61,7 @@ def plain(folder):
                     if other == int(t):
                         tensors[f"level_{k:02d}"] = F.avg_pool2d(x, x.shape[-1] // side)
         tensors[f"level_{CONFIG.depth:02d}"] = x.clamp(-1, 1)
-        save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / f"batch-{start:05d}.safetensors")
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, f"{folder}/batch-{start:05d}.safetensors")
 
 
 def levels():
@@ -53,20 +70,6 @@ def levels():
 
     timesteps = supervising_timesteps("ddim", CONFIG.depth, list(range(980, -1, -20)), 1000)
     return timesteps, resolutions(32, CONFIG.depth)
-
-
-def recorded(folder, compiled=False):
-    record_trajectories(Teacher.from_pretrained("digits").optimize(compiled), CONFIG, folder, progress=False)
-
-
-CONTESTANTS = {
-    "diffusers, plain loop": plain,
-    "advkd": recorded,
-    "advkd, --compiled": lambda folder: recorded(folder, compiled=True),
-    "advkd, a process of one thread per core": lambda folder: record_in_processes(
-        "digits", CONFIG, folder, torch.get_num_threads(), progress=False
-    ),
-}
 
 
 def difference(ours, theirs):
@@ -81,8 +84,9 @@ def difference(ours, theirs):
 
 def shares():
     """Seconds of a batch by part, in one process."""
+    keep_freed_memory()
     teacher = Teacher.from_pretrained("digits")
-    loop = teacher._recording_loop(CONFIG.batch_size, "ddim", None, CONFIG.seed)
+    loop = teacher._kept_loop(CONFIG.batch_size, "ddim", None, CONFIG.seed, False)
     spent, network = {"network": 0.0}, loop._network
 
     def timed(x, t):
@@ -103,23 +107,29 @@ def shares():
     return {"network": spent["network"], "steps": total - spent["network"], "start_noise": time.perf_counter() - begin}
 
 
+def run(command, environment, folder):
+    """Seconds of a contestant's process."""
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    begin = time.perf_counter()
+    subprocess.run([*command, str(folder)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - begin
+
+
 def main():
     out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
     rows = {name: {"seconds": []} for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as root:
-        # torch.compile's first time is its own figure: it is paid once and kept on disk.
-        begin = time.perf_counter()
-        Teacher.from_pretrained("digits").optimize(compiled=True).sample(CONFIG.batch_size)
-        rows["advkd, --compiled"]["first_time_seconds"] = time.perf_counter() - begin
+        # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
+        compiled = "advkd trajectories --compiled"
+        cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(root) / "inductor")}
+        rows[compiled]["first_time_seconds"] = run(*_with(CONTESTANTS[compiled], cold), Path(root) / "first")
         for i in range(ROUNDS):
-            for name, record in CONTESTANTS.items():
+            for name, contestant in CONTESTANTS.items():
                 folder = Path(root) / f"{i} {name}"
-                folder.mkdir()
-                begin = time.perf_counter()
-                record(folder)
-                rows[name]["seconds"].append(time.perf_counter() - begin)
+                rows[name]["seconds"].append(run(*_with(contestant, cold), folder))
                 print(f"{name:42} {rows[name]['seconds'][-1]:7.1f} s", flush=True)
-                if record is not plain:
+                if name.startswith("advkd"):
                     rows[name]["difference"] = difference(folder, Path(root) / "0 diffusers, plain loop")
                     # Halves of values below 8, after fifty steps that amplify rounding.
                     if rows[name]["difference"] > 2**-6:
@@ -127,6 +137,11 @@ def main():
     result = {"num": CONFIG.num, "rows": rows, "shares": shares(), "parity_tests": PARITY_TESTS, "provenance": provenance()}
     write_json(out / "recording.json", result)
     print(result["shares"])
+
+
+def _with(contestant, more):
+    command, environment = contestant
+    return command, {**environment, **more}
 
 
 if __name__ == "__main__":

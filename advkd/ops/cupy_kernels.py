@@ -140,7 +140,9 @@ def source(name):
 def _module(name, *options):
     import cupy
 
-    logging.getLogger(__name__).info("CuPy compiles %s (seconds, once: its cache keeps the binary)", " ".join((name, *options)))
+    logging.getLogger(__name__).warning(
+        "CuPy compiles %s (seconds, once: its cache keeps the binary)", " ".join((name, *options))
+    )
     return cupy.RawModule(code=source(name), options=(*OPTIONS, *options))
 
 

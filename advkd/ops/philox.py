@@ -75,12 +75,12 @@ def validated(seed, indices, stream, step):
         indices = torch.arange(indices.start, indices.stop, indices.step)
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise InputError("indices must be a range or a one-dimensional int64 tensor")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed must be in [0, 2^64), got {seed}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed must be an integer in [0, 2^64), got {seed!r}")
     if stream not in STREAMS:
         raise InputError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
-    if not 0 <= step < 2**24:
-        raise InputError(f"step must be in [0, 2^24), got {step}")
+    if not isinstance(step, int) or not 0 <= step < 2**24:
+        raise InputError(f"step must be an integer in [0, 2^24), got {step!r}")
     return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
 
 

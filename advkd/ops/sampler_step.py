@@ -6,7 +6,6 @@ with m the network's output, x0_prev the previous step's x0 and z standard norma
 :mod:`advkd.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -42,11 +41,30 @@ class StepCoefficients:
     c_z: float = 0.0
     clip: float = math.inf
 
+    def __post_init__(self):
+        if not self.clip >= 0:
+            raise InputError(f"clip must not be negative, got {self.clip}")
+
+    def row(self, device, dtype):
+        """The ``(1, 8)`` table of this step on ``device``, kept: a loop over the same steps copies nothing the second time."""
+        rows = self.__dict__.setdefault("_rows", {})
+        row = rows.get((device, dtype))
+        if row is None:
+            with torch.inference_mode(False):
+                row = coefficient_table((self,), device, dtype)
+            if type(row) is torch.Tensor:  # not what a tracer makes
+                rows[device, dtype] = row
+        return row
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
 
 def coefficient_table(steps, device="cpu", dtype=torch.float32):
     """``(len(steps), 8)`` table of :class:`StepCoefficients` on ``device``, columns :data:`COEFFICIENTS`.
 
-    A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`: nothing is copied then.
+    A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`, and what a captured CUDA graph must: then
+    nothing is copied to the device.
     """
     rows = [[getattr(step, name) for name in COEFFICIENTS] for step in steps]
     return torch.tensor(rows, dtype=dtype).reshape(len(rows), len(COEFFICIENTS)).to(device)
@@ -100,7 +118,7 @@ def sampler_step(
         tensors["noise"] = noise
     _check_tensors(x, tensors)
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
-    if pool is not None and (x.ndim != 4 or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
+    if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
     arguments = (x, model_output, table, previous_x0, None if indices is not None else noise, indices, seed, step, steps)
     if out is None:
@@ -108,6 +126,7 @@ def sampler_step(
     else:
         wanted = _outputs(x, pool, return_x0, check_finite)
         torch.ops.advkd.sampler_step_out.default(*arguments, pool or 0, backend, out, *wanted)
+        _mark_written(out)
         others = [tensor for tensor in wanted if tensor is not None]
     if check_finite:
         _refuse_infinite(others.pop())
@@ -139,24 +158,24 @@ def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step,
 
 def _counters(noise, x):
     """The seed, indices, step and steps of a noise triple."""
+    samples = x.shape[0]
     if len(noise) != 3:
         raise InputError(f"noise must be a tensor or (seed, sample indices, step), got {len(noise)} values")
     seed, indices, step = noise
     steps = step if isinstance(step, torch.Tensor) else None
-    if steps is None:
-        seed, indices, _ = philox.validated(seed, indices, "step", step)
-    else:
-        seed, indices, _ = philox.validated(seed, indices, "step", 0)
-        if steps.dtype != torch.int64 or steps.numel() not in (1, len(x)) or steps.device != x.device:
-            raise InputError(f"noise's step must be an int or an int64 tensor of 1 or {len(x)} elements on {x.device}")
+    seed, indices, _ = philox.validated(seed, indices, "step", step if steps is None else 0)
+    if steps is not None:
+        if steps.dtype != torch.int64 or steps.numel() not in (1, samples) or steps.device != x.device:
+            raise InputError(f"noise's step must be an int or an int64 tensor of 1 or {samples} elements on {x.device}")
         readable = steps.device.type == "cpu" and steps.numel() and not torch.compiler.is_compiling()
         if readable and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
             raise InputError(f"noise's step must be in [0, 2^24), got {steps.tolist()}")
-    if x.numel() > 2**34 * max(len(x), 1):
-        raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // len(x)}")
-    if len(indices) != len(x):
-        raise InputError(f"noise has {len(indices)} sample indices for {len(x)} samples")
-    return seed, indices.to(x.device), 0 if steps is not None else step, steps
+    if x.numel() > 2**34 * max(samples, 1):
+        raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // samples}")
+    if indices.shape[0] != samples:
+        raise InputError(f"noise has {indices.shape[0]} sample indices for {samples} samples")
+    indices = indices if indices.device == x.device else indices.to(x.device)
+    return (seed, indices, step, None) if steps is None else (seed, indices, 0, steps.contiguous())
 
 
 def _check_tensors(x, tensors):
@@ -165,6 +184,8 @@ def _check_tensors(x, tensors):
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
         mixed = name == "model_output" and tensor.dtype in DTYPES and x.dtype in DTYPES
         if tensor.shape != x.shape or tensor.device != x.device or (tensor.dtype != x.dtype and not mixed):
             found, expected = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (tensor, x))
@@ -201,27 +222,26 @@ def _table(coefficients, x, history, noisy):
     if isinstance(coefficients, torch.Tensor):
         rows = coefficients.reshape(1, -1) if coefficients.ndim == 1 else coefficients
         wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if rows.ndim != 2 or rows.shape[1] != len(COEFFICIENTS) or len(rows) not in (1, len(x)):
+        if rows.ndim != 2 or rows.shape[1] != len(COEFFICIENTS) or rows.shape[0] not in (1, x.shape[0]):
             shape = tuple(coefficients.shape)
             raise InputError(f"coefficients must have shape (8,), (1, 8) or ({len(x)}, 8) for {len(x)} samples, got {shape}")
         if rows.dtype != wanted or rows.device != x.device:
             raise InputError(f"coefficients must be {wanted} on {x.device}, got {rows.dtype} on {rows.device}")
         return rows.contiguous()
     single = isinstance(coefficients, StepCoefficients)
-    steps = (coefficients,) if single else tuple(coefficients)
-    if not single and len(steps) != len(x):
-        raise InputError(f"coefficients must be one StepCoefficients or one per sample ({len(x)}), got {len(steps)}")
+    steps = (coefficients,) if single else tuple(coefficients) if isinstance(coefficients, (list, tuple)) else ()
+    if (not single and len(steps) != x.shape[0]) or not all(isinstance(step, StepCoefficients) for step in steps):
+        raise InputError(
+            f"coefficients must be one StepCoefficients, or a list of one per sample ({len(x)}), or a table of them"
+        )
     for step in steps:
         for name, weight, given in (("previous_x0", step.c_h, history), ("noise", step.c_z, noisy)):
             if weight != 0 and not given:
                 raise InputError(f"{name} is needed: its coefficient is {weight}")
-    return _rows(steps, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rows(steps, device, dtype):
-    # Kept, so that a loop over the same steps copies nothing to the device the second time.
-    return coefficient_table(steps, device, dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not single or torch.compiler.is_compiling():
+        return coefficient_table(steps, x.device, dtype)
+    return coefficients.row(x.device, dtype)
 
 
 def choose_for(x, backend):
@@ -232,6 +252,12 @@ def choose_for(x, backend):
     if backend != "auto":
         raise InputError(f"x must be float32, bfloat16 or float16 for backend {backend!r}, got {x.dtype}")
     return "reference"
+
+
+def _mark_written(out):
+    """Let autograd know, as in-place ops of torch do: whoever has saved ``out`` for a backward pass then raises."""
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _refuse_infinite(flags):
@@ -282,7 +308,7 @@ def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, p
 
 
 def _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    _refuse_gradients(x, m, previous_x0, noise)
+    _refuse_gradients(x, m, table, previous_x0, noise, outputs[0])
     launch = _LAUNCH[choose_for(x, backend)]
     layout = memory_format(x)
     if x.numel():
@@ -292,8 +318,11 @@ def _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, step
 
 def _refuse_gradients(*tensors):
     # Here and not in an autograd formula, whose wrapper would double the time of a small step.
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError("sampler_step has no gradient (order of differentiability 0): call it under torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError("sampler_step has no gradient (order of differentiability 0): call it under torch.no_grad()")
 
 
 def _outputs(x, pool, return_x0, check_finite):
@@ -306,13 +335,13 @@ def _outputs(x, pool, return_x0, check_finite):
 
 
 def _fake(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
-    _refuse_gradients(x, m, previous_x0, noise)
+    _refuse_gradients(x, m, table, previous_x0, noise)
     outputs = (torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, pool, return_x0, check_finite))
     return [tensor for tensor in outputs if tensor is not None]
 
 
-def _fake_out(x, m, table, previous_x0, noise, *others):
-    _refuse_gradients(x, m, previous_x0, noise)
+def _fake_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, out, *others):
+    _refuse_gradients(x, m, table, previous_x0, noise, out)
 
 
 for _name, _function, _shape in (("sampler_step", _sampler_step, _fake), ("sampler_step_out", _sampler_step_out, _fake_out)):

@@ -148,7 +148,8 @@ void sampler_step(
   STD_TORCH_CHECK(rows && (table.size(0) == 1 || table.size(0) == x.size(0)), "table must be float32 (1 or samples, 8)");
   STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == x.size(0)), "one index per sample");
   STD_TORCH_CHECK(!indices || x.numel() / x.size(0) <= i64{1} << 34, "a sample has at most 2^34 elements");
-  STD_TORCH_CHECK(!steps || steps->numel() == 1 || steps->numel() == x.size(0), "one step, or one per sample");
+  const bool fits = !steps || (steps->is_contiguous() && (steps->numel() == 1 || steps->numel() == x.size(0)));
+  STD_TORCH_CHECK(fits, "steps must be contiguous, one or one per sample");
   constexpr i64 kStream = 1;  // "step"
   const PhiloxParameters key = philox_parameters(seed, kStream, steps ? 0 : step, 0);
   StepParameters p{};

@@ -17,7 +17,8 @@ from advkd import files
 from advkd import trajectories as trajectories_module
 from advkd.errors import InputError
 from advkd.latents import project
-from advkd.trajectories import Trajectories, downsample, record_trajectories
+from advkd.teacher import Teacher
+from advkd.trajectories import Trajectories, downsample, record_trajectories, same_teacher
 
 from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -222,6 +223,10 @@ def test_mixed_precision_from_the_command_line(teacher_folder, tmp_path):
     assert "autocast" in json.loads((tmp_path / "t" / "manifest.json").read_text())["recipe"]["teacher"]
     result = run_cli(*arguments)
     assert result.returncode == 2 and "another teacher" in result.stderr
+    # A teacher that goes on from such data takes their precision.
+    teacher = Teacher.from_pretrained(str(teacher_folder))
+    recorded = Trajectories(tmp_path / "t").recipe["teacher"]
+    assert not same_teacher(teacher.identity(), recorded) and same_teacher(teacher.match(recorded).identity(), recorded)
 
 
 def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, tmp_path):
