@@ -96,6 +96,38 @@ def teacher():
     return lines[:-1]
 
 
+def sampler_step():
+    """Times of one sampler step, ours, others' and the floor."""
+    lines = []
+    for result in results("bench_sampler_step"):
+        lines += [*_place(result), _row("step", "by", "ms (p20 to p80)", "GB/s of what must be moved"), _rule(4)]
+        for case in result["cases"]:
+            for entry in case["contestants"]:
+                speed = f"{1e-9 * case['moved_bytes'] / entry['seconds']['median']:.0f}" if "seconds" in entry else ""
+                lines.append(_row(case["case"], entry["name"], _time(entry), speed))
+        lines.append("")
+    return lines[:-1]
+
+
+def recording():
+    """Whole recordings, ours and a plain loop, and where the time goes."""
+    lines = []
+    for result in results("recording"):
+        lines += [*_place(result), _row("recorded by", "trajectories", "seconds", "against the plain loop"), _rule(4)]
+        plain, *_ = rows = [(name, row["seconds"]) for name, row in result["rows"].items()]
+        for name, runs in rows:
+            times = ", ".join(f"{seconds:.1f}" for seconds in runs)
+            lines.append(_row(name, result["num"], times, f"{sum(plain[1]) / sum(runs):.2f} x"))
+        total = result["shares"]["network"] + result["shares"]["steps"]
+        lines += [
+            "",
+            f"Of a batch's time, the network takes {100 * result['shares']['network'] / total:.1f} %; steps, averages and",
+        ]
+        first = next(row["first_time_seconds"] for row in result["rows"].values() if "first_time_seconds" in row)
+        lines += [f"copies take the rest. Compiling took {first:.0f} s the first time.", ""]
+    return lines[:-1]
+
+
 def layers():
     """The layers of each preset that take most of its time, and the whole."""
     lines = []
@@ -192,6 +224,8 @@ TABLES = {
     "evaluation": evaluation,
     "ablation": ablation,
     "student": student,
+    "sampler_step": sampler_step,
+    "recording": recording,
     "layers": layers,
     "footprint": footprint,
     "precision": precision,

@@ -120,18 +120,17 @@ def sampler_step(
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
     if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
-    arguments = (x, model_output, table, previous_x0, None if indices is not None else noise, indices, seed, step, steps)
-    if out is None:
-        out, *others = torch.ops.advkd.sampler_step.default(*arguments, pool or 0, return_x0, check_finite, backend)
-    else:
-        wanted = _outputs(x, pool, return_x0, check_finite)
-        torch.ops.advkd.sampler_step_out.default(*arguments, pool or 0, backend, out, *wanted)
+    x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
+    x0, pooled, flags = _outputs(x, pool, return_x0, check_finite)
+    noise = None if indices is not None else noise
+    torch.ops.advkd.sampler_step.default(
+        x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags
+    )
+    if out is not None:
         _mark_written(out)
-        others = [tensor for tensor in wanted if tensor is not None]
     if check_finite:
-        _refuse_infinite(others.pop())
-    pooled = others.pop() if pool else None
-    return out, others.pop() if return_x0 else None, pooled
+        _refuse_infinite(flags)
+    return x_next, x0, pooled
 
 
 def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
@@ -290,34 +289,24 @@ _LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu, "cuda": _cuda, "tri
 backends.implement("sampler_step", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, "
-    "int step, Tensor? steps, int pool"
-)
-# The next state, then x0, the pooled state and one flag per sample, as far as they are asked for.
-_LIBRARY.define(f"sampler_step({_ARGUMENTS}, bool return_x0, bool check_finite, str backend) -> Tensor[]")
 _LIBRARY.define(
-    f"sampler_step_out({_ARGUMENTS}, str backend, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()"
+    "sampler_step(Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, "
+    "int seed, int step, Tensor? steps, int pool, str backend, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, "
+    "Tensor(d!)? flags) -> ()"
 )
 
 
-def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
-    outputs = (torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, pool, return_x0, check_finite))
-    _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs)
-    return [tensor for tensor in outputs if tensor is not None]
-
-
-def _sampler_step_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
+def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
     _refuse_gradients(x, m, table, previous_x0, noise, outputs[0])
     launch = _LAUNCH[choose_for(x, backend)]
-    layout = memory_format(x)
     if x.numel():
+        layout = memory_format(x)
         x, m, previous_x0, noise = (t if t is None else t.contiguous(memory_format=layout) for t in (x, m, previous_x0, noise))
         launch(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, *outputs)
 
 
 def _refuse_gradients(*tensors):
-    # Here and not in an autograd formula, whose wrapper would double the time of a small step.
+    # Here and not in an autograd formula, which an op with outputs among its arguments cannot have.
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:
@@ -327,23 +316,17 @@ def _refuse_gradients(*tensors):
 
 def _outputs(x, pool, return_x0, check_finite):
     """x0, the pooled state and one flag per sample, zero; None where they are not wanted."""
-    layout = memory_format(x)
-    x0 = torch.empty_like(x, memory_format=layout) if return_x0 else None
-    small = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else None
-    pooled = torch.empty(small, dtype=x.dtype, device=x.device, memory_format=layout) if pool else None
-    return x0, pooled, x.new_zeros(len(x), dtype=torch.int32) if check_finite else None
+    x0 = torch.empty_like(x, memory_format=memory_format(x)) if return_x0 else None
+    pooled = None
+    if pool:
+        shape = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool)
+        pooled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return x0, pooled, x.new_zeros(x.shape[0], dtype=torch.int32) if check_finite else None
 
 
-def _fake(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, return_x0, check_finite, backend):
-    _refuse_gradients(x, m, table, previous_x0, noise)
-    outputs = (torch.empty_like(x, memory_format=memory_format(x)), *_outputs(x, pool, return_x0, check_finite))
-    return [tensor for tensor in outputs if tensor is not None]
+_LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")
 
 
-def _fake_out(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, out, *others):
+@torch.library.register_fake("advkd::sampler_step", lib=_LIBRARY)
+def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, out, *others):
     _refuse_gradients(x, m, table, previous_x0, noise, out)
-
-
-for _name, _function, _shape in (("sampler_step", _sampler_step, _fake), ("sampler_step_out", _sampler_step_out, _fake_out)):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"advkd::{_name}", _shape, lib=_LIBRARY)

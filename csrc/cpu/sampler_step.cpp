@@ -60,9 +60,10 @@ struct Run {
   float* sums;  // column sums of a strip, or null
   bool first;   // row of the strip
   bool stream;
+  bool check;  // for infinities and NaN
 };
 
-// One vector of a run, from element i on; true lanes of the result are not finite.
+// One vector of a run, from element i on; true lanes of the result are not finite (where that is looked for).
 template <bool kWhole, typename X, typename M>
 inline VI combine(const Run<X, M>& run, const Coefficients& c, i64 i, i64 count) {
   const V x = get<kWhole>(run.x + i, count), m = get<kWhole>(run.model_output + i, count);
@@ -77,7 +78,7 @@ inline VI combine(const Run<X, M>& run, const Coefficients& c, i64 i, i64 count)
   put<kWhole>(run.out + i, next, count, run.stream);
   if (run.x0) put<kWhole>(run.x0 + i, clean, count, run.stream);
   if (run.sums) put<kWhole>(run.sums + i, run.first ? next : next + get<kWhole>(run.sums + i, count), count, false);
-  return !(next < overflow(run.out) && -next < overflow(run.out));
+  return run.check ? !(next < overflow(run.out) && -next < overflow(run.out)) : VI{};
 }
 
 template <typename X, typename M>
@@ -193,8 +194,9 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
       run.x0 = at(s.x0, (X*)0, place);
       run.sums = s.pool ? sums.data() : nullptr;
       run.first = start == offset;
+      run.check = s.flags != nullptr;
       run.stream = s.stream && is_vector_aligned(run.out) && (!run.x0 || is_vector_aligned(run.x0));
-      if (!is_finite_run(run, c, count) && s.flags) __atomic_store_n(s.flags + sample, 1, __ATOMIC_RELAXED);
+      if (!is_finite_run(run, c, count)) __atomic_store_n(s.flags + sample, 1, __ATOMIC_RELAXED);
     }
     const i64 strip = item % pieces, strip_size = s.pool ? s.width / s.pool : 0;
     if (s.pool) average(s, sums.data(), static_cast<X*>(s.pooled) + (sample * pieces + strip) * strip_size);

@@ -282,14 +282,11 @@ def test_more_elements_than_a_32_bit_number():
 def test_opcheck(backend):
     x, m, previous, z = make((2, 1, 4, 4))
     table = coefficient_table([COEFFICIENTS])
-    everything = (x, m, table, previous, None, torch.arange(2), 1, 2, None, 2)
-    torch.library.opcheck(torch.ops.advkd.sampler_step.default, (*everything, True, True, backend))
-    torch.library.opcheck(
-        torch.ops.advkd.sampler_step.default, (x, m, table, previous, z, None, 0, 0, None, 0, False, False, backend)
-    )
+    noise = (torch.arange(2), 1, 2, None)
     outputs = (torch.empty_like(x), torch.empty_like(x), torch.empty(2, 1, 2, 2), torch.zeros(2, dtype=torch.int32))
-    torch.library.opcheck(torch.ops.advkd.sampler_step_out.default, (*everything, backend, *outputs))
-    torch.library.opcheck(torch.ops.advkd.sampler_step_out.default, (*everything[:-1], 0, backend, x.clone(), None, None, None))
+    op = torch.ops.advkd.sampler_step.default
+    torch.library.opcheck(op, (x, m, table, previous, None, *noise, 2, backend, *outputs))
+    torch.library.opcheck(op, (x, m, table, previous, z, None, 0, 0, None, 0, backend, x.clone(), None, None, None))
 
 
 def test_compiles_whole():
