@@ -98,7 +98,8 @@ def sampler_step(
             ``x``'s device. Needed where ``c_z`` is not 0.
         pool: integer r that divides H and W: also return the r x r area average of the next state.
         return_x0: also return x0.
-        out: tensor that receives the next state, laid out like ``x``; ``x`` itself for a step in place.
+        out: tensor that receives the next state, laid out like ``x``; ``x`` itself for a step in place. With ``pool`` it may
+            be a pair, of that and of the tensor for the average.
         check_finite: look for infinities and NaN in the next state within the pass (waits for the device).
         backend: see :func:`advkd.ops.backends.choose`.
 
@@ -110,6 +111,7 @@ def sampler_step(
             and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
+    out, average = out if isinstance(out, tuple) else (out, None)
     tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
     seed, indices, step, steps = 0, None, 0, None
     if isinstance(noise, (tuple, list)):
@@ -121,13 +123,14 @@ def sampler_step(
     if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
     x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
-    x0, pooled, flags = _outputs(x, pool, return_x0, check_finite)
+    x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
     noise = None if indices is not None else noise
     torch.ops.advkd.sampler_step.default(
         x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags
     )
-    if out is not None:
-        _mark_written(out)
+    for given in (out, average):
+        if given is not None:
+            _mark_written(given)
     if check_finite:
         _refuse_infinite(flags)
     return x_next, x0, pooled
@@ -314,14 +317,23 @@ def _refuse_gradients(*tensors):
             raise RuntimeError("sampler_step has no gradient (order of differentiability 0): call it under torch.no_grad()")
 
 
-def _outputs(x, pool, return_x0, check_finite):
-    """x0, the pooled state and one flag per sample, zero; None where they are not wanted."""
+def _outputs(x, pool, return_x0, check_finite, average):
+    """x0, the pooled state (``average`` if given) and one flag per sample, zero; None where they are not wanted."""
     x0 = torch.empty_like(x, memory_format=memory_format(x)) if return_x0 else None
-    pooled = None
-    if pool:
-        shape = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool)
-        pooled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    return x0, pooled, x.new_zeros(x.shape[0], dtype=torch.int32) if check_finite else None
+    if pool or average is not None:
+        average = _average(x, pool, average)
+    return x0, average, x.new_zeros(x.shape[0], dtype=torch.int32) if check_finite else None
+
+
+def _average(x, pool, given):
+    shape = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else None
+    if given is None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    fits = pool and given.shape == shape and given.dtype == x.dtype and given.device == x.device
+    if not fits or not given.is_contiguous(memory_format=memory_format(x)):
+        expected = f"{shape} {x.dtype} on {x.device} laid out like x" if pool else "no second tensor without pool"
+        raise InputError(f"out's second tensor is {tuple(given.shape)} {given.dtype} on {given.device}, expected {expected}")
+    return given
 
 
 _LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")

@@ -172,6 +172,25 @@ def test_in_place(last, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_into_a_pair(last, device):
+    x, m, _, _ = make((2, 3, 8, 6), last=last, device=device)
+    c, layout = StepCoefficients(1, -0.5, 0.5), memory_format(x)
+    average = torch.full((2, 3, 4, 3), torch.nan, device=device).contiguous(memory_format=layout)
+    for backend in ("reference", *fast_backends(device)):
+        wanted = sampler_step(x, m, c, pool=2, backend=backend)
+        pair = (torch.full_like(x, torch.nan), average.fill_(torch.nan))
+        found = sampler_step(x, m, c, pool=2, out=pair, backend=backend)
+        assert found[0] is pair[0] and found[2] is pair[1]
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[2], wanted[2])
+    for wrong in (average[:1], average.double(), average.expand(2, 2, 3, 4, 3)[0].transpose(2, 3), average[..., :1]):
+        with pytest.raises(InputError, match="second tensor"):
+            sampler_step(x, m, c, pool=2, out=(x.clone(), wrong))
+    with pytest.raises(InputError, match="no second tensor without pool"):
+        sampler_step(x, m, c, out=(x.clone(), average))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_layouts(device):
     x, m, previous, z = make((2, 3, 5, 7), device=device)
     last = x.contiguous(memory_format=torch.channels_last)
