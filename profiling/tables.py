@@ -103,7 +103,7 @@ def sampler_step():
         lines += [*_place(result), _row("step", "by", "ms (p20 to p80)", "GB/s of what must be moved"), _rule(4)]
         for case in result["cases"]:
             for entry in case["contestants"]:
-                speed = f"{1e-9 * case['moved_bytes'] / entry['seconds']['median']:.0f}" if "seconds" in entry else ""
+                speed = f"{1e-9 * case['moved_bytes'] / entry['seconds']['median']:.2g}" if "seconds" in entry else ""
                 lines.append(_row(case["case"], entry["name"], _time(entry), speed))
         lines.append("")
     return lines[:-1]
@@ -114,17 +114,16 @@ def recording():
     lines = []
     for result in results("recording"):
         lines += [*_place(result), _row("recorded by", "trajectories", "seconds", "against the plain loop"), _rule(4)]
-        plain, *_ = rows = [(name, row["seconds"]) for name, row in result["rows"].items()]
-        for name, runs in rows:
-            times = ", ".join(f"{seconds:.1f}" for seconds in runs)
-            lines.append(_row(name, result["num"], times, f"{sum(plain[1]) / sum(runs):.2f} x"))
-        total = result["shares"]["network"] + result["shares"]["steps"]
-        lines += [
-            "",
-            f"Of a batch's time, the network takes {100 * result['shares']['network'] / total:.1f} %; steps, averages and",
-        ]
+        rows = {name: row["seconds"] for name, row in result["rows"].items()}
+        plain = sum(rows["diffusers, plain loop"])
+        for name in sorted(rows, key=lambda name: (name.startswith("advkd"), name)):
+            times = ", ".join(f"{spent:.1f}" for spent in rows[name])
+            lines.append(_row(name, result["num"], times, f"{plain / sum(rows[name]):.2f} x"))
+        shares = result["shares"]
+        share = 100 * shares["network"] / (shares["network"] + shares["steps"])
         first = next(row["first_time_seconds"] for row in result["rows"].values() if "first_time_seconds" in row)
-        lines += [f"copies take the rest. Compiling took {first:.0f} s the first time.", ""]
+        lines += ["", f"The network takes {share:.1f} % of a batch's time, steps and averages the rest. The first `--compiled`"]
+        lines += [f"run took {first:.0f} s, as it compiles.", ""]
     return lines[:-1]
 
 
