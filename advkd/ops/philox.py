@@ -6,6 +6,7 @@ of processes, the device or the backend. The counter is (block, index low, index
 """
 
 import math
+import operator
 
 import torch
 
@@ -75,13 +76,22 @@ def validated(seed, indices, stream, step):
         indices = torch.arange(indices.start, indices.stop, indices.step)
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise InputError("indices must be a range or a one-dimensional int64 tensor")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InputError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+    seed = _integer("seed", seed, 64)
     if stream not in STREAMS:
         raise InputError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
-    if not isinstance(step, int) or not 0 <= step < 2**24:
-        raise InputError(f"step must be an integer in [0, 2^24), got {step!r}")
+    _integer("step", step, 24)
     return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
+
+
+def _integer(name, value, bits):
+    """``value`` as an int of so many bits; numpy's integers are integers too."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer, got {value!r}") from None
+    if not 0 <= value < 2**bits:
+        raise InputError(f"{name} must be in [0, 2^{bits}), got {value}")
+    return value
 
 
 def words_reference(indices, seed, count, stream, step):

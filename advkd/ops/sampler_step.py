@@ -111,7 +111,7 @@ def sampler_step(
             and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    out, average = out if isinstance(out, tuple) else (out, None)
+    out, average = _split(out)
     tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
     seed, indices, step, steps = 0, None, 0, None
     if isinstance(noise, (tuple, list)):
@@ -119,6 +119,8 @@ def sampler_step(
     else:
         tensors["noise"] = noise
     _check_tensors(x, tensors)
+    if average is not None and not torch.compiler.is_compiling():
+        _check_average(average, {"x": x, **tensors})
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
     if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
@@ -156,6 +158,14 @@ def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step,
         pooled.copy_(F.avg_pool2d(x_next, pool))
     if flags is not None:
         flags.copy_(~torch.isfinite(x_next.to(x.dtype)).reshape(len(x), -1).all(1))
+
+
+def _split(out):
+    """``out`` as the tensors for the next state and for its average, or None."""
+    out, average = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    if isinstance(out, tuple) or not (average is None or isinstance(average, torch.Tensor)):
+        raise InputError("out must be a tensor, or with pool a pair of tensors")
+    return out, average
 
 
 def _counters(noise, x):
@@ -209,6 +219,16 @@ def _check_out(x, tensors):
         same = begin == first and tensor.dtype == out.dtype and tensor.stride() == out.stride()
         if begin < last and first < end and not same:
             raise InputError(f"out overlaps {name} without being the same tensor")
+
+
+def _check_average(average, tensors):
+    """The tensor for the average shares nothing with the others: it is written while they are read."""
+    first, last = _span(average)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            begin, end = _span(tensor)
+            if begin < last and first < end:
+                raise InputError(f"out's second tensor overlaps {'the first' if name == 'out' else name}")
 
 
 def _span(tensor):
@@ -300,7 +320,7 @@ _LIBRARY.define(
 
 
 def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    _refuse_gradients(x, m, table, previous_x0, noise, outputs[0])
+    _refuse_gradients(x, m, table, previous_x0, noise, *outputs)
     launch = _LAUNCH[choose_for(x, backend)]
     if x.numel():
         layout = memory_format(x)
@@ -340,5 +360,5 @@ _LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("advkd::sampler_step", lib=_LIBRARY)
-def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, out, *others):
-    _refuse_gradients(x, m, table, previous_x0, noise, out)
+def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
+    _refuse_gradients(x, m, table, previous_x0, noise, *outputs)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -153,6 +154,14 @@ def test_bad_arguments_are_named(changes, name):
     arguments = {"seed": 0, "indices": range(2), "shape": (2,), "stream": "z", **changes}
     with pytest.raises(InputError, match=name):
         philox_normal(**arguments)
+
+
+def test_numpy_integers_are_integers():
+    expected = philox_words(3, range(2), 4, stream="z", step=2)
+    assert torch.equal(philox_words(numpy.int64(3), range(2), 4, stream="z", step=numpy.int32(2)), expected)
+    for name, values in (("seed", {"seed": 1.5}), ("step", {"step": "a"})):
+        with pytest.raises(InputError, match=f"{name} must be an integer"):
+            philox_words(**{"seed": 0, "indices": range(2), "count": 4, "stream": "z", **values})
 
 
 def test_triton_interpreter_parity():

@@ -400,6 +400,21 @@ def test_out_may_not_overlap():
         sampler_step(torch.zeros(2, 1, 4, 4), half, StepCoefficients(1, 1, 1), out=memory[:2])
 
 
+def test_the_tensor_for_the_average_stands_alone():
+    x, m, c = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), StepCoefficients(1, 1, 1)
+    for tensor, name in ((x, "x"), (m, "model_output")):
+        with pytest.raises(InputError, match=f"second tensor overlaps {name}"):
+            sampler_step(x, m, c, pool=2, out=(torch.zeros(1, 1, 4, 4), tensor.view(-1)[4:8].view(1, 1, 2, 2)))
+    y = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(InputError, match="second tensor overlaps the first"):
+        sampler_step(x, m, c, pool=2, out=(y, y.view(-1)[12:].view(1, 1, 2, 2)))
+    for wrong in ((y,), (y, y, y), (y, 1.0), ((y, y), y)):
+        with pytest.raises(InputError, match="out must be"):
+            sampler_step(x, m, c, pool=2, out=wrong)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        sampler_step(x, m, c, pool=2, out=(y, torch.zeros(1, 1, 2, 2, requires_grad=True)))
+
+
 def test_no_gradient():
     x = torch.zeros(1, 1, 4, 4)
     for changes in ({"x": x.clone().requires_grad_()}, {"previous_x0": x.clone().requires_grad_()}, {"out": x.clone()}):
