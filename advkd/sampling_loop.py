@@ -10,6 +10,7 @@ import warnings
 import torch
 
 from .errors import InputError
+from .hub import reason
 from .ops import coefficient_table, sampler_step
 
 _LOGGER = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def network_of(unet, autocast=None, compiled=False):
         unet: ``UNet2DModel``.
         autocast: ``torch.bfloat16`` for mixed precision, or None.
         compiled: through ``torch.compile``; a minute or more the first time, kept on disk. Its first output is compared with
-            the uncompiled network's, and a warning says if it is off.
+            the uncompiled network's; a warning says if it is off, or if there is no compiler, and the plain one runs on.
     """
     parameter = next(unet.parameters())
 
@@ -127,11 +128,17 @@ class _Checked:
         return self._run(x, t)
 
     def _compare(self, x, t):
-        wanted, found = self._plain(x, t).float(), self._run(x, t).float()
+        wanted = self._plain(x, t).float()
+        try:
+            found = self._run(x, t).float()
+        except Exception as error:  # a compiler that is missing raises its own kinds
+            self._give_up(f"the network cannot be compiled here and runs as it is: {reason(error)}")
+            return
         scale, error = wanted.abs().max().item(), (wanted - found).abs().max().item()
         # Both round to the network's precision, TF32 or bfloat16 at the coarsest.
         if not error <= 0.05 * scale:
-            warnings.warn(
-                f"the compiled network is off by {error:.2g} of {scale:.2g} and is not used", UserWarning, stacklevel=2
-            )
-            self._run = self._plain
+            self._give_up(f"the compiled network is off by {error:.2g} of {scale:.2g} and is not used")
+
+    def _give_up(self, why):
+        warnings.warn(why, UserWarning, stacklevel=2)
+        self._run = self._plain

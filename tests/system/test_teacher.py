@@ -236,6 +236,22 @@ def test_a_compiled_network_that_is_wrong_is_not_used(monkeypatch):
         assert torch.equal(teacher.optimize(compiled=True).sample(2, seed=1, steps=5), exact)
 
 
+def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    from advkd import sampling_loop
+
+    def compiler(function, **options):
+        def fails(x, t):
+            raise RuntimeError("no C++ compiler")
+
+        return fails
+
+    monkeypatch.setattr(sampling_loop.torch, "compile", compiler)
+    teacher = tiny_teacher(20)
+    exact = teacher.sample(2, seed=1, steps=5)
+    with pytest.warns(UserWarning, match="cannot be compiled here and runs as it is: no C"):
+        assert torch.equal(teacher.optimize(compiled=True).sample(2, seed=1, steps=5), exact)
+
+
 @pytest.mark.slow
 def test_a_compiled_network_draws_the_same():
     teacher = tiny_teacher(20)
