@@ -171,13 +171,17 @@ void average(const SamplerStep& s, float* sums, X* pooled) {
   if (i < count) put<false>(pooled + i, get<false>(sums + i, count - i) * scale, count - i, false);
 }
 
+template <typename T>
+T* at(const void* base, i64 place) {
+  return base ? static_cast<T*>(const_cast<void*>(base)) + place : nullptr;
+}
+
 template <typename X, typename M>
 void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
   const i64 piece = step_piece(s), pieces = step_pieces_per_sample(s), sample_size = s.planes * s.height * s.width;
   const i64 run_size = s.pool ? s.width : piece;
   Noise noise(s, run_size);
   std::vector<float> sums(s.pool ? s.width : 0);
-  const auto at = [](const void* base, auto* type, i64 place) { return base ? static_cast<decltype(type)>(const_cast<void*>(base)) + place : nullptr; };
   for (i64 item = begin; item < end; ++item) {
     const i64 sample = item / pieces, offset = item % pieces * piece;
     const i64 limit = offset + piece < sample_size ? offset + piece : sample_size;
@@ -185,13 +189,13 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
     for (i64 start = offset; start < limit; start += run_size) {
       const i64 place = sample * sample_size + start, count = start + run_size < limit ? run_size : limit - start;
       Run<X, M> run;
-      run.x = at(s.x, (X*)0, place);
-      run.model_output = at(s.model_output, (M*)0, place);
-      run.previous_x0 = at(s.previous_x0, (X*)0, place);
-      run.noise = at(s.noise, (X*)0, place);
+      run.x = at<X>(s.x, place);
+      run.model_output = at<M>(s.model_output, place);
+      run.previous_x0 = at<X>(s.previous_x0, place);
+      run.noise = at<X>(s.noise, place);
       run.drawn = noise.draw(sample, start, count);
-      run.out = at(s.out, (X*)0, place);
-      run.x0 = at(s.x0, (X*)0, place);
+      run.out = at<X>(s.out, place);
+      run.x0 = at<X>(s.x0, place);
       run.sums = s.pool ? sums.data() : nullptr;
       run.first = start == offset;
       run.check = s.flags != nullptr;

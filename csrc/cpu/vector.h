@@ -136,10 +136,6 @@ inline void store(bf16* p, V x) {
   *reinterpret_cast<VHUnaligned*>(p) = narrow(x, p);
 }
 
-inline void store(f16* p, V x) {
-  *reinterpret_cast<VHUnaligned*>(p) = narrow(x, p);
-}
-
 // Stores that leave the caches to what will be read again; the address must be aligned to the vector.
 inline void store_past_caches(float* p, V x) {
 #if defined(__AVX512F__)
