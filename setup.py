@@ -154,6 +154,11 @@ LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16"
 KERNELS = {
     "philox.cpp": (".avx2", ".avx512"),
     "sampler_step.cpp": (".avx2", ".avx512"),
+    "conv_bias_act_mask.cpp": (".avx2", ".avx512"),
+    "mask_mul.cpp": (".avx2", ".avx512"),
+    "penalty_reduce.cpp": (".avx2", ".avx512"),
+    "interpolate.cpp": (".avx2", ".avx512"),
+    "norm_act.cpp": (".avx2", ".avx512"),
     "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16"),
 }
 

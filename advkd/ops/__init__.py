@@ -1,7 +1,12 @@
 """One file per op: public function, plain-PyTorch reference, registration, backend choice."""
 
+from .conv_bias_act_mask import conv_bias_act_mask
 from .conv_block import conv_block
 from .gradient_penalty import gradient_penalty
+from .interpolate import interpolate
+from .mask_mul import mask_mul
+from .norm_act import norm_act
+from .penalty_reduce import penalty_reduce
 from .philox import philox_normal, philox_uniform, philox_words
 from .sampler_step import StepCoefficients, coefficient_table, sampler_step
 from .student_forward import student_forward
@@ -9,8 +14,13 @@ from .student_forward import student_forward
 __all__ = [
     "StepCoefficients",
     "coefficient_table",
+    "conv_bias_act_mask",
     "conv_block",
     "gradient_penalty",
+    "interpolate",
+    "mask_mul",
+    "norm_act",
+    "penalty_reduce",
     "philox_normal",
     "philox_uniform",
     "philox_words",

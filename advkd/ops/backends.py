@@ -34,6 +34,16 @@ def refuse_gradients(library, name):
     torch.library.register_autograd(f"advkd::{name}", backward, lib=library)
 
 
+def refuse_order_0(name, *tensors):
+    """Raise where a gradient through op ``name`` is asked for: an op with outputs among its arguments can have no autograd
+    formula that would."""
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{name} has no gradient (order of differentiability 0): call it under torch.no_grad()")
+
+
 def gap(name, backend, device):
     """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
     if backend not in IMPLEMENTED[name]:

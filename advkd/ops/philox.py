@@ -83,6 +83,28 @@ def validated(seed, indices, stream, step):
     return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
 
 
+def counters(name, triple, samples, device):
+    """A triple (seed, sample indices, step) as seed, indices on ``device``, step, and the step's tensor where it is one.
+
+    ``step`` is an int or an int64 tensor of 1 or ``samples`` elements on ``device``; ``name`` is the argument, for errors.
+    """
+    if len(triple) != 3:
+        raise InputError(f"{name} must be a tensor or (seed, sample indices, step), got {len(triple)} values")
+    seed, indices, step = triple
+    steps = step if isinstance(step, torch.Tensor) else None
+    seed, indices, _ = validated(seed, indices, "step", step if steps is None else 0)
+    if steps is not None:
+        if steps.dtype != torch.int64 or steps.numel() not in (1, samples) or steps.device != device:
+            raise InputError(f"{name}'s step must be an int or an int64 tensor of 1 or {samples} elements on {device}")
+        readable = steps.device.type == "cpu" and steps.numel() and not torch.compiler.is_compiling()
+        if readable and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
+            raise InputError(f"{name}'s step must be in [0, 2^24), got {steps.tolist()}")
+    if indices.shape[0] != samples:
+        raise InputError(f"{name} has {indices.shape[0]} sample indices for {samples} samples")
+    indices = indices if indices.device == device else indices.to(device)
+    return (seed, indices, step, None) if steps is None else (seed, indices, 0, steps.contiguous())
+
+
 def _integer(name, value, bits):
     """``value`` as an int of so many bits; numpy's integers are integers too."""
     try:

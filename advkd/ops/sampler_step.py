@@ -14,12 +14,10 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from . import backends, philox
+from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format
 
 COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
 """Columns of a table of coefficients."""
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Storage of the kernels; the reference also takes float64."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,9 @@ def sampler_step(
     tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
     seed, indices, step, steps = 0, None, 0, None
     if isinstance(noise, (tuple, list)):
-        seed, indices, step, steps = _counters(noise, x)
+        seed, indices, step, steps = philox.counters("noise", noise, x.shape[0], x.device)
+        if x.numel() > 2**34 * max(x.shape[0], 1):
+            raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // x.shape[0]}")
     else:
         tensors["noise"] = noise
     _check_tensors(x, tensors)
@@ -140,7 +140,7 @@ def sampler_step(
 
 def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
     """The specification of :func:`sampler_step`: writes ``out`` and what else is not None."""
-    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arithmetic = arithmetic_dtype(x)
     k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = table.to(arithmetic).reshape(-1, 8, *[1] * (x.ndim - 1)).unbind(1)
     state, m = x.to(arithmetic), m.to(arithmetic)
     clean = torch.minimum(torch.maximum(k_x * state + k_m * m, -clip), clip)
@@ -166,28 +166,6 @@ def _split(out):
     if isinstance(out, tuple) or not (average is None or isinstance(average, torch.Tensor)):
         raise InputError("out must be a tensor, or with pool a pair of tensors")
     return out, average
-
-
-def _counters(noise, x):
-    """The seed, indices, step and steps of a noise triple."""
-    samples = x.shape[0]
-    if len(noise) != 3:
-        raise InputError(f"noise must be a tensor or (seed, sample indices, step), got {len(noise)} values")
-    seed, indices, step = noise
-    steps = step if isinstance(step, torch.Tensor) else None
-    seed, indices, _ = philox.validated(seed, indices, "step", step if steps is None else 0)
-    if steps is not None:
-        if steps.dtype != torch.int64 or steps.numel() not in (1, samples) or steps.device != x.device:
-            raise InputError(f"noise's step must be an int or an int64 tensor of 1 or {samples} elements on {x.device}")
-        readable = steps.device.type == "cpu" and steps.numel() and not torch.compiler.is_compiling()
-        if readable and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
-            raise InputError(f"noise's step must be in [0, 2^24), got {steps.tolist()}")
-    if x.numel() > 2**34 * max(samples, 1):
-        raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // samples}")
-    if indices.shape[0] != samples:
-        raise InputError(f"noise has {indices.shape[0]} sample indices for {samples} samples")
-    indices = indices if indices.device == x.device else indices.to(x.device)
-    return (seed, indices, step, None) if steps is None else (seed, indices, 0, steps.contiguous())
 
 
 def _check_tensors(x, tensors):
@@ -266,16 +244,6 @@ def _table(coefficients, x, history, noisy):
     return coefficients.row(x.device, dtype)
 
 
-def choose_for(x, backend):
-    """:func:`backends.choose`, with float64 for the reference alone."""
-    chosen = backends.choose("sampler_step", backend, x.device)
-    if chosen == "reference" or x.dtype in DTYPES:
-        return chosen
-    if backend != "auto":
-        raise InputError(f"x must be float32, bfloat16 or float16 for backend {backend!r}, got {x.dtype}")
-    return "reference"
-
-
 def _mark_written(out):
     """Let autograd know, as in-place ops of torch do: whoever has saved ``out`` for a backward pass then raises."""
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -286,12 +254,6 @@ def _refuse_infinite(flags):
     wrong = flags.nonzero().flatten().tolist()
     if wrong:
         raise InputError(f"the next state of sample {', '.join(map(str, wrong[:8]))} is not finite: check x and model_output")
-
-
-def memory_format(x):
-    """The layout of a step: channels_last where ``x`` is that and not contiguous, else contiguous."""
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def _cpu(*args):
@@ -320,21 +282,12 @@ _LIBRARY.define(
 
 
 def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    _refuse_gradients(x, m, table, previous_x0, noise, *outputs)
-    launch = _LAUNCH[choose_for(x, backend)]
+    backends.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
+    launch = _LAUNCH[choose_for("sampler_step", x, backend)]
     if x.numel():
         layout = memory_format(x)
         x, m, previous_x0, noise = (t if t is None else t.contiguous(memory_format=layout) for t in (x, m, previous_x0, noise))
         launch(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, *outputs)
-
-
-def _refuse_gradients(*tensors):
-    # Here and not in an autograd formula, which an op with outputs among its arguments cannot have.
-    if not torch.is_grad_enabled():
-        return
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError("sampler_step has no gradient (order of differentiability 0): call it under torch.no_grad()")
 
 
 def _outputs(x, pool, return_x0, check_finite, average):
@@ -361,4 +314,4 @@ _LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("advkd::sampler_step", lib=_LIBRARY)
 def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    _refuse_gradients(x, m, table, previous_x0, noise, *outputs)
+    backends.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a Torch-free driver of CPU kernels: csrc/driver/build.sh conv|step OUTPUT [FLAGS...]
+# Builds a Torch-free driver of CPU kernels: csrc/driver/build.sh conv|step|critic|norm OUTPUT [FLAGS...]
 #
 #   csrc/driver/build.sh conv driver
 #   csrc/driver/build.sh step driver -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -8,7 +8,10 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 name=$1 output=$2
 shift 2
-declare -A kernels=([conv]="conv_block student_forward" [step]="sampler_step")
+declare -A kernels=(
+    [conv]="conv_block student_forward" [step]="sampler_step"
+    [critic]="conv_bias_act_mask mask_mul penalty_reduce interpolate" [norm]="norm_act"
+)
 compiler=${CXX:-g++}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

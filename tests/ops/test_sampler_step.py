@@ -339,7 +339,7 @@ def test_float64_is_the_references():
     wanted = c.c_0 * x0 + c.c_x * x + c.c_m * m + c.c_h * previous + c.c_z * z
     found, _, _ = sampler_step(x, m, c, previous_x0=previous, noise=z)
     assert (found - wanted).abs().max() < 1e-14
-    with pytest.raises(InputError, match="float32, bfloat16 or float16"):
+    with pytest.raises(InputError, match="float32, bfloat16 and float16"):
         sampler_step(x, m, StepCoefficients(1, 1, 1), backend="cpu")
 
 

@@ -1,0 +1,104 @@
+"""Convolution, bias and LeakyReLU that keeps one bit per element: all that a backward or tangent pass needs of an activation."""
+
+import torch
+
+from ..errors import InputError
+from . import backends
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_like
+from .mask_mul import mask_bytes, pack
+
+
+def conv_bias_act_mask(
+    x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, slope=0.01, backend="auto"
+):  # fmt: skip
+    """LeakyReLU(convolution) and the sign of what went into it.
+
+    Args:
+        x: ``(N, C, H, W)``, float32, bfloat16 or float16 (float64: reference only).
+        weight: ``(out, C / groups, kh, kw)``, ``x``'s dtype.
+        bias: ``(out,)`` or None.
+        stride, padding, dilation: an int or a pair; groups: an int, as ``torch.nn.functional.conv2d``.
+        slope: of LeakyReLU, 0 for ReLU.
+        backend: of the epilogue, see :func:`advkd.ops.backends.choose`; the convolution itself is oneDNN's or cuDNN's.
+
+    Returns:
+        ``(a, mask)``: the activation in the convolution's layout, and the ``(N, bytes)`` uint8 mask of
+        :mod:`advkd.ops.mask_mul`.
+
+    Raises:
+        InputError: tensors that do not fit each other.
+        RuntimeError: a gradient is asked for. Order of differentiability 0.
+    """
+    require_floating("x", x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise InputError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise InputError(f"x must be (N, C, H, W) and weight (out, C / groups, kh, kw), got {shapes} with groups {groups}")
+    pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]
+    # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
+    inside = bias if x.device.type == "cpu" else None
+    p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)
+    return bias_act_mask(p, None if inside is not None else bias, slope, fresh=True, backend=backend)
+
+
+def bias_act_mask(p, bias, slope, *, fresh=False, out=None, backend="auto"):
+    """LeakyReLU(p + bias) and its mask: the epilogue of :func:`conv_bias_act_mask`, for any ``(N, C, ...)``.
+
+    ``fresh``: nobody else needs ``p``, which then receives the result. ``out``: a tensor like ``p`` that receives it.
+    """
+    p = dense(p)
+    if out is None:
+        out = p if fresh else torch.empty_like(p)
+    elif out is not p:
+        require_like("out", out, "p", p)
+    mask = torch.empty((p.shape[0], mask_bytes(p)), dtype=torch.uint8, device=p.device)
+    torch.ops.advkd.conv_bias_act_mask(p, bias, float(slope), backend, out, mask)
+    return out, mask
+
+
+def conv_bias_act_mask_reference(p, bias, slope, out, mask):
+    """The specification of :func:`bias_act_mask`: writes ``out`` and ``mask``."""
+    values = p.to(arithmetic_dtype(p))
+    if bias is not None:
+        values = values + bias.to(values.dtype).reshape(-1, *[1] * (p.ndim - 2))
+    positive = values > 0
+    out.copy_(torch.where(positive, values, slope * values))
+    mask.copy_(pack(in_memory_order(positive.contiguous(memory_format=memory_format(p)))))
+
+
+def _cpu(*args):
+    torch.ops.advkd_cpu.conv_bias_act_mask.default(*args)
+
+
+def _cuda(*args):
+    backends.cuda_launcher("conv_bias_act_mask")(*args)
+
+
+def _triton(*args):
+    from advkd.kernels import conv_bias_act_mask
+
+    conv_bias_act_mask.launch(*args)
+
+
+_LAUNCH = {"reference": conv_bias_act_mask_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
+backends.implement("conv_bias_act_mask", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, str backend, Tensor(a!) out, Tensor(b!) mask) -> ()")
+
+
+def _conv_bias_act_mask(p, bias, slope, backend, out, mask):
+    backends.refuse_order_0("conv_bias_act_mask", p, bias, out)
+    launch = _LAUNCH[choose_for("conv_bias_act_mask", p, backend)]
+    if p.numel():
+        launch(p, bias, slope, out, mask)
+
+
+_LIBRARY.impl("conv_bias_act_mask", _conv_bias_act_mask, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::conv_bias_act_mask", lib=_LIBRARY)
+def _(p, bias, slope, backend, out, mask):
+    backends.refuse_order_0("conv_bias_act_mask", p, bias, out)

@@ -1,0 +1,106 @@
+"""Points between real and generated samples, where the gradient penalty is taken: x_hat = a real + (1 - a) fake."""
+
+import torch
+
+from ..errors import InputError
+from . import backends, philox
+from .layout import arithmetic_dtype, choose_for, memory_format, require_floating, require_like
+
+
+def interpolate(real, fake, a, *, merge=False, backend="auto"):
+    """One point on the line between each real and generated sample (Gulrajani et al. 2017, algorithm 1).
+
+    Args:
+        real, fake: ``(N, ...)`` of one shape, dtype and device: float32, bfloat16 or float16 (float64: reference only). Layouts
+            other than contiguous and channels_last, and a ``fake`` laid out otherwise than ``real``, are copied.
+        a: ``(N,)`` weights of the real samples, in float32 (float64 for float64); or ``(seed, sample indices, step)``: one
+            uniform Philox number per sample of stream "interpolation", ``a = (w0 >> 8) 2^-24``, made inside the pass. ``step``
+            is an int, or an int64 tensor of 1 or N elements on ``real``'s device (for a captured CUDA graph).
+        merge: return ``(3 N, ...)``: real, generated and interpolated samples, as the critic's update takes them.
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32.
+
+    Raises:
+        InputError: tensors that do not fit each other, or a bad seed, index or step.
+        RuntimeError: a gradient is asked for. Order of differentiability 0.
+    """
+    require_floating("real", real)
+    if real.ndim < 1:
+        raise InputError("real must have shape (N, ...)")
+    layout = memory_format(real)
+    real, fake = real.contiguous(memory_format=layout), fake.contiguous(memory_format=layout)
+    require_like("fake", fake, "real", real)
+    seed, indices, step, steps = 0, None, 0, None
+    if isinstance(a, (tuple, list)):
+        seed, indices, step, steps = philox.counters("a", a, real.shape[0], real.device)
+        a = None
+    else:
+        _check_weights(a, real)
+        a = a.contiguous()
+    shape = ((3 if merge else 1) * real.shape[0], *real.shape[1:])
+    out = torch.empty(shape, dtype=real.dtype, device=real.device, memory_format=layout)
+    torch.ops.advkd.interpolate(real, fake, a, indices, seed, step, steps, backend, out)
+    return out
+
+
+def interpolate_reference(real, fake, a, indices, seed, step, steps, out):
+    """The specification of :func:`interpolate`: writes ``out``, which has N or 3 N rows."""
+    n, dtype = real.shape[0], arithmetic_dtype(real)
+    if a is None:
+        words = philox.words_reference(indices, seed, 1, philox.STREAMS["interpolation"], step if steps is None else steps)
+        a = (words[:, 0] >> 8).to(dtype) * 2.0**-24
+    a = a.reshape(-1, *[1] * (real.ndim - 1))
+    if out.shape[0] != n:
+        out[:n].copy_(real)
+        out[n : 2 * n].copy_(fake)
+    out[out.shape[0] - n :].copy_(a * real.to(dtype) + (1 - a) * fake.to(dtype))
+
+
+def _check_weights(a, real):
+    wanted = arithmetic_dtype(real)
+    if not isinstance(a, torch.Tensor) or a.shape != real.shape[:1] or a.dtype != wanted or a.device != real.device:
+        found = f"{tuple(a.shape)} {a.dtype} on {a.device}" if isinstance(a, torch.Tensor) else type(a).__name__
+        raise InputError(
+            f"a must be ({real.shape[0]},) {wanted} on {real.device}, or (seed, sample indices, step), got {found}"
+        )
+
+
+def _cpu(*args):
+    torch.ops.advkd_cpu.interpolate.default(*args)
+
+
+def _cuda(*args):
+    backends.cuda_launcher("interpolate")(*args)
+
+
+def _triton(*args):
+    from advkd.kernels import interpolate
+
+    interpolate.launch(*args)
+
+
+_LAUNCH = {"reference": interpolate_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
+backends.implement("interpolate", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define(
+    "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, str backend, "
+    "Tensor(a!) out) -> ()"
+)
+
+
+def _interpolate(real, fake, a, indices, seed, step, steps, backend, out):
+    backends.refuse_order_0("interpolate", real, fake, a)
+    launch = _LAUNCH[choose_for("interpolate", real, backend)]
+    if real.numel():
+        launch(real, fake, a, indices, seed, step, steps, out)
+
+
+_LIBRARY.impl("interpolate", _interpolate, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::interpolate", lib=_LIBRARY)
+def _(real, fake, a, indices, seed, step, steps, backend, out):
+    backends.refuse_order_0("interpolate", real, fake, a)

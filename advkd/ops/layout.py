@@ -1,0 +1,59 @@
+"""What the elementwise ops share: the dtypes that kernels store, and the layout they work on."""
+
+import torch
+
+from ..errors import InputError
+from . import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Storage of the kernels; the references also take float64."""
+
+
+def memory_format(x):
+    """The layout of an op: channels_last where ``x`` is that and not contiguous, else contiguous."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def dense(x):
+    """``x`` itself where it is contiguous or channels_last, else a contiguous copy."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def in_memory_order(x):
+    """``(N, elements)``: each sample's elements of a dense tensor in the order of memory; a view."""
+    if memory_format(x) == torch.channels_last:
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(x.shape[0], -1)
+
+
+def arithmetic_dtype(x):
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def choose_for(name, x, backend):
+    """:func:`backends.choose` for op ``name`` on ``x``, with float64 for the reference alone."""
+    chosen = backends.choose(name, backend, x.device)
+    if chosen == "reference" or x.dtype in DTYPES:
+        return chosen
+    if backend != "auto":
+        raise InputError(f"backend {backend!r} of {name} takes float32, bfloat16 and float16, got {x.dtype}")
+    return "reference"
+
+
+def require_floating(name, tensor):
+    """An :class:`InputError` unless ``tensor`` has a dtype that the ops know."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (*DTYPES, torch.float64):
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        raise InputError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {kind}")
+
+
+def require_like(name, tensor, other_name, other):
+    """An :class:`InputError` unless ``tensor`` has ``other``'s shape, dtype, device and layout."""
+    require_floating(name, tensor)
+    found, expected = ((tuple(t.shape), t.dtype, t.device) for t in (tensor, other))
+    if found != expected:
+        raise InputError(f"{name} must be like {other_name}, {expected}, got {found}")
+    if not tensor.is_contiguous(memory_format=memory_format(other)):
+        raise InputError(f"{name} must be laid out like {other_name} ({memory_format(other)}), got strides {tensor.stride()}")

@@ -1,0 +1,111 @@
+"""LeakyReLU's derivative from a one-bit mask: the factor between two layers of a backward or tangent pass.
+
+Sample n of a mask is a row of bytes: bit i of byte j is set where the pre-activation of the sample's element 8 j + i, in the
+order of memory, is positive. What follows a row's last element is zero.
+"""
+
+import math
+
+import torch
+
+from ..errors import InputError
+from . import backends
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_like
+
+
+def mask_mul(x, mask, slope, *, out=None, backend="auto"):
+    """``x`` where the mask's bit is set, ``slope * x`` elsewhere.
+
+    Args:
+        x: ``(N, ...)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last (another layout is
+            copied to a contiguous one): the layout that the mask was made in.
+        mask: ``(N, mask_bytes(x))`` uint8 of :func:`conv_bias_act_mask`.
+        slope: of LeakyReLU, 0 for ReLU.
+        out: tensor that receives the result, like ``x``; may be ``x`` itself.
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``out``, or a new tensor like ``x``.
+
+    Raises:
+        InputError: a mask or ``out`` that does not fit.
+        RuntimeError: a gradient is asked for. Order of differentiability 0.
+    """
+    require_floating("x", x)
+    x = dense(x)
+    require_mask(mask, x)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        require_like("out", out, "x", x)
+    torch.ops.advkd.mask_mul(x, mask, float(slope), backend, out)
+    return out
+
+
+def mask_bytes(x):
+    """Bytes of a sample's mask."""
+    return (math.prod(x.shape[1:]) + 7) // 8
+
+
+def require_mask(mask, x):
+    shape = (x.shape[0], mask_bytes(x))
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != shape or mask.device != x.device or not mask.is_contiguous():
+        found = f"{tuple(mask.shape)} {mask.dtype} on {mask.device}"
+        raise InputError(f"mask must be contiguous uint8 {shape} on {x.device}, got {found}")
+
+
+def mask_mul_reference(x, mask, slope, out):
+    """The specification of :func:`mask_mul`: writes ``out``."""
+    values = in_memory_order(x)
+    scaled = (slope * values.to(arithmetic_dtype(x))).to(x.dtype)
+    in_memory_order(out).copy_(torch.where(unpack(mask, values.shape[1]), values, scaled))
+
+
+def pack(positive):
+    """``(N, elements)`` booleans as ``(N, bytes)`` uint8."""
+    n, count = positive.shape
+    bits = torch.nn.functional.pad(positive, (0, -count % 8)).reshape(n, -1, 8)
+    places = 2 ** torch.arange(8, device=positive.device, dtype=torch.uint8)
+    return (bits * places).sum(-1, dtype=torch.uint8)
+
+
+def unpack(mask, count):
+    """``(N, bytes)`` uint8 as ``(N, count)`` booleans."""
+    places = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return ((mask[:, :, None] >> places) & 1).reshape(mask.shape[0], -1)[:, :count].bool()
+
+
+def _cpu(*args):
+    torch.ops.advkd_cpu.mask_mul.default(*args)
+
+
+def _cuda(*args):
+    backends.cuda_launcher("mask_mul")(*args)
+
+
+def _triton(*args):
+    from advkd.kernels import mask_mul
+
+    mask_mul.launch(*args)
+
+
+_LAUNCH = {"reference": mask_mul_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
+backends.implement("mask_mul", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define("mask_mul(Tensor x, Tensor mask, float slope, str backend, Tensor(a!) out) -> ()")
+
+
+def _mask_mul(x, mask, slope, backend, out):
+    backends.refuse_order_0("mask_mul", x, out)
+    launch = _LAUNCH[choose_for("mask_mul", x, backend)]
+    if x.numel():
+        launch(x, mask, slope, out)
+
+
+_LIBRARY.impl("mask_mul", _mask_mul, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::mask_mul", lib=_LIBRARY)
+def _(x, mask, slope, backend, out):
+    backends.refuse_order_0("mask_mul", x, out)

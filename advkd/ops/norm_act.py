@@ -1,0 +1,293 @@
+"""Batch norm, LeakyReLU and nearest up-sampling of a training step, in one pass over the statistics and one over the values.
+
+y = LeakyReLU(gamma (x - mean) / sqrt(var + eps) + beta), every pixel repeated 2 x 2 with ``upsample``. With d the gradient by the
+value before LeakyReLU (that of four pixels added up first) and x' = (x - mean) / sqrt(var + eps):
+dbeta = sum d, dgamma = sum d x', dx = gamma / sqrt(var + eps) (d - dbeta / n - x' dgamma / n), without the last two terms where the
+statistics are the running ones (Ioffe & Szegedy 2015, section 3). The backward pass keeps x and the statistics, nothing else.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..errors import InputError
+from . import backends
+from .layout import arithmetic_dtype, choose_for, dense, memory_format, require_floating
+from .once import once
+
+
+def norm_act(
+    x,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    *,
+    slope=0.01,
+    upsample=False,
+    training=True,
+    eps=1e-5,
+    momentum=0.1,
+    synchronize=False,
+    backend="auto",
+):
+    """Batch norm over (N, H, W), LeakyReLU, and nearest up-sampling by 2 where asked.
+
+    Args:
+        x: ``(N, C, H, W)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last (another layout
+            is copied to a contiguous one).
+        gamma, beta: ``(C,)`` floating-point weights.
+        running_mean, running_var: ``(C,)`` statistics that training moves by ``momentum`` in place (the variance unbiased) and
+            that are used where ``training`` is False; None: not kept.
+        slope: of LeakyReLU, 0 for ReLU.
+        upsample: repeat every pixel of the result 2 x 2.
+        training: use the batch's statistics.
+        eps: added to the variance.
+        momentum: weight of the batch in the running statistics.
+        synchronize: statistics of all processes' batches together (``torch.distributed`` must be initialised); the processes
+            may hold different numbers of samples.
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``(N, C, H, W)`` or ``(N, C, 2 H, 2 W)`` in ``x``'s dtype and layout. Statistics and arithmetic are float32 (float64 for
+        float64). Order of differentiability 1, in ``x``, ``gamma`` and ``beta``: differentiating its gradients raises.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, or no statistics.
+    """
+    _check(x, gamma, beta, running_mean, running_var, training, synchronize)
+    return _NormAct.apply(
+        dense(x), gamma, beta, running_mean, running_var, slope, upsample, training, eps, momentum, synchronize, backend
+    )
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, gamma, beta, running_mean, running_var, slope, upsample, training, eps, momentum, synchronize, backend
+    ):  # fmt: skip
+        ctx.count = x.numel() // x.shape[1] if training else None
+        if training:
+            statistics = moments(x, backend)
+            if synchronize:
+                statistics, ctx.count = _global_statistics(statistics, ctx.count)
+            if running_mean is not None:
+                unbiased = statistics[1] * (ctx.count / (ctx.count - 1))
+                running_mean.lerp_(statistics[0].to(running_mean.dtype), momentum)
+                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        else:
+            statistics = torch.stack((running_mean, running_var)).to(arithmetic_dtype(x))
+        shape = (*x.shape[:2], *(2 * side if upsample else side for side in x.shape[2:]))
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        weights = _weights(gamma, beta, x)
+        torch.ops.advkd.norm_act(x, weights, statistics, eps, slope, upsample, backend, out)
+        ctx.save_for_backward(x, gamma, beta, statistics)
+        ctx.options, ctx.synchronize = (slope, upsample, eps, backend), synchronize and training
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, gamma, beta, statistics = ctx.saved_tensors
+        slope, upsample, eps, backend = ctx.options
+        with torch.no_grad():
+            grad = gradient.contiguous(memory_format=memory_format(x))
+            weights = _weights(gamma, beta, x)
+            sums = torch.empty_like(statistics)
+            # The sum of four pixels' gradients is wanted twice: kept where that loses nothing, in what becomes dx.
+            dx = torch.empty_like(x)
+            kept = dx if upsample and x.dtype == statistics.dtype else None
+            torch.ops.advkd.norm_act_sums(grad, x, weights, statistics, eps, slope, upsample, backend, kept, sums)
+            dgamma, dbeta = sums[1].to(gamma.dtype), sums[0].to(beta.dtype)
+            if ctx.needs_input_grad[0]:
+                means = _means(sums, ctx.count, ctx.synchronize)
+                grad = grad if kept is None else kept
+                torch.ops.advkd.norm_act_backward(
+                    grad, x, weights, statistics, means, eps, slope, upsample, kept is not None, backend, dx
+                )
+        gradients = once("norm_act", (dx if ctx.needs_input_grad[0] else None, dgamma, dbeta), gradient, x, gamma, beta)
+        return (*gradients, *[None] * 9)
+
+
+def moments(x, backend="auto"):
+    """``(2, C)`` mean and biased variance over (N, H, W), in the arithmetic's dtype. Order of differentiability 0."""
+    statistics = torch.empty((2, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
+    torch.ops.advkd.norm_act_moments(x, backend, statistics)
+    return statistics
+
+
+def moments_reference(x, statistics):
+    """The specification of :func:`moments`: writes ``statistics``."""
+    variance, mean = torch.var_mean(x.to(statistics.dtype), dim=(0, 2, 3), correction=0)
+    statistics.copy_(torch.stack((mean, variance)))
+
+
+def norm_act_reference(x, weights, statistics, eps, slope, upsample, out):
+    """The specification of the forward pass: writes ``out``; ``weights`` are ``(2, C)``, gamma and beta."""
+    _, before = _before(x, weights, statistics, eps)
+    y = F.leaky_relu(before, slope)
+    out.copy_(F.interpolate(y, scale_factor=2, mode="nearest") if upsample else y)
+
+
+def norm_act_sums_reference(gradient, x, weights, statistics, eps, slope, upsample, kept, sums):
+    """The specification of the backward pass' sums: writes ``sums``, dbeta and dgamma, and d into ``kept`` if that is given.
+
+    ``kept`` has ``x``'s dtype.
+    """
+    d, normalized = _masked(gradient, x, weights, statistics, eps, slope, upsample)
+    sums.copy_(torch.stack((d.sum((0, 2, 3)), (d * normalized).sum((0, 2, 3)))))
+    if kept is not None:
+        kept.copy_(d)
+
+
+def norm_act_backward_reference(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx):
+    """The specification of the backward pass' second half: writes ``dx``.
+
+    ``means``: ``(2, C)``, the sums divided by their global count, zero for running statistics. ``masked``: ``gradient`` is the
+    d that :func:`norm_act_sums_reference` kept, of ``x``'s shape (it may be ``dx`` itself), else the incoming gradient.
+    """
+    normalized, _ = _before(x, weights, statistics, eps)
+    if masked:
+        d = gradient.to(statistics.dtype)
+    else:
+        d, _ = _masked(gradient, x, weights, statistics, eps, slope, upsample)
+    mean_d, mean_dx = (m[:, None, None] for m in means)
+    scale = (weights[0] * torch.rsqrt(statistics[1] + eps))[:, None, None]
+    dx.copy_(scale * (d - mean_d - normalized * mean_dx))
+
+
+def _before(x, weights, statistics, eps):
+    """The normalised values, and those before LeakyReLU."""
+    mean, variance = (s[:, None, None] for s in statistics)
+    normalized = (x.to(statistics.dtype) - mean) * torch.rsqrt(variance + eps)
+    return normalized, weights[0][:, None, None] * normalized + weights[1][:, None, None]
+
+
+def _masked(gradient, x, weights, statistics, eps, slope, upsample):
+    """d, the gradient by the values before LeakyReLU, and the normalised values."""
+    normalized, before = _before(x, weights, statistics, eps)
+    d = gradient.to(statistics.dtype)
+    if upsample:
+        d = 4 * F.avg_pool2d(d, 2)
+    return torch.where(before > 0, d, slope * d), normalized
+
+
+def _weights(gamma, beta, x):
+    return torch.stack((gamma.detach(), beta.detach())).to(arithmetic_dtype(x))
+
+
+def _means(sums, count, synchronize):
+    if count is None:
+        return torch.zeros_like(sums)
+    if synchronize:
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums / count
+
+
+def _global_statistics(statistics, count):
+    """Statistics of all processes' batches together, and how many values a channel has in them."""
+    mine = torch.cat((statistics.flatten(), statistics.new_tensor([count])))
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    everyone = torch.stack(everyone).double()
+    counts = everyone[:, -1]
+    means, variances = everyone[:, :-1].reshape(len(everyone), 2, -1).unbind(1)
+    shares = (counts / counts.sum())[:, None]
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean).square())).sum(0)
+    return torch.stack((mean, variance)).to(statistics.dtype), int(counts.sum())
+
+
+def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
+    require_floating("x", x)
+    if x.ndim != 4:
+        raise InputError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise InputError("running_mean and running_var must both be given, or neither")
+    named = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape[1:2] or tensor.device != x.device or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise InputError(f"{name} must be floating-point ({x.shape[1]},) on {x.device}, one per channel, got {found}")
+    if not training and running_mean is None:
+        raise InputError("running_mean and running_var are needed where training is False")
+    if synchronize and not (dist.is_available() and dist.is_initialized()):
+        raise InputError("synchronize needs an initialised process group (torch.distributed.init_process_group)")
+    if training and not synchronize and x.numel() // max(x.shape[1], 1) < 2:
+        raise InputError(f"x must hold at least two values per channel in training, got {tuple(x.shape)}")
+
+
+def _cpu(name):
+    return lambda *args: getattr(torch.ops.advkd_cpu, name).default(*args)
+
+
+def _cuda(name):
+    return lambda *args: backends.cuda_launcher(name)(*args)
+
+
+def _triton(name):
+    def launch(*args):
+        from advkd.kernels import norm_act
+
+        getattr(norm_act, name)(*args)
+
+    return launch
+
+
+_REFERENCES = {
+    "norm_act_moments": moments_reference,
+    "norm_act": norm_act_reference,
+    "norm_act_sums": norm_act_sums_reference,
+    "norm_act_backward": norm_act_backward_reference,
+}
+_LAUNCH = {
+    name: {"reference": reference, "cpu": _cpu(name), "cuda": _cuda(name), "triton": _triton(name)}
+    for name, reference in _REFERENCES.items()
+}
+backends.implement("norm_act", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define("norm_act_moments(Tensor x, str backend, Tensor(a!) statistics) -> ()")
+_LIBRARY.define(
+    "norm_act(Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, str backend, "
+    "Tensor(a!) out) -> ()"
+)
+_LIBRARY.define(
+    "norm_act_sums(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, "
+    "str backend, Tensor(a!)? kept, Tensor(b!) sums) -> ()"
+)
+_LIBRARY.define(
+    "norm_act_backward(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, Tensor means, float eps, float slope, "
+    "bool upsample, bool masked, str backend, Tensor(a!) dx) -> ()"
+)
+
+
+def _launcher(name, backend, x):
+    """What runs piece ``name``; nothing is launched on an empty tensor."""
+    chosen = choose_for("norm_act", x, backend)
+    return _LAUNCH[name][chosen if x.numel() else "reference"]
+
+
+def _moments(x, backend, statistics):
+    _launcher("norm_act_moments", backend, x)(x, statistics)
+
+
+def _norm_act(x, weights, statistics, eps, slope, upsample, backend, out):
+    _launcher("norm_act", backend, x)(x, weights, statistics, eps, slope, upsample, out)
+
+
+def _sums(gradient, x, weights, statistics, eps, slope, upsample, backend, kept, sums):
+    _launcher("norm_act_sums", backend, x)(gradient, x, weights, statistics, eps, slope, upsample, kept, sums)
+
+
+def _backward(gradient, x, weights, statistics, means, eps, slope, upsample, masked, backend, dx):
+    launch = _launcher("norm_act_backward", backend, x)
+    launch(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx)
+
+
+_PIECES = {"norm_act_moments": _moments, "norm_act": _norm_act, "norm_act_sums": _sums, "norm_act_backward": _backward}
+for _name, _piece in _PIECES.items():
+    _LIBRARY.impl(_name, _piece, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"advkd::{_name}", lambda *args: None, lib=_LIBRARY)

@@ -1,0 +1,105 @@
+"""From a critic's input gradient to the penalty and the tangent's start, in one reduction (method: step 3 of the tangent pass)."""
+
+import torch
+
+from ..errors import InputError
+from . import backends
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_like
+
+MODES = ("two-sided", "one-sided", "r1")
+"""(|g| - target)^2, its part above the target, |g|^2 / 2."""
+
+
+def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, backend="auto"):
+    """Each sample's penalty and its derivative by g.
+
+    two-sided: P_i = weight / N (|g_i| - target)^2, v_i = 2 weight / N (|g_i| - target) g_i / |g_i| (0 where |g_i| = 0);
+    one-sided: the same with max(|g_i| - target, 0); r1: P_i = weight / (2 N) |g_i|^2, v_i = weight / N g_i.
+
+    Args:
+        g: ``(N, ...)`` gradient of a critic's score by its input, float32, bfloat16 or float16 (float64: reference only),
+            contiguous or channels_last (another layout is copied to a contiguous one).
+        target: the norm that is not penalised; unused by r1.
+        weight: lambda.
+        mode: one of :data:`MODES`.
+        out: tensor that receives v, like ``g``; may be ``g`` itself.
+        backend: see :func:`advkd.ops.backends.choose`.
+
+    Returns:
+        ``(penalties, v)``: ``(N,)`` in the arithmetic's dtype (float32; float64 for float64), whose sum is the penalty of
+        Gulrajani et al. 2017, eq. 3 (Mescheder et al. 2018, eq. 9 for r1); and v like ``g``.
+
+    Raises:
+        InputError: an unknown mode, or an ``out`` that does not fit.
+        RuntimeError: a gradient is asked for. Order of differentiability 0.
+    """
+    require_floating("g", g)
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if g.ndim < 1:
+        raise InputError("g must have shape (N, ...)")
+    g = dense(g)
+    if out is None:
+        out = torch.empty_like(g)
+    else:
+        require_like("out", out, "g", g)
+    penalties = torch.empty(g.shape[:1], dtype=arithmetic_dtype(g), device=g.device)
+    torch.ops.advkd.penalty_reduce(g, float(target), float(weight), MODES.index(mode), backend, out, penalties)
+    return penalties, out
+
+
+def penalty_reduce_reference(g, target, weight, mode, out, penalties):
+    """The specification of :func:`penalty_reduce`: writes ``out`` and ``penalties``; ``mode`` indexes :data:`MODES`."""
+    values = in_memory_order(g).to(penalties.dtype)
+    share = weight / g.shape[0]
+    if mode == MODES.index("r1"):
+        penalties.copy_(share / 2 * values.square().sum(1))
+        in_memory_order(out).copy_(share * values)
+        return
+    norm = torch.linalg.vector_norm(values, dim=1)
+    excess = norm - target
+    if mode == MODES.index("one-sided"):
+        excess = excess.clamp(min=0)
+    penalties.copy_(share * excess.square())
+    factor = torch.where(norm == 0, 0, 2 * share * excess / norm)
+    in_memory_order(out).copy_(factor[:, None] * values)
+
+
+def _cpu(*args):
+    torch.ops.advkd_cpu.penalty_reduce.default(*args)
+
+
+def _cuda(*args):
+    backends.cuda_launcher("penalty_reduce")(*args)
+
+
+def _triton(*args):
+    from advkd.kernels import penalty_reduce
+
+    penalty_reduce.launch(*args)
+
+
+_LAUNCH = {"reference": penalty_reduce_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
+backends.implement("penalty_reduce", "cpu", "triton", "cuda")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define(
+    "penalty_reduce(Tensor g, float target, float weight, int mode, str backend, Tensor(a!) out, Tensor(b!) penalties) -> ()"
+)
+
+
+def _penalty_reduce(g, target, weight, mode, backend, out, penalties):
+    backends.refuse_order_0("penalty_reduce", g, out)
+    launch = _LAUNCH[choose_for("penalty_reduce", g, backend)]
+    if g.numel():
+        launch(g, target, weight, mode, out, penalties)
+    else:
+        penalty_reduce_reference(g, target, weight, mode, out, penalties)
+
+
+_LIBRARY.impl("penalty_reduce", _penalty_reduce, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::penalty_reduce", lib=_LIBRARY)
+def _(g, target, weight, mode, backend, out, penalties):
+    backends.refuse_order_0("penalty_reduce", g, out)
