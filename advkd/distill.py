@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
-from .draws import DataOrder, interpolate, shift, training_latents
+from .critic_update import average_gradients, critic_gradients
+from .draws import DataOrder, shift, training_latents
 from .errors import InputError, TrainingError
 from .files import (
     digest,
@@ -35,7 +36,6 @@ from .files import (
 from .hub import reason
 from .latents import split_latent
 from .models.critic import Critic, CriticConfig
-from .ops import gradient_penalty
 from .pictures import save_grid
 from .recipes import DistillConfig
 from .trajectories import Trajectories, TrajectoryConfig, record_trajectories, same_teacher
@@ -269,19 +269,20 @@ class Distiller:
 
     def _update_critics(self, stage, start, z, targets, judged):
         # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
-        condition = self._condition(z)
-        gaps, penalties = [], []
+        config, condition, updates = self.config, self._condition(z), []
+        indices = torch.arange(start, start + len(z), device=z.device)
         for k in stage.critic_levels:
-            critic, fake = self.critics[str(k)], self._seen(judged[k].detach(), start, k, 2)
             real = self._seen(targets[k], start, k, 1)
-            arguments = () if condition is None else (condition,)
-            gaps.append(critic(fake, *arguments).mean() - critic(real, *arguments).mean())
-            x_hat = interpolate(real, fake, self.config.seed, start, k)
-            weight = self.config.gradient_penalty
-            penalties.append(gradient_penalty(critic, x_hat, condition=condition, weight=weight))
-        loss = torch.stack(gaps).sum() + torch.stack(penalties).sum()
-        self._step(self.critic_optimizer, self.critics.parameters(), loss, "critic")
-        return self._means(critic=torch.stack(gaps).mean(), penalty=torch.stack(penalties).mean())
+            fake = self._seen(judged[k].detach(), start, k, 2)
+            options = {"a": (config.seed, indices, k), "condition": condition, "weight": config.gradient_penalty}
+            options |= {"backend": config.critic_backend, "check_finite": False}
+            updates.append(critic_gradients(self.critics[str(k)], real, fake, **options))
+        gradients = [gradient for update in updates for gradient in update.gradients]
+        self._step(self.critic_optimizer, list(self.critics.parameters()), gradients, "critic")
+        return self._means(
+            critic=torch.stack([update.loss for update in updates]).mean(),
+            penalty=torch.stack([update.penalty for update in updates]).mean(),
+        )
 
     def _update_student(self, start, stage, z, targets, images, judged):
         config, depth = self.config, self.student.depth
@@ -304,18 +305,15 @@ class Distiller:
             terms.append(config.wasserstein * torch.stack(scores).mean())
         loss = torch.stack(terms).sum()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._step(self.optimizer, parameters, loss, "student")
-        return self._means(loss=loss.detach(), **metrics)
-
-    def _step(self, optimizer, parameters, loss, name):
-        """Backward, one averaging of all gradients over the processes, clipping, optimiser step."""
-        parameters = list(parameters)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+        self._step(self.optimizer, parameters, gradients, "student")
+        return self._means(loss=loss.detach(), **metrics)
+
+    def _step(self, optimizer, parameters, gradients, name):
+        """One averaging of all gradients over the processes, clipping, optimiser step."""
         if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-            pieces = flat.split([g.numel() for g in gradients])
-            gradients = [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)]
+            average_gradients(gradients)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         if not math.isfinite(float(norm)):
             where = f"stage {self.stages[self.stage_index].number}, update {self.update}"
@@ -369,7 +367,8 @@ class Distiller:
 
     def _identity(self):
         """What must not change between a run and its resumption."""
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "checkpoint_every"}
+        free = ("checkpoint_every", "critic_backend")
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
         identity = {**config, "student": dataclasses.asdict(self.student.config), "trajectories": self.data.manifests}
         identity["init"] = (self.student.training_record or {}).get("samples")
         return json.loads(json.dumps(identity))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .ops import philox_normal, philox_uniform, philox_words
+from .ops import philox_normal, philox_words
 
 
 class DataOrder:
@@ -52,11 +52,3 @@ def shift(images, seed, start, level, kind):
     batch = torch.arange(n, device=images.device)[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[None, :, None, None]
     return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def interpolate(real, fake, seed, start, level):
-    """x_hat = a real + (1 - a) fake with one uniform a per sample, keyed by (seed, global draw, level)."""
-    indices = torch.arange(start, start + len(real), device=real.device)
-    a = philox_uniform(seed, indices, stream="interpolation", step=level).to(real.dtype)
-    a = a[:, None, None, None]
-    return a * real + (1 - a) * fake

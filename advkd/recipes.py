@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from .errors import InputError
+from .ops.backends import BACKENDS
 
 
 @dataclass
@@ -30,6 +31,8 @@ class DistillConfig:
         grow: trajectories that the teacher adds to the data after every ``grow_every`` updates of a stage (0: none).
         grow_every: see ``grow``.
         gradient_penalty: lambda.
+        critic_backend: what differentiates the critics: ``auto`` (hand-written passes on the fastest backend), a backend's
+            name, or ``autograd``.
         train_scope: ``all`` trains submodules 1 .. k in stage k, ``last`` only the k-th, the others frozen in eval mode.
         learning_rate, critic_learning_rate: of Adam.
         betas: of Adam.
@@ -62,6 +65,7 @@ class DistillConfig:
     grow: int = 0
     grow_every: int = 100
     gradient_penalty: float = 10.0
+    critic_backend: str = "auto"
     train_scope: str = "all"
     learning_rate: float = 5e-4
     critic_learning_rate: float = 5e-4
@@ -101,6 +105,8 @@ class DistillConfig:
         )
         _require(self.train_scope in ("all", "last"), f"train_scope must be all or last, got {self.train_scope!r}")
         _require(self.mixed_precision in ("no", "bf16"), f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
+        known, wish = ("autograd", "auto", *BACKENDS), self.critic_backend
+        _require(wish in known, f"critic_backend must be one of {', '.join(known)}, got {wish!r}")
         _require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
         _require(self.mse or self.kl or self.wasserstein, "one of mse, kl and wasserstein must be positive")
         _require(

@@ -1,4 +1,4 @@
-"""From a critic's input gradient to the penalty and the tangent's start, in one reduction (method: step 3 of the tangent pass)."""
+"""From a critic's input gradient to the penalty and the tangent's start in one reduction: step 3 of the tangent pass."""
 
 import torch
 
@@ -84,7 +84,7 @@ backends.implement("penalty_reduce", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
-    "penalty_reduce(Tensor g, float target, float weight, int mode, str backend, Tensor(a!) out, Tensor(b!) penalties) -> ()"
+    "penalty_reduce(Tensor g, float target, float weight, int kind, str backend, Tensor(a!) out, Tensor(b!) penalties) -> ()"
 )
 
 

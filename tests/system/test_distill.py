@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from advkd.distill import Distiller, _kl, distill
-from advkd.draws import DataOrder, interpolate, shift, training_latents
+from advkd.draws import DataOrder, shift, training_latents
 from advkd.errors import InputError, TrainingError
 from advkd.models.student import Student
 from advkd.recipes import RECIPES, recipe
@@ -61,6 +61,30 @@ def test_paper_recipe_goes_stage_by_stage(trajectories, tmp_path):
         assert measured == [f"mse_{int(row['stage']):02d}"]
     assert all(not torch.equal(before[k], v) for k, v in student.state_dict().items() if "convolution" in k)
     assert [len(list(tmp_path.glob(f"samples-stage-0{k}.png"))) for k in range(1, 5)] == [1] * 4
+
+
+def losses(data, out, dtype, updates, **changes):
+    """Every metric of the first updates of a run that starts from one seed."""
+    config = recipe("joint", updates=(updates,), learning_rate=5e-3, **{**SMALL, **changes})
+    run = Distiller(Trajectories(data), tiny_student(), config, out, dtype=dtype, progress=False)
+    run._start_stage(run.stages[0])
+    found = []
+    for run.update in range(updates):
+        found.append(run._train_update(run.stages[0]))
+    return found
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_tangent_passes_and_autograd_train_alike(trajectories, tmp_path, conditional):
+    # In float32 runs part after a few updates, whatever the method: there the first update alone is compared.
+    for dtype, updates, bound in ((torch.float64, 50, 1e-6), (torch.float32, 1, 1e-5)):
+        ours, theirs = (
+            losses(trajectories, tmp_path / f"{dtype}-{name}", dtype, updates, critic_backend=name, conditional=conditional)
+            for name in ("auto", "autograd")
+        )
+        for row, other in zip(ours, theirs, strict=True):
+            assert row.keys() == other.keys() and "penalty" in row
+            assert all(abs(row[name] - other[name]) <= bound * max(1.0, abs(other[name])) for name in row)
 
 
 def test_the_papers_batches():
@@ -504,14 +528,6 @@ def test_data_order_is_a_permutation_per_epoch():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert DataOrder(10, seed=3).rows(7, 6) == epochs[0][7:] + epochs[1][:3]
-
-
-def test_interpolation_is_keyed_by_the_global_row():
-    real, fake = torch.ones(6, 1, 4, 4), torch.zeros(6, 1, 4, 4)
-    whole = interpolate(real, fake, 1, 100, 3)
-    assert torch.equal(whole[4:], interpolate(real[4:], fake[4:], 1, 104, 3))
-    assert len(set(whole[:, 0, 0, 0].tolist())) == 6 and 0 <= whole.min() and whole.max() <= 1
-    assert not torch.equal(whole, interpolate(real, fake, 1, 100, 4))
 
 
 def test_kl_is_that_of_two_gaussians():

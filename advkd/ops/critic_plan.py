@@ -1,0 +1,307 @@
+"""A critic's forward as a list of piecewise-linear layers, found by tracing it once (torch.fx)."""
+
+import operator
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import InputError
+
+ADVICE = "take backend='autograd' for such a critic"
+IMAGE, CONDITION = 0, 1
+"""Numbers of the first two values; layer i makes value i + 2."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a :class:`Plan`.
+
+    Attributes:
+        kind: ``convolution``, ``linear``, ``activation``, ``sum``, ``concatenation`` or a map without parameters.
+        name: for errors: the module's path and class, or the function's name.
+        inputs: numbers of the values it takes.
+        module: path of the module that holds weights and options, or None.
+        weights: paths of weight and bias where a function was given them.
+        options: the other arguments.
+        moved: whether the image flows through it.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple
+    module: str | None
+    weights: tuple
+    options: tuple
+    moved: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A critic's layers in order, the number of the value that it returns, and how often each value is used."""
+
+    layers: tuple
+    output: int
+    uses: tuple
+
+
+def plan_of(critic, conditional):
+    """The :class:`Plan` of a module, kept until one of its parts, their plain attributes or the training mode change.
+
+    Raises:
+        InputError: the critic cannot be traced, or a layer is not piecewise linear or couples samples; it is named.
+    """
+    if not isinstance(critic, nn.Module):
+        raise InputError(f"critic must be a torch.nn.Module for the tangent pass, got {type(critic).__name__}: {ADVICE}")
+    return (_constant_plan if torch.compiler.is_compiling() else _kept_plan)(critic, conditional)
+
+
+_PLANS = weakref.WeakKeyDictionary()
+_PLAIN = (int, float, bool, str, tuple, type(None))
+
+
+def _kept_plan(critic, conditional):
+    state = [(id(m), *(v for v in m.__dict__.values() if isinstance(v, _PLAIN)), *_hooks(m)) for m in critic.modules()]
+    plans = _PLANS.setdefault(critic, {})
+    if conditional not in plans or plans[conditional][0] != state:
+        plans[conditional] = (state, _Builder(critic, _trace(critic, conditional)).plan())
+    return plans[conditional][1]
+
+
+# A compiler takes the plan as it is while it compiles.
+_constant_plan = torch.compiler.assume_constant_result(_kept_plan)
+
+
+def _hooks(module):
+    return [len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
+
+
+class _Call(nn.Module):
+    """Gives the critic a parent, for the tracer to find its parts by their paths whatever it is."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x):
+        return self.critic(x)
+
+
+class _ConditionalCall(_Call):
+    def forward(self, x, condition):
+        return self.critic(x, condition)
+
+
+def _trace(critic, conditional):
+    from torch import fx
+
+    try:
+        return fx.Tracer().trace((_ConditionalCall if conditional else _Call)(critic))
+    except InputError:
+        raise
+    except Exception as error:  # whatever a forward raises that looks at values or shapes
+        raise InputError(f"the critic's forward cannot be traced ({error}): {ADVICE}") from error
+
+
+class _Builder:
+    """A traced graph as layers: those that the output needs, in order."""
+
+    def __init__(self, critic, graph):
+        self.critic, self.layers, self.moved = critic, [], {IMAGE}
+        self.values = dict(zip((node for node in graph.nodes if node.op == "placeholder"), (IMAGE, CONDITION)))
+        (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
+
+    def plan(self):
+        if not hasattr(self.result, "op") or (output := self.value(self.result)) not in self.moved:
+            raise InputError("critic must return one tensor that depends on its first argument")
+        uses = [0] * (len(self.layers) + 2)
+        for value in (output, *(value for layer in self.layers for value in layer.inputs)):
+            uses[value] += 1
+        return Plan(tuple(self.layers), output, tuple(uses))
+
+    def value(self, node):
+        """The number of a node's value; the layers that it needs are appended first."""
+        if node not in self.values:
+            self.values[node] = self._module(node) if node.op == "call_module" else self._function(node)
+        return self.values[node]
+
+    def add(self, kind, name, nodes, options=(), module=None, weights=()):
+        """Append a layer; the number of its value."""
+        inputs = tuple(self.value(node) for node in nodes)
+        moved = not self.moved.isdisjoint(inputs)
+        self.layers.append(Layer(kind, name, inputs, module, weights, options, moved))
+        number = len(self.layers) + 1
+        if moved:
+            self.moved.add(number)
+        return number
+
+    def _module(self, node):
+        path = node.target.removeprefix("critic").removeprefix(".")
+        module = self.critic.get_submodule(path)
+        name = f"{path or 'critic'} ({type(module).__name__})"
+        if any(_hooks(module)):
+            raise InputError(f"layer {name} has hooks, which the tangent pass would not run: {ADVICE}")
+        for kind, build in MODULES.items():
+            if isinstance(module, kind) and type(module).forward is kind.forward:
+                return build(self, name, node.args[0], module, path)
+        raise InputError(f"layer {name} is not piecewise linear, or couples samples: {ADVICE}")
+
+    def _function(self, node):
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        if node.target not in FUNCTIONS:
+            raise InputError(f"{name} in the critic's forward is not known to be piecewise linear: {ADVICE}")
+        return FUNCTIONS[node.target](self, f"{name} in the critic's forward", *node.args, **node.kwargs)
+
+    def path(self, name, node):
+        """The path of a weight that a function was given."""
+        if node is not None and getattr(node, "op", None) != "get_attr":
+            raise InputError(f"{name} has a weight that is computed: {ADVICE}")
+        return node and node.target.removeprefix("critic.")
+
+
+def _plain(name, *values):
+    """Options, which must be constants."""
+    for value in values:
+        if hasattr(value, "op") or isinstance(value, (tuple, list)) and any(hasattr(v, "op") for v in value):
+            raise InputError(f"{name} has an argument that is computed: {ADVICE}")
+    return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+
+def _pair(value):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _convolution_module(b, name, x, module, path):
+    if module.padding_mode != "zeros":
+        raise InputError(f"layer {name} pads with {module.padding_mode}, the tangent pass with zeros: {ADVICE}")
+    return b.add("convolution", name, (x,), module=path)
+
+
+def _dropout(b, name, x, module, path):
+    if module.training and module.p:
+        raise InputError(f"layer {name} drops at random: {ADVICE}")
+    return b.value(x)
+
+
+def _pool_module(b, name, x, m, path):
+    return _pool(b, name, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+
+
+MODULES = {
+    nn.Conv2d: _convolution_module,
+    nn.Linear: lambda b, name, x, m, path: b.add("linear", name, (x,), module=path),
+    nn.LeakyReLU: lambda b, name, x, m, path: _leaky_relu(b, name, x, m.negative_slope),
+    nn.ReLU: lambda b, name, x, m, path: _leaky_relu(b, name, x, 0.0),
+    nn.Flatten: lambda b, name, x, m, path: _flatten(b, name, x, m.start_dim, m.end_dim),
+    nn.AvgPool2d: _pool_module,
+    nn.AdaptiveAvgPool2d: lambda b, name, x, m, path: _adaptive_pool(b, name, x, m.output_size),
+    nn.Upsample: lambda b, name, x, m, path: _upsample(b, name, x, m.size, m.scale_factor, m.mode),
+    nn.UpsamplingNearest2d: lambda b, name, x, m, path: _upsample(b, name, x, m.size, m.scale_factor),
+    nn.Identity: lambda b, name, x, m, path: b.value(x),
+    nn.Dropout: _dropout,
+    nn.Dropout2d: _dropout,
+}
+
+
+def _convolution(b, name, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    weights = (b.path(name, weight), b.path(name, bias))
+    return b.add("convolution", name, (x,), _plain(name, stride, padding, dilation, groups), weights=weights)
+
+
+def _linear(b, name, x, weight, bias=None):
+    return b.add("linear", name, (x,), weights=(b.path(name, weight), b.path(name, bias)))
+
+
+def _leaky_relu(b, name, x, negative_slope=0.01, inplace=False):
+    return b.add("activation", name, (x,), _plain(name, negative_slope))
+
+
+def _flatten(b, name, x, start_dim=0, end_dim=-1):
+    if start_dim == 0:
+        raise InputError(f"{name} joins samples (start_dim 0): {ADVICE}")
+    return b.add("flatten", name, (x,), _plain(name, start_dim, end_dim))
+
+
+def _reshape(b, name, x, *shape):
+    shape = shape[0] if isinstance(shape[0], (tuple, list)) else shape
+    # The first size is the batch's, however it was written.
+    return b.add("reshape", name, (x,), (_plain(name, *shape[1:]),))
+
+
+def _squeeze(b, name, x, dim=None):
+    if dim is None or dim == 0:
+        raise InputError(f"{name} may take the batch's dimension away, name another one: {ADVICE}")
+    return b.add("squeeze", name, (x,), _plain(name, dim))
+
+
+def _unsqueeze(b, name, x, dim):
+    if dim == 0:
+        raise InputError(f"{name} joins samples (dim 0): {ADVICE}")
+    return b.add("unsqueeze", name, (x,), _plain(name, dim))
+
+
+def _pool(
+    b, name, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):  # fmt: skip
+    window = [_pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding)]
+    return b.add("pool", name, (x,), _plain(name, *window, ceil_mode, count_include_pad, divisor_override))
+
+
+def _adaptive_pool(b, name, x, output_size):
+    return b.add("adaptive_pool", name, (x,), _plain(name, _pair(output_size)))
+
+
+def _upsample(b, name, x, size=None, scale_factor=None, mode="nearest", **others):
+    if mode != "nearest" or any(others.values()):
+        raise InputError(f"{name} up-samples by {mode}, the tangent pass by nearest: {ADVICE}")
+    return b.add("upsample", name, (x,), _plain(name, size and _pair(size), scale_factor and _pair(scale_factor)))
+
+
+def _mean(kind):
+    def build(b, name, x, dim=None, keepdim=False):
+        dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+        if dim is None or 0 in dims:
+            raise InputError(f"{name} joins samples: {ADVICE}")
+        return b.add(kind, name, (x,), _plain(name, tuple(dims), keepdim))
+
+    return build
+
+
+def _sum(b, name, x, y, alpha=1):
+    if alpha != 1 or not (hasattr(x, "op") and hasattr(y, "op")):
+        raise InputError(f"{name} must add two tensors: {ADVICE}")
+    return b.add("sum", name, (x, y))
+
+
+def _scale(b, name, x, y):
+    x, factor = (x, y) if hasattr(x, "op") else (y, x)
+    return b.add("scale", name, (x,), _plain(name, factor))
+
+
+def _concatenate(b, name, tensors, dim=0):
+    if dim != 1:
+        raise InputError(f"{name} must join channels (dim 1), got dim {dim}: {ADVICE}")
+    return b.add("concatenation", name, tensors)
+
+
+FUNCTIONS = {
+    **dict.fromkeys((F.conv2d, torch.conv2d), _convolution),
+    F.linear: _linear,
+    F.leaky_relu: _leaky_relu,
+    **dict.fromkeys((F.relu, torch.relu, "relu"), lambda b, name, x, inplace=False: _leaky_relu(b, name, x, 0.0)),
+    **dict.fromkeys((torch.flatten, "flatten"), _flatten),
+    **dict.fromkeys((torch.reshape, "reshape", "view"), _reshape),
+    **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
+    **dict.fromkeys((torch.unsqueeze, "unsqueeze"), _unsqueeze),
+    F.avg_pool2d: _pool,
+    F.adaptive_avg_pool2d: _adaptive_pool,
+    F.interpolate: _upsample,
+    **dict.fromkeys((torch.mean, "mean"), _mean("mean")),
+    **dict.fromkeys((torch.sum, "sum"), _mean("total")),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add"), _sum),
+    **dict.fromkeys((operator.mul, torch.mul), _scale),
+    **dict.fromkeys((torch.cat, torch.concat), _concatenate),
+    "contiguous": lambda b, name, x, **options: b.value(x),
+}
