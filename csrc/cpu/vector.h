@@ -83,9 +83,27 @@ inline void store(float* p, V x) {
   *reinterpret_cast<VUnaligned*>(p) = x;
 }
 
+// The one instruction where GCC makes several of the conversion.
+inline VU words_of(VH halves) {
+#if defined(__AVX512F__)
+  return (VU)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)halves);
+#elif defined(__AVX2__)
+  return (VU)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  return __builtin_convertvector(halves, VU);
+#endif
+}
+
+inline VH low_halves(VU words) {
+#if defined(__AVX512F__)
+  return (VH)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)words);
+#else
+  return __builtin_convertvector(words, VH);
+#endif
+}
+
 inline V load(const bf16* p) {
-  const VH half = *reinterpret_cast<const VHUnaligned*>(p);
-  return (V)(__builtin_convertvector(half, VU) << 16);
+  return (V)(words_of(*reinterpret_cast<const VHUnaligned*>(p)) << 16);
 }
 
 // Half precision's exponent is moved by a product with 2^112, which subnormal numbers survive.
@@ -94,7 +112,7 @@ inline V load(const f16* p) {
 #if defined(__AVX512F__)
   return _mm512_maskz_cvtph_ps(0xFFFF, (__m256i)half);
 #else
-  const VU bits = __builtin_convertvector(half, VU);
+  const VU bits = words_of(half);
   const VU magnitude = (bits & 0x7FFFu) << 13;
   const VU finite = (VU)((V)magnitude * 0x1p112f);
   return (V)((magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite) | (bits & 0x8000u) << 16);
@@ -113,7 +131,7 @@ inline VH narrow(V x, const bf16*) {
   const VU bits = (VU)x;
   const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const VU quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(x == x ? rounded : quiet, VH);
+  return low_halves(x == x ? rounded : quiet);
 #endif
 }
 
