@@ -1,37 +1,15 @@
 // Registration of the CUDA kernels with torch, through its stable ABI. Launchers check layout, allocate, launch.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "cuda/register.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <vector>
 
 #include "cuda/philox.cu"
+#include "cuda/register_training.h"
 #include "cuda/sampler_step.cu"
 
 namespace advkd {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void* current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
-  return stream;
-}
-
-void check_launch(const char* name) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, name, " launch: ", cudaGetErrorString(error));
-}
 
 template <typename Element>
 using PhiloxKernel = void (*)(const i64*, i64, PhiloxParameters, Element*);
@@ -84,35 +62,14 @@ struct StepKernels {
                {advkd_step_pool_tensor_##X##_##M, advkd_step_pool_draw_##X##_##M}}},
 const StepKernels kStepKernels[] = {ADVKD_STEP_DTYPES(ADVKD_STEP_POINTERS)};
 
-int step_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "sampler_step takes float32, bfloat16 and float16");
-}
-
-const void* pointer(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr() : nullptr;
-}
-
-void* writable(const std::optional<Tensor>& t) {
-  return t ? t->mutable_data_ptr() : nullptr;
-}
-
 bool aligned(const StepParameters& p) {
-  const void* const addresses[] = {p.x, p.m, p.previous_x0, p.noise, p.out, p.x0};
-  for (const void* address : addresses)
-    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) return false;
-  return true;
+  return aligned({p.x, p.m, p.previous_x0, p.noise, p.out, p.x0});
 }
 
 // Sizes, and who takes what. Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
 void set_sizes(StepParameters& p, const Tensor& x, i64 pool, int group) {
   const bool dense = x.is_contiguous();
-  const bool last = !dense && x.dim() == 4 && x.stride(1) == 1 && x.stride(3) == x.size(1);
+  const bool last = !dense && channels_last(x);
   STD_TORCH_CHECK(dense || last, "x must be contiguous or channels_last");
   constexpr i64 kMost = (i64{1} << 31) - 1;
   const i64 channels = last && (pool || p.indices) ? x.size(1) : 1, width = pool ? x.size(3) : 0;
@@ -143,7 +100,7 @@ void sampler_step(
     std::optional<Tensor> pooled,
     std::optional<Tensor> flags) {
   if (x.numel() == 0) return;
-  const int dtype = step_dtype(x), model_dtype = step_dtype(m);
+  const int dtype = dtype_of("sampler_step", x), model_dtype = dtype_of("sampler_step", m);
   const bool rows = table.is_contiguous() && table.scalar_type() == ScalarType::Float && table.size(1) == 8;
   STD_TORCH_CHECK(rows && (table.size(0) == 1 || table.size(0) == x.size(0)), "table must be float32 (1 or samples, 8)");
   STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == x.size(0)), "one index per sample");
@@ -182,6 +139,21 @@ void sampler_step(
 STABLE_TORCH_LIBRARY(advkd_cuda, m) {
   m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
   m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
+  m.def("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, Tensor(a!) out, Tensor(b!) mask) -> ()");
+  m.def("mask_mul(Tensor x, Tensor mask, float slope, Tensor(a!) out) -> ()");
+  m.def("penalty_reduce(Tensor g, float target, float weight, int mode, Tensor(a!) out, Tensor(b!) penalties) -> ()");
+  m.def(
+      "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, Tensor(a!) out) "
+      "-> ()");
+  m.def("norm_act_moments(Tensor x, Tensor(a!) statistics) -> ()");
+  m.def(
+      "norm_act(Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, Tensor(a!) out) -> ()");
+  m.def(
+      "norm_act_sums(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, "
+      "Tensor(a!)? kept, Tensor(b!) sums) -> ()");
+  m.def(
+      "norm_act_backward(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, Tensor means, float eps, float slope, "
+      "bool upsample, bool masked, Tensor(a!) dx) -> ()");
   m.def(
       "sampler_step(Tensor x, Tensor m, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, int step, "
       "Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");
@@ -191,4 +163,12 @@ STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
   m.impl("philox_words", TORCH_BOX(&advkd::philox_words));
   m.impl("philox_normal", TORCH_BOX(&advkd::philox_normal));
   m.impl("sampler_step", TORCH_BOX(&advkd::sampler_step));
+  m.impl("conv_bias_act_mask", TORCH_BOX(&advkd::training::conv_bias_act_mask));
+  m.impl("mask_mul", TORCH_BOX(&advkd::training::mask_mul));
+  m.impl("penalty_reduce", TORCH_BOX(&advkd::training::penalty_reduce));
+  m.impl("interpolate", TORCH_BOX(&advkd::training::interpolate));
+  m.impl("norm_act_moments", TORCH_BOX(&advkd::training::norm_act_moments));
+  m.impl("norm_act", TORCH_BOX(&advkd::training::norm_act));
+  m.impl("norm_act_sums", TORCH_BOX(&advkd::training::norm_act_sums));
+  m.impl("norm_act_backward", TORCH_BOX(&advkd::training::norm_act_backward));
 }

@@ -8,43 +8,9 @@
 #include "cuda/sampler_step.h"
 
 #include "cuda/normals.cuh"
+#include "cuda/storage.cuh"
 
 namespace advkd {
-
-struct f32 {
-  using Bits = float;
-  ADVKD_INLINE float decode(float x) { return x; }
-  ADVKD_INLINE float encode(float x) { return x; }
-};
-
-struct bf16 {
-  using Bits = unsigned short;
-  ADVKD_INLINE float decode(unsigned short bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
-  ADVKD_INLINE unsigned short encode(float x) {
-    const u32 bits = __float_as_uint(x);
-    const u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    return static_cast<unsigned short>(x == x ? rounded : 0x7FFFu);
-  }
-};
-
-struct f16 {
-  using Bits = unsigned short;
-  ADVKD_INLINE float decode(unsigned short bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-  }
-  ADVKD_INLINE unsigned short encode(float x) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-  }
-};
-
-template <typename Bits, int kGroup>
-struct alignas(sizeof(Bits) * kGroup < 16 ? sizeof(Bits) * kGroup : 16) Vector {
-  Bits bits[kGroup];
-};
 
 // Up to a group of elements of one channel: `left` of them, `stride` apart in memory from `place`.
 struct Run {

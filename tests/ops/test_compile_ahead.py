@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from advkd.ops import cupy_kernels
+from advkd.ops import cupy_modules
 
 from ..conftest import ROOT, process_environment
 
@@ -136,6 +136,43 @@ def test_nvcc_sampler_step(architecture, tmp_path):
         assert loads >= (3 if "draw" in name else 4) and stores == 2, name
 
 
+# Entry points of the training ops' sources, and the 16-byte loads and stores of one in 16-bit storage.
+TRAINING = {
+    "conv_bias_act_mask": {"conv_bias_act_mask": (2, 1)},
+    "mask_mul": {"mask_mul": (1, 1)},
+    "interpolate": {"interpolate": (2, 3)},
+    "penalty_reduce": {"penalty_sums": (1, 0), "penalty_apply": (1, 1)},
+    "norm_act": {
+        **{f"norm_moments_{layout}": (1, 0) for layout in ("planes", "last")},
+        # Alone and as four pixels; where channels are neighbours, their constants as vectors too.
+        "norm_act_planes": (1, 5),
+        "norm_act_last": (1 + 8, 5),
+        "norm_sums_planes": (1 + 5, 1),
+        "norm_sums_last": (1 + 5 + 8, 1),
+        "norm_backward_planes": (1 + 5, 1),
+        "norm_backward_last": (1 + 5 + 12, 1),
+    },
+}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("source", TRAINING)
+def test_nvcc_training_ops(source, architecture, tmp_path):
+    """Nothing spills, three blocks of 256 threads fit on a multiprocessor, aligned tensors are read and written in vectors."""
+    known_to_nvcc(architecture)
+    kernels = {name: rest for name, *rest in cuda_kernels(f"{source}.cu", tmp_path, architecture)}
+    assert all(spilled == 0 and registers <= 80 and ".local" not in ptx for spilled, registers, ptx in kernels.values())
+    for name, expected in TRAINING[source].items():
+        for dtype in ("f32", "bf16", "f16"):
+            *_, ptx = kernels.pop(f"advkd_{name}_{dtype}")
+            wide = [len(re.findall(way + r"\.global\S*\.v4\.", ptx)) for way in ("ld", "st")]
+            # float32 has a channel's constants in fewer vectors, and elements in more.
+            loads = 1 if dtype == "f32" else expected[0]
+            assert wide[0] >= loads and wide[1] >= expected[1], (name, dtype, wide)
+    assert sorted(kernels) == (["advkd_norm_finish_moments", "advkd_norm_finish_sums"] if source == "norm_act" else [])
+
+
 def nvrtc_library():
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations) if spec else []
@@ -150,11 +187,11 @@ def test_nvrtc_compiles_every_device_source(source):
         pytest.skip("NVRTC is not installed (the test extra brings it)")
     nvrtc = ctypes.CDLL(str(path))
     program = ctypes.c_void_p()
-    text = cupy_kernels.source(source.removesuffix(".cu")).encode()
+    text = cupy_modules.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
     # What the launchers ask for, and what CuPy adds.
-    pair = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)"] if source == "sampler_step.cu" else []
-    options = [*cupy_kernels.OPTIONS, *pair, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
+    dtypes = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)" if source == "sampler_step.cu" else "-DADVKD_DTYPES(EACH)=EACH(bf16)"]
+    options = [*cupy_modules.OPTIONS, *dtypes, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
     options = [option.encode() for option in options]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()

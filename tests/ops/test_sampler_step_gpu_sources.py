@@ -3,22 +3,20 @@ host, started by the CuPy launchers through a stand-in for CuPy.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import re
 import subprocess
 import sys
 import types
 
-import numpy
 import pytest
 import torch
 
-from advkd.ops import backends, cupy_kernels
+from advkd.ops import backends, cupy_kernels, cupy_modules
 from advkd.ops.philox import normal_reference, rounds_reference, words_reference
 from advkd.ops.sampler_step import sampler_step_reference
 
 from ..conftest import ROOT, process_environment
+from .cuda_on_host import only_last_block
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -188,91 +186,6 @@ def test_triton_interpreter_parity():
     assert result.stdout.strip() == "parity", result.stderr
 
 
-# What g++ cannot read of the device code, and the same for the host.
-HOST_CODE = {
-    'asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));': "x = half_to_float(bits);",
-    'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));': "bits = float_to_half(x);",
-}
-ENTRY = {
-    "sampler_step": """
-extern "C" void run_on_host(void (*kernel)(advkd::StepParameters), unsigned blocks, unsigned threads, void** arguments) {
-  const auto p = *static_cast<advkd::StepParameters*>(arguments[0]);
-  on_host::run(blocks, threads, [=] { kernel(p); });
-}
-""",
-    "philox": """
-using advkd::i64;
-extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParameters, void*), unsigned blocks, unsigned threads,
-                            void** a) {
-  const auto indices = *static_cast<const i64**>(a[0]);
-  const auto samples = *static_cast<i64*>(a[1]);
-  const auto p = *static_cast<advkd::PhiloxParameters*>(a[2]);
-  const auto out = *static_cast<void**>(a[3]);
-  on_host::run(blocks, threads, [=] { kernel(indices, samples, p, out); });
-}
-""",
-}
-
-
-class HostModule:
-    """In the place of ``cupy.RawModule``: compiled by the host's compiler; arguments go by value, as in CuPy."""
-
-    libraries: dict = {}
-
-    def __init__(self, code, options, folder):
-        assert options[0] == "--std=c++17"
-        name = "sampler_step" if "StepParameters" in code else "philox"
-        # The kernels of all dtypes are compiled at once here, but only those asked for may be called.
-        self.pair = (
-            "_".join(re.fullmatch(r"-DADVKD_STEP_DTYPES\(EACH\)=EACH\((\w+), (\w+)\)", options[1]).groups())
-            if options[1:]
-            else ""
-        )
-        if name not in self.libraries:
-            self.libraries[name] = self.compile(name, code, folder)
-        self.library = self.libraries[name]
-
-    def compile(self, name, code, folder):
-        for device, host in HOST_CODE.items():
-            assert name == "philox" or code.count(device) == 1
-            code = code.replace(device, host)
-        (folder / f"{name}.cpp").write_text(f'#include "{ROOT}/tests/ops/cuda_on_host.h"\n{code}{ENTRY[name]}')
-        library = folder / f"{name}.so"
-        command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(folder / f"{name}.cpp")]
-        # A vector that is not aligned stops a GPU; here it stops the process.
-        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-        subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
-        return ctypes.CDLL(str(library))
-
-    def get_function(self, name):
-        assert name.endswith(self.pair)
-
-        def call(grid, block, arguments):
-            # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
-            values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
-            assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1
-            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-            kernel = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
-            self.library.run_on_host(kernel, *grid, *block, pointers)
-
-        return call
-
-
-@pytest.fixture(scope="module")
-def host_modules(tmp_path_factory):
-    cupy_kernels._module.cache_clear()
-    HostModule.libraries.clear()
-    yield tmp_path_factory.mktemp("cuda")
-    cupy_kernels._module.cache_clear()
-
-
-@pytest.fixture
-def cupy_on_host(host_modules, monkeypatch):
-    stand_in = types.SimpleNamespace(RawModule=lambda code, options: HostModule(code, options, host_modules))
-    monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    monkeypatch.setattr(cupy_kernels, "_current", lambda device: contextlib.nullcontext())
-
-
 @pytest.mark.parametrize("case", CASES + CUDA_CASES, ids=str)
 def test_cuda_kernels_on_the_host(case, cupy_on_host):
     check(case, cupy_kernels.sampler_step)
@@ -336,7 +249,7 @@ def test_cuda_kernels_count_beyond_32_bits(pool, cupy_on_host, monkeypatch):
         large(dict.fromkeys(cupy_kernels._POINTERS) | {"x": x, "m": x, "out": out, "table": table}, 0, 0, pool)["tiles"]
     )
     # Whole 1024 elements lie before the last block's.
-    with only_last_block(tiles):
+    with only_last_block("sampler_step", tiles):
         cupy_kernels.sampler_step(*arguments)
     block = before // 4 + torch.arange(4)
     counter = (
@@ -351,18 +264,6 @@ def test_cuda_kernels_count_beyond_32_bits(pool, cupy_on_host, monkeypatch):
     expected = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).reshape(1, 1, rows, 8)
     assert (out - expected).abs().max() <= 2e-6
     assert not pool or (pooled - torch.nn.functional.avg_pool2d(expected, 2)).abs().max() <= 2e-6
-
-
-@contextlib.contextmanager
-def only_last_block(tiles):
-    """The kernels run their last block alone."""
-    cupy_kernels._module("sampler_step", "-DADVKD_STEP_DTYPES(EACH)=EACH(f32, f32)")
-    first = ctypes.c_uint.in_dll(HostModule.libraries["sampler_step"], "first_block")
-    first.value = tiles - 1
-    try:
-        yield
-    finally:
-        first.value = 0
 
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 9, -1])
@@ -431,7 +332,7 @@ def test_python_and_cpp_launchers_agree(tmp_path):
     assert [list(map(int, line.split())) for line in lines[len(fields) + 1 :]] == [[plan[k] for k in order] for plan in ours]
     for (_, _, channels, width, pool, _), plan in zip(PLANS, ours):
         if pool:
-            assert plan["lanes"] * plan["rows"] * plan["strips"] <= cupy_kernels.THREADS
+            assert plan["lanes"] * plan["rows"] * plan["strips"] <= cupy_modules.THREADS
             assert (
                 plan["column_tiles"] * plan["outputs"] >= width // pool
                 and plan["channel_tiles"] * plan["tile_channels"] >= channels
@@ -455,7 +356,7 @@ def test_vectors_only_where_they_are_aligned():
 
 def test_sources_are_whole_and_self_contained():
     for name, kernel in [("sampler_step", "advkd_step_"), ("philox", "advkd_philox_normal")]:
-        text = cupy_kernels.source(name)
+        text = cupy_modules.source(name)
         assert "#include" not in text and "#pragma once" not in text and kernel in text
         assert text.count("void philox_rounds(") == 1
 
@@ -473,15 +374,15 @@ def test_kernels_run_on_torchs_stream(release, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
-    with cupy_kernels._current(torch.device("cuda:1")):
+    with cupy_modules._current(torch.device("cuda:1")):
         assert entered == [(0, 77)]
 
 
 def test_gap_names_what_is_missing(monkeypatch):
-    gap = cupy_kernels.gap.__wrapped__
-    monkeypatch.setattr(cupy_kernels.importlib.util, "find_spec", lambda name: None)
+    gap = cupy_modules.gap.__wrapped__
+    monkeypatch.setattr(cupy_modules.importlib.util, "find_spec", lambda name: None)
     assert "CuPy is not installed" in gap()
-    monkeypatch.setattr(cupy_kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cupy_modules.importlib.util, "find_spec", lambda name: object())
     broken = types.SimpleNamespace(getVersion=lambda: (_ for _ in ()).throw(RuntimeError("no libnvrtc")))
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=broken))
@@ -490,5 +391,5 @@ def test_gap_names_what_is_missing(monkeypatch):
         sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)))
     )
     assert gap() is None
-    monkeypatch.setattr(cupy_kernels, "folder", lambda: None)
+    monkeypatch.setattr(cupy_modules, "folder", lambda: None)
     assert "sources are not installed" in gap()

@@ -1,0 +1,75 @@
+// What the launchers of the CUDA kernels share: torch's stable ABI, and starting a kernel on torch's stream.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "common/philox.h"
+
+namespace advkd {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr i64 kMostBlocks = (i64{1} << 31) - 1;
+
+void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  return stream;
+}
+
+void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, name, " launch: ", cudaGetErrorString(error));
+}
+
+// A dtype's place in ADVKD_DTYPES.
+int dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " takes float32, bfloat16 and float16");
+}
+
+const void* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+void* writable(const std::optional<Tensor>& t) {
+  return t ? t->mutable_data_ptr() : nullptr;
+}
+
+bool aligned(std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses)
+    if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) return false;
+  return true;
+}
+
+// Channels last, as torch defines it: what has one element in a direction has no stride there.
+bool channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  i64 expected = 1;
+  for (const int side : {1, 3, 2, 0}) {
+    if (t.size(side) != 1 && t.stride(side) != expected) return false;
+    expected *= t.size(side);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace advkd

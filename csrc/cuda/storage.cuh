@@ -1,0 +1,106 @@
+// How kernels on NVIDIA GPUs keep elements in memory: float32, bfloat16 or float16 storage of float32 values, and groups of
+// elements, read and written as one vector where alignment allows it. No Torch and no standard library.
+#pragma once
+
+#include "common/philox.h"
+
+namespace advkd {
+
+struct f32 {
+  using Bits = float;
+  ADVKD_INLINE float decode(float x) { return x; }
+  ADVKD_INLINE float encode(float x) { return x; }
+};
+
+struct bf16 {
+  using Bits = unsigned short;
+  ADVKD_INLINE float decode(unsigned short bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
+  ADVKD_INLINE unsigned short encode(float x) {
+    const u32 bits = __float_as_uint(x);
+    const u32 rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<unsigned short>(x == x ? rounded : 0x7FFFu);
+  }
+};
+
+struct f16 {
+  using Bits = unsigned short;
+  ADVKD_INLINE float decode(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
+  ADVKD_INLINE unsigned short encode(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+  }
+};
+
+template <typename Bits, int kGroup>
+struct alignas(sizeof(Bits) * kGroup < 16 ? sizeof(Bits) * kGroup : 16) Vector {
+  Bits bits[kGroup];
+};
+
+template <typename T, int kGroup>
+using Group = Vector<typename T::Bits, kGroup>;
+
+// Up to a group of elements, neighbours in memory: `left` of them from `place` on, all as one vector where `vector` says so.
+struct Span {
+  i64 place;
+  int left;
+  bool vector;
+};
+
+ADVKD_INLINE Span span(i64 place, i64 left, int group, bool vectors) {
+  return {place, static_cast<int>(left < group ? left : group), vectors && left >= group};
+}
+
+template <typename T, int kGroup>
+ADVKD_INLINE Group<T, kGroup> load_bits(const void* tensor, const Span& at) {
+  const auto* from = static_cast<const typename T::Bits*>(tensor) + at.place;
+  Group<T, kGroup> group = {};
+  if (at.vector) {
+    group = *reinterpret_cast<const Group<T, kGroup>*>(from);
+  } else {
+    for (int i = 0; i < kGroup; ++i)
+      if (i < at.left) group.bits[i] = from[i];
+  }
+  return group;
+}
+
+template <typename T, int kGroup>
+ADVKD_INLINE void store_bits(void* tensor, const Span& at, const Group<T, kGroup>& group) {
+  auto* to = static_cast<typename T::Bits*>(tensor) + at.place;
+  if (at.vector) {
+    constexpr int kVectors = sizeof(group) / 16;
+    union {
+      Group<T, kGroup> group;
+      uint4 vectors[kVectors ? kVectors : 1];
+    } whole = {group};
+    // An assignment would do, but the compiler finds the elements below in it and stores them one by one.
+    for (int i = 0; i < kVectors; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, whole.vectors[i]);
+  } else {
+    for (int i = 0; i < kGroup; ++i)
+      if (i < at.left) to[i] = group.bits[i];
+  }
+}
+
+template <typename T, int kGroup>
+ADVKD_INLINE void load(const void* tensor, const Span& at, float (&to)[kGroup]) {
+  const auto group = load_bits<T, kGroup>(tensor, at);
+  for (int i = 0; i < kGroup; ++i) to[i] = T::decode(group.bits[i]);
+}
+
+template <typename T, int kGroup>
+ADVKD_INLINE void store(void* tensor, const Span& at, const float (&values)[kGroup]) {
+  Group<T, kGroup> group;
+  for (int i = 0; i < kGroup; ++i) group.bits[i] = T::encode(values[i]);
+  store_bits<T>(tensor, at, group);
+}
+
+}  // namespace advkd
+
+// Entry points by dtype. Whoever needs one dtype defines the list.
+#ifndef ADVKD_DTYPES
+#define ADVKD_DTYPES(EACH) EACH(f32) EACH(bf16) EACH(f16)
+#endif

@@ -1,0 +1,92 @@
+"""CUDA kernels without a GPU: compiled for the host with ``cuda_on_host.h``, started by the CuPy launchers through a stand-in
+for CuPy, the fixture ``cupy_on_host``.
+"""
+
+import contextlib
+import ctypes
+import re
+import subprocess
+
+import numpy
+
+from advkd.ops import cupy_modules
+
+from ..conftest import ROOT
+
+# What g++ cannot read of the device code, and the same for the host.
+HOST_CODE = {
+    'asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));': "x = half_to_float(bits);",
+    'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));': "bits = float_to_half(x);",
+}
+ENTRY = """
+extern "C" void run_on_host(void (*kernel)(advkd::STRUCT), unsigned blocks, unsigned threads, void** arguments) {
+  const auto p = *static_cast<advkd::STRUCT*>(arguments[0]);
+  on_host::run(blocks, threads, [=] { kernel(p); });
+}
+"""
+PHILOX_ENTRY = """
+using advkd::i64;
+extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParameters, void*), unsigned blocks, unsigned threads,
+                            void** a) {
+  const auto indices = *static_cast<const i64**>(a[0]);
+  const auto samples = *static_cast<i64*>(a[1]);
+  const auto p = *static_cast<advkd::PhiloxParameters*>(a[2]);
+  const auto out = *static_cast<void**>(a[3]);
+  on_host::run(blocks, threads, [=] { kernel(indices, samples, p, out); });
+}
+"""
+
+
+class HostModule:
+    """In the place of ``cupy.RawModule``: compiled by the host's compiler; arguments go by value, as in CuPy."""
+
+    libraries: dict = {}
+
+    def __init__(self, code, options, folder):
+        assert options[0] == "--std=c++17"
+        # The kernels of all dtypes are compiled at once here, but only those asked for may be called.
+        self.dtypes = ""
+        if options[1:]:
+            names = re.fullmatch(r"-DADVKD_(?:STEP_)?DTYPES\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
+            self.dtypes = "_" + "_".join(names.split(", "))
+        if code not in self.libraries:
+            self.libraries[code] = self.compile(code, folder / str(len(self.libraries)))
+        self.library = self.libraries[code]
+
+    def compile(self, code, stem):
+        struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
+        for device, host in HOST_CODE.items():
+            assert struct == "PhiloxParameters" or code.count(device) == 1
+            code = code.replace(device, host)
+        entry = PHILOX_ENTRY if struct == "PhiloxParameters" else ENTRY.replace("STRUCT", struct)
+        source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+        source.write_text(f'#include "{ROOT}/tests/ops/cuda_on_host.h"\n{code}{entry}')
+        command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(library)]
+        # A vector that is not aligned stops a GPU; here it stops the process.
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(library))
+
+    def get_function(self, name):
+        assert name.endswith(self.dtypes) or "_finish_" in name
+
+        def call(grid, block, arguments):
+            # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
+            values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
+            assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1
+            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+            kernel = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
+            self.library.run_on_host(kernel, *grid, *block, pointers)
+
+        return call
+
+
+@contextlib.contextmanager
+def only_last_block(name, blocks):
+    """The kernels of ``csrc/cuda/<name>.cu`` run the last of so many blocks alone."""
+    first = ctypes.c_uint.in_dll(cupy_modules.compiled(name).library, "first_block")
+    first.value = blocks - 1
+    try:
+        yield
+    finally:
+        first.value = 0
