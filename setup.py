@@ -158,6 +158,7 @@ KERNELS = {
     "mask_mul.cpp": (".avx2", ".avx512"),
     "penalty_reduce.cpp": (".avx2", ".avx512"),
     "interpolate.cpp": (".avx2", ".avx512"),
+    "image_gradient.cpp": (".avx2", ".avx512"),
     "norm_act.cpp": (".avx2", ".avx512"),
     "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16"),
 }

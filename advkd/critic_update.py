@@ -282,7 +282,7 @@ def _require_parameters(plan, weights, parameters):
     known = {id(p) for p in parameters}
     for layer, pair in zip(plan.layers, weights):
         if any(t is not None and id(t) not in known for t in pair):
-            raise InputError(f"layer {layer.name} has a weight that is no parameter of the critic: {ADVICE}")
+            raise InputError(f"{layer.name} has a weight that is no parameter of the critic: {ADVICE}")
 
 
 def _check(real, fake, condition, loss, mode):

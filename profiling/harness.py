@@ -58,6 +58,7 @@ class Case:
         moved_bytes: bytes that a call must at least read and write, or None.
         repeats: timed calls of each contestant.
         device: where the work is done.
+        notes: other figures of the case, for its JSON.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     moved_bytes: int | None = None
     repeats: int = 20
     device: str = "cpu"
+    notes: dict = field(default_factory=dict)
 
 
 def device_folder(device="cpu"):
@@ -140,7 +142,7 @@ def run_case(case):
             if case.flop:
                 entry["flop_per_second"] = case.flop / entry["seconds"]["median"]
     figures = {"images": case.images, "flop": case.flop, "moved_bytes": case.moved_bytes}
-    return {"case": case.name, **figures, "contestants": entries, "ratio": _ratio(entries)}
+    return {"case": case.name, **figures, **case.notes, "contestants": entries, "ratio": _ratio(entries)}
 
 
 def _ratio(entries):

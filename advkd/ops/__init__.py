@@ -3,6 +3,7 @@
 from .conv_bias_act_mask import conv_bias_act_mask
 from .conv_block import conv_block
 from .gradient_penalty import gradient_penalty
+from .image_gradient import image_gradient
 from .interpolate import interpolate
 from .mask_mul import mask_mul
 from .norm_act import norm_act
@@ -17,6 +18,7 @@ __all__ = [
     "conv_bias_act_mask",
     "conv_block",
     "gradient_penalty",
+    "image_gradient",
     "interpolate",
     "mask_mul",
     "norm_act",

@@ -1,4 +1,4 @@
-"""Convolution, bias and LeakyReLU that keeps one bit per element: all that backward and tangent passes need of an activation."""
+"""Convolution, bias and LeakyReLU, keeping one bit per element: all that backward and tangent passes need of an activation."""
 
 import torch
 

@@ -140,13 +140,13 @@ class _Builder:
     def _module(self, node):
         path = node.target.removeprefix("critic").removeprefix(".")
         module = self.critic.get_submodule(path)
-        name = f"{path or 'critic'} ({type(module).__name__})"
+        name = f"layer {path or 'critic'} ({type(module).__name__})"
         if any(_hooks(module)):
-            raise InputError(f"layer {name} has hooks, which the tangent pass would not run: {ADVICE}")
+            raise InputError(f"{name} has hooks, which the tangent pass would not run: {ADVICE}")
         for kind, build in MODULES.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
                 return build(self, name, node.args[0], module, path)
-        raise InputError(f"layer {name} is not piecewise linear, or couples samples: {ADVICE}")
+        raise InputError(f"{name} is not piecewise linear, or couples samples: {ADVICE}")
 
     def _function(self, node):
         name = node.target if isinstance(node.target, str) else node.target.__name__
@@ -175,13 +175,13 @@ def _pair(value):
 
 def _convolution_module(b, name, x, module, path):
     if module.padding_mode != "zeros":
-        raise InputError(f"layer {name} pads with {module.padding_mode}, the tangent pass with zeros: {ADVICE}")
+        raise InputError(f"{name} pads with {module.padding_mode}, the tangent pass with zeros: {ADVICE}")
     return b.add("convolution", name, (x,), module=path)
 
 
 def _dropout(b, name, x, module, path):
     if module.training and module.p:
-        raise InputError(f"layer {name} drops at random: {ADVICE}")
+        raise InputError(f"{name} drops at random: {ADVICE}")
     return b.value(x)
 
 

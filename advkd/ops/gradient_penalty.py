@@ -63,8 +63,10 @@ def gradient_penalty(
     check_weights(plan, weights, x_hat)
     numbers, tensors = _numbered(weights)
     settings = (plan, layer_options(plan, critic), numbers, target, weight, mode, backend)
-    penalty = _Penalty.apply(settings, x_hat.detach(), None if condition is None else condition.detach(), *tensors)
-    require_finite(check_finite, penalty, {"x_hat": x_hat, "condition": condition}, critic)
+    condition = condition if condition is None else condition.detach()
+    penalty, score = _Penalty.apply(settings, x_hat.detach(), condition, *tensors)
+    # The penalty sees of the points no more than the signs that they lead to; the scores show what is not finite.
+    require_finite(check_finite, penalty + score, {"x_hat": x_hat, "condition": condition}, critic)
     return penalty
 
 
@@ -94,10 +96,12 @@ class _Penalty(torch.autograd.Function):
         ctx.settings, ctx.trained, ctx.shapes = settings, trained, (passes.shapes, passes.formats)
         ctx.counts = len(tensors), len(plan.layers)
         ctx.save_for_backward(v, *tensors, *passes.masks, *passes.gradients)
-        return penalties.sum()
+        score = scores.sum(dtype=penalties.dtype)
+        ctx.mark_non_differentiable(score)
+        return penalties.sum(), score
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         plan, options, numbers, *_, backend = ctx.settings
         count, layers = ctx.counts
         v, *saved = ctx.saved_tensors
@@ -155,12 +159,13 @@ def _gathered(numbers, tensors, dtype):
 
 def check_weights(plan, weights, x):
     """Every weight must be on ``x``'s device, in ``x``'s dtype unless autocast chooses one."""
-    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
     for layer, pair in zip(plan.layers, weights):
         for tensor in pair:
-            if tensor is not None and (tensor.device != x.device or (dtype is not None and tensor.dtype != dtype)):
+            if tensor is None:
+                continue
+            if tensor.device != x.device or (tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
                 found = f"{tensor.dtype} on {tensor.device}"
-                raise InputError(f"layer {layer.name} has weights of {found}, the samples are {x.dtype} on {x.device}")
+                raise InputError(f"{layer.name} has weights of {found}, the samples are {x.dtype} on {x.device}")
 
 
 def require_finite(wish, result, named, critic):

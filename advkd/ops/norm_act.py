@@ -1,9 +1,9 @@
 """Batch norm, LeakyReLU and nearest up-sampling of a training step, in one pass over the statistics and one over the values.
 
-y = LeakyReLU(gamma (x - mean) / sqrt(var + eps) + beta), every pixel repeated 2 x 2 with ``upsample``. With d the gradient by the
-value before LeakyReLU (that of four pixels added up first) and x' = (x - mean) / sqrt(var + eps):
-dbeta = sum d, dgamma = sum d x', dx = gamma / sqrt(var + eps) (d - dbeta / n - x' dgamma / n), without the last two terms where the
-statistics are the running ones (Ioffe & Szegedy 2015, section 3). The backward pass keeps x and the statistics, nothing else.
+y = LeakyReLU(gamma (x - mean) / sqrt(var + eps) + beta), every pixel repeated 2 x 2 with ``upsample``. With d the gradient by
+the value before LeakyReLU (that of four pixels added up first) and x' = (x - mean) / sqrt(var + eps):
+dbeta = sum d, dgamma = sum d x', dx = gamma / sqrt(var + eps) (d - dbeta / n - x' dgamma / n), without the last two terms where
+the statistics are the running ones (Ioffe & Szegedy 2015, section 3). The backward pass keeps x and the statistics, nothing else.
 """
 
 import torch

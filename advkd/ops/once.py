@@ -6,9 +6,9 @@ import torch
 def once(name, gradients, *inputs):
     """The gradients of op ``name``, to be returned from its backward pass.
 
-    Where a graph of the backward pass is wanted (``create_graph=True``) they hang on every tensor of ``inputs``, what the op was
-    given and its incoming gradients: whoever differentiates them, through ``backward()`` or ``torch.autograd.grad`` with respect
-    to any of these or of what they come from, gets an error, not a gradient with terms missing.
+    Where a graph of the backward pass is wanted (``create_graph=True``) they hang on every tensor of ``inputs``, what the op
+    was given and its incoming gradients: whoever differentiates them, through ``backward()`` or ``torch.autograd.grad`` with
+    respect to any of these or of what they come from, gets an error, not a gradient with terms missing.
     """
     if not torch.is_grad_enabled():
         return gradients

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..errors import InputError
 from .conv_bias_act_mask import bias_act_mask
 from .critic_plan import ADVICE, CONDITION, IMAGE
+from .image_gradient import image_gradient
 from .layout import memory_format
 from .mask_mul import mask_mul
 
@@ -133,6 +134,8 @@ class Passes:
         n = layer.inputs[position]
         shape = (d.shape[0], *self.shapes[n])
         if layer.kind == "convolution":
+            if n == IMAGE:
+                return self._image_gradient(i, d, shape), True
             x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=self.formats[n])
             return _convolution_backward(d, x, self.weights[i][0], self.options[i], 0), True
         if layer.kind == "linear":
@@ -146,6 +149,13 @@ class Passes:
             first = sum(self.shapes[m][0] for m in layer.inputs[:position])
             return d[:, first : first + shape[1]], False
         return MAPS[layer.kind][1](d, shape, *self.options[i]), owned
+
+    def _image_gradient(self, i, d, shape):
+        stride, padding, dilation, groups = self.options[i]
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        # Without a kernel of its own on this device it is the convolution's backward pass.
+        backend = "reference" if d.device.type != "cpu" or self.backend == "reference" else "auto"
+        return image_gradient(d, self.weights[i][0], shape, backend=backend, **options)
 
     def _mask(self, i, x, out, rows=None):
         mask = self.masks[i] if rows is None else self.masks[i][rows[0] : rows[1]]
@@ -244,7 +254,7 @@ def _padding(layer, padding, kernel, dilation):
         return _pair(padding)
     total = [d * (k - 1) for d, k in zip(dilation, kernel)]
     if any(t % 2 for t in total):
-        raise InputError(f"layer {layer.name} pads one side more than the other: {ADVICE}")
+        raise InputError(f"{layer.name} pads one side more than the other: {ADVICE}")
     return [t // 2 for t in total]
 
 

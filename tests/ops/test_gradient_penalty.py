@@ -1,20 +1,103 @@
-"""The gradient penalty against the formulas written out, and its gradients by finite differences."""
+"""The gradient penalty's tangent pass against autograd's double backward, formulas written out and finite differences."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import nn
 
-from advkd.errors import InputError
+from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
-from advkd.ops import gradient_penalty
+from advkd.ops import backends, gradient_penalty, norm_act
+
+from .random_critics import Twice, critics, relative
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
+MODES = [{"mode": "two-sided"}, {"mode": "one-sided", "target": 0.01}, {"mode": "r1"}]
 
 
-def critic(condition_channels=0):
+def critic(condition_channels=0, size=8, dtype=torch.float64, channels=4):
     torch.manual_seed(0)
-    return Critic(CriticConfig(8, 1, channels=4, max_channels=8, condition_channels=condition_channels)).double()
+    config = CriticConfig(size, 1, channels=channels, max_channels=2 * channels, condition_channels=condition_channels)
+    return Critic(config).to(dtype)
 
 
-def points(n=3):
-    return torch.randn(n, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def points(n=3, size=8, dtype=torch.float64):
+    return torch.randn(n, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients(model, x, backend, **options):
+    """The penalty, and its gradients by the parameters that are trained."""
+    penalty = gradient_penalty(model, x, backend=backend, **options)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return penalty.detach(), torch.autograd.grad(penalty, parameters, allow_unused=True)
+
+
+def assert_same(model, x, bound, backend="auto", **options):
+    ours, theirs = (gradients(model, x, name, **options) for name in (backend, "autograd"))
+    assert abs(float(ours[0] - theirs[0])) <= bound * abs(float(theirs[0])) + 1e-30
+    assert relative(ours[1], theirs[1]) <= bound
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(critics())
+def test_random_critics(drawn):
+    model, image, conditional = drawn
+    x = torch.randn(3, *image, dtype=torch.float64)
+    condition = torch.randn(3, 4, dtype=torch.float64) if conditional else None
+    for options in MODES:
+        assert_same(model, x, 1e-12, condition=condition, **options)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert_same(model.to(memory_format=torch.channels_last), last, 1e-12, condition=condition)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(critics())
+def test_random_critics_in_float32(drawn):
+    model, image, conditional = drawn
+    x, condition = torch.randn(3, *image), torch.randn(3, 4) if conditional else None
+    for backend in ENGINES:
+        assert_same(model.float(), x, 1e-5, backend, condition=condition, target=0.3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", MODES, ids=lambda o: o["mode"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_critic(device, options, conditional):
+    condition = torch.randn(5, 2, 4, 4, dtype=torch.float64) if conditional else None
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = critic(2 if conditional else 0, 32, dtype, 16).to(device)
+        condition = None if condition is None else condition.to(device, dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = points(5, 32, dtype).to(device).repeat(1, 1, 1, 1).contiguous(memory_format=layout)
+            assert_same(model, x, bound, condition=condition, **options)
+        strided = points(10, 32, dtype).to(device)[::2].transpose(2, 3)
+        assert_same(model, strided, bound, condition=condition, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+def test_on_a_gpu(backend):
+    if reason := backends.gap("gradient_penalty", backend, torch.device("cuda")):
+        pytest.skip(reason)
+    model = critic(size=64, dtype=torch.float32, channels=32).cuda()
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    assert_same(model, points(16, 64, torch.float32).cuda(), 1e-5, backend)
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_exact_as_autograd(backend, autocast):
+    model, x = critic(size=32, channels=16), points(16, 32)
+    exact = gradients(model, x, "autograd")[1]
+    model, x = (model.float(), x.float()) if autocast else (model.bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = (gradients(model, x, name)[1] for name in (backend, "autograd"))
+    assert all(a.dtype == p.dtype for a, p in zip(ours, model.parameters()))
+    # Biases have no gradient in the exact result; autograd's narrow one has none either.
+    assert relative(ours, exact) <= 2 * relative(theirs, exact)
 
 
 def test_value_of_a_linear_critic():
@@ -23,31 +106,79 @@ def test_value_of_a_linear_critic():
     assert abs(penalty.item() - 10 * (w.norm().item() - 1) ** 2) < 1e-12
     (gradient,) = torch.autograd.grad(penalty, w)
     assert torch.allclose(gradient, 20 * (w.norm() - 1) * w / w.norm())
-
-
-def shifted(function, weight, place, step):
-    """The function's value with one weight moved."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
     with torch.no_grad():
-        weight[place] += step
-    value = function()
+        model[1].weight.copy_(w)
+    found, ours = gradients(model, points(), "auto")
+    assert abs(found - penalty.item()) < 1e-12 and torch.allclose(ours[0][0], gradient) and not ours[1].any()
+
+
+def test_r1_and_one_sided_values():
+    w = torch.full((64,), 0.5, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
     with torch.no_grad():
-        weight[place] -= step
-    return value
+        model[1].weight.copy_(w)
+    norm = w.norm().item()
+    values = {"r1": 1.5 * norm**2, "one-sided": 3 * (norm - 1) ** 2, "two-sided": 3 * (norm - 1) ** 2}
+    for mode, value in values.items():
+        assert abs(gradient_penalty(model, points(), weight=3.0, mode=mode).item() - value) < 1e-12
+    assert gradient_penalty(model, points(), mode="one-sided", target=norm + 1).item() == 0.0
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_gradients_by_finite_differences(conditional):
-    model = critic(2 if conditional else 0)
-    condition = torch.randn(3, 2, 4, 4, dtype=torch.float64) if conditional else None
-    weight = model.tail[0].weight
+class Free(nn.Module):
+    """A critic whose weights are plain tensors: functions of them can be differentiated numerically."""
 
-    def penalty():
-        return gradient_penalty(model, points(), condition=condition, target=0.5, weight=3.0)
+    def __init__(self, w1, b1, w2, w3):
+        super().__init__()
+        self.w1, self.b1, self.w2, self.w3 = w1, b1, w2, w3
 
-    (gradient,) = torch.autograd.grad(penalty(), weight)
-    for place in [(0, 0, 0, 0), (3, 2, 1, 2), (7, 3, 2, 2)]:
-        up, down = shifted(penalty, weight, place, 1e-6), shifted(penalty, weight, place, -1e-6)
-        assert abs((up - down).item() / 2e-6 - gradient[place].item()) <= 1e-6 * max(1.0, gradient.abs().max().item())
+    def forward(self, x):
+        x = F.leaky_relu(F.conv2d(x, self.w1, self.b1, stride=2, padding=1), 0.2)
+        x = x + F.conv2d(x, self.w2, padding=1)
+        return F.linear(F.relu(x).flatten(1), self.w3)
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda o: o["mode"])
+def test_gradcheck(options):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 1, 3, 3), (2,), (2, 2, 3, 3), (1, 18)]
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    x = torch.randn(2, 1, 6, 6, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *w: gradient_penalty(Free(*w), x, **options), weights)
+
+
+def test_weights_that_are_computed():
+    """The penalty's gradient flows on into what a weight is computed from."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1)).double().eval()
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert_same(model, points(), 1e-12)
+
+
+def test_parameters_frozen_or_shared():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), Twice(2), nn.Flatten(), nn.Linear(72, 1)).double()
+    assert_same(model, points(), 1e-12)
+    model[0].requires_grad_(False)
+    assert_same(model, points(), 1e-12)
+    model.requires_grad_(False)
+    assert not gradient_penalty(model, points()).requires_grad
+
+
+def test_a_gradient_of_zero_norm():
+    model = critic()
+    with torch.no_grad():
+        model.tail[3].weight.zero_()
+    penalty, ours = gradients(model, points(), "auto")
+    assert penalty == 10 and all(not g.any() for g in ours)
+    assert_same(model, points(), 1e-12)
+
+
+def test_pre_activations_of_exactly_zero():
+    """The slope's side, as torch has it; no NaN, and a penalty that sees the slope."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.LeakyReLU(0.3), nn.Flatten(), nn.Linear(72, 1)).double()
+    zeros = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    for name in ENGINES:
+        assert_same(model.double(), zeros, 1e-12)
+        assert_same(model.float(), zeros.float(), 1e-5, name)
 
 
 def test_samples_do_not_couple():
@@ -63,6 +194,156 @@ def test_no_gradient_flows_into_the_points():
     assert torch.autograd.grad(penalty, x, allow_unused=True) == (None,)
 
 
-def test_bad_shape_is_named():
-    with pytest.raises(InputError, match="x_hat"):
-        gradient_penalty(critic(), points()[0])
+def test_it_scales_with_the_incoming_gradient_and_repeats():
+    model, x = critic(), points()
+    parameters = list(model.parameters())
+    once = torch.autograd.grad(gradient_penalty(model, x), parameters)
+    thrice = torch.autograd.grad(3 * gradient_penalty(model, x), parameters)
+    again = torch.autograd.grad(gradient_penalty(model, x), parameters)
+    assert relative(thrice, [3 * g for g in once]) < 1e-14
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+@pytest.mark.parametrize("through", ["backward", "grad"])
+def test_its_gradients_have_no_gradient(through):
+    model = critic()
+    weight = model.trunk[0].weight
+    # Of a layer above and a layer below: nothing that the penalty depends on may be differentiated by in silence.
+    for other in (model.tail[0].weight, weight):
+        (gradient,) = torch.autograd.grad(gradient_penalty(model, points()), other, create_graph=True)
+        with pytest.raises(RuntimeError, match="gradient_penalty is differentiable once"):
+            if through == "backward":
+                gradient.square().sum().backward()
+            else:
+                torch.autograd.grad(gradient.square().sum(), [weight])
+
+
+@pytest.mark.parametrize("through", ["backward", "grad"])
+def test_an_op_of_order_one_inside_a_penalty_raises(through):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm, self.linear = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(72, 1)
+
+        def forward(self, x):
+            x = norm_act(self.convolution(x), self.norm.weight, self.norm.bias, None, None, backend="reference")
+            return self.linear(x.flatten(1))
+
+    model = Normed().double()
+    for weight in (model.convolution.weight, model.norm.weight, model.linear.weight):
+        penalty = gradient_penalty(model, points(), backend="autograd")
+        with pytest.raises(RuntimeError, match="norm_act is differentiable once"):
+            penalty.backward() if through == "backward" else torch.autograd.grad(penalty, [weight])
+
+
+def test_compiled_whole():
+    model, x = critic(size=16, dtype=torch.float32), points(4, 16, torch.float32)
+    exact = gradients(model, x, "autograd")[1]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: gradient_penalty(model, x), fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(x), list(model.parameters()))
+    assert relative(ours, exact) <= 1e-5
+
+
+def test_a_changed_critic_is_traced_again():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(72, 1)).double()
+    assert_same(model, points(), 1e-12)
+    model[1].negative_slope = 0.7
+    assert_same(model, points(), 1e-12)
+    model[1] = nn.ReLU()
+    assert_same(model, points(), 1e-12)
+    model.append(nn.Dropout(0.5)).eval()
+    assert_same(model, points(), 1e-12)
+    with pytest.raises(InputError, match=r"layer 4 \(Dropout\) drops at random"):
+        gradient_penalty(model.train(), points())
+
+
+def chain(*layers):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *layers, nn.Flatten(), nn.LazyLinear(1)).double()
+    model(points())
+    return model
+
+
+class Looks(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).sum(1) if x.max() > 0 else x.flatten(1).mean(1)
+
+
+REFUSED = [
+    (chain(nn.BatchNorm2d(4)), r"layer 1 \(BatchNorm2d\) is not piecewise linear, or couples samples"),
+    (chain(nn.InstanceNorm2d(4)), r"layer 1 \(InstanceNorm2d\)"),
+    (chain(nn.GroupNorm(2, 4)), r"layer 1 \(GroupNorm\)"),
+    (chain(nn.SiLU()), r"layer 1 \(SiLU\)"),
+    (chain(nn.Tanh()), r"layer 1 \(Tanh\)"),
+    (chain(nn.MaxPool2d(2)), r"layer 1 \(MaxPool2d\)"),
+    (chain(nn.PReLU()), r"layer 1 \(PReLU\)"),
+    (chain(nn.Upsample(scale_factor=2, mode="bilinear")), r"layer 1 \(Upsample\) up-samples by bilinear"),
+    (chain(nn.Conv2d(4, 4, 3, padding_mode="reflect")), r"layer 1 \(Conv2d\) pads with reflect"),
+    (chain(nn.Conv2d(4, 4, 4, padding="same")), r"layer 1 \(Conv2d\) pads one side more"),
+    (nn.Sequential(nn.Flatten(0), nn.Linear(192, 1)).double(), r"layer 0 \(Flatten\) joins samples"),
+    (Looks(), "forward cannot be traced"),
+]
+
+
+@pytest.mark.parametrize("model, message", REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_layers_without_a_tangent_pass_are_named(model, message):
+    with pytest.raises(InputError, match=message) as caught:
+        gradient_penalty(model, points())
+    assert "backend='autograd'" in str(caught.value)
+    gradient_penalty(model, points(), backend="autograd")
+
+
+def test_functions_and_hooks_without_a_tangent_pass_are_named():
+    class Smooth(nn.Module):
+        def forward(self, x):
+            return F.gelu(x).flatten(1).sum(1)
+
+    with pytest.raises(InputError, match="gelu in the critic's forward"):
+        gradient_penalty(Smooth(), points())
+    model = critic()
+    model.trunk[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(InputError, match=r"layer trunk.0 \(Conv2d\) has hooks"):
+        gradient_penalty(model, points())
+    with pytest.raises(InputError, match="critic must be a torch.nn.Module"):
+        gradient_penalty(lambda x: x.sum(), points())
+    with pytest.raises(InputError, match="critic must be a module or a function"):
+        gradient_penalty(3, points())
+
+
+BAD = [
+    ({"x_hat": points()[0]}, r"x_hat must be .* \(N, C, H, W\)"),
+    ({"x_hat": points().long()}, "x_hat must be a floating-point"),
+    ({"x_hat": points()[:0]}, "x_hat holds no samples"),
+    ({"x_hat": points().float()}, r"layer trunk.0 \(Conv2d\) has weights of torch.float64"),
+    ({"x_hat": points().to("meta")}, r"layer trunk.0 \(Conv2d\) has weights of torch.float64 on cpu.*on meta"),
+    ({"x_hat": points().fill_(float("nan"))}, "x_hat holds numbers that are not finite"),
+    ({"mode": "three-sided"}, "mode must be one of two-sided, one-sided, r1"),
+    ({"backend": "fastest"}, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD, ids=[message[:20] for _, message in BAD])
+def test_bad_input_is_named(changes, message):
+    options = {"x_hat": points(), **changes}
+    with pytest.raises(InputError, match=message):
+        gradient_penalty(critic(), options.pop("x_hat"), **options)
+
+
+def test_bad_conditions_and_weights_are_named():
+    model, condition = critic(2), torch.zeros(3, 2, 4, 4, dtype=torch.float64)
+    for bad in (condition[:2], condition.to("meta"), 3.0):
+        with pytest.raises(InputError, match=r"condition must be \(3, ...\) on cpu"):
+            gradient_penalty(model, points(), condition=bad)
+    with pytest.raises(InputError, match="condition must have 2 channels"):
+        gradient_penalty(model, points())
+    with torch.no_grad():
+        model.tail[0].weight[0] = float("inf")
+    with pytest.raises(InputError, match="parameter tail.0.weight holds numbers that are not finite"):
+        gradient_penalty(model, points(), condition=condition)
+    assert not torch.isfinite(gradient_penalty(model, points(), condition=condition, check_finite=False))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_backend_asked_for_by_name_runs_or_raises():
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        gradient_penalty(critic(), points(), backend="cuda")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from advkd import timing
 from advkd.cli import _apply, distill
@@ -14,7 +16,7 @@ from advkd.features import build_extractor
 from advkd.files import digest
 from advkd.models.student import Student, StudentConfig
 from advkd.recipes import RECIPES
-from profiling import ablation, bench_sampler_step, bench_student, bench_teacher, harness, tables
+from profiling import ablation, bench_gradient_penalty, bench_sampler_step, bench_student, bench_teacher, harness, tables
 from profiling.harness import Case, Contestant
 
 from ..conftest import ROOT, process_environment
@@ -178,3 +180,42 @@ def test_results_have_provenance_and_green_gates():
                 assert len(case["contestants"]) >= 6 and all("seconds" in entry for entry in case["contestants"])
             ours = [entry for entry in case["contestants"] if entry["kind"] == "ours"]
             assert ours and all(entry["parity"]["error"] <= entry["parity"]["tolerance"] and entry["seconds"] for entry in ours)
+
+
+class CountedProducts(TorchDispatchMode):
+    """Multiply-adds of the convolutions and matrix products that torch runs."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        count = flop_registry.get(function._overloadpacket)
+        self.total += count(*arguments, **(keywords or {}), out_val=result) // 2 if count else 0
+        return result
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_the_work_bound_of_the_penalty_is_what_torch_runs(update):
+    bench = bench_gradient_penalty
+    critic, real, fake, a = bench.problem("narrow", 16, 2)
+    found = []
+    for backend in ("reference", "autograd"):
+        with CountedProducts() as counted:
+            if update:
+                bench.critic_gradients(critic, real, fake, a=a, backend=backend)
+            else:
+                bench.penalty_only(critic, real)(backend)
+        found.append(counted.total / 2)
+    # The last linear map's tangent has no one who needs it.
+    assert all(abs(count / stated - 1) < 1e-3 for count, stated in zip(found, bench.work(critic, 16, update)))
+
+
+def test_the_penaltys_contestants_agree(monkeypatch):
+    monkeypatch.setitem(bench_gradient_penalty.WIDTHS, "tiny", {"channels": 4, "max_channels": 8})
+    for update in (False, True):
+        case = bench_gradient_penalty.case(update, "tiny", 8, 3, "cpu")
+        case.contestants = [c for c in case.contestants if "compile" not in c.name]
+        case.repeats = 1
+        result = harness.run_case(case)
+        assert len(result["contestants"]) == 4 and all(c["parity"]["passed"] for c in result["contestants"])
+        assert 1 < result["work_bound"] < 1.5

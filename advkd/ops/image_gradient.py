@@ -1,0 +1,88 @@
+"""Gradient of a convolution by its input, where that is an image: the last step of a backward pass down to the image.
+
+With one to four input channels oneDNN's backward-data pass reaches a sixth of the rate that it has elsewhere; the C++ kernel
+makes dot products over the features instead. Elsewhere the convolution's own backward pass is taken.
+"""
+
+import torch
+
+from ..errors import InputError
+from . import backends
+from .layout import memory_format, require_floating
+
+CHANNELS, TAPS = 4, 64
+"""What the kernel takes at most."""
+
+
+def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=1, backend="auto"):
+    """dL/dx of ``y = conv2d(x, weight)`` from ``d`` = dL/dy.
+
+    Args:
+        d: ``(N, out, h, w)``, float32 (all backends) or another floating-point dtype (reference).
+        weight: ``(out, C / groups, kh, kw)`` of ``d``'s dtype.
+        shape: ``(N, C, H, W)`` of x.
+        stride, padding, dilation: an int or a pair; groups: an int, as ``torch.nn.functional.conv2d``.
+        backend: ``cpu`` takes channels_last ``d`` (another layout is copied to it), at most 4 channels and 64 taps, one group.
+
+    Returns:
+        ``(N, C, H, W)`` in ``d``'s dtype, channels_last from ``cpu``.
+
+    Raises:
+        InputError: tensors that do not fit each other, or that the backend asked for cannot take.
+        RuntimeError: a gradient is asked for. Order of differentiability 0.
+    """
+    require_floating("d", d)
+    require_floating("weight", weight)
+    if d.ndim != 4 or weight.ndim != 4 or len(shape) != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
+        raise InputError(f"d {tuple(d.shape)}, weight {tuple(weight.shape)} and shape {tuple(shape)} do not fit each other")
+    pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]
+    sides = [(n + 2 * p - q * (k - 1) - 1) // s + 1 for n, k, s, p, q in zip(shape[2:], weight.shape[2:], *pairs)]
+    if list(d.shape[2:]) != sides or shape[1] != weight.shape[1] * groups:
+        raise InputError(f"d must be (N, out, {sides[0]}, {sides[1]}) for x of shape {tuple(shape)}, got {tuple(d.shape)}")
+    thin = d.dtype == torch.float32 and groups == 1 and 1 <= shape[1] <= CHANNELS and weight.shape[2:].numel() <= TAPS
+    if backend == "cpu" and not thin:
+        raise InputError("backend 'cpu' of image_gradient takes float32, one group, at most 4 channels and 64 taps")
+    wish = backend if thin or backend not in ("auto", *backends.BACKENDS) else "reference"
+    return torch.ops.advkd.image_gradient(d, weight, list(shape), *pairs, groups, wish)
+
+
+def image_gradient_reference(d, weight, shape, stride, padding, dilation, groups):
+    """The specification of :func:`image_gradient`."""
+    x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=memory_format(d))
+    args = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+    return torch.ops.aten.convolution_backward(d, x, weight, None, *args)[0]
+
+
+def image_gradient_cpu(d, weight, shape, stride, padding, dilation, groups):
+    """The C++ kernel, on channels_last storage."""
+    out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=d.dtype)
+    if out.numel():
+        features, packed = d.permute(0, 2, 3, 1).contiguous(), weight.permute(2, 3, 1, 0).contiguous()
+        torch.ops.advkd_cpu.image_gradient.default(features, packed, stride, padding, dilation, out)
+    return out.permute(0, 3, 1, 2)
+
+
+_LAUNCH = {"reference": image_gradient_reference, "cpu": image_gradient_cpu}
+backends.implement("image_gradient", "cpu")
+
+_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
+_LIBRARY.define(
+    "image_gradient(Tensor d, Tensor weight, int[] shape, int[] stride, int[] padding, int[] dilation, int groups, "
+    "str backend) -> Tensor"
+)
+
+
+def _image_gradient(d, weight, shape, stride, padding, dilation, groups, backend):
+    found = _LAUNCH[backends.choose("image_gradient", backend, d.device)](d, weight, shape, stride, padding, dilation, groups)
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+_LIBRARY.impl("image_gradient", _image_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("advkd::image_gradient", lib=_LIBRARY)
+def _(d, weight, shape, stride, padding, dilation, groups, backend):
+    return torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=torch.channels_last)
+
+
+backends.refuse_gradients(_LIBRARY, "image_gradient")

@@ -1,0 +1,193 @@
+"""The gradient penalty with its gradients, and a critic's whole update: hand-written passes, autograd, torch.func compiled.
+
+python -m profiling.bench_gradient_penalty [--device cuda] [--only update] [--out FOLDER]
+
+Every contestant gives the gradients by all parameters, in channels_last and in contiguous layout. Freed memory is kept by the
+process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's convolutions by those
+of ours.
+"""
+
+import torch
+from torch.func import functional_call
+
+from advkd.critic_update import LOSS_FORMULAS, critic_gradients
+from advkd.memory import keep_freed_memory
+from advkd.models.critic import Critic, CriticConfig
+from advkd.ops import gradient_penalty
+
+from .harness import Case, Contestant, main
+
+WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
+"""The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
+PARITY_TESTS = ["tests/ops/test_gradient_penalty.py", "tests/system/test_critic_update.py"]
+WEIGHT, TOLERANCE = 10.0, 1e-5
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def problem(width, size, batch, device="cpu", layout="channels_last", dtype=torch.float32):
+    """A critic, real and generated samples, and the interpolation's weights."""
+    torch.manual_seed(0)
+    critic = Critic(CriticConfig(size, 3, **WIDTHS[width])).to(device, dtype, memory_format=LAYOUTS[layout])
+    real, fake = (torch.randn(batch, 3, size, size).to(device, dtype, memory_format=LAYOUTS[layout]) for _ in range(2))
+    return critic, real, fake, torch.rand(batch).to(device)
+
+
+def flat(gradients, scale):
+    """All gradients that there are as one vector, by the oracle's norm."""
+    return torch.cat([g.flatten() for g in gradients if g is not None]) / scale
+
+
+def penalty_only(critic, x):
+    """Weights alone: the penalty has no gradient by biases."""
+    weights = [p for p in critic.parameters() if p.ndim > 1]
+    return lambda backend: torch.autograd.grad(gradient_penalty(critic, x, weight=WEIGHT, backend=backend), weights)
+
+
+def compiled_penalty(critic, x):
+    weights = [p for p in critic.parameters() if p.ndim > 1]
+    penalty = torch.compile(lambda x: gradient_penalty(critic, x, weight=WEIGHT), fullgraph=True, dynamic=False)
+    return lambda: torch.autograd.grad(penalty(x), weights)
+
+
+def functional_penalty(critic, parameters, x):
+    """The penalty as a function of the parameters; the inner gradient is torch.func's too, so that it compiles."""
+    g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
+    return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def compiled_functional(critic, x):
+    parameters = dict(critic.named_parameters())
+    detached = {name: p.detach() for name, p in parameters.items()}
+    gradient = torch.compile(torch.func.grad(lambda p, x: functional_penalty(critic, p, x)), dynamic=False)
+    return lambda: [g for name, g in gradient(detached, x).items() if parameters[name].ndim > 1]
+
+
+def compiled_update(critic, real, fake, a):
+    update = torch.compile(
+        lambda real, fake, a: critic_gradients(critic, real, fake, a=a, weight=WEIGHT).gradients, fullgraph=True, dynamic=False
+    )
+    return lambda: update(real, fake, a)
+
+
+def compiled_functional_update(critic, real, fake, a):
+    """The best that torch.func and a compiler make of the update: loss and penalty as one function of the parameters."""
+    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+
+    def loss(parameters, real, fake, a):
+        x_hat = a[:, None, None, None] * real + (1 - a[:, None, None, None]) * fake
+        scores = [functional_call(critic, parameters, (x,)) for x in (real, fake)]
+        return LOSS_FORMULAS["wasserstein"](*scores) + functional_penalty(critic, parameters, x_hat)
+
+    gradient = torch.compile(torch.func.grad(loss), dynamic=False)
+    return lambda: list(gradient(parameters, real, fake, a).values())
+
+
+def multiply_adds(critic, size):
+    """Per sample and layer, from the image on: convolutions and the last linear map."""
+    counts, side = [], size
+    for layer in (*critic.trunk, *critic.tail):
+        if isinstance(layer, torch.nn.Conv2d):
+            side = (side + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
+            counts.append(layer.weight.numel() * side * side)
+        elif isinstance(layer, torch.nn.Linear):
+            counts.append(layer.weight.numel())
+    return counts
+
+
+def work(critic, size, update):
+    """Multiply-adds per sample, ours and autograd's.
+
+    Autograd differentiates LeakyReLU's second derivative too, which is zero: its zeros go through every convolution again, but
+    for the first one's input. A loss needs no gradient by the image.
+    """
+    first, *others = multiply_adds(critic, size)
+    rest = sum(others)
+    ours, theirs = 4 * (first + rest), 5 * first + 6 * rest
+    if update:
+        ours, theirs = ours + 4 * first + 6 * rest, theirs + 4 * first + 6 * rest
+    return ours, theirs
+
+
+def case(update, width, size, batch, device):
+    """One case: penalty or whole update."""
+    exact = problem(width, size, batch, device, dtype=torch.float64)
+    ours, theirs = work(exact[0], size, update)
+    name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}"
+    contestants = (_update_contestants if update else _penalty_contestants)(width, size, batch, device)
+    # The oracle: autograd in float64, as a unit vector.
+    critic, real, fake, a = exact
+    if update:
+        gradients = critic_gradients(critic, real, fake, a=a.double(), weight=WEIGHT, backend="autograd").gradients
+    else:
+        gradients = penalty_only(critic, _x_hat(real, fake, a))("autograd")
+    vector = flat(gradients, 1.0)
+    scale = float(vector.norm())
+    for contestant in contestants:
+        contestant.prepare = _scaled(contestant.prepare, scale)
+    notes = {"work_bound": theirs / ours, "keeps_freed_memory": True}
+    flop = 2 * batch * ours
+    repeats = 9 if batch * size * size * WIDTHS[width]["channels"] > 2**23 else 15
+    return Case(name, lambda: vector / scale, TOLERANCE, contestants, batch, flop, repeats=repeats, device=device, notes=notes)
+
+
+def _scaled(prepare, scale):
+    def prepared():
+        call = prepare()
+        return lambda: flat(call(), scale)
+
+    return prepared
+
+
+def _x_hat(real, fake, a):
+    a = a.to(real.dtype)[:, None, None, None]
+    return a * real + (1 - a) * fake
+
+
+def _penalty_contestants(width, size, batch, device):
+    found = []
+    for layout in LAYOUTS:
+        critic, real, fake, a = problem(width, size, batch, device, layout)
+        x = _x_hat(real, fake, a)
+        found += [
+            Contestant(f"advkd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("auto"), "ours"),
+            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline"),
+            Contestant(f"torch.compile of torch.func.grad, {layout}", lambda c=critic, x=x: compiled_functional(c, x)),
+            Contestant(f"advkd compiled, {layout}", lambda c=critic, x=x: compiled_penalty(c, x), "ours"),
+        ]
+    return found
+
+
+def _update_contestants(width, size, batch, device):
+    found = []
+    for layout in LAYOUTS:
+        problem_ = problem(width, size, batch, device, layout)
+        critic, real, fake, a = problem_
+
+        def eager(backend, critic=critic, real=real, fake=fake, a=a):
+            return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+
+        found += [
+            Contestant(f"advkd, {layout}", lambda eager=eager: eager("auto"), "ours"),
+            Contestant(f"autograd, {layout}", lambda eager=eager: eager("autograd"), "baseline"),
+            Contestant(f"torch.compile of torch.func.grad, {layout}", lambda p=problem_: compiled_functional_update(*p)),
+            Contestant(f"advkd compiled, {layout}", lambda p=problem_: compiled_update(*p), "ours"),
+        ]
+    return found
+
+
+SIZES = [("narrow", 64, 16), ("narrow", 64, 64), ("narrow", 128, 16), ("narrow", 128, 64)]
+SIZES += [("dcgan", 64, 16), ("dcgan", 64, 64), ("dcgan", 128, 16), ("dcgan", 128, 64)]
+
+
+def cases(device):
+    found = {}
+    for update in (False, True):
+        for width, size, batch in SIZES:
+            name = f"{'update' if update else 'penalty'}, {width}, {size}, {batch}"
+            found[name] = lambda u=update, w=width, s=size, b=batch: case(u, w, s, b, device)
+    return found
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main("bench_gradient_penalty", cases, PARITY_TESTS)

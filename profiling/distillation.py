@@ -1,0 +1,132 @@
+"""What an update of the demo's distillation takes, with the hand-written passes and without them, and where its time goes.
+
+python -m profiling.distillation [--out FOLDER]
+
+The same updates in one process, in turn: plain PyTorch (autograd's double backward; batch norm, then LeakyReLU in place), each
+of the two replacements alone, and both. Amdahl's bound is the gain if the critic's part of plain PyTorch's update took no time.
+"""
+
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from advkd.demo import demo_recipe
+from advkd.distill import Distiller
+from advkd.files import write_json
+from advkd.memory import keep_freed_memory
+from advkd.models import student
+from advkd.models.student import PRESETS, Student
+from advkd.teacher import Teacher
+from advkd.timing import provenance
+from advkd.trajectories import Trajectories, TrajectoryConfig, record_trajectories
+
+from .harness import gated_folder
+
+PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
+UPDATES, WARMUP = 40, 4
+METHODS = {
+    "plain PyTorch": ("autograd", True),
+    "advkd, critic alone": ("auto", True),
+    "advkd, student's blocks alone": ("autograd", False),
+    "advkd": ("auto", False),
+}
+"""Name: what differentiates the critic, and whether the student's blocks are plain."""
+
+
+def plain_stage(convolution, norm, x, slope, upsample=False):
+    """LeakyReLU(batch norm(convolution(x))) as plain PyTorch has it best."""
+    y = F.leaky_relu(F.batch_norm(
+        convolution(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+    ), slope, inplace=True)  # fmt: skip
+    return F.interpolate(y, scale_factor=2, mode="nearest") if upsample else y
+
+
+@contextmanager
+def blocks(plain):
+    """The student's convolution stages, plain or as they are."""
+    ours = student.convolution_stage
+    student.convolution_stage = plain_stage if plain else ours
+    try:
+        yield
+    finally:
+        student.convolution_stage = ours
+
+
+def distiller(data, out, backend):
+    torch.manual_seed(0)
+    config = demo_recipe(UPDATES)
+    config.critic_backend = backend
+    run = Distiller(data, Student(PRESETS["digits"]), config, out, progress=False)
+    run._start_stage(run.stages[0])
+    run.spent = {}
+    for part in ("_update_critics", "_update_student", "_update_average", "_next_batch"):
+        _time(run, part)
+    return run
+
+
+def _time(run, part):
+    call = getattr(run, part)
+
+    def timed(*args):
+        begin = time.perf_counter()
+        result = call(*args)
+        run.spent[part] = run.spent.get(part, 0.0) + time.perf_counter() - begin
+        return result
+
+    setattr(run, part, timed)
+
+
+def measure(data, root):
+    """Median seconds of an update by method, each method's parts, and the losses of the last update."""
+    runs = {name: distiller(data, Path(root) / str(i), backend) for i, (name, (backend, _)) in enumerate(METHODS.items())}
+    times, last = {name: [] for name in runs}, {}
+    for i in range(UPDATES):
+        for name, run in runs.items():
+            if i == WARMUP:
+                run.spent.clear()
+            run.update = i
+            begin = time.perf_counter()
+            with blocks(METHODS[name][1]):
+                last[name] = run._train_update(run.stages[0])
+            times[name].append(time.perf_counter() - begin)
+    counted = UPDATES - WARMUP
+    return {
+        name: {
+            "seconds": statistics.median(times[name][WARMUP:]),
+            "parts": {part.strip("_"): spent / counted for part, spent in run.spent.items()},
+            "loss": last[name]["loss"],
+        }
+        for name, run in runs.items()
+    }
+
+
+def amdahl(rows):
+    """Gain of an update in which the critic's part takes no time."""
+    plain = rows["plain PyTorch"]
+    return plain["seconds"] / (plain["seconds"] - plain["parts"]["update_critics"])
+
+
+def main():
+    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as root:
+        teacher = Teacher.from_pretrained("digits")
+        data = Trajectories(record_trajectories(teacher, TrajectoryConfig(num=64), Path(root) / "paths"))
+        rows = measure(data, root)
+    bound = amdahl(rows)
+    write_json(
+        out / "distillation.json",
+        {"rows": rows, "amdahl_critic": bound, "parity_tests": PARITY_TESTS, "provenance": provenance()},
+    )
+    for name, row in rows.items():
+        print(f"{name:32} {1e3 * row['seconds']:7.1f} ms", {k: f"{1e3 * v:.1f}" for k, v in row["parts"].items()})
+    print(f"bound if the critic cost nothing: {bound:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
