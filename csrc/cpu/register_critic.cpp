@@ -112,7 +112,7 @@ void mask_mul(const Tensor& x, const Tensor& mask, double slope, Tensor out) {
 // A sample's second pass follows its first where samples fit the caches and busy all threads; else all pieces are summed first.
 void reduce(const PenaltyReduce& s, i64 sample_bytes) {
   const PenaltyKernel sums = ADVKD_DISPATCH(penalty_sums), scale = ADVKD_DISPATCH(penalty_scale);
-  constexpr i64 kCached = 1 << 19;
+  constexpr i64 kCached = 1 << 21;
   if (sample_bytes > kCached || s.pieces.samples < 4 * static_cast<i64>(torch::stable::get_num_threads())) {
     launch(sums, s);
     for (i64 sample = 0; sample < s.pieces.samples; ++sample) finish_sample(s, sample);
