@@ -16,7 +16,7 @@ from .errors import InputError
 from .ops import backends, gradient_penalty, interpolate
 from .ops.critic_plan import ADVICE, IMAGE, plan_of
 from .ops.gradient_penalty import check_condition, check_weights, passes_dtype, require_finite
-from .ops.layout import memory_format, require_floating
+from .ops.layout import require_floating
 from .ops.penalty_reduce import MODES, penalty_reduce
 from .ops.piecewise_linear import Passes, layer_options, layer_weights
 
@@ -168,7 +168,7 @@ def _by_tangent(critic, real, fake, a, condition, loss, mode, target, weight, lo
     update.biases()
     penalty = torch.zeros((), dtype=value.dtype, device=value.device)
     if weight != 0:
-        g = g.contiguous(memory_format=memory_format(batch))
+        g = g.contiguous(memory_format=passes.formats[IMAGE])
         penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
         penalty = penalties.sum()
         # One tangent pass, and on its way one weight gradient per layer.

@@ -4,7 +4,7 @@ import torch
 
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_like
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_out
 from .mask_mul import mask_bytes, pack
 
 
@@ -36,6 +36,8 @@ def conv_bias_act_mask(
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
         shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise InputError(f"x must be (N, C, H, W) and weight (out, C / groups, kh, kw), got {shapes} with groups {groups}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias must be ({weight.shape[0]},), one number per output channel, got {tuple(bias.shape)}")
     pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
@@ -52,7 +54,7 @@ def bias_act_mask(p, bias, slope, *, fresh=False, out=None, backend="auto"):
     if out is None:
         out = p if fresh else torch.empty_like(p)
     elif out is not p:
-        require_like("out", out, "p", p)
+        require_out(out, "p", p)
     mask = torch.empty((p.shape[0], mask_bytes(p)), dtype=torch.uint8, device=p.device)
     torch.ops.advkd.conv_bias_act_mask(p, bias, float(slope), backend, out, mask)
     return out, mask

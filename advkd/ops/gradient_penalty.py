@@ -9,7 +9,6 @@ import torch
 from ..errors import InputError
 from . import backends
 from .critic_plan import plan_of
-from .layout import dense
 from .once import once
 from .penalty_reduce import MODES, penalty_reduce
 from .piecewise_linear import Passes, layer_options, layer_weights
@@ -90,7 +89,7 @@ class _Penalty(torch.autograd.Function):
         trained = _trained(numbers, ctx.needs_input_grad[3:])
         passes = Passes(plan, options, _gathered(numbers, tensors, dtype), trained, backend)
         condition = condition if condition is None else condition.to(dtype)
-        scores = passes.forward(dense(x_hat.to(dtype)), condition, keep=False)
+        scores = passes.forward(x_hat.to(dtype), condition, keep=False)
         g = passes.backward(torch.ones_like(scores)).contiguous(memory_format=passes.formats[0])
         penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
         ctx.settings, ctx.trained, ctx.shapes = settings, trained, (passes.shapes, passes.formats)

@@ -20,6 +20,13 @@ def dense(x):
     return x.contiguous(memory_format=memory_format(x))
 
 
+def channels_last(x):
+    """``x`` in channels_last storage, its strides saying so even where it has one channel: convolutions look at them."""
+    if x.shape[1] == 1:
+        return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def in_memory_order(x):
     """``(N, elements)``: each sample's elements of a dense tensor in the order of memory; a view."""
     if memory_format(x) == torch.channels_last:
@@ -57,3 +64,28 @@ def require_like(name, tensor, other_name, other):
         raise InputError(f"{name} must be like {other_name}, {expected}, got {found}")
     if not tensor.is_contiguous(memory_format=memory_format(other)):
         raise InputError(f"{name} must be laid out like {other_name} ({memory_format(other)}), got strides {tensor.stride()}")
+
+
+def require_out(out, name, x):
+    """An :class:`InputError` unless ``out`` is like ``x``, and ``x`` itself or apart from it."""
+    require_like("out", out, name, x)
+    if not torch.compiler.is_compiling():
+        require_whole_or_apart("out", out, name, x)
+
+
+def require_whole_or_apart(name, tensor, other_name, other):
+    """An :class:`InputError` where a tensor that is written shares a part of its memory with one that is read."""
+    if tensor is other:
+        return
+    (first, last), (begin, end) = span(tensor), span(other)
+    same = begin == first and other.dtype == tensor.dtype and other.stride() == tensor.stride()
+    if begin < last and first < end and not same:
+        raise InputError(f"{name} overlaps {other_name} without being the same tensor")
+
+
+def span(tensor):
+    """First and one past the last address that a tensor may touch."""
+    first = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
+    return first, first + tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_like
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_out
 
 
 def mask_mul(x, mask, slope, *, out=None, backend="auto"):
@@ -37,7 +37,7 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
     if out is None:
         out = torch.empty_like(x)
     else:
-        require_like("out", out, "x", x)
+        require_out(out, "x", x)
     torch.ops.advkd.mask_mul(x, mask, float(slope), backend, out)
     return out
 

@@ -4,7 +4,7 @@ import torch
 
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_like
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_out
 
 MODES = ("two-sided", "one-sided", "r1")
 """(|g| - target)^2, its part above the target, |g|^2 / 2."""
@@ -42,7 +42,7 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
     if out is None:
         out = torch.empty_like(g)
     else:
-        require_like("out", out, "g", g)
+        require_out(out, "g", g)
     penalties = torch.empty(g.shape[:1], dtype=arithmetic_dtype(g), device=g.device)
     torch.ops.advkd.penalty_reduce(g, float(target), float(weight), MODES.index(mode), backend, out, penalties)
     return penalties, out
@@ -93,7 +93,7 @@ def _penalty_reduce(g, target, weight, mode, backend, out, penalties):
     launch = _LAUNCH[choose_for("penalty_reduce", g, backend)]
     if g.numel():
         launch(g, target, weight, mode, out, penalties)
-    else:
+    elif g.shape[0]:
         penalty_reduce_reference(g, target, weight, mode, out, penalties)
 
 

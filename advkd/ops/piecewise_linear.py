@@ -15,7 +15,7 @@ from ..errors import InputError
 from .conv_bias_act_mask import bias_act_mask
 from .critic_plan import ADVICE, CONDITION, IMAGE
 from .image_gradient import image_gradient
-from .layout import memory_format
+from .layout import channels_last, dense, memory_format
 from .mask_mul import mask_mul
 
 aten = torch.ops.aten
@@ -47,6 +47,8 @@ class Passes:
 
     def forward(self, x, condition, keep):
         """The critic's scores. ``keep``: the inputs of trained layers stay in ``values``."""
+        # oneDNN needs no reordering in channels_last; on a GPU the layout is the caller's.
+        x = channels_last(x) if x.device.type == "cpu" else dense(x)
         values, left = self.values, list(self.plan.uses)
         values[IMAGE], values[CONDITION] = x, condition
         self._note(IMAGE, x)

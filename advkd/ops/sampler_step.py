@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from . import backends, philox
-from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format
+from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format, require_whole_or_apart, span
 
 COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
 """Columns of a table of coefficients."""
@@ -189,32 +189,19 @@ def _check_out(x, tensors):
     out = tensors["out"]
     if not out.is_contiguous(memory_format=memory_format(x)):
         raise InputError(f"out must be laid out like x ({memory_format(x)}), got strides {out.stride()}")
-    first, last = _span(out)
     for name, tensor in (("x", x), *tensors.items()):
-        if tensor is None or tensor is out:
-            continue
-        begin, end = _span(tensor)
-        same = begin == first and tensor.dtype == out.dtype and tensor.stride() == out.stride()
-        if begin < last and first < end and not same:
-            raise InputError(f"out overlaps {name} without being the same tensor")
+        if tensor is not None:
+            require_whole_or_apart("out", out, name, tensor)
 
 
 def _check_average(average, tensors):
     """The tensor for the average shares nothing with the others: it is written while they are read."""
-    first, last = _span(average)
+    first, last = span(average)
     for name, tensor in tensors.items():
         if tensor is not None:
-            begin, end = _span(tensor)
+            begin, end = span(tensor)
             if begin < last and first < end:
                 raise InputError(f"out's second tensor overlaps {'the first' if name == 'out' else name}")
-
-
-def _span(tensor):
-    """First and one past the last address that a tensor may touch."""
-    first = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return first, first + tensor.nbytes
-    return first, first + tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())))
 
 
 def _table(coefficients, x, history, noisy):
