@@ -38,10 +38,10 @@ demo: install
 	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
 clean:
 	rm -rf $(VENV) build *.egg-info advkd/*.so

@@ -3,8 +3,8 @@
 python -m profiling.bench_gradient_penalty [--device cuda] [--only update] [--out FOLDER]
 
 Every contestant gives the gradients by all parameters, in channels_last and in contiguous layout. Freed memory is kept by the
-process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's convolutions by those
-of ours.
+process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's convolutions by
+those of ours.
 """
 
 import torch

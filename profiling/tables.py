@@ -109,6 +109,74 @@ def sampler_step():
     return lines[:-1]
 
 
+def gradient_penalty():
+    """Milliseconds of the penalty and of the whole update, each method in its faster layout, and the work bound."""
+    methods = {"autograd": "baseline", "torch.compile of torch.func.grad": "peer", "advkd": "ours", "advkd compiled": "ours"}
+    lines = []
+    for result in results("bench_gradient_penalty"):
+        titles = ("work", *methods, "autograd / advkd", "autograd / compiled", "torch.func / compiled", "work bound")
+        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        for case in result["cases"]:
+            best = {name: _fastest_layout(case, name) for name in methods}
+            plain, functional, ours, compiled = best.values()
+            ratios = [_ratio(plain, ours), _ratio(plain, compiled), _ratio(functional, compiled)]
+            times = ["-" if value is None else f"{1e3 * value:.1f}" for value in best.values()]
+            lines.append(_row(case["case"], *times, *ratios, f"{case['work_bound']:.2f} x"))
+        lines.append("")
+    return lines[:-1]
+
+
+def _fastest_layout(case, name):
+    times = [e["seconds"]["median"] for e in case["contestants"] if e["name"].rsplit(", ", 1)[0] == name and "seconds" in e]
+    return min(times, default=None)
+
+
+def _ratio(slow, quick):
+    return "-" if slow is None or quick is None else f"{slow / quick:.2f} x"
+
+
+def penalty_memory():
+    """What the penalty and its gradients add to a process's peak."""
+    lines = []
+    for result in results("penalty_scaling"):
+        titles = ("critic", "autograd", "advkd", "share")
+        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        for row in result["peaks"]:
+            plain, ours = row["bytes"]["autograd"], row["bytes"]["advkd"]
+            lines.append(_row(row["case"], f"{plain / 1e6:.0f} MB", f"{ours / 1e6:.0f} MB", f"{ours / plain:.2f}"))
+        lines.append("")
+    return lines[:-1]
+
+
+def norm_act():
+    """Forward and backward of a training block's normalisation, ours and others."""
+    lines = []
+    for result in results("bench_norm_act"):
+        lines += [*_place(result), _row("work", "by", "ms (p20 to p80)"), _rule(3)]
+        for case in result["cases"]:
+            for entry in case["contestants"]:
+                lines.append(_row(case["case"], entry["name"], _time(entry)))
+        lines.append("")
+    return lines[:-1]
+
+
+def distillation():
+    """An update of the demo's distillation by method, and the parts of it."""
+    lines = []
+    for result in results("distillation"):
+        rows = result["rows"]
+        titles = ("an update of the demo's distillation", "ms", "critic", "student", "against plain PyTorch")
+        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        plain = rows["plain PyTorch"]["seconds"]
+        for name, row in rows.items():
+            critic = row["parts"]["update_critics"]
+            rest = row["seconds"] - critic
+            figures = (f"{1e3 * row['seconds']:.0f}", f"{1e3 * critic:.0f}", f"{1e3 * rest:.0f}")
+            lines.append(_row(name, *figures, f"{plain / row['seconds']:.2f} x"))
+        lines += [_row("Amdahl's bound, a critic's update in no time", "", "", "", f"{result['amdahl_critic']:.2f} x"), ""]
+    return lines[:-1]
+
+
 def recording():
     """Whole recordings, ours and a plain loop, and where the time goes."""
     lines = []
@@ -224,6 +292,10 @@ TABLES = {
     "ablation": ablation,
     "student": student,
     "sampler_step": sampler_step,
+    "gradient_penalty": gradient_penalty,
+    "penalty_memory": penalty_memory,
+    "norm_act": norm_act,
+    "distillation": distillation,
     "recording": recording,
     "layers": layers,
     "footprint": footprint,

@@ -17,6 +17,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["ADVKD_CACHE"] = tempfile.mkdtemp(prefix="advkd-tests-")
 atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 
+# Workers of pytest-xdist share the cores instead of each taking all of them, and so do the processes that they start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 from advkd.models.student import Student, StudentConfig  # noqa: E402
 from advkd.teacher import Teacher  # noqa: E402
 from advkd.trajectories import TrajectoryConfig, record_trajectories  # noqa: E402

@@ -22,30 +22,31 @@ struct Tap {
 
 constexpr int kMostTaps = 64;
 
-// kCount pixels, `apart` numbers from each other in the image; their features are neighbours.
-template <int kChannels, int kCount>
-void pixels(const Tap* taps, int count, i64 features, float* out, i64 apart) {
+// kCount pixels, `apart` numbers from each other in the image; their features are neighbours, `offset` numbers from the taps'.
+template <int kChannels, int kCount, bool kWhole>
+void pixels(const Tap* taps, int count, i64 offset, i64 features, float* out, i64 apart) {
   V sums[kChannels][kPixels] = {};
   float rest[kChannels][kPixels] = {};
   const i64 whole = features / kLanes * kLanes;
   for (int t = 0; t < count; ++t) {
-    const Tap tap = taps[t];
+    const float *d = taps[t].d + offset, *weights = taps[t].weights;
     for (i64 k = 0; k < whole; k += kLanes) {
-      V d[kCount];
-      for (int j = 0; j < kCount; ++j) d[j] = load(tap.d + j * features + k);
+      V x[kCount];
+      for (int j = 0; j < kCount; ++j) x[j] = load(d + j * features + k);
       for (int c = 0; c < kChannels; ++c) {
-        const V w = load(tap.weights + c * features + k);
-        for (int j = 0; j < kCount; ++j) sums[c][j] = fma(w, d[j], sums[c][j]);
+        const V w = load(weights + c * features + k);
+        for (int j = 0; j < kCount; ++j) sums[c][j] = fma(w, x[j], sums[c][j]);
       }
     }
+    if (kWhole) continue;
     for (i64 k = whole; k < features; ++k)
       for (int c = 0; c < kChannels; ++c)
-        for (int j = 0; j < kCount; ++j) rest[c][j] += tap.weights[c * features + k] * tap.d[j * features + k];
+        for (int j = 0; j < kCount; ++j) rest[c][j] += weights[c * features + k] * d[j * features + k];
   }
   for (int c = 0; c < kChannels; ++c) {
     float total[kPixels];
     sum_lanes(sums[c], total);
-    for (int j = 0; j < kCount; ++j) out[j * apart + c] = total[j] + rest[c][j];
+    for (int j = 0; j < kCount; ++j) out[j * apart + c] = kWhole ? total[j] : total[j] + rest[c][j];
   }
 }
 
@@ -66,7 +67,7 @@ int find_axis_taps(const ImageGradient& s, int axis, i64 phase, AxisTap* found) 
   return count;
 }
 
-template <int kChannels>
+template <int kChannels, bool kWhole>
 class Row {
  public:
   Row(const ImageGradient& s, i64 row) : s_(s) {
@@ -82,23 +83,28 @@ class Row {
   }
 
   void make() {
-    for (i64 phase = 0; phase < s_.stride[1] && phase < s_.width; ++phase) {
-      column_count_ = find_axis_taps(s_, 1, phase, columns_);
-      const i64 count = (s_.width - phase + s_.stride[1] - 1) / s_.stride[1];
-      for (i64 j = 0; j < count;) j += j + kPixels <= count && is_inside(j) ? make_pixels<kPixels>(phase, j) : make_pixels<1>(phase, j);
-    }
+    for (i64 phase = 0; phase < s_.stride[1] && phase < s_.width; ++phase) make_phase(phase);
   }
 
  private:
-  // Whether four pixels from j on have all their feature pixels.
-  bool is_inside(i64 j) const {
-    for (int i = 0; i < column_count_; ++i)
-      if (columns_[i].source + j < 0 || columns_[i].source + j + kPixels > s_.columns) return false;
-    return true;
+  // Pixels that have all their feature pixels in groups, the others one by one.
+  void make_phase(i64 phase) {
+    column_count_ = find_axis_taps(s_, 1, phase, columns_);
+    const i64 count = (s_.width - phase + s_.stride[1] - 1) / s_.stride[1];
+    i64 first = 0, last = count;
+    for (int i = 0; i < column_count_; ++i) {
+      if (first < -columns_[i].source) first = -columns_[i].source;
+      if (last > s_.columns - columns_[i].source) last = s_.columns - columns_[i].source;
+    }
+    i64 j = 0;
+    for (; j < count && j < first; ++j) make_pixels<1>(phase, j, j + 1);
+    if (j + kPixels <= last) j = make_pixels<kPixels>(phase, j, last);
+    for (; j < count; ++j) make_pixels<1>(phase, j, j + 1);
   }
 
+  // Groups of kCount pixels from `j` on while they end before `last`; the first pixel that is left.
   template <int kCount>
-  int make_pixels(i64 phase, i64 j) {
+  i64 make_pixels(i64 phase, i64 j, i64 last) {
     Tap taps[kMostTaps];
     int count = 0;
     for (int r = 0; r < row_count_; ++r)
@@ -107,8 +113,11 @@ class Row {
         if (source < 0 || source >= s_.columns) continue;
         taps[count++] = {rows_[r].d + source * s_.features, rows_[r].weights + columns_[i].tap * kChannels * s_.features};
       }
-    pixels<kChannels, kCount>(taps, count, s_.features, out_ + (phase + j * s_.stride[1]) * kChannels, s_.stride[1] * kChannels);
-    return kCount;
+    const i64 apart = s_.stride[1] * kChannels;
+    float* out = out_ + phase * kChannels + j * apart;
+    for (i64 offset = 0; j + kCount <= last; j += kCount, offset += kCount * s_.features, out += kCount * apart)
+      pixels<kChannels, kCount, kWhole>(taps, count, offset, s_.features, out, apart);
+    return j;
   }
 
   const ImageGradient& s_;
@@ -120,7 +129,13 @@ class Row {
 
 template <int kChannels>
 void make_rows(const ImageGradient& s, i64 begin, i64 end) {
-  for (i64 row = begin; row < end; ++row) Row<kChannels>(s, row).make();
+  for (i64 row = begin; row < end; ++row) {
+    if (s.features % kLanes == 0) {
+      Row<kChannels, true>(s, row).make();
+    } else {
+      Row<kChannels, false>(s, row).make();
+    }
+  }
 }
 
 constexpr ImageGradientKernel kKernels[] = {make_rows<1>, make_rows<2>, make_rows<3>, make_rows<4>};

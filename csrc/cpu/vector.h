@@ -272,15 +272,31 @@ inline V interleave_sum(V a, V b, std::index_sequence<I...>) {
   return low + high;
 }
 
+typedef float V4 __attribute__((vector_size(16)));
+
+template <int kFirst, typename X, std::size_t... I>
+inline auto half(X x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (kFirst + I)...);
+}
+
+// The upper half of the lanes is added to the lower one until four are left.
+template <typename X>
+inline V4 fold_to_four(X x) {
+  constexpr int kHalf = sizeof(X) / sizeof(float) / 2;
+  if constexpr (kHalf < 4) {
+    return x;
+  } else {
+    constexpr auto lanes = std::make_index_sequence<kHalf>{};
+    return fold_to_four(half<0>(x, lanes) + half<kHalf>(x, lanes));
+  }
+}
+
 // The sums over lanes of four vectors.
 inline void sum_lanes(const V (&x)[4], float* out) {
   constexpr auto lanes = std::make_index_sequence<kLanes>{};
   const V ab = interleave_sum<1>(x[0], x[1], lanes), cd = interleave_sum<1>(x[2], x[3], lanes);
-  float partial[kLanes];
-  store(partial, interleave_sum<2>(ab, cd, lanes));
-  for (int width = kLanes / 2; width >= 4; width /= 2)
-    for (int i = 0; i < width; ++i) partial[i] += partial[i + width];
-  std::memcpy(out, partial, 4 * sizeof(float));
+  const V4 sums = fold_to_four(interleave_sum<2>(ab, cd, lanes));
+  std::memcpy(out, &sums, sizeof sums);
 }
 
 // tanh, to an absolute error below 2^-22: below 0.625 an odd polynomial (a Chebyshev fit of (tanh x - x) / x^3 in x^2, itself off by

@@ -25,13 +25,17 @@ def test_size_of_the_embedded_teacher():
 
 
 def test_python_examples_run():
-    example, steps = re.findall(r"```python\n(.*?)```", README, re.S)
+    example, steps, critic = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(example.replace("fused.sample(1000", "fused.sample(3"), names)
     assert names["images"].shape == (3, 1, 32, 32) and names["image"].shape == (1, 1, 32, 32)
     assert len(names["pictures"]) == 4 and names["pairs"][0].shape == names["pairs"][1].shape == (4, 1, 32, 32)
     exec(steps, names)
     assert names["x"].shape == (4, 1, 32, 32) and names["level"].shape == (4, 1, 8, 8) and len(names["pictures"]) == 4
+    names = {}
+    exec(critic, names)
+    assert names["y"].shape == (8, 64, 32, 32) and all(p.grad is not None for p in names["critic"].parameters())
+    assert len(names["update"].gradients) == len(list(names["critic"].parameters()))
 
 
 def test_pictures_exist():
