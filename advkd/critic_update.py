@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from .errors import InputError
 from .ops import backends, gradient_penalty, interpolate
-from .ops.critic_plan import ADVICE, IMAGE, plan_of
-from .ops.gradient_penalty import check_condition, check_weights, passes_dtype, require_finite
-from .ops.layout import require_floating
+from .ops.critic_plan import ADVICE, IMAGE, plan_of, unwrapped
+from .ops.gradient_penalty import check_condition, check_numbers, check_weights, passes_dtype, require_finite, without_autocast
+from .ops.layout import arithmetic_dtype, require_floating
 from .ops.penalty_reduce import MODES, penalty_reduce
 from .ops.piecewise_linear import Passes, layer_options, layer_weights
 
@@ -79,11 +79,20 @@ def critic_gradients(
     Raises:
         InputError: as in :func:`advkd.ops.gradient_penalty`.
     """
+    if not isinstance(critic, torch.nn.Module):
+        raise InputError(f"critic must be a torch.nn.Module, got {type(critic).__name__}")
+    critic = unwrapped(critic)
     _check(real, fake, condition, loss, mode)
+    check_numbers(target=target, weight=weight)
     if a is None and mode != "r1":
         a = torch.rand(real.shape[0], device=real.device, dtype=torch.float64 if real.dtype == torch.float64 else torch.float32)
     options = (a, condition, loss, mode, target, weight, loss_scale, backend)
-    update = (_by_autograd if backend == "autograd" else _by_tangent)(critic, real.detach(), fake.detach(), *options)
+    if backend == "autograd":
+        update = _by_autograd(critic, real.detach(), fake.detach(), *options)
+    else:
+        dtype = passes_dtype(real)
+        with torch.no_grad(), without_autocast(real):
+            update = _by_tangent(critic, real.detach(), fake.detach(), dtype, *options)
     named = {"real": real, "fake": fake, "condition": condition}
     require_finite(check_finite, update.loss + update.penalty, named, critic)
     return update
@@ -103,20 +112,20 @@ def critic_step(critic, real, fake, *, synchronize=True, **options):
     Returns:
         :class:`CriticGradients` of this batch in this process.
     """
-    critic = critic.module if isinstance(critic, torch.nn.parallel.DistributedDataParallel) else critic
     update = critic_gradients(critic, real, fake, **options)
+    parameters = list(unwrapped(critic).parameters())
     with torch.no_grad():
-        for parameter, gradient in zip(critic.parameters(), update.gradients, strict=True):
+        for parameter, gradient in zip(parameters, update.gradients, strict=True):
             if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
         if synchronize and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            average_gradients([p.grad for p in critic.parameters() if p.grad is not None])
+            average_gradients([p.grad for p in parameters if p.requires_grad])
     return update
 
 
 def average_gradients(gradients):
     """Replace tensors by their means over the processes, in place, by one all-reduce per dtype."""
-    for dtype in {g.dtype for g in gradients}:
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
         group = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.flatten() for g in group])
         dist.all_reduce(flat)
@@ -125,16 +134,14 @@ def average_gradients(gradients):
             gradient.copy_(piece.view_as(gradient))
 
 
-@torch.no_grad()
-def _by_tangent(critic, real, fake, a, condition, loss, mode, target, weight, loss_scale, backend):
+def _by_tangent(critic, real, fake, dtype, a, condition, loss, mode, target, weight, loss_scale, backend):
     if not torch.compiler.is_compiling():
         backends.choose("gradient_penalty", backend, real.device)
     plan = plan_of(critic, condition is not None)
     weights = layer_weights(plan, critic)
-    check_weights(plan, weights, real)
-    parameters = list(critic.parameters())
-    _require_parameters(plan, weights, parameters)
-    dtype, n = passes_dtype(real), real.shape[0]
+    check_weights(plan, weights, real, dtype != real.dtype)
+    parameters, n = list(critic.parameters()), real.shape[0]
+    _require_parameters(plan, weights, [*parameters, *critic.buffers()])
     trained = [tuple(t is not None and t.requires_grad for t in pair) for pair in weights]
     narrow = [tuple(None if t is None else t.to(dtype) for t in pair) for pair in weights]
     passes = Passes(plan, layer_options(plan, critic), narrow, trained, backend)
@@ -169,10 +176,11 @@ def _by_tangent(critic, real, fake, a, condition, loss, mode, target, weight, lo
     penalty = torch.zeros((), dtype=value.dtype, device=value.device)
     if weight != 0:
         g = g.contiguous(memory_format=passes.formats[IMAGE])
+        g = g.to(arithmetic_dtype(g))
         penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
         penalty = penalties.sum()
         # One tangent pass, and on its way one weight gradient per layer.
-        passes.tangent(v * loss_scale, update.weight, rows, update.place)
+        passes.tangent((v * loss_scale).to(dtype), update.weight, rows, update.place)
     update.still_layers(weight != 0)
     gradients = [None] * len(parameters)
     for k, parameter in enumerate(parameters):
@@ -190,8 +198,7 @@ class _Update:
 
     def __init__(self, passes, parameters, weights, n, rows, apart, factor):
         self.passes, self.n, self.rows, self.apart, self.factor = passes, n, rows, apart, factor
-        places = {id(p): k for k, p in enumerate(parameters)}
-        self.places = [tuple(places.get(id(t)) for t in pair) for pair in weights]
+        self.places = [tuple(_place(t, parameters) for t in pair) for pair in weights]
         self.gradients = [None] * len(parameters)
 
     def place(self, number):
@@ -213,6 +220,7 @@ class _Update:
             scaled = x[: self.n] * _per_sample(self.factor, x)
             x = torch.cat((scaled if u is None else scaled + u, x[self.n :]))
         self._add(self.places[i][0], self.passes.weight_gradient(i, x, d))
+        self.passes.gradients[i] = None
 
     def biases(self):
         """Every bias' gradient: of the loss alone."""
@@ -235,6 +243,10 @@ class _Update:
     def _add(self, place, gradient):
         known = self.gradients[place]
         self.gradients[place] = gradient if known is None else known + gradient
+
+
+def _place(tensor, tensors):
+    return next((k for k, other in enumerate(tensors) if other is tensor), None)
 
 
 def _per_sample(factor, like):
@@ -279,10 +291,9 @@ LOSS_FORMULAS = {
 
 
 def _require_parameters(plan, weights, parameters):
-    known = {id(p) for p in parameters}
     for layer, pair in zip(plan.layers, weights):
-        if any(t is not None and id(t) not in known for t in pair):
-            raise InputError(f"{layer.name} has a weight that is no parameter of the critic: {ADVICE}")
+        if any(t is not None and all(t is not p for p in parameters) for t in pair):
+            raise InputError(f"{layer.name} has a weight that is no parameter or buffer of the critic: {ADVICE}")
 
 
 def _check(real, fake, condition, loss, mode):

@@ -19,7 +19,7 @@ from advkd.demo import demo_recipe
 from advkd.distill import Distiller
 from advkd.files import write_json
 from advkd.memory import keep_freed_memory
-from advkd.models import student
+from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student
 from advkd.teacher import Teacher
 from advkd.timing import provenance
@@ -38,23 +38,21 @@ METHODS = {
 """Name: what differentiates the critic, and whether the student's blocks are plain."""
 
 
-def plain_stage(convolution, norm, x, slope, upsample=False):
-    """LeakyReLU(batch norm(convolution(x))) as plain PyTorch has it best."""
-    y = F.leaky_relu(F.batch_norm(
-        convolution(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
-    ), slope, inplace=True)  # fmt: skip
-    return F.interpolate(y, scale_factor=2, mode="nearest") if upsample else y
+def plain_forward(norm, x, slope=1.0, upsample=False):
+    """Batch norm and LeakyReLU as plain PyTorch has them best."""
+    x = F.leaky_relu(torch.nn.BatchNorm2d.forward(norm, x), slope, inplace=True)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
 
 
 @contextmanager
 def blocks(plain):
-    """The student's convolution stages, plain or as they are."""
-    ours = student.convolution_stage
-    student.convolution_stage = plain_stage if plain else ours
+    """The student's normalisation, plain or as it is."""
+    ours = BatchNorm2d.forward
+    BatchNorm2d.forward = plain_forward if plain else ours
     try:
         yield
     finally:
-        student.convolution_stage = ours
+        BatchNorm2d.forward = ours
 
 
 def distiller(data, out, backend):

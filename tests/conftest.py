@@ -23,6 +23,9 @@ if WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# What is compared with float32 arithmetic must not be TensorFloat-32.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 from advkd.models.student import Student, StudentConfig  # noqa: E402
 from advkd.teacher import Teacher  # noqa: E402
 from advkd.trajectories import TrajectoryConfig, record_trajectories  # noqa: E402

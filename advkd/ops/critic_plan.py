@@ -48,14 +48,32 @@ class Plan:
 
 
 def plan_of(critic, conditional):
-    """The :class:`Plan` of a module, kept until one of its parts, their plain attributes or the training mode change.
+    """The :class:`Plan` of a module, kept until one of its parts, their attributes or the training mode change.
 
     Raises:
         InputError: the critic cannot be traced, or a layer is not piecewise linear or couples samples; it is named.
     """
     if not isinstance(critic, nn.Module):
         raise InputError(f"critic must be a torch.nn.Module for the tangent pass, got {type(critic).__name__}: {ADVICE}")
-    return (_constant_plan if torch.compiler.is_compiling() else _kept_plan)(critic, conditional)
+    if torch.compiler.is_compiling():
+        # What is read here is guarded: compiled code is made again where it changes. (Slopes are read with the options.)
+        for module in critic.modules():
+            if module.training and isinstance(module, (nn.Dropout, nn.Dropout2d)) or any(_hooks(module)):
+                raise InputError(f"layer {type(module).__name__} drops at random or has hooks: {ADVICE}")
+        return _constant_plan(critic, conditional)
+    return _kept_plan(critic, conditional)
+
+
+def unwrapped(critic):
+    """The critic inside what DistributedDataParallel or torch.compile have made of it."""
+    while isinstance(critic, nn.Module):
+        if isinstance(critic, nn.parallel.DistributedDataParallel):
+            critic = critic.module
+        elif "_orig_mod" in critic._modules:
+            critic = critic._modules["_orig_mod"]
+        else:
+            break
+    return critic
 
 
 _PLANS = weakref.WeakKeyDictionary()
@@ -63,19 +81,44 @@ _PLAIN = (int, float, bool, str, tuple, type(None))
 
 
 def _kept_plan(critic, conditional):
-    state = [(id(m), *(v for v in m.__dict__.values() if isinstance(v, _PLAIN)), *_hooks(m)) for m in critic.modules()]
+    state = [_state(module) for module in critic.modules()]
     plans = _PLANS.setdefault(critic, {})
     if conditional not in plans or plans[conditional][0] != state:
         plans[conditional] = (state, _Builder(critic, _trace(critic, conditional)).plan())
     return plans[conditional][1]
 
 
-# A compiler takes the plan as it is while it compiles.
-_constant_plan = torch.compiler.assume_constant_result(_kept_plan)
+@torch.compiler.assume_constant_result
+def _constant_plan(critic, conditional):
+    return _kept_plan(critic, conditional)
+
+
+def _state(module):
+    """What a traced forward may depend on: the module itself, its hooks, and its attributes as text where they are objects."""
+    kept = [weakref.ref(module), type(module), *_hooks(module)]
+    for name, value in module.__dict__.items():
+        if isinstance(value, _PLAIN):
+            kept.append(value)
+        elif name not in _INTERNAL:
+            text = repr(value)
+            # An object that does not tell its contents is taken for changed.
+            kept.append(object() if " at 0x" in text else text)
+    return kept
+
+
+_INTERNAL = frozenset(nn.Module().__dict__)
 
 
 def _hooks(module):
-    return [len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
+    return [
+        len(hooks)
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks or (),
+        )
+    ]
 
 
 class _Call(nn.Module):
@@ -97,8 +140,16 @@ class _ConditionalCall(_Call):
 def _trace(critic, conditional):
     from torch import fx
 
+    class Tracer(fx.Tracer):
+        def create_node(self, *args, **kwargs):
+            if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                raise InputError(f"the critic's forward switches gradients or autocast: {ADVICE}")
+            return super().create_node(*args, **kwargs)
+
+    call = (_ConditionalCall if conditional else _Call)(critic)
     try:
-        return fx.Tracer().trace((_ConditionalCall if conditional else _Call)(critic))
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return Tracer().trace(call)
     except InputError:
         raise
     except Exception as error:  # whatever a forward raises that looks at values or shapes
@@ -109,27 +160,48 @@ class _Builder:
     """A traced graph as layers: those that the output needs, in order."""
 
     def __init__(self, critic, graph):
-        self.critic, self.layers, self.moved = critic, [], {IMAGE}
+        self.critic, self.layers, self.moved, self.graph = critic, [], {IMAGE}, graph
         self.values = dict(zip((node for node in graph.nodes if node.op == "placeholder"), (IMAGE, CONDITION)))
         (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
 
     def plan(self):
-        if not hasattr(self.result, "op") or (output := self.value(self.result)) not in self.moved:
+        for module_path, module in self.critic.named_modules():
+            if any(_hooks(module)) or "forward" in module.__dict__:
+                name = f"layer {module_path or 'critic'} ({type(module).__name__})"
+                raise InputError(f"{name} has hooks or a forward of its own, which the tangent pass would not run: {ADVICE}")
+        if not hasattr(self.result, "op"):
+            raise InputError("critic must return one tensor")
+        needed = self._needed()
+        for node in self.graph.nodes:
+            if node in needed and node not in self.values:
+                self.values[node] = self._module(node) if node.op == "call_module" else self._function(node)
+        output = self.values[self.result]
+        if output not in self.moved:
             raise InputError("critic must return one tensor that depends on its first argument")
         uses = [0] * (len(self.layers) + 2)
         for value in (output, *(value for layer in self.layers for value in layer.inputs)):
             uses[value] += 1
         return Plan(tuple(self.layers), output, tuple(uses))
 
+    def _needed(self):
+        """The nodes whose values the result needs; weights and sizes are looked up where they are used."""
+        found, left = set(), [self.result]
+        while left:
+            node = left.pop()
+            if node in found or node.op == "get_attr":
+                continue
+            found.add(node)
+            reshapes = FUNCTIONS.get(node.target) is _reshape
+            left += node.all_input_nodes[:1] if reshapes else node.all_input_nodes
+        return found
+
     def value(self, node):
-        """The number of a node's value; the layers that it needs are appended first."""
-        if node not in self.values:
-            self.values[node] = self._module(node) if node.op == "call_module" else self._function(node)
+        """The number of a node's value."""
         return self.values[node]
 
     def add(self, kind, name, nodes, options=(), module=None, weights=()):
         """Append a layer; the number of its value."""
-        inputs = tuple(self.value(node) for node in nodes)
+        inputs = tuple(self.values[node] for node in nodes)
         moved = not self.moved.isdisjoint(inputs)
         self.layers.append(Layer(kind, name, inputs, module, weights, options, moved))
         number = len(self.layers) + 1
@@ -141,10 +213,12 @@ class _Builder:
         path = node.target.removeprefix("critic").removeprefix(".")
         module = self.critic.get_submodule(path)
         name = f"layer {path or 'critic'} ({type(module).__name__})"
-        if any(_hooks(module)):
-            raise InputError(f"{name} has hooks, which the tangent pass would not run: {ADVICE}")
         for kind, build in MODULES.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
+                if getattr(module, "inplace", False):
+                    self._require_alone(name, node.args[0])
+                if len(node.args) != 1 or node.kwargs:
+                    raise InputError(f"{name} must be called with one positional argument: {ADVICE}")
                 return build(self, name, node.args[0], module, path)
         raise InputError(f"{name} is not piecewise linear, or couples samples: {ADVICE}")
 
@@ -152,13 +226,35 @@ class _Builder:
         name = node.target if isinstance(node.target, str) else node.target.__name__
         if node.target not in FUNCTIONS:
             raise InputError(f"{name} in the critic's forward is not known to be piecewise linear: {ADVICE}")
-        return FUNCTIONS[node.target](self, f"{name} in the critic's forward", *node.args, **node.kwargs)
+        name = f"{name} in the critic's forward"
+        if node.target is operator.iadd or node.kwargs.get("inplace"):
+            self._require_alone(name, node.args[0])
+        try:
+            return FUNCTIONS[node.target](self, name, *node.args, **node.kwargs)
+        except (TypeError, IndexError, KeyError) as error:
+            raise InputError(f"{name} is called in a way that the tangent pass does not know ({error}): {ADVICE}") from error
+
+    def _require_alone(self, name, node):
+        """What is changed in place must have no other reader, nor what it is a view of."""
+        while hasattr(node, "op"):
+            if len(node.users) > 1 or node.op == "placeholder":
+                raise InputError(f"{name} changes a tensor in place that is used elsewhere too: {ADVICE}")
+            views = node.op == "call_method" or getattr(node.target, "__name__", "") in VIEWS
+            if node.op == "call_module":
+                module = self.critic.get_submodule(node.target.removeprefix("critic").removeprefix("."))
+                views = isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d))
+            if not views or not node.args:
+                return
+            node = node.args[0]
 
     def path(self, name, node):
         """The path of a weight that a function was given."""
         if node is not None and getattr(node, "op", None) != "get_attr":
             raise InputError(f"{name} has a weight that is computed: {ADVICE}")
         return node and node.target.removeprefix("critic.")
+
+
+VIEWS = ("flatten", "reshape", "squeeze", "unsqueeze")
 
 
 def _plain(name, *values):
@@ -192,13 +288,14 @@ def _pool_module(b, name, x, m, path):
 MODULES = {
     nn.Conv2d: _convolution_module,
     nn.Linear: lambda b, name, x, m, path: b.add("linear", name, (x,), module=path),
-    nn.LeakyReLU: lambda b, name, x, m, path: _leaky_relu(b, name, x, m.negative_slope),
+    nn.LeakyReLU: lambda b, name, x, m, path: b.add("activation", name, (x,), module=path),
     nn.ReLU: lambda b, name, x, m, path: _leaky_relu(b, name, x, 0.0),
     nn.Flatten: lambda b, name, x, m, path: _flatten(b, name, x, m.start_dim, m.end_dim),
     nn.AvgPool2d: _pool_module,
     nn.AdaptiveAvgPool2d: lambda b, name, x, m, path: _adaptive_pool(b, name, x, m.output_size),
-    nn.Upsample: lambda b, name, x, m, path: _upsample(b, name, x, m.size, m.scale_factor, m.mode),
-    nn.UpsamplingNearest2d: lambda b, name, x, m, path: _upsample(b, name, x, m.size, m.scale_factor),
+    nn.Upsample: lambda b, name, x, m, path: _upsample(
+        b, name, x, m.size, m.scale_factor, m.mode, recompute=m.recompute_scale_factor
+    ),
     nn.Identity: lambda b, name, x, m, path: b.value(x),
     nn.Dropout: _dropout,
     nn.Dropout2d: _dropout,
@@ -219,26 +316,33 @@ def _leaky_relu(b, name, x, negative_slope=0.01, inplace=False):
 
 
 def _flatten(b, name, x, start_dim=0, end_dim=-1):
-    if start_dim == 0:
-        raise InputError(f"{name} joins samples (start_dim 0): {ADVICE}")
     return b.add("flatten", name, (x,), _plain(name, start_dim, end_dim))
 
 
 def _reshape(b, name, x, *shape):
-    shape = shape[0] if isinstance(shape[0], (tuple, list)) else shape
-    # The first size is the batch's, however it was written.
-    return b.add("reshape", name, (x,), (_plain(name, *shape[1:]),))
+    first, *others = shape[0] if isinstance(shape[0], (tuple, list)) else shape
+    if first != -1 and not _is_batch_size(first):
+        raise InputError(f"{name} must keep the batch's dimension: -1 or x.size(0) first, got {first}: {ADVICE}")
+    return b.add("reshape", name, (x,), (_plain(name, *others),))
+
+
+def _is_batch_size(node):
+    """Whether a node is x.size(0), x.shape[0] or x.size()[0]."""
+    if not hasattr(node, "op"):
+        return False
+    if node.target == "size":
+        return node.args[1:] == (0,)
+    sized = node.args and hasattr(node.args[0], "op") and (node.args[0].target == "size" or node.args[0].args[1:] == ("shape",))
+    return bool(node.target is operator.getitem and sized and node.args[1] == 0)
 
 
 def _squeeze(b, name, x, dim=None):
-    if dim is None or dim == 0:
-        raise InputError(f"{name} may take the batch's dimension away, name another one: {ADVICE}")
+    if not isinstance(dim, int):
+        raise InputError(f"{name} must name one dimension, lest it take the batch's: {ADVICE}")
     return b.add("squeeze", name, (x,), _plain(name, dim))
 
 
 def _unsqueeze(b, name, x, dim):
-    if dim == 0:
-        raise InputError(f"{name} joins samples (dim 0): {ADVICE}")
     return b.add("unsqueeze", name, (x,), _plain(name, dim))
 
 
@@ -262,7 +366,7 @@ def _upsample(b, name, x, size=None, scale_factor=None, mode="nearest", **others
 def _mean(kind):
     def build(b, name, x, dim=None, keepdim=False):
         dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-        if dim is None or 0 in dims:
+        if dim is None or not dims:
             raise InputError(f"{name} joins samples: {ADVICE}")
         return b.add(kind, name, (x,), _plain(name, tuple(dims), keepdim))
 

@@ -4,11 +4,15 @@ The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.piece
 sample i and v_i = dP/dg_i, dP/dW of a layer is its weight gradient with input u, the tangent of v, and output gradient d.
 """
 
+import contextlib
+import math
+
 import torch
 
 from ..errors import InputError
 from . import backends
-from .critic_plan import plan_of
+from .critic_plan import plan_of, unwrapped
+from .layout import arithmetic_dtype
 from .once import once
 from .penalty_reduce import MODES, penalty_reduce
 from .piecewise_linear import Passes, layer_options, layer_weights
@@ -44,28 +48,33 @@ def gradient_penalty(
         check_finite: look for infinities and NaN; None: on CPU tensors, where it costs nothing (it waits for a GPU).
 
     Returns:
-        A scalar in the arithmetic's dtype (float32, float64 for float64). Its gradients by the parameters are exact; those of
-        biases are zero. Order of differentiability 1: differentiating its gradients raises (``autograd``: no limit).
-        Under ``torch.autocast`` the passes take the autocast dtype.
+        A scalar in the arithmetic's dtype (float32, float64 for float64; ``autograd``: what autograd gives). Its gradients by
+        the parameters are exact; those of biases are zero. Order of differentiability 1: differentiating its gradients raises
+        (``autograd``: no limit). Under ``torch.autocast`` the passes take the autocast dtype.
 
     Raises:
         InputError: a layer that is not piecewise linear or couples samples, tensors that do not fit, or numbers that are not
             finite; the layer or argument is named.
     """
     _check(critic, x_hat, condition, mode)
+    check_numbers(target=target, weight=weight)
+    named = {"x_hat": x_hat, "condition": condition}
     if backend == "autograd":
-        return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+        penalty = gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+        require_finite(check_finite, penalty.detach() + x_hat.detach().sum(dtype=arithmetic_dtype(x_hat)), named, critic)
+        return penalty
+    critic = unwrapped(critic)
     if not torch.compiler.is_compiling():
         backends.choose("gradient_penalty", backend, x_hat.device)
     plan = plan_of(critic, condition is not None)
     weights = layer_weights(plan, critic)
-    check_weights(plan, weights, x_hat)
+    check_weights(plan, weights, x_hat, passes_dtype(x_hat) != x_hat.dtype)
     numbers, tensors = _numbered(weights)
     settings = (plan, layer_options(plan, critic), numbers, target, weight, mode, backend)
     condition = condition if condition is None else condition.detach()
     penalty, score = _Penalty.apply(settings, x_hat.detach(), condition, *tensors)
     # The penalty sees of the points no more than the signs that they lead to; the scores show what is not finite.
-    require_finite(check_finite, penalty + score, {"x_hat": x_hat, "condition": condition}, critic)
+    require_finite(check_finite, penalty.detach() + score, named, critic)
     return penalty
 
 
@@ -81,18 +90,25 @@ def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
     return weight * (excess.clamp(min=0) if mode == "one-sided" else excess).square().mean()
 
 
+AUTOCAST = ("cpu", "cuda")
+"""Devices whose autocast is heeded."""
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x_hat, condition, *tensors):
         plan, options, numbers, target, weight, mode, backend = settings
         dtype = passes_dtype(x_hat)
         trained = _trained(numbers, ctx.needs_input_grad[3:])
-        passes = Passes(plan, options, _gathered(numbers, tensors, dtype), trained, backend)
-        condition = condition if condition is None else condition.to(dtype)
-        scores = passes.forward(x_hat.to(dtype), condition, keep=False)
-        g = passes.backward(torch.ones_like(scores)).contiguous(memory_format=passes.formats[0])
-        penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
-        ctx.settings, ctx.trained, ctx.shapes = settings, trained, (passes.shapes, passes.formats)
+        with without_autocast(x_hat):
+            passes = Passes(plan, options, _gathered(numbers, tensors, dtype), trained, backend)
+            condition = condition if condition is None else condition.to(dtype)
+            scores = passes.forward(x_hat.to(dtype), condition, keep=False)
+            g = passes.backward(torch.ones_like(scores)).contiguous(memory_format=passes.formats[0])
+            # Wide from here to the incoming gradient, which may be a loss scale that a narrow v would not survive.
+            g = g.to(arithmetic_dtype(g))
+            penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
+        ctx.settings, ctx.trained, ctx.shapes, ctx.dtype = settings, trained, (passes.shapes, passes.formats), dtype
         ctx.counts = len(tensors), len(plan.layers)
         ctx.save_for_backward(v, *tensors, *passes.masks, *passes.gradients)
         score = scores.sum(dtype=penalties.dtype)
@@ -106,8 +122,8 @@ class _Penalty(torch.autograd.Function):
         v, *saved = ctx.saved_tensors
         tensors = saved[:count]
         results = [None] * count
-        with torch.no_grad():
-            passes = Passes(plan, options, _gathered(numbers, tensors, v.dtype), ctx.trained, backend)
+        with torch.no_grad(), without_autocast(v):
+            passes = Passes(plan, options, _gathered(numbers, tensors, ctx.dtype), ctx.trained, backend)
             passes.shapes, passes.formats = ctx.shapes
             passes.masks, passes.gradients = saved[count : count + layers], saved[count + layers :]
 
@@ -119,7 +135,7 @@ class _Penalty(torch.autograd.Function):
                 results[number] = found if results[number] is None else results[number] + found
 
             del saved
-            passes.tangent(v * gradient.to(v.dtype), accumulate)
+            passes.tangent((v * gradient).to(ctx.dtype), accumulate)
             for k, tensor in enumerate(tensors):
                 if results[k] is None and ctx.needs_input_grad[3 + k]:
                     results[k] = torch.zeros_like(tensor)
@@ -127,9 +143,16 @@ class _Penalty(torch.autograd.Function):
 
 
 def passes_dtype(x):
-    """The dtype of the passes: autocast's where that is on, else ``x``'s."""
+    """The dtype of the passes: autocast's where that is on (it leaves float64 alone), else ``x``'s."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind not in AUTOCAST or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x):
+    """The passes choose their dtypes themselves, wherever they are called."""
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else contextlib.nullcontext()
 
 
 def _numbered(weights):
@@ -156,13 +179,11 @@ def _gathered(numbers, tensors, dtype):
     return [tuple(None if k is None else tensors[k].detach().to(dtype) for k in pair) for pair in numbers]
 
 
-def check_weights(plan, weights, x):
-    """Every weight must be on ``x``'s device, in ``x``'s dtype unless autocast chooses one."""
+def check_weights(plan, weights, x, cast):
+    """Every weight must be on ``x``'s device, and in its dtype unless the passes ``cast`` both."""
     for layer, pair in zip(plan.layers, weights):
         for tensor in pair:
-            if tensor is None:
-                continue
-            if tensor.device != x.device or (tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            if tensor is not None and (tensor.device != x.device or (tensor.dtype != x.dtype and not cast)):
                 found = f"{tensor.dtype} on {tensor.device}"
                 raise InputError(f"{layer.name} has weights of {found}, the samples are {x.dtype} on {x.device}")
 
@@ -177,6 +198,13 @@ def require_finite(wish, result, named, critic):
     for name, tensor in named.items():
         if tensor is not None and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
+
+
+def check_numbers(**numbers):
+    """Target and weight must be finite numbers, not negative."""
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise InputError(f"{name} must be a number of at least 0, got {value!r}")
 
 
 def _check(critic, x_hat, condition, mode):

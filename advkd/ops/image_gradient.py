@@ -33,6 +33,8 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
     """
     require_floating("d", d)
     require_floating("weight", weight)
+    if weight.dtype != d.dtype or weight.device != d.device:
+        raise InputError(f"weight must be {d.dtype} on {d.device} like d, got {weight.dtype} on {weight.device}")
     if d.ndim != 4 or weight.ndim != 4 or len(shape) != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
         raise InputError(f"d {tuple(d.shape)}, weight {tuple(weight.shape)} and shape {tuple(shape)} do not fit each other")
     pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]

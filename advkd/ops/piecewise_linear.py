@@ -5,7 +5,7 @@ slope) they are
     forward:  p_l = W_l a_{l-1} + b_l, a_l = M_l p_l      backward: d_{l-1} = M_{l-1} (W_l^T d_l)
     tangent:  u_l = M_l (W_l u_{l-1})                     weights:  dP/dW_l = weight gradient of layer l from (u_{l-1}, d_l)
 Between them stand linear maps without parameters (reshaping, pooling, up-sampling, sums, concatenation), which have an adjoint.
-Nothing is differentiated twice, and of an activation only its sign is kept.
+Nothing is differentiated twice, and what the penalty keeps of an activation is its sign.
 """
 
 import torch
@@ -44,6 +44,7 @@ class Passes:
         self.masks, self.gradients = [None] * count, [None] * count
         self.above = _trained_above(plan, trained)
         self.below = _trained_below(plan, trained)
+        self.weight_inputs = {layer.inputs[0] for layer, own in zip(plan.layers, trained) if own[0]}
 
     def forward(self, x, condition, keep):
         """The critic's scores. ``keep``: the inputs of trained layers stay in ``values``."""
@@ -55,14 +56,16 @@ class Passes:
         if condition is not None:
             self._note(CONDITION, condition)
         for i, layer in enumerate(self.plan.layers):
-            y = self._forward(i, layer, [values[n] for n in layer.inputs])
-            if y.shape[0] != x.shape[0]:
-                raise InputError(f"{layer.name} makes {y.shape[0]} rows of {x.shape[0]} samples: {ADVICE}")
+            inputs = [values[n] for n in layer.inputs]
+            self._check(i, layer, inputs)
+            y = self._forward(i, layer, inputs)
+            if y.shape[:1] != x.shape[:1]:
+                raise InputError(f"{layer.name} makes {tuple(y.shape)} of {x.shape[0]} samples: {ADVICE}")
             values[i + 2] = y
             self._note(i + 2, y)
             for n in layer.inputs:
                 left[n] -= 1
-                if left[n] == 0 and not (keep and self._is_weight_input(n)):
+                if left[n] == 0 and not (keep and n in self.weight_inputs):
                     values[n] = None
         scores, values[self.plan.output] = values[self.plan.output], None
         return scores
@@ -70,22 +73,44 @@ class Passes:
     def _note(self, n, value):
         self.shapes[n], self.formats[n] = value.shape[1:], memory_format(value)
 
-    def _is_weight_input(self, n):
-        layers = enumerate(self.plan.layers)
-        return any(self.trained[i][0] and layer.inputs[0] == n for i, layer in layers)
+    def _check(self, i, layer, inputs):
+        """Refuse shapes that do not fit a layer, and dimensions of a map that are the batch's."""
+        x = inputs[0]
+        if layer.kind in ("convolution", "linear"):
+            axis, groups = (1, self.options[i][3]) if layer.kind == "convolution" else (-1, 1)
+            wanted = self.weights[i][0].shape[1] * groups
+            if x.ndim < 2 or x.shape[axis] != wanted:
+                raise InputError(f"{layer.name} takes {wanted} channels or features, got a tensor of shape {tuple(x.shape)}")
+        if layer.kind == "sum" and inputs[0].ndim != inputs[1].ndim:
+            shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
+            raise InputError(f"{layer.name} adds {shapes}, of different numbers of dimensions: {ADVICE}")
+        if layer.kind in BATCH_DIMS:
+            dims, ndim = BATCH_DIMS[layer.kind](*self.options[i]), x.ndim + (layer.kind == "unsqueeze")
+            if any(dim % ndim == 0 for dim in dims):
+                raise InputError(f"{layer.name} joins samples (it works on dimension 0): {ADVICE}")
 
     def _forward(self, i, layer, inputs):
         if layer.kind == "convolution":
             weight, bias = self.weights[i]
+            # oneDNN adds the bias in its own epilogue; cuDNN would make a pass of it, so there the activation's kernel does.
+            bias = None if self._bias_waits(i + 2, inputs[0]) else bias
             return aten.convolution(inputs[0], weight, bias, *self.options[i][:3], False, [0, 0], self.options[i][3])
         if layer.kind == "linear":
             return F.linear(inputs[0], *self.weights[i])
         if layer.kind == "activation":
-            y, self.masks[i] = bias_act_mask(
-                inputs[0], None, self.options[i][0], fresh=self._is_ours_alone(layer.inputs[0]), backend=self.backend
-            )
+            n = layer.inputs[0]
+            bias = self.weights[n - 2][1] if self._bias_waits(n, inputs[0]) else None
+            fresh = self._is_ours_alone(n)
+            y, self.masks[i] = bias_act_mask(inputs[0], bias, self.options[i][0], fresh=fresh, backend=self.backend)
             return y
         return self._linear(i, layer, inputs, inputs[0].shape[0])
+
+    def _bias_waits(self, n, x):
+        """Whether value ``n`` is a convolution without its bias, which the activation that is its only reader adds."""
+        layers = self.plan.layers
+        if x.device.type == "cpu" or n <= CONDITION or layers[n - 2].kind != "convolution" or self.plan.uses[n] != 1:
+            return False
+        return any(layer.kind == "activation" and layer.inputs == (n,) for layer in layers)
 
     def _is_ours_alone(self, n):
         """Whether a value may be overwritten: a layer has just made it, for one other layer."""
@@ -108,6 +133,8 @@ class Passes:
             rows: ``(first, last)`` of the samples whose image's gradient is wanted; None: all. (Layers above every trained one
                 are passed for these alone.)
         """
+        if rows is not None and not self.above[self.plan.output]:
+            seed = seed[rows[0] : rows[1]]
         found = {self.plan.output: (seed, True)}
         for i in reversed(range(len(self.plan.layers))):
             layer, (d, owned) = self.plan.layers[i], found.pop(i + 2, (None, False))
@@ -121,17 +148,18 @@ class Passes:
                 part = d
                 if rows is not None and self.above[i + 2] and not self.above[n]:
                     part = d[rows[0] : rows[1]]
-                e, fresh = self._adjoint(
-                    i, layer, position, part, owned and len(layer.inputs) == 1 and not any(self.trained[i])
-                )
-                found[n] = (found[n][0] + e, True) if n in found else (e, fresh)
+                alone = owned and len(layer.inputs) == 1 and not any(self.trained[i])
+                # Above every trained layer nothing is left but the wanted rows.
+                kept = None if self.above[i + 2] else rows
+                gradient, fresh = self._adjoint(i, layer, position, part, alone, kept)
+                found[n] = (found[n][0] + gradient, True) if n in found else (gradient, fresh)
         return found[IMAGE][0]
 
     def _is_moved(self, n):
         """Whether the image flows through value ``n``."""
         return n == IMAGE or (n != CONDITION and self.plan.layers[n - 2].moved)
 
-    def _adjoint(self, i, layer, position, d, owned):
+    def _adjoint(self, i, layer, position, d, owned, rows):
         """The gradient by a layer's input from that by its result, and whether it may be overwritten."""
         n = layer.inputs[position]
         shape = (d.shape[0], *self.shapes[n])
@@ -144,9 +172,9 @@ class Passes:
             return (d @ self.weights[i][0]).reshape(shape), True
         if layer.kind == "activation":
             d = d.contiguous(memory_format=self.formats[i + 2]) if self.formats[i + 2] != memory_format(d) else d
-            return self._mask(i, d, d if owned else None), True
+            return self._mask(i, d, d if owned else None, rows), True
         if layer.kind == "sum":
-            return d, False
+            return d.sum_to_size(shape), False
         if layer.kind == "concatenation":
             first = sum(self.shapes[m][0] for m in layer.inputs[:position])
             return d[:, first : first + shape[1]], False
@@ -172,19 +200,22 @@ class Passes:
             rows: ``(first, last)`` of the samples in the masks that the tangent belongs to; None: all.
             place: gives for a value's number the tensor that an activation's tangent is to be written to, or None.
         """
-        tangents, left = {IMAGE: v}, list(self.plan.uses)
+        tangents, left, made = {IMAGE: v}, list(self.plan.uses), set()
         for i, layer in enumerate(self.plan.layers):
             inputs = [tangents.get(n) for n in layer.inputs]
             if layer.moved and self.trained[i][0]:
                 weight_gradient(i, inputs[0])
             if layer.moved and self.below[i + 2]:
-                tangents[i + 2] = self._tangent(i, layer, inputs, v.shape[0], rows, place)
+                tangents[i + 2] = self._tangent(i, layer, inputs, v.shape[0], rows, place, layer.inputs[0] in made)
+                # Nobody else holds it, unless it is another value's tangent as it is.
+                if self._is_ours_alone(i + 2) and all(u is not None for u in inputs):
+                    made.add(i + 2)
             for n in layer.inputs:
                 left[n] -= 1
                 if left[n] == 0:
                     tangents.pop(n, None)
 
-    def _tangent(self, i, layer, inputs, count, rows, place):
+    def _tangent(self, i, layer, inputs, count, rows, place, alone):
         if layer.kind == "convolution":
             return aten.convolution(
                 inputs[0], self.weights[i][0], None, *self.options[i][:3], False, [0, 0], self.options[i][3]
@@ -194,10 +225,9 @@ class Passes:
         if layer.kind == "activation":
             u = inputs[0].contiguous(memory_format=self.formats[i + 2])
             out = place(i + 2) if place else None
-            alone = self._is_ours_alone(layer.inputs[0])
             return self._mask(i, u, u if out is None and alone else out, rows)
         if layer.kind == "sum" and any(u is None for u in inputs):
-            return next(u for u in inputs if u is not None)
+            return next(u for u in inputs if u is not None).expand(count, *self.shapes[i + 2])
         if layer.kind == "concatenation":
             like = next(u for u in inputs if u is not None)
             filled = zip(inputs, layer.inputs)
@@ -218,15 +248,17 @@ def layer_options(plan, critic):
 
 
 def layer_weights(plan, critic):
-    """Per layer (weight, bias): each a tensor or None. A weight that is computed is computed once."""
+    """Per layer (weight, bias): each a tensor or None."""
     return [_weights(layer, critic) for layer in plan.layers]
 
 
 def _weights(layer, critic):
+    if layer.kind not in ("convolution", "linear"):
+        return None, None
     if layer.module is not None:
         module = critic.get_submodule(layer.module)
         return module.weight, module.bias
-    return tuple(path and _attribute(critic, path) for path in layer.weights) or (None, None)
+    return tuple(path and _attribute(critic, path) for path in layer.weights)
 
 
 def _attribute(module, path):
@@ -236,6 +268,8 @@ def _attribute(module, path):
 
 
 def _options(layer, critic):
+    if layer.kind == "activation" and layer.module is not None:
+        return (critic.get_submodule(layer.module).negative_slope,)
     if layer.kind != "convolution":
         return layer.options
     if layer.module is None:
@@ -334,3 +368,12 @@ MAPS = {
     "scale": (lambda x, rows, factor: x * factor, lambda d, shape, factor: d * factor),
 }
 """Maps without parameters: of (value, rows, options), and their adjoints of (gradient, input's shape, options)."""
+
+BATCH_DIMS = {
+    "flatten": lambda start, end: (start,),
+    "squeeze": lambda dim: (dim,),
+    "unsqueeze": lambda dim: (dim,),
+    "mean": lambda dims, keepdim: dims,
+    "total": lambda dims, keepdim: dims,
+}
+"""The dimensions that a map works on, which may not be the batch's."""

@@ -39,6 +39,7 @@ class RandomCritic(nn.Module):
     def __init__(self, layers, channels, side, conditional, linear):
         super().__init__()
         self.body = nn.Sequential(*layers)
+        self.scale, self.shift = (nn.Linear(4, channels) if conditional else None for _ in range(2))
         self.embedding = nn.Linear(4, 3 * side[0] * side[1]) if conditional else None
         channels += 3 * conditional
         if linear:
@@ -49,12 +50,12 @@ class RandomCritic(nn.Module):
     def forward(self, x, condition=None):
         x = self.body(x)
         if condition is not None:
+            # Sums over channels, before and after an activation whose input another layer reads too; then a concatenation.
+            shifted = x + self.shift(condition).unsqueeze(-1).unsqueeze(-1)
+            x = F.leaky_relu(shifted, 0.2) + F.relu(self.scale(condition)).view(x.size(0), -1, 1, 1) + x
             embedded = F.leaky_relu(self.embedding(condition), 0.1)
-            x = torch.cat((x, embedded.view(x.size(0), 3, *self.side(x))), dim=1)
+            x = torch.cat((x, embedded.view(x.size(0), 3, *self.embedded_side)), dim=1)
         return self.head(x)
-
-    def side(self, x):
-        return self.embedded_side
 
 
 @st.composite
@@ -95,6 +96,7 @@ def critics(draw):
 
 def relative(ours, theirs):
     """|ours - theirs| / |theirs| of two lists of gradients, None for zero."""
+    ours, theirs = ([g if g is None else g.detach() for g in gradients] for gradients in (ours, theirs))
     pairs = [(torch.zeros_like(b) if a is None else a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
     assert all(a is None or not a.any() for a, b in zip(ours, theirs) if b is None)
     if not pairs:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
+from advkd.critic_update import critic_gradients
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import backends, gradient_penalty, norm_act
@@ -82,9 +83,7 @@ def test_on_a_gpu(backend):
     if reason := backends.gap("gradient_penalty", backend, torch.device("cuda")):
         pytest.skip(reason)
     model = critic(size=64, dtype=torch.float32, channels=32).cuda()
-    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     assert_same(model, points(16, 64, torch.float32).cuda(), 1e-5, backend)
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -123,6 +122,106 @@ def test_r1_and_one_sided_values():
     for mode, value in values.items():
         assert abs(gradient_penalty(model, points(), weight=3.0, mode=mode).item() - value) < 1e-12
     assert gradient_penalty(model, points(), mode="one-sided", target=norm + 1).item() == 0.0
+
+
+class Written(nn.Module):
+    """A critic whose forward is a function of (module, image, condition)."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.written = forward
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.wide, self.each, self.last = nn.Linear(6, 256), nn.Linear(6, 4), nn.Linear(256, 1)
+
+    def forward(self, x, condition=None):
+        return self.last(self.written(self, x, condition).flatten(1))
+
+
+def act(x):
+    return F.leaky_relu(x, 0.2)
+
+
+def grow(x):
+    x += 0.5 * x
+    return x
+
+
+def both(function, x):
+    return function(x, x)
+
+
+COMPOSITIONS = {
+    # A tangent that passes a sum as it is, and has another reader.
+    "condition added": lambda m, x, c: both(lambda h, g: act(h + m.wide(c).view(-1, 4, 8, 8)) + m.b(g), act(m.a(x))),
+    "condition added to the image": lambda m, x, c: both(lambda h, g: act(m.a(h)) + m.a(g), F.relu(x + c[:, :1, None, None])),
+    "condition per channel": lambda m, x, c: m.b(act(m.a(x) + m.each(c).unsqueeze(-1).unsqueeze(-1))),
+    "sum over a mean": lambda m, x, c: both(lambda h, g: h + g.mean((2, 3), keepdim=True), act(m.a(x))),
+    "sum over a pooled map": lambda m, x, c: both(lambda h, g: h + F.adaptive_avg_pool2d(g, 1), act(m.a(x))),
+    "sum over channels": lambda m, x, c: act(m.a(x)) + x,
+    "changed in place, no other reader": lambda m, x, c: m.b(F.relu(grow(m.a(x)), inplace=True)),
+    "the image twice": lambda m, x, c: act(m.a(x)) + m.b(m.a(x)),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions(name):
+    model = Written(COMPOSITIONS[name]).double()
+    condition = torch.randn(3, 6, dtype=torch.float64)
+    if "image" in name and "condition" in name:
+        model.written = lambda m, x, c: both(lambda h, g: act(m.a(h)) + m.a(g), F.relu(x + c))
+        condition = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    given = condition if "condition" in name else None
+    assert_same(model, points(), 1e-12, condition=given)
+    update = [
+        critic_gradients(
+            model, points(), points().flip(0), a=torch.rand(3).double().fill_(0.3), condition=given, backend=backend
+        )
+        for backend in ("auto", "autograd")
+    ]
+    assert relative(*(u.gradients for u in update)) <= 1e-12
+
+
+REFUSED_COMPOSITIONS = {
+    "changes a tensor in place that is used elsewhere": lambda m, x, c: both(lambda h, g: h + F.relu(g, inplace=True), m.a(x)),
+    "must keep the batch's dimension": lambda m, x, c: m.a(x).reshape(1, -1),
+    "joins samples": lambda m, x, c: m.a(x).mean(-4),
+    "does not know": lambda m, x, c: m.a(x).sum(axis=1),
+    "switches gradients or autocast": lambda m, x, c: m.a(x) + without_gradient(m.a, x),
+    "takes 4 channels or features": lambda m, x, c: m.b(x),
+    "of different numbers of dimensions": lambda m, x, c: m.a(x) + m.a(x).flatten(1).sum(1),
+}
+
+
+def without_gradient(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+@pytest.mark.parametrize("message", REFUSED_COMPOSITIONS)
+def test_compositions_without_a_tangent_pass_are_refused(message):
+    with pytest.raises(InputError, match=message):
+        gradient_penalty(Written(REFUSED_COMPOSITIONS[message]).double(), points())
+
+
+def test_deep_critics():
+    layers = [layer for _ in range(150) for layer in (nn.Conv2d(1, 1, 1), nn.LeakyReLU(0.9))]
+    assert_same(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 1)).double(), points(), 1e-11)
+
+
+def test_critics_inside_of_wrappers():
+    model = critic()
+    wrapped = torch.compile(model, backend="eager")
+    assert gradient_penalty(wrapped, points()) == gradient_penalty(model, points())
+
+
+def test_a_loss_scale_beyond_float16():
+    """65536, the scale that a GradScaler begins with, meets the gradients in float32."""
+    model, x = critic(size=16, dtype=torch.float32), points(4, 16, torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        ours, theirs = (gradient_penalty(model, x, weight=0.1, backend=name) for name in ("auto", "autograd"))
+    weight = model.trunk[0].weight
+    ours, theirs = (torch.autograd.grad(65536.0 * penalty, weight)[0] / 65536 for penalty in (ours, theirs))
+    assert ours.isfinite().all() and (ours - theirs).norm() <= 2e-2 * theirs.norm()
 
 
 class Free(nn.Module):
@@ -252,10 +351,42 @@ def test_a_changed_critic_is_traced_again():
     assert_same(model, points(), 1e-12)
     model[1] = nn.ReLU()
     assert_same(model, points(), 1e-12)
+    model[1] = nn.Identity()
+    model[1] = nn.SiLU()
+    with pytest.raises(InputError, match="SiLU"):
+        gradient_penalty(model, points())
+    model[1] = nn.ReLU()
     model.append(nn.Dropout(0.5)).eval()
     assert_same(model, points(), 1e-12)
     with pytest.raises(InputError, match=r"layer 4 \(Dropout\) drops at random"):
         gradient_penalty(model.train(), points())
+
+
+def test_attributes_that_are_objects_are_seen_to_change():
+    class Configured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.slopes, self.config = nn.Conv2d(1, 2, 3), [0.2], CriticConfig()
+
+        def forward(self, x):
+            return F.leaky_relu(F.leaky_relu(self.a(x), self.slopes[0]).mean((2, 3)), self.config.slope).sum(1)
+
+    model = Configured().double()
+    assert_same(model, points(), 1e-12)
+    model.slopes[0] = 0.8
+    assert_same(model, points(), 1e-12)
+    model.config.slope = 0.5
+    assert_same(model, points(), 1e-12)
+
+
+def test_a_slope_changed_after_compilation():
+    model, x = critic(size=8, dtype=torch.float32), points(4, 8, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: critic_gradients(model, x, x.flip(0), a=x[:, 0, 0, 0]), fullgraph=True, backend="eager")
+    for slope in (0.2, 0.9):
+        model.trunk[1].negative_slope = slope
+        exact = critic_gradients(model, x, x.flip(0), a=x[:, 0, 0, 0], backend="autograd")
+        assert relative(compiled(x).gradients, exact.gradients) <= 1e-5
 
 
 def chain(*layers):
@@ -304,6 +435,10 @@ def test_functions_and_hooks_without_a_tangent_pass_are_named():
     model.trunk[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(InputError, match=r"layer trunk.0 \(Conv2d\) has hooks"):
         gradient_penalty(model, points())
+    model = critic()
+    model.tail[0].forward = lambda x: x
+    with pytest.raises(InputError, match=r"layer tail.0 \(Conv2d\) has hooks or a forward of its own"):
+        gradient_penalty(model, points())
     with pytest.raises(InputError, match="critic must be a torch.nn.Module"):
         gradient_penalty(lambda x: x.sum(), points())
     with pytest.raises(InputError, match="critic must be a module or a function"):
@@ -317,6 +452,8 @@ BAD = [
     ({"x_hat": points().float()}, r"layer trunk.0 \(Conv2d\) has weights of torch.float64"),
     ({"x_hat": points().to("meta")}, r"layer trunk.0 \(Conv2d\) has weights of torch.float64 on cpu.*on meta"),
     ({"x_hat": points().fill_(float("nan"))}, "x_hat holds numbers that are not finite"),
+    ({"weight": -1.0}, "weight must be a number of at least 0"),
+    ({"target": float("nan")}, "target must be a number of at least 0"),
     ({"mode": "three-sided"}, "mode must be one of two-sided, one-sided, r1"),
     ({"backend": "fastest"}, "backend must be one of"),
 ]

@@ -8,8 +8,8 @@ from advkd.errors import InputError
 from advkd.ops import backends, image_gradient
 
 ENGINES = [b for b in ("cpu", "reference") if backends.gap("image_gradient", b, torch.device("cpu")) is None]
-# Image, features, kernel, stride, padding, dilation: DCGAN's layers; lanes with a rest and without; pixels that no group of four
-# covers; strides beyond the kernel (pixels without a tap); kernels wider than the image; dilation; one pixel.
+# Image, features, kernel, stride, padding, dilation: DCGAN's layers; lanes with a rest and without; pixels that no group of
+# four covers; strides beyond the kernel (pixels without a tap); kernels wider than the image; dilation; one pixel.
 CASES = [
     ((3, 16, 16), 32, (4, 4), 2, 1, 1),
     ((1, 8, 8), 64, (4, 4), 2, 1, 1),

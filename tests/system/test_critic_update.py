@@ -113,6 +113,41 @@ def test_frozen_and_unused_parameters():
     assert relative(*zip(*kept)) < 1e-12
 
 
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+@pytest.mark.parametrize("frozen", ["first layer", "last layer", "all"])
+def test_layers_that_are_frozen_whole(frozen, penalty):
+    critic, real, fake, options = problem()
+    {"first layer": critic.trunk[0], "last layer": critic.tail[3], "all": critic}[frozen].requires_grad_(False)
+    ours, theirs = (
+        critic_gradients(critic, real, fake, backend=name, **{**options, **penalty}) for name in ("auto", "autograd")
+    )
+    kept = [(a, b) for a, b in zip(ours.gradients, theirs.gradients) if b is not None]
+    assert all(a is None for a, b in zip(ours.gradients, theirs.gradients) if b is None)
+    assert not kept or relative(*zip(*kept)) < 1e-12
+    assert abs(ours.penalty - theirs.penalty) <= 1e-12 * (1 + theirs.penalty)
+
+
+def test_a_step_keeps_what_it_returned():
+    critic, real, fake, options = problem()
+    first = critic_step(critic, real, fake, **options)
+    before = [g.clone() for g in first.gradients]
+    critic_step(critic, real, fake, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, first.gradients))
+
+
+def test_a_loss_scale_lifts_what_float16_loses():
+    critic, real, fake, options = problem(dtype=torch.float32, n=16)
+    options |= {"mode": "r1", "weight": 1e-3}
+    exact = critic_gradients(critic, real, fake, backend="autograd", **options).gradients
+    with torch.autocast("cpu", torch.float16):
+        ours, theirs = (
+            critic_gradients(critic, real, fake, loss_scale=2.0**12, backend=name, **options).gradients
+            for name in ("auto", "autograd")
+        )
+    ours, theirs = ([g / 2**12 for g in gradients] for gradients in (ours, theirs))
+    assert relative(ours, exact) <= 2 * relative(theirs, exact)
+
+
 def test_step_accumulates_micro_batches():
     critic, real, fake, options = problem(n=6)
     whole = critic_gradients(critic, real, fake, **options).gradients
@@ -193,6 +228,8 @@ critic, real, fake, options = problem(n=8)
 critic_step(critic, real, fake, synchronize=False, **options)
 whole = [p.grad.clone() for p in critic.parameters()]
 critic.zero_grad()
+if rank == 0:
+    critic.tail[3].bias.grad = torch.zeros(1, dtype=torch.float64)
 wrapped = torch.nn.parallel.DistributedDataParallel(critic)
 reduced = []
 wrapped.register_comm_hook(None, lambda state, bucket: reduced.append(1))
@@ -228,6 +265,7 @@ BAD = [
     (lambda r, f: {"fake": f * float("inf")}, "fake holds numbers that are not finite"),
     (lambda r, f: {"a": torch.zeros(2)}, r"a must be \(5,\) torch.float64 on cpu"),
     (lambda r, f: {"a": (1, range(4), 0)}, "a has 4 sample indices for 5 samples"),
+    (lambda r, f: {"weight": -1.0}, "weight must be a number"),
     (lambda r, f: {"loss": "hinge"}, "loss must be one of wasserstein, softplus"),
     (lambda r, f: {"mode": "l2"}, "mode must be one of"),
     (lambda r, f: {"backend": "fast"}, "backend must be one of"),
@@ -249,9 +287,11 @@ def test_critics_without_a_tangent_pass_are_refused():
         critic_gradients(critic, real, fake, loss="softplus", mode="r1", condition=options["condition"])
     critic, real, fake, _ = problem()
     nn.utils.parametrizations.spectral_norm(critic.trunk[0])
-    with pytest.raises(InputError, match=r"layer trunk.0 \(.*\) has a weight that is no parameter"):
+    with pytest.raises(InputError, match=r"layer trunk.0 \(.*\) has a weight that is no parameter or buffer"):
         critic_gradients(critic, real, fake)
     critic_gradients(critic, real, fake, backend="autograd")
+    with pytest.raises(InputError, match="critic must be a torch.nn.Module"):
+        critic_gradients(lambda x: x.flatten(1).sum(1), real, fake, backend="autograd")
 
 
 def test_exported():
