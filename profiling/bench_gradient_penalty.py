@@ -2,9 +2,10 @@
 
 python -m profiling.bench_gradient_penalty [--device cuda] [--only update] [--out FOLDER]
 
-Every contestant gives the gradients by all parameters, in channels_last and in contiguous layout. Freed memory is kept by the
-process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's convolutions by
-those of ours.
+Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
+kept by the process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's
+convolutions by those of ours. Whoever writes LeakyReLU as a product with slopes that autograd takes for constants saves it the
+zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own.
 """
 
 import torch
@@ -30,6 +31,30 @@ def problem(width, size, batch, device="cpu", layout="channels_last", dtype=torc
     critic = Critic(CriticConfig(size, 3, **WIDTHS[width])).to(device, dtype, memory_format=LAYOUTS[layout])
     real, fake = (torch.randn(batch, 3, size, size).to(device, dtype, memory_format=LAYOUTS[layout]) for _ in range(2))
     return critic, real, fake, torch.rand(batch).to(device)
+
+
+class ConstantSlopes(torch.nn.Module):
+    """LeakyReLU as a product with slopes that are constants to autograd."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        with torch.no_grad():
+            slopes = torch.where(x > 0, 1.0, self.slope)
+        return x * slopes
+
+
+def constant_signs(critic):
+    """A critic with the same weights, its activations written as :class:`ConstantSlopes`."""
+    other = Critic(critic.config)
+    other.load_state_dict(critic.state_dict(), assign=True)
+    for part in (other.trunk, other.tail):
+        for i, layer in enumerate(part):
+            if isinstance(layer, torch.nn.LeakyReLU):
+                part[i] = ConstantSlopes(layer.negative_slope)
+    return other
 
 
 def flat(gradients, scale):
@@ -126,7 +151,7 @@ def case(update, width, size, batch, device):
         contestant.prepare = _scaled(contestant.prepare, scale)
     notes = {"work_bound": theirs / ours, "keeps_freed_memory": True}
     flop = 2 * batch * ours
-    repeats = 9 if batch * size * size * WIDTHS[width]["channels"] > 2**23 else 15
+    repeats = 5 if batch * size * size > 2**19 else 11
     return Case(name, lambda: vector / scale, TOLERANCE, contestants, batch, flop, repeats=repeats, device=device, notes=notes)
 
 
@@ -148,35 +173,39 @@ def _penalty_contestants(width, size, batch, device):
     for layout in LAYOUTS:
         critic, real, fake, a = problem(width, size, batch, device, layout)
         x = _x_hat(real, fake, a)
-        found += [
-            Contestant(f"advkd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("auto"), "ours"),
-            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline"),
-            Contestant(f"torch.compile of torch.func.grad, {layout}", lambda c=critic, x=x: compiled_functional(c, x)),
-            Contestant(f"advkd compiled, {layout}", lambda c=critic, x=x: compiled_penalty(c, x), "ours"),
-        ]
-    return found
+        found.append(
+            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline")
+        )
+    signs = constant_signs(critic)
+    return [
+        *found,
+        Contestant(SIGNS, lambda: lambda: penalty_only(signs, x)("autograd")),
+        Contestant(FUNCTIONAL, lambda: compiled_functional(critic, x)),
+        Contestant("advkd", lambda: lambda: penalty_only(critic, x)("auto"), "ours"),
+        Contestant("advkd compiled", lambda: compiled_penalty(critic, x), "ours"),
+    ]
 
 
 def _update_contestants(width, size, batch, device):
+    def eager(backend, critic, real, fake, a):
+        return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+
     found = []
     for layout in LAYOUTS:
-        problem_ = problem(width, size, batch, device, layout)
-        critic, real, fake, a = problem_
-
-        def eager(backend, critic=critic, real=real, fake=fake, a=a):
-            return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
-
-        found += [
-            Contestant(f"advkd, {layout}", lambda eager=eager: eager("auto"), "ours"),
-            Contestant(f"autograd, {layout}", lambda eager=eager: eager("autograd"), "baseline"),
-            Contestant(f"torch.compile of torch.func.grad, {layout}", lambda p=problem_: compiled_functional_update(*p)),
-            Contestant(f"advkd compiled, {layout}", lambda p=problem_: compiled_update(*p), "ours"),
-        ]
-    return found
+        given = problem(width, size, batch, device, layout)
+        found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
+    signs = constant_signs(given[0])
+    return [
+        *found,
+        Contestant(SIGNS, lambda: eager("autograd", signs, *given[1:])),
+        Contestant(FUNCTIONAL, lambda: compiled_functional_update(*given)),
+        Contestant("advkd", lambda: eager("auto", *given), "ours"),
+        Contestant("advkd compiled", lambda: compiled_update(*given), "ours"),
+    ]
 
 
-SIZES = [("narrow", 64, 16), ("narrow", 64, 64), ("narrow", 128, 16), ("narrow", 128, 64)]
-SIZES += [("dcgan", 64, 16), ("dcgan", 64, 64), ("dcgan", 128, 16), ("dcgan", 128, 64)]
+SIGNS, FUNCTIONAL = "autograd, LeakyReLU's slopes as constants", "torch.compile of torch.func.grad"
+SIZES = [("narrow", 64, 16), ("narrow", 64, 64), ("narrow", 128, 16), ("dcgan", 64, 16), ("narrow", 128, 64)]
 
 
 def cases(device):

@@ -111,15 +111,23 @@ def sampler_step():
 
 def gradient_penalty():
     """Milliseconds of the penalty and of the whole update, each method in its faster layout, and the work bound."""
-    methods = {"autograd": "baseline", "torch.compile of torch.func.grad": "peer", "advkd": "ours", "advkd compiled": "ours"}
+    methods = {
+        "autograd": "autograd",
+        "autograd, LeakyReLU's slopes as constants": "constant slopes",
+        "torch.compile of torch.func.grad": "torch.func",
+        "advkd": "advkd",
+        "advkd compiled": "compiled",
+    }
     lines = []
     for result in results("bench_gradient_penalty"):
-        titles = ("work", *methods, "autograd / advkd", "autograd / compiled", "torch.func / compiled", "work bound")
+        ratios = ("autograd / advkd", "autograd / compiled", "constant slopes / advkd", "torch.func / compiled")
+        titles = ("work", *methods.values(), *ratios, "work bound")
         lines += [*_place(result), _row(*titles), _rule(len(titles))]
         for case in result["cases"]:
             best = {name: _fastest_layout(case, name) for name in methods}
-            plain, functional, ours, compiled = best.values()
-            ratios = [_ratio(plain, ours), _ratio(plain, compiled), _ratio(functional, compiled)]
+            plain, constant, functional, ours, compiled = best.values()
+            pairs = ((plain, ours), (plain, compiled), (constant, ours), (functional, compiled))
+            ratios = [_ratio(*pair) for pair in pairs]
             times = ["-" if value is None else f"{1e3 * value:.1f}" for value in best.values()]
             lines.append(_row(case["case"], *times, *ratios, f"{case['work_bound']:.2f} x"))
         lines.append("")
@@ -127,7 +135,8 @@ def gradient_penalty():
 
 
 def _fastest_layout(case, name):
-    times = [e["seconds"]["median"] for e in case["contestants"] if e["name"].rsplit(", ", 1)[0] == name and "seconds" in e]
+    named = (name, *(f"{name}, {layout}" for layout in ("contiguous", "channels_last")))
+    times = [e["seconds"]["median"] for e in case["contestants"] if e["name"] in named and "seconds" in e]
     return min(times, default=None)
 
 

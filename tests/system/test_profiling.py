@@ -191,6 +191,8 @@ class CountedProducts(TorchDispatchMode):
         result = function(*arguments, **(keywords or {}))
         count = flop_registry.get(function._overloadpacket)
         self.total += count(*arguments, **(keywords or {}), out_val=result) // 2 if count else 0
+        if function is torch.ops.advkd.image_gradient.default:
+            self.total += arguments[0].numel() * arguments[1][0].numel()
         return result
 
 
@@ -206,8 +208,9 @@ def test_the_work_bound_of_the_penalty_is_what_torch_runs(update):
             else:
                 bench.penalty_only(critic, real)(backend)
         found.append(counted.total / 2)
-    # The last linear map's tangent has no one who needs it.
-    assert all(abs(count / stated - 1) < 1e-3 for count, stated in zip(found, bench.work(critic, 16, update)))
+    # Of the last linear map's passes some have no one who needs them.
+    slack = 3 * critic.tail[3].weight.numel()
+    assert all(abs(count - stated) <= slack for count, stated in zip(found, bench.work(critic, 16, update)))
 
 
 def test_the_penaltys_contestants_agree(monkeypatch):
