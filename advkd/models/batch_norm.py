@@ -1,42 +1,44 @@
-"""Batch normalisation whose statistics are those of the global batch."""
+"""Batch normalisation whose statistics are those of the global batch, and its folding into a convolution."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import norm_act
+
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` that in training shares its sums between processes by a differentiable all-reduce.
+    """``nn.BatchNorm2d``, LeakyReLU and nearest up-sampling as one op; in training the processes share their statistics.
 
-    torch's ``SyncBatchNorm`` has no CPU path. With one process this is ``nn.BatchNorm2d``. Every process must hold equally
-    many samples.
+    torch's ``SyncBatchNorm`` has no CPU path. The processes may hold different numbers of samples.
     """
 
-    def forward(self, x):
-        """``(N, C, H, W)`` to the same shape."""
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        narrow, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean, variance, count = _global_moments(x)
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return (x * scale[:, None, None] + shift[:, None, None]).to(narrow)
+    def forward(self, x, slope=1.0, upsample=False):
+        """``(N, C, H, W)`` to the same shape, or twice the side; a ``slope`` of 1 is no activation."""
+        if not (self.training or torch.is_grad_enabled()):
+            # Nothing is saved for a backward pass: torch's ops, which cost less to call, do as well.
+            x = F.leaky_relu(super().forward(x), slope, inplace=True)
+            return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
+        if self.training:
+            self.num_batches_tracked += 1
+        return norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            slope=slope,
+            upsample=upsample,
+            training=self.training,
+            eps=self.eps,
+            momentum=self.momentum,
+            synchronize=self.training and _several_processes(),
+        )
 
 
-def _global_moments(x):
-    from torch.distributed.nn.functional import all_reduce
-
-    world = dist.get_world_size()
-    mean = all_reduce(x.mean(dim=(0, 2, 3))) / world
-    centred = x - mean[:, None, None]
-    variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / world
-    return mean, variance, x.numel() // x.shape[1] * world
+def _several_processes():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def fold(convolution, norm):
@@ -49,9 +51,3 @@ def fold(convolution, norm):
     weight = convolution.weight.double() * scale[:, None, None, None]
     folded = norm.bias.double() + (bias - norm.running_mean.double()) * scale
     return weight.to(convolution.weight.dtype).detach(), folded.to(convolution.weight.dtype).detach()
-
-
-def convolution_stage(convolution, norm, x, slope):
-    """LeakyReLU(batch norm(convolution(x)))."""
-    # In place: neither backward needs the normalised value before the activation.
-    return F.leaky_relu(norm(convolution(x)), slope, inplace=True)

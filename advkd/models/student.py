@@ -12,7 +12,7 @@ from ..hub import PRETRAINED
 from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
 from ..schedule import resolutions
-from .batch_norm import BatchNorm2d, convolution_stage
+from .batch_norm import BatchNorm2d
 from .saving import PretrainedModule
 
 
@@ -68,12 +68,15 @@ class Submodule(nn.Module):
         self.convolution2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = BatchNorm2d(out_channels)
 
-    def forward(self, x):
-        """``(N, in, H, W)`` to ``(N, out, H, W)``, or twice the side."""
-        if self.upsample:
+    def forward(self, x, upsampled=False, upsample=False):
+        """``(N, in, H, W)`` to ``(N, out, H, W)``, or twice the side where it up-samples.
+
+        ``upsampled``: the submodule before has up-sampled the input; ``upsample``: do so for the one after.
+        """
+        if self.upsample and not upsampled:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = convolution_stage(self.convolution1, self.norm1, x, self.slope)
-        return convolution_stage(self.convolution2, self.norm2, x, self.slope)
+        x = self.norm1(self.convolution1(x), self.slope)
+        return self.norm2(self.convolution2(x), self.slope, upsample)
 
 
 class Student(PretrainedModule, nn.Module):
@@ -149,11 +152,14 @@ class Student(PretrainedModule, nn.Module):
         """
         wanted = {self.depth} if levels is None else set(levels)
         coarse, *details = split_latent(z, self.latent_parts)
-        outputs, x = {}, coarse
-        for k, block in enumerate(self.submodules[: max(wanted)], 1):
+        outputs, x, upsampled = {}, coarse, False
+        blocks = self.submodules[: max(wanted)]
+        for k, block in enumerate(blocks, 1):
             if block.upsample and details:
                 x = torch.cat((x, details.pop(0)), dim=1)
-            x = block(x)
+            # Up-sampling comes with the activation before it, where nobody else needs that at the lower resolution.
+            upsample = k not in wanted and blocks[k].upsample and not details
+            x, upsampled = block(x, upsampled, upsample), upsample
             if k in wanted:
                 outputs[k] = torch.tanh(self.head(x)) if k == self.depth else self.terminals[k - 1](x)
         return outputs[self.depth] if levels is None else outputs

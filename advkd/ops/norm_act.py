@@ -2,8 +2,9 @@
 
 y = LeakyReLU(gamma (x - mean) / sqrt(var + eps) + beta), every pixel repeated 2 x 2 with ``upsample``. With d the gradient by
 the value before LeakyReLU (that of four pixels added up first) and x' = (x - mean) / sqrt(var + eps):
-dbeta = sum d, dgamma = sum d x', dx = gamma / sqrt(var + eps) (d - dbeta / n - x' dgamma / n), without the last two terms where
-the statistics are the running ones (Ioffe & Szegedy 2015, section 3). The backward pass keeps x and the statistics, nothing else.
+dbeta = sum d, dgamma = sum d x', dx = gamma / sqrt(var + eps) (d - dbeta / n - x' dgamma / n), without the last two terms
+where the statistics are the running ones (Ioffe & Szegedy 2015, section 3). The backward pass keeps x and the statistics of
+the channels, and has the weights; nothing else.
 """
 
 import torch
@@ -56,56 +57,60 @@ def norm_act(
         InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, or no statistics.
     """
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)
-    return _NormAct.apply(
-        dense(x), gamma, beta, running_mean, running_var, slope, upsample, training, eps, momentum, synchronize, backend
-    )
+    x = dense(x)
+    with torch.no_grad():
+        if training:
+            statistics, count = _batch_statistics(x, synchronize, backend)
+            if running_mean is not None:
+                _move(running_mean, running_var, statistics, count, momentum)
+        else:
+            statistics, count = torch.stack((running_mean, running_var)).to(arithmetic_dtype(x)), None
+    if not torch.is_grad_enabled():
+        return _normalize(x, _weights(gamma, beta, x), statistics, eps, slope, upsample, backend)
+    return _NormAct.apply(x, gamma, beta, statistics, count, eps, slope, upsample, synchronize and training, backend)
+
+
+def _normalize(x, weights, statistics, eps, slope, upsample, backend):
+    shape = (*x.shape[:2], *(2 * side if upsample else side for side in x.shape[2:]))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    torch.ops.advkd.norm_act(x, weights, statistics, eps, slope, upsample, backend, out)
+    return out
 
 
 class _NormAct(torch.autograd.Function):
+    """``count``: values of a channel in the statistics, None where those are the running ones."""
+
     @staticmethod
-    def forward(
-        ctx, x, gamma, beta, running_mean, running_var, slope, upsample, training, eps, momentum, synchronize, backend
-    ):  # fmt: skip
-        ctx.count = x.numel() // x.shape[1] if training else None
-        if training:
-            statistics = moments(x, backend)
-            if synchronize:
-                statistics, ctx.count = _global_statistics(statistics, ctx.count)
-            if running_mean is not None:
-                unbiased = statistics[1] * (ctx.count / (ctx.count - 1))
-                running_mean.lerp_(statistics[0].to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        else:
-            statistics = torch.stack((running_mean, running_var)).to(arithmetic_dtype(x))
-        shape = (*x.shape[:2], *(2 * side if upsample else side for side in x.shape[2:]))
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-        weights = _weights(gamma, beta, x)
-        torch.ops.advkd.norm_act(x, weights, statistics, eps, slope, upsample, backend, out)
+    def forward(ctx, x, gamma, beta, statistics, count, eps, slope, upsample, synchronize, backend):
         ctx.save_for_backward(x, gamma, beta, statistics)
-        ctx.options, ctx.synchronize = (slope, upsample, eps, backend), synchronize and training
-        return out
+        ctx.options, ctx.count, ctx.synchronize = (eps, slope, upsample, backend), count, synchronize
+        return _normalize(x, _weights(gamma, beta, x), statistics, eps, slope, upsample, backend)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, gamma, beta, statistics = ctx.saved_tensors
-        slope, upsample, eps, backend = ctx.options
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grad = gradient.contiguous(memory_format=memory_format(x))
-            weights = _weights(gamma, beta, x)
-            sums = torch.empty_like(statistics)
-            # The sum of four pixels' gradients is wanted twice: kept where that loses nothing, in what becomes dx.
-            dx = torch.empty_like(x)
-            kept = dx if upsample and x.dtype == statistics.dtype else None
-            torch.ops.advkd.norm_act_sums(grad, x, weights, statistics, eps, slope, upsample, backend, kept, sums)
-            dgamma, dbeta = sums[1].to(gamma.dtype), sums[0].to(beta.dtype)
-            if ctx.needs_input_grad[0]:
-                means = _means(sums, ctx.count, ctx.synchronize)
-                grad = grad if kept is None else kept
-                torch.ops.advkd.norm_act_backward(
-                    grad, x, weights, statistics, means, eps, slope, upsample, kept is not None, backend, dx
-                )
-        gradients = once("norm_act", (dx if ctx.needs_input_grad[0] else None, dgamma, dbeta), gradient, x, gamma, beta)
-        return (*gradients, *[None] * 9)
+            gradients = _gradients(ctx, gradient, *saved)
+        return (*once("norm_act", gradients, gradient, *saved[:3]), *[None] * 7)
+
+
+def _gradients(ctx, gradient, x, gamma, beta, statistics):
+    """dx, dgamma and dbeta, None where they are not needed."""
+    eps, slope, upsample, backend = ctx.options
+    gradient = gradient.contiguous(memory_format=memory_format(x))
+    given = (x, _weights(gamma, beta, x), statistics)
+    needs_dx, needs_dgamma, needs_dbeta = ctx.needs_input_grad[:3]
+    dx = torch.empty_like(x) if needs_dx else None
+    sums, masked = torch.zeros_like(statistics), False
+    if ctx.count is not None or needs_dgamma or needs_dbeta:
+        # The sum of four pixels' gradients is wanted twice: kept where that loses nothing, in what becomes dx.
+        masked = needs_dx and upsample and x.dtype == statistics.dtype
+        kept = dx if masked else None
+        torch.ops.advkd.norm_act_sums(gradient, *given, eps, slope, upsample, backend, kept, sums)
+    if needs_dx:
+        gradient, means = dx if masked else gradient, _means(sums, ctx.count, ctx.synchronize)
+        torch.ops.advkd.norm_act_backward(gradient, *given, means, eps, slope, upsample, masked, backend, dx)
+    return dx, sums[1].to(gamma.dtype) if needs_dgamma else None, sums[0].to(beta.dtype) if needs_dbeta else None
 
 
 def moments(x, backend="auto"):
@@ -172,30 +177,40 @@ def _masked(gradient, x, weights, statistics, eps, slope, upsample):
 
 
 def _weights(gamma, beta, x):
-    return torch.stack((gamma.detach(), beta.detach())).to(arithmetic_dtype(x))
+    return torch.stack((gamma, beta)).to(arithmetic_dtype(x))
 
 
-def _means(sums, count, synchronize):
-    if count is None:
-        return torch.zeros_like(sums)
-    if synchronize:
-        sums = sums.clone()
-        dist.all_reduce(sums)
-    return sums / count
-
-
-def _global_statistics(statistics, count):
-    """Statistics of all processes' batches together, and how many values a channel has in them."""
-    mine = torch.cat((statistics.flatten(), statistics.new_tensor([count])))
+def _batch_statistics(x, synchronize, backend):
+    """Statistics of the batch, or of all processes' batches together, and how many values a channel has in them."""
+    statistics, count = moments(x, backend), x.numel() // x.shape[1]
+    if not synchronize:
+        return statistics, count
+    mine = torch.cat((statistics.flatten().double(), statistics.new_tensor([count], dtype=torch.float64)))
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    everyone = torch.stack(everyone).double()
+    everyone = torch.stack(everyone)
     counts = everyone[:, -1]
     means, variances = everyone[:, :-1].reshape(len(everyone), 2, -1).unbind(1)
     shares = (counts / counts.sum())[:, None]
     mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - mean).square())).sum(0)
-    return torch.stack((mean, variance)).to(statistics.dtype), int(counts.sum())
+    return torch.stack((mean, variance)).to(statistics.dtype), counts.sum()
+
+
+def _move(running_mean, running_var, statistics, count, momentum):
+    mean, variance = statistics
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def _means(sums, count, synchronize):
+    """The sums by their count, over all processes where asked; zero for running statistics."""
+    if count is None:
+        return torch.zeros_like(sums)
+    if synchronize:
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return (sums / count).to(sums.dtype)
 
 
 def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
@@ -204,13 +219,14 @@ def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
         raise InputError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
     if (running_mean is None) != (running_var is None):
         raise InputError("running_mean and running_var must both be given, or neither")
-    named = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    named = {"gamma": gamma, "beta": beta}
+    if running_mean is not None:
+        named |= {"running_mean": running_mean, "running_var": running_var}
     for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if tensor.shape != x.shape[1:2] or tensor.device != x.device or not tensor.is_floating_point():
-            found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise InputError(f"{name} must be floating-point ({x.shape[1]},) on {x.device}, one per channel, got {found}")
+        require_floating(name, tensor)
+        if tensor.shape != x.shape[1:2] or tensor.device != x.device:
+            found = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise InputError(f"{name} must have shape ({x.shape[1]},) on {x.device}, one number per channel, got {found}")
     if not training and running_mean is None:
         raise InputError("running_mean and running_var are needed where training is False")
     if synchronize and not (dist.is_available() and dist.is_initialized()):

@@ -1,0 +1,199 @@
+// Registration of a training step's batch norm, LeakyReLU and up-sampling. Launchers check layout, allocate partial sums, launch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/norm_act.h"
+
+namespace advkd {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "norm_act takes float32, bfloat16 and float16");
+}
+
+// As torch sees it: the stride of a side of one says nothing.
+bool is_channels_last(const Tensor& x) {
+  i64 stride = 1;
+  for (const int64_t side : {1, 3, 2, 0}) {
+    if (x.size(side) != 1 && x.stride(side) != stride) return false;
+    stride *= x.size(side);
+  }
+  return true;
+}
+
+// The layout that a pass runs over; `upsample` says whether it knows rows.
+NormAct pass_over(const Tensor& x, bool upsample) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be (N, C, H, W) and hold something");
+  const bool contiguous = x.is_contiguous();
+  STD_TORCH_CHECK(contiguous || is_channels_last(x), "x must be contiguous or channels_last");
+  const i64 samples = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  NormAct n{};
+  n.x = x.const_data_ptr();
+  n.dtype = dtype_of(x);
+  n.upsample = upsample;
+  n.groups = contiguous ? channels : 1;
+  n.planes = contiguous ? samples : 1;
+  n.channels = contiguous ? 1 : channels;
+  n.height = contiguous ? height : samples * height;
+  n.width = width;
+  if (!upsample) {
+    n.width *= n.height;
+    n.height = 1;
+  }
+  return n;
+}
+
+const float* rows_of_channels(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 2 && t.size(0) == 2 && t.size(1) == x.size(1), name,
+      " must be contiguous float32 (2, C)");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+void set_weights(NormAct& n, const Tensor& x, const Tensor& weights, const Tensor& statistics, double eps, double slope) {
+  n.gamma = rows_of_channels(weights, x, "weights");
+  n.beta = n.gamma + x.size(1);
+  n.mean = rows_of_channels(statistics, x, "statistics");
+  n.variance = n.mean + x.size(1);
+  n.eps = eps;
+  n.slope = static_cast<float>(slope);
+}
+
+// A tensor of x's dtype and layout, `scale` times as high and wide.
+void require_like(const Tensor& t, const Tensor& x, i64 scale, const char* name) {
+  const bool same_layout = x.is_contiguous() ? t.is_contiguous() : is_channels_last(t);
+  STD_TORCH_CHECK(
+      t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == x.size(1) && t.size(2) == scale * x.size(2) &&
+          t.size(3) == scale * x.size(3) && t.scalar_type() == x.scalar_type() && same_layout,
+      name, " must have x's dtype and layout and its shape, up-sampled or not");
+}
+
+// What is larger than the caches goes past them.
+bool passes_caches(const Tensor& t) {
+  constexpr i64 kCached = i64{4} << 20;
+  return t.numel() * (t.scalar_type() == ScalarType::Float ? 4 : 2) > kCached;
+}
+
+template <typename Kernel>
+void launch(const NormAct& n, Kernel kernel) {
+  constexpr i64 kElementsPerTask = 1 << 15;
+  const i64 grain = std::max<i64>(1, kElementsPerTask / NormTiling(n).elements);
+  torch::stable::parallel_for(0, norm_act_pieces(n), grain, [&](int64_t begin, int64_t end) { kernel(n, begin, end); });
+}
+
+template <typename Kernel, typename Finish>
+void launch_sums(NormAct& n, const Tensor& x, Tensor& results, const char* name, Kernel kernel, Finish finish) {
+  n.results = const_cast<float*>(rows_of_channels(results, x, name));
+  std::vector<double> partials(norm_act_partials(n));
+  n.partials = partials.data();
+  launch(n, kernel);
+  finish(n);
+}
+
+// The convolution before is oneDNN's: its epilogue cannot leave the moments here.
+void norm_act_moments(const Tensor& x, Tensor statistics) {
+  NormAct n = pass_over(x, false);
+  launch_sums(n, x, statistics, "statistics", ADVKD_DISPATCH(norm_act_moments), ADVKD_DISPATCH(norm_act_finish_moments));
+}
+
+void norm_act(
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& statistics,
+    double eps,
+    double slope,
+    bool upsample,
+    Tensor out) {
+  NormAct n = pass_over(x, upsample);
+  set_weights(n, x, weights, statistics, eps, slope);
+  require_like(out, x, upsample ? 2 : 1, "out");
+  n.out = out.mutable_data_ptr();
+  n.stream = passes_caches(out);
+  launch(n, ADVKD_DISPATCH(norm_act));
+}
+
+void norm_act_sums(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& statistics,
+    double eps,
+    double slope,
+    bool upsample,
+    std::optional<Tensor> kept,
+    Tensor sums) {
+  NormAct n = pass_over(x, upsample);
+  set_weights(n, x, weights, statistics, eps, slope);
+  require_like(gradient, x, upsample ? 2 : 1, "gradient");
+  n.gradient = gradient.const_data_ptr();
+  if (kept) {
+    require_like(*kept, x, 1, "kept");
+    n.out = kept->mutable_data_ptr();
+    n.stream = passes_caches(*kept);
+  }
+  launch_sums(n, x, sums, "sums", ADVKD_DISPATCH(norm_act_sums), ADVKD_DISPATCH(norm_act_finish_sums));
+}
+
+void norm_act_backward(
+    const Tensor& gradient,
+    const Tensor& x,
+    const Tensor& weights,
+    const Tensor& statistics,
+    const Tensor& means,
+    double eps,
+    double slope,
+    bool upsample,
+    bool masked,
+    Tensor dx) {
+  NormAct n = pass_over(x, upsample && !masked);
+  set_weights(n, x, weights, statistics, eps, slope);
+  require_like(gradient, x, n.upsample ? 2 : 1, "gradient");
+  require_like(dx, x, 1, "dx");
+  n.mean_d = rows_of_channels(means, x, "means");
+  n.mean_dx = n.mean_d + x.size(1);
+  n.masked = masked;
+  n.gradient = gradient.const_data_ptr();
+  n.out = dx.mutable_data_ptr();
+  // In place the lines are in the caches already.
+  n.stream = n.out != n.gradient && passes_caches(dx);
+  launch(n, ADVKD_DISPATCH(norm_act_backward));
+}
+
+}  // namespace
+}  // namespace advkd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cpu, m) {
+  m.def("norm_act_moments(Tensor x, Tensor(a!) statistics) -> ()");
+  m.def(
+      "norm_act(Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, Tensor(a!) out) -> ()");
+  m.def(
+      "norm_act_sums(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, "
+      "Tensor(a!)? kept, Tensor(b!) sums) -> ()");
+  m.def(
+      "norm_act_backward(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, Tensor means, float eps, float slope, "
+      "bool upsample, bool masked, Tensor(a!) dx) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CPU, m) {
+  m.impl("norm_act_moments", TORCH_BOX(&advkd::norm_act_moments));
+  m.impl("norm_act", TORCH_BOX(&advkd::norm_act));
+  m.impl("norm_act_sums", TORCH_BOX(&advkd::norm_act_sums));
+  m.impl("norm_act_backward", TORCH_BOX(&advkd::norm_act_backward));
+}
