@@ -88,9 +88,12 @@ def _kept_plan(critic, conditional):
     return plans[conditional][1]
 
 
-@torch.compiler.assume_constant_result
 def _constant_plan(critic, conditional):
     return _kept_plan(critic, conditional)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with this module.
+_constant_plan._dynamo_marked_constant = True
 
 
 def _state(module):
