@@ -177,7 +177,7 @@ def _by_tangent(critic, real, fake, dtype, a, condition, loss, mode, target, wei
     if weight != 0:
         g = g.contiguous(memory_format=passes.formats[IMAGE])
         g = g.to(arithmetic_dtype(g))
-        penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
+        penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, backend=backend)
         penalty = penalties.sum()
         # One tangent pass, and on its way one weight gradient per layer.
         passes.tangent((v * loss_scale).to(dtype), update.weight, rows, update.place)

@@ -107,7 +107,7 @@ class _Penalty(torch.autograd.Function):
             g = passes.backward(torch.ones_like(scores)).contiguous(memory_format=passes.formats[0])
             # Wide from here to the incoming gradient, which may be a loss scale that a narrow v would not survive.
             g = g.to(arithmetic_dtype(g))
-            penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, out=g, backend=backend)
+            penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, backend=backend)
         ctx.settings, ctx.trained, ctx.shapes, ctx.dtype = settings, trained, (passes.shapes, passes.formats), dtype
         ctx.counts = len(tensors), len(plan.layers)
         ctx.save_for_backward(v, *tensors, *passes.masks, *passes.gradients)

@@ -44,6 +44,8 @@ class Passes:
         self.masks, self.gradients = [None] * count, [None] * count
         self.above = _trained_above(plan, trained)
         self.below = _trained_below(plan, trained)
+        # A compiler would copy what is read and written in one call; given another tensor it copies nothing.
+        self.in_place = not torch.compiler.is_compiling()
         self.weight_inputs = {layer.inputs[0] for layer, own in zip(plan.layers, trained) if own[0]}
 
     def forward(self, x, condition, keep):
@@ -115,7 +117,7 @@ class Passes:
     def _is_ours_alone(self, n):
         """Whether a value may be overwritten: a layer has just made it, for one other layer."""
         made = n > CONDITION and self.plan.layers[n - 2].kind in ("convolution", "linear", "sum", "concatenation")
-        return made and self.plan.uses[n] == 1
+        return self.in_place and made and self.plan.uses[n] == 1
 
     def _linear(self, i, layer, inputs, rows):
         """A map without parameters, of values or of tangents."""
@@ -148,7 +150,7 @@ class Passes:
                 part = d
                 if rows is not None and self.above[i + 2] and not self.above[n]:
                     part = d[rows[0] : rows[1]]
-                alone = owned and len(layer.inputs) == 1 and not any(self.trained[i])
+                alone = self.in_place and owned and len(layer.inputs) == 1 and not any(self.trained[i])
                 # Above every trained layer nothing is left but the wanted rows.
                 kept = None if self.above[i + 2] else rows
                 gradient, fresh = self._adjoint(i, layer, position, part, alone, kept)
