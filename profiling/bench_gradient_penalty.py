@@ -149,10 +149,13 @@ def case(update, width, size, batch, device):
     scale = float(vector.norm())
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
+    # Millions of activations hold some that rounding turns the sign of: then float32 is off from float64, whoever differentiates.
+    plain = [c.prepare()().double().cpu() for c in contestants if c.kind == "baseline"]
+    tolerance = max(TOLERANCE, *(2 * float((found - vector.cpu() / scale).abs().max()) for found in plain))
     notes = {"work_bound": theirs / ours, "keeps_freed_memory": True}
     flop = 2 * batch * ours
     repeats = 5 if batch * size * size > 2**19 else 11
-    return Case(name, lambda: vector / scale, TOLERANCE, contestants, batch, flop, repeats=repeats, device=device, notes=notes)
+    return Case(name, lambda: vector / scale, tolerance, contestants, batch, flop, repeats=repeats, device=device, notes=notes)
 
 
 def _scaled(prepare, scale):
