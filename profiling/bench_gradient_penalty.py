@@ -149,7 +149,7 @@ def case(update, width, size, batch, device):
     scale = float(vector.norm())
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
-    # Millions of activations hold some that rounding turns the sign of: then float32 is off from float64, whoever differentiates.
+    # Of millions of activations rounding turns the sign of some: float32 is off from float64 then, whoever differentiates.
     plain = [c.prepare()().double().cpu() for c in contestants if c.kind == "baseline"]
     tolerance = max(TOLERANCE, *(2 * float((found - vector.cpu() / scale).abs().max()) for found in plain))
     notes = {"work_bound": theirs / ours, "keeps_freed_memory": True}
