@@ -86,7 +86,7 @@ def plot(result, path):
     titles = {
         "batch": "critic of 64x64, by batch",
         "resolution": "critic, batch 16, by resolution",
-        "depth": "3x3 convolutions of 32 channels at 32x32, batch 16, by number",
+        "depth": "chain of 3x3 convolutions at 32x32, by depth",
     }
     for panel, (axis, title) in zip(panels, titles.items()):
         places = [row[axis] for row in result[axis]]
