@@ -61,7 +61,7 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
     code = (
         "import advkd, advkd.kernels.philox, torch; from advkd.ops import backends;"
-        "from advkd.ops import cupy_kernels; assert cupy_kernels.folder().parent.name == 'advkd', cupy_kernels.folder();"
+        "from advkd.ops import cupy_modules; assert cupy_modules.folder().parent.name == 'advkd', cupy_modules.folder();"
         "print(advkd.__file__, advkd.kernels.philox.__file__, backends.gap('philox', 'cpu', torch.device('cpu')),"
         "len(advkd.Student.from_pretrained('digits').sample(3)))"
     )
