@@ -4,7 +4,7 @@ import torch
 
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_out
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, pair, require_floating, require_out
 from .mask_mul import mask_bytes, pack
 
 
@@ -38,7 +38,7 @@ def conv_bias_act_mask(
         raise InputError(f"x must be (N, C, H, W) and weight (out, C / groups, kh, kw), got {shapes} with groups {groups}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias must be ({weight.shape[0]},), one number per output channel, got {tuple(bias.shape)}")
-    pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]
+    pairs = [pair(v) for v in (stride, padding, dilation)]
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
     p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)

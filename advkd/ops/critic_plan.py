@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from .layout import pair
 
 ADVICE = "take backend='autograd' for such a critic"
 IMAGE, CONDITION = 0, 1
@@ -102,7 +103,7 @@ def _state(module):
     for name, value in module.__dict__.items():
         if isinstance(value, _PLAIN):
             kept.append(value)
-        elif name not in _INTERNAL:
+        elif name not in _INTERNAL and not isinstance(value, torch.Tensor):
             text = repr(value)
             # An object that does not tell its contents is taken for changed.
             kept.append(object() if " at 0x" in text else text)
@@ -198,10 +199,6 @@ class _Builder:
             left += node.all_input_nodes[:1] if reshapes else node.all_input_nodes
         return found
 
-    def value(self, node):
-        """The number of a node's value."""
-        return self.values[node]
-
     def add(self, kind, name, nodes, options=(), module=None, weights=()):
         """Append a layer; the number of its value."""
         inputs = tuple(self.values[node] for node in nodes)
@@ -219,7 +216,7 @@ class _Builder:
         for kind, build in MODULES.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
                 if getattr(module, "inplace", False):
-                    self._require_alone(name, node.args[0])
+                    self.require_alone(name, node.args[0])
                 if len(node.args) != 1 or node.kwargs:
                     raise InputError(f"{name} must be called with one positional argument: {ADVICE}")
                 return build(self, name, node.args[0], module, path)
@@ -230,14 +227,14 @@ class _Builder:
         if node.target not in FUNCTIONS:
             raise InputError(f"{name} in the critic's forward is not known to be piecewise linear: {ADVICE}")
         name = f"{name} in the critic's forward"
-        if node.target is operator.iadd or node.kwargs.get("inplace"):
-            self._require_alone(name, node.args[0])
+        if node.target is operator.iadd:
+            self.require_alone(name, node.args[0])
         try:
             return FUNCTIONS[node.target](self, name, *node.args, **node.kwargs)
         except (TypeError, IndexError, KeyError) as error:
             raise InputError(f"{name} is called in a way that the tangent pass does not know ({error}): {ADVICE}") from error
 
-    def _require_alone(self, name, node):
+    def require_alone(self, name, node):
         """What is changed in place must have no other reader, nor what it is a view of."""
         while hasattr(node, "op"):
             if len(node.users) > 1 or node.op == "placeholder":
@@ -268,10 +265,6 @@ def _plain(name, *values):
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
-def _pair(value):
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
-
 def _convolution_module(b, name, x, module, path):
     if module.padding_mode != "zeros":
         raise InputError(f"{name} pads with {module.padding_mode}, the tangent pass with zeros: {ADVICE}")
@@ -281,7 +274,7 @@ def _convolution_module(b, name, x, module, path):
 def _dropout(b, name, x, module, path):
     if module.training and module.p:
         raise InputError(f"{name} drops at random: {ADVICE}")
-    return b.value(x)
+    return b.values[x]
 
 
 def _pool_module(b, name, x, m, path):
@@ -292,14 +285,14 @@ MODULES = {
     nn.Conv2d: _convolution_module,
     nn.Linear: lambda b, name, x, m, path: b.add("linear", name, (x,), module=path),
     nn.LeakyReLU: lambda b, name, x, m, path: b.add("activation", name, (x,), module=path),
-    nn.ReLU: lambda b, name, x, m, path: _leaky_relu(b, name, x, 0.0),
+    nn.ReLU: lambda b, name, x, m, path: _relu(b, name, x),
     nn.Flatten: lambda b, name, x, m, path: _flatten(b, name, x, m.start_dim, m.end_dim),
     nn.AvgPool2d: _pool_module,
     nn.AdaptiveAvgPool2d: lambda b, name, x, m, path: _adaptive_pool(b, name, x, m.output_size),
     nn.Upsample: lambda b, name, x, m, path: _upsample(
         b, name, x, m.size, m.scale_factor, m.mode, recompute=m.recompute_scale_factor
     ),
-    nn.Identity: lambda b, name, x, m, path: b.value(x),
+    nn.Identity: lambda b, name, x, m, path: b.values[x],
     nn.Dropout: _dropout,
     nn.Dropout2d: _dropout,
 }
@@ -315,7 +308,13 @@ def _linear(b, name, x, weight, bias=None):
 
 
 def _leaky_relu(b, name, x, negative_slope=0.01, inplace=False):
+    if inplace:
+        b.require_alone(name, x)
     return b.add("activation", name, (x,), _plain(name, negative_slope))
+
+
+def _relu(b, name, x, inplace=False):
+    return _leaky_relu(b, name, x, 0.0, inplace)
 
 
 def _flatten(b, name, x, start_dim=0, end_dim=-1):
@@ -352,18 +351,18 @@ def _unsqueeze(b, name, x, dim):
 def _pool(
     b, name, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
 ):  # fmt: skip
-    window = [_pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding)]
+    window = [pair(kernel_size), pair(kernel_size if stride is None else stride), pair(padding)]
     return b.add("pool", name, (x,), _plain(name, *window, ceil_mode, count_include_pad, divisor_override))
 
 
 def _adaptive_pool(b, name, x, output_size):
-    return b.add("adaptive_pool", name, (x,), _plain(name, _pair(output_size)))
+    return b.add("adaptive_pool", name, (x,), _plain(name, pair(output_size)))
 
 
 def _upsample(b, name, x, size=None, scale_factor=None, mode="nearest", **others):
     if mode != "nearest" or any(others.values()):
         raise InputError(f"{name} up-samples by {mode}, the tangent pass by nearest: {ADVICE}")
-    return b.add("upsample", name, (x,), _plain(name, size and _pair(size), scale_factor and _pair(scale_factor)))
+    return b.add("upsample", name, (x,), _plain(name, size and pair(size), scale_factor and pair(scale_factor)))
 
 
 def _mean(kind):
@@ -397,7 +396,7 @@ FUNCTIONS = {
     **dict.fromkeys((F.conv2d, torch.conv2d), _convolution),
     F.linear: _linear,
     F.leaky_relu: _leaky_relu,
-    **dict.fromkeys((F.relu, torch.relu, "relu"), lambda b, name, x, inplace=False: _leaky_relu(b, name, x, 0.0)),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys((torch.reshape, "reshape", "view"), _reshape),
     **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
@@ -410,5 +409,5 @@ FUNCTIONS = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add"), _sum),
     **dict.fromkeys((operator.mul, torch.mul), _scale),
     **dict.fromkeys((torch.cat, torch.concat), _concatenate),
-    "contiguous": lambda b, name, x, **options: b.value(x),
+    "contiguous": lambda b, name, x, **options: b.values[x],
 }

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from . import backends
-from .layout import memory_format, require_floating
+from .layout import memory_format, pair, require_floating
 
 CHANNELS, TAPS = 4, 64
 """What the kernel takes at most."""
@@ -37,7 +37,7 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
         raise InputError(f"weight must be {d.dtype} on {d.device} like d, got {weight.dtype} on {weight.device}")
     if d.ndim != 4 or weight.ndim != 4 or len(shape) != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
         raise InputError(f"d {tuple(d.shape)}, weight {tuple(weight.shape)} and shape {tuple(shape)} do not fit each other")
-    pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (stride, padding, dilation)]
+    pairs = [pair(v) for v in (stride, padding, dilation)]
     sides = [(n + 2 * p - q * (k - 1) - 1) // s + 1 for n, k, s, p, q in zip(shape[2:], weight.shape[2:], *pairs)]
     if list(d.shape[2:]) != sides or shape[1] != weight.shape[1] * groups:
         raise InputError(f"d must be (N, out, {sides[0]}, {sides[1]}) for x of shape {tuple(shape)}, got {tuple(d.shape)}")

@@ -49,6 +49,11 @@ def choose_for(name, x, backend):
     return "reference"
 
 
+def pair(value):
+    """An option of a convolution or a window as a pair: ``(value, value)`` of a number."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
 def require_floating(name, tensor):
     """An :class:`InputError` unless ``tensor`` has a dtype that the ops know."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (*DTYPES, torch.float64):

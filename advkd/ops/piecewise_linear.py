@@ -8,6 +8,8 @@ Between them stand linear maps without parameters (reshaping, pooling, up-sampli
 Nothing is differentiated twice, and what the penalty keeps of an activation is its sign.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +17,7 @@ from ..errors import InputError
 from .conv_bias_act_mask import bias_act_mask
 from .critic_plan import ADVICE, CONDITION, IMAGE
 from .image_gradient import image_gradient
-from .layout import channels_last, dense, memory_format
+from .layout import channels_last, dense, memory_format, pair
 from .mask_mul import mask_mul
 
 aten = torch.ops.aten
@@ -47,6 +49,7 @@ class Passes:
         # A compiler would copy what is read and written in one call; given another tensor it copies nothing.
         self.in_place = not torch.compiler.is_compiling()
         self.weight_inputs = {layer.inputs[0] for layer, own in zip(plan.layers, trained) if own[0]}
+        self.activated = {layer.inputs[0] for layer in plan.layers if layer.kind == "activation"}
 
     def forward(self, x, condition, keep):
         """The critic's scores. ``keep``: the inputs of trained layers stay in ``values``."""
@@ -86,6 +89,10 @@ class Passes:
         if layer.kind == "sum" and inputs[0].ndim != inputs[1].ndim:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
             raise InputError(f"{layer.name} adds {shapes}, of different numbers of dimensions: {ADVICE}")
+        if layer.kind == "reshape" and -1 not in self.options[i][0]:
+            wanted, found = math.prod(self.options[i][0]), x.shape[1:].numel()
+            if wanted != found:
+                raise InputError(f"{layer.name} makes samples of {wanted} numbers from {found}, so it joins some: {ADVICE}")
         if layer.kind in BATCH_DIMS:
             dims, ndim = BATCH_DIMS[layer.kind](*self.options[i]), x.ndim + (layer.kind == "unsqueeze")
             if any(dim % ndim == 0 for dim in dims):
@@ -96,7 +103,7 @@ class Passes:
             weight, bias = self.weights[i]
             # oneDNN adds the bias in its own epilogue; cuDNN would make a pass of it, so there the activation's kernel does.
             bias = None if self._bias_waits(i + 2, inputs[0]) else bias
-            return aten.convolution(inputs[0], weight, bias, *self.options[i][:3], False, [0, 0], self.options[i][3])
+            return _convolution(inputs[0], weight, bias, self.options[i])
         if layer.kind == "linear":
             return F.linear(inputs[0], *self.weights[i])
         if layer.kind == "activation":
@@ -109,10 +116,9 @@ class Passes:
 
     def _bias_waits(self, n, x):
         """Whether value ``n`` is a convolution without its bias, which the activation that is its only reader adds."""
-        layers = self.plan.layers
-        if x.device.type == "cpu" or n <= CONDITION or layers[n - 2].kind != "convolution" or self.plan.uses[n] != 1:
+        if x.device.type == "cpu" or n <= CONDITION or self.plan.layers[n - 2].kind != "convolution":
             return False
-        return any(layer.kind == "activation" and layer.inputs == (n,) for layer in layers)
+        return n in self.activated and self.plan.uses[n] == 1
 
     def _is_ours_alone(self, n):
         """Whether a value may be overwritten: a layer has just made it, for one other layer."""
@@ -166,10 +172,9 @@ class Passes:
         n = layer.inputs[position]
         shape = (d.shape[0], *self.shapes[n])
         if layer.kind == "convolution":
-            if n == IMAGE:
-                return self._image_gradient(i, d, shape), True
-            x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=self.formats[n])
-            return _convolution_backward(d, x, self.weights[i][0], self.options[i], 0), True
+            thin = n == IMAGE and d.device.type == "cpu" and self.backend != "reference"
+            adjoint = _image_gradient if thin else _transposed_convolution
+            return adjoint(d, self.weights[i][0], shape, self.options[i]), True
         if layer.kind == "linear":
             return (d @ self.weights[i][0]).reshape(shape), True
         if layer.kind == "activation":
@@ -181,13 +186,6 @@ class Passes:
             first = sum(self.shapes[m][0] for m in layer.inputs[:position])
             return d[:, first : first + shape[1]], False
         return MAPS[layer.kind][1](d, shape, *self.options[i]), owned
-
-    def _image_gradient(self, i, d, shape):
-        stride, padding, dilation, groups = self.options[i]
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        # Without a kernel of its own on this device it is the convolution's backward pass.
-        backend = "reference" if d.device.type != "cpu" or self.backend == "reference" else "auto"
-        return image_gradient(d, self.weights[i][0], shape, backend=backend, **options)
 
     def _mask(self, i, x, out, rows=None):
         mask = self.masks[i] if rows is None else self.masks[i][rows[0] : rows[1]]
@@ -219,9 +217,7 @@ class Passes:
 
     def _tangent(self, i, layer, inputs, count, rows, place, alone):
         if layer.kind == "convolution":
-            return aten.convolution(
-                inputs[0], self.weights[i][0], None, *self.options[i][:3], False, [0, 0], self.options[i][3]
-            )
+            return _convolution(inputs[0], self.weights[i][0], None, self.options[i])
         if layer.kind == "linear":
             return F.linear(inputs[0], self.weights[i][0])
         if layer.kind == "activation":
@@ -241,7 +237,9 @@ class Passes:
         weight = self.weights[i][0]
         if self.plan.layers[i].kind == "linear":
             return d.flatten(0, -2).T @ x.flatten(0, -2)
-        return _convolution_backward(d, x, weight, self.options[i], 1)
+        stride, padding, dilation, groups = self.options[i]
+        options = (stride, padding, dilation, False, [0, 0], groups, [False, True, False])
+        return aten.convolution_backward(d, x, weight, None, *options)[1]
 
 
 def layer_options(plan, critic):
@@ -281,29 +279,37 @@ def _options(layer, critic):
         module = critic.get_submodule(layer.module)
         stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
         kernel = module.kernel_size
-    dilation = _pair(dilation)
-    return _pair(stride), _padding(layer, padding, kernel, dilation), dilation, groups
+    dilation = pair(dilation)
+    return pair(stride), _padding(layer, padding, kernel, dilation), dilation, groups
 
 
 def _padding(layer, padding, kernel, dilation):
     if padding == "valid":
         return [0, 0]
     if padding != "same":
-        return _pair(padding)
+        return pair(padding)
     total = [d * (k - 1) for d, k in zip(dilation, kernel)]
     if any(t % 2 for t in total):
         raise InputError(f"{layer.name} pads one side more than the other: {ADVICE}")
     return [t // 2 for t in total]
 
 
-def _pair(value):
-    return list(value) if isinstance(value, (tuple, list)) else [value, value]
-
-
-def _convolution_backward(d, x, weight, options, which):
+def _convolution(x, weight, bias, options):
     stride, padding, dilation, groups = options
-    wanted = [which == 0, which == 1, False]
-    return aten.convolution_backward(d, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted)[which]
+    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+
+
+def _transposed_convolution(d, weight, shape, options):
+    """The adjoint of a convolution of ``shape``. The convolution's own backward pass would want that input, which is gone."""
+    stride, padding, dilation, groups = options
+    sides = zip(shape[2:], d.shape[2:], weight.shape[2:], stride, padding, dilation)
+    rest = [whole - ((side - 1) * s - 2 * p + q * (k - 1) + 1) for whole, side, k, s, p, q in sides]
+    return aten.convolution(d, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def _image_gradient(d, weight, shape, options):
+    stride, padding, dilation, groups = options
+    return image_gradient(d, weight, shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def _trained_above(plan, trained):

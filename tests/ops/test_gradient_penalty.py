@@ -182,6 +182,8 @@ def test_compositions(name):
 
 
 REFUSED_COMPOSITIONS = {
+    "leaky_relu in the critic's forward changes": lambda m, x, c: both(lambda h, g: h + F.leaky_relu(g, 0.2, True), m.a(x)),
+    "so it joins some": lambda m, x, c: m.a(x).view(-1, 16).unsqueeze(1),
     "changes a tensor in place that is used elsewhere": lambda m, x, c: both(lambda h, g: h + F.relu(g, inplace=True), m.a(x)),
     "must keep the batch's dimension": lambda m, x, c: m.a(x).reshape(1, -1),
     "joins samples": lambda m, x, c: m.a(x).mean(-4),
