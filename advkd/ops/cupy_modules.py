@@ -70,10 +70,16 @@ def compiled(name, *options):
     return cupy.RawModule(code=source(name), options=(*OPTIONS, *options))
 
 
-def start(program, kernel, blocks, arguments, device):
-    """Start a kernel on torch's stream: ints are passed as 64 bits, arrays of one element as they are."""
+def start(program, kernel, blocks, arguments, device, threads=THREADS, shared=0):
+    """Start a kernel on torch's stream: ints are passed as 64 bits, arrays of one element as they are.
+
+    ``shared``: bytes of dynamic shared memory.
+    """
     with _current(device):
-        program.get_function(kernel)((blocks,), (THREADS,), arguments)
+        function = program.get_function(kernel)
+        if shared > 48 * 1024:
+            function.max_dynamic_shared_size_bytes = shared
+        function((blocks,), (threads,), arguments, shared_mem=shared)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,22 @@
-// Runs a CUDA kernel on the host, so that its arithmetic and its indices can be tested without a GPU: every thread of a block is a
-// fiber, __syncthreads goes back to the scheduler, and threads take turns in a scattered order. Included before the device source.
+// Runs a CUDA kernel on the host, so that its arithmetic and its indices can be tested without a GPU. Every thread of a block (of
+// all blocks of a cluster) is a fiber; a barrier sends it back to the scheduler until the others have come, and threads take
+// turns in a scattered order. Included before the device source.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
 
 #define __global__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 
 struct Index {
@@ -22,11 +28,20 @@ struct float4 {
   float x, y, z, w;
 };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+template <typename T>
+static inline T __ldg(const T* place) {
+  return *place;
+}
 static inline void __stwb(uint4* place, uint4 value) { *place = value; }
 static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
@@ -56,49 +71,131 @@ static inline unsigned short float_to_half(float x) {
 
 namespace on_host {
 
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done;
+constexpr unsigned kWarp = 32;
+
+// Threads that wait for each other; those that have ended are not waited for.
+struct Barrier {
+  unsigned members = 0, waiting = 0, generation = 0;
+  void release_if_complete() {
+    if (waiting == 0 || waiting < members) return;
+    waiting = 0;
+    ++generation;
+  }
 };
-static ucontext_t scheduler;
-static std::vector<Fiber> fibers(256);
-static Fiber* current;
+
+// A copy that runs beside the arithmetic: see warp_on_host.h.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  bool inside;
+};
+
+struct Fiber {
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  jmp_buf place;
+  bool started, done;
+  const Barrier* waits;
+  unsigned since;
+  unsigned turns;  // of warp-wide instructions
+  std::vector<std::vector<Copy>> copies;  // by group, the last one open
+};
+static ucontext_t fiber_context;
+static jmp_buf scheduler;
+static std::vector<Fiber> fibers;
+static std::vector<Barrier> warps, blocks;
+static std::vector<std::vector<unsigned char>> shared;
+static Barrier cluster;
+static unsigned current, first_of_cluster;
 static std::function<void()> kernel;
 extern "C" unsigned first_block;
 unsigned first_block = 0;
 
-static void enter() {
-  kernel();
-  current->done = true;
-  swapcontext(&current->context, &scheduler);
+static unsigned block_in_cluster() { return current / blockDim.x; }
+static unsigned lane() { return current % kWarp; }
+
+static void yield() {
+  if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 
-static void run(unsigned blocks, unsigned threads, std::function<void()> body) {
-  kernel = std::move(body);
-  gridDim.x = blocks;
-  blockDim.x = threads;
-  for (blockIdx.x = first_block; blockIdx.x < blocks; ++blockIdx.x) {
-    for (unsigned i = 0; i < threads; ++i) {
+static void wait(Barrier& barrier) {
+  ++barrier.waiting;
+  const unsigned since = barrier.generation;
+  barrier.release_if_complete();
+  if (barrier.generation != since) return;
+  fibers[current].waits = &barrier;
+  fibers[current].since = since;
+  yield();
+}
+
+static void enter() {
+  kernel();
+  fibers[current].done = true;
+  for (Barrier* barrier : {&warps[current / kWarp], &blocks[block_in_cluster()], &cluster}) {
+    --barrier->members;
+    barrier->release_if_complete();
+  }
+  _longjmp(scheduler, 1);
+}
+
+// Lets fiber `i` run up to its next barrier. Only its start goes through ucontext, whose switches are system calls.
+static void resume(unsigned i) {
+  current = i;
+  threadIdx.x = i % blockDim.x;
+  blockIdx.x = first_of_cluster + i / blockDim.x;
+  Fiber& fiber = fibers[i];
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber_context);
+  fiber_context.uc_stack.ss_sp = fiber.stack.data();
+  fiber_context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber_context, enter, 0);
+  setcontext(&fiber_context);
+}
+
+static void run_cluster(unsigned size, unsigned threads, unsigned shared_bytes) {
+  const unsigned all = size * threads;
+  fibers.resize(std::max<size_t>(fibers.size(), all));
+  for (unsigned i = 0; i < all; ++i) {
+    fibers[i].started = fibers[i].done = false;
+    fibers[i].waits = nullptr;
+    fibers[i].turns = 0;
+    fibers[i].copies = {{}};
+  }
+  warps.assign((all + kWarp - 1) / kWarp, {});
+  for (unsigned i = 0; i < all; ++i) ++warps[i / kWarp].members;
+  blocks.assign(size, {});
+  for (Barrier& block : blocks) block.members = threads;
+  cluster = {};
+  cluster.members = all;
+  // What nobody has written is NaN; one allocation each, so that a sanitizer sees its end.
+  shared.assign(size, std::vector<unsigned char>(shared_bytes + 128, 0xFF));
+  for (unsigned left = all; left > 0;) {
+    bool moved = false;
+    for (unsigned turn = 0; turn < all; ++turn) {
+      const unsigned i = turn * 37 % all;  // all is a power of two
       Fiber& fiber = fibers[i];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.done = false;
-      makecontext(&fiber.context, enter, 0);
+      if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.since)) continue;
+      fiber.waits = nullptr;
+      resume(i);
+      left -= fiber.done;
+      moved = true;
     }
-    for (unsigned left = threads; left > 0;) {
-      for (unsigned i = 0; i < threads; ++i) {
-        threadIdx.x = i * 37 % threads;  // threads is a power of two
-        current = &fibers[threadIdx.x];
-        if (current->done) continue;
-        swapcontext(&scheduler, &current->context);
-        left -= current->done;
-      }
+    if (!moved) {
+      std::fprintf(stderr, "every thread waits for another\n");
+      std::abort();
     }
   }
 }
 
+static void run(unsigned count, unsigned threads, std::function<void()> body, unsigned shared_bytes = 0, unsigned size = 1) {
+  kernel = std::move(body);
+  gridDim.x = count;
+  blockDim.x = threads;
+  for (first_of_cluster = first_block; first_of_cluster < count; first_of_cluster += size)
+    run_cluster(size, threads, shared_bytes);
+}
+
 }  // namespace on_host
 
-static inline void __syncthreads() { swapcontext(&on_host::current->context, &on_host::scheduler); }
+static inline void __syncthreads() { on_host::wait(on_host::blocks[on_host::block_in_cluster()]); }

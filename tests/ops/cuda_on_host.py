@@ -19,15 +19,16 @@ HOST_CODE = {
     'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));': "bits = float_to_half(x);",
 }
 ENTRY = """
-extern "C" void run_on_host(void (*kernel)(advkd::STRUCT), unsigned blocks, unsigned threads, void** arguments) {
+extern "C" void run_on_host(void (*kernel)(advkd::STRUCT), unsigned blocks, unsigned threads, unsigned shared_bytes,
+                            unsigned cluster, void** arguments) {
   const auto p = *static_cast<advkd::STRUCT*>(arguments[0]);
-  on_host::run(blocks, threads, [=] { kernel(p); });
+  on_host::run(blocks, threads, [=] { kernel(p); }, shared_bytes, cluster);
 }
 """
 PHILOX_ENTRY = """
 using advkd::i64;
 extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParameters, void*), unsigned blocks, unsigned threads,
-                            void** a) {
+                            unsigned, unsigned, void** a) {
   const auto indices = *static_cast<const i64**>(a[0]);
   const auto samples = *static_cast<i64*>(a[1]);
   const auto p = *static_cast<advkd::PhiloxParameters*>(a[2]);
@@ -35,6 +36,10 @@ extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParamet
   on_host::run(blocks, threads, [=] { kernel(indices, samples, p, out); });
 }
 """
+
+
+WARP = (ROOT / "csrc/cuda/warp.cuh").read_text()
+"""Instructions that only PTX has, which ``warp_on_host.h`` stands in for as a whole."""
 
 
 class HostModule:
@@ -47,7 +52,7 @@ class HostModule:
         # The kernels of all dtypes are compiled at once here, but only those asked for may be called.
         self.dtypes = ""
         if options[1:]:
-            names = re.fullmatch(r"-DADVKD_(?:STEP_)?DTYPES\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
+            names = re.fullmatch(r"-DADVKD_(?:STEP_DTYPES|DTYPES|PRODUCTS)\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
             self.dtypes = "_" + "_".join(names.split(", "))
         if code not in self.libraries:
             self.libraries[code] = self.compile(code, folder / str(len(self.libraries)))
@@ -55,6 +60,7 @@ class HostModule:
 
     def compile(self, code, stem):
         struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
+        code = code.replace(WARP, (ROOT / "tests/ops/warp_on_host.h").read_text())
         for device, host in HOST_CODE.items():
             assert struct == "PhiloxParameters" or code.count(device) == 1
             code = code.replace(device, host)
@@ -69,15 +75,19 @@ class HostModule:
 
     def get_function(self, name):
         assert name.endswith(self.dtypes) or "_finish_" in name
+        # A cluster's size is a kernel's own, fixed when it is compiled.
+        cluster = int(match[1]) if (match := re.search(r"_cluster(\d+)_", name)) else 1
 
-        def call(grid, block, arguments):
+        def call(grid, block, arguments, shared_mem=0):
+            assert shared_mem <= 48 * 1024 or shared_mem == call.max_dynamic_shared_size_bytes <= 227 * 1024
             # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
             values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
             assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1
             pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
             kernel = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
-            self.library.run_on_host(kernel, *grid, *block, pointers)
+            self.library.run_on_host(kernel, *grid, *block, shared_mem, cluster, pointers)
 
+        call.max_dynamic_shared_size_bytes = 0
         return call
 
 
