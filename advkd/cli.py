@@ -1,5 +1,5 @@
 """The command line: ``advkd info | teacher train | classifier train | trajectories | distill | sample | evaluate |
-report | demo``."""
+report | warmup | demo``."""
 
 import dataclasses
 import json
@@ -296,6 +296,24 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 
     run(student, n, seed, out, interpolate, device, backend, dtype, batch_size)
     click.echo(f"{n} images in {out}")
+
+
+@main.command()
+@click.option("--student", default="digits", show_default=True, help="'digits', a preset, a folder or a hub id.")
+@click.option("--batch-sizes", default="1,64", show_default=True, help="Comma-separated images per pass.")
+@click.option("--dtypes", default="float32", show_default=True, help="Comma-separated, of float32, bfloat16, float16.")
+@click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or cuda.")
+@click.option("--tune/--no-tune", default=True, help="Measure plans (default), or compile kernels only.")
+@device_option
+def warmup(student, batch_sizes, dtypes, backend, tune, device):
+    """Compile and measure everything that a student needs here, so that later processes start at once."""
+    from .files import cache_folder
+    from .warmup import warmup as run
+
+    sizes = tuple(_parse(batch_sizes, (0,), "warmup: --batch-sizes", "int"))
+    for dtype, size, seconds in run(student, device, backend, tuple(dtypes.split(",")), sizes, tune):
+        click.echo(f"{dtype}, batch {size}: {seconds:.1f} s")
+    click.echo(f"measured plans are kept in {cache_folder() / 'plans'}; Triton and CuPy keep kernels in caches of their own")
 
 
 @main.command()

@@ -284,7 +284,7 @@ def _images(samples, num):
 
 def _eight_bit(images):
     """Images in [-1, 1] as uint8 ``(N, C, H, W)``."""
-    return to_uint8(images).permute(0, 3, 1, 2).contiguous()
+    return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
 
 
 def _real_images(config, model):

@@ -10,16 +10,17 @@ from .files import replacing
 
 
 def to_uint8(images):
-    """``(N, C, H, W)`` in [-1, 1] to ``(N, H, W, C)`` uint8 on the CPU."""
-    scaled = (images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    """``(N, C, H, W)`` in [-1, 1] to ``(N, H, W, C)`` uint8."""
+    scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def to_pil(images):
-    """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4, to a list of Pillow images."""
+    """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4 (or what :func:`to_uint8` made of them), to a list of Pillow images."""
     from PIL import Image
 
-    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in to_uint8(images).numpy()]
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in pixels.cpu().numpy()]
 
 
 def save_grid(images, path, columns=None, scale=None):
@@ -90,7 +91,7 @@ def _figure_of_rows(images, columns, titles, path, names=None):
     figure = Figure(figsize=(columns * 0.95 + 0.3, rows * 1.05 + 0.25), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
-    pixels = to_uint8(images).numpy()
+    pixels = to_uint8(images).cpu().numpy()
     for i, axis in enumerate(axes.flat):
         tile = pixels[i][..., 0] if pixels.shape[-1] == 1 else pixels[i]
         axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")

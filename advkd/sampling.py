@@ -40,23 +40,24 @@ def sample(student, n, seed, out, interpolate=False, device="cpu", backend="auto
     else:
         require_output_folder(out.parent)
     fused = Student.from_pretrained(student, require_device(device)).fuse(backend, DTYPES[dtype])
-    pieces = []
-    for start in range(0, n, batch_size):
-        count = min(batch_size, n - start)
-        images = _walk(fused, n, seed, start, count) if interpolate else fused(fused.latents(count, seed, start))
-        if folder:
-            for i, picture in enumerate(to_pil(images), start):
-                save_image(picture, out / f"{i:06d}.png")
-        else:
-            pieces.append(images.float().cpu())
+    if interpolate:
+        pieces = _walk(fused, n, seed, batch_size)
+    else:
+        pieces = fused.stream(n, seed, batch_size, dtype=torch.uint8 if folder else torch.float32)
     if not folder:
-        save_grid(torch.cat(pieces), out, columns=min(n, 10) if interpolate else None)
+        save_grid(torch.cat(list(pieces)), out, columns=min(n, 10) if interpolate else None)
+        return
+    first = 0
+    for images in pieces:
+        for i, picture in enumerate(to_pil(images), first):
+            save_image(picture, out / f"{i:06d}.png")
+        first += len(images)
 
 
-def _walk(fused, n, seed, start, count):
+def _walk(fused, n, seed, batch_size):
     a, b = fused.latents(2, seed)
-    positions = torch.linspace(0, 1, n)[start : start + count]
-    return fused(torch.stack([slerp(a, b, float(p)) for p in positions]))
+    for positions in torch.linspace(0, 1, n).split(batch_size):
+        yield fused(torch.stack([slerp(a, b, float(p)) for p in positions])).float().cpu()
 
 
 def slerp(a, b, position):

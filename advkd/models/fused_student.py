@@ -1,5 +1,6 @@
 """The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one op."""
 
+import warnings
 import weakref
 from dataclasses import dataclass, fields
 
@@ -7,15 +8,23 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..gpu_engine import GpuEngine
+from ..gpu_plan import GpuPlan
+from ..host import to_host
 from ..latents import latent_numel, latent_parts
-from ..ops import philox_normal
+from ..ops import backends, philox_normal
 from ..ops.conv_block import ConvLayer, choose_for, require_finite
 from ..ops.student_forward import encode, pack, student_forward
+from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..schedule import resolutions
 from .batch_norm import fold
 from .saving import PretrainedModule
 from .student import StudentConfig, batches, gather
+
+GPU_BACKENDS = ("cuda", "triton")
+STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
+"""How :meth:`FusedStudent.stream` hands images out."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -71,10 +80,13 @@ class FusedStudent(PretrainedModule, nn.Module):
         config: a :class:`FusedStudentConfig`.
         backend: see :func:`advkd.ops.backends.choose`; ``auto`` is decided when the weights come.
 
-    ``fused(z)`` has no gradient. Several threads may call one engine at the same time.
+    ``fused(z)`` has no gradient. Several threads may call one engine at the same time. On a GPU every batch size that comes is
+    planned, packed and captured as a CUDA graph the first time (:meth:`plan`; the last eight graphs are kept).
     """
 
     config_class = FusedStudentConfig
+    tune, mixed = False, True
+    """Whether plans for GPUs are measured, and may then take kernels of both GPU backends."""
 
     def __init__(self, config, backend="auto"):
         super().__init__()
@@ -89,7 +101,7 @@ class FusedStudent(PretrainedModule, nn.Module):
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"weight{i}", torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=wide))
             self.register_buffer(f"bias{i}", torch.empty(layer.c_out, dtype=wide))
-        self._packed = []
+        self._packed, self._engine = [], None
         self.register_load_state_dict_post_hook(_prepare_loaded)
 
     @classmethod
@@ -99,10 +111,11 @@ class FusedStudent(PretrainedModule, nn.Module):
         if dtype not in names:
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
         device = student.head.weight.device
-        backend = choose_for("student_forward", dtype, backend, device)
+        wished, backend = backend, choose_for("student_forward", dtype, backend, device)
         shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
         with device:
             module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend)
+        module.tune, module.mixed = tune, wished == "auto"
         module._fill(student)
         if backend == "cpu" and tune:
             module.config.algorithms = choose_algorithms(module.layers, dtype)
@@ -116,7 +129,8 @@ class FusedStudent(PretrainedModule, nn.Module):
         not be its fastest.
         """
         module = super().from_pretrained(source, device)
-        backend = choose_for("student_forward", module.dtype, backend, torch.device(device))
+        wished, backend = backend, choose_for("student_forward", module.dtype, backend, torch.device(device))
+        module.mixed = wished == "auto"
         if backend == module.backend:
             return module
         module.backend = backend
@@ -141,12 +155,21 @@ class FusedStudent(PretrainedModule, nn.Module):
             self._packed = [pack(self._weight(i), self._bias(i), layer, self.dtype, name) for i, layer, name in plan]
             # Idle workspaces go with the engine; one that is still in use elsewhere makes its own anew.
             weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False
-        else:
-            self._packed = []
+            return self.eval()
+        self._packed = []
+        if self.backend == "reference":
             for name, buffer in list(self.named_buffers()):
                 form = torch.channels_last if buffer.ndim == 4 else torch.contiguous_format
                 setattr(self, name, buffer.to(self.dtype, memory_format=form))
+        else:
+            self._engine = self._gpu_engine()
         return self.eval()
+
+    def _gpu_engine(self):
+        device, count = self.weight0.device, range(len(self.layers))
+        able = tuple(b for b in GPU_BACKENDS if self.mixed and backends.gap("student_forward", b, device) is None)
+        folded = ([self._weight(i) for i in count], [self._bias(i) for i in count])
+        return GpuEngine(self.layers, *folded, self.config.slope, self.dtype, self.backend, self.tune, able)
 
     def _apply(self, function, recurse=True):
         """Moves between devices; a new dtype would not be the one that the images are in."""
@@ -160,12 +183,12 @@ class FusedStudent(PretrainedModule, nn.Module):
         return self
 
     def __getstate__(self):
-        # Packed weights are this processor's.
-        return {**super().__getstate__(), "_packed": []}
+        # Packed weights are this processor's, graphs this process'.
+        return {**super().__getstate__(), "_packed": [], "_engine": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self.backend == "cpu":
+        if self.backend != "reference":
             self._prepare()
 
     def _weight(self, i):
@@ -182,6 +205,10 @@ class FusedStudent(PretrainedModule, nn.Module):
     @torch.no_grad()
     def forward(self, z):
         """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, of latents ``(N, latent_numel)``."""
+        if self.backend in GPU_BACKENDS:
+            if z.ndim != 2 or z.shape[1] != self.latent_numel:
+                raise InputError(f"z must have shape (N, {self.latent_numel}), got {tuple(z.shape)}")
+            return self._engine(z)
         count = range(len(self.layers))
         return student_forward(
             z,
@@ -195,35 +222,78 @@ class FusedStudent(PretrainedModule, nn.Module):
             backend=self.backend,
         )
 
-    def stream(self, n, seed=0, batch_size=64, start=0):
-        """An iterator over the images of :meth:`sample`, ``batch_size`` at a time; memory does not grow with ``n``."""
-        parts = batches(n, batch_size)
-        return (self(self.latents(count, seed, start + first)).float().cpu() for first, count in parts)
+    def stream(self, n, seed=0, batch_size=64, start=0, dtype=torch.float32):
+        """An iterator over the images of :meth:`sample`, about ``batch_size`` at a time; memory does not grow with ``n``.
+
+        Args:
+            dtype: float32: ``(batch, C, S, S)`` in [-1, 1]; uint8: ``(batch, S, S, C)`` in 0 .. 255, as pictures are stored.
+
+        On a GPU images come in pinned memory of the host, copied while the next batch is drawn. Where a batch does not fit the
+        device's memory it is halved once, with a warning; then ``torch.OutOfMemoryError`` says so.
+        """
+        if dtype not in STREAMED:
+            raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
+        batches(n, batch_size)
+        pieces = (STREAMED[dtype](images) for images in self._drawn(n, seed, batch_size, start))
+        return to_host(pieces, self.weight0.device)
+
+    def _drawn(self, n, seed, batch_size, start):
+        """Batches of images on the engine's device."""
+        first, size = 0, min(batch_size, max(n, 1))
+        while first < n:
+            count = min(size, n - first)
+            try:
+                images = self(self.latents(count, seed, start + first))
+            except torch.OutOfMemoryError as error:
+                if size < min(batch_size, n) or size == 1:
+                    text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
+                    raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size") from error
+                size = -(-size // 2)
+                warnings.warn(f"out of memory with batches of {count} images: going on with {size}", stacklevel=2)
+                self._forget()
+                continue
+            yield images
+            first += count
+
+    def _forget(self):
+        """Give a GPU's graphs and cached memory back."""
+        if self._engine is not None:
+            self._engine = self._gpu_engine()
+        if self.weight0.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def sample(self, n, seed=0, batch_size=64, start=0):
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
 
-        Batches are written straight into the result: beside it this takes one batch of images and :meth:`memory`.
-        10,000 images of 256x256 are 7.9 GB; :meth:`stream` takes no more than one batch at a time.
+        Batches are written straight into the result: beside it this takes one batch of images (two on a GPU) and
+        :meth:`memory`. 10,000 images of 256x256 are 7.9 GB; :meth:`stream` takes no more than one batch at a time.
         """
         return gather(self.stream(n, seed, batch_size, start), n, self.config)
 
     def memory(self, batch_size=1):
-        """Bytes that the engine takes beside latents and images, for torch's current number of threads.
+        """Bytes that the engine takes beside latents and images, on a CPU for torch's current number of threads.
 
-        ``folded``: float32 weights, kept for saving; ``weights``: packed ones; ``workspace``: activations and each thread's
-        scratch, kept from call to call (one for each call at the same time) until an engine is deleted. Known for the ``cpu``
-        backend only.
+        ``folded``: float32 weights, kept for saving; ``weights``: packed ones (on a GPU those of the batch sizes planned so
+        far); ``workspace``: activations and each thread's scratch, kept from call to call (one for each call at the same time)
+        until an engine is deleted. Not known for ``reference``.
         """
-        if self.backend != "cpu":
-            raise InputError(f"memory is known for backend 'cpu', not {self.backend!r}")
-        numbers = encode(self.layers, self.dtype, self.config.algorithms)
-        workspace = torch.ops.advkd_cpu.workspace_bytes(numbers, batch_size)
         folded = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
-        return {"folded": folded, "weights": sum(packed.numel() for packed in self._packed), "workspace": workspace}
+        if self.backend == "cpu":
+            numbers = encode(self.layers, self.dtype, self.config.algorithms)
+            workspace = torch.ops.advkd_cpu.workspace_bytes(numbers, batch_size)
+            return {"folded": folded, "weights": sum(packed.numel() for packed in self._packed), "workspace": workspace}
+        if self._engine is None:
+            raise InputError(f"memory is known for the backends cpu, cuda and triton, not {self.backend!r}")
+        workspace = self._engine.workspace_bytes(batch_size)
+        return {"folded": folded, "weights": self._engine.packed_bytes(), "workspace": workspace}
 
-    def plan(self, measured=True):
-        """How every layer is computed: a :class:`advkd.plan.Plan`, to be printed."""
+    def plan(self, measured=True, batch_size=1):
+        """How every layer is computed: a :class:`advkd.plan.Plan`, on a GPU a :class:`advkd.gpu_plan.GpuPlan`; to be printed.
+
+        ``measured``: with times of this device, ``batch_size``: of a GPU's plan.
+        """
+        if self._engine is not None:
+            return GpuPlan.of(self._engine, batch_size, measured)
         if self.backend != "cpu":
-            raise InputError(f"a plan exists for backend 'cpu', not {self.backend!r}")
+            raise InputError(f"a plan exists for the backends cpu, cuda and triton, not {self.backend!r}")
         return Plan.of(self.layers, self.config.algorithms, self.dtype, self._packed, measured)

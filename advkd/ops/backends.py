@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,10 +20,15 @@ BY_NAME = {}
 """Op name -> backends that ``auto`` passes over: slower than the reference when the op is called alone."""
 
 
-def implement(name, *backends, by_name=()):
+CAPABILITY = {}
+"""Op name -> the least compute capability that its GPU kernels are written for."""
+
+
+def implement(name, *backends, by_name=(), capability=(7, 0)):
     """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered)."""
     IMPLEMENTED[name] = ("reference", *backends)
     BY_NAME[name] = by_name
+    CAPABILITY[name] = capability
 
 
 def refuse_gradients(library, name):
@@ -48,7 +54,14 @@ def gap(name, backend, device):
     """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
     if backend not in IMPLEMENTED[name]:
         return "not written for this op yet"
-    return _MISSING[backend](device)
+    return _MISSING[backend](device) or (_capability_gap(name, device) if backend in ("cuda", "triton") else None)
+
+
+def _capability_gap(name, device):
+    if device.type != "cuda":
+        return None
+    has, needs = torch.cuda.get_device_capability(device), CAPABILITY[name]
+    return None if has >= needs else f"needs compute capability {needs[0]}.{needs[1]}, this GPU has {has[0]}.{has[1]}"
 
 
 def choose(name, backend, device):
@@ -88,12 +101,26 @@ def extension_gap(kind):
         return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     files = sorted(Path(__file__).parent.parent.glob(f"_{kind}*.so"))
     if not files:
-        return f"the {kind} extension is not built (python setup.py build_ext --inplace)"
+        compiler = "; nvcc is not on PATH" if kind == "cuda" and shutil.which("nvcc") is None else ""
+        return f"the {kind} extension is not built (python setup.py build_ext --inplace{compiler})"
     try:
         torch.ops.load_library(files[0])
     except OSError as error:
         return f"{files[0].name} does not load ({error})"
-    return None
+    return _foreign_code(files[0].name) if kind == "cuda" else None
+
+
+def _foreign_code(name):
+    """The reason if the loaded CUDA object was built for other GPUs than the current one."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not _code_error(device):
+        return None
+    own = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return f"{name} is built for other GPUs than this one: TORCH_CUDA_ARCH_LIST={own} python setup.py build_ext --inplace"
+
+
+def _code_error(device):
+    return torch.ops.advkd_cuda.missing_code(torch.empty(0, device=device))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from . import backends
+from .student_gpu import conv_block_gpu
 
 ACTIVATIONS = ("none", "leaky_relu", "tanh")
 ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
@@ -17,7 +18,10 @@ ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
 per phase), ``winogradM`` is F(M x M, 3 x 3). Products are float32, in bfloat16 those of ``direct`` and ``winograd2`` bfloat16.
 """
 
-CPU_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels keep activations in; the place is a dtype's number in lists of integers."""
+
+CPU_DTYPES = DTYPES[:2]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ConvLayer:
 
     def numbers(self, dtype, algorithm):
         """The layer as the C++ launchers take it."""
-        codes = (ACTIVATIONS.index(self.activation), CPU_DTYPES.index(dtype), ALGORITHMS.index(algorithm))
+        codes = (ACTIVATIONS.index(self.activation), DTYPES.index(dtype), ALGORITHMS.index(algorithm))
         return [self.c_in, self.c_out, self.height, self.width, int(self.upsample), *codes, self.detail]
 
     def products(self, dtype, algorithm):
@@ -67,19 +71,23 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
     """3x3 convolution (padding 1) of the nearest-neighbour up-sampled input, bias and activation.
 
     Args:
-        x: ``(N, C_in, H, W)``, any strides: float32 or bfloat16 (all backends), float16 or float64 (``reference``).
+        x: ``(N, C_in, H, W)``, any strides: float32 or bfloat16 (all backends), float16 (all but ``cpu``), float64
+            (``reference``).
         weight: ``(C_out, C_in, 3, 3)``, same dtype, finite.
         bias: ``(C_out,)``, same dtype, finite.
         slope: LeakyReLU's slope for negative values.
         upsample: double height and width of ``x`` before the convolution.
         activation: ``leaky_relu``, ``tanh`` (the last layer) or ``none``.
-        backend: see :func:`advkd.ops.backends.choose`. ``cpu`` packs the weights on every call, which takes longer than a
-            convolution of one image: ``auto`` passes it over here (not in :func:`student_forward`, which keeps them packed).
+        backend: see :func:`advkd.ops.backends.choose`. Kernels pack the weights on every call, which takes longer than a
+            convolution of one image: ``auto`` passes them over here (not in :func:`student_forward`, which keeps weights
+            packed).
 
     Returns:
         ``(N, C_out, H, W)``, or ``(N, C_out, 2H, 2W)`` with ``upsample``, in ``x``'s dtype. Sums are float32. On the ``cpu``
         backend an image's bits depend neither on the batch nor on the number of threads; a number of x that is not finite
-        spoils the tiles of outputs that read it, not only the nine outputs around it.
+        spoils the tiles of outputs that read it, not only the nine outputs around it. On GPUs float32 products are
+        TensorFloat-32 where ``torch.backends.cudnn.allow_tf32`` is set (torch's default), as cuDNN's are; else they are full
+        float32 (``cuda``: to 22 bits of each factor, infinite numbers give NaN).
 
     Raises:
         InputError: shapes, dtypes, names or weights that do not fit.
@@ -124,11 +132,13 @@ def require_finite(**tensors):
 
 
 def choose_for(op, dtype, backend, device):
-    """:func:`backends.choose` for the student's convolutions; ``cpu`` has float32 and bfloat16 only."""
-    if backend == "cpu" and dtype not in CPU_DTYPES:
-        raise InputError(f"the dtype must be float32 or bfloat16 for backend 'cpu', got {dtype}")
+    """:func:`backends.choose` for the student's convolutions; kernels have some dtypes only."""
+    known = {"cpu": CPU_DTYPES, "cuda": DTYPES, "triton": DTYPES}
     chosen = backends.choose(op, backend, device)
-    return "reference" if chosen == "cpu" and dtype not in CPU_DTYPES else chosen
+    if dtype not in known.get(backend, (dtype,)):
+        names = " or ".join(str(kind).removeprefix("torch.") for kind in known[backend])
+        raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
+    return chosen if dtype in known.get(chosen, (dtype,)) else "reference"
 
 
 def conv_block_reference(x, weight, bias, slope, upsample, activation):
@@ -149,8 +159,13 @@ def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None)
     return torch.ops.advkd_cpu.conv_block(x.float().contiguous(), packed, numbers, slope)
 
 
-_LAUNCH = {"reference": conv_block_reference, "cpu": conv_block_cpu}
-backends.implement("conv_block", "cpu", by_name=("cpu",))
+_LAUNCH = {
+    "reference": conv_block_reference,
+    "cpu": conv_block_cpu,
+    "triton": conv_block_gpu("triton"),
+    "cuda": conv_block_gpu("cuda"),
+}
+backends.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

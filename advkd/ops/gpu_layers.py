@@ -21,7 +21,7 @@ STEP = 32
 
 
 def product_of(dtype):
-    """The name in :data:`PRODUCTS` for activations of ``dtype``; TensorFloat-32 where torch's switch for convolutions has it."""
+    """The name in :data:`PRODUCTS` for ``dtype``; float32 is TensorFloat-32 where torch's switch for convolutions says so."""
     if dtype == torch.float32:
         return "tf32" if torch.backends.cudnn.allow_tf32 else "f32"
     names = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -95,8 +95,8 @@ def pack_fragments(taps, product):
 def pack_image(taps, c_out, product):
     """Weights of the image's layer, whose few output channels would leave most of a tensor-core product empty.
 
-    The nine taps' results stand side by side, output channel ``c_out * tap + channel``, as one product of the input's pixels that
-    reads them once; the kernel then adds up nine neighbours. ``taps``: ``(1, 9, C_in, padded C_out)``; the result is
+    The nine taps' results stand side by side, output channel ``c_out * tap + channel``, as one product of the input's pixels
+    that reads them once; the kernel then adds up nine neighbours. ``taps``: ``(1, 9, C_in, padded C_out)``; the result is
     :func:`pack_fragments` of one tap with ``9 * c_out`` channels in whole units.
     """
     columns = taps[0, :, :, :c_out].permute(1, 0, 2).reshape(taps.shape[2], 9 * c_out)

@@ -5,7 +5,8 @@ import torch
 from ..errors import InputError
 from ..latents import split_latent
 from . import backends
-from .conv_block import ACTIVATIONS, CPU_DTYPES, ConvLayer, choose_for, conv_block_reference
+from .conv_block import ACTIVATIONS, DTYPES, ConvLayer, choose_for, conv_block_reference
+from .student_gpu import gpu_arguments, is_image, plain_steps, student_forward_gpu
 
 FIELDS = 9
 """Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
@@ -23,10 +24,11 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         biases: per layer ``(C_out,)``, as the weights.
         layers: a :class:`ConvLayer` each; the last one is the image's.
         slope: LeakyReLU's.
-        dtype: of activations and images: float32, bfloat16; float16, float64 (``reference``).
+        dtype: of activations and images: float32, bfloat16; float16 (all but ``cpu``), float64 (``reference``).
         algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
         packed: for ``cpu``, what :func:`pack` made of these weights, biases and algorithms; by default they are packed now.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.backends.choose`. ``triton`` and ``cuda`` pack the weights on every call and start one
+            kernel per layer; :class:`advkd.FusedStudent` keeps weights packed, plans launches and captures them as graphs.
 
     Returns:
         ``(N, C, S, S)`` images in ``dtype``. On ``cpu`` an image's bits depend on its latent, the algorithms and the
@@ -41,15 +43,21 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     if z.ndim != 2 or z.shape[1] != numel:
         raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
     backend = choose_for("student_forward", dtype, backend, z.device)
+    if backend in ("triton", "cuda"):
+        if not is_image(layers[-1]):
+            raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
+        biases, packed, steps = gpu_arguments(weights, biases, layers, dtype, plain_steps(layers, backend))
+        arguments = ([], biases, packed, encode(layers, dtype), steps, slope, backend)
+        return torch.ops.advkd.student_forward(z.contiguous(), *arguments)
     if backend != "cpu":
         narrow = ([tensor.to(dtype) for tensor in group] for group in (weights, biases))
-        return torch.ops.advkd.student_forward(z.to(dtype), *narrow, [], encode(layers), slope, backend)
+        return torch.ops.advkd.student_forward(z.to(dtype), *narrow, [], encode(layers), [], slope, backend)
     algorithms = algorithms or [layer.default(dtype) for layer in layers]
     if len(algorithms) != len(layers) or packed and len(packed) != len(layers):
         raise InputError(f"{len(layers)} layers need as many algorithms and packed weights")
     packed = packed or [pack(w, b, i, dtype, a) for w, b, i, a in zip(weights, biases, layers, algorithms, strict=True)]
     z, numbers = z.float().contiguous(), encode(layers, dtype, algorithms)
-    return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, slope, backend)
+    return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, [], slope, backend)
 
 
 def _check_layers(layers, weights, biases):
@@ -94,36 +102,43 @@ def student_forward_reference(z, weights, biases, layers, slope):
     return x
 
 
-backends.implement("student_forward", "cpu")
+backends.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0))
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
-    "student_forward(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] layers, float slope, str backend)"
-    " -> Tensor"
+    "student_forward(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] layers, int[] steps, float slope, "
+    "str backend) -> Tensor"
 )
 
 
-_LAUNCH = {
-    "reference": lambda z, weights, biases, packed, layers, slope: student_forward_reference(
-        z, weights, biases, decode(layers), slope
-    ).contiguous(),
-    "cpu": lambda z, weights, biases, packed, layers, slope: torch.ops.advkd_cpu.student_forward(z, packed, layers, slope),
-}
+def _reference(z, weights, biases, packed, layers, steps, slope):
+    return student_forward_reference(z, weights, biases, decode(layers), slope).contiguous()
 
 
-def _student_forward(z, weights, biases, packed, layers, slope, backend):
-    return _LAUNCH[backend](z, weights, biases, packed, layers, slope)
+def _cpu(z, weights, biases, packed, layers, steps, slope):
+    return torch.ops.advkd_cpu.student_forward(z, packed, layers, slope)
+
+
+def _gpu(z, weights, biases, packed, layers, steps, slope):
+    return student_forward_gpu(z, biases, packed, decode(layers), DTYPES[layers[STORAGE]], steps, slope)
+
+
+_LAUNCH = {"reference": _reference, "cpu": _cpu, "triton": _gpu, "cuda": _gpu}
+
+
+def _student_forward(z, weights, biases, packed, layers, steps, slope, backend):
+    return _LAUNCH[backend](z, weights, biases, packed, layers, steps, slope)
 
 
 _LIBRARY.impl("student_forward", _student_forward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("advkd::student_forward", lib=_LIBRARY)
-def _(z, weights, biases, packed, layers, slope, backend):
+def _(z, weights, biases, packed, layers, steps, slope, backend):
     image = decode(layers)[-1]
     scale = 2 if image.upsample else 1
-    # The reference computes in z's dtype; the C++ launchers take float32 latents and say theirs with each layer.
-    dtype = CPU_DTYPES[layers[STORAGE]] if backend == "cpu" else z.dtype
+    # The reference computes in z's dtype; the kernels' launchers take float32 latents and say theirs with each layer.
+    dtype = z.dtype if backend == "reference" else DTYPES[layers[STORAGE]]
     return z.new_empty((z.shape[0], image.c_out, scale * image.height, scale * image.width), dtype=dtype)
 
 

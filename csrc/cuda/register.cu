@@ -28,6 +28,15 @@ void launch(const Tensor& indices, PhiloxParameters p, PhiloxKernel<Element> ker
   check_launch("philox");
 }
 
+// Whether this object holds code for the device of `x`: 0, or CUDA's error.
+int64_t missing_code(const Tensor& x) {
+  torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, advkd_philox_words);
+  cudaGetLastError();
+  return error;
+}
+
 Tensor philox_words(const Tensor& indices, int64_t seed, int64_t count, int64_t stream, int64_t step) {
   const std::vector<int64_t> shape{indices.numel(), count};
   Tensor out = torch::stable::new_empty(indices, shape, ScalarType::Long);
@@ -137,6 +146,7 @@ void sampler_step(
 }  // namespace advkd
 
 STABLE_TORCH_LIBRARY(advkd_cuda, m) {
+  m.def("missing_code(Tensor x) -> int");
   m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
   m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
   m.def("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, Tensor(a!) out, Tensor(b!) mask) -> ()");
@@ -160,6 +170,7 @@ STABLE_TORCH_LIBRARY(advkd_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
+  m.impl("missing_code", TORCH_BOX(&advkd::missing_code));
   m.impl("philox_words", TORCH_BOX(&advkd::philox_words));
   m.impl("philox_normal", TORCH_BOX(&advkd::philox_normal));
   m.impl("sampler_step", TORCH_BOX(&advkd::sampler_step));

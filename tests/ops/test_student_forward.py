@@ -145,7 +145,7 @@ def test_opcheck(backend, dtype):
     weights, biases = ([getattr(fused, f"{kind}{i}") for i in count] for kind in ("weight", "bias"))
     numbers = encode(fused.layers, dtype if backend == "cpu" else torch.float32, fused.config.algorithms)
     z = fused.latents(2).to(torch.float32 if backend == "cpu" else dtype)
-    arguments = (z, weights, biases, list(fused._packed), numbers, 0.2, backend)
+    arguments = (z, weights, biases, list(fused._packed), numbers, [], 0.2, backend)
     torch.library.opcheck(torch.ops.advkd.student_forward.default, arguments)
     assert decode(numbers) == fused.layers
     narrow = torch.ops.advkd.student_forward(z.requires_grad_(), *arguments[1:])

@@ -104,7 +104,7 @@ def test_the_plan_shows_every_layer(cache):
     assert len(text.splitlines()) == len(plan.rows) + 3 and "64 -> 96 at 4x4" in text and "16 -> 1 at 32x32" in text
     assert text.splitlines()[-1].split()[0] == "all" and torch.ops.advkd_cpu.isa() in text
     assert "-" in str(fused.plan(measured=False)).splitlines()[-1]
-    with pytest.raises(InputError, match="backend 'cpu'"):
+    with pytest.raises(InputError, match="backends cpu, cuda and triton, not 'reference'"):
         tiny_student().fuse("reference").plan()
 
 

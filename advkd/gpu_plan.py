@@ -1,0 +1,305 @@
+"""Which kernels compute a fused student on a GPU: the chain of launches that takes least time, predicted or measured.
+
+Every launch that can stand for one convolution or several is a candidate; a plan is the cheapest way through the network. The
+fixed plan counts bytes and launches, a tuned one measures each candidate once and keeps the seconds on disk.
+"""
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .errors import InputError
+from .files import cache_folder, read_json, write_json
+from .ops.gpu_layers import input_channels, padded
+from .ops.student_gpu import Step, is_image, output_sides, run_step, stem_numbers
+
+VERSION = 1
+"""Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
+
+BYTES_PER_SECOND, LAUNCH = 3e12, 3e-6
+"""What the fixed plan assumes of a device: memory's speed, and what one more launch costs inside a graph."""
+
+PAIR_CHANNELS, STEM_SIDE = 48, 8
+"""Where the fixed plan may join two convolutions (alone each waits for memory), and the largest input side of its stem."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What plans ask of a device: multiprocessors, bytes of shared memory that a block may have, compute capability."""
+
+    multiprocessors: int
+    shared: int
+    capability: tuple[int, int]
+
+    @classmethod
+    def of(cls, device):
+        """Those of a CUDA device; of any other those of a common one, for kernels that are interpreted or emulated."""
+        if device.type != "cuda":
+            return cls(108, 163 * 1024, (8, 0))
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin
+        return cls(properties.multi_processor_count, shared, (properties.major, properties.minor))
+
+
+def fixed_steps(engine, n):
+    """The plan for batches of ``n`` that is taken without a measurement."""
+    candidates = [step for step in all_steps(engine, n, (engine.backend,), tune=False) if _is_modest(engine.layers, step)]
+    return cheapest(len(engine.layers), candidates, lambda step: LAUNCH + step_bytes(engine, step, n) / BYTES_PER_SECOND)
+
+
+def measured_steps(engine, n):
+    """The plan for batches of ``n`` whose launches, each measured alone, take least time together."""
+    times = KeptTimes(engine.device)
+    candidates = all_steps(engine, n, engine.candidates, tune=True)
+    steps = cheapest(len(engine.layers), candidates, lambda step: times.seconds(_key(engine, step, n), engine, step, n))
+    times.keep()
+    return steps
+
+
+def cheapest(count, candidates, cost):
+    """The chain of steps through ``count`` layers whose costs add up to the least."""
+    best = {count: (0.0, [])}
+    for first in reversed(range(count)):
+        ways = [(cost(s) + best[s.first + s.count][0], s) for s in candidates if s.first == first and s.first + s.count in best]
+        if ways:
+            total, step = min(ways, key=lambda way: way[0])
+            best[first] = (total, [step, *best[first + step.count][1]])
+    return best[0][1]
+
+
+def all_steps(engine, n, backends, tune):
+    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one configuration of each."""
+    layers, steps = engine.layers, []
+    for i, layer in enumerate(layers):
+        kind = "image" if is_image(layer) else "conv"
+        if "triton" in backends:
+            steps += [Step(f"triton_{kind}", i, 1, config) for config in _triton_configs(layer, n, engine.dtype, tune)]
+        if "cuda" in backends:
+            steps.append(Step(kind, i))
+    if "cuda" in backends:
+        steps += [Step("pair", i, 2) for i in range(len(layers) - 1) if _pair_fits(engine, i)]
+        steps += _stems(engine, n, tune)
+    return steps
+
+
+def _triton_configs(layer, n, dtype, tune):
+    from .kernels import conv_block as kernel
+
+    return kernel.configs(layer, n, dtype) if tune else [kernel.default(layer, n, dtype)]
+
+
+def _pair_fits(engine, i):
+    from .ops.cupy_conv_pair import fits
+
+    first, second = engine.layers[i : i + 2]
+    if second.upsample or second.detail or is_image(first):
+        return False
+    image = is_image(second)
+    c_out = second.c_out if image else padded(second.c_out)
+    channels = (input_channels(first), padded(first.c_out), c_out)
+    return fits(*channels, first.upsample, image, engine.product, engine.limits.shared)
+
+
+def _stems(engine, n, tune):
+    """Stems that end where the resolution changes, by blocks per cluster and images per cluster."""
+    from .ops.cupy_student_stem import stem_layers
+
+    layers, found = engine.layers, []
+    clusters = (1, 2, 4, 8) if engine.limits.capability >= (9, 0) else (1,)
+    for images in (1, 2, 4):
+        if images > n:
+            continue
+        most = stem_layers(layers, engine.product, images, engine.limits.shared)
+        ends = [k for k in range(2, most + 1) if k == len(layers) or layers[k].upsample or k == most]
+        # As many blocks as the device has room for, unless all are tried.
+        fitting = [c for c in clusters if -(-n // images) * c <= engine.limits.multiprocessors] or [1]
+        for cluster in clusters if tune else fitting[-1:]:
+            found += [Step("stem", 0, end, cluster + 16 * images) for end in ends]
+        if not tune and -(-n // images) <= engine.limits.multiprocessors:
+            break
+    return found
+
+
+def _is_modest(layers, step):
+    """Whether a step is one that wins without doubt, so that the fixed plan may have it."""
+    own = layers[step.first : step.first + step.count]
+    if step.kernel == "pair":
+        return max(max(layer.c_in, layer.c_out) for layer in own) <= PAIR_CHANNELS
+    return step.kernel != "stem" or max(layer.height for layer in own) <= STEM_SIDE
+
+
+def step_bytes(engine, step, n):
+    """Bytes of activations and weights that a step must read and write for ``n`` images."""
+    own = engine.layers[step.first : step.first + step.count]
+    sides = math.prod(output_sides(own[-1]))
+    activations = own[0].height * own[0].width * input_channels(own[0]) + sides * padded(own[-1].c_out)
+    weights = sum((16 if layer.upsample else 9) * input_channels(layer) * padded(layer.c_out) for layer in own)
+    return engine.dtype.itemsize * (n * activations + weights)
+
+
+def phase_products(layer):
+    """Multiply-adds of a layer for one image, up-sampling as four phases of four taps."""
+    return (16 if layer.upsample else 9) * layer.c_in * layer.c_out * layer.height * layer.width
+
+
+def _key(engine, step, n):
+    """What a measured time belongs to, as text."""
+    own = engine.layers[step.first : step.first + step.count]
+    shapes = "; ".join(" ".join(map(str, (*stem_numbers(layer), layer.c_out, layer.activation))) for layer in own)
+    return f"{step.kernel} {step.config}, {engine.product}, batch {n}: {shapes}"
+
+
+class KeptTimes:
+    """Seconds of launches on one device, kept in the user's cache folder (``ADVKD_CACHE``) by device and version.
+
+    A file that is damaged, or of other kernels, counts as none; one that cannot be written costs a warning.
+    """
+
+    def __init__(self, device):
+        self.path = cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.json"
+        self.known, self.found = self._read(), {}
+
+    def seconds(self, key, engine, step, n):
+        """Those of a step, measured if they are not known."""
+        if key not in self.known:
+            if not self.found:
+                _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path)
+            self.known[key] = self.found[key] = step_seconds(engine, step, n)
+        return self.known[key]
+
+    def keep(self):
+        """Write what was measured; another process may have added its own since."""
+        if not self.found:
+            return
+        try:
+            write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **self.found}.items()))})
+        except (OSError, InputError) as error:
+            _LOG.warning("the measured times are not kept: %s (%s)", self.path, error)
+
+    def _read(self):
+        try:
+            stored = read_json(self.path, "kept plan", ("version", "torch", "triton", "seconds"))
+        except InputError:
+            return {}
+        seconds = stored.pop("seconds")
+        usable = stored == _versions() and isinstance(seconds, dict)
+        return {k: v for k, v in seconds.items() if isinstance(v, float) and v > 0} if usable else {}
+
+
+def device_name(device):
+    """A CUDA device's name, any other's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions():
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    return {"version": VERSION, "torch": torch.__version__, "triton": triton}
+
+
+def step_seconds(engine, step, n, launches=10, repeats=5):
+    """Seconds of one launch among others of its kind, in a CUDA graph: the median of ``repeats`` graphs of ``launches``."""
+    x, out, packed, biases = engine.step_tensors(step, n)
+
+    def launch():
+        run_step(step, engine.layers, x, packed, biases, out, engine.slope, engine.product)
+
+    stream = torch.cuda.Stream(engine.device)
+    with torch.cuda.stream(stream):
+        launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(launches):
+            launch()
+    times = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / launches)
+    # The first one is cold.
+    return sorted(times[1:])[repeats // 2]
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """One row of a :class:`GpuPlan`, for the whole batch.
+
+    Attributes:
+        layers: the :class:`advkd.ops.conv_block.ConvLayer` that one launch computes.
+        kernel: one of :data:`advkd.ops.student_gpu.KERNELS`, with its configuration.
+        products: multiply-adds, up-sampling as four phases.
+        moved_bytes: that the launch must read and write.
+        measured: seconds of one launch alone in a graph, or None.
+    """
+
+    layers: tuple
+    kernel: str
+    products: int
+    moved_bytes: int
+    measured: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class GpuPlan:
+    """How a batch is computed on a GPU; ``print(plan)`` shows it.
+
+    Attributes:
+        rows: a :class:`PlannedLaunch` per launch.
+        batch_size: images of the batch.
+        device, product: where, and how numbers are multiplied.
+    """
+
+    rows: tuple
+    batch_size: int
+    device: str
+    product: str
+
+    @classmethod
+    def of(cls, engine, batch_size, measured=True):
+        """The plan of an engine; with ``measured``, on a CUDA device, each launch is run a few times."""
+        cuda = engine.device.type == "cuda"
+        rows = []
+        for step in engine.steps(batch_size):
+            seconds = step_seconds(engine, step, batch_size) if measured and cuda else None
+            own = tuple(engine.layers[step.first : step.first + step.count])
+            kernel = f"{step.kernel} {step.config}" if step.config else step.kernel
+            products = batch_size * sum(map(phase_products, own))
+            rows.append(PlannedLaunch(own, kernel, products, step_bytes(engine, step, batch_size), seconds))
+        return cls(tuple(rows), batch_size, device_name(engine.device), engine.product)
+
+    def __str__(self):
+        titles = ("layers", "kernel", "MMAC", "MB", "microseconds", "TFLOP/s", "GB/s")
+        measured = [row.measured for row in self.rows]
+        whole = None if None in measured else sum(measured)
+        sums = [sum(getattr(row, name) for row in self.rows) for name in ("products", "moved_bytes")]
+        lines = [titles, *(self._cells(row) for row in self.rows), ("all", "", *_figures(*sums, whole))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+        align = [str.ljust, str.ljust, *[str.rjust] * (len(titles) - 2)]
+        text = ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
+        return "\n".join([f"{self.device}, batch {self.batch_size}, products {self.product}", *text])
+
+    __repr__ = __str__
+
+    def _cells(self, row):
+        first, last = row.layers[0], row.layers[-1]
+        channels = " > ".join(str(c) for c in (first.c_in, *(layer.c_out for layer in row.layers)))
+        side = last.height * (2 if last.upsample else 1)
+        return (f"{channels} at {side}x{side}", row.kernel, *_figures(row.products, row.moved_bytes, row.measured))
+
+
+def _figures(products, moved, seconds):
+    counts = f"{products / 1e6:.1f}", f"{moved / 1e6:.2f}"
+    if seconds is None:
+        return *counts, "-", "-", "-"
+    return *counts, f"{1e6 * seconds:.1f}", f"{2e-12 * products / seconds:.1f}", f"{1e-9 * moved / seconds:.0f}"

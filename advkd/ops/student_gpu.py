@@ -1,0 +1,233 @@
+"""The student on a GPU: a few kernels over one workspace, weights packed once. What :func:`student_forward` runs there.
+
+A :class:`Step` is one launch for one convolution or several that follow each other. All of them keep activations as
+:mod:`advkd.ops.gpu_layers` says; between two steps there are two halves of one workspace.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass
+
+from ..latents import split_latent
+from . import backends
+from .gpu_layers import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded, product_of
+
+KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
+"""What a step starts. ``pair`` fuses two convolutions of few channels, ``stem`` all of the lowest resolutions; ``image`` makes
+the last layer's. The first two are Triton's, the others CUDA C++."""
+
+STEP_FIELDS = 4
+ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: convolutions ``first .. first + count - 1`` by one of :data:`KERNELS`.
+
+    ``config``: Triton's place in the table of configurations; of ``stem`` blocks per cluster + 16 * images per cluster.
+    """
+
+    kernel: str
+    first: int
+    count: int = 1
+    config: int = 0
+
+    def form(self, i, last):
+        """How convolution ``i``'s weights are packed for this step; ``last``: the network's last convolution."""
+        if self.kernel.startswith("triton"):
+            return "taps"
+        return "image" if self.kernel == "image" or self.kernel == "pair" and i == last else "fragments"
+
+
+def encode_steps(steps, product):
+    """Steps and the product as the op's list of integers."""
+    rows = ((KERNELS.index(s.kernel), s.first, s.count, s.config) for s in steps)
+    return [PRODUCTS.index(product), *(number for row in rows for number in row)]
+
+
+def decode_steps(numbers):
+    """``(steps, product)`` of :func:`encode_steps`."""
+    rows = [numbers[i : i + STEP_FIELDS] for i in range(1, len(numbers), STEP_FIELDS)]
+    return [Step(KERNELS[row[0]], *row[1:]) for row in rows], PRODUCTS[numbers[0]]
+
+
+def pack_gpu(weight, bias, layer, dtype, form, product):
+    """One layer's weights in one form, and its bias, float32 in whole units (as many as there are for an image).
+
+    Args:
+        weight, bias: ``(C_out, C_in, 3, 3)`` and ``(C_out,)`` of the folded network.
+        layer: a :class:`advkd.ops.conv_block.ConvLayer`.
+        dtype: of the activations.
+        form: ``taps`` (Triton), ``fragments`` or ``image`` (CUDA C++).
+        product: one of :data:`advkd.ops.gpu_layers.PRODUCTS`.
+    """
+    taps, padded_bias = pad_layer(weight, bias, layer)
+    if form == "taps":
+        return taps.to(dtype), padded_bias
+    if form == "image":
+        return pack_image(taps, layer.c_out, product), bias.float().contiguous()
+    return pack_fragments(taps, product), padded_bias
+
+
+def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
+    """Images ``(N, C, S, S)`` in ``dtype`` of latents ``(N, numel)``; see :func:`advkd.ops.student_forward.student_forward`.
+
+    ``packed`` and ``biases``: of every layer, as :func:`pack_gpu` makes them for its step. ``steps``: of :func:`encode_steps`.
+    """
+    steps, product = decode_steps(steps)
+    first, image = layers[0], layers[-1]
+    images = z.new_empty((len(z), image.c_out, *output_sides(image)), dtype=dtype)
+    if len(z) == 0:
+        return images
+    parts = [(first.c_in, first.height), *((layer.detail, layer.height) for layer in layers if layer.detail)]
+    coarse, *details = split_latent(z.to(dtype), parts)
+    x = coarse.new_zeros((len(z), first.height, first.width, padded(first.c_in)))
+    x[..., : first.c_in] = coarse.permute(0, 2, 3, 1)
+    for step, out in zip(steps, [*_activations(steps, layers, x), images], strict=True):
+        run_step(step, layers, x, packed, biases, out, slope, product)
+        following = step.first + step.count
+        if following < len(layers) and layers[following].detail:
+            _enter(out, details.pop(0))
+        x = out
+    return images
+
+
+def run_step(step, layers, x, packed, biases, out, slope, product):
+    """Start one step: ``x`` as its first layer reads it, ``out`` as the layer after it does, or the images."""
+    _LAUNCH[step.kernel](step, layers, x, packed, biases, out, slope, product)
+
+
+def output_sides(layer):
+    """Height and width of what a layer makes."""
+    scale = 2 if layer.upsample else 1
+    return scale * layer.height, scale * layer.width
+
+
+def activation_shapes(steps, layers, n):
+    """Shapes of the tensors between the steps."""
+    following = [layers[step.first] for step in steps[1:]]
+    return [(n, layer.height, layer.width, input_channels(layer)) for layer in following]
+
+
+def workspace_elements(shapes):
+    """Elements of the workspace that holds such tensors by turns in its two halves."""
+    return sum(_halves([math.prod(shape) for shape in shapes]))
+
+
+def _halves(sizes):
+    # Steps of 128 elements keep both halves aligned.
+    return [-(-max(sizes[i::2], default=0) // 128) * 128 for i in range(2)]
+
+
+def _activations(steps, layers, x):
+    """The tensors between the steps, by turns in the two halves of one workspace."""
+    shapes = activation_shapes(steps, layers, len(x))
+    starts = (0, _halves([math.prod(shape) for shape in shapes])[0])
+    workspace = x.new_empty(workspace_elements(shapes))
+    return [workspace[starts[i % 2] :][: math.prod(shape)].view(shape) for i, shape in enumerate(shapes)]
+
+
+def _enter(out, detail):
+    """Detail bands of the latent into the channels behind those of the layer before."""
+    place = out[..., out.shape[-1] - padded(detail.shape[1]) :]
+    place[..., : detail.shape[1]] = detail.permute(0, 2, 3, 1)
+    place[..., detail.shape[1] :] = 0
+
+
+def triton_launcher(name):
+    """Launcher ``name`` of the Triton kernels of the student's convolutions."""
+    return getattr(importlib.import_module("advkd.kernels.conv_block"), name)
+
+
+def _triton(name):
+    def launch(step, layers, x, packed, biases, out, slope, product):
+        layer, precision = layers[step.first], {"tf32": "tf32"}.get(product, "ieee")
+        arguments = (x, packed[step.first], biases[step.first], out)
+        options = (ACTIVATION_CODES[layer.activation], slope, precision, step.config)
+        triton_launcher(name)(*arguments, *([layer.upsample] if name == "conv_layer" else []), *options)
+
+    return launch
+
+
+def _conv(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    code = ACTIVATION_CODES[layers[i].activation]
+    launch = backends.cuda_launcher("conv_layer")
+    launch(x, packed[i], biases[i], out, layers[i].upsample, code, slope, PRODUCTS.index(product))
+
+
+def _image(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    code = ACTIVATION_CODES[layers[i].activation]
+    backends.cuda_launcher("conv_image")(x, packed[i], biases[i], out, code, slope, PRODUCTS.index(product))
+
+
+def _pair(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    image, code = i + 2 == len(layers), ACTIVATION_CODES[layers[i + 1].activation]
+    tensors = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
+    backends.cuda_launcher("conv_pair")(*tensors, layers[i].upsample, image, code, slope, PRODUCTS.index(product))
+
+
+def _stem(step, layers, x, packed, biases, out, slope, product):
+    own = slice(step.first, step.first + step.count)
+    numbers = [n for layer in layers[own] for n in stem_numbers(layer)]
+    cluster, images = step.config % 16, step.config // 16
+    launch = backends.cuda_launcher("student_stem")
+    launch(x, list(packed[own]), list(biases[own]), out, numbers, slope, PRODUCTS.index(product), cluster, images)
+
+
+def stem_numbers(layer):
+    """A layer as ``student_stem`` takes it."""
+    return (input_channels(layer), padded(layer.c_out), layer.height, layer.width, int(layer.upsample))
+
+
+_LAUNCH = {
+    "triton_conv": _triton("conv_layer"),
+    "triton_image": _triton("conv_image"),
+    "conv": _conv,
+    "image": _image,
+    "pair": _pair,
+    "stem": _stem,
+}
+
+
+def plain_steps(layers, backend):
+    """A step for every convolution, by ``triton`` or ``cuda``."""
+    prefix = "triton_" if backend == "triton" else ""
+    return [Step(prefix + ("image" if is_image(layer) else "conv"), i) for i, layer in enumerate(layers)]
+
+
+def gpu_arguments(weights, biases, layers, dtype, steps):
+    """What op ``student_forward`` takes for its ``biases``, ``packed`` and ``steps`` on a GPU."""
+    product = product_of(dtype)
+    forms = [step.form(i, len(layers) - 1) for step in steps for i in range(step.first, step.first + step.count)]
+    pairs = [pack_gpu(w, b, i, dtype, form, product) for w, b, i, form in zip(weights, biases, layers, forms, strict=True)]
+    return [bias for _, bias in pairs], [packed for packed, _ in pairs], encode_steps(steps, product)
+
+
+def is_image(layer):
+    """Whether a layer is one that the kernels for images take."""
+    return layer.c_out <= 4 and not layer.upsample and layer.activation == "tanh"
+
+
+def conv_block_gpu(backend):
+    """The launcher of op ``conv_block`` on ``backend``: stored as a network's layer is, convolved, and back."""
+
+    def launch(x, weight, bias, slope, upsample, activation):
+        from .conv_block import ConvLayer
+
+        layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+        product, image = product_of(x.dtype), is_image(layer)
+        step = Step(("triton_" if backend == "triton" else "") + ("image" if image else "conv"), 0)
+        packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
+        stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
+        stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
+        sides = output_sides(layer)
+        shape = (len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out))
+        out = x.new_empty(shape)
+        if len(x):
+            run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
+        return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
+
+    return launch

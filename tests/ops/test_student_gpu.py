@@ -1,0 +1,233 @@
+"""How a network runs on a GPU's kernels, on plain PyTorch in their place: storage, packing, chains of launches, plans."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from advkd import gpu_plan
+from advkd.gpu_engine import GpuEngine
+from advkd.gpu_plan import cheapest
+from advkd.models.fused_student import convolutions
+from advkd.models.student import StudentConfig
+from advkd.ops import backends, student_gpu
+from advkd.ops.gpu_layers import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, round_tf32
+from advkd.ops.student_forward import student_forward_reference
+from advkd.ops.student_gpu import Step, decode_steps, encode_steps, pack_gpu, student_forward_gpu
+
+F32 = torch.float32
+# Channels that are no unit's multiple, and detail bands behind them.
+CONFIGS = {
+    "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
+    "detail": StudentConfig(32, 3, channels=(16, 33, 20, 20, 24, 8, 5, 9), latent_size=1, detail_noise=True),
+}
+
+
+def network(name, dtype=F32):
+    """Layers, folded weights and biases, and latents."""
+    layers = convolutions(CONFIGS[name])
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(i.c_out, i.c_in, 3, 3, generator=generator) / (4.5 * i.c_in) ** 0.5 for i in layers]
+    biases = [torch.randn(i.c_out, generator=generator) / 4 for i in layers]
+    numel = layers[0].c_in * 16 + sum(i.detail * i.height * i.width for i in layers)
+    return layers, weights, biases, torch.randn(3, numel, generator=generator)
+
+
+def unpack_fragments(packed):
+    """``(phases, taps, C_in, C_out)`` of :func:`pack_fragments`, word by word as csrc/cuda/warp.cuh describes them."""
+    phases, steps, taps, columns, _, elements = packed.shape
+    word = elements // 4
+    found = torch.full((phases, taps, steps * 8 * word, columns * 16), float("nan"), dtype=packed.dtype)
+    for lane, m, half, e in itertools.product(range(32), range(2), range(2), range(word)):
+        g, t = divmod(lane, 4)
+        k = (4 * half + t) * word + e
+        values = packed[..., lane, (2 * m + half) * word + e]
+        found[:, :, k :: 8 * word, 8 * m + g :: 16] = values.permute(0, 2, 1, 3)
+    return found
+
+
+def conv_layer(x, taps, bias, out, upsample, activation, slope):
+    """The layer by its definition in :mod:`advkd.ops.gpu_layers`: phases and taps one by one, sums in float64."""
+    n, height, width, _ = x.shape
+    bordered = F.pad(x.double(), (0, 0, 1, 1, 1, 1))
+    side = 2 if upsample else 1
+    for phase, (a, b) in enumerate(itertools.product(range(side), range(side))):
+        y = bias.double().expand(n, height, width, -1).clone()
+        for tap in range(taps.shape[1]):
+            i, j = (tap // 2 + a, tap % 2 + b) if upsample else divmod(tap, 3)
+            y += bordered[:, i : i + height, j : j + width] @ taps[phase, tap].double()
+        y = torch.where(y > 0, y, slope * y) if activation == 1 else y.tanh() if activation == 2 else y
+        out[:, a::side, b::side, : taps.shape[3]] = y.to(out.dtype)
+
+
+def conv_image(x, columns, bias, out, activation, slope):
+    products = F.pad(x.double() @ columns.double(), (0, 0, 1, 1, 1, 1))
+    (height, width), c = x.shape[1:3], len(bias)
+    y = bias.double().expand(len(x), height, width, c).clone()
+    for tap in range(9):
+        i, j = divmod(tap, 3)
+        y += products[:, i : i + height, j : j + width, c * tap : c * (tap + 1)]
+    assert activation == 2
+    out.copy_(y.tanh().permute(0, 3, 1, 2))
+
+
+class Launchers:
+    """The launchers' signatures, computed by plain PyTorch."""
+
+    def __init__(self):
+        self.started = []
+
+    def conv_layer(self, x, weights, bias, out, upsample, activation, slope, product):
+        self.started.append("conv")
+        conv_layer(x, unpack_fragments(weights), bias, out, upsample, activation, slope)
+
+    def conv_image(self, x, weights, bias, out, activation, slope, product):
+        self.started.append("image")
+        conv_image(x, unpack_fragments(weights)[0, 0], bias, out, activation, slope)
+
+    def conv_pair(self, x, weights1, bias1, weights2, bias2, out, upsample, image, activation, slope, product):
+        self.started.append("pair")
+        side = 2 if upsample else 1
+        middle = x.new_empty((len(x), side * x.shape[1], side * x.shape[2], len(bias1)))
+        conv_layer(x, unpack_fragments(weights1), bias1, middle, upsample, 1, slope)
+        if image:
+            conv_image(middle, unpack_fragments(weights2)[0, 0], bias2, out, activation, slope)
+        else:
+            conv_layer(middle, unpack_fragments(weights2), bias2, out, False, activation, slope)
+
+    def student_stem(self, x, weights, biases, out, layers, slope, product, cluster, images):
+        self.started.append(f"stem of {len(biases)}, {cluster} blocks, {images} images")
+        rows = [layers[i : i + 5] for i in range(0, len(layers), 5)]
+        for i, (c_in, c_out, height, width, upsample) in enumerate(rows):
+            assert x.shape[1:] == (height, width, c_in)
+            side = 2 if upsample else 1
+            made = x.new_empty((len(x), side * height, side * width, c_out)) if i + 1 < len(rows) else out
+            conv_layer(x, unpack_fragments(weights[i]), biases[i], made, upsample, 1, slope)
+            x = made
+
+
+@pytest.fixture
+def launchers(monkeypatch):
+    """CUDA's launchers, and Triton's, which take taps, in plain PyTorch."""
+    found = Launchers()
+    monkeypatch.setattr(backends, "cuda_launcher", lambda name: getattr(found, name))
+
+    def triton(name):
+        def layer(x, taps, bias, out, upsample, activation, slope, precision, config):
+            found.started.append(f"triton_conv {config} {precision}")
+            conv_layer(x, taps, bias, out, upsample, activation, slope)
+
+        def image(x, taps, bias, out, activation, slope, precision, config):
+            found.started.append(f"triton_image {config} {precision}")
+            c = len(out[0])
+            columns = taps[0, :, :, :c].permute(1, 0, 2).flatten(1)
+            conv_image(x, columns, bias[:c], out, activation, slope)
+
+        return {"conv_layer": layer, "conv_image": image}[name]
+
+    monkeypatch.setattr(student_gpu, "triton_launcher", triton)
+    return found
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_fragments_hold_every_weight_where_a_lane_reads_it(product):
+    layer = convolutions(CONFIGS["small"])[2]
+    weight = torch.randn(layer.c_out, layer.c_in, 3, 3)
+    taps, bias = pad_layer(weight, torch.randn(layer.c_out), layer)
+    assert layer.upsample and taps.shape == (4, 4, 32, 32) and bias.shape == (32,)
+    narrow = {"bf16": torch.bfloat16, "f16": torch.float16}.get(product, F32)
+    wanted = round_tf32(taps) if product == "tf32" else taps.to(narrow)
+    packed = pack_fragments(taps, product)
+    assert packed.is_contiguous() and packed.dtype == narrow and packed[0, 0, 0, 0, 0].numel() * packed.itemsize == 16
+    assert torch.equal(unpack_fragments(packed), wanted)
+    assert (
+        (wanted[:, :, layer.c_in :] == 0).all() and (wanted[..., layer.c_out :] == 0).all() and (bias[layer.c_out :] == 0).all()
+    )
+
+
+def test_image_columns():
+    taps = torch.randn(1, 9, 16, 16)
+    columns = unpack_fragments(pack_image(taps, 3, "f32"))[0, 0]
+    assert columns.shape == (16, 32) and (columns[:, 27:] == 0).all()
+    assert torch.equal(columns[:, 3 * 5 + 2], taps[0, 5, :, 2])
+
+
+def test_rounding_to_tensor_float():
+    """To nearest on ten bits of mantissa, ties away from zero; what is not finite stays."""
+    x = torch.tensor([1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 2**-11, 1 + 2**-10, 0.0, float("inf"), 3.4028234e38])
+    wanted = torch.tensor([1 + 2**-10, 1.0, -1 - 2**-10, 1 + 2**-10, 0.0, float("inf"), float("inf")])
+    assert torch.equal(round_tf32(x), wanted) and round_tf32(torch.tensor([float("nan")])).isnan()
+
+
+def test_folded_taps_are_the_up_sampled_convolution():
+    x, weight = torch.randn(2, 3, 4, 5).double(), torch.randn(6, 3, 3, 3).double()
+    out = torch.empty(2, 8, 10, 6).double()
+    conv_layer(x.permute(0, 2, 3, 1), fold_taps(weight, True), torch.zeros(6), out, True, 0, 0.2)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    assert (out.permute(0, 3, 1, 2) - wanted).abs().max() < 1e-13
+
+
+CHAINS = {
+    "small": [
+        [Step("conv", i) for i in range(16)] + [Step("image", 16)],
+        [Step("triton_conv", i, 1, i) for i in range(16)] + [Step("triton_image", 16, 1, 3)],
+        [Step("stem", 0, 6, 2 + 16 * 4), *(Step("pair", i, 2) for i in (6, 8, 10, 12)), Step("conv", 14), Step("pair", 15, 2)],
+    ],
+    "detail": [
+        [Step("conv", i) for i in range(16)] + [Step("image", 16)],
+        # Detail bands enter the first layer of a step, whatever the step.
+        [Step("stem", 0, 2, 17), *(Step("pair", i, 2) for i in range(2, 14, 2)), Step("triton_conv", 14), Step("pair", 15, 2)],
+    ],
+}
+
+
+@pytest.mark.parametrize("name, chain", [(name, i) for name, chains in CHAINS.items() for i in range(len(chains))])
+def test_chains_of_launches_are_the_network(name, chain, launchers):
+    """Another network has just left NaN where the workspace will be."""
+    layers, weights, biases, z = network(name)
+    steps = CHAINS[name][chain]
+    with torch.no_grad():
+        wanted = student_forward_reference(z.double(), [w.double() for w in weights], [b.double() for b in biases], layers, 0.2)
+    for product, tolerance in (("f32", 1e-5), ("tf32", 2e-2)):
+        forms = [s.form(i, len(layers) - 1) for s in steps for i in range(s.first, s.first + s.count)]
+        packed, padded_biases = zip(
+            *(pack_gpu(w, b, layer, F32, form, product) for w, b, layer, form in zip(weights, biases, layers, forms))
+        )
+        torch.use_deterministic_algorithms(True)
+        try:
+            numbers = encode_steps(steps, product)
+            assert decode_steps(numbers) == (steps, product)
+            images = student_forward_gpu(z, padded_biases, packed, layers, F32, numbers, 0.2)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert (images - wanted).abs().max() <= tolerance
+        assert len(launchers.started) == len(steps)
+        launchers.started.clear()
+    assert student_forward_gpu(z[:0], padded_biases, packed, layers, F32, numbers, 0.2).shape == (0, *images.shape[1:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
+    """The op by itself starts a kernel per layer; an engine keeps packed weights."""
+    layers, weights, biases, z = network("small")
+    engine = GpuEngine(layers, weights, biases, 0.2, F32, backend)
+    monkeypatch.setattr(gpu_plan, "all_steps", lambda engine, n, backends, tune: student_gpu.plain_steps(layers, backend))
+    images = engine(z)
+    assert launchers.started[0].startswith("triton_conv" if backend == "triton" else "conv") and len(launchers.started) == 17
+    arguments, packed = engine.arguments(3), dict(engine._packed)
+    assert torch.equal(torch.ops.advkd.student_forward(z, *arguments), images)
+    assert all(engine._packed[key][0] is packed[key][0] for key in packed) and engine.packed_bytes() > 0
+    torch.library.opcheck(torch.ops.advkd.student_forward.default, (z, *arguments))
+    assert engine.workspace_bytes(3) == 4 * 3 * 2 * 32 * 32 * 16
+
+
+def test_a_plan_is_the_cheapest_chain():
+    steps = [*(Step("conv", i) for i in range(5)), Step("pair", 1, 2), Step("pair", 2, 2), Step("stem", 0, 3)]
+    costs = {"conv": 3.0, "pair": 5.0, "stem": 7.5}
+    assert cheapest(5, steps, lambda s: costs[s.kernel]) == [Step("stem", 0, 3), Step("conv", 3), Step("conv", 4)]
+    costs["stem"] = 9.5
+    plan = cheapest(5, steps, lambda s: costs[s.kernel])
+    assert sum(costs[s.kernel] for s in plan) == 14 and sum(s.count for s in plan) == 5
+    # A step that leads nowhere is not taken.
+    assert cheapest(2, [Step("stem", 0, 3), Step("pair", 0, 2)], lambda s: 1.0) == [Step("pair", 0, 2)]

@@ -1,0 +1,297 @@
+"""The fused student on a GPU's engine: plans that are measured and kept, streaming, memory that runs out, graphs. Without a GPU
+its kernels are plain PyTorch (the fixture ``on_gpu_kernels``); what needs a device is marked."""
+
+import copy
+import json
+import logging
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from advkd import FusedStudent, Student, gpu_plan
+from advkd.errors import BackendUnavailableError, InputError
+from advkd.gpu_engine import GRAPHS
+from advkd.gpu_plan import Limits
+from advkd.ops import backends
+from advkd.ops.student_gpu import Step
+from advkd.pictures import to_pil, to_uint8
+
+from ..conftest import run_cli, tiny_student
+from ..ops.test_student_gpu import launchers  # noqa: F401
+
+GPU = pytest.mark.gpu
+ENGINES = [pytest.param(b, d, marks=GPU, id=f"{b}-{d}") for b in ("cuda", "triton") for d in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture
+def on_gpu_kernels(launchers, monkeypatch):  # noqa: F811
+    """Both GPU backends "can run" on the CPU, one launch per layer; yields the launchers' record."""
+    gap = backends.gap
+    monkeypatch.setattr(backends, "gap", lambda name, b, device: None if name == "student_forward" else gap(name, b, device))
+    monkeypatch.setattr(gpu_plan, "_triton_configs", lambda layer, n, dtype, tune: [1, 2] if tune else [1])
+    monkeypatch.setattr(
+        gpu_plan, "_pair_fits", lambda engine, i: not any(engine.layers[i + 1].__dict__[k] for k in ("upsample", "detail"))
+    )
+    monkeypatch.setattr(gpu_plan, "_stems", lambda engine, n, tune: [])
+    backends._choose.cache_clear()
+    yield launchers
+    backends._choose.cache_clear()
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_images_of_an_engine(backend, on_gpu_kernels):
+    student = tiny_student()
+    fused = student.fuse(backend, tune=False)
+    wanted = student.eval().sample(5, seed=3)
+    assert fused.backend == backend and (fused.sample(5, seed=3, batch_size=2) - wanted).abs().max() < 1e-2
+    kinds = {name.split()[0] for name in on_gpu_kernels.started}
+    assert kinds == ({"triton_conv", "triton_image"} if backend == "triton" else {"pair", "conv", "image"} & kinds) and kinds
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(twin(fused.latents(2)), fused(fused.latents(2)))
+    with pytest.raises(InputError, match=r"z must have shape \(N, "):
+        fused(torch.zeros(2, 3))
+    assert fused(torch.zeros(0, fused.latent_numel)).shape == (0, 1, 8, 8)
+
+
+def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
+    fused = tiny_student().fuse("reference")
+    fused.save_pretrained(tmp_path)
+    loaded = FusedStudent.from_pretrained(tmp_path, backend="triton")
+    assert loaded.backend == "triton" and loaded._engine.candidates == ("triton",)
+    assert (loaded.sample(2) - fused.sample(2)).abs().max() < 1e-2
+    with pytest.raises(InputError, match="dtype must be float32 or bfloat16 or float16 for backend 'cuda'"):
+        tiny_student().fuse("cuda", torch.float64)
+
+
+def test_float32_follows_torchs_switch(on_gpu_kernels, monkeypatch):
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        on_gpu_kernels.started.clear()
+        tiny_student().fuse("triton", tune=False).sample(1)
+        assert on_gpu_kernels.started and all(name.endswith(precision) for name in on_gpu_kernels.started)
+
+
+def test_streams_of_pictures():
+    fused = tiny_student().fuse("reference")
+    images = fused.sample(5, seed=1)
+    pictures = list(fused.stream(5, seed=1, batch_size=2, dtype=torch.uint8))
+    assert [len(p) for p in pictures] == [2, 2, 1] and pictures[0].shape[1:] == (8, 8, 1)
+    assert torch.equal(torch.cat(pictures), to_uint8(images))
+    assert to_pil(pictures[2])[0].tobytes() == to_pil(images[4:])[0].tobytes()
+    with pytest.raises(InputError, match="dtype must be one of torch.float32, torch.uint8"):
+        fused.stream(1, dtype=torch.int32)
+
+
+class Small:
+    """A device that has memory for so many images."""
+
+    def __init__(self, fused, most):
+        self.fused, self.most, self.asked = fused, most, []
+
+    def __call__(self, z):
+        self.asked.append(len(z))
+        if len(z) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return FusedStudent.forward(self.fused, z)
+
+
+def test_a_batch_too_large_is_halved_once(monkeypatch):
+    fused = tiny_student().fuse("reference")
+    wanted = fused.sample(11, seed=2)
+    monkeypatch.setattr(fused, "forward", small := Small(fused, 4))
+    with pytest.warns(UserWarning, match="out of memory with batches of 7 images: going on with 4"):
+        assert torch.equal(fused.sample(11, seed=2, batch_size=7), wanted)
+    assert small.asked == [7, 4, 4, 3]
+    small.asked.clear()
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match="5 images of 8x8 do not fit.*lower batch_size"):
+        fused.sample(11, batch_size=10)
+    assert small.asked == [10, 5]
+    small.most = 0
+    with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError, match="1 images of 8x8 do not fit"):
+        warnings.simplefilter("error")
+        fused.sample(11, batch_size=1)
+
+
+def measured(monkeypatch, costs):
+    """Times by kernel in the place of a device's; a list of what was measured."""
+    asked = []
+
+    def seconds(engine, step, n):
+        asked.append((step, n))
+        return costs[f"{step.kernel} {step.config}"] * step.count
+
+    monkeypatch.setattr(gpu_plan, "step_seconds", seconds)
+    return asked
+
+
+COSTS = {
+    **{"conv 0": 4e-6, "image 0": 2e-6, "pair 0": 5e-6},
+    **{"triton_conv 1": 3e-6, "triton_conv 2": 6e-6, "triton_image 1": 9e-6, "triton_image 2": 9e-6},
+}
+
+
+def plan_of(fused, n):
+    return gpu_plan.measured_steps(fused._engine, n)
+
+
+def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch, cache, caplog):
+    asked = measured(monkeypatch, COSTS)
+    fused = tiny_student().fuse("auto")
+    assert fused.backend == "cuda"
+    assert fused._engine.candidates == ("cuda", "triton")
+    with caplog.at_level(logging.WARNING):
+        steps = plan_of(fused, 4)
+    assert [s.kernel for s in steps] == ["triton_conv"] * 8 + ["image"] and {s.config for s in steps[:-1]} == {1}
+    assert len(caplog.records) == 1 and str(cache) in caplog.text
+    (path,) = (cache / "plans").iterdir()
+    kept = json.loads(path.read_text())
+    keys = {gpu_plan._key(fused._engine, step, n) for step, n in asked}
+    assert set(kept["seconds"]) == keys and len(asked) == len(keys), "equal layers are measured once"
+    count = len(asked)
+    assert plan_of(tiny_student(1).fuse("cuda"), 4) and len(asked) == count, "other weights, the same shapes"
+    plan_of(fused, 5)
+    assert len(asked) == 2 * count, "another batch"
+    # A file that is damaged or of another version is measured anew; one that cannot be written costs a warning.
+    for text in (
+        "{",
+        json.dumps({**kept, "version": 0}),
+        json.dumps({**kept, "torch": "1"}),
+        json.dumps({**kept, "seconds": 3}),
+    ):
+        path.write_text(text)
+        asked.clear()
+        plan_of(fused, 4)
+        assert len(asked) == count
+    plans = cache / "plans"
+    for file in plans.iterdir():
+        file.unlink()
+    plans.rmdir()
+    plans.touch()
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(fused, 4) == steps and "not kept" in caplog.text
+
+
+def test_plans_are_shown(on_gpu_kernels):
+    fused = tiny_student().fuse("cuda", tune=False)
+    plan = fused.plan(batch_size=3)
+    text = str(plan)
+    fused.sample(3)
+    assert plan.batch_size == 3 and "batch 3" in text and "pair" in text and text.count("\n") == len(plan.rows) + 2
+    by_hand = 3 * sum((16 if i.upsample else 9) * i.c_in * i.c_out * i.height * i.width for i in fused.layers)
+    assert sum(row.products for row in plan.rows) == by_hand
+    memory = fused.memory(3)
+    assert memory["weights"] > 0 and memory["workspace"] > 0 and memory["folded"] > 0
+
+
+@pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("n", [1, 64])
+def test_fixed_plans_of_the_presets(preset, capability, n, monkeypatch):
+    """With the kernels' own predicates: a way through every preset, small-channel layers joined, a stem in front."""
+    limits = Limits(132 if capability == (9, 0) else 108, (227 if capability == (9, 0) else 163) * 1024, capability)
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: limits))
+    student = Student.from_preset(preset).eval()
+    for dtype in (torch.bfloat16, torch.float32):
+        fused = student.fuse("reference", dtype)
+        fused.backend, fused.mixed = "cuda", False
+        steps = fused._gpu_engine().steps(n)
+        covered = [i for s in steps for i in range(s.first, s.first + s.count)]
+        assert covered == list(range(len(fused.layers)))
+        assert steps[0].kernel == "stem" and any(s.kernel == "pair" for s in steps)
+        assert steps[0] == Step("stem", 0, steps[0].count, steps[0].config) and steps[0].count >= 3
+
+
+def test_reasons_for_gaps(monkeypatch):
+    """An old GPU, a machine without nvcc, an object for other GPUs: the reason is in the error and in 'advkd info'."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setitem(backends._MISSING, "cuda", lambda device: None)
+    assert backends.gap("student_forward", "cuda", device) == "needs compute capability 8.0, this GPU has 7.5"
+    assert backends.gap("sampler_step", "cuda", device) is None
+    backends._choose.cache_clear()
+    with pytest.raises(BackendUnavailableError, match="needs compute capability 8.0, this GPU has 7.5"):
+        backends.choose("conv_block", "cuda", device)
+    backends._choose.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.Path, "glob", lambda self, pattern: [])
+    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
+    assert "nvcc is not on PATH" in backends.extension_gap.__wrapped__("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backends, "_code_error", lambda device: 209)
+    assert "built for other GPUs than this one: TORCH_CUDA_ARCH_LIST=7.5" in backends._foreign_code("_cuda.abi3.so")
+
+
+def test_warmup(tmp_path):
+    environment = {"ADVKD_CACHE": str(tmp_path)}
+    done = run_cli("warmup", "--batch-sizes", "1,2", "--dtypes", "float32,bfloat16", environment=environment)
+    assert done.returncode == 0 and [line.split(":")[0] for line in done.stdout.splitlines()[:4]] == [
+        "float32, batch 1",
+        "float32, batch 2",
+        "bfloat16, batch 1",
+        "bfloat16, batch 2",
+    ]
+    for options, message in (
+        (("--batch-sizes", "0"), "--batch-sizes must be at least 1, got 0"),
+        (("--dtypes", "int8"), "--dtypes must be of float32"),
+        (("--student", "nothing-here"), "nothing-here"),
+    ):
+        done = run_cli("warmup", *options, environment=environment)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@GPU
+@pytest.mark.parametrize("backend, dtype", ENGINES)
+def test_graphs_give_what_launches_give(backend, dtype):
+    """One graph per batch size, the oldest of more than eight given up; images are copies, whoever calls next."""
+    student = tiny_student().cuda().eval()
+    fused = student.fuse(backend, dtype, tune=False)
+    z = fused.latents(40, seed=1)
+    parts = [z[:n] for n in range(1, GRAPHS + 3)]
+    images = [fused(part) for part in parts]
+    assert len(fused._engine._graphs) == GRAPHS
+    for part, found in zip(parts, images):
+        assert torch.equal(found, fused._engine.run(part)) and torch.equal(found, fused(part))
+    wanted = student.double()(z.double())
+    bound = 2e-2 if dtype == torch.float32 else 1e-1
+    assert (fused(z).double() - wanted).abs().max() < bound
+
+
+@GPU
+def test_threads_and_streams_share_an_engine():
+    import threading
+
+    fused = Student.from_pretrained("digits", "cuda").fuse(tune=False)
+    wanted, wrong = fused.sample(6, seed=3), []
+
+    def work(batch_size):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                if (fused.sample(6, seed=3, batch_size=batch_size) - wanted).abs().max() > 1e-2:
+                    wrong.append(batch_size)
+
+    threads = [threading.Thread(target=work, args=(i + 1,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@GPU
+def test_digits_on_a_gpu_are_the_digits():
+    student = Student.from_pretrained("digits")
+    wanted = student.fuse("reference").sample(64, seed=5)
+    for backend in ("auto", "cuda", "triton"):
+        for dtype, decibels in ((torch.float32, 60), (torch.float16, 45), (torch.bfloat16, 40)):
+            images = student.to("cuda").fuse(backend, dtype).sample(64, seed=5)
+            assert 10 * torch.log10(4 / (images - wanted).square().mean()) >= decibels, (backend, dtype)
+            assert images.isfinite().all()
+        student.to("cpu")
