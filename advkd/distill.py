@@ -37,6 +37,7 @@ from .hub import reason
 from .latents import split_latent
 from .models.critic import Critic, CriticConfig
 from .pictures import save_grid
+from .ranges import named
 from .recipes import DistillConfig
 from .trajectories import Trajectories, TrajectoryConfig, record_trajectories, same_teacher
 
@@ -210,21 +211,25 @@ class Distiller:
         # Critic updates before the last see their own batches; the last one shares the student's.
         for i in range(self.config.critic_updates if self.critics else 1):
             last = i + 1 == self.config.critic_updates or not self.critics
-            start, z, targets = self._next_batch(stage)
+            with named("data"):
+                start, z, targets = self._next_batch(stage)
             latents = z
             if self.config.fresh and self.critics:
                 fresh = training_latents(self.config.seed, start, len(z), z.shape[1], z.device)
                 latents = torch.cat((z, fresh.to(self.dtype)))
-            with torch.set_grad_enabled(last), self.accelerator.autocast():
+            with named("student forward"), torch.set_grad_enabled(last), self.accelerator.autocast():
                 images = self.student(latents, levels=stage.levels)
             images = {k: image.to(self.dtype) for k, image in images.items()}
             # What critics judge: the images of the fresh latents where there are any, else those of the pairs.
             judged = {k: images[k][-len(z) :] for k in stage.critic_levels}
             images = {k: image[: len(z)] for k, image in images.items()}
             if self.critics:
-                metrics |= self._update_critics(stage, start, z, targets, judged)
-        metrics |= self._update_student(start, stage, z, targets, images, judged)
-        self._update_average()
+                with named("critic update"):
+                    metrics |= self._update_critics(stage, start, z, targets, judged)
+        with named("student update"):
+            metrics |= self._update_student(start, stage, z, targets, images, judged)
+        with named("average"):
+            self._update_average()
         return metrics
 
     def _set_learning_rates(self, stage):

@@ -2,6 +2,8 @@
 
 import torch
 
+from .ranges import named
+
 
 def to_host(tensors, device):
     """An iterator over ``tensors`` on the CPU.
@@ -10,7 +12,10 @@ def to_host(tensors, device):
     so that the device draws while the last result travels and is used.
     """
     if device.type != "cuda":
-        yield from (tensor.cpu() for tensor in tensors)
+        for tensor in tensors:
+            with named("to host"):
+                host = tensor.cpu()
+            yield host
         return
     copies, pending = torch.cuda.Stream(device), None
     for tensor in tensors:
@@ -29,5 +34,6 @@ def to_host(tensors, device):
 
 
 def _arrived(host, done):
-    done.synchronize()
+    with named("to host"):
+        done.synchronize()
     return host

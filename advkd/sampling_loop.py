@@ -12,6 +12,7 @@ import torch
 from .errors import InputError
 from .hub import reason
 from .ops import coefficient_table, sampler_step
+from .ranges import named
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -60,15 +61,18 @@ class SamplingLoop:
         if pool not in self._graphs:
             self._graphs[pool] = self._capture(pool)
         graph, pooled = self._graphs[pool]
-        graph.replay()
+        with named("network and step"):
+            graph.replay()
         return pooled
 
     def _run(self, pool):
-        output = self._network(self.x, self._timesteps.index_select(0, self._step))
-        row = self._table.index_select(0, self._step)
-        noise = (self._seed, self._indices, self._step) if self._noisy else None
-        _, _, pooled = sampler_step(self.x, output, row, noise=noise, pool=pool, out=self.x)
-        self._step += 1
+        with named("network"):
+            output = self._network(self.x, self._timesteps.index_select(0, self._step))
+        with named("step"):
+            row = self._table.index_select(0, self._step)
+            noise = (self._seed, self._indices, self._step) if self._noisy else None
+            _, _, pooled = sampler_step(self.x, output, row, noise=noise, pool=pool, out=self.x)
+            self._step += 1
         return pooled
 
     def _capture(self, pool):

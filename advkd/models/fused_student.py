@@ -17,6 +17,7 @@ from ..ops.conv_block import ConvLayer, choose_for, require_finite
 from ..ops.student_forward import encode, pack, student_forward
 from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
+from ..ranges import named
 from ..schedule import resolutions
 from .batch_norm import fold
 from .saving import PretrainedModule
@@ -243,7 +244,10 @@ class FusedStudent(PretrainedModule, nn.Module):
         while first < n:
             count = min(size, n - first)
             try:
-                images = self(self.latents(count, seed, start + first))
+                with named("latents"):
+                    z = self.latents(count, seed, start + first)
+                with named("student"):
+                    images = self(z)
             except torch.OutOfMemoryError as error:
                 if size < min(batch_size, n) or size == 1:
                     text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
