@@ -291,10 +291,13 @@ def _build_student(preset, init=None):
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @device_option
 def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
-    """Draw images with a student, in one pass."""
+    """Draw images with a student, in one pass. Into a folder: pictures that are there are kept, the same command goes on.
+
+    Several processes or GPUs: torchrun --nproc-per-node N -m -- advkd.cli sample ...
+    """
     from .sampling import sample as run
 
-    run(student, n, seed, out, interpolate, device, backend, dtype, batch_size)
+    run(student, n, seed, out, interpolate, _local(device), backend, dtype, batch_size)
     click.echo(f"{n} images in {out}")
 
 

@@ -232,32 +232,38 @@ class FusedStudent(PretrainedModule, nn.Module):
         On a GPU images come in pinned memory of the host, copied while the next batch is drawn. Where a batch does not fit the
         device's memory it is halved once, with a warning; then ``torch.OutOfMemoryError`` says so.
         """
+        return self.draw([(start + first, count) for first, count in batches(n, batch_size)], seed, dtype)
+
+    def draw(self, parts, seed=0, dtype=torch.float32):
+        """:meth:`stream` of chosen images: ``parts`` is a list of ``(first, count)``, drawn one after the other."""
         if dtype not in STREAMED:
             raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
-        batches(n, batch_size)
-        pieces = (STREAMED[dtype](images) for images in self._drawn(n, seed, batch_size, start))
+        pieces = (STREAMED[dtype](images) for images in self._drawn(parts, seed))
         return to_host(pieces, self.weight0.device)
 
-    def _drawn(self, n, seed, batch_size, start):
+    def _drawn(self, parts, seed):
         """Batches of images on the engine's device."""
-        first, size = 0, min(batch_size, max(n, 1))
-        while first < n:
-            count = min(size, n - first)
+        parts, most = list(reversed(parts)), None
+        while parts:
+            first, count = parts.pop()
+            if most is not None and count > most:
+                parts.append((first + most, count - most))
+                count = most
             try:
                 with named("latents"):
-                    z = self.latents(count, seed, start + first)
+                    z = self.latents(count, seed, first)
                 with named("student"):
                     images = self(z)
             except torch.OutOfMemoryError as error:
-                if size < min(batch_size, n) or size == 1:
+                if most is not None or count == 1:
                     text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
                     raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size") from error
-                size = -(-size // 2)
-                warnings.warn(f"out of memory with batches of {count} images: going on with {size}", stacklevel=2)
+                most = -(-count // 2)
+                warnings.warn(f"out of memory with batches of {count} images: going on with {most}", stacklevel=2)
                 self._forget()
+                parts.append((first, count))
                 continue
             yield images
-            first += count
 
     def _forget(self):
         """Give a GPU's graphs and cached memory back."""

@@ -51,10 +51,43 @@ def test_sample_to_a_picture_and_to_a_folder(capsys, tmp_path):
     assert run(capsys, "sample", "-n", 5, "--seed", 7, "--batch-size", 2, "--out", tmp_path / "a")[0] == 0
     assert run(capsys, "sample", "-n", 5, "--seed", 7, "--batch-size", 5, "--out", tmp_path / "b")[0] == 0
     names = [f"{i:06d}.png" for i in range(5)]
-    assert sorted(os.listdir(tmp_path / "a")) == names
+    assert sorted(os.listdir(tmp_path / "a")) == [*names, "samples.json"]
     for name in names:
         pair = [np.asarray(Image.open(tmp_path / f / name), dtype=int) for f in "ab"]
         assert pair[0].shape == (32, 32) and np.abs(pair[0] - pair[1]).max() <= 1
+
+
+def test_sampling_goes_on_where_it_stopped(capsys, tmp_path):
+    """Pictures that are there are kept, those of anything else are not touched."""
+    out = tmp_path / "many"
+    assert run(capsys, "sample", "-n", 7, "--batch-size", 3, "--out", out)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    times = {name: (out / name).stat().st_mtime_ns for name in before}
+    (out / "000004.png").unlink()
+    assert run(capsys, "sample", "-n", 9, "--batch-size", 3, "--out", out)[0] == 0
+    assert len(list(out.glob("*.png"))) == 9
+    assert all((out / name).read_bytes() == before[name] for name in before)
+    kept = [name for name in before if (out / name).stat().st_mtime_ns == times[name]]
+    assert kept == [name for name in before if name < "000003"] and len(kept) == 3
+    assert "pictures of another seed: name another folder" in refused(capsys, "sample", "--seed", 5, "--out", out)
+    assert "pictures of another walk" in refused(capsys, "sample", "--interpolate", "--out", out)
+    (out / "samples.json").unlink()
+    assert "unknown origin (no samples.json)" in refused(capsys, "sample", "--out", out)
+    assert all((out / name).read_bytes() == before[name] for name in before)
+
+
+def test_several_processes_share_the_work(tmp_path):
+    """Two processes of a launcher draw what one does."""
+    whole = run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "one")
+    parts = [
+        run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "two", environment={"RANK": r, "WORLD_SIZE": "2"})
+        for r in "01"
+    ]
+    assert [done.returncode for done in (whole, *parts)] == [0, 0, 0]
+    for name in os.listdir(tmp_path / "one"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    done = run_cli("sample", "--out", tmp_path / "x.png", environment={"RANK": "0", "WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "several processes draw into a folder" in done.stderr
 
 
 def test_interpolation_ends_at_two_latents(capsys, tmp_path):
