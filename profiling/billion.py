@@ -1,0 +1,118 @@
+"""What a billion images of 256x256 cost: device hours and money, from measured seconds per image.
+
+python -m profiling.billion [--device cuda] [--out FOLDER]     measures; python -m profiling.tables writes docs/billion.md
+
+The teacher is the 113.7 M-parameter UNet of the published 256x256 DDPMs with random weights (weights do not change the time):
+one evaluation times the sampler's steps; the sampler's own arithmetic is left out, in the teacher's favour. The student is
+timed as it is used, from seed to images on the host.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+
+from advkd.files import write_json
+from advkd.timing import measure, provenance
+
+from . import peers
+from .bench_student import PARITY_TESTS, plausible_student
+from .bench_teacher import Evaluation
+from .harness import device_folder, passes
+
+IMAGES = 10**9
+SAMPLERS = {"DDPM-1000": 1000, "DDIM-50": 50}
+PRICES = {"cpu": (0.05, "a core"), "cuda": (3.5, "a GPU")}
+"""Dollars per hour, as rented: assumptions, not measurements."""
+
+TEACHER = dict(
+    sample_size=256,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=2,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    attention_head_dim=None,
+)
+"""``UNet2DModel`` of the published 256x256 DDPMs."""
+
+
+def teacher_seconds(device, batch):
+    """Seconds of one evaluation per image: every configuration that runs, the fastest is what counts."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    network = Evaluation(UNet2DModel(**TEACHER)).to(device)
+    x = torch.randn(batch, 3, 256, 256, device=device)
+    calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        calls[f"eager, {name}"] = peers.eager(copy.deepcopy(network), x, dtype)
+        calls[f"torch.compile, {name}"] = peers.compiled(copy.deepcopy(network), x, dtype)
+    times = measure(calls, repeats=3, warmup=1, device=device)
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"parameters": parameters, "batch": batch, "rows": {name: row["median"] / batch for name, row in times.items()}}
+
+
+def student_seconds(device, batch):
+    """Seconds per image of each 256x256 preset and dtype, from seed to images on the host."""
+    rows = {}
+    for preset in ("paper-256", "pyramid-256"):
+        student = plausible_student(preset).to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            fused = student.fuse(dtype=dtype)
+            calls = {"sample": lambda fused=fused: fused.sample(2 * batch, batch_size=batch)}
+            rows[f"{preset}, {str(dtype).removeprefix('torch.')}"] = (
+                measure(calls, repeats=5, warmup=1, device=device)["sample"]["median"] / 2 / batch
+            )
+    return {"batch": batch, "rows": rows}
+
+
+def page(results):
+    """The page as text, of stored results."""
+    lines = ["# A billion images of 256x256", "", *__doc__.split("\n\n")[2].replace("\n", " ").split("\n"), ""]
+    lines += ["Device hours are seconds per image times a billion over 3600. Assumed prices, in dollars per hour: "]
+    lines[-1] += ", ".join(f"{price:g} for {what}" for price, what in PRICES.values())
+    lines[-1] += ". Energy, storage and the host's writing of pictures are left out on both sides."
+    for result in results:
+        place, kind = result["provenance"], result["kind"]
+        units = place["cores"] if kind == "cpu" else 1
+        rate = PRICES[kind][0] * units
+        lines += ["", f"## {place['device']}" + (f", {units} cores" if kind == "cpu" else ""), ""]
+        lines += ["| | seconds per image | device hours | dollars | against the fastest student |", "|---|---|---|---|---|"]
+        best, teacher = min(result["student"]["rows"].values()), result["teacher"]["rows"]
+        fastest = min(teacher, key=teacher.get)
+        rows = {f"teacher, {name} ({fastest})": n * teacher[fastest] for name, n in SAMPLERS.items()}
+        rows |= {f"student, {name}": seconds for name, seconds in result["student"]["rows"].items()}
+        for name, seconds in rows.items():
+            hours = IMAGES * seconds / 3600
+            figures = (f"{seconds:.4g}", f"{hours:,.0f}", f"{hours * rate:,.0f}", f"{seconds / best:,.1f} x")
+            lines.append("| " + " | ".join((name, *figures)) + " |")
+        lines += [
+            "",
+            f"Commit {place['commit'][:10]}, torch {place['versions']['torch']}, batches of {result['student']['batch']}.",
+        ]
+    if not any(result["kind"] == "cuda" for result in results):
+        lines += ["", "No GPU has been measured yet."]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure what an image of 256x256 costs, teacher's and student's.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
+    options = parser.parse_args()
+    if not passes(PARITY_TESTS):
+        raise SystemExit("the parity tests failed or none ran, nothing was timed")
+    gpu = options.device != "cpu"
+    result = {"benchmark": "billion", "kind": "cuda" if gpu else "cpu", "provenance": provenance(options.device)}
+    result["student"] = student_seconds(options.device, 64 if gpu else 8)
+    result["teacher"] = teacher_seconds(options.device, 16 if gpu else 1)
+    write_json(Path(options.out or device_folder(options.device)) / "billion.json", result)
+    print(page([result]))
+
+
+if __name__ == "__main__":
+    main()

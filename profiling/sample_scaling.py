@@ -1,0 +1,54 @@
+"""How sampling grows with processes: ``advkd sample`` under torchrun, as many images for each process (weak scaling).
+
+python -m profiling.sample_scaling [--out FOLDER]
+
+Every process has one thread. Times are whole commands, the difference between many and few images, so that starting up does not
+count; pictures are written as PNG, as a user has them.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from advkd.files import write_json
+from advkd.timing import provenance
+
+from .harness import ROOT, gated_folder
+
+FEW, MANY, REPEATS = 64, 4160, 3
+"""Images per process of the two commands."""
+
+
+def seconds(processes, images):
+    """Of one command that draws ``images`` digits for each of so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*launcher, "advkd.cli", "sample", "-n", str(processes * images), "--out", f"{folder}/images"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        spent = time.perf_counter() - begin
+        assert len(list(Path(folder, "images").glob("*.png"))) == processes * images
+        return spent
+
+
+def rate(processes):
+    """Images per second, the median of some repeats."""
+    rates = [processes * (MANY - FEW) / (seconds(processes, MANY) - seconds(processes, FEW)) for _ in range(REPEATS)]
+    return torch.tensor(rates).median().item()
+
+
+if __name__ == "__main__":
+    out = gated_folder("Measure weak scaling of sampling over processes.", ["tests/system/test_fused_student.py"])
+    counts = [1, 2] if (os.cpu_count() or 1) >= 2 else [1]
+    rows = {str(processes): rate(processes) for processes in counts}
+    efficiency = {processes: value / int(processes) / rows["1"] for processes, value in rows.items()}
+    for processes, value in rows.items():
+        print(f"{processes} processes: {value:.0f} images per second, efficiency {efficiency[processes]:.2f}")
+    result = {"benchmark": "sample_scaling", "images_per_second": rows, "efficiency": efficiency}
+    write_json(out / "sample_scaling.json", {**result, "images_per_process": MANY, "provenance": provenance()})
