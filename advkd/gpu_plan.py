@@ -14,7 +14,16 @@ import torch
 from .errors import InputError
 from .files import cache_folder, read_json, write_json
 from .ops.gpu_layers import input_channels, padded
-from .ops.student_gpu import Step, is_image, output_sides, run_step, stem_numbers
+from .ops.student_gpu import (
+    Step,
+    is_image,
+    output_sides,
+    run_step,
+    stem_numbers,
+    triton_launcher,
+    triton_layer,
+    triton_precision,
+)
 
 VERSION = 1
 """Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
@@ -78,7 +87,7 @@ def all_steps(engine, n, backends, tune):
     for i, layer in enumerate(layers):
         kind = "image" if is_image(layer) else "conv"
         if "triton" in backends:
-            steps += [Step(f"triton_{kind}", i, 1, config) for config in _triton_configs(layer, n, engine.dtype, tune)]
+            steps += [Step(f"triton_{kind}", i, 1, config) for config in _triton_configs(engine, layer, n, tune)]
         if "cuda" in backends:
             steps.append(Step(kind, i))
     if "cuda" in backends:
@@ -87,10 +96,11 @@ def all_steps(engine, n, backends, tune):
     return steps
 
 
-def _triton_configs(layer, n, dtype, tune):
-    from .kernels import conv_block as kernel
-
-    return kernel.configs(layer, n, dtype) if tune else [kernel.default(layer, n, dtype)]
+def _triton_configs(engine, layer, n, tune):
+    options = (triton_layer(layer), n, engine.dtype, triton_precision(engine.product))
+    if tune:
+        return [tuple(config) for config in triton_launcher("configs")(*options, engine.limits.shared)]
+    return [tuple(triton_launcher("default")(*options))]
 
 
 def _pair_fits(engine, i):
@@ -119,7 +129,7 @@ def _stems(engine, n, tune):
         # As many blocks as the device has room for, unless all are tried.
         fitting = [c for c in clusters if -(-n // images) * c <= engine.limits.multiprocessors] or [1]
         for cluster in clusters if tune else fitting[-1:]:
-            found += [Step("stem", 0, end, cluster + 16 * images) for end in ends]
+            found += [Step("stem", 0, end, (cluster, images)) for end in ends]
         if not tune and -(-n // images) <= engine.limits.multiprocessors:
             break
     return found
@@ -151,7 +161,11 @@ def _key(engine, step, n):
     """What a measured time belongs to, as text."""
     own = engine.layers[step.first : step.first + step.count]
     shapes = "; ".join(" ".join(map(str, (*stem_numbers(layer), layer.c_out, layer.activation))) for layer in own)
-    return f"{step.kernel} {step.config}, {engine.product}, batch {n}: {shapes}"
+    return f"{_named(step)}, {engine.product}, batch {n}: {shapes}"
+
+
+def _named(step):
+    return " ".join((step.kernel, "x".join(map(str, step.config)))).strip()
 
 
 class KeptTimes:
@@ -273,9 +287,8 @@ class GpuPlan:
         for step in engine.steps(batch_size):
             seconds = step_seconds(engine, step, batch_size) if measured and cuda else None
             own = tuple(engine.layers[step.first : step.first + step.count])
-            kernel = f"{step.kernel} {step.config}" if step.config else step.kernel
             products = batch_size * sum(map(phase_products, own))
-            rows.append(PlannedLaunch(own, kernel, products, step_bytes(engine, step, batch_size), seconds))
+            rows.append(PlannedLaunch(own, _named(step), products, step_bytes(engine, step, batch_size), seconds))
         return cls(tuple(rows), batch_size, device_name(engine.device), engine.product)
 
     def __str__(self):

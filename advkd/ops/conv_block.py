@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from . import backends
-from .student_gpu import conv_block_gpu
+from .student_gpu import conv_block_cuda, conv_block_triton
 
 ACTIVATIONS = ("none", "leaky_relu", "tanh")
 ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
@@ -162,8 +162,8 @@ def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None)
 _LAUNCH = {
     "reference": conv_block_reference,
     "cpu": conv_block_cpu,
-    "triton": conv_block_gpu("triton"),
-    "cuda": conv_block_gpu("cuda"),
+    "triton": conv_block_triton,
+    "cuda": conv_block_cuda,
 }
 backends.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
 

@@ -46,7 +46,7 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     if backend in ("triton", "cuda"):
         if not is_image(layers[-1]):
             raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
-        biases, packed, steps = gpu_arguments(weights, biases, layers, dtype, plain_steps(layers, backend))
+        biases, packed, steps = gpu_arguments(weights, biases, layers, dtype, plain_steps(layers, len(z), dtype, backend))
         arguments = ([], biases, packed, encode(layers, dtype), steps, slope, backend)
         return torch.ops.advkd.student_forward(z.contiguous(), *arguments)
     if backend != "cpu":

@@ -6,7 +6,7 @@ A :class:`Step` is one launch for one convolution or several that follow each ot
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..latents import split_latent
 from . import backends
@@ -16,7 +16,6 @@ KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
 """What a step starts. ``pair`` fuses two convolutions of few channels, ``stem`` all of the lowest resolutions; ``image`` makes
 the last layer's. The first two are Triton's, the others CUDA C++."""
 
-STEP_FIELDS = 4
 ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 
 
@@ -24,13 +23,14 @@ ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 class Step:
     """One launch: convolutions ``first .. first + count - 1`` by one of :data:`KERNELS`.
 
-    ``config``: Triton's place in the table of configurations; of ``stem`` blocks per cluster + 16 * images per cluster.
+    ``config``: integers; Triton's tile (``Config`` or ``ImageConfig`` of ``kernels/conv_block.py``), of ``stem`` blocks per
+    cluster and images per cluster, of the others none.
     """
 
     kernel: str
     first: int
     count: int = 1
-    config: int = 0
+    config: tuple[int, ...] = ()
 
     def form(self, i, last):
         """How convolution ``i``'s weights are packed for this step; ``last``: the network's last convolution."""
@@ -41,14 +41,18 @@ class Step:
 
 def encode_steps(steps, product):
     """Steps and the product as the op's list of integers."""
-    rows = ((KERNELS.index(s.kernel), s.first, s.count, s.config) for s in steps)
+    rows = ((KERNELS.index(s.kernel), s.first, s.count, len(s.config), *s.config) for s in steps)
     return [PRODUCTS.index(product), *(number for row in rows for number in row)]
 
 
 def decode_steps(numbers):
     """``(steps, product)`` of :func:`encode_steps`."""
-    rows = [numbers[i : i + STEP_FIELDS] for i in range(1, len(numbers), STEP_FIELDS)]
-    return [Step(KERNELS[row[0]], *row[1:]) for row in rows], PRODUCTS[numbers[0]]
+    steps, place = [], 1
+    while place < len(numbers):
+        kernel, first, count, length = numbers[place : place + 4]
+        place += 4 + length
+        steps.append(Step(KERNELS[kernel], first, count, tuple(numbers[place - length : place])))
+    return steps, PRODUCTS[numbers[0]]
 
 
 def pack_gpu(weight, bias, layer, dtype, form, product):
@@ -63,7 +67,7 @@ def pack_gpu(weight, bias, layer, dtype, form, product):
     """
     taps, padded_bias = pad_layer(weight, bias, layer)
     if form == "taps":
-        return taps.to(dtype), padded_bias
+        return triton_launcher("pack_weights")(taps, dtype, triton_precision(product)), padded_bias
     if form == "image":
         return pack_image(taps, layer.c_out, product), bias.float().contiguous()
     return pack_fragments(taps, product), padded_bias
@@ -135,15 +139,25 @@ def _enter(out, detail):
 
 
 def triton_launcher(name):
-    """Launcher ``name`` of the Triton kernels of the student's convolutions."""
+    """Function ``name`` of the Triton kernels of the student's convolutions."""
     return getattr(importlib.import_module("advkd.kernels.conv_block"), name)
+
+
+def triton_precision(product):
+    """How Triton multiplies float32 numbers for one of :data:`PRODUCTS`."""
+    return "tf32x3" if product == "f32" else "tf32"
+
+
+def triton_layer(layer):
+    """A layer as Triton's table of configurations takes it: only what makes images has so few channels."""
+    return layer if is_image(layer) else replace(layer, c_out=padded(layer.c_out))
 
 
 def _triton(name):
     def launch(step, layers, x, packed, biases, out, slope, product):
-        layer, precision = layers[step.first], {"tf32": "tf32"}.get(product, "ieee")
+        layer = layers[step.first]
         arguments = (x, packed[step.first], biases[step.first], out)
-        options = (ACTIVATION_CODES[layer.activation], slope, precision, step.config)
+        options = (ACTIVATION_CODES[layer.activation], slope, triton_precision(product), step.config)
         triton_launcher(name)(*arguments, *([layer.upsample] if name == "conv_layer" else []), *options)
 
     return launch
@@ -172,9 +186,8 @@ def _pair(step, layers, x, packed, biases, out, slope, product):
 def _stem(step, layers, x, packed, biases, out, slope, product):
     own = slice(step.first, step.first + step.count)
     numbers = [n for layer in layers[own] for n in stem_numbers(layer)]
-    cluster, images = step.config % 16, step.config // 16
     launch = backends.cuda_launcher("student_stem")
-    launch(x, list(packed[own]), list(biases[own]), out, numbers, slope, PRODUCTS.index(product), cluster, images)
+    launch(x, list(packed[own]), list(biases[own]), out, numbers, slope, PRODUCTS.index(product), *step.config)
 
 
 def stem_numbers(layer):
@@ -192,10 +205,16 @@ _LAUNCH = {
 }
 
 
-def plain_steps(layers, backend):
-    """A step for every convolution, by ``triton`` or ``cuda``."""
+def plain_steps(layers, n, dtype, backend):
+    """A step for every convolution of ``n`` images, by ``triton`` or ``cuda``."""
     prefix = "triton_" if backend == "triton" else ""
-    return [Step(prefix + ("image" if is_image(layer) else "conv"), i) for i, layer in enumerate(layers)]
+    steps = []
+    for i, layer in enumerate(layers):
+        config = ()
+        if backend == "triton":
+            config = tuple(triton_launcher("default")(triton_layer(layer), n, dtype, triton_precision(product_of(dtype))))
+        steps.append(Step(prefix + ("image" if is_image(layer) else "conv"), i, 1, config))
+    return steps
 
 
 def gpu_arguments(weights, biases, layers, dtype, steps):
@@ -211,23 +230,23 @@ def is_image(layer):
     return layer.c_out <= 4 and not layer.upsample and layer.activation == "tanh"
 
 
-def conv_block_gpu(backend):
-    """The launcher of op ``conv_block`` on ``backend``: stored as a network's layer is, convolved, and back."""
+def conv_block_cuda(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
+    from .conv_block import ConvLayer
 
-    def launch(x, weight, bias, slope, upsample, activation):
-        from .conv_block import ConvLayer
+    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    product, image = product_of(x.dtype), is_image(layer)
+    step = Step("image" if image else "conv", 0)
+    packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
+    stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
+    stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
+    sides = output_sides(layer)
+    out = x.new_empty((len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out)))
+    if len(x):
+        run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
+    return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
 
-        layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
-        product, image = product_of(x.dtype), is_image(layer)
-        step = Step(("triton_" if backend == "triton" else "") + ("image" if image else "conv"), 0)
-        packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
-        stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
-        stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
-        sides = output_sides(layer)
-        shape = (len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out))
-        out = x.new_empty(shape)
-        if len(x):
-            run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
-        return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
 
-    return launch
+def conv_block_triton(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``triton``."""
+    return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)

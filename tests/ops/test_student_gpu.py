@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from advkd import gpu_plan
 from advkd.gpu_engine import GpuEngine
-from advkd.gpu_plan import cheapest
+from advkd.gpu_plan import Limits, cheapest
 from advkd.models.fused_student import convolutions
 from advkd.models.student import StudentConfig
 from advkd.ops import backends, student_gpu
 from advkd.ops.gpu_layers import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, round_tf32
 from advkd.ops.student_forward import student_forward_reference
-from advkd.ops.student_gpu import Step, decode_steps, encode_steps, pack_gpu, student_forward_gpu
+from advkd.ops.student_gpu import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
 
 F32 = torch.float32
 # Channels that are no unit's multiple, and detail bands behind them.
@@ -124,7 +124,10 @@ def launchers(monkeypatch):
             columns = taps[0, :, :, :c].permute(1, 0, 2).flatten(1)
             conv_image(x, columns, bias[:c], out, activation, slope)
 
-        return {"conv_layer": layer, "conv_image": image}[name]
+        def pack_weights(taps, dtype, precision):
+            return taps.to(dtype)
+
+        return {"conv_layer": layer, "conv_image": image, "pack_weights": pack_weights, "default": lambda *layer: (7,)}[name]
 
     monkeypatch.setattr(student_gpu, "triton_launcher", triton)
     return found
@@ -171,13 +174,18 @@ def test_folded_taps_are_the_up_sampled_convolution():
 CHAINS = {
     "small": [
         [Step("conv", i) for i in range(16)] + [Step("image", 16)],
-        [Step("triton_conv", i, 1, i) for i in range(16)] + [Step("triton_image", 16, 1, 3)],
-        [Step("stem", 0, 6, 2 + 16 * 4), *(Step("pair", i, 2) for i in (6, 8, 10, 12)), Step("conv", 14), Step("pair", 15, 2)],
+        [Step("triton_conv", i, 1, (i, 3)) for i in range(16)] + [Step("triton_image", 16, 1, (3,))],
+        [Step("stem", 0, 6, (2, 4)), *(Step("pair", i, 2) for i in (6, 8, 10, 12)), Step("conv", 14), Step("pair", 15, 2)],
     ],
     "detail": [
         [Step("conv", i) for i in range(16)] + [Step("image", 16)],
         # Detail bands enter the first layer of a step, whatever the step.
-        [Step("stem", 0, 2, 17), *(Step("pair", i, 2) for i in range(2, 14, 2)), Step("triton_conv", 14), Step("pair", 15, 2)],
+        [
+            Step("stem", 0, 2, (1, 1)),
+            *(Step("pair", i, 2) for i in range(2, 14, 2)),
+            Step("triton_conv", 14),
+            Step("pair", 15, 2),
+        ],
     ],
 }
 
@@ -212,7 +220,7 @@ def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
     """The op by itself starts a kernel per layer; an engine keeps packed weights."""
     layers, weights, biases, z = network("small")
     engine = GpuEngine(layers, weights, biases, 0.2, F32, backend)
-    monkeypatch.setattr(gpu_plan, "all_steps", lambda engine, n, backends, tune: student_gpu.plain_steps(layers, backend))
+    monkeypatch.setattr(gpu_plan, "all_steps", lambda engine, n, backends, tune: plain_steps(layers, n, F32, backend))
     images = engine(z)
     assert launchers.started[0].startswith("triton_conv" if backend == "triton" else "conv") and len(launchers.started) == 17
     arguments, packed = engine.arguments(3), dict(engine._packed)
@@ -231,3 +239,27 @@ def test_a_plan_is_the_cheapest_chain():
     assert sum(costs[s.kernel] for s in plan) == 14 and sum(s.count for s in plan) == 5
     # A step that leads nowhere is not taken.
     assert cheapest(2, [Step("stem", 0, 3), Step("pair", 0, 2)], lambda s: 1.0) == [Step("pair", 0, 2)]
+
+
+NETWORKS = [
+    ("small", torch.bfloat16, (9, 0)),
+    ("detail", torch.bfloat16, (8, 0)),
+    *(pytest.param(name, F32, (9, 0), marks=pytest.mark.slow) for name in CONFIGS),
+]
+
+
+@pytest.mark.parametrize("name, dtype, capability", NETWORKS)
+def test_networks_on_the_cuda_kernels(name, dtype, capability, cupy_on_host, monkeypatch):
+    """The fixed plan's own kernels, run on the host: stem, pairs, single layers and the image, detail bands between them."""
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: Limits(132, 163 * 1024, capability)))
+    monkeypatch.setattr(gpu_plan, "PAIR_CHANNELS", 32)
+    layers, weights, biases, z = network(name)
+    engine = GpuEngine(layers, weights, biases, 0.2, dtype, "cuda")
+    kernels = {step.kernel for step in engine.steps(len(z))}
+    assert kernels >= ({"stem", "pair", "conv"} if name == "small" else {"pair", "conv"})
+    found = engine(z)
+    wanted = student_forward_reference(z.double(), [w.double() for w in weights], [b.double() for b in biases], layers, 0.2)
+    plain = student_forward_reference(z.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases], layers, 0.2)
+    # Not further off than PyTorch in the same dtype; TensorFloat-32 is off (tests/conftest.py).
+    assert (found - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-5
+    assert torch.equal(engine(z), found)

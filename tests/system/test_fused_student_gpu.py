@@ -5,6 +5,8 @@ import copy
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -18,7 +20,7 @@ from advkd.ops import backends
 from advkd.ops.student_gpu import Step
 from advkd.pictures import to_pil, to_uint8
 
-from ..conftest import run_cli, tiny_student
+from ..conftest import ROOT, process_environment, run_cli, tiny_student
 from ..ops.test_student_gpu import launchers  # noqa: F401
 
 GPU = pytest.mark.gpu
@@ -30,7 +32,7 @@ def on_gpu_kernels(launchers, monkeypatch):  # noqa: F811
     """Both GPU backends "can run" on the CPU, one launch per layer; yields the launchers' record."""
     gap = backends.gap
     monkeypatch.setattr(backends, "gap", lambda name, b, device: None if name == "student_forward" else gap(name, b, device))
-    monkeypatch.setattr(gpu_plan, "_triton_configs", lambda layer, n, dtype, tune: [1, 2] if tune else [1])
+    monkeypatch.setattr(gpu_plan, "_triton_configs", lambda engine, layer, n, tune: [(1,), (2,)] if tune else [(1,)])
     monkeypatch.setattr(
         gpu_plan, "_pair_fits", lambda engine, i: not any(engine.layers[i + 1].__dict__[k] for k in ("upsample", "detail"))
     )
@@ -61,6 +63,25 @@ def test_images_of_an_engine(backend, on_gpu_kernels):
     assert fused(torch.zeros(0, fused.latent_numel)).shape == (0, 1, 8, 8)
 
 
+INTERPRETED = """
+import torch
+from tests.conftest import tiny_student
+student = tiny_student().eval()
+wanted = student.sample(3, seed=1)
+for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
+    fused = student.fuse("triton", dtype)
+    print(fused.backend, dtype, bool((fused.sample(3, seed=1) - wanted).abs().max() < bound))
+    print(str(fused.plan()).splitlines()[-1].split()[0])
+"""
+
+
+def test_students_in_tritons_interpreter():
+    environment = process_environment({"TRITON_INTERPRET": "1"})
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=ROOT, capture_output=True, text=True)
+    names = ("float32", "float16", "bfloat16")
+    assert done.stdout.splitlines() == [line for n in names for line in (f"triton torch.{n} True", "all")], done.stderr[-2000:]
+
+
 def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
     fused = tiny_student().fuse("reference")
     fused.save_pretrained(tmp_path)
@@ -72,7 +93,7 @@ def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
 
 
 def test_float32_follows_torchs_switch(on_gpu_kernels, monkeypatch):
-    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+    for allowed, precision in ((True, "tf32"), (False, "tf32x3")):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         on_gpu_kernels.started.clear()
         tiny_student().fuse("triton", tune=False).sample(1)
@@ -126,14 +147,14 @@ def measured(monkeypatch, costs):
 
     def seconds(engine, step, n):
         asked.append((step, n))
-        return costs[f"{step.kernel} {step.config}"] * step.count
+        return costs[gpu_plan._named(step)] * step.count
 
     monkeypatch.setattr(gpu_plan, "step_seconds", seconds)
     return asked
 
 
 COSTS = {
-    **{"conv 0": 4e-6, "image 0": 2e-6, "pair 0": 5e-6},
+    **{"conv": 4e-6, "image": 2e-6, "pair": 5e-6},
     **{"triton_conv 1": 3e-6, "triton_conv 2": 6e-6, "triton_image 1": 9e-6, "triton_image 2": 9e-6},
 }
 
@@ -149,7 +170,7 @@ def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch,
     assert fused._engine.candidates == ("cuda", "triton")
     with caplog.at_level(logging.WARNING):
         steps = plan_of(fused, 4)
-    assert [s.kernel for s in steps] == ["triton_conv"] * 8 + ["image"] and {s.config for s in steps[:-1]} == {1}
+    assert [s.kernel for s in steps] == ["triton_conv"] * 8 + ["image"] and {s.config for s in steps[:-1]} == {(1,)}
     assert len(caplog.records) == 1 and str(cache) in caplog.text
     (path,) = (cache / "plans").iterdir()
     kept = json.loads(path.read_text())
