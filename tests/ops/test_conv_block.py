@@ -146,6 +146,37 @@ def test_parity(backend, dtype, shape, upsample, activation):
         assert torch.equal(z, y) if backend == "cpu" else ((z - y).abs() <= 2 * allowed).all()
 
 
+def gpu_bound(x, weight, bias, upsample, wanted):
+    """:func:`bound` of the GPU's kernels: float32 products are three of TensorFloat-32, each factor kept to 22 bits; 16-bit
+    storage rounds phases' weights once and results once."""
+    terms = 9 * x.shape[1] + 12
+    if x.dtype == torch.float32:
+        return bound(x, weight, bias, upsample, "direct", wanted) * (1 + 3 * 2.0**-22 / (terms * 2.0**-24))
+    unit = torch.finfo(x.dtype).eps / 2
+    size = F.conv2d(F.interpolate(x.double().abs(), scale_factor=2 if upsample else 1), weight.double().abs(), padding=1)
+    size = size + bias.double().abs()[None, :, None, None]
+    # What float16 cannot hold as a normal number is rounded to a step of 2^-24.
+    return (terms * 2.0**-24 + (unit if upsample else 0)) * size + 2 * unit * wanted.abs() + 2**-20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 64, 3, 20, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_parity_on_a_gpu(backend, dtype, shape, upsample, activation):
+    x, weight, bias = arguments(*shape, dtype)
+    tensors = [tensor.cuda() for tensor in (x, weight, bias)]
+    options = {"slope": 0.1, "upsample": upsample, "activation": activation, "backend": backend}
+    y = conv_block(*tensors, **options)
+    assert y.dtype == dtype and y.is_contiguous() and torch.equal(y, conv_block(*tensors, **options))
+    wanted = oracle(x, weight, bias, 0.1, upsample, activation)
+    assert ((y.cpu() - wanted).abs() <= gpu_bound(x, weight, bias, upsample, wanted)).all()
+    strided = tensors[0].repeat_interleave(2, dim=3)[..., ::2]
+    assert torch.equal(conv_block(strided, *tensors[1:], **options), y)
+
+
 @CPU
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
