@@ -1,8 +1,8 @@
 // Runs every kernel of the student's convolution, and whole students, against a plain double-precision loop; no Torch. For
 // sanitizers, emulated processors and instruction counts:
 //
-//   conv_driver           every shape on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
-//   conv_driver bench     one layer of 64 channels at 64 x 64 per algorithm, packed and run twice (for counters)
+//   conv_driver                every shape on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
+//   conv_driver count [NAME]   each kernel (whose name holds NAME) once on one thread, for callgrind (see counted.h)
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +15,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/student_forward.h"
+#include "driver/counted.h"
 
 namespace {
 
@@ -185,7 +186,9 @@ void check_student(const ConvKernels& kernels, Storage storage, Algorithm algori
     std::vector<char> workspace = poisoned(student_workspace_bytes(kernels, student, images, threads) + 64);
     char* start = workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
     std::vector<char> found = poisoned(static_cast<i64>(wanted.size()) * element_bytes(storage));
-    run_student(kernels, student, z.data(), images, found.data(), threads, kThreads, start);
+    const auto forward = [&] { run_student(kernels, student, z.data(), images, found.data(), threads, kThreads, start); };
+    if (counter.active && threads == 1) counter.run("student_forward", static_cast<i64>(wanted.size()), forward);
+    else forward();
     check("student", layers[1].conv, largest_difference(found, storage, wanted), static_cast<double>(layers.size()) * tolerance(layers[1].conv));
     if (first.empty()) first = found;
     check("student's threads change bits", layers[1].conv, found == first ? 0 : 1, 0);
@@ -237,22 +240,73 @@ int check_everything(const ConvKernels& kernels) {
   return failures;
 }
 
-void bench(const ConvKernels& kernels) {
-  for (const Storage storage : {Storage::float32, Storage::bfloat16})
-    for (const Algorithm algorithm : kBroadcast) {
-      const Layer layer = make_layer(kernels, {64, 64, 64, 64, false, Activation::leaky_relu, 0.2f, storage, algorithm}, 0, 1);
-      const double seconds = conv_block_seconds(kernels, layer.conv, layer.packed.data(), 1, 1, 1, kThreads);
-      std::printf("storage %d, algorithm %d: %.3f ms\n", static_cast<int>(storage), static_cast<int>(algorithm), 1e3 * seconds);
-    }
+// One image in memory as kernels want it.
+struct Image {
+  Image(i64 c, i64 height, i64 width, Storage storage)
+      : channels(round_up(c, 16)), memory(element_bytes(storage) * Activations::elements(1, channels, height, width)),
+        activations{memory.data(), channels, height, width} {}
+  const i64 channels;
+  const Workspace memory;
+  const Activations activations;
+};
+
+// Packing, and a layer between activations as students lay them.
+void count_layer(const ConvKernels& kernels, const ConvLayer& conv) {
+  const i64 s = conv.scale(), height = s * conv.height, width = s * conv.width, results = conv.c_out * height * width;
+  Layer layer = make_layer(kernels, conv, 0, 1);
+  counter.run("conv_pack", 9 * conv.c_in * conv.c_out, [&] { kernels.pack(conv, layer.weight.data(), layer.bias.data(), layer.packed.data()); });
+  const std::vector<float> x = random_floats(conv.c_in * conv.height * conv.width, 1, 7);
+  std::vector<char> planar = poisoned(results * element_bytes(conv.storage));
+  const Image in(conv.c_in, conv.height, conv.width, conv.storage), out(conv.c_out, height, width, conv.storage);
+  kernels.clear_halo(in.activations, conv.storage, 0, 1);
+  kernels.import_planar(x.data(), 0, conv.c_in, in.activations, conv.storage, 0, 0);
+  const ConvSchedule schedule = kernels.schedule(conv, 1, 1);
+  const Workspace scratch(schedule.scratch_bytes);
+  const ConvJob job{conv, layer.packed.data(), in.activations, out.activations, planar.data(), 1};
+  counter.run("conv_block", results, [&] {
+    if (conv.algorithm != Algorithm::dot) kernels.clear_halo(out.activations, conv.storage, 0, 1);
+    for (i64 task = 0; task < schedule.tasks(); ++task) kernels.run(job, schedule, task, scratch.data());
+  });
+}
+
+// The way from and to planar tensors.
+void count_borders(const ConvKernels& kernels, Storage storage) {
+  constexpr i64 kChannels = 32, kSide = 12, kCount = kChannels * kSide * kSide;
+  const std::vector<float> x = random_floats(kCount, 1, 7);
+  std::vector<char> planar = poisoned(kCount * element_bytes(storage));
+  const Image image(kChannels, kSide, kSide, storage);
+  counter.run("conv_block, from planar", kCount, [&] { kernels.import_planar(x.data(), 0, kChannels, image.activations, storage, 0, 0); });
+  counter.run("conv_block, to planar", kCount, [&] { kernels.export_planar(image.activations, storage, kChannels, 0, planar.data()); });
+}
+
+int count_everything(const ConvKernels& kernels) {
+  const char* const algorithms[] = {"dot", "direct", "winograd2", "winograd4", "winograd6"};
+  for (const Storage storage : {Storage::float32, Storage::bfloat16}) {
+    const std::string dtype = storage == Storage::float32 ? "float32" : "bfloat16";
+    counter.variant = dtype;
+    count_borders(kernels, storage);
+    ConvLayer layer{32, 3, 12, 12, false, Activation::tanh, 0.2f, storage, Algorithm::dot};
+    counter.variant = "dot, " + dtype;
+    count_layer(kernels, layer);
+    layer.c_out = 32;
+    layer.activation = Activation::leaky_relu;
+    for (const Algorithm algorithm : kBroadcast)
+      for (const bool upsample : {false, true}) {
+        layer.algorithm = algorithm;
+        layer.upsample = upsample;
+        counter.variant = algorithms[static_cast<int>(algorithm)] + (", " + dtype) + (upsample ? ", up-sampling" : "");
+        count_layer(kernels, layer);
+      }
+    const bool narrow = storage == Storage::bfloat16;
+    counter.variant = narrow ? "winograd2, " + dtype : "winograd4, " + dtype;
+    check_student(kernels, storage, narrow ? Algorithm::winograd2 : Algorithm::winograd4, 3, 4);
+  }
+  return failures;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const ConvKernels& kernels = conv_kernels_of(current_isa());
-  if (argc > 1 && std::string(argv[1]) == "bench") {
-    bench(kernels);
-    return 0;
-  }
-  return check_everything(kernels) ? 1 : 0;
+  return (starts_counting(argc, argv) ? count_everything(kernels) : check_everything(kernels)) ? 1 : 0;
 }

@@ -1,17 +1,19 @@
 // Runs the kernels of a critic's update against plain double-precision loops on exactly sized buffers; no Torch. For sanitizers,
 // emulated processors and instruction counts:
 //
-//   critic_driver           every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
-//   critic_driver bench     each kernel on 8 samples of 64 x 32 x 32 float32, ten times (for counters)
+//   critic_driver                every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
+//   critic_driver count [NAME]   each kernel (whose name holds NAME) once, whole, for callgrind (see counted.h)
 
 #include <cstdio>
 #include <string>
 
 #include "cpu/conv_bias_act_mask.h"
 #include "cpu/dispatch.h"
+#include "cpu/image_gradient.h"
 #include "cpu/interpolate.h"
 #include "cpu/mask_mul.h"
 #include "cpu/penalty_reduce.h"
+#include "driver/counted.h"
 #include "driver/stored.h"
 
 namespace {
@@ -33,9 +35,11 @@ void expect(double found, double wanted, double tolerance, const char* what) {
   if (failures++ < 10) std::printf("case %d, %s: %g, expected %g\n", cases, what, found, wanted);
 }
 
-// In two parts, as two threads do.
+// In two parts, as two threads do; whole where it is counted.
 template <typename Kernel, typename Job>
-void run(Kernel kernel, const Job& job) {
+void run(const char* name, Kernel kernel, const Job& job) {
+  const i64 elements = job.pieces.samples * job.pieces.count;
+  if (counter.active) return counter.run(name, elements, [&] { kernel(job, 0, job.pieces.total()); });
   kernel(job, 0, job.pieces.total() / 2);
   kernel(job, job.pieces.total() / 2, job.pieces.total());
 }
@@ -59,7 +63,7 @@ void check_bias_act_mask(const Shape& shape, Dtype dtype, bool with_bias, bool l
   s.plane = last ? 1 : shape.plane;
   s.pieces = {shape.samples, shape.count(), with_bias ? bias_piece(s.channels, s.plane) : kPiece};
   s.dtype = dtype;
-  run(ADVKD_DISPATCH(conv_bias_act_mask), s);
+  run("conv_bias_act_mask", ADVKD_DISPATCH(conv_bias_act_mask), s);
   for (i64 n = 0; n < shape.samples; ++n)
     for (i64 e = 0; e < 8 * shape.mask_row(); ++e) {
       const bool inside = e < shape.count();
@@ -77,7 +81,7 @@ void check_mask_mul(const Shape& shape, Dtype dtype, bool in_place) {
   std::vector<std::uint8_t> mask(shape.samples * shape.mask_row());
   for (size_t i = 0; i < mask.size(); ++i) mask[i] = static_cast<std::uint8_t>(i * 2654435761u >> 13);
   MaskMul s{in_place ? out.data() : x.data(), mask.data(), out.data(), kSlope, {shape.samples, shape.count(), kPiece}, dtype};
-  run(ADVKD_DISPATCH(mask_mul), s);
+  run("mask_mul", ADVKD_DISPATCH(mask_mul), s);
   for (i64 n = 0; n < shape.samples; ++n)
     for (i64 e = 0; e < shape.count(); ++e) {
       const i64 i = n * shape.count() + e;
@@ -105,9 +109,9 @@ void check_penalty(const Shape& shape, Dtype dtype, PenaltyMode mode, bool in_pl
   s.weight = 10;
   s.mode = mode;
   s.dtype = dtype;
-  run(ADVKD_DISPATCH(penalty_sums), s);
+  run("penalty_sums", ADVKD_DISPATCH(penalty_sums), s);
   for (i64 n = 0; n < shape.samples; ++n) finish_sample(s, n);
-  run(ADVKD_DISPATCH(penalty_scale), s);
+  run("penalty_scale", ADVKD_DISPATCH(penalty_scale), s);
   const double share = s.weight / static_cast<double>(shape.samples);
   for (i64 n = 0; n < shape.samples; ++n) {
     double sum = 0;
@@ -152,7 +156,7 @@ void check_interpolate(const Shape& shape, Dtype dtype, int weights, bool merge)
     philox_rounds(c, s.philox.key0, s.philox.key1);
     a[n] = static_cast<float>((c[0] >> 8) * 0x1p-24);
   }
-  run(ADVKD_DISPATCH(interpolate), s);
+  run("interpolate", ADVKD_DISPATCH(interpolate), s);
   for (i64 i = 0; i < shape.all(); ++i) {
     const double weight = a[i / shape.count()], wanted = weight * real[i] + (1 - weight) * fake[i];
     expect(out[i + (merge ? 2 : 0) * shape.all()], wanted, rounding(dtype) * std::abs(wanted) + 0x1p-22, "point");
@@ -181,22 +185,52 @@ int check_everything() {
   return failures;
 }
 
-void bench() {
-  const Shape shape{8, 64, 1024};
-  for (int i = 0; i < 10; ++i) {
-    check_bias_act_mask(shape, Dtype::float32, true, true, true);
-    check_mask_mul(shape, Dtype::float32, true);
-    check_penalty(shape, Dtype::float32, PenaltyMode::two_sided, true);
-    check_interpolate(shape, Dtype::float32, 1, true);
+// The transposed convolution, 4 x 4 with stride 2, down to 16 x 16 images of three channels.
+void count_image_gradient(i64 features) {
+  constexpr i64 kImages = 2, kSide = 16, kRows = 8, kChannels = 3, kKernel = 4, kStride = 2, kPadding = 1;
+  Stored d = Stored::random(Dtype::float32, kImages * kRows * kRows * features, 7);
+  Stored weights = Stored::random(Dtype::float32, kKernel * kKernel * kChannels * features, 8);
+  Stored out(Dtype::float32, kImages * kSide * kSide * kChannels);
+  const auto floats = [](Stored& s) { return static_cast<float*>(s.data()); };
+  const ImageGradient s{floats(d), floats(weights), floats(out), kImages, kSide, kSide, kRows, kRows, features,
+                        kChannels, {kKernel, kKernel}, {kStride, kStride}, {kPadding, kPadding}, {1, 1}};
+  std::vector<double> wanted(kImages * kSide * kSide * kChannels);
+  for (i64 row = 0; row < kImages * kRows; ++row)
+    for (i64 column = 0; column < kRows; ++column)
+      for (i64 tap = 0; tap < kKernel * kKernel; ++tap) {
+        const i64 y = kStride * (row % kRows) + tap / kKernel - kPadding, x = kStride * column + tap % kKernel - kPadding;
+        if (y < 0 || y >= kSide || x < 0 || x >= kSide) continue;
+        for (i64 k = 0; k < kChannels * features; ++k)
+          wanted[((row / kRows * kSide + y) * kSide + x) * kChannels + k / features] +=
+              d[(row * kRows + column) * features + k % features] * weights[tap * kChannels * features + k];
+      }
+  const ImageGradientKernel kernel = ADVKD_DISPATCH(image_gradient);
+  counter.run("image_gradient", static_cast<i64>(wanted.size()), [&] { kernel(s, 0, kImages * kSide); });
+  // Sums of multiples of 2^-8 below 2^16: exact.
+  for (size_t i = 0; i < wanted.size(); ++i) expect(out[static_cast<i64>(i)], wanted[i], 0, "image gradient");
+}
+
+int count_everything() {
+  const Shape shape{2, 32, 256};
+  const auto variant = [](const std::string& text) { counter.variant = text; };
+  const std::string names[] = {"float32", "bfloat16", "float16"};
+  for (int i = 0; i < 3; ++i) {
+    const Dtype dtype = static_cast<Dtype>(i);
+    variant("NCHW, " + names[i]), check_bias_act_mask(shape, dtype, true, false, false);
+    variant("NHWC, " + names[i]), check_bias_act_mask(shape, dtype, true, true, false);
+    variant(names[i]), check_mask_mul(shape, dtype, false);
+    check_penalty(shape, dtype, PenaltyMode::two_sided, false);
+    check_interpolate(shape, dtype, 0, false);
   }
+  variant("float32, no bias"), check_bias_act_mask(shape, Dtype::float32, false, false, false);
+  variant("float32, weights drawn, three parts"), check_interpolate(shape, Dtype::float32, 3, true);
+  variant("float32, 64 features"), count_image_gradient(64);
+  variant("float32, 35 features"), count_image_gradient(35);
+  return failures;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string(argv[1]) == "bench") {
-    bench();
-    return 0;
-  }
-  return check_everything() ? 1 : 0;
+  return (starts_counting(argc, argv) ? count_everything() : check_everything()) ? 1 : 0;
 }

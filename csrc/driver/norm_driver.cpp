@@ -1,14 +1,15 @@
 // Runs a training step's batch norm, LeakyReLU and up-sampling against scalar double-precision formulas on exactly sized buffers;
 // no Torch. For sanitizers, emulated processors and instruction counts:
 //
-//   norm_driver           every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
-//   norm_driver bench     all passes on 4 x 64 x 64 x 64 float32 in NHWC with up-sampling, ten times (for counters)
+//   norm_driver                every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
+//   norm_driver count [NAME]   each pass (whose name holds NAME) once on 2 x 32 x 12 x 12, whole, for callgrind (see counted.h)
 
 #include <cstdio>
 #include <string>
 
 #include "cpu/dispatch.h"
 #include "cpu/norm_act.h"
+#include "driver/counted.h"
 #include "driver/stored.h"
 
 namespace {
@@ -68,21 +69,22 @@ NormAct pass_over(const Shape& s, Stored& x, bool upsample) {
   return n;
 }
 
-// In two parts, as two threads do.
+// In two parts, as two threads do; whole where it is counted.
 template <typename Kernel>
-void run(Kernel kernel, const NormAct& n) {
+void run(const char* name, Kernel kernel, const NormAct& n) {
   const i64 pieces = norm_act_pieces(n);
+  if (counter.active) return counter.run(name, n.groups * n.planes * n.height * n.width * n.channels, [&] { kernel(n, 0, pieces); });
   kernel(n, 0, pieces / 2);
   kernel(n, pieces / 2, pieces);
 }
 
 template <typename Kernel, typename Finish>
-std::vector<float> sum(Kernel kernel, Finish finish, NormAct n) {
+std::vector<float> sum(const char* name, Kernel kernel, Finish finish, NormAct n) {
   std::vector<double> partials(norm_act_partials(n), NAN);
   std::vector<float> results(2 * n.groups * n.channels, NAN);
   n.partials = partials.data();
   n.results = results.data();
-  run(kernel, n);
+  run(name, kernel, n);
   finish(n);
   return results;
 }
@@ -116,7 +118,7 @@ struct Problem {
 std::vector<float> check_moments(Problem& p) {
   const Shape& s = p.s;
   const NormAct n = pass_over(s, p.x, false);
-  const std::vector<float> found = sum(ADVKD_DISPATCH(norm_act_moments), ADVKD_DISPATCH(norm_act_finish_moments), n);
+  const std::vector<float> found = sum("norm_act_moments", ADVKD_DISPATCH(norm_act_moments), ADVKD_DISPATCH(norm_act_finish_moments), n);
   std::vector<double> mean(s.channels), variance(s.channels);
   const double count = s.samples * s.plane();
   for_each(s, [&](i64 i, i64 c, i64 row, i64 column) { mean[c] += p.x[s.place(i, c, row, column)] / count; });
@@ -148,7 +150,7 @@ void check_forward(Problem& p, const std::vector<float>& statistics, bool stream
   NormAct n = p.pass(statistics, p.upsample);
   n.out = y.data();
   n.stream = stream;
-  run(ADVKD_DISPATCH(norm_act), n);
+  run("norm_act", ADVKD_DISPATCH(norm_act), n);
   for_each(p.s, [&](i64 i, i64 c, i64 row, i64 column) {
     const Before b = before(p, statistics, i, c, row, column);
     const double wanted = b.value > 0 ? b.value : kSlope * b.value;
@@ -167,7 +169,8 @@ void check_backward(Problem& p, const std::vector<float>& statistics, bool keep,
   n.gradient = p.gradient.data();
   n.out = keep ? kept.data() : nullptr;
   n.stream = keep && stream;
-  const std::vector<float> sums = sum(ADVKD_DISPATCH(norm_act_sums), ADVKD_DISPATCH(norm_act_finish_sums), n);
+  const char* name = keep ? "norm_act_sums, keeping d" : "norm_act_sums";
+  const std::vector<float> sums = sum(name, ADVKD_DISPATCH(norm_act_sums), ADVKD_DISPATCH(norm_act_finish_sums), n);
   std::vector<float> means(2 * s.channels);
   for (i64 c = 0; c < 2 * s.channels; ++c) means[c] = 0.125f * (c % 7) - 0.25f;
   // From d in place where that was kept, else from the gradient.
@@ -179,7 +182,7 @@ void check_backward(Problem& p, const std::vector<float>& statistics, bool keep,
   m.gradient = keep ? dx.data() : p.gradient.data();
   m.out = dx.data();
   m.stream = !keep && stream;
-  run(ADVKD_DISPATCH(norm_act_backward), m);
+  run(keep ? "norm_act_backward, from d" : "norm_act_backward", ADVKD_DISPATCH(norm_act_backward), m);
 
   std::vector<double> wanted(2 * s.channels), size(2 * s.channels);
   for_each(s, [&](i64 i, i64 c, i64 row, i64 column) {
@@ -228,12 +231,21 @@ int check_everything() {
   return failures;
 }
 
+int count_everything() {
+  const Shape shape{2, 32, 12, 12, true};
+  const auto count = [](const char* variant, const Shape& s, Dtype dtype, bool upsample) {
+    counter.variant = variant;
+    check(s, dtype, upsample, false);
+  };
+  count("NHWC, float32", shape, Dtype::float32, false);
+  count("NHWC, bfloat16", shape, Dtype::bfloat16, false);
+  count("NHWC, float32, up-sampling", shape, Dtype::float32, true);
+  count("NCHW, float32, up-sampling", {2, 32, 12, 12, false}, Dtype::float32, true);
+  return failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string(argv[1]) == "bench") {
-    for (int i = 0; i < 10; ++i) check({4, 64, 64, 64, true}, Dtype::float32, true, true);
-    return 0;
-  }
-  return check_everything() ? 1 : 0;
+  return (starts_counting(argc, argv) ? count_everything() : check_everything()) ? 1 : 0;
 }

@@ -1,8 +1,8 @@
 // Runs the sampler step against a plain double-precision loop on exactly sized buffers; no Torch. For sanitizers, emulated
-// processors and instruction counts:
+// processors and instruction counts (those of Philox's kernels too):
 //
-//   step_driver           every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
-//   step_driver bench     a step of 4 images of 3 x 256 x 256 with noise, ten times (for counters)
+//   step_driver                every case on the instruction set that ADVKD_ISA allows; exits with 1 if one fails
+//   step_driver count [NAME]   each kernel (whose name holds NAME) once, whole, for callgrind (see counted.h)
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/philox.h"
 #include "cpu/sampler_step.h"
+#include "driver/counted.h"
 
 namespace {
 
@@ -86,6 +88,15 @@ void expect(double found, double wanted, double tolerance, const char* what) {
   if (failures++ < 10) std::printf("case %d, %s: %g, expected %g\n", cases, what, found, wanted);
 }
 
+// In two parts, as two threads do; whole where it is counted.
+void run(const SamplerStep& s) {
+  const SamplerStepKernel kernel = ADVKD_DISPATCH(sampler_step);
+  const i64 pieces = s.samples * step_pieces_per_sample(s);
+  if (counter.active) return counter.run("sampler_step", s.samples * s.planes * s.height * s.width, [&] { kernel(s, 0, pieces); });
+  kernel(s, 0, pieces / 2);
+  kernel(s, pieces / 2, pieces);
+}
+
 // Noise: 0 none, 1 a tensor, 2 drawn with one step number, 3 drawn with one per sample.
 void check(const Shape& shape, StepDtype dtype, StepDtype model_dtype, int noise, bool stream) {
   ++cases;
@@ -125,10 +136,7 @@ void check(const Shape& shape, StepDtype dtype, StepDtype model_dtype, int noise
   s.dtype = dtype;
   s.model_dtype = model_dtype;
   s.stream = stream;
-  const i64 pieces = shape.samples * step_pieces_per_sample(s);
-  // In two parts, as two threads do.
-  ADVKD_DISPATCH(sampler_step)(s, 0, pieces / 2);
-  ADVKD_DISPATCH(sampler_step)(s, pieces / 2, pieces);
+  run(s);
 
   const i64 r = std::max<i64>(shape.pool, 1), small_width = shape.width / r, small = count / (r * r);
   std::vector<double> sums(shape.samples * small);
@@ -198,12 +206,48 @@ int check_everything() {
   return failures;
 }
 
+void count_philox() {
+  constexpr i64 kCount = 4096, kTiles = kCount / (4 * kPhiloxTile);
+  constexpr u64 kIndex = (u64{1} << 33) + 5;
+  const PhiloxParameters p = philox_parameters(-3, 1, 9, kCount);
+  std::vector<std::int64_t> words(kCount);
+  std::vector<float> normals(kCount);
+  const auto all_tiles = [&](auto kernel, auto* out) {
+    return [=] {
+      for (i64 tile = 0; tile < kTiles; ++tile) kernel(kIndex, tile, p, out);
+    };
+  };
+  counter.variant = "int64";
+  counter.run("philox_words", kCount, all_tiles(ADVKD_DISPATCH(philox_words), words.data()));
+  counter.variant = "float32";
+  counter.run("philox_normal", kCount, all_tiles(ADVKD_DISPATCH(philox_normal), normals.data()));
+  for (i64 e = 0; e < kCount; ++e) {
+    u32 c[4] = {static_cast<u32>(e / 4), static_cast<u32>(kIndex), static_cast<u32>(kIndex >> 32), p.stream_step};
+    philox_rounds(c, p.key0, p.key1);
+    expect(static_cast<double>(words[e]), c[e % 4], 0, "word");
+    expect(normals[e], normal(kIndex, e, p, 0), 3e-6, "normal");
+  }
+}
+
+int count_everything() {
+  const auto count = [](const char* variant, int noise, StepDtype dtype = StepDtype::float32, i64 pool = 0, bool last = false) {
+    counter.variant = variant;
+    check({2, 3, 32, 32, pool, last}, dtype, dtype, noise, false);
+  };
+  count("float32", 0);
+  count("float32, noise given", 1);
+  count("float32, noise drawn", 2);
+  count("bfloat16, noise drawn", 2, StepDtype::bfloat16);
+  count("float16, noise drawn", 2, StepDtype::float16);
+  count("float32, NHWC, noise drawn", 2, StepDtype::float32, 0, true);
+  count("float32, pooled by 4", 0, StepDtype::float32, 4);
+  count("float32, NHWC, pooled by 4", 0, StepDtype::float32, 4, true);
+  count_philox();
+  return failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::string(argv[1]) == "bench") {
-    for (int i = 0; i < 10; ++i) check({4, 3, 256, 256, 0, false}, StepDtype::float32, StepDtype::float32, 2, false);
-    return 0;
-  }
-  return check_everything() ? 1 : 0;
+  return (starts_counting(argc, argv) ? count_everything() : check_everything()) ? 1 : 0;
 }
