@@ -28,11 +28,15 @@ from .ops.student_gpu import (
 VERSION = 1
 """Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
 
-BYTES_PER_SECOND, LAUNCH = 3e12, 3e-6
-"""What the fixed plan assumes of a device: memory's speed, and what one more launch costs inside a graph."""
+BYTES_PER_SECOND = 3e12
+LAUNCH = 4e-6
+"""What the fixed plan assumes of a device: memory's speed, and the least that a launch takes inside a graph."""
 
-PAIR_CHANNELS, STEM_SIDE = 48, 8
-"""Where the fixed plan may join two convolutions (alone each waits for memory), and the largest input side of its stem."""
+PRODUCTS_PER_SECOND = {"bf16": 2.4e14, "f16": 2.4e14, "tf32": 1.2e14, "f32": 4e13}
+"""Multiply-adds of the whole device by these kernels' instructions; one multiprocessor has a fair share of them."""
+
+STEM_BYTES, STEM_LAYER = 8e10, 6e-7
+"""Of a stem's block: bytes of weights per second from L2, and seconds between two layers."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,8 +61,8 @@ class Limits:
 
 def fixed_steps(engine, n):
     """The plan for batches of ``n`` that is taken without a measurement."""
-    candidates = [step for step in all_steps(engine, n, (engine.backend,), tune=False) if _is_modest(engine.layers, step)]
-    return cheapest(len(engine.layers), candidates, lambda step: LAUNCH + step_bytes(engine, step, n) / BYTES_PER_SECOND)
+    candidates = all_steps(engine, n, (engine.backend,), tune=False)
+    return cheapest(len(engine.layers), candidates, lambda step: predicted_seconds(engine, step, n))
 
 
 def measured_steps(engine, n):
@@ -82,7 +86,7 @@ def cheapest(count, candidates, cost):
 
 
 def all_steps(engine, n, backends, tune):
-    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one configuration of each."""
+    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one tile of Triton's each."""
     layers, steps = engine.layers, []
     for i, layer in enumerate(layers):
         kind = "image" if is_image(layer) else "conv"
@@ -92,7 +96,7 @@ def all_steps(engine, n, backends, tune):
             steps.append(Step(kind, i))
     if "cuda" in backends:
         steps += [Step("pair", i, 2) for i in range(len(layers) - 1) if _pair_fits(engine, i)]
-        steps += _stems(engine, n, tune)
+        steps += _stems(engine, n)
     return steps
 
 
@@ -115,7 +119,7 @@ def _pair_fits(engine, i):
     return fits(*channels, first.upsample, image, engine.product, engine.limits.shared)
 
 
-def _stems(engine, n, tune):
+def _stems(engine, n):
     """Stems that end where the resolution changes, by blocks per cluster and images per cluster."""
     from .ops.cupy_student_stem import stem_layers
 
@@ -126,21 +130,33 @@ def _stems(engine, n, tune):
             continue
         most = stem_layers(layers, engine.product, images, engine.limits.shared)
         ends = [k for k in range(2, most + 1) if k == len(layers) or layers[k].upsample or k == most]
-        # As many blocks as the device has room for, unless all are tried.
-        fitting = [c for c in clusters if -(-n // images) * c <= engine.limits.multiprocessors] or [1]
-        for cluster in clusters if tune else fitting[-1:]:
-            found += [Step("stem", 0, end, (cluster, images)) for end in ends]
-        if not tune and -(-n // images) <= engine.limits.multiprocessors:
-            break
+        found += [Step("stem", 0, end, (cluster, images)) for end in ends for cluster in clusters]
     return found
 
 
-def _is_modest(layers, step):
-    """Whether a step is one that wins without doubt, so that the fixed plan may have it."""
-    own = layers[step.first : step.first + step.count]
-    if step.kernel == "pair":
-        return max(max(layer.c_in, layer.c_out) for layer in own) <= PAIR_CHANNELS
-    return step.kernel != "stem" or max(layer.height for layer in own) <= STEM_SIDE
+def predicted_seconds(engine, step, n):
+    """What a step would take for ``n`` images by its bytes and products alone."""
+    if step.kernel == "stem":
+        return LAUNCH + _stem_seconds(engine, step, n)
+    own = engine.layers[step.first : step.first + step.count]
+    # A pair computes what lies around its tiles of 16 x 16 again.
+    again = (18 / 16) ** 2 if step.kernel == "pair" else 1.0
+    products = n * (again * phase_products(own[0]) + sum(map(phase_products, own[1:])))
+    return LAUNCH + max(step_bytes(engine, step, n) / BYTES_PER_SECOND, products / PRODUCTS_PER_SECOND[engine.product])
+
+
+def _stem_seconds(engine, step, n):
+    cluster, images = step.config
+    processors = engine.limits.multiprocessors
+    groups = -(-n // images)
+    rate = PRODUCTS_PER_SECOND[engine.product] / processors
+    seconds = 0.0
+    for layer in engine.layers[: step.count]:
+        weights = engine.dtype.itemsize * (16 if layer.upsample else 9) * input_channels(layer) * padded(layer.c_out)
+        busy = max(images * phase_products(layer) / rate, weights / STEM_BYTES) / cluster
+        seconds += busy + STEM_LAYER
+    # One block on a multiprocessor at a time.
+    return -(-groups * cluster // processors) * seconds
 
 
 def step_bytes(engine, step, n):

@@ -1,9 +1,13 @@
 """The student's one pass: plain module, fused student, and other engines on the folded network.
 
-python -m profiling.bench_student [--only digits] [--out FOLDER]
+python -m profiling.bench_student [--device cuda] [--only digits] [--out FOLDER]
+
+On a GPU every contestant's weights and activations have the case's dtype; "float32" is full float32 for everyone, "float32 with
+TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream.
 """
 
 import copy
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,8 @@ from torch import nn
 from advkd import Student
 from advkd.models.fused_student import convolutions
 
-from . import peers
+from . import gpu_peers, peers, roofline
+from .gpu_timing import set_tf32
 from .harness import Case, Contestant, main
 
 SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
@@ -24,11 +29,13 @@ class Folded(nn.Module):
     """The student as an engine's user folds it: convolutions with bias, LeakyReLU, nearest up-sampling, input (N, C, 4, 4).
 
     With ``transposed`` each up-sampling is folded into its convolution by hand: ``conv_transpose2d`` with 4x4 taps, stride 2
-    and padding 1 makes the same image from (w2, w1 + w2, w0 + w1, w0) along each axis.
+    and padding 1 makes the same image from (w2, w1 + w2, w0 + w1, w0) along each axis. ``inplace``: LeakyReLU takes no memory
+    of its own.
     """
 
-    def __init__(self, fused, transposed=False):
+    def __init__(self, fused, transposed=False, inplace=False):
         super().__init__()
+        self.inplace, self.tanh = inplace, True
         self.slope = fused.config.slope
         self.ups = [layer.upsample for layer in fused.layers]
         self.transposed = transposed
@@ -51,7 +58,7 @@ class Folded(nn.Module):
             if self.ups[i] and not self.transposed:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = convolution(x)
-            x = torch.tanh(x) if i == last else F.leaky_relu(x, self.slope)
+            x = torch.tanh(x) if i == last and self.tanh else F.leaky_relu(x, self.slope, self.inplace)
         return x
 
 
@@ -134,6 +141,119 @@ def _oracle(double, z):
     return torch.cat([double(row.double()) for row in z.split(1)])
 
 
+GPU_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float32 with TF32": torch.float32,
+}
+SEARCHED = ", max-autotune"
+"""Ends the names of cases with what takes the compiler minutes."""
+
+
+def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
+    """The case of one preset, batch size and dtype on a GPU; ``peers``: a key of :data:`GPU_PEERS`."""
+    kind, product = GPU_DTYPES[dtype], roofline.PRODUCTS[dtype]
+    set_tf32(product == "tf32")
+    # What was compiled for other cases would be looked through on every call.
+    torch._dynamo.reset()
+    student = copy.deepcopy(_plausible_once(preset))
+    z = student.latents(batch, seed=1).to(device)
+    fused = student.fuse("reference", tune=False)
+    channels, side = fused.latent_parts[0]
+    x = z.reshape(batch, channels, side, side)
+    folded = {transposed: Folded(fused, transposed, inplace=True) for transposed in (False, True)}
+    wanted = _oracle(copy.deepcopy(student).double().to(device), z).cpu()
+    # As on a CPU: float32 1e-4 of the output's range; where operands are rounded, four times cuDNN's error.
+    plain = gpu_peers.eager(copy.deepcopy(folded[False]), x, kind)().double().cpu()
+    error = (plain - wanted).abs().max().item()
+    tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if product == "f32" else 4 * error
+    layers = convolutions(student.config)
+    notes = {
+        "floor": roofline.floor(layers, product, batch, gpu_rates()),
+        "cudnn_error": error,
+        "tf32": product == "tf32",
+        "peers": peers,
+        "predicted_microseconds": roofline.predicted_microseconds(preset, batch, dtype),
+    }
+    contestants = [*_gpu_ours(student, z, kind), *_gpu_peers(folded, x, kind, peers)]
+    name = roofline.case_name(preset, batch, dtype) + (SEARCHED if peers == "searched" else "")
+    figures = {"flop": notes["floor"]["flop"], "moved_bytes": notes["floor"]["bytes"], "notes": notes, "keep_going": True}
+    return Case(name, lambda: wanted, tolerance, contestants, batch, repeats=20, device=device, **figures)
+
+
+def gpu_rates():
+    """The rates that floors are counted with: measured ones where this process knows them, else an H200's."""
+    return MEASURED_RATES[0] if MEASURED_RATES else roofline.H200
+
+
+MEASURED_RATES = []
+
+
+def _gpu_ours(student, z, kind):
+    """Our engine: each GPU backend alone, and the plan that may mix them."""
+
+    def prepare(backend):
+        fused = copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True)
+        return lambda: fused(z)
+
+    return [Contestant(f"advkd, {name}", lambda b=name: prepare(b), "ours") for name in ("auto", "cuda", "triton")]
+
+
+FOLDED_BY_HAND = {False: "", True: ", conv_transpose2d"}
+GPU_ENGINES = {
+    "cuDNN eager": gpu_peers.eager,
+    "cuDNN, CUDA graph": gpu_peers.graphed,
+    "torch.compile, reduce-overhead": gpu_peers.compiled,
+    "torch.compile, CUDA graph": gpu_peers.compiled_graph,
+    "torch.compile, max-autotune": functools.partial(gpu_peers.compiled, mode="max-autotune"),
+    "TensorRT": gpu_peers.tensorrt,
+}
+GPU_PEERS = {
+    "all": [
+        ("cuDNN eager", False),
+        *((name, by_hand) for name in ("cuDNN, CUDA graph", "torch.compile, reduce-overhead") for by_hand in (False, True)),
+        ("torch.compile, CUDA graph", True),
+        *(("TensorRT", by_hand) for by_hand in (False, True)),
+    ],
+    "few": [("cuDNN eager", False), ("cuDNN, CUDA graph", True), ("torch.compile, reduce-overhead", True)],
+    "searched": [("torch.compile, max-autotune", by_hand) for by_hand in (False, True)],
+}
+"""Selections of engines on the plain network or, where True, on the one whose up-sampling is folded by hand."""
+
+
+def _gpu_peers(folded, x, kind, peers):
+    found = []
+    for name, by_hand in GPU_PEERS[peers]:
+        engine, module = GPU_ENGINES[name], folded[by_hand]
+        prepare = functools.partial(lambda engine, module: engine(copy.deepcopy(module), x, kind), engine, module)
+        found.append(Contestant(name + FOLDED_BY_HAND[by_hand], prepare, "baseline" if name == "cuDNN eager" else "peer"))
+    return found
+
+
+@functools.cache
+def _plausible_once(preset):
+    return plausible_student(preset)
+
+
+def gpu_cases():
+    """Every case on a GPU by name, those that take the compiler minutes last."""
+    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in roofline.BATCHES.items() for n in batches]
+    found = {roofline.case_name(*shape): functools.partial(gpu_case, *shape) for shape in shapes}
+    slow = {roofline.case_name(*shape) + SEARCHED: functools.partial(gpu_case, *shape, "searched") for shape in shapes}
+    return {**found, **slow}
+
+
+def quick_cases():
+    """The same cases with the peers that compile fastest, but for those in :data:`WHOLE`."""
+    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in roofline.BATCHES.items() for n in batches]
+    few = {roofline.case_name(*shape): functools.partial(gpu_case, *shape, "few") for shape in shapes}
+    return {**gpu_cases(), **{name: build for name, build in few.items() if name not in WHOLE}}
+
+
+WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
+
+
 CASES = {
     f"{preset}, batch {batch}, {dtype}": lambda preset=preset, batch=batch, dtype=dtype: case(preset, batch, dtype)
     for preset, batches in SHAPES.items()
@@ -141,5 +261,11 @@ CASES = {
     for dtype in DTYPES
 }
 
+
+def cases(device):
+    """The cases of a device by name."""
+    return CASES if device == "cpu" else gpu_cases()
+
+
 if __name__ == "__main__":
-    main("bench_student", CASES, PARITY_TESTS)
+    main("bench_student", cases, PARITY_TESTS)

@@ -3,6 +3,7 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
 """
 
+import itertools
 import json
 import re
 
@@ -10,6 +11,7 @@ from advkd.evaluate import cells
 from advkd.files import write_bytes
 from advkd.report import seconds
 
+from . import gpu_kernels, gpu_summary, roofline
 from .harness import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -296,6 +298,117 @@ def _rule(columns):
     return "|" + "---|" * columns
 
 
+def gpu_kernels_state():
+    """When and where each GPU kernel last ran, and what came of it."""
+    lines = [_row("kernel", "source", "last ran on", "commit", "GPU tests passed"), _rule(5)]
+    for family in gpu_kernels.families():
+        run = gpu_kernels.last_run(family)
+        cells = ("has not run on a GPU yet", "", "")
+        if run:
+            stale = ", an earlier source" if run["stale"] else ""
+            tests = f"{run['passed']} of {run['passed'] + run['failed']}"
+            cells = (f"{run['device']}, {run['date']}{stale}", (run["commit"] or "unknown")[:8], tests)
+        lines.append(_row(f"{gpu_kernels.KINDS[family.kind]}, {family.name}", f"`{family.source}`", *cells))
+    return lines
+
+
+def predictions():
+    """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
+    lines = [_row("student", "launches", "predicted us", "layer by layer at the card's rates, us", "floor, us"), _rule(5)]
+    for name, found in roofline.read_predictions().items():
+        if found["dtype"] in ("bfloat16", "float32"):
+            figures = (found["microseconds"], found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
+            lines.append(_row(name, found["launches"], *(f"{value:.0f}" for value in figures)))
+    return lines
+
+
+def ahead():
+    """What the compilers say about the convolutions' kernels, and what is spilled by any."""
+    lines = []
+    for result in results("ahead"):
+        names = list(result["compiled"])
+        versions = result["versions"]
+        lines += [f"nvcc {versions['nvcc']}, Triton {versions['triton']}; all GPU kernels:", ""]
+        lines += [_row("kernels", *(f"{name}: registers, local accesses, tensor-core instructions" for name in names))]
+        lines += [_rule(1 + len(names))]
+        for row, parts in _compiled_sources(result["compiled"]).items():
+            lines.append(_row(row, *(_compiled(parts.get(name, [])) for name in names)))
+        stale = "" if result["kernels"] == gpu_kernels.digests() else " (of earlier sources)"
+        lines += ["", f"Launches of the predicted plans, batch 8, bfloat16{stale}:", ""]
+        lines += [
+            _row("student", "kernel", "layers", "registers", "shared KB", "blocks per SM", "FLOP per byte", "us"),
+            _rule(8),
+        ]
+        shown = [_launch(launch) for launch in result["plans"] if launch["batch"] == 8 and launch["dtype"] == "bfloat16"]
+        for row, same in itertools.groupby(shown):
+            count = len(list(same))
+            lines.append(_row(row[0], row[1] + (f", {count} times" if count > 1 else ""), *row[2:]))
+        lines.append("")
+    return lines[:-1] or ["Nothing is kept yet."]
+
+
+def _compiled_sources(compiled):
+    """``{row's title: {architecture: kernels}}``."""
+    rows = {}
+    for name, parts in compiled.items():
+        for source, kernels in parts["cuda"].items():
+            rows.setdefault(f"CUDA C++, {source}, {len(kernels)} entry points", {})[name] = kernels
+        for dtype, precision in dict.fromkeys((k["dtype"], k["precision"]) for k in parts["triton"]):
+            own = [k for k in parts["triton"] if (k["dtype"], k["precision"]) == (dtype, precision)]
+            said = f"Triton, conv_block, {dtype}{'' if dtype == 'bf16' else ' ' + precision}, {len(own)} configurations"
+            rows.setdefault(said, {})[name] = own
+    return rows
+
+
+def _compiled(kernels):
+    if not kernels:
+        return "-"
+    registers = [kernel["registers"] for kernel in kernels]
+    kinds = {
+        kind: sum(kernel["tensor"].get(kind, 0) > 0 for kernel in kernels) for kernel in kernels for kind in kernel["tensor"]
+    }
+    tensor = ", ".join(f"{kind} in {count}" for kind, count in kinds.items()) or "none"
+    return f"{min(registers)} to {max(registers)}, {sum(kernel['local_accesses'] for kernel in kernels)}, {tensor}"
+
+
+def _launch(launch):
+    layers = launch["layers"]
+    said = layers[0] if len(layers) == 1 else f"{len(layers)}: {layers[0]} ... {layers[-1]}"
+    entry = launch["entry"].removeprefix("advkd_").rpartition("_")[0]
+    figures = (f"{launch['shared'] / 1024:.0f}", launch.get("blocks", "-"), f"{launch['intensity']:.0f}")
+    return launch["preset"], entry, said, launch.get("registers", "-"), *figures, f"{launch['microseconds']:.1f}"
+
+
+def gpu_benchmarks():
+    """Times on GPUs, ours and the fastest of the others, where the parity tests were green."""
+    lines = []
+    for name in gpu_summary.BENCHMARKS:
+        for result in results(f"gpu_{name}"):
+            if result["result"].get("gate", {}).get("state") != "green":
+                continue
+            titles = ("work", "advkd, us", "fastest other, us", "which", "ratio", "floor reached", "error by cuDNN's")
+            place = result["provenance"]
+            lines += [
+                f"`{name}`, {place['device']}, torch {place['versions']['torch']}:",
+                "",
+                _row(*titles),
+                _rule(len(titles)),
+            ]
+            lines += [_row(case["case"], *_gpu_case(case)) for case in gpu_summary.cases_of(result)]
+            lines.append("")
+    return lines[:-1] or ["Nothing has been measured on a GPU yet."]
+
+
+def _gpu_case(case):
+    ours, other = gpu_summary.best(case, True), gpu_summary.best(case, False)
+    if ours is None or other is None:
+        return ("off or cannot run", "", "", "", "", "")
+    times = [f"{1e6 * entry['seconds']['median']:.1f}" for entry in (ours, other)]
+    share, error = gpu_summary.reached(case), gpu_summary.error_ratio(case)
+    figures = ("-" if share is None else f"{100 * share:.0f} %", "-" if error is None else f"{error:.2f} x")
+    return *times, other["name"], f"{case['ratio']:.2f} x", *figures
+
+
 TABLES = {
     "evaluation": evaluation,
     "ablation": ablation,
@@ -310,6 +423,10 @@ TABLES = {
     "footprint": footprint,
     "precision": precision,
     "teacher": teacher,
+    "gpu_benchmarks": gpu_benchmarks,
+    "gpu_kernels": gpu_kernels_state,
+    "predictions": predictions,
+    "ahead": ahead,
 }
 
 

@@ -6,7 +6,10 @@ The launchers have the signatures of the extension's, ``torch.ops.advkd_cuda``.
 import numpy
 import torch
 
+from .cupy_conv_block import conv_image, conv_layer
+from .cupy_conv_pair import conv_pair
 from .cupy_modules import SUFFIXES, THREADS, address, clamp, compiled, cover, gap, key, start, struct
+from .cupy_student_stem import student_stem
 from .cupy_training import (
     conv_bias_act_mask,
     interpolate,
@@ -20,6 +23,9 @@ from .cupy_training import (
 
 __all__ = [
     "conv_bias_act_mask",
+    "conv_image",
+    "conv_layer",
+    "conv_pair",
     "gap",
     "interpolate",
     "mask_mul",
@@ -31,6 +37,7 @@ __all__ = [
     "philox_normal",
     "philox_words",
     "sampler_step",
+    "student_stem",
 ]
 
 PHILOX = numpy.dtype([("key0", "u4"), ("key1", "u4"), ("stream_step", "u4"), ("count", "i8")], align=True)

@@ -34,6 +34,18 @@ ADVKD_INLINE u32 round_tf32(u32 bits) {
   return rounded;
 }
 
+// Two numbers rounded to bfloat16 or float16, to nearest with ties to even, `low` in the lower half of the word.
+ADVKD_INLINE u32 pack_bf16(float low, float high) {
+  u32 word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+ADVKD_INLINE u32 pack_f16(float low, float high) {
+  u32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 // A step of A from shared memory. `row`: of lanes 0 to 15 the first 16 bytes of the step in row `lane`, of lanes 16 to 31 the
 // other 16 bytes in row `lane - 16`; aligned to 16 bytes.
 ADVKD_INLINE void load_fragment(u32 (&a)[4], const unsigned char* row) {

@@ -107,8 +107,10 @@ static std::vector<std::vector<unsigned char>> shared;
 static Barrier cluster;
 static unsigned current, first_of_cluster;
 static std::function<void()> kernel;
-extern "C" unsigned first_block;
+extern "C" unsigned first_block, order;
 unsigned first_block = 0;
+// 0: threads take turns in a scattered order. 1 and 2: the first or the last warp that can go on does, far ahead of the others.
+unsigned order = 0;
 
 static unsigned block_in_cluster() { return current / blockDim.x; }
 static unsigned lane() { return current % kWarp; }
@@ -170,16 +172,22 @@ static void run_cluster(unsigned size, unsigned threads, unsigned shared_bytes) 
   cluster.members = all;
   // What nobody has written is NaN; one allocation each, so that a sanitizer sees its end.
   shared.assign(size, std::vector<unsigned char>(shared_bytes + 128, 0xFF));
-  for (unsigned left = all; left > 0;) {
+  unsigned left = all;
+  const auto moves = [&left](unsigned i) {
+    Fiber& fiber = fibers[i];
+    if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.since)) return false;
+    fiber.waits = nullptr;
+    resume(i);
+    left -= fiber.done;
+    return true;
+  };
+  const unsigned count = warps.size();
+  while (left > 0) {
     bool moved = false;
-    for (unsigned turn = 0; turn < all; ++turn) {
-      const unsigned i = turn * 37 % all;  // all is a power of two
-      Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.since)) continue;
-      fiber.waits = nullptr;
-      resume(i);
-      left -= fiber.done;
-      moved = true;
+    for (unsigned turn = 0; order == 0 && turn < all; ++turn) moved |= moves(turn * 37 % all);  // all is a power of two
+    for (unsigned warp = 0; order != 0 && !moved && warp < count; ++warp) {
+      const unsigned first = (order == 1 ? warp : count - 1 - warp) * kWarp;
+      for (unsigned i = first; i < std::min(first + kWarp, all); ++i) moved |= moves(i);
     }
     if (!moved) {
       std::fprintf(stderr, "every thread waits for another\n");

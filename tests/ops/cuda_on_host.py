@@ -38,8 +38,8 @@ extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParamet
 """
 
 
-WARP = (ROOT / "csrc/cuda/warp.cuh").read_text()
-"""Instructions that only PTX has, which ``warp_on_host.h`` stands in for as a whole."""
+STAND_INS = {"csrc/cuda/warp.cuh": "warp_on_host.h", "csrc/cuda/cluster.cuh": "cluster_on_host.h"}
+"""Sources of instructions that only PTX has, and what stands in for each as a whole."""
 
 
 class HostModule:
@@ -60,7 +60,8 @@ class HostModule:
 
     def compile(self, code, stem):
         struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
-        code = code.replace(WARP, (ROOT / "tests/ops/warp_on_host.h").read_text())
+        for device, host in STAND_INS.items():
+            code = code.replace((ROOT / device).read_text(), (ROOT / "tests/ops" / host).read_text())
         for device, host in HOST_CODE.items():
             assert struct == "PhiloxParameters" or code.count(device) == 1
             code = code.replace(device, host)
@@ -100,3 +101,14 @@ def only_last_block(name, blocks):
         yield
     finally:
         first.value = 0
+
+
+@contextlib.contextmanager
+def in_order(order, name, *options):
+    """The program of ``csrc/cuda/<name>.cu`` runs its warps in another order: see ``order`` in ``cuda_on_host.h``."""
+    value = ctypes.c_uint.in_dll(cupy_modules.compiled(name, *options).library, "order")
+    value.value = order
+    try:
+        yield
+    finally:
+        value.value = 0

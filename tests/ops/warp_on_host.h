@@ -59,8 +59,13 @@ ADVKD_INLINE void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { o
 
 ADVKD_INLINE u32 round_tf32(u32 bits) { return (bits & 0x7F800000u) == 0x7F800000u ? bits : (bits + 0x1000u) & ~0x1FFFu; }
 
+ADVKD_INLINE u32 pack_bf16(float low, float high) { return bf16::encode(low) | static_cast<u32>(bf16::encode(high)) << 16; }
+ADVKD_INLINE u32 pack_f16(float low, float high) { return f16::encode(low) | static_cast<u32>(f16::encode(high)) << 16; }
+
 ADVKD_INLINE void load_fragment(u32 (&a)[4], const unsigned char* row) {
   if (reinterpret_cast<size_t>(row) % 16 != 0) std::abort();
+  const auto& bytes = on_host::shared[on_host::block_in_cluster()];
+  if (row < shared_memory() || row + 16 > shared_memory() + bytes.size() - 128) std::abort();
   on_host::Exchange& shown = on_host::exchange();
   shown.row[on_host::lane()] = row;
   on_host::sync_lanes();

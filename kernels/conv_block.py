@@ -1,0 +1,584 @@
+"""The student's convolutions in Triton; the specification is ``advkd.ops.conv_block.conv_block_reference``.
+
+A tile is a run of pixels of (N, H, W), in the order of memory, by a block of output channels: places before it are 64-bit
+scalars, those in it constants. Taps are nested loops around blocks of input channels: one flattened loop has been miscompiled
+at 8 warps. Up-sampling is four such convolutions of 2x2 taps, the output's phases. All columns and phases of a tile of pixels
+run one after the other: they read it from L2, where any layer's weights fit, too, and fill its lines together. The image's few
+channels are a product of 2-D tiles of pixels, whose nine taps L1 serves.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.library import custom_op, triton_op, wrap_triton
+
+from ..errors import InputError
+from ..ops import gpu_layers, triton_tuning
+from ..ops.conv_block import ACTIVATIONS, ConvLayer
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+"""How float32 numbers are multiplied: in full without tensor cores, as TensorFloat-32, in full as three products of those."""
+
+IMAGE_COLUMNS = 16
+"""Output channels of the image's product: a tensor core has no fewer."""
+
+PROCESSORS = 132
+"""Of the GPU for which configurations are ordered."""
+
+SHARED = 99 * 1024
+"""Bytes of shared memory that a block of every GPU since sm_80 can have."""
+
+# Counts that happen to be 1 must not become compile-time constants.
+SCALARS = ["images", "height", "width", "tiles_down", "tiles_across"]
+
+
+class Config(NamedTuple):
+    """Tile of the convolution: pixels by output channels, input channels of a step, warps, stages of the pipeline."""
+
+    pixels: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    def __str__(self):
+        return f"{self.pixels}x{self.columns}x{self.inner}, {self.warps} warps, {self.stages} stages"
+
+    def shared(self, dtype):
+        """Bytes of shared memory of the pipeline."""
+        return self.stages * (self.pixels + self.columns) * self.inner * dtype.itemsize
+
+
+class ImageConfig(NamedTuple):
+    """Tile of the image's convolution: rows by columns of pixels, input channels of a step, warps."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+
+    def __str__(self):
+        return f"{self.rows}x{self.columns} pixels, {self.inner}, {self.warps} warps"
+
+
+NARROW = (
+    Config(256, 128, 64, 8, 3),
+    Config(128, 128, 32, 4, 4),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(256, 64, 64, 8, 3),
+    Config(128, 64, 64, 8, 3),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(256, 32, 64, 8, 3),
+    Config(128, 32, 64, 4, 3),
+    Config(64, 32, 64, 4, 3),
+    Config(32, 64, 64, 4, 3),
+    Config(32, 32, 64, 4, 3),
+    Config(128, 16, 64, 4, 3),
+    Config(64, 16, 64, 4, 4),
+    Config(16, 32, 64, 2, 4),
+    Config(16, 16, 64, 1, 4),
+)
+"""Configurations in 16-bit storage; a step is a cache line of 128 bytes of a pixel."""
+
+WIDE = (
+    Config(128, 128, 32, 8, 3),
+    Config(128, 64, 32, 8, 3),
+    Config(64, 128, 32, 8, 3),
+    Config(64, 64, 32, 4, 3),
+    Config(128, 32, 32, 8, 3),
+    Config(64, 32, 32, 4, 3),
+    Config(32, 64, 32, 4, 3),
+    Config(32, 32, 32, 2, 4),
+    Config(64, 16, 32, 4, 3),
+    Config(16, 16, 32, 1, 4),
+)
+"""Configurations in TensorFloat-32."""
+
+THREE = (
+    Config(128, 64, 16, 8, 3),
+    Config(64, 128, 16, 8, 3),
+    Config(64, 64, 16, 4, 3),
+    Config(128, 32, 16, 4, 3),
+    Config(64, 32, 16, 4, 3),
+    Config(32, 64, 32, 4, 3),
+    Config(32, 32, 32, 2, 4),
+    Config(64, 16, 32, 4, 3),
+    Config(16, 32, 32, 2, 4),
+    Config(16, 16, 32, 1, 4),
+)
+"""Configurations in float32 as three products: what is left over of each number takes registers, too."""
+
+FULL = (
+    Config(128, 64, 16, 8, 2),
+    Config(64, 64, 16, 8, 2),
+    Config(64, 64, 16, 4, 2),
+    Config(64, 32, 16, 4, 2),
+    Config(32, 64, 16, 4, 2),
+    Config(32, 32, 16, 4, 2),
+    Config(64, 16, 16, 4, 2),
+    Config(16, 16, 16, 1, 2),
+)
+"""Configurations in float32 without tensor cores."""
+
+IMAGE = (
+    ImageConfig(8, 32, 64, 8),
+    ImageConfig(8, 16, 64, 4),
+    ImageConfig(4, 32, 64, 4),
+    ImageConfig(8, 8, 64, 4),
+    ImageConfig(4, 8, 64, 2),
+)
+"""Configurations of the image's layer; in float32 a step has half as many channels."""
+
+IMAGE_FULL = (
+    ImageConfig(8, 16, 64, 8),
+    ImageConfig(8, 8, 64, 4),
+    ImageConfig(4, 8, 64, 4),
+)
+"""The same without tensor cores."""
+
+
+@triton.jit
+def _activate(y, slope, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        y = tl.where(y > 0, y, slope * y)
+    if ACTIVATION == 2:
+        size = tl.abs(y)
+        decay = tl.exp(-2.0 * size)
+        large = (1.0 - decay) / (1.0 + decay)
+        # Where 1 - decay cancels, the series: the next term is 2^-26 of the value.
+        square = y * y
+        series = square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        y = tl.where(size < 0.25, y + y * series, tl.where(y < 0, -large, large))
+    return y
+
+
+@triton.jit
+def _neighbours(inside, row, column, height, width, TAPS: tl.constexpr):
+    """Which taps of pixels lie in the image, a bit for each, where tap (0, 0) reads (row, column)."""
+    bits = tl.zeros_like(row)
+    for i in tl.static_range(TAPS):
+        for j in tl.static_range(TAPS):
+            vertical = (row + i >= 0) & (row + i < height)
+            horizontal = (column + j >= 0) & (column + j < width)
+            bits |= (inside & vertical & horizontal).to(tl.int32) << (TAPS * i + j)
+    return bits
+
+
+@triton.jit
+def _below(index, count: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's indices are below ``count``; a constant where whole blocks make it up, so that masks vanish."""
+    if count % BLOCK == 0:
+        return tl.full((BLOCK,), True, tl.int1)
+    else:
+        return index < count
+
+
+@triton.jit
+def _step(
+    x, weights, x_place, w_place, there, known, inner, k, sums,
+    C_IN: tl.constexpr, IN_STEP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums with a tap's products of input channels ``k + inner``."""
+    some = _below(k + inner, C_IN, BLOCK_K)
+    a = tl.load(x + k + x_place, mask=there[:, None] & some[None, :], other=0.0)
+    b = tl.load(weights + k * IN_STEP + w_place, mask=some[:, None] & known[None, :], other=0.0)
+    if UPCAST:
+        # Triton's interpreter multiplies bfloat16 wrongly.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def conv_kernel(
+    x, weights, bias, out, slope, images, height, width, pitch,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, IN_STEP: tl.constexpr, OUT_STEP: tl.constexpr,
+    UPSAMPLE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = 2 if UPSAMPLE else 3
+    PHASES: tl.constexpr = 4 if UPSAMPLE else 1
+    BLOCKS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    phase = program // BLOCKS % PHASES
+    below, right = phase // 2, phase % 2
+    channel = program % BLOCKS * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    known = _below(channel + column, C_OUT, BLOCK_N)
+
+    first = (program // (BLOCKS * PHASES)).to(tl.int64) * BLOCK_M
+    line = first // width
+    pixel = tl.arange(0, BLOCK_M)
+    inside = pixel < images.to(tl.int64) * height * width - first
+    w = (first - line * width).to(tl.int32) + pixel
+    lines = w // width
+    w -= lines * width
+    h = ((line % height).to(tl.int32) + lines) % height
+    neighbours = _neighbours(inside, h + below - 1, w + right - 1, height, width, TAPS)
+
+    inner = tl.arange(0, BLOCK_K)
+    x_place = pixel[:, None] * C_IN + inner[None, :]
+    w_place = inner[:, None] * IN_STEP + column[None, :] * OUT_STEP
+    x += (first + (below - 1) * width + (right - 1)) * C_IN
+    weights += phase * (TAPS * TAPS * C_IN * C_OUT) + channel * OUT_STEP
+    # The bias comes first: at the end it would take registers beside the sums.
+    offset = tl.load(bias + channel + column, mask=known, other=0.0)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + offset[None, :]
+    for i in range(TAPS):
+        for j in range(TAPS):
+            there = (neighbours >> (TAPS * i + j)) & 1 != 0
+            x_tap = x + (i * width + j).to(tl.int64) * C_IN
+            w_tap = weights + (TAPS * i + j) * (C_IN * C_OUT)
+            for k in range(0, C_IN, BLOCK_K):
+                sums = _step(
+                    x_tap, w_tap, x_place, w_place, there, known, inner, k, sums,
+                    C_IN, IN_STEP, PRECISION, UPCAST, BLOCK_K,
+                )  # fmt: skip
+
+    place = pixel
+    if UPSAMPLE:
+        # Pixel (h, w) of line l of all images becomes (2 h + below, 2 w + right), lines twice as long.
+        first = 2 * (first + (line + below) * width) + right
+        place = 2 * (pixel + lines * width)
+    out += first * pitch + channel
+    y = _activate(sums, slope, ACTIVATION).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * pitch + column[None, :], y, mask=inside[:, None] & known[None, :])
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def image_kernel(
+    x, weights, bias, out, slope, height, width, tiles_down, tiles_across,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, CHANNELS: tl.constexpr, IN_STEP: tl.constexpr, OUT_STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    image = (program // (tiles_down * tiles_across)).to(tl.int64)
+    top = program // tiles_across % tiles_down * ROWS
+    left = program % tiles_across * COLUMNS
+    pixel = tl.arange(0, ROWS * COLUMNS)
+    row, column = pixel // COLUMNS, pixel % COLUMNS
+    h, w = top + row, left + column
+    inside = (h < height) & (w < width)
+    neighbours = _neighbours(inside, h - 1, w - 1, height, width, 3)
+    place = row * width + column
+
+    channel, inner = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    known = channel < CHANNELS
+    x_place = place[:, None] * C_IN + inner[None, :]
+    w_place = inner[:, None] * IN_STEP + channel[None, :] * OUT_STEP
+    x += (((image * height + top - 1) * width) + left - 1) * C_IN
+    offset = tl.load(bias + channel, mask=known, other=0.0)
+    sums = tl.zeros((ROWS * COLUMNS, BLOCK_N), tl.float32) + offset[None, :]
+    # Taps within a block of channels: what one tap has read is still in L1 for the next.
+    for k in range(0, C_IN, BLOCK_K):
+        for i in range(3):
+            for j in tl.static_range(3):
+                sums = _step(
+                    x + (i * width + j) * C_IN, weights + (3 * i + j) * (C_IN * C_OUT), x_place, w_place,
+                    (neighbours >> (3 * i + j)) & 1 != 0, known, inner, k, sums,
+                    C_IN, IN_STEP, PRECISION, UPCAST, BLOCK_K,
+                )  # fmt: skip
+
+    plane = height.to(tl.int64) * width
+    out += image * CHANNELS * plane + top * width + left
+    y = _activate(sums, slope, ACTIVATION).to(out.dtype.element_ty)
+    tl.store(out + channel[None, :] * plane + place[:, None], y, mask=inside[:, None] & known[None, :])
+
+
+INTERPRETED = not isinstance(conv_kernel, triton.JITFunction)
+"""Triton's interpreter stands in for a GPU."""
+
+
+def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, config):
+    """A convolution of the student, as it is stored on a GPU; writes channels ``[0, C_out)`` of ``out``.
+
+    Args:
+        x: ``(N, H, W, C_in)``, contiguous, C_in a multiple of 16: float32, bfloat16 or float16.
+        weights: ``(phases, taps, C_in, C_out)`` of :func:`pack_weights`, C_out a multiple of 16.
+        bias: ``(C_out,)`` float32.
+        out: ``(N, H', W', P)``, contiguous, ``x``'s dtype; P >= C_out, H' = 2 H and W' = 2 W with ``upsample``.
+        activation: an index into :data:`advkd.ops.conv_block.ACTIVATIONS`.
+        slope: LeakyReLU's.
+        precision: of float32, one of :data:`PRECISIONS`.
+        config: a :class:`Config`.
+
+    Raises:
+        InputError: shapes, dtypes or layouts that do not fit.
+    """
+    _run_layer(conv_kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
+
+
+def conv_image(x, weights, bias, out, activation, slope, precision, config):
+    """The image's convolution: as :func:`conv_layer`, to few channels and in the order of images.
+
+    ``weights`` ``(1, 9, C_in, 16)``; ``out`` ``(N, c, H, W)``, contiguous, c at most 16; ``config`` an :class:`ImageConfig`.
+    """
+    _run_image(image_kernel, x, weights, bias, out, activation, slope, precision, config)
+
+
+def pack_weights(taps, dtype, precision):
+    """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_layers.pad_layer` as the kernels read them fastest.
+
+    Tensor cores take float32 with the summed index fastest in memory; TensorFloat-32 is rounded here, not cut off there.
+    """
+    if dtype != torch.float32:
+        return taps.to(dtype).contiguous()
+    if precision == "ieee":
+        return taps.contiguous()
+    taps = gpu_layers.round_tf32(taps) if precision == "tf32" else taps
+    return taps.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def is_image(layer):
+    """Whether :func:`conv_image` computes a layer."""
+    return layer.c_out <= 4 and not layer.upsample
+
+
+def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
+    """Configurations worth measuring for a :class:`advkd.ops.conv_block.ConvLayer`, the likeliest first, at most 8.
+
+    ``shared``: bytes of shared memory that a block can have (:func:`shared_memory`).
+    """
+    c_in = gpu_layers.input_channels(layer)
+    if is_image(layer):
+        return tuple(sorted(image_table(dtype, precision, c_in), key=lambda tile: _image_cost(tile, layer, batch)))
+    tiles = dict.fromkeys(table(dtype, precision, c_in))
+    # Barriers and the like take a few bytes more.
+    tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
+    return tuple(sorted(tiles, key=lambda tile: _cost(tile, layer, batch))[:8])
+
+
+def table(dtype, precision, c_in):
+    """All configurations of :func:`conv_layer`, their steps fitted to ``c_in`` channels."""
+    tiles = {"tf32": WIDE, "tf32x3": THREE, "ieee": FULL}[precision] if dtype == torch.float32 else NARROW
+    return tuple(tile._replace(inner=_inner(tile.inner, c_in)) for tile in tiles)
+
+
+def image_table(dtype, precision, c_in):
+    """All configurations of :func:`conv_image`, their steps fitted to ``c_in`` channels."""
+    wide = dtype == torch.float32
+    tiles = IMAGE_FULL if wide and precision == "ieee" else IMAGE
+    return tuple(tile._replace(inner=_inner(tile.inner // (1 + wide), c_in)) for tile in tiles)
+
+
+def default(layer, batch, dtype, precision="tf32"):
+    """The configuration taken without a measurement; it runs on every GPU since sm_80."""
+    return configs(layer, batch, dtype, precision)[0]
+
+
+def tuned(layer, batch, dtype, precision, device):
+    """The configuration that is fastest on ``device``, measured once and kept (:mod:`advkd.ops.triton_tuning`)."""
+    named = {str(config): config for config in configs(layer, batch, dtype, precision, shared_memory(device))}
+    kernel = f"Triton {triton_tuning.triton_version()}"
+    key = triton_tuning.layer_key(kernel, layer, batch, dtype, precision, device)
+    run = _example(layer, batch, dtype, precision, device)
+    return named[triton_tuning.choose(key, list(named), lambda name: _seconds(run, named[name]))]
+
+
+def shared_memory(device):
+    """Bytes of shared memory that a block can have on ``device``."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def conv_block(x, weight, bias, slope, upsample, activation, precision=None):
+    """Launcher of ``advkd::conv_block``: ordinary tensors of any strides, padded and packed on every call.
+
+    ``precision``: of float32, one of :data:`PRECISIONS`; by default TensorFloat-32 where torch's switch for convolutions has
+    it, else three products of those.
+    """
+    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    if precision is None:
+        precision = "tf32" if gpu_layers.product_of(x.dtype) == "tf32" else "tf32x3"
+    taps, bias = gpu_layers.pad_layer(weight, bias, layer)
+    weights = pack_weights(taps, x.dtype, precision)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, weights.shape[2] - layer.c_in)).contiguous()
+    code, config = ACTIVATIONS.index(activation), list(default(layer, len(x), x.dtype, precision))
+    if is_image(layer):
+        return conv_image_triton(x, weights, bias, layer.c_out, code, slope, precision, config)
+    y = conv_layer_triton(x, weights, bias, upsample, code, slope, precision, config)
+    return y[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
+
+
+def _conv_layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    upsample: bool,
+    activation: int,
+    slope: float,
+    precision: str,
+    config: list[int],
+) -> torch.Tensor:
+    out = _layer_result(x, weights, bias, upsample, activation, slope, precision, config)
+    kernel = conv_kernel if INTERPRETED else wrap_triton(conv_kernel)
+    _run_layer(kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
+    return out
+
+
+def _layer_result(x, weights, bias, upsample, activation, slope, precision, config):
+    scale = 2 if upsample else 1
+    return x.new_empty((x.shape[0], scale * x.shape[1], scale * x.shape[2], weights.shape[3]))
+
+
+def _conv_image(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    channels: int,
+    activation: int,
+    slope: float,
+    precision: str,
+    config: list[int],
+) -> torch.Tensor:
+    out = _image_result(x, weights, bias, channels, activation, slope, precision, config)
+    kernel = image_kernel if INTERPRETED else wrap_triton(image_kernel)
+    _run_image(kernel, x, weights, bias, out, activation, slope, precision, config)
+    return out
+
+
+def _image_result(x, weights, bias, channels, activation, slope, precision, config):
+    return x.new_empty((x.shape[0], channels, x.shape[1], x.shape[2]))
+
+
+def _register(name, function, result):
+    """An op that compilers see through to the kernel, or as a whole where the kernel is interpreted.
+
+    It returns its result: one that writes an argument would be copied around wherever a graph is made functional. The
+    result's shape has a function of its own, as what the launcher asks about numbers would narrow the sizes of an export.
+    """
+    op = (custom_op if INTERPRETED else triton_op)(f"advkd::{name}", function, mutates_args=())
+    op.register_fake(result)
+    return op
+
+
+conv_layer_triton = _register("conv_layer_triton", _conv_layer, _layer_result)
+conv_image_triton = _register("conv_image_triton", _conv_image, _image_result)
+
+
+def _run_layer(kernel, x, weights, bias, out, upsample, activation, slope, precision, config):
+    scale = 2 if upsample else 1
+    _check(x, weights, bias, (4, 4) if upsample else (1, 9), precision)
+    images, height, width, c_in = x.shape
+    c_out, config = weights.shape[3], Config(*config)
+    _check_out(out, x, (images, scale * height, scale * width), out.shape[:3])
+    if out.shape[3] < c_out:
+        raise InputError(f"out has {out.shape[3]} channels, {c_out} are written")
+    if images == 0:
+        return
+    tiles = _ceil(images * height * width, config.pixels)
+    grid = (scale * scale * tiles * _ceil(c_out, config.columns),)
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            x, weights, bias, out, slope, images, height, width, out.shape[3],
+            C_IN=c_in, C_OUT=c_out, UPSAMPLE=upsample, ACTIVATION=activation, **_numbers(x, weights, precision),
+            BLOCK_M=config.pixels, BLOCK_N=config.columns, BLOCK_K=config.inner,
+            num_warps=config.warps, num_stages=config.stages, **_options(kernel is conv_kernel),
+        )  # fmt: skip
+
+
+def _run_image(kernel, x, weights, bias, out, activation, slope, precision, config):
+    _check(x, weights, bias, (1, 9), precision)
+    images, height, width, c_in = x.shape
+    c_out, channels, config = weights.shape[3], out.shape[1], ImageConfig(*config)
+    _check_out(out, x, (images, height, width), (out.shape[0], *out.shape[2:]))
+    if c_out != IMAGE_COLUMNS or channels > c_out:
+        raise InputError(f"an image has at most {IMAGE_COLUMNS} channels, padded to as many, got {channels} and {c_out}")
+    if images == 0:
+        return
+    down, across = _ceil(height, config.rows), _ceil(width, config.columns)
+    with torch.cuda.device_of(x):
+        # One stage: what is copied past the registers is copied past L1.
+        kernel[(images * down * across,)](
+            x, weights, bias, out, slope, height, width, down, across,
+            C_IN=c_in, C_OUT=c_out, CHANNELS=channels, ACTIVATION=activation, **_numbers(x, weights, precision),
+            ROWS=config.rows, COLUMNS=config.columns, BLOCK_N=c_out, BLOCK_K=config.inner,
+            num_warps=config.warps, num_stages=1, **_options(kernel is image_kernel),
+        )  # fmt: skip
+
+
+def _numbers(x, weights, precision):
+    """Compile-time constants of the weights' layout and of the arithmetic."""
+    steps = {"IN_STEP": weights.stride(2), "OUT_STEP": weights.stride(3)}
+    narrow = x.dtype != torch.float32
+    return {**steps, "PRECISION": "tf32" if narrow else precision, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
+
+
+def _options(direct):
+    """Of Triton's compiler; Inductor, which compiles a traced kernel, has its own."""
+    return {"enable_fp_fusion": True} if direct else {}
+
+
+def _check(x, weights, bias, phases, precision):
+    if x.ndim != 4 or x.shape[3] % gpu_layers.UNIT or not x.is_contiguous():
+        expected = f"contiguous (N, H, W, C), C a multiple of {gpu_layers.UNIT}"
+        raise InputError(f"x must be {expected}, got {tuple(x.shape)} with strides {x.stride()}")
+    gpu_layers.product_of(x.dtype)
+    expected = (*phases, x.shape[3])
+    if weights.ndim != 4 or tuple(weights.shape[:3]) != expected or weights.shape[3] % gpu_layers.UNIT:
+        raise InputError(f"weights must be {expected} by a multiple of {gpu_layers.UNIT}, got {tuple(weights.shape)}")
+    if not (weights.is_contiguous() or weights.transpose(2, 3).is_contiguous()):
+        raise InputError(f"weights must be contiguous, or by their last two axes swapped, got strides {weights.stride()}")
+    if bias.shape != weights.shape[3:] or bias.dtype != torch.float32 or not bias.is_contiguous():
+        raise InputError(f"bias must be ({weights.shape[3]},) float32, got {tuple(bias.shape)} {bias.dtype}")
+    if weights.dtype != x.dtype:
+        raise InputError(f"weights must be {x.dtype} as x, got {weights.dtype}")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _check_out(out, x, expected, found):
+    if tuple(found) != tuple(expected) or out.dtype != x.dtype or not out.is_contiguous():
+        raise InputError(f"out must be contiguous {x.dtype} of {tuple(expected)} (N, H, W), got {tuple(found)} {out.dtype}")
+
+
+def _ceil(a, b):
+    return (a + b - 1) // b
+
+
+def _inner(most, channels):
+    """Channels of a step: as many as go into few steps without much beyond the last channel."""
+    sizes = [size for size in (64, 32, 16) if size <= most]
+    return min(sizes, key=lambda size: _ceil(channels, size) * (size + 16))
+
+
+def _cost(tile, layer, batch):
+    """Relative time: rounds of all processors times a tile's products, loads and overhead."""
+    programs = (4 if layer.upsample else 1) * _ceil(batch * layer.height * layer.width, tile.pixels)
+    programs *= _ceil(gpu_layers.padded(layer.c_out), tile.columns)
+    return _ceil(programs, PROCESSORS) * (tile.pixels + 16) * (tile.columns + 16)
+
+
+def _image_cost(tile, layer, batch):
+    programs = batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
+    return _ceil(programs, PROCESSORS) * (tile.rows + 2) * (tile.columns + 2)
+
+
+def _example(layer, batch, dtype, precision, device):
+    """A function that runs a layer with a configuration, on random numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = {"generator": generator, "device": device}
+    taps = (4, 4) if layer.upsample else (1, 9)
+    c_in, c_out, scale = gpu_layers.input_channels(layer), gpu_layers.padded(layer.c_out), 2 if layer.upsample else 1
+    x = torch.randn(batch, layer.height, layer.width, c_in, **numbers).to(dtype)
+    weights = pack_weights(torch.randn(*taps, c_in, c_out, **numbers) / math.sqrt(taps[1] * c_in), dtype, precision)
+    bias, code = torch.zeros(c_out, device=device), ACTIVATIONS.index(layer.activation)
+    if is_image(layer):
+        out = x.new_empty((batch, layer.c_out, layer.height, layer.width))
+        return lambda config: conv_image(x, weights, bias, out, code, 0.2, precision, config)
+    out = x.new_empty((batch, scale * layer.height, scale * layer.width, c_out))
+    return lambda config: conv_layer(x, weights, bias, out, layer.upsample, code, 0.2, precision, config)
+
+
+def _seconds(run, config):
+    """Median time of a configuration; infinite where it does not fit the device."""
+    try:
+        milliseconds = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+    except triton.OutOfResources:
+        return math.inf
+    return 1e-3 * milliseconds

@@ -1,0 +1,105 @@
+"""Times on a GPU, by events on its stream; and work captured as a CUDA graph."""
+
+import random
+import statistics
+
+import torch
+
+SAMPLE = 2e-3
+"""Seconds that one sample takes at least: so many calls in a row that an event's resolution and the host do not count."""
+MOST = 200
+"""Calls of a sample at most."""
+
+
+def measure_events(calls, repeats=20, warmup=3, device="cuda"):
+    """Time functions in turn, in a new random order each round: seconds per call of calls in a row.
+
+    Args:
+        calls: ``{name: function}``; a function's attribute ``units`` says how many calls one is (a graph of several, say).
+        repeats: timed rounds.
+        warmup: calls of each before them.
+        device: whose current stream they run on.
+
+    Returns:
+        As :func:`advkd.timing.measure`, with ``calls``: how many a sample holds.
+    """
+    counts = {name: _calls_per_sample(call, warmup, device) for name, call in calls.items()}
+    times, shuffler = {name: [] for name in calls}, random.Random(0)
+    for _ in range(repeats):
+        for name in shuffler.sample(list(calls), len(calls)):
+            times[name].append(_sample(calls[name], counts[name], device) / getattr(calls[name], "units", 1))
+    return {name: {**_summary(values), "calls": counts[name]} for name, values in times.items()}
+
+
+def _summary(values):
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "repeats": len(values)}
+
+
+def _calls_per_sample(call, warmup, device):
+    _sample(call, max(warmup, 1), device)
+    return max(1, min(MOST, round(SAMPLE / max(_sample(call, 3, device), 1e-7))))
+
+
+def _sample(call, count, device):
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+class Replay:
+    """``function(i)`` for i = 0 .. units - 1, captured as one CUDA graph; a call replays it and returns the first result.
+
+    With inputs that together exceed the second-level cache, no call finds its own there.
+    """
+
+    def __init__(self, function, units=1):
+        self.units = units
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            # Algorithms are chosen, kernels compiled and loaded before anything is captured.
+            for _ in range(3):
+                function(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream), torch.no_grad():
+            self.results = [function(i) for i in range(units)]
+
+    def __call__(self):
+        self.graph.replay()
+        return self.results[0]
+
+
+def sets_beyond_cache(moved_bytes, device="cuda", most=64):
+    """How many sets of inputs and outputs of so many bytes exceed the second-level cache three times."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(most, -(-3 * cache // moved_bytes)))
+
+
+def peaks(device="cuda"):
+    """Rates of the card on random numbers: ``{"flops": {product: ...}, "bandwidth": ...}``, a matrix product's and a copy's."""
+    flops = {}
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("f16", torch.float16, False), ("tf32", torch.float32, True)):
+        set_tf32(tf32)
+        n = 8192 if dtype.itemsize == 2 else 4096
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        flops[name] = 2 * n**3 / measure_events({name: lambda a=a, b=b: a @ b}, 10)[name]["median"]
+    set_tf32(False)
+    # Full float32 on tensor cores is three products of TensorFloat-32.
+    flops["f32"] = flops["tf32"] / 3
+    x = torch.randn(2**29, device=device)
+    y = torch.empty_like(x)
+    seconds = measure_events({"copy": lambda: y.copy_(x)}, 10)["copy"]["median"]
+    return {"flops": flops, "bandwidth": 2 * x.numel() * x.element_size() / seconds}
+
+
+def set_tf32(allowed):
+    """torch's switches, for everyone: TensorFloat-32 or full float32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -1,0 +1,613 @@
+"""The student's CUDA convolutions: the kernels' arithmetic on the host, against float64; on a GPU where there is one."""
+
+import itertools
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from advkd.errors import InputError
+from advkd.models.fused_student import convolutions
+from advkd.models.student import PRESETS
+from advkd.ops import backends, cupy_conv_block, cupy_modules
+from advkd.ops.conv_block import ConvLayer
+from advkd.ops.gpu_layers import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded
+
+from ..conftest import ROOT
+from .cuda_on_host import only_last_block
+from .test_compile_ahead import cuda_kernels, known_to_nvcc
+
+NONE, LEAKY, TANH = range(3)
+NAMES = ("none", "leaky_relu", "tanh")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+# By product: what multiplied numbers differ from those given, relative to a term of the sum. 16 bits: the weight's rounding.
+# TensorFloat-32: both factors'. float32: 22 bits of each factor and the product of the small parts.
+OPERANDS = {"bf16": 2**-8, "f16": 2**-11, "tf32": 2**-10 + 2**-21, "f32": 3 * 2**-22 + 2**-24}
+SLOPE = 0.25
+HOST = {"multiprocessors": 3, "shared_limit": 163 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    height: int
+    width: int
+    c_in: int = 16
+    c_out: int = 16
+    upsample: bool = False
+    activation: int = LEAKY
+    product: str = "bf16"
+    extra: int = 0  # channels of out behind the layer's own
+    image: bool = False
+    exact: bool = True
+
+    def layer(self):
+        return ConvLayer(self.c_in, self.c_out, self.height, self.width, self.upsample, NAMES[self.activation])
+
+
+def arguments(case, device="cpu"):
+    """x ``(N, C, H, W)``, weight and bias in float32, x as it is stored.
+
+    ``exact``: small whole numbers, with which every sum, folded weight and result is exact in all storages but for tanh.
+    """
+    generator = torch.Generator(device).manual_seed(case.n * case.height + case.width)
+    options = dict(generator=generator, device=device)
+    sides = (case.n, case.c_in, case.height, case.width)
+    taps = (case.c_out, case.c_in, 3, 3)
+    if case.exact:
+        x, weight = torch.randint(-2, 3, sides, **options).float(), torch.randint(-1, 2, taps, **options).float()
+        if case.c_in > 32:  # most weights are zero, or sums would be too large for bfloat16
+            weight *= torch.rand(taps, **options) < 32 / case.c_in
+        return x, weight, torch.randint(-3, 4, (case.c_out,), **options).float()
+    weight = torch.randn(taps, **options) / (9 * case.c_in) ** 0.5
+    x = torch.randn(sides, **options).to(DTYPES[case.product]).float()
+    return x, weight, torch.randn(case.c_out, **options)
+
+
+def convolve(x, weight, upsample):
+    """Written out by taps, in float64."""
+    x, weight = x.double(), weight.double()
+    if upsample:
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    around = F.pad(x, (1, 1, 1, 1))
+    y = 0
+    for i, j in itertools.product(range(3), range(3)):
+        window = around[:, :, i : i + x.shape[2], j : j + x.shape[3]]
+        y = y + torch.einsum("nchw,oc->nohw", window, weight[:, :, i, j])
+    return y
+
+
+def oracle(case, x, weight, bias):
+    """The result, and the largest error that rounding allows.
+
+    Rounded are the factors, the sum's terms, each of which tensor cores may cut off, what bias and activation make of it
+    (tanhf's own two units), and the result to its storage.
+    """
+    y = convolve(x, weight, case.upsample) + bias.double()[None, :, None, None]
+    size = convolve(x.abs(), weight.abs(), case.upsample) + bias.abs()[None, :, None, None]
+    y = {NONE: y, LEAKY: torch.where(y > 0, y, SLOPE * y), TANH: y.tanh()}[case.activation]
+    terms = 9 * padded(case.c_in) * (3 if case.product == "f32" else 1) + 12
+    allowed = (OPERANDS[case.product] + terms * 2**-23) * size + ROUNDING[DTYPES[case.product]] * y.abs()
+    return y, allowed + 2**-22
+
+
+def stored(x, dtype):
+    """NHWC in whole units, between numbers that must not be read."""
+    n, c, height, width = x.shape
+    count = n * height * width * padded(c)
+    memory = x.new_full((count + 512,), torch.nan, dtype=dtype)
+    inside = memory[256 : 256 + count].view(n, height, width, padded(c))
+    inside.zero_()[..., :c] = x.permute(0, 2, 3, 1)
+    return inside
+
+
+def run(case, launchers, device="cpu", calls=2):
+    """The result ``(N, C, H', W')`` in storage; all that must not be written is checked, and that a second call repeats it."""
+    x, weight, bias = arguments(case, device)
+    dtype, layer, product = DTYPES[case.product], case.layer(), PRODUCTS.index(case.product)
+    taps, wide_bias = pad_layer(weight, bias, layer)
+    scale = 2 if case.upsample else 1
+    sides = (scale * case.height, scale * case.width)
+    units = padded(case.c_out)
+    shape = (case.n, case.c_out, *sides) if case.image else (case.n, *sides, units + case.extra)
+    count = torch.Size(shape).numel()
+    results = []
+    for _ in range(calls):
+        memory = torch.full((count + 512,), torch.nan, dtype=dtype, device=device)
+        out = memory[256 : 256 + count].view(shape)
+        inputs = stored(x, dtype)
+        if case.image:
+            packed = pack_image(taps, case.c_out, case.product)
+            launchers.conv_image(inputs, packed, bias, out, case.activation, SLOPE, product)
+        else:
+            packed = pack_fragments(taps, case.product)
+            launchers.conv_layer(inputs, packed, wide_bias, out, case.upsample, case.activation, SLOPE, product)
+        assert memory[:256].isnan().all() and memory[256 + count :].isnan().all()
+        results.append(out)
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    assert all(torch.equal(result.view(bits), results[0].view(bits)) for result in results)
+    if case.image:
+        return x, weight, bias, results[0]
+    assert results[0][..., units:].isnan().all() and (results[0][..., case.c_out : units] == 0).all()
+    return x, weight, bias, results[0][..., : case.c_out].permute(0, 3, 1, 2)
+
+
+def check(case, launchers, device="cpu", calls=2):
+    x, weight, bias, y = run(case, launchers, device, calls)
+    wanted, allowed = oracle(case, x, weight, bias)
+    assert y.shape == wanted.shape
+    if case.exact and case.activation != TANH:
+        assert wanted.abs().max() <= 256
+        allowed = torch.zeros_like(wanted)
+    errors = (y.double() - wanted).abs()
+    border = torch.ones_like(errors, dtype=torch.bool)
+    border[:, :, 1:-1, 1:-1] = False
+    assert (errors <= allowed)[border].all(), "border"
+    assert (errors <= allowed)[~border].all(), "inside"
+
+
+def plan_sizes(case, multiprocessors=132, shared_limit=227 * 1024):
+    """What a layer's plan depends on."""
+    layer, element = case.layer(), DTYPES[case.product].itemsize
+    steps, columns = input_channels(layer) * element // 32, padded(layer.c_out) // 16
+    side, phases = (2, 4) if case.upsample else (3, 1)
+    numbers = (case.n, case.height, case.width, steps, columns, 16 * columns + case.extra, side, phases, case.activation)
+    options = dict(element=element, split=case.product == "f32", multiprocessors=multiprocessors, shared_limit=shared_limit)
+    return {**dict(zip(cupy_conv_block.SIZES, numbers, strict=True)), **options}
+
+
+def force(monkeypatch, candidate, **limits):
+    """Every layer takes this plan."""
+
+    def plan(**sizes):
+        found = cupy_conv_block.layer_try({**sizes, **HOST, **limits}, candidate)
+        assert found, "the plan does not fit"
+        return found[1]
+
+    monkeypatch.setattr(cupy_conv_block, "layer_plan", plan)
+
+
+# Odd sides, so that no tile is whole; one image pixel; more images than a tile has; rows and columns alone.
+SIZES = [(2, 5, 7), (1, 1, 1), (5, 4, 4), (1, 2, 37), (1, 37, 1)]
+
+
+@pytest.mark.parametrize("activation", [NONE, LEAKY, TANH])
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_and_activations(product, upsample, activation, cupy_on_host):
+    for n, height, width in SIZES[:2]:
+        case = Case(n, height, width, 29, 24, upsample, activation, product, exact=False)
+        check(case, cupy_conv_block)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size, upsample, cupy_on_host):
+    check(Case(*size, 16, 40, upsample, extra=16), cupy_conv_block)
+
+
+# Layers whose channels give the warps' sums every width, 1 to 4 units; 5 and 7 units leave blocks of channels not full.
+WIDTHS = (16, 32, 80, 112)
+ALL_PLANS = [
+    pytest.param(c_out, candidate, id="-".join(map(str, (c_out, *candidate))))
+    for c_out in WIDTHS
+    for candidate in cupy_conv_block.layer_candidates(dict(columns=c_out // 16, activation=LEAKY))
+]
+
+
+# Tiles of several images of which some are not there; tiles that an image does not fill. Blocks take several tiles.
+SEVERAL, RAGGED = Case(5, 6, 7, extra=16), Case(1, 18, 33, upsample=True)
+
+
+@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
+def test_every_plan(c_out, candidate, cupy_on_host, monkeypatch):
+    force(monkeypatch, candidate)
+    resident = candidate[-1]
+    check(replace(SEVERAL if resident else RAGGED, c_out=c_out), cupy_conv_block, calls=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
+def test_every_plan_with_every_size(c_out, candidate, cupy_on_host, monkeypatch):
+    """With three steps as well; weights that stay need more shared memory then, and two of these plans more than there is."""
+    limit = 227 * 1024
+    force(monkeypatch, candidate, shared_limit=limit)
+    for size, c_in, upsample in itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)):
+        case = replace(size, c_in=c_in, c_out=c_out, upsample=upsample)
+        if c_in == 16 or cupy_conv_block.layer_try(plan_sizes(case, 3, limit), candidate):
+            check(case, cupy_conv_block, calls=1)
+
+
+def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
+    """Chunks of 1 to 4 steps, weights that stay and that come with the chunks, 2 to 4 stages."""
+    found = set()
+    # 3 steps are chunks of 3 and 1, 4 steps of 4, 2 and 1; the smallest sums, in parts of K and whole.
+    for c_in, upsample, candidate in ((48, False, (5, 2, 2)), (64, True, (5, 1, 1)), (48, True, (5, 2, 1))):
+        case = Case(2, 9, 10, c_in, 32, upsample)
+        ways = {}
+        for limit, resident in itertools.product(range(16, 228, 2), (0, 1)):
+            sizes = plan_sizes(case, multiprocessors=2, shared_limit=1024 * limit)
+            if attempt := cupy_conv_block.layer_try(sizes, (*candidate, resident)):
+                way = tuple(attempt[1][name] for name in ("chunk", "stages", "resident"))
+                ways[way] = limit
+        for way, limit in ways.items():
+            force(monkeypatch, (*candidate, way[2]), multiprocessors=2, shared_limit=1024 * limit)
+            check(case, cupy_conv_block, calls=1)
+        found |= set(ways)
+    assert {(chunk, resident) for chunk, _, resident in found} == set(itertools.product((1, 2, 3, 4), (0, 1)))
+    assert {stages for _, stages, _ in found} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_large_sums_of_every_product(product, cupy_on_host, monkeypatch):
+    """Two chunks of several images a tile, and up-sampling; the widest sums."""
+    force(monkeypatch, (0, 1, 1, 1), shared_limit=227 * 1024)
+    check(Case(5, 6, 7, 32, 64, product=product), cupy_conv_block)
+    check(Case(1, 9, 17, 16, 64, True, NONE, product), cupy_conv_block)
+
+
+def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
+    """A NaN in x spoils the outputs that read it, and no other: what is outside the image is zero, not a neighbour."""
+    for upsample in (False, True):
+        case = Case(2, 5, 6, 16, 16, upsample)
+        x, weight, bias = arguments(case)
+        taps, wide = pad_layer(torch.ones_like(weight), bias, case.layer())
+        inputs = stored(x, torch.bfloat16)
+        inputs[0, 0, 5, 3] = inputs[0, 4, 0, 3] = torch.nan
+        scale = 2 if upsample else 1
+        out = torch.zeros(2, scale * 5, scale * 6, 16, dtype=torch.bfloat16)
+        cupy_conv_block.conv_layer(inputs, pack_fragments(taps, "bf16"), wide, out, upsample, LEAKY, SLOPE, 0)
+        spoiled = convolve(inputs[..., 3:4].isnan().permute(0, 3, 1, 2).float(), torch.ones(1, 1, 3, 3), upsample) > 0
+        assert torch.equal(out.isnan(), spoiled.permute(0, 2, 3, 1).expand(-1, -1, -1, 16))
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+def test_places_count_beyond_32_bits(upsample, cupy_on_host, monkeypatch):
+    """The last of 2^20 images of 16x16: x and out end 2^33 and more bytes behind their beginnings."""
+    n, case = 2**20, Case(1, 16, 16, 32, 32, upsample)
+    plan = cupy_conv_block.layer_try(plan_sizes(replace(case, n=n), 2**22), (4, 1, 1, 1))[1]
+    assert plan["tiles"] == plan["walkers"] == n
+    small = cupy_conv_block.struct
+
+    def large(dtype, fields):
+        moved = {
+            name: fields[name] - (n - 1) * 2 * 32 * 256 * (4 if name == "out" and upsample else 1) for name in ("x", "out")
+        }
+        return small(dtype, {**fields, **moved, "images": n})
+
+    monkeypatch.setattr(cupy_conv_block, "layer_plan", lambda **sizes: plan)
+    monkeypatch.setattr(cupy_conv_block, "struct", large)
+    blocks = n * (4 if upsample else 1)
+    x, weight, bias = arguments(case)
+    taps, wide = pad_layer(weight, bias, case.layer())
+    side = 32 if upsample else 16
+    out = torch.full((1, side, side, 32), torch.nan, dtype=torch.bfloat16)
+    packed = pack_fragments(taps, "bf16")
+    with only_last_block("conv_block", blocks - (3 if upsample else 0)):
+        cupy_conv_block.conv_layer(stored(x, torch.bfloat16), packed, wide, out, upsample, LEAKY, SLOPE, 0)
+    wanted, _ = oracle(case, x, weight, bias)
+    assert torch.equal(out.permute(0, 3, 1, 2).double(), wanted)
+
+
+IMAGE = Case(2, 11, 45, 29, 3, activation=TANH, image=True, exact=False)
+
+
+@pytest.mark.parametrize("activation", [NONE, LEAKY, TANH])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_image(product, activation, cupy_on_host):
+    """Two images of two rows and two columns of tiles that are not whole."""
+    check(replace(IMAGE, product=product, activation=activation), cupy_conv_block)
+
+
+@pytest.mark.parametrize("c_out", [1, 2, 3, 4])
+def test_image_sizes(c_out, cupy_on_host, monkeypatch):
+    """A pixel, a row, a column, tiles that are just whole; blocks that take several tiles."""
+    monkeypatch.setattr(cupy_conv_block, "MULTIPROCESSORS", 1)
+    for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32)):
+        check(Case(n, height, width, 48, c_out, activation=LEAKY, image=True), cupy_conv_block, calls=1)
+
+
+def test_image_in_every_shared_memory(cupy_on_host, monkeypatch):
+    """Chunks of one step and of two, 2 to 4 stages."""
+    found = set()
+    for c_in in (48, 64):
+        case, ways = Case(2, 9, 33, c_in, 1, activation=NONE, image=True), {}
+        for limit in range(48, 228, 4):
+            sizes = plan_sizes(case, 1, 1024 * limit)
+            plan = cupy_conv_block.image_plan(**{**sizes, "side": 1, "channels": 1})
+            ways[plan["chunk"], plan["stages"]] = limit
+        monkeypatch.setattr(cupy_conv_block, "MULTIPROCESSORS", 1)
+        for limit in ways.values():
+            monkeypatch.setattr(cupy_conv_block, "SHARED_LIMIT", 1024 * limit)
+            check(case, cupy_conv_block, calls=1)
+        found |= set(ways)
+    assert {chunk for chunk, _ in found} == {1, 2} and {stages for _, stages in found} == {2, 3, 4}
+
+
+def test_image_places_count_beyond_32_bits(cupy_on_host, monkeypatch):
+    """The last of 2^22 images of 8x32."""
+    n, case = 2**22, Case(1, 8, 32, 16, 3, activation=LEAKY, image=True)
+    sizes = {**plan_sizes(replace(case, n=n), 2**22), "side": 1, "columns": 2, "channels": 3}
+    plan, small = cupy_conv_block.image_plan(**sizes), cupy_conv_block.struct
+    assert plan["tiles"] == plan["walkers"] == n
+
+    def large(dtype, fields):
+        moved = {"x": fields["x"] - (n - 1) * 2 * 16 * 256, "out": fields["out"] - (n - 1) * 2 * 3 * 256}
+        return small(dtype, {**fields, **moved, "images": n})
+
+    monkeypatch.setattr(cupy_conv_block, "image_plan", lambda **sizes: plan)
+    monkeypatch.setattr(cupy_conv_block, "struct", large)
+    with only_last_block("conv_block", n):
+        check(case, cupy_conv_block, calls=1)
+
+
+def test_empty_batch():
+    for case in (Case(0, 4, 4), Case(0, 4, 4, c_out=3, image=True)):
+        *_, y = run(case, cupy_conv_block)
+        assert y.numel() == 0
+
+
+def tensors(image=False, dtype=torch.bfloat16):
+    """Arguments that fit, by name."""
+    x = torch.zeros(2, 4, 4, 32, dtype=dtype)
+    weights, bias = (
+        torch.zeros(1, 32 // (32 // x.element_size()), 9, 3, 32, 16 // x.element_size(), dtype=dtype),
+        torch.zeros(48),
+    )
+    out = torch.zeros(2, 4, 4, 64, dtype=dtype)
+    if image:
+        weights, bias, out = weights[:, :, :1, :2].contiguous(), torch.zeros(3), torch.zeros(2, 3, 4, 4, dtype=dtype)
+    return dict(x=x, weights=weights, bias=bias, out=out)
+
+
+REFUSED = [
+    (False, "product", dict(product=4)),
+    (False, "activation", dict(activation=3)),
+    (False, "x must", dict(x=torch.zeros(2, 4, 32).bfloat16())),
+    (False, "x must", dict(x=torch.zeros(2, 4, 4, 24).bfloat16())),
+    (False, "x must", dict(x=torch.zeros(2, 0, 4, 32).bfloat16())),
+    (False, "x must", dict(x=torch.zeros(2, 4, 4, 32))),
+    (False, "x must be contiguous", dict(x=torch.zeros(2, 4, 8, 32).bfloat16()[:, :, ::2])),
+    (False, "x must begin", dict(x=torch.zeros(2 * 4 * 4 * 32 + 1).bfloat16()[1:].view(2, 4, 4, 32))),
+    (False, "bias", dict(bias=torch.zeros(40))),
+    (False, "bias", dict(bias=torch.zeros(48).double())),
+    (False, "weights", dict(bias=torch.zeros(32))),
+    (False, "weights", dict(upsample=True)),
+    (False, "weights", dict(weights=torch.zeros(1, 2, 9, 3, 32, 4))),
+    (False, "out", dict(out=torch.zeros(2, 4, 4, 32).bfloat16())),
+    (False, "out", dict(out=torch.zeros(2, 4, 4, 56).bfloat16())),
+    (False, "out", dict(out=torch.zeros(2, 4, 5, 64).bfloat16())),
+    (False, "out", dict(out=torch.zeros(2, 4, 4, 64))),
+    (True, "bias", dict(bias=torch.zeros(5))),
+    (True, "weights", dict(bias=torch.zeros(1))),
+    (True, "out", dict(out=torch.zeros(2, 4, 4, 3).bfloat16())),
+]
+
+
+@pytest.mark.parametrize("image, name, changes", REFUSED)
+def test_refusals(image, name, changes, launchers=cupy_conv_block, error=InputError, device="cpu"):
+    options = {**dict(upsample=False, activation=LEAKY, slope=SLOPE, product=0), **tensors(image), **changes}
+    options = {key: value.to(device) if torch.is_tensor(value) else value for key, value in options.items()}
+    if image:
+        options.pop("upsample")
+    with pytest.raises(error, match=name):
+        getattr(launchers, "conv_image" if image else "conv_layer")(**options)
+
+
+def test_a_device_too_small_is_refused(monkeypatch):
+    monkeypatch.setattr(cupy_conv_block, "SHARED_LIMIT", 16 * 1024)
+    options = dict(activation=LEAKY, slope=SLOPE, product=0)
+    with pytest.raises(InputError, match="fits"):
+        cupy_conv_block.conv_layer(**tensors(), upsample=False, **options)
+    with pytest.raises(InputError, match="fits"):
+        cupy_conv_block.conv_image(**tensors(image=True), **options)
+
+
+def test_source_is_whole_and_self_contained():
+    text = cupy_modules.source("conv_block")
+    assert "#include" not in text and "#pragma once" not in text
+    assert all(text.count(part) == 1 for part in ("struct bf16 {", "struct product_f32", "constexpr int kConvWarps"))
+
+
+# Multiprocessors and shared memory: A100, a card of 99 KB, H200, B200.
+DEVICES = [(108, 163), (84, 99), (132, 227), (148, 227)]
+
+
+def preset_layers():
+    """The presets' layers, each once, and the image's apart."""
+    layers = {layer for config in PRESETS.values() for layer in convolutions(config)}
+    wide = [layer for layer in layers if layer.activation != "tanh"]
+    return wide, [layer for layer in layers if layer.activation == "tanh"]
+
+
+def layer_case(layer, n, product):
+    return Case(n, layer.height, layer.width, layer.c_in, layer.c_out, layer.upsample, LEAKY, product)
+
+
+def every_plan_input():
+    """Presets at batches of 1 and 64, and sizes that are odd in every way."""
+    wide, images = preset_layers()
+    odd = [
+        Case(n, h, w, c_in, c_out, up, activation)
+        for n, h, w in ((7, 3, 50), (100, 1, 1))
+        for c_in, c_out in ((80, 176), (16, 48))
+        for up in (False, True)
+        for activation in (LEAKY, TANH)
+    ]
+    cases = [layer_case(layer, n, product) for layer in wide for n in (1, 64) for product in ("bf16", "f32")]
+    for case, (multiprocessors, limit) in itertools.product([*cases, *odd], DEVICES):
+        yield "layer", plan_sizes(case, multiprocessors, 1024 * limit)
+    for layer, n, product, (multiprocessors, limit) in itertools.product(images, (1, 64), ("bf16", "f32"), DEVICES):
+        sizes = plan_sizes(layer_case(layer, n, product), multiprocessors, 1024 * limit)
+        yield "image", {**sizes, "side": 1, "columns": -(-9 * layer.c_out // 16), "channels": layer.c_out, "split": False}
+
+
+def test_plans_of_the_presets_fit():
+    """Within a block's shared memory, all tiles taken, and blocks for many multiprocessors where a layer has work for them."""
+    for kind, sizes in every_plan_input():
+        plan = getattr(cupy_conv_block, f"{kind}_plan")(**sizes)
+        assert plan["shared_bytes"] <= sizes["shared_limit"] and plan["chunk"] * plan["chunks"] == sizes["steps"]
+        assert plan["pixel_warps"] * plan["channel_warps"] * plan["parts"] == 8 and plan["walkers"] <= plan["tiles"]
+        pixels = plan["tile_images"] << plan["log_height"] + plan["log_width"]
+        covered = plan["tiles"] * pixels
+        assert covered >= sizes["images"] * sizes["height"] * sizes["width"]
+        if kind == "image":
+            continue
+        rows, columns, _ = cupy_conv_block.SHAPES[plan["shape"]]
+        assert pixels == 16 * rows * plan["pixel_warps"]
+        assert plan["channel_blocks"] * columns * plan["channel_warps"] >= sizes["columns"]
+        blocks = plan["walkers"] * plan["channel_blocks"] * sizes["phases"]
+        units = sizes["images"] * sizes["height"] * sizes["width"] // 128 * sizes["columns"] * sizes["phases"]
+        assert blocks >= 0.4 * min(sizes["multiprocessors"], units)
+
+
+LAYOUT = r"""
+#include <cstddef>
+#include <cstdio>
+#include "cuda/conv_block.h"
+using namespace advkd;
+int main() {
+  SIZES
+  ConvBlockParameters p{};
+  ConvDevice device{};
+  int image;
+  while (std::scanf(
+             "%d %d %d %d %d %d %d %d %d %d %d %d %d %d", &image, &p.images, &p.height, &p.width, &p.steps, &p.columns,
+             &p.channels, &p.side, &p.phases, &p.activation, &device.element, &device.split, &device.multiprocessors,
+             &device.shared_limit) == 14) {
+    if (!(image ? conv_image_plan(p, device) : conv_layer_plan(p, device))) return 1;
+    const int plan[] = {PLAN};
+    for (int n : plan) std::printf("%d\n", n);
+  }
+  for (const auto& shape : kConvShapes) std::printf("%d\n%d\n%d\n", shape.rows, shape.columns, shape.blocks);
+  for (int columns = 1; columns <= 4; ++columns)
+    for (int element = 2; element <= 4; element += 2) std::printf("%d\n", conv_store_bytes(columns, element));
+}
+"""
+
+
+def test_python_and_cpp_launchers_agree(tmp_path):
+    """The parameters' layout, and the plans that both launchers make."""
+    dtype = cupy_conv_block.PARAMETERS
+    places = ["sizeof(ConvBlockParameters)", *(f"offsetof(ConvBlockParameters, {name})" for name in dtype.names)]
+    code = LAYOUT.replace("SIZES", "".join(f'std::printf("%zu\\n", {place});' for place in places))
+    (tmp_path / "layout.cpp").write_text(code.replace("PLAN", ", ".join(f"p.{name}" for name in cupy_conv_block.PLAN)))
+    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    inputs = list(every_plan_input())
+    lines = [" ".join(str(int(n)) for n in (kind == "image", *sizes.values())) for kind, sizes in inputs]
+    printed = subprocess.run([tmp_path / "layout"], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    expected = [dtype.itemsize, *(dtype.fields[name][1] for name in dtype.names)]
+    for kind, sizes in inputs:
+        plan = getattr(cupy_conv_block, f"{kind}_plan")(**sizes)
+        expected += [plan[name] for name in cupy_conv_block.PLAN]
+    expected += [n for shape in cupy_conv_block.SHAPES for n in shape]
+    expected += [cupy_conv_block.store_bytes(columns, element) for columns in range(1, 5) for element in (2, 4)]
+    assert list(map(int, printed.split())) == expected
+
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+COMPILED = [
+    # A product for each architecture; all of them take a minute.
+    *zip(ARCHITECTURES, ("f32", "bf16", "tf32")),
+    *(pytest.param(a, p, marks=pytest.mark.slow) for a in ARCHITECTURES for p in PRODUCTS),
+]
+INSTRUCTIONS = {
+    "bf16": "m16n8k16.row.col.f32.bf16.bf16.f32",
+    "f16": "m16n8k16.row.col.f32.f16.f16.f32",
+    "tf32": "m16n8k8.row.col.f32.tf32.tf32.f32",
+    "f32": "m16n8k8.row.col.f32.tf32.tf32.f32",
+}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("architecture, product", COMPILED)
+def test_nvcc(architecture, product, tmp_path):
+    """Nothing spills, as many blocks fit as plans count on, products are on tensor cores and copies asynchronous."""
+    known_to_nvcc(architecture)
+    source = tmp_path / "one_product.cu"
+    source.write_text(f'#define ADVKD_PRODUCTS(EACH) EACH({product})\n#include "cuda/conv_block.cu"\n')
+    kernels = {name: rest for name, *rest in cuda_kernels(source, tmp_path, architecture)}
+    shapes = {f"layer_{rows}x{columns}": (rows, columns, blocks) for rows, columns, blocks in cupy_conv_block.SHAPES}
+    shapes |= {f"image_{columns}": (3, columns, 2) for columns in (1, 2, 3)}
+    assert sorted(kernels) == sorted(f"advkd_conv_{shape}_{product}" for shape in shapes)
+    for shape, (rows, columns, blocks) in shapes.items():
+        spilled, registers, ptx = kernels[f"advkd_conv_{shape}_{product}"]
+        if product == "f32" and shape.startswith("layer") and rows * columns >= 8:
+            blocks = 1
+        assert spilled == 0 and ".local" not in ptx and registers <= (128 if blocks == 2 else 255), shape
+        least = 2 * rows * columns * (3 if product == "f32" else 1)
+        assert ptx.count(f"mma.sync.aligned.{INSTRUCTIONS[product]}") >= least, shape
+        assert "cp.async.cg.shared.global" in ptx and "ldmatrix.sync" in ptx, shape
+        if shape.startswith("layer"):
+            assert re.search(r"st\.global\S*\.v4\.", ptx), shape
+
+
+def gpu_launchers(compiled_by):
+    """Both launchers on a GPU, of the extension or of CuPy."""
+    if compiled_by == "cupy":
+        if reason := cupy_modules.gap():
+            pytest.skip(reason)
+        return cupy_conv_block
+    if reason := backends.extension_gap("cuda"):
+        pytest.skip(reason)
+    return torch.ops.advkd_cuda
+
+
+GPU = pytest.mark.parametrize("compiled_by", ["nvcc", "cupy"])
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_small_on_a_gpu(product, compiled_by):
+    launchers = gpu_launchers(compiled_by)
+    for activation, upsample in itertools.product((NONE, LEAKY, TANH), (False, True)):
+        for size in SIZES:
+            check(Case(*size, 29, 24, upsample, activation, product, exact=False), launchers, "cuda")
+            check(Case(*size, 16, 40, upsample, activation, product, extra=16), launchers, "cuda")
+        check(replace(IMAGE, product=product, activation=activation), launchers, "cuda")
+    for c_out in (1, 2, 3, 4):
+        for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32), (2, 33, 65)):
+            check(Case(n, height, width, 48, c_out, product=product, image=True), launchers, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
+def test_every_plan_on_a_gpu(c_out, candidate, monkeypatch):
+    launchers = gpu_launchers("cupy")
+    limits = cupy_conv_block.device_limits(torch.device("cuda", 0))
+    for case in (SEVERAL, RAGGED):
+        case = replace(case, c_out=c_out)
+        if cupy_conv_block.layer_try(plan_sizes(case, **limits), candidate):
+            force(monkeypatch, candidate, **limits)
+            check(case, launchers, "cuda")
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("product", ["bf16", "f32"])
+def test_presets_on_a_gpu(product, exact, compiled_by):
+    """Every layer of the presets for one image and, where it is small, for many: all that plans choose there."""
+    launchers, (wide, images) = gpu_launchers(compiled_by), preset_layers()
+    for layer in wide:
+        for n in (1, 3 if layer.height > 64 else 40):
+            check(replace(layer_case(layer, n, product), exact=exact), launchers, "cuda")
+    for layer in images:
+        case = Case(3, layer.height, layer.width, layer.c_in, layer.c_out, False, TANH, product, image=True, exact=False)
+        check(case, launchers, "cuda")
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("image, name, changes", REFUSED)
+def test_refusals_on_a_gpu(image, name, changes, compiled_by):
+    launchers = gpu_launchers(compiled_by)
+    error = InputError if compiled_by == "cupy" else RuntimeError
+    test_refusals(image, name.split()[0], changes, launchers, error, "cuda")

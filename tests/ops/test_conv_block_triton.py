@@ -1,0 +1,743 @@
+"""The student's convolutions in Triton: in its interpreter, compiled ahead of time, seen by torch's compilers, on a GPU."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from advkd.errors import InputError
+from advkd.files import cache_folder
+from advkd.models.fused_student import convolutions
+from advkd.models.student import PRESETS
+from advkd.ops import triton_tuning
+from advkd.ops.conv_block import ACTIVATIONS, ConvLayer
+from advkd.ops.gpu_layers import pad_layer, padded
+
+from ..conftest import ROOT, process_environment
+from .test_conv_block import oracle
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+GUARD = 64
+"""Elements before and after every tensor that hold NaN, which a kernel neither reads nor changes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Images, channels in and out, height, width; the tile of :class:`Config` or :class:`ImageConfig`."""
+
+    shape: tuple
+    tile: tuple
+    dtype: torch.dtype = F32
+    upsample: bool = False
+    activation: str = "leaky_relu"
+    precision: str = "tf32x3"
+    detail: int = 0
+    more: int = 0
+
+    def __str__(self):
+        changed = [f for f in dataclasses.fields(self)[2:] if getattr(self, f.name) != f.default]
+        values = [f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed]
+        return ",".join(["x".join(map(str, self.shape)), "x".join(map(str, self.tile)), *values])
+
+    @property
+    def layer(self):
+        _, c_in, c_out, height, width = self.shape
+        return ConvLayer(c_in, c_out, height, width, self.upsample, self.activation, self.detail)
+
+
+LAYERS = [
+    # One pixel: of the nine taps one lies in the image, of four one.
+    Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), activation="none"),
+    Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), F16, upsample=True),
+    # Two images smaller than a tile, which ends beyond the last one; fewer channels than a block has columns.
+    Case((2, 16, 16, 3, 5), (64, 32, 16, 4, 3), activation="tanh"),
+    Case((2, 16, 16, 3, 5), (64, 32, 16, 4, 3), BF16, upsample=True, activation="tanh"),
+    # Tiles that begin and end within lines and images; channels that fill neither their last step nor their last block of
+    # columns; a result among other channels.
+    Case((3, 40, 44, 5, 7), (64, 32, 32, 4, 3), more=16),
+    Case((3, 40, 44, 5, 7), (64, 32, 32, 4, 3), F16, upsample=True, more=16),
+    # Lines longer than a tile, two lines; one column.
+    Case((1, 16, 16, 2, 19), (16, 16, 16, 1, 4), BF16),
+    Case((1, 16, 16, 2, 19), (16, 16, 16, 1, 4), BF16, upsample=True, more=32),
+    Case((2, 16, 16, 11, 1), (16, 16, 16, 1, 4), F16),
+    # Whole blocks: several steps, several blocks of columns, channels of the latent after those of the layer before.
+    Case((1, 68, 32, 4, 4), (16, 16, 32, 2, 3), detail=4, upsample=True, precision="ieee"),
+    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="ieee"),
+    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32", upsample=True),
+    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32"),
+]
+IMAGES = [
+    # One pixel; tiles that stand out below and on the right; tiles that do not, and none of an image's borders in the middle.
+    Case((1, 5, 1, 1, 1), (4, 8, 16, 2), activation="tanh"),
+    Case((2, 40, 3, 5, 11), (4, 8, 32, 2), activation="tanh"),
+    Case((1, 16, 4, 9, 12), (4, 4, 16, 1), F16),
+    Case((1, 16, 3, 3, 11), (2, 8, 16, 1), BF16, activation="tanh"),
+    Case((1, 32, 2, 8, 8), (4, 8, 16, 2), precision="ieee", activation="none"),
+    Case((1, 32, 3, 8, 8), (4, 8, 16, 2), precision="tf32", activation="tanh"),
+]
+
+
+def launchers():
+    from advkd.kernels import conv_block
+
+    return conv_block
+
+
+def guarded(tensor, device):
+    """A copy of ``tensor`` between NaN, in the same order of memory."""
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype, device=device)
+    copy = buffer[GUARD : GUARD + tensor.numel()].as_strided(tensor.shape, tensor.stride())
+    copy.copy_(tensor)
+    return copy, buffer
+
+
+def inputs(case):
+    """x, weight and bias of a case as ordinary tensors; the first two rounded to its dtype."""
+    n, c_in, c_out, height, width = case.shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c_in, height, width, generator=generator).to(case.dtype)
+    weight = torch.randn(c_out, c_in, 3, 3, generator=generator) / (9 * c_in) ** 0.5
+    return x, weight.to(case.dtype), torch.randn(c_out, generator=generator)
+
+
+def stored_input(x, case):
+    """x as a GPU keeps it."""
+    own = case.layer.c_in - case.detail
+    parts = [x[:, :own], x[:, own:]] if case.detail else [x]
+    stored = [torch.zeros(len(x), *x.shape[2:], padded(part.shape[1]), dtype=x.dtype) for part in parts]
+    for whole, part in zip(stored, parts):
+        whole[..., : part.shape[1]] = part.permute(0, 2, 3, 1)
+    return torch.cat(stored, 3)
+
+
+def bound(case, x, weight, bias, wanted, interpreted):
+    """Largest error that rounding allows, element by element.
+
+    Sums: one rounding for each of their terms, by cutting off as tensor cores do. Folded weights are rounded once. A factor of
+    TensorFloat-32 keeps 11 bits, cut off or (weights) rounded; of three products the fourth and two factors' last bits are left
+    out, 2^-20 each. The result is rounded once; the interpreter cuts bfloat16 off.
+    """
+    size = oracle(x.abs(), weight.abs(), bias.abs(), 1.0, case.upsample, "none")
+    narrow = case.dtype != F32
+    unit = torch.finfo(case.dtype).eps / 2
+    relative = (9 * case.layer.c_in + 4) * 2.0**-23
+    relative += unit if case.upsample else 0
+    if not narrow:
+        relative += {"ieee": 0, "tf32": 2.0**-10 + 2.0**-11, "tf32x3": 3 * 2.0**-20}[case.precision]
+    error = relative * size + (2.0**-21 if case.activation == "tanh" else 0)
+    last = 2 * unit if interpreted and case.dtype == BF16 else unit
+    return error + (last * (wanted.abs() + error) + 2.0**-25 if narrow else 0)
+
+
+def check(case, launch, expected, device):
+    """What a launcher makes of guarded tensors, what it should, and the bound: nothing else is written, on a GPU twice the same
+    bits (the interpreter has one order)."""
+    x, weight, bias = inputs(case)
+    taps, padded_bias = pad_layer(weight, bias, case.layer)
+    kernels = launchers()
+    weights = kernels.pack_weights(taps, case.dtype, case.precision)
+    tensors = [guarded(tensor, device)[0] for tensor in (stored_input(x, case), weights, padded_bias)]
+    results = []
+    for _ in range(1 if device == "cpu" else 2):
+        out, buffer = guarded(torch.full(expected, torch.nan, dtype=case.dtype), device)
+        launch(kernels, *tensors, out)
+        results.append(out.clone())
+        out.fill_(torch.nan)
+        # What is not the result has the bits it had.
+        number = {2: torch.int16, 4: torch.int32}[buffer.element_size()]
+        assert (buffer.view(number) == torch.full_like(buffer, torch.nan).view(number)).all()
+    assert torch.equal(results[0].nan_to_num(7), results[-1].nan_to_num(7))
+    wanted = oracle(x, weight, bias, 0.2, case.upsample, case.activation)
+    return results[0].cpu(), wanted, bound(case, x, weight, bias, wanted, device == "cpu")
+
+
+def require_close(found, wanted, allowed):
+    errors = (found.double() - wanted).abs()
+    border = torch.ones_like(errors, dtype=torch.bool)
+    border[:, :, 1:-1, 1:-1] = False
+    assert (errors <= allowed)[border].all(), "border"
+    assert (errors <= allowed)[~border].all(), "inside"
+
+
+def check_layer(case, device):
+    n, _, c_out, height, width = case.shape
+    scale, channels = 2 if case.upsample else 1, padded(c_out)
+    code = ACTIVATIONS.index(case.activation)
+
+    def launch(kernels, x, weights, bias, out):
+        kernels.conv_layer(x, weights, bias, out, case.upsample, code, 0.2, case.precision, case.tile)
+
+    expected = (n, scale * height, scale * width, channels + case.more)
+    found, wanted, allowed = check(case, launch, expected, device)
+    assert found[..., channels:].isnan().all() and (found[..., c_out:channels] == 0).all()
+    require_close(found[..., :c_out].permute(0, 3, 1, 2), wanted, allowed)
+
+
+def check_image(case, device):
+    n, _, c_out, height, width = case.shape
+    code = ACTIVATIONS.index(case.activation)
+
+    def launch(kernels, x, weights, bias, out):
+        kernels.conv_image(x, weights, bias, out, code, 0.2, case.precision, case.tile)
+
+    require_close(*check(case, launch, (n, c_out, height, width), device))
+
+
+def check_conv_block(device):
+    """Ordinary tensors of any strides and channels, both kernels, through the ops."""
+    kernels = launchers()
+    for c_out, upsample, activation, dtype in (
+        (3, False, "tanh", F32),
+        (3, True, "tanh", F16),
+        (20, True, "leaky_relu", BF16),
+        (20, False, "none", F32),
+    ):
+        case = Case((2, 7, c_out, 3, 2), (), dtype, upsample, activation)
+        x, weight, bias = (tensor.to(dtype) for tensor in inputs(case))
+        wanted = oracle(x, weight, bias.double(), 0.2, upsample, activation)
+        allowed = bound(case, x, weight, bias.double(), wanted, device == "cpu")
+        on_device = (weight.to(device), bias.to(device), 0.2, upsample, activation, case.precision)
+        found = kernels.conv_block(x.to(device), *on_device)
+        assert found.is_contiguous() and found.dtype == dtype
+        require_close(found.cpu(), wanted, allowed)
+        for strided in (x.to(memory_format=torch.channels_last), x.repeat_interleave(2, dim=3)[..., ::2]):
+            assert torch.equal(kernels.conv_block(strided.to(device), *on_device), found)
+        assert kernels.conv_block(x[:0].to(device), *on_device).shape == (0, *found.shape[1:])
+
+
+def check_values(device):
+    """tanh over its range, sign and saturation; LeakyReLU of zero; a NaN spoils its neighbours and nothing else."""
+    kernels = launchers()
+    values = torch.cat((torch.linspace(-12, 12, 1001), torch.tensor([0.0, 1e-8, -1e-8, 1e30, -1e30, 0, torch.nan])))
+    x = torch.zeros(1, 1, len(values), 16)
+    x[..., 0] = values
+    weights, bias = torch.zeros(1, 9, 16, 16), torch.zeros(16)
+    weights[0, 4, 0, 0] = 1
+    for activation, expected in ((1, torch.where(values > 0, values, 0.25 * values)), (2, values.double().tanh())):
+        out = torch.empty(1, 1, 1, len(values), device=device)
+        tile = (1, 256, 16, 4)
+        arguments = [tensor.to(device) for tensor in (x, weights, bias)]
+        kernels.conv_image(*arguments, out, activation, 0.25, "ieee", tile)
+        found = out.flatten().cpu()
+        # Of a value of 0.25, where it is worst: two units of exp and of a quotient, three times as much of their difference.
+        assert ((found - expected).abs() <= 2.0**-20 * expected.abs())[:-2].all()
+        assert found[-2:].isnan().all()
+
+
+def interpret():
+    for case in LAYERS:
+        check_layer(case, "cpu")
+    for case in IMAGES:
+        check_image(case, "cpu")
+    check_values("cpu")
+    check_conv_block("cpu")
+
+
+def traced():
+    """The ops under torch's compilers, as a whole in the interpreter."""
+    kernels = launchers()
+    weights = kernels.pack_weights(torch.randn(4, 4, 16, 16), F32, "tf32x3")
+    x, bias = torch.randn(2, 3, 3, 16), torch.randn(16)
+    image = torch.randn(1, 9, 16, 16)
+    torch.library.opcheck(kernels.conv_layer_triton, (x, weights, bias, True, 1, 0.2, "tf32x3", [16, 16, 16, 1, 2]))
+    torch.library.opcheck(kernels.conv_image_triton, (x, image, bias, 3, 2, 0.2, "ieee", [4, 8, 16, 1]))
+    whole, arguments = Pair(), (torch.randn(1, 16, 2, 3), torch.randn(16, 16, 3, 3), bias)
+    expected = whole(*arguments)
+    for backend in ("eager", "aot_eager"):
+        with torch.no_grad():
+            assert torch.equal(torch.compile(whole, fullgraph=True, backend=backend)(*arguments), expected)
+        torch._dynamo.reset()
+    exported = torch.export.export(whole, arguments)
+    assert torch.equal(exported.module()(*arguments), expected)
+    export_with_any_batch()
+
+
+def export_with_any_batch():
+    """An exported program keeps the ops and any number of images."""
+    arguments = (torch.randn(2, 3, 3, 16), torch.randn(4, 4, 16, 16), torch.randn(1, 9, 16, 16), torch.randn(16))
+    sizes = {"x": {0: torch.export.Dim("images", min=1, max=2**24)}, "layer": None, "image": None, "bias": None}
+    exported = torch.export.export(Ops(), arguments, dynamic_shapes=sizes)
+    ops = [str(node.target) for node in exported.graph.nodes if "advkd" in str(node.target)]
+    assert ops == ["advkd.conv_layer_triton.default", "advkd.conv_image_triton.default"]
+    return exported
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x, weight, bias):
+        kernels = launchers()
+        y = kernels.conv_block(x, weight, bias, 0.2, True, "leaky_relu", "tf32x3")
+        return kernels.conv_block(y, weight[:3], bias[:3], 0.2, False, "tanh", "tf32x3")
+
+
+class Ops(torch.nn.Module):
+    def forward(self, x, layer, image, bias):
+        kernels = launchers()
+        y = kernels.conv_layer_triton(x, layer, bias, True, 1, 0.2, "tf32x3", [16, 16, 16, 1, 2])
+        return kernels.conv_image_triton(y, image, bias, 3, 2, 0.2, "tf32x3", [4, 8, 16, 1])
+
+
+def see_through():
+    """What Inductor would be given: the kernels themselves, of whose tensors only the results are written."""
+    import triton
+    from torch._dynamo.backends.common import aot_autograd
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+    graphs = []
+
+    def keep(graph, arguments):
+        graphs.append(graph)
+        raise NotImplementedError("kept")
+
+    arguments = (torch.randn(2, 3, 3, 16), torch.randn(4, 4, 16, 16), torch.randn(1, 9, 16, 16), torch.randn(16))
+    with pytest.raises(Exception, match="kept"), torch.no_grad():
+        torch.compile(Ops(), fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*arguments)
+    nodes = [node for node in graphs[0].graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+    assert len(nodes) == 2 and not [node for node in graphs[0].graph.nodes if "advkd" in str(node.target)]
+    assert all(node.kwargs["tensors_to_clone"] == ["out"] for node in nodes)
+    export_with_any_batch()
+
+
+def measured():
+    """A layer's configurations, clock and GPU replaced: every one runs, the fastest is kept and not measured again."""
+    kernels = launchers()
+    calls = []
+
+    def bench(run, **options):
+        calls.append(run())
+        if len(calls) == 1:
+            raise kernels.triton.OutOfResources(1, 2, "shared memory")
+        return 1.0 if len(calls) == 3 else 2.0
+
+    gpu = mock.patch.object(triton_tuning, "device_name", lambda device: "a GPU, sm_90")
+    memory = mock.patch.object(kernels, "shared_memory", lambda device: 227 * 1024)
+    clock = mock.patch.object(kernels.triton.testing, "do_bench", bench)
+    with gpu, memory, clock:
+        for layer in (ConvLayer(16, 16, 2, 2, True), ConvLayer(16, 3, 4, 4, activation="tanh")):
+            calls.clear()
+            candidates = kernels.configs(layer, 1, F32, "ieee", 227 * 1024)
+            chosen = kernels.tuned(layer, 1, F32, "ieee", "cpu")
+            assert chosen == candidates[2] and len(calls) == len(candidates)
+            assert kernels.tuned(layer, 1, F32, "ieee", "cpu") == chosen and len(calls) == len(candidates)
+    kept = json.loads((cache_folder() / "plans" / "gpu.json").read_text())["choices"]
+    version = f"Triton {triton_tuning.triton_version()}"
+    assert len(kept) == 2 and all(version in key and "batch 1; float32 as ieee" in key for key in kept)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what a launcher gives it."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: setattr(self, "call", (arguments, constants))
+
+
+def recorded(config, dtype, precision, c_in, c_out, upsample):
+    """A kernel, and the arguments and compile-time constants with which its launcher starts it."""
+    kernels = launchers()
+    taps = torch.empty(*((4, 4) if upsample else (1, 9)), c_in, padded(c_out))
+    weights = kernels.pack_weights(taps, dtype, precision).to("meta")
+    x, bias = torch.empty(2, 8, 8, c_in, dtype=dtype, device="meta"), torch.empty(padded(c_out), device="meta")
+    recorder, last = Recorder(), (precision, config)
+    if isinstance(config, kernels.ImageConfig):
+        out = x.new_empty(2, c_out, 8, 8)
+        kernels._run_image(recorder, x, weights, bias, out, 2, 0.2, *last)
+        return kernels.image_kernel, *recorder.call
+    out = x.new_empty(2, 16 if upsample else 8, 16 if upsample else 8, padded(c_out))
+    kernels._run_layer(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
+    return kernels.conv_kernel, *recorder.call
+
+
+def jobs(architecture, part):
+    """(configuration, dtype, precision, channels in, channels out, phases) to compile: ``whole``, or a ``part`` of it."""
+    kernels = launchers()
+    kinds = [(BF16, "tf32"), (F16, "tf32"), (F32, "tf32"), (F32, "tf32x3"), (F32, "ieee")]
+    layers, images = [], []
+    for dtype, precision in kinds:
+        # Channels that fill whole blocks, and ones that do not.
+        for channels, upsample in itertools.product((128, 144), (False, True)):
+            for config in kernels.table(dtype, precision, channels):
+                layers.append((config, dtype, precision, channels, channels, upsample))
+        for channels in (128, 16):
+            images += [
+                (config, dtype, precision, channels, 3, False) for config in kernels.image_table(dtype, precision, channels)
+            ]
+    if part == "whole":
+        return list(dict.fromkeys(layers)) + images
+    # On one architecture every tile, in the dtype that matters most; else the largest tiles, which need most registers.
+    usual = [job for job in layers if job[1] == BF16 and job[3] == 128 and not job[5]]
+    large = [next(job for job in layers if job[1:3] == kind and job[5]) for kind in kinds[2:]]
+    return [*(usual if architecture == 90 else usual[:1]), *large, images[0]]
+
+
+def compile_ahead(architecture, part):
+    """Compile variants and print, for each, what the test asks about."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    architecture, names = int(architecture), {F32: "fp32", BF16: "bf16", F16: "fp16"}
+    for job in jobs(architecture, part):
+        config, dtype, precision, *channels, upsample = job
+        kernel, arguments, constants = recorded(config, dtype, precision, *channels, upsample)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+        signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
+        for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):
+            tensor = isinstance(value, torch.Tensor)
+            signature[name] = f"*{names[value.dtype]}" if tensor else "fp32" if isinstance(value, float) else "i32"
+            if tensor or name == "pitch":
+                aligned[i,] = [["tt.divisibility", 16]]
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+        ptx = compiled.asm["ptx"]
+        units = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
+        spare = config.shared(dtype) if isinstance(config, launchers().Config) else None
+        row = [str(config), tuple(config), names[dtype], precision, *channels, upsample]
+        print("KERNEL " + json.dumps([*row, compiled.metadata.shared, spare, units, "cp.async" in ptx]), flush=True)
+
+
+def main(calls):
+    """Call functions of this file, ``name argument ...`` each, and say when one has come to its end."""
+    for call in calls:
+        name, *arguments = call.split()
+        globals()[name](*arguments)
+        print(f"END {call}", flush=True)
+
+
+def run(calls, folder, environment):
+    """:func:`main` in a process of its own: Triton's compiler and its interpreter exclude each other."""
+    code = "import sys; from tests.ops import test_conv_block_triton as t; t.main(sys.argv[1:])"
+    environment = process_environment({**environment, "OMP_NUM_THREADS": "1", "ADVKD_CACHE": str(folder)})
+    path = folder / "output"
+    with path.open("w") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([sys.executable, "-c", code, *calls], env=environment, cwd=ROOT, **streams)
+    return process, path
+
+
+def compiler(folder):
+    return {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
+
+
+ARCHITECTURES = [80, 90, 100]
+INTERPRETED = ["interpret", "traced", "measured"]
+COMPILED = [*(f"compile_ahead {architecture} part" for architecture in ARCHITECTURES), "see_through"]
+
+
+@pytest.fixture(scope="module")
+def output_of(tmp_path_factory):
+    """What a call has printed; the interpreter and the compiler run at the same time, each in one process."""
+    pytest.importorskip("triton")
+    folders = [tmp_path_factory.mktemp(name) for name in ("interpreter", "compiler")]
+    interpreter = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    processes = [run(INTERPRETED, folders[0], interpreter), run(COMPILED, folders[1], compiler(folders[1]))]
+
+    def output_of(call):
+        process, path = processes[call in COMPILED]
+        process.wait()
+        text = path.read_text()
+        assert f"END {call}\n" in text, text
+        before, _, _ = text.partition(f"END {call}\n")
+        return re.split(r"^END .*$", before, flags=re.M)[-1]
+
+    yield output_of
+    for process, _ in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("call", [*INTERPRETED, "see_through"])
+def test_in_a_process(call, output_of):
+    output_of(call)
+
+
+# Shared memory of a block.
+LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def require_compiled(output, architecture):
+    """Nothing spills, shared memory is what the choice of configurations reckons with, tensor cores are used where meant."""
+    rows = [json.loads(line) for line in re.findall(r"^KERNEL (.*)$", output, re.M)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", output)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
+    assert len(registers) == len(rows) == len(spills) // 2 and rows
+    assert sum(spills) == 0, [(row, n) for row, *n in zip(rows, spills[::2], spills[1::2]) if sum(n)]
+    for row in rows:
+        name, config, dtype, precision, c_in, c_out, upsample, shared, reckoned, units, copied = row
+        assert shared <= LIMITS[architecture], row
+        if precision == "ieee" and dtype == "fp32":
+            assert not units, row
+        elif architecture == 90 and reckoned is not None and config[0] >= 64 and config[3] % 4 == 0:
+            assert units == ["wgmma.mma_async"], row
+        else:
+            assert units, row
+        if reckoned is not None:
+            # The result's way to the order of memory may take a little more than a small pipeline.
+            assert copied and shared <= max(reckoned + 1024, 48 * 1024), row
+    return list(zip(registers, rows))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_ahead(architecture, output_of):
+    require_compiled(output_of(f"compile_ahead {architecture} part"), architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_compiled_ahead(architecture, tmp_path):
+    pytest.importorskip("triton")
+    process, path = run([f"compile_ahead {architecture} whole"], tmp_path, compiler(tmp_path))
+    process.wait()
+    output = path.read_text()
+    assert "END compile_ahead" in output, output
+    require_compiled(output, architecture)
+
+
+def preset_layers():
+    return list(dict.fromkeys(layer for config in PRESETS.values() for layer in convolutions(config)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(BF16, "tf32"), (F16, "tf32"), *((F32, p) for p in ("ieee", "tf32", "tf32x3"))]
+)
+def test_configurations_of_the_presets(dtype, precision):
+    """A few for every layer, all of which fit the device; the default is one of them and fits every device."""
+    pytest.importorskip("triton")
+    kernels = launchers()
+    for layer, batch in itertools.product(preset_layers(), (1, 8, 64)):
+        default = kernels.default(layer, batch, dtype, precision)
+        for shared in (99 * 1024, 163 * 1024, 227 * 1024):
+            candidates = kernels.configs(layer, batch, dtype, precision, shared)
+            assert 3 <= len(candidates) <= 8 and len(set(map(str, candidates))) == len(candidates)
+            if not kernels.is_image(layer):
+                assert all(config.shared(dtype) < shared for config in candidates)
+        assert default == kernels.configs(layer, batch, dtype, precision)[0]
+        if not kernels.is_image(layer) and batch * layer.height * layer.width <= 16:
+            assert default.pixels == 16, "few pixels: as many programs as there are"
+        if not kernels.is_image(layer) and batch * layer.height * layer.width >= 2**20 and layer.c_out == 128:
+            assert default.pixels * default.columns >= 128 * 64, "many pixels: tiles that read little"
+
+
+def test_packed_weights():
+    """The same numbers in every layout; TensorFloat-32 rounded to nearest, which a tensor core would cut off."""
+    pytest.importorskip("triton")
+    pack, taps = launchers().pack_weights, torch.randn(4, 4, 32, 16)
+    assert torch.equal(pack(taps, F16, "tf32"), taps.half()) and pack(taps, BF16, "ieee").is_contiguous()
+    assert torch.equal(pack(taps, F32, "ieee"), taps) and pack(taps, F32, "ieee").is_contiguous()
+    for precision, error in (("tf32x3", 0.0), ("tf32", 2.0**-11)):
+        packed = pack(taps, F32, precision)
+        assert ((packed - taps).abs() <= error * taps.abs()).all() and packed.transpose(2, 3).is_contiguous()
+    assert not (pack(taps, F32, "tf32").view(torch.int32) & 0x1FFF).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 4, 24)}, "x must be contiguous"),
+        ({"x": torch.zeros(1, 4, 16, 4).transpose(2, 3)}, "x must be contiguous"),
+        ({"x": torch.zeros(1, 4, 4, 16, dtype=torch.float64)}, "dtype"),
+        ({"weights": torch.zeros(4, 4, 16, 32)}, "weights must be"),
+        ({"weights": torch.zeros(1, 9, 32, 32)}, "weights must be"),
+        ({"weights": torch.zeros(1, 9, 32, 32)[:, :, :16]}, "weights must be contiguous"),
+        ({"weights": torch.zeros(1, 9, 16, 32).half()}, "weights must be torch.float32"),
+        ({"bias": torch.zeros(16)}, "bias"),
+        ({"bias": torch.zeros(32).half()}, "bias"),
+        ({"out": torch.zeros(1, 8, 8, 32)}, "out must be"),
+        ({"out": torch.zeros(1, 4, 4, 16)}, "out has 16 channels"),
+        ({"out": torch.zeros(1, 4, 4, 32).half()}, "out must be"),
+        ({"precision": "fast"}, "precision"),
+    ],
+)
+def test_launchers_refuse(changes, message):
+    pytest.importorskip("triton")
+    arguments = {"x": torch.zeros(1, 4, 4, 16), "weights": torch.zeros(1, 9, 16, 32), "bias": torch.zeros(32)}
+    arguments |= {"out": torch.zeros(1, 4, 4, 32), "precision": "ieee", "upsample": False, "activation": 0, "slope": 0.2}
+    with pytest.raises(InputError, match=message):
+        launchers().conv_layer(**{**arguments, **changes}, config=(16, 16, 16, 1, 2))
+
+
+def test_the_image_launcher_refuses():
+    pytest.importorskip("triton")
+    x, bias, rest = torch.zeros(1, 4, 4, 16), torch.zeros(32), (0, 0.2, "ieee", (4, 4, 16, 1))
+    with pytest.raises(InputError, match="at most 16 channels"):
+        launchers().conv_image(x, torch.zeros(1, 9, 16, 32), bias, torch.zeros(1, 3, 4, 4), *rest)
+    with pytest.raises(InputError, match="out must be"):
+        launchers().conv_image(x, torch.zeros(1, 9, 16, 16), bias[:16], torch.zeros(1, 3, 4, 5), *rest)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
+    triton_tuning._announce.cache_clear()
+    return tmp_path / "cache" / "plans" / "gpu.json"
+
+
+def test_the_fastest_is_kept(cache, caplog):
+    times, asked = {"a": 3.0, "b": 1.0, "c": 2.0}, []
+
+    def measure(name):
+        asked.append(name)
+        return times[name]
+
+    with caplog.at_level(logging.INFO, logger="advkd"):
+        assert triton_tuning.choose("layer", list("abc"), measure) == "b" and asked == list("abc")
+        assert triton_tuning.choose("layer", list("abc"), measure) == "b" and asked == list("abc")
+        assert triton_tuning.choose("another", list("ab"), measure) == "b" and len(asked) == 5
+    # It says once that it measures, and where that is kept.
+    assert len(caplog.messages) == 1 and str(cache) in caplog.text
+    assert json.loads(cache.read_text()) == {"version": triton_tuning.VERSION, "choices": {"layer": "b", "another": "b"}}
+    # A name that is gone from the table is measured anew, and the others stay.
+    assert triton_tuning.choose("layer", ["a", "c"], measure) == "c"
+    assert json.loads(cache.read_text())["choices"] == {"layer": "c", "another": "b"}
+
+
+def test_a_tie_goes_to_the_first(cache):
+    times = {"a": 1.02, "b": 1.0, "c": 0.995}
+    assert triton_tuning.choose("layer", list("abc"), times.get) == "a"
+    assert triton_tuning.choose("other", list("cba"), times.get) == "c"
+    assert triton_tuning.choose("third", list("ab"), {"a": 1.04, "b": 1.0}.get) == "b"
+
+
+def test_what_cannot_run_is_passed_over(cache):
+    assert triton_tuning.choose("layer", ["a", "b"], {"a": math.inf, "b": 9.0}.get) == "b"
+    with pytest.raises(RuntimeError, match="a, b can run none"):
+        triton_tuning.choose("none", ["a", "b"], lambda name: math.inf)
+    with pytest.raises(InputError, match="no configuration"):
+        triton_tuning.choose("layer", [], None)
+    # Where there is no choice nothing is measured or kept.
+    assert triton_tuning.choose("single", ["a"], None) == "a"
+    assert set(json.loads(cache.read_text())["choices"]) == {"layer"}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"version": 0, "choices": {"layer": "a"}}', '{"version": 1, "choices": 3}', "\xff"]
+)
+def test_a_damaged_file_is_measured_anew(cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.encode("latin-1"))
+    assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
+    assert json.loads(cache.read_text())["choices"] == {"layer": "b"}
+
+
+def test_a_senseless_choice_is_measured_anew(cache):
+    cache.parent.mkdir(parents=True)
+    for kept in (["a"], None, 3):
+        cache.write_text(json.dumps({"version": triton_tuning.VERSION, "choices": {"layer": kept}}))
+        assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
+
+
+def test_without_a_cache_folder_the_choice_is_still_used(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, logger="advkd"):
+        assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
+    assert "not kept" in caplog.text
+
+
+def test_keys_tell_apart_what_a_choice_depends_on(monkeypatch):
+    monkeypatch.setattr(triton_tuning, "device_name", lambda device: f"GPU {device}")
+    layer = ConvLayer(16, 32, 8, 8)
+    plain = ("Triton 3.9", layer, 1, F32, "tf32", 0)
+    others = [(0, "Triton 3.6"), (2, 8), (3, BF16), (4, "ieee"), (5, 1)]
+    others += [(1, dataclasses.replace(layer, **{name: value})) for name, value in (
+        ("c_in", 32), ("c_out", 16), ("height", 4), ("width", 4), ("upsample", True), ("activation", "tanh"), ("detail", 3)
+    )]  # fmt: skip
+    keys = {triton_tuning.layer_key(*plain)}
+    keys |= {triton_tuning.layer_key(*plain[:i], value, *plain[i + 1 :]) for i, value in others}
+    assert len(keys) == 1 + len(others)
+
+
+def test_tuning_does_not_import_triton():
+    code = "import sys, advkd.ops.triton_tuning as t; assert 'triton' not in sys.modules; t.cache_folder()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=process_environment(), cwd=ROOT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_layers_on_a_gpu(case):
+    pytest.importorskip("triton")
+    check_layer(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_images_on_a_gpu(case):
+    pytest.importorskip("triton")
+    check_image(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_values_and_public_layout_on_a_gpu():
+    pytest.importorskip("triton")
+    check_values("cuda")
+    check_conv_block("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("upsample", [False, True], ids=["plain", "phases"])
+@pytest.mark.parametrize("precision", ["bf16", "f16", "ieee", "tf32", "tf32x3"])
+def test_every_configuration_on_a_gpu(precision, upsample):
+    """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
+    pytest.importorskip("triton")
+    kernels = launchers()
+    dtype = {"bf16": BF16, "f16": F16}.get(precision, F32)
+    precision = precision if dtype == F32 else "tf32"
+    limit = kernels.shared_memory("cuda")
+    for channels in (128, 72):
+        for config in kernels.table(dtype, precision, padded(channels)):
+            if config.shared(dtype) + 1024 <= limit:
+                check_layer(Case((3, channels, channels, 13, 17), config, dtype, upsample, precision=precision), "cuda")
+    for config in () if upsample else kernels.image_table(dtype, precision, 128):
+        check_image(Case((3, 128, 3, 21, 43), config, dtype, activation="tanh", precision=precision), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_on_a_gpu(preset, dtype):
+    """Every layer of a student with its default configuration, at its own size."""
+    pytest.importorskip("triton")
+    kernels = launchers()
+    for layer in convolutions(PRESETS[preset]):
+        case = Case((2, layer.c_in, layer.c_out, layer.height, layer.width), (), dtype, layer.upsample, layer.activation)
+        case = dataclasses.replace(case, detail=layer.detail, tile=kernels.default(layer, 2, dtype, case.precision))
+        (check_image if kernels.is_image(layer) else check_layer)(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_beyond_32_bits_on_a_gpu():
+    """Tensors of more than 2^31 elements: the end of both kernels' results, from an input that is zero but there."""
+    pytest.importorskip("triton")
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of the device's memory")
+    kernels = launchers()
+    x = torch.zeros(1, 4100, 8200, 64, dtype=BF16, device="cuda")
+    for c_out, upsample in ((64, False), (64, True), (3, False)):
+        case = Case((1, 64, c_out, 8, 8), (128, 64, 64, 8, 3), BF16, upsample, "none")
+        small, weight, bias = inputs(case)
+        # Around the corner there are zeros, as around an image.
+        x[0, -8:, -8:] = small[0].permute(1, 2, 0).cuda()
+        taps, wide = (tensor.cuda() for tensor in pad_layer(weight, bias, case.layer))
+        weights, scale = kernels.pack_weights(taps, BF16, "tf32"), 2 if upsample else 1
+        if c_out == 3:
+            out = torch.empty(1, 3, 4100, 8200, dtype=BF16, device="cuda")
+            kernels.conv_image(x, weights, wide, out, 0, 0.2, "tf32", (8, 16, 64, 4))
+        else:
+            out = torch.empty(1, scale * 4100, scale * 8200, 64, dtype=BF16, device="cuda")
+            kernels.conv_layer(x, weights, wide, out, upsample, 0, 0.2, "tf32", case.tile)
+            out = out.permute(0, 3, 1, 2)
+        wanted = oracle(small, weight, bias, 0.2, upsample, "none")
+        allowed = bound(case, small, weight, bias, wanted, False)
+        require_close(out[:, :, -8 * scale :, -8 * scale :].cpu(), wanted, allowed)
+        del out

@@ -1,0 +1,719 @@
+"""The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run on the CPU in small."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from advkd.models.fused_student import convolutions
+from advkd.models.student import PRESETS
+from profiling import (
+    ahead,
+    bench_conv_block,
+    bench_student,
+    gpu,
+    gpu_kernels,
+    gpu_parts,
+    gpu_peers,
+    gpu_summary,
+    gpu_timing,
+    roofline,
+    tables,
+)
+from profiling.gpu_test_log import BROKEN, COLLECTED, forget_begun, read_log, spread
+from profiling.harness import run_case
+
+from ..conftest import ROOT, process_environment
+from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
+
+PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "versions": {"torch": "2"}}
+# A part in the form of the command line that gpu.py starts; its name says how it ends.
+FAKE = """
+import argparse, json, os, signal, subprocess, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("name")
+parser.add_argument("--out")
+parser.add_argument("--folder", type=Path)
+parser.add_argument("--seconds", type=float)
+parser.add_argument("--restarted", action="store_true")
+parser.add_argument("--full", action="store_true")
+options = parser.parse_args()
+name, folder = options.name, options.folder
+with open(Path(options.out) / "starts.txt", "a") as file:
+    file.write(name + "\\n")
+print("works on", name)
+journal = folder / "journal.json"
+journal.write_text(json.dumps({"first": {"state": "done"}}))
+if name == "hang":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (Path(options.out) / "child.txt").write_text(str(child.pid))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+if name == "segfault" and not options.restarted:
+    os.kill(os.getpid(), signal.SIGSEGV)
+if name == "broken" and not options.restarted:
+    os._exit(77)
+if name == "raises":
+    raise RuntimeError("no such thing")
+again = (folder / "mark").exists()
+(folder / "mark").write_text("")
+if name == "flaky" and again:
+    raise RuntimeError("no more")
+result = {"value": 7, "again": again, "provenance": {"commit": None, "dirty": None}}
+(folder / "result.json").write_text(json.dumps(result))
+sys.exit({"bad": 1, "late": 3, "flaky": 3}.get(name, 0))
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """``run(names, *arguments)`` runs fake parts into ``run.out``; returns the code."""
+    (tmp_path / "fake_part.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "source_digest", lambda: "unchanged")
+
+    def run(names, *arguments, place=PLACE, seconds=1.5):
+        parts = [gpu.Part(name, seconds if name == "hang" else 30, "fake_part") for name in names]
+        given = ["--out", str(run.out), *arguments]
+        return gpu.main(given, parts, missing=lambda device: None, place=lambda device, commit: dict(place))
+
+    run.out = tmp_path / "out"
+    run.stored = lambda name: json.loads((run.out / f"gpu_{name}.json").read_text())
+    run.starts = lambda: (run.out / "starts.txt").read_text().split()
+    return run
+
+
+def test_parts_do_not_take_each_other_along(run, capsys):
+    names = ("good", "bad", "hang", "segfault", "broken", "raises", "late", "after")
+    assert run(names) == 1
+    states = {name: run.stored(name)["state"] for name in names}
+    assert states == {
+        **dict.fromkeys(("good", "segfault", "broken", "after"), "passed"),
+        **{"bad": "failed", "hang": "unfinished", "raises": "died", "late": "unfinished"},
+    }
+    assert run.starts().count("segfault") == run.starts().count("broken") == 2 and run.starts().count("raises") == 1
+    good, hang = run.stored("good"), run.stored("hang")
+    assert good["result"]["value"] == 7 and good["key"]["commit"] == "c0ffee" and good["log_tail"] == ""
+    assert good["kernels"] == gpu_kernels.digests()
+    # What a process without git did not know is the run's.
+    assert good["result"]["provenance"] == {"commit": "c0ffee", "dirty": False}
+    assert hang["result"]["items"] == {"first": {"state": "done"}} and hang["seconds"] < 10
+    assert "no such thing" in run.stored("raises")["log_tail"]
+    said = capsys.readouterr().out
+    assert "[good] works on good" in said and "hang: unfinished" in said and "died (-11)" in said
+    page = (run.out / "SUMMARY.md").read_text()
+    assert "a card, driver 1, commit c0ffee, torch 2." in page and "| hang | unfinished |" in page
+    assert not list(run.out.glob("*.tmp")) and not list(run.out.glob(".*.tmp"))
+    # The part's own children are ended too, though it would not listen.
+    child = int((run.out / "child.txt").read_text())
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child of an ended part goes on")
+
+
+def test_finished_parts_are_not_run_again(run, capsys):
+    names = ("good", "bad", "late")
+    assert run(names) == 1 and run.starts() == ["good", "bad", "late"]
+    assert run(names) == 1 and run.starts()[3:] == ["late"]
+    assert "bad: failed before" in capsys.readouterr().out
+    assert run(names, "--parts", "good") == 0 and len(run.starts()) == 4
+    assert run(names, "--again", "good", "--parts", "good,bad") == 1 and run.starts()[4:] == ["good"]
+    # Another commit or device, or all cases instead of some: another run.
+    assert run(("good",), place={**PLACE, "commit": "beef"}) == 0 and run.starts()[5:] == ["good"]
+    assert run(("good",), "--full", place={**PLACE, "commit": "beef"}) == 0 and run.starts()[6:] == ["good"]
+    # What is unfinished goes on, in another tree it begins anew; nothing is left of a result that could not be repeated.
+    assert [run(("late",)) and run.stored("late")["result"]["again"] for _ in range(2)] == [True, True]
+    assert run(("late",), place={**PLACE, "commit": "beef"}) == 1 and not run.stored("late")["result"]["again"]
+    assert run(("flaky",)) == 1 and run.stored("flaky")["result"]["value"] == 7
+    assert run(("flaky",)) == 1 and "value" not in run.stored("flaky")["result"] and run.stored("flaky")["state"] == "died"
+    (run.out / "gpu_good.json").write_text('{"state": ')
+    assert run(("good",)) == 0 and run.starts()[7:] == ["late", "late", "late", "flaky", "flaky", "good"]
+
+
+def test_what_has_no_time_is_said_and_done_next_time(run):
+    assert run(("good", "after"), "--minutes", "0") == 1 and not (run.out / "starts.txt").exists()
+    assert run.stored("good")["state"] == "unfinished"
+    assert run(("good", "after")) == 0 and run.starts() == ["good", "after"]
+
+
+def test_other_sources_are_another_run(tmp_path):
+    for name in ("csrc", "advkd", "kernels", "profiling", "tests"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "setup.py").write_text("1")
+    (tmp_path / "csrc/a.cu").write_text("1")
+    before = gpu.source_digest(tmp_path)
+    (tmp_path / "csrc/results.json").write_text("1")
+    assert gpu.source_digest(tmp_path) == before
+    (tmp_path / "csrc/a.cu").write_text("2")
+    assert gpu.source_digest(tmp_path) != before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_starts(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert gpu.main(["--out", str(out)]) == 2 and not out.exists()
+    assert "without CUDA" in capsys.readouterr().err
+    assert gpu.main(["--out", str(out), "--device", "cpu"]) == 2
+    assert gpu.main(["--parts", "ahead"]) == 2 and "--out must name" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--parts", "build,nothing"])
+    assert ended.value.code == 2
+
+
+def test_every_part_is_there():
+    assert [part.name for part in gpu.PARTS] == [name for name in PART_ORDER] and {p.name for p in gpu.PARTS} == set(
+        gpu_parts.PARTS
+    )
+    assert not next(part for part in gpu.PARTS if part.name == "ahead").needs_gpu
+    for name, cases in gpu_parts.QUICK.items():
+        known = __import__(f"profiling.{name}", fromlist=["cases"]).cases("cuda")
+        assert cases and set(cases) <= set(known), name
+    commit = gpu.place_of("cpu", "feed")
+    assert commit["commit"] == gpu.provenance("cpu")["commit"] or commit["commit"] == "feed"
+
+
+PART_ORDER = """build rates warm tests bench_student first_image bench_conv_block sanitizer bench_gradient_penalty
+bench_norm_act bench_sampler_step ncu ahead""".split()
+
+
+def part_of(folder, seconds=60.0):
+    return gpu_parts.Part(folder, folder, seconds, False)
+
+
+def test_a_journal_goes_on_where_it_stopped(tmp_path):
+    done = []
+
+    def fails():
+        raise ValueError("off")
+
+    def stopped():
+        raise subprocess.TimeoutExpired("ncu", 3)
+
+    def work(part):
+        part.journal.run("one", lambda: done.append(1) or {"value": 1})
+        part.journal.run("two", fails)
+        part.journal.run("three", stopped if len(done) == 1 and not part.again else lambda: {"red": True})
+        return {"extra": 5}
+
+    part = part_of(tmp_path)
+    part.again = False
+    result, code = gpu_parts.run(work, part)
+    assert code == 3 and result["unfinished"] == "no time for three" and "three" not in part.journal.items
+    part = part_of(tmp_path)
+    part.again = True
+    result, code = gpu_parts.run(work, part)
+    assert code == 1 and done == [1] and result["extra"] == 5 and result["failed_items"] == ["two", "three"]
+    assert result["items"]["two"]["error"] == "ValueError: off"
+    # A process that died in the middle: by itself, or stopped from outside.
+    (tmp_path / "journal.json").write_text(json.dumps({"four": {"state": "begun"}}))
+    part = part_of(tmp_path)
+    assert part.journal.run("four", lambda: {})["state"] == "died"
+    (tmp_path / "journal.json").write_text(json.dumps({"four": {"state": "begun"}}))
+    part = part_of(tmp_path)
+    part.journal.forget_begun()
+    assert part.journal.run("four", lambda: {})["state"] == "done"
+    result, code = gpu_parts.run(lambda part: 1 / 0, part_of(tmp_path))
+    assert code == 1 and result["error"].startswith("ZeroDivisionError")
+
+
+def test_a_broken_device_wants_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "broken", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        part_of(tmp_path).journal.run("one", lambda: 1 / 0)
+    assert ended.value.code == BROKEN and part_of(tmp_path).journal.items["one"]["state"] == "error"
+
+
+TESTS = """
+import os, pytest, time
+
+@pytest.mark.parametrize("i", range(6))
+def test_case(i):
+    if os.environ.get("STEP") == "die" and i == 1:
+        os._exit(11)
+    if i == 2:
+        time.sleep(600)
+    assert i != 3
+    if i == 4:
+        pytest.skip("no")
+"""
+
+
+def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(TESTS)
+    monkeypatch.setenv("STEP", "die")
+    monkeypatch.setattr(gpu_parts, "HANG", 0.3)
+    worker = gpu_parts.TestWorker(tmp_path / "log.jsonl", ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
+    try:
+        while worker.poll():
+            time.sleep(0.05)
+    finally:
+        worker.stop()
+    found = read_log(tmp_path / "log.jsonl")
+    assert found.pop(COLLECTED)["count"] == 6 and worker.starts == 3
+    outcomes = [found[name]["outcome"] for name in sorted(found)]
+    assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
+    assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
+    forget_begun(tmp_path / "log.jsonl")
+    assert len(read_log(tmp_path / "log.jsonl")) == 5
+
+
+def test_tests_that_are_stopped_for_want_of_time_are_no_failures(tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(TESTS)
+    monkeypatch.setattr(gpu_parts, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
+    monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(gpu_parts.backends, "gap", lambda *place: None)
+    monkeypatch.setattr(gpu_parts, "GATE", ["-m", ""])
+
+    class Late(gpu_parts.Part):
+        def left(self):
+            log = read_log(self.folder / "tests-0.jsonl")
+            return 0.0 if any("[2]" in test for test in log) else 60.0
+
+    result, code = gpu_parts.run(gpu_parts.tests, Late(tmp_path, tmp_path, 60.0, False))
+    assert code == 3 and result["unfinished"] == "no time for 4 of 6 tests" and result["failures"] == []
+    assert result["counts"] == {"passed": 2}
+
+
+def test_a_spread_of_cases():
+    assert spread(list(range(10)), 0) == list(range(10)) and spread([1, 2], 3) == [1, 2]
+    assert spread(list(range(10)), 3) == [0, 4, 9] and spread(list(range(10)), 1) == [0]
+
+
+def test_only_files_with_gpu_tests_are_collected():
+    files = gpu_parts.gpu_test_files()
+    assert "tests/ops/test_training_cuda.py" in files and "tests/ops/test_norm_act.py" in files
+    assert "tests/system/test_readme.py" not in files and "tests/system/test_profiling_gpu.py" in files
+
+
+def test_the_sanitizers_verdict():
+    log = {"a": {"outcome": "passed"}, COLLECTED: {"outcome": "collected"}}
+    clean = "========= ERROR SUMMARY: 0 errors\n"
+    assert not gpu_parts.sanitizer_verdict(clean, 0, log)["red"]
+    hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    assert gpu_parts.sanitizer_verdict(hazards, 99, log)["errors"] == 2
+    reds = ((hazards, 99, log), ("", 0, log), (clean, 1, log), (clean, 0, {}), (clean + clean.replace("0", "1"), 0, log))
+    assert all(gpu_parts.sanitizer_verdict(*case)["red"] for case in reds)
+
+
+def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: None)
+    result, code = gpu_parts.run(gpu_parts.sanitizer, part_of(tmp_path))
+    assert code == 1 and "compute-sanitizer is not on PATH" in result["error"]
+    result, code = gpu_parts.run(gpu_parts.ncu, part_of(tmp_path))
+    assert code == 0 and result["ncu"] == "not installed"
+
+
+def test_a_second_first_image_compiles_nothing(tmp_path, monkeypatch):
+    for name in ("ADVKD_CACHE", "TRITON_CACHE_DIR", "CUPY_CACHE_DIR", "CUDA_CACHE_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "caches" / name))
+    once = "import os, pathlib; p = pathlib.Path(os.environ['TRITON_CACHE_DIR'], {}); os.makedirs(p.parent, exist_ok=True)"
+    write = once + "; p.exists() or p.write_text('kernel'); print('SECONDS', 0.25)"
+    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("'same'"))
+    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    assert code == 0 and len(result["items"]) == 4
+    assert result["items"]["digits, cuda"]["kept_seconds"] == 0.25 and not result["items"]["digits, cuda"]["compiled_again"]
+    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("str(os.getpid())"))
+    (tmp_path / "journal.json").unlink()
+    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    assert code == 1 and result["items"]["digits, auto"]["compiled_again"]
+    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", "raise SystemExit('no kernel')")
+    (tmp_path / "journal.json").unlink()
+    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    assert code == 1 and result["items"]["digits, auto"]["error"] == "RuntimeError: no kernel"
+
+
+NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","launch__registers_per_thread"
+"","","ns","byte","inst","inst","register/thread"
+"0","advkd_conv_layer_4x4_bf16(Parameters)","12,345","1000000","2.5","0.5","242"
+"1","conv_kernel","n/a","2","0.1","0.7","100"
+"""
+
+
+def test_what_nsight_compute_says():
+    first, second = gpu_parts.ncu_rows(NCU)
+    assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
+    assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
+    assert second["seconds"] is None and second["top_stall"] == "wait"
+    assert gpu_parts.ncu_rows("") == []
+
+
+def test_architectures_of_cards():
+    names = {(8, 0): "8.0", (8, 9): "8.9", (9, 0): "9.0a", (10, 0): "10.0a", (12, 0): "12.0a"}
+    assert {capability: gpu_parts.architecture(capability) for capability in names} == names
+
+
+def entry(name, kind, seconds=None, error=1e-3, **more):
+    times = {"seconds": {"median": seconds}} if seconds else {}
+    return {"name": name, "kind": kind, "parity": {"error": error, "tolerance": 1, "passed": True}, **times, **more}
+
+
+def test_the_summary_says_what_was_reached_and_missed(tmp_path):
+    contestants = [
+        entry("advkd, auto", "ours", 2e-4, 3e-3),
+        entry("advkd, triton", "ours", 3e-4),
+        entry("cuDNN eager", "baseline", 5e-4),
+    ]
+    contestants += [entry("copy", "floor", 1e-5), {"name": "TensorRT", "kind": "peer", "missing": "no module"}]
+    case = {"case": "paper-256, batch 8, bfloat16", "contestants": contestants, "ratio": 2.5, "floor": {"seconds": 1e-4}}
+    case |= {"cudnn_error": 1e-3, "predicted_microseconds": 100.0}
+    slow = {**case, "case": "digits", "ratio": 0.5, "cudnn_error": 1.0, "predicted_microseconds": None}
+    found = {"cases": [case, slow], "gate": {"state": "green"}}
+    stored = {"state": "failed", "seconds": 3, "limit": 9, "result": found, "provenance": PLACE}
+    tests = {
+        "counts": {"passed": 5, "failed": 1},
+        "failures": ["tests/a.py::b"],
+        "tests": {"tests/a.py::b": {"message": "E off by 2"}},
+    }
+    for name, value in {"bench_student": stored, "tests": {**stored, "result": tests}}.items():
+        (tmp_path / f"gpu_{name}.json").write_text(json.dumps(value))
+    page = gpu_summary.summary(tmp_path, ["tests", "bench_student", "ncu"])
+    assert "| tests | failed | 3 of 9 | 5 passed, 1 failed |" in page and "| ncu | not run |" in page
+    assert "| paper-256, batch 8, bfloat16 | advkd, auto: 200.0 | cuDNN eager: 500.0 | 2.50 x | 50% | 3.00 x |" in page
+    assert "- cannot run: TensorRT: no module" in page and "- tests: tests/a.py::b: E off by 2" in page
+    missed, reached = page.split("## Targets missed")[1].split("## Targets reached")
+    assert "digits: 0.50 x" in missed and "error 3.00 x cuDNN's" in missed and "batch 8, bfloat16: 2.50 x" in reached
+    assert "| paper-256, batch 8, bfloat16 | 100.0 | 200.0 | 2.00 x |" in page
+    found["gate"]["state"] = "red"
+    (tmp_path / "gpu_bench_student.json").write_text(json.dumps(stored))
+    assert "these are no results" in gpu_summary.summary(tmp_path, ["bench_student"])
+    assert "Nothing yet" in gpu_summary.summary(tmp_path / "nowhere", ["tests"])
+
+
+def test_tables_of_gpu_results(monkeypatch):
+    case = {
+        "case": "digits, batch 1",
+        "contestants": [entry("advkd", "ours", 2e-4), entry("cuDNN", "peer", 5e-4)],
+        "ratio": 2.5,
+    }
+    case |= {"floor": {"seconds": 1e-4}, "cudnn_error": 1e-3}
+    nobody = {"case": "digits, batch 2", "contestants": [{"name": "advkd", "kind": "ours", "missing": "no"}], "ratio": None}
+    stored = {"result": {"cases": [case, nobody], "gate": {"state": "green"}}, "provenance": PLACE}
+    kernel = {"registers": 40, "local_accesses": 0, "tensor": {"HMMA": 3}, "dtype": "bf16", "precision": "tf32"}
+    spilled = {**kernel, "registers": 255, "local_accesses": 7, "tensor": {}}
+    plan = {"preset": "digits", "batch": 8, "dtype": "bfloat16", "layers": ["a", "b"], "entry": "advkd_conv_pair_columns2_bf16"}
+    plan |= {"shared": 2048, "registers": 40, "blocks": 2, "intensity": 12.3, "microseconds": 4.56}
+    compiled = {"sm_90a": {"cuda": {"conv_pair": [kernel, spilled]}, "triton": [kernel]}, "sm_80": {"cuda": {}, "triton": []}}
+    aot = {"compiled": compiled, "plans": [plan, plan], "versions": {"nvcc": "13", "triton": "3"}, "kernels": {}}
+    known = {"gpu_bench_student": [stored], "ahead": [aot]}
+    monkeypatch.setattr(tables, "results", lambda name: known.get(name, []))
+    page = "\n".join(tables.gpu_benchmarks())
+    assert "| digits, batch 1 | 200.0 | 500.0 | cuDNN | 2.50 x | 50 % | 1.00 x |" in page and "off or cannot run" in page
+    page = "\n".join(tables.ahead())
+    assert "| CUDA C++, conv_pair, 2 entry points | 40 to 255, 7, HMMA in 1 | - |" in page and "(of earlier sources)" in page
+    assert "| digits | conv_pair_columns2, 2 times | 2: a ... b | 40 | 2 | 2 | 12 | 4.6 |" in page
+    stored["result"]["gate"]["state"] = "red"
+    assert tables.gpu_benchmarks() == ["Nothing has been measured on a GPU yet."]
+
+
+def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
+    known = {family.key: family for family in gpu_kernels.families()}
+    assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
+        known
+    )
+    assert all((ROOT / family.source).exists() for family in known.values())
+    cuda, triton = known["cuda mask_mul"], known["triton mask_mul"]
+    node = "tests/ops/test_training_{}.py::test_on_a_gpu[mask_mul-Case0]"
+    assert cuda.tested_by(node.format("cuda")) and not triton.tested_by(node.format("cuda"))
+    assert triton.tested_by(node.format("triton")) and not triton.tested_by(
+        node.format("triton").replace("mask_mul", "norm_act")
+    )
+    assert cuda.tested_by("tests/ops/test_mask_mul.py::test_a[cuda]") and triton.tested_by(
+        "tests/ops/test_mask_mul.py::test_a[cuda]"
+    )
+    assert not known["triton conv_block"].tested_by("tests/ops/test_conv_block_cuda.py::test_a")
+    assert not known["triton sampler_step"].tested_by("tests/ops/test_sampler_step_gpu_sources.py::test_on_a_gpu[1]")
+    stored = {"date": "2026-01-02 03:04", "kernels": gpu_kernels.digests(), "provenance": PLACE}
+    outcomes = {node.format("cuda"): "passed", node.format("cuda") + "2": "failed", node.format("triton"): "passed"}
+    tests = {test: {"outcome": outcome} for test, outcome in outcomes.items()}
+    stored["result"] = {"tests": tests, "gaps": {"cuda": None, "triton": "Triton is not installed"}}
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
+    run = gpu_kernels.last_run(cuda, tmp_path)
+    assert (run["passed"], run["failed"], run["stale"], run["device"]) == (1, 1, False, "a card")
+    assert gpu_kernels.last_run(triton, tmp_path) is None and gpu_kernels.last_run(known["cuda philox"], tmp_path) is None
+    stored["kernels"][cuda.key] = "0"
+    (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
+    assert gpu_kernels.last_run(cuda, tmp_path)["stale"]
+
+
+def test_floors_are_those_of_the_definition():
+    layers = convolutions(PRESETS["paper-256"])
+    # Multiply-adds of the largest layers, by hand.
+    plain, up, last = layers[19], layers[22], layers[24]
+    assert roofline.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
+    assert roofline.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and roofline.flop(up, phases=False) == 9 / 4 * roofline.flop(up)
+    assert roofline.flop(last) == 2 * 9 * 128 * 3 * 256 * 256 and roofline.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
+    assert sum(roofline.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
+    floor = roofline.floor(layers, "bf16", 8, roofline.H200)
+    assert floor["seconds"] == floor["flop"] / 788e12 > floor["bytes"] / 4.3e12
+    assert roofline.layer_roofline(last, "bf16", 64, roofline.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
+
+
+def test_predictions_are_what_the_model_says():
+    stored = json.loads(roofline.PREDICTIONS.read_text())
+    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == roofline.assumptions()
+    cases = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["predictions"]}
+    dtypes = ("bfloat16", "float32", "float32 with TF32")
+    assert set(cases) == {(p, n, d) for p, batches in roofline.BATCHES.items() for n in batches for d in dtypes}
+    for case, prediction in cases.items():
+        # The plans are those of the day; what they cost is the model's.
+        again = roofline.predict(*case, steps=roofline.stored_steps(prediction))
+        assert again == prediction and again["microseconds"] > again["roofline_microseconds"] / 2
+        assert [row["first"] for row in again["steps"]][0] == 0 and sum(row["count"] for row in again["steps"]) in (25,)
+    assert roofline.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
+    assert roofline.predicted_microseconds("digits", 2, "bfloat16") is None
+    measured = roofline.H200.measured({"bf16": 1e12}, 2e12)
+    assert measured.flops["bf16"] == 1e12 and measured.flops["f32"] == roofline.H200.flops["f32"] and measured.bandwidth == 2e12
+
+
+def test_resident_blocks():
+    # By registers, by threads, by shared memory (with what the system takes), by blocks.
+    assert ahead.resident_blocks("sm_90a", 128, 256, 0) == 2 and ahead.resident_blocks("sm_90a", 129, 256, 0) == 1
+    assert ahead.resident_blocks("sm_90a", 32, 256, 0) == 8 and ahead.resident_blocks("sm_80", 16, 32, 0) == 32
+    # Sixteen warps of 104 registers, four in each part of the file, though nineteen would fit in the whole.
+    assert ahead.resident_blocks("sm_90a", 104, 32, 0) == 16
+    assert ahead.resident_blocks("sm_89", 32, 256, 0) == 6 and ahead.resident_blocks("sm_7", 32, 256, 0) is None
+    assert ahead.resident_blocks("sm_90a", 32, 256, 113 * 1024) == 2 and ahead.resident_blocks("sm_80", 32, 256, 82 * 1024) == 1
+
+
+SHOWN = """
+Resource usage:
+ Function advkd_a_bf16:
+  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:576
+.nv.info.advkd_a_bf16
+	<0x1>
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x80 0x1 0x1
+		Function : advkd_a_bf16
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;       /* 0x00000a00ff017b82 */
+        /*0010*/               @P0 HMMA.16816.F32.BF16 R4, R8, R2, R4 ;   /* 0x0 */
+        /*0020*/              @!UP1 STL [R1], R2 ;   /* 0x0 */
+        /*0030*/                   HGMMA.64x64x16.F32 R24, R8 ;   /* 0x0 */
+"""
+
+
+def test_what_the_disassembler_shows():
+    (kernel,) = ahead.read_kernels(SHOWN)
+    assert kernel == {
+        **{"entry": "advkd_a_bf16", "registers": 40, "stack": 8, "local": 0, "shared": 1024, "threads": 128},
+        **{"instructions": 4, "local_accesses": 1, "tensor": {"HMMA": 1, "HGMMA": 1}},
+    }
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_a_source_is_compiled_ahead_of_time(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "profiling.ahead",
+        "--only",
+        "mask_mul",
+        "--architectures",
+        "sm_80,sm_1",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=ROOT, env=process_environment(), check=True, capture_output=True, timeout=300)
+    found = json.loads((tmp_path / "ahead.json").read_text())
+    kernels = found["compiled"]["sm_80"]["cuda"]["mask_mul"]
+    assert found["unknown_to_nvcc"] == ["sm_1"] and [k["entry"] for k in kernels] == [
+        f"advkd_mask_mul_{d}" for d in ("bf16", "f16", "f32")
+    ]
+    for kernel in kernels:
+        assert 8 <= kernel["registers"] <= 80 and kernel["threads"] == 256 and kernel["local_accesses"] == kernel["stack"] == 0
+        assert kernel["blocks"] >= 3 and kernel["shared"] == 0 and kernel["instructions"] > 50
+    assert found["provenance"]["device"] and re.match(r"\d+\.\d+", found["versions"]["nvcc"])
+
+
+def test_plans_know_their_entry_points():
+    limits = roofline.H200.limits
+    for prediction in roofline.read_predictions().values():
+        layers, product = convolutions(PRESETS[prediction["preset"]]), roofline.PRODUCTS[prediction["dtype"]]
+        for step in roofline.stored_steps(prediction):
+            launch = ahead.entry_of(step, layers, product, prediction["batch"], limits)
+            source = {"conv": "conv_block", "image": "conv_block", "pair": "conv_pair", "stem": "student_stem"}[step.kernel]
+            stem = launch["entry"].removeprefix("advkd_").rpartition("_")[0]
+            assert launch["entry"].endswith("_" + product) and 0 < launch["shared"] <= limits.shared and launch["grid"] > 0
+            assert (
+                re.sub(r"_?(columns|cluster)?\d+(x\d+)?$", "", stem).split("_")[0]
+                in (ROOT / f"csrc/cuda/{source}.cu").read_text()
+            )
+
+
+class OnHost:
+    """In the place of a captured graph."""
+
+    def __init__(self, function, units=1):
+        self.function, self.units = function, units
+        self()
+
+    def __call__(self):
+        with torch.no_grad():
+            return [self.function(i) for i in range(self.units)][0]
+
+
+@pytest.fixture
+def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
+    """Benchmarks for a GPU on the CPU: plain PyTorch in the place of the kernels, function calls in that of graphs."""
+    for module in (bench_conv_block, gpu_peers):
+        monkeypatch.setattr(module, "Replay", OnHost)
+    monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
+    monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
+    for name in bench_student.GPU_ENGINES:
+        if name.startswith("torch.compile"):
+            monkeypatch.setitem(bench_student.GPU_ENGINES, name, gpu_peers.eager)
+    return on_gpu_kernels
+
+
+def prepared_parity(case):
+    """Every contestant's result, compared with the oracle; who cannot run is left out."""
+    wanted, errors = case.oracle(), {}
+    for contestant in case.contestants:
+        try:
+            errors[contestant.name] = (contestant.prepare()().double() - wanted).abs().max().item()
+        except ImportError:
+            continue
+    return errors
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
+    case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
+    assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
+    assert case.notes["predicted_microseconds"] == roofline.predicted_microseconds("digits", 1, dtype)
+    errors = prepared_parity(case)
+    assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
+    assert all(error <= case.tolerance for error in errors.values())
+    missing = {c.name for c in case.contestants} - set(errors)
+    assert missing <= {"TensorRT", "TensorRT, conv_transpose2d"}
+    searched = bench_student.gpu_case("digits", 1, dtype, "searched", device="cpu")
+    assert searched.name.endswith(", max-autotune") and len(searched.contestants) == 5
+    quick, every = bench_student.quick_cases(), bench_student.gpu_cases()
+    assert set(quick) == set(every) and all(quick[name].args == every[name].args for name in bench_student.WHOLE)
+    assert quick["digits, batch 64, bfloat16"].args == ("digits", 64, "bfloat16", "few")
+
+
+SMALL = {
+    "one layer": ("digits", 7, 1),
+    "up-sampling": ("digits", 6, 1),
+    "an image": ("digits", 24, 1),
+    "two": ("digits", 21, 2),
+    "two, to an image": ("digits", 23, 2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
+    monkeypatch.setattr(bench_conv_block, "CHAINS", SMALL)
+    case = bench_conv_block.case(name, 2, "bfloat16", device="cpu")
+    errors = prepared_parity(case)
+    ours = {"one layer": "conv_layer", "up-sampling": "conv_layer", "an image": "conv_image"}.get(name, "conv_pair")
+    assert {f"advkd, CUDA {ours}", "cuDNN", "torch.compile, max-autotune"} <= set(errors)
+    assert ("cuDNN, conv_transpose2d" in errors) == (name == "up-sampling")
+    assert ("advkd, Triton" in errors) == (SMALL[name][2] == 1)
+    assert all(error <= case.tolerance for error in errors.values()), errors
+    assert case.notes["sets"] == 2 and case.flop == case.notes["floor"]["flop"]
+
+
+def test_chains_are_what_their_names_say():
+    for name, (preset, first, count) in bench_conv_block.CHAINS.items():
+        layers = convolutions(PRESETS[preset])[first : first + count]
+        said = roofline.layer_name(layers[0])
+        if count == 1:
+            assert said.replace(",", "") == name
+        if "stem" in name:
+            assert first == 0 and roofline.pixels(layers[-1]) == 16 * 16
+    pair = convolutions(PRESETS["pyramid-256"])
+    assert [roofline.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
+    assert [roofline.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
+
+
+def test_the_parity_gate(tmp_path):
+    files = ["tests/ops/test_mask_mul.py"]
+    stored = {"kernels": gpu_kernels.digests(), "result": {"tests": {}}}
+    tests = stored["result"]["tests"]
+    part = part_of(tmp_path)
+
+    def gate():
+        (tmp_path / "gpu_tests.json").write_text(json.dumps(stored))
+        return gpu_parts.parity_gate(files, part)
+
+    assert gate()["state"] == "none ran"
+    tests["tests/ops/test_mask_mul.py::test_a"] = {"outcome": "passed"}
+    tests["tests/ops/test_norm_act.py::test_a"] = {"outcome": "failed"}
+    assert gate() == {"state": "green", "passed": 1, "failed": 0}
+    tests["tests/ops/test_mask_mul.py::test_b"] = {"outcome": "died"}
+    assert gate() == {"state": "red", "passed": 1, "failed": 1}
+    tests.popitem()
+    stored["result"]["unfinished"] = "no time for 3 tests"
+    assert gate()["state"] == "incomplete"
+
+
+GOOD = {"case": "good", "moved_bytes": 10**9, "contestants": [entry("advkd", "ours", 1e-3)]}
+
+
+def test_a_benchmark_part(tmp_path, monkeypatch):
+    """Cases one by one into the journal; a case that fails does not end the part."""
+    ran = []
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    def small():
+        ran.append(1)
+        return dataclasses.replace(bench_student.case("digits", 1), contestants=[], device="cpu")
+
+    module = type(sys)("small_bench")
+    module.cases, module.PARITY_TESTS = lambda device: {"good": small, "bad": fails, "other": small}, ["tests/a.py"]
+    monkeypatch.setitem(sys.modules, "profiling.small_bench", module)
+    monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "bad", "unknown"])
+    monkeypatch.setattr(gpu_parts, "parity_gate", lambda files, part: {"state": "green"})
+    monkeypatch.setattr(gpu_parts, "provenance", lambda device: PLACE)
+    monkeypatch.setattr(gpu_parts, "run_case", lambda case: dict(GOOD))
+    monkeypatch.setattr(gpu_parts, "format_case", lambda result: "")
+    rates = {"result": {"items": {"rates": {"flops": {"bf16": 1e12}, "bandwidth": 1e12}}}}
+    (tmp_path / "gpu_rates.json").write_text(json.dumps(rates))
+    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path))
+    assert code == 1 and result["wanted"] == ["good", "bad"] and result["failed_items"] == ["bad"]
+    assert [case["case"] for case in result["cases"]] == ["good"] and result["cases"][0]["floor"]["seconds"] == 1e-3
+    assert "out of memory" in result["errors"]["bad"]
+    assert bench_student.gpu_rates().flops["bf16"] == 1e12 and len(ran) == 1
+    monkeypatch.setattr(bench_student, "MEASURED_RATES", [])
+    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path, 0.0))
+    assert len(ran) == 1
+    late = part_of(tmp_path / "late", 1.0)
+    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), late)
+    assert code == 3 and result["unfinished"] == "no time for 2 cases: good, bad"
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu():
+    """A replay's results are the function's; a longer kernel takes longer; a case runs from end to end."""
+    x = torch.randn(1 << 24, device="cuda")
+    replay = gpu_timing.Replay(lambda i: x * (i + 2), 3)
+    assert torch.equal(replay(), 2 * x)
+    small = x[: 1 << 16]
+    times = gpu_timing.measure_events({"long": lambda: x * 2, "short": lambda: small * 2, "graph": replay}, repeats=5)
+    assert times["short"]["median"] < times["long"]["median"] and times["graph"]["median"] < 2 * times["long"]["median"]
+    assert gpu_timing.sets_beyond_cache(1) == 64
+    case = bench_conv_block.case("144 to 144 at 8", 1, "bfloat16")
+    case.contestants = [c for c in case.contestants if "compile" not in c.name]
+    result = run_case(dataclasses.replace(case, repeats=3))
+    assert all(entry["parity"]["passed"] and entry["seconds"]["median"] > 0 for entry in result["contestants"])
