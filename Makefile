@@ -16,6 +16,9 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)$(TORCH_BUILD)
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
+# The CUDA object takes minutes and loads only where torch has CUDA: a CPU build of torch goes without, unless ADVKD_CUDA says so.
+SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print("" if torch.version.cuda else "ADVKD_CUDA=0")'))
+
 .PHONY: install demo test test-all clean
 
 install: $(VENV)/.installed
@@ -31,7 +34,7 @@ $(TORCH_STAMP): constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
-	ADVKD_CPU=1 $(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
+	ADVKD_CPU=1 $(SKIP_CUDA) $(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 demo: install

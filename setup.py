@@ -121,7 +121,9 @@ class BuildExtensions(build_ext):
         nvcc = cuda_compiler()
         host = ",".join(host_flags(include=False))
         flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
-        objects = [self._compile([nvcc, *flags], source, Path(source).stem + ".cuda.o") for source in files]
+        # nvcc itself takes a core per architecture.
+        with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
+            objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, Path(s).stem + ".cuda.o"), files))
         self._link([nvcc, "-shared", "-cudart=static", *objects], target)
 
     def _compile(self, command, source, name):
@@ -178,8 +180,9 @@ def cpu_units(files, machine=platform.machine()):
 
 extensions = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
 if cuda_compiler():
-    # The registration unit includes the kernels: device code of one object needs no separate linking.
-    extensions.append(Extension("advkd._cuda", ["csrc/cuda/register.cu"], py_limited_api=True))
+    # Registration units include their kernels: device code of one unit needs no separate linking.
+    units = [source for source in sources("cuda", {".cu"}) if Path(source).name.startswith("register")]
+    extensions.append(Extension("advkd._cuda", units, py_limited_api=True))
 
 setup(
     ext_modules=extensions,

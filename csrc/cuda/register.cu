@@ -5,9 +5,6 @@
 #include <algorithm>
 
 #include "cuda/philox.cu"
-#include "cuda/register_conv_block.h"
-#include "cuda/register_conv_pair.h"
-#include "cuda/register_student_stem.h"
 #include "cuda/register_training.h"
 #include "cuda/sampler_step.cu"
 
@@ -152,17 +149,6 @@ STABLE_TORCH_LIBRARY(advkd_cuda, m) {
   m.def("missing_code(Tensor x) -> int");
   m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
   m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
-  m.def(
-      "conv_layer(Tensor x, Tensor weights, Tensor bias, Tensor(a!) out, bool upsample, int activation, float slope, "
-      "int product) -> ()");
-  m.def(
-      "conv_image(Tensor x, Tensor weights, Tensor bias, Tensor(a!) out, int activation, float slope, int product) -> ()");
-  m.def(
-      "conv_pair(Tensor x, Tensor weights1, Tensor bias1, Tensor weights2, Tensor bias2, Tensor(a!) out, bool upsample, "
-      "bool image, int activation, float slope, int product) -> ()");
-  m.def(
-      "student_stem(Tensor x, Tensor[] weights, Tensor[] biases, Tensor(a!) out, int[] layers, float slope, int product, "
-      "int cluster, int images) -> ()");
   m.def("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, Tensor(a!) out, Tensor(b!) mask) -> ()");
   m.def("mask_mul(Tensor x, Tensor mask, float slope, Tensor(a!) out) -> ()");
   m.def("penalty_reduce(Tensor g, float target, float weight, int mode, Tensor(a!) out, Tensor(b!) penalties) -> ()");
@@ -188,10 +174,6 @@ STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
   m.impl("philox_words", TORCH_BOX(&advkd::philox_words));
   m.impl("philox_normal", TORCH_BOX(&advkd::philox_normal));
   m.impl("sampler_step", TORCH_BOX(&advkd::sampler_step));
-  m.impl("conv_layer", TORCH_BOX(&advkd::conv::conv_layer));
-  m.impl("conv_image", TORCH_BOX(&advkd::conv::conv_image));
-  m.impl("conv_pair", TORCH_BOX(&advkd::pair::conv_pair));
-  m.impl("student_stem", TORCH_BOX(&advkd::stem::student_stem));
   m.impl("conv_bias_act_mask", TORCH_BOX(&advkd::training::conv_bias_act_mask));
   m.impl("mask_mul", TORCH_BOX(&advkd::training::mask_mul));
   m.impl("penalty_reduce", TORCH_BOX(&advkd::training::penalty_reduce));

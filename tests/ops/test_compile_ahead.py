@@ -179,7 +179,7 @@ def nvrtc_library():
     return next((path for folder in folders for path in Path(folder).rglob("libnvrtc.so.*")), None)
 
 
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if p.name != "register.cu"))
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.name.startswith("register")))
 def test_nvrtc_compiles_every_device_source(source):
     """The device sources need neither Torch nor the standard library: CuPy compiles them as they are."""
     path = nvrtc_library()
@@ -190,8 +190,9 @@ def test_nvrtc_compiles_every_device_source(source):
     text = cupy_modules.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
     # What the launchers ask for, and what CuPy adds.
-    dtypes = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)" if source == "sampler_step.cu" else "-DADVKD_DTYPES(EACH)=EACH(bf16)"]
-    options = [*cupy_modules.OPTIONS, *dtypes, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
+    kinds = ["-DADVKD_DTYPES(EACH)=EACH(bf16)", "-DADVKD_PRODUCTS(EACH)=EACH(bf16)"]
+    kinds = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)"] if source == "sampler_step.cu" else kinds
+    options = [*cupy_modules.OPTIONS, *kinds, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
     options = [option.encode() for option in options]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()

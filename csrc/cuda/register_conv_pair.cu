@@ -1,5 +1,4 @@
 // Launcher of two convolutions in one kernel: it checks shapes and layouts, plans, and starts the kernel.
-#pragma once
 
 #include "cuda/conv_pair.cu"
 #include "cuda/register.h"
@@ -117,3 +116,13 @@ void conv_pair(
 
 }  // namespace
 }  // namespace advkd::pair
+
+STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cuda, m) {
+  m.def(
+      "conv_pair(Tensor x, Tensor weights1, Tensor bias1, Tensor weights2, Tensor bias2, Tensor(a!) out, bool upsample, "
+      "bool image, int activation, float slope, int product) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
+  m.impl("conv_pair", TORCH_BOX(&advkd::pair::conv_pair));
+}

@@ -1,5 +1,4 @@
 // The launcher of student_stem: it checks layers and layouts, plans and starts the kernel.
-#pragma once
 
 #include "cuda/register.h"
 #include "cuda/student_stem.cu"
@@ -133,3 +132,13 @@ void student_stem(
 
 }  // namespace
 }  // namespace advkd::stem
+
+STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cuda, m) {
+  m.def(
+      "student_stem(Tensor x, Tensor[] weights, Tensor[] biases, Tensor(a!) out, int[] layers, float slope, int product, "
+      "int cluster, int images) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
+  m.impl("student_stem", TORCH_BOX(&advkd::stem::student_stem));
+}

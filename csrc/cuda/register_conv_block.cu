@@ -1,5 +1,4 @@
 // Launchers of the student's convolutions: they check layouts, plan the tiles for the device, and start the kernels.
-#pragma once
 
 #include <array>
 #include <map>
@@ -176,3 +175,16 @@ void conv_image(
 
 }  // namespace
 }  // namespace advkd::conv
+
+STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cuda, m) {
+  m.def(
+      "conv_layer(Tensor x, Tensor weights, Tensor bias, Tensor(a!) out, bool upsample, int activation, float slope, "
+      "int product) -> ()");
+  m.def(
+      "conv_image(Tensor x, Tensor weights, Tensor bias, Tensor(a!) out, int activation, float slope, int product) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
+  m.impl("conv_layer", TORCH_BOX(&advkd::conv::conv_layer));
+  m.impl("conv_image", TORCH_BOX(&advkd::conv::conv_image));
+}
