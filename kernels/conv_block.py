@@ -68,7 +68,6 @@ class ImageConfig(NamedTuple):
 NARROW = (
     Config(256, 128, 64, 8, 3),
     Config(128, 128, 32, 4, 4),
-    Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 8, 4),
     Config(256, 64, 64, 8, 3),
     Config(128, 64, 64, 8, 3),
