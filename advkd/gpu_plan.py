@@ -13,6 +13,7 @@ import torch
 
 from .errors import InputError
 from .files import cache_folder, read_json, write_json
+from .hub import reason
 from .ops.gpu_layers import input_channels, padded
 from .ops.student_gpu import (
     Step,
@@ -199,15 +200,25 @@ class KeptTimes:
         if key not in self.known:
             if not self.found:
                 _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path)
-            self.known[key] = self.found[key] = step_seconds(engine, step, n)
+            self.known[key] = self.found[key] = self._measure(key, engine, step, n)
         return self.known[key]
+
+    def _measure(self, key, engine, step, n):
+        try:
+            return step_seconds(engine, step, n)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a tile too large for the device, in each compiler's own kind of error
+            _LOG.warning("%s is passed over: %s", key, reason(error))
+            return math.inf
 
     def keep(self):
         """Write what was measured; another process may have added its own since."""
-        if not self.found:
+        finite = {key: seconds for key, seconds in self.found.items() if math.isfinite(seconds)}
+        if not finite:
             return
         try:
-            write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **self.found}.items()))})
+            write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **finite}.items()))})
         except (OSError, InputError) as error:
             _LOG.warning("the measured times are not kept: %s (%s)", self.path, error)
 

@@ -7,7 +7,6 @@ run one after the other: they read it from L2, where any layer's weights fit, to
 channels are a product of 2-D tiles of pixels, whose nine taps L1 serves.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch.library import custom_op, triton_op, wrap_triton
 
 from ..errors import InputError
-from ..ops import gpu_layers, triton_tuning
+from ..ops import gpu_layers
 from ..ops.conv_block import ACTIVATIONS, ConvLayer
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -342,7 +341,7 @@ def is_image(layer):
 def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
     """Configurations worth measuring for a :class:`advkd.ops.conv_block.ConvLayer`, the likeliest first, at most 8.
 
-    ``shared``: bytes of shared memory that a block can have (:func:`shared_memory`).
+    ``shared``: bytes of shared memory that a block can have.
     """
     c_in = gpu_layers.input_channels(layer)
     if is_image(layer):
@@ -369,20 +368,6 @@ def image_table(dtype, precision, c_in):
 def default(layer, batch, dtype, precision="tf32"):
     """The configuration taken without a measurement; it runs on every GPU since sm_80."""
     return configs(layer, batch, dtype, precision)[0]
-
-
-def tuned(layer, batch, dtype, precision, device):
-    """The configuration that is fastest on ``device``, measured once and kept (:mod:`advkd.ops.triton_tuning`)."""
-    named = {str(config): config for config in configs(layer, batch, dtype, precision, shared_memory(device))}
-    kernel = f"Triton {triton_tuning.triton_version()}"
-    key = triton_tuning.layer_key(kernel, layer, batch, dtype, precision, device)
-    run = _example(layer, batch, dtype, precision, device)
-    return named[triton_tuning.choose(key, list(named), lambda name: _seconds(run, named[name]))]
-
-
-def shared_memory(device):
-    """Bytes of shared memory that a block can have on ``device``."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def conv_block(x, weight, bias, slope, upsample, activation, precision=None):
@@ -556,28 +541,3 @@ def _cost(tile, layer, batch):
 def _image_cost(tile, layer, batch):
     programs = batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
     return _ceil(programs, PROCESSORS) * (tile.rows + 2) * (tile.columns + 2)
-
-
-def _example(layer, batch, dtype, precision, device):
-    """A function that runs a layer with a configuration, on random numbers."""
-    generator = torch.Generator(device).manual_seed(0)
-    numbers = {"generator": generator, "device": device}
-    taps = (4, 4) if layer.upsample else (1, 9)
-    c_in, c_out, scale = gpu_layers.input_channels(layer), gpu_layers.padded(layer.c_out), 2 if layer.upsample else 1
-    x = torch.randn(batch, layer.height, layer.width, c_in, **numbers).to(dtype)
-    weights = pack_weights(torch.randn(*taps, c_in, c_out, **numbers) / math.sqrt(taps[1] * c_in), dtype, precision)
-    bias, code = torch.zeros(c_out, device=device), ACTIVATIONS.index(layer.activation)
-    if is_image(layer):
-        out = x.new_empty((batch, layer.c_out, layer.height, layer.width))
-        return lambda config: conv_image(x, weights, bias, out, code, 0.2, precision, config)
-    out = x.new_empty((batch, scale * layer.height, scale * layer.width, c_out))
-    return lambda config: conv_layer(x, weights, bias, out, layer.upsample, code, 0.2, precision, config)
-
-
-def _seconds(run, config):
-    """Median time of a configuration; infinite where it does not fit the device."""
-    try:
-        milliseconds = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-    except triton.OutOfResources:
-        return math.inf
-    return 1e-3 * milliseconds

@@ -3,21 +3,16 @@
 import dataclasses
 import itertools
 import json
-import logging
-import math
 import re
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.files import cache_folder
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from advkd.ops import triton_tuning
 from advkd.ops.conv_block import ACTIVATIONS, ConvLayer
 from advkd.ops.gpu_layers import pad_layer, padded
 
@@ -310,32 +305,6 @@ def see_through():
     export_with_any_batch()
 
 
-def measured():
-    """A layer's configurations, clock and GPU replaced: every one runs, the fastest is kept and not measured again."""
-    kernels = launchers()
-    calls = []
-
-    def bench(run, **options):
-        calls.append(run())
-        if len(calls) == 1:
-            raise kernels.triton.OutOfResources(1, 2, "shared memory")
-        return 1.0 if len(calls) == 3 else 2.0
-
-    gpu = mock.patch.object(triton_tuning, "device_name", lambda device: "a GPU, sm_90")
-    memory = mock.patch.object(kernels, "shared_memory", lambda device: 227 * 1024)
-    clock = mock.patch.object(kernels.triton.testing, "do_bench", bench)
-    with gpu, memory, clock:
-        for layer in (ConvLayer(16, 16, 2, 2, True), ConvLayer(16, 3, 4, 4, activation="tanh")):
-            calls.clear()
-            candidates = kernels.configs(layer, 1, F32, "ieee", 227 * 1024)
-            chosen = kernels.tuned(layer, 1, F32, "ieee", "cpu")
-            assert chosen == candidates[2] and len(calls) == len(candidates)
-            assert kernels.tuned(layer, 1, F32, "ieee", "cpu") == chosen and len(calls) == len(candidates)
-    kept = json.loads((cache_folder() / "plans" / "gpu.json").read_text())["choices"]
-    version = f"Triton {triton_tuning.triton_version()}"
-    assert len(kept) == 2 and all(version in key and "batch 1; float32 as ieee" in key for key in kept)
-
-
 class Recorder:
     """Stands in for a kernel: keeps what a launcher gives it."""
 
@@ -431,7 +400,7 @@ def compiler(folder):
 
 
 ARCHITECTURES = [80, 90, 100]
-INTERPRETED = ["interpret", "traced", "measured"]
+INTERPRETED = ["interpret", "traced"]
 COMPILED = [*(f"compile_ahead {architecture} part" for architecture in ARCHITECTURES), "see_through"]
 
 
@@ -575,93 +544,6 @@ def test_the_image_launcher_refuses():
         launchers().conv_image(x, torch.zeros(1, 9, 16, 32), bias, torch.zeros(1, 3, 4, 4), *rest)
     with pytest.raises(InputError, match="out must be"):
         launchers().conv_image(x, torch.zeros(1, 9, 16, 16), bias[:16], torch.zeros(1, 3, 4, 5), *rest)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
-    triton_tuning._announce.cache_clear()
-    return tmp_path / "cache" / "plans" / "gpu.json"
-
-
-def test_the_fastest_is_kept(cache, caplog):
-    times, asked = {"a": 3.0, "b": 1.0, "c": 2.0}, []
-
-    def measure(name):
-        asked.append(name)
-        return times[name]
-
-    with caplog.at_level(logging.INFO, logger="advkd"):
-        assert triton_tuning.choose("layer", list("abc"), measure) == "b" and asked == list("abc")
-        assert triton_tuning.choose("layer", list("abc"), measure) == "b" and asked == list("abc")
-        assert triton_tuning.choose("another", list("ab"), measure) == "b" and len(asked) == 5
-    # It says once that it measures, and where that is kept.
-    assert len(caplog.messages) == 1 and str(cache) in caplog.text
-    assert json.loads(cache.read_text()) == {"version": triton_tuning.VERSION, "choices": {"layer": "b", "another": "b"}}
-    # A name that is gone from the table is measured anew, and the others stay.
-    assert triton_tuning.choose("layer", ["a", "c"], measure) == "c"
-    assert json.loads(cache.read_text())["choices"] == {"layer": "c", "another": "b"}
-
-
-def test_a_tie_goes_to_the_first(cache):
-    times = {"a": 1.02, "b": 1.0, "c": 0.995}
-    assert triton_tuning.choose("layer", list("abc"), times.get) == "a"
-    assert triton_tuning.choose("other", list("cba"), times.get) == "c"
-    assert triton_tuning.choose("third", list("ab"), {"a": 1.04, "b": 1.0}.get) == "b"
-
-
-def test_what_cannot_run_is_passed_over(cache):
-    assert triton_tuning.choose("layer", ["a", "b"], {"a": math.inf, "b": 9.0}.get) == "b"
-    with pytest.raises(RuntimeError, match="a, b can run none"):
-        triton_tuning.choose("none", ["a", "b"], lambda name: math.inf)
-    with pytest.raises(InputError, match="no configuration"):
-        triton_tuning.choose("layer", [], None)
-    # Where there is no choice nothing is measured or kept.
-    assert triton_tuning.choose("single", ["a"], None) == "a"
-    assert set(json.loads(cache.read_text())["choices"]) == {"layer"}
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"version": 0, "choices": {"layer": "a"}}', '{"version": 1, "choices": 3}', "\xff"]
-)
-def test_a_damaged_file_is_measured_anew(cache, content):
-    cache.parent.mkdir(parents=True)
-    cache.write_bytes(content.encode("latin-1"))
-    assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
-    assert json.loads(cache.read_text())["choices"] == {"layer": "b"}
-
-
-def test_a_senseless_choice_is_measured_anew(cache):
-    cache.parent.mkdir(parents=True)
-    for kept in (["a"], None, 3):
-        cache.write_text(json.dumps({"version": triton_tuning.VERSION, "choices": {"layer": kept}}))
-        assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
-
-
-def test_without_a_cache_folder_the_choice_is_still_used(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "file"))
-    with caplog.at_level(logging.WARNING, logger="advkd"):
-        assert triton_tuning.choose("layer", ["a", "b"], {"a": 2.0, "b": 1.0}.get) == "b"
-    assert "not kept" in caplog.text
-
-
-def test_keys_tell_apart_what_a_choice_depends_on(monkeypatch):
-    monkeypatch.setattr(triton_tuning, "device_name", lambda device: f"GPU {device}")
-    layer = ConvLayer(16, 32, 8, 8)
-    plain = ("Triton 3.9", layer, 1, F32, "tf32", 0)
-    others = [(0, "Triton 3.6"), (2, 8), (3, BF16), (4, "ieee"), (5, 1)]
-    others += [(1, dataclasses.replace(layer, **{name: value})) for name, value in (
-        ("c_in", 32), ("c_out", 16), ("height", 4), ("width", 4), ("upsample", True), ("activation", "tanh"), ("detail", 3)
-    )]  # fmt: skip
-    keys = {triton_tuning.layer_key(*plain)}
-    keys |= {triton_tuning.layer_key(*plain[:i], value, *plain[i + 1 :]) for i, value in others}
-    assert len(keys) == 1 + len(others)
-
-
-def test_tuning_does_not_import_triton():
-    code = "import sys, advkd.ops.triton_tuning as t; assert 'triton' not in sys.modules; t.cache_folder()"
-    subprocess.run([sys.executable, "-c", code], check=True, env=process_environment(), cwd=ROOT)
 
 
 @pytest.mark.gpu

@@ -199,6 +199,24 @@ def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch,
         assert plan_of(fused, 4) == steps and "not kept" in caplog.text
 
 
+def test_a_kernel_that_does_not_run_is_passed_over(on_gpu_kernels, monkeypatch, cache, caplog):
+    measured(monkeypatch, {**COSTS, "pair": 1e-6})
+    seconds = gpu_plan.step_seconds
+
+    def failing(engine, step, n):
+        if step.kernel == "pair":
+            raise RuntimeError("out of resource: shared memory")
+        return seconds(engine, step, n)
+
+    monkeypatch.setattr(gpu_plan, "step_seconds", failing)
+    fused = tiny_student().fuse("cuda")
+    with caplog.at_level(logging.WARNING):
+        steps = plan_of(fused, 4)
+    assert {s.kernel for s in steps} == {"conv", "image"} and "is passed over: " in caplog.text
+    (path,) = (cache / "plans").iterdir()
+    assert not [key for key in json.loads(path.read_text())["seconds"] if key.startswith("pair")]
+
+
 def test_plans_are_shown(on_gpu_kernels):
     fused = tiny_student().fuse("cuda", tune=False)
     plan = fused.plan(batch_size=3)
