@@ -1,0 +1,408 @@
+"""The profilers' drivers: what they start, what they read, what they refuse; the workloads agree with each other."""
+
+import gzip
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from advkd.errors import InputError
+from advkd.models import student as student_module
+from advkd.ranges import named
+from profiling import compare, ncu, nsys, power, torch_trace, traces, workloads
+from profiling.traces import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
+from profiling.workloads import UNIT, VARIANTS, Size
+
+from ..conftest import ROOT, TINY_STUDENT, process_environment, tiny_student, tiny_teacher
+
+DATA = ROOT / "tests" / "data" / "nsight"
+CONV = "void conv_kernel<float, 64>(float *)"
+
+
+def export(path, changes=""):
+    """The small SQLite export as a file."""
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript((DATA / "report.sql").read_text() + changes)
+    return path
+
+
+def fixture(kind, tmp_path):
+    return nsys.read(export(tmp_path / "a.sqlite")) if kind == "nsys" else torch_trace.read(DATA / "chrome_trace.json")
+
+
+@pytest.mark.parametrize("kind", ["nsys", "torch"])
+def test_both_tools_recordings_give_the_same_figures(kind, tmp_path):
+    found = summary(fixture(kind, tmp_path))
+    # Two units of 10 us. First: kernels of 3 and 2 us that overlap by 1, a copy of 0.5; second: a kernel of 3, a set of 0.2.
+    assert (found["units"], found["launches"], found["launched"], found["copies"]) == (2, 1.5, "kernels", 0.5)
+    assert found["seconds"] == pytest.approx(10e-6) and found["copied_bytes"] == 2048
+    assert found["busy"] == pytest.approx((4000 + 500 + 3000 + 200) / 20000)
+    rows = {row["range"]: row for row in found["ranges"]}
+    assert list(rows) == [UNIT, "student", "block"]
+    # The step's kernel was launched from another thread while the block was open, the set near the end of a range.
+    assert rows["student"]["seconds"] == pytest.approx((3000 + 2000 + 3000 + 200) / 2 * 1e-9)
+    assert rows["student"]["own_seconds"] == pytest.approx((3000 + 3000 + 200) / 2 * 1e-9)
+    assert rows["student"]["host_seconds"] == pytest.approx((6000 + 5000) / 2 * 1e-9)
+    assert rows["block"]["seconds"] == rows["block"]["own_seconds"] == pytest.approx(1000e-9)
+    assert rows[UNIT]["own_seconds"] == pytest.approx(250e-9)
+    assert [(row["calls"], row["launches"], row["own_launches"]) for row in rows.values()] == [
+        (1, 1.5, 0),
+        (1, 1.5, 1),
+        (0.5, 0.5, 0.5),
+    ]
+    assert [(row["name"], row["launches"]) for row in found["top"]] == [(CONV, 1), ("step_kernel", 0.5)]
+    assert found["top"][0]["seconds"] == pytest.approx(3000e-9)
+
+
+def test_operators_of_a_cpu():
+    ranges = [Span(0, 100, UNIT), Span(10, 60, "outer"), Span(20, 30, "inner")]
+    operators = [Span(12, 52, "conv"), Span(14, 50, "kernel"), Span(22, 26, "add"), Span(70, 80, "add"), Span(200, 210, "late")]
+    found = summary(Trace(ranges, operators=operators, on_gpu=False))
+    assert (found["launches"], found["launched"], found["busy"]) == (4, "operators", None) and "copied_bytes" not in found
+    rows = {row["range"]: (row["own_launches"], row["own_seconds"]) for row in found["ranges"]}
+    assert rows[UNIT] == (1, pytest.approx(50e-9)) and rows["outer"] == (2, pytest.approx(40e-9))
+    assert rows["inner"] == (1, pytest.approx(10e-9))
+    # 36 less the 4 of the addition inside; 4 and 10; 40 less 36.
+    assert [(row["name"], round(1e9 * row["seconds"])) for row in found["top"]] == [("kernel", 32), ("add", 14), ("conv", 4)]
+
+
+def test_nested_and_overlapping_times():
+    assert own_times([Span(0, 10, "a"), Span(2, 8, "b"), Span(3, 4, "c"), Span(0, 10, "other", thread=1)]) == [4, 5, 1, 10]
+    kernels = [Activity(start, end, "k", KERNEL, 0) for start, end in ((-5, 3), (2, 4), (2, 3), (6, 20))]
+    assert busy_time(kernels, [Span(0, 10, UNIT)]) == 4 + 4
+
+
+def test_other_versions_of_nsys(tmp_path):
+    older = "ALTER TABLE NVTX_EVENTS DROP COLUMN domainId; ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN demangledName;"
+    older += "DROP TABLE CUPTI_ACTIVITY_KIND_MEMSET;"
+    found = summary(nsys.read(export(tmp_path / "older.sqlite", older)))
+    # Without domains every library's ranges are there.
+    assert "cudnnConvolutionForward" in {row["range"] for row in found["ranges"]}
+    assert found["top"][0]["name"] == "conv_kernel"
+    whole = "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INTEGER, end INTEGER);"
+    whole += "INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (1, 2);"
+    with pytest.raises(InputError, match="cuda-graph-trace=node"):
+        nsys.read(export(tmp_path / "graphs.sqlite", whole))
+    empty = nsys.read(export(tmp_path / "empty.sqlite", "DELETE FROM NVTX_EVENTS;"))
+    with pytest.raises(InputError, match="unit of work"):
+        summary(empty)
+
+
+def test_a_chrome_trace_to_look_at(tmp_path):
+    trace = nsys.read(export(tmp_path / "a.sqlite"))
+    traces.write_chrome(trace, tmp_path / "trace.json.gz")
+    events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert len(events) == len(trace.ranges) + len(trace.activities) == 5 + 7
+    (copy,) = [event for event in events if event["cat"] == "copy"]
+    assert (copy["ph"], copy["ts"], copy["dur"]) == ("X", pytest.approx(9.0), pytest.approx(0.5))
+    (tmp_path / "broken.json").write_text("[")
+    with pytest.raises(InputError, match="not a Chrome trace"):
+        torch_trace.read(tmp_path / "broken.json")
+
+
+def test_counters_of_nsight_compute():
+    launches = ncu.read((DATA / "raw.csv").read_text())
+    assert [row["flop"] for row in launches] == [3e6 + 2 * 1e6, 4e5 + 4 * 1e5, 1e6]
+    found = ncu.totals(launches)
+    assert (found["launches"], found["dram_bytes"], found["flop"]) == (3, 32e6, 6.8e6)
+    assert found["seconds"] == pytest.approx(14e-6) and found["flop_per_second"] == pytest.approx(6.8e6 / 14e-6)
+    assert found["bytes_per_second"] == pytest.approx(32e6 / 14e-6)
+    assert found["occupancy_percent"] == pytest.approx((8 * 40 + 4 * 80 + 2 * 20) / 14)
+    conv, step = ncu.by_kernel(launches)
+    assert (conv["kernel"], conv["launches"], step["launches"]) == (CONV, 2, 1)
+    # Means by time of 8 and 2 us.
+    assert conv["stalls"] == pytest.approx({"long_scoreboard": 3.0, "barrier": 1.0, "wait": 0.4})
+    assert list(conv["stalls"]) == ["long_scoreboard", "barrier", "wait"]
+    assert conv["flop_per_second"] == pytest.approx(6e11) and conv["bytes_per_second"] == pytest.approx(2e12)
+    assert ncu.read("==ERROR== no rights") == []
+    place = {"workload": "student", "size": "digits", "variant": "fused", "tool": "Nsight Compute"}
+    rows = [{**place, **found, "kernels": [conv, step]}]
+    text = "\n".join(ncu.lines([{"rows": rows, "provenance": {"device": "a GPU"}}]))
+    assert "a GPU, counted by Nsight Compute:" in text and "long_scoreboard 3.0, barrier 1.0, wait 0.4" in text
+    assert "`conv_kernel`" in text and "| 32 |" in text
+
+
+def test_only_counters_that_the_card_has_are_asked_for():
+    everything = ncu.metrics(set())
+    assert set(ncu.FLOP) < set(everything)
+    hopper = {"sm__ops_path_tensor_src_bf16_dst_fp32", "sm__ops_path_tensor_src_fp16", "sm__ops_path_tensor_src_fp16_dst_fp32"}
+    chosen = set(ncu.metrics(hopper)) & set(ncu.FLOP)
+    assert chosen == {"sm__ops_path_tensor_src_bf16_dst_fp32.sum", "sm__ops_path_tensor_src_fp16_dst_fp32.sum"}
+
+
+def test_command_lines(tmp_path):
+    words = nsys.nsys_command("update", "fused", "cuda", "digits", 3, tmp_path / "trace")
+    work = ["-m", "profiling.workloads", "update", "fused", "--device=cuda", "--size=digits"]
+    assert words[:2] == ["nsys", "profile"] and words[-8:] == [sys.executable, *work, "--repeats=3"]
+    for option in ("--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--cuda-graph-trace=node", "--export=sqlite"):
+        assert option in words
+    words = ncu.ncu_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
+    assert words[0] == "ncu" and words[-2:] == ["--repeats=1", "--steps=2"]
+    text = " ".join(words)
+    for option in ("--csv --page raw", "--metrics a,b", "--profile-from-start off", "--launch-count 50"):
+        assert option in text
+    assert nsys.chrome_path("folder", "student", "fused", "digits").name == "trace-student-fused.json.gz"
+    assert nsys.chrome_path("folder", "student", "fused", "paper-256").name == "trace-student-fused-paper-256.json.gz"
+
+
+def test_a_recording_by_nsys(tmp_path):
+    def run(words, **options):
+        assert options["env"]["ADVKD_RANGES"] == "nvtx"
+        export(next(word for word in words if word.startswith("--output=")).removeprefix("--output=") + ".sqlite")
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    trace = nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, run)
+    assert summary(trace)["launches"] == 1.5 and (tmp_path / "trace-student-fused.json.gz").exists()
+    failing = lambda words, **options: SimpleNamespace(returncode=1, stdout="", stderr="first\nno rights\n")  # noqa: E731
+    with pytest.raises(InputError, match="student, baseline: nsys ended with 1: no rights"):
+        nsys.record("student", "baseline", "cuda", "digits", 2, tmp_path, failing)
+
+
+def test_counting_by_ncu_and_its_refusal():
+    def run(words, **options):
+        text = (DATA / "raw.csv").read_text() if "--csv" in words else "\n".join(sorted(ncu.FLOP))
+        return SimpleNamespace(returncode=0, stdout=text, stderr="")
+
+    found = ncu.count("teacher", "fused", "cuda", "digits", 3, run)
+    assert (found["flop"], found["steps"], found["cut_off"], len(found["kernels"])) == (6.8e6, 2, True, 2)
+    said = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\n==PROF== Disconnected\n"
+    with pytest.raises(InputError, match="ncu ended with 0: ==ERROR== ERR_NVGPUCTRPERM"):
+        ncu.count(
+            "student", "fused", "cuda", "digits", 3, lambda *_, **__: SimpleNamespace(returncode=0, stdout=said, stderr="")
+        )
+
+
+def test_missing_tools_have_a_reason(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert nsys.missing("cpu") == ncu.missing("cpu") == "the work is on a CPU"
+    assert nsys.missing("cuda") == "nsys is not on PATH" and ncu.missing("cuda") == "ncu is not on PATH"
+    monkeypatch.setattr(nsys.shutil, "which", lambda name: name)
+    monkeypatch.setattr(nsys, "find_spec", lambda name: None)
+    assert "advkd[profile]" in nsys.missing("cuda") and ncu.missing("cuda") is None
+
+
+@pytest.mark.parametrize("module", [nsys, ncu, compare])
+@pytest.mark.parametrize("bad", [["--only", "nothing"], ["--size", "huge"], ["--device", "tpu"], ["--frequency", "1"]])
+def test_bad_arguments(module, bad, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *bad])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2 and bad[0].strip("-") in capsys.readouterr().err
+
+
+def test_counts_are_positive_and_a_gpu_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for bad in (["--repeats", "0"], ["--device", "cuda"]):
+        monkeypatch.setattr(sys, "argv", ["x", *bad])
+        with pytest.raises(SystemExit) as ended:
+            compare.main()
+        assert ended.value.code == 2 and bad[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A size of every workload that takes no time."""
+    monkeypatch.setitem(student_module.PRESETS, "tiny", TINY_STUDENT)
+    monkeypatch.setitem(workloads.SIZES, "tiny", Size("tiny", 3, 2, 8, steps=5))
+    monkeypatch.setattr(workloads, "teacher_of", lambda size, device: tiny_teacher())
+    monkeypatch.setattr(workloads, "plausible_student", lambda preset: tiny_student().eval())
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_the_variants_agree(name, tiny):
+    found = workloads.gate(name, size="tiny")
+    assert found["passed"] and set(found["errors"]) == set(VARIANTS) and found["tolerance"] < 1e-2
+
+
+def test_a_wrong_variant_is_found_out(tiny, monkeypatch):
+    monkeypatch.setattr("advkd.teacher.Teacher.record", lambda self, x, *more: (x * float("nan"), {}))
+    found = workloads.gate("teacher", size="tiny")
+    assert not found["passed"] and found["errors"]["fused"] == float("inf")
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_a_recording_by_torch(name, tiny, tmp_path):
+    rows = {}
+    for variant in VARIANTS:
+        path = tmp_path / f"{variant}.json.gz"
+        torch_trace.profile(workloads.prepare(name, variant, size="tiny"), 2, "cpu", path)
+        rows[variant] = summary(torch_trace.read(path))
+        assert rows[variant]["units"] == 2 and rows[variant]["launches"] > 3 and rows[variant]["busy"] is None
+    wanted = {
+        "student": {"latents", "student", "to host"},
+        "teacher": {"network", "step"},
+        "update": {"data", "student forward", "critic update", "student update", "average"},
+    }[name]
+    for row in rows.values():
+        found = {part["range"]: part for part in row["ranges"]}
+        assert set(found) == {UNIT, *wanted}
+        assert sum(part["own_seconds"] for part in row["ranges"]) == pytest.approx(row["seconds"])
+        assert sum(part["own_launches"] for part in row["ranges"]) == row["launches"]
+    # Ranges are off again.
+    with named("a"):
+        assert named("a") is named("b")
+    if name == "teacher":
+        steps = {v: next(p for p in row["ranges"] if p["range"] == "step") for v, row in rows.items()}
+        assert all(part["calls"] == 5 for part in steps.values())
+
+
+def test_a_process_of_its_own(tmp_path):
+    trace = torch_trace.record("student", "fused", "cpu", "digits", 1, tmp_path / "trace.json.gz")
+    found = summary(trace)
+    assert found["units"] == 1 and {"latents", "student"} < {row["range"] for row in found["ranges"]}
+    assert not list(tmp_path.glob(".*"))
+    refusing = lambda words, **options: SimpleNamespace(returncode=3, stdout="", stderr="")  # noqa: E731
+    with pytest.raises(InputError, match="torch.profiler ended with 3: nothing was said"):
+        torch_trace.record("student", "fused", "cpu", "digits", 1, tmp_path / "trace.json.gz", refusing)
+
+
+def run_main(module, monkeypatch, out, *arguments):
+    """A driver's command line; returns what it ends with."""
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--size", "tiny", "--out", str(out), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    return ended.value.code
+
+
+def test_nsys_without_nsys(tiny, tmp_path, monkeypatch, capsys):
+    def here(name, variant, device, size, repeats, path):
+        torch_trace.profile(workloads.prepare(name, variant, device, size), repeats, device, path)
+        return torch_trace.read(path)
+
+    monkeypatch.setattr(torch_trace, "record", here)
+    assert run_main(nsys, monkeypatch, tmp_path, "--only", "student", "--traces", str(tmp_path / "traces")) == 0
+    stored = json.loads((tmp_path / "traces.json").read_text())
+    assert [row["variant"] for row in stored["rows"]] == list(VARIANTS) and stored["provenance"]["threads"]
+    assert all(row["tool"].startswith("torch.profiler") and row["not_nsys"] for row in stored["rows"])
+    assert len(list((tmp_path / "traces").glob("trace-student-*-tiny.json.gz"))) == 2
+    said = capsys.readouterr().out
+    assert "recorded by torch.profiler" in said and "outside of ranges" in said and "operators" in said
+
+
+def test_ncu_without_ncu(tiny, tmp_path, monkeypatch, capsys):
+    assert run_main(ncu, monkeypatch, tmp_path, "--only", "student") == 0
+    baseline, fused = json.loads((tmp_path / "counters.json").read_text())["rows"]
+    # Its nine convolutions by hand, inputs x outputs x pixels; a product counts two.
+    maps = [(4, 8, 4), (8, 8, 4), *[(8, 8, 8)] * 6, (8, 1, 8)]
+    assert baseline["flop"] == fused["flop"] == 3 * sum(18 * a * b * side * side for a, b, side in maps)
+    assert fused["dram_bytes"] is None and fused["flop_per_second"] == fused["flop"] / fused["seconds"]
+    assert fused["counted_flop"] < baseline["counted_flop"] and fused["not_counted"]
+    assert "needs ncu" in capsys.readouterr().out
+
+
+def test_operations_of_an_update(tiny):
+    plain, without = ncu.counted(workloads.prepare("update", "baseline", size="tiny"))
+    # The hand-written passes leave the zeros of a second derivative out.
+    ours, named_ops = ncu.counted(workloads.prepare("update", "fused", size="tiny"))
+    assert 0 < ours < plain and "advkd.norm_act" in set(named_ops) - set(without)
+
+
+def pair(monkeypatch, baseline=0.0, fused=0.0, error=0.0):
+    """A workload whose variants take so many seconds, of which the fused one is off by ``error``."""
+    import time
+
+    def prepare(variant, device, size):
+        return lambda: time.sleep(fused if variant == "fused" else baseline)
+
+    monkeypatch.setattr(workloads, "WORKLOADS", {"student": (prepare, lambda *_: ({"baseline": 0.0, "fused": error}, 1e-4))})
+    monkeypatch.setattr(compare, "beside", lambda *_: {})
+
+
+def test_compare_ends_with_what_it_found(tiny, tmp_path, monkeypatch, capsys):
+    def ends():
+        return run_main(compare, monkeypatch, tmp_path, "--only", "student", "--repeats", "3", "--traces", str(tmp_path / "t"))
+
+    monkeypatch.setattr(power, "SHORTEST", 0.0)
+    pair(monkeypatch, baseline=0.02, fused=0.002)
+    assert ends() == 0
+    (row,) = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert row["seconds"]["fused"]["median"] < row["seconds"]["baseline"]["median"] and "joules" in row
+    pair(monkeypatch, baseline=0.002, fused=0.02)
+    assert "student, tiny: the fused variant is slower" in ends()
+    assert "**student, tiny: the fused variant is slower" in capsys.readouterr().out
+    pair(monkeypatch, error=1.0)
+    assert re.match(r"student, tiny: off \(baseline 0.00e\+00, fused 1.00e\+00; at most 1.00e-04\)", ends())
+    assert "seconds" not in json.loads((tmp_path / "compare.json").read_text())["rows"][0]
+    pair(monkeypatch, error=float("nan"))
+    assert "off (" in ends()
+    monkeypatch.setattr(workloads, "WORKLOADS", {"student": (None, lambda *_: 1 / 0)})
+    assert "student, tiny: cannot run: ZeroDivisionError" in ends()
+
+
+def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="1000\n", stderr=""))
+    recordings = {"baseline": {"launches": 9.0, "launched": "operators"}, "fused": {"error": "no"}}
+    monkeypatch.setattr(nsys, "recorded", lambda name, variant, *_: recordings[variant])
+    found = compare.beside("student", "cpu", "tiny", tmp_path)
+    assert found["peak_bytes"] == {"baseline": 1000, "fused": 1000} and found["launched"] == "operators"
+    assert found["launches"] == {"baseline": 9.0, "fused": None} and "needs ncu" in found["dram_bytes"]["missing"]
+    row = {"workload": "student", "size": "tiny", "parity": {"errors": {"baseline": 0.0, "fused": 1e-6}}, **found}
+    row |= {"seconds": {v: {"median": 0.002 - 0.001 * (v == "fused")} for v in VARIANTS}, "flop": 3e9}
+    row["joules"] = {"missing": "no counter"}
+    text = "\n".join(compare.lines([{"rows": [row], "complaints": [], "provenance": {"device": "d", "threads": 2}}]))
+    assert "| student, tiny | 2, 1 | 2.00 x | 9, - operators | 3 | - | 0, 0 | - | 0.0e+00, 1.0e-06 |" in text
+    assert "Joules: no counter." in text and "Not recorded: student, tiny, fused: no." in text
+    failing = SimpleNamespace(returncode=1, stdout="", stderr="killed")
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: failing)
+    with pytest.raises(InputError, match="killed"):
+        compare.beside("student", "cpu", "tiny", tmp_path)
+
+
+def test_peak_memory_counts_what_a_unit_takes(tiny, monkeypatch):
+    def prepare(variant, device, size):
+        kept = torch.ones(2**22)
+        return lambda: kept.repeat(4 if variant == "baseline" else 1)
+
+    monkeypatch.setattr(workloads, "WORKLOADS", {"student": (prepare, None)})
+    peaks = [workloads.peak("student", variant, "cpu", "tiny") for variant in VARIANTS]
+    assert peaks[0] > 4 * 2**24 and peaks[0] - peaks[1] > 2 * 2**24
+
+
+def test_energy_of_packages(tmp_path):
+    for name, energy in (("intel-rapl:0", 900_000), ("intel-rapl:1", 5_000_000), ("intel-rapl:0:0", 77)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{energy}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("1000000\n" if name.endswith("0") else "9000000\n")
+    joules, why = power.rapl(tmp_path)
+    before = joules()
+    assert why is None and before == pytest.approx(5.9)
+    # The first one begins anew, the second goes on; parts of a package are in it.
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("5500000\n")
+    assert joules() - before == pytest.approx(0.2 + 0.5)
+    assert power.rapl(tmp_path / "nowhere")[0] is None and "no energy counter" in power.rapl(tmp_path / "nowhere")[1]
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    read, why = power.rapl(tmp_path)
+    assert read is None and "cannot be read" in why
+
+
+def test_energy_without_nvml():
+    def load(name):
+        raise OSError(f"{name}: no such file")
+
+    read, why = power.nvml(load)
+    assert read is None and "libnvidia-ml.so.1" in why
+
+
+def test_tables_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(traces, "RESULTS", tmp_path)
+    assert nsys.table() == ncu.table() == compare.table() == []
+    place = {"device": "cpu", "provenance": {"device": "d", "threads": 1}, "complaints": ["a: slower"], "rows": []}
+    (tmp_path / "d").mkdir()
+    for name in ("traces", "counters", "compare"):
+        Path(tmp_path / "d" / f"{name}.json").write_text(json.dumps(place))
+    assert nsys.table()[0].startswith("d, recorded by") and ncu.table()[0].startswith("d, counted by")
+    assert "**a: slower**" in compare.table()
+
+
+def test_the_module_runs_alone():
+    command = [sys.executable, "-m", "profiling.workloads", "student", "neither"]
+    done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "invalid choice: 'neither'" in done.stderr
