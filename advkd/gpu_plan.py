@@ -83,6 +83,8 @@ def cheapest(count, candidates, cost):
         if ways:
             total, step = min(ways, key=lambda way: way[0])
             best[first] = (total, [step, *best[first + step.count][1]])
+    if not math.isfinite(best[0][0]):
+        raise RuntimeError("no chain of kernels can run this network here; the log says why")
     return best[0][1]
 
 
@@ -209,6 +211,9 @@ class KeptTimes:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a tile too large for the device, in each compiler's own kind of error
+            # A device that is broken says so here, and ends the search.
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
             _LOG.warning("%s is passed over: %s", key, reason(error))
             return math.inf
 
@@ -247,29 +252,30 @@ def _versions():
 
 def step_seconds(engine, step, n, launches=10, repeats=5):
     """Seconds of one launch among others of its kind, in a CUDA graph: the median of ``repeats`` graphs of ``launches``."""
-    x, out, packed, biases = engine.step_tensors(step, n)
+    with engine.on_own_stream() as stream:
+        x, out, packed, biases = engine.step_tensors(step, n)
 
-    def launch():
-        run_step(step, engine.layers, x, packed, biases, out, engine.slope, engine.product)
+        def launch():
+            run_step(step, engine.layers, x, packed, biases, out, engine.slope, engine.product)
 
-    stream = torch.cuda.Stream(engine.device)
-    with torch.cuda.stream(stream):
         launch()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(launches):
-            launch()
-    times = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / launches)
-    # The first one is cold.
-    return sorted(times[1:])[repeats // 2]
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(launches):
+                launch()
+        # The first one is cold.
+        times = [_replay_seconds(graph) / launches for _ in range(repeats + 1)][1:]
+    return sorted(times)[repeats // 2]
+
+
+def _replay_seconds(graph):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)

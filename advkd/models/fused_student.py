@@ -131,10 +131,9 @@ class FusedStudent(PretrainedModule, nn.Module):
         """
         module = super().from_pretrained(source, device)
         wished, backend = backend, choose_for("student_forward", module.dtype, backend, torch.device(device))
-        module.mixed = wished == "auto"
-        if backend == module.backend:
+        if (backend, wished == "auto") == (module.backend, module.mixed):
             return module
-        module.backend = backend
+        module.backend, module.mixed = backend, wished == "auto"
         return module._prepare()
 
     def _fill(self, student):
@@ -149,6 +148,7 @@ class FusedStudent(PretrainedModule, nn.Module):
         self.backend = choose_for("student_forward", self.dtype, self.backend, self.weight0.device)
         for i in range(len(self.layers)):
             require_finite(**{f"the weight of convolution {i}": self._weight(i), f"the bias of convolution {i}": self._bias(i)})
+        self._packed, self._engine = [], None
         if self.backend == "cpu":
             if not self.config.algorithms:
                 self.config.algorithms = tuple(layer.default(self.dtype) for layer in self.layers)
@@ -157,7 +157,6 @@ class FusedStudent(PretrainedModule, nn.Module):
             # Idle workspaces go with the engine; one that is still in use elsewhere makes its own anew.
             weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False
             return self.eval()
-        self._packed = []
         if self.backend == "reference":
             for name, buffer in list(self.named_buffers()):
                 form = torch.channels_last if buffer.ndim == 4 else torch.contiguous_format
@@ -178,8 +177,10 @@ class FusedStudent(PretrainedModule, nn.Module):
             raise InputError(f"the engine computes in {self.dtype}: choose another dtype by student.fuse(dtype=...)")
         before = self.weight0.device
         super()._apply(function, recurse)
-        if self.weight0.device != before and self.weight0.device.type != "meta":
-            self.backend = "auto"
+        after = self.weight0.device
+        if after != before and after.type != "meta":
+            if after.type != before.type:
+                self.backend, self.mixed = "auto", True
             self._prepare()
         return self
 
@@ -209,6 +210,8 @@ class FusedStudent(PretrainedModule, nn.Module):
         if self.backend in GPU_BACKENDS:
             if z.ndim != 2 or z.shape[1] != self.latent_numel:
                 raise InputError(f"z must have shape (N, {self.latent_numel}), got {tuple(z.shape)}")
+            if z.device != self.weight0.device or not z.is_floating_point():
+                raise InputError(f"z must hold floating-point numbers on {self.weight0.device}, got {z.dtype} on {z.device}")
             return self._engine(z)
         count = range(len(self.layers))
         return student_forward(
@@ -249,21 +252,27 @@ class FusedStudent(PretrainedModule, nn.Module):
             if most is not None and count > most:
                 parts.append((first + most, count - most))
                 count = most
-            try:
-                with named("latents"):
-                    z = self.latents(count, seed, first)
-                with named("student"):
-                    images = self(z)
-            except torch.OutOfMemoryError as error:
-                if most is not None or count == 1:
-                    text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
-                    raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size") from error
-                most = -(-count // 2)
-                warnings.warn(f"out of memory with batches of {count} images: going on with {most}", stacklevel=2)
-                self._forget()
-                parts.append((first, count))
+            images = self._try(count, seed, first)
+            if images is not None:
+                yield images
                 continue
-            yield images
+            if most is not None or count == 1:
+                text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
+                raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size")
+            most = -(-count // 2)
+            warnings.warn(f"out of memory with batches of {count} images: going on with {most}", stacklevel=2)
+            self._forget()
+            parts.append((first, count))
+
+    def _try(self, count, seed, first):
+        """Images, or None where they do not fit: then nothing of the attempt keeps memory, its traceback neither."""
+        try:
+            with named("latents"):
+                z = self.latents(count, seed, first)
+            with named("student"):
+                return self(z)
+        except torch.OutOfMemoryError:
+            return None
 
     def _forget(self):
         """Give a GPU's graphs and cached memory back."""
@@ -292,7 +301,7 @@ class FusedStudent(PretrainedModule, nn.Module):
             numbers = encode(self.layers, self.dtype, self.config.algorithms)
             workspace = torch.ops.advkd_cpu.workspace_bytes(numbers, batch_size)
             return {"folded": folded, "weights": sum(packed.numel() for packed in self._packed), "workspace": workspace}
-        if self._engine is None:
+        if self.backend not in GPU_BACKENDS:
             raise InputError(f"memory is known for the backends cpu, cuda and triton, not {self.backend!r}")
         workspace = self._engine.workspace_bytes(batch_size)
         return {"folded": folded, "weights": self._engine.packed_bytes(), "workspace": workspace}
@@ -302,7 +311,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
         ``measured``: with times of this device, ``batch_size``: of a GPU's plan.
         """
-        if self._engine is not None:
+        if self.backend in GPU_BACKENDS:
             return GpuPlan.of(self._engine, batch_size, measured)
         if self.backend != "cpu":
             raise InputError(f"a plan exists for the backends cpu, cuda and triton, not {self.backend!r}")

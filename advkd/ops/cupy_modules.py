@@ -77,9 +77,17 @@ def start(program, kernel, blocks, arguments, device, threads=THREADS, shared=0)
     """
     with _current(device):
         function = program.get_function(kernel)
+        # Above 48 KB it must be asked for: as much as there is, so that no launch finds a limit that another one has lowered.
         if shared > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = shared
+            function.max_dynamic_shared_size_bytes = shared_limit(device, shared)
         function((blocks,), (threads,), arguments, shared_mem=shared)
+
+
+def shared_limit(device, default):
+    """Bytes of shared memory that a block on a CUDA device may have; ``default`` for any other."""
+    if device.type != "cuda":
+        return default
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @contextlib.contextmanager

@@ -11,7 +11,10 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "common/philox.h"
@@ -52,6 +55,29 @@ const void* pointer(const std::optional<Tensor>& t) {
 
 void* writable(const std::optional<Tensor>& t) {
   return t ? t->mutable_data_ptr() : nullptr;
+}
+
+int device_attribute(const Tensor& t, cudaDeviceAttr attribute) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, t.get_device());
+  STD_TORCH_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(error));
+  return value;
+}
+
+// Lets a kernel have `bytes` of dynamic shared memory on the current device, that of `t`. Above 48 KB it must be asked for: once
+// and for as much as there is, so that no launch finds a limit that another one has lowered.
+template <typename Kernel>
+void allow_shared_memory(const char* name, Kernel kernel, int bytes, const Tensor& t) {
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (allowed.count({function, t.get_device()})) return;
+  const int most = device_attribute(t, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+  allowed.insert({function, t.get_device()});
 }
 
 bool aligned(std::initializer_list<const void*> addresses) {

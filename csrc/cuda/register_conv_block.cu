@@ -43,20 +43,12 @@ void check_tensor(
   STD_TORCH_CHECK(!whole || aligned({t.const_data_ptr()}), name, " must begin at a multiple of 16 bytes");
 }
 
-int device_attribute(int device, cudaDeviceAttr attribute) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute: ", cudaGetErrorString(error));
-  return value;
-}
-
 ConvDevice plan_device(const Tensor& x, int element, bool split) {
-  const int device = x.get_device();
   return {
       element,
       split,
-      device_attribute(device, cudaDevAttrMultiProcessorCount),
-      device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+      device_attribute(x, cudaDevAttrMultiProcessorCount),
+      device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 // conv_layer_plan, which takes some microseconds, once for every layer and batch that a thread meets.
@@ -111,10 +103,7 @@ ConvBlockParameters parameters(
 
 void start(const char* name, Kernel kernel, i64 blocks, const ConvBlockParameters& p, const Tensor& x) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  if (p.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes);
-    STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
-  }
+  allow_shared_memory(name, kernel, p.shared_bytes, x);
   const auto stream = static_cast<cudaStream_t>(current_stream(x));
   kernel<<<static_cast<unsigned>(blocks), kConvThreads, p.shared_bytes, stream>>>(p);
   check_launch(name);

@@ -28,13 +28,6 @@ void check_channels(i64 channels) {
   STD_TORCH_CHECK(fits, kName, ": channels must be multiples of 16 up to 64");
 }
 
-int attribute(const Tensor& x, cudaDeviceAttr wanted) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, wanted, x.get_device());
-  STD_TORCH_CHECK(error == cudaSuccess, kName, ": ", cudaGetErrorString(error));
-  return value;
-}
-
 #define ADVKD_POINTER(P) {advkd_conv_pair_columns1_##P, advkd_conv_pair_columns2_##P, advkd_conv_pair_columns3_##P},
 void (*const kKernels[][3])(ConvPairParameters) = {ADVKD_PRODUCTS(ADVKD_POINTER)};
 #undef ADVKD_POINTER
@@ -100,15 +93,12 @@ void conv_pair(
   p.activation = static_cast<int>(activation);
   p.slope = static_cast<float>(slope);
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  const int limit = attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const bool fits = pair_plan(p, element, attribute(x, cudaDevAttrMultiProcessorCount), limit);
+  const int limit = device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const bool fits = pair_plan(p, element, device_attribute(x, cudaDevAttrMultiProcessorCount), limit);
   STD_TORCH_CHECK(fits, kName, ": these channels do not fit in this GPU's shared memory");
   STD_TORCH_CHECK(p.blocks <= kMostBlocks, kName, ": x is too large for one launch");
   const auto kernel = kKernels[product][p.columns - 1];
-  if (p.shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared);
-    STD_TORCH_CHECK(error == cudaSuccess, kName, ": ", cudaGetErrorString(error));
-  }
+  allow_shared_memory(kName, kernel, p.shared, x);
   const auto stream = static_cast<cudaStream_t>(current_stream(x));
   kernel<<<static_cast<unsigned>(p.blocks), kPairThreads, p.shared, stream>>>(p);
   check_launch(kName);

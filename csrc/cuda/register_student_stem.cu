@@ -21,13 +21,6 @@ const StemKernels kStemKernels[] = {ADVKD_PRODUCTS(ADVKD_STEM_POINTERS)};
 constexpr ScalarType kStorage[] = {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float, ScalarType::Float};
 constexpr int kFullProduct = 3, kMostSide = 32, kMostImages = 4096, kMostChannels = 1 << 16;
 
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "student_stem: ", cudaGetErrorString(error));
-  return value;
-}
-
 // The tensor's storage, where its sides, dtype, device and layout are these.
 void* checked(const char* name, const Tensor& t, const std::vector<int64_t>& sides, ScalarType dtype, const Tensor& x) {
   bool fits = t.dim() == static_cast<int64_t>(sides.size()) && t.scalar_type() == dtype && t.is_contiguous() &&
@@ -112,9 +105,9 @@ void student_stem(
   if (p.samples == 0) return;
   const int device = x.get_device();
   DeviceGuard guard(device);
-  const bool able = cluster == 1 || attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+  const bool able = cluster == 1 || device_attribute(x, cudaDevAttrComputeCapabilityMajor) >= 9;
   STD_TORCH_CHECK(able, kName, ": cluster must be 1 before compute capability 9.0");
-  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int limit = device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int element = product < 2 ? 2 : 4, products = product == kFullProduct ? 3 : 1;
   const int cluster_shift = cluster == 8 ? 3 : static_cast<int>(cluster / 2);
   const StemPlan plan = stem_plan(p, element, products, cluster_shift, limit);
@@ -122,10 +115,7 @@ void student_stem(
   const i64 blocks = stem_cover(p.samples, images) * cluster;
   STD_TORCH_CHECK(blocks <= kMostBlocks, kName, ": x is too large for one launch");
   const StemKernel kernel = kStemKernels[product].entries[cluster_shift];
-  // Above 48 KB it must be asked for.
-  const cudaError_t error = cudaFuncSetAttribute(
-      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes);
-  STD_TORCH_CHECK(error == cudaSuccess, kName, ": ", cudaGetErrorString(error));
+  allow_shared_memory(kName, kernel, plan.bytes, x);
   kernel<<<static_cast<unsigned>(blocks), kThreads, plan.bytes, static_cast<cudaStream_t>(current_stream(x))>>>(p);
   check_launch(kName);
 }

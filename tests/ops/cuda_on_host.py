@@ -80,7 +80,7 @@ class HostModule:
         cluster = int(match[1]) if (match := re.search(r"_cluster(\d+)_", name)) else 1
 
         def call(grid, block, arguments, shared_mem=0):
-            assert shared_mem <= 48 * 1024 or shared_mem == call.max_dynamic_shared_size_bytes <= 227 * 1024
+            assert shared_mem <= max(48 * 1024, call.max_dynamic_shared_size_bytes) <= 227 * 1024
             # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
             values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
             assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1

@@ -179,7 +179,10 @@ def nvrtc_library():
     return next((path for folder in folders for path in Path(folder).rglob("libnvrtc.so.*")), None)
 
 
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.name.startswith("register")))
+DEVICE_SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.name.startswith("register"))
+
+
+@pytest.mark.parametrize("source", DEVICE_SOURCES)
 def test_nvrtc_compiles_every_device_source(source):
     """The device sources need neither Torch nor the standard library: CuPy compiles them as they are."""
     path = nvrtc_library()

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,6 +90,29 @@ def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
     assert (loaded.sample(2) - fused.sample(2)).abs().max() < 1e-2
     with pytest.raises(InputError, match="dtype must be float32 or bfloat16 or float16 for backend 'cuda'"):
         tiny_student().fuse("cuda", torch.float64)
+
+
+def test_an_engine_belongs_to_its_weights(on_gpu_kernels, monkeypatch):
+    """New weights, another backend: another engine or none."""
+    fused = tiny_student().fuse("cuda", tune=False)
+    before = fused.sample(2)
+    fused.load_state_dict(tiny_student(1).fuse("cuda", tune=False).state_dict())
+    assert not torch.equal(fused.sample(2), before)
+    fused.backend = "reference"
+    assert fused._prepare()._engine is None
+    with pytest.raises(InputError, match="not 'reference'"):
+        fused.plan()
+    fused = tiny_student().fuse("cuda", tune=False)
+    for z in (torch.zeros(2, fused.latent_numel, dtype=torch.int64), torch.zeros(2, fused.latent_numel, device="meta")):
+        with pytest.raises(InputError, match="z must hold floating-point numbers on cpu"):
+            fused(z)
+
+
+def test_what_is_left_of_a_run_takes_the_larger_batchs_graph(on_gpu_kernels):
+    engine = tiny_student().fuse("cuda", tune=False)._engine
+    assert engine.batch_of(5) == 5
+    engine._graphs |= {64: None, 16: None}
+    assert (engine.batch_of(5), engine.batch_of(5), engine.batch_of(64), engine.batch_of(65)) == (16, 5, 64, 65)
 
 
 def test_float32_follows_torchs_switch(on_gpu_kernels, monkeypatch):
@@ -299,30 +323,50 @@ def test_graphs_give_what_launches_give(backend, dtype):
     assert len(fused._engine._graphs) == GRAPHS
     for part, found in zip(parts, images):
         assert torch.equal(found, fused._engine.run(part)) and torch.equal(found, fused(part))
-    wanted = student.double()(z.double())
-    bound = 2e-2 if dtype == torch.float32 else 1e-1
-    assert (fused(z).double() - wanted).abs().max() < bound
+    wanted = copy.deepcopy(student).double()(z.double())
+    plain = student.to(dtype)(z.to(dtype))
+    # Batch norm is folded before it is rounded: at most twice PyTorch's own error.
+    assert (fused(z) - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-5
 
 
 @GPU
 def test_threads_and_streams_share_an_engine():
-    import threading
-
+    """Four threads, other batch sizes, so that one captures while another copies to pinned memory."""
     fused = Student.from_pretrained("digits", "cuda").fuse(tune=False)
-    wanted, wrong = fused.sample(6, seed=3), []
+    wanted = fused.sample(6, seed=3)
 
     def work(batch_size):
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(20):
-                if (fused.sample(6, seed=3, batch_size=batch_size) - wanted).abs().max() > 1e-2:
-                    wrong.append(batch_size)
+            found = [fused.sample(6, seed=3, batch_size=batch_size) for _ in range(20)]
+        return max((images - wanted).abs().max().item() for images in found)
 
-    threads = [threading.Thread(target=work, args=(i + 1,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert max(threads.map(work, range(1, 5))) <= 1e-2
+
+
+@GPU
+def test_modes_and_captures_of_the_caller():
+    """The first call under inference_mode, the next outside; a caller's own graph only of what has been drawn before."""
+    fused = tiny_student().cuda().fuse(tune=False)
+    z = fused.latents(5, seed=1)
+    with torch.inference_mode():
+        first = fused(z).clone()
+    assert torch.equal(fused(z), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        images = fused(z)
+    graph.replay()
+    assert torch.equal(images, first)
+    with pytest.raises(InputError, match="draw a batch of 3 images once before it is captured"), torch.cuda.graph(graph):
+        fused(z[:3])
+
+
+@GPU
+def test_measuring_leaves_the_weights_alone(cache):
+    """A tuned engine gives what a fixed plan gives, to rounding."""
+    student = tiny_student().cuda().eval()
+    z = student.latents(7, seed=1)
+    assert (student.fuse(tune=True)(z) - student.fuse(tune=False)(z)).abs().max() < 1e-2
 
 
 @GPU
