@@ -2,7 +2,7 @@
 
 Every CUDA source is compiled by nvcc and every configuration of the convolutions' Triton kernels by Triton, for each
 architecture; of each kernel the registers, local memory, shared memory, tensor-core instructions and resident blocks are kept,
-and of each preset's plan which kernel takes which layer, its bytes and operations, and the prediction (profiling/roofline.py).
+and of each preset's plan which kernel takes which layer, its bytes and operations, and the prediction (gpu_predictions.py).
 Needs nvcc and Triton, whose package brings the disassembler. ``--architectures sm_90a`` and ``--only conv`` take less time.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from advkd.files import write_json
 from advkd.timing import provenance
 
-from . import roofline
+from . import gpu_predictions
 from .gpu_kernels import Family, digests, families
 from .harness import RESULTS, ROOT
 
@@ -215,7 +215,7 @@ def entry_of(step, layers, product, batch, limits):
     from advkd.ops.student_gpu import ACTIVATION_CODES, stem_numbers
 
     own = layers[step.first : step.first + step.count]
-    first, last, element = own[0], own[-1], roofline.itemsize(product)
+    first, last, element = own[0], own[-1], gpu_predictions.itemsize(product)
     c_in, c_out = input_channels(first), padded(last.c_out)
     if step.kernel == "stem":
         cluster, images = step.config
@@ -249,22 +249,22 @@ def entry_of(step, layers, product, batch, limits):
     return {"entry": f"advkd_{name}_{product}", "shared": plan["shared_bytes"], "grid": grid}
 
 
-def planned_layers(compiled, device=roofline.H200):
+def planned_layers(compiled, device=gpu_predictions.H200):
     """Of every preset, batch and dtype the predicted plan, with each launch's entry point and what was compiled of it."""
     kernels = {kernel["entry"]: kernel for kernel in compiled}
     found = []
-    for name, prediction in roofline.read_predictions().items():
+    for name, prediction in gpu_predictions.read_predictions().items():
         if prediction["dtype"] not in ("bfloat16", "float32"):
             continue
-        preset, product = prediction["preset"], roofline.PRODUCTS[prediction["dtype"]]
-        layers = roofline.convolutions(roofline.PRESETS[preset])
-        for row, step in zip(prediction["steps"], roofline.stored_steps(prediction)):
+        preset, product = prediction["preset"], gpu_predictions.PRODUCTS[prediction["dtype"]]
+        layers = gpu_predictions.convolutions(gpu_predictions.PRESETS[preset])
+        for row, step in zip(prediction["steps"], gpu_predictions.stored_steps(prediction)):
             launch = entry_of(step, layers, product, prediction["batch"], device.limits)
             kernel = kernels.get(launch["entry"])
             if kernel:
                 shape = (kernel["registers"], kernel["threads"] or 256, launch["shared"])
                 launch |= {"registers": kernel["registers"], "blocks": resident_blocks(device.architecture, *shape)}
-            own = [roofline.layer_name(layer) for layer in layers[step.first : step.first + step.count]]
+            own = [gpu_predictions.layer_name(layer) for layer in layers[step.first : step.first + step.count]]
             place = {"case": name, "preset": preset, "batch": prediction["batch"], "dtype": prediction["dtype"], "layers": own}
             found.append({**place, **row, **launch})
     return found
@@ -318,13 +318,13 @@ def main():
     wanted = options.architectures.split(",")
     architectures = known_architectures(wanted)
     compiled = compile_all(architectures, options.only, options.workers)
-    main_architecture = roofline.H200.architecture if roofline.H200.architecture in compiled else architectures[0]
+    main_architecture = gpu_predictions.H200.architecture if gpu_predictions.H200.architecture in compiled else architectures[0]
     entries = [kernel for kernels in compiled[main_architecture]["cuda"].values() for kernel in kernels]
     result = {
         "compiled": compiled,
         "unknown_to_nvcc": sorted(set(wanted) - set(architectures)),
         "plans": planned_layers(entries) if not options.only else [],
-        "assumptions": roofline.assumptions(),
+        "assumptions": gpu_predictions.assumptions(),
         "kernels": digests(),
         "versions": versions(),
         "provenance": provenance(),

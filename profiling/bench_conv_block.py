@@ -20,7 +20,7 @@ from advkd.models.student import PRESETS
 from advkd.ops.gpu_layers import input_channels, padded
 from advkd.ops.student_gpu import is_image, output_sides, pack_gpu, run_step
 
-from . import gpu_peers, roofline
+from . import gpu_peers, gpu_predictions
 from .bench_student import GPU_DTYPES, Folded, gpu_rates
 from .gpu_timing import Replay, measure_events, set_tf32, sets_beyond_cache
 from .harness import Case, Contestant, main
@@ -78,12 +78,12 @@ class Chain:
 
 def case(name, batch, dtype, device="cuda"):
     """The case of one chain, batch size and dtype."""
-    kind, product = GPU_DTYPES[dtype], roofline.PRODUCTS[dtype]
+    kind, product = GPU_DTYPES[dtype], gpu_predictions.PRODUCTS[dtype]
     set_tf32(product == "tf32")
     torch._dynamo.reset()
     chain = Chain(*CHAINS[name])
     first, last = chain.layers[0], chain.layers[-1]
-    moved = roofline.moved_bytes(first, last, product, batch)
+    moved = gpu_predictions.moved_bytes(first, last, product, batch)
     count = sets_beyond_cache(moved, device)
     generator = torch.Generator(device).manual_seed(1)
     shape = (count, batch, first.c_in, first.height, first.width)
@@ -94,7 +94,7 @@ def case(name, batch, dtype, device="cuda"):
     error = (plain.double().cpu() - wanted).abs().max().item()
     # Where operands are rounded cuDNN's error is the measure; full float32 is exact to a few roundings of long sums.
     tolerance = 1e-5 * wanted.abs().max().item() if product == "f32" else 4 * error
-    work = batch * sum(map(roofline.flop, chain.layers))
+    work = batch * sum(map(gpu_predictions.flop, chain.layers))
     least = max(work / gpu_rates().flops[product], moved / gpu_rates().bandwidth)
     notes = {
         "sets": count,

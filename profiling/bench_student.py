@@ -16,7 +16,7 @@ from torch import nn
 from advkd import Student
 from advkd.models.fused_student import convolutions
 
-from . import gpu_peers, peers, roofline
+from . import gpu_peers, gpu_predictions, peers
 from .gpu_timing import set_tf32
 from .harness import Case, Contestant, main
 
@@ -153,7 +153,7 @@ SEARCHED = ", max-autotune"
 
 def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     """The case of one preset, batch size and dtype on a GPU; ``peers``: a key of :data:`GPU_PEERS`."""
-    kind, product = GPU_DTYPES[dtype], roofline.PRODUCTS[dtype]
+    kind, product = GPU_DTYPES[dtype], gpu_predictions.PRODUCTS[dtype]
     set_tf32(product == "tf32")
     # What was compiled for other cases would be looked through on every call.
     torch._dynamo.reset()
@@ -170,21 +170,21 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if product == "f32" else 4 * error
     layers = convolutions(student.config)
     notes = {
-        "floor": roofline.floor(layers, product, batch, gpu_rates()),
+        "floor": gpu_predictions.floor(layers, product, batch, gpu_rates()),
         "cudnn_error": error,
         "tf32": product == "tf32",
         "peers": peers,
-        "predicted_microseconds": roofline.predicted_microseconds(preset, batch, dtype),
+        "predicted_microseconds": gpu_predictions.predicted_microseconds(preset, batch, dtype),
     }
     contestants = [*_gpu_ours(student, z, kind), *_gpu_peers(folded, x, kind, peers)]
-    name = roofline.case_name(preset, batch, dtype) + (SEARCHED if peers == "searched" else "")
+    name = gpu_predictions.case_name(preset, batch, dtype) + (SEARCHED if peers == "searched" else "")
     figures = {"flop": notes["floor"]["flop"], "moved_bytes": notes["floor"]["bytes"], "notes": notes, "keep_going": True}
     return Case(name, lambda: wanted, tolerance, contestants, batch, repeats=20, device=device, **figures)
 
 
 def gpu_rates():
     """The rates that floors are counted with: measured ones where this process knows them, else an H200's."""
-    return MEASURED_RATES[0] if MEASURED_RATES else roofline.H200
+    return MEASURED_RATES[0] if MEASURED_RATES else gpu_predictions.H200
 
 
 MEASURED_RATES = []
@@ -238,16 +238,20 @@ def _plausible_once(preset):
 
 def gpu_cases():
     """Every case on a GPU by name, those that take the compiler minutes last."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in roofline.BATCHES.items() for n in batches]
-    found = {roofline.case_name(*shape): functools.partial(gpu_case, *shape) for shape in shapes}
-    slow = {roofline.case_name(*shape) + SEARCHED: functools.partial(gpu_case, *shape, "searched") for shape in shapes}
+    shapes = [
+        (preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in gpu_predictions.BATCHES.items() for n in batches
+    ]
+    found = {gpu_predictions.case_name(*shape): functools.partial(gpu_case, *shape) for shape in shapes}
+    slow = {gpu_predictions.case_name(*shape) + SEARCHED: functools.partial(gpu_case, *shape, "searched") for shape in shapes}
     return {**found, **slow}
 
 
 def quick_cases():
     """The same cases with the peers that compile fastest, but for those in :data:`WHOLE`."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in roofline.BATCHES.items() for n in batches]
-    few = {roofline.case_name(*shape): functools.partial(gpu_case, *shape, "few") for shape in shapes}
+    shapes = [
+        (preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in gpu_predictions.BATCHES.items() for n in batches
+    ]
+    few = {gpu_predictions.case_name(*shape): functools.partial(gpu_case, *shape, "few") for shape in shapes}
     return {**gpu_cases(), **{name: build for name, build in few.items() if name not in WHOLE}}
 
 

@@ -11,7 +11,7 @@ import torch
 from advkd.gpu_plan import Limits
 from advkd.ops.student_gpu import run_step
 
-from . import roofline
+from . import gpu_predictions
 from .bench_conv_block import CHAINS, SLOPE, Chain, tensors, ways
 
 BATCH = 8
@@ -20,7 +20,7 @@ BATCH = 8
 def main(name):
     chain = Chain(*CHAINS[name])
     x = torch.randn(BATCH, chain.layers[0].c_in, chain.layers[0].height, chain.layers[0].width, device="cuda").bfloat16()
-    flop = BATCH * sum(map(roofline.flop, chain.layers))
+    flop = BATCH * sum(map(gpu_predictions.flop, chain.layers))
     for way, steps in ways(chain, "bf16", torch.bfloat16, Limits.of(x.device), BATCH).items():
         step = steps[-1]
         stored, packed, biases, out = tensors(chain, x, torch.bfloat16, "bf16", step)

@@ -26,7 +26,7 @@ from advkd.hub import reason
 from advkd.ops import backends
 from advkd.timing import provenance
 
-from . import bench_student, roofline
+from . import bench_student, gpu_predictions
 from .gpu_kernels import digests
 from .gpu_test_log import BROKEN, COLLECTED, broken, forget_begun, read_log
 from .gpu_timing import peaks
@@ -408,7 +408,7 @@ def bench(name):
         stored = part.out / "gpu_rates.json"
         if stored.exists():
             found = json.loads(stored.read_text())["result"]["items"]["rates"]
-            bench_student.MEASURED_RATES[:] = [roofline.H200.measured(found["flops"], found["bandwidth"])]
+            bench_student.MEASURED_RATES[:] = [gpu_predictions.H200.measured(found["flops"], found["bandwidth"])]
         gate = parity_gate(module.PARITY_TESTS, part)
         print(f"parity tests: {gate}", flush=True)
         for case in wanted:

@@ -14,8 +14,8 @@ from advkd.ops.gpu_layers import input_channels, padded
 from advkd.ops.student_gpu import run_step
 
 from .bench_conv_block import SLOPE, Chain, tensors, ways
+from .gpu_predictions import BATCHES
 from .gpu_timing import set_tf32
-from .roofline import BATCHES
 
 NETWORKS = [*((preset, torch.bfloat16, "bf16") for preset in PRESETS), ("paper-256", torch.float32, "f32")]
 

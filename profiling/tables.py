@@ -11,7 +11,7 @@ from advkd.evaluate import cells
 from advkd.files import write_bytes
 from advkd.report import seconds
 
-from . import gpu_kernels, gpu_summary, roofline
+from . import gpu_kernels, gpu_predictions, gpu_summary
 from .harness import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -315,7 +315,7 @@ def gpu_kernels_state():
 def predictions():
     """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
     lines = [_row("student", "launches", "predicted us", "layer by layer at the card's rates, us", "floor, us"), _rule(5)]
-    for name, found in roofline.read_predictions().items():
+    for name, found in gpu_predictions.read_predictions().items():
         if found["dtype"] in ("bfloat16", "float32"):
             figures = (found["microseconds"], found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
             lines.append(_row(name, found["launches"], *(f"{value:.0f}" for value in figures)))

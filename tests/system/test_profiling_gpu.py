@@ -22,9 +22,9 @@ from profiling import (
     gpu_kernels,
     gpu_parts,
     gpu_peers,
+    gpu_predictions,
     gpu_summary,
     gpu_timing,
-    roofline,
     tables,
 )
 from profiling.gpu_test_log import BROKEN, COLLECTED, forget_begun, read_log, spread
@@ -455,30 +455,39 @@ def test_floors_are_those_of_the_definition():
     layers = convolutions(PRESETS["paper-256"])
     # Multiply-adds of the largest layers, by hand.
     plain, up, last = layers[19], layers[22], layers[24]
-    assert roofline.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
-    assert roofline.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and roofline.flop(up, phases=False) == 9 / 4 * roofline.flop(up)
-    assert roofline.flop(last) == 2 * 9 * 128 * 3 * 256 * 256 and roofline.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
-    assert sum(roofline.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
-    floor = roofline.floor(layers, "bf16", 8, roofline.H200)
+    assert gpu_predictions.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
+    assert gpu_predictions.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and gpu_predictions.flop(
+        up, phases=False
+    ) == 9 / 4 * gpu_predictions.flop(up)
+    assert (
+        gpu_predictions.flop(last) == 2 * 9 * 128 * 3 * 256 * 256
+        and gpu_predictions.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
+    )
+    assert sum(gpu_predictions.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
+    floor = gpu_predictions.floor(layers, "bf16", 8, gpu_predictions.H200)
     assert floor["seconds"] == floor["flop"] / 788e12 > floor["bytes"] / 4.3e12
-    assert roofline.layer_roofline(last, "bf16", 64, roofline.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
+    assert gpu_predictions.layer_roofline(last, "bf16", 64, gpu_predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
 
 
 def test_predictions_are_what_the_model_says():
-    stored = json.loads(roofline.PREDICTIONS.read_text())
-    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == roofline.assumptions()
+    stored = json.loads(gpu_predictions.PREDICTIONS.read_text())
+    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == gpu_predictions.assumptions()
     cases = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["predictions"]}
     dtypes = ("bfloat16", "float32", "float32 with TF32")
-    assert set(cases) == {(p, n, d) for p, batches in roofline.BATCHES.items() for n in batches for d in dtypes}
+    assert set(cases) == {(p, n, d) for p, batches in gpu_predictions.BATCHES.items() for n in batches for d in dtypes}
     for case, prediction in cases.items():
         # The plans are those of the day; what they cost is the model's.
-        again = roofline.predict(*case, steps=roofline.stored_steps(prediction))
+        again = gpu_predictions.predict(*case, steps=gpu_predictions.stored_steps(prediction))
         assert again == prediction and again["microseconds"] > again["roofline_microseconds"] / 2
         assert [row["first"] for row in again["steps"]][0] == 0 and sum(row["count"] for row in again["steps"]) in (25,)
-    assert roofline.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
-    assert roofline.predicted_microseconds("digits", 2, "bfloat16") is None
-    measured = roofline.H200.measured({"bf16": 1e12}, 2e12)
-    assert measured.flops["bf16"] == 1e12 and measured.flops["f32"] == roofline.H200.flops["f32"] and measured.bandwidth == 2e12
+    assert gpu_predictions.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
+    assert gpu_predictions.predicted_microseconds("digits", 2, "bfloat16") is None
+    measured = gpu_predictions.H200.measured({"bf16": 1e12}, 2e12)
+    assert (
+        measured.flops["bf16"] == 1e12
+        and measured.flops["f32"] == gpu_predictions.H200.flops["f32"]
+        and measured.bandwidth == 2e12
+    )
 
 
 def test_resident_blocks():
@@ -543,10 +552,10 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
 
 
 def test_plans_know_their_entry_points():
-    limits = roofline.H200.limits
-    for prediction in roofline.read_predictions().values():
-        layers, product = convolutions(PRESETS[prediction["preset"]]), roofline.PRODUCTS[prediction["dtype"]]
-        for step in roofline.stored_steps(prediction):
+    limits = gpu_predictions.H200.limits
+    for prediction in gpu_predictions.read_predictions().values():
+        layers, product = convolutions(PRESETS[prediction["preset"]]), gpu_predictions.PRODUCTS[prediction["dtype"]]
+        for step in gpu_predictions.stored_steps(prediction):
             launch = ahead.entry_of(step, layers, product, prediction["batch"], limits)
             source = {"conv": "conv_block", "image": "conv_block", "pair": "conv_pair", "stem": "student_stem"}[step.kernel]
             stem = launch["entry"].removeprefix("advkd_").rpartition("_")[0]
@@ -597,7 +606,7 @@ def prepared_parity(case):
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
     case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
     assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
-    assert case.notes["predicted_microseconds"] == roofline.predicted_microseconds("digits", 1, dtype)
+    assert case.notes["predicted_microseconds"] == gpu_predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
     assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
     assert all(error <= case.tolerance for error in errors.values())
@@ -635,14 +644,14 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 def test_chains_are_what_their_names_say():
     for name, (preset, first, count) in bench_conv_block.CHAINS.items():
         layers = convolutions(PRESETS[preset])[first : first + count]
-        said = roofline.layer_name(layers[0])
+        said = gpu_predictions.layer_name(layers[0])
         if count == 1:
             assert said.replace(",", "") == name
         if "stem" in name:
-            assert first == 0 and roofline.pixels(layers[-1]) == 16 * 16
+            assert first == 0 and gpu_predictions.pixels(layers[-1]) == 16 * 16
     pair = convolutions(PRESETS["pyramid-256"])
-    assert [roofline.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
-    assert [roofline.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
+    assert [gpu_predictions.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
+    assert [gpu_predictions.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
 
 
 def test_the_parity_gate(tmp_path):

@@ -1,6 +1,6 @@
 """What the student's convolutions cost at least on a GPU, and what its kernels are predicted to take.
 
-python -m profiling.roofline            # writes profiling/predictions.json, for every preset, batch and dtype
+python -m profiling.gpu_predictions            # writes profiling/predictions.json, for every preset, batch and dtype
 
 A launch is predicted as LAUNCH + RAMP + the larger of its arithmetic and its traffic; the plan of a network is the chain of
 launches whose predictions add up to the least, from the candidates that the engine has (advkd.gpu_plan). Every assumption is a
