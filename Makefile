@@ -1,4 +1,5 @@
 # make demo: install into .venv, build the extension, run the main job.   make test: the same set-up, then the tests.
+# make bench: every benchmark that the machine can run, and the tables made anew.
 #
 # TORCH_BUILD chooses the torch build and TORCH_INDEX the package index that holds it, for example
 #   make demo TORCH_BUILD=+cpu TORCH_INDEX=<index>
@@ -19,7 +20,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The CUDA object takes minutes and loads only where torch has CUDA: a CPU build of torch goes without, unless ADVKD_CUDA says so.
 SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print("" if torch.version.cuda else "ADVKD_CUDA=0")'))
 
-.PHONY: install demo test test-all clean
+.PHONY: install demo test test-all bench clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +46,16 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+
+# Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
+BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
+	step_scaling penalty_scaling distillation recording sample_scaling billion nsys ncu compare roofline
+
+bench: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,profile]'
+	for name in $(BENCHMARKS); do $(BIN)/python -m profiling.$$name || failed="$$failed $$name"; done; \
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m profiling.gpu --full --minutes 60 --device cuda || failed="$$failed gpu";) \
+	$(BIN)/python -m profiling.tables; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info advkd/*.so

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from advkd.files import write_json
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from . import peers
 from .bench_student import PARITY_TESTS, plausible_student
 from .bench_teacher import Evaluation
-from .harness import device_folder, passes
+from .harness import device_folder, passes, provenance
 
 IMAGES = 10**9
 SAMPLERS = {"DDPM-1000": 1000, "DDIM-50": 50}

@@ -16,10 +16,10 @@ from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.hub import reason
 from advkd.memory import keep_freed_memory
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from . import ncu, nsys, power
-from .harness import ROOT
+from .harness import ROOT, provenance
 from .torch_trace import LIMIT, last_line
 from .traces import label, markdown, stored
 from .workloads import VARIANTS, command, gate, positive, prepare, synchronize

@@ -22,10 +22,9 @@ from advkd.memory import keep_freed_memory
 from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student
 from advkd.teacher import Teacher
-from advkd.timing import provenance
 from advkd.trajectories import Trajectories, TrajectoryConfig, record_trajectories
 
-from .harness import gated_folder
+from .harness import gated_folder, provenance
 
 PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
 UPDATES, WARMUP = 40, 4

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from advkd import timing
 from advkd.files import write_json
 from advkd.hub import reason
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from .gpu_timing import measure_events
+from .kernel_digests import kernel_digests
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
@@ -75,6 +77,11 @@ class Case:
     device: str = "cpu"
     notes: dict = field(default_factory=dict)
     keep_going: bool = False
+
+
+def provenance(device="cpu"):
+    """:func:`advkd.timing.provenance`, and the kernels as they are."""
+    return {**timing.provenance(device), "kernels": kernel_digests()}
 
 
 def device_folder(device="cpu"):

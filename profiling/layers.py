@@ -8,10 +8,9 @@ from dataclasses import asdict
 import torch
 
 from advkd.files import write_json
-from advkd.timing import provenance
 
 from .bench_student import DTYPES, PARITY_TESTS, SHAPES, plausible_student
-from .harness import gated_folder
+from .harness import gated_folder, provenance
 
 
 def measure(preset, dtype):

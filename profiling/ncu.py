@@ -22,10 +22,10 @@ from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.hub import reason
 from advkd.memory import keep_freed_memory
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from .gpu_parts import METRICS, ncu_rows
-from .harness import ROOT
+from .harness import ROOT, provenance
 from .nsys import given, options
 from .torch_trace import LIMIT, last_line
 from .traces import TOP, label, markdown, stored

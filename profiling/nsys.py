@@ -22,10 +22,9 @@ import torch
 from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.hub import reason
-from advkd.timing import provenance
 
 from . import torch_trace, traces
-from .harness import ROOT, device_folder
+from .harness import ROOT, device_folder, provenance
 from .traces import COPY, KERNEL, SET, Activity, Span, Trace, stored, summary, write_chrome
 from .workloads import SIZES, VARIANTS, WORKLOADS, command, gate, positive, sizes
 

@@ -17,10 +17,10 @@ from torch import nn
 from advkd.files import replacing, write_json
 from advkd.memory import keep_freed_memory
 from advkd.models.critic import Critic, CriticConfig
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from .bench_gradient_penalty import PARITY_TESTS, SIZES, penalty_only, problem
-from .harness import ROOT, gated_folder
+from .harness import ROOT, gated_folder, provenance
 
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
 BACKENDS = {"advkd": "auto", "autograd": "autograd"}

@@ -12,9 +12,8 @@ import torch
 
 from advkd import EvaluationConfig, Student, evaluate_student
 from advkd.files import write_json
-from advkd.timing import provenance
 
-from .harness import device_folder
+from .harness import device_folder, provenance
 
 
 def measure(num, processes):

@@ -21,11 +21,10 @@ from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.latents import project
 from advkd.memory import keep_freed_memory
-from advkd.timing import provenance
 from advkd.trajectories import Trajectories, TrajectoryConfig
 
 from .bench_teacher import PARITY_TESTS
-from .harness import ROOT, gated_folder
+from .harness import ROOT, gated_folder, provenance
 
 CONFIG = TrajectoryConfig(num=512)
 ROUNDS = 2

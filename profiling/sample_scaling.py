@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from advkd.files import write_json
-from advkd.timing import provenance
 
-from .harness import ROOT, gated_folder
+from .harness import ROOT, gated_folder, provenance
 
 FEW, MANY, REPEATS = 64, 4160, 3
 """Images per process of the two commands."""

@@ -15,10 +15,9 @@ import torch
 
 from advkd import Student, StudentConfig
 from advkd.files import replacing, write_json
-from advkd.timing import provenance
 
 from .bench_student import DTYPES, PARITY_TESTS, direct_products, plausible_student
-from .harness import gated_folder
+from .harness import gated_folder, provenance
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (32, 64, 128, 256, 512)

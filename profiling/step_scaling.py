@@ -10,10 +10,10 @@ import torch
 
 from advkd.files import replacing, write_json
 from advkd.ops import StepCoefficients, sampler_step
-from advkd.timing import measure, provenance
+from advkd.timing import measure
 
 from .bench_sampler_step import PARITY_TESTS
-from .harness import gated_folder
+from .harness import gated_folder, provenance
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -1,4 +1,5 @@
-"""Write the README's tables from the JSON under ``profiling/results``: python -m profiling.tables
+"""Write the tables of README.md and profiling/RESULTS.md, and docs/billion.md, from the JSON under ``profiling/results``:
+python -m profiling.tables
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
 """
@@ -11,15 +12,28 @@ from advkd.evaluate import cells
 from advkd.files import write_bytes
 from advkd.report import seconds
 
-from . import gpu_kernels, gpu_predictions, gpu_summary
+from . import (
+    billion,
+    compare,
+    gpu_kernels,
+    gpu_predictions,
+    gpu_summary,
+    instruction_counts,
+    kernel_digests,
+    ncu,
+    nsys,
+    roofline,
+)
 from .harness import RESULTS, ROOT
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md")
+BILLION = ROOT / "docs" / "billion.md"
 
 
 def results(name):
     """``[(device folder's result), ...]`` of a benchmark, by folder name."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    return [{**result, "changed": kernel_digests.changed(name, result)} for result in found]
 
 
 def evaluation():
@@ -83,7 +97,10 @@ def _milliseconds(entry):
 
 def _place(result):
     place = result["provenance"]
-    return [f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']}:", ""]
+    lines = [f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']}:", ""]
+    if result["changed"]:
+        lines[:0] = [f"**Stale**: measured before the last change of {', '.join(result['changed'])}.", ""]
+    return lines
 
 
 def teacher():
@@ -409,7 +426,46 @@ def _gpu_case(case):
     return *times, other["name"], f"{case['ratio']:.2f} x", *figures
 
 
+def roofline_table():
+    """Every measured case beside the machine's ceilings."""
+    lines = []
+    for result in results("roofline"):
+        limits = result["ceilings"]
+        rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
+        lines += [*_place(result), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s in a copy.", ""]
+        lines += [_row("case", "bound by", "FLOP per byte", "of the limit"), _rule(4)]
+        for name, bound, intensity, fraction in roofline.rows(result):
+            lines.append(_row(name, bound, f"{intensity:.1f}", f"{100 * fraction:.0f} %"))
+        lines.append("")
+    return lines[:-1] or NOTHING
+
+
+def counts():
+    """Instructions of every C++ kernel."""
+    summary = "<details><summary>Instructions per element of every C++ kernel</summary>"
+    return [summary, "", *instruction_counts.table(), "", "</details>"]
+
+
+def sample_scaling():
+    """``advkd sample`` by processes."""
+    lines = []
+    for result in results("sample_scaling"):
+        lines += [*_place(result), _row("processes of one thread", "images per second", "efficiency"), _rule(3)]
+        for processes, rate in result["images_per_second"].items():
+            lines.append(_row(processes, f"{rate:.0f}", f"{100 * result['efficiency'][processes]:.0f} %"))
+        lines.append("")
+    return lines[:-1] or NOTHING
+
+
+NOTHING = ["Nothing has been measured yet."]
+
 TABLES = {
+    "roofline": roofline_table,
+    "counts": counts,
+    "sample_scaling": sample_scaling,
+    "traces": lambda: nsys.table() or NOTHING,
+    "counters": lambda: ncu.table() or NOTHING,
+    "compare": lambda: compare.table() or NOTHING,
     "evaluation": evaluation,
     "ablation": ablation,
     "student": student,
@@ -431,7 +487,7 @@ TABLES = {
 
 
 def filled(text):
-    """The README's text with every table made anew."""
+    """A page's text with every table made anew."""
 
     def replace(match):
         return f"<!-- table: {match[1]} -->\n" + "\n".join(TABLES[match[1]]()) + "\n<!-- end -->"
@@ -439,5 +495,14 @@ def filled(text):
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
 
 
+def pages():
+    """``{path: text}`` of every generated page."""
+    found = {path: filled(path.read_text()) for path in PAGES}
+    if measured := results("billion"):
+        found[BILLION] = billion.page(measured)
+    return found
+
+
 if __name__ == "__main__":
-    write_bytes(README, filled(README.read_text()).encode())
+    for path, text in pages().items():
+        write_bytes(path, text.encode())

@@ -16,7 +16,18 @@ from advkd.features import build_extractor
 from advkd.files import digest
 from advkd.models.student import Student, StudentConfig
 from advkd.recipes import RECIPES
-from profiling import ablation, bench_gradient_penalty, bench_sampler_step, bench_student, bench_teacher, harness, tables
+from profiling import (
+    ablation,
+    bench_gradient_penalty,
+    bench_sampler_step,
+    bench_student,
+    bench_teacher,
+    billion,
+    harness,
+    kernel_digests,
+    roofline,
+    tables,
+)
 from profiling.harness import Case, Contestant
 
 from ..conftest import ROOT, process_environment
@@ -148,10 +159,13 @@ def test_every_row_of_the_ablation_is_a_recipe(name):
         assert (config.updates, config.batch_sizes) == ((400,), (32,))
 
 
-def test_readme_holds_the_results():
-    text = tables.README.read_text()
-    assert set(tables.TABLES) == {line.split()[2] for line in text.splitlines() if line.startswith("<!-- table: ")}
-    assert tables.filled(text) == text
+def test_pages_hold_the_results():
+    """README.md, profiling/RESULTS.md and docs/billion.md are what the generator makes of the results."""
+    marked = [line.split()[2] for page in tables.PAGES for line in page.read_text().splitlines() if "<!-- table: " in line]
+    assert set(tables.TABLES) == set(marked) and len(marked) == len(set(marked))
+    for path, text in tables.pages().items():
+        assert path.read_text() == text, f"{path}: python -m profiling.tables"
+    text = tables.PAGES[0].read_text()
     table = text[text.index("<!-- table: evaluation -->") :]
     figure = re.search(r"\d\.\d{3}", table)[0]
     wrong = text.replace(figure, "9.999")
@@ -180,6 +194,50 @@ def test_results_have_provenance_and_green_gates():
                 assert len(case["contestants"]) >= 6 and all("seconds" in entry for entry in case["contestants"])
             ours = [entry for entry in case["contestants"] if entry["kind"] == "ours"]
             assert ours and all(entry["parity"]["error"] <= entry["parity"]["tolerance"] and entry["seconds"] for entry in ours)
+
+
+def test_a_result_of_older_kernels_is_stale():
+    result = {"provenance": {"kernels": kernel_digests.kernel_digests()}, "cases": []}
+    assert kernel_digests.changed("bench_norm_act", result) == []
+    result["cases"] = [{"provenance": {"kernels": {**result["provenance"]["kernels"], "norm_act": "0"}}}]
+    assert kernel_digests.changed("bench_norm_act", result) == ["norm_act"] and not kernel_digests.changed("layers", result)
+    assert kernel_digests.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
+    place = {"device": "a", "threads": 2, "versions": {"torch": "b"}}
+    assert tables._place({"provenance": place, "changed": ["norm_act"]})[0].startswith("**Stale**: measured before")
+    # A header's change is its kernels' change.
+    texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
+    before = kernel_digests._digest("csrc/cpu/a.cpp", texts.get)
+    assert kernel_digests._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
+    assert set(kernel_digests.kernel_digests()) == {name for kernels in kernel_digests.MEASURED.values() for name in kernels}
+
+
+def test_a_point_stands_below_the_tighter_ceiling():
+    limits = {"flops": {"float32": 1e12}, "bandwidth": 1e11}
+    point = roofline.Point("a: b", "float32", flop=1e12, moved_bytes=1e9, seconds=2.0)
+    assert point.bound(limits) == "products" and point.fraction(limits) == 0.5
+    point = roofline.Point("a: b", "float32", flop=0, moved_bytes=1e11, seconds=4.0)
+    assert point.bound(limits) == "memory" and point.fraction(limits) == 0.25
+
+
+def test_the_roofline_of_stored_results(tmp_path):
+    """Points of the committed benchmarks, and a plot in both formats."""
+    folder = harness.RESULTS / "amd-epyc"
+    limits = {"flops": {"float32": 2e11, "bfloat16": 4e11}, "bandwidth": 2e10}
+    found = roofline.points(folder, limits["flops"])
+    assert {p.dtype for p in found} == {"float32", "bfloat16"} and len(found) > 20
+    paths = [tmp_path / "roofline.png", tmp_path / "roofline.svg"]
+    roofline.plot(found, limits, paths, "a device")
+    assert paths[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in paths[1].read_bytes()
+
+
+def test_the_cost_of_a_billion_images():
+    """Hours are seconds per image times a billion, dollars those times the price of all cores."""
+    place = {"device": "a processor", "cores": 4, "commit": "0123456789", "versions": {"torch": "2"}}
+    result = {"kind": "cpu", "provenance": place, "student": {"batch": 8, "rows": {"s": 0.36}}}
+    result["teacher"] = {"rows": {"slow": 20.0, "fast": 3.6}}
+    text = billion.page([result])
+    assert "| teacher, DDIM-50 (fast) | 180 | 50,000,000 | 10,000,000 | 500.0 x |" in text
+    assert "| student, s | 0.36 | 100,000 | 20,000 | 1.0 x |" in text and "No GPU has been measured yet." in text
 
 
 class CountedProducts(TorchDispatchMode):

@@ -1,0 +1,44 @@
+"""Which kernels a result has measured, as digests of their sources: a table of kernels that have changed since says so."""
+
+import hashlib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STUDENT, STEP = ("conv_block", "student_forward"), ("sampler_step", "philox")
+CRITIC = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "image_gradient")
+MEASURED = {
+    **dict.fromkeys(("bench_student", "layers", "scaling", "precision", "sample_scaling", "billion"), STUDENT),
+    **dict.fromkeys(("bench_sampler_step", "step_scaling", "recording", "bench_teacher"), STEP),
+    **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling"), CRITIC),
+    "bench_norm_act": ("norm_act",),
+    "distillation": (*CRITIC, "norm_act"),
+    **dict.fromkeys(("traces", "counters", "compare"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
+}
+"""Result's name -> the kernels in C++ that it measures."""
+
+
+def kernel_digests(read=lambda path: (ROOT / path).read_text()):
+    """``{kernel: digest}`` of every kernel named in :data:`MEASURED`, each with the headers of the project that it includes.
+
+    ``read``: the text of a path below the root, of this tree or of another commit.
+    """
+    names = sorted({name for kernels in MEASURED.values() for name in kernels})
+    return {name: _digest(f"csrc/cpu/{name}.cpp", read) for name in names}
+
+
+def _digest(path, read):
+    seen, left = {}, [path]
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen[name] = read(name)
+            left += [f"csrc/{header}" for header in re.findall(r'^#include "([^"]+)"$', seen[name], re.M)]
+    return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:12]
+
+
+def changed(name, result):
+    """Kernels of a stored result whose sources are others now; a result without digests has all of them."""
+    now = kernel_digests()
+    places = [result["provenance"], *(case["provenance"] for case in result.get("cases", []))]
+    return [k for k in MEASURED.get(name, ()) if any(place.get("kernels", {}).get(k) != now[k] for place in places)]
