@@ -135,6 +135,7 @@ def compile_cuda(family, architecture):
 # are, channels whole units.
 COMPILE_TRITON = """
 import json, sys, tempfile
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -162,9 +163,9 @@ def show(name, config, element, precision, found):
     said = {"entry": name, "config": str(config), "dtype": element, "precision": precision}
     print("KERNEL " + json.dumps({**found, **said}), flush=True)
 
-TABLES = [("bf16", "tf32", kernels.NARROW), ("fp32", "tf32", kernels.WIDE),
-          ("fp32", "tf32x3", kernels.WIDE), ("fp32", "ieee", kernels.FULL)]
-for element, precision, table in TABLES:
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+for element, precision in (("bf16", "tf32"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")):
+    table = kernels.table(DTYPES[element], precision, 128)
     common = {"PRECISION": precision, "UPCAST": False, "ACTIVATION": 1}
     for config in table:
         for upsample in (False, True):
@@ -176,8 +177,7 @@ for element, precision, table in TABLES:
             constants = {**common, **steps, **blocks, "C_IN": c_in, "C_OUT": c_out, "UPSAMPLE": upsample}
             found = compiled(kernels.conv_kernel, element, constants, config.warps, config.stages)
             show("conv_kernel, phases" if upsample else "conv_kernel", config, element, precision, found)
-    for config in kernels.IMAGE:
-        config = config._replace(inner=config.inner // (2 if element == "fp32" else 1))
+    for config in kernels.image_table(DTYPES[element], precision, 128):
         swapped = element == "fp32" and precision != "ieee"
         steps = {"IN_STEP": 1, "OUT_STEP": 128} if swapped else {"IN_STEP": 16, "OUT_STEP": 1}
         tile = {"ROWS": config.rows, "COLUMNS": config.columns, "BLOCK_N": 16, "BLOCK_K": config.inner}
