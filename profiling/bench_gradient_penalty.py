@@ -135,6 +135,8 @@ def work(critic, size, update):
 
 def case(update, width, size, batch, device):
     """One case: penalty or whole update."""
+    # Past a number of compilations torch.compile runs a function as it is, without failing: a peer in its slow configuration.
+    torch._dynamo.reset()
     exact = problem(width, size, batch, device, dtype=torch.float64)
     ours, theirs = work(exact[0], size, update)
     name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}"
