@@ -51,7 +51,11 @@ def test_sanitizers_pass_on_every_kernel(sanitized, isa):
     assert done.stdout.strip() == f"{isa}: {CASES[name]}"
 
 
-@pytest.mark.parametrize("name", CASES)
+# An emulator takes minutes for the convolutions.
+EMULATED = [pytest.param(name, marks=pytest.mark.slow if name == "conv" else []) for name in CASES]
+
+
+@pytest.mark.parametrize("name", EMULATED)
 def test_the_portable_code_is_right_on_64_bit_arm(name, tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:

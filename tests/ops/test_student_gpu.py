@@ -243,7 +243,7 @@ def test_a_plan_is_the_cheapest_chain():
 
 NETWORKS = [
     ("small", torch.bfloat16, 2),
-    ("detail", torch.bfloat16, 1),
+    pytest.param("detail", torch.bfloat16, 1, marks=pytest.mark.slow),
     *(pytest.param(name, F32, 4, marks=pytest.mark.slow) for name in CONFIGS),
 ]
 
