@@ -14,17 +14,17 @@ import torch
 from .errors import InputError
 from .files import cache_folder, read_json, write_json
 from .hub import reason
-from .ops.gpu_layers import input_channels, padded
+from .ops.gpu_layers import device_limits, input_channels, padded, stem_numbers
 from .ops.student_gpu import (
     Step,
     is_image,
     output_sides,
     run_step,
-    stem_numbers,
     triton_launcher,
     triton_layer,
     triton_precision,
 )
+from .plan import text_table
 
 VERSION = 1
 """Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
@@ -55,9 +55,7 @@ class Limits:
         """Those of a CUDA device; of any other those of a common one, for kernels that are interpreted or emulated."""
         if device.type != "cuda":
             return cls(108, 163 * 1024, (8, 0))
-        properties = torch.cuda.get_device_properties(device)
-        shared = properties.shared_memory_per_block_optin
-        return cls(properties.multi_processor_count, shared, (properties.major, properties.minor))
+        return cls(*device_limits(device), torch.cuda.get_device_capability(device))
 
 
 def fixed_steps(engine, n):
@@ -179,7 +177,7 @@ def phase_products(layer):
 def _key(engine, step, n):
     """What a measured time belongs to, as text."""
     own = engine.layers[step.first : step.first + step.count]
-    shapes = "; ".join(" ".join(map(str, (*stem_numbers(layer), layer.c_out, layer.activation))) for layer in own)
+    shapes = "; ".join(" ".join(map(str, (*stem_numbers([layer]), layer.c_out, layer.activation))) for layer in own)
     return f"{_named(step)}, {engine.product}, batch {n}: {shapes}"
 
 
@@ -330,10 +328,7 @@ class GpuPlan:
         whole = None if None in measured else sum(measured)
         sums = [sum(getattr(row, name) for row in self.rows) for name in ("products", "moved_bytes")]
         lines = [titles, *(self._cells(row) for row in self.rows), ("all", "", *_figures(*sums, whole))]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        align = [str.ljust, str.ljust, *[str.rjust] * (len(titles) - 2)]
-        text = ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
-        return "\n".join([f"{self.device}, batch {self.batch_size}, products {self.product}", *text])
+        return "\n".join([f"{self.device}, batch {self.batch_size}, products {self.product}", *text_table(lines)])
 
     __repr__ = __str__
 

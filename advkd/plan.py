@@ -88,6 +88,13 @@ def _fastest(layer, dtype):
     return chosen
 
 
+def text_table(lines):
+    """Rows of cells as lines of text: the first two columns begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
+    return ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
+
+
 @dataclass(frozen=True)
 class PlannedLayer:
     """One row of a :class:`Plan`: multiply-adds are per image, times seconds for one image.
@@ -143,9 +150,7 @@ class Plan:
     def __str__(self):
         titles = ("layer", "algorithm", "direct MMAC", "made MMAC", "predicted ms", "measured ms", "direct GMAC/s")
         lines = [titles, *(_cells(row) for row in self.rows), self._total()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-        align = [str.ljust, str.ljust, *[str.rjust] * (len(titles) - 2)]
-        text = ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths)).rstrip() for line in lines]
+        text = text_table(lines)
         rates = ", ".join(f"{value / 1e9:.0f} GMAC/s {str(kind).removeprefix('torch.')}" for kind, value in self.rate.items())
         return "\n".join([f"{self.isa}, {self.threads} threads, at most {rates}", *text])
 

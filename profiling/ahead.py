@@ -211,15 +211,16 @@ def known_architectures(wanted):
 def entry_of(step, layers, product, batch, limits):
     """The CUDA entry point of a step and the shared memory that its plan asks for: ``{"entry", "shared", "grid"}``."""
     from advkd.ops import cupy_conv_block, cupy_conv_pair, cupy_student_stem
-    from advkd.ops.gpu_layers import input_channels, padded
-    from advkd.ops.student_gpu import ACTIVATION_CODES, stem_numbers
+    from advkd.ops.gpu_layers import input_channels, padded, stem_numbers
+    from advkd.ops.student_gpu import ACTIVATION_CODES
 
     own = layers[step.first : step.first + step.count]
     first, last, element = own[0], own[-1], gpu_predictions.itemsize(product)
     c_in, c_out = input_channels(first), padded(last.c_out)
     if step.kernel == "stem":
         cluster, images = step.config
-        plan = cupy_student_stem.stem_plan(tuple(map(stem_numbers, own)), product, cluster, images, limits.shared)
+        table = tuple(tuple(stem_numbers([layer])) for layer in own)
+        plan = cupy_student_stem.stem_plan(table, product, cluster, images, limits.shared)
         entry = f"advkd_student_stem_cluster{cluster}_{product}"
         return {"entry": entry, "shared": plan["bytes"], "grid": -(-batch // images) * cluster}
     if step.kernel == "pair":

@@ -7,6 +7,7 @@ Tensors are channels_last and cuDNN times all of its algorithms for every shape.
 import torch
 
 from .gpu_timing import Replay
+from .peers import many_networks
 
 
 def prepared(module, x, dtype):
@@ -57,13 +58,6 @@ def compiled_graph(module, x, dtype, mode="default"):
     with many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
         return Replay(lambda i: function(x))
-
-
-def many_networks():
-    """Every network of a benchmark shares one ``forward``: none may be refused for the number of those before it."""
-    import torch._dynamo.config as dynamo
-
-    return dynamo.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
 
 
 def tensorrt(module, x, dtype):

@@ -25,12 +25,10 @@ def eager(module, x, dtype=torch.float32):
 
 def compiled(module, x, dtype=torch.float32):
     """torch.compile with freezing: constants folded, weights pre-packed."""
-    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
     module, x = _prepared(module, x, dtype)
-    # Every network of a benchmark shares one ``forward``: none may be refused for the number of those before it.
-    with inductor.patch(freezing=True), dynamo.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+    with inductor.patch(freezing=True), many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False)
         with torch.no_grad():
             function(x)
@@ -40,6 +38,13 @@ def compiled(module, x, dtype=torch.float32):
             return function(x)
 
     return call
+
+
+def many_networks():
+    """Every network of a benchmark shares one ``forward``: none may be refused for the number of those before it."""
+    import torch._dynamo.config as dynamo
+
+    return dynamo.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
 
 
 def onnx_runtime(module, x):

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .cupy_modules import clamp, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, STEP, UNIT
+from .gpu_layers import PRODUCTS, STEP, UNIT, device_limits
 
 PLAN = (
     "shape pixel_warps channel_warps parts chunk chunks stages resident log_height log_width tile_images halo_height "
@@ -55,7 +55,7 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, product):
     sizes = layer_sizes(x, weights, bias, out, upsample, activation, product)
     if x.numel() == 0:
         return
-    plan = layer_plan(**sizes, element=x.element_size(), split=PRODUCTS[product] == "f32", **device_limits(x.device))
+    plan = layer_plan(**sizes, element=x.element_size(), split=PRODUCTS[product] == "f32", **plan_device(x.device))
     rows, columns, _ = SHAPES[plan["shape"]]
     blocks = plan["walkers"] * plan["channel_blocks"] * sizes["phases"]
     _start(f"conv_layer_{rows}x{columns}", blocks, (x, weights, bias, out), {**sizes, **plan}, slope, product)
@@ -76,7 +76,7 @@ def conv_image(x, weights, bias, out, activation, slope, product):
     sizes = image_sizes(x, weights, bias, out, activation, product)
     if x.numel() == 0:
         return
-    plan = image_plan(**sizes, element=x.element_size(), split=False, **device_limits(x.device))
+    plan = image_plan(**sizes, element=x.element_size(), split=False, **plan_device(x.device))
     _start(f"conv_image_{sizes['columns']}", plan["walkers"], (x, weights, bias, out), {**sizes, **plan}, slope, product)
 
 
@@ -145,22 +145,10 @@ def _check(name, tensor, shape, dtype, x, whole=True):
         raise InputError(f"{name} must begin at a multiple of 16 bytes")
 
 
-def device_limits(device):
+def plan_device(device):
     """What plans ask of a device: its multiprocessors, and bytes of shared memory that a block may have."""
-    if device.type != "cuda":
-        return {"multiprocessors": MULTIPROCESSORS, "shared_limit": SHARED_LIMIT}
-    return _attributes(device.index)
-
-
-@functools.cache
-def _attributes(index):
-    import cupy
-
-    attributes = cupy.cuda.Device(index).attributes
-    return {
-        "multiprocessors": attributes["MultiProcessorCount"],
-        "shared_limit": attributes["MaxSharedMemoryPerBlockOptin"],
-    }
+    limits = device_limits(device) if device.type == "cuda" else (MULTIPROCESSORS, SHARED_LIMIT)
+    return dict(zip(("multiprocessors", "shared_limit"), limits))
 
 
 def layer_plan(**sizes):

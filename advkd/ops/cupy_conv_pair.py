@@ -7,14 +7,12 @@ both: ``(th + 2) (tw + 2) / (th tw)`` of the first convolution, 1.27 for tiles o
 where that is worth while: below about 24 channels on a card with much memory bandwidth, above that on one with less.
 """
 
-import functools
-
 import numpy
 import torch
 
 from ..errors import InputError
 from .cupy_modules import address, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, STEP, UNIT, padded
+from .gpu_layers import PRODUCTS, STEP, UNIT, device_limits, padded
 
 MOST_CHANNELS = 64
 """``kMostPairChannels`` of ``csrc/cuda/conv_pair.h``."""
@@ -157,15 +155,7 @@ def _element(product):
 
 def _limits(device):
     """Multiprocessors and bytes of shared memory per block of a device."""
-    return _device_limits(device.index) if device.type == "cuda" else HOST_LIMITS
-
-
-@functools.cache
-def _device_limits(index):
-    import cupy
-
-    attributes = cupy.cuda.Device(index).attributes
-    return attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+    return device_limits(device) if device.type == "cuda" else HOST_LIMITS
 
 
 def _checked_sizes(x, weights1, bias1, weights2, bias2, out, upsample, image, product):

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy
 import torch
 
+from .gpu_layers import device_limits
+
 OPTIONS = ("--std=c++17",)
 THREADS = 256
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -79,15 +81,8 @@ def start(program, kernel, blocks, arguments, device, threads=THREADS, shared=0)
         function = program.get_function(kernel)
         # Above 48 KB it must be asked for: as much as there is, so that no launch finds a limit that another one has lowered.
         if shared > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = shared_limit(device, shared)
+            function.max_dynamic_shared_size_bytes = device_limits(device)[1] if device.type == "cuda" else shared
         function((blocks,), (threads,), arguments, shared_mem=shared)
-
-
-def shared_limit(device, default):
-    """Bytes of shared memory that a block on a CUDA device may have; ``default`` for any other."""
-    if device.type != "cuda":
-        return default
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .cupy_modules import THREADS, address, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, input_channels, padded
+from .gpu_layers import PRODUCTS, device_limits, stem_numbers
 
 LAYERS = 32
 """``kStemLayers`` of ``csrc/cuda/student_stem.h``."""
@@ -85,15 +85,6 @@ def student_stem(x, weights, biases, out, layers, slope, product, cluster, image
     start(program, kernel, blocks, (struct(STEM, fields),), x.device, shared=plan["bytes"])
 
 
-def stem_numbers(layers):
-    """:class:`advkd.ops.conv_block.ConvLayer` objects as :func:`student_stem` takes them."""
-    return [
-        number
-        for layer in layers
-        for number in (input_channels(layer), padded(layer.c_out), layer.height, layer.width, int(layer.upsample))
-    ]
-
-
 def stem_layers(layers, product, images, shared_limit):
     """How many of the leading layers :func:`student_stem` can compute in one launch.
 
@@ -164,14 +155,7 @@ def stem_split(c_in, c_out, side, upsample, element, products, cluster, images):
 
 def shared_limit(device):
     """Bytes of shared memory that a block on ``device`` may have."""
-    return _device_limit(device.index) if device.type == "cuda" else HOST_LIMIT
-
-
-@functools.cache
-def _device_limit(index):
-    import cupy
-
-    return cupy.cuda.Device(index).attributes["MaxSharedMemoryPerBlockOptin"]
+    return device_limits(device)[1] if device.type == "cuda" else HOST_LIMIT
 
 
 def _rows(numbers):

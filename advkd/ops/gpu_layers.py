@@ -102,3 +102,15 @@ def pack_image(taps, c_out, product):
     columns = taps[0, :, :, :c_out].permute(1, 0, 2).reshape(taps.shape[2], 9 * c_out)
     columns = F.pad(columns, (0, padded(9 * c_out) - 9 * c_out))
     return pack_fragments(columns[None, None], product)
+
+
+def stem_numbers(layers):
+    """:class:`advkd.ops.conv_block.ConvLayer` objects as ``student_stem`` takes them: a flat list, five numbers per layer."""
+    rows = ((input_channels(i), padded(i.c_out), i.height, i.width, int(i.upsample)) for i in layers)
+    return [number for row in rows for number in row]
+
+
+def device_limits(device):
+    """``(multiprocessors, bytes of shared memory that a block may have)`` of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

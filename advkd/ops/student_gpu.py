@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 
 from ..latents import split_latent
 from . import backends
-from .gpu_layers import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded, product_of
+from .gpu_layers import (
+    PRODUCTS,
+    input_channels,
+    pack_fragments,
+    pack_image,
+    pad_layer,
+    padded,
+    product_of,
+    stem_numbers,
+)
 
 KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
 """What a step starts. ``pair`` fuses two convolutions of few channels, ``stem`` all of the lowest resolutions; ``image`` makes
@@ -185,14 +194,9 @@ def _pair(step, layers, x, packed, biases, out, slope, product):
 
 def _stem(step, layers, x, packed, biases, out, slope, product):
     own = slice(step.first, step.first + step.count)
-    numbers = [n for layer in layers[own] for n in stem_numbers(layer)]
     launch = backends.cuda_launcher("student_stem")
-    launch(x, list(packed[own]), list(biases[own]), out, numbers, slope, PRODUCTS.index(product), *step.config)
-
-
-def stem_numbers(layer):
-    """A layer as ``student_stem`` takes it."""
-    return (input_channels(layer), padded(layer.c_out), layer.height, layer.width, int(layer.upsample))
+    numbers = (slope, PRODUCTS.index(product), *step.config)
+    launch(x, list(packed[own]), list(biases[own]), out, stem_numbers(layers[own]), *numbers)
 
 
 _LAUNCH = {

@@ -595,7 +595,7 @@ def test_small_on_a_gpu(product, compiled_by):
 @pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
 def test_every_plan_on_a_gpu(c_out, candidate, monkeypatch):
     launchers = gpu_launchers("cupy")
-    limits = cupy_conv_block.device_limits(torch.device("cuda", 0))
+    limits = cupy_conv_block.plan_device(torch.device("cuda", 0))
     for case in (SEVERAL, RAGGED):
         case = replace(case, c_out=c_out)
         if cupy_conv_block.layer_try(plan_sizes(case, **limits), candidate):

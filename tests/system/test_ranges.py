@@ -71,10 +71,12 @@ def test_profilers_see_the_names():
 
 
 def test_nvtx_without_a_profiler_attached():
-    pytest.importorskip("nvtx")
+    nvtx = pytest.importorskip("nvtx")
     name_ranges("nvtx")
     try:
-        with named("stage"):
+        stage = named("stage")
+        assert isinstance(stage, nvtx.annotate) and stage is not named("stage")
+        with stage, named("inside"):
             pass
     finally:
         name_ranges("")
