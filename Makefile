@@ -49,7 +49,7 @@ test-all: install
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
 BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
-	step_scaling penalty_scaling distillation recording sample_scaling billion nsys ncu compare roofline
+	step_scaling penalty_scaling distillation recording demo sample_scaling billion nsys ncu compare roofline
 
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,profile]'

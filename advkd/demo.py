@@ -8,6 +8,7 @@ import torch
 from .distill import CHECKPOINT, distill
 from .evaluate import describe_models
 from .models.student import PRESETS, Student
+from .ranges import named
 from .recipes import recipe
 from .report import save_pictures
 from .teacher import Teacher
@@ -23,14 +24,19 @@ def run_demo(out, num=1024, updates=300, device="cpu", progress=True):
     config = demo_recipe(updates)
     TrajectoryConfig(num=num).validate()
     config.validate(len(PRESETS["digits"].channels), True, num)
-    teacher = Teacher.from_pretrained("digits", device)
-    trajectories = _record(teacher, TrajectoryConfig(num=num), out / "trajectories", device, progress)
+    with named("load"):
+        teacher = Teacher.from_pretrained("digits", device)
+    with named("trajectories"):
+        trajectories = _record(teacher, TrajectoryConfig(num=num), out / "trajectories", device, progress)
     torch.manual_seed(config.seed)
     student = Student.from_preset("digits")
     resume = (out / "student" / CHECKPOINT).exists()
-    student = distill(trajectories, student, config, out / "student", resume, device, progress)
-    save_pictures(teacher, student, out / "student" / "metrics.csv", out)
-    return summary(teacher, student)
+    with named("distillation"):
+        student = distill(trajectories, student, config, out / "student", resume, device, progress)
+    with named("pictures"):
+        save_pictures(teacher, student, out / "student" / "metrics.csv", out)
+    with named("timing"):
+        return summary(teacher, student)
 
 
 def _record(teacher, config, out, device, progress):
@@ -55,7 +61,9 @@ def demo_recipe(updates):
 
 def summary(teacher, student):
     """One line: parameters, network evaluations and time per image of teacher and student."""
-    models = describe_models(student.fuse(), student, teacher)
+    with named("fuse"):
+        fused = student.fuse()
+    models = describe_models(fused, student, teacher)
     slow, quick = models["teacher"], models["student"]
     teacher_time, student_time = (1e3 * model["seconds"]["median"] for model in (slow, quick))
     size, threads = models["batch_size"], torch.get_num_threads()

@@ -352,7 +352,8 @@ class Distiller:
         k = stage.levels[-1]
         was_training = {module: module.training for module in self.result.modules()}
         z = self.result.latents(36, seed=self.config.seed).to(self.dtype)
-        images = self.result.eval()(z, levels=(k,))[k]
+        with named("student"):
+            images = self.result.eval()(z, levels=(k,))[k]
         for module, training in was_training.items():
             module.training = training
         scale = 1.0 if k == self.student.depth else 3.0

@@ -18,6 +18,7 @@ from .metrics import compare, frechet_floor
 from .models.fused_student import DTYPES
 from .models.student import Student
 from .pictures import to_uint8
+from .ranges import named
 from .teacher import Teacher
 from .timing import measure, provenance
 from .trajectories import (
@@ -328,10 +329,13 @@ def _pairs(samples, model, n=256):
 def describe_models(fused, student, teacher, sampler="ddim", steps=None, n=16):
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
     z, passes = fused.latents(n, REFERENCE_SEED), 10
-    calls = {
-        "teacher": lambda: teacher.sample(n, REFERENCE_SEED, sampler, steps),
-        "student": lambda: [fused(z) for _ in range(passes)],
-    }
+
+    def draw():
+        with named("student"):
+            for _ in range(passes):
+                fused(z)
+
+    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, sampler, steps), "student": draw}
     times = measure(calls, repeats=5, device=z.device)
     evaluations = len(teacher.timesteps(sampler, steps))
     quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)

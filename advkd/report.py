@@ -10,6 +10,7 @@ from .errors import InputError
 from .evaluate import cells, has_seen
 from .files import digest, read_json, require_output_folder, write_bytes
 from .pictures import read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
+from .ranges import named
 from .schedule import supervising_timesteps
 from .trajectories import downsample, same_teacher
 
@@ -94,7 +95,9 @@ def save_pictures(teacher, student, metrics, out):
     out = Path(out)
     save_pairs_of(teacher, student, out / "teacher_and_student.png")
     save_levels_of(teacher, student, out / "levels.png")
-    save_grid(student.fuse().sample(64, seed=FRESH_SEED), out / "student_samples.png")
+    with named("fuse"):
+        fused = student.fuse()
+    save_grid(fused.sample(64, seed=FRESH_SEED), out / "student_samples.png")
     evaluations = len(teacher.timesteps("ddim"))
     captions = {
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one. "
@@ -112,8 +115,9 @@ def save_pairs_of(teacher, student, path, n=12, seed=FRESH_SEED):
     """Teacher and student side by side from the same noise."""
     x_T = teacher.noise(n, seed)
     x_0 = teacher.sample(n, seed)
-    with torch.no_grad():
-        save_pairs(x_0, student(student.project(x_T)), path)
+    with named("student"), torch.no_grad():
+        drawn = student(student.project(x_T))
+    save_pairs(x_0, drawn, path)
 
 
 def save_levels_of(teacher, student, path, seed=FRESH_SEED):
@@ -122,7 +126,7 @@ def save_levels_of(teacher, student, path, seed=FRESH_SEED):
     states = dict(teacher.path(x_T, "ddim"))
     timesteps = supervising_timesteps("ddim", student.depth, list(states), teacher.train_timesteps)
     targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
-    with torch.no_grad():
+    with named("student"), torch.no_grad():
         levels = [level[0] for level in student.levels(student.project(x_T))]
     save_levels([*targets, states[min(states)][0]], levels, [*timesteps, None], path)
 

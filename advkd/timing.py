@@ -39,10 +39,11 @@ def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
             _synchronize(device)
             if i >= warmup:
                 times[name].append(time.perf_counter() - begin)
-    return {name: _percentiles(values) for name, values in times.items()}
+    return {name: percentiles(values) for name, values in times.items()}
 
 
-def _percentiles(values):
+def percentiles(values):
+    """Median, 20th and 80th percentile of some numbers, and how many they are."""
     p20, median, p80 = torch.quantile(
         torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double()
     ).tolist()

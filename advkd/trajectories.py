@@ -26,6 +26,7 @@ from .files import digest, read_json, read_tensors, require_output_folder, requi
 from .latents import check_latent, latent_numel, project
 from .memory import keep_freed_memory
 from .ops import philox_normal
+from .ranges import named
 from .schedule import resolutions, supervising_timesteps
 
 FORMAT = "advkd-trajectories-1"
@@ -91,14 +92,20 @@ def record_trajectories(teacher, config, out, progress=True):
         written = None
         for shard in mine:
             batches = _run_shard(teacher, config, recipe, shard, bar, written)
-            if written is not None:
-                written.result()
+            _wait(written)
             written = writer.submit(_write_shard, out, config, recipe, shard, batches)
-        if written is not None:
-            written.result()
+        _wait(written)
     bar.close()
-    _finish(out, recipe)
+    with named("write"):
+        _finish(out, recipe)
     return Path(out)
+
+
+def _wait(written):
+    """Until a shard is written; a failure is raised here."""
+    if written is not None:
+        with named("write"):
+            written.result()
 
 
 def record_in_processes(source, config, out, processes, progress=True, *, compiled=None, autocast=False):
@@ -130,7 +137,8 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
 def _load(source, compiled, autocast):
     from .teacher import Teacher
 
-    return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
+    with named("load"):
+        return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
 
 
 def _record_as(source, config, out, rank, processes, progress, parent, failures):
@@ -139,7 +147,8 @@ def _record_as(source, config, out, rank, processes, progress, parent, failures)
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
-        record_trajectories(_load(*source), config, out, progress)
+        with named("trajectories"):
+            record_trajectories(_load(*source), config, out, progress)
     except (InputError, OSError) as error:
         failures.put(str(error))
     except KeyboardInterrupt:
@@ -216,7 +225,8 @@ def _shard_count(config, shard):
 
 def _run_batch(teacher, config, recipe, start, bar):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
-    x_T = teacher.noise(config.batch_size, config.seed, start + config.start)
+    with named("noise"):
+        x_T = teacher.noise(config.batch_size, config.seed, start + config.start)
     tensors = {"z": project(x_T, recipe["latent_size"], recipe["detail_noise"])}
     wanted = list(zip(recipe["timesteps"], recipe["resolutions"]))
     # Levels of one state are averaged from the finest of them: areas nest.

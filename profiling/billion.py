@@ -19,6 +19,7 @@ from advkd.timing import measure
 from . import peers
 from .bench_student import PARITY_TESTS, plausible_student
 from .bench_teacher import Evaluation
+from .evidence import device_alone, source
 from .harness import device_folder, passes, provenance
 
 IMAGES = 10**9
@@ -53,7 +54,7 @@ def teacher_seconds(device, batch):
         calls[f"torch.compile, {name}"] = peers.compiled(copy.deepcopy(network), x, dtype)
     times = measure(calls, repeats=3, warmup=1, device=device)
     parameters = sum(p.numel() for p in network.parameters())
-    return {"parameters": parameters, "batch": batch, "rows": {name: row["median"] / batch for name, row in times.items()}}
+    return {"parameters": parameters, "batch": batch, "rows": _per_image(times, batch)}
 
 
 def student_seconds(device, batch):
@@ -64,13 +65,16 @@ def student_seconds(device, batch):
         for dtype in (torch.float32, torch.bfloat16):
             fused = student.fuse(dtype=dtype)
             calls = {"sample": lambda fused=fused: fused.sample(2 * batch, batch_size=batch)}
-            rows[f"{preset}, {str(dtype).removeprefix('torch.')}"] = (
-                measure(calls, repeats=5, warmup=1, device=device)["sample"]["median"] / 2 / batch
-            )
-    return {"batch": batch, "rows": rows}
+            name = f"{preset}, {str(dtype).removeprefix('torch.')}"
+            rows[name] = measure(calls, repeats=5, warmup=1, device=device)["sample"]
+    return {"batch": batch, "rows": _per_image(rows, 2 * batch)}
 
 
-def page(results):
+def _per_image(times, images):
+    return {name: {key: time[key] / images for key in ("median", "p20", "p80")} for name, time in times.items()}
+
+
+def page(results, above=source):
     """The page as text, of stored results."""
     lines = ["# A billion images of 256x256", "", *__doc__.split("\n\n")[2].replace("\n", " ").split("\n"), ""]
     lines += ["Device hours are seconds per image times a billion over 3600. Assumed prices, in dollars per hour: "]
@@ -80,19 +84,23 @@ def page(results):
         place, kind = result["provenance"], result["kind"]
         units = place["cores"] if kind == "cpu" else 1
         rate = PRICES[kind][0] * units
-        lines += ["", f"## {place['device']}" + (f", {units} cores" if kind == "cpu" else ""), ""]
+        times = [time for part in ("student", "teacher") for time in result[part]["rows"].values()]
+        lines += ["", f"## {place['device']}" + (f", {units} cores" if kind == "cpu" else ""), "", *above(result, times)]
         lines += ["| | seconds per image | device hours | dollars | against the fastest student |", "|---|---|---|---|---|"]
-        best, teacher = min(result["student"]["rows"].values()), result["teacher"]["rows"]
+        student, teacher = (
+            {name: row["median"] for name, row in result[part]["rows"].items()} for part in ("student", "teacher")
+        )
+        best = min(student.values())
         fastest = min(teacher, key=teacher.get)
         rows = {f"teacher, {name} ({fastest})": n * teacher[fastest] for name, n in SAMPLERS.items()}
-        rows |= {f"student, {name}": seconds for name, seconds in result["student"]["rows"].items()}
+        rows |= {f"student, {name}": seconds for name, seconds in student.items()}
         for name, seconds in rows.items():
             hours = IMAGES * seconds / 3600
             figures = (f"{seconds:.4g}", f"{hours:,.0f}", f"{hours * rate:,.0f}", f"{seconds / best:,.1f} x")
             lines.append("| " + " | ".join((name, *figures)) + " |")
         lines += [
             "",
-            f"Commit {place['commit'][:10]}, torch {place['versions']['torch']}, batches of {result['student']['batch']}.",
+            f"Batches of {result['teacher']['batch']} for the teacher, of {result['student']['batch']} for the student.",
         ]
     if not any(result["kind"] == "cuda" for result in results):
         lines += ["", "No GPU has been measured yet."]
@@ -111,7 +119,7 @@ def main():
     result["student"] = student_seconds(options.device, 64 if gpu else 8)
     result["teacher"] = teacher_seconds(options.device, 16 if gpu else 1)
     write_json(Path(options.out or device_folder(options.device)) / "billion.json", result)
-    print(page([result]))
+    print(page([result], device_alone))
 
 
 if __name__ == "__main__":

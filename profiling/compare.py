@@ -19,9 +19,10 @@ from advkd.memory import keep_freed_memory
 from advkd.timing import measure
 
 from . import ncu, nsys, power
+from .evidence import device_alone, source, stored
 from .harness import ROOT, provenance
 from .torch_trace import LIMIT, last_line
-from .traces import label, markdown, stored
+from .traces import label, markdown
 from .workloads import VARIANTS, command, gate, positive, prepare, synchronize
 
 MOST = 4000
@@ -124,16 +125,16 @@ def main():
     found = complaints(rows)
     result = {"rows": rows, "complaints": found, "provenance": provenance(values.device)}
     write_json(values.folder / "compare.json", result)
-    print("\n".join(lines([result])))
+    print("\n".join(lines([result], device_alone)))
     sys.exit("\n".join(found) or 0)
 
 
-def lines(results):
+def lines(results, above=source):
     """Markdown of stored comparisons: a column pair per figure, baseline first."""
     found = []
     for result in results:
-        place = result["provenance"]
-        found += [f"{place['device']}, {place['threads']} threads; each cell: baseline, fused:", ""]
+        times = [row["seconds"][variant] for row in result["rows"] for variant in VARIANTS if "seconds" in row]
+        found += [*above(result, times), "Each cell: baseline, fused.", ""]
         titles = ("workload", "ms", "ratio", "launches", "GFLOP, direct", "DRAM MB", "peak MB", "joules", "largest error")
         found += [*markdown(titles, map(_cells, result["rows"])), ""]
         found += [f"{what}: {why}." for what, why in sorted(_missing(result["rows"]).items())]

@@ -6,7 +6,6 @@ The same updates in one process, in turn: plain PyTorch (autograd's double backw
 of the two replacements alone, and both. Amdahl's bound is the gain if the critic's part of plain PyTorch's update took no time.
 """
 
-import statistics
 import tempfile
 import time
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from advkd.memory import keep_freed_memory
 from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student
 from advkd.teacher import Teacher
+from advkd.timing import percentiles
 from advkd.trajectories import Trajectories, TrajectoryConfig, record_trajectories
 
 from .harness import gated_folder, provenance
@@ -79,7 +79,7 @@ def _time(run, part):
 
 
 def measure(data, root):
-    """Median seconds of an update by method, each method's parts, and the losses of the last update."""
+    """Seconds of an update by method, each method's parts, and the losses of the last update."""
     runs = {name: distiller(data, Path(root) / str(i), backend) for i, (name, (backend, _)) in enumerate(METHODS.items())}
     times, last = {name: [] for name in runs}, {}
     for i in range(UPDATES):
@@ -94,7 +94,7 @@ def measure(data, root):
     counted = UPDATES - WARMUP
     return {
         name: {
-            "seconds": statistics.median(times[name][WARMUP:]),
+            "seconds": percentiles(times[name][WARMUP:]),
             "parts": {part.strip("_"): spent / counted for part, spent in run.spent.items()},
             "loss": last[name]["loss"],
         }
@@ -105,7 +105,8 @@ def measure(data, root):
 def amdahl(rows):
     """Gain of an update in which the critic's part takes no time."""
     plain = rows["plain PyTorch"]
-    return plain["seconds"] / (plain["seconds"] - plain["parts"]["update_critics"])
+    whole = plain["seconds"]["median"]
+    return whole / (whole - plain["parts"]["update_critics"])
 
 
 def main():
@@ -121,7 +122,7 @@ def main():
         {"rows": rows, "amdahl_critic": bound, "parity_tests": PARITY_TESTS, "provenance": provenance()},
     )
     for name, row in rows.items():
-        print(f"{name:32} {1e3 * row['seconds']:7.1f} ms", {k: f"{1e3 * v:.1f}" for k, v in row["parts"].items()})
+        print(f"{name:32} {1e3 * row['seconds']['median']:7.1f} ms", {k: f"{1e3 * v:.1f}" for k, v in row["parts"].items()})
     print(f"bound if the critic cost nothing: {bound:.2f} x")
 
 

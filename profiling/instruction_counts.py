@@ -176,7 +176,7 @@ def table():
     lines = []
     for name, kept in sorted(stored().items()):
         lines += [
-            f"{name}, instructions per element:",
+            f"[`{BASELINE.name}`](profiling/results/{BASELINE.name}): {name}, instructions per element, which repeat exactly:",
             "",
             "| kernel | elements | portable | AVX2 | ratio |",
             "|---|---|---|---|---|",

@@ -13,7 +13,7 @@ MEASURED = {
     **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling"), CRITIC),
     "bench_norm_act": ("norm_act",),
     "distillation": (*CRITIC, "norm_act"),
-    **dict.fromkeys(("traces", "counters", "compare"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
+    **dict.fromkeys(("traces", "counters", "compare", "demo"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
 }
 """Result's name -> the kernels in C++ that it measures."""
 

@@ -8,20 +8,27 @@ from dataclasses import asdict
 import torch
 
 from advkd.files import write_json
+from advkd.timing import percentiles
 
 from .bench_student import DTYPES, PARITY_TESTS, SHAPES, plausible_student
 from .harness import gated_folder, provenance
 
+REPEATS = 5
+"""Plans measured of each student."""
+
 
 def measure(preset, dtype):
     """One preset's plan with measured times, as JSON values."""
-    plan = plausible_student(preset).fuse("cpu", DTYPES[dtype]).plan()
+    fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
+    plans = [fused.plan() for _ in range(REPEATS)]
+    plan = plans[0]
     peak = plan.rate[DTYPES[dtype]]
     rows = []
-    for row in plan.rows:
-        figures = {k: v for k, v in asdict(row).items() if k != "layer"}
-        rates = {"gflops": 2e-9 * row.direct_products / row.measured, "of_peak": row.direct_products / row.measured / peak}
-        rows.append({**asdict(row.layer), **figures, **rates})
+    for same in zip(*(plan.rows for plan in plans)):
+        row, seconds = same[0], percentiles([other.measured for other in same])
+        figures = {k: v for k, v in asdict(row).items() if k not in ("layer", "measured")}
+        rate = row.direct_products / seconds["median"]
+        rows.append({**asdict(row.layer), **figures, "seconds": seconds, "gflops": 2e-9 * rate, "of_peak": rate / peak})
     rate = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}
     return {"preset": preset, "dtype": dtype, "isa": plan.isa, "products_per_second": rate, "layers": rows}
 

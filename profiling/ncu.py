@@ -1,10 +1,12 @@
 """DRAM bytes, achieved FLOP/s and bandwidth, occupancy and what the warps of the largest kernels wait for, by Nsight Compute.
 
-python -m profiling.ncu [--device cuda] [--only student] [--most 4000] [--out FOLDER]
+python -m profiling.ncu [--device cuda] [--only student] [--most 4000] [--tool ncu] [--out FOLDER]
+python -m profiling.ncu --report FILE.csv       # the figures of ncu's --csv --page raw
 
 Writes ``counters.json``. Nsight Compute runs every kernel of one unit of work several times, each time from cold caches: bytes
 are those of a kernel on its own. Of the teacher's trajectory two steps stand for all. Without it the unit's direct count of
-operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu.
+operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu. The command ends
+with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
 """
 
 import csv
@@ -13,22 +15,23 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from advkd.errors import InputError
-from advkd.files import write_json
 from advkd.hub import reason
 from advkd.memory import keep_freed_memory
 from advkd.timing import measure
 
+from .evidence import source, stored
 from .gpu_parts import METRICS, ncu_rows
 from .harness import ROOT, provenance
-from .nsys import given, options
+from .nsys import finish, given, options, show
 from .torch_trace import LIMIT, last_line
-from .traces import TOP, label, markdown, stored
+from .traces import TOP, label, markdown
 from .workloads import VARIANTS, command, gate, positive, prepare
 
 _INSTRUCTIONS = "smsp__sass_thread_inst_executed_op_{}_pred_on.sum"
@@ -40,6 +43,7 @@ FLOP = {
     **{_TENSOR.format(name): 1 for name in ("bf16_dst_fp32", "fp16", "fp16_dst_fp16", "fp16_dst_fp32", "tf32_dst_fp32")},
 }
 """Counters of executed operations by what one counts; architectures have different ones of tensor cores."""
+NCU = "Nsight Compute"
 TEACHER_STEPS = 2
 REPEATS = 5
 
@@ -73,7 +77,7 @@ def count(name, variant, device, size, most, run=subprocess.run):
     launches = read(done.stdout)
     if done.returncode or not launches:
         raise InputError(f"{name}, {variant}: ncu ended with {done.returncode}: {_trouble(done)}")
-    figures = {**totals(launches), "kernels": by_kernel(launches), "cut_off": len(launches) >= most}
+    figures = {**counted_launches(launches), "kernels": by_kernel(launches), "cut_off": len(launches) >= most}
     return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
 
 
@@ -86,9 +90,12 @@ def _trouble(done):
 def read(text):
     """Launches of ``--csv --page raw``: what :func:`~profiling.gpu_parts.ncu_rows` reads, and executed operations."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
+    titles, _, *table = [*csv.reader(lines), [], []][: max(len(lines), 2)]
+    short = [cells for cells in table if len(cells) != len(titles)]
+    if short or (table and "Kernel Name" not in titles):
+        raise InputError("Nsight Compute's table is cut off or another one: count again with --csv --page raw")
     found = ncu_rows(text)
-    titles = next(csv.reader(lines), [])
-    for row, cells in zip(found, list(csv.reader(lines))[2:]):
+    for row, cells in zip(found, table):
         counts = {name: _number(cell) for name, cell in zip(titles, cells) if name in FLOP}
         known = [FLOP[name] * value for name, value in counts.items() if value is not None]
         row["flop"] = sum(known) if known else None
@@ -100,6 +107,16 @@ def _number(cell):
         return float(cell.replace(",", ""))
     except ValueError:
         return None
+
+
+def counted_launches(launches):
+    """:func:`totals`, of launches with counters."""
+    found = totals(launches)
+    if found["seconds"] is None:
+        raise InputError(
+            "Nsight Compute's launches have no counters: the device has none, or they are for administrators alone"
+        )
+    return found
 
 
 def totals(launches):
@@ -179,7 +196,7 @@ def direct(name, device, size):
     for variant, call in calls.items():
         own, without = counted(call)
         seconds = times[variant]["median"]
-        rates = {"seconds": seconds, "flop": work, "flop_per_second": work / seconds}
+        rates = {"seconds": seconds, "times": times[variant], "flop": work, "flop_per_second": work / seconds}
         rows[variant] = {**rates, "counted_flop": own, "not_counted": without, "dram_bytes": None}
     return rows
 
@@ -191,10 +208,12 @@ def missing(device):
     return None if shutil.which("ncu") else "ncu is not on PATH"
 
 
-def rows_of(name, device, size, most):
+def rows_of(name, device, size, most, tool="auto"):
     """Both variants' rows of a workload; a variant that ncu cannot count has its error."""
-    why = missing(device)
+    why = "torch's formulas were asked for" if tool == "formulas" else missing(device)
     place = {"workload": name, "size": size, "device": str(device)}
+    if why and tool == "ncu":
+        return [{**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why}"} for variant in VARIANTS]
     if why:
         found = direct(name, device, size)
         note = {"tool": f"torch's formulas ({torch.__version__})", "not_ncu": why}
@@ -205,41 +224,57 @@ def rows_of(name, device, size, most):
             row = count(name, variant, device, size, most)
         except (InputError, OSError, subprocess.TimeoutExpired) as error:
             row = {"error": reason(error)}
-        rows.append({**place, "variant": variant, "tool": "Nsight Compute", **row})
+        rows.append({**place, "variant": variant, "tool": NCU, **row})
     return rows
 
 
 def main():
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--most", type=positive, default=4000, help="kernels of a unit that are counted at most")
+    parser.add_argument("--tool", choices=("auto", "ncu", "formulas"), default="auto", help="auto: ncu where it is installed")
+    parser.add_argument("--report", help="a table of ncu --csv --page raw to read instead of counting")
     values = given(parser)
+    if values.report:
+        show(read_report, values.report, lambda row: tables_of([row]))
     keep_freed_memory()
     rows, gates = [], {}
     for name, size in values.work:
         gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        rows += rows_of(name, values.device, size, values.most) if found["passed"] else []
-    result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
-    write_json(values.folder / "counters.json", result)
-    print("\n".join(lines([result])))
-    off = [f"{work}: the variants differ, not counted" for work, found in gates.items() if not found["passed"]]
-    failed = [f"{row['workload']}, {row['variant']}: {row['error']}" for row in rows if "error" in row]
-    sys.exit("\n".join([*off, *failed]) or 0)
+        rows += rows_of(name, values.device, size, values.most, values.tool) if found["passed"] else []
+    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder / "counters.json", lines)
 
 
-def lines(results):
+def read_report(path):
+    """Figures of a stored table, as a row of ``counters.json``."""
+    launches = read(Path(path).read_text())
+    if not launches:
+        raise InputError(f"{path} holds no launches of ncu --csv --page raw")
+    place = {"workload": "report", "size": Path(path).name, "variant": "-", "tool": NCU}
+    return {**place, **counted_launches(launches), "kernels": by_kernel(launches)}
+
+
+def lines(results, above=source):
     """Markdown of stored counts: units of work, and below them the largest kernels."""
     found = []
     for result in results:
         rows = [row for row in result["rows"] if "error" not in row]
         tools = sorted({row["tool"] for row in rows})
-        found += [f"{result['provenance']['device']}, counted by {' and '.join(tools)}:", ""]
-        titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
-        found += [*markdown(titles, map(_unit_cells, rows)), ""]
-        kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
-        if kernels:
-            titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
-            found += [*markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
+        sure = "counters are of one launch of each kernel" if any(row["tool"] == NCU for row in rows) else ""
+        times = [row["times"] for row in rows if "times" in row]
+        found += [*above(result, times, sure), f"Counted by {' and '.join(tools)}.", ""]
+        found += tables_of(rows)
     return found[:-1]
+
+
+def tables_of(rows):
+    """Markdown of units of work, and below them of their largest kernels."""
+    titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
+    found = [*markdown(titles, map(_unit_cells, rows)), ""]
+    kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
+    if kernels:
+        titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
+        found += [*markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
+    return found
 
 
 def _unit_cells(row):

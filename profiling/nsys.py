@@ -1,10 +1,12 @@
 """Launches, the GPU's busy fraction and time by range of the workloads: by Nsight Systems, or by torch.profiler without it.
 
-python -m profiling.nsys [--device cuda] [--only student] [--repeats 3] [--traces FOLDER] [--out FOLDER]
+python -m profiling.nsys [--device cuda] [--only student] [--repeats 3] [--tool nsys] [--traces FOLDER] [--out FOLDER]
+python -m profiling.nsys --report FILE.sqlite       # the figures of a report that is there
 
 Every workload and variant runs in a process of its own. ``traces.json`` goes to the results' folder (``--out``); to look at,
 there are a Chrome trace each and Nsight's own reports (``--traces``, by default build/traces). Nsight's documentation describes
 its SQLite export ("SQLite Schema Reference"): tables without rows are not in the file, and columns differ between versions.
+The command ends with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
 """
 
 import argparse
@@ -24,10 +26,13 @@ from advkd.files import write_json
 from advkd.hub import reason
 
 from . import torch_trace, traces
+from .evidence import device_alone, stored
 from .harness import ROOT, device_folder, provenance
-from .traces import COPY, KERNEL, SET, Activity, Span, Trace, stored, summary, write_chrome
+from .traces import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
 from .workloads import SIZES, VARIANTS, WORKLOADS, command, gate, positive, sizes
 
+FAILED = 3
+"""Exit code where a tool, a report or the device's counters fail."""
 DOMAIN = "advkd"
 """Of the ranges that :mod:`advkd.ranges` names for NVTX; libraries name ranges of their own."""
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75
@@ -79,6 +84,13 @@ def chrome_path(folder, name, variant, size):
 
 def read(path):
     """The :class:`~profiling.traces.Trace` of an SQLite export."""
+    try:
+        return _read(path)
+    except sqlite3.Error as error:
+        raise InputError(f"{path} is not a whole SQLite export of Nsight Systems ({error}): record it again") from error
+
+
+def _read(path):
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         if _rows(database, "CUPTI_ACTIVITY_KIND_GRAPH_TRACE", "start"):
             raise InputError(f"{path} holds graphs as wholes: record with --cuda-graph-trace=node")
@@ -135,17 +147,19 @@ def _activities(database, strings, table, kind, names):
     return found
 
 
-def recorded(name, variant, device, size, repeats, folder):
-    """A row of ``traces.json``: by Nsight Systems where it can, else by torch.profiler."""
+def recorded(name, variant, device, size, repeats, folder, tool="auto"):
+    """A row of ``traces.json``: by Nsight Systems where it can, else by torch.profiler; or by the tool that is named."""
     place = {"workload": name, "variant": variant, "size": size, "device": str(device)}
-    why = missing(device)
+    why = "torch.profiler was asked for" if tool == "torch" else missing(device)
     try:
+        if tool == "nsys" and why:
+            raise InputError(f"--tool nsys: {why}")
         if why is None:
             return {**place, "tool": version(), **summary(record(name, variant, device, size, repeats, folder))}
         path = chrome_path(folder, name, variant, size)
         trace = torch_trace.record(name, variant, device, size, repeats, path)
         return {**place, "tool": torch_trace.tool(device), "not_nsys": why, **summary(trace)}
-    except (InputError, OSError, sqlite3.Error, subprocess.TimeoutExpired) as error:
+    except (InputError, OSError, subprocess.TimeoutExpired) as error:
         return {**place, "tool": "none", "error": reason(error)}
 
 
@@ -186,19 +200,47 @@ def main():
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=positive, default=3, help="units of work in each recording")
     parser.add_argument("--traces", default=str(ROOT / "build" / "traces"), help="folder for traces to look at")
+    parser.add_argument("--tool", choices=("auto", "nsys", "torch"), default="auto", help="auto: nsys where it is installed")
+    parser.add_argument("--report", help="an SQLite export to read instead of recording")
     values = given(parser)
+    if values.report:
+        show(read_report, values.report, lambda row: traces.unit_table([row]))
     folder, rows, gates = made(values.traces), [], {}
     for name, size in values.work:
         gates[f"{name}, {size}"] = found = gate(name, values.device, size)
         for variant in VARIANTS if found["passed"] else ():
-            rows.append(recorded(name, variant, values.device, size, values.repeats, folder))
+            rows.append(recorded(name, variant, values.device, size, values.repeats, folder, values.tool))
             print(_said(rows[-1]), flush=True)
+    print(f"traces to look at: {values.traces}")
     result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
-    write_json(values.folder / "traces.json", result)
-    print("\n".join([*traces.lines([result]), "", f"traces to look at: {values.traces}"]))
-    off = [work for work, found in gates.items() if not found["passed"]]
+    finish(result, values.folder / "traces.json", traces.lines)
+
+
+def finish(result, path, lines):
+    """Store what was recorded, unless nothing was; show it, say what failed, and end the command."""
+    rows = result["rows"]
     failed = [f"{row['workload']}, {row['variant']}: {row['error']}" for row in rows if "error" in row]
-    sys.exit("\n".join([*(f"{work}: the variants differ, not recorded" for work in off), *failed]) or 0)
+    off = [f"{work}: the variants differ, not recorded" for work, found in result["parity"].items() if not found["passed"]]
+    if len(failed) < len(rows):
+        write_json(path, result)
+        print("\n".join(lines([result], device_alone)))
+    print("\n".join([*off, *failed]), file=sys.stderr)
+    sys.exit(FAILED if failed else 1 if off else 0)
+
+
+def read_report(path):
+    """Figures of a stored export, as a row of ``traces.json``."""
+    return {"workload": "report", "size": Path(path).name, "variant": "-", "tool": "Nsight Systems", **summary(read(path))}
+
+
+def show(read, path, lines):
+    """Print the table of a stored report and end the command, with :data:`FAILED` where it holds none."""
+    try:
+        print("\n".join(lines(read(path))))
+    except (InputError, OSError) as error:
+        print(reason(error), file=sys.stderr)
+        sys.exit(FAILED)
+    sys.exit(0)
 
 
 def _said(row):

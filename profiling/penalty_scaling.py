@@ -17,13 +17,14 @@ from torch import nn
 from advkd.files import replacing, write_json
 from advkd.memory import keep_freed_memory
 from advkd.models.critic import Critic, CriticConfig
-from advkd.timing import measure
+from advkd.timing import measure, percentiles
 
 from .bench_gradient_penalty import PARITY_TESTS, SIZES, penalty_only, problem
 from .harness import ROOT, gated_folder, provenance
 
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
 BACKENDS = {"advkd": "auto", "autograd": "autograd"}
+PROCESSES = 3
 
 
 def critic_of(size):
@@ -39,12 +40,11 @@ def chain(depth):
 
 
 def seconds(critic, batch, size):
-    """Median seconds by method."""
+    """Seconds by method."""
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     call = penalty_only(critic, x)
-    times = measure({name: lambda b=backend: call(b) for name, backend in BACKENDS.items()}, repeats=9, warmup=2)
-    return {name: value["median"] for name, value in times.items()}
+    return measure({name: lambda b=backend: call(b) for name, backend in BACKENDS.items()}, repeats=9, warmup=2)
 
 
 def peaks():
@@ -54,8 +54,8 @@ def peaks():
         row = {"case": "{} critic, {}x{}, batch {}".format(case[0], case[1], case[1], case[2]), "bytes": {}}
         for name, backend in BACKENDS.items():
             command = [sys.executable, "-m", "profiling.penalty_scaling", "--peak", json.dumps([*case, backend])]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            row["bytes"][name] = int(done.stdout)
+            runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(PROCESSES)]
+            row["bytes"][name] = percentiles([int(done.stdout) for done in runs])
         found.append(row)
     return found
 
@@ -91,7 +91,7 @@ def plot(result, path):
     for panel, (axis, title) in zip(panels, titles.items()):
         places = [row[axis] for row in result[axis]]
         for name in BACKENDS:
-            panel.loglog(places, [1e3 * row["seconds"][name] for row in result[axis]], "o-", label=name)
+            panel.loglog(places, [1e3 * row["seconds"][name]["median"] for row in result[axis]], "o-", label=name)
         panel.set_xticks(places, map(str, places))
         panel.xaxis.minorticks_off()
         panel.set(xlabel=axis, ylabel="ms, penalty and gradients", title=title)
@@ -115,7 +115,7 @@ def main():
     write_json(out / "penalty_scaling.json", result)
     plot(result, out / "penalty_scaling.png")
     for row in result["peaks"]:
-        print(row["case"], {name: f"{size / 1e6:.0f} MB" for name, size in row["bytes"].items()})
+        print(row["case"], {name: f"{size['median'] / 1e6:.0f} MB" for name, size in row["bytes"].items()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A recording of trajectories end to end, against a plain diffusers loop that stores the same states, and where its time goes.
+"""A recording of trajectories end to end, against a plain diffusers loop that stores the same states.
 
 python -m profiling.recording [--out FOLDER]
 
@@ -20,7 +20,6 @@ from advkd import Teacher
 from advkd.errors import InputError
 from advkd.files import write_json
 from advkd.latents import project
-from advkd.memory import keep_freed_memory
 from advkd.trajectories import Trajectories, TrajectoryConfig
 
 from .bench_teacher import PARITY_TESTS
@@ -81,31 +80,6 @@ def difference(ours, theirs):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def shares():
-    """Seconds of a batch by part, in one process."""
-    keep_freed_memory()
-    teacher = Teacher.from_pretrained("digits")
-    loop = teacher._kept_loop(CONFIG.batch_size, "ddim", None, CONFIG.seed, False)
-    spent, network = {"network": 0.0}, loop._network
-
-    def timed(x, t):
-        begin = time.perf_counter()
-        output = network(x, t)
-        spent["network"] += time.perf_counter() - begin
-        return output
-
-    loop._network = timed
-    x_T = teacher.noise(CONFIG.batch_size)
-    teacher.record(x_T, {})
-    spent["network"] = 0.0
-    begin = time.perf_counter()
-    teacher.record(x_T, {t: 32 // side for t, side in zip(*levels())})
-    total = time.perf_counter() - begin
-    begin = time.perf_counter()
-    teacher.noise(CONFIG.batch_size)
-    return {"network": spent["network"], "steps": total - spent["network"], "start_noise": time.perf_counter() - begin}
-
-
 def run(command, environment, folder):
     """Seconds of a contestant's process."""
     folder.mkdir()
@@ -122,7 +96,7 @@ def main():
         # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
         compiled = "advkd trajectories --compiled"
         cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(root) / "inductor")}
-        rows[compiled]["first_time_seconds"] = run(*_with(CONTESTANTS[compiled], cold), Path(root) / "first")
+        run(*_with(CONTESTANTS[compiled], cold), Path(root) / "first")
         for i in range(ROUNDS):
             for name, contestant in CONTESTANTS.items():
                 folder = Path(root) / f"{i} {name}"
@@ -133,9 +107,8 @@ def main():
                     # Halves of values below 8, after fifty steps that amplify rounding.
                     if rows[name]["difference"] > 2**-6:
                         raise InputError(f"{name} is off by {rows[name]['difference']}")
-    result = {"num": CONFIG.num, "rows": rows, "shares": shares(), "parity_tests": PARITY_TESTS, "provenance": provenance()}
+    result = {"num": CONFIG.num, "rows": rows, "parity_tests": PARITY_TESTS, "provenance": provenance()}
     write_json(out / "recording.json", result)
-    print(result["shares"])
 
 
 def _with(contestant, more):

@@ -4,22 +4,27 @@ python -m profiling.roofline [--device cuda] [--out FOLDER]
 
 Ceilings are measured here and now: the bandwidth of a copy too large for any cache, and products per second of each dtype, on a
 CPU in registers by the project's own kernels and in a large matrix product by torch. Points come from the stored benchmarks of
-this device, with the count of operations that defines the work; a kernel that makes fewer (Winograd, phases) may pass 100 %.
+this device, with the count of operations that defines the work; a kernel that makes fewer (Winograd, phases) may pass
+100 %. The ops that no benchmark times alone are timed here, on 64 images of 64 channels and 64x64.
 """
 
 import argparse
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
 from advkd.files import replacing, write_json
-from advkd.ops import backends
-from advkd.timing import measure
+from advkd.memory import keep_freed_memory
+from advkd.ops import backends, image_gradient, interpolate, mask_mul, penalty_reduce, philox_normal
+from advkd.ops.conv_bias_act_mask import bias_act_mask
+from advkd.ops.mask_mul import mask_bytes
+from advkd.timing import measure, percentiles
 
 from .harness import device_folder, provenance, read
 
-BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act")
+BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 COPY_BYTES, MATRIX = 2**28, 1536
 
 
@@ -30,20 +35,20 @@ class Point:
     Attributes:
         name: of the case.
         dtype: whose ceiling holds.
-        flop, moved_bytes: that the work needs by definition; flop may be 0.
-        seconds: median of a call.
+        flop, moved_bytes: that the work needs by definition; either may be 0: none, or not counted beside so many operations.
+        seconds: of a call, as :func:`advkd.timing.measure` gives them.
     """
 
     name: str
     dtype: str
     flop: float
     moved_bytes: float
-    seconds: float
+    seconds: dict
 
     def fraction(self, ceilings):
         """Of the speed that the tighter of the two ceilings allows."""
         limit = max(self.flop / ceilings["flops"][self.dtype], self.moved_bytes / ceilings["bandwidth"])
-        return limit / self.seconds
+        return limit / self.seconds["median"]
 
     def bound(self, ceilings):
         """Which ceiling that is."""
@@ -52,7 +57,7 @@ class Point:
 
 
 def ceilings(device):
-    """``{"flops": {dtype: per second}, "bandwidth": bytes per second}``, the best of several measurements."""
+    """``{"flops": {dtype: per second}, "bandwidth": bytes per second}``, each the best of its ``samples``."""
     if device != "cpu":
         from .gpu_timing import peaks
 
@@ -61,14 +66,17 @@ def ceilings(device):
         return {"flops": {name: found["flops"][kind] for name, kind in names.items()}, "bandwidth": found["bandwidth"]}
     x = torch.randn(COPY_BYTES // 4)
     y = torch.empty_like(x)
-    flops = {}
+    samples, flops = measure({"copy": lambda: y.copy_(x)}, 10), {}
     for code, dtype in enumerate((torch.float32, torch.bfloat16)):
+        name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
-        rates = [2 * MATRIX**3 / measure({"product": lambda a=a, b=b: a @ b}, 5)["product"]["p20"]]
+        found = measure({f"product of matrices, {name}": lambda a=a, b=b: a @ b}, 10)
         if backends.extension_gap("cpu") is None:
-            rates.append(2 * torch.ops.advkd_cpu.product_rate(code, 0.2))
-        flops[str(dtype).removeprefix("torch.")] = max(rates)
-    return {"flops": flops, "bandwidth": 2 * COPY_BYTES / measure({"copy": lambda: y.copy_(x)}, 10)["copy"]["p20"]}
+            rates = [2 * torch.ops.advkd_cpu.product_rate(code, 0.1) for _ in range(10)]
+            found[f"products in registers, {name}"] = percentiles([2 * MATRIX**3 / rate for rate in rates])
+        flops[name] = max(2 * MATRIX**3 / time["p20"] for time in found.values())
+        samples |= found
+    return {"flops": flops, "bandwidth": 2 * COPY_BYTES / samples["copy"]["p20"], "samples": samples}
 
 
 def points(folder, known):
@@ -76,16 +84,42 @@ def points(folder, known):
     found = []
     for benchmark in BENCHMARKS:
         for case in (read(benchmark, folder) or {"cases": []})["cases"]:
-            ours = [c["seconds"]["median"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
+            ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
             dtype = next((name for name in known if name in case["case"]), "float32")
-            if ours and case["moved_bytes"]:
+            if ours and (case["moved_bytes"] or case["flop"]):
                 name = f"{benchmark.removeprefix('bench_')}: {case['case']}"
-                found.append(Point(name, dtype, case["flop"] or 0, case["moved_bytes"], min(ours)))
+                found.append(
+                    Point(name, dtype, case["flop"] or 0, case["moved_bytes"] or 0, min(ours, key=itemgetter("median")))
+                )
     return found
 
 
+def op_points(device):
+    """The ops between a critic's convolutions, its first convolution's data gradient, and noise alone; float32."""
+    shape = (64, 64, 64, 64)
+    x, g, y = (torch.randn(shape, device=device) for _ in range(3))
+    bias, weight, a = (torch.rand(size, device=device) for size in ((64,), (64, 3, 4, 4), (64,)))
+    indices = torch.arange(64, device=device)
+    mask = torch.zeros(64, mask_bytes(x), dtype=torch.uint8, device=device)
+    d, images = g.to(memory_format=torch.channels_last), (64, 3, 128, 128)
+    size, gradient = x.nbytes, 4 * 64 * 3 * 128**2
+    ops = {
+        "bias_act_mask": (0, 2 * size + mask.nbytes, lambda: bias_act_mask(x, bias, 0.2, out=y)),
+        "mask_mul": (0, 2 * size + mask.nbytes, lambda: mask_mul(x, mask, 0.2, out=y)),
+        "penalty_reduce": (0, 2 * size, lambda: penalty_reduce(g, out=y)),
+        "interpolate": (0, 3 * size, lambda: interpolate(x, g, a)),
+        "philox_normal": (0, size, lambda: philox_normal(0, indices, shape[1:], stream="x_T")),
+        "image_gradient": (2 * d.numel() * 48, size + gradient, lambda: image_gradient(d, weight, images, stride=2, padding=1)),
+    }
+    times = measure({name: call for name, (_, _, call) in ops.items()}, 15, warmup=3, device=device)
+    return [Point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
+
+
 def plot(found, limits, paths, title):
-    """Log-log: operations per second by operations per byte. What has no operations stands at the left edge, by its bytes."""
+    """Log-log: operations per second by operations per byte.
+
+    What has no operations stands at the left edge, by its bytes; what has no bytes at the right one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,14 +127,14 @@ def plot(found, limits, paths, title):
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
     edge = 0.05
-    right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found)])
+    right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
     for dtype, rate in limits["flops"].items():
         ridge = rate / limits["bandwidth"]
         axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
     for benchmark in sorted({p.name.partition(":")[0] for p in found}):
         mine = [p for p in found if p.name.startswith(benchmark + ":")]
-        x = [max(p.flop / p.moved_bytes, edge) for p in mine]
-        y = [(p.flop or edge * p.moved_bytes) / p.seconds for p in mine]
+        x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
+        y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
         axes.loglog(x, y, "o", label=benchmark, ms=5)
     axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
     axes.legend(fontsize=8)
@@ -114,7 +148,7 @@ def rows(result):
     """``[(name, bound, intensity, fraction), ...]`` of a stored result, as its table has them."""
     found = [Point(**point) for point in result["points"]]
     limits = result["ceilings"]
-    return [(p.name, p.bound(limits), p.flop / p.moved_bytes, p.fraction(limits)) for p in found]
+    return [(p.name, p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
 
 
 def main():
@@ -124,14 +158,15 @@ def main():
     options = parser.parse_args()
     folder = device_folder(options.device)
     limits = ceilings(options.device)
-    found = points(folder, limits["flops"])
+    keep_freed_memory()
+    found = points(folder, limits["flops"]) + op_points(options.device)
     place = provenance(options.device)
     result = {"ceilings": limits, "points": [vars(p) for p in found], "provenance": place}
     out = Path(options.out or folder)
     write_json(out / "roofline.json", result)
     plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")
     for name, bound, intensity, fraction in rows(result):
-        print(f"{name:60} {bound:9} {intensity:9.1f} FLOP/B {100 * fraction:6.1f} %")
+        print(f"{name:60} {bound:9} {intensity or 0:9.1f} FLOP/B {100 * fraction:6.1f} %")
 
 
 if __name__ == "__main__":

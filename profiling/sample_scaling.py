@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from advkd.files import write_json
+from advkd.timing import percentiles
 
 from .harness import ROOT, gated_folder, provenance
 
@@ -37,17 +36,18 @@ def seconds(processes, images):
 
 
 def rate(processes):
-    """Images per second, the median of some repeats."""
-    rates = [processes * (MANY - FEW) / (seconds(processes, MANY) - seconds(processes, FEW)) for _ in range(REPEATS)]
-    return torch.tensor(rates).median().item()
+    """Images per second."""
+    return percentiles(
+        [processes * (MANY - FEW) / (seconds(processes, MANY) - seconds(processes, FEW)) for _ in range(REPEATS)]
+    )
 
 
 if __name__ == "__main__":
     out = gated_folder("Measure weak scaling of sampling over processes.", ["tests/system/test_fused_student.py"])
     counts = [1, 2] if (os.cpu_count() or 1) >= 2 else [1]
     rows = {str(processes): rate(processes) for processes in counts}
-    efficiency = {processes: value / int(processes) / rows["1"] for processes, value in rows.items()}
+    efficiency = {processes: value["median"] / int(processes) / rows["1"]["median"] for processes, value in rows.items()}
     for processes, value in rows.items():
-        print(f"{processes} processes: {value:.0f} images per second, efficiency {efficiency[processes]:.2f}")
+        print(f"{processes} processes: {value['median']:.0f} images per second, efficiency {efficiency[processes]:.2f}")
     result = {"benchmark": "sample_scaling", "images_per_second": rows, "efficiency": efficiency}
     write_json(out / "sample_scaling.json", {**result, "images_per_process": MANY, "provenance": provenance()})

@@ -4,17 +4,16 @@ python -m profiling.scaling [--out FOLDER]
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from advkd import Student, StudentConfig
 from advkd.files import replacing, write_json
+from advkd.timing import measure, percentiles
 
 from .bench_student import DTYPES, PARITY_TESTS, direct_products, plausible_student
 from .harness import gated_folder, provenance
@@ -22,6 +21,7 @@ from .harness import gated_folder, provenance
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (32, 64, 128, 256, 512)
 FOOTPRINTS = ("digits", "pyramid-256", "paper-256")
+FIRST_IMAGES = 5
 
 FIRST_IMAGE = """
 import json, re, sys, time, torch
@@ -46,13 +46,9 @@ print(json.dumps(figures))
 
 
 def seconds(fused, batch, repeats):
-    """Median seconds of a call."""
-    z, times = fused.latents(batch, seed=1), []
-    for i in range(repeats + 2):
-        begin = time.perf_counter()
-        fused(z)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+    """Seconds of a call."""
+    z = fused.latents(batch, seed=1)
+    return measure({"call": lambda: fused(z)}, repeats, warmup=2)["call"]
 
 
 def batches(dtype):
@@ -101,7 +97,8 @@ def footprint(preset, dtype, folder):
     element = 4 if dtype == "float32" else 2
     pixels = [i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in fused.layers[:-1]]
     command = [sys.executable, "-c", FIRST_IMAGE, str(Path(folder) / preset), dtype]
-    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(FIRST_IMAGES)]
+    measured = {key: percentiles([run[key] for run in runs]) for key in runs[0]}
     two = element * sum(sorted(pixels)[-2:])
     return {"preset": preset, "dtype": dtype, **fused.memory(1), "two_largest_activations": two, "first_image": measured}
 
@@ -117,14 +114,18 @@ def plot(result, path):
     for preset in ("digits", "pyramid-256"):
         for dtype in DTYPES:
             rows = [r for r in result["batches"] if (r["preset"], r["dtype"]) == (preset, dtype)]
-            left.loglog([r["batch"] for r in rows], [1e3 * r["seconds"] for r in rows], "o-", label=f"{preset}, {dtype}")
-            left.loglog([r["batch"] for r in rows], [1e3 * rows[0]["seconds"] * r["batch"] for r in rows], ":", color="gray")
+            left.loglog(
+                [r["batch"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=f"{preset}, {dtype}"
+            )
+            left.loglog(
+                [r["batch"] for r in rows], [1e3 * rows[0]["seconds"]["median"] * r["batch"] for r in rows], ":", color="gray"
+            )
     left.set(xlabel="images per call", ylabel="ms per call", title="batch (dotted: proportional)")
     left.legend()
     for dtype in DTYPES:
         rows = [r for r in result["sizes"] if r["dtype"] == dtype]
-        middle.loglog([r["size"] for r in rows], [1e3 * r["seconds"] for r in rows], "o-", label=dtype)
-        scale = rows[-1]["seconds"] / rows[-1]["products"]
+        middle.loglog([r["size"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=dtype)
+        scale = rows[-1]["seconds"]["median"] / rows[-1]["products"]
         middle.loglog([r["size"] for r in rows], [1e3 * scale * r["products"] for r in rows], ":", color="gray")
     middle.set(
         xlabel="image side, 32 channels throughout", ylabel="ms per image", title="resolution (dotted: proportional to work)"
@@ -136,7 +137,7 @@ def plot(result, path):
     middle.legend()
     for preset, batch in (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8)):
         rows = [r for r in result["threads"] if (r["preset"], r["batch"], r["dtype"]) == (preset, batch, "float32")]
-        speedups = [rows[0]["seconds"] / r["seconds"] for r in rows]
+        speedups = [rows[0]["seconds"]["median"] / r["seconds"]["median"] for r in rows]
         right.plot([r["threads"] for r in rows], speedups, "o-", label=f"{preset}, batch {batch}")
     counts = sorted({r["threads"] for r in result["threads"]})
     right.plot(counts, counts, ":", color="gray")

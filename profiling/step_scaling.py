@@ -3,9 +3,6 @@
 python -m profiling.step_scaling [--out FOLDER]
 """
 
-import statistics
-import time
-
 import torch
 
 from advkd.files import replacing, write_json
@@ -30,25 +27,18 @@ def row(batch, size):
         "with noise": lambda: sampler_step(x, m, STEP, noise=(0, indices, 1), out=y),
         "torch.add": lambda: torch.add(x, m, out=y),
     }
-    times = measure(calls, repeats=25, warmup=5)
-    return {"batch": batch, "size": size, "seconds": {name: value["median"] for name, value in times.items()}}
+    return {"batch": batch, "size": size, "seconds": measure(calls, repeats=25, warmup=5)}
 
 
 def overhead(repeats=2000):
-    """Median seconds of a call on 16 numbers: what a call costs at least."""
+    """Seconds of a call on 16 numbers: what a call costs at least."""
     x, m = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     indices = torch.arange(1)
     calls = {
         "deterministic": lambda: sampler_step(x, m, QUIET),
         "with noise": lambda: sampler_step(x, m, STEP, noise=(0, indices, 1)),
     }
-    return {name: statistics.median(_seconds(call) for _ in range(repeats)) for name, call in calls.items()}
-
-
-def _seconds(call):
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    return measure(calls, repeats, warmup=100)
 
 
 def plot(result, path):
@@ -63,9 +53,9 @@ def plot(result, path):
         rows = result[key]
         places = [r[axis] for r in rows]
         for name in rows[0]["seconds"]:
-            panel.loglog(places, [1e3 * r["seconds"][name] for r in rows], "o-", label=name)
+            panel.loglog(places, [1e3 * r["seconds"][name]["median"] for r in rows], "o-", label=name)
         work = [r["batch"] * r["size"] ** 2 for r in rows]
-        scale = rows[-1]["seconds"]["deterministic"] / work[-1]
+        scale = rows[-1]["seconds"]["deterministic"]["median"] / work[-1]
         panel.loglog(places, [1e3 * scale * w for w in work], ":", color="gray", label="proportional")
         panel.set_xticks(places, map(str, places))
         panel.xaxis.minorticks_off()
@@ -83,7 +73,7 @@ def main():
     result |= {"overhead": overhead(), "parity_tests": PARITY_TESTS, "provenance": provenance()}
     write_json(out / "step_scaling.json", result)
     plot(result, out / "step_scaling.png")
-    print({name: f"{1e6 * seconds:.1f} us" for name, seconds in result["overhead"].items()})
+    print({name: f"{1e6 * seconds['median']:.1f} us" for name, seconds in result["overhead"].items()})
 
 
 if __name__ == "__main__":

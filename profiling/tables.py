@@ -5,57 +5,56 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test che
 """
 
 import itertools
-import json
+import os
 import re
+import statistics
 
+from advkd.errors import InputError
 from advkd.evaluate import cells
 from advkd.files import write_bytes
-from advkd.report import seconds
 
 from . import (
     billion,
     compare,
+    demo,
     gpu_kernels,
     gpu_predictions,
     gpu_summary,
     instruction_counts,
-    kernel_digests,
     ncu,
     nsys,
     roofline,
 )
-from .harness import RESULTS, ROOT
+from .evidence import figure, link, source, stored, unsupported
+from .harness import ROOT
 
 PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md")
 BILLION = ROOT / "docs" / "billion.md"
 
 
-def results(name):
-    """``[(device folder's result), ...]`` of a benchmark, by folder name."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
-    return [{**result, "changed": kernel_digests.changed(name, result)} for result in found]
+INTERVALS = "intervals are in the table"
 
 
 def evaluation():
     """Distances of the shipped student, with floors and intervals."""
     lines = []
-    for result in results("evaluation"):
+    for result in stored("evaluation"):
         titles, *rows = cells(result)
-        lines += [_row(*titles), _rule(len(titles)), *(_row(*row) for row in rows)]
+        lines += [*source(result, (), INTERVALS), _row(*titles), _rule(len(titles)), *(_row(*row) for row in rows)]
     return lines
 
 
 def ablation():
     """What each choice is worth."""
     lines = []
-    for result in results("ablation"):
+    for result in stored("ablation"):
         score = result["runs"][0]["score"]
-        titles = ("run", f"{score}, x floor (95 %)", "at infinity", "precision", "recall", "likeness", "CPU s")
-        lines += [_row(*titles), _rule(len(titles))]
+        titles = ("run", f"{score}, x floor (95 %)", "at infinity", "precision", "recall", "likeness")
+        lines += [*source(result, (), INTERVALS), _row(*titles), _rule(len(titles))]
         for run in result["runs"]:
             low, high = (end / run["floor"] for end in run["frechet_interval"])
             figures = (f"{run['times_floor']:.1f} ({low:.1f} to {high:.1f})", f"{run['at_infinity']:.2f}")
-            figures += (f"{run['precision']:.3f}", f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run))
+            figures += (f"{run['precision']:.3f}", f"{run['recall']:.3f}", f"{run['correlation']:.3f}")
             lines.append(_row(run["name"], *figures))
         lines += ["", "<details><summary>The command of each row</summary>", "", "```sh"]
         lines += [line for run in result["runs"] for line in (f"# {run['name']}", run["command"])]
@@ -77,8 +76,12 @@ ENGINES = {
 def student():
     """Milliseconds per call of the student, ours and others, one row per case."""
     lines = []
-    for result in results("bench_student"):
-        lines += [*_place(result), _row("student", *ENGINES.values(), "advkd against the fastest"), _rule(len(ENGINES) + 2)]
+    for result in stored("bench_student"):
+        lines += [
+            *source(result, _times(result)),
+            _row("student", *ENGINES.values(), "advkd against the fastest"),
+            _rule(len(ENGINES) + 2),
+        ]
         for case in result["cases"]:
             times = [_engine(case, name) for name in ENGINES]
             lines.append(_row(case["case"], *times, f"{case['ratio']:.2f} x"))
@@ -95,19 +98,20 @@ def _milliseconds(entry):
     return f"{1e3 * entry['seconds']['median']:.4g}" if "seconds" in entry else "off" if "parity" in entry else "cannot run"
 
 
-def _place(result):
-    place = result["provenance"]
-    lines = [f"{place['device']}, {place['threads']} threads, torch {place['versions']['torch']}:", ""]
-    if result["changed"]:
-        lines[:0] = [f"**Stale**: measured before the last change of {', '.join(result['changed'])}.", ""]
-    return lines
+def _times(result):
+    """Those of every contestant of every case."""
+    return [entry["seconds"] for case in result["cases"] for entry in case["contestants"] if "seconds" in entry]
 
 
 def teacher():
     """Times of the teacher, ours and others."""
     lines = []
-    for result in results("bench_teacher"):
-        lines += [*_place(result), _row("work", "images", "engine", "ms per call (p20 to p80)", "GFLOP/s"), _rule(5)]
+    for result in stored("bench_teacher"):
+        lines += [
+            *source(result, _times(result)),
+            _row("work", "images", "engine", "ms per call (p20 to p80)", "GFLOP/s"),
+            _rule(5),
+        ]
         for case in result["cases"]:
             for entry in case["contestants"]:
                 lines.append(_row(case["case"], case["images"], entry["name"], _time(entry), _rate(entry)))
@@ -118,8 +122,12 @@ def teacher():
 def sampler_step():
     """Times of one sampler step, ours, others' and the floor."""
     lines = []
-    for result in results("bench_sampler_step"):
-        lines += [*_place(result), _row("step", "by", "ms (p20 to p80)", "GB/s of what must be moved"), _rule(4)]
+    for result in stored("bench_sampler_step"):
+        lines += [
+            *source(result, _times(result)),
+            _row("step", "by", "ms (p20 to p80)", "GB/s of what must be moved"),
+            _rule(4),
+        ]
         for case in result["cases"]:
             for entry in case["contestants"]:
                 speed = f"{1e-9 * case['moved_bytes'] / entry['seconds']['median']:.2g}" if "seconds" in entry else ""
@@ -138,10 +146,10 @@ def gradient_penalty():
         "advkd compiled": "compiled",
     }
     lines = []
-    for result in results("bench_gradient_penalty"):
+    for result in stored("bench_gradient_penalty"):
         ratios = ("autograd / advkd", "autograd / compiled", "constant slopes / advkd", "torch.func / compiled")
         titles = ("work", *methods.values(), *ratios, "work bound")
-        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        lines += [*source(result, _times(result)), _row(*titles), _rule(len(titles))]
         for case in result["cases"]:
             best = {name: _fastest_layout(case, name) for name in methods}
             plain, constant, functional, ours, compiled = best.values()
@@ -166,11 +174,15 @@ def _ratio(slow, quick):
 def penalty_memory():
     """What the penalty and its gradients add to a process's peak."""
     lines = []
-    for result in results("penalty_scaling"):
+    for result in stored("penalty_scaling"):
         titles = ("critic", "autograd", "advkd", "share")
-        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        lines += [
+            *source(result, [peak for row in result["peaks"] for peak in row["bytes"].values()]),
+            _row(*titles),
+            _rule(len(titles)),
+        ]
         for row in result["peaks"]:
-            plain, ours = row["bytes"]["autograd"], row["bytes"]["advkd"]
+            plain, ours = (row["bytes"][name]["median"] for name in ("autograd", "advkd"))
             lines.append(_row(row["case"], f"{plain / 1e6:.0f} MB", f"{ours / 1e6:.0f} MB", f"{ours / plain:.2f}"))
         lines.append("")
     return lines[:-1]
@@ -179,8 +191,8 @@ def penalty_memory():
 def norm_act():
     """Forward and backward of a training block's normalisation, ours and others."""
     lines = []
-    for result in results("bench_norm_act"):
-        lines += [*_place(result), _row("work", "by", "ms (p20 to p80)"), _rule(3)]
+    for result in stored("bench_norm_act"):
+        lines += [*source(result, _times(result)), _row("work", "by", "ms (p20 to p80)"), _rule(3)]
         for case in result["cases"]:
             for entry in case["contestants"]:
                 lines.append(_row(case["case"], entry["name"], _time(entry)))
@@ -191,49 +203,47 @@ def norm_act():
 def distillation():
     """An update of the demo's distillation by method, and the parts of it."""
     lines = []
-    for result in results("distillation"):
+    for result in stored("distillation"):
         rows = result["rows"]
         titles = ("an update of the demo's distillation", "ms", "critic", "student", "against plain PyTorch")
-        lines += [*_place(result), _row(*titles), _rule(len(titles))]
-        plain = rows["plain PyTorch"]["seconds"]
+        lines += [*source(result, [row["seconds"] for row in rows.values()]), _row(*titles), _rule(len(titles))]
+        plain = rows["plain PyTorch"]["seconds"]["median"]
         for name, row in rows.items():
             critic = row["parts"]["update_critics"]
-            rest = row["seconds"] - critic
-            figures = (f"{1e3 * row['seconds']:.0f}", f"{1e3 * critic:.0f}", f"{1e3 * rest:.0f}")
-            lines.append(_row(name, *figures, f"{plain / row['seconds']:.2f} x"))
+            whole = row["seconds"]["median"]
+            rest = whole - critic
+            figures = (f"{1e3 * whole:.0f}", f"{1e3 * critic:.0f}", f"{1e3 * rest:.0f}")
+            lines.append(_row(name, *figures, f"{plain / whole:.2f} x"))
         lines += [_row("Amdahl's bound, a critic's update in no time", "", "", "", f"{result['amdahl_critic']:.2f} x"), ""]
     return lines[:-1]
 
 
 def recording():
-    """Whole recordings, ours and a plain loop, and where the time goes."""
+    """Whole recordings, ours and a plain loop."""
     lines = []
-    for result in results("recording"):
-        lines += [*_place(result), _row("recorded by", "trajectories", "seconds", "against the plain loop"), _rule(4)]
+    for result in stored("recording"):
         rows = {name: row["seconds"] for name, row in result["rows"].items()}
+        titles = ("recorded by", "trajectories", "seconds", "against the plain loop")
+        lines += [*source(result, rows.values()), _row(*titles), _rule(4)]
         plain = sum(rows["diffusers, plain loop"])
         for name in sorted(rows, key=lambda name: (name.startswith("advkd"), name)):
             times = ", ".join(f"{spent:.1f}" for spent in rows[name])
             lines.append(_row(name, result["num"], times, f"{plain / sum(rows[name]):.2f} x"))
-        shares = result["shares"]
-        share = 100 * shares["network"] / (shares["network"] + shares["steps"])
-        first = next(row["first_time_seconds"] for row in result["rows"].values() if "first_time_seconds" in row)
-        lines += ["", f"The network takes {share:.1f} % of a batch's time, steps and averages the rest. The first `--compiled`"]
-        lines += [f"run took {first:.0f} s, as it compiles.", ""]
+        lines.append("")
     return lines[:-1]
 
 
 def layers():
     """The layers of each preset that take most of its time, and the whole."""
     lines = []
-    for result in results("layers"):
-        lines += _place(result)
+    for result in stored("layers"):
+        lines += source(result, [row["seconds"] for plan in result["students"] for row in plan["layers"]])
         titles = ("student", "layer", "algorithm", "ms", "useful GFLOP/s")
         titles += tuple(f"{count}, of the rate in registers" for count in ("useful", "phase count", "products made"))
         lines += [_row(*titles), _rule(len(titles))]
         for plan in result["students"]:
             peak = plan["products_per_second"][plan["dtype"]]
-            slowest = sorted(plan["layers"], key=lambda row: -row["measured"])[:3]
+            slowest = sorted(plan["layers"], key=lambda row: -row["seconds"]["median"])[:3]
             for row in [r for r in plan["layers"] if r in slowest]:
                 lines.append(
                     _row(f"{plan['preset']}, {plan['dtype']}", _layer(row), row["algorithm"], *_layer_rates([row], peak))
@@ -249,7 +259,8 @@ def _layer(row):
 
 
 def _layer_rates(rows, peak):
-    spent, direct, made = (sum(row[key] for row in rows) for key in ("measured", "direct_products", "products"))
+    spent = sum(row["seconds"]["median"] for row in rows)
+    direct, made = (sum(row[key] for row in rows) for key in ("direct_products", "products"))
     phases = sum(row["direct_products"] * (4 / 9 if row["upsample"] else 1) for row in rows)
     shares = (f"{100 * count / spent / peak:.0f} %" for count in (direct, phases, made))
     return f"{1e3 * spent:.2f}", f"{2e-9 * direct / spent:.0f}", *shares
@@ -258,8 +269,12 @@ def _layer_rates(rows, peak):
 def precision():
     """What bfloat16 costs the shipped student."""
     lines = []
-    for result in results("precision"):
-        lines += [*_place(result), _row("dtype", "FD-digits (95 %)", "x floor", "precision", "recall", "PSNR"), _rule(6)]
+    for result in stored("precision"):
+        lines += [
+            *source(result, (), INTERVALS),
+            _row("dtype", "FD-digits (95 %)", "x floor", "precision", "recall", "PSNR"),
+            _rule(6),
+        ]
         for dtype, row in result["rows"].items():
             low, high = row["frechet_interval"]
             figures = (f"{row['frechet']:.4f} ({low:.3f} to {high:.3f})", *(f"{row[k]:.3f}" for k in KEPT))
@@ -274,7 +289,7 @@ KEPT = ("times_floor", "precision", "recall")
 def footprint():
     """Memory and time of a first image."""
     lines = []
-    for result in results("scaling"):
+    for result in stored("scaling"):
         titles = (
             "student",
             "packed weights",
@@ -283,13 +298,17 @@ def footprint():
             "an image adds to the process",
             "first image after",
         )
-        lines += [*_place(result), _row(*titles), _rule(len(titles))]
+        lines += [
+            *source(result, [row["first_image"]["seconds"] for row in result["footprints"]]),
+            _row(*titles),
+            _rule(len(titles)),
+        ]
         for row in result["footprints"]:
             keys = ("weights", "workspace", "two_largest_activations")
             sizes = [f"{row[key] / 1e6:.1f} MB" for key in keys]
             first = row["first_image"]
-            grown = f"{first['image_bytes'] / 1e6:.1f} MB"
-            lines.append(_row(f"{row['preset']}, {row['dtype']}", *sizes, grown, f"{first['seconds']:.2f} s"))
+            grown = f"{first['image_bytes']['median'] / 1e6:.1f} MB"
+            lines.append(_row(f"{row['preset']}, {row['dtype']}", *sizes, grown, f"{first['seconds']['median']:.2f} s"))
         lines.append("")
     return lines[:-1]
 
@@ -331,7 +350,9 @@ def gpu_kernels_state():
 
 def predictions():
     """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
-    lines = [_row("student", "launches", "predicted us", "layer by layer at the card's rates, us", "floor, us"), _rule(5)]
+    path = gpu_predictions.PREDICTIONS.relative_to(ROOT).as_posix()
+    lines = [f"[`{path}`]({path}), no measurement:", ""]
+    lines += [_row("student", "launches", "predicted us", "layer by layer at the card's rates, us", "floor, us"), _rule(5)]
     for name, found in gpu_predictions.read_predictions().items():
         if found["dtype"] in ("bfloat16", "float32"):
             figures = (found["microseconds"], found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
@@ -342,10 +363,10 @@ def predictions():
 def ahead():
     """What the compilers say about the convolutions' kernels, and what is spilled by any."""
     lines = []
-    for result in results("ahead"):
+    for result in stored("ahead"):
         names = list(result["compiled"])
         versions = result["versions"]
-        lines += [f"nvcc {versions['nvcc']}, Triton {versions['triton']}; all GPU kernels:", ""]
+        lines += [f"{link(result)}: nvcc {versions['nvcc']}, Triton {versions['triton']}; all GPU kernels:", ""]
         lines += [_row("kernels", *(f"{name}: registers, local accesses, tensor-core instructions" for name in names))]
         lines += [_rule(1 + len(names))]
         for row, parts in _compiled_sources(result["compiled"]).items():
@@ -368,8 +389,8 @@ def _compiled_sources(compiled):
     """``{row's title: {architecture: kernels}}``."""
     rows = {}
     for name, parts in compiled.items():
-        for source, kernels in parts["cuda"].items():
-            rows.setdefault(f"CUDA C++, {source}, {len(kernels)} entry points", {})[name] = kernels
+        for file, kernels in parts["cuda"].items():
+            rows.setdefault(f"CUDA C++, {file}, {len(kernels)} entry points", {})[name] = kernels
         for dtype, precision in dict.fromkeys((k["dtype"], k["precision"]) for k in parts["triton"]):
             own = [k for k in parts["triton"] if (k["dtype"], k["precision"]) == (dtype, precision)]
             said = f"Triton, conv_block, {dtype}{'' if dtype == 'bf16' else ' ' + precision}, {len(own)} configurations"
@@ -400,18 +421,14 @@ def gpu_benchmarks():
     """Times on GPUs, ours and the fastest of the others, where the parity tests were green."""
     lines = []
     for name in gpu_summary.BENCHMARKS:
-        for result in results(f"gpu_{name}"):
+        for result in stored(f"gpu_{name}"):
             if result["result"].get("gate", {}).get("state") != "green":
                 continue
             titles = ("work", "advkd, us", "fastest other, us", "which", "ratio", "floor reached", "error by cuDNN's")
-            place = result["provenance"]
-            lines += [
-                f"`{name}`, {place['device']}, torch {place['versions']['torch']}:",
-                "",
-                _row(*titles),
-                _rule(len(titles)),
-            ]
-            lines += [_row(case["case"], *_gpu_case(case)) for case in gpu_summary.cases_of(result)]
+            cases = gpu_summary.cases_of(result)
+            times = [entry["seconds"] for case in cases for entry in case["contestants"] if "seconds" in entry]
+            lines += [*source(result, times), _row(*titles), _rule(len(titles))]
+            lines += [_row(case["case"], *_gpu_case(case)) for case in cases]
             lines.append("")
     return lines[:-1] or ["Nothing has been measured on a GPU yet."]
 
@@ -429,13 +446,14 @@ def _gpu_case(case):
 def roofline_table():
     """Every measured case beside the machine's ceilings."""
     lines = []
-    for result in results("roofline"):
+    for result in stored("roofline"):
         limits = result["ceilings"]
         rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
-        lines += [*_place(result), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s in a copy.", ""]
+        times = [*limits["samples"].values(), *(point["seconds"] for point in result["points"])]
+        lines += [*source(result, times), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s in a copy.", ""]
         lines += [_row("case", "bound by", "FLOP per byte", "of the limit"), _rule(4)]
         for name, bound, intensity, fraction in roofline.rows(result):
-            lines.append(_row(name, bound, f"{intensity:.1f}", f"{100 * fraction:.0f} %"))
+            lines.append(_row(name, bound, "-" if intensity is None else f"{intensity:.1f}", f"{100 * fraction:.0f} %"))
         lines.append("")
     return lines[:-1] or NOTHING
 
@@ -449,20 +467,48 @@ def counts():
 def sample_scaling():
     """``advkd sample`` by processes."""
     lines = []
-    for result in results("sample_scaling"):
-        lines += [*_place(result), _row("processes of one thread", "images per second", "efficiency"), _rule(3)]
-        for processes, rate in result["images_per_second"].items():
-            lines.append(_row(processes, f"{rate:.0f}", f"{100 * result['efficiency'][processes]:.0f} %"))
+    for result in stored("sample_scaling"):
+        rates = result["images_per_second"]
+        lines += [*source(result, rates.values()), _row("processes of one thread", "images per second", "efficiency"), _rule(3)]
+        for processes, rate in rates.items():
+            lines.append(_row(processes, f"{rate['median']:.0f}", f"{100 * result['efficiency'][processes]:.0f} %"))
         lines.append("")
+    return lines[:-1] or NOTHING
+
+
+def demo_parts():
+    """Where the time of a demo goes."""
+    lines = []
+    for result in stored("demo"):
+        lines += [*source(result, [result["seconds"]]), *demo.lines(result), ""]
     return lines[:-1] or NOTHING
 
 
 NOTHING = ["Nothing has been measured yet."]
 
+
+def _of_the_demo(text):
+    return lambda: " and ".join(figure(result, [result["seconds"]], text(result)) for result in stored("demo"))
+
+
+def step_overhead():
+    """What a sampler step costs at least."""
+    found = [(result, result["overhead"]["deterministic"]) for result in stored("step_scaling")]
+    return " and ".join(figure(result, [time], f"{1e6 * time['median']:.0f} microseconds") for result, time in found)
+
+
+FIGURES = {
+    "demo_seconds": _of_the_demo(lambda result: f"{statistics.mean(result['seconds']):.0f} seconds"),
+    "demo_times_faster": _of_the_demo(lambda result: f"{statistics.mean(result['times_faster']):.0f} times faster"),
+    "step_overhead": step_overhead,
+}
+"""Name of a figure in a sentence -> what makes its link."""
+
 TABLES = {
     "roofline": roofline_table,
     "counts": counts,
     "sample_scaling": sample_scaling,
+    "demo": demo_parts,
     "traces": lambda: nsys.table() or NOTHING,
     "counters": lambda: ncu.table() or NOTHING,
     "compare": lambda: compare.table() or NOTHING,
@@ -486,20 +532,37 @@ TABLES = {
 }
 
 
-def filled(text):
-    """A page's text with every table made anew."""
+def filled(text, page=PAGES[0]):
+    """A page's text with every table, and every figure in a sentence, made anew."""
 
-    def replace(match):
-        return f"<!-- table: {match[1]} -->\n" + "\n".join(TABLES[match[1]]()) + "\n<!-- end -->"
+    def table(match):
+        made = "\n".join(TABLES[match[1]]())
+        return f"<!-- table: {match[1]} -->\n{placed(made, page)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+    def sentence(match):
+        return f"<!-- figure: {match[1]} -->{placed(FIGURES[match[1]](), page)}<!-- end -->"
+
+    text = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
+    return re.sub(r"<!-- figure: (\w+) -->.*?<!-- end -->", sentence, text, flags=re.S)
+
+
+def placed(text, page):
+    """Links from the root as the page needs them."""
+    return re.sub(r"\]\((?=profiling/|docs/)", f"]({os.path.relpath(ROOT, page.parent)}/", text).replace("](./", "](")
 
 
 def pages():
-    """``{path: text}`` of every generated page."""
-    found = {path: filled(path.read_text()) for path in PAGES}
-    if measured := results("billion"):
-        found[BILLION] = billion.page(measured)
+    """``{path: text}`` of every generated page.
+
+    Raises:
+        InputError: a sentence states performance without a link to its result.
+    """
+    found = {path: filled(path.read_text(), path) for path in PAGES}
+    for path, text in found.items():
+        if bare := unsupported(text):
+            raise InputError(f"{path.name}: performance without a link to its result: {'; '.join(bare)}")
+    if measured := stored("billion"):
+        found[BILLION] = placed(billion.page(measured), BILLION)
     return found
 
 

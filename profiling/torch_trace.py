@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -82,11 +83,11 @@ def profile(call, repeats, device, path):
 def read(path):
     """The :class:`~profiling.traces.Trace` of a Chrome trace, compressed or not."""
     path = Path(path)
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         events = [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a Chrome trace ({error})") from error
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} is not a whole Chrome trace ({error}): record it again") from error
     trace = Trace()
     for event in events:
         _add(trace, event, event.get("cat", "").lower())

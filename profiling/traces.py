@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from advkd.errors import InputError
 from advkd.files import write_bytes
 
-from .harness import RESULTS
+from .evidence import source
 from .workloads import UNIT
 
 KERNEL, COPY, SET = "kernel", "copy", "set"
@@ -77,10 +77,13 @@ def summary(trace):
     launched = trace.activities if trace.on_gpu else trace.operators
     open_at = _open_ranges(trace, launched)
     inside = [(item, names) for item, names in zip(launched, open_at) if UNIT in names]
+    if trace.on_gpu and not inside:
+        raise InputError("the recording holds no work of the GPU inside the units of work: nothing was captured; record again")
     host = sum(unit.end - unit.start for unit in units)
     figures = {
         "units": len(units),
         "seconds": 1e-9 * host / len(units),
+        "unit_seconds": [1e-9 * (unit.end - unit.start) for unit in units],
         "launched": "kernels" if trace.on_gpu else "operators",
         "launches": sum(_is_launch(item) for item, _ in inside) / len(units),
         "busy": None,
@@ -197,25 +200,25 @@ def _chrome_event(item, place, category):
     return {"ph": "X", "name": item.name, "cat": category, "pid": place, "tid": category, **microseconds}
 
 
-def stored(name):
-    """The results of that name, of every device, by folder."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
-
-
-def lines(results):
+def lines(results, above=source):
     """Markdown of stored recordings: one table of whole units, one of ranges; which tool made them stands above."""
     found = []
     for result in results:
         rows = [row for row in result["rows"] if "seconds" in row]
         tools = sorted({row["tool"] for row in rows})
-        found += [f"{result['provenance']['device']}, recorded by {' and '.join(tools)}:", ""]
-        found += markdown(("workload", "variant", "ms", "launches", "GPU busy", "copied MB", "largest"), map(_unit_cells, rows))
+        found += [*above(result, [row["unit_seconds"] for row in rows]), f"Recorded by {' and '.join(tools)}.", ""]
+        found += unit_table(rows)
         found += [
             "",
             *markdown(("workload", "range", "baseline ms", "fused ms", "baseline launches", "fused"), _ranges(rows)),
             "",
         ]
     return found[:-1]
+
+
+def unit_table(rows):
+    """Markdown of whole units."""
+    return markdown(("workload", "variant", "ms", "launches", "GPU busy", "copied MB", "largest"), map(_unit_cells, rows))
 
 
 def markdown(titles, rows):

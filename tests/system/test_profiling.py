@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from advkd import timing
 from advkd.cli import _apply, distill
+from advkd.errors import InputError
 from advkd.features import build_extractor
 from advkd.files import digest
 from advkd.models.student import Student, StudentConfig
@@ -23,6 +24,7 @@ from profiling import (
     bench_student,
     bench_teacher,
     billion,
+    evidence,
     harness,
     kernel_digests,
     roofline,
@@ -33,6 +35,13 @@ from profiling.harness import Case, Contestant
 from ..conftest import ROOT, process_environment
 
 ONES = torch.ones(3, dtype=torch.float64)
+
+
+PLACE = {"device": "a processor", "commit": "0123456789", "threads": 2, "versions": {"torch": "2"}, "dirty": False}
+
+
+def time(seconds):
+    return {"median": seconds, "p20": 0.9 * seconds, "p80": 1.2 * seconds}
 
 
 def missing():
@@ -161,8 +170,9 @@ def test_every_row_of_the_ablation_is_a_recipe(name):
 
 def test_pages_hold_the_results():
     """README.md, profiling/RESULTS.md and docs/billion.md are what the generator makes of the results."""
-    marked = [line.split()[2] for page in tables.PAGES for line in page.read_text().splitlines() if "<!-- table: " in line]
-    assert set(tables.TABLES) == set(marked) and len(marked) == len(set(marked))
+    texts = [page.read_text() for page in tables.PAGES]
+    marked = [name for text in texts for name in re.findall(r"<!-- (?:table|figure): (\w+) -->", text)]
+    assert {*tables.TABLES, *tables.FIGURES} == set(marked) and len(marked) == len(set(marked))
     for path, text in tables.pages().items():
         assert path.read_text() == text, f"{path}: python -m profiling.tables"
     text = tables.PAGES[0].read_text()
@@ -175,8 +185,51 @@ def test_pages_hold_the_results():
     )
 
 
+def test_a_figure_without_evidence_is_refused():
+    """Commit, device, versions, unchanged sources and a spread, of the result and of every case of it."""
+    result = {"path": "profiling/results/a/b.json", "provenance": PLACE}
+    first, _ = evidence.source(result, [time(1.0), [1.0, 2.0, 3.0]])
+    assert first.startswith("[`b.json`](profiling/results/a/b.json): a processor, 2 threads, torch 2; commit 01234567; ")
+    assert "-30 to +35 % typically, 50 % at most" in first
+    assert evidence.figure(result, [time(1.0)], "3 ms") == "[3 ms](profiling/results/a/b.json)"
+    assert "in the table" in evidence.source(result, (), "intervals are in the table")[0]
+    for gap in ("commit", "device", "versions"):
+        without = {**result, "provenance": {**PLACE, gap: None}}
+        for refused in (without, {**result, "cases": [without]}):
+            with pytest.raises(InputError, match=gap):
+                evidence.source(refused, [time(1.0)])
+    with pytest.raises(InputError, match="changed sources"):
+        evidence.figure({**result, "provenance": {**PLACE, "dirty": True}}, [time(1.0)], "3 ms")
+    for times in ([], [1.0], [[1.0]], [{"median": 1.0}]):
+        with pytest.raises(InputError, match="spread"):
+            evidence.source(result, times)
+        with pytest.raises(InputError, match="spread"):
+            evidence.figure(result, times, "3 ms")
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["It takes 3.5 ms.", "It is 12 times the rate.", "a\n2.4 x b", "One is faster.", "It reaches 70 to 95 % of it."],
+)
+def test_a_sentence_about_performance_needs_a_link(sentence):
+    table = "<!-- table: a -->\n| 3 ms |\n<!-- end -->\n```sh\nsleep 3 s\n```\n"
+    assert evidence.unsupported(f"Before. {sentence} Behind.\n\n{table}")
+    linked = sentence.replace("a\n", "a [b](profiling/results/a/b.json)\n").replace("It", "[It](results/a.json)")
+    if linked != sentence:
+        assert not evidence.unsupported(f"Before.\n\n{linked}\n\n{table}")
+    assert not evidence.unsupported(f"Four of `3 ms` and 256x256 in 12 levels of 3x3.\n\n{table}")
+
+
+def test_pages_with_unsupported_sentences_are_not_written(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("It is faster.\n")
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    with pytest.raises(InputError, match="README.md: performance without a link to its result: It is faster"):
+        tables.pages()
+
+
 def test_the_evaluation_is_of_the_shipped_student():
-    (result,) = tables.results("evaluation")
+    (result,) = tables.stored("evaluation")
     assert result["student"]["weights_sha256"] == digest(Student.from_pretrained("digits").state_dict())
     assert result["extractor_sha256"] == build_extractor("digits").identity and result["known_unseen"]
 
@@ -202,8 +255,8 @@ def test_a_result_of_older_kernels_is_stale():
     result["cases"] = [{"provenance": {"kernels": {**result["provenance"]["kernels"], "norm_act": "0"}}}]
     assert kernel_digests.changed("bench_norm_act", result) == ["norm_act"] and not kernel_digests.changed("layers", result)
     assert kernel_digests.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
-    place = {"device": "a", "threads": 2, "versions": {"torch": "b"}}
-    assert tables._place({"provenance": place, "changed": ["norm_act"]})[0].startswith("**Stale**: measured before")
+    stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
+    assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
     # A header's change is its kernels' change.
     texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
     before = kernel_digests._digest("csrc/cpu/a.cpp", texts.get)
@@ -213,9 +266,9 @@ def test_a_result_of_older_kernels_is_stale():
 
 def test_a_point_stands_below_the_tighter_ceiling():
     limits = {"flops": {"float32": 1e12}, "bandwidth": 1e11}
-    point = roofline.Point("a: b", "float32", flop=1e12, moved_bytes=1e9, seconds=2.0)
+    point = roofline.Point("a: b", "float32", flop=1e12, moved_bytes=1e9, seconds={"median": 2.0})
     assert point.bound(limits) == "products" and point.fraction(limits) == 0.5
-    point = roofline.Point("a: b", "float32", flop=0, moved_bytes=1e11, seconds=4.0)
+    point = roofline.Point("a: b", "float32", flop=0, moved_bytes=1e11, seconds={"median": 4.0})
     assert point.bound(limits) == "memory" and point.fraction(limits) == 0.25
 
 
@@ -232,10 +285,9 @@ def test_the_roofline_of_stored_results(tmp_path):
 
 def test_the_cost_of_a_billion_images():
     """Hours are seconds per image times a billion, dollars those times the price of all cores."""
-    place = {"device": "a processor", "cores": 4, "commit": "0123456789", "versions": {"torch": "2"}}
-    result = {"kind": "cpu", "provenance": place, "student": {"batch": 8, "rows": {"s": 0.36}}}
-    result["teacher"] = {"rows": {"slow": 20.0, "fast": 3.6}}
-    text = billion.page([result])
+    result = {"kind": "cpu", "provenance": {**PLACE, "cores": 4}, "student": {"batch": 8, "rows": {"s": time(0.36)}}}
+    result["teacher"] = {"batch": 1, "rows": {"slow": time(20.0), "fast": time(3.6)}}
+    text = billion.page([{**result, "path": "profiling/results/a/billion.json"}])
     assert "| teacher, DDIM-50 (fast) | 180 | 50,000,000 | 10,000,000 | 500.0 x |" in text
     assert "| student, s | 0.36 | 100,000 | 20,000 | 1.0 x |" in text and "No GPU has been measured yet." in text
 

@@ -33,7 +33,7 @@ from profiling.harness import run_case
 from ..conftest import ROOT, process_environment
 from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
 
-PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "versions": {"torch": "2"}}
+PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "threads": 2, "versions": {"torch": "2"}}
 # A part in the form of the command line that gpu.py starts; its name says how it ends.
 FAKE = """
 import argparse, json, os, signal, subprocess, sys, time
@@ -358,7 +358,7 @@ def test_architectures_of_cards():
 
 
 def entry(name, kind, seconds=None, error=1e-3, **more):
-    times = {"seconds": {"median": seconds}} if seconds else {}
+    times = {"seconds": {"median": seconds, "p20": seconds, "p80": seconds}} if seconds else {}
     return {"name": name, "kind": kind, "parity": {"error": error, "tolerance": 1, "passed": True}, **times, **more}
 
 
@@ -402,15 +402,21 @@ def test_tables_of_gpu_results(monkeypatch):
     }
     case |= {"floor": {"seconds": 1e-4}, "cudnn_error": 1e-3}
     nobody = {"case": "digits, batch 2", "contestants": [{"name": "advkd", "kind": "ours", "missing": "no"}], "ratio": None}
-    stored = {"result": {"cases": [case, nobody], "gate": {"state": "green"}}, "provenance": PLACE}
+    stored = {"result": {"cases": [case, nobody], "gate": {"state": "green"}}, "provenance": PLACE, "path": "a/b.json"}
     kernel = {"registers": 40, "local_accesses": 0, "tensor": {"HMMA": 3}, "dtype": "bf16", "precision": "tf32"}
     spilled = {**kernel, "registers": 255, "local_accesses": 7, "tensor": {}}
     plan = {"preset": "digits", "batch": 8, "dtype": "bfloat16", "layers": ["a", "b"], "entry": "advkd_conv_pair_columns2_bf16"}
     plan |= {"shared": 2048, "registers": 40, "blocks": 2, "intensity": 12.3, "microseconds": 4.56}
     compiled = {"sm_90a": {"cuda": {"conv_pair": [kernel, spilled]}, "triton": [kernel]}, "sm_80": {"cuda": {}, "triton": []}}
-    aot = {"compiled": compiled, "plans": [plan, plan], "versions": {"nvcc": "13", "triton": "3"}, "kernels": {}}
+    aot = {
+        "compiled": compiled,
+        "plans": [plan, plan],
+        "versions": {"nvcc": "13", "triton": "3"},
+        "kernels": {},
+        "path": "a/ahead.json",
+    }
     known = {"gpu_bench_student": [stored], "ahead": [aot]}
-    monkeypatch.setattr(tables, "results", lambda name: known.get(name, []))
+    monkeypatch.setattr(tables, "stored", lambda name: known.get(name, []))
     page = "\n".join(tables.gpu_benchmarks())
     assert "| digits, batch 1 | 200.0 | 500.0 | cuDNN | 2.50 x | 50 % | 1.00 x |" in page and "off or cannot run" in page
     page = "\n".join(tables.ahead())

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +15,14 @@ import torch
 from advkd.errors import InputError
 from advkd.models import student as student_module
 from advkd.ranges import named
-from profiling import compare, ncu, nsys, power, torch_trace, traces, workloads
+from profiling import compare, evidence, ncu, nsys, power, torch_trace, traces, workloads
 from profiling.traces import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
 from profiling.workloads import UNIT, VARIANTS, Size
 
 from ..conftest import ROOT, TINY_STUDENT, process_environment, tiny_student, tiny_teacher
 
 DATA = ROOT / "tests" / "data" / "nsight"
+PLACE = {"device": "a GPU", "threads": 2, "commit": "c0ffee", "dirty": False, "versions": {"torch": "2"}}
 CONV = "void conv_kernel<float, 64>(float *)"
 
 
@@ -103,7 +103,7 @@ def test_a_chrome_trace_to_look_at(tmp_path):
     (copy,) = [event for event in events if event["cat"] == "copy"]
     assert (copy["ph"], copy["ts"], copy["dur"]) == ("X", pytest.approx(9.0), pytest.approx(0.5))
     (tmp_path / "broken.json").write_text("[")
-    with pytest.raises(InputError, match="not a Chrome trace"):
+    with pytest.raises(InputError, match="not a whole Chrome trace"):
         torch_trace.read(tmp_path / "broken.json")
 
 
@@ -121,11 +121,12 @@ def test_counters_of_nsight_compute():
     assert conv["stalls"] == pytest.approx({"long_scoreboard": 3.0, "barrier": 1.0, "wait": 0.4})
     assert list(conv["stalls"]) == ["long_scoreboard", "barrier", "wait"]
     assert conv["flop_per_second"] == pytest.approx(6e11) and conv["bytes_per_second"] == pytest.approx(2e12)
-    assert ncu.read("==ERROR== no rights") == []
+    assert ncu.read("==ERROR== no rights") == [] == ncu.read("")
     place = {"workload": "student", "size": "digits", "variant": "fused", "tool": "Nsight Compute"}
     rows = [{**place, **found, "kernels": [conv, step]}]
-    text = "\n".join(ncu.lines([{"rows": rows, "provenance": {"device": "a GPU"}}]))
-    assert "a GPU, counted by Nsight Compute:" in text and "long_scoreboard 3.0, barrier 1.0, wait 0.4" in text
+    text = "\n".join(ncu.lines([{"rows": rows, "path": "a/b.json", "provenance": PLACE}]))
+    assert "a GPU, 2 threads" in text and "Counted by Nsight Compute." in text and "one launch of each kernel" in text
+    assert "long_scoreboard 3.0, barrier 1.0, wait 0.4" in text
     assert "`conv_kernel`" in text and "| 32 |" in text
 
 
@@ -283,7 +284,7 @@ def test_nsys_without_nsys(tiny, tmp_path, monkeypatch, capsys):
     assert all(row["tool"].startswith("torch.profiler") and row["not_nsys"] for row in stored["rows"])
     assert len(list((tmp_path / "traces").glob("trace-student-*-tiny.json.gz"))) == 2
     said = capsys.readouterr().out
-    assert "recorded by torch.profiler" in said and "outside of ranges" in said and "operators" in said
+    assert "Recorded by torch.profiler" in said and "outside of ranges" in said and "operators" in said
 
 
 def test_ncu_without_ncu(tiny, tmp_path, monkeypatch, capsys):
@@ -344,9 +345,10 @@ def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypa
     assert found["peak_bytes"] == {"baseline": 1000, "fused": 1000} and found["launched"] == "operators"
     assert found["launches"] == {"baseline": 9.0, "fused": None} and "needs ncu" in found["dram_bytes"]["missing"]
     row = {"workload": "student", "size": "tiny", "parity": {"errors": {"baseline": 0.0, "fused": 1e-6}}, **found}
-    row |= {"seconds": {v: {"median": 0.002 - 0.001 * (v == "fused")} for v in VARIANTS}, "flop": 3e9}
+    times = {v: 0.002 - 0.001 * (v == "fused") for v in VARIANTS}
+    row |= {"seconds": {v: {"median": t, "p20": t, "p80": t} for v, t in times.items()}, "flop": 3e9}
     row["joules"] = {"missing": "no counter"}
-    text = "\n".join(compare.lines([{"rows": [row], "complaints": [], "provenance": {"device": "d", "threads": 2}}]))
+    text = "\n".join(compare.lines([{"rows": [row], "complaints": [], "path": "a/b.json", "provenance": PLACE}]))
     assert "| student, tiny | 2, 1 | 2.00 x | 9, - operators | 3 | - | 0, 0 | - | 0.0e+00, 1.0e-06 |" in text
     assert "Joules: no counter." in text and "Not recorded: student, tiny, fused: no." in text
     failing = SimpleNamespace(returncode=1, stdout="", stderr="killed")
@@ -403,14 +405,68 @@ def test_energy_without_nvml():
 
 
 def test_tables_of_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(traces, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
     assert nsys.table() == ncu.table() == compare.table() == []
-    place = {"device": "cpu", "provenance": {"device": "d", "threads": 1}, "complaints": ["a: slower"], "rows": []}
     (tmp_path / "d").mkdir()
-    for name in ("traces", "counters", "compare"):
-        Path(tmp_path / "d" / f"{name}.json").write_text(json.dumps(place))
-    assert nsys.table()[0].startswith("d, recorded by") and ncu.table()[0].startswith("d, counted by")
-    assert "**a: slower**" in compare.table()
+    for name, module in (("traces", nsys), ("counters", ncu), ("compare", compare)):
+        (tmp_path / "d" / f"{name}.json").write_text(json.dumps({"provenance": PLACE, "complaints": [], "rows": []}))
+        # Without rows there is no spread, and never an empty table.
+        with pytest.raises(InputError, match="spread"):
+            module.table()
+
+
+@pytest.mark.parametrize(
+    ("module", "damage", "said"),
+    [
+        (nsys, lambda data: b"", "unit of work"),
+        (nsys, lambda data: data[: len(data) // 2], "whole SQLite export"),
+        (nsys, lambda data: b"no database" * 200, "whole SQLite export"),
+        (ncu, lambda data: b"", "no launches"),
+        (ncu, lambda data: data[: len(data) - 40], "cut off"),
+        (ncu, lambda data: b"\n".join(line for line in data.splitlines() if line[:1] != b'"'), "no launches"),
+        (ncu, lambda data: b'"a","b"\n"","s"\n"1","2"\n', "another one"),
+    ],
+)
+def test_a_damaged_report_ends_with_3(module, damage, said, tiny, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "report"
+    if module is nsys:
+        export(path)
+    else:
+        path.write_bytes((DATA / "raw.csv").read_bytes())
+    assert run_main(module, monkeypatch, tmp_path, "--report", str(path)) == 0 and "| report, " in capsys.readouterr().out
+    path.write_bytes(damage(path.read_bytes()))
+    assert run_main(module, monkeypatch, tmp_path, "--report", str(path)) == 3
+    caught = capsys.readouterr()
+    assert said in caught.err and not caught.out
+    assert run_main(module, monkeypatch, tmp_path, "--report", str(tmp_path / "nowhere")) == 3
+
+
+@pytest.mark.parametrize(("module", "tool", "stored"), [(nsys, "nsys", "traces.json"), (ncu, "ncu", "counters.json")])
+def test_a_missing_tool_ends_with_3_and_leaves_what_there_was(module, tool, stored, tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / stored).write_text("kept")
+    arguments = ["--only", "student", "--tool", tool, *(["--traces", str(tmp_path)] if module is nsys else [])]
+    assert run_main(module, monkeypatch, tmp_path, *arguments) == 3
+    caught = capsys.readouterr()
+    assert f"--tool {tool}: the work is on a CPU" in caught.err and "|" not in caught.out
+    assert (tmp_path / stored).read_text() == "kept"
+
+
+def test_a_device_without_counters():
+    launches = ncu.read((DATA / "raw.csv").read_text())
+    with pytest.raises(InputError, match="no counters"):
+        ncu.counted_launches([{**launch, "seconds": None} for launch in launches])
+
+
+def test_a_damaged_chrome_trace(tmp_path):
+    path = tmp_path / "trace.json.gz"
+    whole = gzip.compress((DATA / "chrome_trace.json").read_bytes())
+    path.write_bytes(whole)
+    assert torch_trace.read(path).ranges
+    for damaged in (b"", whole[: len(whole) // 2], b"no trace", gzip.compress(b"[]"), gzip.compress(b"\xff\xfe")):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="whole Chrome trace"):
+            torch_trace.read(path)
 
 
 def test_the_module_runs_alone():

@@ -1,18 +1,21 @@
 """Stages named for profilers: what each workload names, and that nothing happens when they are off."""
 
+import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from advkd import ranges
+from advkd import clock, ranges
 from advkd.distill import distill
 from advkd.errors import InputError
 from advkd.ranges import name_ranges, named
 from advkd.recipes import recipe
+from advkd.trajectories import record_in_processes
 
-from ..conftest import process_environment, tiny_student
+from ..conftest import process_environment, tiny_recording, tiny_student
 
 STAGES = ("data", "student forward", "critic update", "student update", "average")
 
@@ -90,3 +93,73 @@ def test_the_environment_switches_them_on():
         assert done.stdout.strip() == wanted
     with pytest.raises(InputError, match="ADVKD_RANGES must be one of"):
         name_ranges("perfetto")
+
+
+def clocks(folder):
+    """What each process wrote."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+@pytest.fixture
+def ticking(tmp_path, monkeypatch):
+    """A clock that goes on by one with every look, and its folder."""
+    times = iter(range(1000))
+    monkeypatch.setattr(clock, "perf_counter", lambda: next(times))
+    name_ranges(f"clock:{tmp_path / 'clocks'}")
+    yield tmp_path / "clocks"
+    name_ranges("")
+
+
+def test_a_clock_sums_own_seconds_by_path(ticking):
+    with named("whole"):
+        for _ in range(2):
+            with named("part"), named("inner"):
+                pass
+        with pytest.raises(ValueError), named("failing"):
+            raise ValueError
+    with named("part"):
+        pass
+    assert clocks(ticking) == []
+    name_ranges("")
+    (found,) = clocks(ticking)
+    spent = {path: (figures["seconds"], figures["calls"]) for path, figures in found["ranges"].items()}
+    assert spent.pop("part") == (1, 1)
+    assert spent == {"whole": (4, 1), "whole / part": (4, 2), "whole / part / inner": (2, 2), "whole / failing": (1, 1)}
+    # Twelve looks are eleven steps: own times leave nothing out and count nothing twice.
+    assert found["process"] == "MainProcess" and sum(seconds for seconds, _ in spent.values()) == 11
+    assert ranges._open is None
+
+
+def test_a_clock_leaves_other_threads_out(ticking):
+    def work():
+        with named("elsewhere"):
+            pass
+
+    with named("here"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    name_ranges("")
+    assert [list(found["ranges"]) for found in clocks(ticking)] == [["here"]]
+
+
+def test_recording_processes_write_their_clocks(teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVKD_RANGES", f"clock:{tmp_path / 'clocks'}")
+    record_in_processes(teacher_folder, tiny_recording(num=16), tmp_path / "paths", 2, progress=False)
+    found = clocks(tmp_path / "clocks")
+    assert len({each["process"] for each in found}) == 2 and "MainProcess" not in {each["process"] for each in found}
+    for each in found:
+        # A shard of two batches of ten steps.
+        calls = {path: figures["calls"] for path, figures in each["ranges"].items()}
+        assert calls["trajectories / network"] == calls["trajectories / step"] == 20
+        assert calls["trajectories / load"] == 1 and calls["trajectories / noise"] == 2 and "trajectories / write" in calls
+
+
+def test_a_clock_needs_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for bad, said in (("clock", "ADVKD_RANGES=clock:FOLDER"), ("clock:", "needs a folder"), ("torch:there", "must be one of")):
+        with pytest.raises(InputError, match=said):
+            name_ranges(bad)
+    with pytest.raises(InputError, match="ADVKD_RANGES.* is a file"):
+        name_ranges(f"clock:{tmp_path / 'file'}")
+    assert ranges._open is None
