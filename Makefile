@@ -49,13 +49,17 @@ test-all: install
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
 BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
-	step_scaling penalty_scaling distillation recording demo sample_scaling billion nsys ncu compare roofline
+	step_scaling penalty_scaling distillation recording demo sample_scaling $(if $(shell command -v valgrind),instruction_counts) \
+	$(if $(shell command -v nvcc),ahead)
+BY_DEVICE := billion nsys ncu compare roofline
 
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,profile]'
 	for name in $(BENCHMARKS); do $(BIN)/python -m profiling.$$name || failed="$$failed $$name"; done; \
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m profiling.gpu --full --minutes 60 --device cuda || failed="$$failed gpu";) \
-	$(BIN)/python -m profiling.tables; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
+	for device in cpu $(filter cuda,$(DEVICE)); do for name in $(BY_DEVICE); do \
+		$(BIN)/python -m profiling.$$name --device $$device || failed="$$failed $$name"; done; done; \
+	$(BIN)/python -m profiling.tables || failed="$$failed tables"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info advkd/*.so

@@ -3,17 +3,21 @@
 python -m profiling.billion [--device cuda] [--out FOLDER]     measures; python -m profiling.tables writes docs/billion.md
 
 The teacher is the 113.7 M-parameter UNet of the published 256x256 DDPMs with random weights (weights do not change the time):
-one evaluation times the sampler's steps; the sampler's own arithmetic is left out, in the teacher's favour. The student is
-timed as it is used, from seed to images on the host.
+one evaluation times the sampler's steps; the sampler's own arithmetic is left out, in the teacher's favour. Every engine below
+runs it in every batch and dtype, and the fastest is what counts. The student is timed as it is used, from seed to images on the
+host.
 """
 
 import argparse
 import copy
+import functools
+import itertools
 from pathlib import Path
 
 import torch
 
 from advkd.files import write_json
+from advkd.hub import reason
 from advkd.timing import measure
 
 from . import peers
@@ -21,40 +25,41 @@ from .bench_student import PARITY_TESTS, plausible_student
 from .bench_teacher import Evaluation
 from .evidence import device_alone, source
 from .harness import device_folder, passes, provenance
+from .workloads import TEACHER
 
 IMAGES = 10**9
 SAMPLERS = {"DDPM-1000": 1000, "DDIM-50": 50}
-PRICES = {"cpu": (0.05, "a core"), "cuda": (3.5, "a GPU")}
+PRICES = {"cpu": (0.05, "a thread of a CPU"), "cuda": (3.5, "a GPU")}
 """Dollars per hour, as rented: assumptions, not measurements."""
 
-TEACHER = dict(
-    sample_size=256,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=2,
-    block_out_channels=(128, 128, 256, 256, 512, 512),
-    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-    attention_head_dim=None,
-)
-"""``UNet2DModel`` of the published 256x256 DDPMs."""
 
-
-def teacher_seconds(device, batch):
-    """Seconds of one evaluation per image: every configuration that runs, the fastest is what counts."""
+def teacher_seconds(device, batches):
+    """Seconds of one evaluation per image: of every engine and batch that runs here, the fastest is what counts."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    network = Evaluation(UNet2DModel(**TEACHER)).to(device)
-    x = torch.randn(batch, 3, 256, 256, device=device)
-    calls = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        calls[f"eager, {name}"] = peers.eager(copy.deepcopy(network), x, dtype)
-        calls[f"torch.compile, {name}"] = peers.compiled(copy.deepcopy(network), x, dtype)
+    network, calls, images, missing = Evaluation(UNet2DModel(**TEACHER)).to(device), {}, {}, {}
+    for batch, dtype in itertools.product(batches, (torch.float32, torch.bfloat16)):
+        x = torch.randn(batch, 3, 256, 256, device=device)
+        for engine, prepare in engines(device).items():
+            name = f"{engine}, {str(dtype).removeprefix('torch.')}, batch {batch}"
+            try:
+                calls[name], images[name] = prepare(copy.deepcopy(network), x, dtype), batch
+            except Exception as error:
+                missing[name] = f"{type(error).__name__}: {reason(error)}"
     times = measure(calls, repeats=3, warmup=1, device=device)
-    parameters = sum(p.numel() for p in network.parameters())
-    return {"parameters": parameters, "batch": batch, "rows": _per_image(times, batch)}
+    rows = {name: _per_image(time, images[name]) for name, time in times.items()}
+    return {"parameters": sum(p.numel() for p in network.parameters()), "rows": rows, "missing": missing}
+
+
+def engines(device):
+    """What runs a network fastest, by name."""
+    if device == "cpu":
+        return {"eager": peers.eager, "torch.compile": peers.compiled, "OpenVINO": peers.openvino}
+    from . import gpu_peers
+
+    tuned = functools.partial(gpu_peers.compiled, mode="max-autotune")
+    return {"cuDNN, graph": gpu_peers.graphed, "torch.compile, max-autotune": tuned, "TensorRT": gpu_peers.tensorrt}
 
 
 def student_seconds(device, batch):
@@ -67,11 +72,11 @@ def student_seconds(device, batch):
             calls = {"sample": lambda fused=fused: fused.sample(2 * batch, batch_size=batch)}
             name = f"{preset}, {str(dtype).removeprefix('torch.')}"
             rows[name] = measure(calls, repeats=5, warmup=1, device=device)["sample"]
-    return {"batch": batch, "rows": _per_image(rows, 2 * batch)}
+    return {"batch": batch, "rows": {name: _per_image(time, 2 * batch) for name, time in rows.items()}}
 
 
-def _per_image(times, images):
-    return {name: {key: time[key] / images for key in ("median", "p20", "p80")} for name, time in times.items()}
+def _per_image(time, images):
+    return {key: time[key] / images for key in ("median", "p20", "p80")}
 
 
 def page(results, above=source):
@@ -82,7 +87,7 @@ def page(results, above=source):
     lines[-1] += ". Energy, storage and the host's writing of pictures are left out on both sides."
     for result in results:
         place, kind = result["provenance"], result["kind"]
-        units = place["cores"] if kind == "cpu" else 1
+        units = place["threads"] if kind == "cpu" else 1
         rate = PRICES[kind][0] * units
         times = [time for part in ("student", "teacher") for time in result[part]["rows"].values()]
         lines += ["", f"## {place['device']}" + (f", {units} cores" if kind == "cpu" else ""), "", *above(result, times)]
@@ -100,8 +105,12 @@ def page(results, above=source):
             lines.append("| " + " | ".join((name, *figures)) + " |")
         lines += [
             "",
-            f"Batches of {result['teacher']['batch']} for the teacher, of {result['student']['batch']} for the student.",
+            f"The student draws batches of {result['student']['batch']}. One evaluation of the teacher:",
+            "",
         ]
+        lines += ["| engine | seconds per image |", "|---|---|"]
+        lines += [f"| {name} | {seconds:.4g} |" for name, seconds in sorted(teacher.items(), key=lambda row: row[1])]
+        lines += [f"| {name} | cannot run here: {why} |" for name, why in result["teacher"].get("missing", {}).items()]
     if not any(result["kind"] == "cuda" for result in results):
         lines += ["", "No GPU has been measured yet."]
     return "\n".join(lines) + "\n"
@@ -117,7 +126,7 @@ def main():
     gpu = options.device != "cpu"
     result = {"benchmark": "billion", "kind": "cuda" if gpu else "cpu", "provenance": provenance(options.device)}
     result["student"] = student_seconds(options.device, 64 if gpu else 8)
-    result["teacher"] = teacher_seconds(options.device, 16 if gpu else 1)
+    result["teacher"] = teacher_seconds(options.device, (1, 16) if gpu else (1, 4))
     write_json(Path(options.out or device_folder(options.device)) / "billion.json", result)
     print(page([result], device_alone))
 

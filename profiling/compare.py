@@ -1,9 +1,10 @@
 """Baseline against fused, side by side: time, launches, bytes, FLOP, peak memory, and joules where the device reports them.
 
-python -m profiling.compare [--device cuda] [--only student] [--repeats 15] [--out FOLDER]
+python -m profiling.compare [--device cuda] [--only student] [--repeats 30] [--out FOLDER]
 
-Ends with 1 and says which, where a fused variant is slower than its baseline, gives something else, or cannot run. Times are of
-calls in turn in one process; launches are those of a recording, memory is a fresh process's, bytes are Nsight Compute's.
+Ends with 1 and says which, where a fused variant is slower than its baseline, gives something else, or cannot run; with 3 where
+a profiler that is there fails. Times are of calls in turn in one process; launches are those of a recording, memory is a fresh
+process's, bytes are Nsight Compute's.
 """
 
 import json
@@ -23,7 +24,7 @@ from .evidence import device_alone, source, stored
 from .harness import ROOT, provenance
 from .torch_trace import LIMIT, last_line
 from .traces import label, markdown
-from .workloads import VARIANTS, command, gate, positive, prepare, synchronize
+from .workloads import SIZES, VARIANTS, command, gate, positive, prepare, synchronize
 
 MOST = 4000
 """Kernels of a unit that are counted at most."""
@@ -86,9 +87,15 @@ def _bytes(name, device, size):
     if why:
         return {"dram_bytes": {"missing": f"needs ncu: {why}"}}
     try:
-        return {"dram_bytes": {v: ncu.count(name, v, device, size, MOST)["dram_bytes"] for v in VARIANTS}}
+        return {"dram_bytes": {v: _dram_bytes(ncu.count(name, v, device, size, MOST), size) for v in VARIANTS}}
     except (InputError, OSError, subprocess.TimeoutExpired) as error:
-        return {"dram_bytes": {"missing": reason(error)}}
+        return {"dram_bytes": {"missing": reason(error), "failed": True}}
+
+
+def _dram_bytes(counted, size):
+    """Those of a whole unit: of the teacher's trajectory ncu counts some of the steps, which are all alike."""
+    share = SIZES[size].steps / counted["steps"] if "steps" in counted else 1
+    return None if counted["dram_bytes"] is None else share * counted["dram_bytes"]
 
 
 def complaints(rows):
@@ -106,9 +113,16 @@ def complaints(rows):
     return found
 
 
+def tool_failures(rows):
+    """Why the command ends with 3, a line each."""
+    found = [f"{label(row)}: {why}" for row in rows for why in row.get("not_recorded", [])]
+    bytes_of = [(row, row.get("dram_bytes", {})) for row in rows]
+    return found + [f"{label(row)}: ncu: {found['missing']}" for row, found in bytes_of if found.get("failed")]
+
+
 def main():
     parser = nsys.options(__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=positive, default=15, help="timed calls of each variant")
+    parser.add_argument("--repeats", type=positive, default=30, help="timed calls of each variant")
     parser.add_argument("--traces", default=str(ROOT / "build" / "traces"), help="folder for traces to look at")
     values = nsys.given(parser)
     keep_freed_memory()
@@ -124,9 +138,12 @@ def main():
         print(f"{label(row)}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     found = complaints(rows)
     result = {"rows": rows, "complaints": found, "provenance": provenance(values.device)}
-    write_json(values.folder / "compare.json", result)
+    if values.folder:
+        write_json(values.folder / "compare.json", result)
+    failed = tool_failures(rows)
     print("\n".join(lines([result], device_alone)))
-    sys.exit("\n".join(found) or 0)
+    print("\n".join([*found, *failed]), file=sys.stderr)
+    sys.exit(nsys.FAILED if failed else 1 if found else 0)
 
 
 def lines(results, above=source):
@@ -134,7 +151,7 @@ def lines(results, above=source):
     found = []
     for result in results:
         times = [row["seconds"][variant] for row in result["rows"] for variant in VARIANTS if "seconds" in row]
-        found += [*above(result, times), "Each cell: baseline, fused.", ""]
+        found += [*above(result, times, "" if times else "nothing was timed"), "Each cell: baseline, fused.", ""]
         titles = ("workload", "ms", "ratio", "launches", "GFLOP, direct", "DRAM MB", "peak MB", "joules", "largest error")
         found += [*markdown(titles, map(_cells, result["rows"])), ""]
         found += [f"{what}: {why}." for what, why in sorted(_missing(result["rows"]).items())]

@@ -126,6 +126,8 @@ def shown(result):
 def lines(result):
     """Markdown of a result: one row per part."""
     cells = [(part, spread(spent), f"{100 * share:.1f}", "network" if net else "") for part, spent, share, net in shown(result)]
+    outside = sum(share for _, _, share, network in rows(result) if not network)
+    cells.append(("all outside of networks", "", f"{100 * outside:.1f}", ""))
     return markdown(("part", "seconds", "share, %", ""), cells)
 
 
@@ -138,9 +140,17 @@ def spread(values):
 
 
 def complaints(result):
-    """The parts outside of the networks that take more than :data:`MOST` of the whole."""
-    over = [(part, share) for part, _, share, network in rows(result) if not network and share > MOST]
-    return [f"{part}: {100 * share:.0f} % of the demo's time, at most {100 * MOST:.0f} % are allowed" for part, share in over]
+    """What outside of the networks takes more than :data:`MOST` of the whole, summed by the paths' last names."""
+    kinds = {}
+    for part, _, share, network in rows(result):
+        if not network:
+            kind = part.rpartition(" / ")[2]
+            kinds[kind] = kinds.get(kind, 0.0) + share
+    over = {kind: share for kind, share in kinds.items() if share > MOST}
+    return [
+        f"{kind}: {100 * share:.0f} % of the demo's time, at most {100 * MOST:.0f} % are allowed"
+        for kind, share in over.items()
+    ]
 
 
 def plot(result, path):

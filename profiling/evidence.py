@@ -10,7 +10,7 @@ import statistics
 from advkd.errors import InputError
 
 from . import kernel_digests
-from .harness import RESULTS, ROOT
+from .paths import RESULTS, ROOT
 
 REQUIRED = ("commit", "device", "versions")
 
@@ -53,9 +53,13 @@ def source(result, times, sure=""):
         "",
     ]
     lines[0] = f"{link(result)}: {lines[0]}"
-    if result.get("changed"):
-        lines[:0] = [f"**Stale**: measured before the last change of {', '.join(result['changed'])}.", ""]
-    return lines
+    return [*stale(result), *lines]
+
+
+def stale(result):
+    """A line that says so, where kernels have changed since."""
+    changed = result.get("changed")
+    return [f"**Stale**: measured before the last change of {', '.join(changed)}.", ""] if changed else []
 
 
 def device_alone(result, times, sure=""):
@@ -101,21 +105,32 @@ def figure(result, times, text):
     checked(result)
     if not spread_of(times, result["path"]):
         raise InputError(f"{result['path']}: {text!r} has no spread; measure again with repeats")
-    return link(result, text)
+    return link(result, text) + (" (of earlier kernels)" if result.get("changed") else "")
 
 
-FIGURE = re.compile(
-    r"(?<![\w.])\d[\d,.]*\s?(ms|us|s|min|h|x|%|GB/s|GFLOP/s|(micro|milli)?seconds?|minutes?|hours?|times|images per second)"
-    r"(?![\w/])|\b(faster|slower|quicker|gains?|twice|(a|one) (third|quarter|fifth|sixth|tenth))\b"
+NUMBERS = "one|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|fifty|(a )?hundred|a|an|several|some"
+UNITS = (
+    r"(ms|us|s|min|h|x|%|×|(micro|milli)?seconds?|minutes?|hours?|times|percent|fps|[GMKT]?(B|FLOP|FLOPS|OP)/s|/s|"
+    r"images?(/s| per second| a second)|(ms|us|s|seconds?|joules?)(/| per | an? )image)(?![\w])"
 )
-"""A figure of performance, or a comparison."""
-LINK = re.compile(r"\]\([^)]*results/[^)]*\.json\)")
+FIGURE = re.compile(
+    rf"(?<![\w.])(\d[\d,.]*\s?{UNITS}|({NUMBERS}) {UNITS})"
+    r"|\b(faster|slower|quicker|fastest|outpaces?|speed-?ups?|gains?|twice|half the|double the|factor of"
+    r"|as (fast|quick|slow)|(a|one|two) (half|thirds?|quarters?|fifths?|sixths?|tenths?)|minutes|at the speed of)\b"
+)
+"""A figure of performance, or a comparison, also in words."""
+LINK = re.compile(r"\]\(([^)]*results/[^)]*\.json)\)")
 
 
-def unsupported(text):
-    """Sentences of a Markdown page that state performance and link to no result; tables are the generator's own."""
+def unsupported(text, folder=ROOT):
+    """Sentences of a page in ``folder`` that state performance and link to no result; tables are the generator's own."""
     text = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->|^```.*?^```", "", text, flags=re.S | re.M)
     text = re.sub(r"<!--.*?-->", "", text)
     blocks = [re.sub(r"\s+", " ", re.sub(r"^> ?", "", block, flags=re.M)) for block in re.split(r"\n\s*\n", text)]
     sentences = [s for block in blocks for s in re.split(r"(?<=[.:;!?])\s+(?=[A-Z`*\[])", block)]
-    return [s for s in sentences if FIGURE.search(re.sub(r"`[^`]*`|\]\([^)]*\)", "", s)) and not LINK.search(s)]
+    return [s for s in sentences if FIGURE.search(re.sub(r"`[^`]*`|\]\([^)]*\)", "", s)) and not _is_linked(s, folder)]
+
+
+def _is_linked(sentence, folder):
+    links = LINK.findall(sentence)
+    return bool(links) and all((folder / path).is_file() for path in links)

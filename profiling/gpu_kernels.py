@@ -8,7 +8,7 @@ from pathlib import Path
 
 from advkd.ops import cupy_modules
 
-from .harness import RESULTS, ROOT
+from .paths import RESULTS, ROOT
 
 KINDS = {"cuda": "CUDA C++", "triton": "Triton"}
 

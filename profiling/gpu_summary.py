@@ -37,6 +37,12 @@ def cases_of(part):
     return result.get("cases", [value for value in result.get("items", {}).values() if "contestants" in value])
 
 
+def green(name, stored):
+    """A benchmark's stored results of GPUs whose parity tests were green: of the whole run, and of its own command."""
+    runs = [result for result in stored(f"gpu_{name}") if result["result"].get("gate", {}).get("state") == "green"]
+    return [*runs, *({**result, "result": {"cases": result["cases"]}} for result in stored(f"{name}_cuda"))]
+
+
 def best(case, ours):
     """The fastest entry of ours, or of the others; None where none was timed."""
     entries = [e for e in case["contestants"] if "seconds" in e and e["kind"] != "floor" and (e["kind"] == "ours") == ours]

@@ -84,20 +84,25 @@ def sets_beyond_cache(moved_bytes, device="cuda", most=64):
 
 
 def peaks(device="cuda"):
-    """Rates of the card on random numbers: ``{"flops": {product: ...}, "bandwidth": ...}``, a matrix product's and a copy's."""
-    flops = {}
+    """Rates of the card on random numbers, a matrix product's and a copy's.
+
+    Returns:
+        ``{"flops": {product: per second}, "bandwidth": bytes per second, "samples": {what: seconds}}``.
+    """
+    flops, samples = {}, {}
     for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("f16", torch.float16, False), ("tf32", torch.float32, True)):
         set_tf32(tf32)
         n = 8192 if dtype.itemsize == 2 else 4096
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        flops[name] = 2 * n**3 / measure_events({name: lambda a=a, b=b: a @ b}, 10)[name]["median"]
+        samples |= measure_events({f"product, {name}": lambda a=a, b=b: a @ b}, 10)
+        flops[name] = 2 * n**3 / samples[f"product, {name}"]["median"]
     set_tf32(False)
     # Full float32 on tensor cores is three products of TensorFloat-32.
     flops["f32"] = flops["tf32"] / 3
     x = torch.randn(2**29, device=device)
     y = torch.empty_like(x)
-    seconds = measure_events({"copy": lambda: y.copy_(x)}, 10)["copy"]["median"]
-    return {"flops": flops, "bandwidth": 2 * x.numel() * x.element_size() / seconds}
+    samples |= measure_events({"copy": lambda: y.copy_(x)}, 10)
+    return {"flops": flops, "bandwidth": 2 * x.nbytes / samples["copy"]["median"], "samples": samples}
 
 
 def set_tf32(allowed):

@@ -20,11 +20,11 @@ from advkd.files import write_json
 from advkd.hub import reason
 from advkd.timing import measure
 
+from . import gpu_kernels
 from .gpu_timing import measure_events
 from .kernel_digests import kernel_digests
+from .paths import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "profiling" / "results"
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
 
@@ -81,7 +81,7 @@ class Case:
 
 def provenance(device="cpu"):
     """:func:`advkd.timing.provenance`, and the kernels as they are."""
-    return {**timing.provenance(device), "kernels": kernel_digests()}
+    return {**timing.provenance(device), "kernels": {**kernel_digests(), **gpu_kernels.digests()}}
 
 
 def device_folder(device="cpu"):

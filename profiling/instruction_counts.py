@@ -22,7 +22,8 @@ from pathlib import Path
 from advkd.files import read_json, write_json
 from advkd.timing import provenance
 
-from .harness import RESULTS, ROOT
+from .evidence import checked
+from .paths import RESULTS, ROOT
 
 BASELINE = RESULTS / "instruction-counts.json"
 UPDATE = "python -m profiling.instruction_counts --update"
@@ -175,6 +176,7 @@ def table():
     """The baseline as Markdown lines: instructions per element of each kernel, in both forms."""
     lines = []
     for name, kept in sorted(stored().items()):
+        checked({"path": BASELINE.name, "provenance": kept["provenance"]})
         lines += [
             f"[`{BASELINE.name}`](profiling/results/{BASELINE.name}): {name}, instructions per element, which repeat exactly:",
             "",

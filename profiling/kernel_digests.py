@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from . import gpu_kernels
+from .paths import ROOT
+
 STUDENT, STEP = ("conv_block", "student_forward"), ("sampler_step", "philox")
 CRITIC = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "image_gradient")
 MEASURED = {
@@ -13,9 +14,11 @@ MEASURED = {
     **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling"), CRITIC),
     "bench_norm_act": ("norm_act",),
     "distillation": (*CRITIC, "norm_act"),
-    **dict.fromkeys(("traces", "counters", "compare", "demo"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
+    **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
 }
 """Result's name -> the kernels in C++ that it measures."""
+ON_GPUS = {"conv_block": ("conv_block", "conv_pair", "student_stem"), "student_forward": ()}
+"""Kernel in C++ for CPUs -> those that do its work on GPUs, where names differ."""
 
 
 def kernel_digests(read=lambda path: (ROOT / path).read_text()):
@@ -39,6 +42,16 @@ def _digest(path, read):
 
 def changed(name, result):
     """Kernels of a stored result whose sources are others now; a result without digests has all of them."""
-    now = kernel_digests()
-    places = [result["provenance"], *(case["provenance"] for case in result.get("cases", []))]
-    return [k for k in MEASURED.get(name, ()) if any(place.get("kernels", {}).get(k) != now[k] for place in places)]
+    base = name.removeprefix("gpu_").removesuffix("_cuda")
+    places = [result["provenance"], *(case["provenance"] for case in result.get("cases", []) if "provenance" in case)]
+    on_gpu = name != base or any(place.get("driver") for place in places)
+    now = gpu_kernels.digests() if on_gpu else kernel_digests()
+    names = [key for kernel in MEASURED.get(base, ()) for key in (_gpu_keys(kernel, now) if on_gpu else [kernel])]
+    # A part of a GPU's run keeps them beside its provenance.
+    stored = [result["kernels"]] if "kernels" in result else [place.get("kernels", {}) for place in places]
+    return [key for key in names if any(kernels.get(key) != now[key] for kernels in stored)]
+
+
+def _gpu_keys(kernel, known):
+    keys = [f"{kind} {name}" for kind in gpu_kernels.KINDS for name in ON_GPUS.get(kernel, (kernel,))]
+    return [key for key in keys if key in known]

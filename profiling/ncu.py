@@ -31,7 +31,7 @@ from .gpu_parts import METRICS, ncu_rows
 from .harness import ROOT, provenance
 from .nsys import finish, given, options, show
 from .torch_trace import LIMIT, last_line
-from .traces import TOP, label, markdown
+from .traces import TOP, failures, label, markdown
 from .workloads import VARIANTS, command, gate, positive, prepare
 
 _INSTRUCTIONS = "smsp__sass_thread_inst_executed_op_{}_pred_on.sum"
@@ -77,7 +77,9 @@ def count(name, variant, device, size, most, run=subprocess.run):
     launches = read(done.stdout)
     if done.returncode or not launches:
         raise InputError(f"{name}, {variant}: ncu ended with {done.returncode}: {_trouble(done)}")
-    figures = {**counted_launches(launches), "kernels": by_kernel(launches), "cut_off": len(launches) >= most}
+    if len(launches) >= most:
+        raise InputError(f"{name}, {variant}: more than {most} kernels in a unit: count with a larger --most")
+    figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
     return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
 
 
@@ -123,9 +125,9 @@ def totals(launches):
     """Sums of launches and the rates that they reach; None where a figure is missing."""
     figures = {"launches": len(launches)}
     figures |= {name: _sum(launches, name) for name in ("seconds", "dram_bytes", "flop")}
-    seconds = figures["seconds"]
     for name, rate in (("flop", "flop_per_second"), ("dram_bytes", "bytes_per_second")):
-        figures[rate] = figures[name] / seconds if seconds and figures[name] is not None else None
+        both = [(row[name], row["seconds"]) for row in launches if row[name] is not None and row["seconds"]]
+        figures[rate] = sum(count for count, _ in both) / sum(time for _, time in both) if both else None
     figures["occupancy_percent"] = _mean(launches, lambda row: row["occupancy_percent"])
     return figures
 
@@ -241,7 +243,7 @@ def main():
     for name, size in values.work:
         gates[f"{name}, {size}"] = found = gate(name, values.device, size)
         rows += rows_of(name, values.device, size, values.most, values.tool) if found["passed"] else []
-    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder / "counters.json", lines)
+    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder, "counters.json", lines)
 
 
 def read_report(path):
@@ -262,7 +264,7 @@ def lines(results, above=source):
         sure = "counters are of one launch of each kernel" if any(row["tool"] == NCU for row in rows) else ""
         times = [row["times"] for row in rows if "times" in row]
         found += [*above(result, times, sure), f"Counted by {' and '.join(tools)}.", ""]
-        found += tables_of(rows)
+        found += [*tables_of(rows), *failures(result, "counted")]
     return found[:-1]
 
 
@@ -295,7 +297,11 @@ def _kernel_cells(row, kernel):
     waits = ", ".join(f"{name} {value:.1f}" for name, value in kernel["stalls"].items())
     name = f"`{kernel['kernel'].removeprefix('void ').partition('<')[0][:48]}`"
     rates = _scaled(kernel["flop_per_second"]), _scaled(kernel["bytes_per_second"]), _percent(kernel["occupancy_percent"])
-    return label(row), row["variant"], name, kernel["launches"], f"{1e3 * kernel['seconds']:.3g}", *rates, waits
+    return label(row), row["variant"], name, kernel["launches"], _milliseconds(kernel["seconds"]), *rates, waits
+
+
+def _milliseconds(seconds):
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
 
 
 def _scaled(value):

@@ -61,6 +61,9 @@ def nsys_command(name, variant, device, size, repeats, report):
 def record(name, variant, device, size, repeats, folder, run=subprocess.run):
     """One workload under Nsight Systems; returns its :class:`Trace`. The Chrome trace is made of the same records."""
     report = Path(folder) / file_name(name, variant, size)
+    # A report of before must not pass for one of now.
+    for end in (".nsys-rep", ".sqlite"):
+        report.with_name(report.name + end).unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": "nvtx"}
     words = nsys_command(name, variant, device, size, repeats, report)
     done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=torch_trace.LIMIT)
@@ -175,7 +178,7 @@ def options(description):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", choices=WORKLOADS, help="one workload")
     parser.add_argument("--size", choices=SIZES, help="one size (default: digits; on a GPU all)")
-    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
+    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>; with --only or --size none)")
     return parser
 
 
@@ -184,7 +187,9 @@ def given(parser):
     values = parser.parse_args()
     if values.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device")
-    values.folder = Path(values.out or device_folder(values.device))
+    # A part of the workloads must not replace the result of all.
+    part = values.only or values.size
+    values.folder = Path(values.out) if values.out else None if part else device_folder(values.device)
     names = [values.only] if values.only else list(WORKLOADS)
     values.work = [(name, size) for size in ([values.size] if values.size else sizes(values.device)) for name in names]
     return values
@@ -213,16 +218,17 @@ def main():
             print(_said(rows[-1]), flush=True)
     print(f"traces to look at: {values.traces}")
     result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
-    finish(result, values.folder / "traces.json", traces.lines)
+    finish(result, values.folder, "traces.json", traces.lines)
 
 
-def finish(result, path, lines):
+def finish(result, folder, name, lines):
     """Store what was recorded, unless nothing was; show it, say what failed, and end the command."""
     rows = result["rows"]
     failed = [f"{row['workload']}, {row['variant']}: {row['error']}" for row in rows if "error" in row]
     off = [f"{work}: the variants differ, not recorded" for work, found in result["parity"].items() if not found["passed"]]
     if len(failed) < len(rows):
-        write_json(path, result)
+        if folder:
+            write_json(folder / name, result)
         print("\n".join(lines([result], device_alone)))
     print("\n".join([*off, *failed]), file=sys.stderr)
     sys.exit(FAILED if failed else 1 if off else 0)

@@ -2,13 +2,15 @@
 
 python -m profiling.roofline [--device cuda] [--out FOLDER]
 
-Ceilings are measured here and now: the bandwidth of a copy too large for any cache, and products per second of each dtype, on a
+Ceilings are measured here and now: the bandwidth of copies, and products per second of each dtype, on a
 CPU in registers by the project's own kernels and in a large matrix product by torch. Points come from the stored benchmarks of
 this device, with the count of operations that defines the work; a kernel that makes fewer (Winograd, phases) may pass
 100 %. The ops that no benchmark times alone are timed here, on 64 images of 64 channels and 64x64.
 """
 
 import argparse
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -22,10 +24,15 @@ from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
 from advkd.timing import measure, percentiles
 
+from . import gpu_summary, kernel_digests
 from .harness import device_folder, provenance, read
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
-COPY_BYTES, MATRIX = 2**28, 1536
+COPY_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
+"""Of the copies, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
+
+SIDE = 64
+"""Of the images that single ops are timed on."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,9 @@ def ceilings(device):
 
         found = peaks(device)
         names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-        return {"flops": {name: found["flops"][kind] for name, kind in names.items()}, "bandwidth": found["bandwidth"]}
-    x = torch.randn(COPY_BYTES // 4)
-    y = torch.empty_like(x)
-    samples, flops = measure({"copy": lambda: y.copy_(x)}, 10), {}
+        return {**found, "flops": {name: found["flops"][kind] for name, kind in names.items()}}
+    samples, flops = copies(), {}
+    bandwidth = max(2 * size / samples[name]["p20"] for name, size in zip(samples, COPY_BYTES * 2))
     for code, dtype in enumerate((torch.float32, torch.bfloat16)):
         name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
@@ -76,33 +82,68 @@ def ceilings(device):
             found[f"products in registers, {name}"] = percentiles([2 * MATRIX**3 / rate for rate in rates])
         flops[name] = max(2 * MATRIX**3 / time["p20"] for time in found.values())
         samples |= found
-    return {"flops": flops, "bandwidth": 2 * COPY_BYTES / samples["copy"]["p20"], "samples": samples}
+    return {"flops": flops, "bandwidth": bandwidth, "samples": samples}
+
+
+def copies():
+    """Times of torch's copy and of the C library's on every thread, which does not read what it overwrites."""
+    calls, threads = {}, torch.get_num_threads()
+    copy = ctypes.CDLL(None).memcpy
+    copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
+    tensors = [(torch.randn(size // 4), torch.empty(size // 4)) for size in COPY_BYTES]
+    for x, y in tensors:
+        calls[f"torch's copy of {x.nbytes >> 20} MiB"] = lambda x=x, y=y: y.copy_(x)
+    with ThreadPoolExecutor(threads) as pool:
+        for x, y in tensors:
+            part = x.nbytes // threads
+            places = [(y.data_ptr() + i * part, x.data_ptr() + i * part, part) for i in range(threads)]
+            calls[f"memcpy of {x.nbytes >> 20} MiB"] = lambda places=places: list(pool.map(lambda place: copy(*place), places))
+        return measure(calls, 20, warmup=3)
 
 
 def points(folder, known):
-    """Every stored case of the device that has bytes, ours alone. ``known``: dtypes with a ceiling."""
-    found = []
+    """Every stored case of the device whose work is counted, ours alone, and where those were measured.
+
+    Args:
+        known: dtypes with a ceiling.
+
+    Returns:
+        A list of :class:`Point`, and a list of provenances. Cases of kernels that have changed since say so in their names.
+    """
+    found, places = [], []
     for benchmark in BENCHMARKS:
-        for case in (read(benchmark, folder) or {"cases": []})["cases"]:
-            ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
-            dtype = next((name for name in known if name in case["case"]), "float32")
-            if ours and (case["moved_bytes"] or case["flop"]):
-                name = f"{benchmark.removeprefix('bench_')}: {case['case']}"
-                found.append(
-                    Point(name, dtype, case["flop"] or 0, case["moved_bytes"] or 0, min(ours, key=itemgetter("median")))
-                )
+        for name, result in stored_cases(folder, benchmark):
+            old = ", earlier kernels" if kernel_digests.changed(name, result) else ""
+            for case in result["cases"]:
+                ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
+                dtype = next((name for name in known if name in case["case"]), "float32")
+                if ours and (case["moved_bytes"] or case["flop"]):
+                    name = f"{benchmark.removeprefix('bench_')}: {case['case']}{old}"
+                    work = case["flop"] or 0, case["moved_bytes"] or 0
+                    found.append(Point(name, dtype, *work, min(ours, key=itemgetter("median"))))
+                    places.append(case.get("provenance", result["provenance"]))
+    return found, list({place["commit"]: place for place in places}.values())
+
+
+def stored_cases(folder, benchmark):
+    """``[(file's name, result with cases), ...]`` of a benchmark on this device, alone or as a part of a GPU's run."""
+    found = []
+    for name in (benchmark, f"{benchmark}_cuda", f"gpu_{benchmark}"):
+        if result := read(name, folder):
+            cases = result["cases"] if "cases" in result else gpu_summary.cases_of(result)
+            found.append((name, {**result, "cases": cases}))
     return found
 
 
 def op_points(device):
     """The ops between a critic's convolutions, its first convolution's data gradient, and noise alone; float32."""
-    shape = (64, 64, 64, 64)
+    shape = (64, 64, SIDE, SIDE)
     x, g, y = (torch.randn(shape, device=device) for _ in range(3))
     bias, weight, a = (torch.rand(size, device=device) for size in ((64,), (64, 3, 4, 4), (64,)))
     indices = torch.arange(64, device=device)
     mask = torch.zeros(64, mask_bytes(x), dtype=torch.uint8, device=device)
-    d, images = g.to(memory_format=torch.channels_last), (64, 3, 128, 128)
-    size, gradient = x.nbytes, 4 * 64 * 3 * 128**2
+    d, images = g.to(memory_format=torch.channels_last), (64, 3, 2 * SIDE, 2 * SIDE)
+    size, gradient = x.nbytes, 16 * 64 * 3 * SIDE**2
     ops = {
         "bias_act_mask": (0, 2 * size + mask.nbytes, lambda: bias_act_mask(x, bias, 0.2, out=y)),
         "mask_mul": (0, 2 * size + mask.nbytes, lambda: mask_mul(x, mask, 0.2, out=y)),
@@ -159,9 +200,11 @@ def main():
     folder = device_folder(options.device)
     limits = ceilings(options.device)
     keep_freed_memory()
-    found = points(folder, limits["flops"]) + op_points(options.device)
+    found, places = points(folder, limits["flops"])
+    found += op_points(options.device)
     place = provenance(options.device)
-    result = {"ceilings": limits, "points": [vars(p) for p in found], "provenance": place}
+    cases = [{"provenance": other} for other in (place, *places)]
+    result = {"ceilings": limits, "points": [vars(p) for p in found], "cases": cases, "provenance": place}
     out = Path(options.out or folder)
     write_json(out / "roofline.json", result)
     plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")

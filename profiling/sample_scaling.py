@@ -2,10 +2,11 @@
 
 python -m profiling.sample_scaling [--out FOLDER]
 
-Every process has one thread. Times are whole commands, the difference between many and few images, so that starting up does not
-count; pictures are written as PNG, as a user has them.
+So many processes have as many cores, and one thread each for the network; another one writes the pictures, as PNG, as a user
+has them. Times are whole commands, the difference between many and few images, so that starting up does not count.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -29,23 +30,29 @@ def seconds(processes, images):
         command = [*launcher, "advkd.cli", "sample", "-n", str(processes * images), "--out", f"{folder}/images"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         begin = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        subprocess.run(["taskset", "--cpu-list", cores(processes), *command], check=True, capture_output=True, env=environment)
         spent = time.perf_counter() - begin
         assert len(list(Path(folder, "images").glob("*.png"))) == processes * images
         return spent
 
 
-def rate(processes):
-    """Images per second."""
-    return percentiles(
-        [processes * (MANY - FEW) / (seconds(processes, MANY) - seconds(processes, FEW)) for _ in range(REPEATS)]
-    )
+def cores(processes):
+    """The first so many cores that this process may use, as ``taskset`` names them."""
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))[:processes]))
+
+
+def rates(counts):
+    """Images per second by processes, in turn."""
+    found = {processes: [] for processes in counts}
+    for _, processes in itertools.product(range(REPEATS), counts):
+        spent = seconds(processes, MANY) - seconds(processes, FEW)
+        found[processes].append(processes * (MANY - FEW) / spent)
+    return {str(processes): percentiles(values) for processes, values in found.items()}
 
 
 if __name__ == "__main__":
     out = gated_folder("Measure weak scaling of sampling over processes.", ["tests/system/test_fused_student.py"])
-    counts = [1, 2] if (os.cpu_count() or 1) >= 2 else [1]
-    rows = {str(processes): rate(processes) for processes in counts}
+    rows = rates([1, 2] if len(os.sched_getaffinity(0)) >= 2 else [1])
     efficiency = {processes: value["median"] / int(processes) / rows["1"]["median"] for processes, value in rows.items()}
     for processes, value in rows.items():
         print(f"{processes} processes: {value['median']:.0f} images per second, efficiency {efficiency[processes]:.2f}")

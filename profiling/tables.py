@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import statistics
+from operator import itemgetter
 
 from advkd.errors import InputError
 from advkd.evaluate import cells
@@ -25,7 +26,7 @@ from . import (
     nsys,
     roofline,
 )
-from .evidence import figure, link, source, stored, unsupported
+from .evidence import checked, figure, link, source, stale, stored, unsupported
 from .harness import ROOT
 
 PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md")
@@ -206,13 +207,15 @@ def distillation():
     for result in stored("distillation"):
         rows = result["rows"]
         titles = ("an update of the demo's distillation", "ms", "critic", "student", "against plain PyTorch")
-        lines += [*source(result, [row["seconds"] for row in rows.values()]), _row(*titles), _rule(len(titles))]
+        lines += [
+            *source(result, [row[part] for row in rows.values() for part in ("seconds", "critic", "rest")]),
+            _row(*titles),
+            _rule(len(titles)),
+        ]
         plain = rows["plain PyTorch"]["seconds"]["median"]
         for name, row in rows.items():
-            critic = row["parts"]["update_critics"]
-            whole = row["seconds"]["median"]
-            rest = whole - critic
-            figures = (f"{1e3 * whole:.0f}", f"{1e3 * critic:.0f}", f"{1e3 * rest:.0f}")
+            whole, *parts = (part["median"] for part in (row["seconds"], row["critic"], row["rest"]))
+            figures = (f"{1e3 * whole:.0f}", *(f"{1e3 * part:.0f}" for part in parts))
             lines.append(_row(name, *figures, f"{plain / whole:.2f} x"))
         lines += [_row("Amdahl's bound, a critic's update in no time", "", "", "", f"{result['amdahl_critic']:.2f} x"), ""]
     return lines[:-1]
@@ -366,6 +369,7 @@ def ahead():
     for result in stored("ahead"):
         names = list(result["compiled"])
         versions = result["versions"]
+        checked(result)
         lines += [f"{link(result)}: nvcc {versions['nvcc']}, Triton {versions['triton']}; all GPU kernels:", ""]
         lines += [_row("kernels", *(f"{name}: registers, local accesses, tensor-core instructions" for name in names))]
         lines += [_rule(1 + len(names))]
@@ -421,9 +425,7 @@ def gpu_benchmarks():
     """Times on GPUs, ours and the fastest of the others, where the parity tests were green."""
     lines = []
     for name in gpu_summary.BENCHMARKS:
-        for result in stored(f"gpu_{name}"):
-            if result["result"].get("gate", {}).get("state") != "green":
-                continue
+        for result in gpu_summary.green(name, stored):
             titles = ("work", "advkd, us", "fastest other, us", "which", "ratio", "floor reached", "error by cuDNN's")
             cases = gpu_summary.cases_of(result)
             times = [entry["seconds"] for case in cases for entry in case["contestants"] if "seconds" in entry]
@@ -469,11 +471,25 @@ def sample_scaling():
     lines = []
     for result in stored("sample_scaling"):
         rates = result["images_per_second"]
-        lines += [*source(result, rates.values()), _row("processes of one thread", "images per second", "efficiency"), _rule(3)]
+        lines += [*source(result, rates.values()), _row("processes, and cores", "images per second", "efficiency"), _rule(3)]
         for processes, rate in rates.items():
             lines.append(_row(processes, f"{rate['median']:.0f}", f"{100 * result['efficiency'][processes]:.0f} %"))
         lines.append("")
     return lines[:-1] or NOTHING
+
+
+def plots(name, caption):
+    """The plots of a kind of result, each under its source."""
+
+    def lines():
+        found = []
+        for result in stored(name):
+            checked(result)
+            path = result["path"].removesuffix(".json") + ".png"
+            found += [*stale(result), f"![{caption}]({path})", "", f"{link(result)}: {result['provenance']['device']}.", ""]
+        return found[:-1] or NOTHING
+
+    return lines
 
 
 def demo_parts():
@@ -487,20 +503,27 @@ def demo_parts():
 NOTHING = ["Nothing has been measured yet."]
 
 
-def _of_the_demo(text):
-    return lambda: " and ".join(figure(result, [result["seconds"]], text(result)) for result in stored("demo"))
+def _figures(name, value, text):
+    """A figure of every result of that name, with its device."""
 
+    def linked():
+        results = stored(name)
+        if not results:
+            raise InputError(f"no result {name}.json holds a figure that a page states: python -m profiling.{name}")
+        found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
+        return " and ".join(f"{made} ({device})" for made, device in found)
 
-def step_overhead():
-    """What a sampler step costs at least."""
-    found = [(result, result["overhead"]["deterministic"]) for result in stored("step_scaling")]
-    return " and ".join(figure(result, [time], f"{1e6 * time['median']:.0f} microseconds") for result, time in found)
+    return linked
 
 
 FIGURES = {
-    "demo_seconds": _of_the_demo(lambda result: f"{statistics.mean(result['seconds']):.0f} seconds"),
-    "demo_times_faster": _of_the_demo(lambda result: f"{statistics.mean(result['times_faster']):.0f} times faster"),
-    "step_overhead": step_overhead,
+    "demo_seconds": _figures("demo", itemgetter("seconds"), lambda runs: f"{statistics.mean(runs):.0f} seconds"),
+    "demo_times_faster": _figures("demo", itemgetter("times_faster"), lambda runs: f"{statistics.mean(runs):.0f} times faster"),
+    "step_overhead": _figures(
+        "step_scaling",
+        lambda result: result["overhead"]["deterministic"],
+        lambda time: f"{1e6 * time['median']:.0f} microseconds",
+    ),
 }
 """Name of a figure in a sentence -> what makes its link."""
 
@@ -509,6 +532,11 @@ TABLES = {
     "counts": counts,
     "sample_scaling": sample_scaling,
     "demo": demo_parts,
+    "demo_plot": plots("demo", "time of a demo by part"),
+    "roofline_plot": plots("roofline", "every op under the machine's ceilings"),
+    "scaling_plot": plots("scaling", "time by batch, resolution and threads"),
+    "step_scaling_plot": plots("step_scaling", "time of a step by batch and resolution"),
+    "penalty_scaling_plot": plots("penalty_scaling", "time of a penalty by batch, resolution and depth"),
     "traces": lambda: nsys.table() or NOTHING,
     "counters": lambda: ncu.table() or NOTHING,
     "compare": lambda: compare.table() or NOTHING,
@@ -559,7 +587,7 @@ def pages():
     """
     found = {path: filled(path.read_text(), path) for path in PAGES}
     for path, text in found.items():
-        if bare := unsupported(text):
+        if bare := unsupported(text, path.parent):
             raise InputError(f"{path.name}: performance without a link to its result: {'; '.join(bare)}")
     if measured := stored("billion"):
         found[BILLION] = placed(billion.page(measured), BILLION)

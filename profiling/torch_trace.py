@@ -85,12 +85,12 @@ def read(path):
     path = Path(path)
     try:
         text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        events = [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        trace = Trace()
+        for event in json.loads(text)["traceEvents"]:
+            if event.get("ph") == "X":
+                _add(trace, event, event.get("cat", "").lower())
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is not a whole Chrome trace ({error}): record it again") from error
-    trace = Trace()
-    for event in events:
-        _add(trace, event, event.get("cat", "").lower())
     trace.on_gpu = bool(trace.activities)
     return trace
 

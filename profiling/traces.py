@@ -168,11 +168,13 @@ def _by_range(trace, inside, units):
             row["own_seconds"] += 1e-9 * own
     for item, names in inside:
         seconds = 1e-9 * (item.end - item.start) if trace.on_gpu else 0.0
-        for name in set(names):
+        # A range that was open before the first unit is not of it.
+        for name in set(names) & set(rows):
             rows[name]["launches"] += _is_launch(item)
             rows[name]["seconds"] += seconds
-        rows[names[-1]]["own_launches"] += _is_launch(item)
-        rows[names[-1]]["own_seconds"] += seconds
+        own = next(name for name in reversed(names) if name in rows)
+        rows[own]["own_launches"] += _is_launch(item)
+        rows[own]["own_seconds"] += seconds
     return [{"range": name, **{key: value / len(units) for key, value in row.items()}} for name, row in rows.items()]
 
 
@@ -213,7 +215,16 @@ def lines(results, above=source):
             *markdown(("workload", "range", "baseline ms", "fused ms", "baseline launches", "fused"), _ranges(rows)),
             "",
         ]
+        found += failures(result, "recorded")
     return found[:-1]
+
+
+def failures(result, done):
+    """What of a result is not in its tables, and why, a line each."""
+    errors = [f"Not {done}: {label(row)}, {row['variant']}: {row['error']}." for row in result["rows"] if "error" in row]
+    gates = result.get("parity", {}).items()
+    off = [f"Not {done}: {work}: the variants differ." for work, gate in gates if not gate["passed"]]
+    return [*errors, *off, ""] if errors or off else []
 
 
 def unit_table(rows):

@@ -5,8 +5,8 @@ python -m profiling.workloads {student,teacher,update} {baseline,fused} [--devic
 runs one of them between cudaProfilerStart and cudaProfilerStop, for ``nsys`` and ``ncu`` to wrap; with ``--peak`` it prints the
 bytes that it takes instead. A unit of work is one call: images of a batch of latents, a batch's trajectory, or an update of the
 critics and one of the student. Both variants begin with the same weights and random numbers; :func:`gate` compares what they
-give with float64. Each is as it is used best: without gradients where none are needed, in channels_last but for diffusers' own
-loop, whose network stays as it was loaded.
+give with float64. Each is as it is used best: without gradients where none are needed, and in channels_last. The teacher's
+network is PyTorch's in both variants, so that what differs there is the loop around it and the step.
 """
 
 import argparse
@@ -65,6 +65,19 @@ def sizes(device):
     return ("digits",) if torch.device(device).type == "cpu" else tuple(SIZES)
 
 
+TEACHER = dict(
+    sample_size=256,
+    in_channels=3,
+    out_channels=3,
+    layers_per_block=2,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    attention_head_dim=None,
+)
+"""``UNet2DModel`` of the published 256x256 DDPMs, ``google/ddpm-celebahq-256`` among them."""
+
+
 def teacher_of(size, device):
     """The shipped teacher; for 256 pixels one with the shape of ``google/ddpm-celebahq-256`` and random weights."""
     if size.preset == "digits":
@@ -72,11 +85,7 @@ def teacher_of(size, device):
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    down, up = ["DownBlock2D"] * 6, ["UpBlock2D"] * 6
-    down[4], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
-    widths = (128, 128, 256, 256, 512, 512)
-    unet = UNet2DModel(256, down_block_types=down, up_block_types=up, block_out_channels=widths)
-    return Teacher(unet.to(device), DDPMScheduler(), "random weights, 256 pixels")
+    return Teacher(UNet2DModel(**TEACHER).to(device), DDPMScheduler(), "random weights, 256 pixels")
 
 
 def student_dtype(device):
@@ -136,13 +145,14 @@ def ddim_scheduler(own, steps):
 
 
 def teacher(variant, device, size):
-    """x_0 of one batch of start states. The network is uncompiled in both variants: the loop around it is what differs."""
+    """x_0 of one batch of start states. The network is uncompiled and channels_last in both variants: the loop differs."""
     own = teacher_of(size, device)
     x_T = own.noise(size.trajectories, seed=1)
     if variant == "fused":
         own.optimize(compiled=False)
         return lambda: own.record(x_T, {}, "ddim", size.steps, 1)[0].clamp_(-1, 1)
-    unet, scheduler = own.unet.to(memory_format=torch.contiguous_format), ddim_scheduler(own, size.steps)
+    unet, scheduler = own.unet.to(memory_format=torch.channels_last), ddim_scheduler(own, size.steps)
+    x_T = x_T.contiguous(memory_format=torch.channels_last)
     return lambda: ddim_loop(unet, scheduler, x_T)
 
 

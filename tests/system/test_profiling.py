@@ -24,12 +24,15 @@ from profiling import (
     bench_student,
     bench_teacher,
     billion,
+    demo,
     evidence,
+    gpu_kernels,
     harness,
     kernel_digests,
     roofline,
     tables,
 )
+from profiling import instruction_counts as counts
 from profiling.harness import Case, Contestant
 
 from ..conftest import ROOT, process_environment
@@ -209,15 +212,35 @@ def test_a_figure_without_evidence_is_refused():
 
 @pytest.mark.parametrize(
     "sentence",
-    ["It takes 3.5 ms.", "It is 12 times the rate.", "a\n2.4 x b", "One is faster.", "It reaches 70 to 95 % of it."],
+    [
+        "It takes 3.5 ms.",
+        "It is 12 times the rate.",
+        "a\n2.4 x b",
+        "One is faster.",
+        "It reaches 70 to 95 % of it.",
+        "It is three times as fast.",
+        "It takes half the time.",
+        "It takes two seconds.",
+        "Draws 100 images/s.",
+        "At 2.5 ms/image.",
+        "At 20 TFLOP/s.",
+        "Better by 3.2×.",
+        "A factor of 4.",
+        "Ours outpaces every peer.",
+    ],
 )
-def test_a_sentence_about_performance_needs_a_link(sentence):
+def test_a_sentence_about_performance_needs_a_link(sentence, tmp_path):
     table = "<!-- table: a -->\n| 3 ms |\n<!-- end -->\n```sh\nsleep 3 s\n```\n"
     assert evidence.unsupported(f"Before. {sentence} Behind.\n\n{table}")
-    linked = sentence.replace("a\n", "a [b](profiling/results/a/b.json)\n").replace("It", "[It](results/a.json)")
-    if linked != sentence:
-        assert not evidence.unsupported(f"Before.\n\n{linked}\n\n{table}")
-    assert not evidence.unsupported(f"Four of `3 ms` and 256x256 in 12 levels of 3x3.\n\n{table}")
+    there, gone = (tmp_path / "results" / f"{name}.json" for name in ("there", "gone"))
+    there.parent.mkdir()
+    there.touch()
+    for path, missing in ((there, False), (gone, True)):
+        linked = f"Before.\n\n[Here](results/{path.name}): {sentence[0].lower()}{sentence[1:]}\n\n{table}"
+        assert bool(evidence.unsupported(linked, tmp_path)) == missing
+    assert not evidence.unsupported(
+        f"Four of `3 ms` and 256x256 in 12 levels of 3x3; two of them. Seconds are seconds.\n\n{table}"
+    )
 
 
 def test_pages_with_unsupported_sentences_are_not_written(tmp_path, monkeypatch):
@@ -237,16 +260,31 @@ def test_the_evaluation_is_of_the_shipped_student():
 def test_results_have_provenance_and_green_gates():
     paths = list(harness.RESULTS.glob("*/*.json"))
     assert len(paths) >= 4
-    for path in paths:
-        result = json.loads(path.read_text())
+    stored = [(path, json.loads(path.read_text())) for path in paths]
+    stored += [(counts.BASELINE, result) for result in counts.stored().values()]
+    for path, result in stored:
         for where in (result["provenance"], *(case["provenance"] for case in result.get("cases", []))):
             assert where["commit"] and where["device"] and where["dirty"] is False
-        for case in result.get("cases", []):
+        for case in result.get("cases", []) if path.stem != "roofline" else ():
             if path.stem == "bench_student":
                 # A peer that could not run, or was off, would make the ratio to the fastest one worthless.
                 assert len(case["contestants"]) >= 6 and all("seconds" in entry for entry in case["contestants"])
             ours = [entry for entry in case["contestants"] if entry["kind"] == "ours"]
             assert ours and all(entry["parity"]["error"] <= entry["parity"]["tolerance"] and entry["seconds"] for entry in ours)
+
+
+def test_what_the_project_set_out_for_is_in_the_results():
+    """On every measured machine the fused workloads beat their baselines, and a demo's time is in its networks."""
+    for result in tables.stored("compare"):
+        assert not result["complaints"] and {row["workload"] for row in result["rows"]} == {"student", "teacher", "update"}
+        for row in result["rows"]:
+            assert row["parity"]["passed"] and row["seconds"]["fused"]["median"] < row["seconds"]["baseline"]["median"]
+    for name in ("traces", "counters"):
+        for result in tables.stored(name):
+            assert len({(row["workload"], row["variant"]) for row in result["rows"]}) == 6
+            assert not any("error" in row for row in result["rows"])
+    results = tables.stored("demo")
+    assert results and not any(demo.complaints(result) for result in results)
 
 
 def test_a_result_of_older_kernels_is_stale():
@@ -257,6 +295,14 @@ def test_a_result_of_older_kernels_is_stale():
     assert kernel_digests.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
     stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
     assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
+    # On a GPU other kernels do the work; a part of a whole run keeps their digests beside its provenance.
+    now = gpu_kernels.digests()
+    part = {"provenance": {"device": "a card"}, "kernels": now, "result": {}}
+    assert kernel_digests.changed("gpu_bench_student", part) == []
+    part["kernels"] = {**now, "cuda conv_pair": "0", "triton norm_act": "0"}
+    assert kernel_digests.changed("gpu_bench_student", part) == ["cuda conv_pair"]
+    assert kernel_digests.changed("bench_norm_act_cuda", part) == ["triton norm_act"]
+    assert "cuda sampler_step" in kernel_digests.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
     # A header's change is its kernels' change.
     texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
     before = kernel_digests._digest("csrc/cpu/a.cpp", texts.get)
@@ -276,11 +322,40 @@ def test_the_roofline_of_stored_results(tmp_path):
     """Points of the committed benchmarks, and a plot in both formats."""
     folder = harness.RESULTS / "amd-epyc"
     limits = {"flops": {"float32": 2e11, "bfloat16": 4e11}, "bandwidth": 2e10}
-    found = roofline.points(folder, limits["flops"])
+    found, places = roofline.points(folder, limits["flops"])
+    assert places and all(place["commit"] for place in places)
     assert {p.dtype for p in found} == {"float32", "bfloat16"} and len(found) > 20
     paths = [tmp_path / "roofline.png", tmp_path / "roofline.svg"]
     roofline.plot(found, limits, paths, "a device")
     assert paths[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in paths[1].read_bytes()
+
+
+def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
+    """A GPU's cases come from its own command and from the whole run's part; who measured other kernels says so."""
+    entry = {"name": "advkd", "kind": "ours", "seconds": time(0.5)}
+    case = {"case": "digits, bfloat16", "flop": 8, "moved_bytes": 2, "contestants": [entry], "provenance": PLACE}
+    alone = {"cases": [case], "provenance": {**PLACE, "driver": "1"}}
+    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": gpu_kernels.digests()}
+    for name, stored in (("bench_student_cuda", alone), ("gpu_bench_norm_act", part)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(stored))
+    found, places = roofline.points(tmp_path, ["float32", "bfloat16"])
+    assert [(p.name, p.dtype, p.flop, p.moved_bytes) for p in found] == [
+        ("student: digits, bfloat16, earlier kernels", "bfloat16", 8, 2),
+        ("norm_act: digits, bfloat16", "bfloat16", 0, 2),
+    ]
+    assert places == [PLACE]
+
+
+def test_copies_and_ops_have_times(monkeypatch):
+    """Small ones: every copy and every op that stands alone under the roofline runs."""
+    monkeypatch.setattr(roofline, "COPY_BYTES", (2**20, 2**21))
+    assert sorted(roofline.copies()) == ["memcpy of 1 MiB", "memcpy of 2 MiB", "torch's copy of 1 MiB", "torch's copy of 2 MiB"]
+    monkeypatch.setattr(roofline, "SIDE", 8)
+    found = roofline.op_points("cpu")
+    assert len(found) == 6 and all(p.moved_bytes > 0 and p.seconds["median"] > 0 for p in found)
+    monkeypatch.setattr(roofline, "MATRIX", 16)
+    limits = roofline.ceilings("cpu")
+    assert set(limits["flops"]) == {"float32", "bfloat16"} and limits["bandwidth"] > 0 and len(limits["samples"]) >= 6
 
 
 def test_the_cost_of_a_billion_images():

@@ -90,6 +90,7 @@ def test_rows():
     table = "\n".join(demo.lines(result))
     assert "| distillation / critic update | 60.0, 70.0 | 61.9 | network |" in table
     assert "| load | 9.0, 9.5 | 8.8 |  |" in table and "| the rest | 0.1, 0.2 | 0.1 |  |" in table and "| a |" not in table
+    assert "| all outside of networks |  | 9.5 |  |" in table
     assert demo.spread([1.0, 3.0, 2.0]) == "2.0 (1.0 to 3.0)"
 
 
@@ -97,6 +98,10 @@ def test_a_part_outside_of_the_networks_is_too_large():
     assert demo.complaints(made(**RESULT)) == []
     (said,) = demo.complaints(made(**{**RESULT, "load": (20.0, 9.5), "distillation__critic_update": (49.0, 70.0)}))
     assert said.startswith("load: 14 %")
+    # The same thing in several places counts as one.
+    parts = {"load": (6.0, 6.0), "trajectories__load": (6.0, 6.0), "distillation__critic_update": (49.0, 70.0)}
+    (said,) = demo.complaints(made(**{**RESULT, **parts}))
+    assert said.startswith("load: 11 %")
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from advkd import timing
 from advkd.errors import InputError
 from advkd.models import student as student_module
 from advkd.ranges import named
@@ -59,6 +59,25 @@ def test_both_tools_recordings_give_the_same_figures(kind, tmp_path):
     ]
     assert [(row["name"], row["launches"]) for row in found["top"]] == [(CONV, 1), ("step_kernel", 0.5)]
     assert found["top"][0]["seconds"] == pytest.approx(3000e-9)
+
+
+def test_a_report_that_torchs_profiler_made():
+    """Two units of a small student on a CPU."""
+    found = summary(torch_trace.read(ROOT / "tests" / "data" / "torch" / "student.json.gz"))
+    assert (found["units"], found["launches"], found["launched"], found["busy"]) == (2, 17, "operators", None)
+    rows = {row["range"]: (row["calls"], row["own_launches"]) for row in found["ranges"]}
+    assert rows == {UNIT: (1, 3), "latents": (1, 8), "student": (1, 5), "to host": (1, 1)}
+    # 17,162 us of a first call, 500 us of a second one.
+    assert found["unit_seconds"] == pytest.approx([0.017162402, 0.000500454])
+    assert sum(row["own_seconds"] for row in found["ranges"]) == pytest.approx(found["seconds"])
+    assert found["top"][1]["name"] == "advkd::student_forward"
+
+
+def test_a_range_that_was_open_before_is_no_row():
+    ranges = [Span(-50, 300, "library"), Span(0, 100, UNIT), Span(10, 60, "inner")]
+    found = summary(Trace(ranges, operators=[Span(12, 52, "conv"), Span(70, 80, "add")], on_gpu=False))
+    rows = {row["range"]: (row["launches"], row["own_launches"]) for row in found["ranges"]}
+    assert rows == {UNIT: (2, 1), "inner": (1, 1)}
 
 
 def test_operators_of_a_cpu():
@@ -161,6 +180,10 @@ def test_a_recording_by_nsys(tmp_path):
 
     trace = nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, run)
     assert summary(trace)["launches"] == 1.5 and (tmp_path / "trace-student-fused.json.gz").exists()
+    # A report of before is none of now.
+    silent = lambda words, **options: SimpleNamespace(returncode=0, stdout="", stderr="nothing was captured")  # noqa: E731
+    with pytest.raises(InputError, match="student, fused: nsys ended with 0: nothing was captured"):
+        nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, silent)
     failing = lambda words, **options: SimpleNamespace(returncode=1, stdout="", stderr="first\nno rights\n")  # noqa: E731
     with pytest.raises(InputError, match="student, baseline: nsys ended with 1: no rights"):
         nsys.record("student", "baseline", "cuda", "digits", 2, tmp_path, failing)
@@ -171,8 +194,10 @@ def test_counting_by_ncu_and_its_refusal():
         text = (DATA / "raw.csv").read_text() if "--csv" in words else "\n".join(sorted(ncu.FLOP))
         return SimpleNamespace(returncode=0, stdout=text, stderr="")
 
-    found = ncu.count("teacher", "fused", "cuda", "digits", 3, run)
-    assert (found["flop"], found["steps"], found["cut_off"], len(found["kernels"])) == (6.8e6, 2, True, 2)
+    found = ncu.count("teacher", "fused", "cuda", "digits", 4, run)
+    assert (found["flop"], found["steps"], len(found["kernels"])) == (6.8e6, 2, 2)
+    with pytest.raises(InputError, match="more than 3 kernels in a unit: count with a larger --most"):
+        ncu.count("teacher", "fused", "cuda", "digits", 3, run)
     said = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\n==PROF== Disconnected\n"
     with pytest.raises(InputError, match="ncu ended with 0: ==ERROR== ERR_NVGPUCTRPERM"):
         ncu.count(
@@ -305,36 +330,51 @@ def test_operations_of_an_update(tiny):
     assert 0 < ours < plain and "advkd.norm_act" in set(named_ops) - set(without)
 
 
-def pair(monkeypatch, baseline=0.0, fused=0.0, error=0.0):
-    """A workload whose variants take so many seconds, of which the fused one is off by ``error``."""
-    import time
+def pair(monkeypatch, baseline=1.0, fused=1.0, error=0.0):
+    """A workload whose variants take so many seconds by a clock that only they move; the fused one is off by ``error``."""
+    now = [0.0]
 
     def prepare(variant, device, size):
-        return lambda: time.sleep(fused if variant == "fused" else baseline)
+        def call():
+            now[0] += fused if variant == "fused" else baseline
 
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(workloads, "WORKLOADS", {"student": (prepare, lambda *_: ({"baseline": 0.0, "fused": error}, 1e-4))})
     monkeypatch.setattr(compare, "beside", lambda *_: {})
 
 
 def test_compare_ends_with_what_it_found(tiny, tmp_path, monkeypatch, capsys):
     def ends():
-        return run_main(compare, monkeypatch, tmp_path, "--only", "student", "--repeats", "3", "--traces", str(tmp_path / "t"))
+        code = run_main(compare, monkeypatch, tmp_path, "--only", "student", "--repeats", "3", "--traces", str(tmp_path / "t"))
+        caught = capsys.readouterr()
+        return code, caught.err.splitlines()[-1], caught.out
 
     monkeypatch.setattr(power, "SHORTEST", 0.0)
-    pair(monkeypatch, baseline=0.02, fused=0.002)
-    assert ends() == 0
+    pair(monkeypatch, baseline=20.0, fused=2.0)
+    assert ends()[0] == 0
     (row,) = json.loads((tmp_path / "compare.json").read_text())["rows"]
-    assert row["seconds"]["fused"]["median"] < row["seconds"]["baseline"]["median"] and "joules" in row
-    pair(monkeypatch, baseline=0.002, fused=0.02)
-    assert "student, tiny: the fused variant is slower" in ends()
-    assert "**student, tiny: the fused variant is slower" in capsys.readouterr().out
+    assert (row["seconds"]["fused"]["median"], row["seconds"]["baseline"]["median"]) == (2.0, 20.0) and "joules" in row
+    pair(monkeypatch, baseline=2.0, fused=20.0)
+    code, said, shown = ends()
+    assert (code, said) == (1, "student, tiny: the fused variant is slower: 2e+04 against 2000 ms")
+    assert f"**{said}**" in shown
     pair(monkeypatch, error=1.0)
-    assert re.match(r"student, tiny: off \(baseline 0.00e\+00, fused 1.00e\+00; at most 1.00e-04\)", ends())
+    code, said, _ = ends()
+    assert (code, said) == (1, "student, tiny: off (baseline 0.00e+00, fused 1.00e+00; at most 1.00e-04)")
     assert "seconds" not in json.loads((tmp_path / "compare.json").read_text())["rows"][0]
     pair(monkeypatch, error=float("nan"))
-    assert "off (" in ends()
+    code, said, _ = ends()
+    assert code == 1 and "off (" in said
     monkeypatch.setattr(workloads, "WORKLOADS", {"student": (None, lambda *_: 1 / 0)})
-    assert "student, tiny: cannot run: ZeroDivisionError" in ends()
+    code, said, _ = ends()
+    assert code == 1 and "student, tiny: cannot run: ZeroDivisionError" in said
+    # A profiler that is there and fails is something else.
+    pair(monkeypatch, baseline=2.0)
+    monkeypatch.setattr(compare, "beside", lambda *_: {"not_recorded": ["fused: killed"]})
+    code, said, shown = ends()
+    assert (code, said) == (3, "student, tiny: fused: killed") and "Not recorded: student, tiny, fused: killed." in shown
 
 
 def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypatch):
@@ -351,10 +391,22 @@ def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypa
     text = "\n".join(compare.lines([{"rows": [row], "complaints": [], "path": "a/b.json", "provenance": PLACE}]))
     assert "| student, tiny | 2, 1 | 2.00 x | 9, - operators | 3 | - | 0, 0 | - | 0.0e+00, 1.0e-06 |" in text
     assert "Joules: no counter." in text and "Not recorded: student, tiny, fused: no." in text
+    # Without ncu there are no bytes; where ncu is and fails, the command does, too.
+    assert compare.tool_failures([row]) == ["student, tiny: fused: no"]
+    monkeypatch.setattr(ncu, "missing", lambda device: None)
+    monkeypatch.setattr(ncu, "count", lambda *_: {"dram_bytes": 6, "steps": 2})
+    assert compare._bytes("teacher", "cuda", "digits")["dram_bytes"] == {"baseline": 150, "fused": 150}
+    monkeypatch.setattr(ncu, "count", lambda *_: refuse("no rights"))
+    row |= {"not_recorded": [], **compare._bytes("student", "cuda", "tiny")}
+    assert compare.tool_failures([row]) == ["student, tiny: ncu: no rights"]
     failing = SimpleNamespace(returncode=1, stdout="", stderr="killed")
     monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: failing)
     with pytest.raises(InputError, match="killed"):
         compare.beside("student", "cpu", "tiny", tmp_path)
+
+
+def refuse(why):
+    raise InputError(why)
 
 
 PEAK = """
@@ -454,6 +506,12 @@ def test_a_missing_tool_ends_with_3_and_leaves_what_there_was(module, tool, stor
 
 def test_a_device_without_counters():
     launches = ncu.read((DATA / "raw.csv").read_text())
+    # A launch without a time has no part in rates, and does not break a table.
+    one, *others = launches
+    found = ncu.totals([{**one, "seconds": None}, *others])
+    rest = ncu.totals(others)
+    assert found["flop"] > rest["flop"] and found["flop_per_second"] == rest["flop_per_second"]
+    assert ncu._kernel_cells({"workload": "a", "size": "b", "variant": "c"}, ncu.by_kernel([{**one, "seconds": None}])[0])
     with pytest.raises(InputError, match="no counters"):
         ncu.counted_launches([{**launch, "seconds": None} for launch in launches])
 
@@ -463,7 +521,9 @@ def test_a_damaged_chrome_trace(tmp_path):
     whole = gzip.compress((DATA / "chrome_trace.json").read_bytes())
     path.write_bytes(whole)
     assert torch_trace.read(path).ranges
-    for damaged in (b"", whole[: len(whole) // 2], b"no trace", gzip.compress(b"[]"), gzip.compress(b"\xff\xfe")):
+    event = gzip.compress(b'{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "a"}]}')
+    text = gzip.compress(b'{"traceEvents": ["a"]}')
+    for damaged in (b"", whole[: len(whole) // 2], b"no trace", gzip.compress(b"[]"), gzip.compress(b"\xff\xfe"), event, text):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="whole Chrome trace"):
             torch_trace.read(path)

@@ -1,3 +1,4 @@
+-- Written by hand after the "SQLite Schema Reference" of Nsight Systems' documentation; no GPU has made it.
 -- An SQLite export of Nsight Systems in small: two units of work, times in nanoseconds. Process 100, thread 101 works, thread 102
 -- is autograd's; process 200 is somebody else's, whose calls have the same correlation numbers.
 CREATE TABLE StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL);
