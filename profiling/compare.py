@@ -24,7 +24,7 @@ from .evidence import device_alone, source, stored
 from .harness import ROOT, provenance
 from .torch_trace import LIMIT, last_line
 from .traces import label, markdown
-from .workloads import SIZES, VARIANTS, command, gate, positive, prepare, synchronize
+from .workloads import MORE_VARIANTS, SIZES, VARIANTS, command, gate, positive, prepare, synchronize
 
 MOST = 4000
 """Kernels of a unit that are counted at most."""
@@ -37,10 +37,11 @@ def compared(name, device, size, repeats):
         row["parity"] = gate(name, device, size)
         if not row["parity"]["passed"]:
             return row
-        calls = {variant: prepare(name, variant, device, size) for variant in VARIANTS}
+        variants = (*VARIANTS, *MORE_VARIANTS.get(name, ()))
+        calls = {variant: prepare(name, variant, device, size) for variant in variants}
         row["seconds"] = measure(calls, repeats, warmup=2, device=device)
         row["flop"], _ = ncu.counted(calls["baseline"])
-        row["joules"] = joules(calls, device, row["seconds"])
+        row["joules"] = joules({v: calls[v] for v in VARIANTS}, device, row["seconds"])
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {reason(error)}"
     return row
@@ -150,10 +151,15 @@ def lines(results, above=source):
     """Markdown of stored comparisons: a column pair per figure, baseline first."""
     found = []
     for result in results:
-        times = [row["seconds"][variant] for row in result["rows"] for variant in VARIANTS if "seconds" in row]
-        found += [*above(result, times, "" if times else "nothing was timed"), "Each cell: baseline, fused.", ""]
+        times = [time for row in result["rows"] for time in row.get("seconds", {}).values()]
+        found += [
+            *above(result, times, "" if times or not result["rows"] else "nothing was timed"),
+            "Each cell: baseline, fused.",
+            "",
+        ]
         titles = ("workload", "ms", "ratio", "launches", "GFLOP, direct", "DRAM MB", "peak MB", "joules", "largest error")
         found += [*markdown(titles, map(_cells, result["rows"])), ""]
+        found += [said for row in result["rows"] for said in _beside(row)]
         found += [f"{what}: {why}." for what, why in sorted(_missing(result["rows"]).items())]
         found += [f"Not recorded: {label(row)}, {why}." for row in result["rows"] for why in row.get("not_recorded", [])]
         found += ["", *(f"**{line}**" for line in result["complaints"]), ""] if result["complaints"] else [""]
@@ -176,6 +182,15 @@ def _pair(values, scale, form=".4g"):
     if not values or "missing" in values:
         return "-"
     return ", ".join("-" if values[v] is None else format(scale * values[v], form) for v in VARIANTS)
+
+
+def _beside(row):
+    """What baselines beside the baseline take."""
+    others = {name: time["median"] for name, time in row.get("seconds", {}).items() if name not in VARIANTS}
+    fused = row["seconds"]["fused"]["median"] if others else 0.0
+    return [
+        f"{label(row)}, baseline in {name}: {1e3 * median:.4g} ms, {median / fused:.2f} x." for name, median in others.items()
+    ]
 
 
 def _missing(rows):

@@ -360,7 +360,7 @@ def test_copies_and_ops_have_times(monkeypatch):
 
 def test_the_cost_of_a_billion_images():
     """Hours are seconds per image times a billion, dollars those times the price of all cores."""
-    result = {"kind": "cpu", "provenance": {**PLACE, "cores": 4}, "student": {"batch": 8, "rows": {"s": time(0.36)}}}
+    result = {"kind": "cpu", "provenance": {**PLACE, "threads": 4}, "student": {"batch": 8, "rows": {"s": time(0.36)}}}
     result["teacher"] = {"batch": 1, "rows": {"slow": time(20.0), "fast": time(3.6)}}
     text = billion.page([{**result, "path": "profiling/results/a/billion.json"}])
     assert "| teacher, DDIM-50 (fast) | 180 | 50,000,000 | 10,000,000 | 500.0 x |" in text

@@ -414,6 +414,7 @@ def test_tables_of_gpu_results(monkeypatch):
         "versions": {"nvcc": "13", "triton": "3"},
         "kernels": {},
         "path": "a/ahead.json",
+        "provenance": PLACE,
     }
     known = {"gpu_bench_student": [stored], "ahead": [aot]}
     monkeypatch.setattr(tables, "stored", lambda name: known.get(name, []))

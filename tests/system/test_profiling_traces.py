@@ -388,8 +388,10 @@ def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypa
     times = {v: 0.002 - 0.001 * (v == "fused") for v in VARIANTS}
     row |= {"seconds": {v: {"median": t, "p20": t, "p80": t} for v, t in times.items()}, "flop": 3e9}
     row["joules"] = {"missing": "no counter"}
+    row["seconds"]["channels_last"] = {"median": 0.0015, "p20": 0.0015, "p80": 0.0015}
     text = "\n".join(compare.lines([{"rows": [row], "complaints": [], "path": "a/b.json", "provenance": PLACE}]))
     assert "| student, tiny | 2, 1 | 2.00 x | 9, - operators | 3 | - | 0, 0 | - | 0.0e+00, 1.0e-06 |" in text
+    assert "student, tiny, baseline in channels_last: 1.5 ms, 1.50 x." in text
     assert "Joules: no counter." in text and "Not recorded: student, tiny, fused: no." in text
     # Without ncu there are no bytes; where ncu is and fails, the command does, too.
     assert compare.tool_failures([row]) == ["student, tiny: fused: no"]
