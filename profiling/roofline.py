@@ -2,15 +2,14 @@
 
 python -m profiling.roofline [--device cuda] [--out FOLDER]
 
-Ceilings are measured here and now: the bandwidth of copies, and products per second of each dtype, on a
+Ceilings are measured here and now: the bandwidth of passes that only move memory, and products per second of each dtype, on a
 CPU in registers by the project's own kernels and in a large matrix product by torch. Points come from the stored benchmarks of
 this device, with the count of operations that defines the work; a kernel that makes fewer (Winograd, phases) may pass
 100 %. The ops that no benchmark times alone are timed here, on 64 images of 64 channels and 64x64.
 """
 
 import argparse
-import ctypes
-from concurrent.futures import ThreadPoolExecutor
+import functools
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +18,16 @@ import torch
 
 from advkd.files import replacing, write_json
 from advkd.memory import keep_freed_memory
-from advkd.ops import backends, image_gradient, interpolate, mask_mul, penalty_reduce, philox_normal
+from advkd.ops import (
+    StepCoefficients,
+    backends,
+    image_gradient,
+    interpolate,
+    mask_mul,
+    penalty_reduce,
+    philox_normal,
+    sampler_step,
+)
 from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
 from advkd.timing import measure, percentiles
@@ -28,8 +36,8 @@ from . import gpu_summary, kernel_digests
 from .harness import device_folder, provenance, read
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
-COPY_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
-"""Of the copies, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
+STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
+"""Of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
 
 SIDE = 64
 """Of the images that single ops are timed on."""
@@ -71,8 +79,9 @@ def ceilings(device):
         found = peaks(device)
         names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
         return {**found, "flops": {name: found["flops"][kind] for name, kind in names.items()}}
-    samples, flops = copies(), {}
-    bandwidth = max(2 * size / samples[name]["p20"] for name, size in zip(samples, COPY_BYTES * 2))
+    moving, flops = streams(), {}
+    samples = measure({name: call for name, (_, call) in moving.items()}, 20, warmup=3)
+    bandwidth = max(size / samples[name]["p20"] for name, (size, _) in moving.items())
     for code, dtype in enumerate((torch.float32, torch.bfloat16)):
         name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
@@ -85,20 +94,20 @@ def ceilings(device):
     return {"flops": flops, "bandwidth": bandwidth, "samples": samples}
 
 
-def copies():
-    """Times of torch's copy and of the C library's on every thread, which does not read what it overwrites."""
-    calls, threads = {}, torch.get_num_threads()
-    copy = ctypes.CDLL(None).memcpy
-    copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
-    tensors = [(torch.randn(size // 4), torch.empty(size // 4)) for size in COPY_BYTES]
-    for x, y in tensors:
-        calls[f"torch's copy of {x.nbytes >> 20} MiB"] = lambda x=x, y=y: y.copy_(x)
-    with ThreadPoolExecutor(threads) as pool:
-        for x, y in tensors:
-            part = x.nbytes // threads
-            places = [(y.data_ptr() + i * part, x.data_ptr() + i * part, part) for i in range(threads)]
-            calls[f"memcpy of {x.nbytes >> 20} MiB"] = lambda places=places: list(pool.map(lambda place: copy(*place), places))
-        return measure(calls, 20, warmup=3)
+def streams():
+    """``{name: (bytes that it moves, function)}`` of what does nothing but move memory.
+
+    Torch's copy reads what it overwrites. The kernel of the sampler's step adds two tensors and writes past the caches.
+    """
+    found = {}
+    for size in STREAM_BYTES:
+        x, m, y = torch.randn(size // 4), torch.randn(size // 4), torch.empty(size // 4)
+        found[f"copy of {size >> 20} MiB"] = 2 * size, lambda x=x, y=y: y.copy_(x)
+        if backends.extension_gap("cpu") is None:
+            planes = [t.view(1, 1, 1, -1) for t in (x, m, y)]
+            sum_of_two = functools.partial(sampler_step, *planes[:2], StepCoefficients(1.0, 1.0, 1.0), out=planes[2])
+            found[f"two of {size >> 20} MiB into a third"] = 3 * size, sum_of_two
+    return found
 
 
 def points(folder, known):
