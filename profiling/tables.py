@@ -452,7 +452,7 @@ def roofline_table():
         limits = result["ceilings"]
         rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
         times = [*limits["samples"].values(), *(point["seconds"] for point in result["points"])]
-        lines += [*source(result, times), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s in a copy.", ""]
+        lines += [*source(result, times), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
         lines += [_row("case", "bound by", "FLOP per byte", "of the limit"), _rule(4)]
         for name, bound, intensity, fraction in roofline.rows(result):
             lines.append(_row(name, bound, "-" if intensity is None else f"{intensity:.1f}", f"{100 * fraction:.0f} %"))
