@@ -155,7 +155,7 @@ def run_case(case):
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if entry["parity"]["passed"]:
             calls[contestant.name] = call
-    times = _times(case, calls)
+    times = timed(calls, case.repeats, case.device)
     for entry in entries:
         if entry["name"] in times:
             entry["seconds"] = times[entry["name"]]
@@ -165,10 +165,11 @@ def run_case(case):
     return {"case": case.name, **figures, **case.notes, "contestants": entries, "ratio": _ratio(entries)}
 
 
-def _times(case, calls):
-    if torch.device(case.device).type == "cuda":
-        return measure_events(calls, case.repeats, device=case.device)
-    return measure(calls, case.repeats, warmup=3, device=case.device, settle=SETTLE)
+def timed(calls, repeats, device):
+    """Times of functions in turn, by events on a GPU: :func:`advkd.timing.measure`'s figures by name."""
+    if torch.device(device).type == "cuda":
+        return measure_events(calls, repeats, device=device)
+    return measure(calls, repeats, warmup=3, device=device, settle=SETTLE)
 
 
 def _ratio(entries):

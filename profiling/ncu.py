@@ -215,7 +215,10 @@ def rows_of(name, device, size, most, tool="auto"):
     why = "torch's formulas were asked for" if tool == "formulas" else missing(device)
     place = {"workload": name, "size": size, "device": str(device)}
     if why and tool == "ncu":
-        return [{**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why}"} for variant in VARIANTS]
+        return [
+            {**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why} (--tool formulas counts without it)"}
+            for variant in VARIANTS
+        ]
     if why:
         found = direct(name, device, size)
         note = {"tool": f"torch's formulas ({torch.__version__})", "not_ncu": why}

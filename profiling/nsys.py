@@ -156,7 +156,7 @@ def recorded(name, variant, device, size, repeats, folder, tool="auto"):
     why = "torch.profiler was asked for" if tool == "torch" else missing(device)
     try:
         if tool == "nsys" and why:
-            raise InputError(f"--tool nsys: {why}")
+            raise InputError(f"--tool nsys: {why} (--tool torch records without it)")
         if why is None:
             return {**place, "tool": version(), **summary(record(name, variant, device, size, repeats, folder))}
         path = chrome_path(folder, name, variant, size)

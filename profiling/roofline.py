@@ -33,7 +33,7 @@ from advkd.ops.mask_mul import mask_bytes
 from advkd.timing import measure, percentiles
 
 from . import gpu_summary, kernel_digests
-from .harness import device_folder, provenance, read
+from .harness import device_folder, provenance, read, timed
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
@@ -121,8 +121,8 @@ def points(folder, known):
     """
     found, places = [], []
     for benchmark in BENCHMARKS:
-        for name, result in stored_cases(folder, benchmark):
-            old = ", earlier kernels" if kernel_digests.changed(name, result) else ""
+        for file, result in stored_cases(folder, benchmark):
+            old = ", earlier kernels" if kernel_digests.changed(file, result) else ""
             for case in result["cases"]:
                 ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
                 dtype = next((name for name in known if name in case["case"]), "float32")
@@ -161,7 +161,7 @@ def op_points(device):
         "philox_normal": (0, size, lambda: philox_normal(0, indices, shape[1:], stream="x_T")),
         "image_gradient": (2 * d.numel() * 48, size + gradient, lambda: image_gradient(d, weight, images, stride=2, padding=1)),
     }
-    times = measure({name: call for name, (_, _, call) in ops.items()}, 15, warmup=3, device=device)
+    times = timed({name: call for name, (_, _, call) in ops.items()}, 15, device)
     return [Point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
 
 
