@@ -4,6 +4,7 @@ Environment: ``ADVKD_CPU=1`` demands the CPU object (without it a missing compil
 CUDA object, ``ADVKD_CUDA=0`` skips it, ``TORCH_CUDA_ARCH_LIST`` chooses architectures ("8.0;9.0a+PTX").
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -46,6 +47,14 @@ def sources(kind, suffixes):
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / kind).iterdir() if p.suffix in suffixes)
 
 
+def source_identity(kind):
+    """SHA-1 of all that an object is built from, 40 hexadecimal digits: the build ID that its linker writes into it."""
+    sha = hashlib.sha1(usedforsecurity=False)
+    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc" / kind).iterdir(), *(ROOT / "csrc" / "common").iterdir()]):
+        sha.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
 def cuda_compiler():
     """nvcc's path, or None where it is missing or ADVKD_CUDA=0."""
     wish = os.environ.get("ADVKD_CUDA", "")
@@ -78,7 +87,11 @@ class BuildExtensions(build_ext):
         # An object of an earlier build with other switches must not slip into this one.
         for path in Path(self.build_lib, "advkd").glob("_*.so"):
             path.unlink()
+        self.failures = []
         super().run()
+        # What could be built is in its place by now: an object that fails takes no other with it.
+        if self.failures:
+            raise self.failures[0]
 
     def build_extension(self, extension):
         kind = extension.name.rpartition("_")[2]
@@ -91,8 +104,9 @@ class BuildExtensions(build_ext):
             {"cpu": self._build_cpu, "cuda": self._build_cuda}[kind](extension.sources, target)
         except Exception as error:
             if os.environ.get(f"ADVKD_{kind.upper()}") == "1":
-                raise
-            self.warn(f"the {kind} extension was not built, the other backends remain ({error})")
+                self.failures.append(error)
+            else:
+                self.warn(f"the {kind} extension was not built, the other backends remain ({error})")
 
     def get_outputs(self):
         # An extension that could not be built is not installed.
@@ -112,7 +126,7 @@ class BuildExtensions(build_ext):
             # processor must be able to run.
             units = sorted(cpu_units(files), key=lambda unit: unit[1] != "")
             objects = list(threads.map(lambda unit: self._compile_unit(compiler, *unit), units))
-        self._link([compiler, "-shared", *objects], target)
+        self._link([compiler, "-shared", *objects], target, "cpu")
 
     def _compile_unit(self, compiler, source, suffix, flags):
         return self._compile([compiler, *host_flags(), *flags], source, f"{Path(source).stem}{suffix}.o")
@@ -124,19 +138,21 @@ class BuildExtensions(build_ext):
         # nvcc itself takes a core per architecture.
         with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
             objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, Path(s).stem + ".cuda.o"), files))
-        self._link([nvcc, "-shared", "-cudart=static", *objects], target)
+        self._link([nvcc, "-shared", "-cudart=static", *objects], target, "cuda")
 
     def _compile(self, command, source, name):
         output = str(Path(self.build_temp) / name)
         self.spawn([*command, "-c", str(ROOT / source), "-o", output])
         return output
 
-    def _link(self, command, target):
+    def _link(self, command, target, kind):
         # torch is loaded before the extension: its libraries are found by name, none is written into the object. All are kept
         # (some linkers drop "unused" ones): CUDA symbols are found through libtorch.
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        self.spawn([*command, *libraries, "-o", str(temporary)])
+        # Whoever finds the object can tell of which sources it is.
+        identity = ["-Xlinker", f"--build-id=0x{source_identity(kind)}"]
+        self.spawn([*command, *libraries, *identity, "-o", str(temporary)])
         os.replace(temporary, target)
 
 
@@ -178,17 +194,22 @@ def cpu_units(files, machine=platform.machine()):
             yield source, suffix, [*LEVELS[suffix], f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
 
 
-extensions = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
-if cuda_compiler():
-    # Registration units include their kernels: device code of one unit needs no separate linking.
-    units = [source for source in sources("cuda", {".cu"}) if Path(source).name.startswith("register")]
-    extensions.append(Extension("advkd._cuda", units, py_limited_api=True))
+def extensions():
+    """The CPU object, and the CUDA one where there is a compiler for it."""
+    found = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
+    if cuda_compiler():
+        # Registration units include their kernels: device code of one unit needs no separate linking.
+        units = [source for source in sources("cuda", {".cu"}) if Path(source).name.startswith("register")]
+        found.append(Extension("advkd._cuda", units, py_limited_api=True))
+    return found
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtensions},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    # Where no torch is at hand, pip's isolated build fetches one of its own (the binary then fits any torch from 2.10 on); a
-    # bare "python setup.py" says what is missing instead of fetching gigabytes.
-    setup_requires=[] if TORCH or "build_ext" in sys.argv else ["torch>=2.10,<3"],
-)
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtensions},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        # Where no torch is at hand, pip's isolated build fetches one of its own (the binary then fits any torch from 2.10 on); a
+        # bare "python setup.py" says what is missing instead of fetching gigabytes.
+        setup_requires=[] if TORCH or "build_ext" in sys.argv else ["torch>=2.10,<3"],
+    )

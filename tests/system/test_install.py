@@ -1,6 +1,7 @@
 """How the package is imported and installed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert "cp311-abi3" in wheel.name
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    identity = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["source_identity"]("cpu")
+    assert bytes.fromhex(identity) in (tmp_path / "site/advkd/_cpu.abi3.so").read_bytes()
     names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
     expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
     expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
@@ -99,3 +102,27 @@ def test_a_missing_compiler_is_a_warning_unless_the_build_is_demanded(tmp_path):
     )
     demanded = process_environment({**environment, "ADVKD_CPU": "1"})
     assert subprocess.run(command, cwd=ROOT, env=demanded, capture_output=True, text=True).returncode != 0
+
+
+def program(path, *lines):
+    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_failed_cuda_build_leaves_the_cpu_object_in_place(tmp_path):
+    """Compilers that touch their output stand in for g++; nvcc fails."""
+    sources = tmp_path / "sources"
+    ignored = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info", "__pycache__", "profiling", "tests", "docs")
+    shutil.copytree(ROOT, sources, ignore=ignored)
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/nvcc", '[ "$1" = --list-gpu-code ] && echo sm_90 && exit 0', "echo no such macro >&2", "exit 1")
+    compiler = program(tmp_path / "compiler", 'while [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done')
+    environment = {"CXX": compiler, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ADVKD_CPU": "1"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    for demanded, code in (("1", 1), ("", 0)):
+        changed = process_environment({**environment, "ADVKD_CUDA": demanded})
+        result = subprocess.run(command, cwd=sources, env=changed, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr[-2000:]
+        assert {path.name for path in (sources / "advkd").glob("*.so")} == {"_cpu.abi3.so"}
+        (sources / "advkd/_cpu.abi3.so").unlink()
