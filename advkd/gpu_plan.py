@@ -87,12 +87,17 @@ def cheapest(count, candidates, cost):
 
 
 def all_steps(engine, n, backends, tune):
-    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one tile of Triton's each."""
+    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one tile of Triton's each.
+
+    Triton's descriptor variant is among them with ``tune`` alone, on devices that have what it needs.
+    """
     layers, steps = engine.layers, []
     for i, layer in enumerate(layers):
         kind = "image" if is_image(layer) else "conv"
         if "triton" in backends:
             steps += [Step(f"triton_{kind}", i, 1, config) for config in _triton_configs(engine, layer, n, tune)]
+        if "triton" in backends and tune:
+            steps += [Step("triton_descriptor", i, 1, config) for config in _descriptor_configs(engine, layer, n)]
         if "cuda" in backends:
             steps.append(Step(kind, i))
     if "cuda" in backends:
@@ -106,6 +111,11 @@ def _triton_configs(engine, layer, n, tune):
     if tune:
         return [tuple(config) for config in triton_launcher("configs")(*options, engine.limits.shared)]
     return [tuple(triton_launcher("default")(*options))]
+
+
+def _descriptor_configs(engine, layer, n):
+    options = (triton_layer(layer), n, engine.dtype, engine.limits.capability, engine.limits.shared)
+    return [tuple(config) for config in triton_launcher("descriptor_configs")(*options)]
 
 
 def _pair_fits(engine, i):

@@ -5,8 +5,14 @@ scalars, those in it constants. Taps are nested loops around blocks of input cha
 at 8 warps. Up-sampling is four such convolutions of 2x2 taps, the output's phases. All columns and phases of a tile of pixels
 run one after the other: they read it from L2, where any layer's weights fit, too, and fill its lines together. The image's few
 channels are a product of 2-D tiles of pixels, whose nine taps L1 serves.
+
+The descriptor variant reads boxes (1, ROWS, COLUMNS, BLOCK_K) at (n, h + i - 1, w + j - 1, k) through tensor descriptors: the
+copies fill a border of zeros, so that one loop over taps and channels needs neither masks nor pointers, and its pipeline never
+drains. Tensor cores read both factors in shared memory where the product has channels as rows (64 of them at least) and pixels
+as columns: the other way round, boxes of several rows of pixels would pass through registers.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op, triton_op, wrap_triton
 
-from ..errors import InputError
+from ..errors import BackendUnavailableError, InputError
 from ..ops import gpu_layers
 from ..ops.conv_block import ACTIVATIONS, ConvLayer
 
@@ -30,6 +36,9 @@ PROCESSORS = 132
 
 SHARED = 99 * 1024
 """Bytes of shared memory that a block of every GPU since sm_80 can have."""
+
+DESCRIPTORS_SINCE = (9, 0)
+"""Compute capability of the first GPUs that copy boxes of tensors by descriptors."""
 
 # Counts that happen to be 1 must not become compile-time constants.
 SCALARS = ["images", "height", "width", "tiles_down", "tiles_across"]
@@ -62,6 +71,25 @@ class ImageConfig(NamedTuple):
 
     def __str__(self):
         return f"{self.rows}x{self.columns} pixels, {self.inner}, {self.warps} warps"
+
+
+class DescriptorConfig(NamedTuple):
+    """Tile of the descriptor variant: rows by columns of pixels by output channels, the rest as in :class:`Config`."""
+
+    rows: int
+    columns: int
+    channels: int
+    inner: int
+    warps: int
+    stages: int
+
+    def __str__(self):
+        tile = f"{self.rows}x{self.columns} pixels x{self.channels}x{self.inner}"
+        return f"{tile}, {self.warps} warps, {self.stages} stages"
+
+    def shared(self, dtype):
+        """Bytes of shared memory of the pipeline."""
+        return self.stages * (self.rows * self.columns + self.channels) * self.inner * dtype.itemsize
 
 
 NARROW = (
@@ -140,6 +168,20 @@ IMAGE_FULL = (
 )
 """The same without tensor cores."""
 
+DESCRIPTOR = (
+    DescriptorConfig(16, 16, 128, 64, 8, 4),
+    DescriptorConfig(8, 16, 128, 64, 8, 3),
+    DescriptorConfig(8, 16, 128, 64, 4, 3),
+    DescriptorConfig(8, 8, 128, 64, 4, 4),
+    DescriptorConfig(16, 16, 64, 64, 8, 4),
+    DescriptorConfig(8, 16, 64, 64, 4, 4),
+    DescriptorConfig(8, 8, 64, 64, 4, 4),
+    DescriptorConfig(1, 256, 32, 64, 8, 3),
+    DescriptorConfig(1, 128, 32, 64, 4, 4),
+    DescriptorConfig(8, 16, 32, 64, 4, 4),
+)
+"""Configurations of the descriptor variant, in 16-bit storage; three stages leave room for a second block on a multiprocessor."""
+
 
 @triton.jit
 def _activate(y, slope, ACTIVATION: tl.constexpr):
@@ -212,7 +254,7 @@ def conv_kernel(
     first = (program // (BLOCKS * PHASES)).to(tl.int64) * BLOCK_M
     line = first // width
     pixel = tl.arange(0, BLOCK_M)
-    inside = pixel < images.to(tl.int64) * height * width - first
+    inside = pixel < tl.cast(images, tl.int64) * height * width - first
     w = (first - line * width).to(tl.int32) + pixel
     lines = w // width
     w -= lines * width
@@ -245,6 +287,59 @@ def conv_kernel(
         place = 2 * (pixel + lines * width)
     out += first * pitch + channel
     y = _activate(sums, slope, ACTIVATION).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * pitch + column[None, :], y, mask=inside[:, None] & known[None, :])
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def descriptor_kernel(
+    x, weights, bias, out, slope, height, width, tiles_down, tiles_across, pitch,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, UPSAMPLE: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = 2 if UPSAMPLE else 3
+    SCALE: tl.constexpr = 2 if UPSAMPLE else 1
+    BLOCKS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    PIXELS: tl.constexpr = ROWS * COLUMNS
+    # Tensor cores take 64 rows or more.
+    CHANNELS_FIRST: tl.constexpr = BLOCK_N >= 64
+    program = tl.program_id(0)
+    phase = program // BLOCKS % (SCALE * SCALE)
+    below, right = phase // 2, phase % 2
+    channel = program % BLOCKS * BLOCK_N
+    tile = program // (BLOCKS * SCALE * SCALE)
+    image = tile // (tiles_down * tiles_across)
+    top = tile // tiles_across % tiles_down * ROWS
+    left = tile % tiles_across * COLUMNS
+
+    column = tl.arange(0, BLOCK_N)
+    known = _below(channel + column, C_OUT, BLOCK_N)
+    # The bias comes first: at the end it would take registers beside the sums.
+    offset = tl.load(bias + channel + column, mask=known, other=0.0)
+    if CHANNELS_FIRST:
+        sums = tl.zeros((BLOCK_N, PIXELS), tl.float32) + offset[:, None]
+    else:
+        sums = tl.zeros((PIXELS, BLOCK_N), tl.float32) + offset[None, :]
+    for step in range(TAPS * TAPS * STEPS):
+        tap = step // STEPS
+        k = step % STEPS * BLOCK_K
+        a = x.load([image, top + below - 1 + tap // TAPS, left + right - 1 + tap % TAPS, k]).reshape(PIXELS, BLOCK_K)
+        b = weights.load([phase * (TAPS * TAPS) + tap, k, channel]).reshape(BLOCK_K, BLOCK_N)
+        if UPCAST:
+            # Triton's interpreter multiplies bfloat16 wrongly.
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        sums = tl.dot(tl.trans(b), tl.trans(a), sums) if CHANNELS_FIRST else tl.dot(a, b, sums)
+
+    y = _activate(sums, slope, ACTIVATION).to(out.dtype.element_ty)
+    if CHANNELS_FIRST:
+        y = tl.trans(y)
+    pixel = tl.arange(0, PIXELS)
+    row, place = pixel // COLUMNS, pixel % COLUMNS
+    inside = (top + row < height) & (left + place < width)
+    # Pixel (h, w) becomes (2 h + below, 2 w + right) where there are phases, lines twice as long.
+    line = (tl.cast(image, tl.int64) * height + top) * SCALE + below
+    out += ((line * width + left) * SCALE + right) * pitch + channel
+    place = (row * (SCALE * width) + place) * SCALE
     tl.store(out + place[:, None] * pitch + column[None, :], y, mask=inside[:, None] & known[None, :])
 
 
@@ -283,7 +378,7 @@ def image_kernel(
                     C_IN, IN_STEP, PRECISION, UPCAST, BLOCK_K,
                 )  # fmt: skip
 
-    plane = height.to(tl.int64) * width
+    plane = tl.cast(height, tl.int64) * width
     out += image * CHANNELS * plane + top * width + left
     y = _activate(sums, slope, ACTIVATION).to(out.dtype.element_ty)
     tl.store(out + channel[None, :] * plane + place[:, None], y, mask=inside[:, None] & known[None, :])
@@ -310,6 +405,19 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, co
         InputError: shapes, dtypes or layouts that do not fit.
     """
     _run_layer(conv_kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
+
+
+def conv_descriptor(x, weights, bias, out, upsample, activation, slope, precision, config):
+    """As :func:`conv_layer`, through tensor descriptors: 16-bit storage on GPUs since :data:`DESCRIPTORS_SINCE`.
+
+    ``weights`` contiguous; ``config`` a :class:`DescriptorConfig`. Launches can be captured: a descriptor is made on the host and
+    passed by value. Torch's compilers do not see through it: no traced op takes it.
+
+    Raises:
+        InputError: as :func:`conv_layer`; float32, whose split into three products is made in registers, or misaligned tensors.
+        BackendUnavailableError: a GPU without such copies.
+    """
+    _run_descriptor(descriptor_kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
 
 
 def conv_image(x, weights, bias, out, activation, slope, precision, config):
@@ -350,6 +458,35 @@ def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
     # Barriers and the like take a few bytes more.
     tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
     return tuple(sorted(tiles, key=lambda tile: _cost(tile, layer, batch))[:8])
+
+
+def descriptor_configs(layer, batch, dtype, capability, shared):
+    """Configurations of :func:`conv_descriptor` worth measuring for a layer, the likeliest first, at most 4, or none.
+
+    ``capability``: the device's compute capability; ``shared``: bytes of shared memory that a block can have.
+    """
+    if is_image(layer) or descriptor_gap(dtype, capability):
+        return ()
+    tiles = dict.fromkeys(descriptor_table(gpu_layers.input_channels(layer)))
+    # A tile larger than an image computes what is not there; barriers and the like take a few bytes more.
+    tiles = [tile for tile in tiles if tile.rows <= layer.height and tile.columns <= layer.width]
+    tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
+    return tuple(sorted(tiles, key=lambda tile: _descriptor_cost(tile, layer, batch))[:4])
+
+
+def descriptor_gap(dtype, capability):
+    """Why :func:`conv_descriptor` cannot run for a dtype on a device of a compute capability, or None."""
+    if dtype == torch.float32:
+        return "tensor descriptors are read in 16-bit storage only"
+    if capability < DESCRIPTORS_SINCE:
+        least, found = (".".join(map(str, pair)) for pair in (DESCRIPTORS_SINCE, capability))
+        return f"tensor descriptors need compute capability {least}, this device has {found}"
+    return None
+
+
+def descriptor_table(c_in):
+    """All configurations of :func:`conv_descriptor`, their steps fitted to ``c_in`` channels."""
+    return tuple(tile._replace(inner=_inner(tile.inner, c_in)) for tile in DESCRIPTOR)
 
 
 def table(dtype, precision, c_in):
@@ -447,12 +584,9 @@ conv_image_triton = _register("conv_image_triton", _conv_image, _image_result)
 
 def _run_layer(kernel, x, weights, bias, out, upsample, activation, slope, precision, config):
     scale = 2 if upsample else 1
-    _check(x, weights, bias, (4, 4) if upsample else (1, 9), precision)
+    _check_layer(x, weights, bias, out, upsample, precision)
     images, height, width, c_in = x.shape
     c_out, config = weights.shape[3], Config(*config)
-    _check_out(out, x, (images, scale * height, scale * width), out.shape[:3])
-    if out.shape[3] < c_out:
-        raise InputError(f"out has {out.shape[3]} channels, {c_out} are written")
     if images == 0:
         return
     tiles = _ceil(images * height * width, config.pixels)
@@ -464,6 +598,37 @@ def _run_layer(kernel, x, weights, bias, out, upsample, activation, slope, preci
             BLOCK_M=config.pixels, BLOCK_N=config.columns, BLOCK_K=config.inner,
             num_warps=config.warps, num_stages=config.stages, **_options(kernel is conv_kernel),
         )  # fmt: skip
+
+
+def _run_descriptor(kernel, x, weights, bias, out, upsample, activation, slope, precision, config):
+    _check_layer(x, weights, bias, out, upsample, precision)
+    _check_descriptors(x, weights)
+    images, height, width, c_in = x.shape
+    c_out, config = weights.shape[3], DescriptorConfig(*config)
+    if images == 0:
+        return
+    down, across = _ceil(height, config.rows), _ceil(width, config.columns)
+    grid = ((4 if upsample else 1) * images * down * across * _ceil(c_out, config.channels),)
+    # Every tap a matrix of its own: what lies beyond its last channel is zero, not the next one's.
+    taps = weights.view(-1, c_in, c_out)
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            _descriptor(x, [1, config.rows, config.columns, config.inner]),
+            _descriptor(taps, [1, config.inner, config.channels]),
+            bias, out, slope, height, width, down, across, out.shape[3],
+            C_IN=c_in, C_OUT=c_out, UPSAMPLE=upsample, ACTIVATION=activation,
+            UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            ROWS=config.rows, COLUMNS=config.columns, BLOCK_N=config.channels, BLOCK_K=config.inner,
+            num_warps=config.warps, num_stages=config.stages, **_options(kernel is descriptor_kernel),
+        )  # fmt: skip
+
+
+def _descriptor(tensor, box):
+    """A descriptor of a contiguous tensor, of whose axes of one element torch keeps any stride."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, box)
 
 
 def _run_image(kernel, x, weights, bias, out, activation, slope, precision, config):
@@ -516,6 +681,26 @@ def _check(x, weights, bias, phases, precision):
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
+def _check_layer(x, weights, bias, out, upsample, precision):
+    scale = 2 if upsample else 1
+    _check(x, weights, bias, (4, 4) if upsample else (1, 9), precision)
+    _check_out(out, x, (x.shape[0], scale * x.shape[1], scale * x.shape[2]), out.shape[:3])
+    if out.shape[3] < weights.shape[3]:
+        raise InputError(f"out has {out.shape[3]} channels, {weights.shape[3]} are written")
+
+
+def _check_descriptors(x, weights):
+    # Where there is no GPU the kernel is interpreted.
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else DESCRIPTORS_SINCE
+    if reason := descriptor_gap(x.dtype, capability):
+        raise (InputError if x.dtype == torch.float32 else BackendUnavailableError)(reason)
+    if not weights.is_contiguous():
+        raise InputError(f"weights must be contiguous, got strides {weights.stride()}")
+    for name, tensor in (("x", x), ("weights", weights)):
+        if tensor.data_ptr() % 16:
+            raise InputError(f"{name} must begin on a multiple of 16 bytes")
+
+
 def _check_out(out, x, expected, found):
     if tuple(found) != tuple(expected) or out.dtype != x.dtype or not out.is_contiguous():
         raise InputError(f"out must be contiguous {x.dtype} of {tuple(expected)} (N, H, W), got {tuple(found)} {out.dtype}")
@@ -541,3 +726,10 @@ def _cost(tile, layer, batch):
 def _image_cost(tile, layer, batch):
     programs = batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
     return _ceil(programs, PROCESSORS) * (tile.rows + 2) * (tile.columns + 2)
+
+
+def _descriptor_cost(tile, layer, batch):
+    """As :func:`_cost`, of two-dimensional tiles."""
+    programs = (4 if layer.upsample else 1) * batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
+    programs *= _ceil(gpu_layers.padded(layer.c_out), tile.channels)
+    return _ceil(programs, PROCESSORS) * (tile.rows * tile.columns + 16) * (tile.channels + 16)

@@ -34,13 +34,31 @@ def _rounds(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def _draw(indices, sample, block, key, stream_step):
     index = tl.load(indices + sample).to(tl.uint64)
-    key = key.to(tl.uint64)
+    key = tl.cast(key, tl.uint64)
     c0 = block.to(tl.uint32)
     zero = c0 ^ c0
     c1, c2 = zero + index.to(tl.uint32), zero + (index >> 32).to(tl.uint32)
-    c3 = zero + stream_step.to(tl.uint32)
+    c3 = zero + tl.cast(stream_step, tl.uint32)
     k0, k1 = zero + key.to(tl.uint32), zero + (key >> 32).to(tl.uint32)
     return _rounds(c0, c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """Of an angle in [0, 2 pi], as csrc/cuda/normals.cuh: the library's carry a reduction for huge angles, with a stack frame."""
+    quarter = tl.fma(angle, 0.636619772367581, 0.5).to(tl.int32)
+    turns = quarter.to(tl.float32)
+    r = tl.fma(turns, -4.83826794897e-4, tl.fma(turns, -1.5703125, angle))
+    w = r * r
+    s = tl.fma(w, 2.75573192e-6, -1.98412698e-4)
+    s = tl.fma(tl.fma(s, w, 8.33333333e-3), w, -0.166666667)
+    s = tl.fma(s * w, r, r)
+    c = tl.fma(w, -2.75573192e-7, 2.48015873e-5)
+    c = tl.fma(tl.fma(c, w, -1.38888889e-3), w, 4.16666667e-2)
+    c = tl.fma(tl.fma(c, w, -0.5), w, 1.0)
+    odd = (quarter & 1) != 0
+    a, b = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -a, a), tl.where((quarter & 2) != 0, -b, b)
 
 
 @triton.jit
@@ -48,8 +66,8 @@ def _box_muller(radius_word, angle_word):
     u1 = ((radius_word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-8
     u2 = (angle_word >> 8).to(tl.float32) * 5.9604644775390625e-8
     radius = tl.sqrt_rn(-2.0 * tl.log(u1))
-    angle = 6.2831854820251465 * u2
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cosine, sine = _cos_sin(6.2831854820251465 * u2)
+    return radius * cosine, radius * sine
 
 
 @triton.jit

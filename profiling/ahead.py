@@ -144,12 +144,12 @@ from profiling.ahead import kernels_of
 
 capability = int(sys.argv[1])
 
-def compiled(kernel, element, constants, warps, stages):
-    pointers = {"x": "*" + element, "weights": "*" + element, "bias": "*fp32", "out": "*" + element, "slope": "fp32"}
-    types = {**{name: "i32" for name in kernel.arg_names}, **pointers, **dict.fromkeys(constants, "constexpr")}
+def compiled(kernel, element, constants, warps, stages, **boxes):
+    tensors = {"x": "*" + element, "weights": "*" + element, "bias": "*fp32", "out": "*" + element, **boxes}
+    types = {**{name: "i32" for name in kernel.arg_names}, **tensors, "slope": "fp32", **dict.fromkeys(constants, "constexpr")}
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature)
-               if name in pointers and name != "slope" or name == "pitch"}
+               if signature[name].startswith("*") or name == "pitch"}
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -183,11 +183,21 @@ for element, precision in (("bf16", "tf32"), ("fp32", "tf32"), ("fp32", "tf32x3"
         tile = {"ROWS": config.rows, "COLUMNS": config.columns, "BLOCK_N": 16, "BLOCK_K": config.inner}
         constants = {**common, **steps, **tile, "ACTIVATION": 2, "C_IN": 128, "C_OUT": 16, "CHANNELS": 3}
         show("image_kernel", config, element, precision, compiled(kernels.image_kernel, element, constants, config.warps, 1))
+
+here = not kernels.descriptor_gap(torch.bfloat16, divmod(capability, 10))
+for config in kernels.descriptor_table(128) if here else ():
+    for upsample in (False, True):
+        boxes = {"x": (1, config.rows, config.columns, config.inner), "weights": (1, config.inner, config.channels)}
+        boxes = {name: f"tensordesc<bf16[{','.join(map(str, box))}]>" for name, box in boxes.items()}
+        tile = {"ROWS": config.rows, "COLUMNS": config.columns, "BLOCK_N": config.channels, "BLOCK_K": config.inner}
+        constants = {"C_IN": 128, "C_OUT": config.channels, "UPSAMPLE": upsample, "ACTIVATION": 1, "UPCAST": False, **tile}
+        found = compiled(kernels.descriptor_kernel, "bf16", constants, config.warps, config.stages, **boxes)
+        show("descriptor_kernel, phases" if upsample else "descriptor_kernel", config, "bf16", "tf32", found)
 """
 
 
 def compile_triton(architecture):
-    """Every configuration of the convolutions' Triton kernels for one architecture, on 128 channels."""
+    """Every configuration of the convolutions' Triton kernels for one architecture that it has, on 128 channels."""
     number = re.sub(r"\D", "", architecture)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": folder}

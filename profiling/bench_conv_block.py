@@ -47,8 +47,16 @@ CHAINS = {
 """Name -> preset, first convolution and how many follow each other."""
 
 
-WAYS = {"conv": "CUDA conv_layer", "image": "CUDA conv_image", "pair": "CUDA conv_pair", "stem": "CUDA student_stem"}
-"""The engine's names of CUDA kernels, as tables have them."""
+WAYS = {
+    "triton_conv": "Triton",
+    "triton_image": "Triton",
+    "triton_descriptor": "Triton descriptors",
+    "conv": "CUDA conv_layer",
+    "image": "CUDA conv_image",
+    "pair": "CUDA conv_pair",
+    "stem": "CUDA student_stem",
+}
+"""The engine's names of kernels, as tables have them."""
 
 
 class Chain:
@@ -114,7 +122,7 @@ def ways(chain, product, kind, limits, batch):
     found = {}
     for step in all_steps(engine, batch, ("cuda", "triton"), tune=True):
         if (step.first, step.count) == (chain.first, len(chain.layers)):
-            found.setdefault(f"advkd, {WAYS.get(step.kernel, 'Triton')}", []).append(step)
+            found.setdefault(f"advkd, {WAYS[step.kernel]}", []).append(step)
     return found
 
 

@@ -8,6 +8,7 @@ import importlib
 import math
 from dataclasses import dataclass, replace
 
+from ..errors import InputError
 from ..latents import split_latent
 from . import backends
 from .gpu_layers import (
@@ -21,9 +22,9 @@ from .gpu_layers import (
     stem_numbers,
 )
 
-KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
-"""What a step starts. ``pair`` fuses two convolutions of few channels, ``stem`` all of the lowest resolutions; ``image`` makes
-the last layer's. The first two are Triton's, the others CUDA C++."""
+KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem", "triton_descriptor")
+"""What a step starts; encoded plans keep the places. ``pair`` fuses two convolutions of few channels, ``stem`` all of the lowest
+resolutions; ``image`` makes the last layer's. Triton's names begin with ``triton``, the others are CUDA C++."""
 
 ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 
@@ -32,8 +33,8 @@ ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 class Step:
     """One launch: convolutions ``first .. first + count - 1`` by one of :data:`KERNELS`.
 
-    ``config``: integers; Triton's tile (``Config`` or ``ImageConfig`` of ``kernels/conv_block.py``), of ``stem`` blocks per
-    cluster and images per cluster, of the others none.
+    ``config``: integers; Triton's tile (``Config``, ``ImageConfig`` or ``DescriptorConfig`` of ``kernels/conv_block.py``), of
+    ``stem`` blocks per cluster and images per cluster, of the others none.
     """
 
     kernel: str
@@ -55,10 +56,18 @@ def encode_steps(steps, product):
 
 
 def decode_steps(numbers):
-    """``(steps, product)`` of :func:`encode_steps`."""
+    """``(steps, product)`` of :func:`encode_steps`.
+
+    Raises:
+        InputError: a kernel that this version does not have.
+    """
     steps, place = [], 1
     while place < len(numbers):
         kernel, first, count, length = numbers[place : place + 4]
+        if not 0 <= kernel < len(KERNELS):
+            raise InputError(
+                f"the plan has kernel number {kernel}, of another version; this one has {len(KERNELS)}: plan again"
+            )
         place += 4 + length
         steps.append(Step(KERNELS[kernel], first, count, tuple(numbers[place - length : place])))
     return steps, PRODUCTS[numbers[0]]
@@ -167,7 +176,7 @@ def _triton(name):
         layer = layers[step.first]
         arguments = (x, packed[step.first], biases[step.first], out)
         options = (ACTIVATION_CODES[layer.activation], slope, triton_precision(product), step.config)
-        triton_launcher(name)(*arguments, *([layer.upsample] if name == "conv_layer" else []), *options)
+        triton_launcher(name)(*arguments, *([] if name == "conv_image" else [layer.upsample]), *options)
 
     return launch
 
@@ -206,6 +215,7 @@ _LAUNCH = {
     "image": _image,
     "pair": _pair,
     "stem": _stem,
+    "triton_descriptor": _triton("conv_descriptor"),
 }
 
 

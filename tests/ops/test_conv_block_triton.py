@@ -6,15 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from advkd.errors import InputError
+from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
 from advkd.ops.conv_block import ACTIVATIONS, ConvLayer
-from advkd.ops.gpu_layers import pad_layer, padded
+from advkd.ops.gpu_layers import device_limits, pad_layer, padded
 
 from ..conftest import ROOT, process_environment
 from .test_conv_block import oracle
@@ -26,7 +27,7 @@ GUARD = 64
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Images, channels in and out, height, width; the tile of :class:`Config` or :class:`ImageConfig`."""
+    """Images, channels in and out, height, width; the tile of :class:`Config`, :class:`DescriptorConfig` or :class:`ImageConfig`."""
 
     shape: tuple
     tile: tuple
@@ -68,6 +69,27 @@ LAYERS = [
     Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="ieee"),
     Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32", upsample=True),
     Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32"),
+]
+DESCRIPTORS = [
+    # One pixel: boxes hold more of the border than of the image.
+    Case((1, 5, 3, 1, 1), (4, 4, 16, 16, 4, 2), F16, activation="none"),
+    Case((1, 5, 3, 1, 1), (4, 4, 64, 16, 4, 2), F16, upsample=True),
+    # Two images smaller than a tile; fewer channels than a block has columns, which are rows of the product from 64 on.
+    Case((2, 16, 16, 3, 5), (4, 8, 32, 16, 4, 3), F16, activation="tanh"),
+    Case((2, 16, 16, 3, 5), (4, 8, 64, 16, 4, 3), BF16, upsample=True, activation="tanh"),
+    # Tiles that stand out below and on the right; channels that fill neither their last step nor their last block of columns;
+    # a result among other channels.
+    Case((3, 40, 44, 5, 7), (2, 8, 32, 32, 4, 3), F16, more=16),
+    Case((3, 40, 84, 5, 7), (2, 8, 64, 32, 4, 3), F16, upsample=True, more=16),
+    Case((3, 40, 84, 5, 7), (4, 4, 64, 64, 8, 3), BF16, more=32),
+    # Tiles of one row, one column and two; one image beside the next.
+    Case((1, 16, 16, 2, 19), (1, 16, 16, 16, 4, 4), BF16),
+    Case((1, 16, 16, 2, 19), (1, 32, 16, 16, 4, 4), BF16, upsample=True, more=32),
+    Case((2, 16, 16, 11, 1), (16, 1, 16, 16, 4, 4), F16),
+    # Whole blocks: several steps, several blocks of columns, channels of the latent after those of the layer before.
+    Case((1, 68, 32, 4, 4), (2, 8, 16, 32, 4, 3), F16, detail=4, upsample=True),
+    Case((2, 32, 128, 4, 8), (4, 8, 64, 16, 8, 3), F16),
+    Case((2, 32, 128, 4, 8), (2, 8, 64, 16, 4, 3), F16, upsample=True, activation="none"),
 ]
 IMAGES = [
     # One pixel; tiles that stand out below and on the right; tiles that do not, and none of an image's borders in the middle.
@@ -162,13 +184,13 @@ def require_close(found, wanted, allowed):
     assert (errors <= allowed)[~border].all(), "inside"
 
 
-def check_layer(case, device):
+def check_layer(case, device, launcher="conv_layer"):
     n, _, c_out, height, width = case.shape
     scale, channels = 2 if case.upsample else 1, padded(c_out)
     code = ACTIVATIONS.index(case.activation)
 
     def launch(kernels, x, weights, bias, out):
-        kernels.conv_layer(x, weights, bias, out, case.upsample, code, 0.2, case.precision, case.tile)
+        getattr(kernels, launcher)(x, weights, bias, out, case.upsample, code, 0.2, case.precision, case.tile)
 
     expected = (n, scale * height, scale * width, channels + case.more)
     found, wanted, allowed = check(case, launch, expected, device)
@@ -230,6 +252,8 @@ def check_values(device):
 def interpret():
     for case in LAYERS:
         check_layer(case, "cpu")
+    for case in DESCRIPTORS:
+        check_layer(case, "cpu", "conv_descriptor")
     for case in IMAGES:
         check_image(case, "cpu")
     check_values("cpu")
@@ -324,6 +348,9 @@ def recorded(config, dtype, precision, c_in, c_out, upsample):
         kernels._run_image(recorder, x, weights, bias, out, 2, 0.2, *last)
         return kernels.image_kernel, *recorder.call
     out = x.new_empty(2, 16 if upsample else 8, 16 if upsample else 8, padded(c_out))
+    if isinstance(config, kernels.DescriptorConfig):
+        kernels._run_descriptor(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
+        return kernels.descriptor_kernel, *recorder.call
     kernels._run_layer(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
     return kernels.conv_kernel, *recorder.call
 
@@ -332,7 +359,10 @@ def jobs(architecture, part):
     """(configuration, dtype, precision, channels in, channels out, phases) to compile: ``whole``, or a ``part`` of it."""
     kernels = launchers()
     kinds = [(BF16, "tf32"), (F16, "tf32"), (F32, "tf32"), (F32, "tf32x3"), (F32, "ieee")]
-    layers, images = [], []
+    layers, images, boxes = [], [], []
+    narrow = [] if kernels.descriptor_gap(BF16, (architecture // 10, 0)) else kinds[:2]
+    for kind, channels, upsample in itertools.product(narrow, (128, 144), (False, True)):
+        boxes += [(config, *kind, channels, channels, upsample) for config in kernels.descriptor_table(channels)]
     for dtype, precision in kinds:
         # Channels that fill whole blocks, and ones that do not.
         for channels, upsample in itertools.product((128, 144), (False, True)):
@@ -343,11 +373,13 @@ def jobs(architecture, part):
                 (config, dtype, precision, channels, 3, False) for config in kernels.image_table(dtype, precision, channels)
             ]
     if part == "whole":
-        return list(dict.fromkeys(layers)) + images
+        return list(dict.fromkeys(layers)) + images + list(dict.fromkeys(boxes))
     # On one architecture every tile, in the dtype that matters most; else the largest tiles, which need most registers.
     usual = [job for job in layers if job[1] == BF16 and job[3] == 128 and not job[5]]
     large = [next(job for job in layers if job[1:3] == kind and job[5]) for kind in kinds[2:]]
-    return [*(usual if architecture == 90 else usual[:1]), *large, images[0]]
+    tiles = kernels.DESCRIPTOR[:: 1 if architecture == 90 else 7]
+    boxes = [job for job in boxes if job[0] in tiles and job[1] == BF16 and job[3] == 128]
+    return [*(usual if architecture == 90 else usual[:1]), *large, images[0], *boxes]
 
 
 def compile_ahead(architecture, part):
@@ -355,6 +387,7 @@ def compile_ahead(architecture, part):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
 
     architecture, names = int(architecture), {F32: "fp32", BF16: "bf16", F16: "fp16"}
     for job in jobs(architecture, part):
@@ -364,16 +397,18 @@ def compile_ahead(architecture, part):
         signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):
             tensor = isinstance(value, torch.Tensor)
-            signature[name] = f"*{names[value.dtype]}" if tensor else "fp32" if isinstance(value, float) else "i32"
+            # What the launcher's arguments would be compiled for; a number may be larger than this one.
+            signature[name] = "i32" if isinstance(value, int) else mangle_type(value)
             if tensor or name == "pitch":
                 aligned[i,] = [["tt.divisibility", 16]]
         target = GPUTarget("cuda", architecture, 32)
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
         ptx = compiled.asm["ptx"]
         units = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
-        spare = config.shared(dtype) if isinstance(config, launchers().Config) else None
-        row = [str(config), tuple(config), names[dtype], precision, *channels, upsample]
-        print("KERNEL " + json.dumps([*row, compiled.metadata.shared, spare, units, "cp.async" in ptx]), flush=True)
+        spare = None if isinstance(config, launchers().ImageConfig) else config.shared(dtype)
+        copies = [name for name in ("cp.async.cg", "cp.async.bulk.tensor") if name in ptx]
+        row = [str(config), config._asdict(), names[dtype], precision, *channels, upsample]
+        print("KERNEL " + json.dumps([*row, compiled.metadata.shared, spare, units, copies]), flush=True)
 
 
 def main(calls):
@@ -442,19 +477,23 @@ def require_compiled(output, architecture):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
     assert len(registers) == len(rows) == len(spills) // 2 and rows
     for row, spilled in zip(rows, spills[::2]):
-        name, config, dtype, precision, c_in, c_out, upsample, shared, reckoned, units, copied = row
+        name, config, dtype, precision, c_in, c_out, upsample, shared, reckoned, units, copies = row
+        box = "channels" in config
         # Where masks take a few registers more, ptxas may give up as many for one more block on a multiprocessor.
-        assert spilled <= (16 if c_in == 144 else 0), (row, spilled)
+        assert spilled <= (16 if c_in == 144 and not box else 0), (row, spilled)
         assert shared <= LIMITS[architecture], row
-        if precision == "ieee" and dtype == "fp32":
+        if box:
+            assert units == {90: ["wgmma.mma_async"], 100: ["tcgen05.mma"]}[architecture], row
+        elif precision == "ieee" and dtype == "fp32":
             assert not units, row
-        elif architecture == 90 and reckoned is not None and config[0] >= 64 and config[3] % 4 == 0:
+        elif architecture == 90 and reckoned is not None and config["pixels"] >= 64 and config["warps"] % 4 == 0:
             assert units == ["wgmma.mma_async"], row
         else:
             assert units, row
         if reckoned is not None:
             # The result's way to the order of memory may take a little more than a small pipeline.
-            assert copied and shared <= max(reckoned + 1024, 48 * 1024), row
+            assert copies == ["cp.async.bulk.tensor" if box else "cp.async.cg"], row
+            assert shared <= max(reckoned + 1024, 48 * 1024), row
     return list(zip(registers, rows))
 
 
@@ -499,6 +538,24 @@ def test_configurations_of_the_presets(dtype, precision):
             assert default.pixels * default.columns >= 128 * 64, "many pixels: tiles that read little"
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_descriptor_configurations_of_the_presets(dtype):
+    """A few for every layer with an image as large as a tile, all of which fit the device; none where there are no descriptors."""
+    pytest.importorskip("triton")
+    kernels = launchers()
+    for layer, batch, shared in itertools.product(preset_layers(), (1, 8, 64), (99 * 1024, 227 * 1024)):
+        candidates = kernels.descriptor_configs(layer, batch, dtype, (9, 0), shared)
+        assert len(candidates) <= 4 and len(set(candidates)) == len(candidates)
+        assert bool(candidates) == (not kernels.is_image(layer) and layer.height >= 8), layer
+        assert all(config.shared(dtype) < shared and config.rows <= layer.height for config in candidates)
+        assert not kernels.descriptor_configs(layer, batch, dtype, (8, 9), shared)
+        assert not kernels.descriptor_configs(layer, batch, F32, (9, 0), shared)
+        if candidates and batch * layer.height * layer.width >= 2**20 and layer.c_out == 128 and shared > 2**17:
+            assert candidates[0].rows * candidates[0].columns * candidates[0].channels == 256 * 128, "tiles that read little"
+    assert kernels.descriptor_gap(dtype, (9, 0)) is None is kernels.descriptor_gap(dtype, (12, 0))
+    assert "need compute capability 9.0, this device has 8.6" in kernels.descriptor_gap(dtype, (8, 6))
+
+
 def test_packed_weights():
     """The same numbers in every layout; TensorFloat-32 rounded to nearest, which a tensor core would cut off."""
     pytest.importorskip("triton")
@@ -537,6 +594,39 @@ def test_launchers_refuse(changes, message):
         launchers().conv_layer(**{**arguments, **changes}, config=(16, 16, 16, 1, 2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 4, 24).half()}, "x must be contiguous"),
+        (
+            {"x": torch.zeros(1, 4, 4, 16), "weights": torch.zeros(1, 9, 16, 32), "out": torch.zeros(1, 4, 4, 32)},
+            "16-bit storage",
+        ),
+        ({"x": torch.zeros(257).half()[1:].view(1, 4, 4, 16)}, "x must begin on a multiple of 16 bytes"),
+        ({"weights": torch.zeros(4609).half()[1:].view(1, 9, 16, 32)}, "weights must begin on a multiple of 16 bytes"),
+        ({"weights": torch.zeros(1, 9, 32, 16).half().transpose(2, 3)}, "weights must be contiguous, got"),
+        ({"weights": torch.zeros(4, 4, 16, 32).half()}, "weights must be"),
+        ({"out": torch.zeros(1, 8, 8, 32).half()}, "out must be"),
+        ({"out": torch.zeros(1, 4, 4, 16).half()}, "out has 16 channels"),
+    ],
+)
+def test_the_descriptor_launcher_refuses(changes, message):
+    pytest.importorskip("triton")
+    arguments = {"x": torch.zeros(1, 4, 4, 16).half(), "weights": torch.zeros(1, 9, 16, 32).half(), "bias": torch.zeros(32)}
+    arguments |= {"out": torch.zeros(1, 4, 4, 32).half(), "precision": "tf32", "upsample": False, "activation": 0, "slope": 0.2}
+    with pytest.raises(InputError, match=message):
+        launchers().conv_descriptor(**{**arguments, **changes}, config=(4, 4, 16, 16, 4, 2))
+
+
+def test_descriptors_are_refused_on_older_gpus(monkeypatch):
+    """A plan from another card says so, before Triton replaces the descriptors by slow pointers."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=BF16)
+    with pytest.raises(BackendUnavailableError, match="compute capability 9.0, this device has 8.0"):
+        launchers()._check_descriptors(x, None)
+
+
 def test_the_image_launcher_refuses():
     pytest.importorskip("triton")
     x, bias, rest = torch.zeros(1, 4, 4, 16), torch.zeros(32), (0, 0.2, "ieee", (4, 4, 16, 1))
@@ -551,6 +641,67 @@ def test_the_image_launcher_refuses():
 def test_layers_on_a_gpu(case):
     pytest.importorskip("triton")
     check_layer(case, "cuda")
+
+
+def require_descriptors():
+    """Skip where the device has no tensor descriptors, which the launcher says, too."""
+    pytest.importorskip("triton")
+    reason = launchers().descriptor_gap(BF16, torch.cuda.get_device_capability())
+    if reason:
+        with pytest.raises(BackendUnavailableError, match="compute capability"):
+            check_layer(DESCRIPTORS[0], "cuda", "conv_descriptor")
+        pytest.skip(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DESCRIPTORS, ids=str)
+def test_descriptors_on_a_gpu(case):
+    require_descriptors()
+    check_layer(case, "cuda", "conv_descriptor")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("upsample", [False, True], ids=["plain", "phases"])
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_every_descriptor_configuration_on_a_gpu(dtype, warps, upsample):
+    """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
+    require_descriptors()
+    kernels = launchers()
+    _, limit = device_limits("cuda")
+    for channels in (128, 72):
+        for config in dict.fromkeys(tile._replace(warps=warps) for tile in kernels.descriptor_table(padded(channels))):
+            # Tiles of eight warps whose sums would not be in the registers of four are tried with eight alone.
+            sums = config.rows * config.columns * config.channels // (32 * warps)
+            if config.shared(dtype) + 1024 <= limit and sums <= 128:
+                case = Case((3, channels, channels, 13, 17), config, dtype, upsample)
+                check_layer(case, "cuda", "conv_descriptor")
+
+
+@pytest.mark.gpu
+def test_descriptors_in_a_graph_on_a_gpu():
+    """A graph keeps its own copy of the descriptors: it reads what its tensors hold later."""
+    require_descriptors()
+    kernels, case = launchers(), DESCRIPTORS[-2]
+    x, weight, bias = inputs(case)
+    taps, padded_bias = pad_layer(weight, bias, case.layer)
+    tensors = [t.cuda() for t in (stored_input(x, case), kernels.pack_weights(taps, F16, "tf32"), padded_bias)]
+    out = torch.empty(2, 4, 8, 128, dtype=F16, device="cuda")
+
+    def launch():
+        kernels.conv_descriptor(*tensors, out, False, 1, 0.2, "tf32", case.tile)
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    tensors[0].copy_(tensors[0].flip(0) / 2)
+    launch()
+    wanted = out.clone()
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, wanted)
 
 
 @pytest.mark.gpu
@@ -576,7 +727,7 @@ def test_every_configuration_on_a_gpu(precision, upsample):
     kernels = launchers()
     dtype = {"bf16": BF16, "f16": F16}.get(precision, F32)
     precision = precision if dtype == F32 else "tf32"
-    limit = kernels.shared_memory("cuda")
+    _, limit = device_limits("cuda")
     for channels in (128, 72):
         for config in kernels.table(dtype, precision, padded(channels)):
             if config.shared(dtype) + 1024 <= limit:
@@ -599,26 +750,30 @@ def test_presets_on_a_gpu(preset, dtype):
 
 
 @pytest.mark.gpu
-def test_beyond_32_bits_on_a_gpu():
-    """Tensors of more than 2^31 elements: the end of both kernels' results, from an input that is zero but there."""
+@pytest.mark.parametrize("launcher", ["conv_layer", "conv_descriptor", "conv_image"])
+def test_beyond_32_bits_on_a_gpu(launcher):
+    """Tensors of more than 2^31 elements: the end of every kernel's result, from an input that is zero but there."""
     pytest.importorskip("triton")
+    if launcher == "conv_descriptor":
+        require_descriptors()
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of the device's memory")
-    kernels = launchers()
+    kernels, image = launchers(), launcher == "conv_image"
+    tile = {"conv_layer": (128, 64, 64, 8, 3), "conv_descriptor": (8, 16, 64, 64, 4, 4), "conv_image": (8, 16, 64, 4)}[launcher]
     x = torch.zeros(1, 4100, 8200, 64, dtype=BF16, device="cuda")
-    for c_out, upsample in ((64, False), (64, True), (3, False)):
-        case = Case((1, 64, c_out, 8, 8), (128, 64, 64, 8, 3), BF16, upsample, "none")
+    for upsample in [False] if image else [False, True]:
+        case = Case((1, 64, 3 if image else 64, 8, 8), tile, BF16, upsample, "none")
         small, weight, bias = inputs(case)
         # Around the corner there are zeros, as around an image.
         x[0, -8:, -8:] = small[0].permute(1, 2, 0).cuda()
         taps, wide = (tensor.cuda() for tensor in pad_layer(weight, bias, case.layer))
         weights, scale = kernels.pack_weights(taps, BF16, "tf32"), 2 if upsample else 1
-        if c_out == 3:
+        if image:
             out = torch.empty(1, 3, 4100, 8200, dtype=BF16, device="cuda")
-            kernels.conv_image(x, weights, wide, out, 0, 0.2, "tf32", (8, 16, 64, 4))
+            kernels.conv_image(x, weights, wide, out, 0, 0.2, "tf32", tile)
         else:
             out = torch.empty(1, scale * 4100, scale * 8200, 64, dtype=BF16, device="cuda")
-            kernels.conv_layer(x, weights, wide, out, upsample, 0, 0.2, "tf32", case.tile)
+            getattr(kernels, launcher)(x, weights, wide, out, upsample, 0, 0.2, "tf32", tile)
             out = out.permute(0, 3, 1, 2)
         wanted = oracle(small, weight, bias, 0.2, upsample, "none")
         allowed = bound(case, small, weight, bias, wanted, False)

@@ -1,18 +1,20 @@
 """How a network runs on a GPU's kernels, on plain PyTorch in their place: storage, packing, chains of launches, plans."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from advkd import gpu_plan
+from advkd.errors import InputError
 from advkd.gpu_engine import GpuEngine
 from advkd.gpu_plan import cheapest
 from advkd.models.fused_student import convolutions
-from advkd.models.student import StudentConfig
+from advkd.models.student import PRESETS, StudentConfig
 from advkd.ops import backends, student_gpu
-from advkd.ops.gpu_layers import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, round_tf32
+from advkd.ops.gpu_layers import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, product_of, round_tf32
 from advkd.ops.student_forward import student_forward_reference
 from advkd.ops.student_gpu import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
 
@@ -115,7 +117,7 @@ def launchers(monkeypatch):
 
     def triton(name):
         def layer(x, taps, bias, out, upsample, activation, slope, precision, config):
-            found.started.append(f"triton_conv {config} {precision}")
+            found.started.append(f"{'triton_conv' if name == 'conv_layer' else 'triton_descriptor'} {config} {precision}")
             conv_layer(x, taps, bias, out, upsample, activation, slope)
 
         def image(x, taps, bias, out, activation, slope, precision, config):
@@ -127,7 +129,8 @@ def launchers(monkeypatch):
         def pack_weights(taps, dtype, precision):
             return taps.to(dtype)
 
-        return {"conv_layer": layer, "conv_image": image, "pack_weights": pack_weights, "default": lambda *layer: (7,)}[name]
+        layers = {"conv_layer": layer, "conv_descriptor": layer, "conv_image": image}
+        return {**layers, "pack_weights": pack_weights, "default": lambda *layer: (7,)}[name]
 
     monkeypatch.setattr(student_gpu, "triton_launcher", triton)
     return found
@@ -174,7 +177,10 @@ def test_folded_taps_are_the_up_sampled_convolution():
 CHAINS = {
     "small": [
         [Step("conv", i) for i in range(16)] + [Step("image", 16)],
-        [Step("triton_conv", i, 1, (i, 3)) for i in range(16)] + [Step("triton_image", 16, 1, (3,))],
+        [
+            *(Step(("triton_conv", "triton_descriptor")[i % 2], i, 1, (i, 3)) for i in range(16)),
+            Step("triton_image", 16, 1, (3,)),
+        ],
         [Step("stem", 0, 6, (2, 4)), *(Step("pair", i, 2) for i in (6, 8, 10, 12)), Step("conv", 14), Step("pair", 15, 2)],
     ],
     "detail": [
@@ -211,6 +217,8 @@ def test_chains_of_launches_are_the_network(name, chain, launchers):
             torch.use_deterministic_algorithms(False)
         assert (images - wanted).abs().max() <= tolerance
         assert len(launchers.started) == len(steps)
+        for step, started in zip(steps, launchers.started):
+            assert not step.kernel.startswith("triton") or started.startswith(f"{step.kernel} {step.config}")
         launchers.started.clear()
     assert student_forward_gpu(z[:0], padded_biases, packed, layers, F32, numbers, 0.2).shape == (0, *images.shape[1:])
 
@@ -228,6 +236,32 @@ def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
     assert all(engine._packed[key][0] is packed[key][0] for key in packed) and engine.packed_bytes() > 0
     torch.library.opcheck(torch.ops.advkd.student_forward.default, (z, *arguments))
     assert engine.workspace_bytes(3) == 4 * 3 * 2 * 32 * 32 * 16
+
+
+def test_plans_of_other_versions_are_refused():
+    """Kernels keep their numbers; one that this version lacks is said, not started as another."""
+    assert student_gpu.KERNELS[:6] == ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
+    for number in (-1, len(student_gpu.KERNELS)):
+        with pytest.raises(InputError, match=f"kernel number {number}, of another version"):
+            decode_steps([0, number, 0, 1, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32], ids=str)
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+def test_descriptors_are_candidates_of_measured_plans_alone(capability, dtype):
+    pytest.importorskip("triton")
+    layers = convolutions(PRESETS["pyramid-256"])
+    limits = gpu_plan.Limits(132, 227 * 1024, capability)
+    engine = SimpleNamespace(layers=layers, product=product_of(dtype), dtype=dtype, limits=limits, backend="triton")
+
+    def steps(backends, tune):
+        return [s for s in gpu_plan.all_steps(engine, 8, backends, tune) if s.kernel == "triton_descriptor"]
+
+    found = steps(("cuda", "triton"), True)
+    expected = capability >= (9, 0) and dtype != F32
+    assert {s.first for s in found} == ({i for i in range(24) if layers[i].height >= 8} if expected else set())
+    assert all(s.form(s.first, 24) == "taps" and s.count == 1 and len(s.config) == 6 for s in found)
+    assert not steps(("cuda", "triton"), False) and not steps(("cuda",), True)
 
 
 def test_a_plan_is_the_cheapest_chain():
