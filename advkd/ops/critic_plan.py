@@ -1,5 +1,6 @@
 """A critic's forward as a list of piecewise-linear layers, found by tracing it once (torch.fx)."""
 
+import gc
 import operator
 import weakref
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def plan_of(critic, conditional):
         for module in critic.modules():
             if module.training and isinstance(module, (nn.Dropout, nn.Dropout2d)) or any(_hooks(module)):
                 raise InputError(f"layer {type(module).__name__} drops at random or has hooks: {ADVICE}")
-        return _constant_plan(critic, conditional)
+        return _constant_plan(id(critic), conditional)
     return _kept_plan(critic, conditional)
 
 
@@ -89,7 +90,9 @@ def _kept_plan(critic, conditional):
     return plans[conditional][1]
 
 
-def _constant_plan(critic, conditional):
+def _constant_plan(identity, conditional):
+    # Until torch 2.12 a compiler's constants are numbers, not modules.
+    critic = next(found for found in gc.get_objects() if id(found) == identity)
     return _kept_plan(critic, conditional)
 
 

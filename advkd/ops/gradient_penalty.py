@@ -125,7 +125,7 @@ class _Penalty(torch.autograd.Function):
         with torch.no_grad(), without_autocast(v):
             passes = Passes(plan, options, _gathered(numbers, tensors, ctx.dtype), ctx.trained, backend)
             passes.shapes, passes.formats = ctx.shapes
-            passes.masks, passes.gradients = saved[count : count + layers], saved[count + layers :]
+            passes.masks, passes.gradients = list(saved[count : count + layers]), list(saved[count + layers :])
 
             def accumulate(i, u):
                 found = passes.weight_gradient(i, u, passes.gradients[i])

@@ -222,7 +222,7 @@ class Passes:
             return F.linear(inputs[0], self.weights[i][0])
         if layer.kind == "activation":
             u = inputs[0].contiguous(memory_format=self.formats[i + 2])
-            out = place(i + 2) if place else None
+            out = None if place is None else place(i + 2)
             return self._mask(i, u, u if out is None and alone else out, rows)
         if layer.kind == "sum" and any(u is None for u in inputs):
             return next(u for u in inputs if u is not None).expand(count, *self.shapes[i + 2])
