@@ -5,8 +5,12 @@ python -m profiling.bench_gradient_penalty [--device cuda] [--only update] [--ou
 Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
 kept by the process (advkd.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's
 convolutions by those of ours. Whoever writes LeakyReLU as a product with slopes that autograd takes for constants saves it the
-zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own.
+zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
+there twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
 """
+
+import functools
+import itertools
 
 import torch
 from torch.func import functional_call
@@ -16,7 +20,8 @@ from advkd.memory import keep_freed_memory
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import gradient_penalty
 
-from .harness import Case, Contestant, main
+from .gpu_timing import captures, set_tf32
+from .harness import CAPTURED, Case, Contestant, main, with_captured
 
 WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
 """The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
@@ -133,13 +138,14 @@ def work(critic, size, update):
     return ours, theirs
 
 
-def case(update, width, size, batch, device):
-    """One case: penalty or whole update."""
+def case(update, width, size, batch, device, tf32=False):
+    """One case: penalty or whole update; ``tf32``: everyone may round to TensorFloat-32."""
+    set_tf32(tf32)
     # Past a number of compilations torch.compile runs a function as it is, without failing: a peer in its slow configuration.
     torch._dynamo.reset()
     exact = problem(width, size, batch, device, dtype=torch.float64)
     ours, theirs = work(exact[0], size, update)
-    name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}"
+    name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}{TF32 if tf32 else ''}"
     contestants = (_update_contestants if update else _penalty_contestants)(width, size, batch, device)
     # The oracle: autograd in float64, as a unit vector.
     critic, real, fake, a = exact
@@ -152,12 +158,20 @@ def case(update, width, size, batch, device):
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
     # Of millions of activations rounding turns the sign of some: float32 is off from float64 then, whoever differentiates.
-    plain = [c.prepare()().double().cpu() for c in contestants if c.kind == "baseline"]
-    tolerance = max(TOLERANCE, *(2 * float((found - vector.cpu() / scale).abs().max()) for found in plain))
-    notes = {"work_bound": theirs / ours, "keeps_freed_memory": True}
-    flop = 2 * batch * ours
+    # Where operands are rounded, too, four times autograd's error is allowed, as in bench_student.
+    plain = [float((c.prepare()().double() - vector / scale).abs().max()) for c in contestants if c.kind == "baseline"]
+    tolerance = max(TOLERANCE, (4 if tf32 else 2) * max(plain))
+    notes = {"work_bound": theirs / ours, "keeps_freed_memory": True, "tf32": tf32}
     repeats = 5 if batch * size * size > 2**19 else 11
-    return Case(name, lambda: vector / scale, tolerance, contestants, batch, flop, repeats=repeats, device=device, notes=notes)
+    contestants = with_captured(contestants, device, grad=True)
+    for contestant in contestants:
+        contestant.costly = contestant.name.removesuffix(CAPTURED) == FUNCTIONAL
+    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes, "keep_going": captures(device)}
+    return Case(name, lambda: vector / scale, tolerance, contestants, batch, **figures)
+
+
+TF32 = ", TF32"
+"""Ends the names of cases in which everyone may round to TensorFloat-32."""
 
 
 def _scaled(prepare, scale):
@@ -210,15 +224,17 @@ def _update_contestants(width, size, batch, device):
 
 
 SIGNS, FUNCTIONAL = "autograd, LeakyReLU's slopes as constants", "torch.compile of torch.func.grad"
+"""The other peers; the second takes the compiler longest."""
 SIZES = [("narrow", 64, 16), ("narrow", 64, 64), ("narrow", 128, 16), ("dcgan", 64, 16), ("narrow", 128, 64)]
 
 
 def cases(device):
+    """Every size, penalty and update; on a GPU again with TensorFloat-32."""
     found = {}
-    for update in (False, True):
-        for width, size, batch in SIZES:
-            name = f"{'update' if update else 'penalty'}, {width}, {size}, {batch}"
-            found[name] = lambda u=update, w=width, s=size, b=batch: case(u, w, s, b, device)
+    for tf32 in (False, True) if captures(device) else (False,):
+        for update, shape in itertools.product((False, True), SIZES):
+            name = ", ".join(("update" if update else "penalty", *map(str, shape)))
+            found[name + (TF32 if tf32 else "")] = functools.partial(case, update, *shape, device, tf32)
     return found
 
 

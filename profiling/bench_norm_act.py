@@ -6,7 +6,8 @@ A call gives y and the gradients by x, gamma and beta, in contiguous and in chan
 float64. The bytes of a case are those that the passes read and write: x for the moments, x and y for the values, the gradient
 and x for the sums, and again with dx (with up-sampling in float32 the sums of four gradients are written and read instead).
 Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the process
-(advkd.memory), for all of them.
+(advkd.memory), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of both
+passes; TensorFloat-32 is off.
 """
 
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from advkd.memory import keep_freed_memory
 from advkd.ops import norm_act
 
-from .harness import Case, Contestant, main
+from .gpu_timing import captures, set_tf32
+from .harness import Case, Contestant, main, with_captured
 
 SHAPE = (16, 64, 128, 128)
 EPS, SLOPE = 1e-5, 0.2
@@ -25,17 +27,17 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 def problem(device, dtype, upsample):
     """x, gamma, beta and y's gradient. No value before LeakyReLU is so small that its sign hangs on rounding."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SHAPE, generator=generator)
-    gamma = torch.rand(SHAPE[1], generator=generator) + 0.5
-    beta = torch.randn(SHAPE[1], generator=generator) / 4
+    drawn = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(SHAPE, **drawn)
+    gamma = torch.rand(SHAPE[1], **drawn) + 0.5
+    beta = torch.randn(SHAPE[1], **drawn) / 4
     margin = 1e-3 if dtype == torch.float32 else 0.05
     before = before_activation(x, gamma, beta)
     x = torch.where(before.abs() < margin, x + 2 * margin * before.sign(), x).to(dtype)
     assert before_activation(x.float(), gamma, beta).abs().min() > margin / 4
     sides = [side * (2 if upsample else 1) for side in SHAPE[2:]]
-    gradient = torch.randn(*SHAPE[:2], *sides, generator=generator).to(dtype)
-    return [t.to(device) for t in (x, gamma, beta, gradient)]
+    gradient = torch.randn(*SHAPE[:2], *sides, **drawn).to(dtype)
+    return x, gamma, beta, gradient
 
 
 def before_activation(x, gamma, beta):
@@ -92,6 +94,10 @@ def needed_bytes(x, upsample):
 
 
 def case(dtype, upsample, device):
+    """The case of one dtype, with or without up-sampling."""
+    set_tf32(False)
+    # Past a number of compilations torch.compile runs a function as it is, without failing.
+    torch._dynamo.reset()
     tensors = problem(device, dtype, upsample)
     saved, contestants = {}, []
 
@@ -112,6 +118,7 @@ def case(dtype, upsample, device):
     source = torch.ones(passes_bytes(tensors[0], upsample) // 8, device=device)
     target = torch.zeros_like(source)
     contestants.append(Contestant("a copy that moves as many bytes as ours", lambda: lambda: target.copy_(source), "floor"))
+    contestants = with_captured(contestants, device, grad=True)
 
     def oracle():
         wide = [t.double() for t in tensors]
@@ -120,19 +127,9 @@ def case(dtype, upsample, device):
     # Gradients are below 16. torch sums 262144 of them in float32 in channels_last; in bfloat16 it rounds at every step.
     tolerance = 5e-4 if dtype == torch.float32 else 16 * 4 * torch.finfo(dtype).eps
     name = f"{'with' if upsample else 'without'} up-sampling, {str(dtype)[6:]}"
-    notes = {"saved_bytes": saved, "keeps_freed_memory": True}
-    return Case(
-        name,
-        oracle,
-        tolerance,
-        contestants,
-        SHAPE[0],
-        None,
-        needed_bytes(tensors[0], upsample),
-        repeats=15,
-        device=device,
-        notes=notes,
-    )
+    notes = {"saved_bytes": saved, "keeps_freed_memory": True, "tf32": False}
+    figures = {"moved_bytes": needed_bytes(tensors[0], upsample), "repeats": 15, "device": device}
+    return Case(name, oracle, tolerance, contestants, SHAPE[0], notes=notes, keep_going=captures(device), **figures)
 
 
 def cases(device):

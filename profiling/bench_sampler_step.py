@@ -3,45 +3,62 @@
 python -m profiling.bench_sampler_step [--device cuda] [--only noise] [--out FOLDER]
 
 "copy" and "add" move the bytes of the step and compute next to nothing: the floor. A scheduler's step makes new tensors for the
-state and for x_0, as its interface says; the op is timed into a tensor that is there.
+state and for x_0, as its interface says; the op is timed into a tensor that is there. On a GPU calls, the same work as captured
+graphs, and both forms of the floor stand side by side; without diffusers its contestants and our schedulers are missing.
 """
 
 import functools
 
 import torch
-import torch._inductor.config as inductor
 import torch.nn.functional as F
 
 from advkd.coefficients import ddim_coefficients
 from advkd.ops import philox_normal, sampler_step
 
-from .harness import Case, Contestant, main
+from . import gpu_timing
+from .harness import CAPTURED, Case, Contestant, main, with_captured
 
 SHAPE = (64, 3, 256, 256)
 T, FOLLOWING, STEPS, SEED = 500, 480, 50, 3
 PARITY_TESTS = ["tests/ops/test_sampler_step.py", "tests/system/test_schedulers.py"]
+DIFFUSERS, COMPILED = "diffusers, DDIMScheduler", "torch.compile of diffusers' step"
+APART = "torch.randn(out=z), torch.compile of the formula, into y"
+INSIDE = "torch.compile of the formula and its noise, into y"
 
 
-def schedulers(**options):
-    """Ours and diffusers' DDIM, ready to step."""
+def alpha_bars():
+    """alpha_bar of every timestep by DDPM's linear betas (Ho et al. 2020), in float32 as diffusers' schedulers have it."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+
+def published():
+    """diffusers' DDIM, ready to step."""
     from diffusers import DDIMScheduler
 
+    return _ready(DDIMScheduler())
+
+
+def fused():
+    """Ours in its place."""
     from advkd.schedulers import FusedDDIMScheduler
 
-    pair = [kind(**options) for kind in (FusedDDIMScheduler, DDIMScheduler)]
-    for scheduler in pair:
-        scheduler.set_timesteps(STEPS)
-    return pair
+    return _ready(FusedDDIMScheduler())
+
+
+def _ready(scheduler):
+    scheduler.set_timesteps(STEPS)
+    return scheduler
 
 
 def problem(device, dtype, last=False, eta=0.0):
     """State, network output, a tensor for the result, coefficients."""
+    # Past a number of compilations torch.compile runs a function as it is, without failing.
+    torch._dynamo.reset()
     layout = torch.channels_last if last else torch.contiguous_format
-    generator = torch.Generator().manual_seed(0)
-    x, m = (torch.randn(SHAPE, generator=generator).to(device, dtype, memory_format=layout) for _ in range(2))
-    alpha_bars = schedulers()[1].alphas_cumprod.double()
-    c = ddim_coefficients(float(alpha_bars[T]), float(alpha_bars[FOLLOWING]), "epsilon", eta=eta, clip=1.0)
-    return x, m, torch.empty_like(x), c
+    generator = torch.Generator(device).manual_seed(0)
+    x, m = (torch.randn(SHAPE, generator=generator, device=device).to(dtype, memory_format=layout) for _ in range(2))
+    a_t, a_s = (float(alpha_bars()[t]) for t in (T, FOLLOWING))
+    return x, m, torch.empty_like(x), ddim_coefficients(a_t, a_s, "epsilon", eta=eta, clip=1.0)
 
 
 def oracle(x, m, c, z=None):
@@ -67,13 +84,18 @@ def floors(x, m, y):
     ]
 
 
-def compiled_step(scheduler, **options):
-    """torch.compile of diffusers' step."""
+def stepping(scheduler, x, m, **options):
+    """A scheduler's step as its user calls it."""
+    return lambda: scheduler.step(m, T, x, **options).prev_sample
+
+
+def compiled_step(scheduler, compiler=None, **options):
+    """torch.compile of a scheduler's step; ``compiler``: Inductor's options."""
 
     def step(x, m):
         return scheduler.step(m, T, x, return_dict=False, **options)[0]
 
-    return torch.compile(step, dynamic=False)
+    return torch.compile(step, dynamic=False, options=compiler)
 
 
 def compiled_formula(c, y, pooled=None):
@@ -87,21 +109,30 @@ def compiled_formula(c, y, pooled=None):
     return torch.compile(step, dynamic=False)
 
 
+def compiled_formula_and_noise(c, y, compiler=None):
+    """The same with numbers that the compiled code draws."""
+
+    def step(x, m):
+        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+        return y.copy_(x_next + c.c_z * torch.randn_like(x))
+
+    return torch.compile(step, dynamic=False, options=compiler)
+
+
 def deterministic(device, dtype=torch.float32, last=False):
     """DDIM with eta = 0."""
     x, m, y, c = problem(device, dtype, last)
-    ours, theirs = schedulers()
-    without = schedulers()[0].set_step_options(return_x0=False)
-    compiled, formula = compiled_step(theirs), compiled_formula(c, y)
+    schedulers = ("advkd, FusedDDIMScheduler", "advkd, FusedDDIMScheduler without x_0")
     contestants = [
         Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, out=y)[0], "ours"),
-        Contestant("advkd, FusedDDIMScheduler", lambda: lambda: ours.step(m, T, x).prev_sample, "ours"),
-        Contestant("advkd, FusedDDIMScheduler without x_0", lambda: lambda: without.step(m, T, x).prev_sample, "ours"),
-        Contestant("diffusers, DDIMScheduler", lambda: lambda: theirs.step(m, T, x).prev_sample, "baseline"),
-        Contestant("torch.compile of diffusers' step", lambda: lambda: compiled(x, m)),
-        Contestant("torch.compile of the formula, into y", lambda: lambda: formula(x, m)),
+        Contestant(schedulers[0], lambda: stepping(fused(), x, m), "ours"),
+        Contestant(schedulers[1], lambda: stepping(fused().set_step_options(return_x0=False), x, m), "ours"),
+        Contestant(DIFFUSERS, lambda: stepping(published(), x, m), "baseline"),
+        Contestant(COMPILED, lambda: functools.partial(compiled_step(published()), x, m)),
+        Contestant("torch.compile of the formula, into y", lambda: functools.partial(compiled_formula(c, y), x, m)),
         *floors(x, m, y),
     ]
+    contestants = with_captured(contestants, device, leave=schedulers)
     return case("deterministic", x, lambda: oracle(x, m, c), contestants, bytes_of(x, m, y), device, last)
 
 
@@ -109,7 +140,6 @@ def noisy(device, dtype=torch.float32):
     """DDIM with eta = 1: the noise is made in the call. Every contestant draws its own."""
     x, m, y, c = problem(device, dtype, eta=1.0)
     indices = torch.arange(len(x), device=device)
-    ours, theirs = schedulers()
     generator = torch.Generator(device)
 
     def ours_noise():
@@ -119,55 +149,112 @@ def noisy(device, dtype=torch.float32):
         z = torch.randn(SHAPE, generator=generator.manual_seed(1), device=device, dtype=dtype)
         return oracle(x, m, c, z)
 
-    def global_noise():
-        torch.manual_seed(1)
-        return oracle(x, m, c, torch.randn(SHAPE, device=device, dtype=dtype))
-
     def call(scheduler):
         return lambda: scheduler.step(m, T, x, eta=1.0, generator=generator.manual_seed(1)).prev_sample
-
-    def compiled():
-        # Compiled code draws numbers of its own. The first call, which is checked, is the same graph with torch's numbers.
-        with inductor.patch(fallback_random=True):
-            torch.manual_seed(1)
-            checked = [compiled_step(theirs, eta=1.0)(x, m)]
-        torch._dynamo.reset()
-        step = compiled_step(theirs, eta=1.0)
-        step(x, m)
-        return lambda: checked.pop() if checked else step(x, m)
 
     def drawn_apart():
         step, z = compiled_formula(c, y), torch.empty_like(x)
         return lambda: step(x, m, torch.randn(SHAPE, generator=generator.manual_seed(1), out=z))
 
+    philox = Contestant(
+        "advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, noise=(SEED, indices, 7), out=y)[0], "ours", ours_noise
+    )
     contestants = [
-        Contestant(
-            "advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, noise=(SEED, indices, 7), out=y)[0], "ours", ours_noise
-        ),
-        Contestant("advkd, FusedDDIMScheduler, torch's generator", lambda: call(ours), "ours", their_noise),
-        Contestant("diffusers, DDIMScheduler", lambda: call(theirs), "baseline", their_noise),
-        Contestant("torch.compile of diffusers' step", compiled, "peer", global_noise),
-        Contestant("torch.randn(out=z), torch.compile of the formula, into y", drawn_apart, "peer", their_noise),
-        *floors(x, m, y),
+        *with_captured([philox], device),
+        Contestant("advkd, FusedDDIMScheduler, torch's generator", lambda: call(fused()), "ours", their_noise),
+        Contestant(DIFFUSERS, lambda: call(published()), "baseline", their_noise),
+        *_drawn_inside(COMPILED, _noisy_step, x, m, c),
+        Contestant(APART, drawn_apart, "peer", their_noise),
+        *with_captured(floors(x, m, y), device),
+        *(_noise_on_a_gpu(x, m, y, c) if gpu_timing.captures(device) else []),
     ]
     return case("with noise", x, lambda: oracle(x, m, c), contestants, bytes_of(x, m, y), device)
+
+
+def _noise_on_a_gpu(x, m, y, c):
+    """Peers as graphs, which draw from torch's own generator, and the formula with numbers that its compiled code draws."""
+
+    def apart():
+        step, z = compiled_formula(c, y), torch.empty_like(x)
+        return lambda: step(x, m, torch.randn(SHAPE, out=z))
+
+    graphs = {DIFFUSERS: lambda: stepping(published(), x, m, eta=1.0), APART: apart}
+    return [
+        *(
+            Contestant(name + CAPTURED, lambda f=f: _replayed(f()), "peer", lambda: _global_noise(x, m, c), captured=True)
+            for name, f in graphs.items()
+        ),
+        *_drawn_inside(INSIDE, lambda compiler: compiled_formula_and_noise(c, y, compiler), x, m, c),
+    ]
+
+
+def _drawn_inside(name, compile_step, x, m, c):
+    """Compiled code that draws numbers of its own, as a call and on a GPU as a graph, too.
+
+    The first call, which is checked, is the same graph with torch's numbers.
+    """
+
+    @functools.cache
+    def compiled():
+        torch.manual_seed(1)
+        first, step = compile_step({"fallback_random": True})(x, m).clone(), compile_step(None)
+        step(x, m)
+        return first, step
+
+    def prepare(captured):
+        first, step = compiled()
+        checked, run = [first], gpu_timing.Replay(lambda i: step(x, m)) if captured else functools.partial(step, x, m)
+        return lambda: checked.pop() if checked else run()
+
+    def noise():
+        return _global_noise(x, m, c)
+
+    call = Contestant(name, lambda: prepare(False), "peer", noise)
+    graph = Contestant(name + CAPTURED, lambda: prepare(True), "peer", noise, captured=True)
+    return [call, graph] if gpu_timing.captures(x.device) else [call]
+
+
+def _noisy_step(compiler):
+    return compiled_step(published(), compiler, eta=1.0)
+
+
+def _global_noise(x, m, c):
+    """The step with the first numbers of torch's own generator behind seed 1."""
+    torch.manual_seed(1)
+    return oracle(x, m, c, torch.randn(SHAPE, device=x.device, dtype=x.dtype))
+
+
+def _replayed(function):
+    """A graph that draws; its first replay, which is checked, begins with seed 1."""
+    replay = gpu_timing.Replay(lambda i: function())
+    torch.manual_seed(1)
+    return replay
 
 
 def pooled(device, r, dtype=torch.float32):
     """The step and the r x r average of its result."""
     x, m, y, c = problem(device, dtype)
-    _, theirs = schedulers()
-    compiled = compiled_step(theirs)
-    pool = torch.compile(lambda x, m: F.avg_pool2d(compiled(x, m), r), dynamic=False)
     average = torch.empty(*SHAPE[:2], SHAPE[2] // r, SHAPE[3] // r, dtype=dtype, device=device)
-    formula = compiled_formula(c, y, average)
+
+    def plain():
+        step = stepping(published(), x, m)
+        return lambda: F.avg_pool2d(step(), r)
+
+    def compiled():
+        step = compiled_step(published())
+        return functools.partial(torch.compile(lambda x, m: F.avg_pool2d(step(x, m), r), dynamic=False), x, m)
+
     contestants = [
         Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, pool=r, out=(y, average))[2], "ours"),
-        Contestant("diffusers and avg_pool2d", lambda: lambda: F.avg_pool2d(theirs.step(m, T, x).prev_sample, r), "baseline"),
-        Contestant("torch.compile of both", lambda: lambda: pool(x, m)),
-        Contestant("torch.compile of the formula and the average, into tensors", lambda: lambda: formula(x, m)),
+        Contestant("diffusers and avg_pool2d", plain, "baseline"),
+        Contestant("torch.compile of both", compiled),
+        Contestant(
+            "torch.compile of the formula and the average, into tensors",
+            lambda: functools.partial(compiled_formula(c, y, average), x, m),
+        ),
         Contestant("advkd, sampler_step without pooling", lambda: lambda: sampler_step(x, m, c, out=y)[0], "floor"),
     ]
+    contestants = with_captured(contestants, device)
     small = x.numel() // r**2 * x.element_size()
     wanted = functools.partial(F.avg_pool2d, kernel_size=r)
     return case(f"pooled by {r}", x, lambda: wanted(oracle(x, m, c)), contestants, bytes_of(x, m, y) + small, device)
@@ -176,7 +263,8 @@ def pooled(device, r, dtype=torch.float32):
 def case(name, x, wanted, contestants, moved, device, last=False):
     layout = ", channels_last" if last else ""
     title = f"{name}, {str(x.dtype)[6:]}{layout}"
-    return Case(title, wanted, tolerance(x.dtype), contestants, len(x), None, moved, repeats=20, device=device)
+    figures = {"moved_bytes": moved, "repeats": 20, "device": device, "keep_going": gpu_timing.captures(device)}
+    return Case(title, wanted, tolerance(x.dtype), contestants, len(x), **figures)
 
 
 def cases(device):

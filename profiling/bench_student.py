@@ -3,11 +3,14 @@
 python -m profiling.bench_student [--device cuda] [--only digits] [--out FOLDER]
 
 On a GPU every contestant's weights and activations have the case's dtype; "float32" is full float32 for everyone, "float32 with
-TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream.
+TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream. "advkd, auto" is a user's
+call, which replays a graph and copies in and out; "bare graph" is the same launches over tensors that stay where they are, as
+the peers' graphs are timed. The floor is a copy that moves as many bytes as latents, weights and images have.
 """
 
 import copy
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ from advkd.models.fused_student import convolutions
 
 from . import gpu_peers, gpu_predictions, peers
 from .gpu_timing import set_tf32
-from .harness import Case, Contestant, main
+from .harness import CAPTURED, Case, Contestant, main
 
 SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
@@ -137,8 +140,17 @@ def plausible_student(preset):
 
 
 @torch.no_grad()
-def _oracle(double, z):
-    return torch.cat([double(row.double()) for row in z.split(1)])
+def _oracle(double, z, images=1):
+    """Float64 images, so many at a time, to bound memory."""
+    return torch.cat([double(rows.double()) for rows in z.split(images)])
+
+
+@functools.lru_cache(maxsize=4)
+def _oracle_once(preset, batch, device):
+    """The latents and float64 images of a case on its device, whatever its dtype and peers."""
+    student = _plausible_once(preset)
+    z = student.latents(batch, seed=1).to(device)
+    return z, _oracle(copy.deepcopy(student).double().to(device), z, images=4)
 
 
 GPU_DTYPES = {
@@ -157,16 +169,13 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     set_tf32(product == "tf32")
     # What was compiled for other cases would be looked through on every call.
     torch._dynamo.reset()
-    student = copy.deepcopy(_plausible_once(preset))
-    z = student.latents(batch, seed=1).to(device)
+    student, (z, wanted) = copy.deepcopy(_plausible_once(preset)), _oracle_once(preset, batch, device)
     fused = student.fuse("reference", tune=False)
     channels, side = fused.latent_parts[0]
     x = z.reshape(batch, channels, side, side)
     folded = {transposed: Folded(fused, transposed, inplace=True) for transposed in (False, True)}
-    wanted = _oracle(copy.deepcopy(student).double().to(device), z).cpu()
     # As on a CPU: float32 1e-4 of the output's range; where operands are rounded, four times cuDNN's error.
-    plain = gpu_peers.eager(copy.deepcopy(folded[False]), x, kind)().double().cpu()
-    error = (plain - wanted).abs().max().item()
+    error = (gpu_peers.eager(copy.deepcopy(folded[False]), x, kind)().double() - wanted).abs().max().item()
     tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if product == "f32" else 4 * error
     layers = convolutions(student.config)
     notes = {
@@ -176,7 +185,8 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
         "peers": peers,
         "predicted_microseconds": gpu_predictions.predicted_microseconds(preset, batch, dtype),
     }
-    contestants = [*_gpu_ours(student, z, kind), *_gpu_peers(folded, x, kind, peers)]
+    contestants = [*_gpu_ours(student, z, kind), *_gpu_floors(notes["floor"]["bytes"], device)]
+    contestants += _gpu_peers(folded, x, kind, peers)
     name = gpu_predictions.case_name(preset, batch, dtype) + (SEARCHED if peers == "searched" else "")
     figures = {"flop": notes["floor"]["flop"], "moved_bytes": notes["floor"]["bytes"], "notes": notes, "keep_going": True}
     return Case(name, lambda: wanted, tolerance, contestants, batch, repeats=20, device=device, **figures)
@@ -191,35 +201,72 @@ MEASURED_RATES = []
 
 
 def _gpu_ours(student, z, kind):
-    """Our engine: each GPU backend alone, and the plan that may mix them."""
+    """Our engine: each GPU backend alone, and the plan that may mix them, as it is called and as a bare graph."""
 
-    def prepare(backend):
-        fused = copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True)
-        return lambda: fused(z)
+    @functools.cache
+    def engine(backend):
+        return copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True)
 
-    return [Contestant(f"advkd, {name}", lambda b=name: prepare(b), "ours") for name in ("auto", "cuda", "triton")]
+    def call(backend):
+        return functools.partial(engine(backend), z)
+
+    found = [Contestant(f"advkd, {name}", lambda b=name: call(b), "ours") for name in ("auto", "cuda", "triton")]
+    bare = Contestant("advkd, auto, bare graph", lambda: _bare_graph(call("auto")), "ours", captured=True)
+    return [found[0], bare, *found[1:]]
 
 
+def _bare_graph(call):
+    """An engine's launches in a graph of our own, where it neither copies nor records events: latents and images stay."""
+    # The plan is measured and the weights are packed before anything is captured.
+    call()
+    return gpu_peers.Replay(lambda i: call())
+
+
+def _gpu_floors(moved, device):
+    """A copy that reads and writes so many bytes together, as a call and as a graph."""
+    source, target = torch.randn(-(-moved // 8), device=device), torch.empty(-(-moved // 8), device=device)
+
+    def copied():
+        return target.copy_(source)
+
+    return [
+        Contestant(COPY, lambda: copied, "floor"),
+        Contestant(COPY + CAPTURED, lambda: gpu_peers.Replay(lambda i: copied()), "floor", captured=True),
+    ]
+
+
+COPY = "a copy that moves as many bytes"
 FOLDED_BY_HAND = {False: "", True: ", conv_transpose2d"}
 GPU_ENGINES = {
     "cuDNN eager": gpu_peers.eager,
     "cuDNN, CUDA graph": gpu_peers.graphed,
+    "cuDNN graph API": gpu_peers.cudnn_graph,
     "torch.compile, reduce-overhead": gpu_peers.compiled,
     "torch.compile, CUDA graph": gpu_peers.compiled_graph,
     "torch.compile, max-autotune": functools.partial(gpu_peers.compiled, mode="max-autotune"),
     "TensorRT": gpu_peers.tensorrt,
 }
+GRAPHS = ("cuDNN, CUDA graph", "cuDNN graph API", "torch.compile, CUDA graph", "TensorRT")
+"""The engines whose calls replay one captured graph over tensors that stay where they are."""
 GPU_PEERS = {
     "all": [
         ("cuDNN eager", False),
-        *((name, by_hand) for name in ("cuDNN, CUDA graph", "torch.compile, reduce-overhead") for by_hand in (False, True)),
+        ("cuDNN, CUDA graph", False),
+        ("cuDNN, CUDA graph", True),
+        ("torch.compile, reduce-overhead", True),
         ("torch.compile, CUDA graph", True),
-        *(("TensorRT", by_hand) for by_hand in (False, True)),
+        *((name, by_hand) for name in ("cuDNN graph API", "TensorRT") for by_hand in (True, False)),
+        ("torch.compile, reduce-overhead", False),
     ],
     "few": [("cuDNN eager", False), ("cuDNN, CUDA graph", True), ("torch.compile, reduce-overhead", True)],
-    "searched": [("torch.compile, max-autotune", by_hand) for by_hand in (False, True)],
+    "searched": [("torch.compile, max-autotune", by_hand) for by_hand in (True, False)],
 }
 """Selections of engines on the plain network or, where True, on the one whose up-sampling is folded by hand."""
+COSTLY = {
+    *itertools.product(("cuDNN graph API", "TensorRT", "torch.compile, max-autotune"), (False, True)),
+    ("torch.compile, reduce-overhead", False),
+}
+"""Those whose compilation takes longest, or that compile a second network: they come last."""
 
 
 def _gpu_peers(folded, x, kind, peers):
@@ -227,7 +274,9 @@ def _gpu_peers(folded, x, kind, peers):
     for name, by_hand in GPU_PEERS[peers]:
         engine, module = GPU_ENGINES[name], folded[by_hand]
         prepare = functools.partial(lambda engine, module: engine(copy.deepcopy(module), x, kind), engine, module)
-        found.append(Contestant(name + FOLDED_BY_HAND[by_hand], prepare, "baseline" if name == "cuDNN eager" else "peer"))
+        words = {"captured": name in GRAPHS, "costly": (name, by_hand) in COSTLY}
+        side = "baseline" if name == "cuDNN eager" else "peer"
+        found.append(Contestant(name + FOLDED_BY_HAND[by_hand], prepare, side, **words))
     return found
 
 

@@ -57,24 +57,53 @@ class Replay:
     """``function(i)`` for i = 0 .. units - 1, captured as one CUDA graph; a call replays it and returns the first result.
 
     With inputs that together exceed the second-level cache, no call finds its own there.
+
+    Args:
+        function: whatever it reads stays where it is; what it draws from torch's default generator is new in every replay.
+        units: calls in the graph.
+        grad: record gradients inside, for functions that differentiate.
+
+    Raises:
+        RuntimeError: something inside cannot be captured.
     """
 
-    def __init__(self, function, units=1):
+    def __init__(self, function, units=1, grad=False):
         self.units = units
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
+        caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream), torch.set_grad_enabled(grad):
             # Algorithms are chosen, kernels compiled and loaded before anything is captured.
             for _ in range(3):
                 function(0)
-        torch.cuda.current_stream().wait_stream(stream)
+        caller.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream), torch.no_grad():
-            self.results = [function(i) for i in range(units)]
+        try:
+            with torch.cuda.graph(self.graph, stream=stream), torch.set_grad_enabled(grad):
+                self.results = [function(i) for i in range(units)]
+        finally:
+            # A capture that fails leaves its own stream behind as the current one.
+            torch.cuda.set_stream(caller)
+        # What a replay does not write is not mistaken for its result.
+        poison(self.results)
 
     def __call__(self):
         self.graph.replay()
         return self.results[0]
+
+
+def poison(results):
+    """Fill tensors of floating-point numbers, and those in lists and tuples, with NaN."""
+    if isinstance(results, (list, tuple)):
+        for result in results:
+            poison(result)
+    elif isinstance(results, torch.Tensor) and results.is_floating_point():
+        with torch.no_grad():
+            results.fill_(float("nan"))
+
+
+def captures(device):
+    """Whether work on the device can be captured as a CUDA graph."""
+    return torch.device(device).type == "cuda"
 
 
 def sets_beyond_cache(moved_bytes, device="cuda", most=64):

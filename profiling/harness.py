@@ -3,14 +3,17 @@
 A benchmark is a list of cases. A case names the work, gives the float64 oracle's output and the contestants that do the work:
 ours, the baseline, and the best configuration of the best peers. A contestant whose output is off is not timed and the command
 fails; one that is not installed is recorded with the reason. Times are of whole calls in one process, contestants in turn.
+On a GPU a call stands beside the same work as a captured CUDA graph, which costs no Python.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +23,7 @@ from advkd.files import write_json
 from advkd.hub import reason
 from advkd.timing import measure
 
-from . import gpu_kernels
-from .gpu_timing import measure_events
+from . import gpu_kernels, gpu_timing
 from .kernel_digests import kernel_digests
 from .paths import RESULTS, ROOT
 
@@ -37,15 +39,51 @@ class Contestant:
         name: what the tables call it.
         prepare: function without arguments that gives the function to time (which returns a tensor, or a list of the
             images of one). A peer whose
-            preparation fails is recorded with the reason (not installed, no compiler, no export); ours must not fail.
+            preparation fails is recorded with the reason (not installed, no compiler, no export); ours may only lack an
+            optional package.
         kind: ``ours``, ``baseline``, ``peer``, or ``floor``: other work that moves as many bytes, neither compared nor beaten.
         oracle: its own float64 result, where it differs from the case's (it draws other noise, say).
+        captured: its call replays a CUDA graph over tensors that stay where they are.
+        costly: its preparation takes minutes; it comes when all others have been timed.
     """
 
     name: str
     prepare: object
     kind: str = "peer"
     oracle: object = None
+    captured: bool = False
+    costly: bool = False
+
+
+CAPTURED = ", captured"
+"""Ends the name of a contestant that is another one's work as a CUDA graph."""
+
+
+def with_captured(contestants, device, grad=False, leave=()):
+    """On a GPU each contestant, and behind it the same work captured as a CUDA graph; elsewhere the contestants.
+
+    Args:
+        contestants: their calls read and write tensors that stay where they are.
+        device: where they run.
+        grad: they differentiate.
+        leave: names of those whose work is not captured: it depends on the host.
+    """
+    if not gpu_timing.captures(device):
+        return contestants
+    found = []
+    for contestant in contestants:
+        contestant = replace(contestant, prepare=functools.cache(contestant.prepare))
+        found += [contestant] if contestant.name in leave else [contestant, _captured(contestant, grad)]
+    return found
+
+
+def _captured(contestant, grad):
+    def prepare():
+        call = contestant.prepare()
+        return gpu_timing.Replay(lambda i: call(), grad=grad)
+
+    kind = "peer" if contestant.kind == "baseline" else contestant.kind
+    return replace(contestant, name=contestant.name + CAPTURED, prepare=prepare, kind=kind, captured=True)
 
 
 @dataclass
@@ -118,9 +156,16 @@ def run(name, cases, parity_tests, out=None, device="cpu"):
 
 
 def is_green(result):
-    """Whether nobody of a case was off, and all of ours could run."""
+    """True if every contestant that ran passed parity and ours ran: all of ours but those that :data:`EXCUSES` excuse."""
     entries = result["contestants"]
-    return all(e.get("parity", {}).get("passed", e["kind"] != "ours" or "missing" not in e) for e in entries)
+    ours = [e for e in entries if e["kind"] == "ours"]
+    broken = [e for e in ours if "missing" in e and not any(excuse in e for excuse in EXCUSES)]
+    ran = not ours or any("parity" in e for e in ours)
+    return ran and not broken and all(e["parity"]["passed"] for e in entries if "parity" in e)
+
+
+EXCUSES = ("absent", "pending")
+"""Keys of an entry without a time that is no failure: the optional package that is not installed, or no time as yet."""
 
 
 def passes(parity_tests):
@@ -131,44 +176,96 @@ def passes(parity_tests):
     return done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
 
 
-def run_case(case):
-    """Check and time one case; returns its JSON."""
-    wanted = case.oracle()
-    entries, calls = [], {}
-    for contestant in case.contestants:
-        entry = {"name": contestant.name, "kind": contestant.kind}
-        entries.append(entry)
-        try:
-            call = contestant.prepare()
-            found = call()
-        except Exception as error:
-            if contestant.kind == "ours" and not case.keep_going:
-                raise
-            entry["missing"] = f"{type(error).__name__}: {reason(error)}"
-            continue
-        if contestant.kind == "floor":
-            calls[contestant.name] = call
-            continue
+def run_case(case, keep=None):
+    """Check and time one case; returns its JSON.
+
+    Args:
+        case: the :class:`Case`.
+        keep: function that is given the same JSON once before the costly contestants are prepared, so that a process which
+            is stopped meanwhile has measured the others.
+    """
+    wanted = case.oracle().to(case.device)
+    entries = [_entry(contestant) for contestant in case.contestants]
+    pairs, calls = list(zip(case.contestants, entries, strict=True)), {}
+    for contestant, entry in pairs:
+        if not contestant.costly:
+            _prepare(case, contestant, entry, wanted, calls)
+    costly = [pair for pair in pairs if pair[0].costly]
+    if keep and costly:
+        keep(_result(case, entries, calls))
+    for contestant, entry in costly:
+        _prepare(case, contestant, entry, wanted, calls)
+    return _result(case, entries, calls)
+
+
+def _entry(contestant):
+    entry = {"name": contestant.name, "kind": contestant.kind, "missing": "not prepared yet", "pending": True}
+    return {**entry, "captured": True} if contestant.captured else entry
+
+
+def _prepare(case, contestant, entry, wanted, calls):
+    """Add the contestant's call to those that are timed, or the reason why it is not to its entry."""
+    del entry["missing"], entry["pending"]
+    try:
+        call = contestant.prepare()
+        found = call()
+    except Exception as error:
+        absent = absent_package(error)
+        if contestant.kind == "ours" and not case.keep_going and not absent:
+            raise
+        entry["missing"] = f"{type(error).__name__}: {reason(error)}"
+        if absent:
+            entry["absent"] = absent
+        return
+    if contestant.kind != "floor":
         whole = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
-        expected = contestant.oracle() if contestant.oracle else wanted
-        error = (whole.double().cpu() - expected.cpu()).abs().max().item()
+        error = largest_difference(whole, contestant.oracle() if contestant.oracle else wanted)
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
-        if entry["parity"]["passed"]:
-            calls[contestant.name] = call
-    times = timed(calls, case.repeats, case.device)
+        if not entry["parity"]["passed"]:
+            return
+    calls[contestant.name] = call
+
+
+def absent_package(error):
+    """The optional package that an import failed for because it is not installed, or None: anything else is a fault."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    own = name in ("", "advkd", "kernels", "profiling", "tests")
+    return None if own or importlib.util.find_spec(name) else name
+
+
+def largest_difference(found, wanted):
+    """Largest absolute difference, infinite where shapes differ; in float64 on ``found``'s device, some samples at a time."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    found, wanted = torch.atleast_1d(found), torch.atleast_1d(wanted)
+    rows = max(1, PIECE * max(len(found), 1) // max(found.numel(), 1))
+    pieces = zip(found.split(rows), wanted.split(rows), strict=True)
+    return torch.stack([(a.double() - b.to(a.device).double()).abs().max().cpu() for a, b in pieces]).max().item()
+
+
+PIECE = 2**24
+"""About how many numbers are compared at a time."""
+
+
+def _result(case, entries, calls):
+    entries, times = [dict(entry) for entry in entries], timed(calls, case.repeats, case.device)
     for entry in entries:
         if entry["name"] in times:
             entry["seconds"] = times[entry["name"]]
             if case.flop:
                 entry["flop_per_second"] = case.flop / entry["seconds"]["median"]
     figures = {"images": case.images, "flop": case.flop, "moved_bytes": case.moved_bytes}
-    return {"case": case.name, **figures, **case.notes, "contestants": entries, "ratio": _ratio(entries)}
+    ratios = {"ratio": _ratio(entries)}
+    if any("captured" in entry for entry in entries):
+        ways = {"calls": False, "captured": True}
+        ratios["ratios"] = {way: _ratio([e for e in entries if ("captured" in e) == graph]) for way, graph in ways.items()}
+    return {"case": case.name, **figures, **case.notes, "contestants": entries, **ratios}
 
 
 def timed(calls, repeats, device):
     """Times of functions in turn, by events on a GPU: :func:`advkd.timing.measure`'s figures by name."""
     if torch.device(device).type == "cuda":
-        return measure_events(calls, repeats, device=device)
+        return gpu_timing.measure_events(calls, repeats, device=device)
     return measure(calls, repeats, warmup=3, device=device, settle=SETTLE)
 
 

@@ -1,9 +1,12 @@
 """The harness refuses what is wrong before it times anything; the tables are what the results say."""
 
+import contextlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -20,7 +23,9 @@ from advkd.ops import backends
 from advkd.recipes import RECIPES
 from profiling import (
     ablation,
+    bench_conv_block,
     bench_gradient_penalty,
+    bench_norm_act,
     bench_sampler_step,
     bench_student,
     bench_teacher,
@@ -28,6 +33,8 @@ from profiling import (
     demo,
     evidence,
     gpu_kernels,
+    gpu_peers,
+    gpu_timing,
     harness,
     kernel_digests,
     roofline,
@@ -37,6 +44,8 @@ from profiling import instruction_counts as counts
 from profiling.harness import Case, Contestant
 
 from ..conftest import ROOT, process_environment
+from ..ops.test_student_gpu import launchers  # noqa: F401
+from .test_fused_student_gpu import on_gpu_kernels  # noqa: F401
 
 ONES = torch.ones(3, dtype=torch.float64)
 
@@ -100,6 +109,134 @@ def test_floors_are_timed_beside_and_an_oracle_may_be_a_contestants_own():
     assert result["ratio"] == others / exact["seconds"]["median"]
     case.contestants[3].oracle = None
     assert not harness.run_case(case)["contestants"][3]["parity"]["passed"]
+
+
+def no_package(name):
+    def prepare():
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    return prepare
+
+
+def test_ours_may_lack_an_optional_package_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(harness, "SETTLE", 0.0)
+    case = a_case()
+    exact = case.contestants[0]
+    case.contestants = [exact, Contestant("pipeline", no_package("no_such_package.part"), "ours")]
+    result = harness.run_case(case)
+    assert result["contestants"][1]["absent"] == "no_such_package" and harness.is_green(result)
+    assert "No module named" in result["contestants"][1]["missing"]
+    # Where nothing of ours runs there is no result.
+    case.contestants = case.contestants[1:]
+    assert not harness.is_green(harness.run_case(case))
+    # A name that is gone, a module of our own, a part of an installed package: faults.
+    for broken in (missing, no_package("advkd.nothing"), no_package("torch.nothing"), no_package(None)):
+        case.contestants, case.keep_going = [exact, Contestant("pipeline", broken, "ours")], False
+        with pytest.raises(ImportError):
+            harness.run_case(case)
+        case.keep_going = True
+        assert not harness.is_green(harness.run_case(case))
+
+
+def test_what_is_measured_before_costly_contestants_is_kept(monkeypatch):
+    monkeypatch.setattr(harness, "SETTLE", 0.0)
+    prepared, kept = [], []
+
+    def slow(name):
+        return lambda: prepared.append(name) or (lambda: torch.ones(3))
+
+    case = a_case()
+    case.contestants = [
+        Contestant("engine", slow("engine"), costly=True),
+        case.contestants[0],
+        Contestant("peer", slow("peer")),
+    ]
+    result = harness.run_case(case, keep=lambda partial: kept.append((list(prepared), partial)))
+    ((before, partial),) = kept
+    assert before == ["peer"] and prepared == ["peer", "engine"] and harness.is_green(partial)
+    engine, exact, peer = partial["contestants"]
+    assert engine["pending"] and "seconds" not in engine and exact["seconds"] and peer["seconds"] and partial["ratio"]
+    assert all(entry["seconds"] and "pending" not in entry for entry in result["contestants"])
+    case.contestants = case.contestants[1:]
+    harness.run_case(case, keep=lambda partial: pytest.fail("nothing was costly"))
+
+
+def test_differences_are_found_in_any_piece(monkeypatch):
+    monkeypatch.setattr(harness, "PIECE", 10)
+    found = torch.zeros(7, 4)
+    wanted = torch.zeros(7, 4, dtype=torch.float64)
+    assert harness.largest_difference(found, wanted) == 0
+    for row in (0, 3, 6):
+        found[row, 2] = -0.5
+        assert harness.largest_difference(found, wanted) == 0.5
+        found[row, 2] = 0
+    found[1, 1] = float("nan")
+    assert not harness.largest_difference(found, wanted) <= 1
+    assert harness.largest_difference(torch.zeros(1, 4), wanted) == float("inf")
+    assert harness.largest_difference(torch.tensor(2.0), torch.tensor(1.0)) == 1
+
+
+class OnHost:
+    """In the place of a captured graph."""
+
+    def __init__(self, function, units=1, grad=False):
+        self.function, self.grad = function, grad
+        self()
+
+    def __call__(self):
+        with torch.set_grad_enabled(self.grad):
+            return self.function(0)
+
+
+@pytest.fixture
+def graphs_on_host(monkeypatch):
+    """Every contestant's graph is there on a CPU, too, as calls."""
+    monkeypatch.setattr(gpu_timing, "Replay", OnHost)
+    for module in (gpu_timing, bench_gradient_penalty, bench_norm_act):
+        monkeypatch.setattr(module, "captures", lambda device: True)
+    for module in (gpu_peers, bench_conv_block):
+        monkeypatch.setattr(module, "Replay", OnHost)
+    monkeypatch.setattr(harness, "SETTLE", 0.0)
+    # The cases set the switch, each for itself.
+    before = torch.backends.cudnn.allow_tf32
+    gpu_timing.set_tf32(False)
+    yield
+    gpu_timing.set_tf32(before)
+
+
+def test_captured_contestants_stand_beside_calls(graphs_on_host):
+    prepared = []
+    contestants = [
+        Contestant("advkd", lambda: prepared.append(1) or (lambda: torch.ones(3)), "ours"),
+        Contestant("torch", lambda: lambda: torch.ones(300, 300).mean() * torch.ones(3), "baseline"),
+        Contestant("host", lambda: lambda: torch.ones(3)),
+        Contestant("absent", no_package("no_such_package")),
+        Contestant("copy", lambda: lambda: None, "floor"),
+    ]
+    case = a_case()
+    case.contestants = harness.with_captured(contestants, "cuda", leave=("host",))
+    result = harness.run_case(case)
+    entries = {entry["name"]: entry for entry in result["contestants"]}
+    assert set(entries) == {c.name for c in contestants} | {f"{n}, captured" for n in ("advkd", "torch", "absent", "copy")}
+    assert len(prepared) == 1 and "missing" in entries["absent, captured"]
+    assert all(("captured" in entry) == name.endswith(", captured") for name, entry in entries.items())
+    kinds = [entries[f"{name}, captured"]["kind"] for name in ("advkd", "torch", "copy")]
+    assert kinds == ["ours", "peer", "floor"]
+    times = {name: entry["seconds"]["median"] for name, entry in entries.items() if "seconds" in entry}
+    assert result["ratios"]["captured"] == times["torch, captured"] / times["advkd, captured"]
+    assert result["ratios"]["calls"] == min(times["torch"], times["host"]) / times["advkd"]
+
+
+def test_a_cpu_captures_nothing():
+    contestants = a_case().contestants
+    assert harness.with_captured(contestants, "cpu") is contestants and "ratios" not in harness.run_case(a_case())
+    assert gpu_timing.captures("cuda:1") and not gpu_timing.captures("cpu")
+
+
+def test_results_of_graphs_are_poisoned():
+    whole, part, count = torch.ones(2), torch.ones(2, requires_grad=True) * 2, torch.ones(2, dtype=torch.int64)
+    gpu_timing.poison([whole, (part, None), count])
+    assert whole.isnan().all() and part.isnan().all() and (count == 1).all()
 
 
 def test_red_gates_fail_and_leave_nothing(tmp_path):
@@ -412,3 +549,271 @@ def test_the_penaltys_contestants_agree(monkeypatch):
         result = harness.run_case(case)
         assert len(result["contestants"]) == 4 and all(c["parity"]["passed"] for c in result["contestants"])
         assert 1 < result["work_bound"] < 1.5
+
+
+def sampler_step_case(name):
+    return getattr(bench_sampler_step, name)("cpu", *((2,) if name == "pooled" else ()))
+
+
+def penalty_case(update):
+    return bench_gradient_penalty.case(update, "tiny", 8, 3, "cpu", tf32=update)
+
+
+def student_case(peers):
+    return bench_student.gpu_case("digits", 1, "bfloat16", peers, device="cpu")
+
+
+GPU_CASES = {
+    **{f"sampler_step, {name}": (sampler_step_case, name) for name in ("deterministic", "noisy", "pooled")},
+    "penalty": (penalty_case, False),
+    "update": (penalty_case, True),
+    "norm_act": (lambda upsample: bench_norm_act.case(torch.float32, upsample, "cpu"), False),
+    "norm_act, up-sampling": (lambda upsample: bench_norm_act.case(torch.bfloat16, upsample, "cpu"), True),
+    "student": (student_case, "all"),
+    "conv_block": (lambda name: bench_conv_block.case(name, 1, "bfloat16", device="cpu"), "one layer"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkeypatch):  # noqa: F811
+    """Every benchmark's contestants for a GPU, in small: right, green, and the missing ones miss packages; TF32 is recorded."""
+    monkeypatch.setattr(bench_sampler_step, "SHAPE", (2, 3, 8, 8))
+    monkeypatch.setattr(bench_norm_act, "SHAPE", (2, 4, 8, 8))
+    monkeypatch.setitem(bench_gradient_penalty.WIDTHS, "tiny", {"channels": 4, "max_channels": 8})
+    monkeypatch.setattr(bench_conv_block, "CHAINS", {"one layer": ("digits", 7, 1)})
+    monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 1)
+    monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
+    build, argument = GPU_CASES[name]
+    case = build(argument)
+    # What a compiler takes long for has tests of its own.
+    case.contestants, case.repeats = [c for c in case.contestants if "compile" not in c.name], 1
+    result = harness.run_case(case)
+    entries = result["contestants"]
+    assert harness.is_green(result) and case.keep_going
+    absent = {entry["absent"] for entry in entries if "missing" in entry}
+    assert absent <= {"diffusers", "cudnn", "tensorrt"} and all("absent" in e for e in entries if "missing" in e)
+    assert ("diffusers" in absent) == (name.startswith("sampler_step") and importlib.util.find_spec("diffusers") is None)
+    if name != "conv_block":
+        sides = {(entry["kind"], "captured" in entry) for entry in entries if "seconds" in entry}
+        assert {("ours", False), ("ours", True)} <= sides and ({("peer", True)} <= sides or "diffusers" in absent)
+        assert {("floor", False), ("floor", True)} <= sides or name in ("penalty", "update")
+    if not name.startswith("sampler_step"):
+        assert result["tf32"] is torch.backends.cudnn.allow_tf32 is (name == "update")
+
+
+WITHOUT = """
+import sys
+sys.modules["diffusers"] = None
+import pytest
+sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_gpu_benchmarks_and_tests_without_diffusers():
+    """What a bare machine with a GPU has to run: cases of every benchmark, and the tests of a recording."""
+    chosen = ["tests/system/test_profiling.py::test_cases_of_a_gpu_on_the_host"]
+    chosen += ["tests/system/test_teacher.py::test_a_recording_keeps_averages_of_the_path"]
+    command = [sys.executable, "-c", WITHOUT, "-m", "not slow", *chosen]
+    done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=600)
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    assert done.returncode == 0 and counts["passed"] >= len(GPU_CASES) + 2, done.stdout[-3000:]
+
+
+def test_alpha_bars_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    for scheduler in (diffusers.DDIMScheduler(), diffusers.DDPMScheduler()):
+        assert torch.equal(bench_sampler_step.alpha_bars(), scheduler.alphas_cumprod)
+
+
+def test_oracles_are_shared_by_the_cases_of_a_batch(on_gpu_kernels, monkeypatch):  # noqa: F811
+    asked, oracle = [], bench_student._oracle
+    monkeypatch.setattr(bench_student, "_oracle", lambda *given, **words: asked.append(1) or oracle(*given, **words))
+    bench_student._oracle_once.cache_clear()
+    cases = [bench_student.gpu_case("digits", 3, dtype, device="cpu") for dtype in ("bfloat16", "float32")]
+    assert len(asked) == 1 and torch.equal(cases[0].oracle(), cases[1].oracle()) and cases[0].oracle().dtype == torch.float64
+    z = torch.randn(5, 7, dtype=torch.float64)
+    assert torch.equal(oracle(torch.sin, z, images=2), z.sin())
+    bench_student._oracle_once.cache_clear()
+
+
+def test_costly_peers_come_last():
+    for peers, chosen in bench_student.GPU_PEERS.items():
+        costly = [pair in bench_student.COSTLY for pair in chosen]
+        assert costly == sorted(costly) and {name for name, _ in chosen} <= set(bench_student.GPU_ENGINES), peers
+    assert bench_student.COSTLY <= {pair for chosen in bench_student.GPU_PEERS.values() for pair in chosen}
+    assert set(bench_student.GRAPHS) <= set(bench_student.GPU_ENGINES)
+
+
+class CudnnTensor:
+    """A tensor of the graphs that :class:`CudnnGraph` makes."""
+
+    def __init__(self, compute=None, dim=None, stride=None):
+        self.compute, self.dim, self.stride, self.output = compute, dim, stride, False
+
+    def set_output(self, output):
+        self.output = output
+        return self
+
+    def set_data_type(self, kind):
+        return self
+
+    def set_dim(self, dim):
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride):
+        self.stride = stride
+        return self
+
+
+class CudnnGraph:
+    """cuDNN's graphs by PyTorch: a tensor is a function of what the given ones hold."""
+
+    made = []
+
+    def __init__(self, io_data_type, intermediate_data_type, compute_data_type, handle):
+        assert handle == "handle" and compute_data_type == intermediate_data_type == "float"
+        self.built, self.notes = [], []
+        CudnnGraph.made.append(self)
+
+    def tensor(self, dim, stride, data_type, name):
+        found = CudnnTensor(dim=dim, stride=stride)
+        found.compute = lambda given: given[found].float()
+        return found
+
+    def conv_fprop(self, x, weight, padding, stride, dilation):
+        assert (padding, stride, dilation) == ([1, 1], [1, 1], [1, 1])
+        return CudnnTensor(lambda given: torch.conv2d(x.compute(given), weight.compute(given), padding=1))
+
+    def conv_dgrad(self, loss, weight, padding, stride, dilation):
+        assert (padding, stride, dilation) == ([1, 1], [2, 2], [1, 1])
+        return CudnnTensor(lambda g: torch.conv_transpose2d(loss.compute(g), weight.compute(g), stride=2, padding=1))
+
+    def bias(self, x, bias):
+        return CudnnTensor(lambda given: x.compute(given) + bias.compute(given))
+
+    def leaky_relu(self, x, slope):
+        return CudnnTensor(lambda given: torch.nn.functional.leaky_relu(x.compute(given), slope))
+
+    def tanh(self, x):
+        return CudnnTensor(lambda given: torch.tanh(x.compute(given)))
+
+    def validate(self):
+        pass
+
+    def build_operation_graph(self):
+        pass
+
+    def create_execution_plans(self, modes):
+        assert modes == ["A", "fallback"]
+
+    def check_support(self):
+        pass
+
+    def deselect_numeric_notes(self, notes):
+        self.notes = notes
+
+    def get_execution_plan_count(self):
+        return 6
+
+    def build_plan_at_index(self, plan):
+        if plan == 0:
+            raise RuntimeError("Deselecting execution plan")
+        self.built.append(plan)
+
+    def get_workspace_size_plan_at_index(self, plan):
+        return 16 * plan
+
+    def execute_plan_at_index(self, given, workspace, plan, handle):
+        assert plan in self.built and workspace.nbytes == 16 * plan and handle == "handle"
+        for tensor, value in given.items():
+            if value.ndim == 4:
+                assert tuple(tensor.dim) == value.shape and value.is_contiguous(memory_format=torch.channels_last)
+                assert all(n == 1 or s == t for n, s, t in zip(tensor.dim, tensor.stride, value.stride()))
+        (output,) = (tensor for tensor in given if tensor.output)
+        given[output].copy_(output.compute({k: v.view(1, -1, 1, 1) if v.ndim == 1 else v for k, v in given.items()}))
+
+
+@pytest.fixture
+def cudnn_on_host(monkeypatch):
+    """The package's module with PyTorch behind it; plan 2 is the fastest."""
+    module, streams = types.ModuleType("cudnn"), []
+    module.data_type = types.SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float")
+    module.heur_mode = types.SimpleNamespace(A="A", FALLBACK="fallback")
+    module.numerical_note = types.SimpleNamespace(TENSOR_CORE="tensor core", DOWN_CONVERT_INPUTS="narrow")
+    module.pygraph, module.set_stream = CudnnGraph, lambda handle, stream: streams.append(stream)
+    monkeypatch.setitem(sys.modules, "cudnn", module)
+    monkeypatch.setattr(gpu_peers, "_cudnn_handle", lambda device: "handle")
+    monkeypatch.setattr(gpu_peers, "_stream", lambda device: 7)
+    monkeypatch.setattr(CudnnGraph, "made", [])
+
+    def measured(calls, repeats, device):
+        assert list(calls) == [1, 2, 3]
+        return {plan: {"median": abs(plan - 2), "value": call()} for plan, call in calls.items()}
+
+    monkeypatch.setattr(gpu_peers, "measure_events", measured)
+    return streams
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_graph_of_cudnn_is_the_network(dtype, transposed, graphs_on_host, cudnn_on_host):
+    """Layer by layer with PyTorch in cuDNN's place: shapes, strides, weights, activations; equal layers share their plan."""
+    student = bench_student.plausible_student("digits")
+    folded = bench_student.Folded(student.fuse("reference", tune=False), transposed, inplace=True)
+    x = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = folded.double()(x.double())
+    replay = gpu_peers.cudnn_graph(folded.float(), x, dtype)
+    found = replay()
+    assert found.dtype == dtype and set(cudnn_on_host) == {7}
+    # Weights and every layer's result are rounded.
+    assert (found - wanted).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1)
+    graphs = CudnnGraph.made
+    assert len(graphs) == len(folded.convolutions) and {tuple(graph.built) for graph in graphs} == {(1, 2, 3), (2,)}
+    assert all(bool(graph.notes) == (dtype == torch.float32) for graph in graphs)
+
+
+def test_a_layer_without_a_plan_says_so(graphs_on_host, cudnn_on_host, monkeypatch):
+    monkeypatch.setattr(CudnnGraph, "get_execution_plan_count", lambda graph: 1)
+    layer = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"no plan for \(8, 8, 3, 3\) at \(1, 8, 4, 4\): Deselecting"):
+        gpu_peers.CudnnLayer(layer, torch.zeros(1, 8, 4, 4), 0.2)
+
+
+@pytest.mark.gpu
+def test_graphs_of_gradients():
+    """A replay gives what the calls give, and writes it."""
+    x = torch.randn(64, device="cuda", requires_grad=True)
+    replay = gpu_timing.Replay(lambda i: torch.autograd.grad((x**3).sum(), x)[0], grad=True)
+    assert replay.results[0].isnan().all()
+    assert torch.allclose(replay(), 3 * x.detach() ** 2)
+
+
+class Stream:
+    """In the place of ``torch.cuda.Stream``."""
+
+    current = None
+
+    def wait_stream(self, other):
+        pass
+
+
+@contextlib.contextmanager
+def failing_capture(graph, stream):
+    """As ``torch.cuda.graph`` where the capture cannot be ended: its own stream stays the current one."""
+    Stream.current = stream
+    yield
+    raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch):
+    caller, modes = Stream(), []
+    places = {"Stream": Stream, "stream": contextlib.nullcontext, "graph": failing_capture, "CUDAGraph": object}
+    places |= {"current_stream": lambda: Stream.current, "set_stream": lambda stream: setattr(Stream, "current", stream)}
+    for name, place in places.items():
+        monkeypatch.setattr(torch.cuda, name, place)
+    monkeypatch.setattr(Stream, "current", caller)
+    for grad in (False, True):
+        with pytest.raises(RuntimeError, match="previous error"):
+            gpu_timing.Replay(lambda i: modes.append(torch.is_grad_enabled()), grad=grad)
+        assert Stream.current is caller and modes[-4:] == [grad] * 4

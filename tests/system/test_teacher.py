@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,12 +149,48 @@ def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
     assert not torch.allclose(whole, teacher.sample(4, seed=3, sampler="ddpm"), atol=1e-2)
 
 
+class Network(torch.nn.Module):
+    """What a recording asks of a teacher's network, without diffusers: a configuration, and an output of state and timestep."""
+
+    config = SimpleNamespace(in_channels=3, out_channels=3, sample_size=8)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 3, 3, padding=1)
+        self.time = torch.nn.Embedding(20, 8)
+
+    def forward(self, x, t, return_dict=True):
+        return (self.last(torch.nn.functional.silu(self.first(x) + self.time(t)[..., None, None])),)
+
+
+def networks_teacher():
+    """A teacher of 20 timesteps with that network and DDPM's linear betas."""
+    config = {"prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small"}
+    betas = torch.linspace(1e-4, 0.02, 20)
+    return Teacher(
+        Network(), SimpleNamespace(alphas_cumprod=torch.cumprod(1 - betas, 0), config=Configuration(config)), "network"
+    )
+
+
+class Configuration(dict):
+    """Keys that are attributes, too, as those of diffusers are."""
+
+    __getattr__ = dict.__getitem__
+
+
+def unets_teacher():
+    pytest.importorskip("diffusers")
+    return tiny_teacher(20, channels=3)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_recording_keeps_averages_of_the_path(sampler, device, monkeypatch):
+@pytest.mark.parametrize("make", [unets_teacher, networks_teacher])
+def test_a_recording_keeps_averages_of_the_path(make, sampler, device, monkeypatch):
     """The states of the path, averaged within the steps; on a GPU by compiled code and captured graphs."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    teacher = tiny_teacher(20, channels=3)
+    teacher = make()
     teacher.unet.to(device)
     keep = {18: 1, 10: 4, 9: 4, 4: 2, 0: 8}
     for start in (0, 7):
