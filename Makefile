@@ -20,7 +20,11 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The CUDA object takes minutes and loads only where torch has CUDA: a CPU build of torch goes without, unless ADVKD_CUDA says so.
 SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print("" if torch.version.cuda else "ADVKD_CUDA=0")'))
 
-.PHONY: install demo test test-all bench clean
+# The oldest torch that pyproject.toml allows, and the one that machines with a GPU are often given.
+TORCHES := 2.10.0 2.11.0
+
+.PHONY: install demo test test-all test-torch rehearse bench clean
+.PRECIOUS: build/%/.ready
 
 install: $(VENV)/.installed
 
@@ -46,6 +50,29 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+
+# Both objects built and the ops tested with each of TORCHES and its own Triton. Needs nvcc; takes 7 GB a torch, and half an hour.
+test-torch: $(TORCHES:%=test-torch-%)
+
+test-torch-%: build/torch-%/.ready
+	cd $(<D)/tree && ../venv/bin/python -m pytest -n auto --dist loadfile tests/ops
+
+# What a quarter of an hour on a GPU would do, as far as that goes without one: packages as on a machine that cannot fetch any.
+rehearse: build/rehearsal-2.11.0/.ready
+	$(<D)/venv/bin/pip uninstall --quiet --yes diffusers nvtx
+	cd $(<D)/tree && ../venv/bin/python -m profiling.gpu_rehearsal --out ../results
+
+# A copy of the tree with an environment of its own; the version of torch is the folder's last word.
+build/%/.ready: $(SOURCES) $(shell git ls-files '*.py')
+	rm -rf $(@D)/tree && mkdir -p $(@D)/tree
+	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -c | tar -x -C $(@D)/tree
+	$(PYTHON) -m venv $(@D)/venv
+	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/venv/bin/pip install --quiet --constraint $(@D)/constraints.txt setuptools wheel \
+		"torch==$(lastword $(subst -, ,$*))$(TORCH_BUILD)"
+	cd $(@D)/tree && ADVKD_CPU=1 ADVKD_CUDA=1 ../venv/bin/pip install --quiet --no-build-isolation \
+		--constraint ../constraints.txt --editable '.[test]'
+	@touch $@
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
 BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \

@@ -7,11 +7,13 @@ device's context is unusable and the rest wants a fresh process.
 
 import argparse
 import csv
+import functools
 import importlib
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,11 +28,13 @@ from advkd.hub import reason
 from advkd.ops import backends
 from advkd.timing import provenance
 
-from . import bench_student, gpu_predictions
+from . import bench_student, gpu_kept, gpu_predictions
+from .gpu_kept import test_digest
 from .gpu_kernels import digests
 from .gpu_test_log import BROKEN, COLLECTED, broken, forget_begun, read_log
 from .gpu_timing import peaks
-from .harness import ROOT, format_case, is_green, run_case
+from .harness import ROOT, absent_package, format_case, is_green, run_case
+from .parent import end_with_parent
 
 QUICK = {
     "bench_student": [
@@ -61,6 +65,9 @@ QUICK = {
     "bench_norm_act": ["with up-sampling, bfloat16", "without up-sampling, float32"],
 }
 """The cases that a short run measures, the most telling first; ``--full`` takes all."""
+
+REHEARSED_CASES = {"bench_student": ["digits, batch 1, bfloat16", "digits, batch 64, bfloat16"]}
+"""Cases that a rehearsal enters, where the others take a processor minutes."""
 
 GATE = ["-m", "gpu"]
 """pytest's selection of the tests that want a GPU."""
@@ -99,6 +106,10 @@ class Journal:
             sys.exit(BROKEN)
         return found
 
+    def keep_partly(self, name, found):
+        """What is known of an item that goes on."""
+        self._keep(name, {"state": "begun", **found})
+
     def _keep(self, name, value):
         self.items[name] = value
         write_json(self.path, self.items)
@@ -115,13 +126,40 @@ class Journal:
 
 
 def build(part):
-    """The CUDA extension, for this card's architecture alone; that it loads is asked of a fresh process."""
-    flag = architecture(torch.cuda.get_device_capability())
-    environment = {**os.environ, "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": flag}
+    """Objects of these sources that load are used; else both are built, for this card's architecture alone."""
+    flag = architecture(torch.cuda.get_device_capability()) if torch.cuda.is_available() else REHEARSED
+    if objects_are_current() and part.journal.run("prebuilt", lambda: _load(part))["state"] == "done":
+        return {"prebuilt": True}
+    part.journal.items.pop("prebuilt", None)
+    environment = {**os.environ, "ADVKD_CPU": "1", "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": flag}
     part.journal.run("compile", lambda: _logged([sys.executable, "setup.py", "build_ext", "--inplace"], part, environment))
-    ask = "from advkd.ops.backends import extension_gap; import sys; sys.exit(extension_gap('cuda') or extension_gap('cpu'))"
-    part.journal.run("load", lambda: _logged([sys.executable, "-c", ask], part))
-    return {"architectures": flag}
+    part.journal.run("load", lambda: _load(part))
+    return {"prebuilt": False, "architectures": flag}
+
+
+REHEARSED = "9.0a"
+"""The architecture that a rehearsal builds for."""
+
+LOADS = """
+import sys
+from advkd.ops.backends import extension_gap
+gaps = [gap for gap in map(extension_gap, sys.argv[1:]) if gap]
+print(*gaps, sep="\\n")
+sys.exit(bool(gaps))
+"""
+
+
+def _load(part):
+    """Load the objects in a fresh process; without a GPU that of the CPU alone."""
+    kinds = ("cpu",) if part.rehearse else ("cuda", "cpu")
+    return _logged([sys.executable, "-c", LOADS, *kinds], part)
+
+
+def objects_are_current(root=ROOT):
+    """Whether both objects are there and were linked from the sources as they are."""
+    identity = runpy.run_path(str(root / "setup.py"), run_name="setup")["source_identity"]
+    paths = {kind: root / "advkd" / f"_{kind}.abi3.so" for kind in ("cpu", "cuda")}
+    return all(path.exists() and bytes.fromhex(identity(kind)) in path.read_bytes() for kind, path in paths.items())
 
 
 def architecture(capability):
@@ -140,7 +178,7 @@ def _logged(command, part, environment=None):
 
 def warm(part):
     """Triton's kernels compiled by many processes at a time, so that no plan has to wait for them one by one."""
-    count = max(1, (os.cpu_count() or 1) - 2)
+    count = part.processes(12)
     commands = [[sys.executable, "-m", "profiling.gpu_warm", f"{i}/{count}"] for i in range(count)]
     processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
     codes = []
@@ -158,12 +196,19 @@ def warm(part):
 
 
 def tests(part):
-    """Every test that wants a GPU, in a few processes at a time; one that dies or hangs costs its own process alone."""
-    shards = max(1, min(8, (os.cpu_count() or 1) // 2))
+    """Every test that wants a GPU, in a few processes at a time; one that dies or hangs costs its own process alone.
+
+    What has passed on these sources before is not run again, nor what the part before this one has seen.
+    """
+    shards = part.processes(12)
     logs = [part.folder / f"tests-{i}.jsonl" for i in range(shards)]
-    gate = [*GATE, "--continue-on-collection-errors", *gpu_test_files()]
+    seen = _seen(part)
+    (part.folder / "seen.json").write_text(json.dumps(seen))
+    gate = [*GATE, f"--gpu-seen={part.folder / 'seen.json'}", f"--gpu-most={part.most}", *(DRY if part.rehearse else [])]
+    gate += ["--continue-on-collection-errors", *gpu_test_files()]
     threads = str(max(1, (os.cpu_count() or 1) // shards))
-    workers = [TestWorker(logs[i], [*gate, f"--gpu-shard={i}/{shards}"], threads) for i in range(shards)]
+    hang = min(HANG, 0.6 * part.left())
+    workers = [TestWorker(logs[i], [*gate, f"--gpu-shard={i}/{shards}"], threads, hang) for i in range(shards)]
     for log in logs:
         forget_begun(log)
     try:
@@ -176,19 +221,35 @@ def tests(part):
             worker.stop()
     known = [read_log(log) for log in logs]
     found = {test: entry for log in known for test, entry in log.items() if test not in (COLLECTED, *stopped)}
-    collected = sum(log.get(COLLECTED, {"count": 1})["count"] for log in known)
+    # A process that had no time to collect has named none.
+    late = sum(COLLECTED not in log for log in known)
+    left = sorted({test for log in known for test in log.get(COLLECTED, {"tests": []})["tests"]} - set(found))
     broken_off = [i for i, worker in enumerate(workers) if worker.process.returncode in (2, 3, 4)]
     if broken_off:
         raise RuntimeError(f"pytest could not run: see {logs[broken_off[0]].with_suffix('.txt')}")
-    if len(found) < collected:
-        part.unfinished = f"no time for {collected - len(found)} of {collected} tests"
+    if left or late:
+        part.unfinished = f"no time for {len(left)} of {len(left) + len(found)} tests" + late * ", nor to collect a share"
+    found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in found.items()}}
     outcomes = [entry["outcome"] for entry in found.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-    print(f"tests: {counts}", flush=True)
+    print(f"tests: {counts}, {len(seen)} of them before", flush=True)
     gaps = {kind: backends.gap("sampler_step", kind, torch.device("cuda")) for kind in ("cuda", "triton")}
     failures = [test for test, entry in found.items() if entry["outcome"] in ("failed", "died")]
     part.red = bool(failures) or not counts.get("passed")
-    return {"tests": found, "counts": counts, "failures": sorted(failures), "gaps": gaps, "processes": shards}
+    return {"tests": found, "counts": counts, "failures": sorted(failures), "gaps": gaps, "left": left, "late": late, "processes": shards}
+
+
+DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
+"""pytest's words for a run of GPU tests up to the first launch of a kernel, without a GPU."""
+
+
+def _seen(part):
+    """``{test: entry}``: what has passed on these sources in an earlier run, and what the first tests of this run gave."""
+    found = gpu_kept.passed_tests(part.kept) if part.kept else {}
+    first = part.out / "gpu_first_tests.json"
+    if part.name == "tests" and first.exists():
+        found |= json.loads(first.read_text())["result"].get("tests", {})
+    return found
 
 
 def gpu_test_files():
@@ -202,9 +263,9 @@ class TestWorker:
 
     __test__ = False
 
-    def __init__(self, log, arguments, threads="1"):
-        self.log, self.starts, self.environment = log, 0, {**os.environ, "OMP_NUM_THREADS": threads}
-        plugin = ["-p", "profiling.gpu_test_log", f"--gpu-log={log}"]
+    def __init__(self, log, arguments, threads="1", hang=HANG):
+        self.log, self.hang, self.starts, self.environment = log, hang, 0, {**os.environ, "OMP_NUM_THREADS": threads}
+        plugin = ["-p", "profiling.gpu_test_log", f"--gpu-log={log}", "--gpu-end-with-parent"]
         self.command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--no-header", *plugin, *arguments]
         if not has_xdist():
             self.command = [word for word in self.command if word not in ("-n", "0")]
@@ -246,7 +307,7 @@ class TestWorker:
 
     def _hangs(self):
         test, begun = self._running()
-        return test is not None and time.time() - begun > HANG
+        return test is not None and time.time() - begun > self.hang
 
     def stop(self):
         """End the process, which has a session of its own, and its children."""
@@ -268,52 +329,40 @@ SANITIZED = (
     "tests/ops/test_training_cuda.py",
     "tests/ops/test_sampler_step.py",
 )
-SANITIZED_CASES = 3
+SANITIZERS = {"memcheck": ["--padding", "32"], "racecheck": []}
+"""Compute Sanitizer's tools with their options: accesses out of bounds, and races in shared memory."""
 
 
-def sanitizer(part):
-    """Compute Sanitizer over a few parity tests of each file: accesses out of bounds, and races in shared memory."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        raise RuntimeError(
-            "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (its bin folder, or compute-sanitizer/)"
-        )
-    for name, options in {"memcheck": ["--padding", "32"], "racecheck": []}.items():
-        part.journal.run(name, lambda name=name, options=options: _sanitize(part, tool, name, options))
-    return {"selection": f"{SANITIZED_CASES} cases of every GPU test function of {', '.join(SANITIZED)}"}
+def sanitizer(name):
+    """A part that runs one of :data:`SANITIZERS` over a few parity tests of each file of :data:`SANITIZED`."""
+
+    def run(part):
+        tool = shutil.which("compute-sanitizer")
+        if tool is None and not part.rehearse:
+            raise RuntimeError(
+                "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (its bin folder, or compute-sanitizer/)"
+            )
+        part.journal.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
+        return {"selection": f"{part.most} cases of every GPU test function of {', '.join(SANITIZED)}"}
+
+    return run
 
 
 def _sanitize(part, tool, name, options):
     log = part.folder / f"{name}.jsonl"
     log.unlink(missing_ok=True)
     files = [file for file in SANITIZED if (ROOT / file).exists()]
-    command = [
-        tool,
-        "--tool",
-        name,
-        *options,
-        "--error-exitcode",
-        "99",
-        "--target-processes",
-        "all",
-        sys.executable,
-        "-m",
-        "pytest",
-    ]
-    command += [
-        "-q",
-        "--no-header",
-        "-m",
-        "gpu and not slow",
-        "-k",
-        "not captured and not graph",
-        "-p",
-        "profiling.gpu_test_log",
-    ]
-    command += [f"--gpu-log={log}", f"--gpu-most={SANITIZED_CASES}", *files]
+    command = [tool, "--tool", name, *options, "--error-exitcode", "99", "--target-processes", "all"]
+    if part.rehearse:
+        command = []
+    command += [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "gpu and not slow", "-k", "not captured and not graph"]
+    command += ["-p", "profiling.gpu_test_log", *(DRY if part.rehearse else [])]
+    command += [f"--gpu-log={log}", f"--gpu-most={part.most}", *files]
     # Every tensor is an allocation of its own, so that padding stands between any two; nothing can be captured that way.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=part.left())
+    if part.rehearse:
+        return {"code": done.returncode, "red": bool(done.returncode), "tail": done.stdout[-2000:]}
     return {"code": done.returncode, **sanitizer_verdict(done.stdout + done.stderr, done.returncode, read_log(log))}
 
 
@@ -393,9 +442,13 @@ def _first(part, preset, backend):
     }
 
 
+NEEDS_DEVICE = "needs a device"
+"""What a rehearsal says of a step that it cannot do."""
+
+
 def rates(part):
     """The card's own rates, which floors are counted with."""
-    return part.journal.run("rates", peaks)
+    return part.journal.run("rates", peaks if not part.rehearse else lambda: {NEEDS_DEVICE: "rates"})
 
 
 def bench(name):
@@ -404,17 +457,17 @@ def bench(name):
     def run(part):
         module = importlib.import_module(f"profiling.{name}")
         cases = module.cases("cuda") if part.full or not hasattr(module, "quick_cases") else module.quick_cases()
-        wanted = [case for case in QUICK[name] if case in cases] if not part.full else list(cases)
-        stored = part.out / "gpu_rates.json"
-        if stored.exists():
-            found = json.loads(stored.read_text())["result"]["items"]["rates"]
-            bench_student.MEASURED_RATES[:] = [gpu_predictions.H200.measured(found["flops"], found["bandwidth"])]
+        chosen = REHEARSED_CASES.get(name, QUICK[name]) if part.rehearse else QUICK[name]
+        wanted = list(cases) if part.full else [case for case in chosen if case in cases]
+        _use_measured_rates(part)
         gate = parity_gate(module.PARITY_TESTS, part)
         print(f"parity tests: {gate}", flush=True)
+        known = gpu_kept.cases(part.kept, name) if part.kept else {}
         for case in wanted:
             if part.left() < 5:
                 break
-            part.journal.run(case, lambda case=case: _measured(cases[case]))
+            work = functools.partial(_measured, part, case, cases[case])
+            part.journal.run(case, lambda case=case, work=work: known[case] if case in known else work())
         missing = [case for case in wanted if case not in part.journal.items]
         if missing:
             part.unfinished = f"no time for {len(missing)} cases: {', '.join(missing)}"
@@ -428,18 +481,49 @@ def bench(name):
     return run
 
 
-def _measured(build_case):
+def _use_measured_rates(part):
+    """Floors are counted with the card's own rates where part ``rates`` has them."""
+    path = part.out / "gpu_rates.json"
+    found = json.loads(path.read_text())["result"].get("items", {}).get("rates", {}) if path.exists() else {}
+    if "flops" in found:
+        bench_student.MEASURED_RATES[:] = [gpu_predictions.H200.measured(found["flops"], found["bandwidth"])]
+
+
+def _measured(part, name, build_case):
     begin = time.monotonic()
-    result = run_case(build_case())
-    result["provenance"] = provenance("cuda")
-    if "floor" not in result and result["moved_bytes"]:
-        result["floor"] = {
-            "seconds": result["moved_bytes"] / bench_student.gpu_rates().bandwidth,
-            "bytes": result["moved_bytes"],
-        }
+    if part.rehearse:
+        from tests import gpu_dry_run
+
+        with gpu_dry_run.stand_in():
+            return rehearsed(build_case())
+    result = _described(run_case(build_case(), keep=lambda found: part.journal.keep_partly(name, _described(found))))
     print(format_case(result) + f"\n  ({time.monotonic() - begin:.0f} s)", flush=True)
     torch.cuda.empty_cache()
     return {**result, "red": not is_green(result)}
+
+
+def rehearsed(case):
+    """How far a case's contestants go on a stand-in for a GPU; red where one of them stops for another reason than a device."""
+    from tests import gpu_dry_run
+
+    entries, red = [], False
+    for contestant in case.contestants:
+        how, error = gpu_dry_run.how_far(lambda: contestant.prepare()())
+        absent = error is not None and absent_package(error)
+        said = f"needs {absent}, which is not installed" if absent else how
+        entries.append({"name": contestant.name, "kind": contestant.kind, "missing": said})
+        red |= error is not None and not absent
+        print(f"  {case.name}: {contestant.name}: {said}", flush=True)
+    return {"case": case.name, "moved_bytes": None, "ratio": None, "contestants": entries, "red": red}
+
+
+def _described(result):
+    """A case's result with its provenance and a floor."""
+    result = {**result, "provenance": provenance("cuda")}
+    if "floor" not in result and result["moved_bytes"]:
+        seconds = result["moved_bytes"] / bench_student.gpu_rates().bandwidth
+        result["floor"] = {"seconds": seconds, "bytes": result["moved_bytes"]}
+    return result
 
 
 def parity_gate(files, part):
@@ -452,7 +536,9 @@ def parity_gate(files, part):
         subprocess.run([*command, *(f for f in files if (ROOT / f).exists())], cwd=ROOT, timeout=part.left())
         known, through = read_log(log), True
     else:
-        known, through = found["result"]["tests"], "unfinished" not in found["result"]
+        known = found["result"]["tests"]
+        left = [test for test in found["result"]["left"] if test.partition("::")[0] in files]
+        through = not left and not found["result"]["late"]
     outcomes = [entry["outcome"] for test, entry in known.items() if test.partition("::")[0] in files]
     bad = sum(outcome in ("failed", "died") for outcome in outcomes)
     state = "red" if bad else "none ran" if "passed" not in outcomes else "green" if through else "incomplete"
@@ -499,6 +585,8 @@ UNITS |= {"byte": 1, "kbyte": 1e3, "mbyte": 1e6, "gbyte": 1e9}
 def ncu(part):
     """Nsight Compute on one launch of each kernel: time, traffic, rate, occupancy, what its warps wait for."""
     tool = shutil.which("ncu")
+    if part.rehearse:
+        return {NEEDS_DEVICE: "ncu"}
     if tool is None:
         print("ncu is not installed", flush=True)
         return {"ncu": "not installed"}
@@ -514,7 +602,7 @@ def _profiled(part, tool, chain):
         tool,
         *options,
         "--kernel-name",
-        "regex:advkd|conv_kernel|image_kernel",
+        "regex:advkd|conv_kernel|image_kernel|descriptor_kernel",
         "--metrics",
         ",".join(METRICS.values()),
         *work,
@@ -568,8 +656,9 @@ PARTS = {
     "build": build,
     "rates": rates,
     "warm": warm,
+    "first_tests": tests,
     "tests": tests,
-    "sanitizer": sanitizer,
+    **{name: sanitizer(name) for name in SANITIZERS},
     "first_image": first_image,
     **{name: bench(name) for name in QUICK},
     "ncu": ncu,
@@ -578,10 +667,20 @@ PARTS = {
 
 
 class Part:
-    """What a part's function is given: its folders, its journal, its time."""
+    """What a part's function is given: its folders, its journal, its time.
 
-    def __init__(self, out, folder, seconds, full):
+    Attributes:
+        out, folder: folders of all results, and of this part's own files.
+        full: measure all cases.
+        name: of the part.
+        most: cases of a test function at most; 0 for all.
+        kept: folder of results that stand for their sources, or None.
+        rehearse: there is no GPU: do all that needs none.
+    """
+
+    def __init__(self, out, folder, seconds, full=False, name="", most=0, kept=None, rehearse=False):
         self.out, self.folder, self.full = Path(out), Path(folder), full
+        self.name, self.most, self.kept, self.rehearse = name, most, kept, rehearse
         self.end = time.monotonic() + seconds
         self.journal = Journal(self.folder / "journal.json")
         self.red, self.unfinished = False, None
@@ -589,6 +688,10 @@ class Part:
     def left(self):
         """Seconds until the part is ended from outside."""
         return max(self.end - time.monotonic(), 0.0)
+
+    def processes(self, most):
+        """How many processes the part may start side by side: one on a small machine, some cores left on a large one."""
+        return max(1, min(most, (os.cpu_count() or 1) - 4))
 
 
 def run(function, part):
@@ -619,11 +722,16 @@ def main(known=None):
     parser.add_argument("--folder", required=True)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--most", type=int, default=0)
+    parser.add_argument("--kept")
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--restarted", action="store_true", help="what the last process did not end has killed it")
     options = parser.parse_args()
+    end_with_parent()
     # Whatever was started is ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    part = Part(options.out, options.folder, options.seconds, options.full)
+    words = {name: getattr(options, name) for name in ("full", "name", "most", "kept", "rehearse")}
+    part = Part(options.out, options.folder, options.seconds, **words)
     if not options.restarted:
         part.journal.forget_begun()
     result, code = run(known[options.name], part)

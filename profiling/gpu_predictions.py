@@ -30,8 +30,13 @@ LAUNCH, RAMP = 1e-6, 2e-6
 """Seconds: of one more node in a CUDA graph, and of a kernel's first loads and last stores, which nothing hides."""
 MMA_SYNC = 0.62
 """Share of the Hopper tensor cores' rate that ``mma.sync`` reaches at best; the whole rate is ``wgmma``'s alone."""
-KERNEL, TRAFFIC = 0.70, 0.85
-"""Share of those rates that our loops keep: of arithmetic beside loads and addresses, and of a copy's bytes per second."""
+KERNEL, TRAFFIC = 0.54, 0.85
+"""Share of those rates that our loops keep: of arithmetic, with eight warps a multiprocessor and nothing beside the epilogue,
+and of a copy's bytes per second."""
+DESCRIPTOR, CUDNN = 0.60, 0.70
+"""Share of the whole rate that loops of ``wgmma`` keep: Triton's descriptor variant, and cuDNN's fused graphs."""
+CALL = 2.4e-5
+"""Seconds of the host for one call of an op in Python."""
 PAIR_TILE = 16
 """Side of the tiles of ``conv_pair``: its first convolution is made for 18 x 18 pixels of each 16 x 16."""
 CLOCK = 1.7e9
@@ -134,14 +139,58 @@ def predict_step(step, layers, product, batch, device):
     own = layers[step.first : step.first + step.count]
     if step.kernel == "stem":
         return LAUNCH + RAMP + _stem(step, own, product, batch, device)
+    if step.kernel == "triton_descriptor":
+        return _bound(_descriptor(step, own[0], product, batch, device), own, product, batch, device)
     images = [step.first + i == len(layers) - 1 for i in range(step.count)]
     work = [made_flop(*pair) for pair in zip(own, images)]
     if step.kernel == "pair":
         tile = min(PAIR_TILE, own[1].height)
         work[0] *= ((tile + 2) / tile) ** 2
     rate = device.flops[product] * KERNEL * _instruction(device) * _filled(own[-1], batch, device)
+    return _bound(batch * sum(work) / rate, own, product, batch, device)
+
+
+def _bound(arithmetic, own, product, batch, device):
+    """Seconds of a launch over layers whose products take so long."""
     moved = moved_bytes(own[0], own[-1], product, batch) + sum(weight_bytes(i, product) for i in own)
-    return LAUNCH + RAMP + max(batch * sum(work) / rate, moved / (device.bandwidth * TRAFFIC))
+    return LAUNCH + RAMP + max(arithmetic, moved / (device.bandwidth * TRAFFIC))
+
+
+def _descriptor(step, layer, product, batch, device):
+    """Seconds of the descriptor variant's products: whole tiles, in whole rounds of one tile a multiprocessor."""
+    rows, columns, channels = step.config[:3]
+    tiles = batch * -(-layer.height // rows) * -(-layer.width // columns) * -(-padded(layer.c_out) // channels)
+    phases, taps = (4, 4) if layer.upsample else (1, 9)
+    rounds = -(-phases * tiles // device.limits.multiprocessors)
+    work = 2 * taps * input_channels(layer) * rows * columns * channels
+    return rounds * work * device.limits.multiprocessors / (device.flops[product] * DESCRIPTOR)
+
+
+def cudnn_graphs(layers, product, batch, device):
+    """Microseconds of a network as one fused graph of cuDNN a layer, up-sampling folded by hand; None but for 16-bit storage."""
+    if itemsize(product) != 2:
+        return None
+    shares = (device.flops[product] * CUDNN * _filled(layer, batch, device) for layer in layers)
+    seconds = sum(_bound(batch * flop(i) / share, [i], product, batch, device) for i, share in zip(layers, shares))
+    return _short(1e6 * seconds)
+
+
+STEP_CASES = {
+    "deterministic, float32": 3 * 4,
+    "deterministic, bfloat16": 3 * 2,
+    "with noise, float32": 3 * 4,
+    "pooled by 4, float32": 3 * 4 + 4 / 16,
+}
+"""Cases of the sampler's step with the bytes of an element that a call must move."""
+STEP_ELEMENTS = 64 * 3 * 256 * 256
+
+
+def predict_step_of_the_sampler(bytes_of_element, device=H200):
+    """Microseconds of a captured step, of a call of Python, and of a copy that moves as many bytes."""
+    moved = STEP_ELEMENTS * bytes_of_element
+    captured = LAUNCH + RAMP + moved / (device.bandwidth * TRAFFIC)
+    figures = {"captured": captured, "call": max(CALL, captured), "floor": moved / device.bandwidth}
+    return {name: _short(1e6 * seconds) for name, seconds in figures.items()}
 
 
 def _instruction(device):
@@ -171,11 +220,12 @@ def _stem(step, own, product, batch, device):
     return rounds * seconds
 
 
-def planned(layers, product, batch, device, backend="cuda"):
-    """The chain of launches with the least prediction, from the engine's candidates."""
+def planned(layers, product, batch, device, descriptors=False):
+    """The chain of launches with the least prediction, from the engine's kernels in CUDA C++, or also Triton's descriptors."""
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(product, torch.float32)
-    engine = SimpleNamespace(layers=layers, product=product, dtype=dtype, limits=device.limits, backend=backend)
-    candidates = all_steps(engine, batch, (backend,), tune=True)
+    engine = SimpleNamespace(layers=layers, product=product, dtype=dtype, limits=device.limits, backend="cuda")
+    candidates = all_steps(engine, batch, ("cuda", "triton") if descriptors else ("cuda",), tune=True)
+    candidates = [step for step in candidates if step.kernel == "triton_descriptor" or not step.kernel.startswith("triton")]
     return cheapest(len(layers), candidates, lambda step: predict_step(step, layers, product, batch, device))
 
 
@@ -206,6 +256,7 @@ def predict(preset, batch, dtype, device=H200, steps=None):
         "dtype": dtype,
         "launches": len(rows),
         "microseconds": _short(sum(row["microseconds"] for row in rows)),
+        "cudnn_graph_microseconds": cudnn_graphs(layers, product, batch, device),
         "floor": floor(layers, product, batch, device),
         "roofline_microseconds": _short(1e6 * sum(layer_roofline(i, product, batch, device) for i in layers)),
         "steps": rows,
@@ -235,6 +286,9 @@ def assumptions(device=H200):
         "RAMP",
         "MMA_SYNC",
         "KERNEL",
+        "DESCRIPTOR",
+        "CUDNN",
+        "CALL",
         "TRAFFIC",
         "PAIR_TILE",
         "CLOCK",
@@ -247,11 +301,14 @@ def assumptions(device=H200):
     return {"device": device.name, "flops": flops, "bandwidth": device.bandwidth, "rates": device.source, **constants}
 
 
-def read_predictions(path=PREDICTIONS):
-    """The stored predictions by ``preset, batch N, dtype``; none where there is no file."""
+def read_predictions(path=PREDICTIONS, kind="predictions"):
+    """The stored predictions by ``preset, batch N, dtype``; none where there is no file.
+
+    ``kind``: ``predictions``, of the kernels in CUDA C++, or ``descriptors``, with Triton's descriptor variant among them.
+    """
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())["predictions"]
+    found = json.loads(path.read_text())[kind]
     return {case_name(p["preset"], p["batch"], p["dtype"]): p for p in found}
 
 
@@ -268,10 +325,20 @@ def case_name(preset, batch, dtype):
 
 def main():
     dtypes = [dtype for dtype in PRODUCTS if dtype != "float16"]
-    found = [predict(p, n, dtype) for p, batches in BATCHES.items() for n in batches for dtype in dtypes]
-    write_json(PREDICTIONS, {"assumptions": assumptions(), "kind": "prediction, not a measurement", "predictions": found})
-    for p in found:
-        print(f"{case_name(p['preset'], p['batch'], p['dtype']):40} {p['launches']:3} launches {p['microseconds']:10.1f} us")
+    cases = [(p, n, dtype) for p, batches in BATCHES.items() for n in batches for dtype in dtypes]
+    found = {"assumptions": assumptions(), "kind": "prediction, not a measurement"}
+    found["predictions"] = [predict(*case) for case in cases]
+    found["descriptors"] = [_with_descriptors(*case) for case in cases if case[2] == "bfloat16"]
+    found["sampler_step"] = {name: predict_step_of_the_sampler(element) for name, element in STEP_CASES.items()}
+    write_json(PREDICTIONS, found)
+    for kind in ("predictions", "descriptors"):
+        for name, p in read_predictions(kind=kind).items():
+            print(f"{kind:12} {name:40} {p['launches']:3} launches {p['microseconds']:10.1f} us")
+
+
+def _with_descriptors(preset, batch, dtype, device=H200):
+    steps = planned(convolutions(PRESETS[preset]), PRODUCTS[dtype], batch, device, descriptors=True)
+    return predict(preset, batch, dtype, device, steps)
 
 
 if __name__ == "__main__":

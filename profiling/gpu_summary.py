@@ -75,7 +75,7 @@ def _said(name, part):
     result = part["result"]
     notes = [result["error"]] if "error" in result else []
     notes += [result["unfinished"]] if "unfinished" in result else []
-    if name == "tests" and "counts" in result:
+    if "counts" in result:
         notes.append(", ".join(f"{count} {outcome}" for outcome, count in result["counts"].items()))
     if name in BENCHMARKS:
         gate = result.get("gate", {"state": "unknown"})["state"]
@@ -87,7 +87,7 @@ def _said(name, part):
     if name == "first_image":
         items = result.get("items", {}).items()
         notes += [f"{k}: {v['first_seconds']:.1f} s, then {v['kept_seconds']:.1f} s" for k, v in items if "kept_seconds" in v]
-    if name == "sanitizer":
+    if name in ("memcheck", "racecheck"):
         notes += [
             f"{k}: {v['errors']} errors in {v['tests']} tests" for k, v in result.get("items", {}).items() if "errors" in v
         ]

@@ -1,8 +1,8 @@
 """A pytest plugin for tests on a GPU: every test's begin and end as a line of JSON, so that a killed run says how far it came.
 
-python -m pytest -p profiling.gpu_test_log --gpu-log FILE [--gpu-shard 0/4] [--gpu-most 2] -m gpu tests
+python -m pytest -p profiling.gpu_test_log --gpu-log FILE [--gpu-seen FILE] [--gpu-shard 0/4] [--gpu-most 2] -m gpu tests
 
-Tests that the log already holds are not run again. A failure that leaves the device unusable (every later call in the process
+Tests that the log or the file of tests seen before already hold are not run again. A failure that leaves the device unusable (every later call in the process
 would fail as well) ends the process with the code :data:`BROKEN`; whoever started it starts it again.
 """
 
@@ -14,16 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from .parent import end_with_parent
+
 BROKEN = 77
 
 
 COLLECTED = "::collected"
-"""The line that says how many tests there are in a share."""
+"""The line that names the tests of a share."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-log", help="where the lines go")
+    parser.addoption("--gpu-seen", help="JSON of tests that are not run again")
     parser.addoption("--gpu-shard", default="0/1", help="the i-th of n shares of the tests")
+    parser.addoption("--gpu-end-with-parent", action="store_true", help="end once the process that started this one is gone")
     parser.addoption("--gpu-most", type=int, default=0, help="so many cases of a test function at most, spread evenly")
 
 
@@ -59,6 +63,8 @@ class Log:
     def __init__(self, config):
         self.path = Path(config.getoption("--gpu-log"))
         self.seen = read_log(self.path)
+        before = config.getoption("--gpu-seen")
+        self.before = json.loads(Path(before).read_text()) if before else {}
         self.shard, self.shards = map(int, config.getoption("--gpu-shard").split("/"))
         self.most = config.getoption("--gpu-most")
         self.entries = {}
@@ -72,9 +78,9 @@ class Log:
         functions = {}
         for item in items:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        chosen = [item for group in functions.values() for item in spread(group, self.most)]
+        chosen = [item for group in functions.values() for item in spread(group, self.most) if item.nodeid not in self.before]
         share = [item for i, item in enumerate(chosen) if i % self.shards == self.shard]
-        self.write(test=COLLECTED, outcome="collected", count=len(share))
+        self.write(test=COLLECTED, outcome="collected", tests=[item.nodeid for item in share])
         own = [item for item in share if item.nodeid not in self.seen]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
         items[:] = own
@@ -110,5 +116,7 @@ def broken():
 
 
 def pytest_configure(config):
+    if config.getoption("--gpu-end-with-parent"):
+        end_with_parent()
     if config.getoption("--gpu-log"):
         config.pluginmanager.register(Log(config))

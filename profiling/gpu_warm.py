@@ -14,23 +14,34 @@ from advkd.ops.gpu_layers import input_channels, padded
 from advkd.ops.student_gpu import run_step
 
 from .bench_conv_block import SLOPE, Chain, tensors, ways
-from .gpu_predictions import BATCHES
+from .bench_student import GPU_DTYPES
+from .gpu_parts import QUICK
+from .gpu_predictions import PRODUCTS
 from .gpu_timing import set_tf32
 
-NETWORKS = [*((preset, torch.bfloat16, "bf16") for preset in PRESETS), ("paper-256", torch.float32, "f32")]
+
+def networks():
+    """``(preset, batch, dtype)`` of the student's cases in a short run, the most telling first."""
+    cases = (case.split(", ")[:3] for case in QUICK["bench_student"])
+    return list(dict.fromkeys((preset, int(batch.removeprefix("batch ")), dtype) for preset, batch, dtype in cases))
 
 
 def wanted(limits):
     """``{constants: (preset, layer, dtype, product, step)}``: one of each kernel that Triton would compile."""
     found = {}
-    for preset, dtype, product in NETWORKS:
+    for preset, batch, name in networks():
+        dtype, product = GPU_DTYPES[name], PRODUCTS[name]
         for i, layer in enumerate(convolutions(PRESETS[preset])):
-            chain = Chain(preset, i, 1)
-            for batch in BATCHES[preset]:
-                for step in ways(chain, product, dtype, limits, batch).get("advkd, Triton", []):
-                    shape = (input_channels(layer), padded(layer.c_out), layer.upsample, layer.activation)
-                    found.setdefault((dtype, *shape, step.config), (preset, i, dtype, product, step))
+            shape = (dtype, input_channels(layer), padded(layer.c_out), layer.upsample, layer.activation)
+            for step in triton_steps(Chain(preset, i, 1), product, dtype, limits, batch):
+                found.setdefault((*shape, step.kernel, step.config), (preset, i, dtype, product, step))
     return found
+
+
+def triton_steps(chain, product, dtype, limits, batch):
+    """Every launch of a chain that a plan may measure and Triton compiles."""
+    found = ways(chain, product, dtype, limits, batch).values()
+    return [step for steps in found for step in steps if step.kernel.startswith("triton")]
 
 
 def main(share):

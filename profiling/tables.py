@@ -355,11 +355,14 @@ def predictions():
     """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
     path = gpu_predictions.PREDICTIONS.relative_to(ROOT).as_posix()
     lines = [f"[`{path}`]({path}), no measurement:", ""]
-    lines += [_row("student", "launches", "predicted us", "layer by layer at the card's rates, us", "floor, us"), _rule(5)]
+    titles = ("predicted us", "with descriptors, us", "cuDNN's graphs, us", "layer by layer at the card's rates, us", "floor, us")
+    lines += [_row("student", "launches", *titles), _rule(7)]
+    variants = gpu_predictions.read_predictions(kind="descriptors")
     for name, found in gpu_predictions.read_predictions().items():
         if found["dtype"] in ("bfloat16", "float32"):
-            figures = (found["microseconds"], found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
-            lines.append(_row(name, found["launches"], *(f"{value:.0f}" for value in figures)))
+            others = (variants.get(name, {}).get("microseconds"), found["cudnn_graph_microseconds"])
+            figures = (found["microseconds"], *others, found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
+            lines.append(_row(name, found["launches"], *("-" if value is None else f"{value:.0f}" for value in figures)))
     return lines
 
 
