@@ -35,10 +35,9 @@ TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 
 
 def tiny_unet(channels=1, seed=0, **options):
     """An 8x8 UNet of a few thousand parameters."""
-    from diffusers import UNet2DModel
-
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(seed)
-    return UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=8,
         in_channels=channels,
         out_channels=channels,
@@ -52,9 +51,8 @@ def tiny_unet(channels=1, seed=0, **options):
 
 
 def tiny_teacher(timesteps=1000, channels=1, **scheduler):
-    from diffusers import DDPMScheduler
-
-    return Teacher(tiny_unet(channels), DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny")
+    diffusers = pytest.importorskip("diffusers")
+    return Teacher(tiny_unet(channels), diffusers.DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny")
 
 
 def tiny_student(seed=0):
@@ -76,10 +74,9 @@ def teacher():
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     """The tiny teacher in diffusers' pipeline layout."""
-    from diffusers import DDPMPipeline, DDPMScheduler
-
+    diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("teacher")
-    DDPMPipeline(tiny_unet(), DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
     return folder
 
 

@@ -718,21 +718,29 @@ def test_values_and_public_layout_on_a_gpu():
     check_conv_block("cuda")
 
 
+PRODUCTS = {"bf16": (BF16, "tf32"), "f16": (F16, "tf32"), **{name: (F32, name) for name in ("ieee", "tf32", "tf32x3")}}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [128, 72])
 @pytest.mark.parametrize("upsample", [False, True], ids=["plain", "phases"])
-@pytest.mark.parametrize("precision", ["bf16", "f16", "ieee", "tf32", "tf32x3"])
-def test_every_configuration_on_a_gpu(precision, upsample):
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_configuration_on_a_gpu(product, upsample, channels):
     """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
     pytest.importorskip("triton")
-    kernels = launchers()
-    dtype = {"bf16": BF16, "f16": F16}.get(precision, F32)
-    precision = precision if dtype == F32 else "tf32"
+    (dtype, precision), kernels = PRODUCTS[product], launchers()
     _, limit = device_limits("cuda")
-    for channels in (128, 72):
-        for config in kernels.table(dtype, precision, padded(channels)):
-            if config.shared(dtype) + 1024 <= limit:
-                check_layer(Case((3, channels, channels, 13, 17), config, dtype, upsample, precision=precision), "cuda")
-    for config in () if upsample else kernels.image_table(dtype, precision, 128):
+    for config in kernels.table(dtype, precision, padded(channels)):
+        if config.shared(dtype) + 1024 <= limit:
+            check_layer(Case((3, channels, channels, 13, 17), config, dtype, upsample, precision=precision), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_configuration_of_images_on_a_gpu(product):
+    pytest.importorskip("triton")
+    dtype, precision = PRODUCTS[product]
+    for config in launchers().image_table(dtype, precision, 128):
         check_image(Case((3, 128, 3, 21, 43), config, dtype, activation="tanh", precision=precision), "cuda")
 
 

@@ -28,10 +28,14 @@ def launcher(name):
     return importlib.import_module(f"advkd.kernels.{name}").launch
 
 
-def public_functions(backend, device):
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+LOOPS = ("penalty_reduce", "norm_act_moments", "norm_act_sums")
+
+
+def public_functions(backend, device, layouts=LAYOUTS):
     """What the public functions give through ``backend``, layouts and options in turn."""
     generator = torch.Generator().manual_seed(0)
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in layouts:
 
         def tensor():
             return torch.randn(4, 3, 6, 10, generator=generator).to(device).contiguous(memory_format=layout)
@@ -52,19 +56,19 @@ def public_functions(backend, device):
             yield from torch.autograd.grad(z, leaves, gradient)
 
 
-def check_public_functions(device):
-    found = list(public_functions("triton", device))
-    for ours, theirs in zip(found, public_functions("reference", device), strict=True):
+def check_public_functions(device, layouts=LAYOUTS):
+    found = list(public_functions("triton", device, layouts))
+    for ours, theirs in zip(found, public_functions("reference", device, layouts), strict=True):
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
-def check_loops(device="cpu", **options):
+def check_loops(device="cpu", names=LOOPS, **options):
     """The first stages with so few programs that each goes through several tiles, as otherwise on large tensors alone."""
     from advkd.kernels import norm_act, penalty_reduce
 
     with mock.patch.object(norm_act, "PROGRAMS", 2), mock.patch.object(penalty_reduce, "PARTS", 2):
-        for name in ("penalty_reduce", "norm_act_moments", "norm_act_sums"):
+        for name in names:
             for case in CASES[name]:
                 if torch.Size(case.shape).numel() > 4096:
                     check(name, case, launcher(name), device, **options)
@@ -231,15 +235,17 @@ def test_on_a_gpu(name, case):
 
 
 @pytest.mark.gpu
-def test_loops_on_a_gpu():
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_on_a_gpu(name):
     pytest.importorskip("triton")
-    check_loops("cuda")
+    check_loops("cuda", [name])
 
 
 @pytest.mark.gpu
-def test_public_functions_on_a_gpu():
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_public_functions_on_a_gpu(layout):
     pytest.importorskip("triton")
-    check_public_functions("cuda")
+    check_public_functions("cuda", [layout])
 
 
 @pytest.mark.gpu

@@ -202,6 +202,7 @@ def test_captured_in_a_cuda_graph():
     critic, real, fake, _ = problem(dtype=torch.float32, n=8, device="cuda")
     indices, step = torch.arange(8, device="cuda"), torch.tensor([3], device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             critic_gradients(critic, real, fake, a=(1, indices, step))
