@@ -215,6 +215,7 @@ struct PairPixel {
 template <bool kStrips>
 ADVKD_INLINE PairPixel pair_pixel(const ConvPairParameters& p, const PairTile& tile, bool strips, int set, int r, int i) {
   constexpr int kSets = 18 / kPairRows1, kRest = 2 * 18;
+  static_assert(18 % kPairRows1 == 0 && kRest <= kPairRows1 * 16, "the last set takes what the others leave");
   if (kStrips && strips) {
     if (set < kSets) return {set * kPairRows1 + r, i, true};
     const int rest = r * 16 + i, pixel = min(rest, kRest - 1);

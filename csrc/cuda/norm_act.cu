@@ -20,6 +20,7 @@ struct Layout {
   static constexpr bool kLast = kIsLast;
   static constexpr int kGroup = kElements;
   static constexpr int kSets = kLast ? kGroup : 1;  // channels of a position
+  static_assert(kGroup == 1 || kGroup * sizeof(typename T::Bits) == 16, "a position is one element or 16 bytes");
   ADVKD_INLINE int set(int element) { return kLast ? element : 0; }
 };
 

@@ -20,6 +20,7 @@ struct Add {
 struct Combine {
   template <int kValues>
   ADVKD_INLINE void merge(float (&into)[kValues], const float (&from)[kValues]) {
+    static_assert(kValues % 2 == 1, "a count is followed by pairs");
     const float both = into[0] + from[0];
     if (from[0] == 0.0f) return;
     const float share = __fdiv_rn(from[0], both), weight = into[0] * share;

@@ -72,7 +72,7 @@ struct StepKernels {
 const StepKernels kStepKernels[] = {ADVKD_STEP_DTYPES(ADVKD_STEP_POINTERS)};
 
 bool aligned(const StepParameters& p) {
-  return aligned({p.x, p.m, p.previous_x0, p.noise, p.out, p.x0});
+  return aligned({p.x, p.m, p.table, p.previous_x0, p.noise, p.out, p.x0});
 }
 
 // Sizes, and who takes what. Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
@@ -90,7 +90,7 @@ void set_sizes(StepParameters& p, const Tensor& x, i64 pool, int group) {
   p.pool = static_cast<int>(pool);
   p.vectors = aligned(p) && channels == 1 && (pool ? width : p.length) % group == 0;
   step_plan(p, group);
-  STD_TORCH_CHECK(p.tiles <= kMost, "x is too large for one launch");
+  STD_TORCH_CHECK(p.tiles <= step_most_tiles(p), "x is too large for one launch");
 }
 
 void sampler_step(

@@ -1,6 +1,8 @@
 // One step of a diffusion sampler on NVIDIA GPUs. A thread takes groups of neighbouring elements of one channel: one vector per
 // tensor where alignment allows, one Philox call per four elements where it draws the noise.
-// Flat: a thread takes 16 bytes of x; threads run over samples x groups x channels, channels fastest (the order of memory).
+// Flat: a warp belongs to one sample. Its threads take one or two vectors of 16 bytes of x, a warp's width apart and all loaded
+// before the first is used; where vectors are not aligned, four elements each, over groups x channels, channels fastest (the
+// order of memory).
 // Pool: a block takes `strips` strips of `pool` rows, as wide as `outputs` pooled columns. Its threads are `lanes` groups of four
 // columns times `rows`; each adds its columns down every `rows`-th row in registers, then shared memory joins them.
 // Every product and sum is rounded by itself, in the reference's order. NVRTC compiles this file as it is.
@@ -20,35 +22,39 @@ struct Run {
 };
 
 template <typename T, int kGroup>
-ADVKD_INLINE void load(const void* tensor, const Run& run, float (&to)[kGroup]) {
+ADVKD_INLINE Group<T, kGroup> load(const void* tensor, const Run& run) {
   const auto* from = static_cast<const typename T::Bits*>(tensor) + run.place;
-  Vector<typename T::Bits, kGroup> vector = {};
+  Group<T, kGroup> group = {};
   if (run.vector) {
-    vector = *reinterpret_cast<const Vector<typename T::Bits, kGroup>*>(from);
+    group = *reinterpret_cast<const Group<T, kGroup>*>(from);
   } else {
     for (int i = 0; i < kGroup; ++i)
-      if (i < run.left) vector.bits[i] = from[i * run.stride];
+      if (i < run.left) group.bits[i] = from[i * run.stride];
   }
-  for (int i = 0; i < kGroup; ++i) to[i] = T::decode(vector.bits[i]);
+  return group;
 }
 
-// Whether what was stored is finite.
 template <typename T, int kGroup>
-ADVKD_INLINE bool store(void* tensor, const Run& run, const float (&values)[kGroup]) {
+ADVKD_INLINE void store(void* tensor, const Run& run, const Group<T, kGroup>& group) {
   auto* to = static_cast<typename T::Bits*>(tensor) + run.place;
-  Vector<typename T::Bits, kGroup> vector;
-  bool finite = true;
-  for (int i = 0; i < kGroup; ++i) {
-    vector.bits[i] = T::encode(values[i]);
-    finite &= i >= run.left || fabsf(T::decode(vector.bits[i])) < __uint_as_float(0x7F800000u);
-  }
   if (run.vector) {
-    *reinterpret_cast<Vector<typename T::Bits, kGroup>*>(to) = vector;
+    if constexpr (sizeof(group) % 16 == 0) {
+      store_bits<T>(to, Span{0, kGroup, true}, group);
+    } else {
+      *reinterpret_cast<Group<T, kGroup>*>(to) = group;
+    }
   } else {
     for (int i = 0; i < kGroup; ++i)
-      if (i < run.left) to[i * run.stride] = vector.bits[i];
+      if (i < run.left) to[i * run.stride] = group.bits[i];
   }
-  return finite;
+}
+
+// Whether the first `left` elements are finite as they are stored.
+template <typename T, int kGroup>
+ADVKD_INLINE bool finite(const Group<T, kGroup>& group, int left) {
+  bool all = true;
+  for (int i = 0; i < kGroup; ++i) all &= i >= left || fabsf(T::decode(group.bits[i])) < __uint_as_float(0x7F800000u);
+  return all;
 }
 
 // What the elements of a sample have in common.
@@ -60,8 +66,9 @@ struct Sample {
 };
 
 template <bool kDraw>
-ADVKD_INLINE Sample sample_of(const StepParameters& p, i64 number) {
-  const float* k = p.table + number * p.row_stride;
+ADVKD_INLINE Sample sample_of(const StepParameters& p, i64 number, bool vector) {
+  float k[8];
+  load<f32>(p.table, Span{number * p.row_stride, 8, vector}, k);
   Sample s = {number, k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], 0, p.stream_step};
   if (kDraw) {
     s.index = static_cast<u64>(p.indices[number]);
@@ -86,20 +93,40 @@ ADVKD_INLINE void four_normals(const StepParameters& p, const Sample& s, i64 fir
   for (int i = 0; i < 4; ++i) out[i] = n[i];
 }
 
-// The step on `left` elements of a channel from `offset` on; the next state is stored and handed back.
+// A group of each tensor, as it lies in memory; zeros for those that are not there.
+template <typename X, typename M, int kGroup>
+struct Inputs {
+  Group<X, kGroup> x;
+  Group<M, kGroup> m;
+  Group<X, kGroup> previous, noise;
+};
+
 template <typename X, typename M, bool kDraw, int kGroup>
-ADVKD_INLINE void step(const StepParameters& p, const Sample& s, int channel, i64 offset, i64 left, float (&next)[kGroup]) {
-  const i64 place = (s.number * p.length + offset) * p.channels + channel;
-  const bool vector = p.vectors && left >= kGroup && offset % kGroup == 0;
-  const Run run = {place, p.channels, static_cast<int>(left < kGroup ? left : kGroup), vector};
-  float x[kGroup], m[kGroup], previous[kGroup] = {}, z[kGroup] = {}, clean[kGroup];
-  load<X>(p.x, run, x);
-  load<M>(p.m, run, m);
-  if (p.previous_x0) load<X>(p.previous_x0, run, previous);
+ADVKD_INLINE Inputs<X, M, kGroup> fetch(const StepParameters& p, const Run& run) {
+  Inputs<X, M, kGroup> in = {load<X, kGroup>(p.x, run), load<M, kGroup>(p.m, run), {}, {}};
+  if (p.previous_x0) in.previous = load<X, kGroup>(p.previous_x0, run);
+  if (!kDraw && p.noise) in.noise = load<X, kGroup>(p.noise, run);
+  return in;
+}
+
+// The step on what was fetched; `first`: its first logical element. The next state is stored and handed back.
+template <typename X, typename M, bool kDraw, int kGroup>
+ADVKD_INLINE void finish(
+    const StepParameters& p,
+    const Sample& s,
+    const Run& run,
+    const Inputs<X, M, kGroup>& in,
+    i64 first,
+    float (&next)[kGroup]) {
+  float x[kGroup], m[kGroup], previous[kGroup], z[kGroup], clean[kGroup];
+  decode<X>(in.x, x);
+  decode<M>(in.m, m);
+  decode<X>(in.previous, previous);
   if (kDraw) {
-    for (int i = 0; i < kGroup; i += 4) four_normals(p, s, channel * p.length + offset + i, z + i);
-  } else if (p.noise) {
-    load<X>(p.noise, run, z);
+    static_assert(kGroup % 4 == 0, "normals are drawn in fours");
+    for (int i = 0; i < kGroup; i += 4) four_normals(p, s, first + i, z + i);
+  } else {
+    decode<X>(in.noise, z);
   }
   for (int i = 0; i < kGroup; ++i) {
     float c = __fadd_rn(__fmul_rn(s.k_x, x[i]), __fmul_rn(s.k_m, m[i]));
@@ -111,21 +138,83 @@ ADVKD_INLINE void step(const StepParameters& p, const Sample& s, int channel, i6
     if (p.previous_x0) next[i] = __fadd_rn(next[i], __fmul_rn(s.c_h, previous[i]));
     if (kDraw || p.noise) next[i] = __fadd_rn(next[i], __fmul_rn(s.c_z, z[i]));
   }
+  // First, so that its registers are free.
+  if (p.x0) store<X>(p.x0, run, encode<X>(clean));
+  const auto stored = encode<X>(next);
+  store<X>(p.out, run, stored);
   // Every thread that finds an offender writes the same 1.
-  if (!store<X>(p.out, run, next) && p.flags) p.flags[s.number] = 1;
-  if (p.x0) store<X>(p.x0, run, clean);
+  if (p.flags && !finite<X>(stored, run.left)) p.flags[s.number] = 1;
+}
+
+// The step on up to four elements, `left` of a channel whose elements are `stride` apart, from its element `offset` on.
+template <typename X, typename M, bool kDraw>
+ADVKD_INLINE void step_four(
+    const StepParameters& p,
+    const Sample& s,
+    int channel,
+    i64 stride,
+    i64 offset,
+    i64 left,
+    bool vectors,
+    float (&next)[4]) {
+  const i64 place = (s.number * p.length + offset) * stride + channel;
+  const bool vector = vectors && left >= 4 && offset % 4 == 0;
+  const Run run = {place, stride, static_cast<int>(left < 4 ? left : 4), vector};
+  finish<X, M, kDraw>(p, s, run, fetch<X, M, kDraw, 4>(p, run), channel * p.length + offset, next);
+}
+
+// n divided by d, of which `inverse` is the step_inverse.
+ADVKD_INLINE i64 quotient(u64 n, u64 inverse) {
+  return static_cast<i64>(__umul64hi(n + 1, inverse));
+}
+
+// Where a thread of the flat kernel works: its warp's sample and number in it, and its place in the warp.
+struct Lane {
+  i64 sample, tile;
+  int lane;
+};
+
+// The step on `kEach` vectors; several of them are all inside the sample.
+template <typename X, typename M, bool kDraw, int kEach>
+ADVKD_INLINE void flat_vectors(const StepParameters& p, const Lane& t) {
+  constexpr int kGroup = 16 / sizeof(typename X::Bits), kApart = kStepLanes * kGroup;
+  const i64 offset = t.tile * (kEach * kApart) + t.lane * kGroup, place = t.sample * p.length + offset;
+  if (kEach == 1 && offset >= p.length) return;
+  const Sample s = sample_of<kDraw>(p, t.sample, true);
+  Inputs<X, M, kGroup> in[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) in[i] = fetch<X, M, kDraw, kGroup>(p, Run{place + i * kApart, 1, kGroup, true});
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    float next[kGroup];
+    finish<X, M, kDraw>(p, s, Run{place + i * kApart, 1, kGroup, true}, in[i], offset + i * kApart, next);
+  }
+}
+
+template <typename X, typename M, bool kDraw>
+ADVKD_INLINE void flat_elements(const StepParameters& p, const Lane& t) {
+  const i64 item = t.tile * kStepLanes + t.lane, group = kDraw ? quotient(item, p.inverse_channels) : item;
+  // Without drawn normals the order of memory is one channel.
+  const int channels = kDraw ? p.channels : 1, channel = static_cast<int>(item - group * channels);
+  if (4 * group >= p.length) return;
+  float next[4];
+  const Sample s = sample_of<kDraw>(p, t.sample, false);
+  step_four<X, M, kDraw>(p, s, channel, channels, 4 * group, p.length - 4 * group, false, next);
 }
 
 template <typename X, typename M, bool kDraw>
 ADVKD_INLINE void flat(const StepParameters& p) {
-  constexpr int kGroup = 16 / sizeof(typename X::Bits);
-  const i64 groups = (p.length + kGroup - 1) / kGroup, item = static_cast<i64>(blockIdx.x) * kStepThreads + threadIdx.x;
-  const i64 pixel = p.channels == 1 ? item : item / p.channels, sample = pixel / groups;
-  const i64 offset = (pixel - sample * groups) * kGroup;
+  const u32 warp = blockIdx.x * (kStepThreads / kStepLanes) + threadIdx.x / kStepLanes;
+  const u32 sample = static_cast<u32>(quotient(warp, p.inverse_warps));
   if (sample >= p.samples) return;
-  const int channel = static_cast<int>(item - pixel * p.channels);
-  float next[kGroup];
-  step<X, M, kDraw>(p, sample_of<kDraw>(p, sample), channel, offset, p.length - offset, next);
+  const Lane t = {sample, warp - sample * p.warps, static_cast<int>(threadIdx.x % kStepLanes)};
+  if (!kDraw && p.vectors_each == 2) {
+    flat_vectors<X, M, kDraw, kDraw ? 1 : 2>(p, t);
+  } else if (p.vectors_each) {
+    flat_vectors<X, M, kDraw, 1>(p, t);
+  } else {
+    flat_elements<X, M, kDraw>(p, t);
+  }
 }
 
 // Where a thread of the pool kernel works: its part of the block and the first column and channel of the block's tile.
@@ -148,14 +237,15 @@ ADVKD_INLINE void column_sums(const StepParameters& p, const Tile& t, i64 strips
   const int channel = t.channel + t.lane % p.tile_channels, first = t.output * p.pool;
   const int columns = min(p.outputs * p.pool, p.width - first), groups = p.lanes / p.tile_channels;
   if (channel >= p.channels) return;
-  const Sample s = sample_of<kDraw>(p, t.strip / strips_per_sample);
+  const Sample s = sample_of<kDraw>(p, t.strip / strips_per_sample, false);
   const i64 first_row = t.strip % strips_per_sample * p.pool;
   // A second turn is there only where one output is wider than the block.
   for (int column = 4 * (t.lane / p.tile_channels); column < columns; column += 4 * groups) {
 #pragma unroll 1
     for (int row = t.row; row < p.pool; row += p.rows) {
       float next[4];
-      step<X, M, kDraw>(p, s, channel, (first_row + row) * p.width + first + column, columns - column, next);
+      const i64 offset = (first_row + row) * p.width + first + column;
+      step_four<X, M, kDraw>(p, s, channel, p.channels, offset, columns - column, p.vectors, next);
       for (int i = 0; i < 4; ++i) sums[i] += column + i < columns ? next[i] : 0.0f;
     }
   }
@@ -202,17 +292,17 @@ ADVKD_INLINE void pool(const StepParameters& p) {
   EACH(bf16, f32) EACH(bf16, bf16) EACH(bf16, f16) \
   EACH(f16, f32) EACH(f16, bf16) EACH(f16, f16)
 #endif
-// Three blocks to a multiprocessor: with no number the compiler spills registers here and there.
-#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, X, M)                                                                    \
-  extern "C" __global__ void __launch_bounds__(kStepThreads, 3)                                                      \
+// Blocks to a multiprocessor: with no number the compiler takes more registers than help, or spills them here and there.
+#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, BLOCKS, X, M)                                                            \
+  extern "C" __global__ void __launch_bounds__(kStepThreads, BLOCKS)                                                 \
       advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) {                                              \
     KIND<X, M, DRAW>(p);                                                                                             \
   }
-#define ADVKD_STEP_ENTRIES(X, M)              \
-  ADVKD_STEP_ENTRY(flat, tensor, false, X, M) \
-  ADVKD_STEP_ENTRY(flat, draw, true, X, M)    \
-  ADVKD_STEP_ENTRY(pool, tensor, false, X, M) \
-  ADVKD_STEP_ENTRY(pool, draw, true, X, M)
+#define ADVKD_STEP_ENTRIES(X, M)                 \
+  ADVKD_STEP_ENTRY(flat, tensor, false, 4, X, M) \
+  ADVKD_STEP_ENTRY(flat, draw, true, 4, X, M)    \
+  ADVKD_STEP_ENTRY(pool, tensor, false, 3, X, M) \
+  ADVKD_STEP_ENTRY(pool, draw, true, 3, X, M)
 ADVKD_STEP_DTYPES(ADVKD_STEP_ENTRIES)
 
 }  // namespace advkd

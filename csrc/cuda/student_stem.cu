@@ -224,6 +224,7 @@ ADVKD_INLINE void stem_multiply(StemWeights<kAhead>& weights, StemTaps<kRows>& t
 // Neighbouring channels' sums: their parts added up in order, `stride` apart.
 template <int kParts, int kVector>
 ADVKD_INLINE void stem_add(const float* from, int stride, float (&sums)[kVector]) {
+  static_assert(kVector % 4 == 0, "sums are added in fours");
   using Quad = Vector<float, 4>;
   #pragma unroll
   for (int part = 0; part < kParts; ++part)
@@ -321,6 +322,7 @@ ADVKD_INLINE void stem_finish(
   using T = typename Product::Storage;
   constexpr int kElement = sizeof(typename T::Bits), kVector = 16 / kElement, kVectors = 32 / kVector;
   constexpr int kItems = kRows * 16 * kVectors, kStride = kRows * 16 * kStemPitch;  // of a tile
+  static_assert(32 % kVector == 0, "a tile's 32 channels are whole vectors");
   const int tiles = min(kStemWarps >> layer.part_shift, share.tiles - first), parts = 1 << layer.part_shift;
   #pragma unroll 1
   for (int item = threadIdx.x; item < tiles * kItems; item += kThreads) {

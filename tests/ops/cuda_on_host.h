@@ -40,6 +40,9 @@ static inline T __ldg(const T* place) {
   return *place;
 }
 static inline void __stwb(uint4* place, uint4 value) { *place = value; }
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
