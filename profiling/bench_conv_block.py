@@ -191,7 +191,8 @@ def _peers(chain, inputs, kind):
         found.append(
             Contestant(f"cuDNN{suffix}", lambda m=module: _peer(m(), inputs, kind), "peer" if transposed else "baseline")
         )
-        found.append(Contestant(f"torch.compile, max-autotune{suffix}", lambda m=module: _peer(m(), inputs, kind, True)))
+        compiled = functools.partial(lambda m: _peer(m(), inputs, kind, True), module)
+        found.append(Contestant(f"torch.compile, max-autotune{suffix}", compiled, costly=True))
     return found
 
 

@@ -494,7 +494,7 @@ def _measured(part, name, build_case):
     if part.rehearse:
         from tests import gpu_dry_run
 
-        with gpu_dry_run.stand_in():
+        with gpu_dry_run.stand_in(most_bytes=2**30):
             return rehearsed(build_case())
     result = _described(run_case(build_case(), keep=lambda found: part.journal.keep_partly(name, _described(found))))
     print(format_case(result) + f"\n  ({time.monotonic() - begin:.0f} s)", flush=True)

@@ -77,7 +77,7 @@ def ceilings(device):
         from .gpu_timing import peaks
 
         found = peaks(device)
-        names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+        names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "TF32": "tf32"}
         return {**found, "flops": {name: found["flops"][kind] for name, kind in names.items()}}
     moving, flops = streams(), {}
     samples = measure({name: call for name, (_, call) in moving.items()}, 20, warmup=3)
@@ -125,7 +125,8 @@ def points(folder, known):
             old = ", earlier kernels" if kernel_digests.changed(file, result) else ""
             for case in result["cases"]:
                 ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
-                dtype = next((name for name in known if name in case["case"]), "float32")
+                named = next((name for name in known if name in case["case"]), "float32")
+                dtype = "TF32" if case.get("tf32") else named
                 if ours and (case["moved_bytes"] or case["flop"]):
                     name = f"{benchmark.removeprefix('bench_')}: {case['case']}{old}"
                     work = case["flop"] or 0, case["moved_bytes"] or 0

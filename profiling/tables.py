@@ -398,11 +398,15 @@ def _compiled_sources(compiled):
     for name, parts in compiled.items():
         for file, kernels in parts["cuda"].items():
             rows.setdefault(f"CUDA C++, {file}, {len(kernels)} entry points", {})[name] = kernels
-        for dtype, precision in dict.fromkeys((k["dtype"], k["precision"]) for k in parts["triton"]):
-            own = [k for k in parts["triton"] if (k["dtype"], k["precision"]) == (dtype, precision)]
-            said = f"Triton, conv_block, {dtype}{'' if dtype == 'bf16' else ' ' + precision}, {len(own)} configurations"
-            rows.setdefault(said, {})[name] = own
+        for group in dict.fromkeys(map(_triton_group, parts["triton"])):
+            own = [kernel for kernel in parts["triton"] if _triton_group(kernel) == group]
+            rows.setdefault(f"Triton, conv_block, {group}, {len(own)} configurations", {})[name] = own
     return rows
+
+
+def _triton_group(kernel):
+    through = "descriptors, " if kernel.get("entry", "").startswith("descriptor") else ""
+    return through + kernel["dtype"] + ("" if kernel["dtype"] == "bf16" else " " + kernel["precision"])
 
 
 def _compiled(kernels):

@@ -60,8 +60,8 @@ class State(threading.local):
 
     kernels = ()
 
-    def __init__(self, kernels):
-        self.kernels, self.stream, self.capturing = kernels, Stream(), None
+    def __init__(self, kernels, most_bytes=MOST_BYTES):
+        self.kernels, self.stream, self.capturing, self.most_bytes = kernels, Stream(), None, most_bytes
 
     def start(self, kernel):
         if not self.kernels:
@@ -157,6 +157,10 @@ class Generator(torch.Generator):
         generator = super().__new__(cls, device="cpu")
         generator.on = torch.device(device).type
         return generator
+
+    @property
+    def device(self):
+        return DEVICE if self.on == "cuda" else torch.device("cpu")
 
 
 class DeviceTensor(torch.Tensor):
@@ -259,7 +263,7 @@ def require_permitted(name, tensors, options, device):
 
 def require_small(name, arguments):
     sizes = arguments[0] if arguments and isinstance(arguments[0], (list, tuple, torch.Size)) else ()
-    if name in ("empty", "zeros", "ones", "full", "randn", "rand") and torch.Size(sizes).numel() * 4 > MOST_BYTES:
+    if name in ("empty", "zeros", "ones", "full", "randn", "rand") and torch.Size(sizes).numel() * 4 > STATE.most_bytes:
         raise Ended(f"a tensor of {tuple(sizes)}")
 
 
@@ -297,7 +301,8 @@ class Names(TorchFunctionMode):
 def require_own_generator(arguments, options):
     generator = options.get("generator")
     if generator is not None:
-        device = is_device(options.get("device")) or any(isinstance(a, DeviceTensor) for a in arguments)
+        named = is_device(options.get("device"))
+        device = named or any(isinstance(a, DeviceTensor) for a in (*arguments, options.get("out")))
         on = getattr(generator, "on", "cpu")
         require(on == ("cuda" if device else "cpu"), f"a generator on {on} for another device")
 
@@ -383,8 +388,13 @@ def in_a_thread(begin):
     return run
 
 
-def no_compiler(*arguments, **options):
-    raise Ended("torch.compile")
+def no_compiler(function=None, **options):
+    """In the place of ``torch.compile``, also as a decorator with options: nothing is compiled, and a call ends."""
+
+    def call(*arguments, **named):
+        raise Ended("torch.compile")
+
+    return no_compiler if function is None else call
 
 
 CUDA = {
@@ -528,11 +538,11 @@ def install():
 
 
 @contextlib.contextmanager
-def stand_in():
-    """What runs inside meets the stand-in, without pytest."""
+def stand_in(most_bytes=MOST_BYTES):
+    """What runs inside meets the stand-in, without pytest; a larger tensor ends it."""
     global STATE
     install()
-    STATE = State([])
+    STATE = State([], most_bytes)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with Names(), Ops():
@@ -544,7 +554,7 @@ def stand_in():
 def how_far(function):
     """Call a function on the stand-in: how far it came as text, and the error that is no lack of a device, or None."""
     global STATE
-    STATE, error, ended = State([]), None, False
+    STATE, error, ended = State([], STATE.most_bytes), None, False
     signal.signal(signal.SIGVTALRM, out_of_time)
     try:
         function()

@@ -30,6 +30,7 @@ from profiling import (
     gpu_parts,
     gpu_peers,
     gpu_predictions,
+    gpu_rehearsal,
     gpu_run,
     gpu_summary,
     gpu_timing,
@@ -313,6 +314,51 @@ def test_what_is_kept_stands_for_its_sources(tmp_path, monkeypatch):
     keep("tests", {"tests": tests}, provenance={**place, "versions": {**place["versions"], "torch": "1"}})
     assert gpu_kept.whole_part(tmp_path, "rates") is None and gpu_kept.cases(tmp_path, "bench_norm_act") == {}
     assert gpu_kept.passed_tests(tmp_path) == {}
+
+
+def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "device_folder", lambda device: tmp_path / "nothing")
+    given = {"missing": lambda device: "there is none", "place": lambda device, commit: dict(PLACE)}
+    assert gpu_rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
+    assert gpu.main(["parity", "--rehearse", "--out", str(run.out)], modes={"parity": mode_of(("good",), ("bad",))}, **given) == 1
+    state = gpu_rehearsal.state_of(run.out)
+    assert state["whole"] and {name: part["state"] for name, part in state["parts"].items()} == {"good": "passed", "bad": "failed"}
+    (run.out / "SUMMARY.md").unlink()
+    assert not gpu_rehearsal.state_of(run.out)["whole"]
+    assert gpu_rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
+    assert gpu_modes.MODES["bench"].slower(3).seconds == 990 and gpu_modes.MODES["bench"].slower(3).parts()[0].seconds == 300
+
+
+def test_a_rehearsed_case_says_how_far_it_went():
+    """In a process of its own, as it puts a stand-in in the place of the device."""
+    code = """
+import torch
+from profiling.gpu_parts import rehearsed
+from profiling.harness import Case, Contestant
+from tests import gpu_dry_run
+
+def fails():
+    raise RuntimeError("no such name")
+
+def absent():
+    import no_such_package
+
+with gpu_dry_run.stand_in():
+    x = torch.ones(2, device="cuda")
+    runs = {"torch": lambda: lambda: x + 1, "compiled": lambda: torch.compile(lambda: x), "absent": absent, "fails": fails}
+    case = Case("case", None, 0.0, [Contestant(name, prepare) for name, prepare in runs.items()])
+    found = rehearsed(case)
+    case.contestants.pop()
+    print([entry["missing"] for entry in found["contestants"]], found["red"], rehearsed(case)["red"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=process_environment(), capture_output=True, text=True)
+    texts = [
+        "no kernel of ours, ran to its end",
+        "needs a device, ran as far as torch.compile",
+        "needs no_such_package, which is not installed",
+        "no kernel of ours, ran as far as RuntimeError: no such name",
+    ]
+    assert done.stdout.splitlines()[-1:] == [f"{texts} True False"], done.stderr[-2000:]
 
 
 def test_objects_of_other_sources_are_built_anew(tmp_path, monkeypatch):
