@@ -713,7 +713,8 @@ def _ceil(a, b):
 def _inner(most, channels):
     """Channels of a step: as many as go into few steps without much beyond the last channel."""
     sizes = [size for size in (64, 32, 16) if size <= most]
-    return min(sizes, key=lambda size: _ceil(channels, size) * (size + 16))
+    # torch 2.10's compiler sees through sorted with a key, not through min with one.
+    return sorted(sizes, key=lambda size: _ceil(channels, size) * (size + 16))[0]
 
 
 def _cost(tile, layer, batch):
