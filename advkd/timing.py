@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino", "ncnn")
+VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino", "ncnn", "nvidia-cudnn-frontend")
 
 
 def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
