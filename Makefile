@@ -23,7 +23,7 @@ SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print(""
 # The oldest torch that pyproject.toml allows, and the one that machines with a GPU are often given.
 TORCHES := 2.10.0 2.11.0
 
-.PHONY: install demo test test-all test-torch rehearse bench clean
+.PHONY: install demo test test-all test-matrix test-torch rehearse bench clean
 .PRECIOUS: build/%/.ready
 
 install: $(VENV)/.installed
@@ -45,8 +45,25 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
 demo: install
 	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
 
+# Tests whose numbers depend on the processor's instructions: those that CI runs once more without vector instructions in torch,
+# and all of them. A set that the processor lacks falls back to its best.
+SCHEDULES := tests/system/test_schedulers.py tests/ops/test_sampler_step.py tests/ops/test_gradient_penalty.py
+NUMERIC := $(SCHEDULES) $(foreach op,conv_block student_forward norm_act interpolate mask_mul penalty_reduce conv_bias_act_mask \
+	image_gradient philox,tests/ops/test_$(op).py) $(foreach part,samplers student fused_student critic_update teacher metrics, \
+	tests/system/test_$(part).py)
+SINGLE := OMP_NUM_THREADS=1
+MATRIX := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx512 \
+	ADVKD_ISA=baseline ADVKD_ISA=avx2 ADVKD_ISA=avx512 ADVKD_ISA=avx512bf16 OMP_NUM_THREADS=2
+
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto --dist load $(SCHEDULES)
+
+test-matrix: install
+	for set in $(MATRIX); do echo "$$set"; \
+		env $(SINGLE) $$set $(BIN)/python -m pytest -q -n0 $(NUMERIC) || failed="$$failed $$set"; done; \
+	env ATEN_CPU_CAPABILITY=default ADVKD_ISA=baseline OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n0 $(NUMERIC) || \
+		failed="$$failed all"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 test-all: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
