@@ -150,7 +150,7 @@ class BuildExtensions(build_ext):
         # (some linkers drop "unused" ones): CUDA symbols are found through libtorch.
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        # Whoever finds the object can tell of which sources it is.
+        # The object names the sources that it is of.
         identity = ["-Xlinker", f"--build-id=0x{source_identity(kind)}"]
         self.spawn([*command, *libraries, *identity, "-o", str(temporary)])
         os.replace(temporary, target)
@@ -209,7 +209,7 @@ if __name__ == "__main__":
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExtensions},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
-        # Where no torch is at hand, pip's isolated build fetches one of its own (the binary then fits any torch from 2.10 on); a
-        # bare "python setup.py" says what is missing instead of fetching gigabytes.
+        # Where no torch is at hand, pip's isolated build fetches one of its own (the binary then fits any torch from 2.10 on);
+        # a bare "python setup.py" says what is missing instead of fetching gigabytes.
         setup_requires=[] if TORCH or "build_ext" in sys.argv else ["torch>=2.10,<3"],
     )

@@ -180,7 +180,7 @@ DESCRIPTOR = (
     DescriptorConfig(1, 128, 32, 64, 4, 4),
     DescriptorConfig(8, 16, 32, 64, 4, 4),
 )
-"""Configurations of the descriptor variant, in 16-bit storage; three stages leave room for a second block on a multiprocessor."""
+"""Configurations of the descriptor variant, in 16-bit storage; three stages leave a multiprocessor room for two blocks."""
 
 
 @triton.jit
@@ -410,8 +410,8 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, co
 def conv_descriptor(x, weights, bias, out, upsample, activation, slope, precision, config):
     """As :func:`conv_layer`, through tensor descriptors: 16-bit storage on GPUs since :data:`DESCRIPTORS_SINCE`.
 
-    ``weights`` contiguous; ``config`` a :class:`DescriptorConfig`. Launches can be captured: a descriptor is made on the host and
-    passed by value. Torch's compilers do not see through it: no traced op takes it.
+    ``weights`` contiguous; ``config`` a :class:`DescriptorConfig`. Launches can be captured: a descriptor is made on the host
+    and passed by value. Torch's compilers do not see through it: no traced op takes it.
 
     Raises:
         InputError: as :func:`conv_layer`; float32, whose split into three products is made in registers, or misaligned tensors.

@@ -45,7 +45,7 @@ def _draw(indices, sample, block, key, stream_step):
 
 @triton.jit
 def _cos_sin(angle):
-    """Of an angle in [0, 2 pi], as csrc/cuda/normals.cuh: the library's carry a reduction for huge angles, with a stack frame."""
+    """Cosine and sine of an angle in [0, 2 pi], as in csrc/cuda/normals.cuh: the library's have a stack frame."""
     quarter = tl.fma(angle, 0.636619772367581, 0.5).to(tl.int32)
     turns = quarter.to(tl.float32)
     r = tl.fma(turns, -4.83826794897e-4, tl.fma(turns, -1.5703125, angle))

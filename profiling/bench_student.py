@@ -3,9 +3,9 @@
 python -m profiling.bench_student [--device cuda] [--only digits] [--out FOLDER]
 
 On a GPU every contestant's weights and activations have the case's dtype; "float32" is full float32 for everyone, "float32 with
-TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream. "advkd, auto" is a user's
-call, which replays a graph and copies in and out; "bare graph" is the same launches over tensors that stay where they are, as
-the peers' graphs are timed. The floor is a copy that moves as many bytes as latents, weights and images have.
+TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream. "advkd, auto" is a
+user's call, which replays a graph and copies in and out; "bare graph" is the same launches over tensors that stay where they
+are, as the peers' graphs are timed. The floor is a copy that moves as many bytes as latents, weights and images have.
 """
 
 import copy

@@ -4,7 +4,7 @@ python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 python -m profiling.gpu --parts build,tests,... | --full [--out FOLDER] [--again PART] [--minutes 8] [--commit SHA]
 
 ``parity`` (270 s: is it right?) and ``bench`` (330 s: how fast?) are for a machine that is there for a quarter of an hour; see
-:mod:`profiling.gpu_modes`. The second form runs parts one after the other: each in a process of its own with a limit of its own,
+:mod:`profiling.gpu_modes`. The second form runs parts one after the other: each in a process with a limit of its own,
 so that one that dies or hangs takes no other with it. A finished part leaves ``gpu_<part>.json``; run again, finished parts of
 the same tree and device are passed over and the others go on where they stopped. ``SUMMARY.md`` says what came of it. The code
 is 0 where every part passed, 1 where one failed or had no time, 2 where there is no GPU.

@@ -1,7 +1,7 @@
-"""What an earlier run has said of the sources as they are: tests, benchmark cases and whole parts that need not run again.
+"""Results of earlier runs that stand for the sources as they are: tests, benchmark cases and whole parts to pass over.
 
 Results of other sources, or of another torch or Triton, say nothing. A test's result stands for all code of the package and for
-the test's own file; a measurement's for the kernels that it measures.
+the test's own file; a measurement's for the package and for the benchmark with what it shares with others.
 """
 
 import functools
@@ -11,8 +11,7 @@ from pathlib import Path
 
 from advkd.timing import provenance
 
-from . import kernel_digests
-from .gpu_kernels import digests
+from .harness import is_green
 from .paths import ROOT
 
 CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
@@ -36,34 +35,43 @@ def _shared_digest():
 
 @functools.cache
 def test_digest(file):
-    """What a test's result depends on: the file (a path below the root) and the code that it runs."""
+    """SHA-256 of a test file (a path below the root) and of the code that its tests run, in short; None without the file."""
     path = ROOT / file
     return hashlib.sha256(path.read_bytes() + _shared_digest().encode()).hexdigest()[:16] if path.exists() else None
 
 
-def passed_tests(folder):
-    """``{test: entry}`` of tests that passed on the sources as they are."""
+def measured_digest(name):
+    """SHA-256 of the code that a part's measurements depend on, in short."""
+    own = [f"profiling/{file}.py" for file in (name, "harness", "gpu_peers", "gpu_timing")]
+    return tree_digest(("advkd", "kernels", "csrc", "setup.py", *(file for file in own if (ROOT / file).exists())))
+
+
+def known_tests(folder, outcomes=("passed",)):
+    """``{test: entry}`` of tests with these outcomes on the sources as they are."""
     stored = _stored(folder, "tests")
     found = stored["result"].get("tests", {}) if stored and _same_versions(stored) else {}
-    passed = {test: entry for test, entry in found.items() if entry["outcome"] == "passed"}
-    return {test: entry for test, entry in passed.items() if entry.get("of") == test_digest(test.partition("::")[0])}
+    wanted = {test: entry for test, entry in found.items() if entry["outcome"] in outcomes}
+    return {test: entry for test, entry in wanted.items() if entry.get("of") == test_digest(test.partition("::")[0])}
 
 
 def cases(folder, name):
-    """``{case: result}`` of a benchmark's cases whose kernels are as they were."""
+    """``{case: result}`` of a benchmark's green cases behind a green gate, of the sources as they are."""
     stored = _stored(folder, name)
-    if not stored or not _same_versions(stored) or kernel_digests.changed(f"gpu_{name}", stored):
+    if not stored or not _same(stored, name) or stored["result"].get("gate", {}).get("state") != "green":
         return {}
-    return {case["case"]: case for case in stored["result"].get("cases", [])}
+    return {case["case"]: case for case in stored["result"].get("cases", []) if is_green(case)}
 
 
 def whole_part(folder, name):
     """The stored result of a part that has neither tests nor cases, or None where it must run."""
     stored = _stored(folder, name)
-    if name in ("build", "tests", "first_tests", "warm") or name.startswith("bench_") or not stored:
+    if name in ("build", "tests", "first_tests", "gate", "warm") or name.startswith("bench_") or not stored:
         return None
-    same = stored["state"] == "passed" and stored["kernels"] == digests() and _same_versions(stored)
-    return stored if same else None
+    return stored if stored["state"] == "passed" and _same(stored, name) else None
+
+
+def _same(stored, name):
+    return stored.get("sources") == measured_digest(name) and _same_versions(stored)
 
 
 def _same_versions(stored):

@@ -66,8 +66,8 @@ def compiled_graph(module, x, dtype, mode="default"):
 def cudnn_graph(module, x, dtype):
     """cuDNN's graph API (package nvidia-cudnn-frontend): every convolution, its bias and its activation one fused kernel.
 
-    Up-sampling that is folded by hand is a fused backward-data convolution of stride 2; otherwise torch interpolates. Each layer
-    takes its fastest plan, see :class:`CudnnLayer`. The whole is one CUDA graph.
+    Up-sampling that is folded by hand is a fused backward-data convolution of stride 2; otherwise torch interpolates. Each
+    layer takes its fastest plan, see :class:`CudnnLayer`. The whole is one CUDA graph.
 
     Args:
         module: a :class:`profiling.bench_student.Folded` network.

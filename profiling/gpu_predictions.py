@@ -167,7 +167,7 @@ def _descriptor(step, layer, product, batch, device):
 
 
 def cudnn_graphs(layers, product, batch, device):
-    """Microseconds of a network as one fused graph of cuDNN a layer, up-sampling folded by hand; None but for 16-bit storage."""
+    """Microseconds of a network as one fused graph of cuDNN a layer, up-sampling folded by hand; None for float32."""
     if itemsize(product) != 2:
         return None
     shares = (device.flops[product] * CUDNN * _filled(layer, batch, device) for layer in layers)

@@ -2,7 +2,7 @@
 
 python -m profiling.gpu_rehearsal --out FOLDER        # ``make rehearse`` does that with the versions of a GPU's machine
 
-Both objects are built, ``parity`` is killed once while it runs and then run to its end, then ``bench``: every GPU test and
+Both objects are built, ``parity`` is killed once while it runs and goes on to its end, then ``bench``: every GPU test and
 benchmark goes as far as it can on a stand-in (tests/gpu_dry_run.py). What needs a device says so and is counted. The log names
 every step with its seconds; the code is 0 where nothing failed that needs no device.
 """
@@ -26,7 +26,7 @@ from advkd.files import require_output_folder
 from advkd.timing import provenance
 
 from .gpu_modes import ARCHIVE, MODES, SUMMARY, TESTS
-from .gpu_parts import REHEARSED, objects_are_current
+from .gpu_parts import REHEARSED, stale_objects
 from .harness import ROOT
 
 KILLED_AFTER = 45.0
@@ -50,7 +50,7 @@ def rehearse(out):
     say = Log(out / "rehearsal.txt")
     known = {name: version for name, version in provenance()["versions"].items() if version}
     say(f"Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in known.items())}; CUDA: {torch.version.cuda}")
-    steps = [build(say), killed(out / "killed", say)]
+    steps = [build(say), killed(out / "parity", say)]
     for mode in MODES:
         steps.append(whole(mode, out / mode, say))
     say("nothing failed that needs no device" if all(steps) else "something failed that needs no device: see above")
@@ -59,7 +59,7 @@ def rehearse(out):
 
 def build(say):
     """Both objects for the architecture of the first cards, unless they are there."""
-    if objects_are_current():
+    if not stale_objects():
         say("both objects are there, of these sources")
         return True
     environment = {**os.environ, "ADVKD_CPU": "1", "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": REHEARSED}
@@ -83,7 +83,7 @@ def killed(out, say):
     process.wait()
     state = state_of(out)
     say(f"parity, killed after {KILLED_AFTER:.0f} s: {', '.join(state['files'])}; {len(state['tests'])} tests in {TESTS}")
-    return state["whole"]
+    return state["whole"] and bool(state["tests"])
 
 
 def whole(mode, out, say):

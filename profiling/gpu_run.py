@@ -18,6 +18,7 @@ from . import gpu_kept
 from .gpu_kernels import digests
 from .gpu_test_log import BROKEN
 from .harness import ROOT
+from .parent import as_parent
 
 STARTS = 8
 """A part whose process dies is started so often: every time without what the last one died of."""
@@ -142,6 +143,7 @@ class Run:
             "key": self.key,
             "full": self.full,
             "kernels": digests(),
+            "sources": gpu_kept.measured_digest(part.name),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
             "seconds": round(spent, 1),
             "limit": round(limit, 1),
@@ -178,7 +180,9 @@ def run_process(command, log, seconds, name, live):
         start_new_session=True,
         env={
             **os.environ,
+            **as_parent(),
             "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         },
     )

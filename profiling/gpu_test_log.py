@@ -2,8 +2,8 @@
 
 python -m pytest -p profiling.gpu_test_log --gpu-log FILE [--gpu-seen FILE] [--gpu-shard 0/4] [--gpu-most 2] -m gpu tests
 
-Tests that the log or the file of tests seen before already hold are not run again. A failure that leaves the device unusable (every later call in the process
-would fail as well) ends the process with the code :data:`BROKEN`; whoever started it starts it again.
+Tests that the log or the file of tests seen before hold are not run again. A failure that leaves the device unusable (every
+later call in the process would fail as well) ends the process with the code :data:`BROKEN`; whoever started it starts it again.
 """
 
 import json
@@ -43,11 +43,14 @@ def read_log(path):
     return found
 
 
-def forget_begun(path):
-    """Drop tests that were stopped from outside, so that they run again."""
-    kept = [json.dumps({"test": t, **entry}) for t, entry in read_log(path).items() if entry["outcome"] != "died"]
-    if kept:
-        Path(path).write_text("\n".join(kept) + "\n")
+def forget(path, stopped=None):
+    """Drop a test that was stopped from outside (default: all that began and did not end), so that it runs again."""
+    known = read_log(path)
+    if not known:
+        return
+    drop = [stopped] if stopped else [test for test, entry in known.items() if entry["outcome"] == "died"]
+    kept = [json.dumps({"test": test, **entry}) + "\n" for test, entry in known.items() if test not in drop]
+    Path(path).write_text("".join(kept))
 
 
 def spread(items, most):

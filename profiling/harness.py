@@ -176,25 +176,19 @@ def passes(parity_tests):
     return done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
 
 
-def run_case(case, keep=None):
+def run_case(case, costly=True):
     """Check and time one case; returns its JSON.
 
     Args:
         case: the :class:`Case`.
-        keep: function that is given the same JSON once before the costly contestants are prepared, so that a process which
-            is stopped meanwhile has measured the others.
+        costly: prepare the costly contestants, too; without them their entries are ``pending``.
     """
     wanted = case.oracle().to(case.device)
     entries = [_entry(contestant) for contestant in case.contestants]
-    pairs, calls = list(zip(case.contestants, entries, strict=True)), {}
-    for contestant, entry in pairs:
-        if not contestant.costly:
+    pairs, calls = zip(case.contestants, entries, strict=True), {}
+    for contestant, entry in sorted(pairs, key=lambda pair: pair[0].costly):
+        if costly or not contestant.costly:
             _prepare(case, contestant, entry, wanted, calls)
-    costly = [pair for pair in pairs if pair[0].costly]
-    if keep and costly:
-        keep(_result(case, entries, calls))
-    for contestant, entry in costly:
-        _prepare(case, contestant, entry, wanted, calls)
     return _result(case, entries, calls)
 
 

@@ -5,13 +5,20 @@ import signal
 import threading
 import time
 
+PARENT = "ADVKD_PARENT"
+"""Environment variable with the number of the process that starts another."""
 POLL = 0.3
 """Seconds between two looks at the parent."""
 
 
+def as_parent():
+    """What a process that is started here has in its environment."""
+    return {PARENT: str(os.getpid())}
+
+
 def end_with_parent():
-    """End this process and its group once its parent is gone."""
-    parent = os.getppid()
+    """End this process and its group once the process that started it is gone, be it before this call."""
+    parent = int(os.environ.get(PARENT) or os.getppid())
 
     def watch():
         while os.getppid() == parent:

@@ -355,8 +355,8 @@ def predictions():
     """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
     path = gpu_predictions.PREDICTIONS.relative_to(ROOT).as_posix()
     lines = [f"[`{path}`]({path}), no measurement:", ""]
-    titles = ("predicted us", "with descriptors, us", "cuDNN's graphs, us", "layer by layer at the card's rates, us", "floor, us")
-    lines += [_row("student", "launches", *titles), _rule(7)]
+    columns = ("predicted us", "with descriptors, us", "cuDNN's graphs, us", "layer by layer at the card's rates, us")
+    lines += [_row("student", "launches", *columns, "floor, us"), _rule(7)]
     variants = gpu_predictions.read_predictions(kind="descriptors")
     for name, found in gpu_predictions.read_predictions().items():
         if found["dtype"] in ("bfloat16", "float32"):

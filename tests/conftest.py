@@ -1,6 +1,7 @@
 """Small things that many tests need: a tiny teacher, its trajectories, a tiny student."""
 
 import atexit
+import fcntl
 import os
 import shutil
 import subprocess
@@ -91,6 +92,17 @@ def unpaired(tmp_path_factory):
     """Unpaired (ancestral DDPM) trajectories of a tiny teacher with 20 timesteps."""
     config = tiny_recording(sampler="ddpm", steps=0)
     return record_trajectories(tiny_teacher(20), config, tmp_path_factory.mktemp("ddpm"), progress=False)
+
+
+@pytest.fixture
+def forty_gigabytes():
+    """Memory of the device for tensors beyond 2^31 elements; processes side by side take turns."""
+    with open(Path(tempfile.gettempdir()) / "advkd-device-memory", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+            pytest.skip("needs 40 GB of the device's memory")
+        yield
+        torch.cuda.empty_cache()
 
 
 def run_cli(*arguments, environment=None, timeout=300, cwd=None):

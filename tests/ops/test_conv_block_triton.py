@@ -27,7 +27,7 @@ GUARD = 64
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Images, channels in and out, height, width; the tile of :class:`Config`, :class:`DescriptorConfig` or :class:`ImageConfig`."""
+    """Images, channels in and out, height, width; the tile: a Config, a DescriptorConfig or an ImageConfig."""
 
     shape: tuple
     tile: tuple
@@ -540,7 +540,7 @@ def test_configurations_of_the_presets(dtype, precision):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_descriptor_configurations_of_the_presets(dtype):
-    """A few for every layer with an image as large as a tile, all of which fit the device; none where there are no descriptors."""
+    """A few for every layer with an image as large as a tile, all fitting the device; none where there are no descriptors."""
     pytest.importorskip("triton")
     kernels = launchers()
     for layer, batch, shared in itertools.product(preset_layers(), (1, 8, 64), (99 * 1024, 227 * 1024)):
@@ -759,13 +759,11 @@ def test_presets_on_a_gpu(preset, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("launcher", ["conv_layer", "conv_descriptor", "conv_image"])
-def test_beyond_32_bits_on_a_gpu(launcher):
+def test_beyond_32_bits_on_a_gpu(launcher, forty_gigabytes):
     """Tensors of more than 2^31 elements: the end of every kernel's result, from an input that is zero but there."""
     pytest.importorskip("triton")
     if launcher == "conv_descriptor":
         require_descriptors()
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GB of the device's memory")
     kernels, image = launchers(), launcher == "conv_image"
     tile = {"conv_layer": (128, 64, 64, 8, 3), "conv_descriptor": (8, 16, 64, 64, 4, 4), "conv_image": (8, 16, 64, 4)}[launcher]
     x = torch.zeros(1, 4100, 8200, 64, dtype=BF16, device="cuda")

@@ -270,11 +270,9 @@ def test_repeats_in_a_captured_graph_on_a_gpu(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-def test_beyond_32_bits_on_a_gpu(last):
+def test_beyond_32_bits_on_a_gpu(last, forty_gigabytes):
     """More than 2^31 elements in one sample, and two samples that begin more than 2^31 elements apart."""
     pytest.importorskip("triton")
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GB of the device's memory")
     layout = torch.channels_last if last else torch.contiguous_format
     shape, options = (2, 3, 2**15, 2**15 - 1), {"dtype": torch.float16, "device": "cuda"}
     x = torch.empty(shape, memory_format=layout, **options).fill_(-1)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from profiling import (
     gpu_timing,
     tables,
 )
-from profiling.gpu_test_log import BROKEN, COLLECTED, forget_begun, read_log, spread
+from profiling.gpu_test_log import BROKEN, COLLECTED, forget, read_log, spread
 from profiling.harness import run_case
 
 from ..conftest import ROOT, process_environment
@@ -92,6 +93,7 @@ def run(tmp_path, monkeypatch):
     """``run(names, *arguments)`` runs fake parts into ``run.out``; returns the code."""
     (tmp_path / "fake_part.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(gpu_run, "GRACE", 0.5)
     monkeypatch.setattr(gpu_run, "source_digest", lambda: "unchanged")
 
@@ -183,8 +185,8 @@ def test_without_a_gpu_nothing_starts(tmp_path, capsys):
         assert re.search("without CUDA|no CUDA device", capsys.readouterr().err)
     assert gpu.main(["parity", "--out", str(out), "--device", "cpu"]) == 2
     assert gpu.main(["--parts", "ahead"]) == 2 and "--out must name" in capsys.readouterr().err
-    wrong = (["--parts", "build,nothing"], ["--out", str(out)], ["parity"], ["parity", "--full"], ["--full", "--rehearse"], ["x"])
-    for arguments in wrong:
+    wrong = (["--parts", "build,nothing"], ["--out", str(out)], ["parity"], ["parity", "--full"], ["--full", "--rehearse"])
+    for arguments in (*wrong, ["x"]):
         with pytest.raises(SystemExit) as ended:
             gpu.main(arguments)
         assert ended.value.code == 2
@@ -230,7 +232,7 @@ def test_a_mode_leaves_three_files(run, tmp_path, monkeypatch):
     modes = {"parity": mode_of(("good",), ("bad", "segfault")), "bench": mode_of(("good",), ("after",))}
     given = {"missing": lambda device: None, "place": lambda device, commit: dict(PLACE), "modes": modes}
     assert gpu.main(["parity", "--out", str(run.out)], **given) == 1
-    assert {path.name for path in run.out.iterdir()} == THREE and not list(tmp_path.glob(".*.work"))
+    assert {path.name for path in run.out.iterdir()} == THREE and not list(tmp_path.glob("advkd-gpu-*"))
     page = (run.out / "SUMMARY.md").read_text()
     assert "| good | passed |" in page and "| segfault | passed |" in page and "| bad | failed |" in page
     with tarfile.open(run.out / "results.tgz") as archive:
@@ -262,10 +264,11 @@ sys.exit(gpu.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, plac
 def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
     """Killed again and again while it saves: three files at most, each whole; the parts end as well."""
     (tmp_path / "fake_part.py").write_text(FAKE)
-    out, environment = tmp_path / "out", process_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    out, changes = tmp_path / "out", {"PYTHONPATH": f"{tmp_path}:{ROOT}", "TMPDIR": str(tmp_path)}
+    environment = process_environment(changes)
     for i in range(4 if sign == signal.SIGKILL else 1):
         process = subprocess.Popen([sys.executable, "-c", MODE, str(out)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while not list(tmp_path.glob(".out.work/parts/hang/journal.json")):
+        while not list(tmp_path.glob("advkd-gpu-*/parts/hang/journal.json")):
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(0.1 + 0.07 * i)
@@ -279,7 +282,7 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
     hanging = re.compile(rb"fake_part.{0,9}hang")
     for _ in range(100):
         lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-        if not any(hanging.search(line) and b"/.out.work" in line and str(tmp_path).encode() in line for line in lines):
+        if not any(hanging.search(line) and str(tmp_path).encode() in line for line in lines):
             break
         time.sleep(0.1)
     else:
@@ -292,37 +295,66 @@ def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
         pass
 
 
-def test_what_is_kept_stands_for_its_sources(tmp_path, monkeypatch):
+def test_what_is_kept_stands_for_its_sources(tmp_path):
     file = "tests/ops/test_mask_mul.py"
-    place = gpu_parts.provenance("cpu")
-    tests = {f"{file}::a": {"outcome": "passed", "of": gpu_kept.test_digest(file)}, f"{file}::b": {"outcome": "failed"}}
-    tests[f"{file}::c"] = {"outcome": "passed", "of": "another"}
-    stored = {"state": "passed", "kernels": gpu_kernels.digests(), "provenance": place}
+    place, good = gpu_parts.provenance("cpu"), entry("advkd", "ours", 1e-3)
+    tests = {f"{file}::{name}": {"outcome": "passed", "of": gpu_kept.test_digest(file)} for name in "abc"}
+    tests[f"{file}::b"]["outcome"], tests[f"{file}::c"]["of"] = "failed", "another"
+    off = {**good, "parity": {"error": 1.0, "tolerance": 0.1, "passed": False}}
+    cases = [{"case": "one", "contestants": [good]}, {"case": "off", "contestants": [off]}]
 
     def keep(name, result, **changes):
-        (tmp_path / f"gpu_{name}.json").write_text(json.dumps({**stored, "result": result, **changes}))
+        stored = {"state": "passed", "sources": gpu_kept.measured_digest(name), "provenance": place, "result": result}
+        (tmp_path / f"gpu_{name}.json").write_text(json.dumps({**stored, **changes}))
 
     keep("tests", {"tests": tests})
-    keep("bench_norm_act", {"cases": [{"case": "one", "ratio": 2.0}]})
+    keep("bench_norm_act", {"cases": cases, "gate": {"state": "green"}})
     keep("rates", {"items": {}})
-    assert set(gpu_kept.passed_tests(tmp_path)) == {f"{file}::a"}
-    assert gpu_kept.cases(tmp_path, "bench_norm_act") == {"one": {"case": "one", "ratio": 2.0}}
+    assert set(gpu_kept.known_tests(tmp_path)) == {f"{file}::a"}
+    assert set(gpu_kept.known_tests(tmp_path, ("passed", "failed"))) == {f"{file}::a", f"{file}::b"}
+    assert list(gpu_kept.cases(tmp_path, "bench_norm_act")) == ["one"]
     assert gpu_kept.whole_part(tmp_path, "rates")["state"] == "passed" and gpu_kept.whole_part(tmp_path, "ncu") is None
     assert gpu_kept.whole_part(tmp_path, "tests") is None
     keep("rates", {"items": {}}, state="failed")
-    keep("bench_norm_act", {"cases": [{"case": "one"}]}, kernels={**stored["kernels"], "cuda norm_act": "0"})
+    keep("bench_norm_act", {"cases": cases, "gate": {"state": "red"}})
     keep("tests", {"tests": tests}, provenance={**place, "versions": {**place["versions"], "torch": "1"}})
     assert gpu_kept.whole_part(tmp_path, "rates") is None and gpu_kept.cases(tmp_path, "bench_norm_act") == {}
-    assert gpu_kept.passed_tests(tmp_path) == {}
+    assert gpu_kept.known_tests(tmp_path) == {}
+    keep("bench_norm_act", {"cases": cases, "gate": {"state": "green"}}, sources="another")
+    assert gpu_kept.cases(tmp_path, "bench_norm_act") == {}
+
+
+def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
+    """Fewer cases must not make it green on the sources for which all cases were red."""
+    known = {"passed": {"a": {"outcome": "passed"}}, "failed": {"b": {"outcome": "failed"}}}
+    stored = lambda folder, outcomes: {t: e for outcome in outcomes for t, e in known.get(outcome, {}).items()}  # noqa: E731
+    monkeypatch.setattr(gpu_kept, "known_tests", stored)
+    seen = {}
+    for name in ("gate", "tests"):
+        part = gpu_parts.Part(tmp_path, tmp_path, 60.0, name=name, kept=tmp_path)
+        seen[name] = set(gpu_parts._seen(part))
+    assert seen == {"gate": {"a", "b"}, "tests": {"a"}}
+
+
+def test_tests_that_still_run_have_begun(tmp_path):
+    folder = tmp_path / "parts/tests"
+    folder.mkdir(parents=True)
+    lines = [{"test": "a", "outcome": "died"}, {"test": "b", "outcome": "passed"}, {"test": "c", "outcome": "died", "begun": 1}]
+    (folder / "tests-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "seen.json").write_text(json.dumps({"d": {"outcome": "passed"}}))
+    outcomes = {test: entry["outcome"] for test, entry in gpu_modes.tests_so_far(tmp_path).items()}
+    assert outcomes == {"a": "died", "b": "passed", "c": "begun", "d": "passed"}
 
 
 def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "device_folder", lambda device: tmp_path / "nothing")
     given = {"missing": lambda device: "there is none", "place": lambda device, commit: dict(PLACE)}
     assert gpu_rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
-    assert gpu.main(["parity", "--rehearse", "--out", str(run.out)], modes={"parity": mode_of(("good",), ("bad",))}, **given) == 1
+    modes = {"parity": mode_of(("good",), ("bad",))}
+    assert gpu.main(["parity", "--rehearse", "--out", str(run.out)], modes=modes, **given) == 1
     state = gpu_rehearsal.state_of(run.out)
-    assert state["whole"] and {name: part["state"] for name, part in state["parts"].items()} == {"good": "passed", "bad": "failed"}
+    states = {name: part["state"] for name, part in state["parts"].items()}
+    assert state["whole"] and states == {"good": "passed", "bad": "failed"}
     (run.out / "SUMMARY.md").unlink()
     assert not gpu_rehearsal.state_of(run.out)["whole"]
     assert gpu_rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
@@ -366,14 +398,15 @@ def test_objects_of_other_sources_are_built_anew(tmp_path, monkeypatch):
     identity = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["source_identity"]
     for folder in ("csrc", "setup.py"):
         (shutil.copytree if folder == "csrc" else shutil.copy)(ROOT / folder, tmp_path / folder)
-    assert not gpu_parts.objects_are_current(tmp_path)
+    objects = [tmp_path / f"advkd/_{kind}.abi3.so" for kind in ("cpu", "cuda")]
+    assert gpu_parts.stale_objects(tmp_path) == objects
     (tmp_path / "advkd").mkdir()
     for kind in ("cpu", "cuda"):
         (tmp_path / f"advkd/_{kind}.abi3.so").write_bytes(b"ELF" + bytes.fromhex(identity(kind)) + b"rest")
-    assert gpu_parts.objects_are_current(tmp_path)
+    assert gpu_parts.stale_objects(tmp_path) == []
     with open(tmp_path / "csrc/cuda/mask_mul.cu", "a") as file:
         file.write("// changed")
-    assert not gpu_parts.objects_are_current(tmp_path)
+    assert gpu_parts.stale_objects(tmp_path) == objects[1:]
 
 
 def part_of(folder, seconds=60.0):
@@ -453,7 +486,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
-    forget_begun(tmp_path / "log.jsonl")
+    forget(tmp_path / "log.jsonl")
     assert len(read_log(tmp_path / "log.jsonl")) == 5
 
 
@@ -494,6 +527,10 @@ def test_the_sanitizers_verdict():
     assert gpu_parts.sanitizer_verdict(hazards, 99, log)["errors"] == 2
     reds = ((hazards, 99, log), ("", 0, log), (clean, 1, log), (clean, 0, {}), (clean + clean.replace("0", "1"), 0, log))
     assert all(gpu_parts.sanitizer_verdict(*case)["red"] for case in reds)
+    # Stopped at its limit: what it has printed until then counts.
+    assert not gpu_parts.sanitizer_verdict("", None, log)["red"]
+    cut = gpu_parts.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
+    assert cut["red"] and cut["errors"] == 1
 
 
 def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
@@ -883,12 +920,22 @@ def test_the_parity_gate(tmp_path):
     assert gate()["state"] == "incomplete"
 
 
-GOOD = {"case": "good", "moved_bytes": 10**9, "contestants": [entry("advkd", "ours", 1e-3)]}
+GOOD = {"case": "good", "moved_bytes": 10**9, "ratio": 2.0, "contestants": [entry("advkd", "ours", 1e-3)]}
 
 
 def test_a_benchmark_part(tmp_path, monkeypatch):
-    """Cases one by one into the journal; a case that fails does not end the part."""
-    ran = []
+    """Cases one by one into the journal and the result, costly contestants last; a case that fails does not end the part."""
+    ran, calls = [], []
+
+    def measured(case, costly):
+        calls.append(costly)
+        found = {**GOOD, "case": ["good", "costly"][len(calls) % 2 == 0 or costly]}
+        if costly:
+            stored = json.loads((tmp_path / "result.json").read_text())
+            assert stored["gate"] == {"state": "green"} and len(stored["cases"]) == 2, "cut here, both cases count"
+            return {**found, "ratio": 3.0}
+        pending = [{"name": "engine", "kind": "peer", "missing": "not prepared yet", "pending": True}]
+        return {**found, "contestants": found["contestants"] + pending * (found["case"] == "costly")}
 
     def fails():
         raise RuntimeError("out of memory")
@@ -898,26 +945,28 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
         return dataclasses.replace(bench_student.case("digits", 1), contestants=[], device="cpu")
 
     module = type(sys)("small_bench")
-    module.cases, module.PARITY_TESTS = lambda device: {"good": small, "bad": fails, "other": small}, ["tests/a.py"]
+    module.cases, module.PARITY_TESTS = lambda device: {"good": small, "costly": small, "bad": fails, "other": small}, []
     monkeypatch.setitem(sys.modules, "profiling.small_bench", module)
-    monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "bad", "unknown"])
+    monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
+    monkeypatch.setitem(gpu_parts.GATES, "small_bench", ["tests/a.py"])
     monkeypatch.setattr(gpu_parts, "parity_gate", lambda files, part: {"state": "green"})
     monkeypatch.setattr(gpu_parts, "provenance", lambda device: PLACE)
-    monkeypatch.setattr(gpu_parts, "run_case", lambda case, keep: keep(dict(GOOD)) or dict(GOOD))
+    monkeypatch.setattr(gpu_parts, "run_case", measured)
     monkeypatch.setattr(gpu_parts, "format_case", lambda result: "")
     rates = {"result": {"items": {"rates": {"flops": {"bf16": 1e12}, "bandwidth": 1e12}}}}
     (tmp_path / "gpu_rates.json").write_text(json.dumps(rates))
     result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path))
-    assert code == 1 and result["wanted"] == ["good", "bad"] and result["failed_items"] == ["bad"]
-    assert [case["case"] for case in result["cases"]] == ["good"] and result["cases"][0]["floor"]["seconds"] == 1e-3
+    assert code == 1 and result["wanted"] == ["good", "costly", "bad"] and result["failed_items"] == ["bad"]
+    assert [case["case"] for case in result["cases"]] == ["good", "costly"] and calls == [False, False, True]
+    assert result["cases"][0]["floor"]["seconds"] == 1e-3 and result["cases"][1]["ratio"] == 3.0
     assert "out of memory" in result["errors"]["bad"]
-    assert bench_student.gpu_rates().flops["bf16"] == 1e12 and len(ran) == 1
+    assert bench_student.gpu_rates().flops["bf16"] == 1e12 and len(ran) == 3
     monkeypatch.setattr(bench_student, "MEASURED_RATES", [])
     result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path, 0.0))
-    assert len(ran) == 1
+    assert len(ran) == 3
     late = part_of(tmp_path / "late", 1.0)
     result, code = gpu_parts.run(gpu_parts.bench("small_bench"), late)
-    assert code == 3 and result["unfinished"] == "no time for 2 cases: good, bad"
+    assert code == 3 and result["unfinished"] == "no time for 3 cases: good, costly, bad"
 
 
 @pytest.mark.gpu
