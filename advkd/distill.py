@@ -5,16 +5,22 @@ update on J = mse + kl + wasserstein over the stage's levels. All random draws a
 so a checkpoint's cursor says all of them, and the number of processes changes nothing but rounding.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
 import dataclasses
+import gc
 import json
 import math
 import statistics
+import sys
+import traceback
+import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from . import __version__
@@ -56,7 +62,8 @@ def distill(trajectories, student, config, out, resume=False, device="cpu", prog
         out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
             TensorBoard files and sample grids.
         resume: go on from ``out``'s checkpoint.
-        device: torch device of a single process (several processes: what accelerate gives).
+        device: torch device of a single process (several processes: what accelerate gives). A process group that accelerate
+            starts here serves all later runs of the process and is destroyed at exit; one that exists already is the caller's.
         teacher: the :class:`Teacher` of the trajectories, where ``config.grow`` adds some while training.
 
     Returns:
@@ -105,31 +112,32 @@ class Distiller:
 
     def run(self):
         """Run all stages that are left; returns the saved student."""
+        _GROUP.in_step = False
         main = self.accelerator.is_main_process
         with locked(self.out) if main else contextlib.nullcontext():
             if main and _file_state(self.checkpoint) != self._state_found:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
             reached = (self.stage_index + 1, self.update)
-            log = _Log(self.out, self.student.depth, reached, done, self.config.log_every) if main else None
             total = sum(stage.updates for stage in self.stages)
+            log = _Log(self.out, self.student.depth, reached, done, self.config.log_every) if main else None
             bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
-            for self.stage_index in range(self.stage_index, len(self.stages)):
-                self._run_stage(self.stages[self.stage_index], log, bar)
-                self.update = 0
-            bar.close()
+            with contextlib.closing(log) if main else contextlib.nullcontext(), bar:
+                for self.stage_index in range(self.stage_index, len(self.stages)):
+                    self._run_stage(self.stages[self.stage_index], log, bar)
+                    self.update = 0
             if main:
-                log.close()
                 self.result.training_record = self._provenance()
                 self.result.save_pretrained(self.out)
         self.accelerator.wait_for_everyone()
+        _GROUP.in_step = True
         return self.result.to(memory_format=torch.contiguous_format).eval()
 
     def _share_weights(self):
         """Every process starts from the main process's weights."""
         if self.accelerator.num_processes > 1:
             for tensor in self.student.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0)
 
     @property
     def result(self):
@@ -430,10 +438,67 @@ def _accelerator(mixed_precision, device):
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     try:
-        return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+        with _GROUP.started_here():
+            return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
     except ValueError as error:
         # accelerate keeps one precision and one device per process.
         raise InputError(f"mixed_precision {mixed_precision} on {device}: {reason(error)}") from error
+
+
+class _OwnGroup:
+    """The process group that accelerate starts for our runs, destroyed before the interpreter finalizes, on every way out.
+
+    gloo's threads take the GIL to release tensors that Python knows, which in a finalizing interpreter ends the process by
+    SIGABRT; destroying the group joins them. This happens at exit and not at the end of a run, because accelerate keeps the
+    group for the next run, and a second group would read the addresses of the first from the launcher's store.
+    """
+
+    def __init__(self):
+        self._group = None
+        self.in_step = False
+
+    @contextlib.contextmanager
+    def started_here(self):
+        """A group that is new after the block is ours to end."""
+        self.in_step = False
+        before = _process_group()
+        if dist.is_available():
+            # The default arguments of its functions are the group there is at import: imported later, they would keep ours.
+            from torch.distributed.nn import functional  # noqa: F401
+        try:
+            yield
+        finally:
+            group = _process_group()
+            if before is None and group is not None:
+                # A strong reference would keep the destroyed group's threads alive.
+                self._group = weakref.ref(group)
+                atexit.register(self._end)
+
+    def _end(self):
+        if self._group() is None or self._group() is not _process_group():
+            return
+        if not self.in_step:
+            # After an error the other processes may never come: aborting, unlike NCCL's shutdown, does not wait for them.
+            self._group().abort()
+        dist.destroy_process_group()
+        if self._group() is not None:
+            _clear_frames(getattr(sys, "last_value", None))
+            gc.collect()
+
+
+_GROUP = _OwnGroup()
+
+
+def _process_group():
+    """The default process group, or None."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _clear_frames(error):
+    """Release the local variables of an uncaught error's frames: in a failed collective they include the process group."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _file_state(path):

@@ -1,7 +1,12 @@
-"""One process of the data-parallel test: 20 updates in float64, losses to a JSON file by the main process."""
+"""One process of the data-parallel tests: 20 updates in float64, losses to a JSON file by the main process.
+
+``ending`` among the overrides is a special end: ``twice`` (a second run in the same process), ``caller`` (the process group is
+the caller's), ``error`` and ``interrupt`` (the second process fails, or is interrupted, in its second update).
+"""
 
 import json
 import os
+import signal
 import sys
 
 import torch
@@ -11,10 +16,27 @@ from advkd.recipes import recipe
 from advkd.trajectories import Trajectories
 from tests.conftest import tiny_student, tiny_teacher
 
+
+def fail_in_the_second_update(run, ending):
+    train = run._train_update
+
+    def update(stage):
+        if run.update == 1 and ending == "error":
+            raise RuntimeError("only here")
+        if run.update == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(stage)
+
+    run._train_update = update
+
+
 if __name__ == "__main__":
     folder, out, overrides = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    ending = overrides.pop("ending", None)
+    if ending == "caller":
+        torch.distributed.init_process_group("gloo")
     config = recipe(overrides.pop("recipe"), **overrides)
     data = Trajectories(folder)
     # Every process brings other weights: those of the main process count.
@@ -26,4 +48,8 @@ if __name__ == "__main__":
     assert run.accelerator.num_processes == world
     assert len(run._next_batch(run.stages[0])[1]) == config.batch_sizes[0] // world
     run.cursor = 0
+    if ending in ("error", "interrupt") and os.environ["RANK"] == "1":
+        fail_in_the_second_update(run, ending)
     run.run()
+    if ending == "twice":
+        Distiller(data, tiny_student(), config, out + "-again", dtype=dtype, progress=False).run()

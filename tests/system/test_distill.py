@@ -218,6 +218,74 @@ def test_two_processes_record_growing_data_together(trajectories, tmp_path):
     assert len(Trajectories(trajectories, tmp_path / "trajectories" / "0001")) == 40
 
 
+# Registered before anything is imported, this exit handler runs last: it notes what is left of the process group.
+LAST_HANDLER = """
+import atexit, json, os, sys
+from pathlib import Path
+
+def report():
+    import torch.distributed as dist
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    left = {"group": dist.is_initialized(), "threads": [name for name in names if "gloo" in name]}
+    file = Path(os.environ["ENDINGS"], os.environ["RANK"])
+    file.write_text(json.dumps(left))
+    file.rename(file.with_suffix(".json"))
+    if left["group"]:
+        dist.destroy_process_group()
+
+if "RANK" in os.environ:
+    atexit.register(report)
+"""
+
+
+def run_two_processes(tmp_path, *arguments):
+    """Run a module under ``torchrun`` with two processes: the result, and what each had left of its process group."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "endings").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(LAST_HANDLER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    changes = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "ENDINGS": str(tmp_path / "endings")}
+    command += map(str, arguments)
+    environment = process_environment(changes)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return result, {int(path.stem): json.loads(path.read_text()) for path in (tmp_path / "endings").glob("*.json")}
+
+
+GONE = {"group": False, "threads": []}
+
+
+@pytest.mark.parametrize("ending", ["twice", "caller", "error", "interrupt"])
+def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_path, ending):
+    """On every way out, without waiting for a process that failed; a group that existed before stays the caller's."""
+    overrides = {"recipe": "joint", "updates": [3], "batch_sizes": [8], "critic_channels": 4, "ending": ending}
+    worker = ("tests.system.distill_worker", trajectories, tmp_path / "out", json.dumps(overrides))
+    result, left = run_two_processes(tmp_path, *worker)
+    if ending in ("error", "interrupt"):
+        # The launcher may have stopped the other process before its end.
+        assert result.returncode == 1 and left[1] == GONE and left.get(0, GONE) == GONE, result.stderr[-3000:]
+        return
+    assert result.returncode == 0, result.stderr[-3000:]
+    if ending == "caller":
+        assert left[0]["group"] and left[1]["group"]
+    else:
+        assert left == {0: GONE, 1: GONE}
+        assert weights(tmp_path / "out") == weights(tmp_path / "out-again")
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [((), 0, ""), (("--learning-rate", 1e30), 1, "not finite")])
+def test_the_command_ends_its_process_group(trajectories, tmp_path, options, code, message):
+    from dataclasses import asdict
+
+    preset = tmp_path / "student.json"
+    preset.write_text(json.dumps(asdict(TINY_STUDENT)))
+    arguments = ["--trajectories", trajectories, "--preset", preset, "--updates", 4, "--batch-sizes", 8, "--critic-channels", 4]
+    arguments += ["--critic-max-channels", 8, *options, "--out", tmp_path / "out"]
+    result, left = run_two_processes(tmp_path, "advkd.cli", "distill", *arguments)
+    assert result.returncode == code and message in result.stderr, result.stderr[-3000:]
+    assert left == {0: GONE, 1: GONE}
+
+
 def test_a_finished_run_resumes_to_itself(trajectories, tmp_path):
     first = distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
     again = distill(trajectories, tiny_student(seed=1), JOINT, tmp_path, resume=True, progress=False)
