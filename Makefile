@@ -79,12 +79,13 @@ rehearse: build/rehearsal-2.11.0/.ready
 	$(<D)/venv/bin/pip uninstall --quiet --yes diffusers nvtx
 	cd $(<D)/tree && ../venv/bin/python -m profiling.gpu_rehearsal --out ../results
 
-# A copy of the tree with an environment of its own; the version of torch is the folder's last word.
+# A copy of the tree with an environment of its own; the version of torch, which sets those of Triton and setuptools, is the last
+# word of the folder.
 build/%/.ready: $(SOURCES) $(shell git ls-files '*.py')
 	rm -rf $(@D)/tree && mkdir -p $(@D)/tree
 	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -c | tar -x -C $(@D)/tree
 	$(PYTHON) -m venv $(@D)/venv
-	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
+	grep -vE '^(torch|setuptools)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/venv/bin/pip install --quiet --constraint $(@D)/constraints.txt setuptools wheel \
 		"torch==$(lastword $(subst -, ,$*))$(TORCH_BUILD)"
 	cd $(@D)/tree && ADVKD_CPU=1 ADVKD_CUDA=1 ../venv/bin/pip install --quiet --no-build-isolation \
