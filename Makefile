@@ -86,7 +86,7 @@ build/%/.ready: $(SOURCES) $(shell git ls-files '*.py')
 	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -c | tar -x -C $(@D)/tree
 	$(PYTHON) -m venv $(@D)/venv
 	grep -vE '^(torch|setuptools)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/venv/bin/pip install --quiet --constraint $(@D)/constraints.txt setuptools wheel \
+	$(@D)/venv/bin/pip install --quiet --constraint $(@D)/constraints.txt "setuptools>=77" wheel \
 		"torch==$(lastword $(subst -, ,$*))$(TORCH_BUILD)"
 	cd $(@D)/tree && ADVKD_CPU=1 ADVKD_CUDA=1 ../venv/bin/pip install --quiet --no-build-isolation \
 		--constraint ../constraints.txt --editable '.[test]'
