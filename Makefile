@@ -74,14 +74,14 @@ test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: build/torch-%/.ready
 	cd $(<D)/tree && ../venv/bin/python -m pytest -n auto --dist loadfile tests/ops
 
-# What a quarter of an hour on a GPU would do, as far as that goes without one: packages as on a machine that cannot fetch any.
+# A rehearsal of a quarter of an hour on a GPU, without one: packages as on a machine that cannot fetch any.
 rehearse: build/rehearsal-2.11.0/.ready
 	$(<D)/venv/bin/pip uninstall --quiet --yes diffusers nvtx
 	cd $(<D)/tree && ../venv/bin/python -m profiling.gpu_rehearsal --out ../results
 
 # A copy of the tree with an environment of its own; the version of torch, which sets those of Triton and setuptools, is the last
 # word of the folder.
-build/%/.ready: $(SOURCES) $(shell git ls-files '*.py')
+build/%/.ready: $(SOURCES) $(shell git ls-files '*.py' 2> /dev/null)
 	rm -rf $(@D)/tree && mkdir -p $(@D)/tree
 	git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -c | tar -x -C $(@D)/tree
 	$(PYTHON) -m venv $(@D)/venv

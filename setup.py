@@ -47,10 +47,14 @@ def sources(kind, suffixes):
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / kind).iterdir() if p.suffix in suffixes)
 
 
+CODE = (".cpp", ".cu", ".cuh", ".h")
+
+
 def source_identity(kind):
     """SHA-1 of all that an object is built from, 40 hexadecimal digits: the build ID that its linker writes into it."""
     sha = hashlib.sha1(usedforsecurity=False)
-    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc" / kind).iterdir(), *(ROOT / "csrc" / "common").iterdir()]):
+    sources = [path for folder in (kind, "common") for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in CODE]
+    for path in sorted([ROOT / "setup.py", *sources]):
         sha.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return sha.hexdigest()
 
@@ -89,7 +93,7 @@ class BuildExtensions(build_ext):
             path.unlink()
         self.failures = []
         super().run()
-        # What could be built is in its place by now: an object that fails takes no other with it.
+        # The other object is in its place by now: one that fails takes no other with it.
         if self.failures:
             raise self.failures[0]
 

@@ -78,15 +78,19 @@ def temporary_path(path):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process."""
+def locked(folder, out=None):
+    """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process.
+
+    ``out``: the folder that the error names, where the lock stands for another one than it lies in.
+    """
     import fcntl
 
     with open(Path(folder) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--out {folder}: another process is writing there; wait for it or name another folder") from None
+            said = f"--out {out or folder}: another process is writing there; wait for it or name another folder"
+            raise InputError(said) from None
         yield
 
 

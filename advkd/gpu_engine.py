@@ -59,8 +59,8 @@ class GpuEngine:
         steps = self._steps.get(n, [])
         forms = [(i, s.form(i, len(self.layers) - 1)) for s in steps for i in range(s.first, s.first + s.count)]
         if not forms or any(key not in self._packed for key in forms):
-            again = "; twice where larger ones were drawn before, whose graph the first one takes"
-            raise InputError(f"draw a batch of {n} images before it is captured in a CUDA graph{again}")
+            again = "(twice if larger ones were drawn before: the first draw takes their graph)"
+            raise InputError(f"draw a batch of {n} images before capturing it in a CUDA graph {again}")
 
     def _replay(self, z):
         current = torch.cuda.current_stream()

@@ -94,7 +94,8 @@ def main(arguments=None, parts=PARTS, missing=gpu_missing, place=place_of, modes
         return _run_mode(modes[options.mode], options, place("cpu" if gap else options.device, options.commit))
     chosen = [part for part in parts if part.name in options.parts]
     if gap and (options.mode or any(part.needs_gpu for part in chosen)):
-        print(f"profiling.gpu: {gap}; of its parts only those without a GPU run here (--parts ahead)", file=sys.stderr)
+        advice = f"{options.mode} --rehearse goes as far as it can" if options.mode else "only --parts ahead runs here"
+        print(f"profiling.gpu: {gap}; {advice}", file=sys.stderr)
         return 2
     if gap and not options.out:
         print("profiling.gpu: without a GPU --out must name the folder", file=sys.stderr)

@@ -5,8 +5,8 @@ python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 ``parity`` takes 270 s: one case of every GPU test, then more of each with memcheck and racecheck beside them, then the card's
 rates. ``bench`` takes 330 s: a gate of tests, the rates, then the benchmarks, the most telling cases first. ``FOLDER`` holds
 three files, written anew every ten seconds, each whole at any time: ``tests.json``, ``results.tgz`` (everything else: results,
-journals, logs) and ``SUMMARY.md``. What has a result for its current source in ``profiling/results/<device>/``, or in the
-archive of an earlier call, is not run again. The results are kept in the repository by
+journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
+``profiling/results/<device>/`` or in the archive of an earlier call. The results are kept in the repository by
 
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"
 
@@ -117,8 +117,10 @@ def run_mode(mode, run_of, out):
 def stopped_by_signal(run):
     """SIGTERM ends the parts; what they have finished is saved."""
     before = signal.signal(signal.SIGTERM, lambda *_: run.stop())
-    yield
-    signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -130,7 +132,7 @@ def work_folder(out):
     name = hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12]
     work = Path(tempfile.gettempdir()) / f"advkd-gpu-{name}"
     work.mkdir(exist_ok=True)
-    with locked(work):
+    with locked(work, out):
         if (out / ARCHIVE).exists() and not list(work.glob("gpu_*.json")):
             with tarfile.open(out / ARCHIVE) as archive:
                 archive.extractall(work, filter="data")
@@ -205,7 +207,7 @@ def tests_so_far(work):
 
 
 def describe_machine(path):
-    """What the machine says of itself, in the background: the driver's page and the installed packages."""
+    """Write the driver's page and the list of installed packages, in the background."""
     with open(path, "w") as file:
         listing = ["sh", "-c", 'nvidia-smi; "$0" -m pip list', sys.executable]
         subprocess.Popen(listing, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)

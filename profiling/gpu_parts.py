@@ -152,14 +152,20 @@ def build(part):
     # Where no new one can be built, none is better than one whose tests would stand for other sources.
     for path in stale:
         path.unlink(missing_ok=True)
-    environment = {**os.environ, "ADVKD_CPU": "1", "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": flag}
-    part.journal.run("compile", lambda: _logged([sys.executable, "setup.py", "build_ext", "--inplace"], part, environment))
+    part.journal.run("compile", lambda: _logged(BUILD, part, build_environment(flag)))
     part.journal.run("load", lambda: _load(part))
     return {"prebuilt": False, "architectures": flag}
 
 
+BUILD = [sys.executable, "setup.py", "build_ext", "--inplace"]
 REHEARSED = "9.0a"
 """The architecture that a rehearsal builds for."""
+
+
+def build_environment(architectures):
+    """Environment in which :data:`BUILD` must build both objects; ``architectures``: as in TORCH_CUDA_ARCH_LIST."""
+    return {**os.environ, "ADVKD_CPU": "1", "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+
 
 LOADS = """
 import sys
@@ -261,13 +267,13 @@ def run_tests(part, files):
 
 
 def _told(part, known, workers, seen):
-    """What came of the tests, from the logs of the processes."""
+    """A part's result from the logs of its pytest processes."""
     own = {test: entry for log in known for test, entry in log.items() if test != COLLECTED}
     # A process that had no time to collect, or could not, has named none.
     late = sum(COLLECTED not in log for log in known)
     left = sorted({test for log in known for test in log.get(COLLECTED, {"tests": []})["tests"]} - set(own))
     if left or late:
-        part.unfinished = f"no time for {len(left)} of {len(left) + len(own)} tests" + late * ", nor to collect a share"
+        part.unfinished = f"no time for {len(left)} of {len(left) + len(own)} tests" + bool(late) * ", nor to collect a share"
     broken_off = [worker.log.with_suffix(".txt").name for worker in workers if worker.process.returncode in (2, 3, 4)]
     if broken_off:
         part.unfinished = f"pytest could not run: see {broken_off[0]}"
@@ -513,7 +519,7 @@ def _first(part, preset, backend):
 
 
 NEEDS_DEVICE = "needs a device"
-"""What a rehearsal says of a step that it cannot do."""
+"""A rehearsal's word for a step that it cannot do."""
 
 
 def rates(part):

@@ -3,13 +3,12 @@
 python -m profiling.gpu_rehearsal --out FOLDER        # ``make rehearse`` does that with the versions of a GPU's machine
 
 Both objects are built, ``parity`` is killed once while it runs and goes on to its end, then ``bench``: every GPU test and
-benchmark goes as far as it can on a stand-in (tests/gpu_dry_run.py). What needs a device says so and is counted. The log names
-every step with its seconds; the code is 0 where nothing failed that needs no device.
+benchmark goes as far as it can on a stand-in (tests/gpu_dry_run.py). Steps that need a device say so and are counted. The log
+names every step with its seconds; the code is 0 where nothing failed that needs no device.
 """
 
 import argparse
 import json
-import os
 import platform
 import re
 import signal
@@ -26,7 +25,7 @@ from advkd.files import require_output_folder
 from advkd.timing import provenance
 
 from .gpu_modes import ARCHIVE, MODES, SUMMARY, TESTS
-from .gpu_parts import REHEARSED, stale_objects
+from .gpu_parts import BUILD, NEEDS_DEVICE, REHEARSED, build_environment, stale_objects
 from .harness import ROOT
 
 KILLED_AFTER = 45.0
@@ -62,17 +61,15 @@ def build(say):
     if not stale_objects():
         say("both objects are there, of these sources")
         return True
-    environment = {**os.environ, "ADVKD_CPU": "1", "ADVKD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": REHEARSED}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(BUILD, cwd=ROOT, env=build_environment(REHEARSED), capture_output=True, text=True)
     say(f"both objects built for {REHEARSED}: {'yes' if done.returncode == 0 else done.stderr[-2000:]}")
     return done.returncode == 0
 
 
 def start(mode, out):
     command = [sys.executable, "-m", "profiling.gpu", mode, "--rehearse", "--out", str(out)]
-    log = open(out.parent / f"{out.name}.log", "w")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    with open(out.parent / f"{out.name}.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def killed(out, say):
@@ -103,15 +100,14 @@ def whole(mode, out, say):
 
 
 def told(result):
-    """What came of a part, in a line: its error, its counts, and how often it needed a device."""
-    text = json.dumps(result)
-    devices = len(re.findall(r"needs a device", text))
+    """A part's result in a line: its error, its counts, and how often it needed a device."""
+    devices = json.dumps(result).count(NEEDS_DEVICE)
     words = [str(result[key])[:300] for key in ("error", "unfinished", "counts", "errors") if result.get(key)]
     return "; ".join([*words, *([f"needs a device: {devices} times"] if devices else [])]) or "done"
 
 
 def state_of(out):
-    """What a run has left in its folder, read as its user would."""
+    """The files that a run has left in its folder, read as its user would."""
     files = sorted(path.name for path in out.iterdir()) if out.exists() else []
     whole_files = set(files) == {TESTS, ARCHIVE, SUMMARY}
     tests = json.loads((out / TESTS).read_text()) if TESTS in files else {}

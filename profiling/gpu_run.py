@@ -47,7 +47,7 @@ class Part:
 
 
 def source_digest(root=ROOT):
-    """Of all code and tests of the tree: results of another tree are not passed over."""
+    """SHA-256 of all code and tests of the tree, in short: results of another tree are not passed over."""
     return gpu_kept.tree_digest(("advkd", "kernels", "csrc", "profiling", "tests", "setup.py"), root)
 
 
@@ -118,7 +118,7 @@ class Run:
             command += ["--seconds", f"{left - GRACE:.1f}", *(["--full"] if self.full else []), *restarted, *self.options]
             command += [*(["--most", str(part.most)] if part.most else []), *(["--kept", str(self.kept)] if self.kept else [])]
             code = run_process(command, folder / "log.txt", left, part.name, self.live)
-            if code is None:
+            if code is None or self.end == 0.0:
                 return "unfinished"
             if code in STATES and (folder / "result.json").exists():
                 return STATES[code]

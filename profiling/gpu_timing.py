@@ -83,7 +83,7 @@ class Replay:
         finally:
             # A capture that fails leaves its own stream behind as the current one.
             torch.cuda.set_stream(caller)
-        # What a replay does not write is not mistaken for its result.
+        # Numbers that a replay does not write are not mistaken for its result.
         poison(self.results)
 
     def __call__(self):
@@ -102,7 +102,7 @@ def poison(results):
 
 
 def captures(device):
-    """Whether work on the device can be captured as a CUDA graph."""
+    """True if work on the device can be captured as a CUDA graph."""
     return torch.device(device).type == "cuda"
 
 

@@ -12,7 +12,7 @@ POLL = 0.3
 
 
 def as_parent():
-    """What a process that is started here has in its environment."""
+    """The environment variable that tells a process who has started it."""
     return {PARENT: str(os.getpid())}
 
 

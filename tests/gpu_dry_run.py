@@ -2,8 +2,8 @@
 
 "cuda" is a stand-in: its tensors compute on the CPU and say they are on ``cuda:0``; streams, events and graphs keep the rules
 that raise on a device. A kernel of ours starts and does nothing, so that from the first one on no number means anything: a
-comparison may then fail and the body goes on. What fails a test: any error before the first kernel; behind it one that no
-number explains (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a graph that
+comparison may then fail and the body goes on. A test fails on any error before the first kernel; behind it on one that
+no number explains (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a graph that
 is captured twice.
 
 With ``profiling.gpu_test_log`` beside it (``--gpu-most=1``) one case of each function is entered. The summary says how many
@@ -33,14 +33,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 DEVICE, STAND_IN = torch.device("cuda", 0), torch.device("meta")
-"""What a tensor says and what torch's C++ takes it for: the only device without memory of its own that every build knows."""
+"""The device that a tensor names, and the one that torch's C++ sees: every build knows it, and it has no memory of its own."""
 
 MOST_BYTES, SECONDS = 2**28, 2
 """A larger tensor, and a body that goes on behind its first kernel for more of the processor's time, end a test."""
 
 
 class DeviceFault(BaseException):
-    """What a real device would have refused; no test expects it."""
+    """A call that a real device would have refused; no test expects it."""
 
 
 class Ended(BaseException):
@@ -48,7 +48,7 @@ class Ended(BaseException):
 
 
 EXCUSED = (AssertionError, pytest.fail.Exception)
-"""What wrong numbers may raise."""
+"""Errors that wrong numbers may raise."""
 
 DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
 COPIES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_")
@@ -311,7 +311,7 @@ def require_own_generator(arguments, options):
 
 
 def is_device(value):
-    """Whether a value names a CUDA device."""
+    """True if a value names a CUDA device."""
     if isinstance(value, str) and re.fullmatch(r"cuda(:\d+)?", value):
         return True
     return isinstance(value, torch.device) and value.type == "cuda"
@@ -424,7 +424,7 @@ CUDA = {
     "Event": Event,
     "CUDAGraph": Graph,
 }
-"""What stands in for parts of ``torch.cuda``."""
+"""Stand-ins for parts of ``torch.cuda``."""
 
 
 def schemas():
@@ -542,7 +542,7 @@ def install():
 
 @contextlib.contextmanager
 def stand_in(most_bytes=MOST_BYTES):
-    """What runs inside meets the stand-in, without pytest; a larger tensor ends it."""
+    """Put the stand-in in the device's place, without pytest; a larger tensor ends the block."""
     global STATE
     install()
     STATE = State([], most_bytes)

@@ -31,7 +31,7 @@ class Rounded:
 
     @classmethod
     def from_float32(cls, value):
-        """A quantity of which only its rounding to float32 is known."""
+        """A quantity known only to be rounded to float32."""
         known = cls(value)
         return cls(known.value, numpy.where(numpy.isinf(known.value), 0.0, UNIT * abs(known.value)))
 
@@ -102,7 +102,7 @@ class Rounded:
     def clamp(self, min, max=float("inf")):
         low, high = _rounded(min), _rounded(max)
         limit = numpy.maximum(low.error, high.error)
-        # What lies beyond a limit by more than every error becomes the limit in float32, too.
+        # A value beyond a limit by more than every error becomes the limit in float32, too.
         beyond = numpy.maximum(self.value - high.value, low.value - self.value) > self.error + limit
         error = numpy.where(beyond, limit, numpy.maximum(self.error, limit))
         return Rounded(numpy.clip(self.value, low.value, high.value), error)
@@ -124,7 +124,7 @@ def _rounding(value):
 
 
 def _result(value, carried, roundings=1):
-    """What an operation gives. Exact operands leave the one rounding of the result, which float64 knows."""
+    """The result of an operation. Exact operands leave one rounding, which float64 knows."""
     error = carried + roundings * UNIT * (abs(value) + carried)
     if roundings == 1:
         error = numpy.where(carried == 0, _rounding(value), error)

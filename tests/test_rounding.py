@@ -28,7 +28,7 @@ def test_float32_uses_its_bound(formula):
 
 
 def test_exact_operands_leave_one_rounding():
-    """What float32 computes without an error has none: 1 - a for a in [0.5, 1], and products with powers of two."""
+    """Results that float32 computes exactly have no error: 1 - a for a in [0.5, 1], and products with powers of two."""
     a = torch.rand(1000, generator=torch.Generator().manual_seed(0)) / 2 + 0.5
     for exact in (1 - Rounded(a), Rounded(a) * 0.25, Rounded(a).clamp(0.0, 0.75)):
         assert not exact.error.any()

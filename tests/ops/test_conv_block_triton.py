@@ -397,7 +397,7 @@ def compile_ahead(architecture, part):
         signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):
             tensor = isinstance(value, torch.Tensor)
-            # What the launcher's arguments would be compiled for; a number may be larger than this one.
+            # The types that the launcher's arguments would be compiled for; a number may be larger than this one.
             signature[name] = "i32" if isinstance(value, int) else mangle_type(value)
             if tensor or name == "pitch":
                 aligned[i,] = [["tt.divisibility", 16]]

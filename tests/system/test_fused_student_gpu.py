@@ -355,12 +355,12 @@ def test_modes_and_captures_of_the_caller():
     assert torch.equal(fused(z), first)
     assert torch.equal(captured(lambda: fused(z)), first)
     before = torch.cuda.current_stream()
-    with pytest.raises(InputError, match="draw a batch of 3 images before it is captured"):
+    with pytest.raises(InputError, match="draw a batch of 3 images before capturing it"):
         # Something to capture: an empty graph is a warning.
         captured(lambda: (z + 1, fused(z[:3]))[1])
     assert torch.cuda.current_stream() == before and not torch.cuda.is_current_stream_capturing()
     assert torch.equal(fused(z), first)
-    # What is left of a run takes the larger batch's graph once, then has its own.
+    # The rest of a run takes the larger batch's graph once, then has its own.
     few = [fused(z[:3]) for _ in range(2)]
     assert torch.equal(captured(lambda: fused(z[:3])), few[1])
 

@@ -584,7 +584,7 @@ def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkey
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
     build, argument = GPU_CASES[name]
     case = build(argument)
-    # What a compiler takes long for has tests of its own.
+    # Contestants that a compiler takes long for have tests of their own.
     case.contestants, case.repeats = [c for c in case.contestants if "compile" not in c.name], 1
     result = harness.run_case(case)
     entries = result["contestants"]
@@ -609,7 +609,7 @@ sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 
 def test_gpu_benchmarks_and_tests_without_diffusers():
-    """What a bare machine with a GPU has to run: cases of every benchmark, and the tests of a recording."""
+    """A bare machine with a GPU can run cases of every benchmark, and the tests of a recording."""
     chosen = ["tests/system/test_profiling.py::test_cases_of_a_gpu_on_the_host"]
     chosen += ["tests/system/test_teacher.py::test_a_recording_keeps_averages_of_the_path"]
     command = [sys.executable, "-c", WITHOUT, "-m", "not slow", *chosen]

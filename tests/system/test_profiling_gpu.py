@@ -278,6 +278,8 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
         assert set(left) <= THREE and len(left) == len(set(left))
         with tarfile.open(out / "results.tgz") as archive:
             assert json.load(archive.extractfile("gpu_good.json"))["state"] == "passed"
+            if sign == signal.SIGTERM:
+                assert json.load(archive.extractfile("gpu_hang.json"))["state"] == "unfinished"
         assert json.loads((out / "tests.json").read_text()) == {} and "| good | passed |" in (out / "SUMMARY.md").read_text()
     hanging = re.compile(rb"fake_part.{0,9}hang")
     for _ in range(100):
@@ -291,7 +293,8 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
 
 def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
     run.out.mkdir()
-    with gpu_modes.work_folder(run.out), pytest.raises(InputError, match="another process"), gpu_modes.work_folder(run.out):
+    held = pytest.raises(InputError, match=f"--out {run.out}: another process")
+    with gpu_modes.work_folder(run.out), held, gpu_modes.work_folder(run.out):
         pass
 
 

@@ -5,7 +5,7 @@ the bound of its pass of the formula, which is diffusers' own code in float64, a
 
 Which side is far: neither in an epsilon prediction's x0, where 1 / sqrt(alpha_bar) = 97 magnifies the roundings of ours to
 3.4e-5 and of diffusers' to 1.9e-5 (bounds 7e-5 and 6e-5); whether they add up is decided by MKL's square root, whose last bit
-differs between processors of two vendors. Of a v or x0 prediction both are within 3e-7. diffusers is far in DDPM's next state
+differs between processors of two vendors. For a v or x0 prediction both are within 3e-7. diffusers is far in DDPM's next state
 between neighbouring timesteps, by 1.7e-4 against our 4e-7: its 1 - a_t / a_s cancels.
 """
 
@@ -96,7 +96,7 @@ def normal(seed, shape=SHAPE, dtype=torch.float32):
 
 
 def network(x, alpha, sigma, prediction):
-    """What an almost perfect network says of x = alpha x0 + sigma eps for data N(0.3, 0.2), so that x0 is of order 1.
+    """The output of an almost perfect network for x = alpha x0 + sigma eps for data N(0.3, 0.2), so that x0 is of order 1.
 
     Element by element and in float64, rounded once.
     """
@@ -113,7 +113,7 @@ def network_at(scheduler, x, t, prediction):
 
 
 TABLES = ("alphas_cumprod", "final_alpha_cumprod", "one", "sigmas")
-"""What diffusers' schedulers keep in float32 and compute their steps from."""
+"""The tables that diffusers' schedulers keep in float32 and compute their steps from."""
 
 NORMALS = 2e-6
 """Difference of the normals that two backends make of one counter."""

@@ -150,7 +150,7 @@ def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
 
 
 class Network(torch.nn.Module):
-    """What a recording asks of a teacher's network, without diffusers: a configuration, and an output of state and timestep."""
+    """A teacher's network as a recording needs it, without diffusers: a configuration, and an output of state and timestep."""
 
     config = SimpleNamespace(in_channels=3, out_channels=3, sample_size=8)
 
