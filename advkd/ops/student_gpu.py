@@ -24,7 +24,8 @@ from .gpu_layers import (
 
 KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem", "triton_descriptor")
 """The kernels that a step can start; encoded plans keep their places. ``pair`` fuses two convolutions of few channels,
-``stem`` all of the lowest resolutions; ``image`` makes the last layer's. Triton's names begin with ``triton``, the others are CUDA C++."""
+``stem`` all of the lowest resolutions; ``image`` makes the last layer's. Triton's names begin with ``triton``, the others are
+CUDA C++."""
 
 ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 
