@@ -23,7 +23,7 @@ SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print(""
 # The oldest torch that pyproject.toml allows, and the one that machines with a GPU are often given.
 TORCHES := 2.10.0 2.11.0
 
-.PHONY: install demo test test-all test-matrix test-torch rehearse bench clean
+.PHONY: install demo test test-all test-matrix test-torch rehearse bench audit clean
 .PRECIOUS: build/%/.ready
 
 install: $(VENV)/.installed
@@ -105,6 +105,12 @@ bench: install
 	for device in cpu $(filter cuda,$(DEVICE)); do for name in $(BY_DEVICE); do \
 		$(BIN)/python -m profiling.$$name --device $$device || failed="$$failed $$name"; done; done; \
 	$(BIN)/python -m profiling.tables || failed="$$failed tables"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
+
+# The pinned versions against the published advisories; one that cannot be looked up is a failure.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet "pip-audit>=2.7,<3"
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info advkd/*.so

@@ -11,7 +11,9 @@ import click
 from .classifier_training import ClassifierTrainingConfig
 from .errors import BackendUnavailableError, InputError, TrainingError
 from .evaluate import EvaluationConfig
+from .files import JSON_LIMIT, require_regular, why_unreadable
 from .hub import reason
+from .launcher import hold_standard_streams, local_device
 from .memory import keep_freed_memory
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
@@ -22,6 +24,7 @@ class _Commands(click.Group):
     """Errors that a user can mend are one line and exit code 2 (a run that diverged: 1), not a traceback."""
 
     def invoke(self, context):
+        hold_standard_streams()
         keep_freed_memory()
         try:
             return super().invoke(context)
@@ -122,13 +125,12 @@ def _kind_name(default, kind):
 def _read_config(path):
     """A JSON or TOML file as a dict."""
     path = Path(path)
+    require_regular(path, "--config", JSON_LIMIT)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"--config {path} does not exist") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not readable JSON or TOML ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--config {path} is not readable JSON or TOML ({why_unreadable(path, error)})") from error
     if not isinstance(values, dict):
         raise InputError(f"--config {path} must hold an object of fields")
     return values
@@ -162,7 +164,7 @@ def teacher():
 @_options(TeacherTrainingConfig)
 def teacher_train(out, resume, **values):
     """Train a small diffusers teacher on the digits or on a folder of images."""
-    from .sampling import require_device
+    from .devices import require_device
     from .teacher_training import train_teacher
 
     config = _apply(TeacherTrainingConfig(), values, "teacher train")
@@ -201,7 +203,7 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
     """
     import torch
 
-    from .sampling import require_device
+    from .devices import require_device
     from .teacher import Teacher
     from .trajectories import record_in_processes, record_trajectories
 
@@ -209,7 +211,7 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
     config.validate()
     if processes != 1 and device != "cpu":
         raise InputError(f"--processes {processes} is for --device cpu; use torchrun for several GPUs")
-    teacher = Teacher.from_pretrained(teacher_source, require_device(_local(device)))
+    teacher = Teacher.from_pretrained(teacher_source, require_device(local_device(device)))
     teacher.optimize(compiled, torch.bfloat16 if autocast else None)
     if processes == 1:
         record_trajectories(teacher, config, out)
@@ -217,13 +219,6 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
         record_in_processes(teacher_source, config, out, processes, compiled=compiled, autocast=autocast)
     finished = (Path(out) / "manifest.json").exists()
     click.echo(f"{config.num} trajectories in {out}" if finished else f"this process's shards are in {out}")
-
-
-def _local(device):
-    """Under a launcher, ``cuda`` means this process's own device."""
-    import os
-
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 @main.command()
@@ -241,7 +236,7 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
     import torch
 
     from .distill import distill as run
-    from .sampling import require_device
+    from .devices import require_device
 
     from_file = _read_config(config_file) if config_file else {}
     in_file = from_file.pop("recipe", "joint")
@@ -249,7 +244,7 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
     if not isinstance(name, str) or name not in RECIPES:
         raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     config = _apply(_apply(RECIPES[name], from_file, f"--config {config_file}"), values, "distill")
-    device = _local(device)
+    device = local_device(device)
     require_device(device)
     torch.manual_seed(config.seed % 2**63)
     teacher = None
@@ -284,7 +279,7 @@ def _build_student(preset, init=None):
 @click.option("--student", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("-n", "--num", "n", default=16, show_default=True, help="Number of images.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
-@click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image).")
+@click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image; its name may end in a slash).")
 @click.option("--interpolate", is_flag=True, help="A spherical walk between the seed's first two latents.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per pass.")
 @click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
@@ -297,7 +292,7 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
     """
     from .sampling import sample as run
 
-    run(student, n, seed, out, interpolate, _local(device), backend, dtype, batch_size)
+    run(student, n, seed, out, interpolate, local_device(device), backend, dtype, batch_size)
     click.echo(f"{n} images in {out}")
 
 
@@ -331,7 +326,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
     """Measure a student against its teacher and real images, or a folder of images against another."""
     from . import evaluate as run
-    from .sampling import require_device
+    from .devices import require_device
 
     config = _apply(run.EvaluationConfig(), values, "evaluate")
     require_device(device)
@@ -363,7 +358,7 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
     from .models.student import Student
     from .report import write_report
-    from .sampling import require_device
+    from .devices import require_device
     from .teacher import Teacher
 
     model = Student.from_pretrained(student, require_device(device))
@@ -382,7 +377,7 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
 def demo(out, num, updates, device):
     """The main job on the embedded teacher: trajectories, distillation, samples, pictures."""
     from .demo import run_demo
-    from .sampling import require_device
+    from .devices import require_device
 
     require_device(device)
     click.echo(run_demo(out, num, updates, device))

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from . import __version__
+from . import __version__, launcher
 from .critic_update import average_gradients, critic_gradients
+from .devices import plain_defaults, require_device
 from .draws import DataOrder, shift, training_latents
 from .errors import InputError, TrainingError
 from .files import (
@@ -35,6 +35,7 @@ from .files import (
     require_digest,
     require_output_folder,
     require_space,
+    restoring,
     unpack_optimizer,
     write_bytes,
     write_tensors,
@@ -43,6 +44,7 @@ from .hub import reason
 from .latents import split_latent
 from .models.critic import Critic, CriticConfig
 from .pictures import save_grid
+from .progress import progress_bar
 from .ranges import named
 from .recipes import DistillConfig
 from .trajectories import Trajectories, TrajectoryConfig, record_trajectories, same_teacher
@@ -82,6 +84,7 @@ def distill(trajectories, student, config, out, resume=False, device="cpu", prog
 class Distiller:
     """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
 
+    @plain_defaults()
     def __init__(
         self, data, student, config, out, resume=False, device="cpu", dtype=torch.float32, progress=True, teacher=None
     ):
@@ -110,6 +113,7 @@ class Distiller:
         self.cursor, self.stage_index, self.update = 0, 0, 0
         self._restored = self._read_checkpoint() if self.checkpoint.exists() else None
 
+    @plain_defaults()
     def run(self):
         """Run all stages that are left; returns the saved student."""
         _GROUP.in_step = False
@@ -121,7 +125,7 @@ class Distiller:
             reached = (self.stage_index + 1, self.update)
             total = sum(stage.updates for stage in self.stages)
             log = _Log(self.out, self.student.depth, reached, done, self.config.log_every) if main else None
-            bar = tqdm(total=total, initial=done, desc="distil", disable=not (self.progress and main))
+            bar = progress_bar(total=total, initial=done, desc="distil", shown=self.progress and main)
             with contextlib.closing(log) if main else contextlib.nullcontext(), bar:
                 for self.stage_index in range(self.stage_index, len(self.stages)):
                     self._run_stage(self.stages[self.stage_index], log, bar)
@@ -402,23 +406,26 @@ class Distiller:
         tensors, metadata = read_tensors(self.checkpoint, "checkpoint", ("stage", "update", "cursor", "run", "digest"))
         require_digest(self.checkpoint, tensors, metadata)
         identity = self.identity
-        changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
+        with restoring("checkpoint", self.checkpoint):
+            changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
         if changed:
             raise InputError(
                 f"{self.out} holds a run with another {', '.join(changed)}: repeat its options or name another folder"
             )
-        self.student.load_state_dict(_part(tensors, "student"))
-        self.average.load_state_dict(_part(tensors, "average"))
-        self.log_s.data.copy_(tensors["log_s"])
-        torch.set_rng_state(tensors["rng"].clone())
-        self.stage_index, self.update, self.cursor = metadata["stage"], metadata["update"], metadata["cursor"]
+        with restoring("checkpoint", self.checkpoint):
+            self.student.load_state_dict(_part(tensors, "student"))
+            self.average.load_state_dict(_part(tensors, "average"))
+            self.log_s.data.copy_(tensors["log_s"])
+            torch.set_rng_state(tensors["rng"].clone())
+            self.stage_index, self.update, self.cursor = (int(metadata[name]) for name in ("stage", "update", "cursor"))
         return tensors if self.update else None
 
     def _restore_stage(self, tensors):
-        unpack_optimizer("optimizer", self.optimizer, tensors)
-        if self.critics:
-            self.critics.load_state_dict(_part(tensors, "critics"))
-            unpack_optimizer("critic_optimizer", self.critic_optimizer, tensors)
+        with restoring("checkpoint", self.checkpoint):
+            unpack_optimizer("optimizer", self.optimizer, tensors)
+            if self.critics:
+                self.critics.load_state_dict(_part(tensors, "critics"))
+                unpack_optimizer("critic_optimizer", self.critic_optimizer, tensors)
 
 
 def _part(tensors, name):
@@ -434,11 +441,12 @@ def _kl(squared, log_s, floor):
 def _accelerator(mixed_precision, device):
     from accelerate import Accelerator
 
-    device = torch.device(device)
+    launcher.processes()  # refuses variables that accelerate would stumble over
+    device = require_device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     try:
-        with _GROUP.started_here():
+        with launcher.without_empty_variables(), _GROUP.started_here():
             return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
     except ValueError as error:
         # accelerate keeps one precision and one device per process.

@@ -7,7 +7,11 @@ import json
 import os
 import shutil
 import socket
+import stat
+import struct
 import tempfile
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,39 +19,81 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import InputError
+from .hub import reason
+
+LFS_POINTER = b"version https://git-lfs"
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What file systems answer to calls that they do not have."""
+
+START_AGAIN = "delete it and start again, or restore a copy"
+JSON_LIMIT, MANIFEST_LIMIT = 2**24, 2**30
+"""Bytes that a JSON file may have; the manifest of very many shards may have more."""
 
 _HOST = socket.gethostname().replace(".", "-")
 
 
 def cache_folder():
-    """Where features, reference samples and plans are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder."""
+    """Where features, reference samples and plans are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder.
+
+    A user without a home has a private folder in the system's temporary one.
+
+    Raises:
+        InputError: that private folder belongs to somebody else, or others may write to it.
+    """
     if folder := os.environ.get("ADVKD_CACHE"):
         return Path(folder)
-    home = os.path.expanduser("~/.cache")
-    # A user without a home has the system's temporary folder.
-    return Path(os.environ.get("XDG_CACHE_HOME") or (home if os.path.isabs(home) else tempfile.gettempdir())) / "advkd"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return (
+        Path(home) / "advkd" if os.path.isabs(home) else _private_folder(Path(tempfile.gettempdir()) / f"advkd-{os.getuid()}")
+    )
+
+
+def _private_folder(folder):
+    """``folder``, made if it is not there; what lies in it is trusted, so nobody else may write to it."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise InputError(f"the cache {folder} can be written by others: set ADVKD_CACHE to a folder of your own")
+    return folder
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
+    """Yield a temporary file beside ``path``; rename it to ``path`` on success, remove it on failure.
 
-    Two processes may write one path at the same time: each has a temporary file of its own.
+    A symbolic link stays, and the file that it points to is replaced. Two processes may write one path at the same time: each
+    has a temporary file of its own.
     """
     path = Path(path)
-    temporary = temporary_path(path)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = temporary_path(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        # Created here and now: a link that somebody else has put in its place would be written through.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _synchronize(temporary)
+        os.replace(temporary, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(f"no space left to write {path}: free some and run the same command again") from error
+        if error.filename == str(temporary):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _synchronize(path):
+    """Bring a file to the disk, where its file system can be asked to."""
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
 
 
 def remove_leftovers(folder):
@@ -55,7 +101,7 @@ def remove_leftovers(folder):
     for path in Path(folder).glob(f".*.{_HOST}.*.tmp"):
         process = path.name.split(".")[-2]
         if process.isdigit() and not _is_running(int(process)):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -74,24 +120,86 @@ def _is_running(pid):
 def temporary_path(path):
     """A name beside ``path`` that belongs to this process, and that :func:`remove_leftovers` recognises after its death."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    # No longer than a file's name may be, where the path's own is not.
+    name = path.name if len(os.fsencode(path.name)) <= 100 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".{name}.{_HOST}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def locked(folder, out=None):
     """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process.
 
-    ``out``: the folder that the error names, where the lock stands for another one than it lies in.
+    A file system without locks (Lustre or NFS, mounted without them) is a warning: nothing then refuses a second process.
+
+    ``out``: the folder that messages name, where the lock stands for another one than it lies in.
     """
     import fcntl
 
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             said = f"--out {out or folder}: another process is writing there; wait for it or name another folder"
             raise InputError(said) from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            said = f"--out {out or folder}: its file system has no locks ({error.strerror}); see that no other process writes there"
+            warnings.warn(said, UserWarning, stacklevel=3)
         yield
+
+
+def require_regular(path, what, most=None):
+    """Refuse what is no regular file (a pipe or a device would be read for ever), or one of more than ``most`` bytes.
+
+    Symbolic links are followed.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{what} {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {path} cannot be read ({error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{what} {path} is not a regular file")
+    if most is not None and status.st_size > most:
+        raise InputError(f"{what} {path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have")
+
+
+def require_stored(path, what):
+    """Refuse a torch archive whose records are compressed or overlap: a few bytes could unpack to any number."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        raise InputError(f"{what} {path} cannot be read ({reason(error)}): restore or fetch a copy of it") from error
+    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+    if not stored or sum(record.file_size for record in records) > os.path.getsize(path):
+        raise InputError(f"{what} {path} unpacks to more than its size, as nothing does that torch.save writes: it is not read")
+
+
+def why_unreadable(path, error):
+    """Why a file cannot be read, in words: a git-lfs pointer in its place, nothing in it, or what ``error`` says."""
+    beginning = _beginning(path)
+    if beginning == LFS_POINTER:
+        return "a git-lfs pointer is in its place: run 'git lfs pull'"
+    return "it is empty" if beginning == b"" else reason(error)
+
+
+def damaged(what, path, error, remedy):
+    """The :class:`InputError` of a file that cannot be read; a git-lfs pointer has a remedy of its own."""
+    remedy = "" if _beginning(path) == LFS_POINTER else f": {remedy}"
+    return InputError(f"{what} {path} is damaged ({why_unreadable(path, error)}){remedy}")
+
+
+def _beginning(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER))
+    except OSError:
+        return None
 
 
 def write_bytes(path, data):
@@ -105,14 +213,17 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_json(path, what="file", keys=()):
-    """Read a JSON object; a missing or damaged one, or one without ``keys``, raises :class:`InputError` that names it."""
+def read_json(path, what="file", keys=(), most=JSON_LIMIT):
+    """Read a JSON object; a missing or damaged one, or one without ``keys``, raises :class:`InputError` that names it.
+
+    So does one that is no regular file, or has more than ``most`` bytes.
+    """
+    require_regular(path, what, most)
     try:
-        return _require_keys(json.loads(Path(path).read_text()), keys, f"{what} {path}")
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{what} {path} is not readable JSON ({error})") from error
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{what} {path} is not readable JSON ({why_unreadable(path, error)})") from error
+    return _require_keys(value, keys, f"{what} {path}")
 
 
 def _require_keys(value, keys, what):
@@ -129,20 +240,31 @@ def write_tensors(path, tensors, metadata=None):
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
 
 
-def read_tensors(path, what="file", keys=()):
+def read_tensors(path, what="file", keys=(), remedy=START_AGAIN):
     """Return ``(tensors, metadata)`` of a file by :func:`write_tensors`, memory-mapped, on the CPU.
 
     Raises:
-        InputError: a missing or damaged file, or metadata without ``keys``.
+        InputError: a missing or damaged file, with the ``remedy``, or metadata without ``keys``.
     """
+    require_regular(path, what)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = _require_keys(json.loads((file.metadata() or {}).get("advkd", "{}")), keys, f"{what} {path}")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{what} {path} is damaged ({error})") from error
+            metadata = json.loads((file.metadata() or {}).get("advkd", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
+        raise damaged(what, path, error, remedy) from error
+    return tensors, _require_keys(metadata, keys, f"{what} {path}")
+
+
+@contextlib.contextmanager
+def restoring(what, path):
+    """What does not fit while a file's contents are restored makes the file a damaged one."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise damaged(what, path, error, START_AGAIN) from error
 
 
 def digest(tensors):
@@ -155,10 +277,10 @@ def digest(tensors):
     return state.hexdigest()
 
 
-def require_digest(path, tensors, metadata):
+def require_digest(path, tensors, metadata, remedy=START_AGAIN):
     """Refuse a file whose tensors are not those that were written."""
     if metadata["digest"] != digest(tensors):
-        raise InputError(f"{path} is altered: delete it and start again, or restore a copy")
+        raise InputError(f"{path} is altered: {remedy}")
 
 
 def sha256(path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .errors import InputError
+from .progress import can_be_shown
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -25,7 +26,10 @@ def resolve(source, embedded, kind, patterns):
         names = "".join(f", nor {name!r}" for name in embedded)
         raise InputError(f"{kind} {source!r} is neither a folder nor a hub id (owner/name){names}")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not can_be_shown():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:

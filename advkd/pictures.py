@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .files import replacing
+from .files import replacing, require_regular
 
 
 def to_uint8(images):
@@ -157,8 +157,9 @@ def read_metrics(path):
     Raises:
         InputError: the file is missing or not a training's metrics.
     """
+    require_regular(path, "--metrics")
     try:
-        lines = [line.split(",") for line in Path(path).read_text().splitlines()]
+        lines = [line.split(",") for line in Path(path).read_text(encoding="utf-8").splitlines()]
         titles, *rows = lines
         rows = [row for row in rows if len(row) == len(titles)]
         columns = {name: [float(row[i]) if row[i] else math.nan for row in rows] for i, name in enumerate(titles)}

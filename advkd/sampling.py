@@ -2,20 +2,29 @@
 
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from . import launcher
+from .devices import require_device
 from .errors import InputError
 from .files import digest, read_json, require_output_folder, write_json
 from .models.fused_student import DTYPES
 from .models.student import Student, batches
 from .pictures import save_grid, save_image, to_pil
+from .progress import progress_bar
 
 RECORD = "samples.json"
 """What the pictures of a folder are of: a later call goes on with the same ones only."""
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MOST_PIXELS = 2**28
+"""Of one picture: 16,384 x 16,384."""
 
 
 def sample(
@@ -27,8 +36,9 @@ def sample(
         student: what :meth:`Student.from_pretrained` takes.
         n: number of images.
         seed: of the noise; image i of a seed is always the same (to rounding: see :meth:`Student.fuse`).
-        out: a picture (a grid) or a folder (one PNG per image; pictures that are there are kept, so that the same call goes on
-            after a kill, or with a larger ``n``).
+        out: a picture (a grid; .png, .jpg, .jpeg, .webp or .bmp; a symbolic link stays and its target is written) or a folder
+            (a name without a suffix, or one that ends in a slash: one PNG per image; pictures that are there are kept, so that
+            the same call goes on after a kill, or with a larger ``n``).
         interpolate: a spherical walk from the seed's first latent to its second, in ``n`` pictures.
         device, backend, dtype, batch_size: how it runs.
         progress: show a bar.
@@ -43,32 +53,50 @@ def sample(
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not 0 <= seed < 2**64:
         raise InputError(f"--seed must be in [0, 2^64), got {seed}")
+    rank, world = launcher.processes()
+    folder = _is_folder(out)
     out = Path(out)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = out.suffix == "" or out.is_dir()
     if folder:
         require_output_folder(out)
     elif world > 1:
         raise InputError(f"--out {out}: several processes draw into a folder, not one picture")
-    elif out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
-        raise InputError(f"--out {out}: unknown picture suffix {out.suffix!r}; use .png or a folder")
     else:
         require_output_folder(out.parent)
     model = Student.from_pretrained(student, require_device(device))
     if folder:
         _require_same(out, {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None})
+    else:
+        _require_one_picture(n, model.config.image_size, out)
     fused = model.fuse(backend, DTYPES[dtype])
-    parts = batches(n, batch_size)
-    if folder:
-        parts = [part for part in parts[rank::world] if not all(path.exists() for path in _paths(out, part))]
-    kind = torch.uint8 if folder and not interpolate else torch.float32
-    pieces = _walk(fused, n, seed, parts) if interpolate else fused.draw(parts, seed, kind)
+    draw = partial(_walk, fused, n, seed) if interpolate else partial(_drawn, fused, seed, folder)
     if not folder:
-        save_grid(torch.cat(list(pieces)), out, columns=min(n, 10) if interpolate else None)
+        save_grid(torch.cat(list(draw(batches(n, batch_size)))), out, columns=min(n, 10) if interpolate else None)
         return
-    total = sum(count for _, count in parts)
-    with tqdm(total=total, desc="sample", unit="image", disable=not progress or rank > 0) as bar:
-        _save(pieces, [path for part in parts for path in _paths(out, part)], bar)
+    parts = islice(batches(n, batch_size), rank, None, world)
+    # The share of this process, of which a last batch may be smaller.
+    total = min(n, batch_size * len(range(rank, -(-n // batch_size), world)))
+    with progress_bar(total=total, desc="sample", unit="image", shown=progress and rank == 0) as bar:
+        _save(draw, parts, out, bar)
+
+
+def _is_folder(out):
+    """Whether ``--out`` names a folder, not a picture.
+
+    One that is there, a name that ends in a slash, one without a suffix, or with a number for one (``run-0.5``, ``v1.2``).
+    """
+    path = Path(out)
+    if path.is_dir() or str(out).endswith(("/", os.sep)) or not path.suffix[1:2].isalpha():
+        return True
+    if path.suffix.lower() not in PICTURES:
+        known = f"use one of {', '.join(PICTURES)}, or end a folder's name with a slash"
+        raise InputError(f"--out {out}: unknown picture suffix {path.suffix!r}; {known}")
+    return False
+
+
+def _require_one_picture(n, size, out):
+    """Refuse a grid that no picture could hold, before it is drawn."""
+    if n * max(size, 96) ** 2 > MOST_PIXELS:
+        raise InputError(f"--out {out}: {n} images of {size}x{size} are too many for one picture; name a folder")
 
 
 def _require_same(out, record):
@@ -89,14 +117,28 @@ def _paths(out, part):
     return [out / f"{i:06d}.png" for i in range(first, first + count)]
 
 
-def _save(pieces, paths, bar):
-    """Pictures of all pieces, written by threads while the next piece is drawn."""
-    paths, written = iter(paths), []
+def _drawn(fused, seed, as_pictures, parts):
+    return fused.draw(parts, seed, torch.uint8 if as_pictures else torch.float32)
+
+
+def _save(draw, parts, out, bar):
+    """Pictures that are not there yet, written by threads while the next ones are drawn."""
+    paths, written = deque(), []
+
+    def missing():
+        for part in parts:
+            wanted = _paths(out, part)
+            if all(path.exists() for path in wanted):
+                bar.update(len(wanted))
+            else:
+                paths.extend(wanted)
+                yield part
+
     with ThreadPoolExecutor(torch.get_num_threads()) as writers:
-        for images in pieces:
+        for images in draw(missing()):
             for done in written:
                 done.result()
-            written = [writers.submit(save_image, picture, next(paths)) for picture in to_pil(images)]
+            written = [writers.submit(save_image, picture, paths.popleft()) for picture in to_pil(images)]
             bar.update(len(images))
         for done in written:
             done.result()
@@ -104,9 +146,8 @@ def _save(pieces, paths, bar):
 
 def _walk(fused, n, seed, parts):
     a, b = fused.latents(2, seed)
-    positions = torch.linspace(0, 1, n)
     for first, count in parts:
-        z = torch.stack([slerp(a, b, float(p)) for p in positions[first : first + count]])
+        z = torch.stack([slerp(a, b, i / max(n - 1, 1)) for i in range(first, first + count)])
         yield fused(z).float().cpu()
 
 
@@ -117,13 +158,3 @@ def slerp(a, b, position):
     if math.sin(angle) < 1e-6:
         return (1 - position) * a + position * b
     return (math.sin((1 - position) * angle) * a + math.sin(position * angle) * b) / math.sin(angle)
-
-
-def require_device(name):
-    """A torch device by name; one that is not there is an :class:`InputError`."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name!r} is not available ({str(error).splitlines()[0]})") from error
-    return device

@@ -2,6 +2,9 @@
 
 from .errors import InputError
 
+MOST_SUBMODULES = 256
+"""A limit for configurations that come from elsewhere."""
+
 
 def resolutions(image_size, depth):
     """R_k = min(4 * 2^floor(k / 2), image_size) for submodules k = 1 .. depth.
@@ -12,8 +15,9 @@ def resolutions(image_size, depth):
     if not isinstance(image_size, int) or image_size < 8 or image_size & (image_size - 1):
         raise InputError(f"image_size must be 4 * 2^k and at least 8, got {image_size}")
     needed = max(4, 2 * (image_size.bit_length() - 3))
-    if depth % 2 or depth < needed:
-        raise InputError(f"depth must be even and at least {needed} for images of {image_size} pixels, got {depth}")
+    if depth % 2 or not needed <= depth <= MOST_SUBMODULES:
+        limits = f"even, at least {needed} for images of {image_size} pixels and at most {MOST_SUBMODULES}"
+        raise InputError(f"depth must be {limits}, got {depth}")
     return [min(4 << (k // 2), image_size) for k in range(1, depth + 1)]
 
 

@@ -3,18 +3,24 @@
 import hashlib
 import json
 import math
+import os
+import re
 
 import torch
 
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
+from .devices import require_device
 from .errors import InputError
-from .files import digest, read_json
+from .files import digest, read_json, require_regular, require_stored, why_unreadable
 from .hub import PRETRAINED, reason, resolve
 from .ops import philox_normal
+from .progress import can_be_shown
 from .sampling_loop import SamplingLoop, network_of
 
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
 SAMPLERS = ("ddim", "ddpm")
+MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS = 32, 64, 10**6
+"""Limits for configurations that come from elsewhere."""
 
 
 class Teacher:
@@ -50,11 +56,15 @@ class Teacher:
             InputError: missing or damaged files, or a teacher that is conditional, works on latents, learns its variance, or
                 whose scheduler is neither DDPM nor DDIM.
         """
+        device = require_device(device)
         # An unfit repository of the hub is refused before its weights are fetched.
         folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
         _refuse_unfit_pipeline(folder)
-        scheduler = _load_scheduler(folder)
-        return cls(_load_unet(source, folder, dtype).to(device), scheduler, str(source))
+        # Whatever torch's default device and the mode of autograd are.
+        with torch.inference_mode(False), torch.device("cpu"):
+            scheduler = _load_scheduler(folder)
+            unet = _load_unet(source, folder, dtype)
+        return cls(unet.to(device), scheduler, str(source))
 
     @property
     def image_channels(self):
@@ -188,7 +198,8 @@ class Teacher:
     def _kept_loop(self, n, sampler, steps, seed, compiled):
         # The last one is kept: a recorder asks for the same again and again, and graphs hold memory. What a captured graph
         # reads is in its key: moved or replaced weights, another schedule.
-        parameters = tuple((p.data_ptr(), p.dtype, p.device) for p in self.unet.parameters())
+        tensors = (*self.unet.parameters(), *self.unet.buffers())
+        parameters = tuple((t.data_ptr(), t.dtype, t.device) for t in tensors)
         table = tuple(self._table(sampler, steps))
         key = (n, sampler, steps, seed, compiled, self.unet, parameters, table)
         if self._loop is None or self._loop[0] != key:
@@ -234,7 +245,7 @@ def _part(folder, name):
 
 def _refuse_unfit_pipeline(folder):
     index = folder / "model_index.json"
-    parts = read_json(index, "pipeline index") if index.exists() else {}
+    parts = read_json(index, "pipeline index") if os.path.lexists(index) else {}
     for part in ("vae", "vqvae", "movq"):
         if part in parts:
             raise InputError(f"teacher {folder} works on latents (it has a {part}); advkd distils pixel-space teachers")
@@ -253,11 +264,19 @@ def _refuse_unfit_pipeline(folder):
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"teacher {folder} is quantized; save it with plain weights")
+    # Before a network of so many parts is built: a file of a few bytes can ask for any number.
+    channels, layers = config.get("block_out_channels", ()), config.get("layers_per_block", 1)
+    if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:
+        limits = f"at most {MOST_BLOCKS} block_out_channels and {MOST_LAYERS} layers_per_block"
+        raise InputError(f"teacher {folder}: the network's configuration may have {limits}")
 
 
 def _load_unet(source, folder, dtype):
     """Safetensors where there are any; else diffusers' older ``.bin`` files, read as weights only, never as code."""
     from diffusers import UNet2DModel
+    from diffusers.utils import logging
 
     place = "unet/" if (folder / "unet").is_dir() else ""
     for suffix in ("safetensors", "bin"):
@@ -267,16 +286,41 @@ def _load_unet(source, folder, dtype):
             break
     else:
         raise InputError(f"teacher {folder}: there is no {place}diffusion_pytorch_model.safetensors")
+    if not can_be_shown():
+        logging.disable_progress_bar()
+    part = _part(folder, "unet")
+    paths = _weight_files(sorted(folder.glob(weights)), part, suffix)
+    size = sum(path.stat().st_size for path in paths)
     options = {"torch_dtype": dtype, "use_safetensors": suffix == "safetensors"}
     options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        unet, report = UNet2DModel.from_pretrained(_part(folder, "unet"), **options)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in UNet2DModel.from_config(UNet2DModel.load_config(part)).parameters())
+        if parameters > size:
+            raise InputError(f"the configuration asks for {parameters:,} parameters, the weights have {size:,} bytes")
+        unet, report = UNet2DModel.from_pretrained(part, **options)
     except Exception as error:
-        raise InputError(f"teacher {folder}: the weights cannot be read ({reason(error)})") from error
+        why = why_unreadable(paths[0], error)
+        raise InputError(f"teacher {folder}: the weights cannot be read ({why}): restore or fetch a copy of them") from error
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
     if wrong:
         raise InputError(f"teacher {folder}: the weights do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
     return unet
+
+
+def _weight_files(paths, folder, suffix):
+    """A network's files of weights, ``paths`` and what an index names; all are of the kind ``suffix`` and of this folder."""
+    for index in folder.glob(f"diffusion_pytorch_model.{suffix}.index.json"):
+        named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
+        named = set(named.values()) if isinstance(named, dict) else {None}
+        if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{suffix}", name) for name in named):
+            raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
+        paths += [folder / name for name in sorted(named) if folder / name not in paths]
+    for path in paths:
+        require_regular(path, "the teacher's weights")
+        if suffix == "bin":
+            require_stored(path, "the teacher's weights")
+    return paths
 
 
 def _load_scheduler(folder):
@@ -286,6 +330,8 @@ def _load_scheduler(folder):
     kind = config.get("_class_name", "DDPMScheduler")
     if kind not in ("DDPMScheduler", "DDIMScheduler"):
         raise InputError(f"teacher {folder} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
+    if not isinstance(steps := config.get("num_train_timesteps", 1000), int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise InputError(f"teacher {folder}: num_train_timesteps must be in [1, {MOST_TIMESTEPS:,}], got {steps!r}")
     try:
         scheduler = getattr(diffusers, kind).from_config(config)
     except Exception as error:

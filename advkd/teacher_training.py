@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from .data import load_images, normalize
+from .devices import plain_defaults, require_device
 from .errors import InputError, TrainingError
 from .files import (
     digest,
@@ -21,10 +21,12 @@ from .files import (
     require_digest,
     require_output_folder,
     require_space,
+    restoring,
     temporary_path,
     unpack_optimizer,
     write_tensors,
 )
+from .progress import progress_bar
 
 CHECKPOINT = "checkpoint.safetensors"
 PIPELINE = ("unet", "scheduler", "model_index.json")
@@ -109,6 +111,7 @@ def build_unet(size, image_channels, channels=()):
     )
 
 
+@plain_defaults()
 def train_teacher(config, out, resume=False, progress=True):
     """Train and save a teacher in diffusers' pipeline layout (float16 safetensors) under ``out``.
 
@@ -120,6 +123,7 @@ def train_teacher(config, out, resume=False, progress=True):
         TrainingError: the loss is not finite; the last checkpoint is kept.
     """
     config.validate()
+    require_device(config.device)
     out = require_output_folder(out)
     with locked(out):
         return _train_locked(config, out, resume, progress)
@@ -151,7 +155,7 @@ def _train_locked(config, out, resume, progress):
 
 
 def _train(config, checkpoint, start, images, unet, average, scheduler, optimizer, progress):
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="teacher", disable=not progress)
+    bar = progress_bar(range(start, config.steps), initial=start, total=config.steps, desc="teacher", shown=progress)
     smooth = None
     for step in bar:
         loss = _train_step(config, step, images, unet, scheduler, optimizer)
@@ -201,13 +205,15 @@ def _restore(path, config, unet, average, optimizer):
     wanted = dataclasses.asdict(config)
     wanted["channels"] = list(config.channels)
     ignored = ("checkpoint_every", "device")
-    changed = [k for k, v in metadata["config"].items() if k not in ignored and wanted.get(k) != v]
+    with restoring("checkpoint", path):
+        changed = [k for k, v in metadata["config"].items() if k not in ignored and wanted.get(k) != v]
     if changed:
         raise InputError(f"--resume: {', '.join(changed)} differ from the unfinished run in {path.parent}")
-    for name, module in (("unet", unet), ("average", average)):
-        module.load_state_dict({k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + "/")})
-    unpack_optimizer("optimizer", optimizer, tensors)
-    return metadata["step"]
+    with restoring("checkpoint", path):
+        for name, module in (("unet", unet), ("average", average)):
+            module.load_state_dict({k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + "/")})
+        unpack_optimizer("optimizer", optimizer, tensors)
+        return int(metadata["step"])
 
 
 def _save_pipeline(out, unet, scheduler):

@@ -19,18 +19,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from . import launcher
 from .errors import InputError, TrainingError
-from .files import digest, read_json, read_tensors, require_output_folder, require_space, sha256, write_json, write_tensors
+from .files import (
+    MANIFEST_LIMIT,
+    damaged,
+    digest,
+    read_json,
+    read_tensors,
+    require_digest,
+    require_output_folder,
+    require_regular,
+    require_space,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from .latents import check_latent, latent_numel, project
 from .memory import keep_freed_memory
+from .models.saving import build_config
 from .ops import philox_normal
+from .progress import progress_bar
 from .ranges import named
 from .schedule import resolutions, supervising_timesteps
 
 FORMAT = "advkd-trajectories-1"
 SHARD_KEYS = ("recipe", "start", "count", "digest")
+RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
 
 
 @dataclass
@@ -83,10 +99,11 @@ def record_trajectories(teacher, config, out, progress=True):
     Raises:
         InputError: bad configuration, too little disk, or ``out`` holds shards of another recipe or damaged ones.
     """
+    rank, world = launcher.processes()
     recipe, missing = _prepare(teacher, config, out)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = [shard for shard in missing if shard % world == rank]
-    bar = tqdm(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", disable=not progress or rank > 0)
+    shown = progress and rank == 0
+    bar = progress_bar(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", shown=shown)
     # One shard is written while the next one is made; no more, to bound memory.
     with ThreadPoolExecutor(1) as writer:
         written = None
@@ -109,17 +126,25 @@ def _wait(written):
 
 
 def record_in_processes(source, config, out, processes, progress=True, *, compiled=None, autocast=False):
-    """:func:`record_trajectories` by ``processes`` local processes of one thread each, which on CPUs beats one process with
-    as many threads; ``source`` is what :meth:`Teacher.from_pretrained` takes, ``compiled`` and ``autocast`` (to bfloat16) are
-    of :meth:`Teacher.optimize`. Bad input is refused before they start.
+    """:func:`record_trajectories` by local processes of one thread each, which on CPUs beats one process of as many threads.
+
+    ``source`` is what :meth:`Teacher.from_pretrained` takes, ``compiled`` and ``autocast`` (to bfloat16) are of
+    :meth:`Teacher.optimize`. Bad input is refused before they start.
+
+    They are started anew and import the caller's script, so a script calls this under ``if __name__ == "__main__":``.
+
+    Raises:
+        InputError: bad input, a script without that guard, or one that cannot be imported (standard input).
+        TrainingError: a process failed or was killed; the finished shards are kept.
     """
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
     source = (source, compiled, autocast)
     _prepare(_load(*source), config, out)
+    launcher.hold_standard_streams()
     context = multiprocessing.get_context("spawn")
-    failures = context.SimpleQueue()
-    arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures) for rank in range(processes)]
+    failures, started = context.SimpleQueue(), context.Event()
+    arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures, started) for rank in range(processes)]
     workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
     for worker in workers:
         worker.start()
@@ -127,11 +152,22 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
         worker.join()
     if not failures.empty():
         raise InputError(failures.get())
-    if any(worker.exitcode for worker in workers):
-        raise TrainingError(
-            f"a recording process was killed; the finished shards are kept in {out}: run the same command again"
-        )
+    _require_success(workers, started.is_set(), out)
     return Path(out)
+
+
+def _require_success(workers, started, out):
+    """Say why recording processes ended early: never ``started``, by an error of their own, or killed."""
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if not codes:
+        return
+    if not started and min(codes) > 0:
+        raise InputError(
+            "the recording processes could not import the program that starts them: in a script, call this under "
+            "if __name__ == '__main__':, and run it from a file, not from standard input"
+        )
+    how = "was killed" if min(codes) < 0 else "failed (its error is above)"
+    raise TrainingError(f"a recording process {how}; the finished shards are kept in {out}: run the same command again")
 
 
 def _load(source, compiled, autocast):
@@ -141,9 +177,10 @@ def _load(source, compiled, autocast):
         return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
 
 
-def _record_as(source, config, out, rank, processes, progress, parent, failures):
+def _record_as(source, config, out, rank, world, progress, parent, failures, started):
+    started.set()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
@@ -287,12 +324,11 @@ def _check_existing(out, recipe):
     """The shards in ``out``, each whole and of this recipe."""
     paths = sorted(Path(out).glob("shard-*.safetensors"))
     for path in paths:
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS)
+        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
         changed = _differences(recipe, metadata["recipe"])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
-        if metadata["digest"] != digest(tensors):
-            raise InputError(f"shard {path} is altered: delete it and run the same command again")
+        require_digest(f"shard {path}", tensors, metadata, RECORD_AGAIN)
     return paths
 
 
@@ -309,11 +345,11 @@ def _manifest(out, recipe, shards):
     sums, entries = {}, []
     for shard in range(shards):
         path = _shard_path(out, shard)
-        tensors, metadata = read_tensors(path, "shard")
+        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
         entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
         for name, tensor in tensors.items():
             values = tensor.double()
-            moments = torch.stack((values.sum(), values.square().sum(), torch.tensor(values.numel()).double()))
+            moments = torch.stack((values.sum(), values.square().sum(), values.new_tensor(values.numel())))
             sums[name] = sums.get(name, 0) + moments
     deviations = {}
     for name, (total, squares, number) in sums.items():
@@ -329,18 +365,32 @@ def _manifest(out, recipe, shards):
 
 
 def _is_consistent(manifest):
-    """Whether a manifest's parts fit each other: shards that cover the samples, one deviation per level."""
-    recipe, entries = manifest["recipe"], manifest["shards"]
-    keys = {"image_size", "image_channels", "latent_size", "detail_noise", "resolutions", "timesteps"}
-    keys |= {field.name for field in dataclasses.fields(TrajectoryConfig)}
-    if not isinstance(recipe, dict) or not keys <= set(recipe) or not isinstance(entries, list):
-        return False
-    starts = list(range(0, recipe["num"], recipe["shard_size"]))
-    return (
-        [entry.get("start") for entry in entries] == starts
-        and all({"file", "sha256"} <= set(entry) for entry in entries)
-        and len(manifest["standard_deviations"]) == len(recipe["resolutions"]) == recipe["depth"]
+    """Whether a manifest's parts fit each other: shards that cover the samples, one deviation per level.
+
+    It may come from elsewhere: shards are files of its own folder, and nothing is made that is as large as it says.
+    """
+    recipe, entries, names = (
+        manifest["recipe"],
+        manifest["shards"],
+        {field.name for field in dataclasses.fields(TrajectoryConfig)},
     )
+    try:
+        build_config(TrajectoryConfig, {name: recipe[name] for name in names}, "").validate()
+        check_latent(recipe["image_size"], recipe["latent_size"], recipe["detail_noise"])
+        shards = range(0, recipe["num"], recipe["shard_size"])
+        shapes = recipe["resolutions"] == resolutions(recipe["image_size"], recipe["depth"])
+        whole = len(entries) == len(shards) and all(
+            entry["start"] == start
+            and entry["file"] == _shard_path("", i).name
+            and entry["count"] == min(recipe["shard_size"], recipe["num"] - start)
+            and isinstance(entry["sha256"], str)
+            for i, (entry, start) in enumerate(zip(entries, shards))
+        )
+        deviations = [float(value) for value in manifest["standard_deviations"]]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
+    return shapes and whole and levels and recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
 
 
 class Trajectories:
@@ -407,7 +457,7 @@ class Trajectories:
             part = 0
             while row >= self.parts[part]["num"]:
                 row, part = row - self.parts[part]["num"], part + 1
-            indices = torch.tensor([self.parts[part]["start"] + row])
+            indices = torch.tensor([self.parts[part]["start"] + row], dtype=torch.int64, device="cpu")
             pieces.append(philox_normal(self.parts[part]["seed"], indices, (channels, side, side), stream="x_T"))
         return torch.cat(pieces)
 
@@ -440,10 +490,22 @@ class Trajectories:
             path = entry["folder"] / entry["file"]
             if not path.exists():
                 raise InputError(f"shard {path} is missing: run the same 'advkd trajectories' command again")
+            require_regular(path, "shard")
             if sha256(path) != entry["sha256"]:
-                raise InputError(f"shard {path} is truncated or altered: delete it and run 'advkd trajectories' again")
-            self._shards[shard], _ = read_tensors(path, "shard")
+                raise damaged("shard", path, "it is truncated or altered", RECORD_AGAIN)
+            tensors, _ = read_tensors(path, "shard", remedy=RECORD_AGAIN)
+            if {name: (t.dtype, t.shape) for name, t in tensors.items()} != self._wanted(entry["count"]):
+                raise damaged("shard", path, "it holds other tensors than its recipe says", RECORD_AGAIN)
+            self._shards[shard] = tensors
         return self._shards[shard]
+
+    def _wanted(self, count):
+        """dtype and shape of every tensor of a shard of ``count`` samples."""
+        recipe = self.recipe
+        channels, latent = recipe["image_channels"], (recipe["image_size"], recipe["latent_size"], recipe["detail_noise"])
+        shapes = {"z": (count, latent_numel(channels, *latent))}
+        shapes |= {f"level_{k:02d}": (count, channels, side, side) for k, side in enumerate(recipe["resolutions"], 1)}
+        return {name: (torch.float16, shape) for name, shape in shapes.items()}
 
 
 def _read_manifest(folder, option):
@@ -452,7 +514,7 @@ def _read_manifest(folder, option):
     if not (folder / "manifest.json").exists() and any(folder.glob("shard-*.safetensors")):
         raise InputError(f"{option} {folder} is unfinished: run the same 'advkd trajectories' command again")
     keys = ("format", "recipe", "standard_deviations", "shards")
-    manifest = read_json(folder / "manifest.json", "manifest", keys)
+    manifest = read_json(folder / "manifest.json", "manifest", keys, MANIFEST_LIMIT)
     if manifest["format"] != FORMAT:
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of advkd trajectories")
     if not _is_consistent(manifest):

@@ -4,10 +4,10 @@ import time
 
 import torch
 
+from .devices import require_device
 from .errors import InputError
 from .models.fused_student import DTYPES
 from .models.student import PRESETS, Student
-from .sampling import require_device
 
 
 def warmup(student="digits", device="cpu", backend="auto", dtypes=("float32",), batch_sizes=(1, 64), tune=True):

@@ -1,14 +1,16 @@
 """diffusers' folder format (``config.json`` + ``diffusion_pytorch_model.safetensors``) without importing diffusers."""
 
 import dataclasses
+import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..errors import InputError
-from ..files import read_json, write_bytes, write_json
-from ..hub import reason, resolve
+from ..files import read_json, require_regular, why_unreadable, write_bytes, write_json
+from ..hub import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"
@@ -41,16 +43,28 @@ class PretrainedModule:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         if kind not in (cls.__name__, f"{cls.__name__}Model"):
             raise InputError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        module = cls(build_config(cls.config_class, values, f"{folder / 'config.json'}"))
-        try:
-            module.load_state_dict(load_file(folder / WEIGHTS))
-        except FileNotFoundError:
-            raise InputError(f"{folder / WEIGHTS} does not exist") from None
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise InputError(f"{folder / WEIGHTS} is damaged or of another model ({reason(error)})") from error
-        if (folder / TRAINING).exists():
+        config = build_config(cls.config_class, values, f"{folder / 'config.json'}")
+        require_regular(folder / WEIGHTS, f"the weights of {cls.__name__}")
+        # Whatever torch's default device and the mode of autograd are: weights on the CPU that can be trained.
+        with torch.inference_mode(False), torch.device("cpu"):
+            module = cls._with_weights(config, folder / WEIGHTS)
+        if os.path.lexists(folder / TRAINING):
             module.training_record = read_json(folder / TRAINING, "training record", cls.training_keys)
         return module.to(device).eval()
+
+    @classmethod
+    def _with_weights(cls, config, path):
+        """A module with a file's weights. It has no memory before they come: a configuration alone can ask for any amount."""
+        with torch.device("meta"):
+            module = cls(config)
+        wide = torch.promote_types(getattr(module, "dtype", torch.float32), torch.float32)
+        try:
+            tensors = load_file(path)
+            module.load_state_dict({name: _own(tensor, wide) for name, tensor in tensors.items()}, assign=True)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            why = why_unreadable(path, error)
+            raise InputError(f"{path} is damaged or of another model ({why}): restore or fetch a copy of it") from error
+        return module
 
     def save_pretrained(self, folder):
         """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
@@ -78,6 +92,11 @@ class PretrainedModule:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def _own(tensor, dtype):
+    """A copy in memory that no file is mapped to."""
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def build_config(config_class, values, where):

@@ -1,0 +1,58 @@
+"""What a process is started with: the environment variables of ``torchrun`` and its like, and standard streams."""
+
+import contextlib
+import os
+
+from .errors import InputError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def processes():
+    """``(rank, world size)`` of this process; (0, 1) without a launcher.
+
+    Raises:
+        InputError: a variable that is not a number, or a rank outside the world. One that is set but empty counts as unset.
+    """
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise InputError(f"RANK must be in [0, WORLD_SIZE), got {rank} of {world}: unset both for a single process")
+    return rank, world
+
+
+def local_device(name):
+    """The device ``name``; under a launcher ``cuda`` means this process's own one."""
+    rank = _number("LOCAL_RANK", None)
+    return name if rank is None or str(name) != "cuda" else f"cuda:{rank}"
+
+
+@contextlib.contextmanager
+def without_empty_variables():
+    """Leave variables that are set but empty out of the environment, for libraries that would read a number from them."""
+    empty = {name: os.environ.pop(name) for name in VARIABLES if os.environ.get(name, "?").strip() == ""}
+    try:
+        yield
+    finally:
+        os.environ.update(empty)
+
+
+def hold_standard_streams():
+    """Open the null device in the place of standard streams that are closed.
+
+    Their numbers would go to the next files, pipes or shards that are opened: libraries write messages there, and processes that
+    are started take them for streams.
+    """
+    opened = os.open(os.devnull, os.O_RDWR)
+    while opened <= 2:
+        opened = os.open(os.devnull, os.O_RDWR)
+    os.close(opened)
+
+
+def _number(name, default):
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"the environment variable {name} must be a whole number, got {text!r}: correct or unset it") from None

@@ -1,0 +1,174 @@
+"""Files: links, locks, names, limits, and what is said of those that cannot be read."""
+
+import errno
+import fcntl
+import json
+import os
+import stat
+
+import pytest
+import torch
+
+from advkd import files
+from advkd.errors import InputError
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2910660\n"
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    target, link = tmp_path / "disk" / "target.json", tmp_path / "link.json"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    files.write_json(link, {"a": 1})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    # A chain of relative links, and one whose target is not there yet.
+    (tmp_path / "chain.json").symlink_to("link.json")
+    (tmp_path / "new.json").symlink_to("disk/new.json")
+    files.write_json(tmp_path / "chain.json", {"b": 2})
+    files.write_json(tmp_path / "new.json", {"c": 3})
+    assert json.loads(target.read_text()) == {"b": 2} and (tmp_path / "chain.json").is_symlink()
+    assert json.loads((tmp_path / "disk" / "new.json").read_text()) == {"c": 3}
+    assert sorted(os.listdir(target.parent)) == ["new.json", "target.json"]
+
+
+def test_a_failure_leaves_the_target_as_it_was(tmp_path):
+    target, link = tmp_path / "target.txt", tmp_path / "link.txt"
+    target.write_text("old")
+    link.symlink_to(target)
+    with pytest.raises(ZeroDivisionError), files.replacing(link) as temporary:
+        temporary.write_text("torn")
+        1 / 0
+    assert target.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link.txt", "target.txt"]
+
+
+def test_a_planted_link_in_the_temporary_files_place_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    files.temporary_path(tmp_path / "a.json").symlink_to(victim)
+    files.write_json(tmp_path / "a.json", {})
+    assert victim.read_text() == "mine" and json.loads((tmp_path / "a.json").read_text()) == {}
+
+
+def test_leftovers_are_removed_and_what_they_link_to_is_not(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".a.{files._HOST}.4194999.tmp").symlink_to(tmp_path / "mine")
+    (out / f".b.{files._HOST}.4194999.tmp").mkdir()
+    (out / f".c.{files._HOST}.{os.getpid()}.tmp").write_text("at work")
+    files.remove_leftovers(out)
+    assert [path.name for path in out.iterdir()] == [f".c.{files._HOST}.{os.getpid()}.tmp"]
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_names_as_long_as_a_file_system_allows(tmp_path):
+    for name in ("n" * 250 + ".json", "\u00e9" * 125 + ".json"):
+        files.write_json(tmp_path / name, {"a": 1})
+        assert files.read_json(tmp_path / name) == {"a": 1}
+    # One that is too long is refused by its own name.
+    with pytest.raises(OSError, match="n" * 300) as refused:
+        files.write_json(tmp_path / ("n" * 300), {})
+    assert refused.value.errno == errno.ENAMETOOLONG and ".tmp" not in str(refused.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(code, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=f"{tmp_path}: its file system has no locks"), files.locked(tmp_path):
+        entered = True
+    assert entered
+
+
+def test_a_second_process_and_other_failures_are_refused(tmp_path, monkeypatch):
+    with files.locked(tmp_path), pytest.raises(InputError, match="another process is writing there"), files.locked(tmp_path):
+        raise AssertionError("the folder was locked twice")
+
+    def flock(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), files.locked(tmp_path):
+        raise AssertionError("an error of the disk was passed over")
+
+
+def test_a_lock_empties_no_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with files.locked(tmp_path):
+        assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_file_system_that_cannot_synchronize_is_written_to(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_damage_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    files.write_tensors(path, {"x": torch.arange(64.0)}, {"digest": ""})
+    whole = path.read_bytes()
+    for data, why in ((whole[:-5], ""), (b"", "it is empty"), (b"\xff" * 64, ""), (whole[:4], "")):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=f"checkpoint.safetensors is damaged .*{why}.*: delete it and start again"):
+            files.read_tensors(path, "checkpoint")
+    path.write_text(POINTER)
+    with pytest.raises(InputError, match="is damaged .*run 'git lfs pull'.$"):
+        files.read_tensors(path, "checkpoint")
+    with pytest.raises(InputError, match="is altered: delete it and start again, or restore a copy"):
+        files.require_digest(path, {"x": torch.zeros(1)}, {"digest": "0"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, '{"a": ' * 100_000, "1" * 10_000, '{"a": ' + "1" * 10_000 + "}", "\udcff", "NaN", "[]", "3"],
+)
+def test_anything_that_is_no_json_object_is_refused(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="a.json"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_pipes_devices_and_folders_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "large.json").write_bytes(b" " * (files.JSON_LIMIT + 1))
+    for name, why in (
+        ("pipe", "not a regular file"),
+        ("zero", "not a regular file"),
+        (".", "not a regular file"),
+        ("loop", "cannot be read"),
+        ("none", "does not exist"),
+        ("a\0b", "cannot be read"),
+    ):
+        for read in (files.read_json, files.read_tensors):
+            with pytest.raises(InputError, match=why):
+                read(tmp_path / name, "thing")
+    with pytest.raises(InputError, match="more than the 16,777,216"):
+        files.read_json(tmp_path / "large.json")
+
+
+def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch):
+    for name in ("ADVKD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(files.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = files.cache_folder()
+    assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert files.cache_folder() == folder
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match="can be written by others: set ADVKD_CACHE"):
+        files.cache_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InputError, match="set ADVKD_CACHE"):
+        files.cache_folder()

@@ -1,0 +1,235 @@
+"""Processes, devices and streams as a launcher, a job's template or a daemon leaves them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from advkd import launcher
+from advkd.devices import plain_defaults, require_device
+from advkd.errors import InputError
+from advkd.sampling import sample
+from advkd.trajectories import Trajectories, record_trajectories
+
+from ..conftest import ROOT, process_environment, run_cli, tiny_recording
+
+
+def set_variables(monkeypatch, **values):
+    for name in launcher.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": " ", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "3"}, (2, 3)),
+        ({"WORLD_SIZE": "2"}, (0, 2)),
+    ],
+)
+def test_variables_that_are_empty_count_as_unset(monkeypatch, values, expected):
+    set_variables(monkeypatch, **values)
+    assert launcher.processes() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"RANK": "first"}, "RANK"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE"),
+        ({"RANK": "1"}, "RANK must be in"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be in"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK must be in"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(monkeypatch, tmp_path, teacher, values, word):
+    set_variables(monkeypatch, **values)
+    for work in (
+        lambda: sample("digits", 2, 0, tmp_path / "a.png"),
+        lambda: record_trajectories(teacher, tiny_recording(), tmp_path / "t", progress=False),
+    ):
+        with pytest.raises(InputError, match=word):
+            work()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_processs_own_device(monkeypatch):
+    set_variables(monkeypatch, LOCAL_RANK="3")
+    assert launcher.local_device("cuda") == "cuda:3" and launcher.local_device("cpu") == "cpu"
+    assert launcher.local_device("cuda:1") == "cuda:1"
+    set_variables(monkeypatch, LOCAL_RANK="")
+    assert launcher.local_device("cuda") == "cuda"
+    set_variables(monkeypatch, LOCAL_RANK="one")
+    with pytest.raises(InputError, match="LOCAL_RANK"):
+        launcher.local_device("cuda")
+
+
+def test_every_command_runs_with_empty_variables(tmp_path, teacher_folder):
+    empty = dict.fromkeys(launcher.VARIABLES, "")
+    record = ["trajectories", "--teacher", teacher_folder, "--num", 16, "--depth", 4, "--steps", 2, "--batch-size", 4]
+    done = run_cli(*record, "--shard-size", 8, "--out", tmp_path / "t", environment=empty)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "student.json").write_text('{"image_size": 8, "image_channels": 1, "channels": [8, 8, 8, 8], "latent_size": 2}')
+    train = [
+        "distill",
+        "--trajectories",
+        tmp_path / "t",
+        "--preset",
+        tmp_path / "student.json",
+        "--updates",
+        2,
+        "--batch-sizes",
+        4,
+    ]
+    done = run_cli(*train, "--critic-channels", 8, "--out", tmp_path / "s", environment=empty)
+    assert done.returncode == 0, done.stderr
+    done = run_cli("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images", environment=empty)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", ["meta", "meta:1", "gpu", "", "0", "cuda:", "cuda:99", "xpu", "mps", "vulkan", "hpu", "\0"])
+def test_devices_that_are_not_there(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(InputError, match="--device .* is not available") as refused:
+        require_device(name)
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
+
+
+def test_the_cpu_is_one_device():
+    assert require_device("cpu") == require_device("cpu:1") == require_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--out", "x.png"],
+        ["trajectories", "--out", "x"],
+        ["teacher", "train", "--out", "x"],
+        ["distill", "--trajectories", "x", "--preset", "digits", "--out", "y"],
+        ["evaluate", "--out", "x"],
+        ["report", "--evaluation", "x", "--out", "y"],
+        ["warmup"],
+        ["demo", "--out", "x"],
+    ],
+)
+def test_every_command_refuses_a_device_that_holds_nothing(command, tmp_path, monkeypatch, capsys):
+    from advkd.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--device", "meta"], standalone_mode=True)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("advkd: --device 'meta' is not available") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_are_plain_within_and_restored():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            with plain_defaults():
+                inside = torch.zeros(1)
+            outside = torch.zeros(1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (inside.dtype, inside.device.type) == (torch.float32, "cpu")
+    assert (outside.dtype, outside.device.type) == (torch.float64, "meta")
+
+
+def closed_streams(*arguments):
+    """The exit code of the command line without standard output and standard error."""
+    return subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "advkd", *map(str, arguments)],
+        env=process_environment(),
+        timeout=300,
+    ).returncode
+
+
+def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
+    record = ["trajectories", "--teacher", teacher_folder, "--num", 16, "--depth", 4, "--steps", 2, "--batch-size", 4]
+    for folder, processes in (("one", 1), ("two", 2)):
+        assert closed_streams(*record, "--shard-size", 8, "--processes", processes, "--out", tmp_path / folder) == 0
+        assert len(Trajectories(tmp_path / folder)) == 16
+    (tmp_path / "student.json").write_text('{"image_size": 8, "image_channels": 1, "channels": [8, 8, 8, 8], "latent_size": 2}')
+    train = ["distill", "--trajectories", tmp_path / "one", "--preset", tmp_path / "student.json", "--updates", 2]
+    assert closed_streams(*train, "--batch-sizes", 4, "--critic-channels", 8, "--out", tmp_path / "s") == 0
+    assert closed_streams("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images") == 0
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+    assert closed_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher") == 0
+    assert closed_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
+    # A mistake is still an exit code.
+    assert closed_streams("sample", "-n", 0, "--out", tmp_path / "x.png") == 2
+
+
+def test_a_teacher_in_several_files_loads_without_standard_error(tmp_path, monkeypatch):
+    from diffusers.utils import logging
+
+    from advkd.teacher import Teacher
+
+    from ..conftest import tiny_teacher
+
+    teacher = tiny_teacher()
+    teacher.unet.save_pretrained(tmp_path / "unet", max_shard_size="20KB")
+    teacher.scheduler.save_pretrained(tmp_path / "scheduler")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        again = Teacher.from_pretrained(tmp_path)
+    finally:
+        monkeypatch.undo()
+        logging.enable_progress_bar()
+    assert again.identity()["weights_sha256"] == teacher.identity()["weights_sha256"]
+
+
+SCRIPT = """
+import sys
+from advkd.trajectories import TrajectoryConfig, record_in_processes
+{guard}
+    record_in_processes(sys.argv[1], TrajectoryConfig(steps=2, num=4, depth=4, batch_size=2, shard_size=2), sys.argv[2], 2)
+"""
+
+
+@pytest.mark.parametrize(("guard", "code"), [("if __name__ == '__main__':", 0), ("if True:", 1)])
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_script_that_records_needs_a_guard_and_a_file(guard, code, from_file, tmp_path, teacher_folder):
+    text = SCRIPT.format(guard=guard)
+    (tmp_path / "script.py").write_text(text)
+    command = [sys.executable, tmp_path / "script.py" if from_file else "-", teacher_folder, tmp_path / "out"]
+    options = {"capture_output": True, "text": True, "timeout": 200, "cwd": ROOT, "env": process_environment()}
+    done = subprocess.run(list(map(str, command)), input=None if from_file else text, **options)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    assert done.returncode == (code if from_file else 1), done.stderr
+    if done.returncode:
+        assert "InputError" in last and "__main__" in last and "from a file" in last
+    else:
+        assert len(Trajectories(tmp_path / "out")) == 4
+
+
+def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, teacher_folder):
+    from advkd import trajectories
+
+    class Worker:
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+    for codes, started, words in (
+        ((0, -9), True, "was killed; the finished shards are kept"),
+        ((0, -9), False, "was killed"),
+        ((1, 0), True, "failed"),
+    ):
+        with pytest.raises(trajectories.TrainingError, match=words):
+            trajectories._require_success([Worker(code) for code in codes], started, tmp_path)
+    trajectories._require_success([Worker(0)], True, tmp_path)
+
+
+def test_the_package_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "advkd", "--help"], capture_output=True, text=True, env=process_environment())
+    assert done.returncode == 0 and done.stdout.startswith("Usage: advkd [OPTIONS] COMMAND") and os.linesep in done.stdout
