@@ -102,10 +102,11 @@ def critic_step(critic, real, fake, *, synchronize=True, **options):
     """:func:`critic_gradients` added to the parameters' ``.grad``: what stands before ``optimizer.step()``.
 
     With several processes the accumulated gradients are averaged in one all-reduce, never through the reducer of a
-    ``DistributedDataParallel`` that may be around the critic.
+    ``DistributedDataParallel`` that may be around the critic. Whatever is around the critic, it is its own parameters that get
+    the gradients.
 
     Args:
-        critic, real, fake, options: as in :func:`critic_gradients`; the critic may be wrapped in DistributedDataParallel.
+        critic, real, fake, options: as in :func:`critic_gradients`.
         synchronize: average ``.grad`` over the processes now: once per optimiser step, in the last of the calls that
             accumulate gradients (the others take False; each takes ``loss_scale=1 / k``).
 

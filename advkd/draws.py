@@ -33,9 +33,10 @@ class DataOrder:
         return self._permutation[offset]
 
 
-def training_latents(seed, start, count, numel, device=None):
+def training_latents(seed, start, count, numel, device="cpu"):
     """z of the global draws ``start ..``: ``(count, numel)``, disjoint from every seed's sampled latents (another step)."""
-    return philox_normal(seed, torch.arange(start, start + count, device=device), (numel,), stream="z", step=1)
+    indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    return philox_normal(seed, indices, (numel,), stream="z", step=1)
 
 
 def shift(images, seed, start, level, kind):
@@ -47,8 +48,11 @@ def shift(images, seed, start, level, kind):
     reach = max(1, side // 8)
     words = philox_words(seed, range(start, start + n), 2, stream="interpolation", step=level + 2**8 * kind)
     corners = (words % (2 * reach + 1)).to(images.device)
-    rows, columns = (corners[:, i, None] + torch.arange(side, device=images.device) for i in range(2))
+    rows, columns = (corners[:, i, None] + _count(side, images.device) for i in range(2))
     padded = F.pad(images, (reach,) * 4, mode="replicate")
-    batch = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    batch, channel = _count(n, images.device)[:, None, None, None], _count(channels, images.device)[None, :, None, None]
     return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _count(stop, device):
+    return torch.arange(stop, dtype=torch.int64, device=device)

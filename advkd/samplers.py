@@ -17,14 +17,14 @@ def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
     """DPDM's sampler (Data Prediction Denoising Models, algorithm 2): x = x_0 + sigma_k z, then x_0 = denoiser(x, sigma_k).
 
     Args:
-        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``.
+        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in any floating-point dtype.
         sigmas: noise levels sigma_1 > ... > sigma_K > 0, floats.
         shape: ``(N, C, H, W)`` of the samples.
         seed, start: of the noise; the samples are those of indices ``start .. start + N - 1``.
         device: of the samples.
 
     Returns:
-        x_0 after K evaluations, float32.
+        x_0 after K evaluations, float32 on ``device``.
     """
     return _denoise_again(denoiser, sigmas, sigmas, shape, seed, start, device)
 
@@ -45,10 +45,13 @@ def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", s
 def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
     if not sigmas or any(not a > b for a, b in zip([math.inf, *sigmas], [*sigmas, 0.0])):
         raise InputError(f"sigmas must be finite, positive and descending, got {list(sigmas)}")
-    indices = torch.arange(start, start + shape[0], device=device)
+    indices = torch.arange(start, start + shape[0], dtype=torch.int64, device=device)
     x = weights[0] * philox_normal(seed, indices, shape[1:], stream="x_T")
     # Add noise to what the denoiser made of the state: x_next = m + c_z z.
     for k, (sigma, weight) in enumerate(zip(sigmas[:-1], weights[1:]), 1):
         renoise = StepCoefficients(k_x=0.0, k_m=1.0, c_0=1.0, c_z=weight)
-        x, _, _ = sampler_step(x, denoiser(x, sigma), renoise, noise=(seed, indices, k), out=x)
-    return denoiser(x, sigmas[-1])
+        x_0 = denoiser(x, sigma)
+        # The step reads halves as they are.
+        x_0 = x_0.float() if x_0.dtype == torch.float64 else x_0
+        x, _, _ = sampler_step(x, x_0, renoise, noise=(seed, indices, k), out=x)
+    return denoiser(x, sigmas[-1]).float()

@@ -22,7 +22,7 @@ class SamplingLoop:
 
     Args:
         network: function of the state ``(N, C, H, W)`` and the timestep, int64 ``(1,)``, that gives the network's output.
-        shape: of the state.
+        shape: of the state, which is float32.
         timesteps: of the run, a list of ints.
         steps: :class:`~advkd.ops.StepCoefficients`, one per timestep.
         seed: of the step noise.
@@ -36,9 +36,9 @@ class SamplingLoop:
         # Buffers that are written to again and again, whatever the mode in which the loop is made.
         with torch.inference_mode(False):
             # diffusers' networks keep the layout of their input; convolutions are faster in this one.
-            self.x = torch.empty(shape, device=device, memory_format=torch.channels_last)
+            self.x = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
             self._table = coefficient_table(steps, device)
-            self._timesteps = torch.tensor(timesteps, device=device)
+            self._timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
             self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
             self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs = {}
@@ -50,7 +50,7 @@ class SamplingLoop:
         if x_T.shape != self.x.shape:
             raise InputError(f"x_T must have shape {tuple(self.x.shape)}, got {tuple(x_T.shape)}")
         self.x.copy_(x_T)
-        self._indices.copy_(torch.arange(first, first + len(x_T), device=self.x.device))
+        self._indices.copy_(torch.arange(first, first + len(x_T), dtype=torch.int64, device=self.x.device))
         self._step.zero_()
 
     @torch.no_grad()

@@ -12,7 +12,9 @@ A pipeline saved with one of these schedulers names diffusers' class, so that it
 loading, the line above puts the fused scheduler back; or ``from_pretrained`` is given
 ``scheduler=FusedDDIMScheduler.from_pretrained(folder, subfolder="scheduler")``.
 
-A timestep outside [0, T) is refused by all of them; what else is refused, each class says.
+A timestep outside [0, T) is refused by all of them; what else is refused, each class says. The tables are made anew when a
+tensor that they come from holds other numbers, however these were written; see :meth:`_FusedStep._refresh` for GPU tensors.
+Torch's default dtype and device do not change a step; constructors and ``set_timesteps`` are diffusers' own, under them too.
 """
 
 import warnings
@@ -66,7 +68,11 @@ class _Table:
         rows = self._rows.get((device, dtype))
         if rows is None:
             steps = [StepCoefficients(0.0, 0.0, 0.0) if isinstance(step, str) else step for step in self.steps]
-            rows = self._rows[device, dtype] = coefficient_table(steps, device, dtype).unbind(0)
+            # Whatever the mode in which a step happens to be the first.
+            with torch.inference_mode(False):
+                rows = coefficient_table(steps, device, dtype).unbind(0)
+            if all(type(row) is torch.Tensor for row in rows):  # not what a tracer makes
+                self._rows[device, dtype] = rows
         return rows[self.positions[key]]
 
 
@@ -99,7 +105,7 @@ class _FusedStep:
             self.__module__ = cls._published.__module__
         self._options = _Options()
         self._said = set()
-        self._kept, self._sources_kept, self._versions_kept = {}, (), ()
+        self._kept, self._sources_kept = {}, ()
         return self
 
     def __repr__(self):
@@ -113,7 +119,7 @@ class _FusedStep:
             seed: int: the step noise is not drawn from a generator but made inside the pass, a function of the seed, the
                 sample's index and the step's position in ``timesteps`` (:func:`advkd.ops.philox_normal`, stream "step").
                 Neither a generator nor noise may then be passed. Samplers without noise ignore it.
-            indices: the samples' indices for ``seed``, a range or an int64 tensor ``(N,)``; default 0 to N - 1.
+            indices: the samples' indices for ``seed``, a range or an int64 tensor ``(N,)``, copied; default 0 to N - 1.
             return_x0: False leaves ``pred_original_sample`` out (None), and with it a quarter of the memory traffic.
 
         Returns:
@@ -129,18 +135,25 @@ class _FusedStep:
             raise InputError("indices need a seed: they choose the noise that the seed makes")
         if seed is not None:
             _, checked, _ = validated(seed, range(0) if indices is None else indices, "step", 0)
-            indices = None if indices is None else checked
+            indices = None if indices is None else checked.clone()
         self._options = _Options(backend, seed, indices, return_x0)
         self._kept = {}
         return self
 
-    def _cached(self, key, make):
-        """``make()``, kept until a tensor or a configuration that the tables come from is replaced or written to."""
+    def _refresh(self):
+        """Forget the tables where a tensor or a configuration that they come from has changed: at the start of every step.
+
+        A tensor on the CPU is compared with a copy of it, so that writes are seen that PyTorch does not count (through
+        ``.data`` or a numpy view, or in inference mode). One on another device would have to be waited for: it is known by
+        identity and by PyTorch's count of its changes, and such writes to it are seen after ``set_timesteps`` only.
+        """
         sources = (self.config, self.timesteps, *self._sources())
-        versions = [s._version for s in sources if isinstance(s, torch.Tensor) and not s.is_inference()]
-        old = self._sources_kept
-        if versions != self._versions_kept or len(old) != len(sources) or any(a is not b for a, b in zip(sources, old)):
-            self._kept, self._sources_kept, self._versions_kept = {}, sources, versions
+        kept = self._sources_kept
+        if len(kept) != len(sources) or not all(map(_unchanged, kept, sources)):
+            self._kept, self._sources_kept = {}, tuple(map(_remembered, sources))
+
+    def _cached(self, key, make):
+        """``make()``, kept until :meth:`_refresh` finds a change."""
         if key not in self._kept:
             if len(self._kept) >= _VARIANTS:
                 self._kept.clear()
@@ -156,25 +169,31 @@ class _FusedStep:
 
         An element of ``timesteps`` is recognised by its address: to read its value from a GPU would wait for the device.
         """
-        if isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
-            position = _position(timestep, self.timesteps)
-            timestep = timestep.item() if position is None else self._schedule()[position]
-        if not isinstance(timestep, Real) or timestep % 1 != 0 or not 0 <= timestep < len(self.alphas_cumprod):
+        position = _position(timestep, self.timesteps)
+        number = _number(timestep) if position is None else self._schedule()[position]
+        if number is None or number % 1 != 0 or not 0 <= number < len(self.alphas_cumprod):
             raise self._bad_timestep(timestep)
-        return int(timestep)
-
-    def _refuse_outside(self, timestep):
-        """Refuse a timestep that can be read without waiting and is neither in [0, T) nor in the schedule."""
-        if isinstance(timestep, torch.Tensor):
-            if timestep.device.type != "cpu" or timestep.numel() != 1 or _position(timestep, self.timesteps) is not None:
-                return
-            timestep = timestep.item()
-        if not 0 <= timestep < len(self.alphas_cumprod) and timestep not in self._schedule():
-            raise self._bad_timestep(timestep)
+        return int(number)
 
     def _bad_timestep(self, timestep):
-        total = len(self.alphas_cumprod)
-        return InputError(f"timestep must be an element of scheduler.timesteps, in [0, {total}), got {timestep}")
+        """The error for a timestep that cannot be stepped from."""
+        self._refresh()
+        total, schedule, number = len(self.alphas_cumprod), self._schedule(), _number(timestep)
+        if number in schedule and not 0 <= number < total:
+            return InputError(f"timestep {number} is an element of scheduler.timesteps, but {self._why_outside(total)}")
+        bounds = f", in [0, {total})" if all(0 <= t < total for t in schedule) else ""
+        return InputError(f"timestep must be an element of scheduler.timesteps{bounds}, got {timestep!r}")
+
+    def _why_outside(self, total):
+        """How an element of ``timesteps`` comes to be outside [0, T), and what helps."""
+        outside = f"outside [0, {total}), the timesteps of training"
+        offset, count = self.config.steps_offset, len(self.timesteps)
+        if offset == 0 or self.config.timestep_spacing != "leading":
+            return f"{outside}: set timesteps within that range"
+        cause = f"steps_offset={offset} with num_inference_steps={count} leads there"
+        fits = (n for n in range(count - 1, 0, -1) if 0 <= offset and (n - 1) * (total // n) + offset < total)
+        fewer = next(fits, None)
+        return f"{outside}: {cause}; take steps_offset=0{f' or num_inference_steps={fewer}' if fewer else ''}"
 
     def _own_code(self, reason):
         """Say once that diffusers' own code runs; refuse what it would leave out."""
@@ -228,15 +247,49 @@ class _FusedStep:
             )
         count, device, indices = len(model_output), model_output.device, self._options.indices
         if indices is None:
-            indices = self._cached(("indices", count, device), lambda: torch.arange(count, device=device))
+            key, make = ("indices", count, device), lambda: torch.arange(count, dtype=torch.int64, device=device)
         else:
-            indices = self._cached(("indices", device), lambda: indices.to(device))
-        return seed, indices, position
+            key, make = ("indices", device), lambda: indices.to(device)
+        with torch.inference_mode(False):
+            return seed, self._cached(key, make), position
+
+
+def _remembered(source):
+    """What tells a later change of ``source``: a copy of a CPU tensor; another tensor and its count of changes; itself."""
+    if not isinstance(source, torch.Tensor):
+        return source
+    if source.device.type == "cpu":
+        return source.detach().clone()
+    return source, _version(source)
+
+
+def _unchanged(kept, source):
+    if not isinstance(source, torch.Tensor):
+        return kept is source
+    if source.device.type != "cpu":
+        return isinstance(kept, tuple) and kept[0] is source and kept[1] == _version(source)
+    return isinstance(kept, torch.Tensor) and kept.dtype == source.dtype and torch.equal(kept, source)
+
+
+def _version(tensor):
+    return None if tensor.is_inference() else tensor._version
+
+
+def _number(timestep):
+    """A timestep as a plain number: it is one, or a tensor or an array of one element. None where it is not."""
+    if not isinstance(timestep, Real) and hasattr(timestep, "item"):
+        try:
+            timestep = timestep.item()
+        except (RuntimeError, ValueError):  # several elements
+            return None
+    return timestep if isinstance(timestep, Real) and not isinstance(timestep, bool) else None
 
 
 def _position(timestep, timesteps):
     """Where ``timestep`` lies in ``timesteps``, if it is an element of that very tensor; None if it is not."""
-    if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype or not timesteps.is_contiguous():
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() != 1 or not timesteps.is_contiguous():
+        return None
+    if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype:
         return None
     position = (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
     return position if 0 <= position < len(timesteps) else None
@@ -317,6 +370,7 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
         if self.num_inference_steps is None or (eta > 0 and variance_noise is not None and generator is not None):
             # Diffusers says what is wrong.
             return super().step(*arguments)
+        self._refresh()
         t = self._timestep(timestep)
         variant = (float(eta), bool(use_clipped_model_output))
         table = self._cached(variant, lambda: _Table(self._schedule(), lambda t: self._coefficients(t, *variant)))
@@ -367,6 +421,7 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
         Raises:
             InputError: a timestep that is not in the schedule, or a generator beside a seed.
         """
+        self._refresh()
         t = self._timestep(timestep)
         table = self._cached("steps", self._table)
         if t not in table.positions:
@@ -403,7 +458,18 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
 
 
 class _FusedSigmas(_FusedStep):
-    """What Euler and DPM-Solver++ share: steps by position in ``sigmas``, counted by diffusers' ``step_index``."""
+    """What Euler and DPM-Solver++ share: steps by position in ``sigmas``, counted by diffusers' ``step_index``.
+
+    Timesteps may repeat: those of a cosine schedule with Karras sigmas do. Given one that does, diffusers begins a run at the
+    second of them, so that its own loop over all of ``timesteps`` runs out of them before its last step. Here a run whose first
+    timestep is element 0 of ``timesteps`` itself begins at 0, as after ``set_begin_index(0)``. Any other start by a repeated
+    timestep is diffusers', in the middle of the schedule too, where the loop's position would be known: the state's noise level
+    is that of ``add_noise``, which looks its timestep up by value. A logged warning then names ``set_begin_index``, which
+    decides for both.
+    """
+
+    _repeated = None
+    """Where the first timestep of this run occurs first, where the run began later than that, and the timestep."""
 
     def _sources(self):
         return (self.sigmas,)
@@ -413,13 +479,57 @@ class _FusedSigmas(_FusedStep):
 
     def _begin(self, timestep):
         """The position of this step; the first of a run looks its timestep up, later ones count."""
+        self._refresh()
         self._refuse_outside(timestep)
         if self.step_index is None:
             self._init_step_index(timestep)
         if not self.step_index < len(self.sigmas) - 1:
-            count = len(self.timesteps)
-            raise InputError(f"timestep: all {count} steps of the schedule are done; call set_timesteps to start another run")
+            raise InputError(f"timestep: {self._all_done()}")
         return self.step_index
+
+    def _refuse_outside(self, timestep):
+        """Refuse a timestep that can be read without waiting and is neither in [0, T) nor in the schedule."""
+        if isinstance(timestep, torch.Tensor) and (timestep.device.type != "cpu" or timestep.numel() != 1):
+            return
+        if _position(timestep, self.timesteps) is not None:
+            return
+        number = _number(timestep)
+        if number is None or (not 0 <= number < len(self.alphas_cumprod) and number not in self._schedule()):
+            raise self._bad_timestep(timestep)
+
+    def _init_step_index(self, timestep):
+        self._repeated = None
+        if self.begin_index is not None:
+            super()._init_step_index(timestep)
+            return
+        self._refresh()
+        position, schedule = _position(timestep, self.timesteps), self._schedule()
+        if position == 0:
+            self._step_index = 0
+            return
+        number = _number(timestep) if position is None else schedule[position]
+        if number is None:
+            raise self._bad_timestep(timestep)
+        super()._init_step_index(timestep)
+        if number in schedule and schedule.index(number) < self._step_index:
+            self._repeated = (schedule.index(number), self._step_index, number)
+        if position not in (None, self._step_index):
+            _LOGGER.warning(
+                f"scheduler.timesteps holds {number} more than once: the run begins at position {self._step_index}, where "
+                f"add_noise looks it up, too, and not at {position}; set_begin_index({position}) before both begins there"
+            )
+
+    def _all_done(self):
+        """Why there is no step left, and what helps."""
+        count = len(self.timesteps)
+        if self._repeated is None:
+            return f"all {count} steps of the schedule are done; call set_timesteps to start another run"
+        first, began, number = self._repeated
+        return (
+            f"the schedule is done after {count - began} steps, not {count - first}: scheduler.timesteps holds the repeated "
+            f"timestep {number}, and a run that starts by its value begins at the second of them, position {began}; "
+            f"call set_begin_index({first}) after set_timesteps"
+        )
 
 
 @_saved_as_diffusers_class

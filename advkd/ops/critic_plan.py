@@ -1,13 +1,17 @@
 """A critic's forward as a list of piecewise-linear layers, found by tracing it once (torch.fx)."""
 
 import ctypes
+import functools
 import operator
+import types
 import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 from .layout import pair
@@ -52,6 +56,9 @@ class Plan:
 def plan_of(critic, conditional):
     """The :class:`Plan` of a module, kept until one of its parts, their attributes or the training mode change.
 
+    A plan holds no weights. One whose forward computes with values of tensors (``self.alpha.item()``) is not kept. What a
+    forward reads outside of the module, such as a global number, is taken for constant.
+
     Raises:
         InputError: the critic cannot be traced, or a layer is not piecewise linear or couples samples; it is named.
     """
@@ -67,33 +74,71 @@ def plan_of(critic, conditional):
 
 
 def unwrapped(critic):
-    """The critic inside what DistributedDataParallel or torch.compile have made of it."""
-    while isinstance(critic, nn.Module):
-        if isinstance(critic, nn.parallel.DistributedDataParallel):
-            critic = critic.module
-        elif "_orig_mod" in critic._modules:
-            critic = critic._modules["_orig_mod"]
-        else:
-            break
+    """The critic inside DataParallel, DistributedDataParallel, AveragedModel and ``torch.compile``'s module, in any nesting.
+
+    Raises:
+        InputError: its parameters are sharded.
+    """
+    if not isinstance(critic, nn.Module):
+        return critic
+    while (inner := _inside(critic)) is not None:
+        critic = inner
+    if not torch.compiler.is_compiling():
+        _refuse_sharded(critic)
     return critic
 
 
+def _inside(module):
+    """The module that a wrapper passes its arguments to; None where it is no such wrapper."""
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
+        return module.module
+    return module._modules.get("_orig_mod")
+
+
+def _refuse_sharded(critic):
+    kinds = {type(part) for part in (*critic.modules(), *critic.parameters())}
+    if any(map(_shards, kinds)):
+        raise InputError(
+            "critic's parameters are sharded (FullyShardedDataParallel, fully_shard or DTensor), but are needed whole: "
+            "wrap it in DistributedDataParallel, or in nothing (advkd.critic_step averages gradients over the processes itself)"
+        )
+
+
+@functools.cache
+def _shards(kind):
+    # By name: to import these classes takes a second.
+    return any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule", "DTensor") for base in kind.__mro__)
+
+
 _PLANS = weakref.WeakKeyDictionary()
-_PLAIN = (int, float, bool, str, tuple, type(None))
+_PLAIN = (int, float, bool, str, type(None))
 
 
-def _kept_plan(critic, conditional):
+def _kept_plan(critic, conditional, constant=False):
     state = [_state(module) for module in critic.modules()]
     plans = _PLANS.setdefault(critic, {})
-    if conditional not in plans or plans[conditional][0] != state:
-        plans[conditional] = (state, _Builder(critic, _trace(critic, conditional)).plan())
-    return plans[conditional][1]
+    if conditional in plans and plans[conditional][0] == state:
+        return plans[conditional][1]
+    plans.pop(conditional, None)
+    try:
+        _refuse_hooks(critic)
+        graph, reads = _trace(critic, conditional)
+        plan = _Builder(critic, graph).plan()
+    except InputError as error:
+        if list(critic._modules) != ["module"]:
+            raise
+        raise InputError(f"{error}; where {type(critic).__name__} only wraps a critic, pass critic.module") from error
+    if not reads:
+        plans[conditional] = (state, plan)
+    elif constant:
+        raise InputError(f"the critic's forward computes with values of tensors, which compiled code would keep: {ADVICE}")
+    return plan
 
 
 def _constant_plan(identity, conditional):
     # A module is no constant to the compilers of torch 2.10 and 2.11; its address is one, guarded, while the caller holds it.
     critic = ctypes.cast(identity, ctypes.py_object).value
-    return _kept_plan(critic, conditional)
+    return _kept_plan(critic, conditional, constant=True)
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with this module.
@@ -103,13 +148,15 @@ _constant_plan._dynamo_marked_constant = True
 def _state(module):
     """What a traced forward may depend on: the module itself, its hooks, and its attributes as text where they are objects."""
     kept = [weakref.ref(module), type(module), *_hooks(module)]
+    if _inside(module) is not None:
+        return kept
     for name, value in module.__dict__.items():
         if isinstance(value, _PLAIN):
             kept.append(value)
         elif name not in _INTERNAL and not isinstance(value, torch.Tensor):
             text = repr(value)
-            # An object that does not tell its contents is taken for changed.
-            kept.append(object() if " at 0x" in text else text)
+            # An object that does not tell its contents, or not all of them, is taken for changed.
+            kept.append(object() if " at 0x" in text or "..." in text else text)
     return kept
 
 
@@ -128,6 +175,22 @@ def _hooks(module):
     ]
 
 
+UNWRAP = (
+    "take accelerate's mixed precision off, accelerator.unwrap_model(critic, keep_fp32_wrapper=False), and call this under "
+    "accelerator.autocast()"
+)
+
+
+def _refuse_hooks(critic):
+    for path, module in critic.named_modules():
+        own = module.__dict__.get("forward")
+        replaced = own not in (None, types.MethodType(type(module).forward, module)) and _inside(module) is None
+        if any(_hooks(module)) or replaced:
+            name = f"layer {path or 'critic'} ({type(module).__name__})"
+            remedy = UNWRAP if "_original_forward" in module.__dict__ else ADVICE
+            raise InputError(f"{name} has hooks or a forward of its own, which the tangent pass would not run: {remedy}")
+
+
 class _Call(nn.Module):
     """Gives the critic a parent, for the tracer to find its parts by their paths whatever it is."""
 
@@ -144,10 +207,43 @@ class _ConditionalCall(_Call):
         return self.critic(x, condition)
 
 
+class _Reads(TorchFunctionMode):
+    """Note whether a forward computes with a tensor of its own and no traced value: the result may enter as a constant."""
+
+    found = False
+
+    def __torch_function__(self, function, kinds, arguments=(), options=None):
+        values = [*arguments, *(options or {}).values()]
+        if function not in METADATA and any(isinstance(v, torch.Tensor) for v in values) and not any(map(_is_traced, values)):
+            self.found = True
+        return function(*arguments, **(options or {}))
+
+
+METADATA = frozenset(
+    (torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__)
+    + tuple(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad"))
+)
+
+
+def _is_traced(value):
+    from torch.fx import Proxy
+
+    return isinstance(value, Proxy) or isinstance(value, (tuple, list)) and any(map(_is_traced, value))
+
+
 def _trace(critic, conditional):
+    """The graph of a critic's forward, and whether it has used values of tensors."""
     from torch import fx
 
     class Tracer(fx.Tracer):
+        def call_module(self, module, forward, args, kwargs):
+            inner = _inside(module)
+            if inner is not None:
+                return inner(*args, **kwargs)
+            if module._compiled_call_impl is not None and not self.is_leaf_module(module, self.path_of_module(module)):
+                return module._call_impl(*args, **kwargs)
+            return super().call_module(module, forward, args, kwargs)
+
         def create_node(self, *args, **kwargs):
             if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
                 raise InputError(f"the critic's forward switches gradients or autocast: {ADVICE}")
@@ -155,8 +251,9 @@ def _trace(critic, conditional):
 
     call = (_ConditionalCall if conditional else _Call)(critic)
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return Tracer().trace(call)
+        without_autocast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+        with torch.enable_grad(), without_autocast[0], without_autocast[1], _Reads() as reads:
+            return Tracer().trace(call), reads.found
     except InputError:
         raise
     except Exception as error:  # whatever a forward raises that looks at values or shapes
@@ -172,10 +269,6 @@ class _Builder:
         (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
 
     def plan(self):
-        for module_path, module in self.critic.named_modules():
-            if any(_hooks(module)) or "forward" in module.__dict__:
-                name = f"layer {module_path or 'critic'} ({type(module).__name__})"
-                raise InputError(f"{name} has hooks or a forward of its own, which the tangent pass would not run: {ADVICE}")
         if not hasattr(self.result, "op"):
             raise InputError("critic must return one tensor")
         needed = self._needed()
@@ -252,7 +345,7 @@ class _Builder:
 
     def path(self, name, node):
         """The path of a weight that a function was given."""
-        if node is not None and getattr(node, "op", None) != "get_attr":
+        if node is not None and not (getattr(node, "op", None) == "get_attr" and node.target.startswith("critic.")):
             raise InputError(f"{name} has a weight that is computed: {ADVICE}")
         return node and node.target.removeprefix("critic.")
 

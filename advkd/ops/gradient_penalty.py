@@ -34,8 +34,9 @@ def gradient_penalty(
     Args:
         critic: a module ``critic(x)`` or ``critic(x, condition)`` -> one score (or map of scores, which are added up) per
             sample, made of Conv2d, Linear, LeakyReLU or ReLU, Flatten and other reshaping, average pooling, nearest
-            up-sampling, sums of branches and concatenation of channels. With ``backend="autograd"`` any callable that does not
-            couple samples.
+            up-sampling, sums of branches and concatenation of channels. Inside DataParallel, DistributedDataParallel,
+            ``torch.compile`` or AveragedModel the critic itself is taken, and computes on ``x_hat``'s device alone. With
+            ``backend="autograd"`` any callable that does not couple samples.
         x_hat: ``(N, C, H, W)`` points between real and generated samples, or the real ones for ``r1``: float32, bfloat16,
             float16 or float64, contiguous or channels_last. No gradient flows into them.
         condition: second argument of a conditional critic, ``(N, ...)``; no gradient flows into it.
@@ -53,8 +54,8 @@ def gradient_penalty(
         (``autograd``: no limit). Under ``torch.autocast`` the passes take the autocast dtype.
 
     Raises:
-        InputError: a layer that is not piecewise linear or couples samples, tensors that do not fit, or numbers that are not
-            finite; the layer or argument is named.
+        InputError: a layer that is not piecewise linear or couples samples, parameters that are sharded, tensors that do not
+            fit, or numbers that are not finite; the layer or argument is named.
     """
     _check(critic, x_hat, condition, mode)
     check_numbers(target=target, weight=weight)

@@ -24,7 +24,8 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
 
     Args:
         seed: int in [0, 2^64).
-        indices: ``(N,)`` int64 tensor or a range: the samples' indices.
+        indices: ``(N,)`` int64 tensor or a range: the samples' indices. Those of a range are on the CPU, whatever torch's
+            default device is.
         count: words per sample.
         stream: one of :data:`STREAMS`.
         step: int in [0, 2^24).
@@ -73,7 +74,7 @@ def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
 def validated(seed, indices, stream, step):
     """The seed as a signed 64-bit integer, the indices as a tensor and the stream's code, or an :class:`InputError`."""
     if isinstance(indices, range):
-        indices = torch.arange(indices.start, indices.stop, indices.step)
+        indices = torch.arange(indices.start, indices.stop, indices.step, dtype=torch.int64, device="cpu")
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise InputError("indices must be a range or a one-dimensional int64 tensor")
     seed = _integer("seed", seed, 64)
@@ -119,7 +120,7 @@ def _integer(name, value, bits):
 def words_reference(indices, seed, count, stream, step):
     """The specification of :func:`philox_words`, in integer tensors; ``step`` may be an int64 tensor of 1 or N elements."""
     blocks = (count + 3) // 4
-    block = torch.arange(blocks, device=indices.device)
+    block = torch.arange(blocks, dtype=torch.int64, device=indices.device)
     c0 = block.expand(len(indices), blocks)
     c1 = (indices & _MASK).unsqueeze(1).expand_as(c0)
     c2 = ((indices >> 32) & _MASK).unsqueeze(1).expand_as(c0)
@@ -153,7 +154,8 @@ def normal_reference(indices, seed, shape, stream, step):
     pairs = (count + 3) // 4 * 2
     words = words_reference(indices, seed, 2 * pairs, stream, step).reshape(len(indices), pairs, 2)
     u1 = ((words[..., 0] >> 8) + 1).double() * 2.0**-24
-    angle = ((words[..., 1] >> 8).float() * 2.0**-24 * torch.tensor(2 * math.pi, dtype=torch.float32)).double()
+    turn = torch.tensor(2 * math.pi, dtype=torch.float32, device=indices.device)
+    angle = ((words[..., 1] >> 8).float() * 2.0**-24 * turn).double()
     radius = torch.sqrt(-2 * torch.log(u1))
     normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).float()
     return normals.reshape(len(indices), 2 * pairs)[:, :count].reshape(len(indices), *shape).contiguous()

@@ -65,7 +65,7 @@ def coefficient_table(steps, device="cpu", dtype=torch.float32):
     nothing is copied to the device.
     """
     rows = [[getattr(step, name) for name in COEFFICIENTS] for step in steps]
-    return torch.tensor(rows, dtype=dtype).reshape(len(rows), len(COEFFICIENTS)).to(device)
+    return torch.tensor(rows, dtype=dtype, device="cpu").reshape(len(rows), len(COEFFICIENTS)).to(device)
 
 
 def sampler_step(

@@ -1,10 +1,13 @@
 """The gradient penalty's tangent pass against autograd's double backward, formulas written out and finite differences."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from advkd.critic_update import critic_gradients
 from advkd.errors import BackendUnavailableError, InputError
@@ -12,6 +15,7 @@ from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import backends, gradient_penalty, norm_act
 
 from .random_critics import Twice, critics, relative
+from .test_philox import DEFAULTS, default
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
@@ -210,10 +214,91 @@ def test_deep_critics():
     assert_same(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 1)).double(), points(), 1e-11)
 
 
-def test_critics_inside_of_wrappers():
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+def wrapped_inside(model):
+    """Parts in wrappers of their own."""
+    model.trunk, model.tail = nn.DataParallel(model.trunk), compiled(compiled_in_place(model.tail))
+    return model
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "compiled": compiled,
+    "compiled in place": compiled_in_place,
+    "averaged": AveragedModel,
+    "DataParallel of compiled": lambda m: nn.DataParallel(compiled(m)),
+    "compiled, averaged, DataParallel": lambda m: compiled(AveragedModel(nn.DataParallel(m))),
+    "parts": wrapped_inside,
+}
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_critics_inside_of_wrappers(name, conditional):
+    channels = 2 if conditional else 0
+    condition = torch.randn(3, 2, 4, 4, dtype=torch.float64) if conditional else None
+    wrapped = WRAPPERS[name](critic(channels))
+    wanted, found = (gradients(model, points(), "auto", condition=condition) for model in (critic(channels), wrapped))
+    assert found[0] == wanted[0] and all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
+class Holder(nn.Module):
+    """A wrapper of somebody's own; ``looks`` at values, as no traced forward can."""
+
+    def __init__(self, module, looks):
+        super().__init__()
+        self.module, self.looks = module, looks
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options) if not self.looks or arguments[0].sum() < 1e9 else None
+
+
+def test_a_wrapper_that_is_not_known():
     model = critic()
-    wrapped = torch.compile(model, backend="eager")
-    assert gradient_penalty(wrapped, points()) == gradient_penalty(model, points())
+    assert gradient_penalty(Holder(model, looks=False), points()) == gradient_penalty(model, points())
+    with pytest.raises(InputError, match=r"where Holder only wraps a critic, pass critic\.module"):
+        gradient_penalty(Holder(model, looks=True), points())
+
+
+class Mixed(Critic):
+    """As accelerate prepares a module for mixed precision: with a forward of its own, and the old one beside it."""
+
+    def prepared(self):
+        self._original_forward = self.forward
+        self.forward = lambda *arguments: self._original_forward(*arguments).float()
+        return self
+
+
+def test_a_forward_that_accelerate_has_wrapped():
+    model = Mixed(CriticConfig(8, 1, channels=4, max_channels=8))
+    wanted = gradient_penalty(model, points().float())
+    with pytest.raises(InputError, match="unwrap_model.*keep_fp32_wrapper=False"):
+        gradient_penalty(model.prepared(), points().float())
+    # What unwrapping leaves: the class' own forward, bound, among the attributes.
+    del model._original_forward
+    model.forward = types.MethodType(Critic.forward, model)
+    assert gradient_penalty(model, points().float()) == wanted
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+@pytest.mark.parametrize("backend", [*ENGINES, "autograd"])
+def test_torch_defaults_change_nothing(backend, other):
+    x, condition = points(dtype=torch.float32), torch.randn(3, 2, 4, 4)
+    for options in MODES:
+        wanted = gradients(critic(2, dtype=torch.float32), x, backend, condition=condition, **options)
+        model = critic(2, dtype=torch.float32)
+        with default(other):
+            penalty, found = gradients(model, x, backend, condition=condition, **options)
+        assert penalty.device.type == "cpu" and penalty.dtype == torch.float32 and torch.equal(penalty, wanted[0])
+        assert relative(found, wanted[1]) == 0 and all(g is None or g.dtype == torch.float32 for g in found)
 
 
 def test_a_loss_scale_beyond_float16():
@@ -362,6 +447,99 @@ def test_a_changed_critic_is_traced_again():
     assert_same(model, points(), 1e-12)
     with pytest.raises(InputError, match=r"layer 4 \(Dropout\) drops at random"):
         gradient_penalty(model.train(), points())
+
+
+def replaced(model):
+    model[0].weight = nn.Parameter(torch.randn_like(model[0].weight))
+
+
+def loaded(model):
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=True)
+
+
+def averaged(model):
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(model.parameters(), decay=0.5)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    average.step(model.parameters())
+    average.copy_to(model.parameters())
+
+
+def optimised(model):
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+    gradient_penalty(model, points()).backward()
+    optimizer.step()
+
+
+def by_numpy(model):
+    model[0].weight.detach().numpy()[:] *= 2
+
+
+WRITES = {
+    "data": lambda model: model[0].weight.data.mul_(2),
+    "numpy": by_numpy,
+    "average": averaged,
+    "fused optimiser": optimised,
+    "another parameter": replaced,
+    "assigned state": loaded,
+    "no bias": lambda model: setattr(model[0], "bias", None),
+    "slope": lambda model: setattr(model[1], "negative_slope", 0.9),
+    "padding": lambda model: setattr(model[0], "padding", (2, 2)),
+    "stride and padding": lambda model: (setattr(model[0], "stride", 2), setattr(model[0], "padding", (4, 4))),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_changed_weights_and_options_are_seen(name):
+    """However they were changed: the plan that is kept holds neither."""
+    if name == "average":
+        pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    model = model.append(nn.Linear(32, 1)).double()
+    before = gradient_penalty(model, points()).item()
+    WRITES[name](model)
+    assert gradient_penalty(model, points()).item() != before or name == "no bias"
+    assert_same(model, points(), 1e-12)
+
+
+class Blended(nn.Module):
+    """A number that the forward reads from a buffer: a network that grows fades its new layers in so."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.read = nn.Conv2d(1, 2, 3), read
+        self.register_buffer("alpha", torch.tensor(0.5, dtype=torch.float64))
+        self.register_buffer("kernel", torch.ones(1, 2, 3, 3, dtype=torch.float64))
+
+    def forward(self, x):
+        return F.conv2d(F.leaky_relu(self.a(x), 0.2) * READINGS[self.read](self.alpha), self.kernel)
+
+
+READINGS = {"item": torch.Tensor.item, "float": float, "list": lambda alpha: alpha.reshape(1).tolist()[0]}
+
+
+@pytest.mark.parametrize("read", READINGS)
+def test_numbers_read_from_a_buffer_are_read_again(read):
+    model = Blended(read).double()
+    for alpha in (0.5, 2.0):
+        model.alpha.fill_(alpha)
+        model.kernel.data.mul_(1.5)
+        assert_same(model, points(), 1e-12)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="computes with values of tensors"):
+        torch.compile(lambda x: gradient_penalty(model, x), fullgraph=True, backend="eager")(points())
+
+
+def test_a_computed_weight_is_refused():
+    class Halved(Blended):
+        def forward(self, x):
+            return F.conv2d(self.a(x), self.kernel / 2)
+
+    with pytest.raises(InputError, match="conv2d in the critic's forward has a weight that is computed"):
+        gradient_penalty(Halved("item").double(), points())
 
 
 def test_attributes_that_are_objects_are_seen_to_change():

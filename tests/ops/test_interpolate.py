@@ -7,6 +7,7 @@ from advkd.errors import InputError
 from advkd.ops import interpolate, philox_uniform
 
 from .each_backend import DEVICES, DTYPES, LAUNCH, cases, fast_backends
+from .test_philox import DEFAULTS, default
 from .training_cases import check
 
 SEED, STEP = 2**63 + 5, 9
@@ -50,6 +51,17 @@ def test_a_range_of_indices():
     for backend in ("reference", *fast_backends("interpolate", "cpu")):
         found = interpolate(real, fake, (SEED, range(40, 43), STEP), backend=backend)
         assert torch.equal(found, interpolate(real, fake, drawn, backend=backend))
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_torch_defaults_change_nothing(backend, other):
+    real, fake, a = make((3, 5))
+    for weights in (a, (SEED, range(40, 43), STEP), (SEED, torch.arange(3), torch.tensor([STEP]))):
+        before = interpolate(real, fake, weights, merge=True, backend=backend)
+        with default(other):
+            after = interpolate(real, fake, weights, merge=True, backend=backend)
+        assert (after.device, after.dtype) == (before.device, before.dtype) and torch.equal(after, before)
 
 
 @pytest.mark.parametrize("device", DEVICES)

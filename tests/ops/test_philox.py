@@ -1,5 +1,6 @@
 """Parity of every backend of Philox with the published known answers and the float64 reference."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from advkd.errors import InputError
 from advkd.ops import backends, philox_normal, philox_uniform, philox_words
-from advkd.ops.philox import STREAMS, rounds_reference
+from advkd.ops.philox import STREAMS, counters, rounds_reference
 
 from ..conftest import process_environment
 
@@ -27,6 +28,25 @@ KNOWN_ANSWERS = [
         "d16cfe09 94fdcceb 5001e420 24126ea1",
     ),
 ]
+
+
+@contextlib.contextmanager
+def default(value):
+    """Another default dtype of torch, or another default device."""
+    if isinstance(value, str):
+        with torch.device(value):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
+"""What users make torch's default: a device stands for another one than the CPU."""
 
 
 def fast_backends(device):
@@ -154,6 +174,26 @@ def test_bad_arguments_are_named(changes, name):
     arguments = {"seed": 0, "indices": range(2), "shape": (2,), "stream": "z", **changes}
     with pytest.raises(InputError, match=name):
         philox_normal(**arguments)
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_torch_defaults_change_nothing(backend, other):
+    """The numbers of a range are on the CPU; those of a tensor where it is."""
+    given, options = torch.tensor([3, 2**33]), {"stream": "z", "step": 2, "backend": backend}
+
+    def draws(indices):
+        words, normals = philox_words(1, indices, 6, **options), philox_normal(1, indices, (2, 3), **options)
+        return words, normals, philox_uniform(1, indices, **options)
+
+    for indices in (range(5), given):
+        before = draws(indices)
+        with default(other):
+            after = draws(indices)
+            if indices is given:
+                assert counters("noise", (1, range(2), 0), 2, torch.device("cpu"))[1].device.type == "cpu"
+        for a, b in zip(before, after, strict=True):
+            assert b.device.type == "cpu" and b.dtype == a.dtype and torch.equal(a, b)
 
 
 def test_numpy_integers_are_integers():

@@ -15,6 +15,7 @@ from advkd.ops.philox import STREAMS, rounds_reference
 from advkd.ops.sampler_step import _LAUNCH, memory_format, sampler_step_reference
 
 from ..conftest import process_environment
+from .test_philox import DEFAULTS, default
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COEFFICIENTS = StepCoefficients(k_x=1.3, k_m=-0.6, c_0=0.8, c_x=0.15, c_m=0.2, c_h=-0.3, c_z=0.4, clip=0.9)
@@ -469,6 +470,26 @@ def test_rows_are_kept_by_their_step_alone():
     assert torch.equal(sampler_step(x, x, c)[0], torch.full((1, 4), 3.0))
     assert c.row(x.device, x.dtype) is c.row(x.device, x.dtype) and not c.row(x.device, x.dtype).is_inference()
     assert pickle.loads(pickle.dumps(c)) == c and "_rows" not in pickle.loads(pickle.dumps(c)).__dict__
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_torch_defaults_change_nothing(backend, other):
+    """Neither the results nor the row that a first step under them leaves behind."""
+    x, m, previous, _ = make((2, 3, 8, 8))
+    options = {"previous_x0": previous, "noise": (3, range(2), 5), "pool": 2, "return_x0": True, "backend": backend}
+
+    def results(coefficients):
+        return [*sampler_step(x, m, coefficients, **options), coefficient_table([coefficients] * 2)]
+
+    wanted = results(COEFFICIENTS)
+    fresh = pickle.loads(pickle.dumps(COEFFICIENTS))
+    with default(other), torch.inference_mode():
+        found = results(fresh)
+    for a, b in zip([*found, *results(fresh)], [*wanted, *wanted], strict=True):
+        assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+    row = fresh.row(x.device, x.dtype)
+    assert row.device.type == "cpu" and not row.is_inference()
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """A critic's whole update in one pass against autograd, alone and in the loops that users write around it."""
 
+import functools
+import itertools
 import subprocess
 import sys
 
@@ -14,6 +16,8 @@ from advkd.ops import backends
 
 from ..conftest import ROOT, process_environment
 from ..ops.random_critics import relative
+from ..ops.test_gradient_penalty import WRAPPERS
+from ..ops.test_philox import DEFAULTS, default
 
 ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
 PENALTIES = [{"mode": "two-sided"}, {"mode": "one-sided", "target": 0.01}, {"mode": "r1", "weight": 3.0}, {"weight": 0.0}]
@@ -255,6 +259,86 @@ def test_processes_average_once_per_step():
     environment = process_environment({"OMP_NUM_THREADS": "1"})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["plain", "conditional"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_critics_inside_of_wrappers(name, kind):
+    """The critic's own numbers, and the gradients on the critic's own parameters."""
+    inner, real, fake, options = problem(kind)
+    parameters = list(inner.parameters())
+    wanted = critic_gradients(inner, real, fake, **options)
+    wrapped = WRAPPERS[name](inner)
+    if name not in ("averaged", "compiled, averaged, DataParallel"):
+        assert all(a is b for a, b in zip(wrapped.parameters(), parameters, strict=True))
+    for update in (critic_gradients(wrapped, real, fake, **options), critic_step(wrapped, real, fake, **options)):
+        for a, b in zip((*update.gradients, *update[1:]), (*wanted.gradients, *wanted[1:]), strict=True):
+            assert torch.equal(a, b)
+    assert all(torch.equal(p.grad, g) for p, g in zip(wrapped.parameters(), wanted.gradients, strict=True))
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from advkd import InputError, critic_gradients
+from advkd.ops import gradient_penalty
+from tests.system.test_critic_update import problem
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+_, real, fake, options = problem(dtype=torch.float32)
+whole = lambda critic: FullyShardedDataParallel(critic, device_id=torch.device("cpu"))
+mesh = init_device_mesh("cpu", (1,))
+part = lambda critic: (fully_shard(critic.tail, mesh=mesh), critic)[1]
+for shard in (whole, lambda critic: torch.compile(whole(critic)), part, lambda critic: fully_shard(critic, mesh=mesh)):
+    critic = shard(problem(dtype=torch.float32)[0])
+    calls = [lambda name=name: critic_gradients(critic, real, fake, backend=name, **options) for name in ("auto", "autograd")]
+    for call in (*calls, lambda: gradient_penalty(critic, real)):
+        try:
+            call()
+        except InputError as error:
+            assert "sharded" in str(error) and "DistributedDataParallel" in str(error), error
+            print("refused", flush=True)
+wrapped = torch.compile(torch.nn.parallel.DistributedDataParallel(problem()[0]), backend="eager")
+_, real, fake, options = problem()
+ours, inner = (critic_gradients(c, real, fake, **options) for c in (wrapped, problem()[0]))
+assert all(torch.equal(a, b) for a, b in zip(ours.gradients, inner.gradients, strict=True))
+print("equal", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_critics_are_refused_with_the_remedy(tmp_path):
+    environment = process_environment({"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "group")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    counts = [done.stdout.count(word) for word in ("refused", "equal")]
+    assert done.returncode == 0 and counts == [12, 1], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+@pytest.mark.parametrize("backend", [*ENGINES, "autograd"])
+def test_torch_defaults_change_nothing(backend, other):
+    critic, real, fake, options = problem("conditional", torch.float32)
+    for penalty, weights in itertools.product(PENALTIES, (options["a"], (7, range(5), 3), None)):
+        update = functools.partial(critic_gradients, critic, real, fake, backend=backend)
+        update = functools.partial(update, **{**options, "a": weights, **penalty})
+        torch.manual_seed(3)
+        wanted = update()
+        torch.manual_seed(3)
+        with default(other):
+            found = update()
+        for a, b in zip((*found.gradients, *found[1:]), (*wanted.gradients, *wanted[1:]), strict=True):
+            assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+
+
+def test_in_inference_mode_and_after_it():
+    """What a first call there leaves behind serves a call outside, and the reverse."""
+    critic, real, fake, options = problem("conditional", torch.float32)
+    with torch.inference_mode():
+        inside = critic_gradients(critic, real.clone(), fake.clone(), **options)
+    outside = critic_step(critic, real, fake, **options)
+    assert all(torch.equal(a, b) for a, b in zip(inside.gradients, outside.gradients, strict=True))
+    assert not any(p.grad.is_inference() for p in critic.parameters())
 
 
 BAD = [

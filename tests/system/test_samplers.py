@@ -1,14 +1,20 @@
 """Samplers on Gaussian data, where the exact network and the exact answer are known."""
 
+import contextlib
+import functools
 import math
 
 import pytest
 import torch
 
 from advkd.coefficients import ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients
+from advkd.draws import DataOrder, shift, training_latents
 from advkd.errors import InputError
 from advkd.ops import sampler_step
 from advkd.samplers import sample_consistency, sample_dpdm
+from advkd.sampling_loop import SamplingLoop
+
+from ..ops.test_philox import DEFAULTS, default
 
 MEAN = torch.tensor([0.5, -1.0, 0.25])
 # A full covariance with eigenvalues 0.05, 0.4 and 1.5.
@@ -179,3 +185,60 @@ def test_ancestral_samples_have_the_computed_moments():
         sampler_step(x, exact_eps(x, a_t, mean, variance), c, noise=(7, indices, i), out=x)
     m, v, _ = ancestral(steps, variance)
     assert_moments(x.reshape(-1, 1), torch.tensor([m]).double(), torch.tensor([[v]]).double())
+
+
+# What torch's default dtype, default device and inference mode may not change.
+
+
+def looped(run=None, make=None):
+    """Two steps of the teacher's loop with noise and averages, and what the network was given."""
+    steps, seen = [ddpm_coefficients(0.3, 0.6, "epsilon"), ddpm_coefficients(0.6, 0.9, "epsilon")], []
+    x_T = torch.linspace(-1, 1, 32, dtype=torch.float32, device="cpu").reshape(2, 1, 4, 4)
+
+    def network(x, t):
+        seen.append(t.clone())
+        return 0.5 * x + t.float() / 1000
+
+    with make or contextlib.nullcontext():
+        loop = SamplingLoop(network, (2, 1, 4, 4), [700, 300], steps, 5, "cpu")
+    with run or contextlib.nullcontext():
+        loop.start(x_T, 3)
+        averages = [loop.step(2).clone() for _ in steps]
+    loop.start(x_T, 3)
+    again = [loop.step(2).clone() for _ in steps]
+    assert not any(t.is_inference() for t in (loop.x, loop._table, loop._timesteps, loop._indices, loop._step))
+    return [*averages, *again, loop.x, *seen]
+
+
+@pytest.mark.parametrize("where", ["run", "make"])
+def test_the_loop_in_other_modes(where):
+    wanted = looped()
+    assert wanted[0].dtype == torch.float32 and torch.cat(wanted[-4:]).tolist() == [700, 300] * 2
+    for mode in (torch.inference_mode, torch.enable_grad, *(functools.partial(default, other) for other in DEFAULTS)):
+        for a, b in zip(looped(**{where: mode()}), wanted, strict=True):
+            assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("other", DEFAULTS, ids=str)
+def test_torch_defaults_change_no_samples_and_no_draws(other):
+    images = torch.linspace(0, 1, 128, dtype=torch.float32, device="cpu").reshape(2, 1, 8, 8)
+
+    def results():
+        arguments = (lambda x, s: x / (1 + s**2), [3.0, 1.0], (2, 1, 4, 4))
+        samples = [sample_dpdm(*arguments), sample_consistency(*arguments)]
+        return [*samples, training_latents(0, 5, 3, 7), shift(images, 0, 5, 1, 2)], DataOrder(9, 1).rows(3, 12)
+
+    wanted, rows = results()
+    with default(other):
+        found, found_rows = results()
+    assert found_rows == rows
+    for a, b in zip(found, wanted, strict=True):
+        assert a.device.type == "cpu" and a.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_samples_are_float32_whatever_a_denoiser_gives(dtype):
+    for sampler in (sample_dpdm, sample_consistency):
+        x = sampler(lambda x, s: (x / (1 + s**2)).to(dtype), [3.0, 1.0, 0.5], (2, 1, 4, 4))
+        wanted = sampler(lambda x, s: (x / (1 + s**2)).to(dtype).float(), [3.0, 1.0, 0.5], (2, 1, 4, 4))
+        assert x.dtype == torch.float32 and torch.equal(x, wanted)

@@ -59,6 +59,7 @@ from advkd.schedulers import (  # noqa: E402
 )
 
 from ..conftest import process_environment, tiny_unet  # noqa: E402
+from ..ops.test_philox import DEFAULTS, default  # noqa: E402
 from ..rounding import UNIT, Rounded  # noqa: E402
 
 PAIRS = {
@@ -494,6 +495,97 @@ def test_image_to_image_start(name):
         assert_within(*results, run_bound(*others, x, begin=4))
 
 
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+# Schedules whose first timestep repeats: scheduler, configuration, arguments of set_timesteps.
+REPEATED = [
+    ("dpmsolver", {**COSINE, "use_karras_sigmas": True}, {"num_inference_steps": 20}),
+    ("dpmsolver", {**COSINE, "use_exponential_sigmas": True}, {"num_inference_steps": 20}),
+    ("dpmsolver", {**COSINE, "use_beta_sigmas": True}, {"num_inference_steps": 20}),
+    ("dpmsolver", {"solver_order": 1}, {"timesteps": [900, 900, 900, 500, 500, 3]}),
+    ("euler", {}, {"timesteps": [900.0, 900.0, 900.0, 500.0, 500.0, 3.0]}),
+    ("euler", {}, {"sigmas": [200.0, 180.0, 160.0, 5.0, 0.001, 0.0]}),
+]
+
+
+def repeated(name, config, arguments):
+    """diffusers' scheduler and ours with repeated timesteps."""
+    both = pair(name, 0, **config)
+    for scheduler in both:
+        scheduler.set_timesteps(**arguments)
+    return both
+
+
+def walk(theirs, ours, timesteps):
+    """Hold every step of ours against diffusers', along diffusers' path; the operands and our results."""
+    x, steps = normal(0) * float(theirs.init_noise_sigma), []
+    for i, t in enumerate(timesteps):
+        for scheduler in (theirs, ours):
+            scheduler.scale_model_input(x, t)
+        step = compare(theirs, ours, normal(50 + i), t, x)
+        assert ours.step_index == theirs.step_index
+        steps.append((x, step.ours[0]))
+        x = step.theirs[0]
+    return steps
+
+
+@pytest.mark.parametrize(("name", "config", "arguments"), REPEATED, ids=str)
+def test_a_loop_over_repeated_timesteps_takes_all_steps(name, config, arguments):
+    """Those that diffusers takes from a begin index of 0, and bit for bit ours from there; a second run, too."""
+    theirs, ours = repeated(name, config, arguments)
+    given, count = copy.deepcopy(ours), len(ours.timesteps)
+    assert ours.timesteps.tolist().count(ours.timesteps[0]) > 1
+    for _ in range(2):
+        for scheduler in (theirs, given):
+            scheduler.set_begin_index(0)
+        steps = walk(theirs, ours, ours.timesteps)
+        assert len(steps) == ours.step_index == count and ours.begin_index is None
+        for i, (x, result) in enumerate(steps):
+            # The history is diffusers' along that walk.
+            given.scale_model_input(x, ours.timesteps[i])
+            assert given.step_index in (None, i)
+            after = given.step(normal(50 + i), ours.timesteps[i], x).prev_sample
+            assert name == "dpmsolver" and theirs.config.solver_order == 2 or torch.equal(after, result)
+        with pytest.raises(InputError, match=f"all {count} steps of the schedule are done; call set_timesteps"):
+            ours.step(x, ours.timesteps[-1], x)
+        for scheduler in (theirs, ours, given):
+            scheduler.set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize(("name", "config", "arguments"), REPEATED, ids=str)
+def test_repeated_timesteps_given_by_value_are_diffusers(name, config, arguments):
+    """They begin at the second; what ends before the loop does names the timestep and the begin index, which mends it."""
+    theirs, ours = repeated(name, config, arguments)
+    number, count, values = ours.timesteps[0].item(), len(ours.timesteps), [t.clone() for t in ours.timesteps]
+    walk(theirs, ours, values[:-1])
+    x = normal(0)
+    message = rf"after {count - 1} steps, not {count}.* repeated timestep {number},.* position 1;.* set_begin_index\(0\)"
+    with pytest.raises(InputError, match=message):
+        ours.step(x, values[-1], x)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(**arguments)
+        scheduler.set_begin_index(0)
+    assert len(walk(theirs, ours, values)) == count
+
+
+@pytest.mark.parametrize(("first", "begins"), [(1, 1), (2, 1), (3, 4), (4, 4), (5, 5)])
+@pytest.mark.parametrize("name", ["euler", "dpmsolver"])
+def test_a_start_in_the_middle_of_repeated_timesteps(name, first, begins):
+    """Where diffusers begins: at the noise level of add_noise. A warning says so where that is not the loop's position."""
+    config = {} if name == "euler" else {"solver_order": 1}
+    theirs, ours = repeated(name, config, {"timesteps": [900, 900, 900, 500, 500, 3]})
+    with mock.patch.object(schedulers._LOGGER, "warning") as warned:
+        walk(theirs, ours, ours.timesteps[first : first + 1])
+    assert ours.step_index == begins + 1
+    said = [call.args[0] for call in warned.call_args_list if "set_begin_index" in call.args[0]]
+    assert len(said) == (first != begins) and all(f"set_begin_index({first})" in text for text in said)
+    image, noise, t = normal(1), normal(2), ours.timesteps[first : first + 1]
+    theirs, ours = repeated(name, config, {"timesteps": [900, 900, 900, 500, 500, 3]})
+    assert torch.equal(ours.add_noise(image, noise, t), theirs.add_noise(image, noise, t))
+    for scheduler in (theirs, ours):
+        scheduler.set_begin_index(first)
+    assert len(walk(theirs, ours, ours.timesteps[first:])) == 6 - first
+
+
 def test_dpmsolver_unknown_timestep_means_the_last():
     theirs, ours = pair("dpmsolver", 10)
     compare(theirs, ours, normal(1), 123, normal(0))
@@ -750,8 +842,9 @@ def test_noise_from_counters(name, monkeypatch):
     _, ours = pair(name, 5)
     other = copy.deepcopy(ours)
     indices = torch.tensor([7, 2**33])
-    ours.set_step_options(seed=11, indices=indices)
+    ours.set_step_options(seed=11, indices=(given_indices := indices.clone()))
     ours.set_timesteps(5)
+    given_indices.zero_()
     x = normal(0)
     for i, t in enumerate(ours.timesteps):
         output = network_at(ours, x, t, "epsilon")
@@ -840,6 +933,57 @@ def test_timesteps_outside_the_schedule(name):
             pair(name, 10)[1].scale_model_input(x, 123.0)
 
 
+@pytest.mark.parametrize("steps", [20, 1000])
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_schedule_that_an_offset_moves_beyond_training(name, steps):
+    """As many steps as training had, and an offset: the message names both, and each remedy mends it."""
+    config, x = {"num_train_timesteps": steps, "timestep_spacing": "leading"}, normal(0)
+    _, ours = pair(name, steps, steps_offset=1, **config)
+    for t in (ours.timesteps[0], ours.timesteps[0].clone(), torch.tensor([steps]), steps, numpy.int64(steps)):
+        with pytest.raises(InputError, match="timestep") as caught:
+            ours.step(x, t, x)
+        message = str(caught.value)
+        assert f"timestep {steps} is an element of scheduler.timesteps, but outside [0, {steps})" in message
+        assert "must be an element" not in message
+        assert f"steps_offset=1 with num_inference_steps={steps}" in message
+        assert f"take steps_offset=0 or num_inference_steps={steps - 1}" in message
+    # The rest of the schedule can be stepped from, and a timestep that is in neither is told the bounds of its own schedule.
+    assert torch.isfinite(ours.step(x, ours.timesteps[1], x).prev_sample).all()
+    with pytest.raises(InputError, match=f"must be an element of scheduler.timesteps, got {steps + 7}"):
+        ours.step(x, steps + 7, x)
+    for _, mended in (pair(name, steps - 1, steps_offset=1, **config), pair(name, steps, **config)):
+        assert torch.isfinite(mended.step(x, mended.timesteps[0], x).prev_sample).all()
+
+
+def test_a_schedule_outside_training_without_an_offset():
+    _, ours = pair("ddim", 10)
+    ours.timesteps = torch.tensor([1200, 500, -3])
+    for t in (0, 2):
+        with pytest.raises(InputError, match=r"is an element of .*, but outside \[0, 1000\).*set timesteps within"):
+            ours.step(normal(0), ours.timesteps[t], normal(0))
+    with pytest.raises(InputError, match="steps_offset=-1.*take steps_offset=0$"):
+        pair("ddim", 10, steps_offset=-1)[1].step(normal(0), -1, normal(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "bad", [float("nan"), torch.tensor(float("nan")), "500", None, True, torch.tensor(True), torch.tensor([1, 2, 3]), [900], 5j]
+)
+def test_what_is_no_timestep(name, bad):
+    """Refused by every scheduler; integers, and with them True, by Euler in diffusers' words."""
+    _, ours = pair(name, 10)
+    with pytest.raises(ValueError if name == "euler" else InputError, match="timestep"):
+        ours.step(normal(0), bad, normal(0))
+
+
+def test_a_message_names_no_range_that_the_schedule_leaves():
+    _, ours = pair("euler", 10, timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(InputError, match=r"must be an element of scheduler.timesteps, got 2000.0$"):
+        ours.step(normal(0), 2000.0, normal(0))
+    with pytest.raises(InputError, match=r"must be an element of scheduler.timesteps, in \[0, 1000\), got 2000.0$"):
+        pair("euler", 10)[1].step(normal(0), 2000.0, normal(0))
+
+
 def test_a_schedule_may_leave_the_range():
     """Euler's timesteps may be log sigmas, or reach T by an offset: what is in the schedule is accepted."""
     for config in (
@@ -881,10 +1025,37 @@ def test_steps_do_not_read_tensors(name, monkeypatch):
     assert torch.isfinite(x).all()
 
 
+def written_by_numpy(tensor):
+    array = tensor.numpy()
+    array *= 0.9
+
+
+@torch.inference_mode()
+def written_in_inference_mode(tensor):
+    tensor.mul_(0.9)
+
+
+WRITES = {
+    "in place": lambda tensor: tensor.mul_(0.9),
+    "data": lambda tensor: tensor.data.mul_(0.9),
+    "numpy": written_by_numpy,
+    "inference mode": written_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_follow_what_they_come_from(name):
-    """A schedule or configuration that is replaced, or written to in place, is seen."""
-    theirs, ours = pair(name, 10)
+def test_tables_follow_what_they_come_from(name, write, made_in_inference_mode):
+    """A schedule or configuration that is replaced, or written to in any way, is seen."""
+    if made_in_inference_mode and write == "in place":
+        pytest.skip("PyTorch refuses it outside inference mode")
+    with torch.inference_mode(made_in_inference_mode):
+        theirs, ours = pair(name, 10)
+        for scheduler in (theirs, ours):
+            for table in ("sigmas", "alphas_cumprod"):
+                if hasattr(scheduler, table):
+                    setattr(scheduler, table, getattr(scheduler, table).clone())
     x, output, generator = normal(0), normal(1), torch.Generator()
 
     def both():
@@ -898,7 +1069,7 @@ def test_tables_follow_what_they_come_from(name):
 
     first = both()
     for scheduler in (theirs, ours):
-        getattr(scheduler, "sigmas" if hasattr(scheduler, "sigmas") else "alphas_cumprod").mul_(0.9)
+        WRITES[write](getattr(scheduler, "sigmas" if hasattr(scheduler, "sigmas") else "alphas_cumprod"))
     second = both()
     for scheduler in (theirs, ours):
         scheduler.register_to_config(prediction_type="v_prediction")
@@ -914,9 +1085,56 @@ def test_tables_do_not_pile_up():
         assert len(ours._kept) <= schedulers._VARIANTS
 
 
+@pytest.mark.parametrize("write", [lambda t: t.add_(-7), lambda t: t.data.add_(-7), lambda t: t.numpy().__isub__(7)])
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_written_timesteps_are_followed(name, write):
+    """The list that an element's position stands for, and the noise's place in it."""
+    theirs, ours = pair(name, 10)
+    x, output = normal(0), normal(1)
+    for scheduler in (theirs, ours):
+        scheduler.step(output, scheduler.timesteps[3], x)
+        write(scheduler.timesteps)
+    if name == "ddpm":
+        theirs.custom_timesteps = ours.custom_timesteps = True
+    compare(theirs, ours, output, ours.timesteps[3], x, torch.Generator().manual_seed(0))
+
+
+def test_a_written_final_alpha_is_followed():
+    theirs, ours = pair("ddim", 10, set_alpha_to_one=False)
+    for _ in range(2):
+        compare(theirs, ours, normal(1), 0, normal(0))
+        for scheduler in (theirs, ours):
+            scheduler.final_alpha_cumprod.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("other", [*DEFAULTS, "inference mode"], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_step_elsewhere_changes_no_step(name, other):
+    """Under another default dtype or device, or in inference mode: equal states, and tables that serve everywhere after it."""
+    options, start, output = {"eta": 1.0} if name == "ddim" else {}, normal(0), normal(1)
+
+    def last_state(scheduler):
+        scheduler.set_timesteps(6)
+        x = start
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(output, t, x, **options).prev_sample
+        return x
+
+    reference, ours = (PAIRS[name][1]().set_step_options(seed=3) for _ in range(2))
+    wanted = last_state(reference)
+    with torch.inference_mode() if other == "inference mode" else default(other):
+        found = last_state(ours)
+    assert (found.device, found.dtype) == (wanted.device, wanted.dtype) and torch.equal(found, wanted)
+    tables = [table for table in ours._kept.values() if isinstance(table, schedulers._Table)]
+    rows = [row for table in tables for rows in table._rows.values() for row in rows]
+    assert rows and not any(row.is_inference() or row.is_meta for row in rows)
+    assert torch.equal(last_state(ours), wanted)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_mode(name):
-    """Tensors made there do not count their changes; the tables then follow replacements only."""
+    """Schedulers that are made and stepped there, through two schedules."""
     bounds = []
     for steps in (5, 4):
         theirs, ours = pair(name, steps)
