@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from .data import load_labelled, normalize
+from .devices import plain_defaults
 from .errors import InputError, TrainingError
 from .files import require_output_folder, require_space
 from .models.classifier import Classifier, ClassifierConfig
+from .progress import progress_bar
 
 
 @dataclass
@@ -53,10 +54,12 @@ class ClassifierTrainingConfig:
             raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
 
 
+@plain_defaults()
 def train_classifier(config, out, progress=True):
     """Train a :class:`Classifier`, save it and its ``training.json`` (configuration, accuracies) under ``out``.
 
-    Returns the accuracy on the held-out images.
+    In float32 on the CPU, whatever torch's defaults are; the images stay 8-bit in memory. Pictures are read as
+    :func:`~advkd.data.load_labelled` says. Returns the accuracy on the held-out images.
 
     Raises:
         InputError: bad configuration, data that cannot be read, or ``out`` holds a model already.
@@ -67,9 +70,8 @@ def train_classifier(config, out, progress=True):
     if (out / "config.json").exists():
         raise InputError(f"--out {out} holds a model already: name another folder")
     images, labels, names = load_labelled(config.data, config.size or None)
-    images = normalize(images)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(images), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    order = torch.randperm(len(images), generator=generator, dtype=torch.int64, device="cpu")
     held_out = max(1, round(config.held_out * len(images)))
     if len(images) - held_out < 2:
         raise InputError(f"--data {config.data} holds {len(images)} images, too few to train on")
@@ -77,7 +79,7 @@ def train_classifier(config, out, progress=True):
     torch.manual_seed(config.seed)
     classifier = Classifier(_shape(config, images, len(names)))
     require_space(out, 8 * sum(p.numel() for p in classifier.parameters()) + 2**20, "the classifier")
-    _fit(classifier, images[train], labels[train], config, generator, progress)
+    _fit(classifier, images, labels, train, config, generator, progress)
     classifier.calibrate(images[train])
     accuracy = {part: classifier.accuracy(images[i], labels[i]) for part, i in (("held_out", test), ("trained", train))}
     record = {"config": asdict(config), "accuracy": accuracy, "classes": names, "images": len(images)}
@@ -100,13 +102,15 @@ def _shape(config, images, classes):
     )
 
 
-def _fit(classifier, images, labels, config, generator, progress):
+def _fit(classifier, images, labels, train, config, generator, progress):
+    """Train on the rows ``train`` of the images, which become floating point a batch at a time."""
     optimizer = torch.optim.AdamW(classifier.parameters(), config.learning_rate, weight_decay=1e-2)
     classifier.train()
-    bar = tqdm(range(config.steps), desc="classifier", disable=not progress)
+    bar = progress_bar(range(config.steps), desc="classifier", shown=progress)
     for step in bar:
-        rows = torch.randint(len(images), (config.batch_size,), generator=generator)
-        loss = F.cross_entropy(classifier(_distort(images[rows], generator)), labels[rows])
+        chosen = torch.randint(len(train), (config.batch_size,), generator=generator, dtype=torch.int64, device="cpu")
+        rows = train[chosen]
+        loss = F.cross_entropy(classifier(_distort(normalize(images[rows]), generator)), labels[rows])
         if not math.isfinite(loss.item()):
             raise TrainingError(f"the loss is not finite at step {step}: lower learning_rate (now {config.learning_rate})")
         optimizer.zero_grad(set_to_none=True)
@@ -120,7 +124,8 @@ def _fit(classifier, images, labels, config, generator, progress):
 def _distort(images, generator):
     """Small rotations, scalings and shifts, so that a few hundred images teach the classes and not themselves."""
     n = len(images)
-    angle, scale, dx, dy = torch.randn(4, n, generator=generator) * torch.tensor([[0.12], [0.06], [0.06], [0.06]])
+    spread = torch.tensor([[0.12], [0.06], [0.06], [0.06]], dtype=torch.float32, device="cpu")
+    angle, scale, dx, dy = torch.randn(4, n, generator=generator, dtype=torch.float32, device="cpu") * spread
     scale = 1 + scale
     rows = (scale * angle.cos(), -scale * angle.sin(), dx), (scale * angle.sin(), scale * angle.cos(), dy)
     theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)

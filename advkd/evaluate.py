@@ -99,7 +99,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
 
     # Without a search: figures must not hang on a measurement's noise.
     fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
-    drawn = _eight_bit(fused.sample(config.num, config.seed))
+    drawn = _draw_student(fused, config)
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
     if real is not None:
@@ -233,7 +233,8 @@ def _require_drawable(extractor, model, teacher, config):
     theirs = (teacher.image_channels, teacher.image_size, teacher.image_size)
     if shape != theirs:
         raise InputError(f"--student draws {describe_shape(shape)} images, --teacher {describe_shape(theirs)} ones")
-    require_fit(extractor, torch.empty(1, dtype=torch.uint8).expand(config.num, *shape), f"--student with --num {config.num}")
+    drawn = torch.empty(config.num, *shape, dtype=torch.uint8, device="meta")
+    require_fit(extractor, drawn, f"--student with --num {config.num}")
 
 
 def has_seen(record, part):
@@ -271,16 +272,38 @@ def _draw_teacher(source, drawer, config, cache, progress):
     depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
+        recipe = Trajectories(folder, option="the cache's").recipe
+        same = all(recipe[key] == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
+        if not same or not same_teacher(recipe["teacher"], drawer.identity()):
+            raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
         return folder
     if config.processes > 1:
         return record_in_processes(source, recording, folder, config.processes, progress)
     return record_trajectories(drawer, recording, folder, progress)
 
 
+def _draw_student(fused, config):
+    """The student's images, uint8 ``(num, C, S, S)``."""
+    batches = fused.stream(config.num, config.seed, dtype=torch.uint8)
+    return _gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
+
+
 def _images(samples, num):
     """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
-    last = samples.recipe["depth"]
-    return torch.cat([_eight_bit(samples.batch([row], [last])[1][last]) for row in range(num)])
+    last, starts = samples.recipe["depth"], range(0, num, 64)
+    batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
+    return _gather(map(_eight_bit, batches), num)
+
+
+def _gather(batches, num):
+    """Batches of uint8 images as one tensor, of which there is never a copy."""
+    images, first = None, 0
+    for batch in batches:
+        if images is None:
+            images = torch.empty(num, *batch.shape[1:], dtype=torch.uint8, device="cpu")
+        images[first : first + len(batch)] = batch
+        first += len(batch)
+    return images
 
 
 def _eight_bit(images):
@@ -308,7 +331,8 @@ def _digits():
 
 def _shuffled(features, seed=0):
     """Rows in a seeded random order: real sets are sorted by writer, class or name."""
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")]
 
 
 def _pairs(samples, model, n=256):

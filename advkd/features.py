@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +19,17 @@ from torch import nn
 
 from .data import describe_shape, normalize
 from .errors import InputError
-from .files import digest, read_tensors, require_digest, write_tensors
+from .files import digest, read_tensors, require_digest, require_regular, require_stored, why_unreadable, write_tensors
+from .hub import reason
 from .metrics import require_enough
 from .models.classifier import Classifier
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_LIMIT = 2**28
+"""Bytes that the file may have; it has 96 million."""
+
+HEADER_LIMIT = 2**16
+"""Bytes that a file of kept features may have beside them."""
 
 
 class ClassifierFeatures(nn.Module):
@@ -45,7 +52,8 @@ class ClassifierFeatures(nn.Module):
 class InceptionFeatures(nn.Module):
     """Inception-v3's 2,048 pooled features (FID's), from a local file with torch-fidelity's conversion of the original weights.
 
-    Gray images are repeated to three channels.
+    Gray images are repeated to three channels. The file is read as tensors only; one of another hash, one that would unpack to
+    more than it holds, and one with anything else in it are an :class:`InputError`.
     """
 
     num_features = 2048
@@ -54,26 +62,58 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        weights = Path(weights)
-        if not weights.is_file():
-            raise InputError(f"--inception-weights {weights} does not exist; it is torch-fidelity's {INCEPTION_FILE}")
+        weights, what = Path(weights), f"--inception-weights {weights}"
+        require_regular(weights, f"--inception-weights (torch-fidelity's {INCEPTION_FILE})", INCEPTION_LIMIT)
         data = weights.read_bytes()
         self.identity = hashlib.sha256(data).hexdigest()
         wanted = INCEPTION_FILE.removesuffix(".pth").rpartition("-")[2]
         if not self.identity.startswith(wanted):
-            found = self.identity[: len(wanted)]
-            raise InputError(f"--inception-weights {weights} has SHA-256 {found}..., not {wanted}... of {INCEPTION_FILE}")
+            found = ValueError(f"it has SHA-256 {self.identity[: len(wanted)]}..., not {wanted}...")
+            raise InputError(f"{what} is not torch-fidelity's {INCEPTION_FILE} ({why_unreadable(weights, found)})")
         if importlib.util.find_spec("torch_fidelity") is None:
             raise InputError("--extractor inception needs torch-fidelity: pip install 'advkd[inception]'")
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        # torch-fidelity unpickles whatever it is given: it gets a copy that was read as tensors only.
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(torch.load(io.BytesIO(data), weights_only=True), Path(folder) / "weights.pth")
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(Path(folder) / "weights.pth"))
+        # The hash is known by eight digits only, which a file can be made to have.
+        require_stored(weights, "--inception-weights")
+        self.network = _inception(_weights_alone(data, what), what)
 
     def forward(self, images):
         return self.network(images.expand(-1, 3, -1, -1))
+
+
+def _weights_alone(data, what):
+    """The tensors by name that a file of torch.save holds; anything else in it is refused."""
+    try:
+        with torch.device("cpu"):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damaged files raise about anything.
+        raise InputError(f"{what} cannot be read as weights ({reason(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in state.items()):
+        raise InputError(f"{what} holds something else than tensors by name")
+    return dict(state)
+
+
+def _is_plain(tensor):
+    """Whether this is a dense tensor with as much memory as it has elements: a view could repeat a few bytes for ever."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _inception(state, what):
+    """torchmetrics' network with these weights, float32 on the CPU whatever torch's defaults are."""
+    # torch-fidelity unpickles whatever it is given: it gets tensors only.
+    with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        torch.save(state, path := Path(folder) / "weights.pth")
+        try:
+            network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).float()
+            # Once more, as another default dtype has rounded them.
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{what} is of another network ({reason(error)})") from error
+    return network
 
 
 def build_extractor(name, inception_weights=None):
@@ -94,7 +134,7 @@ def require_fit(extractor, images, option):
         raise InputError(f"{option}: the extractor for {extractor.score} takes {wanted} images, these are {found}")
     if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
         raise InputError(f"{option}: images must be uint8 with 1 or 3 channels, got {images.dtype} {tuple(images.shape)}")
-    require_enough(torch.empty(1).expand(len(images), extractor.num_features), option)
+    require_enough(torch.empty(len(images), extractor.num_features, dtype=torch.float32, device="meta"), option)
 
 
 @torch.no_grad()
@@ -111,7 +151,7 @@ def extract(extractor, images, batch_size=256, cache=None):
     if cache is not None:
         key = hashlib.sha256(f"{digest({'images': images})} {extractor.identity}".encode()).hexdigest()
         path = Path(cache) / f"features-{key[:32]}.safetensors"
-        kept = _read_kept(path)
+        kept = _read_kept(path, (len(images), extractor.num_features))
         if kept is not None:
             return kept
     pieces, device = [], next((p.device for p in extractor.parameters()), torch.device("cpu"))
@@ -129,13 +169,16 @@ def extract(extractor, images, batch_size=256, cache=None):
     return features
 
 
-def _read_kept(path):
-    """Kept features; a damaged file is as good as none."""
-    if not path.exists():
-        return None
+def _read_kept(path, shape):
+    """Kept features of this shape; any other file in their place is as good as none."""
     try:
+        require_regular(path, "features", 4 * math.prod(shape) + HEADER_LIMIT)
         tensors, metadata = read_tensors(path, "features", ("digest",))
         require_digest(path, tensors, metadata)
     except InputError:
         return None
-    return tensors["features"]
+    features = tensors.get("features")
+    if features is None or features.dtype != torch.float32 or features.shape != shape or not features.isfinite().all():
+        return None
+    # In memory of their own: what happens to the file later is no concern of theirs.
+    return features.clone()

@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..data import normalize
 from ..errors import InputError
 from ..hub import PRETRAINED
 from .saving import PretrainedModule
+
+BATCH_PIXELS = 2**22
+"""Pixels that are looked at together where all images of a data set are."""
 
 
 @dataclass
@@ -37,7 +41,10 @@ class ClassifierConfig:
             raise InputError(f"image_size must be 4 * 2^k and at least 8, got {self.image_size}")
         if self.image_size >> len(self.channels) != 4:
             raise InputError(f"channels must have one entry per halving of {self.image_size} down to 4, got {self.channels}")
-        if min(self.image_channels, self.classes, self.num_features, *self.channels) < 1:
+        sizes = (self.image_channels, self.classes, self.num_features, *self.channels)
+        if not all(isinstance(size, int) for size in sizes):
+            raise InputError(f"image_channels, classes, channels and num_features must be whole numbers, got {sizes}")
+        if min(sizes) < 1:
             raise InputError("image_channels, classes, channels and num_features must be positive")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
@@ -45,6 +52,8 @@ class ClassifierConfig:
 
 class Classifier(PretrainedModule, nn.Module):
     """Strided convolutions to 4x4, a linear map to ``num_features`` features, LeakyReLU, a linear map to the classes.
+
+    Its weights are float32.
 
     Args:
         config: a :class:`ClassifierConfig`.
@@ -60,17 +69,18 @@ class Classifier(PretrainedModule, nn.Module):
         layers, features = [], config.image_channels
         for width in config.channels:
             layers += [
-                nn.Conv2d(features, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                nn.Conv2d(features, width, 3, padding=1, bias=False, dtype=torch.float32),
+                nn.BatchNorm2d(width, dtype=torch.float32),
                 nn.LeakyReLU(config.slope),
-                nn.Conv2d(width, width, 4, stride=2, padding=1),
+                nn.Conv2d(width, width, 4, stride=2, padding=1, dtype=torch.float32),
                 nn.LeakyReLU(config.slope),
             ]
             features = width
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        self.embedding = nn.Sequential(nn.Linear(16 * features, config.num_features), nn.LeakyReLU(config.slope))
-        self.head = nn.Linear(config.num_features, config.classes)
-        self.register_buffer("scale", torch.ones(()))
+        embedding = nn.Linear(16 * features, config.num_features, dtype=torch.float32)
+        self.embedding = nn.Sequential(embedding, nn.LeakyReLU(config.slope))
+        self.head = nn.Linear(config.num_features, config.classes, dtype=torch.float32)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
     def features(self, x):
         """Features ``(N, num_features)`` of images ``(N, C, S, S)`` in [-1, 1], of mean square 1 on the training images."""
@@ -82,11 +92,25 @@ class Classifier(PretrainedModule, nn.Module):
 
     @torch.no_grad()
     def calibrate(self, images):
-        """Set the features' common scale, so that their mean square over ``images`` is 1."""
+        """Set the features' common scale, so that their mean square over ``images`` (as for :meth:`accuracy`) is 1."""
+        batches = self._batches(images)
         self.scale.fill_(1.0)
-        self.scale.copy_(self.eval().features(images).square().mean().sqrt())
+        squares = sum(self.features(part).double().square().sum() for part in batches)
+        self.scale.copy_((squares / (len(images) * self.config.num_features)).sqrt())
 
     @torch.no_grad()
     def accuracy(self, images, labels):
-        """Fraction of ``images`` in [-1, 1] whose class is found."""
-        return (self.eval()(images).argmax(dim=1) == labels).double().mean().item()
+        """Fraction of ``images``, ``(N, C, S, S)`` in [-1, 1] or uint8 and N at least 1, whose class is found.
+
+        They may be in another device's memory than the classifier, which takes :data:`BATCH_PIXELS` at a time.
+        """
+        found = torch.cat([self(part).argmax(dim=1).to(labels.device) for part in self._batches(images)])
+        return (found == labels).double().mean().item()
+
+    def _batches(self, images):
+        """Batches of images in [-1, 1] on the classifier's device, which is in eval mode then."""
+        if len(images) == 0:
+            raise InputError("images: there is none")
+        self.eval()
+        batch = max(1, BATCH_PIXELS // images[0, 0].numel())
+        return (normalize(part.to(self.scale.device)) for part in images.split(batch))

@@ -1,24 +1,29 @@
 """The evaluator: what its figures do, what it keeps, what it refuses."""
 
+import contextlib
 import json
+import os
+import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from advkd import features, files
+from advkd import evaluate, features, files
 from advkd.data import load_images, load_labelled, read_pictures
 from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig, evaluate_folders, evaluate_student, table
 from advkd.features import build_extractor, extract, require_fit
-from advkd.files import digest, write_json
+from advkd.files import digest, write_json, write_tensors
 from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.models.fused_student import FusedStudent
 from advkd.models.student import Student
 from advkd.pictures import save_image, to_pil, to_uint8
 from advkd.teacher import Teacher
-from advkd.trajectories import record_trajectories
+from advkd.trajectories import Trajectories, record_trajectories
 
 from ..conftest import run_cli, tiny_recording, tiny_student
 
@@ -127,6 +132,138 @@ def test_features_are_kept_by_content(digits, tmp_path):
     assert not torch.equal(first, extract(features.ClassifierFeatures(same_weights), images, cache=tmp_path))
     other = Classifier(ClassifierConfig())
     assert not torch.equal(first, extract(features.ClassifierFeatures(other.eval()), images, cache=tmp_path))
+
+
+WRONG_FEATURES = {
+    "of another dtype": lambda kept: kept.double(),
+    "of other images": lambda kept: kept[:-1],
+    "of another extractor": lambda kept: kept[:, :-1],
+    "of another shape": lambda kept: kept.flatten(),
+    "not finite": lambda kept: kept.index_fill(0, torch.tensor([2]), float("nan")),
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_FEATURES, "without features", "without a digest", "huge", "a pipe", "text"])
+def test_kept_features_that_cannot_be_those_are_made_anew(digits, tmp_path, wrong):
+    """Whoever can write to the cache can also write a digest that fits."""
+    images, extractor = digits[0][:80], build_extractor("digits")
+    first = extract(extractor, images, cache=tmp_path)
+    (path,) = tmp_path.glob("features-*")
+    if wrong in WRONG_FEATURES:
+        kept = {"features": WRONG_FEATURES[wrong](first)}
+        write_tensors(path, kept, {"digest": digest(kept)})
+    elif wrong == "without features":
+        write_tensors(path, {"x": first}, {"digest": digest({"x": first})})
+    elif wrong == "without a digest":
+        write_tensors(path, {"features": first + 1}, {})
+    elif wrong == "huge":
+        kept = {"features": first + 1, "more": torch.zeros(10**6)}
+        write_tensors(path, kept, {"digest": digest(kept)})
+    else:
+        path.unlink()
+        os.mkfifo(path) if wrong == "a pipe" else path.write_text("text")
+    assert torch.equal(first, extract(extractor, images, cache=tmp_path))
+    # Mended, too.
+    kept, _ = files.read_tensors(path, "features")
+    assert torch.equal(first, kept["features"])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_defaults_of_torch_do_not_change_features(digits, default):
+    images = digits[0][:20]
+    expected = extract(build_extractor("digits"), images)
+    with other_default(default):
+        found = extract(build_extractor("digits"), images)
+        require_fit(build_extractor("digits"), digits[0][:128], "--images")
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@contextlib.contextmanager
+def other_default(default):
+    """Another default dtype or device of torch's meanwhile."""
+    if isinstance(default, str):
+        with torch.device(default):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_classifiers_are_float32(digits):
+    """Whatever torch's default dtype is, and with the weights that a seed gives."""
+    torch.manual_seed(3)
+    expected = Classifier(ClassifierConfig()).state_dict()
+    with other_default(torch.float64):
+        torch.manual_seed(3)
+        found = Classifier(ClassifierConfig()).state_dict()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
+
+
+def test_a_classifier_looks_at_a_batch_at_a_time(digits):
+    """Accuracy and scale of 700 images, in [-1, 1] or of 8 bits, are those of one pass, and no pass is larger than 256."""
+    images, labels = digits[0][:700], digits[1][:700]
+    wide = images.float() / 127.5 - 1
+    classifier = Classifier.from_pretrained("digits")
+    with torch.no_grad():
+        expected = (classifier(wide).argmax(dim=1) == labels).double().mean().item()
+        scale = (classifier.features(wide) * classifier.scale).square().mean().sqrt()
+    sizes = []
+    classifier.trunk.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    assert classifier.accuracy(images, labels) == classifier.accuracy(wide, labels) == expected
+    for form in (images, wide):
+        classifier.scale.fill_(0)
+        classifier.train().calibrate(form)
+        assert not classifier.training and abs(classifier.scale / scale - 1) < 1e-6
+    assert set(sizes) == {256, 700 - 2 * 256}
+    with pytest.raises(InputError, match="images: there is none"):
+        classifier.calibrate(wide[:0])
+    assert abs(classifier.scale / scale - 1) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [(8.5,), ("8",), (0,)])
+def test_classifier_configurations_that_cannot_work(channels):
+    with pytest.raises(InputError, match="must be"):
+        ClassifierConfig("tiny", 8, 1, 3, channels, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_are_gathered_as_eight_bits(tiny, dtype):
+    """Those of a student and of a recording are what :func:`to_uint8` makes of them, in one tensor."""
+    fused = Student.from_pretrained(tiny / "student").fuse(dtype=evaluate.DTYPES[dtype], tune=False)
+    config = EvaluationConfig(num=150, seed=5)
+    drawn = evaluate._draw_student(fused, config)
+    assert drawn.is_contiguous() and torch.equal(drawn, to_uint8(fused.sample(150, 5)).permute(0, 3, 1, 2))
+    samples = Trajectories(tiny / "samples")
+    recorded = samples.batch(range(59), [4])[1][4]
+    assert torch.equal(evaluate._images(samples, 59), to_uint8(recorded).permute(0, 3, 1, 2))
+
+
+def test_students_images_are_never_floats_together(tiny, teacher_folder, tmp_path, monkeypatch):
+    """An evaluation asks its engine for no more than a batch of images in [-1, 1]."""
+
+    def refuse(*_, **__):
+        raise AssertionError("all images at once")
+
+    monkeypatch.setattr(FusedStudent, "sample", refuse)
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **QUICK)
+    arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
+    assert evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)["rows"]
+
+
+def test_kept_samples_of_another_seed_are_refused(tiny, teacher_folder, tmp_path):
+    """A folder of the cache's is believed no more than its manifest."""
+    config = EvaluationConfig(extractor=str(tiny / "classifier"), **{**QUICK, "num": 12})
+    arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out")
+    evaluate_student(*arguments, cache=tmp_path, progress=False)
+    (folder,) = tmp_path.glob("teacher-*")
+    shutil.rmtree(folder)
+    shutil.copytree(tiny / "samples", folder)
+    with pytest.raises(InputError, match="the cache's .* holds other samples than its name says: delete it"):
+        evaluate_student(*arguments, cache=tmp_path, progress=False)
 
 
 def test_student_against_its_teacher(tiny, teacher_folder, tmp_path):
@@ -293,7 +430,22 @@ def test_inception_weights(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="needs --inception-weights"):
         build_extractor("inception")
     weights = tmp_path / "weights.pth"
-    with pytest.raises(InputError, match="weights.pth does not exist"):
+    with pytest.raises(InputError, match="torch-fidelity's weights-inception-.*weights.pth does not exist"):
+        build_extractor("inception", weights)
+    with pytest.raises(InputError, match="is not a regular file"):
+        build_extractor("inception", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is not a regular file"):
+        build_extractor("inception", tmp_path / "pipe")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:6726825d\nsize 96\n")
+    with pytest.raises(InputError, match="a git-lfs pointer is in its place: run 'git lfs pull'"):
+        build_extractor("inception", weights)
+    weights.write_bytes(b"")
+    with pytest.raises(InputError, match="it is empty"):
+        build_extractor("inception", weights)
+    with open(weights, "r+b") as file:
+        file.truncate(10**9)
+    with pytest.raises(InputError, match="has 1,000,000,000 bytes, more than the 268,435,456"):
         build_extractor("inception", weights)
     weights.write_bytes(b"something else")
     with pytest.raises(InputError, match="has SHA-256 .*, not 6726825d"):
@@ -302,6 +454,96 @@ def test_inception_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs torch-fidelity: pip install 'advkd\[inception\]'"):
         build_extractor("inception", weights)
+
+
+class Network(torch.nn.Module):
+    """A network in the place of Inception-v3, with its constructor."""
+
+    def __init__(self, name, features_list, path):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2048))
+        self.load_state_dict(torch.load(path))
+
+    def forward(self, images):
+        return images.float().mean(dim=(1, 2, 3))[:, None] * self.weight
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """A function that builds the extractor with what ``write`` writes to a path, as if its hash were the right one."""
+    from torchmetrics.image import fid
+
+    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", Network)
+
+    def build(write):
+        path = tmp_path / "weights.pth"
+        write(path)
+        monkeypatch.setattr(features, "INCEPTION_FILE", f"weights-{files.sha256(path)[:8]}.pth")
+        return build_extractor("inception", path)
+
+    return build
+
+
+WEIGHTS = torch.randn(2048, generator=torch.Generator().manual_seed(0))
+
+
+class Call:
+    """Calls ``print`` where it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def deflated(path):
+    """An archive of torch.save's with compressed records."""
+    torch.save({"weight": WEIGHTS}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def truncated(path):
+    torch.save({"weight": WEIGHTS}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+HOSTILE = {
+    "a pickle that calls": (lambda path: path.write_bytes(pickle.dumps(Call(), protocol=2)), "cannot be read as weights"),
+    "an archive that calls": (lambda path: torch.save({"weight": Call()}, path), "cannot be read as weights"),
+    "compressed": (deflated, "unpacks to more than its size"),
+    "truncated": (truncated, "cannot be read"),
+    "no dict": (lambda path: torch.save(WEIGHTS, path), "holds something else than tensors by name"),
+    "no tensor": (lambda path: torch.save({"weight": 3}, path), "holds something else than tensors by name"),
+    "no name": (lambda path: torch.save({3: WEIGHTS}, path), "holds something else than tensors by name"),
+    "sparse": (lambda path: torch.save({"weight": WEIGHTS.to_sparse()}, path), "holds something else than tensors"),
+    "on no device": (lambda path: torch.save({"weight": WEIGHTS.to("meta")}, path), "holds something else than tensors"),
+    "repeated": (lambda path: torch.save({"weight": WEIGHTS[:1].expand(10**12)}, path), "holds something else than tensors"),
+    "of another network": (lambda path: torch.save({"bias": WEIGHTS}, path), "is of another network"),
+    "of another shape": (lambda path: torch.save({"weight": WEIGHTS[:5]}, path), "is of another network"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_inception_weights_that_are_something_else_are_refused(name, inception, capsys):
+    """The known digits of the hash are few enough to be met on purpose: nothing in the file may run or grow."""
+    write, message = HOSTILE[name]
+    with pytest.raises(InputError, match=message) as refused:
+        inception(write)
+    assert "--inception-weights" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_inception_weights_are_float32_under_other_defaults(inception, default, legacy):
+    images = torch.full((2, 1, 4, 4), 3, dtype=torch.uint8)
+    with other_default(default):
+        extractor = inception(lambda path: torch.save({"weight": WEIGHTS}, path, _use_new_zipfile_serialization=not legacy))
+        found = extract(extractor, images)
+    assert found.dtype == torch.float32 and torch.equal(found, (3 * WEIGHTS).expand(2, -1))
 
 
 def test_images_for_another_extractor_are_refused():

@@ -1,10 +1,12 @@
 """The measures of two sets, where the answer is known."""
 
+import inspect
 import math
 
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advkd import metrics
 from advkd.errors import InputError
@@ -23,8 +25,93 @@ def test_frechet_distance_is_the_formula():
     assert math.isclose(metrics.frechet_distance(b, a), expected.item(), rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("n, m, dimension", [(400, 300, 6), (1000, 1000, 64), (130, 90, 64)])
+def test_frechet_distance_is_torchmetrics_own(n, m, dimension):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Module):
+        num_features = dimension
+
+        def forward(self, features):
+            return features
+
+    a, b = gaussian(n, dimension, seed=1, mean=0.3), gaussian(m, dimension, seed=2, scale=1.2)
+    metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    metric.update(b, real=True)
+    metric.update(a, real=False)
+    assert math.isclose(metrics.frechet_distance(a, b), metric.compute().item(), rel_tol=1e-9)
+
+
+def correlated(n, dimension, rank, seed=0):
+    return gaussian(n, rank, seed) @ gaussian(rank, dimension, seed + 1)
+
+
+SHAPES = [(500, 12, 12), (500, 12, 3), (40, 100, 100), (40, 100, 7), (65, 64, 64), (64, 64, 64), (2, 5, 5)]
+"""Samples, features and rank: more samples than features or fewer, full rank or not."""
+
+
+@pytest.mark.parametrize("n, dimension, rank", SHAPES)
+def test_frechet_distance_of_a_scaled_and_shifted_set(n, dimension, rank):
+    """Then (S_1 S_2)^(1/2) is a multiple of S_1: (s - 1)^2 tr S_1 + |mu_1 - mu_2|^2."""
+    a, shift = correlated(n, dimension, rank), gaussian(1, dimension, seed=7)
+    b = 1.5 * a + shift
+    trace, moved = torch.cov(a.T).trace(), shift.square().sum()
+    expected = 0.25 * trace + (0.5 * a.mean(dim=0) + shift).square().sum()
+    assert abs(metrics.frechet_distance(a, b) - expected) < 1e-12 * trace
+    assert abs(metrics.frechet_distance(a, a + shift) - moved) < 1e-12 * (trace + moved)
+
+
+@pytest.mark.parametrize("n, dimension, rank", SHAPES)
+def test_each_covariance_is_divided_by_its_own_number_of_samples(n, dimension, rank):
+    """All samples twice: the covariance shrinks by 2 (n - 1) / (2 n - 1)."""
+    a = correlated(n, dimension, rank)
+    trace, shrunk = torch.cov(a.T).trace().item(), math.sqrt(2 * (n - 1) / (2 * n - 1))
+    for pair in ((a, a.repeat(2, 1)), (a.repeat(2, 1), a)):
+        assert abs(metrics.frechet_distance(*pair) - trace * (1 - shrunk) ** 2) < 1e-12 * trace
+
+
+@pytest.mark.parametrize("n, dimension, rank, noise", [(600, 256, 20, 1e-3), (2000, 64, 20, 1e-5), (50, 256, 20, 1e-4)])
+def test_frechet_distance_of_nearly_equal_sets_of_low_rank(n, dimension, rank, noise):
+    """The trace of the root is the nuclear norm of the matrix of inner products of the centred samples."""
+    a = correlated(n, dimension, rank)
+    b = a + noise * gaussian(n, dimension, seed=5)
+    x, y = ((f - f.mean(dim=0)) / math.sqrt(n - 1) for f in (a, b))
+    squares = x.square().sum() + y.square().sum()
+    expected = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + squares - 2 * torch.linalg.matrix_norm(x @ y.T, "nuc")
+    assert abs(metrics.frechet_distance(a, b) - expected.item()) < 1e-12 * squares
+    assert metrics.frechet_distance(a, b) > 0
+
+
+def test_frechet_distance_is_not_negative():
+    for seed in range(20):
+        a = correlated(50 + 10 * seed, 30, 5 + seed, seed)
+        order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))
+        assert 0 <= metrics.frechet_distance(a, a[order]) < 1e-12 * torch.cov(a.T).trace()
+        assert 0 <= metrics.frechet_distance(a.flip(1), a.flip(1)[order])
+    constant = torch.full((20, 3), 0.1)
+    assert metrics.frechet_distance(constant, constant) == 0
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7, 5e7, 1e9, 1e14])
+def test_frechet_distance_of_any_condition(condition):
+    """Axes of spread s_i against a round cloud of spread 1, factored by Cholesky or QR: the sum of (1 - s_i)^2."""
+    centred = gaussian(300, 24)
+    axes = torch.linalg.qr(centred - centred.mean(dim=0)).Q * math.sqrt(299)
+    spreads = torch.logspace(0, -math.log10(condition), 24, dtype=torch.float64)
+    ours, theirs = (torch.linalg.qr(gaussian(24, 24, seed)).Q for seed in (3, 4))
+    expected = (1 - spreads).square().sum().item()
+    assert math.isclose(metrics.frechet_distance(axes * spreads @ ours, axes @ theirs), expected, rel_tol=5e-14)
+
+
+def test_frechet_distance_takes_no_matrix_of_all_samples():
+    for n, m, dimension in ((400, 300, 6), (30, 400, 60), (30, 40, 60)):
+        with Largest() as largest:
+            metrics.frechet_distance(gaussian(n, dimension), gaussian(m, dimension))
+        assert all(elements <= max(n, m, dimension) * dimension for elements in largest.elements.values())
+
+
 def test_float_features_are_taken_as_they_are():
-    """torchmetrics scales and casts images only for its own Inception: a shift of 2 is a distance of 4 per feature."""
+    """Features are no images that would be scaled or cast: a shift of 2 is a distance of 4 per feature."""
     a = gaussian(500)
     assert math.isclose(metrics.frechet_distance((a + 2).float(), a.float()), 4 * a.shape[1], rel_tol=1e-5)
 
@@ -116,6 +203,143 @@ def test_neighbour_intervals_have_the_measures_spread(name):
     assert all(m[f"{name}_interval"][0] < m[name] < m[f"{name}_interval"][1] for m in found)
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor, by dtype, that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            # A stride of 0 takes no memory.
+            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
+                self.elements[tensor.dtype] = max(self.elements.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("function", [metrics.neighbour_measures, metrics.covers])
+def test_neighbours_are_looked_at_a_block_at_a_time(function, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 5000)
+    options = {} if function is metrics.covers else {"resamples": 10}
+    with Largest() as largest:
+        function(gaussian(400, seed=1), gaussian(500, seed=2), **options)
+    pairs = {torch.bool: 400 * 500} if function is metrics.covers else {}
+    # 11 columns of counts for each sample.
+    assert all(n <= pairs.get(dtype, 11 * 500) for dtype, n in largest.elements.items()), largest.elements
+    assert largest.elements[torch.float64] >= 4500
+
+
+def dense(points, others):
+    """Distances from differences."""
+    return (points[:, None] - others).square().sum(dim=2).sqrt()
+
+
+def dense_covers(points, manifold, k=3):
+    return dense(points, manifold) <= dense(manifold, manifold).kthvalue(k + 1, dim=1).values
+
+
+def dense_measures(generated, reference, resamples, seed=0, level=0.95):
+    """The definitions, one resample after the other."""
+    n, m, generator = len(generated), len(reference), torch.Generator().manual_seed(seed)
+    ours, theirs = (torch.randint(size, (size, resamples), generator=generator) for size in (n, m))
+    covered, recalled = dense_covers(generated, reference), dense_covers(reference, generated)
+    across, within = dense(generated, reference), dense(generated, generated)
+
+    def measure(i, j):
+        return {
+            "precision": covered[i][:, j].any(dim=1).double().mean(),
+            "recall": recalled[j][:, i].any(dim=1).double().mean(),
+            "nearest": across[i][:, j].min(dim=1).values.mean(),
+            "diversity": within[i][:, i].sum() / (n * (n - 1)),
+        }
+
+    measured = measure(torch.arange(n), torch.arange(m))
+    drawn = [measure(ours[:, r], theirs[:, r]) for r in range(resamples)]
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    result = {}
+    for name, value in measured.items():
+        values = torch.stack([each[name] for each in drawn])
+        result[name] = value.item()
+        result[f"{name}_interval"] = torch.quantile(values + value - values.mean(), tails).tolist()
+    return result
+
+
+def lattice(n, seed, dimension=3, most=4):
+    """Points with small whole coordinates: many duplicates, and many distances that are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(most, (n, dimension), generator=generator).double()
+
+
+def copied(n, seed):
+    """Of two sets the second shares points with the first, some of which it holds five times."""
+    reference = gaussian(n, seed=seed)
+    reference[:5] = reference[5]
+    return torch.cat((reference[: n // 2], gaussian(n // 3, seed=seed + 1, mean=0.3))), reference
+
+
+SETS = {
+    "ordinary": lambda: (gaussian(90, seed=1, mean=0.4), gaussian(70, seed=2)),
+    "wide": lambda: (gaussian(60, 200, seed=1), gaussian(90, 200, seed=2)),
+    "ties": lambda: (lattice(80, 1), lattice(96, 2)),
+    "copies": lambda: copied(90, 3),
+    "all alike": lambda: (lattice(40, 1, most=1) + 7, lattice(30, 2, most=1)),
+    "fewest": lambda: (gaussian(4, seed=1), gaussian(4, seed=2)),
+    "far from the origin": lambda: (lattice(80, 1, most=64) + 2.0**24, lattice(96, 2, most=64) + 2.0**24),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("block", [1, 7 * 96, 10 * 90, 2**21])
+def test_neighbour_measures_are_the_definitions(name, block, monkeypatch):
+    """Blocks of one row, of rows that do and do not divide the sets, and of all rows."""
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    generated, reference = SETS[name]()
+    assert torch.equal(metrics.covers(generated, reference), dense_covers(generated, reference))
+    assert torch.equal(metrics.covers(reference, generated, 2), dense_covers(reference, generated, 2))
+    found, expected = (f(generated, reference, 15, 3, 0.8) for f in (metrics.neighbour_measures, dense_measures))
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
+    assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("closest", [1, 2, 5])
+def test_a_resample_without_the_closest_points_is_searched_whole(closest, monkeypatch):
+    generated, reference = SETS["ordinary"]()
+    expected = metrics.neighbour_measures(generated, reference, 20)
+    monkeypatch.setattr(metrics, "CLOSEST", closest)
+    assert metrics.neighbour_measures(generated, reference, 20) == expected
+
+
+def test_copies_are_no_way_off():
+    points = gaussian(200, 64, mean=10)
+    generated = torch.cat((points[:50], gaussian(150, 64, seed=1, mean=10)))
+    found = metrics.distances(generated, points)
+    assert (found[:50].diagonal() == 0).all() and (found == 0).sum() == 50
+    assert (found - dense(generated, points)).abs().max() < 1e-9
+    assert metrics.neighbour_measures(points.flip(0), points, 1)["nearest"] == 0
+
+
+def test_distances_lose_nothing_to_an_offset():
+    a, b = lattice(80, 1, most=64) / 64, lattice(90, 2, most=64) / 64
+    assert torch.equal(metrics.distances(a + 2.0**30, b + 2.0**30), metrics.distances(a, b))
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`:UserWarning")
+def test_kernel_distance_is_torchmetrics_own():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    a, b = gaussian(150, seed=1), gaussian(130, seed=2, mean=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=5, subset_size=65)
+        metric.update(b, real=True)
+        metric.update(a, real=False)
+        expected = [value.item() for value in metric.compute()]
+    assert metrics.kernel_distance(a, b, subsets=5, seed=4) == pytest.approx(expected, rel=1e-12)
+
+
 def test_kernel_distance_is_seeded_and_leaves_the_generator_alone():
     a, b = gaussian(150, seed=1), gaussian(150, seed=2, mean=1)
     torch.manual_seed(5)
@@ -138,3 +362,152 @@ def test_too_few_samples_are_refused():
         metrics.compare(gaussian(20, 1), gaussian(4, 1))
     fit = metrics.compare(gaussian(12), gaussian(12, seed=1), resamples=20)["frechet_at_infinity"]
     assert min(fit["sizes"]) > 6
+
+
+FUNCTIONS = {
+    metrics.frechet_distance: 2,
+    metrics.kernel_distance: 4,
+    metrics.covers: 1,
+    metrics.distances: 1,
+    metrics.frechet_interval: 2,
+    metrics.neighbour_measures: 4,
+    metrics.frechet_at_infinity: 8,
+    metrics.compare: 12,
+    metrics.frechet_floor: 4,
+}
+"""The measures, and the fewest samples of 6 features that each takes for its first argument."""
+
+
+def call(function, first, second=None):
+    """A measure of features; few resamples, where there are any."""
+    names = inspect.signature(function).parameters
+    quick = {name: 5 for name in ("resamples", "subsets", "splits") if name in names}
+    if "splits" in names:
+        return function(first, **quick)
+    return function(first, gaussian(20, seed=9) if second is None else second, **quick)
+
+
+def argument(function, i):
+    return list(inspect.signature(function).parameters)[i]
+
+
+def numbers(result):
+    """All numbers in a result."""
+    if isinstance(result, torch.Tensor):
+        return result.flatten().tolist()
+    if isinstance(result, (list, tuple, dict)):
+        return [x for part in (result.values() if isinstance(result, dict) else result) for x in numbers(part)]
+    return [result]
+
+
+BAD = {
+    "NaN": (lambda: gaussian(20).index_fill(0, torch.tensor([3]), math.nan), "must be finite"),
+    "infinity": (lambda: gaussian(20).float().index_fill(1, torch.tensor([2]), math.inf), "must be finite"),
+    "minus infinity": (lambda: gaussian(20).index_fill(1, torch.tensor([2]), -math.inf), "must be finite"),
+    "too large to cube": (lambda: gaussian(20) * 1e60, "must be finite, of at most"),
+    "whole numbers": (lambda: torch.ones(20, 6).long(), r"must be a floating-point tensor \(N, D\), got torch.int64"),
+    "complex numbers": (lambda: gaussian(20).to(torch.complex64), "must be a floating-point tensor"),
+    "a vector": (lambda: torch.ones(20), r"must be a floating-point tensor \(N, D\), got torch.float32 \(20,\)"),
+    "images": (lambda: torch.ones(20, 1, 4, 4), "must be a floating-point tensor"),
+    "an array": (lambda: gaussian(20).numpy(), "must be a floating-point tensor .*, got ndarray"),
+    "no samples": (lambda: torch.empty(0, 6), "0 samples of 6 features are too few"),
+    "no features": (lambda: torch.empty(20, 0), "must have a feature or more"),
+    "no values": (lambda: torch.empty(20, 6, device="meta"), "must be a dense tensor with values"),
+    "sparse": (lambda: gaussian(20).to_sparse(), "must be a dense tensor with values"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_bad_features_are_refused_by_name(function, bad):
+    make, message = BAD[bad]
+    with pytest.raises(InputError, match=f"^{argument(function, 0)}:? {message}"):
+        call(function, make())
+    if function is not metrics.frechet_floor:
+        with pytest.raises(InputError, match=f"^{argument(function, 1)}:? {message}"):
+            call(function, gaussian(20), make())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_fewest_samples_give_numbers_and_fewer_are_refused(function):
+    least = FUNCTIONS[function]
+    assert all(map(math.isfinite, numbers(call(function, gaussian(least)))))
+    if least > 1:
+        with pytest.raises(InputError, match=f"too few.*{least} or more are needed"):
+            call(function, gaussian(least - 1))
+    if function is metrics.covers:
+        with pytest.raises(InputError, match="manifold: 3 samples of 6 features are too few, 4 or more are needed"):
+            call(function, gaussian(20), gaussian(3))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_constant_features_give_numbers(function):
+    constant = torch.full((20, 6), 0.3)
+    assert all(map(math.isfinite, numbers(call(function, constant, constant.clone()))))
+    assert all(map(math.isfinite, numbers(call(function, constant))))
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f is not metrics.frechet_floor], ids=lambda f: f.__name__)
+def test_sets_of_different_dimensions_are_refused(function):
+    with pytest.raises(InputError, match="the same number of features, .* has 6 and .* has 5"):
+        call(function, gaussian(20), gaussian(20, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_narrow_features_are_widened(function, dtype):
+    narrow, other = gaussian(20).to(dtype), gaussian(20, seed=9).to(dtype)
+    assert numbers(call(function, narrow, other)) == numbers(call(function, narrow.double(), other.double()))
+    assert narrow.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "function, options, message",
+    [
+        (metrics.frechet_interval, {"level": 1}, "level must be between 0 and 1, got 1"),
+        (metrics.neighbour_measures, {"level": 0}, "level must be between 0 and 1, got 0"),
+        (metrics.neighbour_measures, {"level": math.nan}, "level must be between 0 and 1"),
+        (metrics.frechet_interval, {"resamples": 0}, "resamples must be a whole number, 1 or more, got 0"),
+        (metrics.neighbour_measures, {"resamples": 0}, "resamples must be a whole number"),
+        (metrics.compare, {"resamples": 2.5}, "resamples must be a whole number, 1 or more, got 2.5"),
+        (metrics.kernel_distance, {"subsets": 0}, "subsets must be a whole number"),
+        (metrics.frechet_at_infinity, {"subsets": 0}, "subsets must be a whole number"),
+        (metrics.frechet_at_infinity, {"points": 1}, "points must be a whole number, 2 or more, got 1"),
+        (metrics.covers, {"k": 0}, "k must be a whole number"),
+        (metrics.frechet_floor, {"splits": 0}, "splits must be a whole number"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(function, options, message):
+    sets = [gaussian(20)] if function is metrics.frechet_floor else [gaussian(20), gaussian(20, seed=1)]
+    with pytest.raises(InputError, match=message):
+        function(*sets, **options)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def other_defaults(request):
+    """Another default dtype or device of torch's, set and restored."""
+    if request.param == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+RESULTS = {}
+"""Of every measure, under torch's own defaults."""
+
+
+@pytest.fixture(params=FUNCTIONS, ids=lambda function: function.__name__)
+def measured(request):
+    """A measure, its features and its result under torch's own defaults."""
+    pair = gaussian(30).float(), gaussian(40, seed=1).float()
+    RESULTS.setdefault(request.param, call(request.param, *pair))
+    return request.param, pair, RESULTS[request.param]
+
+
+def test_defaults_of_torch_change_nothing(measured, other_defaults):
+    function, pair, expected = measured
+    assert numbers(call(function, *pair)) == numbers(expected)
