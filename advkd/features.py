@@ -42,8 +42,12 @@ class ClassifierFeatures(nn.Module):
         self.num_features = config.num_features
         self.score = f"FD-{config.name}"
         self.shape = (config.image_channels, config.image_size, config.image_size)
-        shape = json.dumps(asdict(config), sort_keys=True)
-        self.identity = hashlib.sha256(f"{shape} {digest(classifier.state_dict())}".encode()).hexdigest()
+
+    @property
+    def identity(self):
+        """A hash of configuration and weights as they are now: they may be trained on."""
+        shape = json.dumps(asdict(self.classifier.config), sort_keys=True)
+        return hashlib.sha256(f"{shape} {digest(self.classifier.state_dict())}".encode()).hexdigest()
 
     def forward(self, images):
         return self.classifier.features(normalize(images))

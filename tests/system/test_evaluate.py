@@ -205,7 +205,7 @@ def test_classifiers_are_float32(digits):
 
 
 def test_a_classifier_looks_at_a_batch_at_a_time(digits, monkeypatch):
-    """Accuracy and scale of 700 images, in [-1, 1] or of 8 bits, are those of one pass, and no pass has more pixels than said."""
+    """Accuracy and scale of 700 images, in [-1, 1] or of 8 bits, are those of one pass; no pass has more pixels than said."""
     monkeypatch.setattr(classifier_module, "BATCH_PIXELS", 256 * 32 * 32 + 1)
     images, labels = digits[0][:700], digits[1][:700]
     wide = images.float() / 127.5 - 1
@@ -224,6 +224,16 @@ def test_a_classifier_looks_at_a_batch_at_a_time(digits, monkeypatch):
     with pytest.raises(InputError, match="images: there is none"):
         classifier.calibrate(wide[:0])
     assert abs(classifier.scale / scale - 1) < 1e-6
+
+
+def test_kept_features_follow_the_classifier(tmp_path, digits):
+    """Weights written in a way that PyTorch does not count, after features were kept."""
+    extractor, images = build_extractor("digits"), digits[0][:4]
+    before = extract(extractor, images, cache=tmp_path)
+    extractor.classifier.head.weight.data.mul_(2)
+    extractor.classifier.embedding[0].weight.data.mul_(0.5)
+    assert torch.equal(extract(extractor, images, cache=tmp_path), extract(extractor, images))
+    assert not torch.equal(extract(extractor, images, cache=tmp_path), before)
 
 
 @pytest.mark.parametrize("channels", [(8.5,), ("8",), (0,)])
