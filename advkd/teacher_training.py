@@ -171,11 +171,11 @@ def _train(config, checkpoint, start, images, unet, average, scheduler, optimize
 
 def _train_step(config, step, images, unet, scheduler, optimizer):
     # One batch, its timesteps and its noise: a function of (seed, step) alone.
-    generator = torch.Generator().manual_seed((config.seed * 2**32 + step) % 2**63)
-    rows = torch.randint(len(images), (config.batch_size,), generator=generator)
+    host = {"generator": torch.Generator("cpu").manual_seed((config.seed * 2**32 + step) % 2**63), "device": "cpu"}
+    rows = torch.randint(len(images), (config.batch_size,), **host)
     x0 = normalize(images[rows.to(images.device)])
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    t = torch.randint(scheduler.config.num_train_timesteps, (config.batch_size,), generator=generator).to(x0.device)
+    noise = torch.randn(x0.shape, dtype=torch.float32, **host).to(x0.device)
+    t = torch.randint(scheduler.config.num_train_timesteps, (config.batch_size,), **host).to(x0.device)
     # The network's output against its target, at x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps.
     target = {"epsilon": noise, "sample": x0}.get(config.prediction)
     if target is None:

@@ -45,7 +45,8 @@ def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
 def percentiles(values):
     """Median, 20th and 80th percentile of some numbers, and how many they are."""
     p20, median, p80 = torch.quantile(
-        torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double()
+        torch.tensor(values, dtype=torch.float64, device="cpu"),
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64, device="cpu"),
     ).tolist()
     return {"median": median, "p20": p20, "p80": p80, "repeats": len(values)}
 

@@ -57,7 +57,7 @@ def image_gradient_reference(d, weight, shape, stride, padding, dilation, groups
 
 def image_gradient_cpu(d, weight, shape, stride, padding, dilation, groups):
     """The C++ kernel, on channels_last storage."""
-    out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=d.dtype)
+    out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=d.dtype, device=d.device)
     if out.numel():
         features, packed = d.permute(0, 2, 3, 1).contiguous(), weight.permute(2, 3, 1, 0).contiguous()
         torch.ops.advkd_cpu.image_gradient.default(features, packed, stride, padding, dilation, out)
