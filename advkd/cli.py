@@ -235,8 +235,8 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
     """Train a student on recorded trajectories."""
     import torch
 
-    from .distill import distill as run
     from .devices import require_device
+    from .distill import distill as run
 
     from_file = _read_config(config_file) if config_file else {}
     in_file = from_file.pop("recipe", "joint")
@@ -356,9 +356,9 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @device_option
 def report(student, teacher, evaluation, metrics, ablation, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
+    from .devices import require_device
     from .models.student import Student
     from .report import write_report
-    from .devices import require_device
     from .teacher import Teacher
 
     model = Student.from_pretrained(student, require_device(device))

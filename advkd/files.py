@@ -144,7 +144,7 @@ def locked(folder, out=None):
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            said = f"--out {out or folder}: its file system has no locks ({error.strerror}); see that no other process writes there"
+            said = f"--out {out or folder}: its file system has no locks ({error.strerror}); let no other process write there"
             warnings.warn(said, UserWarning, stacklevel=3)
         yield
 

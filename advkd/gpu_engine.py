@@ -109,7 +109,8 @@ class GpuEngine:
     def step_tensors(self, step, n):
         """A step's input and output of ``n`` images, its input random, and all layers' weights and biases (those it reads)."""
         first, last = self.layers[step.first], self.layers[step.first + step.count - 1]
-        x = torch.randn(n, first.height, first.width, input_channels(first), device=self.device).to(self.dtype)
+        shape = (n, first.height, first.width, input_channels(first))
+        x = torch.randn(shape, dtype=torch.float32, device=self.device).to(self.dtype)
         sides = output_sides(last)
         image = step.first + step.count == len(self.layers)
         shape = (n, last.c_out, *sides) if image else (n, *sides, padded(last.c_out))
@@ -141,7 +142,7 @@ class GpuEngine:
         numel = self.layers[0].c_in * self.layers[0].height * self.layers[0].width
         numel += sum(layer.detail * layer.height * layer.width for layer in self.layers)
         with self.on_own_stream() as stream:
-            latents = torch.zeros(n, numel, device=self.device)
+            latents = torch.zeros(n, numel, dtype=torch.float32, device=self.device)
             # What is compiled, loaded and packed the first time must not be inside the graph.
             self.run(latents)
             # Graphs of one stream that run one after the other share memory; what must outlive a replay is copied from it.

@@ -6,13 +6,12 @@ fixed plan counts bytes and launches, a tuned one measures each candidate once a
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
 from .errors import InputError
-from .files import cache_folder, read_json, write_json
+from .files import read_json, write_json
 from .hub import reason
 from .ops.gpu_layers import device_limits, input_channels, padded, stem_numbers
 from .ops.student_gpu import (
@@ -24,7 +23,7 @@ from .ops.student_gpu import (
     triton_layer,
     triton_precision,
 )
-from .plan import text_table
+from .plan import kept_file, text_table
 
 VERSION = 1
 """Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
@@ -38,6 +37,9 @@ PRODUCTS_PER_SECOND = {"bf16": 2.4e14, "f16": 2.4e14, "tf32": 1.2e14, "f32": 4e1
 
 STEM_BYTES, STEM_LAYER = 8e10, 6e-7
 """Of a stem's block: bytes of weights per second from L2, and seconds between two layers."""
+
+LONGEST = 1e3
+"""Seconds that no launch takes: a kept time beyond them was not measured."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -202,14 +204,14 @@ class KeptTimes:
     """
 
     def __init__(self, device):
-        self.path = cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.json"
+        self.path = kept_file(device_name(device))
         self.known, self.found = self._read(), {}
 
     def seconds(self, key, engine, step, n):
         """Those of a step, measured if they are not known."""
         if key not in self.known:
             if not self.found:
-                _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path)
+                _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path or "memory")
             self.known[key] = self.found[key] = self._measure(key, engine, step, n)
         return self.known[key]
 
@@ -228,7 +230,7 @@ class KeptTimes:
     def keep(self):
         """Write what was measured; another process may have added its own since."""
         finite = {key: seconds for key, seconds in self.found.items() if math.isfinite(seconds)}
-        if not finite:
+        if not finite or self.path is None:
             return
         try:
             write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **finite}.items()))})
@@ -236,13 +238,15 @@ class KeptTimes:
             _LOG.warning("the measured times are not kept: %s (%s)", self.path, error)
 
     def _read(self):
+        if self.path is None:
+            return {}
         try:
             stored = read_json(self.path, "kept plan", ("version", "torch", "triton", "seconds"))
         except InputError:
             return {}
         seconds = stored.pop("seconds")
         usable = stored == _versions() and isinstance(seconds, dict)
-        return {k: v for k, v in seconds.items() if isinstance(v, float) and v > 0} if usable else {}
+        return {k: v for k, v in seconds.items() if isinstance(v, float) and 0 < v < LONGEST} if usable else {}
 
 
 def device_name(device):

@@ -20,7 +20,7 @@ def to_host(tensors, device):
     copies, pending = torch.cuda.Stream(device), None
     for tensor in tensors:
         tensor = tensor.contiguous()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         copies.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copies):
             host.copy_(tensor, non_blocking=True)

@@ -8,7 +8,6 @@ Two layouts, both one flat ``(N, numel)`` tensor:
   size / 2 the three detail bands ``(3 C, R, R)`` that lift R to 2R. Nothing of x_T is lost.
 """
 
-import functools
 import math
 
 import torch
@@ -36,7 +35,8 @@ def split_latent(z, parts):
     if z.ndim != 2 or z.shape[1] != sum(numels):
         raise InputError(f"z must have shape (N, {sum(numels)}), got {tuple(z.shape)}")
     pieces = torch.split(z, numels, dim=1)
-    return [piece.reshape(len(z), channels, side, side) for piece, (channels, side) in zip(pieces, parts, strict=True)]
+    # Not len(z): a batch size that is recorded (torch.export, torch.jit.trace) must not become a constant.
+    return [piece.reshape(z.shape[0], channels, side, side) for piece, (channels, side) in zip(pieces, parts, strict=True)]
 
 
 def project(x_T, latent_size=1, detail_noise=False):
@@ -69,11 +69,10 @@ def check_latent(image_size, latent_size, detail_noise):
         raise InputError(f"latent_size must be between 1 and {image_size // 4}, got {latent_size}")
 
 
-@functools.cache
 def dct_basis(side, count):
-    """The ``count`` lowest rows of the orthonormal DCT-II matrix of order ``side``, float64."""
-    k = torch.arange(count, dtype=torch.float64).unsqueeze(1)
-    positions = torch.arange(side, dtype=torch.float64) + 0.5
+    """The ``count`` lowest rows of the orthonormal DCT-II matrix of order ``side``, float64 on the CPU."""
+    k = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
+    positions = torch.arange(side, dtype=torch.float64, device="cpu") + 0.5
     basis = torch.cos(math.pi * k * positions / side) * math.sqrt(2 / side)
     basis[0] /= math.sqrt(2)
     return basis

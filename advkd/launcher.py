@@ -39,8 +39,8 @@ def without_empty_variables():
 def hold_standard_streams():
     """Open the null device in the place of standard streams that are closed.
 
-    Their numbers would go to the next files, pipes or shards that are opened: libraries write messages there, and processes that
-    are started take them for streams.
+    Their numbers would go to the next files or pipes that are opened: libraries write messages there, and processes that are
+    started take them for streams.
     """
     opened = os.open(os.devnull, os.O_RDWR)
     while opened <= 2:

@@ -1,16 +1,29 @@
 """The student as a diffusers pipeline."""
 
+import contextlib
+import copy
+import ctypes
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 
 from .errors import InputError
-from .files import write_bytes
+from .files import read_json, require_regular, write_bytes
+from .hub import reason, resolve
+from .models.fused_student import read_by_fusing
+from .models.saving import build_config
 from .models.student import Student, StudentConfig
 from .pictures import to_pil
+
+FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+"""Files that a student is loaded from."""
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 MODEL_CARD = """---
 library_name: advkd
@@ -45,21 +58,102 @@ class StudentModel(ModelMixin, ConfigMixin):
         super().__init__()
         channels = tuple(channels) if channels else StudentConfig().channels
         student = Student(StudentConfig(image_size, image_channels, channels, latent_size, detail_noise, slope))
-        for name, child in student.named_children():
-            self.add_module(name, child)
-        # Not registered as a child: its modules are, under the names they have in the student.
-        object.__setattr__(self, "student", student)
+        self._share(student)
 
     @classmethod
     def from_student(cls, student):
-        """Wrap a copy of a student's weights."""
-        model = cls(**dataclasses.asdict(student.config)).to(student.head.weight.device)
-        model.load_state_dict(student.state_dict())
+        """Wrap a copy of a student, in eval mode."""
+        with torch.device("meta"):
+            model = cls(**dataclasses.asdict(student.config))
+        model._share(copy.deepcopy(student))
         return model.eval()
+
+    def _share(self, student):
+        """Have the student's modules, under their names; a module that is replaced is replaced in both."""
+        # Not registered as a child: its modules are.
+        object.__setattr__(self, "student", student)
+        self._modules, self.latent_parts = student._modules, student.latent_parts
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name).
+
+        Weights come from safetensors unless ``use_safetensors`` says else, are float32 unless ``torch_dtype`` does, whatever
+        torch's default is, and can be trained, in inference mode too.
+
+        Raises:
+            InputError: missing, damaged or foreign files.
+        """
+        part = options.pop("subfolder", None) or ""
+        folder = _fetched(pretrained_model_name_or_path, options, [f"{part}/{file}".lstrip("/") for file in FILES]) / part
+        _require_student(folder)
+        reported = options.pop("output_loading_info", False)
+        options |= {"use_safetensors": _safe(options), "output_loading_info": True}
+        try:
+            with torch.inference_mode(False), torch.device("cpu"), _float32():
+                model, report = super().from_pretrained(folder, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"the weights in {folder} cannot be read ({reason(error)}): restore or fetch a copy") from error
+        if wrong := [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]:
+            raise InputError(f"the weights in {folder} do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
+        return (model, report) if reported else model
 
     def forward(self, z):
         """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``."""
-        return self.student.train(self.training)(z)
+        return Student.forward(self, z)
+
+
+class _Content:
+    """The inputs of an engine, bit by bit.
+
+    Versions of tensors would not do: EMA copies, fused optimisers and numpy write without raising them.
+    """
+
+    def __init__(self, student):
+        self.described, tensors = _described(student)
+        self.bits = _bits(tensors)
+
+    def is_that_of(self, student):
+        """True if :func:`read_by_fusing` gives the same of a student."""
+        described, tensors = _described(student)
+        return described == self.described and _are_bits(tensors, self.bits)
+
+
+def _described(student):
+    described, tensors = read_by_fusing(student)
+    return (described, [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]), tensors
+
+
+def _bits(tensors):
+    """All tensors, one after the other, as bytes in the order of memory."""
+    return torch.cat([_in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def _in_memory_order(tensor):
+    """A contiguous view of a dense tensor, a copy of any other."""
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.contiguous()
+
+
+def _are_bits(tensors, bits):
+    """True if tensors are those of which :func:`_bits` made ``bits``."""
+    if not bits.is_cpu:
+        return torch.equal(_bits(tensors), bits)
+    # Half as long as torch.equal takes: a pass over all weights is a fair part of drawing one small image.
+    place = bits.data_ptr()
+    for tensor in tensors:
+        tensor = tensor if tensor.is_contiguous() else _in_memory_order(tensor.detach())
+        if _MEMCMP(tensor.data_ptr(), place, tensor.nbytes):
+            return False
+        place += tensor.nbytes
+    return True
+
+
+_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class AdvKDPipeline(DiffusionPipeline):
@@ -73,6 +167,21 @@ class AdvKDPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(student=StudentModel.from_student(student) if isinstance(student, Student) else student)
         self._fused = (None, None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name) that holds a student alone.
+
+        Weights come from safetensors unless ``use_safetensors`` says else; from the hub nothing else is fetched.
+
+        Raises:
+            InputError: the index names anything but a :class:`StudentModel`, or Python files lie in the folder: diffusers would
+                import the library and might run the files.
+        """
+        files = ["model_index.json", *(f"student/{file}" for file in FILES)]
+        folder = _fetched(pretrained_model_name_or_path, options, files)
+        _require_student_alone(folder)
+        return super().from_pretrained(folder, **{**options, "use_safetensors": _safe(options)})
 
     @torch.no_grad()
     def __call__(self, batch_size=1, generator=None, output_type="pil", return_dict=True):
@@ -105,13 +214,13 @@ class AdvKDPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _current_fused(self):
-        """The fused student, made anew when the weights have changed or moved."""
-        student = self.student.student.eval()
-        weight = student.head.weight
-        state = (weight.device, weight.dtype, [tensor._version for tensor in student.state_dict().values()])
-        if self._fused[0] != state:
-            self._fused = (state, student.fuse(dtype=weight.dtype))
-        return self._fused[1]
+        """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is."""
+        student, (content, fused) = self.student.student, self._fused
+        if content is None or not content.is_that_of(student):
+            content = _Content(student)
+            fused = student.fuse(dtype=student.head.weight.dtype)
+            self._fused = (content, fused)
+        return fused
 
     def save_pretrained(self, save_directory, **options):
         """diffusers' ``save_pretrained``, and a model card."""
@@ -125,7 +234,60 @@ class AdvKDPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
 
 
+def _safe(options):
+    """The option ``use_safetensors``, True unless the caller says else."""
+    return True if options.get("use_safetensors") is None else options["use_safetensors"]
+
+
+@contextlib.contextmanager
+def _float32():
+    """torch's default dtype is float32 inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fetched(source, options, files):
+    """The folder of a model, fetched from the hub where it is none; takes what the hub's client takes out of ``options``."""
+    chosen = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    if Path(source).is_dir() or not chosen:
+        return resolve(source, {}, "pipeline", files)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=files, **chosen))
+    except Exception as error:
+        raise InputError(f"pipeline {str(source)!r} cannot be fetched from the hub ({reason(error)})") from error
+
+
+def _require_student(folder):
+    """Refuse files that no student has, before diffusers reads them."""
+    values = read_json(folder / "config.json", "StudentModel configuration")
+    # diffusers writes null for the channels of a model that was made without any.
+    values = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}
+    build_config(StudentConfig, values, f"{folder / 'config.json'}")
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
+        if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in named.values()):
+            raise InputError(f"index of weights {index} may name .safetensors files of its own folder only")
+    for path in folder.glob("*.safetensors"):
+        require_regular(path, "the student's weights")
+
+
+def _require_student_alone(folder):
+    index = read_json(folder / "model_index.json", "index of a pipeline", ("_class_name",))
+    named = {name: value for name, value in index.items() if not name.startswith("_")}
+    expected = {"student": [StudentModel.__module__, StudentModel.__name__]}
+    if named != expected or not isinstance(index["_class_name"], str):
+        raise InputError(f"{folder / 'model_index.json'} is of another pipeline: it names {named}, not {expected} alone")
+    if code := sorted(str(path) for place in (folder, folder / "student") for path in place.glob("*.py")):
+        raise InputError(f"a pipeline's folder holds no Python files, which could be run; remove {', '.join(code)}")
+
+
 def _draw_seed(generator):
     device = generator.device if generator is not None else "cpu"
-    high, low = torch.randint(2**32, (2,), generator=generator, device=device).tolist()
+    high, low = torch.randint(2**32, (2,), generator=generator, dtype=torch.int64, device=device).tolist()
     return high << 32 | low

@@ -8,7 +8,7 @@ import torch
 
 from .errors import InputError
 from .files import cache_folder, read_json, write_json
-from .ops.conv_block import CPU_DTYPES
+from .ops.conv_block import ALGORITHMS, CPU_DTYPES
 from .ops.student_forward import pack
 from .timing import processor_identity
 
@@ -32,17 +32,26 @@ def choose_algorithms(layers, dtype):
     of threads, so that neither changes an image. What is measured is the time per image of one image and, where low
     resolutions go through the network together, of eight.
     """
-    path = cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', processor_identity().lower()).strip('-')}.json"
+    path = kept_file(processor_identity())
     known, found = _read(path), {}
     for layer in dict.fromkeys(layers):
         key = _key(layer, dtype)
         if len(layer.algorithms()) > 1 and known.get(key) not in layer.algorithms():
             found[key] = _fastest(layer, dtype)
-    if found:
+    if found and path is not None:
         _LOG.info("measured %d layers; the choices are kept in %s", len(found), path)
         _keep(path, found)
     known.update(found)
     return tuple(known[_key(i, dtype)] if len(i.algorithms()) > 1 else i.algorithms()[0] for i in layers)
+
+
+def kept_file(hardware):
+    """The file of what was measured on some hardware, in the user's cache folder; None, with a warning, where that has none."""
+    try:
+        return cache_folder() / "plans" / f"{re.sub(r'[^a-z0-9]+', '-', hardware.lower()).strip('-')}.json"
+    except (OSError, InputError) as error:
+        _LOG.warning("nothing measured is kept (%s)", error)
+        return None
 
 
 def _key(layer, dtype):
@@ -51,13 +60,16 @@ def _key(layer, dtype):
 
 
 def _read(path):
-    """Kept choices; a file that is damaged, or of other kernels, counts as none."""
+    """Kept choices; a file that is damaged, or of other kernels, counts as none, and so does what is no algorithm's name."""
+    if path is None:
+        return {}
     try:
         stored = read_json(path, "kept plan", ("version", "algorithms"))
     except InputError:
         return {}
-    usable = stored["version"] == VERSION and isinstance(stored["algorithms"], dict)
-    return dict(stored["algorithms"]) if usable else {}
+    if stored["version"] != VERSION or not isinstance(stored["algorithms"], dict):
+        return {}
+    return {key: name for key, name in stored["algorithms"].items() if name in ALGORITHMS}
 
 
 def _keep(path, found):
@@ -69,7 +81,8 @@ def _keep(path, found):
 
 
 def _fastest(layer, dtype):
-    weight, bias = torch.full((layer.c_out, layer.c_in, 3, 3), 0.01), torch.zeros(layer.c_out)
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    weight, bias = torch.full((layer.c_out, layer.c_in, 3, 3), 0.01, **kind), torch.zeros(layer.c_out, **kind)
     batches = (1, 8) if layer.height * layer.width < 64 * 64 else (1,)
     packed = {name: pack(weight, bias, layer, dtype, name) for name in layer.algorithms()}
 

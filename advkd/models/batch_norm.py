@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import InputError
 from ..ops import norm_act
 
 
@@ -16,38 +18,101 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x, slope=1.0, upsample=False):
         """``(N, C, H, W)`` to the same shape, or twice the side; a ``slope`` of 1 is no activation."""
-        if not (self.training or torch.is_grad_enabled()):
+        if not self.training and (not torch.is_grad_enabled() or _is_recorded()):
             # Nothing is saved for a backward pass: torch's ops, which cost less to call, do as well.
             x = F.leaky_relu(super().forward(x), slope, inplace=True)
             return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
-        if self.training:
-            self.num_batches_tracked += 1
+        momentum = self._count()
+        moved = not self.training or self.track_running_stats
         return norm_act(
             x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
+            *self._scales(x),
+            self.running_mean if moved else None,
+            self.running_var if moved else None,
             slope=slope,
             upsample=upsample,
-            training=self.training,
+            training=self.training or self.running_mean is None,
             eps=self.eps,
-            momentum=self.momentum,
+            momentum=momentum,
             synchronize=self.training and _several_processes(),
         )
+
+    def _count(self):
+        """Count a batch of training; the weight that it has in the running statistics."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _scales(self, x):
+        """Weight and bias; ones and zeros where the module has none."""
+        weight, bias = self.weight, self.bias
+        if weight is None:
+            weight = torch.ones(self.num_features, dtype=torch.float32, device=x.device)
+        return weight, torch.zeros_like(weight) if bias is None else bias
+
+
+def _is_recorded():
+    """True while a program is made of the module that must run elsewhere, of torch's own ops alone.
+
+    Older versions of torch say so to torch.compile, too.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def normalize(norm, x, slope, upsample=False):
+    """LeakyReLU of ``norm(x)``, its pixels repeated 2 x 2 with ``upsample``.
+
+    Any module may have taken the place of a :class:`BatchNorm2d`: a ``SyncBatchNorm``, or an ``Identity`` where the convolution
+    before has swallowed it.
+    """
+    if isinstance(norm, BatchNorm2d):
+        return norm(x, slope, upsample)
+    x = F.leaky_relu(norm(x), slope)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
+
+
 def fold(convolution, norm):
     """Weight and bias of ``norm(convolution(x))`` in eval mode as one convolution.
 
-    w' = w gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps), computed in float64.
+    w' = w gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps), computed in float64. ``norm`` is batch norm
+    of any class of torch's, or an ``Identity``.
+
+    Raises:
+        InputError: another module, or batch norm without running statistics.
     """
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    bias = convolution.bias.double() if convolution.bias is not None else 0.0
-    weight = convolution.weight.double() * scale[:, None, None, None]
-    folded = norm.bias.double() + (bias - norm.running_mean.double()) * scale
-    return weight.to(convolution.weight.dtype).detach(), folded.to(convolution.weight.dtype).detach()
+    dtype, weight = convolution.weight.dtype, convolution.weight.detach().double()
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if convolution.bias is None else convolution.bias.detach().double()
+    if isinstance(norm, nn.Identity):
+        return weight.to(dtype), bias.to(dtype)
+    if not isinstance(norm, _BatchNorm):
+        raise InputError(f"batch norm or an Identity can be folded into a convolution, not {type(norm).__name__}")
+    if norm.running_mean is None or norm.running_var is None:
+        raise InputError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = norm.weight.detach().double() * scale
+    folded = (bias - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        folded = norm.bias.detach().double() + folded
+    return (weight * scale[:, None, None, None]).to(dtype), folded.to(dtype)
+
+
+def read_by_fold(convolution, norm):
+    """The inputs of :func:`fold`: a tuple of what is no tensor, and a list of the tensors."""
+    tensors, eps = _tensors(convolution, "weight", "bias"), None
+    if isinstance(norm, _BatchNorm):
+        tensors, eps = [*tensors, *_tensors(norm, "weight", "bias", "running_mean", "running_var")], norm.eps
+    return (type(norm), eps, *[tensor is None for tensor in tensors]), [tensor for tensor in tensors if tensor is not None]
+
+
+def _tensors(module, *names):
+    """Attributes of a module, from its dictionaries where those have them: asking the module takes three times as long."""
+    own = vars(module)
+    known = own["_parameters"] | own["_buffers"]
+    return [known[name] if name in known else getattr(module, name) for name in names]

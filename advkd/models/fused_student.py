@@ -1,5 +1,6 @@
 """The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one op."""
 
+import math
 import warnings
 import weakref
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..ranges import named
 from ..schedule import resolutions
-from .batch_norm import fold
+from .batch_norm import fold, read_by_fold
 from .saving import PretrainedModule
 from .student import StudentConfig, batches, gather
 
@@ -72,6 +73,28 @@ def _prepare_loaded(module, incompatible_keys):
     module._prepare()
 
 
+def _stages(student):
+    """A student's convolutions, each with the norm behind it; the head is none of them."""
+    return [stage for b in student.submodules for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
+
+
+def _one_slope(student):
+    slopes = {block.slope for block in student.submodules}
+    if len(slopes) > 1:
+        raise InputError(f"the submodules' slopes must be equal in an engine, got {', '.join(map(str, sorted(slopes)))}")
+    return slopes.pop()
+
+
+def read_by_fusing(student):
+    """The inputs of :meth:`FusedStudent.from_student`: a tuple of what is no tensor, and a list of the tensors."""
+    described, tensors = [*vars(student.config).values(), *(block.slope for block in student.submodules)], []
+    for stage in (*_stages(student), (student.head, None)):
+        own, parts = read_by_fold(*stage)
+        described.append(own)
+        tensors += parts
+    return tuple(described), tensors
+
+
 class FusedStudent(PretrainedModule, nn.Module):
     """A student for sampling only. Made by :meth:`Student.fuse`, or loaded by :meth:`from_pretrained`.
 
@@ -106,14 +129,21 @@ class FusedStudent(PretrainedModule, nn.Module):
         self.register_load_state_dict_post_hook(_prepare_loaded)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def from_student(cls, student, backend="auto", dtype=torch.float32, tune=True):
-        """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`."""
+        """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`.
+
+        Raises:
+            InputError: layers that cannot be folded (:func:`advkd.models.batch_norm.fold`), weights that are not finite.
+        """
         names = {value: name for name, value in DTYPES.items()}
         if dtype not in names:
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
         device = student.head.weight.device
         wished, backend = backend, choose_for("student_forward", dtype, backend, device)
         shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
+        shape["slope"] = _one_slope(student)
         with device:
             module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend)
         module.tune, module.mixed = tune, wished == "auto"
@@ -137,9 +167,10 @@ class FusedStudent(PretrainedModule, nn.Module):
         return module._prepare()
 
     def _fill(self, student):
-        stages = [s for b in student.submodules for s in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
-        folded = [*(fold(*stage) for stage in stages), (student.head.weight.detach(), student.head.bias.detach())]
+        folded = [*(fold(*stage) for stage in _stages(student)), fold(student.head, nn.Identity())]
         for i, (weight, bias) in enumerate(folded):
+            if weight.shape != self._weight(i).shape:
+                raise InputError(f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}")
             self._weight(i).copy_(weight)
             self._bias(i).copy_(bias)
 
@@ -201,7 +232,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def latents(self, n, seed=0, start=0):
         """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
-        indices = torch.arange(start, start + n, device=self.weight0.device)
+        indices = torch.arange(start, start + n, dtype=torch.int64, device=self.weight0.device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
@@ -235,10 +266,13 @@ class FusedStudent(PretrainedModule, nn.Module):
         On a GPU images come in pinned memory of the host, copied while the next batch is drawn. Where a batch does not fit the
         device's memory it is halved once, with a warning; then ``torch.OutOfMemoryError`` says so.
         """
-        return self.draw([(start + first, count) for first, count in batches(n, batch_size)], seed, dtype)
+        return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype)
 
     def draw(self, parts, seed=0, dtype=torch.float32):
-        """:meth:`stream` of chosen images: ``parts`` is a list of ``(first, count)``, drawn one after the other."""
+        """:meth:`stream` of chosen images: ``parts`` are ``(first, count)``, drawn one after the other.
+
+        Any iterable does; a part is taken from it when its images are to be drawn, on a GPU one part ahead of them.
+        """
         if dtype not in STREAMED:
             raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
         pieces = (STREAMED[dtype](images) for images in self._drawn(parts, seed))
@@ -246,23 +280,29 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def _drawn(self, parts, seed):
         """Batches of images on the engine's device."""
-        parts, most = list(reversed(parts)), None
-        while parts:
-            first, count = parts.pop()
-            if most is not None and count > most:
-                parts.append((first + most, count - most))
-                count = most
-            images = self._try(count, seed, first)
-            if images is not None:
+        most = math.inf
+        for first, count in parts:
+            last = first + count
+            while True:
+                taken = min(last - first, most)
+                images = self._try(taken, seed, first)
+                if images is None:
+                    most = self._halved(taken, most)
+                    continue
                 yield images
-                continue
-            if most is not None or count == 1:
-                text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
-                raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size")
-            most = -(-count // 2)
-            warnings.warn(f"out of memory with batches of {count} images: going on with {most}", stacklevel=2)
-            self._forget()
-            parts.append((first, count))
+                first += taken
+                if first == last:
+                    break
+
+    def _halved(self, count, most):
+        """How many images a batch may have, as ``count`` do not fit; an error where they have been halved (``most``) before."""
+        if most < math.inf or count == 1:
+            text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
+            raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size")
+        half = -(-count // 2)
+        warnings.warn(f"out of memory with batches of {count} images: going on with {half}", stacklevel=3)
+        self._forget()
+        return half
 
     def _try(self, count, seed, first):
         """Images, or None where they do not fit: then nothing of the attempt keeps memory, its traceback neither."""

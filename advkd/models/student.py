@@ -12,7 +12,7 @@ from ..hub import PRETRAINED
 from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
 from ..schedule import resolutions
-from .batch_norm import BatchNorm2d
+from .batch_norm import BatchNorm2d, normalize
 from .saving import PretrainedModule
 
 
@@ -75,8 +75,8 @@ class Submodule(nn.Module):
         """
         if self.upsample and not upsampled:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = self.norm1(self.convolution1(x), self.slope)
-        return self.norm2(self.convolution2(x), self.slope, upsample)
+        x = normalize(self.norm1, self.convolution1(x), self.slope)
+        return normalize(self.norm2, self.convolution2(x), self.slope, upsample)
 
 
 class Student(PretrainedModule, nn.Module):
@@ -138,7 +138,8 @@ class Student(PretrainedModule, nn.Module):
     def latents(self, n, seed=0, start=0, device=None):
         """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
         device = device or self.head.weight.device
-        return philox_normal(seed, torch.arange(start, start + n, device=device), (self.latent_numel,), stream="z")
+        indices = torch.arange(start, start + n, dtype=torch.int64, device=device)
+        return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     def project(self, x_T):
         """z of the teacher's start states ``(N, C, S, S)``, for pairs and side-by-side pictures."""
@@ -150,9 +151,10 @@ class Student(PretrainedModule, nn.Module):
         With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
         are standardised levels of the teacher, not clipped. Submodules after the last level asked for do not run.
         """
-        wanted = {self.depth} if levels is None else set(levels)
-        coarse, *details = split_latent(z, self.latent_parts)
-        outputs, x, upsampled = {}, coarse, False
+        depth = len(self.submodules)
+        wanted = {depth} if levels is None else set(levels)
+        details = split_latent(z, self.latent_parts)
+        outputs, x, upsampled = {}, details.pop(0), False
         blocks = self.submodules[: max(wanted)]
         for k, block in enumerate(blocks, 1):
             if block.upsample and details:
@@ -161,8 +163,8 @@ class Student(PretrainedModule, nn.Module):
             upsample = k not in wanted and blocks[k].upsample and not details
             x, upsampled = block(x, upsampled, upsample), upsample
             if k in wanted:
-                outputs[k] = torch.tanh(self.head(x)) if k == self.depth else self.terminals[k - 1](x)
-        return outputs[self.depth] if levels is None else outputs
+                outputs[k] = torch.tanh(self.head(x)) if k == depth else self.terminals[k - 1](x)
+        return outputs[depth] if levels is None else outputs
 
     def levels(self, z):
         """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth."""
@@ -185,12 +187,15 @@ class Student(PretrainedModule, nn.Module):
 
     @torch.no_grad()
     def sample(self, n, seed=0, batch_size=64, start=0):
-        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1]; image i does not depend on ``batch_size``."""
-        parts = batches(n, batch_size)
-        pieces = (self(self.latents(count, seed, start + first)).cpu() for first, count in parts)
+        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
+        parts, dtype = batches(n, batch_size), self.head.weight.dtype
+        pieces = (self(self.latents(count, seed, start + first).to(dtype)).cpu() for first, count in parts)
         return gather(pieces, n, self.config)
 
     def _initialize(self):
+        if self.head.weight.is_meta:
+            # Weights are to come; torch would import its compiler to draw numbers into no memory.
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=self.config.slope)
@@ -201,15 +206,16 @@ class Student(PretrainedModule, nn.Module):
 
 
 def batches(n, batch_size):
-    """``(first, count)`` of the batches that make ``n`` images."""
+    """A generator of ``(first, count)``, the batches that make ``n`` images; wrong numbers are refused at the call."""
     if n < 0 or batch_size < 1:
         raise InputError(f"n must be at least 0 and batch_size at least 1, got {n} and {batch_size}")
-    return [(first, min(batch_size, n - first)) for first in range(0, n, batch_size)]
+    return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
 
 
 def gather(pieces, n, config):
-    """Batches of images as one float32 tensor ``(n, C, S, S)``."""
-    images, first = torch.empty(n, config.image_channels, config.image_size, config.image_size), 0
+    """Batches of images as one float32 tensor ``(n, C, S, S)`` on the CPU."""
+    shape = (n, config.image_channels, config.image_size, config.image_size)
+    images, first = torch.empty(shape, dtype=torch.float32, device="cpu"), 0
     for piece in pieces:
         images[first : first + len(piece)] = piece
         first += len(piece)

@@ -44,7 +44,7 @@ def norm_act(
         upsample: repeat every pixel of the result 2 x 2.
         training: use the batch's statistics.
         eps: added to the variance.
-        momentum: weight of the batch in the running statistics.
+        momentum: weight of the batch in the running statistics; 1 / k for batch k makes them averages over the batches.
         synchronize: statistics of all processes' batches together (``torch.distributed`` must be initialised); the processes
             may hold different numbers of samples.
         backend: see :func:`advkd.ops.backends.choose`.
@@ -54,9 +54,14 @@ def norm_act(
         float64). Order of differentiability 1, in ``x``, ``gamma`` and ``beta``: differentiating its gradients raises.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, or no statistics.
+        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics, or
+            no momentum.
     """
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)
+    if momentum is None:
+        raise InputError("momentum must be a number, got None: for averages over the batches give 1 / k for batch k")
+    # torch.compile must meet them here first: not inside an autograd function, whose graph they would then belong to.
+    eps, slope = float(eps), float(slope)
     x = dense(x)
     with torch.no_grad():
         if training:

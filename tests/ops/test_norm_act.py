@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from advkd.errors import InputError
-from advkd.models.batch_norm import BatchNorm2d
+from advkd.models.batch_norm import BatchNorm2d, fold, read_by_fold
+from advkd.models.batch_norm import normalize as norm_layer
 from advkd.ops import gradient_penalty, norm_act
 from advkd.ops.norm_act import _LAUNCH, moments
 
@@ -442,6 +443,107 @@ def test_the_module_is_torchs():
         assert (ours(x, SLOPE, True) - with_graph).abs().max() <= 32 * UNIT and with_graph.requires_grad
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": None},
+        {"momentum": 0.3},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": None, "affine": False},
+    ],
+    ids=str,
+)
+def test_the_modules_options_are_torchs(options, grad):
+    """A cumulative average, no weights, no running statistics: values, gradients and state of ``nn.BatchNorm2d``."""
+    ours, theirs = BatchNorm2d(5, **options), nn.BatchNorm2d(5, **options)
+    generator = torch.Generator().manual_seed(0)
+    # Five batches: a cumulative average is then no longer near to one with a fixed weight.
+    for training in (True, True, False, True, True, True, False):
+        x = 1 + torch.randn(3, 5, 6, 4, generator=generator)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        with torch.set_grad_enabled(grad):
+            found, wanted = (module.train(training)(leaf) for module, leaf in zip((ours, theirs), leaves, strict=True))
+        assert (found - wanted).abs().max() <= 64 * UNIT
+        if grad:
+            gradients = [torch.autograd.grad(y.sin().sum(), leaf)[0] for y, leaf in zip((found, wanted), leaves, strict=True)]
+            assert (gradients[0] - gradients[1]).abs().max() <= 64 * UNIT
+    for name, value in theirs.state_dict().items():
+        assert (ours.state_dict()[name] - value).abs().max() <= 16 * UNIT, name
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_statistics_that_are_not_tracked_do_not_move():
+    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4)
+    for module in (ours, theirs):
+        module.track_running_stats = False
+        module(x)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.Identity(), nn.GroupNorm(2, 4), BatchNorm2d(4)])
+def test_normalize_takes_any_module(norm):
+    x = torch.randn(2, 4, 3, 5)
+    for training, upsample in itertools.product((False, True), (False, True)):
+        y = F.leaky_relu(nn.Sequential(norm.train(training))(x), SLOPE)
+        wanted = F.interpolate(y, scale_factor=2, mode="nearest") if upsample else y
+        kept = x.clone()
+        assert (norm_layer(norm, x, SLOPE, upsample) - wanted).abs().max() <= 32 * UNIT
+        assert torch.equal(x, kept)
+
+
+def test_folding_is_normalising():
+    """In float64, with and without a bias of the convolution and weights of the norm."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for bias, affine, kind in itertools.product((False, True), (False, True), (BatchNorm2d, nn.SyncBatchNorm)):
+        convolution, norm = nn.Conv2d(3, 4, 3, bias=bias).double(), kind(4, affine=affine, eps=0.1).double().eval()
+        for number, tensor in enumerate(norm.state_dict().values()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.linspace(0.5, 1 + number, 4))
+        weight, shift = fold(convolution, norm)
+        assert (F.conv2d(x, weight, shift) - norm(convolution(x))).abs().max() <= 1e-12
+        same = fold(convolution, nn.Identity())
+        assert torch.equal(F.conv2d(x, *same), convolution(x)) and not any(t.requires_grad for t in (*same, weight, shift))
+
+
+def test_what_folding_reads():
+    """Every tensor of which a change changes the folded weights, no other, and the norm's kind and options."""
+    convolution, norm = nn.Conv2d(3, 4, 3), BatchNorm2d(4)
+    described, tensors = read_by_fold(convolution, norm)
+    state = {**convolution.state_dict(prefix="c."), **norm.state_dict(prefix="n.")}
+    read = {t.data_ptr() for t in tensors}
+    names = {name for name, t in state.items() if t.data_ptr() in read}
+    assert names == {"c.weight", "c.bias", "n.weight", "n.bias", "n.running_mean", "n.running_var"} and len(tensors) == 6
+    assert read_by_fold(convolution, norm)[0] == described
+    norm.eps = 0.1
+    assert read_by_fold(convolution, norm)[0] != described
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, bias=False))
+    _, (weight,) = read_by_fold(parametrized, nn.Identity())
+    assert torch.equal(weight, parametrized.weight) and weight.shape == (4, 3, 3, 3)
+
+
+def test_a_chain_compiles_for_every_shape():
+    """Two in a row, whose options torch.compile takes as numbers that may change."""
+    torch._dynamo.reset()
+    _, gamma, beta = make((1, 3, 1, 1))
+    gamma.requires_grad_()
+
+    def chain(x):
+        y = norm_act(x, gamma, beta, None, None, slope=SLOPE, upsample=True)
+        return norm_act(y, gamma, beta, None, None, slope=SLOPE)
+
+    compiled = torch.compile(chain, dynamic=True, fullgraph=True, backend="aot_eager")
+    for shape in ((4, 3, 4, 6), (7, 3, 5, 3)):
+        x, _, _ = make(shape)
+        found, wanted = compiled(x), chain(x)
+        assert torch.equal(found, wanted)
+        gradients = [torch.autograd.grad(y.sin().sum(), gamma)[0] for y in (found, wanted)]
+        assert torch.equal(*gradients)
+
+
 def test_a_bfloat16_autocast_gives_bfloat16():
     x, norm = torch.randn(2, 3, 8, 8), BatchNorm2d(4)
     convolution = nn.Conv2d(3, 4, 3)
@@ -481,6 +583,7 @@ def test_empty_and_smallest(device):
         ({"running_var": torch.ones(2)}, "running_var must have shape"),
         ({"running_mean": None, "running_var": None, "training": False}, "needed where training is False"),
         ({"synchronize": True}, "synchronize needs an initialised"),
+        ({"momentum": None}, "momentum must be a number"),
         ({"backend": "gpu"}, "backend must be"),
     ],
 )

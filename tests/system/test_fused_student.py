@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from advkd import FusedStudent, Student
+from advkd import FusedStudent, Student, gpu_plan
 from advkd import plan as planning
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import backends
@@ -23,6 +24,21 @@ CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the 
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+DEEP = "[" * 300 + "]" * 300
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "\udcff\udcfe",
+    "version https://git-lfs.github.com/spec/v1\n",
+    "[" * 100_000,
+    '{"version": ' + "9" * 5000 + "}",
+    '{"version": {"version": 1}, "algorithms": {"a": 1}, "torch": [], "triton": 0, "seconds": {"a": 1.0}}',
+]
+"""No kept file is like these: empty, no JSON, no object, no text, a pointer, deeply nested, endless numbers, other types."""
 
 
 def stored(cache):
@@ -60,13 +76,104 @@ def test_a_search_is_kept_by_layer_and_processor(cache, monkeypatch):
 
 
 @CPU
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 0, "algorithms": {}}', '{"version": 1, "algorithms": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *DAMAGED,
+        '{"version": 0, "algorithms": {}}',
+        '{"version": 1, "algorithms": 3}',
+        '{"version": 1, "algorithms": {"b": 1e400, "c": "winograd9", "d": null, "e": true, "a": ' + DEEP + "}}",
+    ],
+)
 def test_a_damaged_cache_is_measured_anew(cache, content):
     tiny_student().fuse("cpu")
     path, kept = stored(cache)
-    path.write_text(content)
-    tiny_student().fuse("cpu")
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    fused = tiny_student().fuse("cpu")
     assert set(stored(cache)[1]["algorithms"]) == set(kept["algorithms"])
+    assert all(name in layer.algorithms() for name, layer in zip(fused.config.algorithms, fused.layers, strict=True))
+
+
+@CPU
+def test_a_pipe_in_the_place_of_the_cache_is_not_read(cache):
+    """Reading it would wait for ever."""
+    fused = tiny_student().fuse("cpu")
+    path, _ = stored(cache)
+    path.unlink()
+    os.mkfifo(path)
+    assert len(tiny_student().fuse("cpu").config.algorithms) == len(fused.layers)
+
+
+@CPU
+@pytest.mark.parametrize("name", ["write_json", "cache_folder"])
+def test_a_cache_that_refuses_does_not_stop_a_run(monkeypatch, caplog, cache, name):
+    """A file system that is read-only, or a folder that belongs to somebody else."""
+
+    def refuse(*arguments):
+        raise OSError(30, "Read-only file system") if name == "write_json" else InputError("others may write to it")
+
+    monkeypatch.setattr(planning, name, refuse)
+    with caplog.at_level(logging.WARNING):
+        fused = tiny_student().fuse("cpu")
+    assert len(fused.config.algorithms) == len(fused.layers) and "kept" in caplog.text and not cache.exists()
+
+
+TIMES = {"conv, tf32, batch 1: 3": 1e-5, "pair, tf32, batch 1: 3": 2.5e-6}
+
+
+@pytest.fixture
+def kept_times(cache, monkeypatch):
+    """A device's file of measured times, and a way to read it."""
+    monkeypatch.setattr(gpu_plan, "step_seconds", lambda engine, step, n: 1e-3)
+    times = gpu_plan.KeptTimes(torch.device("cpu"))
+    times.known = dict(TIMES)
+    times.found = dict(TIMES)
+    times.keep()
+    return times.path, lambda: gpu_plan.KeptTimes(torch.device("cpu"))
+
+
+def test_a_gpus_times_are_kept(kept_times):
+    path, read = kept_times
+    assert path.exists() and read().known == TIMES
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_times_are_measured_anew(kept_times, content):
+    path, read = kept_times
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    times = read()
+    assert times.known == {}
+    assert times.seconds("conv", None, None, 1) == 1e-3
+    times.keep()
+    assert read().known == {"conv": 1e-3}
+
+
+@pytest.mark.parametrize("value", ["1e400", "1e308", "-1e-5", "0.0", "NaN", "true", "7", '"1e-9"', "null", "[1e-9]", DEEP])
+def test_a_time_that_was_not_measured_is_left_out(kept_times, value):
+    path, read = kept_times
+    text = path.read_text()
+    assert "1e-05" in text
+    path.write_text(text.replace("1e-05", value))
+    times = read()
+    assert times.known == {name: seconds for name, seconds in TIMES.items() if seconds == 2.5e-6}
+    # What is left out is not written back.
+    times.seconds("conv", None, None, 1)
+    times.keep()
+    assert set(json.loads(path.read_text())["seconds"]) == {"conv", "pair, tf32, batch 1: 3"}
+
+
+@pytest.mark.parametrize("name", ["write_json", "kept_file"])
+def test_times_that_cannot_be_kept_do_not_stop_a_run(kept_times, monkeypatch, caplog, name):
+    def refuse(*arguments):
+        if name == "write_json":
+            raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(gpu_plan, name, refuse)
+    with caplog.at_level(logging.WARNING):
+        times = gpu_plan.KeptTimes(torch.device("cpu"))
+        assert times.seconds("conv", None, None, 1) == 1e-3
+        times.keep()
+    assert ("not kept" if name == "write_json" else "in memory") in caplog.text
 
 
 @CPU
@@ -154,6 +261,45 @@ def test_streaming_is_sampling():
         for draw in (fused.stream, fused.sample, tiny_student().sample):
             with pytest.raises(InputError, match="batch_size"):
                 draw(**wrong)
+
+
+def test_parts_are_taken_when_they_are_drawn():
+    """From an iterator without an end, one at a time."""
+    fused, asked = tiny_student().fuse(tune=False), []
+
+    def parts():
+        first = 0
+        while True:
+            asked.append(first)
+            yield first, 2
+            first += 5
+
+    pieces = fused.draw(parts(), seed=5)
+    assert asked == []
+    for i in range(3):
+        assert torch.equal(next(pieces), fused.sample(2, seed=5, start=5 * i)) and len(asked) == i + 1
+    assert len(next(fused.stream(10**15, batch_size=3))) == 3
+    assert [len(piece) for piece in fused.draw([(0, 1), (4, 0), (2, 3)])] == [1, 0, 3]
+    with pytest.raises(InputError, match="dtype must be"):
+        fused.draw(iter([]), dtype=torch.float16)
+
+
+def test_a_batch_that_does_not_fit_is_halved_once(monkeypatch):
+    fused = tiny_student().fuse(tune=False)
+    draw, tried, most = fused._try, [], 4
+
+    def try_(count, seed, first):
+        tried.append((first, count))
+        return draw(count, seed, first) if count <= most else None
+
+    monkeypatch.setattr(fused, "_try", try_)
+    with pytest.warns(UserWarning, match="out of memory with batches of 7 images: going on with 4"):
+        pieces = list(fused.draw(iter([(0, 3), (3, 7), (10, 5)]), seed=5))
+    assert tried == [(0, 3), (3, 7), (3, 4), (7, 3), (10, 4), (14, 1)]
+    assert (torch.cat(pieces) - fused.sample(15, seed=5, batch_size=4)).abs().max() <= 1e-5
+    most = 1
+    with pytest.warns(UserWarning, match="going on with 2"), pytest.raises(torch.OutOfMemoryError, match="2 images of 8x8"):
+        list(fused.draw([(0, 4)]))
 
 
 @CPU

@@ -45,3 +45,22 @@ def test_split_gives_the_parts():
 def test_bad_latents_are_refused(latent_size, detail_noise):
     with pytest.raises(InputError, match="latent_size"):
         project(torch.zeros(1, 1, 32, 32), latent_size, detail_noise)
+
+
+def test_a_projection_depends_on_nothing_but_its_arguments():
+    """Whatever torch's defaults and the mode of autograd were when a size was first projected."""
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    with torch.device("meta"):
+        first = project(x, 3)
+    with torch.inference_mode():
+        second = project(x, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        third = project(x, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    z = project(x.requires_grad_(), 3)
+    assert first.device.type == "cpu" and all(torch.equal(z, other) for other in (first, second, third))
+    (gradient,) = torch.autograd.grad(z.square().sum() / 2, x)
+    # The projection is orthonormal: its adjoint keeps the norm.
+    assert (gradient.norm() - z.norm()).abs() < 1e-12

@@ -1,11 +1,22 @@
 """The diffusers pipeline around the student."""
 
+import copy
+import json
+import pickle
+import sys
+
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from advkd import AdvKDPipeline, Student
+from advkd import pipeline as pipelines
 from advkd.errors import InputError
+from advkd.models.student import Submodule
+from advkd.pipeline import StudentModel
 
 from ..conftest import tiny_student
 
@@ -57,11 +68,388 @@ def test_saving_and_loading(pipe, tmp_path):
     assert torch.equal(student(student.latents(1)), pipe.student(student.latents(1)))
 
 
-def test_changed_weights_change_the_images(pipe):
-    before = pipe(generator=seeded(0), output_type="pt").images
+def drawn(pipe):
+    return pipe(batch_size=2, generator=seeded(0), output_type="pt").images
+
+
+def altered(student, by=0.5):
+    """A student (or its model) of other weights and statistics."""
+    other = copy.deepcopy(student)
     with torch.no_grad():
-        pipe.student.student.head.bias += 0.5
-    assert (pipe(generator=seeded(0), output_type="pt").images - before).min() > 0
+        for tensor in (*other.parameters(), *(b for b in other.buffers() if b.is_floating_point())):
+            tensor.mul_(1 + by).add_(0.01)
+    return other
+
+
+def one_step(optimizer):
+    def step(model):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer(model.parameters(), lr=0.1, fused=True).step()
+
+    return step
+
+
+def through_numpy(model):
+    model.submodules[0].convolution1.weight.detach().numpy()[...] *= 0.5
+
+
+def in_inference_mode(model):
+    with torch.inference_mode():
+        model.submodules[1].norm2.weight.mul_(0.5)
+
+
+def by_training(model):
+    model.train()
+    with torch.no_grad():
+        model(model.student.latents(4, seed=5))
+    model.eval()
+
+
+def new_slope(model):
+    for block in model.submodules:
+        block.slope = 0.6
+
+
+def swallowed_norm(model):
+    block = model.submodules[2]
+    block.convolution1, block.norm1 = fuse_conv_bn_eval(altered(block.convolution1), block.norm1), torch.nn.Identity()
+
+
+def new_head(model):
+    model.head = altered(model.head)
+
+
+def new_submodule(model):
+    torch.manual_seed(3)
+    model.submodules[1] = Submodule(8, 8, True, 0.2).eval()
+
+
+def new_parameter(model):
+    model.submodules[0].norm1.bias = torch.nn.Parameter(torch.linspace(-1, 1, 8))
+
+
+def new_epsilon(model):
+    model.submodules[0].norm1.eps = 0.5
+
+
+CHANGES = {
+    "EMA": lambda model: EMAModel(altered(model).parameters()).copy_to(model.parameters()),
+    "data": lambda model: model.head.weight.data.copy_(altered(model).head.weight),
+    "replaced data": lambda model: setattr(model.head.weight, "data", model.head.weight.data * 0.5),
+    "AdamW": one_step(torch.optim.AdamW),
+    "Adam": one_step(torch.optim.Adam),
+    "SGD": one_step(torch.optim.SGD),
+    "state": lambda model: model.load_state_dict(altered(model).state_dict()),
+    "assigned state": lambda model: model.load_state_dict(altered(model).state_dict(), assign=True),
+    "assigned state of the student": lambda model: model.student.load_state_dict(altered(model).state_dict(), assign=True),
+    "head": new_head,
+    "submodule": new_submodule,
+    "parameter": new_parameter,
+    "numpy": through_numpy,
+    "inference mode": in_inference_mode,
+    "training": by_training,
+    "epsilon": new_epsilon,
+    "slope": new_slope,
+    "swallowed norm": swallowed_norm,
+    "dtype": lambda model: model.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_images_are_those_of_the_weights_that_the_model_has(name, layout):
+    pipe = AdvKDPipeline(tiny_student().eval().to(memory_format=layout))
+    before = drawn(pipe)
+    CHANGES[name](pipe.student)
+    found = drawn(pipe)
+    fresh = pipe.student.student.fuse(dtype=pipe.student.head.weight.dtype)
+    wanted = (fresh(fresh.latents(2, pipelines._draw_seed(seeded(0)))).float() / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(found, wanted)
+    assert (before - wanted).abs().max() > (0 if name == "dtype" else 1e-3)
+
+
+def test_an_engine_is_kept_while_nothing_changes(monkeypatch):
+    made = []
+    fuse = Student.fuse
+    monkeypatch.setattr(Student, "fuse", lambda student, **options: made.append(student) or fuse(student, **options))
+    pipe = AdvKDPipeline(tiny_student().eval())
+    drawn(pipe)
+    pipe.student.load_state_dict(pipe.student.state_dict())
+    pipe.student.train().eval()
+    pipe.student.terminals[0].weight.data.mul_(2)
+    drawn(pipe)
+    assert len(made) == 1
+    pipe.student.head.bias.data[0] = -pipe.student.head.bias.data[0]  # from 0.0 to -0.0: other bits
+    drawn(pipe)
+    assert len(made) == 2
+
+
+def test_weights_that_are_not_numbers_are_seen():
+    pipe = AdvKDPipeline(tiny_student().eval())
+    before = drawn(pipe)
+    kept = pipe.student.submodules[0].norm1.running_mean.clone()
+    pipe.student.submodules[0].norm1.running_mean.data.fill_(float("nan"))
+    for _ in range(2):
+        with pytest.raises(InputError, match="not finite"):
+            drawn(pipe)
+    pipe.student.submodules[0].norm1.running_mean.data.copy_(kept)
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_bits_are_compared_as_on_a_gpu(monkeypatch):
+    """One flat copy and one comparison, without addresses."""
+    monkeypatch.setattr(pipelines, "_MEMCMP", None)
+    tensors = [torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last), torch.full((4,), float("nan")), torch.ones(())]
+    bits = pipelines._bits(tensors)
+    assert bits.dtype == torch.uint8 and bits.numel() == 4 * (54 + 4 + 1)
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+    bits = bits.as_subclass(Elsewhere)
+    assert pipelines._are_bits(tensors, bits)
+    tensors[1].data[2] = 0
+    assert not pipelines._are_bits(tensors, bits)
+
+
+def test_a_picture_in_the_middle_of_training_changes_nothing():
+    """Neither the modes of the model's layers nor their statistics nor torch's random numbers."""
+    model = StudentModel.from_student(tiny_student()).train()
+    model.submodules[0].norm1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(7)
+    wanted = torch.rand(1)
+    drawn(AdvKDPipeline(model))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.manual_seed(7)
+    AdvKDPipeline(model.student)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_a_models_forward_keeps_the_modes_of_its_layers():
+    model = StudentModel.from_student(tiny_student()).train()
+    model.submodules[0].norm1.eval()
+    before = model.submodules[0].norm1.running_mean.clone()
+    model(model.student.latents(3))
+    assert not model.submodules[0].norm1.training and torch.equal(model.submodules[0].norm1.running_mean, before)
+    assert model.submodules[0].norm2.num_batches_tracked == 1
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own():
+    model = StudentModel.from_student(tiny_student().eval())
+    z = model.student.latents(2)
+    wanted = model(z)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(z), wanted) and torch.equal(other.student(z), wanted)
+        new_head(other)
+        assert torch.equal(other(z), other.student(z)) and not torch.equal(other(z), wanted)
+        assert torch.equal(model(z), wanted)
+
+
+def test_a_converted_model_is_fused():
+    pipe = AdvKDPipeline(tiny_student().eval())
+    wanted = drawn(pipe)
+    other = AdvKDPipeline(torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(pipe.student)))
+    assert isinstance(other.student.submodules[0].norm1, torch.nn.SyncBatchNorm)
+    assert (drawn(other) - wanted).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["called outside", "called inside"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["loaded outside", "loaded inside"])
+def test_inference_mode(tmp_path, loaded, called):
+    AdvKDPipeline(tiny_student().eval()).save_pretrained(tmp_path)
+    wanted = drawn(AdvKDPipeline.from_pretrained(tmp_path))
+    with torch.inference_mode(loaded):
+        pipes = [AdvKDPipeline.from_pretrained(tmp_path), AdvKDPipeline(Student.from_pretrained(tmp_path))]
+        pipes.append(AdvKDPipeline(tiny_student().eval()))
+        engine = pipes[-1].student.student.fuse(tune=False)
+    for pipe in pipes:
+        for mode in (called, not called, called):
+            with torch.inference_mode(mode):
+                assert torch.equal(drawn(pipe), wanted)
+    # An engine that was made inside can be written to outside.
+    engine.load_state_dict(pipes[0].student.student.fuse(tune=False).state_dict())
+    assert not engine.weight0.is_inference()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_torchs_defaults_do_not_change_the_images(pipe, default):
+    wanted = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
+    if default == "meta":
+        with torch.device("meta"):
+            found = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
+    else:
+        torch.set_default_dtype(default)
+        try:
+            found = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(ours.dtype == torch.float32 and torch.equal(ours, right) for ours, right in zip(found, wanted, strict=True))
+
+
+def test_options_of_diffusers_reach_the_student(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    narrow = AdvKDPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False)
+    assert narrow.student.head.weight.dtype == torch.bfloat16
+    assert (drawn(narrow) - drawn(pipe)).abs().max() <= 0.05
+    own = altered(pipe.student)
+    assert AdvKDPipeline.from_pretrained(str(tmp_path), student=own).student is own
+    pipe.save_pretrained(tmp_path / "narrow", variant="fp16")
+    assert torch.equal(drawn(AdvKDPipeline.from_pretrained(tmp_path / "narrow", variant="fp16")), drawn(pipe))
+
+
+def test_a_pipeline_comes_from_the_hub(pipe, tmp_path, monkeypatch):
+    """Only what a student needs is fetched, with the options that the hub's client takes."""
+    import huggingface_hub
+
+    pipe.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda source, **given: asked.append((source, given)) or tmp_path)
+    for options in ({}, {"revision": "main", "token": "hf_x"}):
+        assert torch.equal(drawn(AdvKDPipeline.from_pretrained("someone/digits", **options)), drawn(pipe))
+        source, given = asked.pop()
+        assert source == "someone/digits" and {name: given[name] for name in options} == options
+        assert not any(name.endswith((".py", ".bin", "*")) for name in given["allow_patterns"])
+
+    def unreachable(source, **given):
+        raise OSError("no such revision")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(InputError, match="no such revision"):
+        AdvKDPipeline.from_pretrained("someone/digits", revision="main")
+
+
+LEAVES_A_TRACE = "import pathlib; pathlib.Path({trace!r}).touch()\nStudentModel = AdvKDPipeline = Spy = None\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"student": ["advkd_spy", "Spy"]},
+        {"student": ["advkd_spy", "StudentModel"]},
+        {"student": [None, None]},
+        {"student": ["advkd.pipeline", "AdvKDPipeline"]},
+        {"helper": ["advkd_spy", "Spy"]},
+        {"_class_name": ["advkd_spy", "Spy"]},
+    ],
+    ids=str,
+)
+def test_an_index_of_anything_else_is_refused_before_it_is_imported(pipe, tmp_path, monkeypatch, change):
+    trace, code, folder = tmp_path / "trace", tmp_path / "code", tmp_path / "pipeline"
+    pipe.save_pretrained(folder)
+    code.mkdir()
+    (code / "advkd_spy.py").write_text(LEAVES_A_TRACE.format(trace=str(trace)))
+    monkeypatch.syspath_prepend(str(code))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(InputError, match="model_index.json is of another pipeline"):
+        AdvKDPipeline.from_pretrained(folder)
+    assert not trace.exists() and "advkd_spy" not in sys.modules
+    # The trap works: who imports it leaves the trace.
+    __import__("advkd_spy")
+    del sys.modules["advkd_spy"]
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("name", ["None.py", "student/advkd.pipeline.py"])
+def test_code_in_a_pipelines_folder_is_not_run(pipe, tmp_path, monkeypatch, name):
+    folder, trace = tmp_path / "pipeline", tmp_path / "trace"
+    monkeypatch.setenv("DIFFUSERS_TRUST_REMOTE_CODE", "1")
+    pipe.save_pretrained(folder)
+    (folder / name).write_text(LEAVES_A_TRACE.format(trace=str(trace)))
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(InputError, match="holds no Python files"):
+            AdvKDPipeline.from_pretrained(folder, **options)
+    assert not trace.exists()
+
+
+class Trap:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (self.trace, "w")
+
+
+def test_pickles_in_the_place_of_weights_are_not_opened(pipe, tmp_path):
+    folder, trace = tmp_path / "pipeline", tmp_path / "trace"
+    pipe.save_pretrained(folder)
+    weights = folder / "student" / "diffusion_pytorch_model.safetensors"
+    pickled = pickle.dumps(Trap(str(trace)))
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"):
+        weights.unlink(missing_ok=True)
+        (folder / "student" / name).write_bytes(pickled)
+        for load in (AdvKDPipeline.from_pretrained, lambda path: StudentModel.from_pretrained(path / "student")):
+            with pytest.raises(InputError):
+                load(folder)
+    assert not trace.exists()
+    pickle.loads(pickled).close()
+    assert trace.exists()
+
+
+def test_a_configuration_asks_for_nothing_but_a_student(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "student" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(InputError, match="unknown key 'quantization_config'"):
+        AdvKDPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../student.safetensors", "/student.safetensors", "student.bin", 3, None])
+def test_an_index_of_weights_stays_in_its_folder(pipe, tmp_path, name):
+    pipe.student.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = StudentModel.from_pretrained(tmp_path)
+    z = pipe.student.student.latents(2)
+    assert torch.equal(again(z), pipe.student(z))
+    (path,) = tmp_path.glob("*.index.json")
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "head.bias": name}}))
+    with pytest.raises(InputError, match="index of weights"):
+        StudentModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("change", ["missing", "additional", "of another shape"])
+def test_weights_of_another_model_are_refused(pipe, tmp_path, change, low_cpu_mem_usage):
+    """diffusers alone would draw the missing ones at random."""
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "student" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["submodules.1.norm1.weight"]
+    else:
+        tensors["head.bias" if change == "of another shape" else "foot.bias"] = torch.ones(5)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match="the weights in"):
+        AdvKDPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_torchs_defaults_do_not_change_what_is_loaded(pipe, tmp_path, default):
+    pipe.save_pretrained(tmp_path)
+    torch.set_default_device("meta" if default == "meta" else None)
+    torch.set_default_dtype(torch.float32 if default == "meta" else default)
+    try:
+        loaded, wanted = drawn(AdvKDPipeline.from_pretrained(tmp_path)), drawn(pipe)
+        assert torch.get_default_dtype() == (torch.float32 if default == "meta" else default)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, wanted)
+
+
+def test_a_model_comes_with_its_report_and_options(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    model, report = StudentModel.from_pretrained(tmp_path, subfolder="student", output_loading_info=True)
+    z = model.student.latents(2)
+    assert torch.equal(model(z), pipe.student(z)) and not report["missing_keys"]
 
 
 def test_bad_calls_are_named(pipe):

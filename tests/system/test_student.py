@@ -1,16 +1,23 @@
 """Student, fused student and critic: shapes, sizes, saving, sampling."""
 
+import copy
+import io
+import itertools
 import json
 
 import pytest
 import torch
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
-from advkd.models.student import PRESETS, Student, StudentConfig
+from advkd.models.student import PRESETS, Student, StudentConfig, batches, gather
+from advkd.ops import backends
 
 from ..conftest import tiny_student
 
+CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the cpu extension is not built")
 RESOLUTIONS_256 = [4, 8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256]
 
 
@@ -199,3 +206,241 @@ def test_the_shipped_student_draws_digits_at_once():
     assert 0.25 < (images < -0.8).float().mean() < 0.8
     assert 0.05 < (images > 0.5).float().mean() < 0.5
     assert torch.pdist(images.flatten(1)).min() > 2
+
+
+def with_norms(student, replace):
+    """A copy whose norms are ``replace(block, name)``."""
+    student = copy.deepcopy(student)
+    for block, name in itertools.product(student.submodules, ("norm1", "norm2")):
+        setattr(block, name, replace(block, name))
+    return student
+
+
+def plain_norm(block, name):
+    """torch's own batch norm with the state of one of the student's."""
+    norm = torch.nn.BatchNorm2d(getattr(block, name).num_features)
+    norm.load_state_dict(getattr(block, name).state_dict())
+    return norm.train(block.training)
+
+
+def norms(student):
+    return [norm for block in student.submodules for norm in (block.norm1, block.norm2)]
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["student", "averaged"])
+def test_update_bn_gives_every_norm_torchs_statistics(averaged):
+    ours = trained_like(tiny_student())
+    theirs = with_norms(ours, plain_norm)
+    loader = [ours.latents(count, seed) for seed, count in enumerate((4, 6, 2))]
+    found, wanted = (AveragedModel(model) if averaged else model for model in (ours, theirs))
+    for model in (found, wanted):
+        update_bn(loader, model)
+    found, wanted = (model.module if averaged else model for model in (found, wanted))
+    for ours, theirs in zip(norms(found), norms(wanted), strict=True):
+        assert ours.momentum == theirs.momentum == 0.1 and ours.num_batches_tracked == theirs.num_batches_tracked == 3
+        for name in ("running_mean", "running_var"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            # Rounding of eight layers before.
+            assert (a - b).abs().max() <= 256 * torch.finfo(torch.float32).eps * (1 + b.abs().max())
+
+
+def test_a_converted_student_draws_the_same_images():
+    student = trained_like(tiny_student())
+    z = student.latents(3)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(student)).eval()
+    assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms(converted))
+    with torch.no_grad():
+        for found, wanted in zip(converted.levels(z), student.levels(z), strict=True):
+            assert (found - wanted).abs().max() <= 1e-6
+    assert torch.equal(converted.fuse("reference")(z), student.fuse("reference")(z))
+    # Without processes torch's synchronised batch norm trains as its plain one does.
+    plain = with_norms(student, plain_norm)
+    gradients = []
+    for model in (converted.train(), plain.train()):
+        model(z).square().mean().backward()
+        gradients.append([p.grad for p in model.submodules.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_norms_that_convolutions_have_swallowed():
+    student = trained_like(tiny_student())
+    z = student.latents(3)
+    swallowed = copy.deepcopy(student)
+    for block, i in itertools.product(swallowed.submodules, "12"):
+        convolution, norm = getattr(block, f"convolution{i}"), getattr(block, f"norm{i}")
+        setattr(block, f"convolution{i}", fuse_conv_bn_eval(convolution, norm))
+        setattr(block, f"norm{i}", torch.nn.Identity())
+    with torch.no_grad():
+        assert (swallowed(z) - student(z)).abs().max() <= 1e-5
+    assert (swallowed.fuse("reference")(z) - student(z)).abs().max() <= 1e-5
+
+
+def test_norms_without_running_statistics():
+    """They take each batch's, as torch's do; that is no convolution, and cannot be fused."""
+    student = trained_like(tiny_student())
+    z = student.latents(4)
+    found, wanted = copy.deepcopy(student), with_norms(student, plain_norm)
+    for model in (found, wanted):
+        torch.func.replace_all_batch_norm_modules_(model)
+    for grad, training in itertools.product((False, True), (False, True)):
+        with torch.set_grad_enabled(grad):
+            assert (found.train(training)(z) - wanted.train(training)(z)).abs().max() <= 1e-5
+    with pytest.raises(InputError, match="BatchNorm2d has no running statistics"):
+        found.fuse()
+    grouped = with_norms(student, lambda block, name: torch.nn.GroupNorm(2, 8))
+    assert grouped(z).shape == (4, 1, 8, 8)
+    with pytest.raises(InputError, match="not GroupNorm"):
+        grouped.fuse()
+
+
+def test_layers_of_another_form_cannot_be_fused():
+    student = trained_like(tiny_student())
+    student.submodules[1].slope = 0.5
+    with pytest.raises(InputError, match="slopes must be equal in an engine, got 0.2, 0.5"):
+        student.fuse()
+    student = trained_like(tiny_student())
+    student.submodules[1].convolution2 = torch.nn.Conv2d(8, 8, 1, bias=False)
+    with pytest.raises(InputError, match=r"convolution 3 must have weights \(8, 8, 3, 3\), got \(8, 8, 1, 1\)"):
+        student.fuse()
+
+
+def test_an_engine_has_the_slope_of_the_layers():
+    student = trained_like(tiny_student())
+    for block in student.submodules:
+        block.slope = 0.5
+    z = student.latents(3)
+    assert (student.fuse()(z) - student(z)).abs().max() <= 1e-5
+
+
+def everything_drawn(student, fused):
+    """Results of the public functions that make tensors."""
+    x_T = torch.arange(2.0 * 64, dtype=torch.float32, device="cpu").reshape(2, 1, 8, 8).sin()
+    again = student.fuse("reference", tune=False)
+    yield from (student.latents(3, seed=1), student.sample(3, seed=1), student.project(x_T))
+    yield from (fused.latents(3, seed=1), fused.sample(3, seed=1), *fused.stream(3, seed=1, batch_size=2))
+    yield from (again.sample(3, seed=1), student.sample(0), fused.sample(0), gather(iter(()), 0, student.config))
+    yield from fused.stream(3, seed=1, dtype=torch.uint8)
+
+
+@pytest.fixture
+def other_defaults(request):
+    torch.set_default_dtype(getattr(torch, request.param, torch.float32))
+    torch.set_default_device("meta" if request.param == "meta" else "cpu")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def drawn_before():
+    student = trained_like(tiny_student())
+    fused = student.fuse(tune=False)
+    return student, fused, list(everything_drawn(student, fused))
+
+
+@pytest.mark.parametrize("other_defaults", ["float64", "bfloat16", "float16", "meta"], indirect=True)
+def test_torchs_defaults_do_not_change_what_is_drawn(drawn_before, other_defaults):
+    """Neither another default dtype nor another default device (``meta`` stands for a GPU) reaches documented results."""
+    student, fused, wanted = drawn_before
+    found = list(everything_drawn(student, fused))
+    for ours, right in zip(found, wanted, strict=True):
+        assert ours.device.type == "cpu" and ours.dtype == right.dtype and torch.equal(ours, right)
+
+
+@CPU
+@pytest.mark.parametrize("other_defaults", ["float64", "meta"], indirect=True)
+def test_torchs_defaults_do_not_reach_a_plan(drawn_before, other_defaults):
+    student, fused, _ = drawn_before
+    tuned = student.fuse("cpu")
+    assert (tuned.sample(3, seed=1) - fused.sample(3, seed=1)).abs().max() <= 1e-5
+    assert all(row.measured > 0 for row in tuned.plan().rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_are_float32_whatever_the_students_dtype(dtype):
+    student = trained_like(tiny_student())
+    images = copy.deepcopy(student).to(dtype).sample(3, seed=1)
+    assert images.dtype == torch.float32
+    assert (images - student.sample(3, seed=1)).abs().max() <= (1e-5 if dtype == torch.float64 else 0.1)
+
+
+def test_batches_are_made_when_they_are_asked_for():
+    assert list(batches(10, 4)) == [(0, 4), (4, 4), (8, 2)] and list(batches(0, 4)) == []
+    assert next(batches(10**15, 64)) == (0, 64)
+    for n, batch_size in ((-1, 4), (4, 0)):
+        with pytest.raises(InputError, match="batch_size"):
+            batches(n, batch_size)
+
+
+@pytest.fixture(params=["blocks", "pyramid"])
+def either_latent(request):
+    detail = request.param == "pyramid"
+    torch.manual_seed(0)
+    return trained_like(Student(StudentConfig(16, 1, channels=(4,) * 6, latent_size=1 if detail else 2, detail_noise=detail)))
+
+
+class Levels(torch.nn.Module):
+    """Two of a student's levels."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, z):
+        levels = self.student(z, levels=(3, 6))
+        return levels[3], levels[6]
+
+
+def exported(model, z):
+    """A program of a model for one to 64 latents, through a file; it has no ops but torch's where it needs none."""
+    program = torch.export.export(model, (z,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def as_tuple(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_a_student_is_exported_for_every_batch_size(either_latent, grad):
+    for model in (either_latent, Levels(either_latent)):
+        with torch.set_grad_enabled(grad):
+            program = exported(model, either_latent.latents(4))
+        assert "advkd" not in str(program.graph_module.code)
+        for count in (1, 7):
+            z = either_latent.latents(count, seed=2)
+            for found, wanted in zip(as_tuple(program.module()(z)), as_tuple(model(z)), strict=True):
+                assert found.shape == wanted.shape and (found - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_fused_student_is_exported_for_every_batch_size(either_latent, backend):
+    fused = either_latent.fuse(backend, tune=False)
+    program = exported(fused, fused.latents(4))
+    for count in (1, 7):
+        z = fused.latents(count, seed=2)
+        assert torch.equal(program.module()(z), fused(z))
+
+
+def test_a_traced_student_takes_every_batch_size(either_latent):
+    z = either_latent.latents(4)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(either_latent, (z,)), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for count in (1, 7):
+        z = either_latent.latents(count, seed=2)
+        assert (traced(z) - either_latent(z)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_student_is_compiled_for_every_batch_size(either_latent, training):
+    torch._dynamo.reset()
+    right = copy.deepcopy(either_latent.train(training))
+    compiled = torch.compile(either_latent, dynamic=True, fullgraph=True, backend="aot_eager")
+    for count in (4, 7):
+        z = right.latents(count, seed=2)
+        assert (compiled(z) - right(z)).abs().max() <= 1e-5

@@ -1,0 +1,403 @@
+"""Files from elsewhere: nothing that is read runs code, leaves its folder, or takes more memory than its size.
+
+Every reader is given a file of each hostile kind in the place of each of its own.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from advkd import AdvKDPipeline, FusedStudent, Student, teacher_training
+from advkd.cli import main
+from advkd.data import load_images, load_labelled, read_pictures
+from advkd.distill import distill
+from advkd.errors import InputError
+from advkd.features import build_extractor, extract
+from advkd.files import cache_folder
+from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.pictures import read_metrics
+from advkd.recipes import recipe
+from advkd.teacher import Teacher
+from advkd.trajectories import Trajectories, record_trajectories
+
+from ..conftest import process_environment, tiny_recording, tiny_student
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def hostile(kind, trace):
+    """Bytes that run code where they are unpickled, by plain pickle or by torch's archive."""
+    if kind == "pickle":
+        return pickle.dumps(Payload(trace))
+    path = trace.parent / "archive"
+    torch.save({"conv_in.weight": Payload(trace)}, path, _use_new_zipfile_serialization=kind == "archive")
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, teacher_folder, trajectories):
+    """One folder of every kind that is read."""
+    folder = tmp_path_factory.mktemp("models")
+    student = tiny_student()
+    student.training_record = {"samples": [], "runs": []}
+    student.save_pretrained(folder / "student")
+    student.eval().fuse(tune=False).save_pretrained(folder / "fused")
+    AdvKDPipeline(student).save_pretrained(folder / "pipeline")
+    classifier = Classifier(ClassifierConfig(image_size=8, channels=(8,)))
+    classifier.training_record = {"accuracy": {}}
+    classifier.save_pretrained(folder / "classifier")
+    shutil.copytree(teacher_folder, folder / "teacher")
+    shutil.copytree(trajectories, folder / "data")
+    shutil.copytree(teacher_folder, folder / "older")
+    weights = folder / "older" / "unet" / WEIGHTS
+    from safetensors.torch import load_file
+
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    for name in "ab":
+        (folder / "pictures" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "pictures" / name / "1.png")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teacher_training, "_save_pipeline", interrupt)
+        teacher_training.train_teacher(TINY_TRAINING, folder / "unfinished", progress=False)
+    distill(folder / "data", tiny_student(), TINY_RUN, folder / "run", progress=False)
+    return folder
+
+
+TINY_TRAINING = teacher_training.TeacherTrainingConfig(size=8, channels=(8,), steps=2, batch_size=4, checkpoint_every=1)
+TINY_RUN = recipe("joint", updates=(2,), batch_sizes=(4,), critic_channels=8, checkpoint_every=1)
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def metrics(folder):
+    return read_metrics(folder / "metrics.csv")
+
+
+READERS = {
+    "student": (Student.from_pretrained, ["config.json", WEIGHTS, "training.json"]),
+    "fused": (FusedStudent.from_pretrained, ["config.json", WEIGHTS]),
+    "pipeline": (AdvKDPipeline.from_pretrained, ["model_index.json", "student/config.json", f"student/{WEIGHTS}"]),
+    "classifier": (Classifier.from_pretrained, ["config.json", WEIGHTS, "training.json"]),
+    "teacher": (
+        Teacher.from_pretrained,
+        ["model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"],
+    ),
+    "older": (Teacher.from_pretrained, ["unet/diffusion_pytorch_model.bin"]),
+    "data": (lambda folder: Trajectories(folder).verify(), ["manifest.json", "shard-00001.safetensors"]),
+    "pictures": (load_images, ["a/1.png"]),
+    "run": (
+        lambda folder: distill(folder.parent / "data", tiny_student(), TINY_RUN, folder, resume=True, progress=False),
+        ["checkpoint.safetensors"],
+    ),
+    "unfinished": (
+        lambda folder: teacher_training.train_teacher(TINY_TRAINING, folder, resume=True, progress=False),
+        ["checkpoint.safetensors"],
+    ),
+}
+PLACES = [(name, file) for name, (_, files) in READERS.items() for file in files]
+KINDS = ("pickle", "archive", "legacy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_payload_is_one(kind, tmp_path):
+    """What the tests below put in the place of files does run code when it is read without care."""
+    (tmp_path / "file").write_bytes(hostile(kind, tmp_path / "trace"))
+    if kind == "pickle":
+        pickle.loads((tmp_path / "file").read_bytes())
+    else:
+        torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "file"), PLACES)
+def test_pickles_are_not_read_anywhere(name, file, kind, models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    read, trace = READERS[name][0], tmp_path / "trace"
+    read(tmp_path / "models" / name)
+    (tmp_path / "models" / name / file).write_bytes(hostile(kind, trace))
+    with pytest.raises(InputError):
+        read(tmp_path / "models" / name)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(("name", "file"), [place for place in PLACES if place[1].endswith("safetensors")])
+def test_pickles_beside_missing_weights_are_not_read(name, file, models, tmp_path):
+    """Libraries look for older files where the safetensors are missing."""
+    shutil.copytree(models, tmp_path / "models")
+    weights, trace = tmp_path / "models" / name / file, tmp_path / "trace"
+    weights.unlink()
+    for suffix in (".bin", ".pt", ".pth", ".ckpt", ".msgpack"):
+        weights.with_suffix(suffix).write_bytes(hostile("archive", trace))
+    (weights.parent / "pytorch_model.bin").write_bytes(hostile("archive", trace))
+    with pytest.raises(InputError):
+        READERS[name][0](tmp_path / "models" / name)
+    assert not trace.exists()
+
+
+def test_files_of_options_and_caches_are_no_pickles(models, tmp_path, capsys, monkeypatch):
+    trace, bad = tmp_path / "trace", tmp_path / "bad.json"
+    bad.write_bytes(hostile("pickle", trace))
+    data, out = models / "data", tmp_path / "out"
+    shutil.copy(bad, tmp_path / "metrics.csv")
+    (tmp_path / "images").mkdir()
+    shutil.copy(bad, tmp_path / "images" / "samples.json")
+    for command in (
+        ["distill", "--trajectories", data, "--preset", bad, "--out", out],
+        ["distill", "--trajectories", data, "--preset", "digits", "--config", bad, "--out", out],
+        ["report", "--evaluation", bad, "--out", out],
+        ["evaluate", "--extractor", "inception", "--inception-weights", bad, "--out", out],
+        ["sample", "-n", 1, "--out", tmp_path / "images"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, command)), standalone_mode=True)
+        assert ended.value.code == 2 and str(bad.parent) in capsys.readouterr().err
+    with pytest.raises(InputError, match="metrics.csv"):
+        metrics(tmp_path)
+    # Kept files count as none.
+    monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
+    extractor, images = build_extractor(str(models / "classifier")), torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    wanted = extract(extractor, images, cache=cache_folder())
+    Student.from_pretrained("digits").fuse()
+    kept = [path for path in cache_folder().rglob("*") if path.is_file()]
+    assert {path.suffix for path in kept} == {".safetensors", ".json"}
+    for path in kept:
+        path.write_bytes(hostile("pickle", trace))
+    assert torch.equal(extract(extractor, images, cache=cache_folder()), wanted)
+    Student.from_pretrained("digits").fuse()
+    assert not trace.exists()
+
+
+def test_an_index_imports_nothing(models, tmp_path, monkeypatch):
+    """A pipeline's index names classes: a module beside it is not imported."""
+    shutil.copytree(models / "pipeline", tmp_path / "pipeline")
+    (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'trace')!r})\nclass StudentModel: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    index = tmp_path / "pipeline" / "model_index.json"
+    whole = json.loads(index.read_text())
+    for changes in ({"student": ["planted", "StudentModel"]}, {"other": ["planted", "StudentModel"]}):
+        index.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(InputError, match="planted|other"):
+            AdvKDPipeline.from_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "trace").exists() and "planted" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "place", ["../victim.safetensors", "/tmp/victim.safetensors", "sub/shard.safetensors", "..", "", 3, None]
+)
+def test_manifests_and_indexes_do_not_leave_their_folder(place, models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    manifest = tmp_path / "models" / "data" / "manifest.json"
+    value = json.loads(manifest.read_text())
+    value["shards"][0]["file"] = place
+    manifest.write_text(json.dumps(value))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(manifest.parent)
+    unet = tmp_path / "models" / "teacher" / "unet"
+    for name in (place, "evil.bin", "evil.gguf"):
+        index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
+        (unet / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match="index of weights"):
+            Teacher.from_pretrained(unet.parent)
+
+
+@pytest.mark.parametrize("source", ["../secret", "a/../b", "..", "/etc", "a/b/c", "~/x", "./a", "a\0/b", "-x/y", "a//b", ""])
+def test_names_that_are_no_hub_ids(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (Student.from_pretrained, Teacher.from_pretrained):
+        with pytest.raises(InputError):
+            load(source)
+
+
+@pytest.mark.parametrize(("name", "file"), PLACES)
+def test_links_are_followed_to_what_is_a_file_and_nothing_else(name, file, models, tmp_path):
+    """A hub's cache and larger disks are links. A device or a pipe in a file's place would be read for ever."""
+    shutil.copytree(models, tmp_path / "models")
+    shutil.copytree(models, tmp_path / "elsewhere")
+    place = tmp_path / "models" / name / file
+    place.unlink()
+    place.symlink_to(tmp_path / "elsewhere" / name / file)
+    READERS[name][0](tmp_path / "models" / name)
+    (tmp_path / "secret.txt").write_text("the-secret = 1\n")
+    os.mkfifo(tmp_path / "pipe")
+    targets = [tmp_path / "secret.txt", "/dev/zero", tmp_path / "pipe", tmp_path / "nothing"]
+    # Links to folders of pictures are followed.
+    for target in targets if name == "pictures" else [*targets, tmp_path / "models"]:
+        place.unlink(missing_ok=True)
+        place.symlink_to(target)
+        with pytest.raises(InputError) as refused:
+            READERS[name][0](tmp_path / "models" / name)
+        assert "the-secret" not in str(refused.value)
+
+
+def change(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+LARGE = {
+    "student": ("config.json", {"channels": [6000, 6000, 6000, 6000]}),
+    "fused": ("config.json", {"channels": [6000, 6000, 6000, 6000]}),
+    "pipeline": ("student/config.json", {"channels": [6000, 6000, 6000, 6000]}),
+    "classifier": ("config.json", {"num_features": 10**8}),
+    "teacher": ("unet/config.json", {"block_out_channels": [4000, 4000]}),
+    "older": ("unet/config.json", {"block_out_channels": [4000, 4000]}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_configuration_takes_no_more_memory_than_its_weights(name, models, tmp_path):
+    """Gigabytes that a few bytes ask for are refused before they are taken."""
+    shutil.copytree(models / name, tmp_path / name)
+    file, changes = LARGE[name]
+    change(tmp_path / name / file, **changes)
+    kind = "Teacher" if name == "older" else {"fused": "FusedStudent", "pipeline": "AdvKDPipeline"}.get(name, name.capitalize())
+    module = "advkd.models.classifier" if kind == "Classifier" else "advkd"
+    code = (
+        f"import resource, sys; from {module} import {kind}; from advkd import InputError\n"
+        f"{kind}.from_pretrained(sys.argv[1])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"try: {kind}.from_pretrained(sys.argv[2])\n"
+        "except InputError: print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    command = [sys.executable, "-c", code, str(models / name), str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert int(done.stdout) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes"),
+    [
+        ("student", "config.json", {"channels": [8] * 10_000}),
+        ("student", "config.json", {"image_size": 2**4000, "channels": [8] * 8000}),
+        ("classifier", "config.json", {"image_size": 2**4000}),
+        ("teacher", "unet/config.json", {"block_out_channels": [8] * 100_000}),
+        ("teacher", "unet/config.json", {"layers_per_block": 10**9}),
+        ("teacher", "unet/config.json", {"quantization_config": {"quant_method": "torchao"}}),
+        ("teacher", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+        ("teacher", "scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+    ],
+)
+def test_configurations_without_end_are_refused(name, file, changes, models, tmp_path):
+    shutil.copytree(models / name, tmp_path / name)
+    change(tmp_path / name / file, **changes)
+    with pytest.raises(InputError):
+        READERS[name][0](tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num": 10**15},
+        {"num": 10**15, "shard_size": 1, "batch_size": 1},
+        {"depth": 10**9},
+        {"image_size": 2**40},
+        {"num": "24"},
+        {"num": -24},
+        {"seed": 1.5},
+        {"resolutions": [4, 8, 8, 16]},
+        {"image_channels": 10**9},
+        {"teacher": None},
+        {"timesteps": []},
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
+    shutil.copytree(models / "data", tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    value = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**value, "recipe": {**value["recipe"], **changes}}))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(tmp_path / "data")
+
+
+def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
+    from safetensors.torch import save_file
+
+    from advkd.files import sha256
+
+    shutil.copytree(models / "data", tmp_path / "data")
+    manifest, shard = tmp_path / "data" / "manifest.json", tmp_path / "data" / "shard-00000.safetensors"
+    save_file({"z": torch.zeros(1)}, shard)
+    value = json.loads(manifest.read_text())
+    value["shards"][0]["sha256"] = sha256(shard)
+    manifest.write_text(json.dumps(value))
+    with pytest.raises(InputError, match="shard-00000.safetensors is damaged .*other tensors.*: delete it and run the same"):
+        Trajectories(tmp_path / "data").batch([0], [1])
+
+
+def test_archives_that_unpack_to_more_than_they_hold_are_refused(models, tmp_path):
+    shutil.copytree(models / "older", tmp_path / "older")
+    weights = tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin"
+    with zipfile.ZipFile(weights) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(weights, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data if not name.endswith("/data/0") else bytes(2**27))
+    assert weights.stat().st_size < 2**20
+    with pytest.raises(InputError, match="unpacks to more than its size"):
+        Teacher.from_pretrained(tmp_path / "older")
+
+
+def test_safetensors_that_claim_more_than_they_hold_are_refused(models, tmp_path):
+    header = json.dumps({"head.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    for begin in (struct.pack("<Q", 2**60), struct.pack("<Q", len(header)) + header):
+        shutil.copytree(models, tmp_path / "models", dirs_exist_ok=True)
+        for name, file in PLACES:
+            if file.endswith("safetensors"):
+                (tmp_path / "models" / name / file).write_bytes(begin)
+                with pytest.raises(InputError):
+                    READERS[name][0](tmp_path / "models" / name)
+
+
+def test_pictures_of_a_thousand_million_pixels_are_refused(models, tmp_path, monkeypatch):
+    """By a limit of our own: Pillow's can be switched off, and warns below it."""
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 25_000, 8, 0, 0, 0, 0))
+    large = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    shutil.copytree(models / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "a" / "1.png").write_bytes(large)
+    for most in (None, Image.MAX_IMAGE_PIXELS):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        for read in (load_images, load_labelled, lambda folder: read_pictures(folder, "--images")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises(InputError, match=r"1.png.* pixels"):
+                    read(tmp_path / "pictures")
+
+
+def test_recording_into_a_folder_of_pickles(models, teacher, tmp_path):
+    shutil.copytree(models / "data", tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()
+    (tmp_path / "data" / "shard-00001.safetensors").write_bytes(hostile("archive", tmp_path / "trace"))
+    with pytest.raises(
+        InputError, match="shard-00001.* is damaged .*: delete it and run the same 'advkd trajectories' command"
+    ):
+        record_trajectories(teacher, tiny_recording(), tmp_path / "data", progress=False)
+    assert not (tmp_path / "trace").exists()
