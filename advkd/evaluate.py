@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .data import describe_shape, load_images, read_pictures
+from .devices import require_device
 from .errors import InputError
 from .features import build_extractor, extract, require_fit
 from .files import cache_folder, digest, require_output_folder, write_json
@@ -123,7 +124,8 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
 def _load(student, teacher, config, device):
     """Extractor, student, teacher and real images (None: without), which fit each other."""
     config.validate()
-    if config.processes > 1 and torch.device(device).type != "cpu":
+    device = require_device(device)
+    if config.processes > 1 and device.type != "cpu":
         raise InputError(f"--processes {config.processes} is for --device cpu")
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
@@ -141,6 +143,7 @@ def evaluate_folders(images, reference, config, out=None, device="cpu", cache=No
     number of images. With ``out``, writes ``evaluation.json`` there.
     """
     config.validate()
+    device = require_device(device)
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     found, wanted = (
         _digits() if str(source) == "digits" else read_pictures(source, option)

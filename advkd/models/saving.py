@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ..devices import require_device
 from ..errors import InputError
 from ..files import read_json, require_regular, why_unreadable, write_bytes, write_json
 from ..hub import resolve
@@ -30,8 +31,9 @@ class PretrainedModule:
         """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
 
         Raises:
-            InputError: missing, damaged or foreign files; the message names the file.
+            InputError: missing, damaged or foreign files; the message names the file. A device that is not there.
         """
+        device = require_device(device)
         part = cls.__name__.lower()
         folder = resolve(
             source, cls.embedded, cls.__name__, ["config.json", WEIGHTS, TRAINING, "model_index.json", f"{part}/*"]

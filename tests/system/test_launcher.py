@@ -7,13 +7,17 @@ import sys
 import pytest
 import torch
 
-from advkd import launcher
+from advkd import FusedStudent, Student, evaluate, launcher
+from advkd.demo import run_demo
 from advkd.devices import plain_defaults, require_device
 from advkd.errors import InputError
 from advkd.sampling import sample
+from advkd.teacher import Teacher
+from advkd.teacher_training import TeacherTrainingConfig, train_teacher
 from advkd.trajectories import Trajectories, record_trajectories
+from advkd.warmup import warmup
 
-from ..conftest import ROOT, process_environment, run_cli, tiny_recording
+from ..conftest import ROOT, process_environment, run_cli, tiny_recording, tiny_teacher
 
 
 def set_variables(monkeypatch, **values):
@@ -103,6 +107,23 @@ def test_devices_that_are_not_there(name):
     assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
 
 
+def test_the_library_refuses_them_too(tmp_path):
+    config = evaluate.EvaluationConfig(num=256)
+    for work in (
+        lambda: Student.from_pretrained("digits", "meta"),
+        lambda: FusedStudent.from_pretrained(tmp_path, "meta"),
+        lambda: Teacher.from_pretrained("digits", "meta"),
+        lambda: evaluate.evaluate_student("digits", "digits", config, tmp_path, device="meta"),
+        lambda: evaluate.evaluate_folders("digits", "digits", config, device="meta"),
+        lambda: next(warmup("digits", "meta")),
+        lambda: run_demo(tmp_path, device="meta"),
+        lambda: train_teacher(TeacherTrainingConfig(device="meta"), tmp_path),
+    ):
+        with pytest.raises(InputError, match="'meta' is not available .it holds no values"):
+            work()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_cpu_is_one_device():
     assert require_device("cpu") == require_device("cpu:1") == require_device(torch.device("cpu")) == torch.device("cpu")
 
@@ -171,10 +192,6 @@ def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
 
 def test_a_teacher_in_several_files_loads_without_standard_error(tmp_path, monkeypatch):
     from diffusers.utils import logging
-
-    from advkd.teacher import Teacher
-
-    from ..conftest import tiny_teacher
 
     teacher = tiny_teacher()
     teacher.unet.save_pretrained(tmp_path / "unet", max_shard_size="20KB")
