@@ -1,6 +1,7 @@
 """Small things that many tests need: a tiny teacher, its trajectories, a tiny student."""
 
 import atexit
+import contextlib
 import fcntl
 import os
 import shutil
@@ -65,6 +66,25 @@ def tiny_recording(**changes):
     """Depth 4, ten teacher steps, 24 samples in shards of 8."""
     values = {"num": 24, "depth": 4, "steps": 10, "batch_size": 4, "shard_size": 8, **changes}
     return TrajectoryConfig(**values)
+
+
+@contextlib.contextmanager
+def other_default(value):
+    """Another default dtype of torch, or another default device."""
+    if isinstance(value, str):
+        with torch.device(value):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
+"""What users make torch's default: a device stands for another one than the CPU."""
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import backends, gradient_penalty, norm_act
 
+from ..conftest import DEFAULTS, other_default
 from .random_critics import Twice, critics, relative
-from .test_philox import DEFAULTS, default
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
@@ -295,7 +295,7 @@ def test_torch_defaults_change_nothing(backend, other):
     for options in MODES:
         wanted = gradients(critic(2, dtype=torch.float32), x, backend, condition=condition, **options)
         model = critic(2, dtype=torch.float32)
-        with default(other):
+        with other_default(other):
             penalty, found = gradients(model, x, backend, condition=condition, **options)
         assert penalty.device.type == "cpu" and penalty.dtype == torch.float32 and torch.equal(penalty, wanted[0])
         assert relative(found, wanted[1]) == 0 and all(g is None or g.dtype == torch.float32 for g in found)

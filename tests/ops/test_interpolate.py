@@ -6,8 +6,8 @@ import torch
 from advkd.errors import InputError
 from advkd.ops import interpolate, philox_uniform
 
+from ..conftest import DEFAULTS, other_default
 from .each_backend import DEVICES, DTYPES, LAUNCH, cases, fast_backends
-from .test_philox import DEFAULTS, default
 from .training_cases import check
 
 SEED, STEP = 2**63 + 5, 9
@@ -59,7 +59,7 @@ def test_torch_defaults_change_nothing(backend, other):
     real, fake, a = make((3, 5))
     for weights in (a, (SEED, range(40, 43), STEP), (SEED, torch.arange(3), torch.tensor([STEP]))):
         before = interpolate(real, fake, weights, merge=True, backend=backend)
-        with default(other):
+        with other_default(other):
             after = interpolate(real, fake, weights, merge=True, backend=backend)
         assert (after.device, after.dtype) == (before.device, before.dtype) and torch.equal(after, before)
 

@@ -1,6 +1,5 @@
 """Parity of every backend of Philox with the published known answers and the float64 reference."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from advkd.errors import InputError
 from advkd.ops import backends, philox_normal, philox_uniform, philox_words
 from advkd.ops.philox import STREAMS, counters, rounds_reference
 
-from ..conftest import process_environment
+from ..conftest import DEFAULTS, other_default, process_environment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Elements per sample: one, not a multiple of four, one tile of the C++ kernel (256) and its neighbours, several tiles.
@@ -28,25 +27,6 @@ KNOWN_ANSWERS = [
         "d16cfe09 94fdcceb 5001e420 24126ea1",
     ),
 ]
-
-
-@contextlib.contextmanager
-def default(value):
-    """Another default dtype of torch, or another default device."""
-    if isinstance(value, str):
-        with torch.device(value):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(value)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
-"""What users make torch's default: a device stands for another one than the CPU."""
 
 
 def fast_backends(device):
@@ -188,7 +168,7 @@ def test_torch_defaults_change_nothing(backend, other):
 
     for indices in (range(5), given):
         before = draws(indices)
-        with default(other):
+        with other_default(other):
             after = draws(indices)
             if indices is given:
                 assert counters("noise", (1, range(2), 0), 2, torch.device("cpu"))[1].device.type == "cpu"

@@ -14,8 +14,7 @@ from advkd.ops import StepCoefficients, backends, coefficient_table, philox_norm
 from advkd.ops.philox import STREAMS, rounds_reference
 from advkd.ops.sampler_step import _LAUNCH, memory_format, sampler_step_reference
 
-from ..conftest import process_environment
-from .test_philox import DEFAULTS, default
+from ..conftest import DEFAULTS, other_default, process_environment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COEFFICIENTS = StepCoefficients(k_x=1.3, k_m=-0.6, c_0=0.8, c_x=0.15, c_m=0.2, c_h=-0.3, c_z=0.4, clip=0.9)
@@ -484,7 +483,7 @@ def test_torch_defaults_change_nothing(backend, other):
 
     wanted = results(COEFFICIENTS)
     fresh = pickle.loads(pickle.dumps(COEFFICIENTS))
-    with default(other), torch.inference_mode():
+    with other_default(other), torch.inference_mode():
         found = results(fresh)
     for a, b in zip([*found, *results(fresh)], [*wanted, *wanted], strict=True):
         assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)

@@ -14,10 +14,9 @@ import advkd
 from advkd import Critic, CriticConfig, InputError, critic_gradients, critic_step
 from advkd.ops import backends
 
-from ..conftest import ROOT, process_environment
+from ..conftest import DEFAULTS, ROOT, other_default, process_environment
 from ..ops.random_critics import relative
 from ..ops.test_gradient_penalty import WRAPPERS
-from ..ops.test_philox import DEFAULTS, default
 
 ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
 PENALTIES = [{"mode": "two-sided"}, {"mode": "one-sided", "target": 0.01}, {"mode": "r1", "weight": 3.0}, {"weight": 0.0}]
@@ -325,7 +324,7 @@ def test_torch_defaults_change_nothing(backend, other):
         torch.manual_seed(3)
         wanted = update()
         torch.manual_seed(3)
-        with default(other):
+        with other_default(other):
             found = update()
         for a, b in zip((*found.gradients, *found[1:]), (*wanted.gradients, *wanted[1:]), strict=True):
             assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)

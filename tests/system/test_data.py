@@ -16,6 +16,8 @@ from advkd.data import SYSTEM_NAMES, load_images, load_labelled, normalize, read
 from advkd.errors import InputError
 from advkd.models.classifier import Classifier
 
+from ..conftest import other_default
+
 
 def save(path, size=(20, 12), mode="RGB", color=(255, 0, 0)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,13 +279,9 @@ def test_a_classifier_of_bytes_is_that_of_floats(classes, tmp_path, monkeypatch)
 def test_data_and_classifiers_under_other_defaults(dtype, classes, tmp_path):
     expected, record = trained(classes, tmp_path / "plain")
     before = load_images("digits", 8), load_labelled(classes), read_pictures(classes, "--images")
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            found, other = trained(classes, tmp_path / "other")
-            after = load_images("digits", 8), load_labelled(classes), read_pictures(classes, "--images")
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with other_default(dtype), torch.device("meta"):
+        found, other = trained(classes, tmp_path / "other")
+        after = load_images("digits", 8), load_labelled(classes), read_pictures(classes, "--images")
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in expected)
     assert record == other
     pairs = zip((before[0], *before[1][:2], before[2]), (after[0], *after[1][:2], after[2]), strict=True)

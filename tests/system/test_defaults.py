@@ -3,10 +3,10 @@
 Each piece of work runs once as it is and once under each of the modes, from loading to the result, and gives the same bits.
 """
 
-import contextlib
 import copy
 import hashlib
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,22 +42,10 @@ from advkd.teacher_training import TeacherTrainingConfig, train_teacher
 from advkd.trajectories import Trajectories, record_trajectories
 from advkd.warmup import warmup
 
-from ..conftest import tiny_recording, tiny_student
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
+from ..conftest import DEFAULTS, other_default, tiny_recording, tiny_student
 
 MODES = {
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: torch.device("meta"),
+    **{str(default).removeprefix("torch."): partial(other_default, default) for default in DEFAULTS},
     "inference": torch.inference_mode,
 }
 TRAINING = ("train a teacher", "train a classifier", "distil", "critic")

@@ -1,6 +1,5 @@
 """The evaluator: what its figures do, what it keeps, what it refuses."""
 
-import contextlib
 import json
 import os
 import pickle
@@ -26,7 +25,7 @@ from advkd.pictures import save_image, to_pil, to_uint8
 from advkd.teacher import Teacher
 from advkd.trajectories import Trajectories, record_trajectories
 
-from ..conftest import run_cli, tiny_recording, tiny_student
+from ..conftest import other_default, run_cli, tiny_recording, tiny_student
 
 QUICK = {"num": 30, "resamples": 20, "real": "none"}
 
@@ -177,21 +176,6 @@ def test_defaults_of_torch_do_not_change_features(digits, default):
         found = extract(build_extractor("digits"), images)
         require_fit(build_extractor("digits"), digits[0][:128], "--images")
     assert found.dtype == torch.float32 and torch.equal(found, expected)
-
-
-@contextlib.contextmanager
-def other_default(default):
-    """Another default dtype or device of torch's meanwhile."""
-    if isinstance(default, str):
-        with torch.device(default):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_classifiers_are_float32(digits):

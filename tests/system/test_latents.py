@@ -6,6 +6,8 @@ import torch
 from advkd.errors import InputError
 from advkd.latents import latent_numel, latent_parts, project, split_latent
 
+from ..conftest import other_default
+
 
 def matrix(channels, size, latent_size, detail_noise):
     """The projection as a matrix: one column per pixel."""
@@ -54,11 +56,8 @@ def test_a_projection_depends_on_nothing_but_its_arguments():
         first = project(x, 3)
     with torch.inference_mode():
         second = project(x, 3)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with other_default(torch.bfloat16):
         third = project(x, 3)
-    finally:
-        torch.set_default_dtype(torch.float32)
     z = project(x.requires_grad_(), 3)
     assert first.device.type == "cpu" and all(torch.equal(z, other) for other in (first, second, third))
     (gradient,) = torch.autograd.grad(z.square().sum() / 2, x)

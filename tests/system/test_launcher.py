@@ -17,7 +17,7 @@ from advkd.teacher_training import TeacherTrainingConfig, train_teacher
 from advkd.trajectories import Trajectories, record_trajectories
 from advkd.warmup import warmup
 
-from ..conftest import ROOT, process_environment, run_cli, tiny_recording, tiny_teacher
+from ..conftest import ROOT, other_default, process_environment, run_cli, tiny_recording, tiny_teacher
 
 
 def set_variables(monkeypatch, **values):
@@ -153,14 +153,10 @@ def test_every_command_refuses_a_device_that_holds_nothing(command, tmp_path, mo
 
 
 def test_defaults_are_plain_within_and_restored():
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            with plain_defaults():
-                inside = torch.zeros(1)
-            outside = torch.zeros(1)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with other_default(torch.float64), torch.device("meta"):
+        with plain_defaults():
+            inside = torch.zeros(1)
+        outside = torch.zeros(1)
     assert (inside.dtype, inside.device.type) == (torch.float32, "cpu")
     assert (outside.dtype, outside.device.type) == (torch.float64, "meta")
 

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from advkd import metrics
 from advkd.errors import InputError
 
+from ..conftest import DEFAULTS, other_default
+
 
 def gaussian(n, dimension=6, seed=0, mean=0.0, scale=1.0):
     return mean + scale * torch.randn(n, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -483,17 +485,10 @@ def test_numbers_that_cannot_work_are_refused(function, options, message):
         function(*sets, **options)
 
 
-@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+@pytest.fixture(params=DEFAULTS, ids=str)
 def other_defaults(request):
-    """Another default dtype or device of torch's, set and restored."""
-    if request.param == "meta":
-        with torch.device("meta"):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield
-    torch.set_default_dtype(before)
+    with other_default(request.param):
+        yield
 
 
 RESULTS = {}

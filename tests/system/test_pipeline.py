@@ -18,7 +18,7 @@ from advkd.errors import InputError
 from advkd.models.student import Submodule
 from advkd.pipeline import StudentModel
 
-from ..conftest import tiny_student
+from ..conftest import other_default, tiny_student
 
 
 @pytest.fixture(scope="module")
@@ -278,15 +278,8 @@ def test_inference_mode(tmp_path, loaded, called):
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
 def test_torchs_defaults_do_not_change_the_images(pipe, default):
     wanted = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
-    if default == "meta":
-        with torch.device("meta"):
-            found = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
-    else:
-        torch.set_default_dtype(default)
-        try:
-            found = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
-        finally:
-            torch.set_default_dtype(torch.float32)
+    with other_default(default):
+        found = drawn(pipe), drawn(AdvKDPipeline(pipe.student.student))
     assert all(ours.dtype == torch.float32 and torch.equal(ours, right) for ours, right in zip(found, wanted, strict=True))
 
 

@@ -14,7 +14,7 @@ from advkd.ops import sampler_step
 from advkd.samplers import sample_consistency, sample_dpdm
 from advkd.sampling_loop import SamplingLoop
 
-from ..ops.test_philox import DEFAULTS, default
+from ..conftest import DEFAULTS, other_default
 
 MEAN = torch.tensor([0.5, -1.0, 0.25])
 # A full covariance with eigenvalues 0.05, 0.4 and 1.5.
@@ -214,7 +214,7 @@ def looped(run=None, make=None):
 def test_the_loop_in_other_modes(where):
     wanted = looped()
     assert wanted[0].dtype == torch.float32 and torch.cat(wanted[-4:]).tolist() == [700, 300] * 2
-    for mode in (torch.inference_mode, torch.enable_grad, *(functools.partial(default, other) for other in DEFAULTS)):
+    for mode in (torch.inference_mode, torch.enable_grad, *(functools.partial(other_default, other) for other in DEFAULTS)):
         for a, b in zip(looped(**{where: mode()}), wanted, strict=True):
             assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
 
@@ -229,7 +229,7 @@ def test_torch_defaults_change_no_samples_and_no_draws(other):
         return [*samples, training_latents(0, 5, 3, 7), shift(images, 0, 5, 1, 2)], DataOrder(9, 1).rows(3, 12)
 
     wanted, rows = results()
-    with default(other):
+    with other_default(other):
         found, found_rows = results()
     assert found_rows == rows
     for a, b in zip(found, wanted, strict=True):

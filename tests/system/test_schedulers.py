@@ -58,8 +58,7 @@ from advkd.schedulers import (  # noqa: E402
     FusedEulerDiscreteScheduler,
 )
 
-from ..conftest import process_environment, tiny_unet  # noqa: E402
-from ..ops.test_philox import DEFAULTS, default  # noqa: E402
+from ..conftest import DEFAULTS, other_default, process_environment, tiny_unet  # noqa: E402
 from ..rounding import UNIT, Rounded  # noqa: E402
 
 PAIRS = {
@@ -1123,7 +1122,7 @@ def test_a_first_step_elsewhere_changes_no_step(name, other):
 
     reference, ours = (PAIRS[name][1]().set_step_options(seed=3) for _ in range(2))
     wanted = last_state(reference)
-    with torch.inference_mode() if other == "inference mode" else default(other):
+    with torch.inference_mode() if other == "inference mode" else other_default(other):
         found = last_state(ours)
     assert (found.device, found.dtype) == (wanted.device, wanted.dtype) and torch.equal(found, wanted)
     tables = [table for table in ours._kept.values() if isinstance(table, schedulers._Table)]
