@@ -257,14 +257,14 @@ def read_tensors(path, what="file", keys=(), remedy=START_AGAIN):
 
 
 @contextlib.contextmanager
-def restoring(what, path):
-    """What does not fit while a file's contents are restored makes the file a damaged one."""
+def restoring(what, path, remedy=START_AGAIN):
+    """What does not fit while a file's contents are used makes the file a damaged one."""
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise damaged(what, path, error, START_AGAIN) from error
+        raise damaged(what, path, error, remedy) from error
 
 
 def digest(tensors):

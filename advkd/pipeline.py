@@ -94,7 +94,7 @@ class StudentModel(ModelMixin, ConfigMixin):
                 model, report = super().from_pretrained(folder, **options)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"the weights in {folder} cannot be read ({reason(error)}): restore or fetch a copy") from error
         if wrong := [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]:
             raise InputError(f"the weights in {folder} do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")

@@ -8,7 +8,7 @@ import torch
 
 from .errors import InputError
 from .evaluate import cells, has_seen
-from .files import digest, read_json, require_output_folder, write_bytes
+from .files import digest, read_json, require_output_folder, restoring, write_bytes
 from .pictures import read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
 from .ranges import named
 from .schedule import supervising_timesteps
@@ -61,12 +61,13 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
     if not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
         raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
+    with restoring("ablation", ablation, "run profiling/ablation.py again"):
+        _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
-    curves = {f"{row['images']} against {row['against']}": row["frechet_at_infinity"] for row in result["rows"]}
-    save_extrapolation(curves, result["score"], out / "extrapolation.png")
+    save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
     captions["extrapolation.png"] = f"{result['score']} against 1/N: the line's left end is the distance without the bias of N."
     page = _page(title, result, runs, [(out / name, caption) for name, caption in captions.items()])
     write_bytes(out / "report.html", page.encode())
@@ -79,15 +80,32 @@ def _read_evaluation(path, student, teacher):
     if "images" in result:
         raise InputError(f"evaluation {path} is of a folder of images; a report needs that of a student")
     result = read_json(path, "evaluation", EVALUATION_KEYS)
-    if result["student"].get("weights_sha256") != digest(student.state_dict()):
+    with restoring("evaluation", path, "run 'advkd evaluate' again"):
+        if not isinstance(result["rows"], list) or not result["rows"]:
+            raise ValueError("it has no rows")
+        _page("", result, [], [])
+        _curves(result)
+        drawn_by_other = result["student"]["weights_sha256"] != digest(student.state_dict())
+        taught_by_other = not same_teacher(result["teacher"], teacher.identity())
+    if drawn_by_other:
         raise InputError(f"evaluation {path} is of another student: run 'advkd evaluate' for this one")
-    if not same_teacher(result["teacher"], teacher.identity()):
+    if taught_by_other:
         raise InputError(f"evaluation {path} is of another teacher: name that one by --teacher")
-    try:
-        cells(result)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"evaluation {path} is damaged ({error!r}): run 'advkd evaluate' again") from error
     return result
+
+
+def _curves(result):
+    """The distances at several N of every row, by its name."""
+    curves = {}
+    for row in result["rows"]:
+        fit = row["frechet_at_infinity"]
+        numbers = {name: [float(number) for number in fit[name]] for name in ("sizes", "distances")}
+        curves[f"{row['images']} against {row['against']}"] = {
+            **numbers,
+            "value": fit["value"] + 0.0,
+            "slope": fit["slope"] + 0.0,
+        }
+    return curves
 
 
 def save_pictures(teacher, student, metrics, out):

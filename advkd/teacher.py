@@ -294,8 +294,13 @@ def _load_unet(source, folder, dtype):
     options = {"torch_dtype": dtype, "use_safetensors": suffix == "safetensors"}
     options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in UNet2DModel.from_config(UNet2DModel.load_config(part)).parameters())
+        # A network without memory, and a pass through it: configurations can be such that only that fails.
+        with torch.device("meta"), torch.no_grad():
+            network = UNet2DModel.from_config(UNet2DModel.load_config(part))
+            x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
+            if network(x, torch.zeros(1)).sample.shape != x.shape:
+                raise InputError("its network gives images of another shape than it takes")
+        parameters = sum(p.numel() for p in network.parameters())
         if parameters > size:
             raise InputError(f"the configuration asks for {parameters:,} parameters, the weights have {size:,} bytes")
         unet, report = UNet2DModel.from_pretrained(part, **options)
@@ -332,6 +337,8 @@ def _load_scheduler(folder):
         raise InputError(f"teacher {folder} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
     if not isinstance(steps := config.get("num_train_timesteps", 1000), int) or not 1 <= steps <= MOST_TIMESTEPS:
         raise InputError(f"teacher {folder}: num_train_timesteps must be in [1, {MOST_TIMESTEPS:,}], got {steps!r}")
+    if not isinstance(config.get("clip_sample_range", 1.0), (int, float)):
+        raise InputError(f"teacher {folder}: clip_sample_range must be a number, got {config['clip_sample_range']!r}")
     try:
         scheduler = getattr(diffusers, kind).from_config(config)
     except Exception as error:

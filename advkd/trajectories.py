@@ -387,9 +387,9 @@ def _is_consistent(manifest):
             for i, (entry, start) in enumerate(zip(entries, shards))
         )
         deviations = [float(value) for value in manifest["standard_deviations"]]
+        levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
     return shapes and whole and levels and recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
 
 

@@ -52,18 +52,27 @@ class PretrainedModule:
             module = cls._with_weights(config, folder / WEIGHTS)
         if os.path.lexists(folder / TRAINING):
             module.training_record = read_json(folder / TRAINING, "training record", cls.training_keys)
+            if not cls.is_record(module.training_record):
+                raise InputError(f"training record {folder / TRAINING} is damaged: restore or fetch a copy of it")
         return module.to(device).eval()
+
+    @staticmethod
+    def is_record(record):
+        """True if a training record's values are such as can be read; its keys are there."""
+        return True
 
     @classmethod
     def _with_weights(cls, config, path):
         """A module with a file's weights. It has no memory before they come: a configuration alone can ask for any amount."""
-        with torch.device("meta"):
-            module = cls(config)
-        wide = torch.promote_types(getattr(module, "dtype", torch.float32), torch.float32)
         try:
-            tensors = load_file(path)
-            module.load_state_dict({name: _own(tensor, wide) for name, tensor in tensors.items()}, assign=True)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            with torch.device("meta"):
+                module = cls(config)
+            wide = torch.promote_types(getattr(module, "dtype", torch.float32), torch.float32)
+            tensors = {name: _own(tensor, wide) for name, tensor in load_file(path).items()}
+            module.load_state_dict(tensors, assign=True)
+        except InputError:
+            raise
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             why = why_unreadable(path, error)
             raise InputError(f"{path} is damaged or of another model ({why}): restore or fetch a copy of it") from error
         return module

@@ -93,6 +93,16 @@ class Student(PretrainedModule, nn.Module):
     embedded = {"digits": PRETRAINED / "digits"}
     training_keys = ("samples", "runs")
 
+    @staticmethod
+    def is_record(record):
+        """True if a record names samples by seed, start and number."""
+        samples, runs = record["samples"], record["runs"]
+        if not isinstance(samples, list) or not isinstance(runs, list):
+            return False
+        return all(
+            isinstance(part, dict) and all(type(part.get(key)) is int for key in ("seed", "start", "num")) for part in samples
+        )
+
     def __init__(self, config):
         super().__init__()
         self.config = config

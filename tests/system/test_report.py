@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from advkd import report as report_module
 from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig
 from advkd.files import digest, write_json
@@ -166,6 +167,22 @@ def test_bad_files_are_refused_before_anything_is_written(evaluation, tmp_path, 
     with pytest.raises(InputError):
         write_report(*models, values["evaluation"], tmp_path / "out", values["metrics"], values["ablation"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, [[8]], [None], {}], ids=str)
+def test_evaluations_of_other_values_are_refused(value, evaluation, tmp_path, monkeypatch):
+    """Or shown, where any text will do; nothing ends in another error."""
+    monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
+    student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
+    whole, refused = json.loads(evaluation.read_text()), []
+    for key in whole:
+        write_json(tmp_path / "e.json", {**whole, key: value})
+        try:
+            write_report(student, teacher, tmp_path / "e.json", tmp_path)
+        except InputError as error:
+            refused.append(key)
+            assert "e.json" in str(error)
+    assert {"rows", "models", "student", "teacher", "provenance"} <= set(refused)
 
 
 def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):

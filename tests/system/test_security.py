@@ -308,6 +308,38 @@ def test_configurations_without_end_are_refused(name, file, changes, models, tmp
         READERS[name][0](tmp_path / name)
 
 
+ODD = [None, "x", -1, 1.5, 10**30, [[8]], [None], {}]
+JSON_FILES = [
+    ("student", "config.json"),
+    ("student", "training.json"),
+    ("fused", "config.json"),
+    ("pipeline", "model_index.json"),
+    ("pipeline", "student/config.json"),
+    ("classifier", "config.json"),
+    ("teacher", "model_index.json"),
+    ("teacher", "unet/config.json"),
+    ("teacher", "scheduler/scheduler_config.json"),
+    ("data", "manifest.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), JSON_FILES)
+def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
+    """No value of a JSON file ends in another error than ours."""
+    shutil.copytree(models / name, tmp_path / name)
+    path, refused = tmp_path / name / file, 0
+    whole = json.loads(path.read_text())
+    for key in whole:
+        for value in ODD:
+            path.write_text(json.dumps({**whole, key: value}))
+            try:
+                READERS[name][0](tmp_path / name)
+            except InputError:
+                refused += 1
+    # A teacher's index is read for the names in it alone.
+    assert refused > 0 or (name, file) == ("teacher", "model_index.json")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -322,6 +354,7 @@ def test_configurations_without_end_are_refused(name, file, changes, models, tmp
         {"image_channels": 10**9},
         {"teacher": None},
         {"timesteps": []},
+        {"timesteps": 3},
     ],
 )
 def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
