@@ -98,7 +98,7 @@ def read_by_fusing(student):
 class FusedStudent(PretrainedModule, nn.Module):
     """A student for sampling only. Made by :meth:`Student.fuse`, or loaded by :meth:`from_pretrained`.
 
-    Its dtype is chosen when it is made; ``to(device)``, copies, pickles and ``load_state_dict`` work. Its weights are packed then:
+    Its dtype is chosen when it is made; ``to(device)``, copies, pickles and ``load_state_dict`` work. Weights are packed then:
     writes into its buffers are not seen, nor later changes of the student (fuse again, or use the pipeline).
 
     Args:
