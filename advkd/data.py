@@ -206,7 +206,7 @@ def _image_paths(folder, option, others=frozenset()):
 
 
 def _files(folder, option, others):
-    """Every file below a folder. What lies in it is found before what links lead to, so that it keeps its own path."""
+    """Every file below a folder; its own files come before those that links lead to, so that they keep their own paths."""
     folders, links = deque([folder]), deque()
     seen = set(others - {os.path.realpath(folder)})
     while folders or links:

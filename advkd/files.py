@@ -23,7 +23,7 @@ from .hub import reason
 
 LFS_POINTER = b"version https://git-lfs"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""What file systems answer to calls that they do not have."""
+"""Error numbers by which file systems refuse calls that they do not have."""
 
 START_AGAIN = "delete it and start again, or restore a copy"
 JSON_LIMIT, MANIFEST_LIMIT = 2**24, 2**30
@@ -258,7 +258,7 @@ def read_tensors(path, what="file", keys=(), remedy=START_AGAIN):
 
 @contextlib.contextmanager
 def restoring(what, path, remedy=START_AGAIN):
-    """What does not fit while a file's contents are used makes the file a damaged one."""
+    """Errors while a file's contents are used become the :class:`InputError` of a damaged file."""
     try:
         yield
     except InputError:

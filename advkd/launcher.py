@@ -1,4 +1,4 @@
-"""What a process is started with: the environment variables of ``torchrun`` and its like, and standard streams."""
+"""The start of a process: the environment variables of ``torchrun`` and its like, and standard streams."""
 
 import contextlib
 import os

@@ -25,7 +25,7 @@ CLOSEST = 32
 """Nearest references of a point that are tried first in a resample, which holds none of them once in e^32 times."""
 
 LARGEST = 1e50
-"""What a feature may not exceed: its sixth power, which KID takes, must be a float64."""
+"""Largest magnitude of a feature: its sixth power, which KID takes, must be a float64."""
 
 
 def fewest(dimension):

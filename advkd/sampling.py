@@ -24,7 +24,7 @@ RECORD = "samples.json"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_PIXELS = 2**28
-"""Of one picture: 16,384 x 16,384."""
+"""Most pixels of one picture: 16,384 x 16,384."""
 
 
 def sample(

@@ -56,8 +56,8 @@ class Plan:
 def plan_of(critic, conditional):
     """The :class:`Plan` of a module, kept until one of its parts, their attributes or the training mode change.
 
-    A plan holds no weights. One whose forward computes with values of tensors (``self.alpha.item()``) is not kept. What a
-    forward reads outside of the module, such as a global number, is taken for constant.
+    A plan holds no weights. One whose forward computes with values of tensors (``self.alpha.item()``) is not kept. Values
+    that a forward reads outside of the module, such as a global number, are taken for constant.
 
     Raises:
         InputError: the critic cannot be traced, or a layer is not piecewise linear or couples samples; it is named.
