@@ -255,7 +255,7 @@ class _FusedStep:
 
 
 def _remembered(source):
-    """The evidence that tells a later change of ``source``: a copy of a CPU tensor; another tensor and its count of changes; itself."""
+    """Evidence of a later change of ``source``: a copy of a CPU tensor; another tensor and its count of changes; itself."""
     if not isinstance(source, torch.Tensor):
         return source
     if source.device.type == "cpu":
