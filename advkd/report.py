@@ -59,7 +59,7 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
     """
     result = _read_evaluation(evaluation, student, teacher)
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
-    if not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
         raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
     with restoring("ablation", ablation, "run profiling/ablation.py again"):
         _ablation_table(runs, result["score"])
@@ -100,6 +100,8 @@ def _curves(result):
     for row in result["rows"]:
         fit = row["frechet_at_infinity"]
         numbers = {name: [float(number) for number in fit[name]] for name in ("sizes", "distances")}
+        if not len(numbers["sizes"]) == len(numbers["distances"]) > 0:
+            raise ValueError("a row has no distances at several N")
         curves[f"{row['images']} against {row['against']}"] = {
             **numbers,
             "value": fit["value"] + 0.0,
@@ -175,17 +177,17 @@ def _summary(result):
     text = UNSEEN[False if result["known_unseen"] else None]
     if pairs:
         likeness = f"{pairs['correlation']:.3f} (images of different noises: {pairs['mismatched']:.3f})"
-        text = f"From the same {pairs['num']} noises, the student's image correlates with the teacher's by {likeness}. {text}"
+        text = f"From the same {pairs['num']:d} noises, the student's image correlates with the teacher's by {likeness}. {text}"
     return _table(titles, rows) + f"<p>{text}</p>"
 
 
 def _reading(result):
     distance = html.escape(result["score"])
     return (
-        f"<p>{distance} is a Frechet distance on {result['num_features']} features; smaller is better, and it means something "
-        "only beside its <em>floor</em>: the mean over random splits of the reference into two halves of N images. Intervals "
-        "are bootstrap. Precision is the share of images within the reference's manifold, recall the share of the reference "
-        "within the images' manifold, nearest the mean distance of an image to the closest of the reference, "
+        f"<p>{distance} is a Frechet distance on {result['num_features']:d} features; smaller is better, and it means "
+        "something only beside its <em>floor</em>: the mean over random splits of the reference into two halves of N images. "
+        "Intervals are bootstrap. Precision is the share of images within the reference's manifold, recall the share of the "
+        "reference within the images' manifold, nearest the mean distance of an image to the closest of the reference, "
         "diversity that of two images of the set.</p>"
     )
 

@@ -185,6 +185,19 @@ def test_evaluations_of_other_values_are_refused(value, evaluation, tmp_path, mo
     assert {"rows", "models", "student", "teacher", "provenance"} <= set(refused)
 
 
+@pytest.mark.parametrize("place", ["num_features", "score", "num", "images"])
+def test_nothing_of_an_evaluation_is_markup(place, evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
+    result, text = json.loads(evaluation.read_text()), "<script>alert(1)</script>"
+    {"num": result["pairs"], "images": result["rows"][0]}.get(place, result)[place] = text
+    write_json(tmp_path / "e.json", result)
+    try:
+        page = write_report(Student.from_pretrained("digits"), Teacher.from_pretrained("digits"), tmp_path / "e.json", tmp_path)
+        assert place in ("score", "images") and "<script>" not in page.read_text()
+    except InputError:
+        assert place in ("num_features", "num")
+
+
 def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,\n1,2,0.")
