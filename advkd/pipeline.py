@@ -1,10 +1,10 @@
 """The student as a diffusers pipeline."""
 
-import contextlib
 import copy
 import ctypes
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, Model
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
 
+from .devices import plain_defaults
 from .errors import InputError
 from .files import read_json, require_regular, write_bytes
 from .hub import reason, resolve
+from .models.batch_norm import CannotFoldError
 from .models.fused_student import read_by_fusing
 from .models.saving import build_config
 from .models.student import Student, StudentConfig
@@ -90,7 +92,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         reported = options.pop("output_loading_info", False)
         options |= {"use_safetensors": _safe(options), "output_loading_info": True}
         try:
-            with torch.inference_mode(False), torch.device("cpu"), _float32():
+            with torch.inference_mode(False), plain_defaults():
                 model, report = super().from_pretrained(folder, **options)
         except torch.OutOfMemoryError:
             raise
@@ -218,7 +220,11 @@ class AdvKDPipeline(DiffusionPipeline):
         student, (content, fused) = self.student.student, self._fused
         if content is None or not content.is_that_of(student):
             content = _Content(student)
-            fused = student.fuse(dtype=student.head.weight.dtype)
+            try:
+                fused = student.fuse(dtype=student.head.weight.dtype)
+            except CannotFoldError as error:
+                warnings.warn(f"the pipeline draws with the student's own modules, more slowly: {error}", stacklevel=3)
+                fused = _Unfused(student)
             self._fused = (content, fused)
         return fused
 
@@ -234,20 +240,25 @@ class AdvKDPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
 
 
+class _Unfused:
+    """A student whose layers cannot be folded, drawing in eval mode; the mode of each module stays as it is."""
+
+    def __init__(self, student):
+        self._student, self.latents = student, student.latents
+
+    def __call__(self, z):
+        modes = {module: module.training for module in self._student.modules()}
+        self._student.eval()
+        try:
+            return self._student(z.to(self._student.head.weight.dtype))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
 def _safe(options):
     """The option ``use_safetensors``, True unless the caller says else."""
     return True if options.get("use_safetensors") is None else options["use_safetensors"]
-
-
-@contextlib.contextmanager
-def _float32():
-    """torch's default dtype is float32 inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _fetched(source, options, files):
@@ -268,13 +279,15 @@ def _require_student(folder):
     values = read_json(folder / "config.json", "StudentModel configuration")
     # diffusers writes null for the channels of a model that was made without any.
     values = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}
-    build_config(StudentConfig, values, f"{folder / 'config.json'}")
+    with torch.device("meta"):
+        student = Student(build_config(StudentConfig, values, f"{folder / 'config.json'}"))
+    most = 2**20 + 8 * sum(tensor.numel() for tensor in student.state_dict().values())
     for index in folder.glob("*.safetensors.index.json"):
         named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
         if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in named.values()):
             raise InputError(f"index of weights {index} may name .safetensors files of its own folder only")
     for path in folder.glob("*.safetensors"):
-        require_regular(path, "the student's weights")
+        require_regular(path, "the student's weights", most)
 
 
 def _require_student_alone(folder):

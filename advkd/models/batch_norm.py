@@ -10,6 +10,10 @@ from ..errors import InputError
 from ..ops import norm_act
 
 
+class CannotFoldError(InputError):
+    """A student whose layers are not what a fused engine computes; the message names the layer."""
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, LeakyReLU and nearest up-sampling as one op; in training the processes share their statistics.
 
@@ -84,16 +88,16 @@ def fold(convolution, norm):
     of any class of torch's, or an ``Identity``.
 
     Raises:
-        InputError: another module, or batch norm without running statistics.
+        CannotFoldError: another module, one with hooks or a forward of its own (pruning, weight norm by hooks, adapters), or
+            batch norm without running statistics.
     """
+    _require_plain(convolution, norm)
     dtype, weight = convolution.weight.dtype, convolution.weight.detach().double()
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if convolution.bias is None else convolution.bias.detach().double()
     if isinstance(norm, nn.Identity):
         return weight.to(dtype), bias.to(dtype)
-    if not isinstance(norm, _BatchNorm):
-        raise InputError(f"batch norm or an Identity can be folded into a convolution, not {type(norm).__name__}")
     if norm.running_mean is None or norm.running_var is None:
-        raise InputError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
+        raise CannotFoldError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         scale = norm.weight.detach().double() * scale
@@ -103,12 +107,39 @@ def fold(convolution, norm):
     return (weight * scale[:, None, None, None]).to(dtype), folded.to(dtype)
 
 
+def _require_plain(convolution, norm):
+    """Refuse modules that compute something else than their weights say."""
+    for module, forwards, kind in ((convolution, CONVOLUTIONS, "a Conv2d"), (norm, NORMS, "batch norm or an Identity")):
+        if type(module).forward not in forwards or has_own_code(module):
+            remedy = "take off what is around it (torch.nn.utils.prune.remove, remove_weight_norm, an adapter's merge)"
+            raise CannotFoldError(f"{kind} without code of its own can be folded, not this {type(module).__name__}: {remedy}")
+
+
+def has_own_code(module):
+    """True if calling a module runs hooks, or a forward that is not its class's."""
+    own = vars(module)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) or "forward" in own or "_conv_forward" in own
+
+
+def geometry(convolution):
+    """How a convolution moves over its input, and what lies around that."""
+    own = vars(convolution)
+    return tuple(own.get(name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"))
+
+
+CONVOLUTIONS = (nn.Conv2d.forward,)
+NORMS = (BatchNorm2d.forward, nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.Identity.forward)
+
+
 def read_by_fold(convolution, norm):
     """The inputs of :func:`fold`: a tuple of what is no tensor, and a list of the tensors."""
     tensors, eps = _tensors(convolution, "weight", "bias"), None
+    own = (type(convolution), has_own_code(convolution), geometry(convolution), norm is not None and has_own_code(norm))
     if isinstance(norm, _BatchNorm):
         tensors, eps = [*tensors, *_tensors(norm, "weight", "bias", "running_mean", "running_var")], norm.eps
-    return (type(norm), eps, *[tensor is None for tensor in tensors]), [tensor for tensor in tensors if tensor is not None]
+    return (*own, type(norm), eps, *[tensor is None for tensor in tensors]), [
+        tensor for tensor in tensors if tensor is not None
+    ]
 
 
 def _tensors(module, *names):

@@ -20,11 +20,13 @@ from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..ranges import named
 from ..schedule import resolutions
-from .batch_norm import fold, read_by_fold
+from .batch_norm import CannotFoldError, fold, geometry, read_by_fold
 from .saving import PretrainedModule
 from .student import StudentConfig, batches, gather
 
 GPU_BACKENDS = ("cuda", "triton")
+GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+"""Of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
 STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
 """How :meth:`FusedStudent.stream` hands images out."""
 
@@ -81,7 +83,7 @@ def _stages(student):
 def _one_slope(student):
     slopes = {block.slope for block in student.submodules}
     if len(slopes) > 1:
-        raise InputError(f"the submodules' slopes must be equal in an engine, got {', '.join(map(str, sorted(slopes)))}")
+        raise CannotFoldError(f"the submodules' slopes must be equal in an engine, got {', '.join(map(str, sorted(slopes)))}")
     return slopes.pop()
 
 
@@ -168,6 +170,9 @@ class FusedStudent(PretrainedModule, nn.Module):
         return module._prepare()
 
     def _fill(self, student):
+        for convolution in (*(stage[0] for stage in _stages(student)), student.head):
+            if geometry(convolution) != GEOMETRY:
+                raise CannotFoldError(f"convolutions of 3x3 pixels with a border of one zero can be fused, not {convolution}")
         folded = [*(fold(*stage) for stage in _stages(student)), fold(student.head, nn.Identity())]
         for i, (weight, bias) in enumerate(folded):
             if weight.shape != self._weight(i).shape:

@@ -4,17 +4,20 @@ import copy
 import json
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from advkd import AdvKDPipeline, Student
 from advkd import pipeline as pipelines
 from advkd.errors import InputError
+from advkd.models.batch_norm import CannotFoldError
 from advkd.models.student import Submodule
 from advkd.pipeline import StudentModel
 
@@ -452,3 +455,93 @@ def test_bad_calls_are_named(pipe):
         pipe(output_type="jpeg")
     with pytest.raises(InputError, match="generator"):
         pipe(batch_size=2, generator=[seeded(0)])
+
+
+def plain_images(pipe, seed=0):
+    """What the student's own modules draw of a pipeline's noise."""
+    modes = {module: module.training for module in pipe.student.student.modules()}
+    student = pipe.student.student.eval()
+    with torch.no_grad():
+        images = student(student.latents(2, pipelines._draw_seed(seeded(seed)))) / 2 + 0.5
+    for module, training in modes.items():
+        module.training = training
+    return images.clamp(0, 1)
+
+
+class Adapter(torch.nn.Module):
+    """A layer and what is learned beside it; its weight is the layer's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.extra = base, torch.nn.Conv2d(base.in_channels, base.out_channels, 3, padding=1)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.extra(x)
+
+
+class Tripled(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def pruned(student):
+    prune.l1_unstructured(student.submodules[0].convolution1, "weight", 0.5)
+    return lambda: student.submodules[0].convolution1.weight_orig.data.mul_(2)
+
+
+def normed(student):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(student.submodules[0].convolution1)
+    return lambda: student.submodules[0].convolution1.weight_g.data.mul_(2)
+
+
+def hooked(student):
+    return lambda: student.head.register_forward_hook(lambda module, arguments, output: -output)
+
+
+def circular(student):
+    return lambda: setattr(student.head, "padding_mode", "circular")
+
+
+def dilated(student):
+    head = torch.nn.Conv2d(student.head.in_channels, student.head.out_channels, 3, padding=2, dilation=2)
+    head.load_state_dict(student.head.state_dict())
+    return lambda: setattr(student, "head", head)
+
+
+def adapted(student):
+    student.head = Adapter(student.head)
+    return lambda: student.head.extra.weight.data.mul_(2)
+
+
+def subclassed(student):
+    return lambda: setattr(student.submodules[0], "norm1", Tripled(student.submodules[0].norm1.num_features).eval())
+
+
+@pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
+@pytest.mark.parametrize("prepare", [pruned, normed, hooked, circular, dilated, adapted, subclassed])
+def test_layers_that_do_more_than_their_weights_say_are_drawn(prepare, monkeypatch):
+    """Pruned or adapted layers cannot be folded: the student draws itself, and is not silently taken for another."""
+    torch.manual_seed(0)
+    pipe = AdvKDPipeline(tiny_student().eval())
+    change = prepare(pipe.student.student)
+    before = pipe(2, generator=seeded(0), output_type="pt").images
+    change()
+    pipe.student.student.submodules[0].norm2.train()
+    images = pipe(2, generator=seeded(0), output_type="pt").images
+    assert torch.equal(images, plain_images(pipe)) and not torch.equal(images, before)
+    assert pipe.student.student.submodules[0].norm2.training
+    with pytest.raises(CannotFoldError, match="can be (folded|fused), not"):
+        pipe.student.student.fuse(tune=False)
+
+
+def test_weights_of_more_bytes_than_the_network_has_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with open(tmp_path / "student" / "diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.truncate(2**32)
+    with pytest.raises(InputError, match="more than the"):
+        AdvKDPipeline.from_pretrained(tmp_path)
