@@ -19,7 +19,7 @@ from .sampling_loop import SamplingLoop, network_of
 
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
 SAMPLERS = ("ddim", "ddpm")
-MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS = 32, 64, 10**6
+MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 
 
@@ -266,6 +266,10 @@ def _refuse_unfit_pipeline(folder):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
     if config.get("quantization_config") is not None:
         raise InputError(f"teacher {folder} is quantized; save it with plain weights")
+    for name, value in config.items():
+        positive = name in ("norm_eps", "mid_block_scale_factor") and type(value) in (int, float)
+        if isinstance(value, float) and not math.isfinite(value) or positive and value <= 0:
+            raise InputError(f"teacher {folder}: {name} must be a{' positive' * positive} number, got {value!r}")
     # Before a network of so many parts is built: a file of a few bytes can ask for any number.
     channels, layers = config.get("block_out_channels", ()), config.get("layers_per_block", 1)
     if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:
@@ -310,7 +314,16 @@ def _load_unet(source, folder, dtype):
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
     if wrong:
         raise InputError(f"teacher {folder}: the weights do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
+    if not all(p.is_floating_point() and p.isfinite().all() for p in unet.parameters()):
+        raise InputError(f"teacher {folder}: its weights are not finite real numbers: restore or fetch a copy of them")
     return unet
+
+
+def _is_schedule(alpha_bars, steps):
+    """True if the noise grows from step to step, and is never more than all of a state."""
+    if alpha_bars.shape != (steps,) or not alpha_bars.isfinite().all():
+        return False
+    return bool(((alpha_bars >= 0) & (alpha_bars <= 1)).all() and (alpha_bars.diff() <= 0).all())
 
 
 def _weight_files(paths, folder, suffix):
@@ -337,12 +350,15 @@ def _load_scheduler(folder):
         raise InputError(f"teacher {folder} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
     if not isinstance(steps := config.get("num_train_timesteps", 1000), int) or not 1 <= steps <= MOST_TIMESTEPS:
         raise InputError(f"teacher {folder}: num_train_timesteps must be in [1, {MOST_TIMESTEPS:,}], got {steps!r}")
-    if not isinstance(config.get("clip_sample_range", 1.0), (int, float)):
-        raise InputError(f"teacher {folder}: clip_sample_range must be a number, got {config['clip_sample_range']!r}")
+    clip = config.get("clip_sample_range", 1.0)
+    if type(clip) not in (int, float) or not 0 <= clip < LARGEST_CLIP:
+        raise InputError(f"teacher {folder}: clip_sample_range must be in [0, {LARGEST_CLIP:g}), got {clip!r}")
     try:
         scheduler = getattr(diffusers, kind).from_config(config)
     except Exception as error:
         raise InputError(f"teacher {folder}: the scheduler configuration cannot be used ({reason(error)})") from error
+    if not _is_schedule(scheduler.alphas_cumprod, steps):
+        raise InputError(f"teacher {folder}: its betas make no noise schedule: alpha_bar must fall within [0, 1]")
     if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
         raise InputError(f"teacher {folder}: prediction_type {scheduler.config.prediction_type!r} is not supported")
     if scheduler.config.thresholding:
