@@ -92,7 +92,8 @@ def _inside(module):
     """The module that a wrapper passes its arguments to; None where it is no such wrapper."""
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
         return module.module
-    return module._modules.get("_orig_mod")
+    # A scripted module's table of children has no get().
+    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else None
 
 
 def _refuse_sharded(critic):
@@ -125,7 +126,7 @@ def _kept_plan(critic, conditional, constant=False):
         graph, reads = _trace(critic, conditional)
         plan = _Builder(critic, graph).plan()
     except InputError as error:
-        if list(critic._modules) != ["module"]:
+        if [name for name, _ in critic.named_children()] != ["module"]:
             raise
         raise InputError(f"{error}; where {type(critic).__name__} only wraps a critic, pass critic.module") from error
     if not reads:
@@ -183,6 +184,8 @@ UNWRAP = (
 
 def _refuse_hooks(critic):
     for path, module in critic.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"layer {path or 'critic'} is compiled by torch.jit, whose layers cannot be read: {ADVICE}")
         own = module.__dict__.get("forward")
         replaced = own not in (None, types.MethodType(type(module).forward, module)) and _inside(module) is None
         if any(_hooks(module)) or replaced:

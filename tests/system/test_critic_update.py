@@ -36,6 +36,16 @@ class Branched(nn.Module):
         return self.score(F.leaky_relu(self.second(x)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda critic: torch.jit.trace(critic, torch.zeros(2, 1, 8, 8))])
+def test_critics_of_torchscript_are_refused_by_name(compiled):
+    critic = compiled(nn.Sequential(nn.Conv2d(1, 4, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(144, 1)))
+    x = torch.ones(2, 1, 8, 8)
+    with pytest.raises(InputError, match="compiled by torch.jit.*backend='autograd'"):
+        critic_gradients(critic, x, -x)
+    assert critic_gradients(critic, x, -x, backend="autograd").penalty.isfinite()
+
+
 def problem(kind="plain", dtype=torch.float64, n=5, device="cpu", layout=torch.contiguous_format):
     """A critic, real and generated samples, and options with drawn weights and a condition."""
     generator = torch.Generator().manual_seed(1)
