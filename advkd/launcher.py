@@ -6,6 +6,17 @@ import os
 from .errors import InputError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ACCELERATE_READS = (
+    *VARIABLES,
+    "LOCAL_WORLD_SIZE",
+    *(
+        f"{mpi}_{name}"
+        for mpi in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
+        for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    ),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+"""Other launchers' variables, which accelerate reads numbers from."""
 
 
 def processes():
@@ -28,8 +39,13 @@ def local_device(name):
 
 @contextlib.contextmanager
 def without_empty_variables():
-    """Leave variables that are set but empty out of the environment, for libraries that would read a number from them."""
-    empty = {name: os.environ.pop(name) for name in VARIABLES if os.environ.get(name, "?").strip() == ""}
+    """Leave variables that are set but empty out of the environment, for libraries that would read a number from them.
+
+    So is a LOCAL_RANK without a RANK, which no launcher leaves.
+    """
+    empty = {name: os.environ.pop(name) for name in ACCELERATE_READS if os.environ.get(name, "?").strip() == ""}
+    if "RANK" in empty and "LOCAL_RANK" in os.environ:
+        empty["LOCAL_RANK"] = os.environ.pop("LOCAL_RANK")
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from advkd import FusedStudent, Student, evaluate, launcher
 from advkd.demo import run_demo
 from advkd.devices import plain_defaults, require_device
 from advkd.errors import InputError
+from advkd.progress import can_be_shown, progress_bar
 from advkd.sampling import sample
 from advkd.teacher import Teacher
 from advkd.teacher_training import TeacherTrainingConfig, train_teacher
@@ -75,7 +76,8 @@ def test_a_processs_own_device(monkeypatch):
 
 
 def test_every_command_runs_with_empty_variables(tmp_path, teacher_folder):
-    empty = dict.fromkeys(launcher.VARIABLES, "")
+    """Those of every launcher that a library knows, and a local rank that is left over."""
+    empty = {**dict.fromkeys(launcher.ACCELERATE_READS, ""), "LOCAL_RANK": "0"}
     record = ["trajectories", "--teacher", teacher_folder, "--num", 16, "--depth", 4, "--steps", 2, "--batch-size", 4]
     done = run_cli(*record, "--shard-size", 8, "--out", tmp_path / "t", environment=empty)
     assert done.returncode == 0, done.stderr
@@ -159,6 +161,36 @@ def test_defaults_are_plain_within_and_restored():
         outside = torch.zeros(1)
     assert (inside.dtype, inside.device.type) == (torch.float32, "cpu")
     assert (outside.dtype, outside.device.type) == (torch.float64, "meta")
+
+
+class Broken:
+    """A standard error whose reader has gone, now or after some words."""
+
+    def __init__(self, error, words=0):
+        self.error, self.words = error, words
+
+    def write(self, text):
+        self.words -= 1
+        if self.words < 0:
+            raise self.error
+
+    flush = isatty = lambda self: self.write("")
+
+
+@pytest.mark.parametrize("words", [0, 3])
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "gone"), ValueError("I/O operation on closed file")])
+def test_a_bar_whose_stream_breaks_ends_nothing(error, words, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Broken(error, words))
+    assert list(progress_bar(range(100), mininterval=0)) == list(range(100))
+    assert can_be_shown() is False
+
+
+def test_a_closed_stream_is_none(monkeypatch, tmp_path):
+    stream = open(tmp_path / "stream", "w")
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    sample("digits", 2, 0, tmp_path / "images")
+    assert (tmp_path / "images" / "000001.png").exists()
 
 
 def closed_streams(*arguments):
