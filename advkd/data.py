@@ -73,6 +73,8 @@ def load_images(source, size=None, channels=None):
     """
     if channels not in (None, 1, 3):
         raise InputError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and size < 1:
+        raise InputError(f"size must be at least 1, got {size}")
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
     if not os.path.isdir(source):
@@ -159,7 +161,14 @@ def load_labelled(source, size=None):
     folders = [path for path, is_folder, _ in found if is_folder]
     if len(folders) < 2:
         raise InputError(f"--data {source} is neither 'digits' nor a folder that holds one folder of images per class")
-    others = frozenset(os.path.realpath(path) for path in (source, *folders))
+    places = {}
+    for path in folders:
+        first = places.setdefault(os.path.realpath(path), path)
+        if first != path:
+            raise InputError(
+                f"--data {source}: the classes {first.name} and {path.name} are one folder: remove one of the links"
+            )
+    others = frozenset((os.path.realpath(source), *places))
     parts = [_image_paths(folder, "--data", others) for folder in folders]
     labels = np.repeat(np.arange(len(parts), dtype=np.int64), [len(part) for part in parts])
     images = _squares([path for part in parts for path in part], size, None)
@@ -323,8 +332,9 @@ def _sixteen_to_eight(image, raw):
 
     if not image.mode.startswith("I"):
         return image
-    values, most = np.asarray(image).astype(np.uint32), 4095 if raw.startswith("I;12") else 65535
-    gray = Image.fromarray((values * 255 // most).astype(np.uint8))
+    values, bits = np.asarray(image).astype(np.uint32), 12 if raw.startswith("I;12") else 16
+    # The upper eight bits, as Pillow takes them of 16-bit colours and of gray with alpha.
+    gray = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if "transparency" not in image.info:
         return gray
     opaque = values != image.info["transparency"]
