@@ -24,8 +24,8 @@ BLOCK = 2**21
 CLOSEST = 32
 """Nearest references of a point that are tried first in a resample, which holds none of them once in e^32 times."""
 
-LARGEST = 1e50
-"""Largest magnitude of a feature: its sixth power, which KID takes, must be a float64."""
+LARGEST = 1e25
+"""Largest magnitude of a feature: its twelfth power, which the deviation of KID takes, must be a float64."""
 
 
 def fewest(dimension):
