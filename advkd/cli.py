@@ -11,13 +11,16 @@ import click
 from .classifier_training import ClassifierTrainingConfig
 from .errors import BackendUnavailableError, InputError, TrainingError
 from .evaluate import EvaluationConfig
-from .files import JSON_LIMIT, require_regular, why_unreadable
+from .files import require_regular, why_unreadable
 from .hub import reason
 from .launcher import hold_standard_streams, local_device
 from .memory import keep_freed_memory
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
 from .trajectories import TrajectoryConfig
+
+CONFIG_LIMIT = 2**13
+"""Bytes that --config may have: the memory of TOML's dotted keys grows with the square of their length."""
 
 
 class _Commands(click.Group):
@@ -125,7 +128,7 @@ def _kind_name(default, kind):
 def _read_config(path):
     """A JSON or TOML file as a dict."""
     path = Path(path)
-    require_regular(path, "--config", JSON_LIMIT)
+    require_regular(path, "--config", CONFIG_LIMIT)
     try:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .devices import plain_defaults
 from .distill import CHECKPOINT, distill
 from .evaluate import describe_models
 from .models.student import PRESETS, Student
@@ -15,6 +16,7 @@ from .teacher import Teacher
 from .trajectories import TrajectoryConfig, record_in_processes, record_trajectories
 
 
+@plain_defaults()
 def run_demo(out, num=1024, updates=300, device="cpu", progress=True):
     """Make ``num`` trajectories, distil for ``updates`` updates and write the pictures under ``out``; a killed run goes on.
 

@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import json
 import math
+import os
 import statistics
 import sys
 import traceback
@@ -34,6 +35,7 @@ from .files import (
     read_tensors,
     require_digest,
     require_output_folder,
+    require_regular,
     require_space,
     restoring,
     unpack_optimizer,
@@ -417,8 +419,17 @@ class Distiller:
             self.average.load_state_dict(_part(tensors, "average"))
             self.log_s.data.copy_(tensors["log_s"])
             torch.set_rng_state(tensors["rng"].clone())
-            self.stage_index, self.update, self.cursor = (int(metadata[name]) for name in ("stage", "update", "cursor"))
+            self.stage_index, self.update, self.cursor = self._position(metadata)
         return tensors if self.update else None
+
+    def _position(self, metadata):
+        """Stage, update and cursor of a checkpoint; ``ValueError`` where the run has no such place."""
+        stage, update, cursor = place = tuple(metadata[name] for name in ("stage", "update", "cursor"))
+        updates = self.stages[stage].updates if type(stage) is int and 0 <= stage < len(self.stages) else 0
+        whole = all(type(number) is int for number in place) and 0 <= stage <= len(self.stages)
+        if not whole or not 0 <= update <= updates or not 0 <= cursor < 2**62:
+            raise ValueError(f"the run has no stage {stage}, update {update}, draw {cursor}")
+        return place
 
     def _restore_stage(self, tensors):
         with restoring("checkpoint", self.checkpoint):
@@ -558,10 +569,14 @@ class _Log:
         self.columns = ["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels]
         self.path, self.every, self.pending = out / "metrics.csv", every, []
         kept = [",".join(self.columns)]
-        if self.path.exists():
-            rows = [row[:-1] for row in self.path.read_text().splitlines(keepends=True)[1:] if row.endswith("\n")]
-            whole = [row for row in rows if row.count(",") == len(self.columns) - 1]
-            kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
+        if os.path.lexists(self.path):
+            require_regular(self.path, "metrics")
+            with restoring("metrics", self.path, "move it away"):
+                titles, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if titles.strip() != kept[0]:
+                    raise ValueError("its columns are others")
+                whole = [row[:-1] for row in rows if row.endswith("\n") and row.count(",") == len(self.columns) - 1]
+                kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
         self.updates = done
         self.file = open(self.path, "a", newline="")

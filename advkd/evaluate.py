@@ -64,6 +64,8 @@ class EvaluationConfig:
         for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.num > 10**9:
+            raise InputError(f"num must be at most 10^9, got {self.num}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 <= self.seed < 2**64:

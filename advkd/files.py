@@ -26,8 +26,8 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errn
 """Error numbers by which file systems refuse calls that they do not have."""
 
 START_AGAIN = "delete it and start again, or restore a copy"
-JSON_LIMIT, MANIFEST_LIMIT = 2**24, 2**30
-"""Bytes that a JSON file may have; the manifest of very many shards may have more."""
+JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
+"""Bytes that a JSON file may have; the manifest of very many shards may have more. Lists take up to 25 times as much memory."""
 
 _HOST = socket.gethostname().replace(".", "-")
 
@@ -135,7 +135,7 @@ def locked(folder, out=None):
     """
     import fcntl
 
-    with open(Path(folder) / ".lock", "a") as file:
+    with _lock_file(Path(folder) / ".lock", out or folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -143,10 +143,22 @@ def locked(folder, out=None):
             raise InputError(said) from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
-                raise
+                raise InputError(f"--out {out or folder} cannot be locked ({error.strerror}): name another folder") from error
             said = f"--out {out or folder}: its file system has no locks ({error.strerror}); let no other process write there"
             warnings.warn(said, UserWarning, stacklevel=3)
         yield
+
+
+def _lock_file(path, folder):
+    """The file ``path``, made if it is not there, never emptied, and never waited for as a pipe would be."""
+    try:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", buffering=0)
+    except OSError as error:
+        raise InputError(f"--out {folder}: its {path.name} cannot be opened ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"--out {folder}: its {path.name} is not a regular file: remove it")
+    return file
 
 
 def require_regular(path, what, most=None):
@@ -263,7 +275,7 @@ def restoring(what, path, remedy=START_AGAIN):
         yield
     except InputError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise damaged(what, path, error, remedy) from error
 
 
@@ -307,6 +319,8 @@ def require_output_folder(path, option="--out"):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{option} {path} is a file; name a folder")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{option} {path} is a link to {os.path.realpath(path)}, which does not exist: make that folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -324,10 +338,14 @@ def pack_optimizer(prefix, optimizer):
 
 
 def unpack_optimizer(prefix, optimizer, tensors):
-    """Restore what :func:`pack_optimizer` wrote into a freshly built optimiser."""
-    state = {}
+    """Restore what :func:`pack_optimizer` wrote into a freshly built Adam; ``ValueError`` where it does not fit."""
+    state, parameters = {}, [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith(prefix + "/"):
             index, key = name[len(prefix) + 1 :].split("/")
             state.setdefault(int(index), {})[key] = value.clone()
+    for index, slots in state.items():
+        shapes = {"step": torch.Size(), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape)}
+        if {key: value.shape for key, value in slots.items()} != shapes:
+            raise ValueError(f"the optimiser's state of parameter {index} does not fit it")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

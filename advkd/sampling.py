@@ -45,8 +45,8 @@ def sample(
 
     Under ``torchrun`` process r of w draws the batches r, r + w, ... into the folder.
     """
-    if n < 1:
-        raise InputError(f"-n must be at least 1, got {n}")
+    if not 1 <= n <= 2**62:
+        raise InputError(f"-n must be in [1, 2^62], got {n}")
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}")
     if dtype not in DTYPES:
@@ -74,7 +74,7 @@ def sample(
         return
     parts = islice(batches(n, batch_size), rank, None, world)
     # The share of this process, of which a last batch may be smaller.
-    total = min(n, batch_size * len(range(rank, -(-n // batch_size), world)))
+    total = min(n, batch_size * -(-(-(-n // batch_size) - rank) // world))
     with progress_bar(total=total, desc="sample", unit="image", shown=progress and rank == 0) as bar:
         _save(draw, parts, out, bar)
 

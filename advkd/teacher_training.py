@@ -135,7 +135,7 @@ def _train_locked(config, out, resume, progress):
     if not (out / CHECKPOINT).exists():
         if resume:
             raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
-        if any((out / name).exists() for name in PIPELINE):
+        if any(os.path.lexists(out / name) for name in PIPELINE):
             raise InputError(f"--out {out} holds a teacher already: name another folder")
     images = load_images(config.data, config.size or None, config.image_channels or None)
     torch.manual_seed(config.seed)
@@ -213,7 +213,10 @@ def _restore(path, config, unet, average, optimizer):
         for name, module in (("unet", unet), ("average", average)):
             module.load_state_dict({k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + "/")})
         unpack_optimizer("optimizer", optimizer, tensors)
-        return int(metadata["step"])
+        step = metadata["step"]
+        if type(step) is not int or not 0 <= step <= config.steps:
+            raise ValueError(f"the run has no step {step}")
+        return step
 
 
 def _save_pipeline(out, unet, scheduler):
@@ -221,11 +224,16 @@ def _save_pipeline(out, unet, scheduler):
 
     # Saved aside and moved in, the index last; the checkpoint stays until all is there, so a kill loses nothing.
     folder = temporary_path(out / "pipeline")
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
     try:
         DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
         for name in PIPELINE:
-            shutil.rmtree(out / name, ignore_errors=True)
-            os.replace(folder / name, out / name)
+            place = os.path.realpath(out / name)
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.move(folder / name, place)
     except SafetensorError as error:
         raise InputError(f"the teacher cannot be written to {out} ({error})") from error
     finally:

@@ -46,6 +46,7 @@ from .schedule import resolutions, supervising_timesteps
 
 FORMAT = "advkd-trajectories-1"
 SHARD_KEYS = ("recipe", "start", "count", "digest")
+SHAPE = ("image_size", "image_channels", "latent_size", "depth")
 RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
 
 
@@ -325,6 +326,8 @@ def _check_existing(out, recipe):
     paths = sorted(Path(out).glob("shard-*.safetensors"))
     for path in paths:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
+        if not isinstance(metadata["recipe"], dict):
+            raise damaged("shard", path, "it has no recipe", RECORD_AGAIN)
         changed = _differences(recipe, metadata["recipe"])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
@@ -380,7 +383,8 @@ def _is_consistent(manifest):
         shards = range(0, recipe["num"], recipe["shard_size"])
         shapes = recipe["resolutions"] == resolutions(recipe["image_size"], recipe["depth"])
         whole = len(entries) == len(shards) and all(
-            entry["start"] == start
+            _are_whole(entry["start"], entry["count"])
+            and entry["start"] == start
             and entry["file"] == _shard_path("", i).name
             and entry["count"] == min(recipe["shard_size"], recipe["num"] - start)
             and isinstance(entry["sha256"], str)
@@ -388,9 +392,15 @@ def _is_consistent(manifest):
         )
         deviations = [float(value) for value in manifest["standard_deviations"]]
         levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
+        numbers = _are_whole(*recipe["timesteps"], *recipe["resolutions"], *(recipe[name] for name in SHAPE))
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    return shapes and whole and levels and recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
+    known = recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
+    return shapes and whole and levels and numbers and known
+
+
+def _are_whole(*values):
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 class Trajectories:

@@ -25,8 +25,8 @@ def warmup(student="digits", device="cpu", backend="auto", dtypes=("float32",), 
     """
     if unknown := [name for name in dtypes if name not in DTYPES]:
         raise InputError(f"--dtypes must be of {', '.join(DTYPES)}, got {', '.join(unknown)}")
-    if any(size < 1 for size in batch_sizes):
-        raise InputError(f"--batch-sizes must be at least 1, got {', '.join(map(str, batch_sizes))}")
+    if any(not 1 <= size <= 2**20 for size in batch_sizes):
+        raise InputError(f"--batch-sizes must be in [1, 2^20], got {', '.join(map(str, batch_sizes))}")
     device = require_device(device)
     known = student in PRESETS and student not in Student.embedded
     model = Student.from_preset(student).eval().to(device) if known else Student.from_pretrained(student, device)

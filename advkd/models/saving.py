@@ -128,7 +128,7 @@ def _coerced(value, field, where):
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
         return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**53 else value
     if type(value) is not type(default):
         raise InputError(f"{where}: {field.name} must be {type(default).__name__}, got {value!r}")
     return value

@@ -92,7 +92,7 @@ def test_a_second_process_and_other_failures_are_refused(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match="Input/output error"), files.locked(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be locked .Input/output error"), files.locked(tmp_path):
         raise AssertionError("an error of the disk was passed over")
 
 
@@ -101,6 +101,39 @@ def test_a_lock_empties_no_file(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "mine")
     with files.locked(tmp_path):
         assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("make", "why"), [(os.mkfifo, "not a regular file"), (os.mkdir, "cannot be opened")])
+def test_a_lock_that_is_no_file_is_refused(make, why, tmp_path):
+    make(tmp_path / ".lock")
+    with pytest.raises(InputError, match=f"{tmp_path}: its .lock .*{why}"), files.locked(tmp_path):
+        raise AssertionError("what is no file was locked")
+
+
+def test_an_optimisers_state_fits_its_parameters():
+    def packed(*sizes):
+        parameters = [torch.ones(size, requires_grad=True) for size in sizes]
+        optimizer = torch.optim.Adam(parameters)
+        sum(p.sum() for p in parameters).backward()
+        optimizer.step()
+        return files.pack_optimizer("adam", optimizer)
+
+    def fresh():
+        return torch.optim.Adam([torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)])
+
+    whole = packed(3, 2)
+    files.unpack_optimizer("adam", fresh(), whole)
+    wrong = [packed(2, 3), packed(3, 2, 1), {**whole, "adam/0/step": torch.ones(3)}, {**whole, "adam/x/step": torch.ones(())}]
+    wrong += [{name: tensor for name, tensor in whole.items() if name != gone} for gone in whole]
+    for tensors in wrong:
+        with pytest.raises(InputError, match="checkpoint c is damaged"), files.restoring("checkpoint", "c"):
+            files.unpack_optimizer("adam", fresh(), tensors)
+
+
+def test_output_links_that_lead_nowhere_are_named(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with pytest.raises(InputError, match=f"{tmp_path}/out is a link to {tmp_path}/disk, which does not exist"):
+        files.require_output_folder(tmp_path / "out")
 
 
 def test_a_file_system_that_cannot_synchronize_is_written_to(tmp_path, monkeypatch):
@@ -153,7 +186,7 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path):
         for read in (files.read_json, files.read_tensors):
             with pytest.raises(InputError, match=why):
                 read(tmp_path / name, "thing")
-    with pytest.raises(InputError, match="more than the 16,777,216"):
+    with pytest.raises(InputError, match="more than the 4,194,304"):
         files.read_json(tmp_path / "large.json")
 
 

@@ -92,7 +92,14 @@ def test_a_walk_of_very_many_pictures_begins_at_once(tmp_path):
 
     fused = Student.from_pretrained("digits").fuse(tune=False)
     images = next(sampling._walk(fused, 10**12, 3, sampling.batches(10**12, 2)))
-    assert torch.allclose(images[0], fused.sample(1, seed=3)[0], atol=1e-5)
+    a, b = fused.latents(2, 3)
+    assert torch.equal(images, fused(torch.stack([sampling.slerp(a, b, i / (10**12 - 1)) for i in range(2)])))
+
+
+@pytest.mark.parametrize("n", [0, 2**62 + 1, 10**24])
+def test_numbers_of_images_that_cannot_be(n, tmp_path):
+    with pytest.raises(InputError, match="-n must be in"):
+        sample("digits", n, 0, tmp_path / "a", progress=False)
 
 
 def test_pictures_that_are_there_are_passed_over(tmp_path, monkeypatch):

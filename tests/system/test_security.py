@@ -6,12 +6,15 @@ Every reader is given a file of each hostile kind in the place of each of its ow
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import tomllib
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,12 +48,16 @@ class Payload:
         return os.mkdir, (self.trace,)
 
 
-def hostile(kind, trace):
-    """Bytes that run code where they are unpickled, by plain pickle or by torch's archive."""
+def hostile(kind, trace, beside=None):
+    """Bytes that run code where they are unpickled, by plain pickle or by torch's archive.
+
+    ``beside``: a file of weights, for a payload among what the reader expects, of no less bytes.
+    """
+    state = torch.load(beside, weights_only=True) if beside is not None else {}
     if kind == "pickle":
-        return pickle.dumps(Payload(trace))
+        return pickle.dumps(Payload(trace)) + bytes(sum(tensor.nbytes for tensor in state.values()))
     path = trace.parent / "archive"
-    torch.save({"conv_in.weight": Payload(trace)}, path, _use_new_zipfile_serialization=kind == "archive")
+    torch.save({**state, "payload": Payload(trace)}, path, _use_new_zipfile_serialization=kind == "archive")
     return path.read_bytes()
 
 
@@ -138,7 +145,8 @@ def test_pickles_are_not_read_anywhere(name, file, kind, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     read, trace = READERS[name][0], tmp_path / "trace"
     read(tmp_path / "models" / name)
-    (tmp_path / "models" / name / file).write_bytes(hostile(kind, trace))
+    place = tmp_path / "models" / name / file
+    place.write_bytes(hostile(kind, trace, place if place.suffix == ".bin" else None))
     with pytest.raises(InputError):
         read(tmp_path / "models" / name)
     assert not trace.exists()
@@ -308,7 +316,7 @@ def test_configurations_without_end_are_refused(name, file, changes, models, tmp
         READERS[name][0](tmp_path / name)
 
 
-ODD = [None, "x", -1, 1.5, 10**30, [[8]], [None], {}]
+ODD = [None, "x", -1, 1.5, True, 10**30, 10**400, float("inf"), float("nan"), [[8]], [None], {}]
 JSON_FILES = [
     ("student", "config.json"),
     ("student", "training.json"),
@@ -333,7 +341,9 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
         for value in ODD:
             path.write_text(json.dumps({**whole, key: value}))
             try:
-                READERS[name][0](tmp_path / name)
+                read = READERS[name][0](tmp_path / name)
+                if isinstance(read, Teacher):
+                    assert read.sample(1, steps=2).isfinite().all()
             except InputError:
                 refused += 1
     # A teacher's index is read for the names in it alone.
@@ -355,6 +365,9 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
         {"teacher": None},
         {"timesteps": []},
         {"timesteps": 3},
+        {"timesteps": ["a", "b", "c"]},
+        {"timesteps": [float("inf")] * 3},
+        {"image_channels": 1.0},
     ],
 )
 def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
@@ -423,6 +436,55 @@ def test_pictures_of_a_thousand_million_pixels_are_refused(models, tmp_path, mon
                 warnings.simplefilter("error")
                 with pytest.raises(InputError, match=r"1.png.* pixels"):
                     read(tmp_path / "pictures")
+
+
+def test_configurations_of_options_are_small(tmp_path, capsys):
+    """The memory of TOML's dotted keys grows with the square of their length."""
+    (tmp_path / "a.toml").write_text(".".join(["a"] * 20_000) + " = 1")
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--trajectories", "x", "--preset", "digits", "--out", "y", "--config", str(tmp_path / "a.toml")])
+    assert ended.value.code == 2 and "more than the 8,192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "contents", ["fifo", "/dev/zero", b"\xff\n", b"stage,update\n1,2\n", b"version https://git-lfs\n", b""]
+)
+def test_metrics_of_a_run_that_goes_on(contents, models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    path = tmp_path / "models" / "run" / "metrics.csv"
+    titles = path.read_text().splitlines()[0]
+    path.unlink()
+    for bad in (contents, titles.encode() + b"\nx" + b"," * titles.count(",") + b"\n"):
+        path.unlink(missing_ok=True)
+        if bad == "fifo":
+            os.mkfifo(path)
+        elif isinstance(bad, str):
+            path.symlink_to(bad)
+        else:
+            path.write_bytes(bad)
+        with pytest.raises(InputError, match="metrics.csv"):
+            READERS["run"][0](path.parent)
+
+
+@pytest.mark.parametrize("changes", [{"stage": 10**30}, {"stage": 0, "update": 10**30}, {"cursor": 10**30}, {"cursor": 1.5}])
+@pytest.mark.parametrize("value", [None, float("inf"), -1])
+def test_places_in_a_run_that_it_does_not_have(changes, value, models, tmp_path):
+    from advkd.files import read_tensors, write_tensors
+
+    shutil.copytree(models, tmp_path / "models")
+    path = tmp_path / "models" / "run" / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    changes = changes if value is None else dict.fromkeys(changes, value)
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, **changes})
+    with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no stage"):
+        READERS["run"][0](path.parent)
+
+
+def test_every_dependency_of_a_plain_installation_is_pinned():
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {re.match(r"[\w-]+", dependency)[0] for dependency in project["dependencies"]} <= pinned
 
 
 def test_recording_into_a_folder_of_pickles(models, teacher, tmp_path):
