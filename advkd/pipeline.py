@@ -216,7 +216,10 @@ class AdvKDPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _current_fused(self):
-        """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is."""
+        """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is.
+
+        Where layers cannot be folded, the student itself.
+        """
         student, (content, fused) = self.student.student, self._fused
         if content is None or not content.is_that_of(student):
             content = _Content(student)
@@ -224,9 +227,9 @@ class AdvKDPipeline(DiffusionPipeline):
                 fused = student.fuse(dtype=student.head.weight.dtype)
             except CannotFoldError as error:
                 warnings.warn(f"the pipeline draws with the student's own modules, more slowly: {error}", stacklevel=3)
-                fused = _Unfused(student)
+                fused = None
             self._fused = (content, fused)
-        return fused
+        return _Unfused(student) if fused is None else fused
 
     def save_pretrained(self, save_directory, **options):
         """diffusers' ``save_pretrained``, and a model card."""

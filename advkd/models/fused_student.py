@@ -20,9 +20,9 @@ from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..ranges import named
 from ..schedule import resolutions
-from .batch_norm import CannotFoldError, fold, geometry, read_by_fold
+from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold
 from .saving import PretrainedModule
-from .student import StudentConfig, batches, gather
+from .student import Student, StudentConfig, Submodule, batches, gather
 
 GPU_BACKENDS = ("cuda", "triton")
 GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
@@ -87,9 +87,14 @@ def _one_slope(student):
     return slopes.pop()
 
 
+def _has_own_forward(module, kind):
+    return type(module).forward is not kind.forward or has_own_code(module)
+
+
 def read_by_fusing(student):
     """The inputs of :meth:`FusedStudent.from_student`: a tuple of what is no tensor, and a list of the tensors."""
-    described, tensors = [*vars(student.config).values(), *(block.slope for block in student.submodules)], []
+    described, tensors = [*vars(student.config).values(), _has_own_forward(student, Student)], []
+    described += [(block.slope, block.upsample, _has_own_forward(block, Submodule)) for block in student.submodules]
     for stage in (*_stages(student), (student.head, None)):
         own, parts = read_by_fold(*stage)
         described.append(own)
@@ -170,6 +175,10 @@ class FusedStudent(PretrainedModule, nn.Module):
         return module._prepare()
 
     def _fill(self, student):
+        if _has_own_forward(student, Student) or any(_has_own_forward(block, Submodule) for block in student.submodules):
+            raise CannotFoldError("a student whose forward is its own, or has hooks, cannot be fused: remove them")
+        if [block.upsample for block in student.submodules] != [layer.upsample for layer in self.layers[:-1:2]]:
+            raise CannotFoldError("the student's submodules do not up-sample where its configuration says, and cannot be fused")
         for convolution in (*(stage[0] for stage in _stages(student)), student.head):
             if geometry(convolution) != GEOMETRY:
                 raise CannotFoldError(f"convolutions of 3x3 pixels with a border of one zero can be fused, not {convolution}")
