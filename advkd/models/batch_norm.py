@@ -110,9 +110,12 @@ def fold(convolution, norm):
 def _require_plain(convolution, norm):
     """Refuse modules that compute something else than their weights say."""
     for module, forwards, kind in ((convolution, CONVOLUTIONS, "a Conv2d"), (norm, NORMS, "batch norm or an Identity")):
-        if type(module).forward not in forwards or has_own_code(module):
-            remedy = "take off what is around it (torch.nn.utils.prune.remove, remove_weight_norm, an adapter's merge)"
-            raise CannotFoldError(f"{kind} without code of its own can be folded, not this {type(module).__name__}: {remedy}")
+        name = type(module).__name__
+        if type(module).forward not in forwards:
+            raise CannotFoldError(f"{kind} can be folded, not {name}")
+        if has_own_code(module):
+            remedy = "take them off (torch.nn.utils.prune.remove, remove_weight_norm, an adapter's merge)"
+            raise CannotFoldError(f"{name} has hooks or a forward of its own and cannot be folded: {remedy}")
 
 
 def has_own_code(module):
@@ -146,4 +149,4 @@ def _tensors(module, *names):
     """Attributes of a module, from its dictionaries where those have them: asking the module takes three times as long."""
     own = vars(module)
     known = own["_parameters"] | own["_buffers"]
-    return [known[name] if name in known else getattr(module, name) for name in names]
+    return [known[name] if name in known else getattr(module, name, None) for name in names]

@@ -179,10 +179,10 @@ class FusedStudent(PretrainedModule, nn.Module):
             raise CannotFoldError("a student whose forward is its own, or has hooks, cannot be fused: remove them")
         if [block.upsample for block in student.submodules] != [layer.upsample for layer in self.layers[:-1:2]]:
             raise CannotFoldError("the student's submodules do not up-sample where its configuration says, and cannot be fused")
-        for convolution in (*(stage[0] for stage in _stages(student)), student.head):
-            if geometry(convolution) != GEOMETRY:
-                raise CannotFoldError(f"convolutions of 3x3 pixels with a border of one zero can be fused, not {convolution}")
         folded = [*(fold(*stage) for stage in _stages(student)), fold(student.head, nn.Identity())]
+        for i, convolution in enumerate((*(stage[0] for stage in _stages(student)), student.head)):
+            if geometry(convolution) != GEOMETRY:
+                raise CannotFoldError(f"convolution {i} must have 3x3 pixels and a border of one zero, got {convolution}")
         for i, (weight, bias) in enumerate(folded):
             if weight.shape != self._weight(i).shape:
                 raise InputError(f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}")
