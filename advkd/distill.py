@@ -44,6 +44,7 @@ from .files import (
 )
 from .hub import reason
 from .latents import split_latent
+from .models.batch_norm import evaluating
 from .models.critic import Critic, CriticConfig
 from .pictures import save_grid
 from .progress import progress_bar
@@ -364,12 +365,9 @@ class Distiller:
     @torch.no_grad()
     def _draw_samples(self, stage):
         k = stage.levels[-1]
-        was_training = {module: module.training for module in self.result.modules()}
         z = self.result.latents(36, seed=self.config.seed).to(self.dtype)
-        with named("student"):
-            images = self.result.eval()(z, levels=(k,))[k]
-        for module, training in was_training.items():
-            module.training = training
+        with named("student"), evaluating(self.result):
+            images = self.result(z, levels=(k,))[k]
         scale = 1.0 if k == self.student.depth else 3.0
         save_grid(images / scale, self.out / f"samples-stage-{stage.number:02d}.png")
 

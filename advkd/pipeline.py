@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from .devices import plain_defaults
 from .errors import InputError
 from .files import read_json, require_regular, write_bytes
 from .hub import reason, resolve
-from .models.batch_norm import CannotFoldError
+from .models.batch_norm import CannotFoldError, evaluating
 from .models.fused_student import read_by_fusing
 from .models.saving import build_config
 from .models.student import Student, StudentConfig
@@ -200,14 +201,14 @@ class AdvKDPipeline(DiffusionPipeline):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if output_type not in ("pil", "np", "pt"):
             raise InputError(f"output_type must be pil, np or pt, got {output_type!r}")
-        student = self._current_fused()
+        student, draw = self.student.student, self._current_fused()
         if isinstance(generator, (list, tuple)):
             if len(generator) != batch_size:
                 raise InputError(f"generator: {len(generator)} generators came for batch_size {batch_size}")
             z = torch.cat([student.latents(1, _draw_seed(g)) for g in generator])
         else:
             z = student.latents(batch_size, _draw_seed(generator))
-        images = student(z).float()
+        images = draw(z).float()
         if output_type == "pil":
             images = to_pil(images)
         else:
@@ -221,15 +222,15 @@ class AdvKDPipeline(DiffusionPipeline):
         Where layers cannot be folded, the student itself.
         """
         student, (content, fused) = self.student.student, self._fused
-        if content is None or not content.is_that_of(student):
-            content = _Content(student)
-            try:
+        try:
+            if content is None or not content.is_that_of(student):
+                content = _Content(student)
                 fused = student.fuse(dtype=student.head.weight.dtype)
-            except CannotFoldError as error:
-                warnings.warn(f"the pipeline draws with the student's own modules, more slowly: {error}", stacklevel=3)
-                fused = None
-            self._fused = (content, fused)
-        return _Unfused(student) if fused is None else fused
+                self._fused = (content, fused)
+        except CannotFoldError as error:
+            warnings.warn(f"the pipeline draws with the student's own modules, more slowly: {error}", stacklevel=3)
+            return partial(_drawn_by, student)
+        return fused
 
     def save_pretrained(self, save_directory, **options):
         """diffusers' ``save_pretrained``, and a model card."""
@@ -243,20 +244,10 @@ class AdvKDPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
 
 
-class _Unfused:
-    """A student whose layers cannot be folded, drawing in eval mode; the mode of each module stays as it is."""
-
-    def __init__(self, student):
-        self._student, self.latents = student, student.latents
-
-    def __call__(self, z):
-        modes = {module: module.training for module in self._student.modules()}
-        self._student.eval()
-        try:
-            return self._student(z.to(self._student.head.weight.dtype))
-        finally:
-            for module, training in modes.items():
-                module.training = training
+def _drawn_by(student, z):
+    """Images by a student's own modules in eval mode, which each of them has for this alone."""
+    with evaluating(student):
+        return student(z.to(next(student.parameters()).dtype))
 
 
 def _safe(options):

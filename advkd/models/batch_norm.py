@@ -1,9 +1,13 @@
 """Batch normalisation whose statistics are those of the global batch, and its folding into a convolution."""
 
+import contextlib
+import operator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as calls
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
@@ -88,65 +92,94 @@ def fold(convolution, norm):
     of any class of torch's, or an ``Identity``.
 
     Raises:
-        CannotFoldError: another module, one with hooks or a forward of its own (pruning, weight norm by hooks, adapters), or
-            batch norm without running statistics.
+        CannotFoldError: see :func:`require_foldable`.
     """
-    _require_plain(convolution, norm)
-    dtype, weight = convolution.weight.dtype, convolution.weight.detach().double()
-    bias = torch.zeros_like(weight[:, 0, 0, 0]) if convolution.bias is None else convolution.bias.detach().double()
+    require_foldable(convolution, norm)
+    weight, bias = _tensors(convolution, "weight", "bias")
+    dtype, weight = weight.dtype, weight.detach().double()
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias.detach().double()
     if isinstance(norm, nn.Identity):
         return weight.to(dtype), bias.to(dtype)
-    if norm.running_mean is None or norm.running_var is None:
-        raise CannotFoldError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = norm.weight.detach().double() * scale
-    folded = (bias - norm.running_mean.double()) * scale
-    if norm.bias is not None:
-        folded = norm.bias.detach().double() + folded
+    gamma, beta, mean, variance = _tensors(norm, *NORMS_TENSORS)
+    scale = torch.rsqrt(variance.double() + norm.eps)
+    if gamma is not None:
+        scale = gamma.detach().double() * scale
+    folded = (bias - mean.double()) * scale
+    if beta is not None:
+        folded = beta.detach().double() + folded
     return (weight * scale[:, None, None, None]).to(dtype), folded.to(dtype)
 
 
-def _require_plain(convolution, norm):
-    """Refuse modules that compute something else than their weights say."""
-    for module, forwards, kind in ((convolution, CONVOLUTIONS, "a Conv2d"), (norm, NORMS, "batch norm or an Identity")):
-        name = type(module).__name__
-        if type(module).forward not in forwards:
-            raise CannotFoldError(f"{kind} can be folded, not {name}")
-        if has_own_code(module):
-            remedy = "take them off (torch.nn.utils.prune.remove, remove_weight_norm, an adapter's merge)"
-            raise CannotFoldError(f"{name} has hooks or a forward of its own and cannot be folded: {remedy}")
+def require_foldable(convolution, norm):
+    """Refuse what computes something else than its tensors say.
+
+    Raises:
+        CannotFoldError: modules of other classes, those with hooks or code of their own (pruning, weight norm by hooks,
+            adapters), or batch norm without running statistics.
+    """
+    for module, kinds, kind in ((convolution, (nn.Conv2d,), "a Conv2d"), (norm, NORMS, "batch norm or an Identity")):
+        if type(module) not in kinds and not any(_inherits(module, plain) for plain in kinds):
+            raise CannotFoldError(f"{kind} without code of its own can be folded, not {type(module).__name__}")
+        if _has_hooks(module):
+            said = f"{type(module).__name__} has hooks or a forward of its own and cannot be folded: take them off"
+            raise CannotFoldError(f"{said} (torch.nn.utils.prune.remove, remove_weight_norm, an adapter's merge)")
+    if isinstance(norm, _BatchNorm) and (norm.running_mean is None or norm.running_var is None):
+        raise CannotFoldError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
 
 
-def has_own_code(module):
-    """True if calling a module runs hooks, or a forward that is not its class's."""
+def has_own_code(module, kind):
+    """True if calling a module may compute something else than a ``kind`` of the same attributes does."""
+    return not _inherits(module, kind) or _has_hooks(module)
+
+
+def _inherits(module, kind):
+    """True if what a ``kind`` computes is left as it is by the module's class."""
+    own = type(module)
+    if own is kind:
+        return True
+    return issubclass(own, kind) and all(getattr(own, name, None) is getattr(kind, name, None) for name in CALLS)
+
+
+def _has_hooks(module):
+    """True if calling a module runs hooks, its own or everybody's, or a forward that is not its class's."""
     own = vars(module)
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) or "forward" in own or "_conv_forward" in own
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or calls._global_forward_hooks or calls._global_forward_pre_hooks:
+        return True
+    return "forward" in own or "_conv_forward" in own or "_call_impl" in own
 
 
-def geometry(convolution):
-    """How a convolution moves over its input, and what lies around that."""
-    own = vars(convolution)
-    return tuple(own.get(name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"))
+geometry = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+"""How a convolution moves over its input, and what lies around that, of its ``vars``."""
 
-
-CONVOLUTIONS = (nn.Conv2d.forward,)
-NORMS = (BatchNorm2d.forward, nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, nn.Identity.forward)
+CALLS = ("__call__", "_call_impl", "forward", "_conv_forward")
+NORMS = (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+NORMS_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def read_by_fold(convolution, norm):
     """The inputs of :func:`fold`: a tuple of what is no tensor, and a list of the tensors."""
     tensors, eps = _tensors(convolution, "weight", "bias"), None
-    own = (type(convolution), has_own_code(convolution), geometry(convolution), norm is not None and has_own_code(norm))
     if isinstance(norm, _BatchNorm):
-        tensors, eps = [*tensors, *_tensors(norm, "weight", "bias", "running_mean", "running_var")], norm.eps
-    return (*own, type(norm), eps, *[tensor is None for tensor in tensors]), [
-        tensor for tensor in tensors if tensor is not None
-    ]
+        tensors, eps = [*tensors, *_tensors(norm, *NORMS_TENSORS)], norm.eps
+    return (type(norm), eps, *[tensor is None for tensor in tensors]), [tensor for tensor in tensors if tensor is not None]
 
 
 def _tensors(module, *names):
     """Attributes of a module, from its dictionaries where those have them: asking the module takes three times as long."""
     own = vars(module)
     known = own["_parameters"] | own["_buffers"]
-    return [known[name] if name in known else getattr(module, name, None) for name in names]
+    # In training mode a parametrization may change with every look at it.
+    with evaluating(module) if "parametrizations" in own["_modules"] else contextlib.nullcontext():
+        return [known[name] if name in known else getattr(module, name) for name in names]
+
+
+@contextlib.contextmanager
+def evaluating(module):
+    """A module in eval mode within; the mode of each of its modules comes back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

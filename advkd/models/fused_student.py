@@ -20,13 +20,14 @@ from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..ranges import named
 from ..schedule import resolutions
-from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold
+from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable
 from .saving import PretrainedModule
 from .student import Student, StudentConfig, Submodule, batches, gather
 
 GPU_BACKENDS = ("cuda", "triton")
 GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-"""Of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
+"""The form of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
+NO_NORM = nn.Identity()
 STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
 """How :meth:`FusedStudent.stream` hands images out."""
 
@@ -76,26 +77,42 @@ def _prepare_loaded(module, incompatible_keys):
 
 
 def _stages(student):
-    """A student's convolutions, each with the norm behind it; the head is none of them."""
-    return [stage for b in student.submodules for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
+    """A student's convolutions, each with the norm behind it; that behind the head changes nothing."""
+    stages = [stage for b in student.submodules for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
+    return [*stages, (student.head, NO_NORM)]
 
 
-def _one_slope(student):
+def _require_fusable(student):
+    """A student's stages; one that computes something else than its tensors say, or than an engine can, is refused.
+
+    Raises:
+        CannotFoldError: naming the part.
+    """
+    parts = ((student, Student), *((block, Submodule) for block in student.submodules))
+    if any(has_own_code(part, kind) for part, kind in parts):
+        raise CannotFoldError("a student with hooks or with a forward of its own cannot be fused: take them off")
     slopes = {block.slope for block in student.submodules}
-    if len(slopes) > 1:
-        raise CannotFoldError(f"the submodules' slopes must be equal in an engine, got {', '.join(map(str, sorted(slopes)))}")
-    return slopes.pop()
-
-
-def _has_own_forward(module, kind):
-    return type(module).forward is not kind.forward or has_own_code(module)
+    if len(slopes) > 1 or not 0 <= max(slopes) < 1:
+        found = ", ".join(map(str, sorted(slopes)))
+        raise CannotFoldError(f"the submodules' slopes must be equal in an engine, and in [0, 1), got {found}")
+    stages = _stages(student)
+    for i, (convolution, norm) in enumerate(stages):
+        require_foldable(convolution, norm)
+        if geometry(vars(convolution)) != GEOMETRY:
+            raise CannotFoldError(f"convolution {i} must have 3x3 pixels and a border of one zero, got {convolution}")
+    return stages
 
 
 def read_by_fusing(student):
-    """The inputs of :meth:`FusedStudent.from_student`: a tuple of what is no tensor, and a list of the tensors."""
-    described, tensors = [*vars(student.config).values(), _has_own_forward(student, Student)], []
-    described += [(block.slope, block.upsample, _has_own_forward(block, Submodule)) for block in student.submodules]
-    for stage in (*_stages(student), (student.head, None)):
+    """The inputs of :meth:`FusedStudent.from_student`: a tuple of what is no tensor, and a list of the tensors.
+
+    Raises:
+        CannotFoldError: there is no such engine.
+    """
+    stages = _require_fusable(student)
+    described, tensors = [*vars(student.config).values(), student.submodules[0].slope], []
+    described += [block.upsample for block in student.submodules]
+    for stage in stages:
         own, parts = read_by_fold(*stage)
         described.append(own)
         tensors += parts
@@ -148,10 +165,11 @@ class FusedStudent(PretrainedModule, nn.Module):
         names = {value: name for name, value in DTYPES.items()}
         if dtype not in names:
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+        _require_fusable(student)
         device = student.head.weight.device
         wished, backend = backend, choose_for("student_forward", dtype, backend, device)
         shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
-        shape["slope"] = _one_slope(student)
+        shape["slope"] = student.submodules[0].slope
         with device:
             module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend)
         module.tune, module.mixed = tune, wished == "auto"
@@ -175,14 +193,9 @@ class FusedStudent(PretrainedModule, nn.Module):
         return module._prepare()
 
     def _fill(self, student):
-        if _has_own_forward(student, Student) or any(_has_own_forward(block, Submodule) for block in student.submodules):
-            raise CannotFoldError("a student whose forward is its own, or has hooks, cannot be fused: remove them")
         if [block.upsample for block in student.submodules] != [layer.upsample for layer in self.layers[:-1:2]]:
             raise CannotFoldError("the student's submodules do not up-sample where its configuration says, and cannot be fused")
-        folded = [*(fold(*stage) for stage in _stages(student)), fold(student.head, nn.Identity())]
-        for i, convolution in enumerate((*(stage[0] for stage in _stages(student)), student.head)):
-            if geometry(convolution) != GEOMETRY:
-                raise CannotFoldError(f"convolution {i} must have 3x3 pixels and a border of one zero, got {convolution}")
+        folded = [fold(*stage) for stage in _stages(student)]
         for i, (weight, bias) in enumerate(folded):
             if weight.shape != self._weight(i).shape:
                 raise InputError(f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}")

@@ -147,7 +147,7 @@ class Student(PretrainedModule, nn.Module):
 
     def latents(self, n, seed=0, start=0, device=None):
         """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
-        device = device or self.head.weight.device
+        device = device or next(self.parameters()).device
         indices = torch.arange(start, start + n, dtype=torch.int64, device=device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
@@ -198,7 +198,7 @@ class Student(PretrainedModule, nn.Module):
     @torch.no_grad()
     def sample(self, n, seed=0, batch_size=64, start=0):
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
-        parts, dtype = batches(n, batch_size), self.head.weight.dtype
+        parts, dtype = batches(n, batch_size), next(self.parameters()).dtype
         pieces = (self(self.latents(count, seed, start + first).to(dtype)).cpu() for first, count in parts)
         return gather(pieces, n, self.config)
 

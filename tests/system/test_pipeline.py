@@ -482,6 +482,53 @@ class Adapter(torch.nn.Module):
         return self.base(x) + self.extra(x)
 
 
+class Halved(torch.nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / 2, bias)
+
+
+def halved(student):
+    return lambda: setattr(student.submodules[0].convolution1, "__class__", Halved)
+
+
+class Called(Submodule):
+    def __call__(self, *arguments):
+        return -super().__call__(*arguments)
+
+
+def called(student):
+    return lambda: setattr(student.submodules[0], "__class__", Called)
+
+
+class Wrapper(torch.nn.Module):
+    """A block and what follows it, without the block's attributes."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.upsample = block, block.upsample
+
+    def forward(self, *arguments):
+        return -self.block(*arguments)
+
+
+def wrapped(student):
+    return lambda: student.submodules.__setitem__(0, Wrapper(student.submodules[0]))
+
+
+def with_another_head(student):
+    return lambda: setattr(student, "head", torch.nn.Sequential(student.head, torch.nn.Tanh()))
+
+
+def without_activations(student):
+    return lambda: [setattr(block, "slope", 1.0) for block in student.submodules]
+
+
+def up_sampled_elsewhere(student):
+    up = [block.upsample for block in student.submodules]
+    first, second = up.index(True), up.index(False, 1)
+    return lambda: [setattr(student.submodules[i], "upsample", not up[i]) for i in (first, second)]
+
+
 class Tripled(torch.nn.BatchNorm2d):
     def forward(self, x):
         return 3 * super().forward(x)
@@ -546,6 +593,7 @@ def subclassed(student):
 
 
 LAYERS = [pruned, normed, hooked, hooked_whole, replaced, of_another_class, circular, dilated, adapted, stacked, subclassed]
+LAYERS += [halved, called, wrapped, with_another_head, without_activations, up_sampled_elsewhere]
 
 
 @pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
@@ -557,12 +605,45 @@ def test_layers_that_do_more_than_their_weights_say_are_drawn(prepare, monkeypat
     change = prepare(pipe.student.student)
     before = pipe(2, generator=seeded(0), output_type="pt").images
     change()
-    pipe.student.student.submodules[0].norm2.train()
+    pipe.student.student.submodules[-1].norm2.train()
     images = pipe(2, generator=seeded(0), output_type="pt").images
     assert torch.equal(images, plain_images(pipe)) and not torch.equal(images, before)
-    assert pipe.student.student.submodules[0].norm2.training
-    with pytest.raises(CannotFoldError, match="can be folded, not|cannot be (folded|fused)|must have 3x3"):
+    assert pipe.student.student.submodules[-1].norm2.training
+    with pytest.raises(CannotFoldError, match="can be folded, not|cannot be (folded|fused)|must have 3x3|must be equal"):
         pipe.student.student.fuse(tune=False)
+
+
+@pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
+def test_hooks_of_all_modules_are_run(pipe):
+    before = pipe(2, generator=seeded(0), output_type="pt").images
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, arguments, output: -output if isinstance(module, torch.nn.Conv2d) else None
+    )
+    try:
+        images = pipe(2, generator=seeded(0), output_type="pt").images
+        assert torch.equal(images, plain_images(pipe)) and not torch.equal(images, before)
+    finally:
+        handle.remove()
+    assert torch.equal(pipe(2, generator=seeded(0), output_type="pt").images, before)
+
+
+def test_looking_at_a_student_in_training_does_not_change_it():
+    """Spectral norm takes a step of its power iteration whenever its weight is asked for in training mode."""
+    pipe = AdvKDPipeline(tiny_student())
+    student = pipe.student.student.train()
+    torch.nn.utils.parametrizations.spectral_norm(student.submodules[0].convolution1)
+    before = copy.deepcopy(student.state_dict())
+    images = pipe(2, generator=seeded(0), output_type="pt").images
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+    assert all(module.training for module in student.modules())
+    assert torch.allclose(images, plain_images(pipe), atol=1e-5)
+
+
+def test_latents_are_the_students(pipe):
+    student = pipe.student.student
+    student.latents = lambda *arguments: torch.zeros_like(Student.latents(student, *arguments))
+    images = pipe(2, generator=seeded(0), output_type="pt").images
+    assert torch.equal(images[0], images[1])
 
 
 def test_weights_of_more_bytes_than_the_network_has_are_refused(pipe, tmp_path):

@@ -296,7 +296,7 @@ def test_norms_without_running_statistics():
 def test_layers_of_another_form_cannot_be_fused():
     student = trained_like(tiny_student())
     student.submodules[1].slope = 0.5
-    with pytest.raises(InputError, match="slopes must be equal in an engine, got 0.2, 0.5"):
+    with pytest.raises(InputError, match="slopes must be equal in an engine, .* got 0.2, 0.5"):
         student.fuse()
     student = trained_like(tiny_student())
     student.submodules[1].convolution2 = torch.nn.Conv2d(8, 8, 1, bias=False)
