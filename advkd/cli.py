@@ -31,6 +31,8 @@ class _Commands(click.Group):
         keep_freed_memory()
         try:
             return super().invoke(context)
+        except BrokenPipeError:
+            raise  # nobody reads on, as behind "| head": click ends without a word
         except (InputError, BackendUnavailableError, OSError) as error:
             self._fail(error, 2)
         except TrainingError as error:

@@ -4,7 +4,7 @@ What is read of a folder, everywhere in this module:
 
 - Formats: PNG, JPEG, WebP, BMP, GIF and TIFF (of several frames the first), known by their first bytes; other files with such a
   suffix are refused.
-- Pictures of at most ``PIXEL_LIMIT`` pixels; a larger one is refused before it is decoded.
+- Pictures of at most ``PIXEL_LIMIT`` pixels, JPEGs of at most ``SCAN_LIMIT`` scans; others are refused before they are decoded.
 - Orientation: a picture is turned as its EXIF (or XMP) data say.
 - Transparency: a picture is blended over white.
 - Gray or colour: gray is what the file stores as gray (1 to 16 bits, with or without transparency), and a palette picture that
@@ -35,6 +35,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 
 PIXEL_LIMIT = 2**27
 """Pixels that a picture may have, whatever Pillow's own limit is set to (Pillow warns of two thirds of that)."""
+
+SCAN_LIMIT = 100
+"""Scans that a JPEG may have, as libtiff limits those within a TIFF; encoders write up to a dozen."""
 
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """Folders that systems put among a user's, with thumbnails or remains of files."""
@@ -265,6 +268,7 @@ def _opened(path):
         # Of these formats alone: others are known by their first bytes, too, and EPS would run Ghostscript.
         with Image.open(path, formats=FORMATS) as image:
             _require_readable(image)
+            _require_few_scans(image, path)
             raw = _raw_mode(image)
             image.load()
             return _upright(_plain(image, raw), image), image.mode in ("P", "PA")
@@ -288,6 +292,12 @@ def _require_readable(image):
         raise ValueError("32-bit integers and those with a sign have no known range: convert it to 8 or 16 bits without one")
     if image.format == "TIFF" and image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC, 0) == 0:
         raise ValueError("16-bit values of which 0 is white are not supported: convert it to 0 for black")
+
+
+def _require_few_scans(image, path):
+    """Refuse a JPEG that has its pixels decoded again and again: every scan takes the time of a whole picture."""
+    if image.format in ("JPEG", "MPO") and (scans := Path(path).read_bytes().count(b"\xff\xda")) > SCAN_LIMIT:
+        raise ValueError(f"it has {scans:,} scans, more than the {SCAN_LIMIT} that a picture may have")
 
 
 def _raw_mode(image):

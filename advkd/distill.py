@@ -46,7 +46,7 @@ from .hub import reason
 from .latents import split_latent
 from .models.batch_norm import evaluating
 from .models.critic import Critic, CriticConfig
-from .pictures import save_grid
+from .pictures import METRICS_LIMIT, save_grid
 from .progress import progress_bar
 from .ranges import named
 from .recipes import DistillConfig
@@ -568,7 +568,7 @@ class _Log:
         self.path, self.every, self.pending = out / "metrics.csv", every, []
         kept = [",".join(self.columns)]
         if os.path.lexists(self.path):
-            require_regular(self.path, "metrics")
+            require_regular(self.path, "metrics", METRICS_LIMIT)
             with restoring("metrics", self.path, "move it away"):
                 titles, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
                 if titles.strip() != kept[0]:

@@ -164,7 +164,7 @@ def _lock_file(path, folder):
 def require_regular(path, what, most=None):
     """Refuse what is no regular file (a pipe or a device would be read for ever), or one of more than ``most`` bytes.
 
-    Symbolic links are followed.
+    So is a safetensors file whose header alone has more than ``JSON_LIMIT`` bytes. Symbolic links are followed.
     """
     try:
         status = os.stat(path)
@@ -176,6 +176,18 @@ def require_regular(path, what, most=None):
         raise InputError(f"{what} {path} is not a regular file")
     if most is not None and status.st_size > most:
         raise InputError(f"{what} {path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have")
+    if Path(path).suffix == ".safetensors" and JSON_LIMIT < (header := _header_size(path)) <= status.st_size - 8:
+        said = f"{what} {path} has a header of {header:,} bytes, more than the {JSON_LIMIT:,} that it may have"
+        raise InputError(f"{said}: it is not read")
+
+
+def _header_size(path):
+    """Bytes of the JSON object that a safetensors file begins with."""
+    try:
+        with open(path, "rb") as file:
+            return int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise InputError(f"file {path} cannot be read ({error.strerror})") from error
 
 
 def require_stored(path, what):
@@ -232,7 +244,9 @@ def read_json(path, what="file", keys=(), most=JSON_LIMIT):
     """
     require_regular(path, what, most)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(text := Path(path).read_text(encoding="utf-8"))
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair: text that nothing can show or write
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{what} {path} is not readable JSON ({why_unreadable(path, error)})") from error
     return _require_keys(value, keys, f"{what} {path}")

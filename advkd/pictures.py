@@ -1,12 +1,19 @@
 """Pictures of tensors: grids, strips of levels, loss curves."""
 
 import math
+import re
 from pathlib import Path
 
 import torch
 
 from .errors import InputError
 from .files import replacing, require_regular
+
+METRICS_LIMIT = 2**28
+"""Bytes that a ``metrics.csv`` may have."""
+
+LARGEST = 1e30
+"""Largest magnitude that is drawn: matplotlib multiplies float64 numbers."""
 
 
 def to_uint8(images):
@@ -135,12 +142,18 @@ def save_extrapolation(curves, score, path):
         score: what the distance is called.
         path: PNG to write.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    with rc_context({"text.parse_math": False}):  # names are no formulas
+        _draw_extrapolation(figure.subplots(), curves, score)
+    _save_figure(figure, path)
+
+
+def _draw_extrapolation(axis, curves, score):
     for name, fit in curves.items():
         inverse = [1 / size for size in fit["sizes"]]
         (points,) = axis.plot(inverse, fit["distances"], "o", ms=3)
@@ -148,7 +161,6 @@ def save_extrapolation(curves, score, path):
         axis.plot(ends, [fit["value"] + fit["slope"] * x for x in ends], color=points.get_color(), lw=1, label=name)
     axis.set(xlabel="1 / N", ylabel=score, title=f"{score} at several N")
     axis.legend(fontsize=7)
-    _save_figure(figure, path)
 
 
 def read_metrics(path):
@@ -157,12 +169,16 @@ def read_metrics(path):
     Raises:
         InputError: the file is missing or not a training's metrics.
     """
-    require_regular(path, "--metrics")
+    require_regular(path, "--metrics", METRICS_LIMIT)
     try:
         lines = [line.split(",") for line in Path(path).read_text(encoding="utf-8").splitlines()]
         titles, *rows = lines
         rows = [row for row in rows if len(row) == len(titles)]
         columns = {name: [float(row[i]) if row[i] else math.nan for row in rows] for i, name in enumerate(titles)}
+        if any(name.startswith("mse_") and not re.fullmatch(r"mse_\d{1,4}", name) for name in titles):
+            raise ValueError("a level has no number")
+        if any(LARGEST < abs(number) < math.inf for column in columns.values() for number in column):
+            raise ValueError(f"a number is larger than {LARGEST:g}")
     except (OSError, ValueError) as error:
         raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill' ({error})") from error
     if not {"stage", "update", "loss", "critic", "wasserstein", "penalty"} <= set(columns) or not rows:

@@ -9,7 +9,7 @@ import torch
 from .errors import InputError
 from .evaluate import cells, has_seen
 from .files import digest, read_json, require_output_folder, restoring, write_bytes
-from .pictures import read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
+from .pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
 from .ranges import named
 from .schedule import supervising_timesteps
 from .trajectories import downsample, same_teacher
@@ -100,13 +100,13 @@ def _curves(result):
     for row in result["rows"]:
         fit = row["frechet_at_infinity"]
         numbers = {name: [float(number) for number in fit[name]] for name in ("sizes", "distances")}
-        if not len(numbers["sizes"]) == len(numbers["distances"]) > 0:
+        if not len(numbers["sizes"]) == len(numbers["distances"]) > 0 or min(numbers["sizes"]) < 1:
             raise ValueError("a row has no distances at several N")
-        curves[f"{row['images']} against {row['against']}"] = {
-            **numbers,
-            "value": fit["value"] + 0.0,
-            "slope": fit["slope"] + 0.0,
-        }
+        curve = {**numbers, "value": fit["value"] + 0.0, "slope": fit["slope"] + 0.0}
+        drawn = (*numbers["sizes"], *numbers["distances"], curve["value"], curve["slope"])
+        if not all(abs(number) <= LARGEST for number in drawn):
+            raise ValueError("a row has distances that cannot be drawn")
+        curves[f"{row['images']} against {row['against']}"] = curve
     return curves
 
 

@@ -132,10 +132,13 @@ def train_teacher(config, out, resume=False, progress=True):
 def _train_locked(config, out, resume, progress):
     from diffusers import DDPMScheduler
 
+    for name in PIPELINE:
+        if (out / name).is_symlink():
+            raise InputError(f"{out / name} is a link, and a teacher would take its place: remove it")
     if not (out / CHECKPOINT).exists():
         if resume:
             raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
-        if any(os.path.lexists(out / name) for name in PIPELINE):
+        if any((out / name).exists() for name in PIPELINE):
             raise InputError(f"--out {out} holds a teacher already: name another folder")
     images = load_images(config.data, config.size or None, config.image_channels or None)
     torch.manual_seed(config.seed)
@@ -231,9 +234,8 @@ def _save_pipeline(out, unet, scheduler):
     try:
         DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
         for name in PIPELINE:
-            place = os.path.realpath(out / name)
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.move(folder / name, place)
+            shutil.rmtree(out / name, ignore_errors=True)
+            os.replace(folder / name, out / name)
     except SafetensorError as error:
         raise InputError(f"the teacher cannot be written to {out} ({error})") from error
     finally:

@@ -193,6 +193,14 @@ def test_a_closed_stream_is_none(monkeypatch, tmp_path):
     assert (tmp_path / "images" / "000001.png").exists()
 
 
+def test_output_that_nobody_reads_is_no_error():
+    command = [sys.executable, "-m", "advkd", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=process_environment()) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def closed_streams(*arguments):
     """The exit code of the command line without standard output and standard error."""
     return subprocess.run(

@@ -1,6 +1,7 @@
 """The report: one file, no network, and a browser shows its pictures."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from advkd.errors import InputError
 from advkd.evaluate import EvaluationConfig
 from advkd.files import digest, write_json
 from advkd.models.student import Student
-from advkd.pictures import read_metrics
+from advkd.pictures import read_metrics, save_curves
 from advkd.report import write_report
 from advkd.teacher import Teacher
 
@@ -185,17 +186,54 @@ def test_evaluations_of_other_values_are_refused(value, evaluation, tmp_path, mo
     assert {"rows", "models", "student", "teacher", "provenance"} <= set(refused)
 
 
-@pytest.mark.parametrize("place", ["num_features", "score", "num", "images"])
-def test_nothing_of_an_evaluation_is_markup(place, evaluation, tmp_path, monkeypatch):
+def places(value, path=()):
+    """Paths to everything within a JSON value."""
+    if path:
+        yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def replaced(value, path, other):
+    value = part = copy.deepcopy(value)
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = other
+    return value
+
+
+@pytest.mark.parametrize("value", ["<script>$\\frac$", "\ud800", 0, 1e308], ids=["markup", "surrogate", "zero", "large"])
+def test_nothing_of_an_evaluation_is_markup_or_a_formula(value, evaluation, tmp_path, monkeypatch):
+    """Whatever stands in any place is shown as text, or refused before anything is drawn."""
     monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
-    result, text = json.loads(evaluation.read_text()), "<script>alert(1)</script>"
-    {"num": result["pairs"], "images": result["rows"][0]}.get(place, result)[place] = text
-    write_json(tmp_path / "e.json", result)
-    try:
-        page = write_report(Student.from_pretrained("digits"), Teacher.from_pretrained("digits"), tmp_path / "e.json", tmp_path)
-        assert place in ("score", "images") and "<script>" not in page.read_text()
-    except InputError:
-        assert place in ("num_features", "num")
+    student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
+    whole, shown = json.loads(evaluation.read_text()), 0
+    for path in places(whole):
+        write_json(tmp_path / "e.json", replaced(whole, path, value))
+        try:
+            page = write_report(student, teacher, tmp_path / "e.json", tmp_path / "out")
+            shown += "&lt;script&gt;" in page.read_text()
+            assert "<script>" not in page.read_text()
+            page.unlink()
+        except InputError:
+            assert not (tmp_path / "out" / "report.html").exists()
+    assert shown > 0 or "<" not in str(value)
+
+
+@pytest.mark.parametrize(
+    "bad", ["mse_x", "mse_", "mse_" + 5000 * "9", "1e308", "-1e308"], ids=["name", "none", "digits", "large", "negative"]
+)
+def test_metrics_that_cannot_be_drawn_are_refused(bad, tmp_path):
+    path, titles = tmp_path / "metrics.csv", ["stage", "update", "loss", "wasserstein", "critic", "penalty", "mse_01"]
+    rows = [["1", str(update), *["0.5"] * 5] for update in (1, 2)]
+    if bad.startswith("mse"):
+        titles[-1] = bad
+    else:
+        rows[1][2] = bad
+    path.write_text("".join(",".join(row) + "\n" for row in (titles, *rows)))
+    with pytest.raises(InputError, match="metrics.csv is not a metrics.csv"):
+        save_curves(path, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):

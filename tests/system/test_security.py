@@ -418,6 +418,34 @@ def test_safetensors_that_claim_more_than_they_hold_are_refused(models, tmp_path
                     READERS[name][0](tmp_path / "models" / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [(name, file) for name, file in PLACES if file.endswith(".safetensors")], ids=lambda part: part
+)
+def test_headers_without_end_are_refused(name, file, models, tmp_path):
+    """Values of JSON take many times their text; a header has no limit of its own but 100 MB."""
+    shutil.copytree(models, tmp_path / "models")
+    place = tmp_path / "models" / name / file
+    header = json.dumps({"__metadata__": {"advkd": "[" + "{}," * 2**21 + "{}]"}}).encode()
+    place.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match="more than the 4,194,304 that it may have|truncated or altered|bytes, more than"):
+        READERS[name][0](tmp_path / "models" / name)
+
+
+def test_jpegs_of_very_many_scans_are_refused(tmp_path):
+    """Every scan takes the time of a whole picture, and two hundred bytes."""
+    path = tmp_path / "a.jpg"
+    Image.new("L", (64, 64), 128).save(path, progressive=True)
+    whole = path.read_bytes()
+    scan, end = whole.rindex(b"\xff\xc4"), whole.rindex(b"\xff\xd9")
+    for count, refused in ((90, False), (100, True)):
+        path.write_bytes(whole[:end] + whole[scan:end] * count + whole[end:])
+        if refused:
+            with pytest.raises(InputError, match="scans, more than the 100 that a picture may have"):
+                load_images(tmp_path)
+        else:
+            assert load_images(tmp_path).unique().tolist() == [128]
+
+
 def test_pictures_of_a_thousand_million_pixels_are_refused(models, tmp_path, monkeypatch):
     """By a limit of our own: Pillow's can be switched off, and warns below it."""
     import zlib

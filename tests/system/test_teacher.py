@@ -361,6 +361,34 @@ def test_other_files_and_links_survive_training(tmp_path):
     assert Teacher.from_pretrained(tmp_path / "link").image_size == 8
 
 
+def test_a_linked_part_is_refused_before_training(tmp_path):
+    """A folder cannot take a link's place, and what the link leads to is not emptied."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "notes.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unet").symlink_to(tmp_path / "disk")
+    with pytest.raises(InputError, match="out/unet is a link"):
+        train_teacher(TeacherTrainingConfig(size=8, channels=(8,), steps=1, batch_size=2), tmp_path / "out", progress=False)
+    assert (tmp_path / "disk" / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_stays_until_the_teacher_is_there(tmp_path, monkeypatch):
+    """A part that cannot be replaced (here: removed) ends the run, and nothing is lost."""
+    config = TeacherTrainingConfig(size=8, channels=(8,), steps=2, batch_size=2, checkpoint_every=1)
+
+    def blocked(place, ignore_errors=False):
+        if place == tmp_path / "unet":
+            (place / "busy").mkdir(parents=True)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(shutil, "rmtree", blocked)
+        train_teacher(config, tmp_path, progress=False)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    shutil.rmtree(tmp_path / "unet")
+    train_teacher(config, tmp_path, resume=True, progress=False)
+    assert Teacher.from_pretrained(tmp_path).image_size == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
