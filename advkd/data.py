@@ -1,6 +1,6 @@
 """Image data sets for training a teacher: the embedded digits, or any folder of pictures.
 
-What is read of a folder, everywhere in this module:
+Rules for reading folders, everywhere in this module:
 
 - Formats: PNG, JPEG, WebP, BMP, GIF and TIFF (of several frames the first), known by their first bytes; other files with such a
   suffix are refused.
@@ -259,13 +259,13 @@ def _is_folder(entry, option):
 def _opened(path):
     """A decoded picture in its right orientation, mode L or RGB, and whether it has a palette.
 
-    Whatever goes wrong names the file: Pillow's readers raise nearly any exception on damaged ones.
+    Every error names the file: Pillow's readers raise nearly any exception on damaged ones.
     """
     from PIL import Image, UnidentifiedImageError
 
     require_regular(path, "image")
     try:
-        # Of these formats alone: others are known by their first bytes, too, and EPS would run Ghostscript.
+        # These formats alone: others are known by their first bytes, too, and EPS would run Ghostscript.
         with Image.open(path, formats=FORMATS) as image:
             _require_readable(image)
             _require_few_scans(image, path)

@@ -384,7 +384,7 @@ class Distiller:
         self.accelerator.wait_for_everyone()
 
     def _identity(self):
-        """What must not change between a run and its resumption."""
+        """The settings and inputs that must not change between a run and its resumption."""
         free = ("checkpoint_every", "critic_backend")
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
         identity = {**config, "student": dataclasses.asdict(self.student.config), "trajectories": self.data.manifests}

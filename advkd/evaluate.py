@@ -267,7 +267,7 @@ def _require_samples(samples, teacher, model, config):
 
 
 def _recording(config):
-    """What the teacher draws for an evaluation: two disjoint sets."""
+    """The teacher's images of an evaluation: two disjoint sets."""
     return TrajectoryConfig(num=2 * config.num, seed=config.seed)
 
 

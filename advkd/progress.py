@@ -8,7 +8,7 @@ from tqdm import tqdm
 def progress_bar(*arguments, shown=True, **options):
     """A ``tqdm`` bar on standard error; hidden where ``shown`` is False or :func:`can_be_shown` is.
 
-    What it cannot write is lost: no work ends because a terminal has gone.
+    Output that cannot be written is lost: no work ends because a terminal has gone.
     """
     if not shown or not can_be_shown():
         return tqdm(*arguments, disable=True, **options)
@@ -16,7 +16,7 @@ def progress_bar(*arguments, shown=True, **options):
 
 
 def can_be_shown():
-    """True if there is a standard error to write to: a daemon has none, or a closed one, or a pipe that nobody reads."""
+    """True if there is a standard error to write to: a daemon has none, or a closed one, or a pipe without a reader."""
     try:
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):

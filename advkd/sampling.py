@@ -1,4 +1,4 @@
-"""What ``advkd sample`` does: images of a student to a picture or a folder, by one process or several."""
+"""The work of ``advkd sample``: images of a student to a picture or a folder, by one process or several."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from .pictures import save_grid, save_image, to_pil
 from .progress import progress_bar
 
 RECORD = "samples.json"
-"""What the pictures of a folder are of: a later call goes on with the same ones only."""
+"""Record, beside the pictures, of the student and the seed: a later call goes on with the same ones only."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_PIXELS = 2**28

@@ -96,7 +96,7 @@ def _saved_as_diffusers_class(cls):
 
 
 class _FusedStep:
-    """What the four schedulers share: options, tables, and the way back to diffusers' own code."""
+    """The common part of the four schedulers: options, tables, and the way back to diffusers' own code."""
 
     def __new__(cls, *args, **kwargs):
         # Here rather than in __init__, whose signature diffusers reads as the list of configuration keys.

@@ -84,7 +84,7 @@ def other_default(value):
 
 
 DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
-"""What users make torch's default: a device stands for another one than the CPU."""
+"""Defaults of torch that users set: a device stands for another one than the CPU."""
 
 
 @pytest.fixture(scope="session")

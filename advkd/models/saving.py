@@ -24,7 +24,7 @@ class PretrainedModule:
     embedded = {}
     training_keys = ()
     training_record = None
-    """What a loaded module was trained on (``training.json``), if that is known."""
+    """The record of a loaded module's training (``training.json``), if that is known."""
 
     @classmethod
     def from_pretrained(cls, source, device="cpu"):

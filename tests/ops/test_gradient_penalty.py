@@ -282,7 +282,7 @@ def test_a_forward_that_accelerate_has_wrapped():
     wanted = gradient_penalty(model, points().float())
     with pytest.raises(InputError, match="unwrap_model.*keep_fp32_wrapper=False"):
         gradient_penalty(model.prepared(), points().float())
-    # What unwrapping leaves: the class' own forward, bound, among the attributes.
+    # Unwrapping leaves this: the class' own forward, bound, among the attributes.
     del model._original_forward
     model.forward = types.MethodType(Critic.forward, model)
     assert gradient_penalty(model, points().float()) == wanted

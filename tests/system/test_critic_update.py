@@ -341,7 +341,7 @@ def test_torch_defaults_change_nothing(backend, other):
 
 
 def test_in_inference_mode_and_after_it():
-    """What a first call there leaves behind serves a call outside, and the reverse."""
+    """A first call there leaves behind only what serves a call outside, and the reverse."""
     critic, real, fake, options = problem("conditional", torch.float32)
     with torch.inference_mode():
         inside = critic_gradients(critic, real.clone(), fake.clone(), **options)

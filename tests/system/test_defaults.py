@@ -49,7 +49,7 @@ MODES = {
     "inference": torch.inference_mode,
 }
 TRAINING = ("train a teacher", "train a classifier", "distil", "critic")
-"""What needs gradients, which inference mode has not."""
+"""The pieces that need gradients, which inference mode has not."""
 
 
 def numbers(n=200, d=6, seed=0):

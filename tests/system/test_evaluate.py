@@ -145,7 +145,7 @@ WRONG_FEATURES = {
 
 @pytest.mark.parametrize("wrong", [*WRONG_FEATURES, "without features", "without a digest", "huge", "a pipe", "text"])
 def test_kept_features_that_cannot_be_those_are_made_anew(digits, tmp_path, wrong):
-    """Whoever can write to the cache can also write a digest that fits."""
+    """A process that can write to the cache can also write a digest that fits."""
     images, extractor = digits[0][:80], build_extractor("digits")
     first = extract(extractor, images, cache=tmp_path)
     (path,) = tmp_path.glob("features-*")

@@ -156,7 +156,7 @@ def test_a_time_that_was_not_measured_is_left_out(kept_times, value):
     path.write_text(text.replace("1e-05", value))
     times = read()
     assert times.known == {name: seconds for name, seconds in TIMES.items() if seconds == 2.5e-6}
-    # What is left out is not written back.
+    # Times that were left out are not written back.
     times.seconds("conv", None, None, 1)
     times.keep()
     assert set(json.loads(path.read_text())["seconds"]) == {"conv", "pair, tf32, batch 1: 3"}

@@ -275,7 +275,7 @@ def lattice(n, seed, dimension=3, most=4):
 
 
 def copied(n, seed):
-    """Of two sets the second shares points with the first, some of which it holds five times."""
+    """Two sets; the second shares points with the first, some of which it holds five times."""
     reference = gaussian(n, seed=seed)
     reference[:5] = reference[5]
     return torch.cat((reference[: n // 2], gaussian(n // 3, seed=seed + 1, mean=0.3))), reference
@@ -492,7 +492,7 @@ def other_defaults(request):
 
 
 RESULTS = {}
-"""Of every measure, under torch's own defaults."""
+"""The values of every measure under torch's own defaults."""
 
 
 @pytest.fixture(params=FUNCTIONS, ids=lambda function: function.__name__)

@@ -296,7 +296,7 @@ def test_transparent_pictures_are_blended_over_white(name, tmp_path):
 
 @pytest.mark.parametrize("channels", (pytest.param(1, marks=NEW_ENOUGH), 3))
 def test_premultiplied_colours_are_blended_once(channels, tmp_path):
-    """What is stored is colour x alpha; over white the rest of white is added (Pillow rounds on the way to plain alpha)."""
+    """The file stores colour x alpha; over white the rest of white is added (Pillow rounds on the way to plain alpha)."""
     colours = RAMP[..., None] if channels == 1 else COLOURS
     stored = (colours.astype(int) * HALF_SEEN[..., None] // 255).astype(np.uint8)
     contents = tiff(np.dstack((stored, HALF_SEEN)).tobytes(), (8,) * (channels + 1), 1 if channels == 1 else 2, extra=1)

@@ -458,7 +458,7 @@ def test_bad_calls_are_named(pipe):
 
 
 def plain_images(pipe, seed=0):
-    """What the student's own modules draw of a pipeline's noise."""
+    """The images that the student's own modules draw of a pipeline's noise."""
     modes = {module: module.training for module in pipe.student.student.modules()}
     student = pipe.student.student.eval()
     with torch.no_grad():

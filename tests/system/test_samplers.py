@@ -187,7 +187,7 @@ def test_ancestral_samples_have_the_computed_moments():
     assert_moments(x.reshape(-1, 1), torch.tensor([m]).double(), torch.tensor([[v]]).double())
 
 
-# What torch's default dtype, default device and inference mode may not change.
+# Results that torch's default dtype, default device and inference mode may not change.
 
 
 def looped(run=None, make=None):

@@ -130,7 +130,7 @@ KINDS = ("pickle", "archive", "legacy")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_payload_is_one(kind, tmp_path):
-    """What the tests below put in the place of files does run code when it is read without care."""
+    """The contents that the tests below put into files do run code when they are read without care."""
     (tmp_path / "file").write_bytes(hostile(kind, tmp_path / "trace"))
     if kind == "pickle":
         pickle.loads((tmp_path / "file").read_bytes())
