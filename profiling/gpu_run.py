@@ -66,6 +66,7 @@ class Run:
     def __init__(self, out, place, seconds, full=False, kept=None, options=()):
         self.out, self.place, self.full, self.kept, self.options = Path(out), place, full, kept, list(options)
         self.end, self.live = time.monotonic() + seconds, set()
+        self.kernels = digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest()}
 
     def do(self, part, again=False):
@@ -142,7 +143,7 @@ class Run:
             "state": state,
             "key": self.key,
             "full": self.full,
-            "kernels": digests(),
+            "kernels": self.kernels,
             "sources": gpu_kept.measured_digest(part.name),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
             "seconds": round(spent, 1),

@@ -303,7 +303,7 @@ def test_warmup(tmp_path):
         "bfloat16, batch 2",
     ]
     for options, message in (
-        (("--batch-sizes", "0"), "--batch-sizes must be at least 1, got 0"),
+        (("--batch-sizes", "0"), "--batch-sizes must be in [1, 2^20], got 0"),
         (("--dtypes", "int8"), "--dtypes must be of float32"),
         (("--student", "nothing-here"), "nothing-here"),
     ):
