@@ -2,6 +2,8 @@
 
 import contextlib
 import operator
+import threading
+import types
 
 import torch
 import torch.distributed as dist
@@ -140,18 +142,30 @@ def _inherits(module, kind):
     return issubclass(own, kind) and all(getattr(own, name, None) is getattr(kind, name, None) for name in CALLS)
 
 
+def unwrapped(module):
+    """The module inside torch.compile's wrapper or a checkpointing one, which compute the same; others are themselves."""
+    own = vars(module)
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if name in own["_modules"] and not (own["_forward_hooks"] or own["_forward_pre_hooks"]):
+            return own["_modules"][name]
+    return module
+
+
 def _has_hooks(module):
     """True if calling a module runs hooks, its own or everybody's, or a forward that is not its class's."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or calls._global_forward_hooks or calls._global_forward_pre_hooks:
         return True
-    return "forward" in own or "_conv_forward" in own or "_call_impl" in own
+    # Libraries that wrap a forward for a while leave the class's own behind, bound.
+    replaced = "forward" in own and own["forward"] != types.MethodType(type(module).forward, module)
+    return replaced or "_conv_forward" in own
 
 
 geometry = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 """How a convolution moves over its input, and what lies around that, of its ``vars``."""
 
-CALLS = ("__call__", "_call_impl", "forward", "_conv_forward")
+_MODES = threading.RLock()
+CALLS = ("__call__", "forward", "_conv_forward")
 NORMS = (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
 NORMS_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -175,11 +189,13 @@ def _tensors(module, *names):
 
 @contextlib.contextmanager
 def evaluating(module):
-    """A module in eval mode within; the mode of each of its modules comes back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    """A module in eval mode within; the mode of each of its modules comes back. One thread at a time."""
+    with _MODES:
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                # By train(), in which adapters take their weights out of the layer's again.
+                part.train(training)

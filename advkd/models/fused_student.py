@@ -20,12 +20,12 @@ from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
 from ..ranges import named
 from ..schedule import resolutions
-from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable
+from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
 from .saving import PretrainedModule
 from .student import Student, StudentConfig, Submodule, batches, gather
 
 GPU_BACKENDS = ("cuda", "triton")
-GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+GEOMETRIES = tuple(((3, 3), (1, 1), padding, (1, 1), 1, "zeros") for padding in ((1, 1), "same"))
 """The form of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
 NO_NORM = nn.Identity()
 STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
@@ -78,8 +78,9 @@ def _prepare_loaded(module, incompatible_keys):
 
 def _stages(student):
     """A student's convolutions, each with the norm behind it; that behind the head changes nothing."""
-    stages = [stage for b in student.submodules for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
-    return [*stages, (student.head, NO_NORM)]
+    blocks = [unwrapped(block) for block in student.submodules]
+    stages = [stage for b in blocks for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
+    return [(unwrapped(convolution), unwrapped(norm)) for convolution, norm in (*stages, (student.head, NO_NORM))]
 
 
 def _require_fusable(student):
@@ -88,7 +89,7 @@ def _require_fusable(student):
     Raises:
         CannotFoldError: naming the part.
     """
-    parts = ((student, Student), *((block, Submodule) for block in student.submodules))
+    parts = ((student, Student), *((unwrapped(block), Submodule) for block in student.submodules))
     if any(has_own_code(part, kind) for part, kind in parts):
         raise CannotFoldError("a student with hooks or with a forward of its own cannot be fused: take them off")
     slopes = {block.slope for block in student.submodules}
@@ -98,7 +99,7 @@ def _require_fusable(student):
     stages = _stages(student)
     for i, (convolution, norm) in enumerate(stages):
         require_foldable(convolution, norm)
-        if geometry(vars(convolution)) != GEOMETRY:
+        if geometry(vars(convolution)) not in GEOMETRIES:
             raise CannotFoldError(f"convolution {i} must have 3x3 pixels and a border of one zero, got {convolution}")
     return stages
 
@@ -198,7 +199,9 @@ class FusedStudent(PretrainedModule, nn.Module):
         folded = [fold(*stage) for stage in _stages(student)]
         for i, (weight, bias) in enumerate(folded):
             if weight.shape != self._weight(i).shape:
-                raise InputError(f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}")
+                raise CannotFoldError(
+                    f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}"
+                )
             self._weight(i).copy_(weight)
             self._bias(i).copy_(bias)
 
