@@ -19,10 +19,11 @@ from torch import nn
 
 from .data import describe_shape, normalize
 from .errors import InputError
-from .files import digest, read_tensors, require_digest, require_regular, require_stored, why_unreadable, write_tensors
+from .files import digest, read_tensors, require_digest, require_regular, why_unreadable, write_tensors
 from .hub import reason
 from .metrics import require_enough
 from .models.classifier import Classifier
+from .pickles import require_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_LIMIT = 2**28
@@ -77,7 +78,7 @@ class InceptionFeatures(nn.Module):
         if importlib.util.find_spec("torch_fidelity") is None:
             raise InputError("--extractor inception needs torch-fidelity: pip install 'advkd[inception]'")
         # The hash is known by eight digits only, which a file can be made to have.
-        require_stored(weights, "--inception-weights")
+        require_weights(weights, "--inception-weights")
         self.network = _inception(_weights_alone(data, what), what)
 
     def forward(self, images):

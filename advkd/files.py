@@ -8,10 +8,8 @@ import os
 import shutil
 import socket
 import stat
-import struct
 import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -188,20 +186,6 @@ def _header_size(path):
             return int.from_bytes(file.read(8), "little")
     except OSError as error:
         raise InputError(f"file {path} cannot be read ({error.strerror})") from error
-
-
-def require_stored(path, what):
-    """Refuse a torch archive whose records are compressed or overlap: a few bytes could unpack to any number."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
-        raise InputError(f"{what} {path} cannot be read ({reason(error)}): restore or fetch a copy of it") from error
-    stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-    if not stored or sum(record.file_size for record in records) > os.path.getsize(path):
-        raise InputError(f"{what} {path} unpacks to more than its size, as nothing does that torch.save writes: it is not read")
 
 
 def why_unreadable(path, error):

@@ -21,6 +21,7 @@ from .models.batch_norm import CannotFoldError, evaluating
 from .models.fused_student import read_by_fusing
 from .models.saving import build_config
 from .models.student import Student, StudentConfig
+from .pickles import require_weights
 from .pictures import to_pil
 
 FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -280,8 +281,10 @@ def _require_student(folder):
         named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
         if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in named.values()):
             raise InputError(f"index of weights {index} may name .safetensors files of its own folder only")
-    for path in folder.glob("*.safetensors"):
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
         require_regular(path, "the student's weights", most)
+        if path.suffix == ".bin":
+            require_weights(path, "the student's weights")
 
 
 def _require_student_alone(folder):

@@ -11,9 +11,10 @@ import torch
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .devices import require_device
 from .errors import InputError
-from .files import digest, read_json, require_regular, require_stored, why_unreadable
+from .files import digest, read_json, require_regular, why_unreadable
 from .hub import PRETRAINED, reason, resolve
 from .ops import philox_normal
+from .pickles import require_weights
 from .progress import can_be_shown
 from .sampling_loop import SamplingLoop, network_of
 
@@ -337,7 +338,7 @@ def _weight_files(paths, folder, suffix):
     for path in paths:
         require_regular(path, "the teacher's weights")
         if suffix == "bin":
-            require_stored(path, "the teacher's weights")
+            require_weights(path, "the teacher's weights")
     return paths
 
 

@@ -507,15 +507,21 @@ def truncated(path):
 
 
 HOSTILE = {
-    "a pickle that calls": (lambda path: path.write_bytes(pickle.dumps(Call(), protocol=2)), "cannot be read as weights"),
-    "an archive that calls": (lambda path: torch.save({"weight": Call()}, path), "cannot be read as weights"),
+    "a pickle that calls": (
+        lambda path: path.write_bytes(pickle.dumps(Call(), protocol=2)),
+        "asks for .*print, and tensors alone",
+    ),
+    "an archive that calls": (lambda path: torch.save({"weight": Call()}, path), "asks for .*print, and tensors alone"),
     "compressed": (deflated, "unpacks to more than its size"),
     "truncated": (truncated, "cannot be read"),
     "no dict": (lambda path: torch.save(WEIGHTS, path), "holds something else than tensors by name"),
     "no tensor": (lambda path: torch.save({"weight": 3}, path), "holds something else than tensors by name"),
     "no name": (lambda path: torch.save({3: WEIGHTS}, path), "holds something else than tensors by name"),
-    "sparse": (lambda path: torch.save({"weight": WEIGHTS.to_sparse()}, path), "holds something else than tensors"),
-    "on no device": (lambda path: torch.save({"weight": WEIGHTS.to("meta")}, path), "holds something else than tensors"),
+    "sparse": (lambda path: torch.save({"weight": WEIGHTS.to_sparse()}, path), "_rebuild_sparse_tensor, and tensors alone"),
+    "on no device": (
+        lambda path: torch.save({"weight": WEIGHTS.to("meta")}, path),
+        "_rebuild_meta_tensor_no_storage, and tensors",
+    ),
     "repeated": (lambda path: torch.save({"weight": WEIGHTS[:1].expand(10**12)}, path), "holds something else than tensors"),
     "of another network": (lambda path: torch.save({"bias": WEIGHTS}, path), "is of another network"),
     "of another shape": (lambda path: torch.save({"weight": WEIGHTS[:5]}, path), "is of another network"),

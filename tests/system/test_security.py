@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from advkd import AdvKDPipeline, FusedStudent, Student, teacher_training
 from advkd.cli import main
@@ -77,8 +78,6 @@ def models(tmp_path_factory, teacher_folder, trajectories):
     shutil.copytree(trajectories, folder / "data")
     shutil.copytree(teacher_folder, folder / "older")
     weights = folder / "older" / "unet" / WEIGHTS
-    from safetensors.torch import load_file
-
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     for name in "ab":
@@ -392,6 +391,44 @@ def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
     manifest.write_text(json.dumps(value))
     with pytest.raises(InputError, match="shard-00000.safetensors is damaged .*other tensors.*: delete it and run the same"):
         Trajectories(tmp_path / "data").batch([0], [1])
+
+
+class Bloated:
+    """Unpickles to zeros, of as many bytes as its number says; weights_only allows that."""
+
+    def __reduce__(self):
+        return bytearray, (10**9,)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_weights_that_ask_for_memory_are_refused(archive, models, tmp_path):
+    """Files of tensors alone are read, in torch's older format too."""
+    shutil.copytree(models, tmp_path / "models")
+    weights = tmp_path / "models" / "older" / "unet" / "diffusion_pytorch_model.bin"
+    state = torch.load(weights, weights_only=True)
+    torch.save(state, weights, _use_new_zipfile_serialization=archive)
+    assert Teacher.from_pretrained(tmp_path / "models" / "older").image_size == 8
+    torch.save({**state, "payload": Bloated()}, weights, _use_new_zipfile_serialization=archive)
+    with pytest.raises(InputError, match="asks for .*bytearray, and tensors alone are read"):
+        Teacher.from_pretrained(tmp_path / "models" / "older")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_students_older_weights_are_read_with_the_same_care(archive, models, tmp_path):
+    shutil.copytree(models / "pipeline", tmp_path / "pipeline")
+    weights = tmp_path / "pipeline" / "student" / WEIGHTS
+    state = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    torch.save(state, weights.with_suffix(".bin"), _use_new_zipfile_serialization=archive)
+    assert AdvKDPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=False)(1, output_type="np").images.max() <= 1
+    for payload in (Bloated(), Payload(tmp_path / "trace")):
+        torch.save({**state, "payload": payload}, weights.with_suffix(".bin"), _use_new_zipfile_serialization=archive)
+        with pytest.raises(InputError, match="and tensors alone are read"):
+            AdvKDPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=False)
+    torch.save({**state, "payload": [[] for _ in range(2**20)]}, weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="more than the"):
+        AdvKDPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=False)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_archives_that_unpack_to_more_than_they_hold_are_refused(models, tmp_path):
