@@ -18,6 +18,7 @@ Rules for reading folders, everywhere in this module:
 import errno
 import math
 import os
+import re
 import stat
 from collections import deque
 from pathlib import Path
@@ -42,6 +43,8 @@ SCAN_LIMIT = 100
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """Folders that systems put among a user's, with thumbnails or remains of files."""
 
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = b"\xff\xda", b"\xff\xd9", (b"\xff\x01", b"\xff\xd8")
 _ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 262, 339
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -296,8 +299,19 @@ def _require_readable(image):
 
 def _require_few_scans(image, path):
     """Refuse a JPEG that has its pixels decoded again and again: every scan takes the time of a whole picture."""
-    if image.format in ("JPEG", "MPO") and (scans := Path(path).read_bytes().count(b"\xff\xda")) > SCAN_LIMIT:
+    if image.format in ("JPEG", "MPO") and (scans := _scans(Path(path).read_bytes())) > SCAN_LIMIT:
         raise ValueError(f"it has {scans:,} scans, more than the {SCAN_LIMIT} that a picture may have")
+
+
+def _scans(jpeg):
+    """Number of scans of the first picture in a JPEG file, from marker to marker up to that of its end."""
+    scans, place = 0, 0
+    while (marker := _MARKER.search(jpeg, place)) and marker[0] != _END_OF_IMAGE:
+        scans += marker[0] == _START_OF_SCAN
+        place = marker.end()
+        if marker[0] not in _WITHOUT_LENGTH:
+            place += int.from_bytes(jpeg[place : place + 2], "big")
+    return scans
 
 
 def _raw_mode(image):

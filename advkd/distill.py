@@ -570,11 +570,11 @@ class _Log:
         if os.path.lexists(self.path):
             require_regular(self.path, "metrics", METRICS_LIMIT)
             with restoring("metrics", self.path, "move it away"):
-                titles, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if titles.strip() != kept[0]:
-                    raise ValueError("its columns are others")
-                whole = [row[:-1] for row in rows if row.endswith("\n") and row.count(",") == len(self.columns) - 1]
-                kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
+                with open(self.path, encoding="utf-8") as file:
+                    if file.readline().strip() != kept[0]:
+                        raise ValueError("its columns are others")
+                    whole = (row[:-1] for row in file if row.endswith("\n") and row.count(",") == len(self.columns) - 1)
+                    kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
         self.updates = done
         self.file = open(self.path, "a", newline="")

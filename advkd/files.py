@@ -25,7 +25,7 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errn
 
 START_AGAIN = "delete it and start again, or restore a copy"
 JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
-"""Bytes that a JSON file may have; the manifest of very many shards may have more. Lists take up to 25 times as much memory."""
+"""Bytes that a JSON file may have; the manifest of very many shards may have more. Values take up to 40 times the memory."""
 
 _HOST = socket.gethostname().replace(".", "-")
 

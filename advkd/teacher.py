@@ -262,6 +262,8 @@ def _refuse_unfit_pipeline(folder):
     if config.get("out_channels") != config.get("in_channels"):
         shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
         raise InputError(f"teacher {folder} has {shapes}: a learned variance is not supported")
+    if config.get("time_embedding_type") == "fourier":
+        raise InputError(f"teacher {folder} is told the noise's level (Fourier embedding), not a timestep: it is not supported")
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
@@ -303,7 +305,7 @@ def _load_unet(source, folder, dtype):
         with torch.device("meta"), torch.no_grad():
             network = UNet2DModel.from_config(UNet2DModel.load_config(part))
             x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
-            if network(x, torch.zeros(1)).sample.shape != x.shape:
+            if network(x, torch.zeros(1, dtype=torch.int64)).sample.shape != x.shape:
                 raise InputError("its network gives images of another shape than it takes")
         parameters = sum(p.numel() for p in network.parameters())
         if parameters > size:

@@ -136,10 +136,10 @@ def _train_locked(config, out, resume, progress):
         if (out / name).is_symlink():
             raise InputError(f"{out / name} is a link, and a teacher would take its place: remove it")
     if not (out / CHECKPOINT).exists():
-        if resume:
-            raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
         if any((out / name).exists() for name in PIPELINE):
             raise InputError(f"--out {out} holds a teacher already: name another folder")
+        if resume:
+            raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
     images = load_images(config.data, config.size or None, config.image_channels or None)
     torch.manual_seed(config.seed)
     unet = build_unet(images.shape[-1], images.shape[1], config.channels).to(config.device)

@@ -60,6 +60,9 @@ def test_bad_folders_are_named(tmp_path):
         load_images(tmp_path)
     with pytest.raises(InputError, match="channels"):
         load_images("digits", channels=2)
+    for size in (0, -4):
+        with pytest.raises(InputError, match=f"size must be at least 1, got {size}"):
+            load_images("digits", size=size)
 
 
 def values(images):

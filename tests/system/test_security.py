@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tomllib
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from advkd import AdvKDPipeline, FusedStudent, Student, teacher_training
 from advkd.cli import main
@@ -27,7 +28,7 @@ from advkd.data import load_images, load_labelled, read_pictures
 from advkd.distill import distill
 from advkd.errors import InputError
 from advkd.features import build_extractor, extract
-from advkd.files import cache_folder
+from advkd.files import cache_folder, read_tensors, temporary_path, write_tensors
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.pictures import read_metrics
 from advkd.recipes import recipe
@@ -474,8 +475,12 @@ def test_jpegs_of_very_many_scans_are_refused(tmp_path):
     Image.new("L", (64, 64), 128).save(path, progressive=True)
     whole = path.read_bytes()
     scan, end = whole.rindex(b"\xff\xc4"), whole.rindex(b"\xff\xd9")
+    behind = b"\xff\xda" * 200
     for count, refused in ((90, False), (100, True)):
-        path.write_bytes(whole[:end] + whole[scan:end] * count + whole[end:])
+        # Neither comments nor what stands behind the picture (films, further frames) are scans.
+        path.write_bytes(
+            whole[:2] + b"\xff\xfe\x01\x92" + behind + whole[2:end] + whole[scan:end] * count + whole[end:] + behind
+        )
         if refused:
             with pytest.raises(InputError, match="scans, more than the 100 that a picture may have"):
                 load_images(tmp_path)
@@ -534,8 +539,6 @@ def test_metrics_of_a_run_that_goes_on(contents, models, tmp_path):
 @pytest.mark.parametrize("changes", [{"stage": 10**30}, {"stage": 0, "update": 10**30}, {"cursor": 10**30}, {"cursor": 1.5}])
 @pytest.mark.parametrize("value", [None, float("inf"), -1])
 def test_places_in_a_run_that_it_does_not_have(changes, value, models, tmp_path):
-    from advkd.files import read_tensors, write_tensors
-
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "run" / "checkpoint.safetensors"
     tensors, metadata = read_tensors(path)
@@ -550,6 +553,51 @@ def test_every_dependency_of_a_plain_installation_is_pinned():
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {re.match(r"[\w-]+", dependency)[0] for dependency in project["dependencies"]} <= pinned
+
+
+def test_tables_of_any_size_are_not_read(tmp_path):
+    """A sparse file of a terabyte, and one that takes a hundred times its size as lists of words."""
+    with open(tmp_path / "metrics.csv", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match="more than the 268,435,456"):
+        metrics(tmp_path)
+    (tmp_path / "metrics.csv").write_bytes(b"stage,update,loss,critic,wasserstein,penalty\n1,1,2,,,\n" + b"\n" * 2**22)
+    tracemalloc.start()
+    assert metrics(tmp_path)["loss"] == [2]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("step", [-1, 10**30, 1.5, None, TINY_TRAINING.steps + 1])
+def test_steps_that_a_teachers_training_does_not_have(step, models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    path = tmp_path / "models" / "unfinished" / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, "step": step})
+    with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no step"):
+        READERS["unfinished"][0](path.parent)
+
+
+def test_a_planted_link_is_not_written_through(models, tmp_path, monkeypatch):
+    """The folder in which a teacher is put together has a name that others can know."""
+    shutil.copytree(models / "unfinished", tmp_path / "unfinished")
+    planted = temporary_path(tmp_path / "unfinished" / "pipeline")
+    (tmp_path / "elsewhere").mkdir()
+    planted.symlink_to(tmp_path / "elsewhere")
+    READERS["unfinished"][0](tmp_path / "unfinished")
+    assert Teacher.from_pretrained(tmp_path / "unfinished").image_size == 8
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not os.path.lexists(planted)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_weights_of_a_teacher_are_finite(number, models, tmp_path):
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "unet" / WEIGHTS
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    state["conv_in.weight"].view(-1)[0] = number
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(InputError, match="its weights are not finite real numbers"):
+        Teacher.from_pretrained(tmp_path / "teacher")
 
 
 def test_recording_into_a_folder_of_pickles(models, teacher, tmp_path):

@@ -66,6 +66,7 @@ def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
         ("unet/config.json", {"num_class_embeds": 10}, "class-conditional"),
         ("unet/config.json", {"out_channels": 2}, "learned variance"),
         ("unet/config.json", {"sample_size": 48}, "sample_size 48"),
+        ("unet/config.json", {"time_embedding_type": "fourier"}, "not a timestep"),
         ("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "flow"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
@@ -74,6 +75,14 @@ def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
 def test_unfit_teachers_are_refused(teacher_folder, tmp_path, file, changes, reason):
     with pytest.raises(InputError, match=reason):
         Teacher.from_pretrained(copy_with(teacher_folder, tmp_path / "t", file, **changes))
+
+
+def test_learned_embeddings_of_timesteps_are_read(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config = {**tiny_unet().config, "time_embedding_type": "learned", "num_train_timesteps": 1000}
+    unet = diffusers.UNet2DModel.from_config(config)
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=1000)).save_pretrained(tmp_path)
+    assert Teacher.from_pretrained(tmp_path).sample(1, steps=2).isfinite().all()
 
 
 def test_older_weight_files_are_read(teacher_folder, tmp_path):
@@ -347,6 +356,8 @@ def test_training_learns_saves_and_resumes(tmp_path):
     assert teacher.sample(2, steps=2).shape == (2, 1, 8, 8)
     with pytest.raises(InputError, match="holds a teacher already"):
         train_teacher(config, tmp_path / "whole", progress=False)
+    with pytest.raises(InputError, match="holds a teacher already"):
+        train_teacher(config, tmp_path / "whole", resume=True, progress=False)
     with pytest.raises(InputError, match="no checkpoint"):
         train_teacher(config, tmp_path / "empty", resume=True, progress=False)
 
