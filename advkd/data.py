@@ -17,6 +17,7 @@ Rules for reading folders, everywhere in this module:
 
 import errno
 import math
+import mmap
 import os
 import re
 import stat
@@ -38,7 +39,7 @@ PIXEL_LIMIT = 2**27
 """Pixels that a picture may have, whatever Pillow's own limit is set to (Pillow warns of two thirds of that)."""
 
 SCAN_LIMIT = 100
-"""Scans that a JPEG may have, as libtiff limits those within a TIFF; encoders write up to a dozen."""
+"""Scans that a JPEG may have, as libtiff limits those within a TIFF; encoders write up to twenty."""
 
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """Folders that systems put among a user's, with thumbnails or remains of files."""
@@ -299,8 +300,12 @@ def _require_readable(image):
 
 def _require_few_scans(image, path):
     """Refuse a JPEG that has its pixels decoded again and again: every scan takes the time of a whole picture."""
-    if image.format in ("JPEG", "MPO") and (scans := _scans(Path(path).read_bytes())) > SCAN_LIMIT:
-        raise ValueError(f"it has {scans:,} scans, more than the {SCAN_LIMIT} that a picture may have")
+    if image.format not in ("JPEG", "MPO"):
+        return
+    # Mapped: films of any length may stand behind a photograph.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as jpeg:
+        if (scans := _scans(jpeg)) > SCAN_LIMIT:
+            raise ValueError(f"it has {scans:,} scans, more than the {SCAN_LIMIT} that a picture may have")
 
 
 def _scans(jpeg):

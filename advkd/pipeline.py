@@ -277,10 +277,11 @@ def _require_student(folder):
     with torch.device("meta"):
         student = Student(build_config(StudentConfig, values, f"{folder / 'config.json'}"))
     most = 2**20 + 8 * sum(tensor.numel() for tensor in student.state_dict().values())
-    for index in folder.glob("*.safetensors.index.json"):
+    for index in folder.glob("*.index.json"):
+        suffix = "bin" if index.name.endswith(".bin.index.json") else "safetensors"
         named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
-        if not isinstance(named, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in named.values()):
-            raise InputError(f"index of weights {index} may name .safetensors files of its own folder only")
+        if not isinstance(named, dict) or not all(re.fullmatch(rf"[\w.-]+\.{suffix}", str(name)) for name in named.values()):
+            raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
         require_regular(path, "the student's weights", most)
         if path.suffix == ".bin":

@@ -414,6 +414,61 @@ def test_weights_that_ask_for_memory_are_refused(archive, models, tmp_path):
         Teacher.from_pretrained(tmp_path / "models" / "older")
 
 
+def renamed(path):
+    """Records are found in any case by torch."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name.replace("data.pkl", "data.PKL"), data)
+
+
+def appended(path):
+    """A file in torch's older format with an archive behind it."""
+    archive = path.read_bytes()
+    torch.save({"payload": Bloated()}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + archive)
+
+
+def prepended(path):
+    path.write_bytes(b"PK\3\4" + path.read_bytes())
+
+
+def commented(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"another directory"
+
+
+def doubled(path):
+    """Tuples of the same tuple twice: the time to hash the outermost, a key, doubles with each."""
+    levels = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+    pickled = b"\x80\x02})q\x00" + levels + b"K\x01s."
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, pickled if name.endswith("/data.pkl") else data)
+
+
+@pytest.mark.parametrize("change", [renamed, appended, prepended, commented, doubled])
+def test_archives_that_torch_may_read_otherwise_are_refused(change, models, tmp_path):
+    shutil.copytree(models / "older", tmp_path / "older")
+    change(tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match="tensors alone|other records than|several times|cannot be read"):
+        Teacher.from_pretrained(tmp_path / "older")
+
+
+def test_a_students_index_names_files_that_are_looked_through(models, tmp_path):
+    shutil.copytree(models / "pipeline", tmp_path / "pipeline")
+    student = tmp_path / "pipeline" / "student"
+    torch.save({**load_file(student / WEIGHTS), "payload": Bloated()}, student / "other.dat")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(student / WEIGHTS), "other.dat")}
+    (student / WEIGHTS).unlink()
+    (student / "diffusion_pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="may name .bin files of its own folder only"):
+        AdvKDPipeline.from_pretrained(tmp_path / "pipeline", use_safetensors=False)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_students_older_weights_are_read_with_the_same_care(archive, models, tmp_path):
     shutil.copytree(models / "pipeline", tmp_path / "pipeline")
