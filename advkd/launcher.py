@@ -41,7 +41,7 @@ def local_device(name):
 def without_empty_variables():
     """Leave variables that are set but empty out of the environment, for libraries that would read a number from them.
 
-    So is a LOCAL_RANK without a RANK, which no launcher leaves.
+    A LOCAL_RANK beside an empty RANK, which no launcher sets, goes with them.
     """
     empty = {name: os.environ.pop(name) for name in ACCELERATE_READS if os.environ.get(name, "?").strip() == ""}
     if "RANK" in empty and "LOCAL_RANK" in os.environ:

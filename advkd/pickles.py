@@ -12,11 +12,16 @@ PICKLE_LIMIT = 2**20
 """Bytes that the pickle of a file's tensors may have; their values are stored beside it."""
 
 CALLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
-CALLS = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
+"""Names that make tensors and the dict around them."""
+
+NOT_OF_TENSORS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "DUP", "MEMOIZE")
+"""Opcodes that torch.save does without where it writes tensors."""
+
 RECORD = re.compile(
     r"([^/]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
 """Names in an archive by ``torch.save``, all in one folder."""
+
 PICKLES_WITHOUT_ZIP = 5
 """Pickles that a file of torch's older format, which is no archive, begins with."""
 
@@ -61,11 +66,11 @@ def _require_tensors(file):
     for opcode, argument, place in pickletools.genops(file):
         if place - begin > PICKLE_LIMIT:
             raise ValueError(f"its pickle has more than the {PICKLE_LIMIT:,} bytes that it may have")
-        if opcode.name in CALLS and not (opcode.name == "GLOBAL" and CALLED.fullmatch(argument)):
+        if opcode.name in NOT_OF_TENSORS or opcode.name == "GLOBAL" and not CALLED.fullmatch(argument):
             raise ValueError(f"it asks for {argument or opcode.name}, and tensors alone are read")
         if "PUT" in opcode.name and before.startswith("TUPLE"):
             tuples.add(argument)
         # Tuples of the same tuple twice, and so on, take a time that doubles with each where they are keys.
-        if opcode.name in ("DUP", "MEMOIZE") or "GET" in opcode.name and argument in tuples:
+        if "GET" in opcode.name and argument in tuples:
             raise ValueError("it holds a tuple several times, as nothing does that torch.save writes")
         before = opcode.name

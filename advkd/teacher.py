@@ -270,9 +270,11 @@ def _refuse_unfit_pipeline(folder):
     if config.get("quantization_config") is not None:
         raise InputError(f"teacher {folder} is quantized; save it with plain weights")
     for name, value in config.items():
-        positive = name in ("norm_eps", "mid_block_scale_factor") and type(value) in (int, float)
-        if isinstance(value, float) and not math.isfinite(value) or positive and value <= 0:
-            raise InputError(f"teacher {folder}: {name} must be a{' positive' * positive} number, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"teacher {folder}: {name} must be finite, got {value}")
+    for name in ("norm_eps", "mid_block_scale_factor"):
+        if isinstance(value := config.get(name, 1), (int, float)) and value <= 0:
+            raise InputError(f"teacher {folder}: {name} must be positive, got {value}")
     # Before a network of so many parts is built: a file of a few bytes can ask for any number.
     channels, layers = config.get("block_out_channels", ()), config.get("layers_per_block", 1)
     if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:

@@ -694,6 +694,7 @@ def test_several_threads_may_draw_from_a_student_in_training():
         draw = [threads.submit(pipe, 2, generator=seeded(0), output_type="pt") for _ in range(80)]
         assert all(torch.allclose(drawn.result().images, wanted, atol=1e-5) for drawn in draw)
     assert all(module.training for module in pipe.student.student.modules()) and not block.convolution1.merged
+    # 80 times in and out round weights below 1 by 2^-25 each: 4.8e-6 at most.
     assert all((before[name] - tensor).abs().max() < 1e-5 for name, tensor in pipe.student.student.state_dict().items())
 
 

@@ -450,11 +450,20 @@ def doubled(path):
             archive.writestr(name, pickled if name.endswith("/data.pkl") else data)
 
 
-@pytest.mark.parametrize("change", [renamed, appended, prepended, commented, doubled])
-def test_archives_that_torch_may_read_otherwise_are_refused(change, models, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renamed, "other records than torch.save writes"),
+        (appended, "bytearray, and tensors alone are read"),
+        (prepended, "other records than torch.save writes"),
+        (commented, "other records than torch.save writes"),
+        (doubled, "holds a tuple several times"),
+    ],
+)
+def test_archives_that_torch_may_read_otherwise_are_refused(change, message, models, tmp_path):
     shutil.copytree(models / "older", tmp_path / "older")
     change(tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(InputError, match="tensors alone|other records than|several times|cannot be read"):
+    with pytest.raises(InputError, match=message):
         Teacher.from_pretrained(tmp_path / "older")
 
 
@@ -520,7 +529,7 @@ def test_headers_without_end_are_refused(name, file, models, tmp_path):
     place = tmp_path / "models" / name / file
     header = json.dumps({"__metadata__": {"advkd": "[" + "{}," * 2**21 + "{}]"}}).encode()
     place.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(InputError, match="more than the 4,194,304 that it may have|truncated or altered|bytes, more than"):
+    with pytest.raises(InputError, match=r"more than the [\d,]+ that (it|such a file) may have"):
         READERS[name][0](tmp_path / "models" / name)
 
 
