@@ -1,0 +1,85 @@
+"""What a campaign tried and what came of it, as JSON with provenance; ``docs/guarantees.md`` is made from it.
+
+A campaign draws its cases from a seed: case i is the same in every run, so that a failure is run again by its number.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from advkd.files import write_json
+
+from ..harness import device_folder, provenance
+
+GOOD = ("right", "refused")
+"""The expected answer, or a clear refusal that names the cause; nothing written before is lost."""
+
+BAD = ("wrong", "lost", "crashed")
+"""Another answer, something written that is lost, or a traceback, a hang or a signal's death instead of a message."""
+
+
+@dataclass
+class Campaign:
+    """Counts of outcomes by kind of case.
+
+    Attributes:
+        name: of the campaign; its result is ``limits-<name>.json``.
+        seed: of its cases.
+        failures: what went wrong, each with the number of its case.
+    """
+
+    name: str
+    seed: int
+    failures: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self._counts = Counter()
+        self._begin = time.perf_counter()
+
+    def add(self, kind, outcome, case=None, detail=""):
+        """Count one case of ``kind``; of :data:`BAD` outcomes the case's number and a detail are kept too."""
+        if outcome not in GOOD + BAD:
+            raise ValueError(f"outcome must be one of {', '.join(GOOD + BAD)}, got {outcome!r}")
+        self._counts[kind, outcome] += 1
+        if outcome in BAD:
+            self.failures.append({"kind": kind, "case": case, "outcome": outcome, "detail": str(detail)[:2000]})
+
+    def rows(self):
+        """One dict a kind: ``kind``, ``tried``, and a count for each outcome."""
+        rows = []
+        for kind in sorted({kind for kind, _ in self._counts}):
+            counts = {outcome: self._counts[kind, outcome] for outcome in GOOD + BAD}
+            rows.append({"kind": kind, "tried": sum(counts.values()), **counts})
+        return rows
+
+    def write(self, out=None):
+        """Write ``limits-<name>.json`` to the folder ``out`` (default: this machine's results); returns its path."""
+        path = Path(out or device_folder()) / f"limits-{self.name}.json"
+        seconds = time.perf_counter() - self._begin
+        result = {"campaign": self.name, "seed": self.seed, "seconds": seconds, "rows": self.rows(), "failures": self.failures}
+        write_json(path, {**result, "provenance": provenance()})
+        return path
+
+
+def main(name, description, run, count):
+    """The command line of a campaign.
+
+    Args:
+        name: of the campaign.
+        description: for ``--help``.
+        run: function ``(campaign, cases)`` that runs the cases of these numbers and adds each one's outcome.
+        count: number of cases by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--count", type=int, default=count, help=f"cases (default {count})")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
+    options = parser.parse_args()
+    campaign = Campaign(name, options.seed)
+    run(campaign, range(options.first, options.first + options.count))
+    print(f"{campaign.write(options.out)}: {sum(row['tried'] for row in campaign.rows())} cases, {len(campaign.failures)} failures")
+    sys.exit(1 if campaign.failures else 0)
