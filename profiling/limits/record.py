@@ -81,5 +81,6 @@ def main(name, description, run, count):
     options = parser.parse_args()
     campaign = Campaign(name, options.seed)
     run(campaign, range(options.first, options.first + options.count))
-    print(f"{campaign.write(options.out)}: {sum(row['tried'] for row in campaign.rows())} cases, {len(campaign.failures)} failures")
+    tried = sum(row["tried"] for row in campaign.rows())
+    print(f"{campaign.write(options.out)}: {tried} cases, {len(campaign.failures)} failures")
     sys.exit(1 if campaign.failures else 0)
