@@ -36,6 +36,7 @@ _EXPORTS = {
     "evaluate_folders": "evaluate",
     "evaluate_student": "evaluate",
     "record_trajectories": "trajectories",
+    "sharing": "neighbours",
     "train_classifier": "classifier_training",
     "train_teacher": "teacher_training",
     "write_report": "report",

@@ -2,6 +2,7 @@
 report | warmup | demo``."""
 
 import dataclasses
+import functools
 import json
 import tomllib
 from pathlib import Path
@@ -49,6 +50,19 @@ class _Commands(click.Group):
     def _fail(self, error, code):
         click.echo("advkd: " + " ".join(str(error).split()), err=True)
         raise SystemExit(code)
+
+
+def _computing(command):
+    """Decorator of a command that computes: it shares the processors with others (:func:`advkd.neighbours.sharing`)."""
+
+    @functools.wraps(command)
+    def run(*arguments, **options):
+        from .neighbours import sharing
+
+        with sharing():
+            return command(*arguments, **options)
+
+    return run
 
 
 def _options(config_class, skip=()):
@@ -167,6 +181,7 @@ def teacher():
 @click.option("--out", required=True, help="Folder for the teacher (diffusers' format).")
 @click.option("--resume", is_flag=True, help="Go on from an unfinished run.")
 @_options(TeacherTrainingConfig)
+@_computing
 def teacher_train(out, resume, **values):
     """Train a small diffusers teacher on the digits or on a folder of images."""
     from .devices import require_device
@@ -185,6 +200,7 @@ def classifier():
 @classifier.command("train")
 @click.option("--out", required=True, help="Folder for the classifier.")
 @_options(ClassifierTrainingConfig)
+@_computing
 def classifier_train(out, **values):
     """Train a small classifier on the digits or on a folder that holds one folder of images per class."""
     from .classifier_training import train_classifier
@@ -201,6 +217,7 @@ def classifier_train(out, **values):
 @click.option("--autocast/--no-autocast", default=False, help="Mixed precision in bfloat16: other paths, at less cost.")
 @device_option
 @_options(TrajectoryConfig)
+@_computing
 def trajectories(teacher_source, out, processes, compiled, autocast, device, **values):
     """Run the teacher and store its trajectories; run again to go on after a kill.
 
@@ -236,6 +253,7 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @device_option
 @_options(DistillConfig)
+@_computing
 def distill(data, teacher_source, preset, init, out, config_file, resume, device, **values):
     """Train a student on recorded trajectories."""
     import torch
@@ -290,6 +308,7 @@ def _build_student(preset, init=None):
 @click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @device_option
+@_computing
 def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
     """Draw images with a student, in one pass. Into a folder: pictures that are there are kept, the same command goes on.
 
@@ -308,6 +327,7 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or cuda.")
 @click.option("--tune/--no-tune", default=True, help="Measure plans (default), or compile kernels only.")
 @device_option
+@_computing
 def warmup(student, batch_sizes, dtypes, backend, tune, device):
     """Compile and measure everything that a student needs here, so that later processes start at once."""
     from .files import cache_folder
@@ -328,6 +348,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 @click.option("--out", help="Folder for evaluation.json (needed for a student).")
 @device_option
 @_options(EvaluationConfig)
+@_computing
 def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
     """Measure a student against its teacher and real images, or a folder of images against another."""
     from . import evaluate as run
@@ -359,6 +380,7 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--ablation", help="Table of runs by profiling/ablation.py.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
+@_computing
 def report(student, teacher, evaluation, metrics, ablation, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
     from .devices import require_device
@@ -379,6 +401,7 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
 @click.option("--num", default=1024, show_default=True, help="Trajectories.")
 @click.option("--updates", default=300, show_default=True, help="Student updates.")
 @device_option
+@_computing
 def demo(out, num, updates, device):
     """The main job on the embedded teacher: trajectories, distillation, samples, pictures."""
     from .demo import run_demo

@@ -39,6 +39,7 @@ from .files import (
 from .latents import check_latent, latent_numel, project
 from .memory import keep_freed_memory
 from .models.saving import build_config
+from .neighbours import unconfined
 from .ops import philox_normal
 from .progress import progress_bar
 from .ranges import named
@@ -147,8 +148,9 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
     failures, started = context.SimpleQueue(), context.Event()
     arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures, started) for rank in range(processes)]
     workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
-    for worker in workers:
-        worker.start()
+    with unconfined():
+        for worker in workers:
+            worker.start()
     for worker in workers:
         worker.join()
     if not failures.empty():

@@ -1,5 +1,5 @@
-"""Write the tables of README.md and profiling/RESULTS.md, and docs/billion.md, from the JSON under ``profiling/results``:
-python -m profiling.tables
+"""Write the tables of README.md, profiling/RESULTS.md and docs/guarantees.md, and docs/billion.md, from the JSON under
+``profiling/results``: python -m profiling.tables
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
 """
@@ -23,13 +23,15 @@ from . import (
     gpu_summary,
     instruction_counts,
     ncu,
+    neighbours,
     nsys,
     roofline,
 )
 from .evidence import checked, figure, link, source, stale, stored, unsupported
 from .harness import ROOT
+from .limits import guarantees
 
-PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md")
+PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md", ROOT / "docs" / "guarantees.md")
 BILLION = ROOT / "docs" / "billion.md"
 
 
@@ -538,6 +540,8 @@ TABLES = {
     "roofline": roofline_table,
     "counts": counts,
     "sample_scaling": sample_scaling,
+    "neighbours": neighbours.table,
+    **{f"limits_{name}": guarantees.table(name) for name in guarantees.CAMPAIGNS},
     "demo": demo_parts,
     "demo_plot": plots("demo", "time of a demo by part"),
     "roofline_plot": plots("roofline", "every op under the machine's ceilings"),

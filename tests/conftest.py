@@ -11,19 +11,21 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+
+# Workers of pytest-xdist share the cores instead of each taking all of them, and so do the processes that they start. OpenMP
+# and BLAS read the number when they are loaded.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // WORKERS))
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What the package keeps between runs is not the user's here.
 os.environ["ADVKD_CACHE"] = tempfile.mkdtemp(prefix="advkd-tests-")
 atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
-
-# Workers of pytest-xdist share the cores instead of each taking all of them, and so do the processes that they start.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What is compared with float32 arithmetic must not be TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -15,6 +15,7 @@
 #include "cpu/philox.h"
 #include "cpu/sampler_step.h"
 #include "cpu/student_forward.h"
+#include "cpu/threads.h"
 
 namespace advkd {
 namespace {
@@ -30,8 +31,8 @@ void launch(const Tensor& indices, const PhiloxParameters& p, Kernel kernel, Ten
   const auto* index = static_cast<const std::int64_t*>(indices.const_data_ptr());
   auto* data = static_cast<Element*>(out.mutable_data_ptr());
   constexpr i64 kTilesPerTask = 32;
-  torch::stable::parallel_for(0, indices.numel() * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
+  spread(indices.numel() * tiles, kTilesPerTask, [&](i64 begin, i64 end) {
+    for (i64 item = begin; item < end; ++item) {
       const i64 sample = item / tiles;
       kernel(static_cast<std::uint64_t>(index[sample]), item % tiles, p, data + sample * p.count);
     }
@@ -135,7 +136,7 @@ void sampler_step(
   constexpr i64 kElementsPerTask = 1 << 15;
   const i64 pieces = s.samples * step_pieces_per_sample(s), grain = std::max<i64>(1, kElementsPerTask / step_piece(s));
   const SamplerStepKernel kernel = ADVKD_DISPATCH(sampler_step);
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
+  spread(pieces, grain, [&](i64 begin, i64 end) { kernel(s, begin, end); });
 }
 
 // The student's convolutions.
@@ -144,15 +145,16 @@ const ConvKernels& conv_kernels() {
   return conv_kernels_of(current_isa());
 }
 
-const Parallel kParallel = [](i64 workers, const std::function<void(i64)>& body) {
+const Parallel kTorchThreads = [](i64 workers, const std::function<void(i64)>& body) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) body(worker);
   });
 };
 
-i64 threads() {
-  return torch::stable::get_num_threads();
-}
+const Parallel kParallel = [](i64 workers, const std::function<void(i64)>& body) {
+  const std::vector<int> processors = crowded_processors(workers);
+  processors.empty() ? kTorchThreads(workers, body) : run_with_companions(workers, workers, processors, body);
+};
 
 ScalarType scalar_type(Storage storage) {
   return storage == Storage::float32 ? ScalarType::Float : ScalarType::BFloat16;
@@ -270,7 +272,7 @@ double product_rate(int64_t storage, double seconds) {
   std::vector<double> rates(workers);
   const auto kind = static_cast<Storage>(storage);
   const std::function<void(i64)> measure = [&](i64 worker) { rates[worker] = conv_kernels().product_rate(kind, seconds); };
-  kParallel(workers, measure);
+  kTorchThreads(workers, measure);
   double sum = 0;
   for (const double rate : rates) sum += rate;
   return sum;
@@ -280,6 +282,12 @@ double product_rate(int64_t storage, double seconds) {
 std::vector<int64_t> conv_products(std::vector<int64_t> numbers) {
   const ConvLayer layer = parse_layers(numbers, 0).front().conv;
   return {products_per_image(layer), direct_products_per_image(layer)};
+}
+
+// The processors that crowded_processors gives for torch's number of threads.
+std::vector<int64_t> crowded() {
+  const std::vector<int> processors = crowded_processors(threads());
+  return {processors.begin(), processors.end()};
 }
 
 std::string isa() {
@@ -303,6 +311,8 @@ STABLE_TORCH_LIBRARY(advkd_cpu, m) {
   m.def("workspace_bytes(int[] layers, int images) -> int");
   m.def("clear_workspaces() -> int");
   m.def("product_rate(int storage, float seconds) -> float");
+  m.def("crowded() -> int[]");
+  m.def("neighbours_load() -> float");
   m.def("isa() -> str");
 }
 
@@ -321,5 +331,7 @@ STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("workspace_bytes", TORCH_BOX(&advkd::workspace_bytes));
   m.impl("clear_workspaces", TORCH_BOX(&advkd::clear_workspaces));
   m.impl("product_rate", TORCH_BOX(&advkd::product_rate));
+  m.impl("crowded", TORCH_BOX(&advkd::crowded));
+  m.impl("neighbours_load", TORCH_BOX(&advkd::neighbours_load));
   m.impl("isa", TORCH_BOX(&advkd::isa));
 }

@@ -13,6 +13,7 @@
 #include "cpu/interpolate.h"
 #include "cpu/mask_mul.h"
 #include "cpu/penalty_reduce.h"
+#include "cpu/threads.h"
 
 namespace advkd {
 namespace {
@@ -66,8 +67,7 @@ void check_mask(const Tensor& mask, const Pieces& p) {
 
 template <typename Kernel, typename Job>
 void launch(Kernel kernel, const Job& job) {
-  const auto task = [&](int64_t begin, int64_t end) { kernel(job, begin, end); };
-  torch::stable::parallel_for(0, job.pieces.total(), job.pieces.grain(), task);
+  spread(job.pieces.total(), job.pieces.grain(), [&](i64 begin, i64 end) { kernel(job, begin, end); });
 }
 
 void conv_bias_act_mask(const Tensor& p, std::optional<Tensor> bias, double slope, Tensor out, Tensor mask) {
@@ -113,15 +113,15 @@ void mask_mul(const Tensor& x, const Tensor& mask, double slope, Tensor out) {
 void reduce(const PenaltyReduce& s, i64 sample_bytes) {
   const PenaltyKernel sums = ADVKD_DISPATCH(penalty_sums), scale = ADVKD_DISPATCH(penalty_scale);
   constexpr i64 kCached = 1 << 21;
-  if (sample_bytes > kCached || s.pieces.samples < 4 * static_cast<i64>(torch::stable::get_num_threads())) {
+  if (sample_bytes > kCached || s.pieces.samples < 4 * threads()) {
     launch(sums, s);
     for (i64 sample = 0; sample < s.pieces.samples; ++sample) finish_sample(s, sample);
     launch(scale, s);
     return;
   }
   const i64 pieces = s.pieces.per_sample(), grain = (s.pieces.grain() + pieces - 1) / pieces;
-  torch::stable::parallel_for(0, s.pieces.samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t sample = begin; sample < end; ++sample) {
+  spread(s.pieces.samples, grain, [&](i64 begin, i64 end) {
+    for (i64 sample = begin; sample < end; ++sample) {
       sums(s, sample * pieces, (sample + 1) * pieces);
       finish_sample(s, sample);
       scale(s, sample * pieces, (sample + 1) * pieces);

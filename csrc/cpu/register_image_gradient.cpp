@@ -9,6 +9,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/image_gradient.h"
+#include "cpu/threads.h"
 
 namespace advkd {
 namespace {
@@ -46,7 +47,7 @@ void image_gradient(
   set_pair(s.padding, padding, 0);
   set_pair(s.dilation, dilation, 1);
   const ImageGradientKernel kernel = ADVKD_DISPATCH(image_gradient);
-  torch::stable::parallel_for(0, s.images * s.height, 8, [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
+  spread(s.images * s.height, 8, [&](i64 begin, i64 end) { kernel(s, begin, end); });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/norm_act.h"
+#include "cpu/threads.h"
 
 namespace advkd {
 namespace {
@@ -95,7 +96,7 @@ template <typename Kernel>
 void launch(const NormAct& n, Kernel kernel) {
   constexpr i64 kElementsPerTask = 1 << 15;
   const i64 grain = std::max<i64>(1, kElementsPerTask / NormTiling(n).elements);
-  torch::stable::parallel_for(0, norm_act_pieces(n), grain, [&](int64_t begin, int64_t end) { kernel(n, begin, end); });
+  spread(norm_act_pieces(n), grain, [&](i64 begin, i64 end) { kernel(n, begin, end); });
 }
 
 template <typename Kernel, typename Finish>

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a Torch-free driver of CPU kernels: csrc/driver/build.sh conv|step|critic|norm OUTPUT [FLAGS...]
+# Builds a Torch-free driver of CPU kernels: csrc/driver/build.sh conv|step|critic|norm|threads OUTPUT [FLAGS...]
 #
 #   csrc/driver/build.sh conv driver
 #   csrc/driver/build.sh step driver -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -11,7 +11,7 @@ name=$1 output=$2
 shift 2
 declare -A kernels=(
     [conv]="conv_block student_forward" [step]="sampler_step philox"
-    [critic]="conv_bias_act_mask mask_mul penalty_reduce interpolate image_gradient" [norm]="norm_act"
+    [critic]="conv_bias_act_mask mask_mul penalty_reduce interpolate image_gradient" [norm]="norm_act" [threads]="companions neighbours"
 )
 compiler=${CXX:-g++}
 folder=$(mktemp -d)

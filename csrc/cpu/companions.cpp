@@ -1,0 +1,103 @@
+#include "cpu/companions.h"
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+namespace advkd {
+namespace {
+
+class Companions {
+ public:
+  void run(i64 tasks, i64 threads, const std::vector<int>& processors, const std::function<void(i64)>& body) {
+    const std::unique_lock only(caller_, std::try_to_lock);
+    if (!only || tasks < 2 || threads < 2) {
+      for (i64 task = 0; task < tasks; ++task) body(task);
+      return;
+    }
+    gather(std::min(threads, tasks) - 1, processors);
+    std::unique_lock lock(mutex_);
+    body_ = &body, next_ = 0, tasks_ = tasks;
+    come_.notify_all();
+    take(lock);
+    done_.wait(lock, [&] { return running_ == 0; });
+  }
+
+ private:
+  // Tasks until none is left; the lock is open while one runs.
+  void take(std::unique_lock<std::mutex>& lock) {
+    while (next_ < tasks_) {
+      const i64 task = next_++;
+      const auto& body = *body_;
+      ++running_;
+      lock.unlock();
+      body(task);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  void serve() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      come_.wait(lock, [&] { return next_ < tasks_; });
+      take(lock);
+    }
+  }
+
+  void gather(i64 count, const std::vector<int>& processors) {
+    while (static_cast<i64>(threads_.size()) < count) {
+      threads_.emplace_back([this] { serve(); });
+#if defined(__linux__)
+      pthread_setname_np(threads_.back().native_handle(), "advkd companion");
+#endif
+      kept_.clear();
+    }
+    keep_to(processors);
+  }
+
+#if defined(__linux__)
+  // A companion beside the caller runs when the caller waits, and the two get the time of two.
+  void keep_to(std::vector<int> processors) {
+    const int own = sched_getcpu();
+    if (processors.size() < 2) processors = {own};
+    if (processors == kept_) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int cpu : processors) CPU_SET(cpu, &set);
+    for (auto& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+    kept_ = processors;
+  }
+#else
+  void keep_to(const std::vector<int>&) {}
+#endif
+
+  std::mutex caller_;  // held by the thread whose tasks they are
+  std::vector<std::thread> threads_;
+  std::vector<int> kept_;
+
+  std::mutex mutex_;  // of all below
+  std::condition_variable come_, done_;
+  const std::function<void(i64)>* body_ = nullptr;
+  i64 next_ = 0, tasks_ = 0, running_ = 0;
+};
+
+// Never destroyed: companions sleep until the process ends. A forked child has none of its parent's threads and begins anew.
+Companions* companions = [] {
+  pthread_atfork(nullptr, nullptr, [] { companions = new Companions; });
+  return new Companions;
+}();
+
+}  // namespace
+
+void run_with_companions(i64 tasks, i64 threads, const std::vector<int>& processors, const std::function<void(i64)>& body) {
+  companions->run(tasks, threads, processors, body);
+}
+
+}  // namespace advkd

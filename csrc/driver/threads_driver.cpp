@@ -1,0 +1,69 @@
+// Runs companions from several callers at once and in a forked child: every task once; no Torch. For sanitizers:
+//
+//   threads_driver   exits with 1 if a case fails
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "cpu/companions.h"
+#include "cpu/neighbours.h"
+
+namespace {
+
+using namespace advkd;
+
+std::atomic<int> cases{0}, failures{0};
+
+void expect(bool good, const char* what, i64 tasks, i64 threads) {
+  ++cases;
+  if (!good && failures++ < 10) std::printf("%s: %lld tasks, %lld threads\n", what, (long long)tasks, (long long)threads);
+}
+
+void every_task_once(i64 tasks, i64 threads, const std::vector<int>& processors) {
+  std::vector<int> runs(tasks);
+  run_with_companions(tasks, threads, processors, [&](i64 task) { ++runs[task]; });
+  bool once = true;
+  for (const int n : runs) once &= n == 1;
+  expect(once, "a task did not run once", tasks, threads);
+}
+
+void all_sizes() {
+  for (const i64 threads : {1, 2, 3, 5})
+    for (const i64 tasks : {0, 1, 2, 7, 300})
+      for (const auto& processors : {std::vector<int>{}, {0}, {0, 1}}) every_task_once(tasks, threads, processors);
+}
+
+void several_callers() {
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) callers.emplace_back(all_sizes);
+  for (auto& caller : callers) caller.join();
+}
+
+void forked_child() {
+  const pid_t child = fork();
+  if (child == 0) {
+    const int before = failures;
+    all_sizes();
+    crowded_processors(2);
+    _exit(failures == before ? 0 : 1);
+  }
+  int status;
+  waitpid(child, &status, 0);
+  expect(status == 0, "a forked child", 0, 0);
+}
+
+}  // namespace
+
+int main() {
+  all_sizes();
+  several_callers();
+  forked_child();
+  expect(crowded_processors(1).empty(), "one thread is never crowded", 0, 1);
+  std::printf("%d cases, %d failures\n", cases.load(), failures.load());
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,34 @@
+"""The tables of ``docs/guarantees.md``: what each campaign tried, how often, and what came of it."""
+
+from ..evidence import checked, link, stored
+from .record import BAD
+
+CAMPAIGNS = ("kills", "faults", "damaged_files", "calls")
+
+
+def table(name):
+    """The function that makes a campaign's lines of Markdown."""
+
+    def lines():
+        found = []
+        for result in stored(f"limits-{name.replace('_', '-')}"):
+            found += [
+                *_source(result),
+                "| tried on | cases | right | refused | wrong | lost | crashed |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for row in result["rows"]:
+                cells = (row["kind"], *(f"{row[key]:,}" for key in ("tried", "right", "refused", *BAD)))
+                found.append("| " + " | ".join(cells) + " |")
+            found.append("")
+        return found[:-1] or ["Nothing has been tried yet."]
+
+    return lines
+
+
+def _source(result):
+    place = checked(result)
+    cases = sum(row["tried"] for row in result["rows"])
+    spent = f"{cases:,} cases of seed {result['seed']} in {result['seconds'] / 60:.0f} min"
+    versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items() if version)
+    return [f"{link(result)}: {spent}; {place['device']}, {versions}; commit {place['commit'][:8]}:", ""]
