@@ -17,7 +17,8 @@ from profiling.limits.record import Campaign
 faults.preload()
 out = Path(sys.argv[1])
 commands = list(prepare(out / "in").values())
-killed = [case for case in range(100) if not kills.plan(0, case)["fresh"] and len(kills.plan(0, case)["kills"]) == 1][:9]
+commands = [commands[0], *commands[2:6]]
+killed = [case for case in range(100) if not kills.plan(0, case)["fresh"] and len(kills.plan(0, case)["kills"]) == 1][:6]
 kinds = len(faults.KINDS)
 faulty = [kinds * (len(commands) + kind % len(commands)) + kind for kind in range(kinds)]
 for name, module, cases in (("kills", kills, killed), ("faults", faults, faulty)):
@@ -36,7 +37,7 @@ def test_kills_and_faults_lose_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows, failures = json.loads((tmp_path / "out" / "kills.json").read_text())
-    assert failures == [] and sum(row["tried"] for row in rows) == 9
+    assert failures == [] and sum(row["tried"] for row in rows) == 6
     rows, failures = json.loads((tmp_path / "out" / "faults.json").read_text())
     assert failures == [] and sum(row["tried"] for row in rows) >= 10
     assert {"disk full", "input/output error", "folder removed", "jumping clock"} <= {
