@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .data import load_labelled, normalize
 from .devices import plain_defaults
 from .errors import InputError, TrainingError
-from .files import require_output_folder, require_space
+from .files import locked, require_output_folder, require_space
 from .models.classifier import Classifier, ClassifierConfig
 from .progress import progress_bar
 
@@ -67,6 +67,11 @@ def train_classifier(config, out, progress=True):
     """
     config.validate()
     out = require_output_folder(out)
+    with locked(out):
+        return _train_locked(config, out, progress)
+
+
+def _train_locked(config, out, progress):
     if (out / "config.json").exists():
         raise InputError(f"--out {out} holds a model already: name another folder")
     images, labels, names = load_labelled(config.data, config.size or None)

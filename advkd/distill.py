@@ -14,8 +14,10 @@ import gc
 import json
 import math
 import os
+import socket
 import statistics
 import sys
+import time
 import traceback
 import weakref
 from pathlib import Path
@@ -41,6 +43,7 @@ from .files import (
     unpack_optimizer,
     write_bytes,
     write_tensors,
+    writing,
 )
 from .hub import reason
 from .latents import split_latent
@@ -561,8 +564,6 @@ class _Log:
     """
 
     def __init__(self, out, depth, reached, done, every):
-        from torch.utils.tensorboard import SummaryWriter
-
         levels = [f"mse_{k:02d}" for k in range(1, depth + 1)]
         self.columns = ["stage", "update", "loss", "wasserstein", "critic", "penalty", *levels]
         self.path, self.every, self.pending = out / "metrics.csv", every, []
@@ -579,7 +580,7 @@ class _Log:
         self.updates = done
         self.file = open(self.path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n")
-        self.board = SummaryWriter(out / "tensorboard", purge_step=self.updates)
+        self.board = _Board(out / "tensorboard", self.updates)
 
     def write(self, stage, update, metrics, last=False):
         self.pending.append(metrics)
@@ -588,11 +589,48 @@ class _Log:
             return
         means = {name: statistics.fmean(row[name] for row in self.pending) for name in metrics}
         self.pending = []
-        self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in means.items()})
-        self.file.flush()
-        for name, value in means.items():
-            self.board.add_scalar(name, value, self.updates - 1)
+        with writing(self.path):
+            self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in means.items()})
+            self.file.flush()
+        self.board.write(means, self.updates - 1)
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        with contextlib.closing(self.board), writing(self.path):
+            self.file.close()
+
+
+class _Board:
+    """TensorBoard's file of a run's scalars; those of updates from ``first`` on in earlier files are void.
+
+    torch's writer does the same in a thread of its own, which meets a full disk with a traceback.
+    """
+
+    def __init__(self, folder, first):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        with writing(self.path):
+            folder.mkdir(exist_ok=True)
+            self.file = open(self.path, "ab")
+        self.records = RecordWriter(self.file)
+        self._add(Event(file_version="brain.Event:2"), first)
+        self._add(Event(session_log=SessionLog(status=SessionLog.START)), first)
+
+    def write(self, scalars, step):
+        """Add numbers by name."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._add(Event(summary=Summary(value=values)), step)
+
+    def _add(self, event, step):
+        event.step, event.wall_time = step, time.time()
+        with writing(self.path):
+            self.records.write(event.SerializeToString())
+            self.file.flush()
+
+    def close(self):
+        with writing(self.path):
+            self.file.close()

@@ -23,11 +23,15 @@ LFS_POINTER = b"version https://git-lfs"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """Error numbers by which file systems refuse calls that they do not have."""
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a disk, a quota or a file that is full."""
+
 START_AGAIN = "delete it and start again, or restore a copy"
 JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
 """Bytes that a JSON file may have; the manifest of very many shards may have more. Values take up to 40 times the memory."""
 
 _HOST = socket.gethostname().replace(".", "-")
+_HELD = set()
 
 
 def cache_folder():
@@ -56,32 +60,72 @@ def _private_folder(folder):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, once=False):
     """Yield a temporary file beside ``path``; rename it to ``path`` on success, remove it on failure.
 
     A symbolic link stays, and the file that it points to is replaced. Two processes may write one path at the same time: each
-    has a temporary file of its own.
+    has a temporary file of its own. With ``once`` a file that is there by then stays: of several processes the first one wins.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = temporary_path(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        # Created here and now: a link that somebody else has put in its place would be written through.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        _synchronize(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"no space left to write {path}: free some and run the same command again") from error
-        if error.filename == str(temporary):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+        with writing(path, temporary):
+            if os.path.abspath(target.parent) not in _HELD:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            # Created here and now: a link that somebody else has put in its place would be written through.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            _synchronize(temporary)
+            _move(temporary, target, once)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _move(temporary, target, once):
+    if once:
+        try:
+            return os.link(temporary, target)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, *UNSUPPORTED):  # a file system without hard links
+                raise
+    os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def writing(path, temporary=None):
+    """Errors while ``path`` is written name it; a full disk and a folder that has gone are an :class:`InputError`.
+
+    ``temporary``: the file or folder in whose place messages name ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise InputError(f"no space left to write {path}: free some and run the same command again") from error
+        if isinstance(error, FileNotFoundError) and not Path(path).absolute().parent.exists():
+            said = f"{path} cannot be written: its folder has been removed or moved away; run the same command again"
+            raise InputError(said) from error
+        known = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        if error.errno and (not known or temporary is not None and known.startswith(str(temporary))):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Keep ``folder`` from being made again while a run writes there: one that is removed then is an error, and no folder
+    without the run's earlier files."""
+    folder = os.path.abspath(folder)
+    _HELD.add(folder)
+    try:
+        yield
+    finally:
+        _HELD.discard(folder)
 
 
 def _synchronize(path):
@@ -124,8 +168,10 @@ def temporary_path(path):
 
 
 @contextlib.contextmanager
-def locked(folder, out=None):
+def locked(folder, out=None, shared=False):
     """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process.
+
+    ``shared``: for the processes of one run, which all say so.
 
     A file system without locks (Lustre or NFS, mounted without them) is a warning: nothing then refuses a second process.
 
@@ -135,7 +181,7 @@ def locked(folder, out=None):
 
     with _lock_file(Path(folder) / ".lock", out or folder) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             said = f"--out {out or folder}: another process is writing there; wait for it or name another folder"
             raise InputError(said) from None
@@ -144,7 +190,8 @@ def locked(folder, out=None):
                 raise InputError(f"--out {out or folder} cannot be locked ({error.strerror}): name another folder") from error
             said = f"--out {out or folder}: its file system has no locks ({error.strerror}); let no other process write there"
             warnings.warn(said, UserWarning, stacklevel=3)
-        yield
+        with held(folder):
+            yield
 
 
 def _lock_file(path, folder):
@@ -210,15 +257,15 @@ def _beginning(path):
         return None
 
 
-def write_bytes(path, data):
-    """Write ``data`` (bytes) atomically."""
-    with replacing(path) as temporary:
+def write_bytes(path, data, once=False):
+    """Write ``data`` (bytes) atomically; ``once`` as in :func:`replacing`."""
+    with replacing(path, once) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path, value):
+def write_json(path, value, once=False):
     """Write ``value`` atomically as indented JSON with sorted keys, so that equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), once)
 
 
 def read_json(path, what="file", keys=(), most=JSON_LIMIT):

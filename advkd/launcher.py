@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 
 from .errors import InputError
 
@@ -62,6 +64,35 @@ def hold_standard_streams():
     while opened <= 2:
         opened = os.open(os.devnull, os.O_RDWR)
     os.close(opened)
+
+
+def end_at_interrupt():
+    """End the process at Ctrl-C by one line and exit code 130, wherever it is.
+
+    A KeyboardInterrupt would come in the middle of imports and destructors, which print a traceback or lose it. Files are whole
+    at any moment, and the next run removes temporary ones. Where interrupts are ignored (``nohup``), they stay so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts():
+    """Processes that are started within ignore Ctrl-C, which a terminal sends to all: they end when this one has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number, frame):
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nadvkd: interrupted; run the same command again (with --resume where it has one) to go on\n")
+    os._exit(128 + number)
 
 
 def _number(name, default):

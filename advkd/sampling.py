@@ -13,7 +13,7 @@ import torch
 from . import launcher
 from .devices import require_device
 from .errors import InputError
-from .files import digest, read_json, require_output_folder, write_json
+from .files import digest, held, read_json, require_output_folder, write_json
 from .models.fused_student import DTYPES
 from .models.student import Student, batches
 from .pictures import save_grid, save_image, to_pil
@@ -75,7 +75,7 @@ def sample(
     parts = islice(batches(n, batch_size), rank, None, world)
     # The share of this process, of which a last batch may be smaller.
     total = min(n, batch_size * -(-(-(-n // batch_size) - rank) // world))
-    with progress_bar(total=total, desc="sample", unit="image", shown=progress and rank == 0) as bar:
+    with held(out), progress_bar(total=total, desc="sample", unit="image", shown=progress and rank == 0) as bar:
         _save(draw, parts, out, bar)
 
 
@@ -101,15 +101,14 @@ def _require_one_picture(n, size, out):
 
 def _require_same(out, record):
     """Refuse a folder with pictures of something else; note what these are of."""
-    path = out / RECORD
-    if path.exists():
-        known = read_json(path, "record of samples", record)
-        if changed := [key for key in record if known[key] != record[key]]:
-            raise InputError(f"--out {out} holds pictures of another {', '.join(changed)}: name another folder")
-    elif next(out.glob("[0-9]*.png"), None) is not None:
-        raise InputError(f"--out {out} holds pictures of unknown origin (no {RECORD}): name another folder")
-    else:
-        write_json(path, record)
+    path, picture = out / RECORD, next(out.glob("[0-9]*.png"), None)
+    if not path.exists():
+        if picture is not None:
+            raise InputError(f"--out {out} holds pictures of unknown origin (no {RECORD}): name another folder")
+        write_json(path, record, once=True)
+    known = read_json(path, "record of samples", record)
+    if changed := [key for key in record if known[key] != record[key]]:
+        raise InputError(f"--out {out} holds pictures of another {', '.join(changed)}: name another folder")
 
 
 def _paths(out, part):

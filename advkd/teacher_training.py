@@ -25,6 +25,7 @@ from .files import (
     temporary_path,
     unpack_optimizer,
     write_tensors,
+    writing,
 )
 from .progress import progress_bar
 
@@ -230,12 +231,13 @@ def _save_pipeline(out, unet, scheduler):
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
     try:
-        DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
-        for name in PIPELINE:
-            shutil.rmtree(out / name, ignore_errors=True)
-            os.replace(folder / name, out / name)
+        with writing(out / "model_index.json", folder):
+            folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
+            DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
+            for name in PIPELINE:
+                shutil.rmtree(out / name, ignore_errors=True)
+                os.replace(folder / name, out / name)
     except SafetensorError as error:
         raise InputError(f"the teacher cannot be written to {out} ({error})") from error
     finally:

@@ -26,6 +26,7 @@ from .files import (
     MANIFEST_LIMIT,
     damaged,
     digest,
+    locked,
     read_json,
     read_tensors,
     require_digest,
@@ -102,22 +103,30 @@ def record_trajectories(teacher, config, out, progress=True):
         InputError: bad configuration, too little disk, or ``out`` holds shards of another recipe or damaged ones.
     """
     rank, world = launcher.processes()
-    recipe, missing = _prepare(teacher, config, out)
-    mine = [shard for shard in missing if shard % world == rank]
+    config.validate()
+    recipe, out = _recipe(teacher, config), require_output_folder(out)
+    with locked(out, shared=world > 1):
+        _record_missing(teacher, config, recipe, out, rank, world, progress)
+        with named("write"):
+            finished = _finish(out, recipe)
+    if world == 1 and not finished:
+        raise InputError(f"--out {out} has lost shards while it was written to: run the same command again")
+    return out
+
+
+def _record_missing(teacher, config, recipe, out, rank, world, progress):
+    """Record the shards of this process that are not there."""
+    mine = [shard for shard in _missing(out, recipe) if shard % world == rank]
     shown = progress and rank == 0
     bar = progress_bar(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", shown=shown)
     # One shard is written while the next one is made; no more, to bound memory.
-    with ThreadPoolExecutor(1) as writer:
+    with bar, ThreadPoolExecutor(1) as writer:
         written = None
         for shard in mine:
             batches = _run_shard(teacher, config, recipe, shard, bar, written)
             _wait(written)
             written = writer.submit(_write_shard, out, config, recipe, shard, batches)
         _wait(written)
-    bar.close()
-    with named("write"):
-        _finish(out, recipe)
-    return Path(out)
 
 
 def _wait(written):
@@ -142,13 +151,14 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
     source = (source, compiled, autocast)
-    _prepare(_load(*source), config, out)
+    config.validate()
+    _missing(require_output_folder(out), _recipe(_load(*source), config))
     launcher.hold_standard_streams()
     context = multiprocessing.get_context("spawn")
     failures, started = context.SimpleQueue(), context.Event()
     arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures, started) for rank in range(processes)]
     workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
-    with unconfined():
+    with launcher.deaf_to_interrupts(), unconfined():
         for worker in workers:
             worker.start()
     for worker in workers:
@@ -202,22 +212,21 @@ def _end_with(parent):
     os._exit(1)
 
 
-def _prepare(teacher, config, out):
-    """All checks before work starts; returns the recipe and the shards that are missing."""
-    config.validate()
-    recipe = _recipe(teacher, config)
-    out = require_output_folder(out)
+def _missing(out, recipe):
+    """Numbers of the shards that ``out`` lacks, once those that are there and the free space have been checked."""
     present = {path.name for path in _check_existing(out, recipe)}
-    left = max(0, config.num - len(present) * config.shard_size)
+    left = max(0, recipe["num"] - len(present) * recipe["shard_size"])
     require_space(out, left * _bytes_per_sample(recipe), "what is left of the trajectories")
-    return recipe, [s for s in range(_num_shards(recipe)) if _shard_path(out, s).name not in present]
+    return [s for s in range(_num_shards(recipe)) if _shard_path(out, s).name not in present]
 
 
 def _finish(out, recipe):
-    """Write the manifest if all shards are there."""
-    if all(_shard_path(out, s).exists() for s in range(_num_shards(recipe))):
+    """Write the manifest if all shards are there; whether they are."""
+    finished = all(_shard_path(out, s).exists() for s in range(_num_shards(recipe)))
+    if finished:
         _check_existing(out, recipe)
         write_json(Path(out) / "manifest.json", _manifest(out, recipe, _num_shards(recipe)))
+    return finished
 
 
 def _num_shards(recipe):

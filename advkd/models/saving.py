@@ -80,7 +80,7 @@ class PretrainedModule:
     def save_pretrained(self, folder):
         """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
 
-        Each file is whole or absent.
+        Each file is whole or absent; ``config.json``, by which a folder is taken for a finished one, comes last.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -88,9 +88,9 @@ class PretrainedModule:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
-        write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
         if self.training_record is not None:
             write_json(folder / TRAINING, self.training_record)
+        write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
 
     def push_to_hub(self, repo_id, *, private=None, token=None, commit_message="Upload advkd model"):
         """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""

@@ -158,7 +158,7 @@ def test_each_process_writes_its_own_shards(teacher, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
-        written.append(sorted(p.name[:11] for p in tmp_path.iterdir()))
+        written.append(sorted(p.name[:11] for p in tmp_path.glob("[!.]*")))
     assert written == [["shard-00001"], ["manifest.js", "shard-00000", "shard-00001", "shard-00002"]]
 
 

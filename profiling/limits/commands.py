@@ -1,0 +1,312 @@
+"""The commands that the campaigns of kills and faults run, on tiny inputs, and the processes that run them.
+
+A process is forked from this one, which has imported what the commands import, or started anew. What is compared are all files
+below the output folder, byte for byte, except TensorBoard's (their names and records hold times and process numbers) and those
+that :func:`snapshot` leaves out.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..paths import ROOT
+
+LIMIT = 300
+"""Seconds after which a process counts as one that hangs."""
+
+RESUME_NEEDS_CHECKPOINT = "run without --resume"
+FINISHED = ("holds a teacher already", "holds a model already")
+"""What commands say to a repetition when the run is complete."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: what tables call it.
+        arguments: of the command line, without ``--out``.
+        resumes: it has ``--resume``.
+        other: arguments that ask for another result.
+        out: name of the output inside its folder: the folder itself, or a picture.
+    """
+
+    name: str
+    arguments: tuple
+    resumes: bool = False
+    other: tuple = ("--seed", "7")
+    out: str = ""
+
+    def line(self, folder, *more):
+        """The arguments with their output in ``folder``."""
+        return [*self.arguments, "--out", str(Path(folder) / self.out), *more]
+
+
+def prepare(folder):
+    """Write tiny inputs to ``folder`` and return the commands on them, by name."""
+    from tests.conftest import TINY_STUDENT, tiny_recording, tiny_student, tiny_teacher, tiny_unet
+
+    folder = Path(folder)
+    os.environ["ADVKD_CACHE"] = str(folder / "cache")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    _import_all()
+    _write_inputs(folder, TINY_STUDENT, tiny_recording(), tiny_student(), tiny_teacher(), tiny_unet())
+    distill = ("distill", "--trajectories", f"{folder}/data", "--preset", f"{folder}/student.json")
+    student = ("sample", "--student", f"{folder}/student", "-n", "12", "--batch-size", "4")
+    pictures = ("--data", f"{folder}/pictures", "--size", "8", "--batch-size", "8")
+    commands = [
+        Command(
+            "trajectories",
+            ("trajectories", "--teacher", f"{folder}/teacher", *"--num 24 --depth 4 --steps 5 --batch-size 4".split())
+            + ("--shard-size", "8"),
+        ),
+        Command(
+            "distill joint",
+            (*distill, *"--updates 9 --batch-sizes 8 --checkpoint-every 2 --critic-channels 8".split()),
+            resumes=True,
+        ),
+        Command(
+            "distill paper",
+            (*distill, *"--recipe paper --updates 3 --batch-sizes 8 --checkpoint-every 2 --critic-channels 8".split())
+            + ("--critic-updates", "2"),
+            resumes=True,
+        ),
+        Command(
+            "teacher train",
+            ("teacher", "train", *pictures, *"--channels 8,8 --steps 9 --checkpoint-every 2".split()),
+            resumes=True,
+        ),
+        Command("classifier train", ("classifier", "train", *pictures, *"--steps 12 --num-features 4".split())),
+        Command("sample to a folder", student),
+        Command("sample to a picture", student, out="picture.png"),
+    ]
+    return {command.name: command for command in commands}
+
+
+def _import_all():
+    """What the commands import, so that forked processes need not."""
+    import accelerate  # noqa: F401
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
+    from tensorboard.summary.writer import record_writer  # noqa: F401
+
+    import advkd.cli
+    import advkd.distill
+    import advkd.sampling  # noqa: F401
+
+
+def _write_inputs(folder, config, recording, student, teacher, unet):
+    import dataclasses
+    import json
+
+    from diffusers import DDPMPipeline, DDPMScheduler
+    from PIL import Image
+
+    from advkd.trajectories import record_trajectories
+
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder / "teacher")
+    record_trajectories(teacher, recording, folder / "data", progress=False)
+    student.save_pretrained(folder / "student")
+    (folder / "student.json").write_text(json.dumps(dataclasses.asdict(config)))
+    draw = torch.Generator().manual_seed(0)
+    for kind in ("even", "odd"):
+        (folder / "pictures" / kind).mkdir(parents=True)
+        for i in range(12):
+            pixels = torch.randint(256, (8, 8), generator=draw, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "pictures" / kind / f"{i}.png")
+
+
+class Process:
+    """A command in a process of its own; forked (the default) or started anew.
+
+    Args:
+        line: arguments of the command line.
+        fresh: start another interpreter.
+        before: function that a forked process calls first.
+    """
+
+    def __init__(self, line, fresh=False, before=None):
+        self._code, self._popen = None, None
+        # A pipe and no file: what is said must not come under a limit of files. Nothing that a command says fills it.
+        self._pipe, end = os.pipe()
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
+        if fresh:
+            command = [sys.executable, "-m", "advkd", *line]
+            said = {"stdout": end, "stderr": end, "stdin": subprocess.DEVNULL}
+            self._popen = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, **said)
+            self.pid = self._popen.pid
+        else:
+            self.pid = os.fork() or _run_forked(line, end, before)
+        os.close(end)
+        self._descriptor = os.pidfd_open(self.pid)
+
+    def ends_within(self, seconds):
+        """Wait for the end for so many seconds; True if it came."""
+        return self._code is not None or bool(select.select([self._descriptor], [], [], max(0, seconds))[0])
+
+    def send(self, number):
+        """Send a signal; False if the process has ended before."""
+        if self.ends_within(0):
+            return False
+        os.kill(self.pid, number)
+        return True
+
+    def wait(self, seconds=LIMIT):
+        """The exit status, negative for a signal's number; None for a process that hangs (which is killed)."""
+        if self._code is None:
+            hangs = not self.ends_within(seconds)
+            if hangs:
+                os.kill(self.pid, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            if self._popen:
+                self._popen.returncode = status
+            os.set_blocking(self._pipe, False)
+            self.said = _read_all(self._pipe).decode(errors="replace")
+            os.close(self._descriptor)
+            os.close(self._pipe)
+            self._code = (None if hangs else status,)
+        return self._code[0]
+
+
+def _read_all(descriptor):
+    parts = []
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(descriptor, 2**16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def _run_forked(line, said, before):
+    """The whole life of a forked process; the interpreter's own end is left out: this one's objects are not its."""
+    code = 1
+    try:
+        code = _run_command(line, said, before)
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _run_command(line, said, before):
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    atexit._clear()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["advkd", *line]
+    from tqdm import tqdm
+
+    from advkd.__main__ import main
+
+    # Its default lock is shared with all processes that are forked, and a killed one would hold it for ever.
+    tqdm.set_lock(threading.RLock())
+    try:
+        if before:
+            before()
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run(line, **options):
+    """Run a command to its end: ``(exit status, what it said)``."""
+    process = Process(line, **options)
+    return process.wait(), process.said
+
+
+def finish(command, folder, **options):
+    """Repeat a command as its messages say until it is complete; ``(exit status, what was said)`` of the last time."""
+    code, said = run(command.line(folder, *(["--resume"] if command.resumes else [])), **options)
+    if code == 2 and RESUME_NEEDS_CHECKPOINT in said:
+        code, said = run(command.line(folder), **options)
+    if code == 2 and any(words in said for words in FINISHED):
+        return 0, said
+    return code, said
+
+
+def snapshot(folder):
+    """Contents of all files below ``folder`` by path, except TensorBoard's and the empty lock."""
+    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    found = {str(path.relative_to(folder)): path for path in paths}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("tensorboard/") and name != ".lock"}
+
+
+def difference(folder, expected):
+    """How a folder differs from a snapshot, in words; empty if it does not."""
+    found = snapshot(folder)
+    parts = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "other": sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name]),
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def message_fault(code, said, path=None):
+    """What is wrong with the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
+    if code is None:
+        return "it hangs"
+    if "Traceback" in said or "Exception" in said:
+        return f"a traceback: {said[-1500:]}"
+    if code != 2:
+        return f"exit status {code}: {said[-500:]}"
+    last = said.rstrip().splitlines()[-1] if said.strip() else ""
+    if not last.startswith("advkd: "):
+        return f"no message at the end: {said[-500:]}"
+    return "" if path is None or str(path) in last else f"the message does not name {path}: {last}"
+
+
+class Events:
+    """The events of files in a folder, as they come (inotify): made, written, closed, renamed, removed."""
+
+    _KINDS = 0x2 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200
+
+    def __init__(self, folder):
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if libc.inotify_add_watch(self._descriptor, os.fsencode(str(folder)), self._KINDS) < 0:
+            raise OSError(ctypes.get_errno(), "inotify_add_watch", str(folder))
+        self.count = 0
+
+    def wait(self, number, process):
+        """Wait for the ``number``-th event; False if the process ends before."""
+        deadline = time.perf_counter() + LIMIT
+        while self.count < number and time.perf_counter() < deadline:
+            ready, _, _ = select.select([self._descriptor, process._descriptor], [], [], 1)
+            if self._descriptor in ready:
+                self.read()
+            elif process._descriptor in ready:
+                return False
+        return self.count >= number
+
+    def read(self):
+        """Count the events that have come."""
+        try:
+            data = os.read(self._descriptor, 2**16)
+        except BlockingIOError:
+            return
+        while data:
+            self.count += 1
+            data = data[16 + int.from_bytes(data[12:16], sys.byteorder) :]
+
+    def close(self):
+        os.close(self._descriptor)
