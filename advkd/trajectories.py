@@ -25,7 +25,7 @@ from .errors import InputError, TrainingError
 from .files import (
     MANIFEST_LIMIT,
     damaged,
-    digest,
+    has_own_digest,
     read_json,
     read_tensors,
     require_digest,
@@ -33,6 +33,7 @@ from .files import (
     require_regular,
     require_space,
     sha256,
+    with_digest,
     write_json,
     write_tensors,
 )
@@ -106,14 +107,13 @@ def record_trajectories(teacher, config, out, progress=True):
     shown = progress and rank == 0
     bar = progress_bar(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", shown=shown)
     # One shard is written while the next one is made; no more, to bound memory.
-    with ThreadPoolExecutor(1) as writer:
+    with bar, ThreadPoolExecutor(1) as writer:
         written = None
         for shard in mine:
             batches = _run_shard(teacher, config, recipe, shard, bar, written)
             _wait(written)
             written = writer.submit(_write_shard, out, config, recipe, shard, batches)
         _wait(written)
-    bar.close()
     with named("write"):
         _finish(out, recipe)
     return Path(out)
@@ -306,9 +306,10 @@ def _write_shard(out, config, recipe, shard, batches):
     tensors = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"the teacher's {name} is not finite in float16: its weights or its schedule are damaged")
-    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count, "digest": digest(tensors)}
-    write_tensors(_shard_path(out, shard), tensors, metadata)
+            said = f"{name} of teacher {recipe['teacher']['name']} is not finite in float16"
+            raise InputError(f"{said}: its weights or its schedule are damaged")
+    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count}
+    write_tensors(_shard_path(out, shard), tensors, with_digest(tensors, metadata))
 
 
 def downsample(x, side):
@@ -358,13 +359,14 @@ def _manifest(out, recipe, shards):
     for name, (total, squares, number) in sums.items():
         deviations[name] = float((squares / number - (total / number) ** 2).clamp_min(0).sqrt())
     levels = [name for name in sorted(sums) if name != "z"]
-    return {
+    manifest = {
         "format": FORMAT,
         "recipe": recipe,
         "standard_deviations": [deviations[name] for name in levels],
         "latent_standard_deviation": deviations["z"],
         "shards": entries,
     }
+    return with_digest({}, manifest)
 
 
 def _is_consistent(manifest):
@@ -441,7 +443,8 @@ class Trajectories:
         if any(samples_overlap(part, other) for other in self.parts):
             raise InputError(f"{self._option} {folder} repeats samples of another folder: record with another --start")
         first = len(self)
-        self._entries += [{**entry, "start": first + entry["start"], "folder": folder} for entry in manifest["shards"]]
+        place = {"folder": folder, "recipe": recipe}
+        self._entries += [{**entry, **place, "start": first + entry["start"]} for entry in manifest["shards"]]
         self.parts.append(part)
         self.folders.append(Path(folder))
         self.manifests.append(sha256(Path(folder) / "manifest.json"))
@@ -503,9 +506,11 @@ class Trajectories:
             require_regular(path, "shard")
             if sha256(path) != entry["sha256"]:
                 raise damaged("shard", path, "it is truncated or altered", RECORD_AGAIN)
-            tensors, _ = read_tensors(path, "shard", remedy=RECORD_AGAIN)
+            tensors, metadata = read_tensors(path, "shard", remedy=RECORD_AGAIN)
             if {name: (t.dtype, t.shape) for name, t in tensors.items()} != self._wanted(entry["count"]):
                 raise damaged("shard", path, "it holds other tensors than its recipe says", RECORD_AGAIN)
+            if _differences(entry["recipe"], metadata.get("recipe", {})):
+                raise InputError(f"shard {path} has another recipe than the manifest beside it: {RECORD_AGAIN}")
             self._shards[shard] = tensors
         return self._shards[shard]
 
@@ -527,7 +532,8 @@ def _read_manifest(folder, option):
     manifest = read_json(folder / "manifest.json", "manifest", keys, MANIFEST_LIMIT)
     if manifest["format"] != FORMAT:
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of advkd trajectories")
-    if not _is_consistent(manifest):
+    as_written = "digest" not in manifest or has_own_digest({}, manifest)  # older ones have none
+    if not as_written or not _is_consistent(manifest):
         raise InputError(f"{folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
     return manifest
 
