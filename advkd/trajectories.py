@@ -8,6 +8,7 @@ shards are there.
 
 import bisect
 import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -392,12 +393,13 @@ def _is_consistent(manifest):
             and isinstance(entry["sha256"], str)
             for i, (entry, start) in enumerate(zip(entries, shards))
         )
-        deviations = [float(value) for value in manifest["standard_deviations"]]
+        deviations = manifest["standard_deviations"]
         levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
+        levels &= all(type(value) in (int, float) and 0 <= value < math.inf for value in deviations)
         numbers = _are_whole(*recipe["timesteps"], *recipe["resolutions"], *(recipe[name] for name in SHAPE))
+        known = recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    known = recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
     return shapes and whole and levels and numbers and known
 
 

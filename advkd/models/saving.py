@@ -72,6 +72,9 @@ class PretrainedModule:
             wide = torch.promote_types(getattr(module, "dtype", torch.float32), torch.float32)
             tensors = {name: _own(tensor, wide) for name, tensor in _read_weights(path).items()}
             require_plausible(tensors)
+            wanted = module.state_dict()
+            if wrong := [name for name, t in tensors.items() if name in wanted and _is_real(t) != _is_real(wanted[name])]:
+                raise ValueError(f"{wrong[0]} holds {tensors[wrong[0]].dtype}")
             module.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             why = why_unreadable(path, error)
@@ -123,6 +126,10 @@ def require_plausible(tensors):
             raise ValueError(f"{name} holds numbers that are not finite, or larger than {LARGEST_WEIGHT:g}")
         if name.endswith("running_var") and least < 0:
             raise ValueError(f"{name} holds negative variances")
+
+
+def _is_real(tensor):
+    return tensor.is_floating_point()
 
 
 def _own(tensor, dtype):

@@ -44,7 +44,7 @@ class StudentConfig:
         # Products of larger ones are no sizes of tensors.
         if self.image_size > 2**20:
             raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
-        if any(not isinstance(c, int) or not 1 <= c <= 2**16 for c in self.channels):
+        if any(type(c) is not int or not 1 <= c <= 2**16 for c in self.channels):
             raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")

@@ -144,7 +144,9 @@ def canonical(value):
         return {key: canonical(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [canonical(part) for part in value]
-    return value.hex() if isinstance(value, float) else value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value.hex()
+    return value
 
 
 def same(found, wanted):
@@ -155,8 +157,6 @@ def same(found, wanted):
         return len(found) == len(wanted) and all(map(same, found, wanted))
     if isinstance(found, bool) != isinstance(wanted, bool):
         return False
-    if isinstance(wanted, int) and isinstance(found, str):
-        return found == float(wanted).hex()
     return wanted == found
 
 

@@ -150,7 +150,12 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "chanels": [8]}))
     arguments[4] = tmp_path / "student.json"
     assert "chanels" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
-    for shape in ({"channels": [2**31] * 4}, {"image_size": 2**40, "channels": [8] * 80, "latent_size": 2**38}, {"slope": 2.0}):
+    for shape in (
+        {"channels": [2**31] * 4},
+        {"image_size": 2**40, "channels": [8] * 80, "latent_size": 2**38},
+        {"slope": 2.0},
+        {"channels": [8, 8, True, 8]},
+    ):
         (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "channels": [8] * 4, "latent_size": 2} | shape))
         said = refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
         assert f"student.json: {list(shape)[0]} must be" in said

@@ -381,6 +381,7 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
         {"timesteps": ["a", "b", "c"]},
         {"timesteps": [float("inf")] * 3},
         {"image_channels": 1.0},
+        {"teacher": 3},
     ],
 )
 def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
@@ -388,6 +389,20 @@ def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
     manifest = tmp_path / "data" / "manifest.json"
     value = without_digest(manifest)
     manifest.write_text(json.dumps({**value, "recipe": {**value["recipe"], **changes}}))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(tmp_path / "data")
+
+
+@pytest.mark.parametrize("value", ["1.5", -1.0, float("nan"), float("inf"), True, None])
+def test_deviations_that_cannot_be_are_refused(value, models, tmp_path):
+    shutil.copytree(models / "data", tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    whole = without_digest(manifest)
+    manifest.write_text(json.dumps({**whole, "standard_deviations": [*whole["standard_deviations"][:-1], value]}))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(tmp_path / "data")
+    del whole["recipe"]["teacher"]
+    manifest.write_text(json.dumps(whole))
     with pytest.raises(InputError, match="manifest.json is damaged"):
         Trajectories(tmp_path / "data")
 

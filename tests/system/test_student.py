@@ -151,10 +151,10 @@ def test_an_engines_weights_that_cannot_be_packed_are_named(tmp_path):
     tiny_student().eval().fuse("reference").save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     state = {key: tensor.clone() for key, tensor in load_file(path).items()}
-    state["bias3"][0] = float("nan")
-    save_file(state, path, {"format": "pt"})
-    with pytest.raises(InputError, match=f"{path} is damaged"):
-        FusedStudent.from_pretrained(tmp_path)
+    for bias in (torch.full_like(state["bias3"], float("nan")), state["bias3"].int()):
+        save_file({**state, "bias3": bias}, path, {"format": "pt"})
+        with pytest.raises(InputError, match=f"{path} is damaged .*bias3 holds"):
+            FusedStudent.from_pretrained(tmp_path)
 
 
 def test_damaged_files_are_named(tmp_path):
