@@ -360,6 +360,7 @@ def test_samples_of_another_teacher_are_refused(tiny, trajectories, teacher_fold
     shutil.copytree(tiny / "samples", other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["recipe"]["teacher"]["weights_sha256"] = "0"
+    del manifest["digest"]
     (other / "manifest.json").write_text(json.dumps(manifest))
     config = EvaluationConfig(extractor=str(tiny / "classifier"), **QUICK)
     with pytest.raises(InputError, match="are of another teacher"):
