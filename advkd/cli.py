@@ -3,7 +3,6 @@ report | warmup | demo``."""
 
 import dataclasses
 import functools
-import json
 import tomllib
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import click
 from .classifier_training import ClassifierTrainingConfig
 from .errors import BackendUnavailableError, InputError, TrainingError
 from .evaluate import EvaluationConfig
-from .files import require_regular, why_unreadable
+from .files import parse_json, require_regular, why_unreadable
 from .hub import reason
 from .launcher import hold_standard_streams, local_device
 from .memory import keep_freed_memory
@@ -147,7 +146,7 @@ def _read_config(path):
     require_regular(path, "--config", CONFIG_LIMIT)
     try:
         text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path} is not readable JSON or TOML ({why_unreadable(path, error)})") from error
     if not isinstance(values, dict):

@@ -276,8 +276,8 @@ def _opened(path):
             raw = _raw_mode(image)
             image.load()
             return _upright(_plain(image, raw), image), image.mode in ("P", "PA")
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise InputError(f"image {path} cannot be read (there is not enough memory for what it says it holds)") from error
     except Exception as error:
         foreign = ValueError("it is no PNG, JPEG, WebP, BMP, GIF or TIFF file")
         why = why_unreadable(path, foreign if isinstance(error, UnidentifiedImageError) else error)

@@ -31,7 +31,6 @@ from .devices import plain_defaults, require_device
 from .draws import DataOrder, shift, training_latents
 from .errors import InputError, TrainingError
 from .files import (
-    digest,
     locked,
     pack_optimizer,
     read_tensors,
@@ -41,6 +40,7 @@ from .files import (
     require_space,
     restoring,
     unpack_optimizer,
+    with_digest,
     write_bytes,
     write_tensors,
     writing,
@@ -383,7 +383,7 @@ class Distiller:
                 tensors |= {f"critics/{k}": v for k, v in self.critics.state_dict().items()}
                 tensors |= pack_optimizer("critic_optimizer", self.critic_optimizer)
             cursor = {"stage": stage_index, "update": update, "cursor": self.cursor}
-            write_tensors(self.checkpoint, tensors, {**cursor, "run": self.identity, "digest": digest(tensors)})
+            write_tensors(self.checkpoint, tensors, with_digest(tensors, {**cursor, "run": self.identity}))
         self.accelerator.wait_for_everyone()
 
     def _identity(self):
@@ -557,6 +557,22 @@ def _require_fit(data, student, config, teacher):
             )
 
 
+def _rows_until(reached, lines, columns):
+    """Yield a table's rows up to a (stage, update); ``ValueError`` where they are not in order, or one but the last is torn."""
+    before = ()
+    for line in lines:
+        if not line.endswith("\n"):
+            return
+        if line.count(",") != columns - 1:
+            raise ValueError("a row is torn")
+        place = tuple(map(int, line.split(",")[:2]))
+        if place <= before:
+            raise ValueError("its rows are not in order")
+        before = place
+        if place <= reached:
+            yield line[:-1]
+
+
 class _Log:
     """metrics.csv and TensorBoard: one row averages ``every`` updates of a stage (the last row of a stage what is left).
 
@@ -574,8 +590,7 @@ class _Log:
                 with open(self.path, encoding="utf-8") as file:
                     if file.readline().strip() != kept[0]:
                         raise ValueError("its columns are others")
-                    whole = (row[:-1] for row in file if row.endswith("\n") and row.count(",") == len(self.columns) - 1)
-                    kept += [row for row in whole if tuple(map(int, row.split(",")[:2])) <= reached]
+                    kept += _rows_until(reached, file, len(self.columns))
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
         self.updates = done
         self.file = open(self.path, "a", newline="")

@@ -19,7 +19,7 @@ from torch import nn
 
 from .data import describe_shape, normalize
 from .errors import InputError
-from .files import digest, read_tensors, require_digest, require_regular, why_unreadable, write_tensors
+from .files import digest, read_tensors, require_digest, require_regular, why_unreadable, with_digest, write_tensors
 from .hub import reason
 from .metrics import require_enough
 from .models.classifier import Classifier
@@ -156,7 +156,7 @@ def extract(extractor, images, batch_size=256, cache=None):
     if cache is not None:
         key = hashlib.sha256(f"{digest({'images': images})} {extractor.identity}".encode()).hexdigest()
         path = Path(cache) / f"features-{key[:32]}.safetensors"
-        kept = _read_kept(path, (len(images), extractor.num_features))
+        kept = _read_kept(path, key, (len(images), extractor.num_features))
         if kept is not None:
             return kept
     pieces, device = [], next((p.device for p in extractor.parameters()), torch.device("cpu"))
@@ -170,19 +170,19 @@ def extract(extractor, images, batch_size=256, cache=None):
     if not features.isfinite().all():
         raise InputError("extractor: its features are not finite")
     if path is not None:
-        write_tensors(path, {"features": features}, {"digest": digest({"features": features})})
+        write_tensors(path, {"features": features}, with_digest({"features": features}, {"of": key}))
     return features
 
 
-def _read_kept(path, shape):
-    """Kept features of this shape; any other file in their place is as good as none."""
+def _read_kept(path, key, shape):
+    """Kept features under a key, of this shape; any other file in their place is as good as none."""
     try:
         require_regular(path, "features", 4 * math.prod(shape) + HEADER_LIMIT)
         tensors, metadata = read_tensors(path, "features", ("digest",))
         require_digest(path, tensors, metadata)
     except InputError:
         return None
-    features = tensors.get("features")
+    features = tensors.get("features") if metadata.get("of", key) == key else None
     if features is None or features.dtype != torch.float32 or features.shape != shape or not features.isfinite().all():
         return None
     # In memory of their own: what happens to the file later is no concern of theirs.

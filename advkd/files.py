@@ -10,6 +10,7 @@ import socket
 import stat
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -275,12 +276,25 @@ def read_json(path, what="file", keys=(), most=JSON_LIMIT):
     """
     require_regular(path, what, most)
     try:
-        value = json.loads(text := Path(path).read_text(encoding="utf-8"))
+        value = parse_json(text := Path(path).read_text(encoding="utf-8"))
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair: text that nothing can show or write
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{what} {path} is not readable JSON ({why_unreadable(path, error)})") from error
     return _require_keys(value, keys, f"{what} {path}")
+
+
+def parse_json(text):
+    """The value of a JSON text; ``ValueError`` for an object that has a key twice, of which ``json`` takes the last."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} is there twice")
+    return value
 
 
 def _require_keys(value, keys, what):
@@ -326,17 +340,38 @@ def restoring(what, path, remedy=START_AGAIN):
 
 def digest(tensors):
     """Hexadecimal SHA-256 of a dict of tensors: names, dtypes, shapes and contents."""
+    return _hashed(tensors).hexdigest()
+
+
+def _hashed(tensors):
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(tensor.flatten().view(torch.uint8).numpy())
+    return state
+
+
+def with_digest(tensors, metadata):
+    """``metadata`` (a JSON object) with the ``digest`` of itself and of the tensors that it stands beside."""
+    return {**metadata, "digest": _digest_of_all(_hashed(tensors), metadata)}
+
+
+def _digest_of_all(state, metadata):
+    state = state.copy()
+    state.update(json.dumps(metadata, sort_keys=True).encode())
     return state.hexdigest()
 
 
+def has_own_digest(tensors, metadata):
+    """True if the digest is of these tensors and metadata, or, as in older files, of the tensors alone."""
+    state, rest = _hashed(tensors), {key: value for key, value in metadata.items() if key != "digest"}
+    return metadata["digest"] in (_digest_of_all(state, rest), state.hexdigest())
+
+
 def require_digest(path, tensors, metadata, remedy=START_AGAIN):
-    """Refuse a file whose tensors are not those that were written."""
-    if metadata["digest"] != digest(tensors):
+    """Refuse a file whose tensors or metadata are not those that were written."""
+    if not has_own_digest(tensors, metadata):
         raise InputError(f"{path} is altered: {remedy}")
 
 

@@ -188,10 +188,16 @@ def _columns(path):
     with open(path, encoding="utf-8") as file:
         titles = file.readline(2**16).rstrip("\n").split(",")
         columns = [[] for _ in titles]
+        if len(set(titles)) < len(titles):
+            raise ValueError("two columns have one title")
         for line in file:
+            if not line.endswith("\n"):
+                break
             if line.count(",") == len(titles) - 1:
-                for column, word in zip(columns, line.rstrip("\n").split(","), strict=True):
+                for column, word in zip(columns, line[:-1].split(","), strict=True):
                     column.append(float(word) if word else math.nan)
+            elif line != "\n":
+                raise ValueError("a row has more or fewer cells than there are titles")
     return dict(zip(titles, columns, strict=True))
 
 

@@ -19,7 +19,7 @@ from .files import read_json, require_regular, write_bytes
 from .hub import reason, resolve
 from .models.batch_norm import CannotFoldError, evaluating
 from .models.fused_student import read_by_fusing
-from .models.saving import build_config
+from .models.saving import build_config, require_plausible
 from .models.student import Student, StudentConfig
 from .pickles import require_weights
 from .pictures import to_pil
@@ -96,6 +96,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         try:
             with torch.inference_mode(False), plain_defaults():
                 model, report = super().from_pretrained(folder, **options)
+                require_plausible(model.state_dict())
         except torch.OutOfMemoryError:
             raise
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

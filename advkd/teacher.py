@@ -7,11 +7,12 @@ import os
 import re
 
 import torch
+from safetensors import safe_open
 
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .devices import require_device
 from .errors import InputError
-from .files import digest, read_json, require_regular, why_unreadable
+from .files import damaged, digest, read_json, require_regular, why_unreadable
 from .hub import PRETRAINED, reason, resolve
 from .ops import philox_normal
 from .pickles import require_weights
@@ -229,10 +230,13 @@ class Teacher:
         """
         a_t = float(self.alpha_bars[t])
         a_s = float(self.alpha_bars[following]) if following is not None else 1.0
-        if sampler == "ddim":
-            return ddim_coefficients(a_t, a_s, self.prediction, clip=self.clip)
-        variance = self.scheduler.config.get("variance_type") or "fixed_small"
-        return ddpm_coefficients(a_t, a_s, self.prediction, variance, self.clip, noisy=t > 0)
+        try:
+            if sampler == "ddim":
+                return ddim_coefficients(a_t, a_s, self.prediction, clip=self.clip)
+            variance = self.scheduler.config.get("variance_type") or "fixed_small"
+            return ddpm_coefficients(a_t, a_s, self.prediction, variance, self.clip, noisy=t > 0)
+        except InputError as error:
+            raise InputError(f"teacher {self.name}: {error}") from error
 
     @property
     def _shape(self):
@@ -333,17 +337,41 @@ def _is_schedule(alpha_bars, steps):
 
 def _weight_files(paths, folder, suffix):
     """A network's files of weights, ``paths`` and what an index names; all are of the kind ``suffix`` and of this folder."""
+    indexes = {}
     for index in folder.glob(f"diffusion_pytorch_model.{suffix}.index.json"):
         named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
-        named = set(named.values()) if isinstance(named, dict) else {None}
-        if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{suffix}", name) for name in named):
+        files = list(named.values()) if isinstance(named, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{suffix}", name) for name in files):
             raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
-        paths += [folder / name for name in sorted(named) if folder / name not in paths]
+        paths += [folder / name for name in sorted(set(files)) if folder / name not in paths]
+        indexes[index] = named
     for path in paths:
         require_regular(path, "the teacher's weights")
         if suffix == "bin":
             require_weights(path, "the teacher's weights")
+    for index, named in indexes.items():
+        _require_named(index, named)
     return paths
+
+
+def _require_named(index, named):
+    """Refuse files without the tensors that their index says: diffusers believes it, and leaves others as they were drawn."""
+    for path in {index.parent / file for file in named.values()}:
+        try:
+            missing = {name for name, file in named.items() if file == path.name} - _names(path)
+        except Exception as error:  # damaged files raise about anything
+            raise damaged("the teacher's weights", path, error, "restore or fetch a copy of it") from error
+        if missing:
+            said = f"the teacher's weights {path} lack {min(missing)}, which {index.name} says they hold"
+            raise InputError(f"{said}: restore or fetch a copy of both")
+
+
+def _names(path):
+    """Names of a file's tensors."""
+    if path.suffix == ".bin":
+        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def _load_scheduler(folder):

@@ -14,7 +14,6 @@ from .data import load_images, normalize
 from .devices import plain_defaults, require_device
 from .errors import InputError, TrainingError
 from .files import (
-    digest,
     locked,
     pack_optimizer,
     read_tensors,
@@ -24,6 +23,7 @@ from .files import (
     restoring,
     temporary_path,
     unpack_optimizer,
+    with_digest,
     write_tensors,
     writing,
 )
@@ -200,7 +200,7 @@ def _save_checkpoint(path, config, step, unet, average, optimizer):
     tensors = {f"unet/{k}": v for k, v in unet.state_dict().items()}
     tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
     tensors |= pack_optimizer("optimizer", optimizer)
-    write_tensors(path, tensors, {"step": step, "config": dataclasses.asdict(config), "digest": digest(tensors)})
+    write_tensors(path, tensors, with_digest(tensors, {"step": step, "config": dataclasses.asdict(config)}))
 
 
 def _restore(path, config, unet, average, optimizer):

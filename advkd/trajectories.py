@@ -8,6 +8,7 @@ shards are there.
 
 import bisect
 import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -25,7 +26,7 @@ from .errors import InputError, TrainingError
 from .files import (
     MANIFEST_LIMIT,
     damaged,
-    digest,
+    has_own_digest,
     locked,
     read_json,
     read_tensors,
@@ -34,6 +35,7 @@ from .files import (
     require_regular,
     require_space,
     sha256,
+    with_digest,
     write_json,
     write_tensors,
 )
@@ -317,9 +319,10 @@ def _write_shard(out, config, recipe, shard, batches):
     tensors = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"the teacher's {name} is not finite in float16: its weights or its schedule are damaged")
-    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count, "digest": digest(tensors)}
-    write_tensors(_shard_path(out, shard), tensors, metadata)
+            said = f"{name} of teacher {recipe['teacher']['name']} is not finite in float16"
+            raise InputError(f"{said}: its weights or its schedule are damaged")
+    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count}
+    write_tensors(_shard_path(out, shard), tensors, with_digest(tensors, metadata))
 
 
 def downsample(x, side):
@@ -369,13 +372,14 @@ def _manifest(out, recipe, shards):
     for name, (total, squares, number) in sums.items():
         deviations[name] = float((squares / number - (total / number) ** 2).clamp_min(0).sqrt())
     levels = [name for name in sorted(sums) if name != "z"]
-    return {
+    manifest = {
         "format": FORMAT,
         "recipe": recipe,
         "standard_deviations": [deviations[name] for name in levels],
         "latent_standard_deviation": deviations["z"],
         "shards": entries,
     }
+    return with_digest({}, manifest)
 
 
 def _is_consistent(manifest):
@@ -401,12 +405,13 @@ def _is_consistent(manifest):
             and isinstance(entry["sha256"], str)
             for i, (entry, start) in enumerate(zip(entries, shards))
         )
-        deviations = [float(value) for value in manifest["standard_deviations"]]
+        deviations = manifest["standard_deviations"]
         levels = len(deviations) == recipe["depth"] == len(recipe["timesteps"]) + 1
+        levels &= all(type(value) in (int, float) and 0 <= value < math.inf for value in deviations)
         numbers = _are_whole(*recipe["timesteps"], *recipe["resolutions"], *(recipe[name] for name in SHAPE))
+        known = recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    known = recipe["image_channels"] in (1, 2, 3, 4) and isinstance(recipe["teacher"], dict)
     return shapes and whole and levels and numbers and known
 
 
@@ -452,7 +457,8 @@ class Trajectories:
         if any(samples_overlap(part, other) for other in self.parts):
             raise InputError(f"{self._option} {folder} repeats samples of another folder: record with another --start")
         first = len(self)
-        self._entries += [{**entry, "start": first + entry["start"], "folder": folder} for entry in manifest["shards"]]
+        place = {"folder": folder, "recipe": recipe}
+        self._entries += [{**entry, **place, "start": first + entry["start"]} for entry in manifest["shards"]]
         self.parts.append(part)
         self.folders.append(Path(folder))
         self.manifests.append(sha256(Path(folder) / "manifest.json"))
@@ -514,9 +520,11 @@ class Trajectories:
             require_regular(path, "shard")
             if sha256(path) != entry["sha256"]:
                 raise damaged("shard", path, "it is truncated or altered", RECORD_AGAIN)
-            tensors, _ = read_tensors(path, "shard", remedy=RECORD_AGAIN)
+            tensors, metadata = read_tensors(path, "shard", remedy=RECORD_AGAIN)
             if {name: (t.dtype, t.shape) for name, t in tensors.items()} != self._wanted(entry["count"]):
                 raise damaged("shard", path, "it holds other tensors than its recipe says", RECORD_AGAIN)
+            if _differences(entry["recipe"], metadata.get("recipe", {})):
+                raise InputError(f"shard {path} has another recipe than the manifest beside it: {RECORD_AGAIN}")
             self._shards[shard] = tensors
         return self._shards[shard]
 
@@ -538,7 +546,8 @@ def _read_manifest(folder, option):
     manifest = read_json(folder / "manifest.json", "manifest", keys, MANIFEST_LIMIT)
     if manifest["format"] != FORMAT:
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of advkd trajectories")
-    if not _is_consistent(manifest):
+    as_written = "digest" not in manifest or has_own_digest({}, manifest)  # older ones have none
+    if not as_written or not _is_consistent(manifest):
         raise InputError(f"{folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
     return manifest
 

@@ -5,16 +5,18 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from ..devices import require_device
 from ..errors import InputError
-from ..files import read_json, require_regular, why_unreadable, write_bytes, write_json
+from ..files import digest, read_json, require_regular, why_unreadable, write_bytes, write_json
 from ..hub import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"
+LARGEST_WEIGHT = 1e12
+"""Largest magnitude of a weight that is read."""
 
 
 class PretrainedModule:
@@ -68,10 +70,12 @@ class PretrainedModule:
             with torch.device("meta"):
                 module = cls(config)
             wide = torch.promote_types(getattr(module, "dtype", torch.float32), torch.float32)
-            tensors = {name: _own(tensor, wide) for name, tensor in load_file(path).items()}
+            tensors = {name: _own(tensor, wide) for name, tensor in _read_weights(path).items()}
+            require_plausible(tensors)
+            wanted = module.state_dict()
+            if wrong := [name for name, t in tensors.items() if name in wanted and _is_real(t) != _is_real(wanted[name])]:
+                raise ValueError(f"{wrong[0]} holds {tensors[wrong[0]].dtype}")
             module.load_state_dict(tensors, assign=True)
-        except InputError:
-            raise
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             why = why_unreadable(path, error)
             raise InputError(f"{path} is damaged or of another model ({why}): restore or fetch a copy of it") from error
@@ -87,7 +91,7 @@ class PretrainedModule:
             raise InputError(f"{folder} is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+        write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt", "digest": digest(tensors)}))
         if self.training_record is not None:
             write_json(folder / TRAINING, self.training_record)
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
@@ -105,6 +109,29 @@ class PretrainedModule:
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
 
+def _read_weights(path):
+    """Tensors by name, those that were written where the file says so: other programs' files, and older ones, do not."""
+    with safe_open(path, framework="pt") as file:
+        tensors, known = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("digest")
+    if known is not None and known != digest(tensors):
+        raise ValueError("it is altered")
+    return tensors
+
+
+def require_plausible(tensors):
+    """``ValueError`` for weights that no training gives: images of them would not be finite."""
+    for name, tensor in tensors.items():
+        least, most = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else (0, 0)
+        if not -LARGEST_WEIGHT <= least <= most <= LARGEST_WEIGHT:
+            raise ValueError(f"{name} holds numbers that are not finite, or larger than {LARGEST_WEIGHT:g}")
+        if name.endswith("running_var") and least < 0:
+            raise ValueError(f"{name} holds negative variances")
+
+
+def _is_real(tensor):
+    return tensor.is_floating_point()
+
+
 def _own(tensor, dtype):
     """A copy in memory that no file is mapped to."""
     return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -119,7 +146,7 @@ def build_config(config_class, values, where):
         values = {**values, key: _coerced(value, fields[key], where)}
     try:
         return config_class(**values)
-    except TypeError as error:
+    except (TypeError, InputError) as error:
         raise InputError(f"{where}: {error}") from error
 
 

@@ -21,9 +21,9 @@ class StudentConfig:
     """Shape of a student.
 
     Attributes:
-        image_size: side of the images, 4 * 2^k.
+        image_size: side of the images, 4 * 2^k, at most 2^20.
         image_channels: 1 to 4.
-        channels: features of each submodule; their number is the depth (even).
+        channels: features of each submodule, at most 2^16; their number is the depth (even).
         latent_size: m, the latent is ``(C m m, 4, 4)``.
         detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
         slope: of LeakyReLU.
@@ -41,8 +41,11 @@ class StudentConfig:
         check_latent(self.image_size, self.latent_size, self.detail_noise)
         if not 1 <= self.image_channels <= 4:
             raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
-        if any(not isinstance(c, int) or c < 1 for c in self.channels):
-            raise InputError(f"channels must be positive integers, got {self.channels}")
+        # Products of larger ones are no sizes of tensors.
+        if self.image_size > 2**20:
+            raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
+        if any(type(c) is not int or not 1 <= c <= 2**16 for c in self.channels):
+            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 

@@ -141,6 +141,8 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     assert "unknown key 'learningrate'" in refused(capsys, *arguments, tmp_path / "a.json")
     (tmp_path / "b.toml").write_text("updates = [3")
     assert "b.toml is not readable" in refused(capsys, *arguments, tmp_path / "b.toml")
+    (tmp_path / "d.json").write_text('{"ema": 0.5, "ema": 0.9}')
+    assert "d.json is not readable JSON or TOML (the key 'ema'" in refused(capsys, *arguments, tmp_path / "d.json")
     (tmp_path / "c.toml").write_text("updates = [3]\nbatch_sizes = [8]\nema = 2.0")
     assert "ema" in refused(capsys, *arguments, tmp_path / "c.toml")
     # The file is right and overridden by an option: now only the student does not fit.
@@ -148,6 +150,15 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "chanels": [8]}))
     arguments[4] = tmp_path / "student.json"
     assert "chanels" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
+    for shape in (
+        {"channels": [2**31] * 4},
+        {"image_size": 2**40, "channels": [8] * 80, "latent_size": 2**38},
+        {"slope": 2.0},
+        {"channels": [8, 8, True, 8]},
+    ):
+        (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "channels": [8] * 4, "latent_size": 2} | shape))
+        said = refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
+        assert f"student.json: {list(shape)[0]} must be" in said
 
 
 def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, trajectories):

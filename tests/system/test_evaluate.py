@@ -143,7 +143,9 @@ WRONG_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("wrong", [*WRONG_FEATURES, "without features", "without a digest", "huge", "a pipe", "text"])
+@pytest.mark.parametrize(
+    "wrong", [*WRONG_FEATURES, "of other images", "without features", "without a digest", "huge", "a pipe", "text"]
+)
 def test_kept_features_that_cannot_be_those_are_made_anew(digits, tmp_path, wrong):
     """A process that can write to the cache can also write a digest that fits."""
     images, extractor = digits[0][:80], build_extractor("digits")
@@ -152,6 +154,9 @@ def test_kept_features_that_cannot_be_those_are_made_anew(digits, tmp_path, wron
     if wrong in WRONG_FEATURES:
         kept = {"features": WRONG_FEATURES[wrong](first)}
         write_tensors(path, kept, {"digest": digest(kept)})
+    elif wrong == "of other images":
+        extract(extractor, images.flip(0), cache=tmp_path / "other")
+        shutil.copy(next((tmp_path / "other").iterdir()), path)
     elif wrong == "without features":
         write_tensors(path, {"x": first}, {"digest": digest({"x": first})})
     elif wrong == "without a digest":
@@ -355,6 +360,7 @@ def test_samples_of_another_teacher_are_refused(tiny, trajectories, teacher_fold
     shutil.copytree(tiny / "samples", other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["recipe"]["teacher"]["weights_sha256"] = "0"
+    del manifest["digest"]
     (other / "manifest.json").write_text(json.dumps(manifest))
     config = EvaluationConfig(extractor=str(tiny / "classifier"), **QUICK)
     with pytest.raises(InputError, match="are of another teacher"):

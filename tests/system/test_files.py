@@ -160,6 +160,30 @@ def test_damage_is_named_with_its_remedy(tmp_path):
         files.require_digest(path, {"x": torch.zeros(1)}, {"digest": "0"})
 
 
+def test_digests_are_of_tensors_and_metadata(tmp_path):
+    tensors, path = {"x": torch.arange(4.0)}, tmp_path / "checkpoint.safetensors"
+    metadata = files.with_digest(tensors, {"update": 8, "run": {"betas": (0.0, 0.9), "name": None}})
+    files.write_tensors(path, tensors, metadata)
+    files.require_digest(path, *files.read_tensors(path))
+    for altered in (
+        ({"x": torch.arange(4.0).roll(1)}, metadata),
+        (tensors, {**metadata, "update": 9}),
+        (tensors, {"digest": None}),
+    ):
+        with pytest.raises(InputError, match="checkpoint.safetensors is altered"):
+            files.require_digest(path, *altered)
+    # Older files.
+    files.require_digest(path, tensors, {"update": 9, "digest": files.digest(tensors)})
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('{"num": 3, "num": 4}', '{"a": [{"num": 3, "x": 1, "num": 3}]}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="a.json is not readable JSON .the key 'num' is there twice"):
+            files.read_json(path)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[" * 100_000, '{"a": ' * 100_000, "1" * 10_000, '{"a": ' + "1" * 10_000 + "}", "\udcff", "NaN", "[]", "3"],

@@ -240,3 +240,15 @@ def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,\n1,2,0.")
     assert read_metrics(path)["loss"] == [0.5]
+    # A number may be torn where no comma is missing.
+    path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,2\n1,2,0.7,,,1")
+    assert read_metrics(path)["loss"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["stage,update,loss,critic,wasserstein,penalty\n1,1,0.5,,,\n1,2,0.\n1,3,0.5,,,\n", "a,a\n1,2\n"]
+)
+def test_other_torn_rows_and_columns_of_one_title_are_refused(text, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(InputError, match="metrics.csv is not a metrics.csv .* .(a row has|two columns)"):
+        read_metrics(tmp_path / "metrics.csv")

@@ -28,7 +28,7 @@ from advkd.data import load_images, load_labelled, read_pictures
 from advkd.distill import distill
 from advkd.errors import InputError
 from advkd.features import build_extractor, extract
-from advkd.files import cache_folder, read_tensors, temporary_path, write_tensors
+from advkd.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.pictures import read_metrics
 from advkd.recipes import recipe
@@ -219,7 +219,7 @@ def test_an_index_imports_nothing(models, tmp_path, monkeypatch):
 def test_manifests_and_indexes_do_not_leave_their_folder(place, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     manifest = tmp_path / "models" / "data" / "manifest.json"
-    value = json.loads(manifest.read_text())
+    value = without_digest(manifest)
     value["shards"][0]["file"] = place
     manifest.write_text(json.dumps(value))
     with pytest.raises(InputError, match="manifest.json is damaged"):
@@ -259,6 +259,19 @@ def test_links_are_followed_to_what_is_a_file_and_nothing_else(name, file, model
         with pytest.raises(InputError) as refused:
             READERS[name][0](tmp_path / "models" / name)
         assert "the-secret" not in str(refused.value)
+
+
+def without_digest(path):
+    """A JSON file's value without what tells that it was changed."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}
+
+
+def rewrite(path, **changes):
+    """Write a checkpoint anew, as one of other metadata."""
+    tensors, metadata = read_tensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    metadata.pop("digest")
+    write_tensors(path, tensors, with_digest(tensors, {**metadata, **changes}))
 
 
 def change(path, **changes):
@@ -336,7 +349,7 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
     """No value of a JSON file ends in another error than ours."""
     shutil.copytree(models / name, tmp_path / name)
     path, refused = tmp_path / name / file, 0
-    whole = json.loads(path.read_text())
+    whole = without_digest(path)
     for key in whole:
         for value in ODD:
             path.write_text(json.dumps({**whole, key: value}))
@@ -368,13 +381,28 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
         {"timesteps": ["a", "b", "c"]},
         {"timesteps": [float("inf")] * 3},
         {"image_channels": 1.0},
+        {"teacher": 3},
     ],
 )
 def test_recipes_that_cannot_be_are_refused(changes, models, tmp_path):
     shutil.copytree(models / "data", tmp_path / "data")
     manifest = tmp_path / "data" / "manifest.json"
-    value = json.loads(manifest.read_text())
+    value = without_digest(manifest)
     manifest.write_text(json.dumps({**value, "recipe": {**value["recipe"], **changes}}))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(tmp_path / "data")
+
+
+@pytest.mark.parametrize("value", ["1.5", -1.0, float("nan"), float("inf"), True, None])
+def test_deviations_that_cannot_be_are_refused(value, models, tmp_path):
+    shutil.copytree(models / "data", tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    whole = without_digest(manifest)
+    manifest.write_text(json.dumps({**whole, "standard_deviations": [*whole["standard_deviations"][:-1], value]}))
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        Trajectories(tmp_path / "data")
+    del whole["recipe"]["teacher"]
+    manifest.write_text(json.dumps(whole))
     with pytest.raises(InputError, match="manifest.json is damaged"):
         Trajectories(tmp_path / "data")
 
@@ -387,7 +415,7 @@ def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
     shutil.copytree(models / "data", tmp_path / "data")
     manifest, shard = tmp_path / "data" / "manifest.json", tmp_path / "data" / "shard-00000.safetensors"
     save_file({"z": torch.zeros(1)}, shard)
-    value = json.loads(manifest.read_text())
+    value = without_digest(manifest)
     value["shards"][0]["sha256"] = sha256(shard)
     manifest.write_text(json.dumps(value))
     with pytest.raises(InputError, match="shard-00000.safetensors is damaged .*other tensors.*: delete it and run the same"):
@@ -509,6 +537,18 @@ def test_archives_that_unpack_to_more_than_they_hold_are_refused(models, tmp_pat
         Teacher.from_pretrained(tmp_path / "older")
 
 
+def test_records_that_are_not_those_of_their_checksums_are_refused(models, tmp_path):
+    """torch reads them without a look at the checksums that it has written."""
+    shutil.copytree(models / "older", tmp_path / "older")
+    weights = tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin"
+    place = weights.read_bytes().index(torch.load(weights, weights_only=True)["conv_in.weight"].numpy().tobytes())
+    flipped = bytearray(weights.read_bytes())
+    flipped[place] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(InputError, match="diffusion_pytorch_model.bin cannot be read .its record .* is altered"):
+        Teacher.from_pretrained(tmp_path / "older")
+
+
 def test_safetensors_that_claim_more_than_they_hold_are_refused(models, tmp_path):
     header = json.dumps({"head.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     for begin in (struct.pack("<Q", 2**60), struct.pack("<Q", len(header)) + header):
@@ -600,14 +640,26 @@ def test_metrics_of_a_run_that_goes_on(contents, models, tmp_path):
             READERS["run"][0](path.parent)
 
 
+@pytest.mark.parametrize("rows", [[2, 1], [1, 1, 2], [1, None, 2], [2, "x"]], ids=str)
+def test_metrics_that_are_not_whole_lose_no_row(rows, models, tmp_path):
+    """Rows up to the checkpoint are kept, later ones are made anew: where that cannot be told, nothing is."""
+    shutil.copytree(models, tmp_path / "models")
+    path = tmp_path / "models" / "run" / "metrics.csv"
+    titles = path.read_text().splitlines()[0]
+    cells = "," * (titles.count(",") - 1)
+    path.write_text("\n".join([titles, *("1,0.5" if row is None else f"1,{row}{cells}" for row in rows)]) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="metrics.csv is damaged .*: move it away"):
+        READERS["run"][0](path.parent)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("changes", [{"stage": 10**30}, {"stage": 0, "update": 10**30}, {"cursor": 10**30}, {"cursor": 1.5}])
 @pytest.mark.parametrize("value", [None, float("inf"), -1])
 def test_places_in_a_run_that_it_does_not_have(changes, value, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "run" / "checkpoint.safetensors"
-    tensors, metadata = read_tensors(path)
-    changes = changes if value is None else dict.fromkeys(changes, value)
-    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, **changes})
+    rewrite(path, **(changes if value is None else dict.fromkeys(changes, value)))
     with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no stage"):
         READERS["run"][0](path.parent)
 
@@ -636,8 +688,7 @@ def test_tables_of_any_size_are_not_read(tmp_path):
 def test_steps_that_a_teachers_training_does_not_have(step, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "unfinished" / "checkpoint.safetensors"
-    tensors, metadata = read_tensors(path)
-    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, "step": step})
+    rewrite(path, step=step)
     with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no step"):
         READERS["unfinished"][0](path.parent)
 

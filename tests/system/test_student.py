@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
+from advkd.models.fused_student import FusedStudent
 from advkd.models.student import PRESETS, Student, StudentConfig, batches, gather
 from advkd.ops import backends
 
@@ -109,6 +111,50 @@ def test_saving_and_loading(tmp_path):
     again = Student.from_pretrained(tmp_path / "s")
     z = student.latents(2)
     assert again.config == student.config and torch.equal(again(z), student(z))
+
+
+def test_altered_weights_are_refused(tmp_path):
+    student = tiny_student()
+    student.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(InputError, match="model.safetensors is damaged or of another model .it is altered"):
+        Student.from_pretrained(tmp_path)
+    # Files of other programs have no digest.
+    save_file(load_file(path), path, {"format": "pt"})
+    found = Student.from_pretrained(tmp_path).state_dict()
+    assert [name for name, tensor in student.state_dict().items() if not torch.equal(found[name], tensor)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("head.weight", float("nan"), "head.weight holds numbers that are not finite"),
+        ("submodules.1.norm1.bias", float("inf"), "norm1.bias holds numbers that are not finite"),
+        ("submodules.1.convolution1.weight", -1e13, "convolution1.weight holds numbers .* larger than 1e.12"),
+        ("submodules.0.norm2.running_var", -1.0, "running_var holds negative variances"),
+    ],
+)
+def test_weights_that_no_training_gives_are_refused(name, value, why, tmp_path):
+    from advkd.pipeline import StudentModel
+
+    state = {key: tensor.clone() for key, tensor in tiny_student().state_dict().items()}
+    state[name].view(-1)[0] = value
+    tiny_student().save_pretrained(tmp_path)
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    for read in (Student.from_pretrained, StudentModel.from_pretrained):
+        with pytest.raises(InputError, match=f"{tmp_path}.*{why}"):
+            read(tmp_path)
+
+
+def test_an_engines_weights_that_cannot_be_packed_are_named(tmp_path):
+    tiny_student().eval().fuse("reference").save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    for bias in (torch.full_like(state["bias3"], float("nan")), state["bias3"].int()):
+        save_file({**state, "bias3": bias}, path, {"format": "pt"})
+        with pytest.raises(InputError, match=f"{path} is damaged .*bias3 holds"):
+            FusedStudent.from_pretrained(tmp_path)
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from advkd.errors import InputError
 from advkd.schedule import supervising_timesteps
@@ -114,6 +115,39 @@ def test_incomplete_weights_are_refused(teacher_folder, tmp_path):
     weights.with_name("config.json").write_text("[]")
     with pytest.raises(InputError, match="config.json is not what advkd writes"):
         Teacher.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_parts_hold_what_their_index_says(suffix, teacher_folder, tmp_path):
+    """A tensor that no part holds would keep the number that it was drawn with."""
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    unet, save = tmp_path / "teacher" / "unet", {"safetensors": save_file, "bin": torch.save}[suffix]
+    state = load_file(unet / "diffusion_pytorch_model.safetensors")
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(state)
+    parts = {f"diffusion_pytorch_model-0000{i}-of-00002.{suffix}": names[i - 1 :: 2] for i in (1, 2)}
+    for file, held in parts.items():
+        save({name: state[name].contiguous() for name in held}, unet / file)
+    index = unet / f"diffusion_pytorch_model.{suffix}.index.json"
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found = Teacher.from_pretrained(tmp_path / "teacher").unet.state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in names)
+    (file, held), *_ = parts.items()
+    save({name + "x" * (name == held[0]): state[name].contiguous() for name in held}, unet / file)
+    with pytest.raises(InputError, match=f"{file} lack {held[0]}, which {index.name} says"):
+        Teacher.from_pretrained(tmp_path / "teacher")
+    index.write_text(json.dumps({"weight_map": {**weight_map, held[0]: {}}}))
+    with pytest.raises(InputError, match="may name .* files of its own folder only"):
+        Teacher.from_pretrained(tmp_path / "teacher")
+
+
+def test_a_schedule_without_an_end_is_named(teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True, "num_train_timesteps": 4}))
+    with pytest.raises(InputError, match=f"{tmp_path / 'teacher'}: an epsilon prediction has no x0"):
+        Teacher.from_pretrained(tmp_path / "teacher").sample(1, steps=4)
 
 
 def test_missing_and_damaged_teachers_are_named(teacher_folder, tmp_path):

@@ -193,7 +193,7 @@ def test_damaged_shards_are_named(trajectories, teacher, tmp_path):
 def test_states_that_are_not_finite_are_refused(tmp_path):
     teacher = tiny_teacher()
     teacher.unet.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="level_01 is not finite"):
+    with pytest.raises(InputError, match="level_01 of teacher tiny is not finite"):
         record_trajectories(teacher, tiny_recording(), tmp_path / "t", progress=False)
     assert not list((tmp_path / "t").iterdir())
 
@@ -253,6 +253,26 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
         (tmp_path / "foreign" / "manifest.json").write_text(text)
         with pytest.raises(InputError, match="manifest.json"):
             Trajectories(tmp_path / "foreign")
+
+
+def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
+    shutil.copytree(trajectories, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    whole = json.loads(path.read_text())
+    older = {key: value for key, value in whole.items() if key != "digest"}
+    deviations = [2 * value for value in whole["standard_deviations"]]
+    for altered in ({"standard_deviations": deviations}, {"recipe": {**whole["recipe"], "seed": 1}}):
+        path.write_text(json.dumps({**whole, **altered}))
+        with pytest.raises(InputError, match="manifest.json is damaged"):
+            Trajectories(tmp_path / "data")
+        # An older one has no digest, but the shards have its recipe.
+        path.write_text(json.dumps({**older, **altered}))
+        data = Trajectories(tmp_path / "data")
+        if "recipe" in altered:
+            with pytest.raises(InputError, match="shard-00000.safetensors has another recipe than the manifest"):
+                data.verify()
+        else:
+            data.verify()
 
 
 @pytest.mark.parametrize(
