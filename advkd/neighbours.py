@@ -1,8 +1,8 @@
 """Other processes on the same cores: what torch's threads do while others use the machine.
 
-The barriers of OpenMP spin for threads that do not run. While others take more than this process' threads leave, its threads keep
-to as many processors as the others leave, so that one that waits makes room for the next, and sleep where they would spin. The
-number of threads, and with it every bit of a result, stays. Our own kernels do the like by themselves
+The barriers of OpenMP spin for threads that do not run. While others take more than this process' threads leave, its threads
+keep to as many processors as the others leave, so that one that waits makes room for the next, and sleep where they would spin.
+The number of threads, and with it every bit of a result, stays. Our own kernels do the like by themselves
 (``csrc/cpu/threads.h``).
 """
 

@@ -23,7 +23,7 @@ def keep(name, *tensors):
 
 student = advkd.Student.from_pretrained("digits")
 z = student.latents(3, seed=1)
-keep("latents", z, philox_normal(3, range(40), (5000,), stream=1))
+keep("latents", z, philox_normal(3, range(40), (5000,), stream="z"))
 keep("student", student.fuse(tune=False)(z))
 x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 step = ddim_coefficients(0.3, 0.6, "epsilon", eta=1.0, clip=1.0)
