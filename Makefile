@@ -62,7 +62,7 @@ test: install
 test-matrix: install
 	for set in $(MATRIX); do echo "$$set"; \
 		env $(SINGLE) $$set $(BIN)/python -m pytest -q -n0 $(NUMERIC) || failed="$$failed $$set"; done; \
-	env ATEN_CPU_CAPABILITY=default ADVKD_ISA=baseline OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n0 $(NUMERIC) || \
+	env ATEN_CPU_CAPABILITY=default ADVKD_ISA=baseline OMP_NUM_THREADS=2 ADVKD_SHARE=1 $(BIN)/python -m pytest -q -n0 $(NUMERIC) || \
 		failed="$$failed all"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 test-all: install
@@ -94,7 +94,7 @@ build/%/.ready: $(SOURCES) $(shell git ls-files '*.py' 2> /dev/null)
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
 BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
-	step_scaling penalty_scaling distillation recording demo sample_scaling $(if $(shell command -v valgrind),instruction_counts) \
+	step_scaling penalty_scaling distillation recording demo sample_scaling neighbours $(if $(shell command -v valgrind),instruction_counts) \
 	$(if $(shell command -v nvcc),ahead)
 BY_DEVICE := billion nsys ncu compare roofline
 

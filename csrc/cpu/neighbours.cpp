@@ -8,7 +8,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -61,8 +60,6 @@ class Watch {
     return kept_;
   }
 
-  double load() const { return load_; }
-
  private:
   struct Look {
     double time = 0, own = 0;
@@ -96,7 +93,6 @@ class Watch {
     before_ = after;
     const double processors = static_cast<double>(busy.size());
     const double load = std::clamp(std::accumulate(busy.begin(), busy.end(), 0.0) - own, 0.0, processors);
-    load_ = load;
     const double excess = static_cast<double>(threads) + load - processors;
     if (!always_ && excess <= (kept_.empty() ? kCrowded : kFree))
       kept_.clear();
@@ -126,7 +122,6 @@ class Watch {
   std::vector<int> kept_;
   std::mutex mutex_;
   Look before_;
-  std::atomic<double> load_ = 0;
   std::minstd_rand chance_{static_cast<unsigned>(getpid())};
 };
 
@@ -153,17 +148,9 @@ Watch* watch = [] {
 std::vector<int> crowded_processors(i64 threads) {
   return watch->processors(threads);
 }
-
-double neighbours_load() {
-  return watch->load();
-}
 #else
 std::vector<int> crowded_processors(i64) {
   return {};
-}
-
-double neighbours_load() {
-  return 0;
 }
 #endif
 

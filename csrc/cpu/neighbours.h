@@ -14,7 +14,4 @@ namespace advkd {
 // Looked at anew at most four times a second, when asked.
 std::vector<int> crowded_processors(i64 threads);
 
-// Processors' worth of time that other processes took when that was last looked at.
-double neighbours_load();
-
 }  // namespace advkd

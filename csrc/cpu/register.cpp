@@ -312,7 +312,6 @@ STABLE_TORCH_LIBRARY(advkd_cpu, m) {
   m.def("clear_workspaces() -> int");
   m.def("product_rate(int storage, float seconds) -> float");
   m.def("crowded() -> int[]");
-  m.def("neighbours_load() -> float");
   m.def("isa() -> str");
 }
 
@@ -332,6 +331,5 @@ STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("clear_workspaces", TORCH_BOX(&advkd::clear_workspaces));
   m.impl("product_rate", TORCH_BOX(&advkd::product_rate));
   m.impl("crowded", TORCH_BOX(&advkd::crowded));
-  m.impl("neighbours_load", TORCH_BOX(&advkd::neighbours_load));
   m.impl("isa", TORCH_BOX(&advkd::isa));
 }
