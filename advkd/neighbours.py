@@ -9,17 +9,25 @@ The number of threads, and with it every bit of a result, stays. Our own kernels
 import contextlib
 import os
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 
+from .errors import InputError
 from .ops.backends import extension_gap
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at the load."""
 
+MOST_TEAMS = 8
+"""Idle teams at most: where more would be needed, threads are confined and go on spinning."""
+
 COMPANION = "advkd companion"
 """Name of the threads that the C++ extension binds by itself."""
+
+SETTINGS = ("0", "1", "auto", "")
 
 
 @contextlib.contextmanager
@@ -32,78 +40,104 @@ def sharing() -> Iterator[None]:
     (``OMP_PROC_BIND``) are left alone; child processes inherit the processors of the thread that starts them.
 
     Nothing happens without Linux or the C++ extension, with one thread, on a GPU, inside another ``sharing()``, and where the
-    environment variable ``ADVKD_SHARE`` is 0.
+    environment variable ``ADVKD_SHARE`` is 0; where it is 1, the machine counts as busy.
+
+    Raises:
+        InputError: ``ADVKD_SHARE`` has another value than 0, 1 or auto.
     """
-    usable = hasattr(os, "sched_setaffinity") and os.environ.get("ADVKD_SHARE") != "0" and extension_gap("cpu") is None
-    if not usable or not _watching.acquire(blocking=False):
+    setting = os.environ.get("ADVKD_SHARE", "auto")
+    if setting not in SETTINGS:
+        raise InputError(f"the environment variable ADVKD_SHARE must be 0, 1 or auto, got {setting!r}")
+    usable = hasattr(os, "sched_setaffinity") and setting != "0" and extension_gap("cpu") is None
+    if not usable or torch.get_num_threads() < 2 or not _one.acquire(blocking=False):
         yield
         return
     try:
         with _Watch():
             yield
     finally:
-        _watching.release()
+        _one.release()
 
 
 @contextlib.contextmanager
 def unconfined() -> Iterator[None]:
     """Let the calling thread use all processors meanwhile: child processes inherit those of the thread that starts them."""
-    if not _watching.locked():
+    with _Watch.current.exempt(threading.get_native_id()) if _Watch.current else contextlib.nullcontext():
         yield
-        return
-    with _looking:
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, _Watch.allowed)
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, before)
 
 
-_looking = threading.Lock()
-_watching = threading.Lock()
+_one = threading.Lock()
 
 
 class _Watch:
     """Context manager: a thread that confines the process while its processors are crowded."""
 
-    allowed = frozenset()
+    current = None
 
-    def __enter__(self):
-        _Watch.allowed = self._kept = os.sched_getaffinity(0)
-        self._sleepers = contextlib.ExitStack()
+    def __init__(self):
+        self.allowed = self._kept = os.sched_getaffinity(0)
+        self._threads = torch.get_num_threads()
+        self._lock = threading.Lock()
+        self._exempt = Counter()
+        self._idle_teams, self._crowded = contextlib.ExitStack(), False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="advkd neighbours", daemon=True)
+
+    def __enter__(self):
+        _Watch.current = self
         self._thread.start()
 
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
+        _Watch.current = None
+
+    @contextlib.contextmanager
+    def exempt(self, thread):
+        with self._lock:
+            self._exempt[thread] += 1
+            os.sched_setaffinity(thread, self.allowed)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._exempt -= Counter([thread])
+                if thread not in self._exempt:
+                    os.sched_setaffinity(thread, self._kept)
 
     def _run(self):
-        while not self._stop.wait(LOOK_EVERY):
-            crowded = [] if torch.cuda.is_initialized() else torch.ops.advkd_cpu.crowded()
-            with _looking:
-                self._keep_to(set(crowded) or self.allowed)
-        self._keep_to(self.allowed)
+        try:
+            while not self._stop.wait(LOOK_EVERY):
+                self._look()
+        except Exception as error:  # the work goes on without it
+            warnings.warn(f"the processors are shared no longer ({error})", stacklevel=1)
+        finally:
+            self._idle_teams.close()
+            self._keep_to(self.allowed)
+
+    def _look(self):
+        crowded = []
+        if not torch.cuda.is_initialized():
+            crowded = torch.ops.advkd_cpu.crowded(self._threads, sorted(self.allowed), sorted(self._kept))
+        if crowded and not self._crowded:
+            for _ in range(_teams_needed(self._threads, len(self.allowed))):
+                self._idle_teams.enter_context(_idle_team(self._threads))
+        elif not crowded:
+            self._idle_teams.close()
+        self._crowded = bool(crowded)
+        self._keep_to(set(crowded) or self.allowed)
 
     def _keep_to(self, processors):
-        if processors == self.allowed:
-            self._sleepers.close()
-        elif self._kept == self.allowed:
-            for _ in range(_teams(torch.get_num_threads(), len(self.allowed))):
-                self._sleepers.enter_context(_idle_team())
-        if processors != self.allowed or self._kept != self.allowed:
-            _bind(processors, (self.allowed, self._kept))
-        self._kept = processors
-
-
-def _bind(processors, before):
-    """Bind to ``processors`` the threads that are bound as one of ``before``; new threads inherit their creator's."""
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.sched_getaffinity(thread) in before and _name(thread) != COMPANION:
-                os.sched_setaffinity(thread, processors)
+        """Bind to ``processors`` the threads that are bound as they were before; new threads inherit their creator's."""
+        if processors == self._kept == self.allowed:
+            return
+        with self._lock:
+            for thread in map(int, os.listdir("/proc/self/task")):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+                    bound = os.sched_getaffinity(thread)
+                    if bound in (self.allowed, self._kept) and thread not in self._exempt and _name(thread) != COMPANION:
+                        os.sched_setaffinity(thread, processors)
+            self._kept = processors
 
 
 def _name(thread):
@@ -111,19 +145,23 @@ def _name(thread):
         return file.read().strip()
 
 
-def _teams(threads, processors):
+def _teams_needed(threads, processors):
     """Idle teams that make GNU's runtime sleep: it does not spin while it manages more threads than there are processors."""
-    return 0 if threads < 2 else max(1, -(-(processors + 1 - threads) // (threads - 1)))
+    needed = max(1, -(-(processors + 1 - threads) // (threads - 1)))
+    return needed if needed <= MOST_TEAMS else 0
 
 
 @contextlib.contextmanager
-def _idle_team():
+def _idle_team(threads):
     """A thread that has an OpenMP team of its own, which is there until the end."""
     begun, stop = threading.Event(), threading.Event()
 
     def hold():
-        torch.zeros(2**20, dtype=torch.float32, device="cpu").add_(1)
-        begun.set()
+        try:
+            # torch gives every thread of a team 32,768 elements at least.
+            torch.zeros(threads * 2**15, dtype=torch.uint8, device="cpu").add_(1)
+        finally:
+            begun.set()
         stop.wait()
 
     thread = threading.Thread(target=hold, name="advkd idle team", daemon=True)
@@ -134,3 +172,16 @@ def _idle_team():
     finally:
         stop.set()
         thread.join()
+
+
+def _begin_anew():
+    """A forked child has the watch's locks and confinement, but not its thread."""
+    global _one
+    _one = threading.Lock()
+    if _Watch.current:
+        os.sched_setaffinity(0, _Watch.current.allowed)
+        _Watch.current = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

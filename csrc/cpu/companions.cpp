@@ -7,8 +7,11 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 namespace advkd {
 namespace {
@@ -23,10 +26,11 @@ class Companions {
     }
     gather(std::min(threads, tasks) - 1, processors);
     std::unique_lock lock(mutex_);
-    body_ = &body, next_ = 0, tasks_ = tasks;
-    come_.notify_all();
+    body_ = &body, next_ = 0, tasks_ = tasks, error_ = nullptr;
+    work_ready_.notify_all();
     take(lock);
     done_.wait(lock, [&] { return running_ == 0; });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -37,8 +41,14 @@ class Companions {
       const auto& body = *body_;
       ++running_;
       lock.unlock();
-      body(task);
+      std::exception_ptr error;
+      try {
+        body(task);
+      } catch (...) {
+        error = std::current_exception();
+      }
       lock.lock();
+      if (error) error_ = error, next_ = tasks_;
       if (--running_ == 0) done_.notify_one();
     }
   }
@@ -46,28 +56,29 @@ class Companions {
   void serve() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      come_.wait(lock, [&] { return next_ < tasks_; });
+      work_ready_.wait(lock, [&] { return next_ < tasks_; });
       take(lock);
     }
   }
 
   void gather(i64 count, const std::vector<int>& processors) {
-    while (static_cast<i64>(threads_.size()) < count) {
-      threads_.emplace_back([this] { serve(); });
+    try {
+      while (static_cast<i64>(threads_.size()) < count) {
+        threads_.emplace_back([this] { serve(); });
+        kept_.clear();
 #if defined(__linux__)
-      pthread_setname_np(threads_.back().native_handle(), "advkd companion");
+        pthread_setname_np(threads_.back().native_handle(), "advkd companion");
 #endif
-      kept_.clear();
+      }
+    } catch (const std::system_error&) {
+      // At a limit on threads those that there are do the work.
     }
     keep_to(processors);
   }
 
 #if defined(__linux__)
-  // A companion beside the caller runs when the caller waits, and the two get the time of two.
-  void keep_to(std::vector<int> processors) {
-    const int own = sched_getcpu();
-    if (processors.size() < 2) processors = {own};
-    if (processors == kept_) return;
+  void keep_to(const std::vector<int>& processors) {
+    if (processors == kept_ || processors.empty()) return;
     cpu_set_t set;
     CPU_ZERO(&set);
     for (const int cpu : processors) CPU_SET(cpu, &set);
@@ -83,9 +94,10 @@ class Companions {
   std::vector<int> kept_;
 
   std::mutex mutex_;  // of all below
-  std::condition_variable come_, done_;
+  std::condition_variable work_ready_, done_;
   const std::function<void(i64)>* body_ = nullptr;
   i64 next_ = 0, tasks_ = 0, running_ = 0;
+  std::exception_ptr error_;
 };
 
 // Never destroyed: companions sleep until the process ends. A forked child has none of its parent's threads and begins anew.

@@ -10,7 +10,8 @@
 namespace advkd {
 
 // Calls body(0) to body(tasks - 1), each once, on the calling thread and on up to threads - 1 companions, which keep to
-// `processors` (to the caller's own one where there is one processor). All on the calling thread while another one is here.
+// `processors`; all on the calling thread while another one is here. After an exception, which is the caller's, the tasks that
+// have not begun do not begin.
 void run_with_companions(i64 tasks, i64 threads, const std::vector<int>& processors, const std::function<void(i64)>& body);
 
 }  // namespace advkd

@@ -9,25 +9,25 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <fstream>
 #include <mutex>
-#include <numeric>
 #include <random>
 #include <sstream>
 #include <string>
 
 namespace advkd {
-namespace {
 
 #if defined(__linux__)
+namespace {
 
-// Seconds between two looks: the kernel counts in hundredths, and reading them takes a thousandth of that on large machines.
+// Seconds between two readings of /proc/stat, which counts in hundredths.
 constexpr double kInterval = 0.25;
-// Of one processor: what others must take more than what is left, so that the machine counts as crowded, and as free again.
-constexpr double kCrowded = 0.5, kFree = 0.25;
+// Load of others, of the processors that threads may use, up to which barriers are the quickest way to wait.
+constexpr double kTolerated = 0.25;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -39,119 +39,157 @@ double own_seconds() {
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-bool wish_is(const char* value) {
-  const char* wish = std::getenv("ADVKD_SHARE");
-  return wish && std::strcmp(wish, value) == 0;
+bool setting_is(const char* value) {
+  const char* setting = std::getenv("ADVKD_SHARE");
+  return setting && std::strcmp(setting, value) == 0;
+}
+
+// True if `nice` orders all processes: it orders those of one group alone where processes are grouped by session or container.
+bool nice_is_global() {
+  std::string grouped, group;
+  std::ifstream("/proc/sys/kernel/sched_autogroup_enabled") >> grouped;
+  std::ifstream("/proc/self/cgroup") >> group;
+  return grouped != "1" && (group.empty() || group.ends_with(":/"));
+}
+
+std::vector<int> affinity() {
+  std::vector<int> processors;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return processors;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &set)) processors.push_back(cpu);
+  return processors;
 }
 
 class Watch {
  public:
-  explicit Watch(std::vector<int> allowed) : allowed_(std::move(allowed)), always_(wish_is("1")), before_(read()) {
-    if (always_) kept_ = allowed_;
+  explicit Watch(bool forked) : forked_(forked) {}
+
+  std::vector<int> of_thread(i64 threads) {
+    const std::lock_guard lock(mutex_);
+    if (read_if_due()) allowed_ = affinity();
+    if (!crowded(threads, allowed_)) return {};
+    return keep(threads, allowed_, {sched_getcpu()});
   }
 
-  // A forked child's, whatever the parent's threads were doing.
-  Watch* again() const { return new Watch(allowed_); }
-
-  std::vector<int> processors(i64 threads) {
-    if (allowed_.empty() || threads < 2) return {};
+  std::vector<int> of_process(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept) {
     const std::lock_guard lock(mutex_);
-    if (now() - before_.time >= kInterval) look(threads);
-    return kept_;
+    read_if_due();
+    if (!crowded(threads, allowed)) return {};
+    return keep(threads, allowed, may_leave(kept, allowed) ? std::vector<int>{} : kept);
+  }
+
+  bool read_if_due() {
+    const double time = now(), seconds = time - time_;
+    if (seconds < kInterval) return false;
+    const double own = own_seconds();
+    std::vector<double> busy = busy_seconds();
+    busy_.resize(busy.size());
+    before_.resize(busy.size());
+    // The first reading is where the next one begins.
+    const double kept = time_ == 0 ? 1 : std::exp2(-seconds / kInterval);
+    for (size_t i = 0; i < busy.size(); ++i) busy_[i] = kept * busy_[i] + (1 - kept) * (busy[i] - before_[i]) / seconds;
+    own_ = kept * own_ + (1 - kept) * (own - own_before_) / seconds;
+    before_ = std::move(busy), own_before_ = own, time_ = time;
+    return true;
   }
 
  private:
-  struct Look {
-    double time = 0, own = 0;
-    std::vector<double> busy;  // seconds of each processor of `allowed_`
-  };
-
-  // user, system, irq and softirq of every allowed processor. Time of processes that gave way by `nice` counts only for one
-  // that did so itself.
-  Look read() const {
-    Look look{now(), own_seconds(), std::vector<double>(allowed_.size())};
-    const bool nice = getpriority(PRIO_PROCESS, 0) > 0;
+  // user, system, irq and softirq of every processor, and the time of processes that gave way by `nice` where those do not
+  // give way to this one.
+  static std::vector<double> busy_seconds() {
+    const bool niced_counts = getpriority(PRIO_PROCESS, 0) > 0 || !nice_is_global();
     const double tick = 1.0 / static_cast<double>(sysconf(_SC_CLK_TCK));
+    std::vector<double> busy;
     std::ifstream file("/proc/stat");
     for (std::string line; std::getline(file, line) && line.starts_with("cpu");) {
       std::istringstream words(line.substr(3));
-      int cpu;
+      size_t cpu;
       double user, niced, system, idle, waiting, irq, softirq;
       if (line[3] == ' ' || !(words >> cpu >> user >> niced >> system >> idle >> waiting >> irq >> softirq)) continue;
-      const auto found = std::lower_bound(allowed_.begin(), allowed_.end(), cpu);
-      if (found == allowed_.end() || *found != cpu) continue;
-      look.busy[found - allowed_.begin()] = tick * (user + system + irq + softirq + (nice ? niced : 0));
+      busy.resize(std::max(busy.size(), cpu + 1));
+      busy[cpu] = tick * (user + system + irq + softirq + (niced_counts ? niced : 0));
     }
-    return look;
+    return busy;
   }
 
-  void look(i64 threads) {
-    const Look after = read();
-    const double seconds = after.time - before_.time, own = (after.own - before_.own) / seconds;
-    std::vector<double> busy(allowed_.size());
-    for (size_t i = 0; i < busy.size(); ++i) busy[i] = (after.busy[i] - before_.busy[i]) / seconds;
-    before_ = after;
-    const double processors = static_cast<double>(busy.size());
-    const double load = std::clamp(std::accumulate(busy.begin(), busy.end(), 0.0) - own, 0.0, processors);
-    const double excess = static_cast<double>(threads) + load - processors;
-    if (!always_ && excess <= (kept_.empty() ? kCrowded : kFree))
-      kept_.clear();
-    else
-      keep(std::clamp<i64>(static_cast<i64>(processors - load), 1, threads), busy, own);
+  double busy(int cpu) const { return static_cast<size_t>(cpu) < busy_.size() ? busy_[cpu] : 0; }
+
+  // Processors' worth of time that others take of these.
+  double load(const std::vector<int>& processors) const {
+    double sum = -own_;
+    for (const int cpu : processors) sum += busy(cpu);
+    return std::clamp(sum, 0.0, static_cast<double>(processors.size()));
   }
 
-  // Those that were kept before, then the idlest. Where a neighbour is on ours and others lie idle, ours are given up, by chance:
-  // two processes that do the same part that way.
-  void keep(i64 count, const std::vector<double>& busy, double own) {
-    const auto index = [&](int cpu) { return std::lower_bound(allowed_.begin(), allowed_.end(), cpu) - allowed_.begin(); };
-    double shared = -own, idlest = 1;
-    for (const int cpu : kept_) shared += busy[index(cpu)];
-    std::vector<int> order = allowed_;
-    const auto is_kept = [&](int cpu) { return std::find(kept_.begin(), kept_.end(), cpu) != kept_.end(); };
-    for (const int cpu : order)
-      if (!is_kept(cpu)) idlest = std::min(idlest, busy[index(cpu)]);
-    if (shared > kFree && idlest < kFree && chance_() % 2 == 0) kept_.clear();
+  bool crowded(i64 threads, const std::vector<int>& allowed) const {
+    const auto processors = static_cast<double>(allowed.size());
+    if (threads < 2 || allowed.empty()) return false;
+    if (forked_ || setting_is("1")) return true;
+    if (setting_is("0")) return false;
+    return std::min(static_cast<double>(threads), processors) + load(allowed) - processors > kTolerated * processors;
+  }
+
+  // As many as the others leave: first those of `kept`, then the idlest.
+  std::vector<int> keep(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept) const {
+    const auto all = static_cast<i64>(allowed.size());
+    const i64 count = std::clamp<i64>(std::lround(static_cast<double>(all) - load(allowed)), 1, std::min(threads, all));
+    const auto is_kept = [&](int cpu) { return std::find(kept.begin(), kept.end(), cpu) != kept.end(); };
+    std::vector<int> order = allowed;
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-      return is_kept(a) != is_kept(b) ? is_kept(a) : busy[index(a)] < busy[index(b)];
+      return is_kept(a) != is_kept(b) ? is_kept(a) : busy(a) < busy(b);
     });
-    kept_.assign(order.begin(), order.begin() + count);
+    order.resize(count);
+    return order;
   }
 
-  const std::vector<int> allowed_;
-  const bool always_;
-  std::vector<int> kept_;
+  // True, by chance, where a neighbour is on ours and another processor lies idle: of two processes that keep to one processor
+  // one leaves.
+  bool may_leave(const std::vector<int>& kept, const std::vector<int>& allowed) {
+    double idlest = 1;
+    for (const int cpu : allowed)
+      if (std::find(kept.begin(), kept.end(), cpu) == kept.end()) idlest = std::min(idlest, busy(cpu));
+    return load(kept) > kTolerated && idlest < kTolerated && chance_() % 2 == 0;
+  }
+
+  const bool forked_;
   std::mutex mutex_;
-  Look before_;
+  std::vector<int> allowed_ = affinity();
+  std::vector<double> busy_, before_;  // by processor: of a second, and seconds at the last reading
+  double own_ = 0, own_before_ = 0, time_ = 0;
   std::minstd_rand chance_{static_cast<unsigned>(getpid())};
 };
 
-std::vector<int> allowed_processors() {
-  std::vector<int> allowed;
-  cpu_set_t set;
-  if (wish_is("0") || sched_getaffinity(0, sizeof set, &set) != 0) return allowed;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (CPU_ISSET(cpu, &set)) allowed.push_back(cpu);
-  return allowed;
-}
-
-// From the library's loading on, so that the first call knows; never destroyed, as other threads may look until the end.
+// Read when the library is loaded, so that the first call has a reading to begin from. Never destroyed: other threads may ask
+// until the end. A forked child begins anew, whatever its parent's threads were doing, and counts as crowded: OpenMP, whose threads
+// it has not, would wait for them.
 Watch* watch = [] {
-  pthread_atfork(nullptr, nullptr, [] { watch = watch->again(); });
-  return new Watch(allowed_processors());
+  pthread_atfork(nullptr, nullptr, [] { watch = new Watch(true); });
+  auto* first = new Watch(false);
+  first->read_if_due();
+  return first;
 }();
-
-#endif
 
 }  // namespace
 
-#if defined(__linux__)
 std::vector<int> crowded_processors(i64 threads) {
-  return watch->processors(threads);
+  return watch->of_thread(threads);
 }
+
+std::vector<int> crowded_processors(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept) {
+  return watch->of_process(threads, allowed, kept);
+}
+
 #else
+
 std::vector<int> crowded_processors(i64) {
   return {};
 }
+
+std::vector<int> crowded_processors(i64, const std::vector<int>&, const std::vector<int>&) {
+  return {};
+}
+
 #endif
 
 }  // namespace advkd

@@ -1,4 +1,8 @@
-// Other processes on the processors that this one may use. Torch-free; Linux only, elsewhere there are none.
+// Other processes on the processors that this one may use. Torch-free; Linux alone, elsewhere there are none.
+//
+// With more threads ready than processors every barrier waits for one that does not run. On as many processors as the others
+// leave, a thread that waits makes room for the next. ADVKD_SHARE=0 and 1 in the environment stand for never and always; in a
+// forked child it is always.
 #pragma once
 
 #include <vector>
@@ -7,11 +11,11 @@
 
 namespace advkd {
 
-// Processors that a process of `threads` threads keeps to while others use the machine; empty while it has the machine to
-// itself. With more threads ready than processors every barrier waits for one that does not run; on as many processors as the
-// others leave, one that waits makes room for the other. ADVKD_SHARE=0 and 1 in the environment stand for never and always.
-//
-// Looked at anew at most four times a second, when asked.
+// Processors that the calling thread and its companions keep to while others use the machine, its own one first; empty while
+// others take no more than a quarter of what such a number of threads may use. The load is read at most four times a second.
 std::vector<int> crowded_processors(i64 threads);
+
+// The same for all threads of a process that may use `allowed` and keeps to `kept` so far, which stay where they can.
+std::vector<int> crowded_processors(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept);
 
 }  // namespace advkd

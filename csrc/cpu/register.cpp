@@ -284,9 +284,8 @@ std::vector<int64_t> conv_products(std::vector<int64_t> numbers) {
   return {products_per_image(layer), direct_products_per_image(layer)};
 }
 
-// The processors that crowded_processors gives for torch's number of threads.
-std::vector<int64_t> crowded() {
-  const std::vector<int> processors = crowded_processors(threads());
+std::vector<int64_t> crowded(int64_t threads, std::vector<int64_t> allowed, std::vector<int64_t> kept) {
+  const std::vector<int> processors = crowded_processors(threads, {allowed.begin(), allowed.end()}, {kept.begin(), kept.end()});
   return {processors.begin(), processors.end()};
 }
 
@@ -311,7 +310,7 @@ STABLE_TORCH_LIBRARY(advkd_cpu, m) {
   m.def("workspace_bytes(int[] layers, int images) -> int");
   m.def("clear_workspaces() -> int");
   m.def("product_rate(int storage, float seconds) -> float");
-  m.def("crowded() -> int[]");
+  m.def("crowded(int threads, int[] allowed, int[] kept) -> int[]");
   m.def("isa() -> str");
 }
 

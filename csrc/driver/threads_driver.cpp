@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -38,6 +39,23 @@ void all_sizes() {
       for (const auto& processors : {std::vector<int>{}, {0}, {0, 1}}) every_task_once(tasks, threads, processors);
 }
 
+// On whichever thread a task throws, the caller has the exception, and the next tasks run.
+void exceptions() {
+  for (const i64 bad : {0, 1, 99}) {
+    const std::vector<int> many(1000, 0);
+    bool caught = false;
+    try {
+      run_with_companions(100, 3, {0}, [many, bad](i64 task) {
+        if (task == bad) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    expect(caught, "an exception did not arrive", 100, 3);
+    every_task_once(100, 3, {0});
+  }
+}
+
 void several_callers() {
   std::vector<std::thread> callers;
   for (int i = 0; i < 3; ++i) callers.emplace_back(all_sizes);
@@ -61,6 +79,7 @@ void forked_child() {
 
 int main() {
   all_sizes();
+  exceptions();
   several_callers();
   forked_child();
   expect(crowded_processors(1).empty(), "one thread is never crowded", 0, 1);

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from advkd import sharing
+from advkd import InputError, sharing
 
 from ..conftest import process_environment
 
@@ -37,7 +37,7 @@ torch.manual_seed(0)
 critic = advkd.Critic(advkd.CriticConfig(image_size=16, image_channels=1))
 real, fake = torch.randn(2, 6, 1, 16, 16)
 keep("critic", *advkd.critic_gradients(critic, real, fake, a=(0, range(6), 0)).gradients)
-print(json.dumps([bool(torch.ops.advkd_cpu.crowded()), found]))
+print(json.dumps([bool(torch.ops.advkd_cpu.crowded(2, [0, 1], [])), found]))
 """
 
 
@@ -94,9 +94,15 @@ try:
         found["all"] = until(lambda: all(len(cpus) == 1 for cpus in threads().values()))
         found["same"] = bool(x.sum() == wanted)
         child = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
-        with unconfined():
+        with unconfined(), unconfined():
             found["child"] = int(subprocess.check_output(child))
         found["again"] = len(os.sched_getaffinity(0)) == 1
+        read, write = os.pipe()
+        if os.fork() == 0:
+            with sharing():
+                os.write(write, json.dumps(len(os.sched_getaffinity(0)) == 2).encode())
+            os._exit(0)
+        found["forked"] = json.loads(os.read(read, 100))
     found["given back"] = all(cpus == allowed for cpus in threads().values())
     found["gone"] = not any(name.startswith("advkd") for name in names())
 finally:
@@ -106,7 +112,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2 or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_a_crowded_process_keeps_to_what_is_left_and_gives_it_back():
     found = run_script(CROWD)
     assert found.pop("child") == 2
@@ -114,20 +120,73 @@ def test_a_crowded_process_keeps_to_what_is_left_and_gives_it_back():
 
 
 ALONE = """
-import json, os, threading, torch
+import json, os, threading, time, torch
 from advkd import sharing
 torch.set_num_threads(THREADS)
 before = os.sched_getaffinity(0)
+def names():
+    return {thread.name for thread in threading.enumerate()}
 with sharing():
-    watched = "advkd neighbours" in {thread.name for thread in threading.enumerate()}
-    torch.randn(100_000).exp_()
-print(json.dumps([watched, os.sched_getaffinity(0) == before]))
+    watched, end = "advkd neighbours" in names(), time.monotonic() + 60
+    while WAITS and "advkd idle team" not in names() and time.monotonic() < end:
+        torch.randn(100_000).exp_()
+    sleeps = "advkd idle team" in names()
+print(json.dumps([watched, sleeps, os.sched_getaffinity(0) == before]))
 """
 
 
-@pytest.mark.parametrize("share, watched", [("0", False), ("1", True), ("", True)])
-def test_sharing_can_be_switched_off(share, watched):
-    assert run_script(ALONE.replace("THREADS", "2"), ADVKD_SHARE=share) == [watched, True]
+@pytest.mark.parametrize("share, threads, found", [("0", 2, [False, False]), ("1", 2, [True, True]), ("1", 1, [False, False])])
+def test_sharing_can_be_switched_off(share, threads, found):
+    script = ALONE.replace("THREADS", str(threads)).replace("WAITS", str(found[1]))
+    assert run_script(script, ADVKD_SHARE=share) == [*found, True]
+
+
+def test_other_settings_are_refused(monkeypatch):
+    monkeypatch.setenv("ADVKD_SHARE", "off")
+    with pytest.raises(InputError, match="ADVKD_SHARE must be 0, 1 or auto, got 'off'"), sharing():
+        pass
+
+
+LATE = """
+import json, os, torch
+from advkd import sharing
+torch.set_num_threads(2)
+with sharing():
+    torch.ops.advkd_cpu.crowded(2, [0], [0])
+processor = min(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {processor})
+seen = set()
+with sharing():
+    for _ in range(300):
+        torch.randn(100_000).exp_()
+        seen |= {frozenset(os.sched_getaffinity(0))}
+print(json.dumps([sorted(map(sorted, seen)), processor]))
+"""
+
+
+def test_a_process_stays_where_its_user_bound_it():
+    seen, processor = run_script(LATE, ADVKD_SHARE="1")
+    assert seen == [[processor]]
+
+
+FORKED = """
+import json, os, torch, advkd
+torch.set_num_threads(2)
+fused = advkd.Student.from_pretrained("digits").fuse(tune=False)
+z = fused.latents(16, seed=0)
+wanted = fused(z)
+torch.randn(10**6).exp_()  # torch's threads are there
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(fused(z), wanted) else 1)
+print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+
+
+@pytest.mark.parametrize("share", ["0", "auto"])
+def test_a_forked_child_draws(share):
+    """OpenMP waits for threads that a forked child has not."""
+    assert run_script(FORKED, ADVKD_SHARE=share) == 0
 
 
 def test_an_error_passes_through():
