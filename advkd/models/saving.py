@@ -82,6 +82,8 @@ class PretrainedModule:
 
         Each file is whole or absent.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise InputError(f"folder must be a path, got {folder!r}")
         folder = Path(folder)
         if folder.is_file():
             raise InputError(f"{folder} is a file; name a folder")
