@@ -395,7 +395,9 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
         """
         _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
         eta, return_dict = real("eta", eta), flag("return_dict", return_dict)
-        use_clipped_model_output = flag("use_clipped_model_output", use_clipped_model_output)
+        # diffusers' own pipeline passes None.
+        given = False if use_clipped_model_output is None else use_clipped_model_output
+        use_clipped_model_output = flag("use_clipped_model_output", given)
         arguments = (model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
         if self.num_inference_steps is None or (eta > 0 and variance_noise is not None and generator is not None):
             # Diffusers says what is wrong.

@@ -255,7 +255,7 @@ def _batch(campaign, numbers, modes):
         for line in lines:
             row = json.loads(line)
             if "outcome" not in row:
-                begun, open_case = begun + 1, row
+                begun, open_case = begun + ("drawn" not in row), row
                 continue
             modes[row["mode"]] += 1
             campaign.add(row["kind"], row["outcome"], row["case"], row["detail"])
@@ -276,9 +276,10 @@ def _judge_all(seed, numbers, writing):
     with os.fdopen(writing, "w", buffering=1) as answers:
         for number in numbers:
             signal.alarm(PATIENCE)
+            print(json.dumps({"kind": "a draw", "case": number, "mode": "plain"}), file=answers)
             call, mode, name, draw = case(seed, number)
             begun = {"kind": call.name, "case": number, "mode": mode}
-            print(json.dumps(begun), file=answers)
+            print(json.dumps({**begun, "drawn": True}), file=answers)
             outcome, detail, mode = judge(call, mode, draw)
             detail = f"{mode}{f', {name} spoilt' if name else ''}: {detail}" if outcome not in ("right", "refused") else ""
             print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)

@@ -173,7 +173,7 @@ _SPOIL_TENSOR = (
     lambda t: t.to_sparse(),
     lambda t: torch.nested.nested_tensor(list(t.float())) if t.ndim > 1 and len(t) else None,
     lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
-    lambda t: t.float().numpy(),
+    lambda t: t.float().resolve_neg().numpy(),
     lambda t: t.tolist(),
     _huge,
 )
