@@ -17,7 +17,7 @@ from advkd import ops
 
 from .call_ops import norm_act_reference
 
-PATIENCE = 30
+PATIENCE = 10
 """Seconds until a forked process that has not answered hangs."""
 
 
@@ -414,5 +414,5 @@ MODES = {
 }
 """Name -> function of a call and a draw that gives the call's result, whose modes are off again when it returns."""
 
-SHARES = {"plain": 12.0, "after a fork": 0.15, "from four threads": 0.5, "compiled": 0.006}
+SHARES = {"plain": 12.0, "after a fork": 0.02, "from four threads": 0.5, "compiled": 0.006}
 """How often a mode is drawn, 1 where not named."""
