@@ -179,6 +179,9 @@ def test_autocast_changes_no_dtype():
 
 
 def test_steps_of_tensors_without_memory():
+    half = {name: CALLS["conv_bias_act_mask"][name].half() for name in ("x", "weight", "bias")}
+    assert call("conv_bias_act_mask", **half)[0].shape == (2, 5, 4, 4)
+    assert call("conv_bias_act_mask", **{name: t.to("meta") for name, t in half.items()})[0].shape == (2, 5, 4, 4)
     call("sampler_step")
     meta = {name: CALLS["sampler_step"][name].to("meta") for name in ("x", "model_output")}
     assert call("sampler_step", **meta, check_finite=True)[0].shape == X.shape
