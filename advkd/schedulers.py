@@ -278,8 +278,9 @@ def _version(tensor):
 
 def _number(timestep):
     """A timestep as a plain number: it is one, or a tensor or an array of one element. None where it is not."""
-    if isinstance(timestep, torch.Tensor) and (timestep.is_quantized or timestep.element_size() == 1):
-        return None
+    if isinstance(timestep, torch.Tensor):
+        if timestep.layout is not torch.strided or timestep.is_quantized or timestep.element_size() == 1:
+            return None
     if not isinstance(timestep, Real) and hasattr(timestep, "item"):
         try:
             timestep = timestep.item()

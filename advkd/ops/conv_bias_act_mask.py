@@ -45,17 +45,13 @@ def conv_bias_act_mask(
         raise InputError(f"bias must be ({weight.shape[0]},), one number per output channel, got {tuple(bias.shape)}")
     if weight.shape[0] < 1 or weight.shape[0] % groups or x.shape[1] < 1:
         raise InputError(f"weight must have a multiple of groups, {groups}, of output channels, got {tuple(weight.shape)}")
-    pairs, sides = windows(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    pairs, _ = windows(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     backends.require_known(backend)
     backends.refuse_order_0("conv_bias_act_mask", x, weight, bias)
     slope = finite("slope", slope)
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
-    if x.is_meta:
-        # torch's own convolution without memory may end the process where it has computed in float16 before.
-        p = torch.empty((x.shape[0], weight.shape[0], *sides), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    else:
-        p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)
+    p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)
     return bias_act_mask(p, None if inside is not None else bias, slope, fresh=True, backend=backend)
 
 

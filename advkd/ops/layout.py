@@ -67,6 +67,8 @@ def windows(size, kernel, stride, padding, dilation):
         if len(value) != 2:
             raise InputError(f"{name} must be a whole number or a pair of them, got {value}")
         pairs.append([whole(name, n, least, 2**31) for n in value])
+    # The dilation of a kernel of one pixel has no meaning, and in float16 it ends the process within oneDNN.
+    pairs[2] = [q if k > 1 else 1 for q, k in zip(pairs[2], kernel)]
     sides = [(n + 2 * p - q * (k - 1) - 1) // s + 1 for n, k, s, p, q in zip(size, kernel, *pairs)]
     if min(*size, *kernel, *sides) < 1:
         found = f"stride {stride}, padding {padding} and dilation {dilation}"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arguments import device as known_device
-from ..arguments import flag, real, require_dense
+from ..arguments import flag, real, require_dense, whole
 from ..errors import InputError
 from . import backends, philox
 from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format, require_whole_or_apart, require_writable, span
@@ -121,6 +121,7 @@ def sampler_step(
     """
     if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
         raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
+    require_dense("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
     backends.require_known(backend)
     out, average = _split(out)
@@ -136,7 +137,8 @@ def sampler_step(
     if average is not None and not torch.compiler.is_compiling():
         _check_average(average, {"x": x, **tensors})
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
-    if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
+    pool = pool if pool is None else whole("pool", pool, 1)
+    if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
     backends.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, out, average)
     x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
@@ -184,7 +186,6 @@ def _split(out):
 
 
 def _check_tensors(x, tensors):
-    require_dense("x", x)
     for name, tensor in tensors.items():
         if tensor is None and name != "model_output":
             continue

@@ -452,7 +452,7 @@ def _sampler_step_bound(wide, wanted, same):
     if wide["return_x0"]:
         bounds.append(16 * UNIT * clean)
     if wide["pool"]:
-        bounds.append(F.avg_pool2d(16 * UNIT * size, wide["pool"]) if size.numel() else size)
+        bounds.append(F.avg_pool2d(16 * UNIT * size, int(wide["pool"])) if size.numel() else size)
     dtype = same[0].dtype
     shaped = (b.expand(w.shape) if b.numel() else w for b, w in zip(bounds, wanted, strict=True))
     return [stored(b + 2.0**-100, w, dtype) for b, w in zip(shaped, wanted, strict=True)]

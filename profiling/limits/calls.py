@@ -76,6 +76,7 @@ TORCH_REFUSES = (
     r"^vmap: ",
     r"inside of vmap",
     r"Inference tensors cannot be saved for backward",
+    r"aten\.nonzero",
     r"aten\._local_scalar_dense",
 )
 """What says of a derivative or a transform that it does not exist: our own words, and torch's where it is asked first."""

@@ -99,6 +99,14 @@ def test_windows_that_do_not_fit_are_refused(op, option):
         call(op, dilation=9)
 
 
+def test_dilation_of_one_pixel_has_no_meaning():
+    x, weight = (
+        t.half().contiguous(memory_format=torch.channels_last) for t in (torch.randn(1, 6, 7, 1), torch.randn(2, 6, 3, 1))
+    )
+    found, wanted = (ops.conv_bias_act_mask(x, weight, stride=2, padding=1, dilation=(1, q)) for q in (2, 1))
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_the_wrong_size_is_found_before_anything_is_copied():
     """2^31 samples in the memory of one."""
     many = torch.zeros(1).expand(2**31 + 5, 3, 4, 4)
@@ -179,9 +187,6 @@ def test_autocast_changes_no_dtype():
 
 
 def test_steps_of_tensors_without_memory():
-    half = {name: CALLS["conv_bias_act_mask"][name].half() for name in ("x", "weight", "bias")}
-    assert call("conv_bias_act_mask", **half)[0].shape == (2, 5, 4, 4)
-    assert call("conv_bias_act_mask", **{name: t.to("meta") for name, t in half.items()})[0].shape == (2, 5, 4, 4)
     call("sampler_step")
     meta = {name: CALLS["sampler_step"][name].to("meta") for name in ("x", "model_output")}
     assert call("sampler_step", **meta, check_finite=True)[0].shape == X.shape
@@ -189,6 +194,12 @@ def test_steps_of_tensors_without_memory():
         fake = {name: mode.from_tensor(CALLS["sampler_step"][name]) for name in ("x", "model_output")}
         assert call("sampler_step", **fake)[0].shape == X.shape
     assert call("conv_block", **{name: CALLS["conv_block"][name].to("meta") for name in ("x", "weight", "bias")}).is_meta
+
+
+@pytest.mark.parametrize("pool", [0, -1, 3, 1.5, "2", torch.zeros(2)])
+def test_windows_of_an_average_divide_the_sides(pool):
+    with pytest.raises(InputError, match="pool"):
+        call("sampler_step", pool=pool)
 
 
 def test_coefficients_are_numbers_and_steps():
