@@ -30,7 +30,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import flag, real, require_dense
+from .arguments import finite, flag, require_dense
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients, euler_coefficients
 from .errors import InputError
 from .ops import StepCoefficients, coefficient_table, sampler_step
@@ -321,9 +321,12 @@ def _require_tensors(**tensors):
             require_dense(name, tensor)
             if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
                 raise InputError(f"{name} must hold floating-point numbers of 16 bits or more, got {tensor.dtype}")
+    if tensors["model_output"].device != tensors["sample"].device:
+        found = f"{tensors['model_output'].device} and {tensors['sample'].device}"
+        raise InputError(f"model_output and sample must be on one device, got {found}")
     shapes = [list(tensor.shape) for tensor in tensors.values() if tensor is not None]
     output, sample = shapes[:2]
-    if len(output) < 2 and output != sample:
+    if min(len(output), len(sample)) < 2 and output != sample:
         raise InputError(f"model_output must have the shape of sample, {tuple(sample)}, got {tuple(output)}")
     if len(output) == len(sample) > 1 and output[1] == 2 * sample[1]:
         # Learned variances are further channels.
@@ -395,7 +398,7 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
             InputError: a timestep outside [0, T), or a generator or noise beside a seed.
         """
         _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
-        eta, return_dict = real("eta", eta), flag("return_dict", return_dict)
+        eta, return_dict = finite("eta", eta), flag("return_dict", return_dict)
         # diffusers' own pipeline passes None.
         given = False if use_clipped_model_output is None else use_clipped_model_output
         use_clipped_model_output = flag("use_clipped_model_output", given)
@@ -604,7 +607,7 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
             InputError: a first timestep that is not in the schedule, or a step after the last.
         """
         _require_tensors(model_output=model_output, sample=sample)
-        s_churn, return_dict = real("s_churn", s_churn), flag("return_dict", return_dict)
+        s_churn, return_dict = finite("s_churn", s_churn), flag("return_dict", return_dict)
         arguments = (model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
         if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
             # Diffusers says what is wrong.

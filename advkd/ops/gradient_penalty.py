@@ -227,6 +227,8 @@ def check_condition(condition, x):
         found = f"{tuple(condition.shape)} on {condition.device}" if isinstance(condition, torch.Tensor) else condition
         raise InputError(f"condition must be ({x.shape[0]}, ...) on {x.device}, one row per sample, got {found}")
     require_dense("condition", condition)
+    if condition.is_complex():
+        raise InputError(f"condition must hold real numbers, got {condition.dtype}")
 
 
 backends.implement("gradient_penalty", "cpu", "triton", "cuda")

@@ -107,6 +107,14 @@ def _autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+def two_threads(call, draw):
+    if call.name == "conv_bias_act_mask":
+        # The sums of torch's own convolution depend on the number of threads.
+        raise NotHere
+    with _two_threads():
+        return call.function(**call.arguments)
+
+
 def twice(call, draw):
     """The second call gives the first one's bits."""
     _unwritten(call)
@@ -314,6 +322,8 @@ def _norm_act_gradient(call, name, leaf, found):
 
 def _penalty_gradient(call):
     critic = call.arguments["critic"]
+    if not isinstance(critic, torch.nn.Module):
+        raise NotHere
     parameters = list(critic.parameters())
     found = call.function(**call.arguments)
     ours = torch.autograd.grad(found, parameters, create_graph=True, allow_unused=True)
@@ -383,7 +393,8 @@ def vectorized(call, draw):
     wanted = call.function(**call.arguments)
     function = lambda one: flat(call.function(**{**call.arguments, name: one}))  # noqa: E731
     found = torch.func.vmap(function)(torch.stack([value, value]))
-    if not identical([t[1] for t in found], wanted):
+    pairs = zip(found, flat(wanted), strict=True)
+    if not all(torch.allclose(one[1], other, 1e-4, 1e-4, equal_nan=True) for one, other in pairs):
         raise Wrong("vmap gives other numbers than a loop")
     return wanted
 
@@ -396,7 +407,7 @@ MODES = {
     "another default dtype": within(_default_dtype),
     "another default device": within(functools.partial(torch.device, "meta")),
     "poisoned memory": within(_deterministic),
-    "two threads": within(_two_threads),
+    "two threads": two_threads,
     "twice": twice,
     "copied": copied,
     "pickled": pickled,

@@ -231,11 +231,11 @@ def _penalty_bound(wide, wanted, same):
     g, dtype = wide["g"].reshape(len(wide["g"]), math.prod(wide["g"].shape[1:])), same[1].dtype
     share, target, count = abs(float(wide["weight"])) / max(len(g), 1), float(wide["target"]), 96 * UNIT
     norm = g.norm(dim=1)
-    off = count * norm + 4 * UNIT * target
+    off = count * norm + 4 * UNIT * abs(target)
     penalties = share * (2 * (norm - target).abs() * off + off.square()) + count * wanted[0].abs()
-    slack = 2 * share * (off + count * (norm + target)) / norm.where(norm > 0, 1)
+    slack = 2 * share * (off + count * (norm + abs(target))) / norm.where(norm > 0, 1)
     v = slack[:, None] * g.abs() + count * share * g.abs()
-    least = 2.0**-100 * (1 + target)
+    least = 2.0**-100 * (1 + abs(target))
     return [stored(penalties + least, wanted[0], same[0].dtype), stored(v.view_as(wanted[1]) + least, wanted[1], dtype)]
 
 

@@ -188,8 +188,12 @@ def project(draw):
         "latent_size": 1 if detail else draw.randint(1, size // 4),
         "detail_noise": detail,
     }
+
     # An orthonormal map: a number is a sum of as many terms as a block has, or of the levels' fours.
-    bound = lambda wide, wanted, same: [64 * UNIT * _largest(wide["x_T"], size).expand(wanted[0].shape)]  # noqa: E731
+    def bound(wide, wanted, same):
+        narrow = max(UNIT, torch.finfo(same[0].dtype).eps / 2)
+        return [(64 * narrow * _largest(wide["x_T"], size)).expand(wanted[0].shape)]
+
     return Call("project", latents.project, arguments, latents_in_plain, latents_in_plain, bound, None, ("x_T",))
 
 
@@ -319,7 +323,9 @@ def scheduler_step(draw):
         size = 4 + sum(wide[name].abs().max() for name in ("sample", "model_output") if wide[name].numel())
         states = [arguments[name] for name in ("sample", "model_output")]
         loose = 64 * max(UNIT, *(torch.finfo(t.dtype).eps / 2 for t in (*same, *states) if t.is_floating_point()))
-        return [torch.full(w.shape, float(loose * gain * size)) for w in wanted]
+        bounds = [torch.full(w.shape, float(loose * gain * size)) for w in wanted]
+        # Halves may overflow in one order of operations and not in the other.
+        return [torch.where(w.isfinite(), b, math.nan) for w, b in zip(wanted, bounds)] if drawn() else bounds
 
     return Call(
         ours.__qualname__,

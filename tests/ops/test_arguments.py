@@ -202,6 +202,15 @@ def test_windows_of_an_average_divide_the_sides(pool):
         call("sampler_step", pool=pool)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 1), (2, 1, 5, 3), (1, 3, 1, 1)])
+def test_strides_of_axes_with_one_element_are_any_number(backend, shape):
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    odd = x.as_strided(shape, [2**40 if side == 1 else stride for side, stride in zip(shape, x.stride())])
+    wanted = call("sampler_step", x=x, model_output=x, backend=backend)[:2]
+    assert all(map(torch.equal, call("sampler_step", x=odd, model_output=x, backend=backend), wanted))
+
+
 def test_coefficients_are_numbers_and_steps():
     with pytest.raises(InputError, match="k_m"):
         ops.StepCoefficients(1.0, "text", 0.5)

@@ -103,6 +103,13 @@ def test_schedulers(kind):
         for bad in (None, 3, "text", x.numpy(), x.to_sparse(), x.bool(), x.to(torch.float8_e4m3fn), x[..., :3]):
             with pytest.raises(InputError, match=name):
                 scheduler.step(**{"model_output": x, "sample": x, "timestep": t, name: bad})
+    for bad in (x.to("meta"), x[0, 0, 0, 0]):
+        with pytest.raises(InputError, match="model_output"):
+            scheduler.step(bad, t, x)
+    if kind == "DDIM":
+        for eta in (None, "1", float("nan"), 1e300):
+            with pytest.raises(InputError, match="eta"):
+                scheduler.step(x, t, x, eta=eta)
     with pytest.raises(InputError, match="return_dict"):
         scheduler.step(x, t, x, return_dict="text")
     with pytest.raises(InputError, match="timestep"):
