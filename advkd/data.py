@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .arguments import whole
 from .errors import InputError
 from .files import require_regular, why_unreadable
 
@@ -37,6 +38,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 
 PIXEL_LIMIT = 2**27
 """Pixels that a picture may have, whatever Pillow's own limit is set to (Pillow warns of two thirds of that)."""
+
+LARGEST_SIDE = 2**14
+"""Pixels that a side may be resized to."""
 
 SCAN_LIMIT = 100
 """Scans that a JPEG may have, as libtiff limits those within a TIFF; encoders write up to twenty."""
@@ -78,10 +82,13 @@ def load_images(source, size=None, channels=None):
         InputError: no such folder, no image in it, a folder that cannot be read, or an image that cannot: damaged, of another
             format, of more than ``PIXEL_LIMIT`` (2^27) pixels, or of values without a known range (it is named).
     """
-    if channels not in (None, 1, 3):
+    if channels is not None and whole("channels", channels) not in (1, 3):
         raise InputError(f"channels must be 1 or 3, got {channels}")
-    if size is not None and size < 1:
-        raise InputError(f"size must be at least 1, got {size}")
+    size = size if size is None else whole("size", size, 1)
+    if size is not None and size > LARGEST_SIDE:
+        raise InputError(f"size must be at most {LARGEST_SIDE}, got {size}")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
     if not os.path.isdir(source):

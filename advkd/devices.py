@@ -24,6 +24,15 @@ def require_device(name):
     return torch.device("cpu") if device.type == "cpu" else device
 
 
+AUTOCAST = ("cpu", "cuda")
+"""Devices whose autocast is heeded."""
+
+
+def without_autocast(x):
+    """A context manager: what is computed on ``x``'s device inside has the dtypes of its tensors, wherever it is called."""
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def plain_defaults():
     """torch's own defaults within: float32 on the CPU, whatever the caller has set. Also a decorator.

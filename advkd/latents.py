@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from .arguments import flag, require_dense, whole
+from .devices import without_autocast
 from .errors import InputError
 
 
@@ -50,6 +52,8 @@ def project(x_T, latent_size=1, detail_noise=False):
     Returns:
         ``(N, latent_numel)``, in ``x_T``'s dtype.
     """
+    _check_state(x_T)
+    latent_size, detail_noise = whole("latent_size", latent_size), flag("detail_noise", detail_noise)
     n, channels, size, _ = x_T.shape
     check_latent(size, latent_size, detail_noise)
     if detail_noise:
@@ -57,8 +61,19 @@ def project(x_T, latent_size=1, detail_noise=False):
     side = size // 4
     basis = dct_basis(side, latent_size).to(x_T)
     blocks = x_T.reshape(n, channels, 4, side, 4, side)
-    coefficients = torch.einsum("ncyaxb,ua,vb->ncuvyx", blocks, basis, basis)
-    return coefficients.reshape(n, -1)
+    # Autocast would round what is to be orthonormal.
+    with without_autocast(x_T):
+        coefficients = torch.einsum("ncyaxb,ua,vb->ncuvyx", blocks, basis, basis)
+    return coefficients.reshape(n, channels * latent_size**2 * 16)
+
+
+def _check_state(x_T):
+    require_dense("x_T", x_T)
+    if not x_T.is_floating_point() or torch.finfo(x_T.dtype).bits < 16:
+        raise InputError(f"x_T must be a floating-point tensor of 16 bits or more, got {x_T.dtype}")
+    side = x_T.shape[-1] if x_T.ndim == 4 else 0
+    if side < 4 or side & (side - 1) or x_T.shape[2] != side:
+        raise InputError(f"x_T must have shape (N, C, S, S) with S = 4 * 2^k, got {tuple(x_T.shape)}")
 
 
 def check_latent(image_size, latent_size, detail_noise):

@@ -13,6 +13,7 @@ from numbers import Integral
 
 import torch
 
+from .arguments import real, require_dense, whole
 from .errors import InputError
 
 NEIGHBOUR = 3
@@ -311,7 +312,7 @@ def _interval(resampled, measured, level):
 
 
 def _generator(seed):
-    return torch.Generator(device="cpu").manual_seed(seed)
+    return torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0, 2**64))
 
 
 def _resample(features, generator):
@@ -329,11 +330,13 @@ def _two(generated, reference, least):
 
 def _checked(features, name, least):
     """Features as float64 on the CPU, finite and of ``least`` samples or more; anything else is refused by name."""
+    if isinstance(features, torch.Tensor):
+        require_dense(name, features)
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
         found = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
         raise InputError(f"{name} must be a floating-point tensor (N, D), got {found}")
-    if features.is_meta or features.layout != torch.strided:
-        raise InputError(f"{name} must be a dense tensor with values, got a {features.layout} one on {features.device}")
+    if features.is_meta:
+        raise InputError(f"{name} must be a dense tensor with values, got one on {features.device}")
     if features.shape[1] == 0:
         raise InputError(f"{name} must have a feature or more, got {tuple(features.shape)}")
     _require_samples(features, name, least)
@@ -360,11 +363,11 @@ def _alike(a, b, names):
 
 def _require_bootstrap(resamples, level):
     _require_least(1, resamples=resamples)
-    if not 0 < level < 1:
+    if not 0 < real("level", level) < 1:
         raise InputError(f"level must be between 0 and 1, got {level}")
 
 
 def _require_least(least, **values):
     for name, value in values.items():
-        if not isinstance(value, Integral) or value < least:
+        if not isinstance(value, Integral) or not least <= value < 2**31:
             raise InputError(f"{name} must be a whole number, {least} or more, got {value!r}")

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from .arguments import device as known_device
+from .arguments import real, sizes, whole
 from .errors import InputError
 from .ops import StepCoefficients, philox_normal, sampler_step
 
@@ -26,6 +28,7 @@ def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
     Returns:
         x_0 after K evaluations, float32 on ``device``.
     """
+    sigmas = _numbers(sigmas)
     return _denoise_again(denoiser, sigmas, sigmas, shape, seed, start, device)
 
 
@@ -36,15 +39,27 @@ def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", s
     The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
     identity, below all sigmas. The first state is sigma_1 z.
     """
+    sigmas, sigma_min = _numbers(sigmas), real("sigma_min", sigma_min)
     if not 0 <= sigma_min < min(sigmas, default=math.inf):
         raise InputError(f"sigma_min must be at least 0 and below all sigmas, got {sigma_min}")
     weights = [math.sqrt(sigma**2 - sigma_min**2) for sigma in sigmas]
     return _denoise_again(denoiser, sigmas, [*sigmas[:1], *weights[1:]], shape, seed, start, device)
 
 
+def _numbers(sigmas):
+    if not isinstance(sigmas, (list, tuple)):
+        raise InputError(f"sigmas must be a sequence of numbers, got {sigmas!r}")
+    return [real("sigmas", sigma) for sigma in sigmas]
+
+
 def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
+    shape, start, device = sizes("shape", shape), whole("start", start), known_device("device", device)
+    if not callable(denoiser) or not shape:
+        raise InputError(f"denoiser must be a function and shape (N, ...), got {denoiser!r} and {shape}")
     if not sigmas or any(not a > b for a, b in zip([math.inf, *sigmas], [*sigmas, 0.0])):
         raise InputError(f"sigmas must be finite, positive and descending, got {list(sigmas)}")
+    if start + shape[0] > 2**63:
+        raise InputError(f"start must leave room for {shape[0]} indices below 2^63, got {start}")
     indices = torch.arange(start, start + shape[0], dtype=torch.int64, device=device)
     x = weights[0] * philox_normal(seed, indices, shape[1:], stream="x_T")
     # Add noise to what the denoiser made of the state: x_next = m + c_z z.

@@ -30,6 +30,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .arguments import finite, flag, require_dense
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients, euler_coefficients
 from .errors import InputError
 from .ops import StepCoefficients, coefficient_table, sampler_step
@@ -277,6 +278,9 @@ def _version(tensor):
 
 def _number(timestep):
     """A timestep as a plain number: it is one, or a tensor or an array of one element. None where it is not."""
+    if isinstance(timestep, torch.Tensor):
+        if timestep.layout is not torch.strided or timestep.is_quantized or timestep.element_size() == 1:
+            return None
     if not isinstance(timestep, Real) and hasattr(timestep, "item"):
         try:
             timestep = timestep.item()
@@ -291,7 +295,10 @@ def _position(timestep, timesteps):
         return None
     if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype:
         return None
-    position = (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
+    try:
+        position = (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
+    except RuntimeError:  # a tensor of a transform has no address
+        return None
     return position if 0 <= position < len(timesteps) else None
 
 
@@ -305,6 +312,30 @@ def _unfit(model_output, sample, *others):
     if any(tensor.dtype not in (*DTYPES, torch.float64) for tensor in tensors):
         return "tensors other than float32, float64, bfloat16 and float16"
     return None
+
+
+def _require_tensors(**tensors):
+    """An :class:`InputError` for what neither the fused step nor diffusers' own code can compute with."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name != "variance_noise":
+            require_dense(name, tensor)
+            if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
+                raise InputError(f"{name} must hold floating-point numbers of 16 bits or more, got {tensor.dtype}")
+    if tensors["model_output"].device != tensors["sample"].device:
+        found = f"{tensors['model_output'].device} and {tensors['sample'].device}"
+        raise InputError(f"model_output and sample must be on one device, got {found}")
+    shapes = [list(tensor.shape) for tensor in tensors.values() if tensor is not None]
+    output, sample = shapes[:2]
+    if min(len(output), len(sample)) < 2 and output != sample:
+        raise InputError(f"model_output must have the shape of sample, {tuple(sample)}, got {tuple(output)}")
+    if len(output) == len(sample) > 1 and output[1] == 2 * sample[1]:
+        # Learned variances are further channels.
+        output[1] = sample[1]
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        text = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
+        raise InputError(f"{text} do not have one shape") from None
 
 
 def _output(kind, x_next, x0, x0_dtype, return_dict):
@@ -366,6 +397,11 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
         Raises:
             InputError: a timestep outside [0, T), or a generator or noise beside a seed.
         """
+        _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
+        eta, return_dict = finite("eta", eta), flag("return_dict", return_dict)
+        # diffusers' own pipeline passes None.
+        given = False if use_clipped_model_output is None else use_clipped_model_output
+        use_clipped_model_output = flag("use_clipped_model_output", given)
         arguments = (model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
         if self.num_inference_steps is None or (eta > 0 and variance_noise is not None and generator is not None):
             # Diffusers says what is wrong.
@@ -421,6 +457,8 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
         Raises:
             InputError: a timestep that is not in the schedule, or a generator beside a seed.
         """
+        _require_tensors(model_output=model_output, sample=sample)
+        return_dict = flag("return_dict", return_dict)
         self._refresh()
         t = self._timestep(timestep)
         table = self._cached("steps", self._table)
@@ -568,6 +606,8 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
         Raises:
             InputError: a first timestep that is not in the schedule, or a step after the last.
         """
+        _require_tensors(model_output=model_output, sample=sample)
+        s_churn, return_dict = finite("s_churn", s_churn), flag("return_dict", return_dict)
         arguments = (model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
         if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
             # Diffusers says what is wrong.
@@ -624,6 +664,8 @@ class FusedDPMSolverMultistepScheduler(_FusedSigmas, DPMSolverMultistepScheduler
         Raises:
             InputError: a timestep outside [0, T), or a step after the last.
         """
+        _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
+        return_dict = flag("return_dict", return_dict)
         arguments = (model_output, timestep, sample, generator, variance_noise, return_dict)
         if self.num_inference_steps is None:
             # Diffusers says what is wrong.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from ..arguments import whole
 from ..errors import InputError
 from ..gpu_engine import GpuEngine
 from ..gpu_plan import GpuPlan
@@ -15,6 +16,7 @@ from ..host import to_host
 from ..latents import latent_numel, latent_parts
 from ..ops import backends, philox_normal
 from ..ops.conv_block import ConvLayer, choose_for, require_finite
+from ..ops.layout import require_floating
 from ..ops.student_forward import encode, pack, student_forward
 from ..pictures import to_uint8
 from ..plan import Plan, choose_algorithms
@@ -22,7 +24,7 @@ from ..ranges import named
 from ..schedule import resolutions
 from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
 from .saving import PretrainedModule
-from .student import Student, StudentConfig, Submodule, batches, gather
+from .student import Student, StudentConfig, Submodule, batches, gather, indices_of
 
 GPU_BACKENDS = ("cuda", "triton")
 GEOMETRIES = tuple(((3, 3), (1, 1), padding, (1, 1), 1, "zeros") for padding in ((1, 1), "same"))
@@ -263,17 +265,18 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def latents(self, n, seed=0, start=0):
         """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
-        indices = torch.arange(start, start + n, dtype=torch.int64, device=self.weight0.device)
+        indices = indices_of(n, start, self.weight0.device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
     def forward(self, z):
         """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, of latents ``(N, latent_numel)``."""
+        require_floating("z", z)
         if self.backend in GPU_BACKENDS:
             if z.ndim != 2 or z.shape[1] != self.latent_numel:
                 raise InputError(f"z must have shape (N, {self.latent_numel}), got {tuple(z.shape)}")
-            if z.device != self.weight0.device or not z.is_floating_point():
-                raise InputError(f"z must hold floating-point numbers on {self.weight0.device}, got {z.dtype} on {z.device}")
+            if z.device != self.weight0.device:
+                raise InputError(f"z must be on {self.weight0.device}, got {z.device}")
             return self._engine(z)
         count = range(len(self.layers))
         return student_forward(
@@ -297,6 +300,7 @@ class FusedStudent(PretrainedModule, nn.Module):
         On a GPU images come in pinned memory of the host, copied while the next batch is drawn. Where a batch does not fit the
         device's memory it is halved once, with a warning; then ``torch.OutOfMemoryError`` says so.
         """
+        start = whole("start", start)
         return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype)
 
     def draw(self, parts, seed=0, dtype=torch.float32):
@@ -304,8 +308,9 @@ class FusedStudent(PretrainedModule, nn.Module):
 
         Any iterable does; a part is taken from it when its images are to be drawn, on a GPU one part ahead of them.
         """
-        if dtype not in STREAMED:
+        if not isinstance(dtype, torch.dtype) or dtype not in STREAMED:
             raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
+        seed = whole("seed", seed, 0, 2**64)
         pieces = (STREAMED[dtype](images) for images in self._drawn(parts, seed))
         return to_host(pieces, self.weight0.device)
 

@@ -86,6 +86,8 @@ class PretrainedModule:
 
         Each file is whole or absent; ``config.json``, by which a folder is taken for a finished one, comes last.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise InputError(f"folder must be a path, got {folder!r}")
         folder = Path(folder)
         if folder.is_file():
             raise InputError(f"{folder} is a file; name a folder")

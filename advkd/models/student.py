@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..arguments import device as known_device
+from ..arguments import whole
 from ..errors import InputError
-from ..hub import PRETRAINED
+from ..hub import PRETRAINED, reason
 from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
 from ..schedule import resolutions
@@ -150,8 +152,8 @@ class Student(PretrainedModule, nn.Module):
 
     def latents(self, n, seed=0, start=0, device=None):
         """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
-        device = device or next(self.parameters()).device
-        indices = torch.arange(start, start + n, dtype=torch.int64, device=device)
+        device = next(self.parameters()).device if device is None else device
+        indices = indices_of(n, start, device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     def project(self, x_T):
@@ -201,7 +203,8 @@ class Student(PretrainedModule, nn.Module):
     @torch.no_grad()
     def sample(self, n, seed=0, batch_size=64, start=0):
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
-        parts, dtype = batches(n, batch_size), next(self.parameters()).dtype
+        seed = whole("seed", seed, 0, 2**64)
+        parts, dtype, start = batches(n, batch_size), next(self.parameters()).dtype, whole("start", start)
         pieces = (self(self.latents(count, seed, start + first).to(dtype)).cpu() for first, count in parts)
         return gather(pieces, n, self.config)
 
@@ -218,8 +221,20 @@ class Student(PretrainedModule, nn.Module):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
 
 
+def indices_of(n, start, device):
+    """Indices of images ``start .. start + n - 1`` on ``device``."""
+    n, start, device = whole("n", n), whole("start", start), known_device("device", device)
+    if start + n > 2**63:
+        raise InputError(f"start + n must be at most 2^63, got {start} + {n}")
+    try:
+        return torch.arange(start, start + n, dtype=torch.int64, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # each kind of device has its own
+        raise InputError(f"n or device: no room for {n} indices on {device} ({reason(error)})") from error
+
+
 def batches(n, batch_size):
     """A generator of ``(first, count)``, the batches that make ``n`` images; wrong numbers are refused at the call."""
+    n, batch_size = whole("n", n, -(2**63)), whole("batch_size", batch_size, -(2**63))
     if n < 0 or batch_size < 1:
         raise InputError(f"n must be at least 0 and batch_size at least 1, got {n} and {batch_size}")
     return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
@@ -227,7 +242,7 @@ def batches(n, batch_size):
 
 def gather(pieces, n, config):
     """Batches of images as one float32 tensor ``(n, C, S, S)`` on the CPU."""
-    shape = (n, config.image_channels, config.image_size, config.image_size)
+    shape = (int(n), config.image_channels, config.image_size, config.image_size)
     images, first = torch.empty(shape, dtype=torch.float32, device="cpu"), 0
     for piece in pieces:
         images[first : first + len(piece)] = piece

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 from ..errors import BackendUnavailableError, InputError
 
@@ -41,13 +42,33 @@ def refuse_gradients(library, name):
 
 
 def refuse_order_0(name, *tensors):
-    """Raise where a gradient through op ``name`` is asked for: an op with outputs among its arguments can have no autograd
-    formula that would."""
+    """Raise where a derivative through op ``name`` is asked for: an op with outputs among its arguments can have no autograd
+    formula that would.
+
+    Public functions call it first: only there can the transforms of ``torch.func`` be seen, inside of the op their tensors are
+    plain ones, and a derivative would be zero without a word. The op calls it for whoever calls that.
+    """
+    refuse_forward_mode(name, *tensors)
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise RuntimeError(f"{name} has no gradient (order of differentiability 0): call it under torch.no_grad()")
+
+
+def refuse_forward_mode(name, *tensors):
+    """Raise where a tensor carries a tangent, which op ``name`` would leave behind without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name} has no gradient in forward mode: call it with the primal (forward_ad.unpack_dual)")
+
+
+def require_known(backend):
+    """An :class:`InputError` unless ``backend`` is the name of one, or ``auto``."""
+    if not isinstance(backend, str) or backend not in (*BACKENDS, "auto"):
+        raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
 
 
 def gap(name, backend, device):
@@ -73,14 +94,13 @@ def choose(name, backend, device):
         InputError: ``backend`` is not a backend's name.
         BackendUnavailableError: the backend asked for cannot run; the message gives the reason.
     """
+    require_known(backend)
     return _choose(name, backend, device, os.environ.get("ADVKD_BACKEND", "auto"))
 
 
 @functools.cache
 def _choose(name, backend, device, preferred):
     """:func:`choose`, remembered: an op of a few microseconds asks on every call."""
-    if backend not in (*BACKENDS, "auto"):
-        raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     if backend != "auto":
         if reason := gap(name, backend, device):
             raise BackendUnavailableError(f"backend {backend!r} cannot run {name} on {device}: {reason}")

@@ -2,9 +2,10 @@
 
 import torch
 
+from ..arguments import finite, require_dense, whole
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, pair, require_floating, require_out
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_out, windows
 from .mask_mul import mask_bytes, pack
 
 
@@ -31,14 +32,23 @@ def conv_bias_act_mask(
     """
     require_floating("x", x)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+        if tensor is None and name == "bias":
+            continue
+        require_dense(name, tensor)
+        if tensor.dtype != x.dtype or tensor.device != x.device:
             raise InputError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
+    groups = whole("groups", groups, 1)
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
         shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise InputError(f"x must be (N, C, H, W) and weight (out, C / groups, kh, kw), got {shapes} with groups {groups}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias must be ({weight.shape[0]},), one number per output channel, got {tuple(bias.shape)}")
-    pairs = [pair(v) for v in (stride, padding, dilation)]
+    if weight.shape[0] < 1 or weight.shape[0] % groups or x.shape[1] < 1:
+        raise InputError(f"weight must have a multiple of groups, {groups}, of output channels, got {tuple(weight.shape)}")
+    pairs, _ = windows(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    backends.require_known(backend)
+    backends.refuse_order_0("conv_bias_act_mask", x, weight, bias)
+    slope = finite("slope", slope)
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
     p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)

@@ -1,11 +1,12 @@
 """A convolution of the student with everything around it: y = act(conv3x3(up(x)) + bias), batch norm already folded."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ..arguments import finite, flag, require_dense
+from ..devices import without_autocast
 from ..errors import InputError
 from . import backends
 from .student_gpu import conv_block_cuda, conv_block_triton
@@ -95,18 +96,19 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
     _check_tensors(x, weight, bias)
-    if not math.isfinite(slope):
-        raise InputError(f"slope must be finite, got {slope}")
-    if activation not in ACTIVATIONS:
+    slope, upsample = finite("slope", slope), flag("upsample", upsample)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
-        raise RuntimeError("conv_block has no gradient, and an argument requires one: call it under torch.no_grad()")
+    backends.require_known(backend)
+    backends.refuse_order_0("conv_block", x, weight, bias)
     require_finite(weight=weight, bias=bias)
     backend = choose_for("conv_block", x.dtype, backend, x.device)
     return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
 
 
 def _check_tensors(x, weight, bias):
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        require_dense(name, tensor)
     if x.ndim != 4:
         raise InputError(f"x must have shape (N, C_in, H, W), got {tuple(x.shape)}")
     if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[1] != x.shape[1]:
@@ -127,12 +129,14 @@ def _check_tensors(x, weight, bias):
 def require_finite(**tensors):
     """Refuse weights that are infinite or not numbers: transforms would spread them over the image."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
 
 
 def choose_for(op, dtype, backend, device):
     """:func:`backends.choose` for the student's convolutions; kernels have some dtypes only."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
     known = {"cpu": CPU_DTYPES, "cuda": DTYPES, "triton": DTYPES}
     chosen = backends.choose(op, backend, device)
     if dtype not in known.get(backend, (dtype,)):
@@ -145,7 +149,8 @@ def conv_block_reference(x, weight, bias, slope, upsample, activation):
     """The specification of :func:`conv_block`."""
     if upsample:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
-    y = F.conv2d(x, weight, bias, padding=1)
+    with without_autocast(x):
+        y = F.conv2d(x, weight, bias, padding=1)
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
     return torch.tanh(y) if activation == "tanh" else y

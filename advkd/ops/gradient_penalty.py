@@ -4,11 +4,12 @@ The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.piece
 sample i and v_i = dP/dg_i, dP/dW of a layer is its weight gradient with input u, the tangent of v, and output gradient d.
 """
 
-import contextlib
 import math
 
 import torch
 
+from ..arguments import flag, require_dense
+from ..devices import AUTOCAST, without_autocast
 from ..errors import InputError
 from . import backends
 from .critic_plan import plan_of, unwrapped
@@ -59,6 +60,10 @@ def gradient_penalty(
     """
     _check(critic, x_hat, condition, mode)
     check_numbers(target=target, weight=weight)
+    target, weight = float(target), float(weight)
+    check_finite = check_finite if check_finite is None else flag("check_finite", check_finite)
+    if not (isinstance(backend, str) and backend == "autograd"):
+        backends.require_known(backend)
     named = {"x_hat": x_hat, "condition": condition}
     if backend == "autograd":
         penalty = gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
@@ -81,7 +86,8 @@ def gradient_penalty(
 
 def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
     """The specification of :func:`gradient_penalty`."""
-    x_hat = x_hat.detach().requires_grad_()
+    # An inference tensor cannot require a gradient, a copy of it can.
+    x_hat = (x_hat.clone() if x_hat.is_inference() else x_hat.detach()).requires_grad_()
     scores = critic(x_hat) if condition is None else critic(x_hat, condition)
     (gradient,) = torch.autograd.grad(scores.sum(), x_hat, create_graph=True)
     gradient = gradient.flatten(1)
@@ -89,10 +95,6 @@ def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
         return weight / 2 * gradient.square().sum(dim=1).mean()
     excess = gradient.norm(dim=1) - target
     return weight * (excess.clamp(min=0) if mode == "one-sided" else excess).square().mean()
-
-
-AUTOCAST = ("cpu", "cuda")
-"""Devices whose autocast is heeded."""
 
 
 class _Penalty(torch.autograd.Function):
@@ -149,11 +151,6 @@ def passes_dtype(x):
     if kind not in AUTOCAST or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
-
-
-def without_autocast(x):
-    """The passes choose their dtypes themselves, wherever they are called."""
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else contextlib.nullcontext()
 
 
 def _numbered(weights):
@@ -214,10 +211,11 @@ def _check(critic, x_hat, condition, mode):
     if not isinstance(x_hat, torch.Tensor) or x_hat.ndim != 4 or not x_hat.is_floating_point():
         found = tuple(x_hat.shape) if isinstance(x_hat, torch.Tensor) else type(x_hat).__name__
         raise InputError(f"x_hat must be a floating-point tensor of shape (N, C, H, W), got {found}")
+    require_dense("x_hat", x_hat)
     if x_hat.shape[0] == 0:
         raise InputError("x_hat holds no samples")
     check_condition(condition, x_hat)
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
@@ -228,6 +226,9 @@ def check_condition(condition, x):
     if not isinstance(condition, torch.Tensor) or condition.shape[:1] != x.shape[:1] or condition.device != x.device:
         found = f"{tuple(condition.shape)} on {condition.device}" if isinstance(condition, torch.Tensor) else condition
         raise InputError(f"condition must be ({x.shape[0]}, ...) on {x.device}, one row per sample, got {found}")
+    require_dense("condition", condition)
+    if condition.is_complex():
+        raise InputError(f"condition must hold real numbers, got {condition.dtype}")
 
 
 backends.implement("gradient_penalty", "cpu", "triton", "cuda")

@@ -6,9 +6,10 @@ makes dot products over the features instead. Elsewhere the convolution's own ba
 
 import torch
 
+from ..arguments import sizes, whole
 from ..errors import InputError
 from . import backends
-from .layout import memory_format, pair, require_floating
+from .layout import memory_format, require_floating, windows
 
 CHANNELS, TAPS = 4, 64
 """What the kernel takes at most."""
@@ -35,16 +36,20 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
     require_floating("weight", weight)
     if weight.dtype != d.dtype or weight.device != d.device:
         raise InputError(f"weight must be {d.dtype} on {d.device} like d, got {weight.dtype} on {weight.device}")
-    if d.ndim != 4 or weight.ndim != 4 or len(shape) != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
+    shape, groups = sizes("shape", shape, 4), whole("groups", groups, 1)
+    backends.require_known(backend)
+    backends.refuse_forward_mode("image_gradient", d, weight)
+    if d.ndim != 4 or weight.ndim != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
         raise InputError(f"d {tuple(d.shape)}, weight {tuple(weight.shape)} and shape {tuple(shape)} do not fit each other")
-    pairs = [pair(v) for v in (stride, padding, dilation)]
-    sides = [(n + 2 * p - q * (k - 1) - 1) // s + 1 for n, k, s, p, q in zip(shape[2:], weight.shape[2:], *pairs)]
+    if weight.shape[0] % groups:
+        raise InputError(f"weight must have a multiple of groups, {groups}, of output channels, got {tuple(weight.shape)}")
+    pairs, sides = windows(shape[2:], weight.shape[2:], stride, padding, dilation)
     if list(d.shape[2:]) != sides or shape[1] != weight.shape[1] * groups:
         raise InputError(f"d must be (N, out, {sides[0]}, {sides[1]}) for x of shape {tuple(shape)}, got {tuple(d.shape)}")
     thin = d.dtype == torch.float32 and groups == 1 and 1 <= shape[1] <= CHANNELS and weight.shape[2:].numel() <= TAPS
     if backend == "cpu" and not thin:
         raise InputError("backend 'cpu' of image_gradient takes float32, one group, at most 4 channels and 64 taps")
-    wish = backend if thin or backend not in ("auto", *backends.BACKENDS) else "reference"
+    wish = backend if thin else "reference"
     return torch.ops.advkd.image_gradient(d, weight, list(shape), *pairs, groups, wish)
 
 

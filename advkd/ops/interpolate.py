@@ -2,9 +2,10 @@
 
 import torch
 
+from ..arguments import flag, require_dense
 from ..errors import InputError
 from . import backends, philox
-from .layout import arithmetic_dtype, choose_for, memory_format, require_floating, require_like
+from .layout import arithmetic_dtype, choose_for, memory_format, require_like, require_samples
 
 
 def interpolate(real, fake, a, *, merge=False, backend="auto"):
@@ -26,9 +27,13 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
         InputError: tensors that do not fit each other, or a bad seed, index or step.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    require_floating("real", real)
-    if real.ndim < 1:
-        raise InputError("real must have shape (N, ...)")
+    require_samples("real", real)
+    require_dense("fake", fake)
+    if fake.shape != real.shape:
+        raise InputError(f"fake must be like real, {tuple(real.shape)}, got {tuple(fake.shape)}")
+    backends.require_known(backend)
+    backends.refuse_order_0("interpolate", real, fake, a)
+    merge = flag("merge", merge)
     layout = memory_format(real)
     real, fake = real.contiguous(memory_format=layout), fake.contiguous(memory_format=layout)
     require_like("fake", fake, "real", real)
@@ -37,6 +42,8 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
         seed, indices, step, steps = philox.counters("a", a, real.shape[0], real.device)
         a = None
     else:
+        if isinstance(a, torch.Tensor):
+            require_dense("a", a)
         _check_weights(a, real)
         a = a.contiguous()
     shape = ((3 if merge else 1) * real.shape[0], *real.shape[1:])

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import require_dense, whole
 from ..errors import InputError
 from . import backends
 
@@ -54,11 +55,40 @@ def pair(value):
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
+def windows(size, kernel, stride, padding, dilation):
+    """The options of a convolution as pairs, and the sides of its result, which is not empty but in its samples.
+
+    Raises:
+        InputError: options that are no pair of numbers, or a kernel that does not fit into ``size``, (H, W).
+    """
+    pairs = []
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        value = pair(value)
+        if len(value) != 2:
+            raise InputError(f"{name} must be a whole number or a pair of them, got {value}")
+        pairs.append([whole(name, n, least, 2**31) for n in value])
+    # The dilation of a kernel of one pixel has no meaning, and in float16 it ends the process within oneDNN.
+    pairs[2] = [q if k > 1 else 1 for q, k in zip(pairs[2], kernel)]
+    sides = [(n + 2 * p - q * (k - 1) - 1) // s + 1 for n, k, s, p, q in zip(size, kernel, *pairs)]
+    if min(*size, *kernel, *sides) < 1:
+        found = f"stride {stride}, padding {padding} and dilation {dilation}"
+        raise InputError(f"weight's kernel {tuple(kernel)} does not fit into {tuple(size)} pixels with {found}")
+    return pairs, sides
+
+
 def require_floating(name, tensor):
     """An :class:`InputError` unless ``tensor`` has a dtype that the ops know."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (*DTYPES, torch.float64):
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise InputError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {kind}")
+    require_dense(name, tensor)
+
+
+def require_samples(name, tensor):
+    """:func:`require_floating`, and an axis of samples."""
+    require_floating(name, tensor)
+    if tensor.ndim < 1:
+        raise InputError(f"{name} must have shape (N, ...), got ()")
 
 
 def require_like(name, tensor, other_name, other):
@@ -74,8 +104,19 @@ def require_like(name, tensor, other_name, other):
 def require_out(out, name, x):
     """An :class:`InputError` unless ``out`` is like ``x``, and ``x`` itself or apart from it."""
     require_like("out", out, name, x)
+    require_writable("out", out)
     if not torch.compiler.is_compiling():
         require_whole_or_apart("out", out, name, x)
+
+
+def require_writable(name, tensor):
+    """An :class:`InputError` for a lazily negated view, whose memory has other numbers, and for what inference mode made."""
+    if torch.compiler.is_compiling():
+        return
+    if tensor.is_neg():
+        raise InputError(f"{name} must not be a lazily negated view; give its resolve_neg()")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise InputError(f"{name} was made in inference mode, and can be written in that mode only; give a clone of it")
 
 
 def require_whole_or_apart(name, tensor, other_name, other):

@@ -8,9 +8,10 @@ import math
 
 import torch
 
+from ..arguments import finite, require_dense
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_out
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_out, require_samples
 
 
 def mask_mul(x, mask, slope, *, out=None, backend="auto"):
@@ -31,14 +32,16 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
         InputError: a mask or ``out`` that does not fit.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    require_floating("x", x)
-    x = dense(x)
+    require_samples("x", x)
     require_mask(mask, x)
+    backends.require_known(backend)
+    backends.refuse_order_0("mask_mul", x, out)
+    x = dense(x)
     if out is None:
         out = torch.empty_like(x)
     else:
         require_out(out, "x", x)
-    torch.ops.advkd.mask_mul(x, mask, float(slope), backend, out)
+    torch.ops.advkd.mask_mul(x, mask, finite("slope", slope), backend, out)
     return out
 
 
@@ -48,6 +51,7 @@ def mask_bytes(x):
 
 
 def require_mask(mask, x):
+    require_dense("mask", mask)
     shape = (x.shape[0], mask_bytes(x))
     if mask.dtype != torch.uint8 or tuple(mask.shape) != shape or mask.device != x.device or not mask.is_contiguous():
         found = f"{tuple(mask.shape)} {mask.dtype} on {mask.device}"
@@ -64,7 +68,7 @@ def mask_mul_reference(x, mask, slope, out):
 def pack(positive):
     """``(N, elements)`` booleans as ``(N, bytes)`` uint8."""
     n, count = positive.shape
-    bits = torch.nn.functional.pad(positive, (0, -count % 8)).reshape(n, -1, 8)
+    bits = torch.nn.functional.pad(positive, (0, -count % 8)).reshape(n, (count + 7) // 8, 8)
     places = 2 ** torch.arange(8, device=positive.device, dtype=torch.uint8)
     return (bits * places).sum(-1, dtype=torch.uint8)
 
@@ -72,7 +76,7 @@ def pack(positive):
 def unpack(mask, count):
     """``(N, bytes)`` uint8 as ``(N, count)`` booleans."""
     places = torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return ((mask[:, :, None] >> places) & 1).reshape(mask.shape[0], -1)[:, :count].bool()
+    return ((mask[:, :, None] >> places) & 1).flatten(1)[:, :count].bool()
 
 
 def _cpu(*args):

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..arguments import finite, flag
+from ..devices import without_autocast
 from ..errors import InputError
 from . import backends
 from .layout import arithmetic_dtype, choose_for, dense, memory_format, require_floating
@@ -57,11 +59,14 @@ def norm_act(
         InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics, or
             no momentum.
     """
+    upsample, training, synchronize = flag("upsample", upsample), flag("training", training), flag("synchronize", synchronize)
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)
     if momentum is None:
         raise InputError("momentum must be a number, got None: for averages over the batches give 1 / k for batch k")
     # torch.compile must meet them here first: not inside an autograd function, whose graph they would then belong to.
-    eps, slope = float(eps), float(slope)
+    eps, slope, momentum = finite("eps", eps), finite("slope", slope), finite("momentum", momentum)
+    backends.require_known(backend)
+    backends.refuse_forward_mode("norm_act", x, gamma, beta, running_mean, running_var)
     x = dense(x)
     with torch.no_grad():
         if training:
@@ -69,7 +74,7 @@ def norm_act(
             if running_mean is not None:
                 _move(running_mean, running_var, statistics, count, momentum)
         else:
-            statistics, count = torch.stack((running_mean, running_var)).to(arithmetic_dtype(x)), None
+            statistics, count = _weights(running_mean, running_var, x), None
     if not torch.is_grad_enabled():
         return _normalize(x, _weights(gamma, beta, x), statistics, eps, slope, upsample, backend)
     return _NormAct.apply(x, gamma, beta, statistics, count, eps, slope, upsample, synchronize and training, backend)
@@ -182,7 +187,9 @@ def _masked(gradient, x, weights, statistics, eps, slope, upsample):
 
 
 def _weights(gamma, beta, x):
-    return torch.stack((gamma, beta)).to(arithmetic_dtype(x))
+    # Autocast has no stack of float64 numbers.
+    with without_autocast(x):
+        return torch.stack((gamma, beta)).to(arithmetic_dtype(x))
 
 
 def _batch_statistics(x, synchronize, backend):
@@ -288,6 +295,8 @@ _LIBRARY.define(
 def _launcher(name, backend, x):
     """What runs piece ``name``; nothing is launched on an empty tensor."""
     chosen = choose_for("norm_act", x, backend)
+    if not x.numel() and name != "norm_act_moments":
+        return lambda *args: None
     return _LAUNCH[name][chosen if x.numel() else "reference"]
 
 

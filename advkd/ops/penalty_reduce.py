@@ -2,9 +2,10 @@
 
 import torch
 
+from ..arguments import finite
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_floating, require_out
+from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_out, require_samples
 
 MODES = ("two-sided", "one-sided", "r1")
 """(|g| - target)^2, its part above the target, |g|^2 / 2."""
@@ -33,18 +34,19 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
         InputError: an unknown mode, or an ``out`` that does not fit.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
-    require_floating("g", g)
-    if mode not in MODES:
+    require_samples("g", g)
+    if not isinstance(mode, str) or mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if g.ndim < 1:
-        raise InputError("g must have shape (N, ...)")
+    target, weight = finite("target", target), finite("weight", weight)
+    backends.require_known(backend)
+    backends.refuse_order_0("penalty_reduce", g, out)
     g = dense(g)
     if out is None:
         out = torch.empty_like(g)
     else:
         require_out(out, "g", g)
     penalties = torch.empty(g.shape[:1], dtype=arithmetic_dtype(g), device=g.device)
-    torch.ops.advkd.penalty_reduce(g, float(target), float(weight), MODES.index(mode), backend, out, penalties)
+    torch.ops.advkd.penalty_reduce(g, target, weight, MODES.index(mode), backend, out, penalties)
     return penalties, out
 
 

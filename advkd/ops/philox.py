@@ -10,6 +10,7 @@ import operator
 
 import torch
 
+from ..arguments import require_dense, sizes, whole
 from ..errors import InputError
 from . import backends
 
@@ -37,9 +38,9 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
     Order of differentiability 0 (there is nothing to differentiate).
     """
     seed, indices, code = validated(seed, indices, stream, step)
-    if count < 0:
-        raise InputError(f"count must not be negative, got {count}")
-    backend = backends.choose("philox", backend, indices.device)
+    # 2^32 blocks of four numbers: the counter's range.
+    count = whole("count", count, 0, 2**34 + 1)
+    backends.require_known(backend)
     return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
 
 
@@ -58,10 +59,8 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
         2e-6 absolute between backends. Order of differentiability 0.
     """
     seed, indices, code = validated(seed, indices, stream, step)
-    shape = [int(side) for side in shape]
-    if any(side < 0 for side in shape):
-        raise InputError(f"shape must not be negative, got {shape}")
-    backend = backends.choose("philox", backend, indices.device)
+    shape = sizes("shape", shape)
+    backends.require_known(backend)
     return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
 
 
@@ -77,8 +76,9 @@ def validated(seed, indices, stream, step):
         indices = torch.arange(indices.start, indices.stop, indices.step, dtype=torch.int64, device="cpu")
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise InputError("indices must be a range or a one-dimensional int64 tensor")
+    require_dense("indices", indices)
     seed = _integer("seed", seed, 64)
-    if stream not in STREAMS:
+    if not isinstance(stream, str) or stream not in STREAMS:
         raise InputError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
     _integer("step", step, 24)
     return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
@@ -93,7 +93,10 @@ def counters(name, triple, samples, device):
         raise InputError(f"{name} must be a tensor or (seed, sample indices, step), got {len(triple)} values")
     seed, indices, step = triple
     steps = step if isinstance(step, torch.Tensor) else None
-    seed, indices, _ = validated(seed, indices, "step", step if steps is None else 0)
+    try:
+        seed, indices, _ = validated(seed, indices, "step", step if steps is None else 0)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     if steps is not None:
         if steps.dtype != torch.int64 or steps.numel() not in (1, samples) or steps.device != device:
             raise InputError(f"{name}'s step must be an int or an int64 tensor of 1 or {samples} elements on {device}")
@@ -110,7 +113,7 @@ def _integer(name, value, bits):
     """``value`` as an int of so many bits; numpy's integers are integers too."""
     try:
         value = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise InputError(f"{name} must be an integer, got {value!r}") from None
     if not 0 <= value < 2**bits:
         raise InputError(f"{name} must be in [0, 2^{bits}), got {value}")
@@ -189,11 +192,11 @@ _LIBRARY.define("philox_normal(Tensor indices, int seed, int[] shape, int stream
 
 
 def _words(indices, seed, count, stream, step, backend):
-    return _WORDS[backend](indices, seed, count, stream, step)
+    return _WORDS[backends.choose("philox", backend, indices.device)](indices, seed, count, stream, step)
 
 
 def _normal(indices, seed, shape, stream, step, backend):
-    return _NORMAL[backend](indices, seed, shape, stream, step)
+    return _NORMAL[backends.choose("philox", backend, indices.device)](indices, seed, shape, stream, step)
 
 
 _LIBRARY.impl("philox_words", _words, "CompositeExplicitAutograd")

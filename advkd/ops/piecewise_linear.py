@@ -78,6 +78,12 @@ class Passes:
     def _note(self, n, value):
         self.shapes[n], self.formats[n] = value.shape[1:], memory_format(value)
 
+    @staticmethod
+    def _check_sides(layer, sides, kernel, stride, padding, dilation):
+        reach = [q * (k - 1) + 1 - 2 * p for k, p, q in zip(kernel, padding, dilation)]
+        if any(side < least for side, least in zip(sides, reach)):
+            raise InputError(f"{layer.name} has a kernel of {tuple(kernel)} pixels, got {tuple(sides)} of them")
+
     def _check(self, i, layer, inputs):
         """Refuse shapes that do not fit a layer, and dimensions of a map that are the batch's."""
         x = inputs[0]
@@ -86,6 +92,8 @@ class Passes:
             wanted = self.weights[i][0].shape[1] * groups
             if x.ndim < 2 or x.shape[axis] != wanted:
                 raise InputError(f"{layer.name} takes {wanted} channels or features, got a tensor of shape {tuple(x.shape)}")
+        if layer.kind == "convolution":
+            self._check_sides(layer, x.shape[2:], self.weights[i][0].shape[2:], *self.options[i][:3])
         if layer.kind == "sum" and inputs[0].ndim != inputs[1].ndim:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
             raise InputError(f"{layer.name} adds {shapes}, of different numbers of dimensions: {ADVICE}")

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..arguments import device as known_device
+from ..arguments import flag, real, require_dense, whole
 from ..errors import InputError
 from . import backends, philox
-from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format, require_whole_or_apart, span
+from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format, require_whole_or_apart, require_writable, span
 
 COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
 """Columns of a table of coefficients."""
@@ -40,6 +43,8 @@ class StepCoefficients:
     clip: float = math.inf
 
     def __post_init__(self):
+        for name, value in self.__dict__.items():
+            real(name, value)
         if not self.clip >= 0:
             raise InputError(f"clip must not be negative, got {self.clip}")
 
@@ -64,6 +69,11 @@ def coefficient_table(steps, device="cpu", dtype=torch.float32):
     A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`, and what a captured CUDA graph must: then
     nothing is copied to the device.
     """
+    if not isinstance(steps, (list, tuple)) or not all(isinstance(step, StepCoefficients) for step in steps):
+        raise InputError(f"steps must be a sequence of StepCoefficients, got {steps!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
+    device = known_device("device", device)
     rows = [[getattr(step, name) for name in COEFFICIENTS] for step in steps]
     return torch.tensor(rows, dtype=dtype, device="cpu").reshape(len(rows), len(COEFFICIENTS)).to(device)
 
@@ -109,6 +119,11 @@ def sampler_step(
             and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
         RuntimeError: a gradient is asked for. Order of differentiability 0.
     """
+    if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
+        raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
+    require_dense("x", x)
+    return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
+    backends.require_known(backend)
     out, average = _split(out)
     tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
     seed, indices, step, steps = 0, None, 0, None
@@ -122,8 +137,10 @@ def sampler_step(
     if average is not None and not torch.compiler.is_compiling():
         _check_average(average, {"x": x, **tensors})
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
-    if pool is not None and (x.ndim != 4 or not isinstance(pool, int) or pool < 1 or x.shape[-1] % pool or x.shape[-2] % pool):
+    pool = pool if pool is None else whole("pool", pool, 1)
+    if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
+    backends.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, out, average)
     x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
     x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
     noise = None if indices is not None else noise
@@ -133,7 +150,7 @@ def sampler_step(
     for given in (out, average):
         if given is not None:
             _mark_written(given)
-    if check_finite:
+    if check_finite and not flags.is_meta:
         _refuse_infinite(flags)
     return x_next, x0, pooled
 
@@ -169,17 +186,16 @@ def _split(out):
 
 
 def _check_tensors(x, tensors):
-    if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
-        raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name != "model_output":
             continue
-        if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        require_dense(name, tensor)
         mixed = name == "model_output" and tensor.dtype in DTYPES and x.dtype in DTYPES
         if tensor.shape != x.shape or tensor.device != x.device or (tensor.dtype != x.dtype and not mixed):
             found, expected = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (tensor, x))
             raise InputError(f"{name} is {found}, expected {expected} as x")
+    if tensors["out"] is not None:
+        require_writable("out", tensors["out"])
     if tensors["out"] is not None and not torch.compiler.is_compiling():
         _check_out(x, tensors)
 
@@ -207,6 +223,7 @@ def _check_average(average, tensors):
 def _table(coefficients, x, history, noisy):
     """The rows for the kernels, checked: one, or one per sample."""
     if isinstance(coefficients, torch.Tensor):
+        require_dense("coefficients", coefficients)
         rows = coefficients.reshape(1, -1) if coefficients.ndim == 1 else coefficients
         wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
         if rows.ndim != 2 or rows.shape[1] != len(COEFFICIENTS) or rows.shape[0] not in (1, x.shape[0]):
@@ -217,7 +234,11 @@ def _table(coefficients, x, history, noisy):
         return rows.contiguous()
     single = isinstance(coefficients, StepCoefficients)
     steps = (coefficients,) if single else tuple(coefficients) if isinstance(coefficients, (list, tuple)) else ()
-    if (not single and len(steps) != x.shape[0]) or not all(isinstance(step, StepCoefficients) for step in steps):
+    if (
+        not (single or isinstance(coefficients, (list, tuple)))
+        or (not single and len(steps) != x.shape[0])
+        or not all(isinstance(step, StepCoefficients) for step in steps)
+    ):
         raise InputError(
             f"coefficients must be one StepCoefficients, or a list of one per sample ({len(x)}), or a table of them"
         )
@@ -226,7 +247,7 @@ def _table(coefficients, x, history, noisy):
             if weight != 0 and not given:
                 raise InputError(f"{name} is needed: its coefficient is {weight}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not single or torch.compiler.is_compiling():
+    if not single or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return coefficient_table(steps, x.device, dtype)
     return coefficients.row(x.device, dtype)
 
@@ -289,6 +310,7 @@ def _average(x, pool, given):
     shape = (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool) if pool else None
     if given is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    require_writable("out", given)
     fits = pool and given.shape == shape and given.dtype == x.dtype and given.device == x.device
     if not fits or not given.is_contiguous(memory_format=memory_format(x)):
         expected = f"{shape} {x.dtype} on {x.device} laid out like x" if pool else "no second tensor without pool"

@@ -2,10 +2,13 @@
 
 import torch
 
+from ..arguments import finite, require_dense
+from ..devices import without_autocast
 from ..errors import InputError
 from ..latents import split_latent
 from . import backends
 from .conv_block import ACTIVATIONS, DTYPES, ConvLayer, choose_for, conv_block_reference
+from .layout import require_floating
 from .student_gpu import gpu_arguments, is_image, plain_steps, student_forward_gpu
 
 FIELDS = 9
@@ -39,6 +42,12 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         RuntimeError: through a gradient. Order of differentiability 0.
     """
     _check_layers(layers, weights, biases)
+    require_floating("z", z)
+    backends.require_known(backend)
+    backends.refuse_order_0("student_forward", z, *weights, *biases)
+    slope = finite("slope", slope)
+    if z.device != weights[0].device:
+        raise InputError(f"z must be on {weights[0].device} like the weights, got {z.device}")
     numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
     if z.ndim != 2 or z.shape[1] != numel:
         raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
@@ -61,9 +70,16 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
 
 
 def _check_layers(layers, weights, biases):
+    for name, group in (("layers", layers), ("weights", weights), ("biases", biases)):
+        if not isinstance(group, (list, tuple)):
+            raise InputError(f"{name} must be a sequence, got {type(group).__name__}")
+    if not all(isinstance(layer, ConvLayer) for layer in layers):
+        raise InputError("layers must be a sequence of ConvLayer")
     if not layers or not len(weights) == len(biases) == len(layers):
         raise InputError(f"{len(layers)} layers need as many weights and biases, got {len(weights)} and {len(biases)}")
     for i, (layer, weight, bias) in enumerate(zip(layers, weights, biases, strict=True)):
+        require_dense(f"weights {i}", weight)
+        require_dense(f"biases {i}", bias)
         if not 0 <= layer.detail < layer.c_in or i == 0 and layer.detail:
             raise InputError(f"layer {i}: detail must be 0 or some of a later layer's input channels, got {layer.detail}")
         if weight.shape != (layer.c_out, layer.c_in, 3, 3) or bias.shape != (layer.c_out,):
@@ -91,6 +107,11 @@ def decode(numbers):
 
 def student_forward_reference(z, weights, biases, layers, slope):
     """The specification of :func:`student_forward`."""
+    with without_autocast(z):
+        return _images(z, weights, biases, layers, slope)
+
+
+def _images(z, weights, biases, layers, slope):
     first = layers[0]
     parts = [(first.c_in, first.height), *((layer.detail, layer.height) for layer in layers if layer.detail)]
     coarse, *details = split_latent(z, parts)

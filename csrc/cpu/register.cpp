@@ -87,7 +87,9 @@ void set_layout(SamplerStep& s, const Tensor& x) {
   s.planes = image && contiguous ? x.size(1) : 1;
   s.height = image ? x.size(2) : 1;
   s.width = s.height ? size / (s.planes * s.height) : 0;
-  STD_TORCH_CHECK(contiguous || (image && x.stride(1) == 1 && x.stride(3) == s.channels), "x must be contiguous or channels_last");
+  // The stride of an axis with one element is any number.
+  const bool last = image && (x.size(1) == 1 || x.stride(1) == 1) && (x.size(3) == 1 || x.stride(3) == s.channels);
+  STD_TORCH_CHECK(contiguous || last, "x must be contiguous or channels_last");
 }
 
 void sampler_step(

@@ -1,0 +1,430 @@
+"""Ways to call a function: under torch's modes and transforms, copied, pickled, from threads, after a fork, compiled."""
+
+import contextlib
+import copy
+import functools
+import os
+import pickle
+import signal
+import threading
+import traceback
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from advkd import ops
+
+from .call_ops import norm_act_reference
+
+PATIENCE = 10
+"""Seconds until a forked process that has not answered hangs."""
+
+
+class NotHere(Exception):
+    """The mode has no meaning for this call."""
+
+
+class Wrong(Exception):
+    """What a mode itself finds wrong."""
+
+
+def mapped(function, value):
+    """``value`` with ``function`` applied to every tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: mapped(function, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(mapped(function, item) for item in value)
+    return value
+
+
+def flat(result):
+    """A result as a list of tensors."""
+    if result is None or isinstance(result, str):
+        return []
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, (bool, int, float)):
+        return [torch.tensor(float(result), dtype=torch.float64, device="cpu")]
+    values = result.values() if isinstance(result, dict) else result
+    return [tensor for item in values for tensor in flat(item)]
+
+
+def identical(found, wanted):
+    """True if two results have the same bits, NaN aside."""
+    found, wanted = flat(found), flat(wanted)
+    return len(found) == len(wanted) and all(map(_identical, found, wanted))
+
+
+def _identical(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def plain(call, draw):
+    return call.function(**call.arguments)
+
+
+def within(context):
+    def mode(call, draw):
+        with context():
+            return call.function(**call.arguments)
+
+    return mode
+
+
+@contextlib.contextmanager
+def _default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def two_threads(call, draw):
+    if call.name == "conv_bias_act_mask":
+        # The sums of torch's own convolution depend on the number of threads.
+        raise NotHere
+    with _two_threads():
+        return call.function(**call.arguments)
+
+
+def twice(call, draw):
+    """The second call gives the first one's bits."""
+    _unwritten(call)
+    found = call.function(**call.arguments)
+    if not identical(found, call.function(**call.arguments)):
+        raise Wrong("the second call gives other bits")
+    return found
+
+
+def copied(call, draw):
+    return call.function(**_copied(call, copy.deepcopy))
+
+
+def pickled(call, draw):
+    return call.function(**_copied(call, lambda value: pickle.loads(pickle.dumps(value))))
+
+
+def _copied(call, copying):
+    _unwritten(call)
+    arguments = {}
+    for name, value in call.arguments.items():
+        try:
+            arguments[name] = copying(value)
+        except (AttributeError, TypeError, NotImplementedError, RuntimeError, pickle.PicklingError):  # no copy of such a value
+            arguments[name] = value
+    return arguments
+
+
+def engine_copied(call, draw):
+    made = call.options.get("engine")
+    if made is None or call.name != "FusedStudent":
+        raise NotHere
+    other = draw.choice((copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))))(made)
+    return other(**call.arguments)
+
+
+def functional(call, draw):
+    made = call.options.get("engine")
+    if made is None or call.name != "FusedStudent":
+        raise NotHere
+    return torch.func.functional_call(made, dict(made.named_buffers()), (call.arguments["z"],))
+
+
+def from_threads(call, draw):
+    """Four threads at once get what one gets."""
+    _unwritten(call)
+    if call.name == "save_pretrained" or "whole" in call.options:
+        # They would write to the same place.
+        raise NotHere
+    wanted, found = call.function(**call.arguments), [None] * 4
+
+    def run(k):
+        with torch.set_grad_enabled(k % 2 == 0):
+            found[k] = call.function(**call.arguments)
+
+    workers = [threading.Thread(target=run, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if not all(identical(one, wanted) for one in found):
+        raise Wrong("threads that call at once get other bits than one alone")
+    return wanted
+
+
+def after_fork(call, draw):
+    """A child of a process that has used two threads gets its parent's bits, where the threads are not torch's own."""
+    _unwritten(call)
+    made = call.options.get("engine")
+    own = call.arguments.get("backend") == "cpu" if made is None else made.backend == "cpu"
+    if call.name in ("conv_bias_act_mask", "gradient_penalty") or not own:
+        raise NotHere
+    with _two_threads():
+        wanted = call.function(**call.arguments)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _in_child(call, wanted, writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as answer:
+            said = answer.read().decode()
+        _, status = os.waitpid(child, 0)
+    if said != "same":
+        raise Wrong(f"after a fork: {said or f'no answer, status {status}'}")
+    return wanted
+
+
+def _in_child(call, wanted, writing):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(PATIENCE)
+    try:
+        same = identical(call.function(**call.arguments), wanted)
+        os.write(writing, b"same" if same else b"other bits than in the parent")
+    except BaseException:
+        os.write(writing, traceback.format_exc().encode())
+    finally:
+        os._exit(0)
+
+
+def compiled(call, draw):
+    """One graph without a break; what is refused is refused without a compiler."""
+    _unwritten(call)
+    # Weights' values are looked at, outside of a graph.
+    if call.name not in ops.__all__ or call.name in ("conv_block", "student_forward"):
+        raise NotHere
+    call.function(**call.arguments)
+    torch._dynamo.reset()
+    torch._dynamo.config.suppress_errors = False
+    backend = draw.choice(("eager", "aot_eager"))
+    function = torch.compile(lambda **given: call.function(**given), fullgraph=True, backend=backend)
+    return function(**call.arguments)
+
+
+def on_meta(call, draw):
+    """Tensors without memory give results of the right shapes and dtypes."""
+    return _without_memory(call, lambda t: t.to("meta"), contextlib.nullcontext())
+
+
+def fake(call, draw):
+    mode = FakeTensorMode()
+    return _without_memory(call, mode.from_tensor, mode)
+
+
+def _without_memory(call, convert, context):
+    _unwritten(call)
+    if call.order is None or call.name not in ops.__all__ or call.name in ("gradient_penalty", "student_forward"):
+        raise NotHere
+    wanted = call.function(**call.arguments)
+    arguments = {name: mapped(lambda t: convert(t.detach()), value) for name, value in call.arguments.items()}
+    with context:
+        found = flat(call.function(**arguments))
+    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in flat(wanted)]:
+        raise Wrong(f"{found} without memory, where {[(t.shape, t.dtype) for t in flat(wanted)]} come with it")
+    return wanted
+
+
+def _unwritten(call):
+    """Calls that are repeated must find the same arguments."""
+    if any(call.arguments.get(name) is not None for name in call.written):
+        raise NotHere
+
+
+def _chosen(call, draw):
+    """Name of a floating-point argument that may be differentiated."""
+    names = [name for name in call.differentiable if _differentiable(call.arguments.get(name))]
+    if not names:
+        raise NotHere
+    return draw.choice(names)
+
+
+def _differentiable(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_inference() and value.is_leaf
+
+
+def _summed(call, name):
+    """The sum of the squares of a call's results, as a function of one argument."""
+
+    def function(value):
+        results = flat(call.function(**{**call.arguments, name: value}))
+        return sum(t.double().square().sum() for t in results if t.is_floating_point())
+
+    return function
+
+
+def with_gradient(call, draw):
+    """A gradient through backward(): right, or refused."""
+    _unwritten(call)
+    if call.name == "gradient_penalty":
+        return _penalty_gradient(call)
+    name = _chosen(call, draw)
+    leaf = call.arguments[name].detach().clone().requires_grad_()
+    found = call.function(**{**call.arguments, name: leaf})
+    if call.name in ("FusedStudent",):
+        if any(t.requires_grad for t in flat(found)):
+            raise Wrong("an engine's images require a gradient")
+        return found
+    if call.order == 0:
+        # An op without written arguments raises when its gradient is asked for.
+        flat(found)[0].sum().backward()
+        raise Wrong(f"a gradient by {name} is not refused")
+    if call.order == 1:
+        _norm_act_gradient(call, name, leaf, found)
+    return mapped(torch.Tensor.detach, found)
+
+
+def _norm_act_gradient(call, name, leaf, found):
+    """The gradient is the reference's in float64, and has no gradient itself."""
+    gradient = torch.ones_like(found)
+    (ours,) = torch.autograd.grad(found, leaf, gradient, create_graph=True)
+    _once(ours, leaf)
+    wide = {k: mapped(lambda t: t.detach().double() if t.is_floating_point() else t, v) for k, v in call.arguments.items()}
+    wide[name] = leaf.detach().double().requires_grad_()
+    with torch.enable_grad():
+        (wanted,) = torch.autograd.grad(norm_act_reference(wide).sum(), wide[name])
+        narrow = {**call.arguments, name: leaf.detach().clone().requires_grad_()}
+        (same,) = torch.autograd.grad(norm_act_reference(narrow).sum(), narrow[name])
+    finite = wanted.isfinite() & same.isfinite()
+    error, allowed = (ours.double() - wanted).abs(), (same.double() - wanted).abs()
+    # A value whose sign hangs on rounding moves the sums by itself: then the reference's own error is as large.
+    scale = wanted.abs().max() if wanted.numel() else 0
+    loose = 8 * allowed[finite].max() + 1e-3 * scale + 1e-4 if finite.any() else 0
+    if ours.dtype != leaf.dtype or (error[finite] > loose + torch.finfo(ours.dtype).eps * scale).any():
+        raise Wrong(f"the gradient by {name} is off by {error[finite].max()}, allowed {loose}")
+
+
+def _penalty_gradient(call):
+    critic = call.arguments["critic"]
+    if not isinstance(critic, torch.nn.Module):
+        raise NotHere
+    parameters = list(critic.parameters())
+    found = call.function(**call.arguments)
+    ours = torch.autograd.grad(found, parameters, create_graph=True, allow_unused=True)
+    _once(sum(g.sum() for g in ours if g is not None), parameters[0])
+    wide = {k: mapped(lambda t: t.double() if t.is_floating_point() else t, v) for k, v in call.arguments.items()}
+    wide |= {"critic": copy.deepcopy(critic).double(), "backend": "autograd"}
+    wanted = torch.autograd.grad(call.function(**wide), list(wide["critic"].parameters()), allow_unused=True)
+    size = max((float(g.abs().max()) for g in wanted if g is not None), default=0.0)
+    for one, other in zip(ours, wanted, strict=True):
+        other = torch.zeros_like(one) if other is None else other
+        if not ((one.double() - other).abs() <= 1e-3 * size + 1e-5).all() and other.isfinite().all():
+            raise Wrong(f"a gradient of the penalty is off by {(one.double() - other).abs().max()} of {size}")
+    return found.detach()
+
+
+def _once(gradient, leaf):
+    if not gradient.requires_grad:
+        return
+    try:
+        torch.autograd.grad(gradient.sum(), leaf, allow_unused=True)
+    except RuntimeError as error:
+        if "differentiable once" in str(error):
+            return
+        raise
+    raise Wrong("a gradient's gradient is not refused")
+
+
+def grad_transform(call, draw):
+    """torch.func.grad and vjp see no gradient that is not there."""
+    _unwritten(call)
+    name = _chosen(call, draw)
+    call.function(**call.arguments)
+    torch.func.grad(_summed(call, name))(call.arguments[name])
+    return _refused_or(call, name)
+
+
+def jvp_transform(call, draw):
+    _unwritten(call)
+    name = _chosen(call, draw)
+    call.function(**call.arguments)
+    value = call.arguments[name].clone(memory_format=torch.contiguous_format)
+    torch.func.jvp(_summed(call, name), (value,), (torch.ones_like(value),))
+    return _refused_or(call, name)
+
+
+def forward_mode(call, draw):
+    _unwritten(call)
+    name = _chosen(call, draw)
+    value = call.arguments[name].detach().clone(memory_format=torch.contiguous_format)
+    call.function(**call.arguments)
+    with draw.choice((contextlib.nullcontext, torch.no_grad))(), forward_ad.dual_level():
+        call.function(**{**call.arguments, name: forward_ad.make_dual(value, torch.ones_like(value))})
+    return _refused_or(call, name)
+
+
+def _refused_or(call, name):
+    if call.order is not None and call.name != "FusedStudent":
+        raise Wrong(f"a derivative by {name} is not refused")
+    return call.function(**call.arguments)
+
+
+def vectorized(call, draw):
+    """torch.func.vmap over one argument gives what a loop gives."""
+    _unwritten(call)
+    name = _chosen(call, draw)
+    value = call.arguments[name]
+    wanted = call.function(**call.arguments)
+    function = lambda one: flat(call.function(**{**call.arguments, name: one}))  # noqa: E731
+    found = torch.func.vmap(function)(torch.stack([value, value]))
+    pairs = zip(found, flat(wanted), strict=True)
+    if not all(torch.allclose(one[1], other, 1e-4, 1e-4, equal_nan=True) for one, other in pairs):
+        raise Wrong("vmap gives other numbers than a loop")
+    return wanted
+
+
+MODES = {
+    "plain": plain,
+    "no_grad": within(torch.no_grad),
+    "inference_mode": within(torch.inference_mode),
+    "autocast": within(_autocast),
+    "another default dtype": within(_default_dtype),
+    "another default device": within(functools.partial(torch.device, "meta")),
+    "poisoned memory": within(_deterministic),
+    "two threads": two_threads,
+    "twice": twice,
+    "copied": copied,
+    "pickled": pickled,
+    "engine copied": engine_copied,
+    "functional_call": functional,
+    "from four threads": from_threads,
+    "after a fork": after_fork,
+    "compiled": compiled,
+    "meta": on_meta,
+    "fake": fake,
+    "gradient": with_gradient,
+    "func.grad": grad_transform,
+    "func.jvp": jvp_transform,
+    "forward mode": forward_mode,
+    "vmap": vectorized,
+}
+"""Name -> function of a call and a draw that gives the call's result, whose modes are off again when it returns."""
+
+SHARES = {"plain": 12.0, "after a fork": 0.02, "from four threads": 0.5, "compiled": 0.006}
+"""How often a mode is drawn, 1 where not named."""

@@ -1,0 +1,309 @@
+"""Random calls of the public functions: the reference's answer, or a refusal that names an argument.
+
+    python -m profiling.limits.calls --count 100000 --seed 0
+
+Case i draws a function, arguments (most valid, in odd layouts; some plainly wrong) and a way to call it. An answer is right if
+dtype, shape and every number are the reference's, to what rounding allows, and nothing was written but ``out``. Cases run in
+forked processes, so that one that ends its process or hangs is a finding and not the end.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from advkd.data import load_images
+from advkd.errors import BackendUnavailableError
+
+from . import call_ops, call_systems
+from .call_modes import MODES, SHARES, NotHere, Wrong, flat, mapped
+from .draw import Draw, spoiled
+from .record import main
+
+CALLS = {
+    call_ops.mask_mul: 2.0,
+    call_ops.conv_bias_act_mask: 2.0,
+    call_ops.conv_block: 2.0,
+    call_ops.interpolate: 2.0,
+    call_ops.penalty_reduce: 2.0,
+    call_ops.norm_act: 2.5,
+    call_ops.image_gradient: 1.5,
+    call_ops.gradient_penalty: 1.0,
+    call_ops.philox_words: 1.0,
+    call_ops.philox_normal: 1.0,
+    call_ops.philox_uniform: 0.5,
+    call_ops.sampler_step: 3.0,
+    call_ops.coefficient_table: 0.3,
+    call_ops.step_coefficients: 0.3,
+    call_systems.fused_student: 2.0,
+    call_systems.forward_of_student: 0.7,
+    call_systems.latents_of_student: 0.7,
+    call_systems.sample_of_student: 0.5,
+    call_systems.stream_of_student: 0.4,
+    call_systems.save_and_load: 0.2,
+    call_systems.project: 0.7,
+    call_systems.sample_again: 0.7,
+    call_systems.scheduler_step: 3.0,
+    call_systems.measure: 1.0,
+    call_systems.images: 0.05,
+    call_systems.in_place: 0.3,
+}
+"""How to draw a call -> how often."""
+
+BATCH = 2000
+"""Cases of a process."""
+PATIENCE = 90
+"""Seconds until a case hangs."""
+MEMORY = 6 * 2**30
+"""Bytes that a case may take: expanded tensors have billions of elements, and none may be copied."""
+REFUSALS = (ValueError, TypeError, NotImplementedError, BackendUnavailableError)
+TORCH_REFUSES = (
+    r"has no gradient",
+    r"Batching rule not implemented for advkd::\w+",
+    r"In order to use an autograd.Function with functorch transforms",
+    r"must implement the jvp function for custom autograd.Function",
+    r"^vmap: ",
+    r"inside of vmap",
+    r"Inference tensors cannot be saved for backward",
+    r"aten\.nonzero",
+    r"aten\._local_scalar_dense",
+)
+"""What says of a derivative or a transform that it does not exist: our own words, and torch's where it is asked first."""
+TRANSFORMS = ("gradient", "func.grad", "func.jvp", "forward mode", "vmap", "fake")
+
+
+def case(seed, number):
+    """Case ``number``: ``(call, mode, name of the spoilt argument or None, draw)``."""
+    draw = Draw(seed, number)
+    call = draw.choices(list(CALLS), list(CALLS.values()))[0](draw)
+    name = None
+    if draw.chance(0.25) and "whole" not in call.options:
+        name = draw.choice(list(call.arguments))
+        call.arguments[name] = spoiled(draw, call.arguments[name])
+        if name == "denoiser" and callable(call.arguments[name]):
+            call.arguments[name] = None
+        if call.name == "norm_act" and name == "training":
+            call.written = ("running_mean", "running_var")
+    mode = (
+        draw.choices(list(MODES), [SHARES.get(mode, 1.0) for mode in MODES])[0] if name is None or draw.chance(0.2) else "plain"
+    )
+    return call, mode, name, draw
+
+
+def judge(call, mode, draw):
+    """``(outcome, detail, mode)`` of a call; a mode that has no meaning for it is the plain one."""
+    before = {name: mapped(_kept, value) for name, value in call.arguments.items()}
+    try:
+        try:
+            found = MODES[mode](call, draw)
+        except NotHere:
+            mode, found = "plain", MODES["plain"](call, draw)
+    except Wrong as error:
+        return "wrong", str(error), mode
+    except Exception as error:
+        return *_refusal(call, mode, error), mode
+    return *_answer(call, before, found, call.options.get(mode, 1)), mode
+
+
+def _kept(tensor):
+    """A copy; of a tensor that is far larger than its memory, itself."""
+    return tensor if tensor.numel() > 2**24 or tensor.is_meta else tensor.detach().clone()
+
+
+def _refusal(call, mode, error):
+    text = str(error)
+    if mode in TRANSFORMS and any(re.search(words, text) for words in TORCH_REFUSES):
+        return "refused", text
+    # A critic's layers are named, too.
+    named = (
+        call.name == "gradient_penalty"
+        and text.startswith("layer ")
+        or any(re.search(rf"\b{re.escape(name)}\b", text) for name in call.arguments)
+    )
+    if isinstance(error, BackendUnavailableError) or isinstance(error, REFUSALS) and named:
+        return "refused", text
+    # As torch says it, of as many numbers as were asked for.
+    if "DefaultCPUAllocator: can't allocate memory" in text or "aten::new_empty" in text:
+        return "refused", text
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        "crashed",
+        f"{type(error).__name__} in {Path(last.filename).name}, {last.name}: {text.splitlines()[0] if text else ''}",
+    )
+
+
+def _answer(call, before, found, loose):
+    for name, value in call.arguments.items():
+        if name not in call.written and not _aliased(call, name) and not _same_bits(value, before[name]):
+            return "wrong", f"{name} was written"
+    try:
+        with torch.no_grad():
+            wanted, same, bounds = _expected(call, before)
+    except Exception as error:
+        return "wrong", f"an answer where the reference has none: {error!r}"[:500]
+    found = flat(found)
+    if [(t.shape, t.dtype, t.device) for t in found] != [(t.shape, t.dtype, t.device) for t in same]:
+        return "wrong", f"{[(t.shape, t.dtype) for t in found]} instead of {[(t.shape, t.dtype) for t in same]}"
+    if any(t.is_meta for t in found):
+        return "right", ""
+    for ours, right, alike, bound in zip(found, wanted, same, bounds, strict=True):
+        if detail := _off(ours, right, alike, bound if bound is None else loose * bound):
+            return "wrong", detail
+    return "right", ""
+
+
+def _aliased(call, name):
+    """True if an argument lies in the memory of one that is written."""
+    return any(
+        isinstance(call.arguments[name], torch.Tensor)
+        and _storage(call.arguments[name]) == _storage(call.arguments.get(written))
+        for written in call.written
+        if isinstance(call.arguments.get(written), torch.Tensor)
+    )
+
+
+def _storage(tensor):
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _same_bits(value, before):
+    if type(value) in (list, tuple):
+        return all(map(_same_bits, value, before))
+    if not isinstance(value, torch.Tensor) or value is before or value.layout != torch.strided or value.is_meta:
+        return True
+    return value.is_nested or value.is_quantized or bool(((value == before) | ((value != value) & (before != before))).all())
+
+
+def _expected(call, before):
+    """The results in float64, those of the reference as it is, and how far from the former ours may be (None: bits)."""
+    before = {name: value if name == "seed" else call_ops.plain_number(value) for name, value in before.items()}
+    wide = {name: mapped(lambda t: t.double() if t.is_floating_point() else t, value) for name, value in before.items()}
+    if call.name == "gradient_penalty":
+        wide["critic"] = call_ops.copy.deepcopy(before["critic"]).double()
+    reference = call_ops.norm_act_reference if call.name == "norm_act" else call.reference
+    same = flat((call.same or reference)(before))
+    if call.bound is None:
+        return same, same, [None] * len(same)
+    with contextlib.nullcontext() if call.name != "gradient_penalty" else torch.enable_grad():
+        wanted = flat((call.oracle or reference)(wide))
+    wanted = [t.detach().double() for t in wanted]
+    return wanted, same, call.bound(wide, wanted, same)
+
+
+def _off(ours, right, alike, bound):
+    """What is wrong with a result, or None."""
+    if bound is None:
+        equal = (ours == alike) | ((ours != ours) & (alike != alike))
+        return None if bool(equal.all()) else f"other bits than the reference: {_sample(ours, alike, ~equal)}"
+    ours, alike, bound = ours.detach().double(), alike.double(), bound.double()
+    equal = (ours == right) | ((ours != ours) & (right != right)) | (ours == alike) | ((ours != ours) & (alike != alike))
+    # The dtype's arithmetic may overflow where float64 does not; NaN in a bound says that anything may come.
+    allowed = bound + 2 * (alike - right).abs().nan_to_num(nan=math.inf)
+    fine = equal | ((ours - right).abs() <= allowed) | bound.isnan()
+    return (
+        None
+        if bool(fine.all())
+        else f"off by more than rounding: {_sample(ours, right, ~fine)}, bound {bound[~fine][:3].tolist()}"
+    )
+
+
+def _sample(ours, right, where):
+    places = where.nonzero()[:3].tolist()
+    return f"{ours[where][:3].tolist()} instead of {right[where][:3].tolist()} at {places} of {list(where.shape)}"
+
+
+def run(campaign, cases):
+    """Judge the cases in forked processes, a batch in each."""
+    warnings.filterwarnings("ignore")
+    _warm()
+    modes, cases = Counter(), list(cases)
+    while cases:
+        done = _batch(campaign, cases[:BATCH], modes)
+        cases = cases[done:]
+    return modes
+
+
+def _warm():
+    """What every process would otherwise do for itself: imports, and the engines."""
+    from torchmetrics.image.kid import poly_mmd  # noqa: F401
+
+    load_images("digits")
+    for i in range(len(call_systems.CONFIGS)):
+        call_systems.exact(i)
+        for backend, dtype in call_systems.ENGINES:
+            call_systems.engine(i, backend, dtype)
+
+
+def _batch(campaign, numbers, modes):
+    """Judge cases in one process until it ends; returns how many it began."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            _judge_all(campaign.seed, numbers, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    begun, open_case = 0, None
+    with os.fdopen(reading) as lines:
+        for line in lines:
+            row = json.loads(line)
+            if "outcome" not in row:
+                begun, open_case = begun + ("drawn" not in row), row
+                continue
+            modes[row["mode"]] += 1
+            campaign.add(row["kind"], row["outcome"], row["case"], row["detail"])
+            open_case = None
+    _, status = os.waitpid(child, 0)
+    if open_case is not None:
+        modes[open_case["mode"]] += 1
+        end = "a hang" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else f"status {status}"
+        campaign.add(open_case["kind"], "crashed", open_case["case"], f"{end} ({open_case['mode']})")
+    return begun
+
+
+def _judge_all(seed, numbers, writing):
+    resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
+    os.close(2)
+    os.open(os.devnull, os.O_WRONLY)
+    tempfile.tempdir = folder = tempfile.mkdtemp(prefix="advkd-calls-")
+    # Names of folders may be anything.
+    os.chdir(folder)
+    with os.fdopen(writing, "w", buffering=1) as answers:
+        for number in numbers:
+            signal.alarm(PATIENCE)
+            print(json.dumps({"kind": "a draw", "case": number, "mode": "plain"}), file=answers)
+            call, mode, name, draw = case(seed, number)
+            begun = {"kind": call.name, "case": number, "mode": mode}
+            print(json.dumps({**begun, "drawn": True}), file=answers)
+            outcome, detail, mode = judge(call, mode, draw)
+            detail = f"{mode}{f', {name} spoilt' if name else ''}: {detail}" if outcome not in ("right", "refused") else ""
+            print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
+
+
+def _size():
+    """Bytes of address space that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    sys.exit(main("calls", __doc__.split("\n")[0], run, 100_000))

@@ -1,0 +1,235 @@
+"""Arguments that an op cannot take are refused by name, and so is every derivative that it has not, however it is asked for."""
+
+import fractions
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from advkd import Student, ops
+from advkd.errors import InputError
+from advkd.models.student import StudentConfig
+from advkd.ops import backends
+from advkd.ops.mask_mul import pack
+
+X, OTHER = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+MASK, WEIGHT, BIAS = pack(OTHER.flatten(1) > 0), torch.randn(5, 3, 3, 3), torch.randn(5)
+STEP = ops.StepCoefficients(1.0, -0.5, 0.5, c_x=0.25)
+CALLS = {
+    "mask_mul": {"x": X, "mask": MASK, "slope": 0.2, "backend": "auto"},
+    "conv_bias_act_mask": {"x": X, "weight": WEIGHT, "bias": BIAS, "padding": 1, "slope": 0.2, "groups": 1, "backend": "auto"},
+    "conv_block": {"x": X, "weight": WEIGHT, "bias": BIAS, "slope": 0.2, "upsample": True, "backend": "auto"},
+    "interpolate": {"real": X, "fake": OTHER, "a": torch.rand(2), "merge": False, "backend": "auto"},
+    "penalty_reduce": {"g": X, "target": 1.0, "weight": 10.0, "mode": "r1", "backend": "auto"},
+    "norm_act": {
+        "x": X,
+        "gamma": X[0, :, 0, 0],
+        "beta": X[1, :, 0, 0],
+        "running_mean": None,
+        "running_var": None,
+        "slope": 0.2,
+    },
+    "image_gradient": {"d": X, "weight": torch.randn(3, 2, 3, 3), "shape": (2, 2, 4, 4), "padding": 1, "backend": "auto"},
+    "sampler_step": {"x": X, "model_output": OTHER, "coefficients": STEP, "return_x0": True, "backend": "auto"},
+    "philox_words": {"seed": 1, "indices": range(3), "count": 5, "stream": "z", "step": 0, "backend": "auto"},
+    "philox_normal": {"seed": 1, "indices": range(3), "shape": (2, 2), "stream": "z", "step": 0, "backend": "auto"},
+}
+OPTIONAL = ("bias", "running_mean", "running_var")
+NO_TENSORS = {
+    "number": lambda t: 3,
+    "text": lambda t: "text",
+    "array": lambda t: t.numpy(),
+    "sparse": lambda t: t.to_sparse(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
+    "none": lambda t: None,
+}
+
+
+def call(op, **changes):
+    return getattr(ops, op)(**{**CALLS[op], **changes})
+
+
+def differentiable(op):
+    return [name for name, value in CALLS[op].items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_what_is_no_dense_tensor_is_refused_by_name(op):
+    for name, value in CALLS[op].items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for kind, change in NO_TENSORS.items():
+            if kind == "none" and name in OPTIONAL:
+                continue
+            with pytest.raises(InputError, match=rf"\b{name}\b"):
+                call(op, **{name: change(value)})
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_what_is_no_number_no_flag_and_no_backend_is_refused_by_name(op):
+    bad = [None, "text", b"0.2", [], object(), 1j, torch.zeros(2), torch.tensor(0.5, device="meta")]
+    for name, value in CALLS[op].items():
+        if isinstance(value, torch.Tensor) or name in OPTIONAL or name == "coefficients":
+            continue
+        for other in bad:
+            if name == "shape" and other == []:
+                continue
+            with pytest.raises(InputError, match=rf"\b{name}\b"):
+                call(op, **{name: other})
+
+
+@pytest.mark.parametrize("op", ["mask_mul", "conv_bias_act_mask", "conv_block", "norm_act"])
+def test_slopes_are_finite_numbers_of_any_type(op):
+    for value in (float("nan"), float("inf"), 1e300, 10**400):
+        with pytest.raises(InputError, match="slope"):
+            call(op, slope=value)
+    found, wanted = call(op, slope=fractions.Fraction(1, 4)), call(op, slope=0.25)
+    assert torch.equal(*(r if isinstance(r, torch.Tensor) else r[0] for r in (found, wanted)))
+
+
+@pytest.mark.parametrize("op", ["conv_bias_act_mask", "image_gradient"])
+@pytest.mark.parametrize("option", ["stride", "padding", "dilation"])
+def test_windows_that_do_not_fit_are_refused(op, option):
+    for value in (-1, 1.5, (1, 2, 3), None, "11", 2**40):
+        with pytest.raises(InputError, match=option):
+            call(op, **{option: value})
+    with pytest.raises(InputError, match="does not fit into"):
+        call(op, dilation=9)
+
+
+def test_dilation_of_one_pixel_has_no_meaning():
+    x, weight = (
+        t.half().contiguous(memory_format=torch.channels_last) for t in (torch.randn(1, 6, 7, 1), torch.randn(2, 6, 3, 1))
+    )
+    found, wanted = (ops.conv_bias_act_mask(x, weight, stride=2, padding=1, dilation=(1, q)) for q in (2, 1))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_the_wrong_size_is_found_before_anything_is_copied():
+    """2^31 samples in the memory of one."""
+    many = torch.zeros(1).expand(2**31 + 5, 3, 4, 4)
+    for op, name in (("mask_mul", "x"), ("interpolate", "real"), ("interpolate", "fake"), ("sampler_step", "model_output")):
+        with pytest.raises(InputError):
+            call(op, **{name: many})
+
+
+def test_counts_end_where_the_counter_does():
+    with pytest.raises(InputError, match="count"):
+        call("philox_words", count=2**34 + 1)
+
+
+def test_errors_of_a_triple_name_the_argument():
+    with pytest.raises(InputError, match="^noise: seed"):
+        call("sampler_step", noise=(-1, range(2), 0))
+    with pytest.raises(InputError, match="^a: indices"):
+        call("interpolate", a=(1, None, 0))
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("philox")])
+def test_derivatives_are_refused_in_every_mode(op):
+    """Inside of an op torch.func's tensors are plain ones: a derivative would be zero, or the convolution's, without a word."""
+
+    def total(value):
+        results = call(op, **{name: value})
+        results = results if isinstance(results, tuple) else (results,)
+        return sum(t.square().sum() for t in results if t is not None and t.is_floating_point())
+
+    for name in differentiable(op):
+        value = CALLS[op][name].clone()
+        refused = pytest.raises(RuntimeError, match="has no gradient|autograd.Function with functorch")
+        for transform in (torch.func.grad, torch.func.jacfwd, lambda f: lambda v: torch.func.jvp(f, (v,), (v,))):
+            with refused:
+                transform(total)(value)
+        for context in (torch.no_grad, torch.enable_grad):
+            with refused, context(), forward_ad.dual_level():
+                call(op, **{name: forward_ad.make_dual(value, value)})
+
+
+@pytest.mark.parametrize("op", ["mask_mul", "penalty_reduce", "sampler_step"])
+def test_results_are_not_written_through_negated_views_nor_into_inference_tensors(op):
+    for out in (torch._neg_view(torch.zeros_like(X)), inference(torch.zeros_like(X))):
+        with pytest.raises(InputError, match="out"):
+            call(op, out=out)
+    with torch.inference_mode():
+        call(op, out=torch.zeros_like(X))
+
+
+def inference(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
+def test_empty_planes_are_up_sampled(shape):
+    x, ones = torch.zeros(shape, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = ops.norm_act(x, ones, ones, torch.zeros(3), torch.ones(3), training=False, upsample=True)
+    assert y.shape == (*shape[:2], 2 * shape[2], 2 * shape[3])
+    y.sum().backward()
+    assert x.grad.shape == shape and not ones.grad.any()
+
+
+def test_autocast_changes_no_dtype():
+    config = StudentConfig(16, 2, channels=(8, 4, 8, 8, 16, 4), latent_size=1, detail_noise=True)
+    student = Student(config).eval()
+    for dtype in (torch.float32, torch.float64):
+        fused = student.fuse("reference", dtype)
+        wanted = fused(fused.latents(2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fused(fused.latents(2)), wanted)
+    wide = {name: CALLS["norm_act"][name].double() for name in ("x", "gamma", "beta")}
+    x_T = torch.randn(2, 3, 16, 16)
+    for function in (lambda: call("norm_act", **wide), lambda: call("conv_block"), lambda: student.project(x_T)):
+        wanted = function()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(function(), wanted)
+
+
+def test_steps_of_tensors_without_memory():
+    call("sampler_step")
+    meta = {name: CALLS["sampler_step"][name].to("meta") for name in ("x", "model_output")}
+    assert call("sampler_step", **meta, check_finite=True)[0].shape == X.shape
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(CALLS["sampler_step"][name]) for name in ("x", "model_output")}
+        assert call("sampler_step", **fake)[0].shape == X.shape
+    assert call("conv_block", **{name: CALLS["conv_block"][name].to("meta") for name in ("x", "weight", "bias")}).is_meta
+
+
+@pytest.mark.parametrize("pool", [0, -1, 3, 1.5, "2", torch.zeros(2)])
+def test_windows_of_an_average_divide_the_sides(pool):
+    with pytest.raises(InputError, match="pool"):
+        call("sampler_step", pool=pool)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 1), (2, 1, 5, 3), (1, 3, 1, 1)])
+def test_strides_of_axes_with_one_element_are_any_number(backend, shape):
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    odd = x.as_strided(shape, [2**40 if side == 1 else stride for side, stride in zip(shape, x.stride())])
+    wanted = call("sampler_step", x=x, model_output=x, backend=backend)[:2]
+    assert all(map(torch.equal, call("sampler_step", x=odd, model_output=x, backend=backend), wanted))
+
+
+def test_coefficients_are_numbers_and_steps():
+    with pytest.raises(InputError, match="k_m"):
+        ops.StepCoefficients(1.0, "text", 0.5)
+    for steps in (None, 3, [STEP, 1.0]):
+        with pytest.raises(InputError, match="steps"):
+            ops.coefficient_table(steps)
+    with pytest.raises(InputError, match="coefficients"):
+        call("sampler_step", x=X[:0], model_output=OTHER[:0], coefficients=object())
+
+
+def test_random_numbers_are_part_of_a_graph():
+    def draw(indices):
+        return ops.philox_normal(3, indices, (5,), stream="z")
+
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.arange(3)), draw(torch.arange(3)))
+
+
+def test_a_backend_that_is_no_name_is_refused():
+    for backend in (None, 3, [], {}, "gpu"):
+        with pytest.raises(InputError, match="backend"):
+            backends.choose("mask_mul", backend, torch.device("cpu"))

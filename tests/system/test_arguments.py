@@ -1,0 +1,117 @@
+"""Arguments of students, schedulers, samplers, measures and data that cannot work are refused by name."""
+
+import pytest
+import torch
+
+from advkd import metrics, samplers
+from advkd.data import load_images
+from advkd.errors import InputError
+from advkd.latents import project
+
+from ..conftest import tiny_student
+
+NO_NUMBERS = [None, "text", b"3", [], 1.5, 1j, torch.zeros(2)]
+
+
+@pytest.mark.parametrize("source", [None, 3, [], object(), b"digits"])
+def test_images_come_from_a_path(source):
+    with pytest.raises(InputError, match="source"):
+        load_images(source)
+
+
+@pytest.mark.parametrize("value", ["text", [], 1.5, -1, 0, 2**40])
+def test_sizes_of_images(value):
+    for name in ("size", "channels"):
+        with pytest.raises(InputError, match=name):
+            load_images("digits", **{name: value})
+
+
+def test_latents_are_of_whole_numbers_and_a_device():
+    student = tiny_student()
+    fused = student.fuse("reference")
+    for device in ("nonsense", [], "cuda:99", object()):
+        with pytest.raises(InputError, match="device"):
+            student.latents(1, device=device)
+    for model in (student, fused):
+        for name in ("n", "start", "seed"):
+            for value in (*NO_NUMBERS, -1):
+                with pytest.raises(InputError, match=name):
+                    model.latents(**{"n": 1, name: value})
+        for name in ("n", "seed", "batch_size", "start"):
+            for value in NO_NUMBERS:
+                with pytest.raises(InputError, match=name):
+                    model.sample(**{"n": 0, name: value})
+        with pytest.raises(InputError, match="start"):
+            model.latents(5, start=2**63 - 2)
+
+
+def test_engines_take_dense_latents():
+    fused = tiny_student().fuse("reference")
+    z = fused.latents(1)
+    for bad in (None, "z", 3, z.numpy(), z.tolist(), z.to(torch.int64), z.to(torch.complex64), z.to_sparse(), z.to("meta")):
+        with pytest.raises(InputError, match=r"\bz\b"):
+            fused(bad)
+    for folder in (True, None, 3):
+        with pytest.raises(InputError, match="folder"):
+            fused.save_pretrained(folder)
+    for dtype in (None, [], "uint8", torch.float64):
+        with pytest.raises(InputError, match="dtype"):
+            fused.stream(1, dtype=dtype)
+
+
+def test_projections_are_of_square_floating_point_images():
+    x = torch.zeros(2, 1, 8, 8)
+    for bad in (None, 3, x.numpy(), x[0], x.int(), x.to_sparse(), x[..., :0], x[..., :6, :6], x[..., :4]):
+        with pytest.raises(InputError, match="x_T"):
+            project(bad)
+    assert project(x[:0]).shape == (0, 16) and project(x[:0], detail_noise=True).shape == (0, 64)
+
+
+def test_measures_take_seeds_and_levels():
+    a, b = torch.randn(8, 2), torch.randn(8, 2)
+    for seed in (2**64, -1, None, 0.5, "1"):
+        with pytest.raises(InputError, match="seed"):
+            metrics.kernel_distance(a, b, subsets=1, seed=seed)
+    for level in (None, "0.9", 0, 1, float("nan")):
+        with pytest.raises(InputError, match="level"):
+            metrics.frechet_interval(a, b, resamples=2, level=level)
+    with pytest.raises(InputError, match="subsets"):
+        metrics.kernel_distance(a, b, subsets=2**40)
+    with pytest.raises(InputError, match="generated"):
+        metrics.frechet_distance(torch.nested.nested_tensor([a, b]), b)
+
+
+@pytest.mark.parametrize("sampler", [samplers.sample_dpdm, samplers.sample_consistency])
+def test_samplers(sampler):
+    good = {"denoiser": lambda x, sigma: x, "sigmas": [1.0], "shape": (1, 1, 2, 2), "start": 0, "device": "cpu"}
+    bad = {"denoiser": 3, "sigmas": ["text"], "shape": 3, "start": -1, "device": "nonsense"}
+    assert sampler(**good).shape == (1, 1, 2, 2)
+    for name, value in bad.items():
+        with pytest.raises(InputError, match=name):
+            sampler(**{**good, name: value})
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
+def test_schedulers(kind):
+    pytest.importorskip("diffusers")
+    from advkd import schedulers
+
+    scheduler = getattr(schedulers, f"Fused{kind}Scheduler")()
+    scheduler.set_timesteps(4)
+    x, t = torch.zeros(2, 3, 4, 4), scheduler.timesteps[0]
+    for name in ("model_output", "sample"):
+        for bad in (None, 3, "text", x.numpy(), x.to_sparse(), x.bool(), x.to(torch.float8_e4m3fn), x[..., :3]):
+            with pytest.raises(InputError, match=name):
+                scheduler.step(**{"model_output": x, "sample": x, "timestep": t, name: bad})
+    for bad in (x.to("meta"), x[0, 0, 0, 0]):
+        with pytest.raises(InputError, match="model_output"):
+            scheduler.step(bad, t, x)
+    if kind == "DDIM":
+        for eta in (None, "1", float("nan"), 1e300):
+            with pytest.raises(InputError, match="eta"):
+                scheduler.step(x, t, x, eta=eta)
+    with pytest.raises(InputError, match="return_dict"):
+        scheduler.step(x, t, x, return_dict="text")
+    with pytest.raises(InputError, match="timestep"):
+        scheduler.step(x, torch.tensor(3.0).to(torch.float8_e4m3fn), x)
+    assert isinstance(scheduler.step(x, t, x, return_dict=False), tuple)
