@@ -7,6 +7,9 @@ import torch
 from .errors import InputError
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def real(name, value):
     """``value`` as a float: Python's and numpy's numbers, and tensors of one number that can be read."""
     try:
@@ -20,7 +23,7 @@ def real(name, value):
 def finite(name, value):
     """``value`` as a float that float32 holds."""
     number = real(name, value)
-    if not abs(number) <= torch.finfo(torch.float32).max:
+    if not abs(number) <= _LARGEST:
         raise InputError(f"{name} must be finite, got {value!r}")
     return number
 

@@ -30,7 +30,9 @@ AUTOCAST = ("cpu", "cuda")
 
 def without_autocast(x):
     """A context manager: what is computed on ``x``'s device inside has the dtypes of its tensors, wherever it is called."""
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else contextlib.nullcontext()
+    kind = x.device.type
+    on = kind in AUTOCAST and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
