@@ -18,7 +18,8 @@ faults.preload()
 out = Path(sys.argv[1])
 commands = list(prepare(out / "in").values())
 commands = [commands[0], *commands[2:6]]
-killed = [case for case in range(100) if not kills.plan(0, case)["fresh"] and len(kills.plan(0, case)["kills"]) == 1][:6]
+plans = [kills.plan(0, case, 0) for case in range(100)]
+killed = [case for case, plan in enumerate(plans) if not plan["fresh"] and len(plan["kills"]) == 1][:6]
 kinds = len(faults.KINDS)
 faulty = [kinds * (len(commands) + kind % len(commands)) + kind for kind in range(kinds)]
 for name, module, cases in (("kills", kills, killed), ("faults", faults, faulty)):
