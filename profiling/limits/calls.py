@@ -231,10 +231,11 @@ def run(campaign, cases):
     """Judge the cases in forked processes, a batch in each."""
     warnings.filterwarnings("ignore")
     _warm()
-    modes, cases = Counter(), list(cases)
-    while cases:
-        done = _batch(campaign, cases[:BATCH], modes)
-        cases = cases[done:]
+    modes, left = Counter(), list(cases)
+    while left:
+        done = _batch(campaign, left[:BATCH], modes)
+        left = left[done:]
+        campaign.reach(len(cases) - len(left))
     return modes
 
 

@@ -182,9 +182,11 @@ def run(campaign, cases):
             for number, (name, outcome, detail) in zip(batch, lines):
                 campaign.add(name, outcome, number, detail)
             left = left[len(lines) :]
+            campaign.reach(len(cases) - len(left))
             if len(lines) < len(batch):
                 name, mutation, _ = case_of(campaign.seed, left[0])
                 campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
+                campaign.reach(len(cases) - len(left))
 
 
 def _run_forked(place, seed, batch, results):

@@ -34,7 +34,7 @@ def run_cases(campaign, cases):
 def run_commands(campaign, cases, commands, folder):
     """Run the cases of these numbers on ``commands`` in a new ``folder``."""
     whole = {(command.name, False): _measure(command, folder) for command in commands}
-    for case in cases:
+    for case in campaign.each(cases):
         chosen = plan(campaign.seed, case, 0)
         command = commands[case % len(commands)]
         if chosen["fresh"] and (command.name, True) not in whole:
