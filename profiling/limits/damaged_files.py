@@ -4,7 +4,6 @@
 and its draws. Cases run in forked processes, each with a limit of time and of memory.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -42,18 +41,24 @@ class Hanging(BaseException):
 
 
 class Workplace:
-    """The undamaged samples below a folder, what each kind's reader makes of them, and the room for one case."""
+    """The undamaged samples below a folder, the result of each kind's reader on them, and the room for one case.
+
+    Samples are made where cases are laid out: paths that a sample holds are the same in its cases.
+    """
 
     def __init__(self, folder):
         self.samples, self.case = folder / "samples", folder / "case"
-        self.samples.mkdir()
-        make_samples(self.samples)
-        self.whole = {name: self._read_whole(name) for name in KINDS}
+        self.case.mkdir()
+        make_samples(self.case)
+        self.case.rename(self.samples)
+        self.whole = {name: self._read_whole(name) for name, kind in KINDS.items() if kind.readable}
 
     def _read_whole(self, name):
         self.lay_out(KINDS[name])
-        with contextlib.suppress(Refused):
-            return canonical(KINDS[name].read(self.case))
+        found = canonical(KINDS[name].read(self.case))
+        if found is None:
+            raise RuntimeError(f"the reader of {name} returns nothing to compare")
+        return found
 
     def lay_out(self, kind):
         """A fresh copy of all that a kind's reader needs."""
@@ -104,7 +109,7 @@ def _outcome(place, name, mutation):
         found = kind.read(place.case)
     except (Refused, InputError) as error:
         return _refusal(kind, error, place)
-    if same(canonical(found), place.whole[name]):
+    if found is not None and same(canonical(found), place.whole.get(name)):
         return "right", "as it was"
     # Pictures have an end, too: half of one is none.
     sealed = kind.sealed or (kind.form == "image" and mutation == "truncated")

@@ -27,6 +27,25 @@ def test_a_case_is_the_same_in_every_run():
         assert (name, mutation, draw.random()) == (*again[:2], again[2].random())
 
 
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+from profiling.limits.damaged_files import Workplace
+
+whole = Workplace(Path(sys.argv[1])).whole
+print(json.dumps([name for name, found in whole.items() if found is not None]))
+"""
+
+
+def test_the_undamaged_file_of_every_kind_is_read(tmp_path):
+    """All but Inception's weights, whose own are not here."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=process_environment({"OMP_NUM_THREADS": "1"}))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert set(json.loads(ended.stdout.splitlines()[-1])) == set(KINDS) - {"Inception's weights"}
+
+
 def test_damaged_files_are_refused_or_read_as_they_stand(tmp_path):
     """In a process of its own: forked ones must not have been left by threads."""
     command = [sys.executable, "-m", "profiling.limits.damaged_files", "--count", str(len(CASES)), "--out", str(tmp_path)]
