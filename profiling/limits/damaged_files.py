@@ -47,6 +47,9 @@ class Workplace:
     """
 
     def __init__(self, folder):
+        # Threads of the parent are not there behind a fork.
+        tqdm.monitor_interval = 0
+        torch.set_num_threads(1)
         self.samples, self.case = folder / "samples", folder / "case"
         self.case.mkdir()
         make_samples(self.case)
@@ -173,25 +176,25 @@ def contents(folder):
 
 def run(campaign, cases):
     """Run cases in processes of their own and add their outcomes."""
-    # Threads of the parent are not there behind a fork.
-    tqdm.monitor_interval = 0
-    torch.set_num_threads(1)
-    left = list(cases)
     with tempfile.TemporaryDirectory(prefix="damaged-") as folder:
-        place, results = Workplace(Path(folder)), Path(folder) / "results"
-        while left:
-            batch = left[:BATCH]
-            results.write_text("")
-            status = _run_forked(place, campaign.seed, batch, results)
-            lines = [json.loads(line) for line in results.read_text().splitlines()]
-            for number, (name, outcome, detail) in zip(batch, lines):
-                campaign.add(name, outcome, number, detail)
-            left = left[len(lines) :]
-            campaign.reach(len(cases) - len(left))
-            if len(lines) < len(batch):
-                name, mutation, _ = case_of(campaign.seed, left[0])
-                campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
-                campaign.reach(len(cases) - len(left))
+        run_in(Workplace(Path(folder)), campaign, cases)
+
+
+def run_in(place, campaign, cases):
+    """:func:`run` in a workplace that is there."""
+    left, results = list(cases), place.case.with_name("results")
+    while left:
+        batch = left[:BATCH]
+        results.write_text("")
+        status = _run_forked(place, campaign.seed, batch, results)
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        for number, (name, outcome, detail) in zip(batch, lines):
+            campaign.add(name, outcome, number, detail)
+        left = left[len(lines) :]
+        if len(lines) < len(batch):
+            name, mutation, _ = case_of(campaign.seed, left[0])
+            campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
+        campaign.reach(len(cases) - len(left))
 
 
 def _run_forked(place, seed, batch, results):

@@ -127,7 +127,7 @@ def _piped_meaning(place):
 
 
 def _taught(name):
-    """What a teacher draws, through the command line."""
+    """A teacher's drawings, through the command line."""
 
     def read(place):
         out = place / "out"
@@ -166,7 +166,7 @@ def _older_meaning(place):
 
 
 def _distilled(place):
-    """What a student has learnt from trajectories."""
+    """The weights of a student distilled from trajectories."""
     run_command("distill", "--init", place / "student", "--trajectories", place / "data", *RUN, "--out", place / "out")
     return load_file(place / "out" / WEIGHTS)
 
@@ -180,7 +180,7 @@ def _read_back(place, name="data"):
 def _read_back_meaning(place, name):
     folder = place / name
     manifest, parts = parse_json(folder / "manifest.json"), []
-    # What is null says nothing.
+    # A null has no meaning.
     recipe = _unnamed({key: value for key, value in manifest["recipe"].items() if value is not None})
     for path, entry in ((folder / entry["file"], entry) for entry in manifest["shards"]):
         data = path.read_bytes()
@@ -341,7 +341,7 @@ class Coarse:
 
 
 def _told(option, file):
-    """What a distillation is told to do; it is not done."""
+    """The configuration with which the command line starts a distillation, which is left out."""
 
     def read(place):
         asked = []

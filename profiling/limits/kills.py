@@ -91,7 +91,10 @@ def _attempt(command, chosen, whole, out):
 
 
 def _kill(command, out, chosen, kill, whole):
-    """Start the command and send it the signal: ``(whether that ended it, fault of its end or an empty string)``."""
+    """Start the command and send it the signal: ``(whether it ended the process, the fault of the end or "")``.
+
+    A process that the signal reached and that ended badly counts as ended by it.
+    """
     by_event, fraction, delay = kill
     resume = ["--resume"] if command.resumes and (out / "checkpoint.safetensors").exists() else []
     events = Events(out)
@@ -108,8 +111,8 @@ def _kill(command, out, chosen, kill, whole):
         code = process.wait()
     finally:
         events.close()
-    landed = sent and code in _ends_by(number)
-    return landed, _end_fault(code, process.said, number if sent else None)
+    fault = _end_fault(code, process.said, number if sent else None)
+    return sent and (code in _ends_by(number) or bool(fault)), fault
 
 
 def _ends_by(number):

@@ -60,7 +60,9 @@ class Campaign:
         self._reached, now = done, time.perf_counter()
         if now - self._last_line > PROGRESS:
             self._last_line, minutes = now, (now - self._begin) / 60
-            print(f"{self.name}: {done:,} of {self.count:,} cases, {len(self.failures)} failures, {minutes:.0f} min", flush=True)
+            print(
+                f"{self.name}: {done:,} of {self.count:,} cases, {len(self.failures)} failures, {minutes:.0f} min", flush=True
+            )
 
     def add(self, kind, outcome, case=None, detail=""):
         """Count one case of ``kind``; of :data:`BAD` outcomes the case's number and a detail are kept too."""

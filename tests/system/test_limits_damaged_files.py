@@ -31,25 +31,21 @@ SCRIPT = """
 import json
 import sys
 from pathlib import Path
-from profiling.limits.damaged_files import Workplace
+from profiling.limits.damaged_files import Workplace, run_in
+from profiling.limits.record import Campaign
 
-whole = Workplace(Path(sys.argv[1])).whole
-print(json.dumps([name for name, found in whole.items() if found is not None]))
+place, campaign = Workplace(Path(sys.argv[1])), Campaign("damaged-files", 0)
+run_in(place, campaign, range(int(sys.argv[2])))
+read = [name for name, found in place.whole.items() if found is not None]
+Path(sys.argv[1], "found.json").write_text(json.dumps([read, campaign.rows(), campaign.failures]))
 """
 
 
-def test_the_undamaged_file_of_every_kind_is_read(tmp_path):
-    """All but Inception's weights, whose own are not here."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+def test_damaged_files_are_refused_or_read_as_they_stand(tmp_path):
+    """In a process of its own: forked ones must not have been left by threads. All undamaged files but Inception's are read."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(len(CASES))]
     ended = subprocess.run(command, capture_output=True, text=True, env=process_environment({"OMP_NUM_THREADS": "1"}))
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert set(json.loads(ended.stdout.splitlines()[-1])) == set(KINDS) - {"Inception's weights"}
-
-
-def test_damaged_files_are_refused_or_read_as_they_stand(tmp_path):
-    """In a process of its own: forked ones must not have been left by threads."""
-    command = [sys.executable, "-m", "profiling.limits.damaged_files", "--count", str(len(CASES)), "--out", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=process_environment({"OMP_NUM_THREADS": "1"}))
-    result = json.loads((tmp_path / "limits-damaged-files.json").read_text())
-    assert result["failures"] == [] and ended.returncode == 0, ended.stderr[-2000:]
-    assert {row["kind"]: row["tried"] for row in result["rows"]} == Counter(ROUND)
+    read, rows, failures = json.loads((tmp_path / "found.json").read_text())
+    assert failures == [] and set(read) == set(KINDS) - {"Inception's weights"}
+    assert {row["kind"]: row["tried"] for row in rows} == Counter(ROUND)
