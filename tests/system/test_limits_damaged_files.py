@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
+
+from profiling.limits import damaged_files
 from profiling.limits.damage import STRUCTURES, mutations
 from profiling.limits.damaged_files import ROUND, case_of
-from profiling.limits.file_kinds import KINDS
+from profiling.limits.file_kinds import KINDS, Kind
 
 from ..conftest import process_environment
 
@@ -25,6 +29,13 @@ def test_a_case_is_the_same_in_every_run():
     for number in CASES:
         (name, mutation, draw), again = case_of(7, number), case_of(7, number)
         assert (name, mutation, draw.random()) == (*again[:2], again[2].random())
+
+
+@pytest.mark.parametrize("whole", ({"preset": None}, {}))
+def test_nothing_does_not_equal_an_undamaged_file_that_was_not_read(whole, monkeypatch, tmp_path):
+    monkeypatch.setitem(KINDS, "preset", Kind("tables/preset.json", lambda place: None))
+    outcome, _ = damaged_files._outcome(SimpleNamespace(whole=whole, case=tmp_path), "preset", "truncated")
+    assert outcome == "wrong"
 
 
 SCRIPT = """
