@@ -26,7 +26,7 @@ class NotHere(Exception):
 
 
 class Wrong(Exception):
-    """What a mode itself finds wrong."""
+    """A fault that a mode finds itself."""
 
 
 def mapped(function, value):

@@ -165,7 +165,7 @@ def conv_block(draw):
 
 
 def _conv_block_bound(wide, wanted, same):
-    """Of sums over 9 C terms, whose transforms (F(4x4) at most) take sums over a tile of them; NaN where that is spoilt."""
+    """Bound of sums over 9 C terms, whose transforms (F(4x4) at most) sum over a tile of them; NaN where that is spoilt."""
     x, weight, bias, dtype = wide["x"], wide["weight"].abs(), wide["bias"].abs(), same[0].dtype
     finite = x.isfinite()
     largest = torch.where(finite, x, 0).abs().amax((2, 3))
@@ -279,7 +279,7 @@ def norm_act_reference(arguments):
 
 
 def _norm_act_bound(wide, wanted, same):
-    """Of what is subtracted and added, times what it is multiplied by; statistics are off by as much as their terms."""
+    """Bound of subtracted and added terms, times their factor; statistics are off by as much as their terms."""
     x, dtype = wide["x"], same[0].dtype
     if not wide["training"]:
         variance, mean = wide["running_var"], wide["running_mean"]

@@ -315,7 +315,7 @@ def scheduler_step(draw):
         return theirs is DDPMScheduler or bool(arguments.get("eta")) or bool(arguments.get("s_churn"))
 
     def bound(wide, wanted, same):
-        # What 1 / sqrt(alpha_bar) and 1 / alpha magnify, in both sides' arithmetic.
+        # The errors that 1 / sqrt(alpha_bar) and 1 / alpha magnify, in both sides' arithmetic.
         scheduler = made[theirs]
         sigmas = scheduler.sigmas if hasattr(scheduler, "sigmas") else None
         alpha_bar = float(scheduler.alphas_cumprod[int(known[first])])

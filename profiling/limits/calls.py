@@ -80,7 +80,7 @@ TORCH_REFUSES = (
     r"aten\.nonzero",
     r"aten\._local_scalar_dense",
 )
-"""What says of a derivative or a transform that it does not exist: our own words, and torch's where it is asked first."""
+"""Refusals of a derivative or a transform that does not exist: our own words, and torch's where it is asked first."""
 TRANSFORMS = ("gradient", "func.grad", "func.jvp", "forward mode", "vmap", "fake")
 
 
@@ -206,7 +206,7 @@ def _expected(call, before):
 
 
 def _off(ours, right, alike, bound):
-    """What is wrong with a result, or None."""
+    """The fault of a result, or None."""
     if bound is None:
         equal = (ours == alike) | ((ours != ours) & (alike != alike))
         return None if bool(equal.all()) else f"other bits than the reference: {_sample(ours, alike, ~equal)}"
@@ -231,15 +231,16 @@ def run(campaign, cases):
     """Judge the cases in forked processes, a batch in each."""
     warnings.filterwarnings("ignore")
     _warm()
-    modes, cases = Counter(), list(cases)
-    while cases:
-        done = _batch(campaign, cases[:BATCH], modes)
-        cases = cases[done:]
+    modes, left = Counter(), list(cases)
+    while left:
+        done = _batch(campaign, left[:BATCH], modes)
+        left = left[done:]
+        campaign.reach(len(cases) - len(left))
     return modes
 
 
 def _warm():
-    """What every process would otherwise do for itself: imports, and the engines."""
+    """Import modules and build engines, so that no process must do so itself."""
     from torchmetrics.image.kid import poly_mmd  # noqa: F401
 
     load_images("digits")

@@ -1,8 +1,8 @@
 """The commands that the campaigns of kills and faults run, on tiny inputs, and the processes that run them.
 
-A process is forked from this one, which has imported what the commands import, or started anew. What is compared are all files
-below the output folder, byte for byte, except TensorBoard's (their names and records hold times and process numbers) and those
-that :func:`snapshot` leaves out.
+A process is forked from this one, which has made all imports of the commands, or started anew. All files below the output
+folder are compared, byte for byte, except TensorBoard's (their names and records hold times and process numbers) and those that
+:func:`snapshot` leaves out.
 """
 
 import atexit
@@ -29,7 +29,7 @@ LIMIT = 300
 
 RESUME_NEEDS_CHECKPOINT = "run without --resume"
 FINISHED = ("holds a teacher already", "holds a model already")
-"""What commands say to a repetition when the run is complete."""
+"""Words of the commands' refusals to repeat a run that is complete."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def prepare(folder):
 
 
 def _import_all():
-    """What the commands import, so that forked processes need not."""
+    """Import all modules that the commands use, so that forked processes need not."""
     import accelerate  # noqa: F401
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
@@ -150,7 +150,10 @@ class Process:
             self._popen = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, **said)
             self.pid = self._popen.pid
         else:
+            # A Ctrl-C that comes before the command line heeds it is kept until then.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             self.pid = os.fork() or _run_forked(line, end, before)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         os.close(end)
         self._descriptor = os.pidfd_open(self.pid)
 
@@ -211,10 +214,12 @@ def _run_command(line, said, before):
     sys.argv = ["advkd", *line]
     from tqdm import tqdm
 
-    from advkd.__main__ import main
+    from advkd.__main__ import end_at_interrupt, main
 
     # Its default lock is shared with all processes that are forked, and a killed one would hold it for ever.
     tqdm.set_lock(threading.RLock())
+    end_at_interrupt()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
         if before:
             before()
@@ -262,7 +267,7 @@ def difference(folder, expected):
 
 
 def message_fault(code, said, path=None):
-    """What is wrong with the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
+    """The fault of the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
     if code is None:
         return "it hangs"
     if "Traceback" in said or "Exception" in said:

@@ -225,14 +225,14 @@ STRUCTURES = {
     "image": (),
     "pickle": (),
 }
-"""What is changed in a file's sense, by its format."""
+"""Changes of a file's sense, by its format."""
 
 OTHERS = ("another file's contents", "another kind's contents")
 
 
 def mutations(form, has_other=True):
-    """Names of what is done to files of a format, in order; ``has_other``: there is another file of the kind."""
-    # Twice what is changed in the sense: that comes closest to a file that is right.
+    """Names of the mutations of files of a format, in order; ``has_other``: there is another file of the kind."""
+    # Changes of the sense come twice: they leave a file that is closest to a right one.
     return [*(f.__name__.replace("_", " ") for f in BYTES + 2 * STRUCTURES[form]), *OTHERS[0 if has_other else 1 :]]
 
 

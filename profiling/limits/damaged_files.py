@@ -4,7 +4,6 @@
 and its draws. Cases run in forked processes, each with a limit of time and of memory.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -42,18 +41,27 @@ class Hanging(BaseException):
 
 
 class Workplace:
-    """The undamaged samples below a folder, what each kind's reader makes of them, and the room for one case."""
+    """The undamaged samples below a folder, the result of each kind's reader on them, and the room for one case.
+
+    Samples are made where cases are laid out: paths that a sample holds are the same in its cases.
+    """
 
     def __init__(self, folder):
+        # Threads of the parent are not there behind a fork.
+        tqdm.monitor_interval = 0
+        torch.set_num_threads(1)
         self.samples, self.case = folder / "samples", folder / "case"
-        self.samples.mkdir()
-        make_samples(self.samples)
-        self.whole = {name: self._read_whole(name) for name in KINDS}
+        self.case.mkdir()
+        make_samples(self.case)
+        self.case.rename(self.samples)
+        self.whole = {name: self._read_whole(name) for name, kind in KINDS.items() if kind.readable}
 
     def _read_whole(self, name):
         self.lay_out(KINDS[name])
-        with contextlib.suppress(Refused):
-            return canonical(KINDS[name].read(self.case))
+        found = canonical(KINDS[name].read(self.case))
+        if found is None:
+            raise RuntimeError(f"the reader of {name} returns nothing to compare")
+        return found
 
     def lay_out(self, kind):
         """A fresh copy of all that a kind's reader needs."""
@@ -104,7 +112,7 @@ def _outcome(place, name, mutation):
         found = kind.read(place.case)
     except (Refused, InputError) as error:
         return _refusal(kind, error, place)
-    if same(canonical(found), place.whole[name]):
+    if found is not None and same(canonical(found), place.whole.get(name)):
         return "right", "as it was"
     # Pictures have an end, too: half of one is none.
     sealed = kind.sealed or (kind.form == "image" and mutation == "truncated")
@@ -168,23 +176,25 @@ def contents(folder):
 
 def run(campaign, cases):
     """Run cases in processes of their own and add their outcomes."""
-    # Threads of the parent are not there behind a fork.
-    tqdm.monitor_interval = 0
-    torch.set_num_threads(1)
-    left = list(cases)
     with tempfile.TemporaryDirectory(prefix="damaged-") as folder:
-        place, results = Workplace(Path(folder)), Path(folder) / "results"
-        while left:
-            batch = left[:BATCH]
-            results.write_text("")
-            status = _run_forked(place, campaign.seed, batch, results)
-            lines = [json.loads(line) for line in results.read_text().splitlines()]
-            for number, (name, outcome, detail) in zip(batch, lines):
-                campaign.add(name, outcome, number, detail)
-            left = left[len(lines) :]
-            if len(lines) < len(batch):
-                name, mutation, _ = case_of(campaign.seed, left[0])
-                campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
+        run_in(Workplace(Path(folder)), campaign, cases)
+
+
+def run_in(place, campaign, cases):
+    """:func:`run` in a workplace that is there."""
+    left, results = list(cases), place.case.with_name("results")
+    while left:
+        batch = left[:BATCH]
+        results.write_text("")
+        status = _run_forked(place, campaign.seed, batch, results)
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+        for number, (name, outcome, detail) in zip(batch, lines):
+            campaign.add(name, outcome, number, detail)
+        left = left[len(lines) :]
+        if len(lines) < len(batch):
+            name, mutation, _ = case_of(campaign.seed, left[0])
+            campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
+        campaign.reach(len(cases) - len(left))
 
 
 def _run_forked(place, seed, batch, results):

@@ -3,11 +3,15 @@
 A case is a kind of fault, a command and a number n. Disk full: all calls that write below the output folder fail from the n-th
 on; input/output error: the n-th alone fails (by ``faults.c``, preloaded). The command must end with one line that names the
 file or the folder and exit code 2; once the fault is gone, the command repeated must give the files of a run without faults.
+
+The number of a case is a function of n, command and kind, and n grows slowest: a short run meets every kind and command. A
+number whose n exceeds the command's calls stands for no case: it is passed over, and ``--count`` counts cases alone.
 """
 
 import ctypes
 import errno
 import functools
+import itertools
 import os
 import random
 import resource
@@ -89,22 +93,45 @@ class Trial:
 
 
 def run_cases(campaign, cases):
-    """Run the cases of these numbers; those of an n beyond a command's calls do not exist."""
+    """Run as many cases as ``cases`` has numbers, from its first number on, or all from there if they are fewer."""
     preload()
     with tempfile.TemporaryDirectory(prefix="advkd-faults-") as folder:
-        run_commands(campaign, cases, list(prepare(Path(folder) / "in").values()), Path(folder) / "runs")
+        trials = make_trials(campaign, list(prepare(Path(folder) / "in").values()), Path(folder) / "runs")
+        numbers = list(itertools.islice(existing(trials, cases.start), len(cases)))
+        campaign.count = len(numbers)
+        run_trials(campaign, numbers, trials)
 
 
-def run_commands(campaign, cases, commands, folder):
-    """Run the cases of these numbers on ``commands`` in a new ``folder``."""
-    trials = [Trial(campaign, folder, command) for command in commands]
-    for case in cases:
-        rest, kind = divmod(case, len(KINDS))
-        n, which = divmod(rest, len(trials))
-        name, most, attempt = KINDS[kind]
-        if n < (most or trials[which].whole["calls"]):
-            trials[which].reset()
-            attempt(trials[which], name, case, n + 1)
+def make_trials(campaign, commands, folder):
+    """A trial of each command, in a new ``folder``."""
+    return [Trial(campaign, folder, command) for command in commands]
+
+
+def existing(trials, first=0):
+    """Numbers of all cases from ``first`` on."""
+    most = max(*(most or 0 for _, most, _ in KINDS), *(trial.whole["calls"] for trial in trials))
+    return (number for number in range(first, most * len(trials) * len(KINDS)) if exists(trials, number))
+
+
+def exists(trials, number):
+    """Whether the n of a number is at most the command's calls, or the largest of its kind."""
+    n, trial, (_, most, _) = case_of(trials, number)
+    return n <= (most or trial.whole["calls"])
+
+
+def case_of(trials, number):
+    """``(n, trial, kind)`` of a number; n begins with 1."""
+    rest, kind = divmod(number, len(KINDS))
+    n, which = divmod(rest, len(trials))
+    return n + 1, trials[which], KINDS[kind]
+
+
+def run_trials(campaign, numbers, trials):
+    """Run the cases of these numbers."""
+    for number in campaign.each(numbers):
+        n, trial, (name, _, attempt) = case_of(trials, number)
+        trial.reset()
+        attempt(trial, name, number, n)
 
 
 def _measure(command, folder):
@@ -291,8 +318,8 @@ KINDS = [
 ]
 """Kinds of faults: a name, the largest n (None: the number of the command's calls), and what tries one case."""
 
-MOST_CALLS = 200
-COMMANDS = 7
+ALL = 10**6
+"""More than there are cases."""
 
 if __name__ == "__main__":
-    main("faults", __doc__, run_cases, len(KINDS) * COMMANDS * MOST_CALLS)
+    main("faults", __doc__, run_cases, ALL)

@@ -47,6 +47,7 @@ class Kind:
         named: what a refusal names, if not the file or its folder.
         written: files that the command itself writes anew where it ends well.
         costly: the command takes a tenth of a second, and has fewer cases.
+        readable: the undamaged sample is read; one that is not is refused with and without damage.
     """
 
     file: str
@@ -58,6 +59,7 @@ class Kind:
     named: tuple = ()
     written: tuple = ()
     costly: bool = False
+    readable: bool = True
 
     @property
     def folder(self):
@@ -125,7 +127,7 @@ def _piped_meaning(place):
 
 
 def _taught(name):
-    """What a teacher draws, through the command line."""
+    """A teacher's drawings, through the command line."""
 
     def read(place):
         out = place / "out"
@@ -164,7 +166,7 @@ def _older_meaning(place):
 
 
 def _distilled(place):
-    """What a student has learnt from trajectories."""
+    """The weights of a student distilled from trajectories."""
     run_command("distill", "--init", place / "student", "--trajectories", place / "data", *RUN, "--out", place / "out")
     return load_file(place / "out" / WEIGHTS)
 
@@ -178,7 +180,7 @@ def _read_back(place, name="data"):
 def _read_back_meaning(place, name):
     folder = place / name
     manifest, parts = parse_json(folder / "manifest.json"), []
-    # What is null says nothing.
+    # A null has no meaning.
     recipe = _unnamed({key: value for key, value in manifest["recipe"].items() if value is not None})
     for path, entry in ((folder / entry["file"], entry) for entry in manifest["shards"]):
         data = path.read_bytes()
@@ -316,7 +318,8 @@ def _evaluated_samples(place):
 
 def _evaluated_by_inception(place):
     folders = ("--images", place / "pictures", "--reference", place / "pictures", "--extractor", "inception")
-    run_command("evaluate", *folders, "--inception-weights", place / "tables" / "inception.pth")
+    run_command("evaluate", *folders, "--inception-weights", place / "tables" / "inception.pth", "--out", place / "out")
+    return json.loads((place / "out" / "evaluation.json").read_text())["rows"]
 
 
 def _planned(place):
@@ -338,7 +341,7 @@ class Coarse:
 
 
 def _told(option, file):
-    """What a distillation is told to do; it is not done."""
+    """The configuration with which the command line starts a distillation, which is left out."""
 
     def read(place):
         asked = []
@@ -478,7 +481,8 @@ KINDS = {
     # A field that cannot work is named alone: an option of the same name may have given it.
     "recipe in JSON": Kind("tables/recipe.json", _told("config", "recipe.json"), _recipe_meaning("recipe.json"), named=FIELDS),
     "recipe in TOML": Kind("tables/recipe.toml", _told("config", "recipe.toml"), _recipe_meaning("recipe.toml"), named=FIELDS),
-    "Inception's weights": Kind("tables/inception.pth", _evaluated_by_inception, beside=("pictures",)),
+    # Inception's own weights are not here: the sample is a whole file of a smaller network.
+    "Inception's weights": Kind("tables/inception.pth", _evaluated_by_inception, beside=("pictures",), readable=False),
     "classifier's configuration": Kind("classifier/config.json", _extracted, _extracted_meaning, beside=("pictures",)),
     "classifier's training record": Kind("classifier/training.json", _extracted, _extracted_meaning, beside=("pictures",)),
     "classifier's weights": Kind(f"classifier/{WEIGHTS}", _extracted, _extracted_meaning, sealed=True, beside=("pictures",)),

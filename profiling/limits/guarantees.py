@@ -29,6 +29,7 @@ def table(name):
 def _source(result):
     place = checked(result)
     cases = sum(row["tried"] for row in result["rows"])
-    spent = f"{cases:,} cases of seed {result['seed']} in {result['seconds'] / 60:.0f} min"
+    start = f" from number {result['first']:,} on" if result.get("first") else ""
+    spent = f"{cases:,} cases of seed {result['seed']}{start} in {result['seconds'] / 60:.0f} min"
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items() if version)
     return [f"{link(result)}: {spent}; {place['device']}, {versions}; commit {place['commit'][:8]}:", ""]

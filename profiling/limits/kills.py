@@ -3,7 +3,8 @@
 ``python -m profiling.limits.kills --count 240``. The folder must then equal that of a run without kills; a killed process must
 print no traceback, and end by the signal or with the status that stands for it. Half the kills come at a random time, half
 just after a random event in the output folder (a file made, written, renamed). One case in sixteen starts processes anew;
-Ctrl-C then comes after the interpreter's own start, which no program can guard.
+Ctrl-C then comes after the interpreter's own start, which no program can guard. A case whose signals all came after the end of
+its processes is drawn anew, up to :data:`ATTEMPTS` times, and then counted under a kind of its own.
 """
 
 import random
@@ -13,10 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from .commands import Events, Process, difference, finish, prepare, run, snapshot
+from .commands import FINISHED, Events, Process, difference, finish, prepare, run, snapshot
 from .record import main
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
+ATTEMPTS = 8
+"""Draws of a case's moments until a signal ends a process."""
 INTERPRETER = 0.5
 """Seconds of a new process within which no Ctrl-C is sent."""
 
@@ -31,12 +34,12 @@ def run_cases(campaign, cases):
 def run_commands(campaign, cases, commands, folder):
     """Run the cases of these numbers on ``commands`` in a new ``folder``."""
     whole = {(command.name, False): _measure(command, folder) for command in commands}
-    for case in cases:
-        chosen = plan(campaign.seed, case)
+    for case in campaign.each(cases):
+        chosen = plan(campaign.seed, case, 0)
         command = commands[case % len(commands)]
         if chosen["fresh"] and (command.name, True) not in whole:
             whole[command.name, True] = _measure(command, folder, fresh=True)
-        _run_case(campaign, case, command, chosen, whole[command.name, chosen["fresh"]], folder / "out")
+        _run_case(campaign, case, command, whole[command.name, chosen["fresh"]], folder / "out")
 
 
 def _measure(command, folder, fresh=False):
@@ -54,31 +57,44 @@ def _measure(command, folder, fresh=False):
     return {"files": snapshot(out), "seconds": seconds, "events": events.count}
 
 
-def plan(seed, case):
-    """What happens in a case, a function of the seed and its number."""
-    draw = random.Random(f"{seed} {case}")
-    kills = [(draw.random() < 0.5, draw.random(), draw.random() * 2e-3) for _ in range(draw.choice((1, 1, 2, 3)))]
-    return {"signal": draw.choice(list(SIGNALS)), "kills": kills, "fresh": draw.random() < 1 / 16}
+def plan(seed, case, attempt):
+    """Signal, moments and start of a case, a function of its arguments; an attempt draws the moments alone."""
+    draw, moments = random.Random(f"{seed} {case}"), random.Random(f"{seed} {case} {attempt}")
+    chosen = {"signal": draw.choice(list(SIGNALS)), "fresh": draw.random() < 1 / 16}
+    count = draw.choice((1, 1, 2, 3))
+    return {**chosen, "kills": [(moments.random() < 0.5, moments.random(), moments.random() * 2e-3) for _ in range(count)]}
 
 
-def _run_case(campaign, case, command, chosen, whole, out):
-    out.mkdir()
-    kind = f"{chosen['signal']}, {command.name}"
-    faults = [_kill(command, out, chosen, kill, whole) for kill in chosen["kills"]]
+def _run_case(campaign, case, command, whole, out):
+    """Attempt a case until a signal has ended a process, or an attempt fails."""
+    for attempt in range(ATTEMPTS):
+        chosen = plan(campaign.seed, case, attempt)
+        out.mkdir()
+        landed, outcome, detail = _attempt(command, chosen, whole, out)
+        shutil.rmtree(out)
+        if landed or outcome != "right":
+            break
+    campaign.add(f"{chosen['signal'] if landed else 'ended before the signal'}, {command.name}", outcome, case, detail)
+
+
+def _attempt(command, chosen, whole, out):
+    """``(whether a signal ended a process, outcome, detail)`` of the kills and of the command repeated to its end."""
+    ends = [_kill(command, out, chosen, kill, whole) for kill in chosen["kills"]]
+    landed, faults = any(landed for landed, _ in ends), [fault for _, fault in ends if fault]
     code, said = finish(command, out, fresh=chosen["fresh"])
-    if any(faults):
-        campaign.add(kind, "crashed", case, next(filter(None, faults)))
-    elif code:
-        campaign.add(kind, "lost", case, f"exit status {code}: {said[-1000:]}")
-    elif said := difference(out, whole["files"]):
-        campaign.add(kind, "wrong", case, said)
-    else:
-        campaign.add(kind, "right")
-    shutil.rmtree(out)
+    if faults:
+        return landed, "crashed", faults[0]
+    if code:
+        return landed, "lost", f"exit status {code}: {said[-1000:]}"
+    fault = difference(out, whole["files"])
+    return landed, "wrong" if fault else "right", fault
 
 
 def _kill(command, out, chosen, kill, whole):
-    """Start the command and kill it; returns what was wrong with its end. One that ends too early is not there to be killed."""
+    """Start the command and send it the signal: ``(whether it ended the process, the fault of the end or "")``.
+
+    A process that the signal reached and that ended badly counts as ended by it.
+    """
     by_event, fraction, delay = kill
     resume = ["--resume"] if command.resumes and (out / "checkpoint.safetensors").exists() else []
     events = Events(out)
@@ -91,23 +107,29 @@ def _kill(command, out, chosen, kill, whole):
         else:
             least = INTERPRETER if chosen["fresh"] and number == signal.SIGINT else 0
             process.ends_within(least + fraction * max(0, whole["seconds"] - least))
-        process.send(number)
+        sent = process.send(number)
         code = process.wait()
     finally:
         events.close()
-    return _end_fault(code, process.said, number)
+    fault = _end_fault(code, process.said, number if sent else None)
+    return sent and (code in _ends_by(number) or bool(fault)), fault
+
+
+def _ends_by(number):
+    """Exit statuses of a process that a signal ended."""
+    return -number, 128 + number
 
 
 def _end_fault(code, said, number):
-    """What is wrong with the end of a process that was sent a signal, or that ended by itself before it came."""
+    """The fault of a process's end; ``number`` is the signal that reached it alive, or None."""
     if code is None:
         return "it hangs"
     if "Traceback" in said or "Exception" in said:
         return f"a traceback: {said[-1500:]}"
     if number == signal.SIGINT and code == 130 and "advkd: interrupted; run the same command again" not in said:
         return f"no message: {said[-500:]}"
-    repeated = code == 2 and "holds a" in said
-    return "" if code in (0, -number, 128 + number) or repeated else f"exit status {code}: {said[-500:]}"
+    complete = code == 0 or (code == 2 and any(words in said for words in FINISHED))
+    return "" if complete or (number and code in _ends_by(number)) else f"exit status {code}: {said[-500:]}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a campaign tried and what came of it, as JSON with provenance; ``docs/guarantees.md`` is made from it.
+"""The cases of a campaign and their outcomes, as JSON with provenance; ``docs/guarantees.md`` is made from it.
 
 A campaign draws its cases from a seed: case i is the same in every run, so that a failure is run again by its number.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections import Counter
@@ -20,6 +21,9 @@ GOOD = ("right", "refused")
 BAD = ("wrong", "lost", "crashed")
 """Another answer, something written that is lost, or a traceback, a hang or a signal's death instead of a message."""
 
+PROGRESS = 60
+"""Seconds between lines of progress."""
+
 
 @dataclass
 class Campaign:
@@ -28,16 +32,37 @@ class Campaign:
     Attributes:
         name: of the campaign; its result is ``limits-<name>.json``.
         seed: of its cases.
+        first: number of the first case that was asked for.
+        count: cases that were asked for.
         failures: what went wrong, each with the number of its case.
     """
 
     name: str
     seed: int
+    first: int = 0
+    count: int = 0
     failures: list = field(default_factory=list)
 
     def __post_init__(self):
         self._counts = Counter()
         self._begin = time.perf_counter()
+        self._reached, self._last_line = 0, self._begin
+
+    def each(self, cases):
+        """Iterate over the numbers of cases and record how far the run has come."""
+        for done, case in enumerate(cases):
+            self.reach(done)
+            yield case
+        self.reach(len(cases))
+
+    def reach(self, done):
+        """Record that the first ``done`` cases have ended; prints a line of progress now and then."""
+        self._reached, now = done, time.perf_counter()
+        if now - self._last_line > PROGRESS:
+            self._last_line, minutes = now, (now - self._begin) / 60
+            print(
+                f"{self.name}: {done:,} of {self.count:,} cases, {len(self.failures)} failures, {minutes:.0f} min", flush=True
+            )
 
     def add(self, kind, outcome, case=None, detail=""):
         """Count one case of ``kind``; of :data:`BAD` outcomes the case's number and a detail are kept too."""
@@ -56,10 +81,14 @@ class Campaign:
         return rows
 
     def write(self, out=None):
-        """Write ``limits-<name>.json`` to the folder ``out`` (default: this machine's results); returns its path."""
+        """Write ``limits-<name>.json`` to the folder ``out`` (default: this machine's results); returns its path.
+
+        Its ``first`` and ``count`` repeat the run; the count of an interrupted one is that of the cases that ended.
+        """
         path = Path(out or device_folder()) / f"limits-{self.name}.json"
         seconds = time.perf_counter() - self._begin
-        result = {"campaign": self.name, "seed": self.seed, "seconds": seconds, "rows": self.rows(), "failures": self.failures}
+        asked = {"campaign": self.name, "seed": self.seed, "first": self.first, "count": self._reached}
+        result = {**asked, "seconds": seconds, "rows": self.rows(), "failures": self.failures}
         write_json(path, {**result, "provenance": provenance()})
         return path
 
@@ -79,8 +108,12 @@ def main(name, description, run, count):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
     options = parser.parse_args()
-    campaign = Campaign(name, options.seed)
-    run(campaign, range(options.first, options.first + options.count))
+    campaign = Campaign(name, options.seed, options.first, options.count)
+    interrupted = False
+    try:
+        run(campaign, range(options.first, options.first + options.count))
+    except KeyboardInterrupt:
+        interrupted = True
     tried = sum(row["tried"] for row in campaign.rows())
-    print(f"{campaign.write(options.out)}: {tried} cases, {len(campaign.failures)} failures")
-    sys.exit(1 if campaign.failures else 0)
+    print(f"{campaign.write(options.out)}: {tried} cases, {len(campaign.failures)} failures{', interrupted' * interrupted}")
+    sys.exit(128 + signal.SIGINT if interrupted else 1 if campaign.failures else 0)
