@@ -94,7 +94,7 @@ def deaf_to_interrupts():
 
 
 def _end(number, frame):
-    # Whatever is interrupted: no import, and no lock that the main thread may hold.
+    # No import, and no lock: the interrupted thread may hold it.
     with contextlib.suppress(Exception):
         children = sys.modules["multiprocessing.process"].active_children()
         for child in children:

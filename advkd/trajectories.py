@@ -55,7 +55,7 @@ FORMAT = "advkd-trajectories-1"
 SHARD_KEYS = ("recipe", "start", "count", "digest")
 SHAPE = ("image_size", "image_channels", "latent_size", "depth")
 SHARED_RECIPE = ".recipe.json"
-"""What the processes of a launcher record, while they do."""
+"""Recipe of a launcher's processes, beside the shards until all are there."""
 
 RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
 
@@ -191,9 +191,9 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
     source = (source, compiled, autocast)
     config.validate()
     recipe, out = _recipe(_load(*source), config), require_output_folder(out)
+    launcher.hold_standard_streams()
     with _alone(out):
         _missing(out, recipe)
-        launcher.hold_standard_streams()
         context = multiprocessing.get_context("spawn")
         workers, reports = [], []
         for rank in range(processes):
@@ -208,7 +208,7 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
                     worker.start()
             for worker in workers:
                 worker.join()
-        finally:  # whoever handles an interrupt has no workers left
+        finally:  # a caller who handles an interrupt has no workers left
             for worker in workers:
                 if worker.pid is not None:
                     worker.terminate()
@@ -221,9 +221,9 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
 
 
 def _received(receiver, sender):
-    """What has been sent through a pipe whose other process has ended."""
+    """Messages through a pipe whose other process has ended."""
     sender.close()
-    with contextlib.closing(receiver), contextlib.suppress(EOFError):
+    with contextlib.closing(receiver), contextlib.suppress(EOFError, OSError):
         while True:
             yield receiver.recv()
 
