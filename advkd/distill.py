@@ -129,6 +129,8 @@ class Distiller:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
             reached = (self.stage_index + 1, self.update)
+            if self.stage_index and not self.update:  # the last row before is the end of a stage
+                reached = (self.stage_index, self.stages[self.stage_index - 1].updates)
             total = sum(stage.updates for stage in self.stages)
             log = _Log(self.out, self.student.depth, reached, done, self.config.log_every) if main else None
             bar = progress_bar(total=total, initial=done, desc="distil", shown=self.progress and main)
@@ -558,14 +560,17 @@ def _require_fit(data, student, config, teacher):
 
 
 def _rows_until(reached, lines, columns):
-    """Yield a table's rows up to a (stage, update); ``ValueError`` where they are not in order, or one but the last is torn."""
+    """Yield a table's rows up to a (stage, update); ``ValueError`` where one of them is torn or they are not in order."""
     before = ()
     for line in lines:
         if not line.endswith("\n"):
             return
-        if line.count(",") != columns - 1:
-            raise ValueError("a row is torn")
-        place = tuple(map(int, line.split(",")[:2]))
+        cells = line.split(",")
+        place = tuple(map(int, cells[:2])) if len(cells) > 2 and all(cell.isdecimal() for cell in cells[:2]) else ()
+        if not place or len(cells) != columns:
+            if before < reached and place <= reached:
+                raise ValueError("a row is torn")
+            continue
         if place <= before:
             raise ValueError("its rows are not in order")
         before = place

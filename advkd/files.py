@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from .errors import InputError
 from .hub import reason
+from .launcher import TEMPORARY
 
 LFS_POINTER = b"version https://git-lfs"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -32,7 +33,7 @@ JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
 """Bytes that a JSON file may have; the manifest of very many shards may have more. Values take up to 40 times the memory."""
 
 _HOST = socket.gethostname().replace(".", "-")
-_HELD = set()
+_HELD = Counter()
 
 
 def cache_folder():
@@ -70,9 +71,10 @@ def replacing(path, once=False):
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = temporary_path(target)
+    TEMPORARY.add(temporary)
     try:
         with writing(path, temporary):
-            if os.path.abspath(target.parent) not in _HELD:
+            if not _HELD[os.path.abspath(target.parent)]:
                 target.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             # Created here and now: a link that somebody else has put in its place would be written through.
@@ -83,6 +85,7 @@ def replacing(path, once=False):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        TEMPORARY.discard(temporary)
 
 
 def _move(temporary, target, once):
@@ -122,11 +125,11 @@ def held(folder):
     """Keep ``folder`` from being made again while a run writes there: one that is removed then is an error, and no folder
     without the run's earlier files."""
     folder = os.path.abspath(folder)
-    _HELD.add(folder)
+    _HELD[folder] += 1
     try:
         yield
     finally:
-        _HELD.discard(folder)
+        _HELD[folder] -= 1
 
 
 def _synchronize(path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 from .errors import InputError
@@ -19,6 +20,9 @@ ACCELERATE_READS = (
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 """Other launchers' variables, which accelerate reads numbers from."""
+
+TEMPORARY = set()
+"""Paths of the temporary files that this process is writing; an interrupt removes them."""
 
 
 def processes():
@@ -90,6 +94,17 @@ def deaf_to_interrupts():
 
 
 def _end(number, frame):
+    # No import, and no lock: the interrupted thread may hold it.
+    with contextlib.suppress(Exception):
+        children = sys.modules["multiprocessing.process"].active_children()
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(1)
+    for path in list(TEMPORARY):
+        if path.name.endswith(f".{os.getpid()}.tmp"):  # not those of the process that this one was forked from
+            with contextlib.suppress(OSError):
+                path.unlink()
     with contextlib.suppress(OSError):
         os.write(2, b"\nadvkd: interrupted; run the same command again (with --resume where it has one) to go on\n")
     os._exit(128 + number)

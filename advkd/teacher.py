@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import zipfile
 
 import torch
 from safetensors import safe_open
@@ -369,7 +370,8 @@ def _require_named(index, named):
 def _names(path):
     """Names of a file's tensors."""
     if path.suffix == ".bin":
-        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        mapped = zipfile.is_zipfile(path)  # older files are no archives, and only those can be mapped
+        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     with safe_open(path, framework="pt") as file:
         return set(file.keys())
 

@@ -7,6 +7,7 @@ shards are there.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from . import launcher
 from .errors import InputError, TrainingError
@@ -27,6 +29,7 @@ from .files import (
     MANIFEST_LIMIT,
     damaged,
     has_own_digest,
+    held,
     locked,
     read_json,
     read_tensors,
@@ -51,6 +54,9 @@ from .schedule import resolutions, supervising_timesteps
 FORMAT = "advkd-trajectories-1"
 SHARD_KEYS = ("recipe", "start", "count", "digest")
 SHAPE = ("image_size", "image_channels", "latent_size", "depth")
+SHARED_RECIPE = ".recipe.json"
+"""Recipe of a launcher's processes, beside the shards until all are there."""
+
 RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
 
 
@@ -107,13 +113,43 @@ def record_trajectories(teacher, config, out, progress=True):
     rank, world = launcher.processes()
     config.validate()
     recipe, out = _recipe(teacher, config), require_output_folder(out)
-    with locked(out, shared=world > 1):
-        _record_missing(teacher, config, recipe, out, rank, world, progress)
-        with named("write"):
-            finished = _finish(out, recipe)
+    with _shared(out, recipe) if world > 1 else _alone(out):
+        finished = _record(teacher, config, recipe, out, rank, world, progress)
     if world == 1 and not finished:
         raise InputError(f"--out {out} has lost shards while it was written to: run the same command again")
     return out
+
+
+@contextlib.contextmanager
+def _alone(out):
+    """Hold ``out`` for one run, whatever recipe earlier ones that wrote nothing had."""
+    with locked(out):
+        (out / SHARED_RECIPE).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _shared(out, recipe):
+    """Hold ``out`` for the processes of a launcher; another run, of another recipe, is refused before it computes."""
+    with locked(out, shared=True):
+        write_json(out / SHARED_RECIPE, recipe, once=True)
+        try:
+            other = read_json(out / SHARED_RECIPE, "recipe")
+        except InputError:
+            if os.path.lexists(out / SHARED_RECIPE):
+                raise
+            other = recipe  # another process has just finished the data set
+        if changed := _differences(recipe, other):
+            said = f"--out {out} is for trajectories made with another {', '.join(changed)}: name another folder"
+            raise InputError(f"{said}, or remove {out / SHARED_RECIPE} if no other process writes there")
+        yield
+
+
+def _record(teacher, config, recipe, out, rank, world, progress):
+    """Record the shards of this process that are not there, and the manifest if they were the last; whether they were."""
+    _record_missing(teacher, config, recipe, out, rank, world, progress)
+    with named("write"):
+        return _finish(out, recipe)
 
 
 def _record_missing(teacher, config, recipe, out, rank, world, progress):
@@ -154,21 +190,42 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
         raise InputError(f"processes must be at least 1, got {processes}")
     source = (source, compiled, autocast)
     config.validate()
-    _missing(require_output_folder(out), _recipe(_load(*source), config))
+    recipe, out = _recipe(_load(*source), config), require_output_folder(out)
     launcher.hold_standard_streams()
-    context = multiprocessing.get_context("spawn")
-    failures, started = context.SimpleQueue(), context.Event()
-    arguments = [(source, config, out, rank, processes, progress, os.getpid(), failures, started) for rank in range(processes)]
-    workers = [context.Process(target=_record_as, args=each, daemon=True) for each in arguments]
-    with launcher.deaf_to_interrupts(), unconfined():
-        for worker in workers:
-            worker.start()
-    for worker in workers:
-        worker.join()
-    if not failures.empty():
-        raise InputError(failures.get())
-    _require_success(workers, started.is_set(), out)
-    return Path(out)
+    with _alone(out):
+        _missing(out, recipe)
+        context = multiprocessing.get_context("spawn")
+        workers, reports = [], []
+        for rank in range(processes):
+            # Pipes, since an interrupt that ends the process at once would leave the semaphores of queues and events.
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (source, config, out, rank, processes, progress, os.getpid(), sender)
+            workers.append(context.Process(target=_record_as, args=arguments, daemon=True))
+            reports.append((receiver, sender))
+        try:
+            with launcher.deaf_to_interrupts(), unconfined():
+                for worker in workers:
+                    worker.start()
+            for worker in workers:
+                worker.join()
+        finally:  # a caller who handles an interrupt has no workers left
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.terminate()
+                    worker.join()
+    said = [message for report in reports for message in _received(*report)]
+    if failures := [message for message in said if message]:
+        raise InputError(failures[0])
+    _require_success(workers, bool(said), out)
+    return out
+
+
+def _received(receiver, sender):
+    """Messages through a pipe whose other process has ended."""
+    sender.close()
+    with contextlib.closing(receiver), contextlib.suppress(EOFError, OSError):
+        while True:
+            yield receiver.recv()
 
 
 def _require_success(workers, started, out):
@@ -192,17 +249,19 @@ def _load(source, compiled, autocast):
         return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
 
 
-def _record_as(source, config, out, rank, world, progress, parent, failures, started):
-    started.set()
+def _record_as(source, config, out, rank, world, progress, parent, report):
+    """Record one process' shards into a folder that the ``parent`` holds; ``report`` that it started, and a failure."""
+    report.send("")
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
     keep_freed_memory()
     try:
-        with named("trajectories"):
-            record_trajectories(_load(*source), config, out, progress)
+        with named("trajectories"), held(out):
+            teacher = _load(*source)
+            _record(teacher, config, _recipe(teacher, config), out, rank, world, progress)
     except (InputError, OSError) as error:
-        failures.put(str(error))
+        report.send(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -227,8 +286,19 @@ def _finish(out, recipe):
     finished = all(_shard_path(out, s).exists() for s in range(_num_shards(recipe)))
     if finished:
         _check_existing(out, recipe)
-        write_json(Path(out) / "manifest.json", _manifest(out, recipe, _num_shards(recipe)))
+        path, manifest = Path(out) / "manifest.json", _manifest(out, recipe, _num_shards(recipe))
+        if not _is_without_digest(path, manifest):
+            write_json(path, manifest)
+        (Path(out) / SHARED_RECIPE).unlink(missing_ok=True)
     return finished
+
+
+def _is_without_digest(path, manifest):
+    """True for an earlier version's file of this manifest: it stays, since runs know their data by the file's bytes."""
+    try:
+        return read_json(path, "manifest", most=MANIFEST_LIMIT) == {k: v for k, v in manifest.items() if k != "digest"}
+    except InputError:  # none, or a damaged one
+        return False
 
 
 def _num_shards(recipe):

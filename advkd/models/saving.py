@@ -1,6 +1,7 @@
 """diffusers' folder format (``config.json`` + ``diffusion_pytorch_model.safetensors``) without importing diffusers."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class PretrainedModule:
             raise InputError(f"{folder} is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt", "digest": digest(tensors)}))
+        write_bytes(folder / WEIGHTS, _in_order(save(tensors, {"format": "pt", "digest": digest(tensors)})))
         if self.training_record is not None:
             write_json(folder / TRAINING, self.training_record)
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
@@ -111,10 +112,22 @@ class PretrainedModule:
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
 
+def _in_order(data):
+    """A safetensors file with its metadata sorted: the library writes them in any order, and equal tensors give equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(size) + data[8 + size :]
+
+
 def _read_weights(path):
     """Tensors by name, those that were written where the file says so: other programs' files, and older ones, do not."""
     with safe_open(path, framework="pt") as file:
-        tensors, known = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("digest")
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    if strange := metadata.keys() - {"format", "digest"}:  # a damaged name would leave the file without a digest
+        raise ValueError(f"its header has the unknown entry {min(strange)!r}")
+    known = metadata.get("digest")
     if known is not None and known != digest(tensors):
         raise ValueError("it is altered")
     return tensors

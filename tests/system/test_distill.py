@@ -301,6 +301,15 @@ def test_torn_metrics_do_not_stop_a_resumption(trajectories, tmp_path):
     assert [row["update"] for row in rows(tmp_path)] == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("torn", ["x\n", "\0\0\n1,8\n", "1,7,0.5\n"])
+def test_rows_torn_after_the_checkpoint_are_dropped(torn, trajectories, tmp_path):
+    distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
+    before = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text(before + torn)
+    distill(trajectories, tiny_student(), JOINT, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "metrics.csv").read_text() == before
+
+
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
     from advkd.files import locked
 

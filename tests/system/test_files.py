@@ -5,12 +5,16 @@ import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from advkd import files
 from advkd.errors import InputError
+
+from ..conftest import process_environment
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2910660\n"
 
@@ -40,6 +44,26 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path):
         temporary.write_text("torn")
         1 / 0
     assert target.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["link.txt", "target.txt"]
+
+
+def test_an_interrupt_of_the_command_line_removes_temporary_files(tmp_path):
+    lines = ["import os, signal, sys", "from advkd import files, launcher", "launcher.end_at_interrupt()"]
+    lines += ["with files.replacing(sys.argv[1]):", "    os.kill(os.getpid(), signal.SIGINT)"]
+    command = [sys.executable, "-c", "\n".join(lines), str(tmp_path / "a.png")]
+    assert subprocess.run(command, env=process_environment(), timeout=100).returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_stays_held_until_its_last_holder_ends(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with files.held(folder):
+        with files.held(folder):
+            pass
+        folder.rmdir()
+        with pytest.raises(InputError, match="its folder has been removed"):
+            files.write_json(folder / "a.json", {})
+    files.write_json(folder / "a.json", {})
 
 
 def test_a_planted_link_in_the_temporary_files_place_is_not_written_through(tmp_path):

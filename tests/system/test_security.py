@@ -640,7 +640,7 @@ def test_metrics_of_a_run_that_goes_on(contents, models, tmp_path):
             READERS["run"][0](path.parent)
 
 
-@pytest.mark.parametrize("rows", [[2, 1], [1, 1, 2], [1, None, 2], [2, "x"]], ids=str)
+@pytest.mark.parametrize("rows", [[2, 1], [1, 1, 2], [1, None, 2], [1, "x", 2], [1, "x"]], ids=str)
 def test_metrics_that_are_not_whole_lose_no_row(rows, models, tmp_path):
     """Rows up to the checkpoint are kept, later ones are made anew: where that cannot be told, nothing is."""
     shutil.copytree(models, tmp_path / "models")

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from advkd.errors import BackendUnavailableError, InputError
+from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.critic import Critic, CriticConfig
 from advkd.models.fused_student import FusedStudent
 from advkd.models.student import PRESETS, Student, StudentConfig, batches, gather
@@ -111,6 +112,35 @@ def test_saving_and_loading(tmp_path):
     again = Student.from_pretrained(tmp_path / "s")
     z = student.latents(2)
     assert again.config == student.config and torch.equal(again(z), student(z))
+
+
+MODELS = {
+    "student": tiny_student,
+    "engine": lambda: tiny_student().eval().fuse(tune=False),
+    "classifier": lambda: Classifier(ClassifierConfig(image_size=8, channels=(8,))),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_equal_weights_give_equal_files(make, tmp_path):
+    model, written = make(), set()
+    for _ in range(20):
+        model.save_pretrained(tmp_path)
+        written.add((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert len(written) == 1
+    type(model).from_pretrained(tmp_path)
+
+
+def test_a_digest_under_another_name_is_refused(tmp_path):
+    """Flipped bits in the key would make the file one of an older version, whose weights nothing checks."""
+    tiny_student().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"digest"', b'"dygest"', 1))
+    with pytest.raises(InputError, match="its header has the unknown entry 'dygest'"):
+        Student.from_pretrained(tmp_path)
+    for metadata in ({"format": "pt"}, None):
+        save_file(tiny_student().state_dict(), path, metadata)
+        Student.from_pretrained(tmp_path)
 
 
 def test_altered_weights_are_refused(tmp_path):

@@ -152,6 +152,65 @@ def test_local_processes_die_with_their_parent(teacher_folder, by_one_thread, tm
     assert contents(tmp_path / "killed") == by_one_thread
 
 
+def test_two_runs_into_one_folder(teacher_folder, tmp_path):
+    """The second one is refused before it computes; it would mix its shards with the first one's."""
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out", tmp_path / "t", "--seed"]
+    runs = {seed: start_cli(*arguments, seed) for seed in (0, 7)}
+    codes = {process.wait(timeout=240): seed for seed, process in runs.items()}
+    assert sorted(codes) == [0, 2]
+    assert Trajectories(tmp_path / "t").recipe["seed"] == codes[0]
+
+
+def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = trajectories_module._recipe(teacher, tiny_recording(seed=7))
+    with trajectories_module._shared(tmp_path, recipe):
+        with trajectories_module._shared(tmp_path, recipe), pytest.raises(InputError, match="another seed"):
+            record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("WORLD_SIZE")
+        with pytest.raises(InputError, match="another process is writing there"):
+            record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.glob("*") if path.name != ".lock"] == [".recipe.json"]
+    record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
+    assert not (tmp_path / ".recipe.json").exists()
+
+
+INTERRUPTED = """
+import multiprocessing, sys
+from advkd.trajectories import TrajectoryConfig, record_in_processes
+if __name__ == "__main__":
+    config = TrajectoryConfig(steps=10, num=40000, depth=4, batch_size=4, shard_size=8)
+    try:
+        record_in_processes(sys.argv[1], config, sys.argv[2], 2)
+    except KeyboardInterrupt:
+        print(len(multiprocessing.active_children()))
+"""
+
+
+@pytest.mark.parametrize("caller", ["script", "command"])
+def test_an_interrupt_leaves_no_workers(caller, teacher_folder, tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    command = [sys.executable, tmp_path / "script.py", teacher_folder, tmp_path / "t"]
+    if caller == "command":
+        command = [sys.executable, "-m", "advkd", "trajectories", "--teacher", teacher_folder, *CLI, "--num", 40000]
+        command += ["--processes", 2, "--out", tmp_path / "t"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(list(map(str, command)), env=process_environment(), **streams)
+    wait_for(tmp_path / "t" / "shard-00000.safetensors", process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)  # until no worker holds the pipes
+    assert "resource_tracker" not in err and "Traceback" not in err
+    if caller == "script":
+        assert (process.returncode, out) == (0, "0\n")
+    else:
+        assert process.returncode == 130 and err.endswith("(with --resume where it has one) to go on\n")
+    state = contents(tmp_path / "t")
+    time.sleep(1)
+    assert contents(tmp_path / "t") == state
+
+
 def test_each_process_writes_its_own_shards(teacher, tmp_path, monkeypatch):
     written = []
     for rank in (1, 0):
@@ -195,7 +254,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path):
     teacher.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(InputError, match="level_01 of teacher tiny is not finite"):
         record_trajectories(teacher, tiny_recording(), tmp_path / "t", progress=False)
-    assert not list((tmp_path / "t").iterdir())
+    assert not list((tmp_path / "t").glob("[!.]*"))
 
 
 def test_a_shard_is_written_while_the_next_one_is_made(teacher, tmp_path, monkeypatch):
@@ -253,6 +312,22 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
         (tmp_path / "foreign" / "manifest.json").write_text(text)
         with pytest.raises(InputError, match="manifest.json"):
             Trajectories(tmp_path / "foreign")
+
+
+def test_an_earlier_versions_manifest_stays(trajectories, teacher, tmp_path):
+    """Unfinished runs know their data by the bytes of its manifest."""
+    shutil.copytree(trajectories, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    now = path.read_bytes()
+    older = {key: value for key, value in json.loads(now).items() if key != "digest"}
+    files.write_json(path, older)
+    before = path.read_bytes()
+    record_trajectories(teacher, tiny_recording(), tmp_path / "data", progress=False)
+    assert path.read_bytes() == before
+    for other in ({**older, "standard_deviations": []}, {**older, "digest": "0"}):
+        files.write_json(path, other)
+        record_trajectories(teacher, tiny_recording(), tmp_path / "data", progress=False)
+        assert path.read_bytes() == now
 
 
 def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
