@@ -6,7 +6,6 @@ import torch
 
 from .errors import InputError
 
-
 _LARGEST = torch.finfo(torch.float32).max
 
 

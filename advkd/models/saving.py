@@ -92,7 +92,6 @@ class PretrainedModule:
         folder = Path(folder)
         if folder.is_file():
             raise InputError(f"{folder} is a file; name a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, _in_order(save(tensors, {"format": "pt", "digest": digest(tensors)})))
         if self.training_record is not None:
