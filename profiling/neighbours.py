@@ -69,7 +69,9 @@ def prepared(case, name):
     found = bench_student.CASES[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
     ours = next(c.name for c in found.contestants if c.kind == "ours")
     call = next(c for c in found.contestants if c.name == (ours if name in OURS else name)).prepare()
-    return call, {"error": largest_difference(call(), found.oracle()), "tolerance": found.tolerance}
+    made = call()
+    whole = torch.stack([torch.as_tensor(part) for part in made]) if isinstance(made, list) else torch.as_tensor(made)
+    return call, {"error": largest_difference(whole, found.oracle()), "tolerance": found.tolerance}
 
 
 @contextmanager
