@@ -82,15 +82,24 @@ def end_at_interrupt():
 
 @contextlib.contextmanager
 def deaf_to_interrupts():
-    """Processes that are started within ignore Ctrl-C, which a terminal sends to all: they end when this one has ended."""
+    """Processes that are started within ignore Ctrl-C, which a terminal sends to all: they end when this one has ended.
+
+    One that comes meanwhile reaches this process at the end.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    # Inherited, unlike handlers. Another thread may take the signal.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end(number, frame):

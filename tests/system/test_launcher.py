@@ -1,6 +1,7 @@
 """Processes, devices and streams as a launcher, a job's template or a daemon leaves them."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -286,3 +287,15 @@ def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, te
 def test_the_package_is_the_command_line():
     done = subprocess.run([sys.executable, "-m", "advkd", "--help"], capture_output=True, text=True, env=process_environment())
     assert done.returncode == 0 and done.stdout.startswith("Usage: advkd [OPTIONS] COMMAND") and os.linesep in done.stdout
+
+
+def test_an_interrupt_while_children_start_comes_afterwards():
+    child = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('deaf')"]
+    reached = False
+    with pytest.raises(KeyboardInterrupt):
+        with launcher.deaf_to_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            said = subprocess.check_output(child, text=True)
+            reached = True
+    assert reached and said == "deaf\n" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
