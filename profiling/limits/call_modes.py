@@ -17,7 +17,7 @@ from advkd import ops
 
 from .call_ops import norm_act_reference
 
-PATIENCE = 10
+PATIENCE = 60
 """Seconds until a forked process that has not answered hangs."""
 
 
