@@ -49,14 +49,14 @@ def sharing() -> Iterator[None]:
     if setting not in SETTINGS:
         raise InputError(f"the environment variable ADVKD_SHARE must be 0, 1 or auto, got {setting!r}")
     usable = hasattr(os, "sched_setaffinity") and setting != "0" and extension_gap("cpu") is None
-    if not usable or torch.get_num_threads() < 2 or not _one.acquire(blocking=False):
+    if not usable or torch.get_num_threads() < 2 or not _only_one.acquire(blocking=False):
         yield
         return
     try:
         with _Watch():
             yield
     finally:
-        _one.release()
+        _only_one.release()
 
 
 @contextlib.contextmanager
@@ -66,7 +66,8 @@ def unconfined() -> Iterator[None]:
         yield
 
 
-_one = threading.Lock()
+_only_one = threading.Lock()
+"""Held by the one ``sharing()`` of the process that watches."""
 
 
 class _Watch:
@@ -176,8 +177,8 @@ def _idle_team(threads):
 
 def _begin_anew():
     """A forked child has the watch's locks and confinement, but not its thread."""
-    global _one
-    _one = threading.Lock()
+    global _only_one
+    _only_one = threading.Lock()
     if _Watch.current:
         os.sched_setaffinity(0, _Watch.current.allowed)
         _Watch.current = None

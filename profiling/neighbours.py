@@ -1,4 +1,4 @@
-"""What busy processes beside us cost: the engine and its peers, the teacher's network, a distillation update.
+"""The cost of busy processes beside us: the engine and its peers, the teacher's network, a distillation update.
 
 python -m profiling.neighbours [--out FOLDER] [--only digits] [--seconds 5]
 
