@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -256,10 +257,11 @@ def _batch(campaign, numbers, modes):
     child = os.fork()
     if child == 0:
         os.close(reading)
-        try:
-            _judge_all(campaign.seed, numbers, writing)
-        finally:
-            os._exit(1)
+        # OpenMP would wait for the threads of the one that forked; a new one begins without any.
+        judging = threading.Thread(target=_judge_all, args=(campaign.seed, numbers, writing))
+        judging.start()
+        judging.join()
+        os._exit(1)
     os.close(writing)
     begun, open_case = 0, None
     with os.fdopen(reading) as lines:
