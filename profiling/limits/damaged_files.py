@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from tqdm import tqdm
 
 from advkd.errors import InputError
@@ -49,6 +50,8 @@ class Workplace:
     def __init__(self, folder):
         # Threads of the parent are not there behind a fork.
         tqdm.monitor_interval = 0
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         torch.set_num_threads(1)
         self.samples, self.case = folder / "samples", folder / "case"
         self.case.mkdir()
