@@ -1,5 +1,6 @@
 """The student as a diffusers pipeline."""
 
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .devices import plain_defaults
 from .errors import InputError
@@ -277,7 +278,8 @@ def _require_student(folder):
     values = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}
     with torch.device("meta"):
         student = Student(build_config(StudentConfig, values, f"{folder / 'config.json'}"))
-    most = 2**20 + 8 * sum(tensor.numel() for tensor in student.state_dict().values())
+    wanted = student.state_dict()
+    most = 2**20 + 8 * sum(tensor.numel() for tensor in wanted.values())
     for index in folder.glob("*.index.json"):
         suffix = "bin" if index.name.endswith(".bin.index.json") else "safetensors"
         named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
@@ -287,6 +289,17 @@ def _require_student(folder):
         require_regular(path, "the student's weights", most)
         if path.suffix == ".bin":
             require_weights(path, "the student's weights")
+        else:
+            _require_kinds(path, wanted)
+
+
+def _require_kinds(path, wanted):
+    """Refuse whole numbers for weights, which diffusers would convert."""
+    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:  # diffusers says what is wrong
+        for name in file.keys() & wanted.keys():
+            kind = file.get_slice(name).get_dtype()
+            if wanted[name].is_floating_point() != kind.startswith(("F", "BF")):
+                raise InputError(f"the student's weights {path} hold {name} as {kind}: restore or fetch a copy of them")
 
 
 def _require_student_alone(folder):

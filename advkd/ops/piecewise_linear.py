@@ -79,6 +79,19 @@ class Passes:
         self.shapes[n], self.formats[n] = value.shape[1:], memory_format(value)
 
     @staticmethod
+    def _check_joined(layer, shapes):
+        """Refuse values that do not fit each other, one of which may be made of the condition."""
+        found = " and ".join(str(tuple(shape)) for shape in shapes)
+        if len({len(shape) for shape in shapes}) > 1:
+            raise InputError(f"{layer.name} joins {found}, of different numbers of dimensions: {ADVICE}")
+        if layer.kind == "sum":
+            fit = all(len({*along} - {1}) < 2 for along in zip(*shapes))
+        else:
+            fit = len({(shape[0], *shape[2:]) for shape in shapes}) == 1
+        if not fit:
+            raise InputError(f"{layer.name} joins {found}, which do not fit each other: give an image and condition that do")
+
+    @staticmethod
     def _check_sides(layer, sides, kernel, stride, padding, dilation):
         reach = [q * (k - 1) + 1 - 2 * p for k, p, q in zip(kernel, padding, dilation)]
         if any(side < least for side, least in zip(sides, reach)):
@@ -94,9 +107,8 @@ class Passes:
                 raise InputError(f"{layer.name} takes {wanted} channels or features, got a tensor of shape {tuple(x.shape)}")
         if layer.kind == "convolution":
             self._check_sides(layer, x.shape[2:], self.weights[i][0].shape[2:], *self.options[i][:3])
-        if layer.kind == "sum" and inputs[0].ndim != inputs[1].ndim:
-            shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
-            raise InputError(f"{layer.name} adds {shapes}, of different numbers of dimensions: {ADVICE}")
+        if layer.kind in ("sum", "concatenation"):
+            self._check_joined(layer, [t.shape for t in inputs])
         if layer.kind == "reshape" and -1 not in self.options[i][0]:
             wanted, found = math.prod(self.options[i][0]), x.shape[1:].numel()
             if wanted != found:

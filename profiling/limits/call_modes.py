@@ -372,8 +372,8 @@ def jvp_transform(call, draw):
 def forward_mode(call, draw):
     _unwritten(call)
     name = _chosen(call, draw)
-    value = call.arguments[name].detach().clone(memory_format=torch.contiguous_format)
     call.function(**call.arguments)
+    value = call.arguments[name].detach().clone(memory_format=torch.contiguous_format)
     with draw.choice((contextlib.nullcontext, torch.no_grad))(), forward_ad.dual_level():
         call.function(**{**call.arguments, name: forward_ad.make_dual(value, torch.ones_like(value))})
     return _refused_or(call, name)

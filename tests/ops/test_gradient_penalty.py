@@ -653,6 +653,9 @@ def test_bad_conditions_and_weights_are_named():
             gradient_penalty(model, points(), condition=bad)
     with pytest.raises(InputError, match="condition must have 2 channels"):
         gradient_penalty(model, points())
+    for bad in (condition[..., :3], condition[..., :0]):
+        with pytest.raises(InputError, match="cat in the critic's forward joins .* which do not fit each other"):
+            gradient_penalty(model, points(), condition=bad)
     with torch.no_grad():
         model.tail[0].weight[0] = float("inf")
     with pytest.raises(InputError, match="parameter tail.0.weight holds numbers that are not finite"):

@@ -415,7 +415,7 @@ def test_an_index_of_weights_stays_in_its_folder(pipe, tmp_path, name):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-@pytest.mark.parametrize("change", ["missing", "additional", "of another shape"])
+@pytest.mark.parametrize("change", ["missing", "additional", "of another shape", "whole numbers"])
 def test_weights_of_another_model_are_refused(pipe, tmp_path, change, low_cpu_mem_usage):
     """diffusers alone would draw the missing ones at random."""
     pipe.save_pretrained(tmp_path)
@@ -423,10 +423,12 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path, change, low_cpu_me
     tensors = load_file(path)
     if change == "missing":
         del tensors["submodules.1.norm1.weight"]
+    elif change == "whole numbers":
+        tensors["head.bias"] = tensors["head.bias"].int()
     else:
         tensors["head.bias" if change == "of another shape" else "foot.bias"] = torch.ones(5)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match="the weights in"):
+    with pytest.raises(InputError, match="the weights in|hold head.bias as I32"):
         AdvKDPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
