@@ -208,10 +208,9 @@ def check_numbers(**numbers):
 def _check(critic, x_hat, condition, mode):
     if not callable(critic):
         raise InputError(f"critic must be a module or a function, got {type(critic).__name__}")
-    if not isinstance(x_hat, torch.Tensor) or x_hat.ndim != 4 or not x_hat.is_floating_point():
-        found = tuple(x_hat.shape) if isinstance(x_hat, torch.Tensor) else type(x_hat).__name__
-        raise InputError(f"x_hat must be a floating-point tensor of shape (N, C, H, W), got {found}")
     require_dense("x_hat", x_hat)
+    if x_hat.ndim != 4 or not x_hat.is_floating_point():
+        raise InputError(f"x_hat must be a floating-point tensor (N, C, H, W), got {x_hat.dtype} {tuple(x_hat.shape)}")
     if x_hat.shape[0] == 0:
         raise InputError("x_hat holds no samples")
     check_condition(condition, x_hat)
@@ -223,10 +222,10 @@ def check_condition(condition, x):
     """A condition must have ``x``'s samples and device."""
     if condition is None:
         return
-    if not isinstance(condition, torch.Tensor) or condition.shape[:1] != x.shape[:1] or condition.device != x.device:
-        found = f"{tuple(condition.shape)} on {condition.device}" if isinstance(condition, torch.Tensor) else condition
-        raise InputError(f"condition must be ({x.shape[0]}, ...) on {x.device}, one row per sample, got {found}")
     require_dense("condition", condition)
+    if condition.shape[:1] != x.shape[:1] or condition.device != x.device:
+        found = f"{tuple(condition.shape)} on {condition.device}"
+        raise InputError(f"condition must be ({x.shape[0]}, ...) on {x.device}, one row per sample, got {found}")
     if condition.is_complex():
         raise InputError(f"condition must hold real numbers, got {condition.dtype}")
 

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -94,12 +95,20 @@ def forward_of_student(draw):
         "dtype": dtype,
         "backend": draw.choice(("auto", "cpu", "reference", "cuda", "triton")),
     }
+
+    def bound(wide, wanted, same):
+        # What is rounded is as large as the numbers before tanh, which a slope of 1 or more lets grow.
+        plain = [replace(layer, activation="none") if layer.activation == "tanh" else layer for layer in wide["layers"]]
+        before = student_forward(**{**wide, "layers": plain, "dtype": torch.float64, "backend": "reference"})
+        usual = _image_bound(wide["z"], dtype, wanted[0])[0]
+        return [usual * before.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)]
+
     return Call(
         "student_forward",
         student_forward,
         arguments,
         oracle=lambda wide: student_forward(**{**wide, "dtype": torch.float64, "backend": "reference"}),
-        bound=lambda wide, wanted, same: _image_bound(wide["z"], dtype, wanted[0]),
+        bound=bound,
         differentiable=("z",),
     )
 
@@ -399,7 +408,8 @@ def images(draw):
     """The digits, or something else in the place of a folder."""
     arguments = {"source": "digits", "size": draw.choice((8, None)), "channels": draw.choice((1, None))}
     same = lambda arguments: load_images(**arguments)  # noqa: E731
-    return Call("load_images", load_images, arguments, oracle=same, same=same, order=None)
+    # Messages name the command line's option.
+    return Call("load_images", load_images, arguments, oracle=same, same=same, order=None, options={"option": "--data"})
 
 
 @torch.no_grad()

@@ -132,6 +132,7 @@ def _refusal(call, mode, error):
         call.name == "gradient_penalty"
         and text.startswith("layer ")
         or any(re.search(rf"\b{re.escape(name)}\b", text) for name in call.arguments)
+        or call.options.get("option", "\0") in text
     )
     if isinstance(error, BackendUnavailableError) or isinstance(error, REFUSALS) and named:
         return "refused", text

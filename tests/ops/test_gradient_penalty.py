@@ -648,9 +648,15 @@ def test_bad_input_is_named(changes, message):
 
 def test_bad_conditions_and_weights_are_named():
     model, condition = critic(2), torch.zeros(3, 2, 4, 4, dtype=torch.float64)
-    for bad in (condition[:2], condition.to("meta"), 3.0):
+    for bad in (condition[:2], condition.to("meta")):
         with pytest.raises(InputError, match=r"condition must be \(3, ...\) on cpu"):
             gradient_penalty(model, points(), condition=bad)
+    nested = torch.nested.nested_tensor(list(condition))
+    for bad in (3.0, nested):
+        with pytest.raises(InputError, match="condition must be a (dense )?tensor"):
+            gradient_penalty(model, points(), condition=bad)
+        with pytest.raises(InputError, match="x_hat must be a (dense )?tensor"):
+            gradient_penalty(model, bad, condition=condition)
     with pytest.raises(InputError, match="condition must have 2 channels"):
         gradient_penalty(model, points())
     for bad in (condition[..., :3], condition[..., :0]):
