@@ -1,6 +1,6 @@
 """Other processes on the same cores: what torch's threads do while others use the machine.
 
-The barriers of OpenMP spin for threads that do not run. While others take more than this process' threads leave, its threads
+The barriers of OpenMP spin for threads that do not run. While others need the processors, too, the threads of this process
 keep to as many processors as the others leave, so that one that waits makes room for the next, and sleep where they would spin.
 The number of threads, and with it every bit of a result, stays. Our own kernels do the like by themselves
 (``csrc/cpu/threads.h``).
@@ -21,8 +21,8 @@ from .ops.backends import extension_gap
 LOOK_EVERY = 0.1
 """Seconds between two looks at the load."""
 
-MOST_TEAMS = 8
-"""Idle teams at most: where more would be needed, threads are confined and go on spinning."""
+MOST_TEAMS = 64
+"""Idle teams at most: where more would be needed, threads would be confined and go on spinning, so nothing is done."""
 
 COMPANION = "advkd companion"
 """Name of the threads that the C++ extension binds by itself."""
@@ -34,13 +34,15 @@ SETTINGS = ("0", "1", "auto", "")
 def sharing() -> Iterator[None]:
     """Share the processors with other processes while torch computes on the CPU; the command line does.
 
-    A thread looks at the load of the processors that this process may use. While others take more than torch's threads leave,
-    all threads of this process keep to the processors that remain, and GNU's OpenMP runtime (that of torch's wheels) sleeps in
-    its barriers. It is undone when the others are gone, and at the end. Threads that something else bound to processors
-    (``OMP_PROC_BIND``) are left alone; child processes inherit the processors of the thread that starts them.
+    A thread looks at the load of the processors that this process may use. While others leave less than three quarters of one
+    to each of torch's threads, all threads of this process keep to the processors that remain, and GNU's OpenMP runtime (that
+    of torch's wheels) sleeps in its barriers. It is undone when the others are gone, and at the end. Threads that something
+    else had bound to processors when it began (``OMP_PROC_BIND``) are left alone; child processes inherit the processors of
+    the thread that starts them.
 
-    Nothing happens without Linux or the C++ extension, with one thread, on a GPU, inside another ``sharing()``, and where the
-    environment variable ``ADVKD_SHARE`` is 0; where it is 1, the machine counts as busy.
+    Nothing happens without Linux or the C++ extension, with one thread, with very few threads on a very large machine, on a
+    GPU, inside another ``sharing()``, where no thread can be started, and where the environment variable ``ADVKD_SHARE`` is 0;
+    where it is 1, the machine counts as busy.
 
     Raises:
         InputError: ``ADVKD_SHARE`` has another value than 0, 1 or auto.
@@ -49,14 +51,15 @@ def sharing() -> Iterator[None]:
     if setting not in SETTINGS:
         raise InputError(f"the environment variable ADVKD_SHARE must be 0, 1 or auto, got {setting!r}")
     usable = hasattr(os, "sched_setaffinity") and setting != "0" and extension_gap("cpu") is None
-    if not usable or torch.get_num_threads() < 2 or not _only_one.acquire(blocking=False):
+    lock = _only_one  # a forked child has another
+    if not usable or torch.get_num_threads() < 2 or not lock.acquire(blocking=False):
         yield
         return
     try:
         with _Watch():
             yield
     finally:
-        _only_one.release()
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -78,6 +81,8 @@ class _Watch:
     def __init__(self):
         self.allowed = self._kept = os.sched_getaffinity(0)
         self._threads = torch.get_num_threads()
+        self._teams = _teams_needed(self._threads, len(self.allowed))
+        self._foreign = {thread for thread in _thread_ids() if _processors_of(thread) != self.allowed}
         self._lock = threading.Lock()
         self._exempt = Counter()
         self._idle_teams, self._crowded = contextlib.ExitStack(), False
@@ -85,13 +90,23 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, name="advkd neighbours", daemon=True)
 
     def __enter__(self):
-        _Watch.current = self
-        self._thread.start()
+        if self._teams > MOST_TEAMS:
+            return
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a limit on threads: the work goes on without this one
+            warnings.warn(f"the processors are not shared with others ({error})", stacklevel=4)
+        else:
+            _Watch.current = self
 
     def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-        _Watch.current = None
+        if _Watch.current is not self:  # it did not start, or this is a forked child
+            return
+        try:
+            self._stop.set()
+            self._thread.join()
+        finally:
+            _Watch.current = None
 
     @contextlib.contextmanager
     def exempt(self, thread):
@@ -114,14 +129,17 @@ class _Watch:
             warnings.warn(f"the processors are shared no longer ({error})", stacklevel=1)
         finally:
             self._idle_teams.close()
-            self._keep_to(self.allowed)
+            try:
+                self._keep_to(self.allowed)
+            except OSError as error:
+                warnings.warn(f"threads stay on the processors {sorted(self._kept)} ({error})", stacklevel=1)
 
     def _look(self):
         crowded = []
         if not torch.cuda.is_initialized():
             crowded = torch.ops.advkd_cpu.crowded(self._threads, sorted(self.allowed), sorted(self._kept))
         if crowded and not self._crowded:
-            for _ in range(_teams_needed(self._threads, len(self.allowed))):
+            for _ in range(self._teams):
                 self._idle_teams.enter_context(_idle_team(self._threads))
         elif not crowded:
             self._idle_teams.close()
@@ -133,23 +151,34 @@ class _Watch:
         if processors == self._kept == self.allowed:
             return
         with self._lock:
-            for thread in map(int, os.listdir("/proc/self/task")):
-                with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-                    bound = os.sched_getaffinity(thread)
-                    if bound in (self.allowed, self._kept) and thread not in self._exempt and _name(thread) != COMPANION:
+            for thread in _thread_ids():
+                ours = (
+                    _processors_of(thread) in (self.allowed, self._kept) and thread not in self._foreign | self._exempt.keys()
+                )
+                if ours and _name(thread) != COMPANION:
+                    with contextlib.suppress(OSError):  # it has ended, or processors were taken from the whole process
                         os.sched_setaffinity(thread, processors)
             self._kept = processors
 
 
+def _thread_ids():
+    return list(map(int, os.listdir("/proc/self/task")))
+
+
+def _processors_of(thread):
+    """Processors that a thread is bound to; None if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.sched_getaffinity(thread)
+
+
 def _name(thread):
-    with open(f"/proc/self/task/{thread}/comm") as file:
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/comm") as file:
         return file.read().strip()
 
 
 def _teams_needed(threads, processors):
     """Idle teams that make GNU's runtime sleep: it does not spin while it manages more threads than there are processors."""
-    needed = max(1, -(-(processors + 1 - threads) // (threads - 1)))
-    return needed if needed <= MOST_TEAMS else 0
+    return max(1, -(-(processors + 1 - threads) // (threads - 1)))
 
 
 @contextlib.contextmanager

@@ -16,11 +16,14 @@
 namespace advkd {
 namespace {
 
+thread_local bool in_task = false;  // tasks within a task are the thread's own
+
 class Companions {
  public:
   void run(i64 tasks, i64 threads, const std::vector<int>& processors, const std::function<void(i64)>& body) {
-    const std::unique_lock only(caller_, std::try_to_lock);
-    if (!only || tasks < 2 || threads < 2) {
+    std::unique_lock<std::mutex> only;
+    if (!in_task && tasks > 1 && threads > 1) only = std::unique_lock(caller_, std::try_to_lock);
+    if (!only) {
       for (i64 task = 0; task < tasks; ++task) body(task);
       return;
     }
@@ -42,11 +45,13 @@ class Companions {
       ++running_;
       lock.unlock();
       std::exception_ptr error;
+      in_task = true;
       try {
         body(task);
       } catch (...) {
         error = std::current_exception();
       }
+      in_task = false;
       lock.lock();
       if (error) error_ = error, next_ = tasks_;
       if (--running_ == 0) done_.notify_one();

@@ -18,16 +18,33 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <string_view>
 
 namespace advkd {
+namespace {
+
+// Load of others, per thread, up to which barriers are the quickest way to wait.
+constexpr double kTolerated = 0.25;
+
+}  // namespace
+
+bool is_crowded(i64 threads, i64 processors, double load) {
+  const i64 used = std::min(threads, processors);
+  return static_cast<double>(used - processors) + load > kTolerated * static_cast<double>(used);
+}
+
+i64 fair_share(i64 threads, i64 processors, double load) {
+  const auto all = static_cast<double>(processors), used = static_cast<double>(std::min(threads, processors));
+  // The others may have had all processors while this process slept: it gets more as soon as it asks for it.
+  const double share = std::max(all - load, all * used / (used + all));
+  return std::clamp<i64>(std::lround(share), 1, std::min(threads, processors));
+}
 
 #if defined(__linux__)
 namespace {
 
 // Seconds between two readings of /proc/stat, which counts in hundredths.
 constexpr double kInterval = 0.25;
-// Load of others, of the processors that threads may use, up to which barriers are the quickest way to wait.
-constexpr double kTolerated = 0.25;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -44,12 +61,30 @@ bool setting_is(const char* value) {
   return setting && std::strcmp(setting, value) == 0;
 }
 
+// True unless this process is in a control group for processor time, or in a namespace in which any group looks like the root.
+bool is_in_root_group() {
+  constexpr std::string_view kInitialNamespace = "cgroup:[4026531835]";
+  char name[64];
+  const ssize_t length = readlink("/proc/self/ns/cgroup", name, sizeof name);
+  if (length > 0 && std::string_view(name, length) != kInitialNamespace) return false;
+  std::ifstream file("/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {
+    // number:controllers:path, without controllers in version 2
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    std::string controllers = line.substr(first, second - first) + ',';
+    controllers[0] = ',';
+    const bool of_processors = controllers == ",," || controllers.find(",cpu,") != std::string::npos;
+    if (of_processors && line.substr(second + 1) != "/") return false;
+  }
+  return true;
+}
+
 // True if `nice` orders all processes: it orders those of one group alone where processes are grouped by session or container.
 bool nice_is_global() {
-  std::string grouped, group;
+  std::string grouped;
   std::ifstream("/proc/sys/kernel/sched_autogroup_enabled") >> grouped;
-  std::ifstream("/proc/self/cgroup") >> group;
-  return grouped != "1" && (group.empty() || group.ends_with(":/"));
+  return grouped != "1" && is_in_root_group();
 }
 
 std::vector<int> affinity() {
@@ -66,10 +101,14 @@ class Watch {
   explicit Watch(bool forked) : forked_(forked) {}
 
   std::vector<int> of_thread(i64 threads) {
+    // Threads may be bound to different processors, and are bound anew while others come and go.
+    thread_local std::vector<int> allowed;
+    thread_local double read = 0;
+    if (const double time = now(); time - read >= kInterval) allowed = affinity(), read = time;
     const std::lock_guard lock(mutex_);
-    if (read_if_due()) allowed_ = affinity();
-    if (!crowded(threads, allowed_)) return {};
-    return keep(threads, allowed_, {sched_getcpu()});
+    read_if_due();
+    if (!crowded(threads, allowed)) return {};
+    return keep(threads, allowed, {sched_getcpu()});
   }
 
   std::vector<int> of_process(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept) {
@@ -84,8 +123,13 @@ class Watch {
     if (seconds < kInterval) return false;
     const double own = own_seconds();
     std::vector<double> busy = busy_seconds();
+    // Not to be read for want of descriptors, say: nothing is known until the next time.
+    if (busy.empty()) busy = before_;
     busy_.resize(busy.size());
     before_.resize(busy.size());
+    // A processor that has just been switched on, or off, counts from its next reading on.
+    for (size_t i = 0; i < busy.size(); ++i)
+      if (before_[i] == 0 || busy[i] < before_[i]) before_[i] = busy[i];
     // The first reading is where the next one begins.
     const double kept = time_ == 0 ? 1 : std::exp2(-seconds / kInterval);
     for (size_t i = 0; i < busy.size(); ++i) busy_[i] = kept * busy_[i] + (1 - kept) * (busy[i] - before_[i]) / seconds;
@@ -123,17 +167,15 @@ class Watch {
   }
 
   bool crowded(i64 threads, const std::vector<int>& allowed) const {
-    const auto processors = static_cast<double>(allowed.size());
     if (threads < 2 || allowed.empty()) return false;
     if (forked_ || setting_is("1")) return true;
     if (setting_is("0")) return false;
-    return std::min(static_cast<double>(threads), processors) + load(allowed) - processors > kTolerated * processors;
+    return is_crowded(threads, static_cast<i64>(allowed.size()), load(allowed));
   }
 
-  // As many as the others leave: first those of `kept`, then the idlest.
+  // First those of `kept`, then the idlest.
   std::vector<int> keep(i64 threads, const std::vector<int>& allowed, const std::vector<int>& kept) const {
-    const auto all = static_cast<i64>(allowed.size());
-    const i64 count = std::clamp<i64>(std::lround(static_cast<double>(all) - load(allowed)), 1, std::min(threads, all));
+    const i64 count = fair_share(threads, static_cast<i64>(allowed.size()), load(allowed));
     const auto is_kept = [&](int cpu) { return std::find(kept.begin(), kept.end(), cpu) != kept.end(); };
     std::vector<int> order = allowed;
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
@@ -154,7 +196,6 @@ class Watch {
 
   const bool forked_;
   std::mutex mutex_;
-  std::vector<int> allowed_ = affinity();
   std::vector<double> busy_, before_;  // by processor: of a second, and seconds at the last reading
   double own_ = 0, own_before_ = 0, time_ = 0;
   std::minstd_rand chance_{static_cast<unsigned>(getpid())};

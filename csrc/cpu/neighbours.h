@@ -11,8 +11,14 @@
 
 namespace advkd {
 
-// Processors that the calling thread and its companions keep to while others use the machine, its own one first; empty while
-// others take no more than a quarter of what such a number of threads may use. The load is read at most four times a second.
+// True if others, who take `load` processors' worth of time of so many, leave less than three quarters of one to each thread.
+bool is_crowded(i64 threads, i64 processors, double load);
+
+// As many processors as the others leave, and at least the share beside as many busy threads as there are processors.
+i64 fair_share(i64 threads, i64 processors, double load);
+
+// Processors that the calling thread and its companions keep to while others use the machine, its own one first; empty where
+// they are not crowded. The load is read at most four times a second.
 std::vector<int> crowded_processors(i64 threads);
 
 // The same for all threads of a process that may use `allowed` and keeps to `kept` so far, which stay where they can.

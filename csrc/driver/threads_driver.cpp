@@ -56,6 +56,14 @@ void exceptions() {
   }
 }
 
+void tasks_within_tasks() {
+  std::vector<int> runs(60);
+  run_with_companions(6, 3, {0}, [&](i64 outer) { run_with_companions(10, 3, {0}, [&](i64 i) { ++runs[10 * outer + i]; }); });
+  bool once = true;
+  for (const int n : runs) once &= n == 1;
+  expect(once, "a task within a task did not run once", 60, 3);
+}
+
 void several_callers() {
   std::vector<std::thread> callers;
   for (int i = 0; i < 3; ++i) callers.emplace_back(all_sizes);
@@ -75,11 +83,30 @@ void forked_child() {
   expect(status == 0, "a forked child", 0, 0);
 }
 
+struct Crowd {
+  i64 threads, processors;
+  double load;
+  bool crowded;
+  i64 share;
+};
+
+// Few threads on a large machine are crowded, too, and are not driven onto one processor where the others have had all.
+void shares() {
+  for (const Crowd& c : {Crowd{2, 2, 0.4, false, 2}, {2, 2, 0.6, true, 1}, {2, 2, 2.0, true, 1}, {8, 64, 0.0, false, 8},
+                         {8, 64, 57.0, false, 7}, {8, 64, 64.0, true, 7}, {64, 64, 10.0, false, 54}, {64, 64, 64.0, true, 32},
+                         {16, 8, 8.0, true, 4}, {2, 64, 64.0, true, 2}}) {
+    expect(is_crowded(c.threads, c.processors, c.load) == c.crowded, "crowded", c.processors, c.threads);
+    expect(fair_share(c.threads, c.processors, c.load) == c.share, "the share", c.processors, c.threads);
+  }
+}
+
 }  // namespace
 
 int main() {
+  shares();
   all_sizes();
   exceptions();
+  tasks_within_tasks();
   several_callers();
   forked_child();
   expect(crowded_processors(1).empty(), "one thread is never crowded", 0, 1);

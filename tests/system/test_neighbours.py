@@ -1,13 +1,16 @@
 """Beside other processes: nothing changes but where threads run, and that is given back."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
-from advkd import InputError, sharing
+from advkd import InputError, neighbours, sharing
 
 from ..conftest import process_environment
 
@@ -167,6 +170,125 @@ print(json.dumps([sorted(map(sorted, seen)), processor]))
 def test_a_process_stays_where_its_user_bound_it():
     seen, processor = run_script(LATE, ADVKD_SHARE="1")
     assert seen == [[processor]]
+
+
+BOUND = """
+import json, os, threading, time, torch
+from advkd import sharing
+torch.set_num_threads(2)
+first, second = sorted(os.sched_getaffinity(0))[:2]
+begun, end = threading.Event(), threading.Event()
+
+def bind_itself():
+    os.sched_setaffinity(0, {second})
+    found.append(threading.get_native_id())
+    begun.set()
+    end.wait()
+
+found = []
+thread = threading.Thread(target=bind_itself)
+thread.start()
+begun.wait()
+seen = set()
+with sharing():
+    limit = time.monotonic() + 60
+    while len(os.sched_getaffinity(0)) > 1 and time.monotonic() < limit:
+        torch.randn(100_000).exp_()
+    crowded = len(os.sched_getaffinity(0)) == 1
+    for _ in range(100):
+        torch.randn(100_000).exp_()
+        seen |= os.sched_getaffinity(found[0])
+after = os.sched_getaffinity(found[0])
+end.set()
+print(json.dumps([crowded, sorted(seen | after) == [second], len(os.sched_getaffinity(0)) > 1]))
+"""
+
+
+def test_a_thread_that_bound_itself_is_left_alone():
+    assert run_script(BOUND, ADVKD_SHARE="1") == [True, True, True]
+
+
+COMPANIONS = """
+import json, os, time, torch
+from advkd.ops import philox_normal
+torch.set_num_threads(2)
+
+def companions():
+    names = {task: open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")}
+    return {frozenset(os.sched_getaffinity(int(task))) for task, name in names.items() if name == "advkd companion"}
+
+found = []
+for processor in sorted(os.sched_getaffinity(0))[:2]:
+    os.sched_setaffinity(0, {processor})
+    for _ in range(10):
+        philox_normal(3, range(40), (5000,), stream="z")
+        time.sleep(0.1)
+        # Another one may look at the load: the thread that calls a kernel sees where it is bound.
+        torch.ops.advkd_cpu.crowded(2, [0, 1], [])
+    found.append(companions() == {frozenset([processor])})
+print(json.dumps(found))
+"""
+
+
+def test_companions_follow_the_thread_that_they_work_for():
+    assert run_script(COMPANIONS, ADVKD_SHARE="1") == [True, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_what_its_parent_entered(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    child = None
+    try:
+        with sharing():
+            child = os.fork()
+    finally:
+        if child == 0:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_work_goes_on_where_no_thread_can_be_started(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(neighbours.threading.Thread, "start", start)
+    with pytest.warns(UserWarning, match="not shared with others"), sharing(), neighbours.unconfined():
+        pass
+
+
+def test_processors_that_are_taken_away_do_not_end_the_watch(monkeypatch):
+    """Affinities that the system refuses are left as they are; those of other threads are set all the same."""
+    before, real = os.sched_getaffinity(0), os.sched_setaffinity
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    watch, refused = neighbours._Watch(), threading.get_native_id()
+
+    def bind(thread, processors):
+        if thread == refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(thread, processors)
+
+    end, begun, found = threading.Event(), threading.Event(), []
+    other = threading.Thread(target=lambda: (found.append(threading.get_native_id()), begun.set(), end.wait()))
+    other.start()
+    begun.wait()
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    try:
+        watch._keep_to({min(before)})
+        bound = os.sched_getaffinity(found[0])
+        watch._keep_to(before)
+        assert bound == {min(before)} and os.sched_getaffinity(found[0]) == os.sched_getaffinity(0) == before
+    finally:
+        end.set()
+        other.join()
+
+
+def test_idle_teams_are_more_threads_than_processors():
+    for threads in (2, 3, 8, 64):
+        for processors in (2, 8, 64, 256):
+            teams = neighbours._teams_needed(threads, processors)
+            assert threads + teams * (threads - 1) > processors or teams == 1
 
 
 FORKED = """
