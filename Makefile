@@ -94,7 +94,7 @@ build/%/.ready: $(SOURCES) $(shell git ls-files '*.py' 2> /dev/null)
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
 BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
-	step_scaling penalty_scaling distillation recording demo sample_scaling neighbours $(if $(shell command -v valgrind),instruction_counts) \
+	step_scaling penalty_scaling distillation recording demo sample_scaling neighbours neighbours_idle $(if $(shell command -v valgrind),instruction_counts) \
 	$(if $(shell command -v nvcc),ahead)
 BY_DEVICE := billion nsys ncu compare roofline
 

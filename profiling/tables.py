@@ -24,6 +24,7 @@ from . import (
     instruction_counts,
     ncu,
     neighbours,
+    neighbours_idle,
     nsys,
     roofline,
 )
@@ -541,6 +542,7 @@ TABLES = {
     "counts": counts,
     "sample_scaling": sample_scaling,
     "neighbours": neighbours.table,
+    "neighbours_idle": neighbours_idle.table,
     **{f"limits_{name}": guarantees.table(name) for name in guarantees.CAMPAIGNS},
     "demo": demo_parts,
     "demo_plot": plots("demo", "time of a demo by part"),
