@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from advkd.distill import Distiller, _kl, distill
+from advkd.distill import Distiller, _Board, _kl, distill
 from advkd.draws import DataOrder, shift, training_latents
 from advkd.errors import InputError, TrainingError
 from advkd.models.student import Student
@@ -308,6 +308,37 @@ def test_rows_torn_after_the_checkpoint_are_dropped(torn, trajectories, tmp_path
     (tmp_path / "metrics.csv").write_text(before + torn)
     distill(trajectories, tiny_student(), JOINT, tmp_path, resume=True, progress=False)
     assert (tmp_path / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize(("changes", "lost"), [({"grow": 8, "grow_every": 4}, ""), ({}, ""), ({}, "metrics.csv")])
+def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectories, tmp_path, changes, lost):
+    """Neither a folder that grows nor a checkpoint begins an output folder anew, without the rows of the updates before."""
+    out, config = tmp_path / "out", recipe("joint", updates=(8,), **SMALL, **changes)
+    teacher = teacher if changes else None
+    run = Distiller(Trajectories(trajectories), tiny_student(), config, out, progress=False, teacher=teacher)
+    train = run._train_update
+
+    def update(stage):
+        if run.update == 3:
+            (out / lost).rename(tmp_path / "away")
+        return train(stage)
+
+    run._train_update = update
+    with pytest.raises(InputError, match=f"{out}/.* cannot be written: .* removed or moved away; run the same command again"):
+        run.run()
+    assert out.exists() == bool(lost) and not (out / lost).is_file() and not (out / "config.json").exists()
+    if not lost:
+        (tmp_path / "away").rename(out)
+        distill(trajectories, tiny_student(), config, out, resume=True, progress=False, teacher=teacher)
+        assert len(rows(out)) == 8
+
+
+def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("advkd.distill.time.time", lambda: 1e9)
+    for _ in range(2):
+        _Board(tmp_path / "tensorboard", 0).close()
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert first.read_bytes() == second.read_bytes() != b""
 
 
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
