@@ -310,11 +310,12 @@ def test_rows_torn_after_the_checkpoint_are_dropped(torn, trajectories, tmp_path
     assert (tmp_path / "metrics.csv").read_text() == before
 
 
-@pytest.mark.parametrize(("changes", "lost"), [({"grow": 8, "grow_every": 4}, ""), ({}, ""), ({}, "metrics.csv")])
-def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectories, tmp_path, changes, lost):
-    """Neither a folder that grows nor a checkpoint begins an output folder anew, without the rows of the updates before."""
-    out, config = tmp_path / "out", recipe("joint", updates=(8,), **SMALL, **changes)
-    teacher = teacher if changes else None
+@pytest.mark.parametrize(("grow", "lost", "main"), [(8, "", True), (8, "", False), (0, "", True), (0, "metrics.csv", True)])
+def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectories, tmp_path, monkeypatch, grow, lost, main):
+    """Neither data that grow nor a checkpoint begin an output folder anew, without the rows of the updates before."""
+    # The data grow before the next checkpoint.
+    config = recipe("joint", updates=(8,), grow=grow, grow_every=4, **{**SMALL, "checkpoint_every": 3})
+    out, teacher = tmp_path / "out", teacher if grow else None
     run = Distiller(Trajectories(trajectories), tiny_student(), config, out, progress=False, teacher=teacher)
     train = run._train_update
 
@@ -324,10 +325,12 @@ def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectori
         return train(stage)
 
     run._train_update = update
+    if not main:
+        monkeypatch.setattr(type(run.accelerator), "is_main_process", False)
     with pytest.raises(InputError, match=f"{out}/.* cannot be written: .* removed or moved away; run the same command again"):
         run.run()
     assert out.exists() == bool(lost) and not (out / lost).is_file() and not (out / "config.json").exists()
-    if not lost:
+    if main and not lost:
         (tmp_path / "away").rename(out)
         distill(trajectories, tiny_student(), config, out, resume=True, progress=False, teacher=teacher)
         assert len(rows(out)) == 8
