@@ -84,10 +84,10 @@ def end_at_interrupt():
 
 @contextlib.contextmanager
 def deaf_to_interrupts():
-    """Let processes that are started within ignore Ctrl-C, which a terminal sends to all: they are to watch their parent.
+    """Let processes that are started within ignore Ctrl-C, which a terminal sends to all.
 
-    An interrupt that comes meanwhile reaches this process at the end; a handler that Python did not install gets it at once
-    where another thread takes it.
+    Those that watch their parent end when it has ended; others go on. An interrupt that comes meanwhile reaches this
+    process at the end; where another program installed the handler, another thread may take it before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

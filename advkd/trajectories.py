@@ -296,16 +296,16 @@ def _finish(out, recipe):
 
 
 def _is_of_older_version(out):
-    """True if an earlier version, whose digests are of tensors alone, wrote the first shard that is there or the manifest.
+    """True if an earlier version wrote the first shard that is there, or the manifest where all shards are lost.
 
-    Shards that are recorded again then have such digests too, since runs know their data by the files' bytes.
+    Its digests are of tensors alone, and those of shards recorded again are so, too: runs know their data by its bytes.
     """
     for path in sorted(Path(out).glob("shard-*.safetensors"))[:1]:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        if metadata["digest"] == digest(tensors):
-            return True
+        return metadata["digest"] == digest(tensors)
     try:
-        return "digest" not in read_json(Path(out) / "manifest.json", "manifest", most=MANIFEST_LIMIT)
+        manifest = read_json(Path(out) / "manifest.json", "manifest", ("format", "recipe", "shards"), MANIFEST_LIMIT)
+        return "digest" not in manifest
     except InputError:  # none, or a damaged one
         return False
 

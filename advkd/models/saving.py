@@ -76,9 +76,9 @@ class PretrainedModule:
             tensors = {name: _own(tensor, wide) for name, tensor in _read_weights(path).items()}
             require_plausible(tensors)
             wanted = module.state_dict()
-            for name in tensors.keys() & wanted.keys():
-                if tensors[name].is_floating_point() != wanted[name].is_floating_point():
-                    raise ValueError(f"{name} holds {tensors[name].dtype}")
+            for name, tensor in tensors.items():
+                if name in wanted and tensor.is_floating_point() != wanted[name].is_floating_point():
+                    raise ValueError(f"{name} holds {tensor.dtype}")
             module.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             why = why_unreadable(path, error)

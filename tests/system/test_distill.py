@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -334,6 +335,19 @@ def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectori
         (tmp_path / "away").rename(out)
         distill(trajectories, tiny_student(), config, out, resume=True, progress=False, teacher=teacher)
         assert len(rows(out)) == 8
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(trajectories, tmp_path, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def noted(descriptor):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
+    before = [earlier for earlier, name in zip(order, order[1:]) if name.startswith(".checkpoint.safetensors")]
+    assert before == ["metrics.csv"] * 3
 
 
 def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
