@@ -1,6 +1,12 @@
 """The command line: ``advkd info | teacher train | classifier train | trajectories | distill | sample | evaluate |
 report | warmup | demo``."""
 
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds.
+    from .launcher import end_at_interrupt
+
+    end_at_interrupt()
+
 import dataclasses
 import functools
 import tomllib
@@ -13,7 +19,7 @@ from .errors import BackendUnavailableError, InputError, TrainingError
 from .evaluate import EvaluationConfig
 from .files import parse_json, require_regular, why_unreadable
 from .hub import reason
-from .launcher import hold_standard_streams, local_device
+from .launcher import INTERRUPTED, hold_standard_streams, local_device
 from .memory import keep_freed_memory
 from .recipes import RECIPES, DistillConfig
 from .teacher_training import TeacherTrainingConfig
@@ -44,7 +50,7 @@ class _Commands(click.Group):
                 raise
             self._fail(f"not enough memory: lower the batch size or the model's channels ({reason(error)})", 2)
         except KeyboardInterrupt:
-            self._fail("interrupted; run the same command again (with --resume where it has one) to go on", 130)
+            self._fail(INTERRUPTED, 130)
 
     def _fail(self, error, code):
         click.echo("advkd: " + " ".join(str(error).split()), err=True)

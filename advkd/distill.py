@@ -11,6 +11,7 @@ import copy
 import csv
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from .devices import plain_defaults, require_device
 from .draws import DataOrder, shift, training_latents
 from .errors import InputError, TrainingError
 from .files import (
+    held,
     locked,
     pack_optimizer,
     read_tensors,
@@ -38,7 +40,9 @@ from .files import (
     require_output_folder,
     require_regular,
     require_space,
+    require_there,
     restoring,
+    synchronize,
     unpack_optimizer,
     with_digest,
     write_bytes,
@@ -124,7 +128,7 @@ class Distiller:
         """Run all stages that are left; returns the saved student."""
         _GROUP.in_step = False
         main = self.accelerator.is_main_process
-        with locked(self.out) if main else contextlib.nullcontext():
+        with locked(self.out) if main else held(self.out):
             if main and _file_state(self.checkpoint) != self._state_found:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             done = sum(stage.updates for stage in self.stages[: self.stage_index]) + self.update
@@ -138,9 +142,10 @@ class Distiller:
                 for self.stage_index in range(self.stage_index, len(self.stages)):
                     self._run_stage(self.stages[self.stage_index], log, bar)
                     self.update = 0
-            if main:
-                self.result.training_record = self._provenance()
-                self.result.save_pretrained(self.out)
+                if main:
+                    log.secure()
+                    self.result.training_record = self._provenance()
+                    self.result.save_pretrained(self.out)
         self.accelerator.wait_for_everyone()
         _GROUP.in_step = True
         return self.result.to(memory_format=torch.contiguous_format).eval()
@@ -168,10 +173,10 @@ class Distiller:
             bar.set_postfix(stage=stage.number, **shown, refresh=False)
             bar.update()
             if self.update % self.config.checkpoint_every == 0 and self.update < stage.updates:
-                self._write_checkpoint(self.stage_index, self.update)
+                self._write_checkpoint(log, self.stage_index, self.update)
         if self.accelerator.is_main_process:
             self._draw_samples(stage)
-        self._write_checkpoint(self.stage_index + 1, 0)
+        self._write_checkpoint(log, self.stage_index + 1, 0)
 
     def _start_stage(self, stage):
         """Fresh critics and optimisers, or the checkpoint's where the run stopped inside this stage."""
@@ -376,8 +381,9 @@ class Distiller:
         scale = 1.0 if k == self.student.depth else 3.0
         save_grid(images / scale, self.out / f"samples-stage-{stage.number:02d}.png")
 
-    def _write_checkpoint(self, stage_index, update):
+    def _write_checkpoint(self, log, stage_index, update):
         if self.accelerator.is_main_process:
+            log.secure()
             tensors = {f"student/{k}": v for k, v in self.student.state_dict().items()}
             tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
             tensors |= {"log_s": self.log_s, "rng": torch.get_rng_state()} | pack_optimizer("optimizer", self.optimizer)
@@ -614,9 +620,22 @@ class _Log:
             self.file.flush()
         self.board.write(means, self.updates - 1)
 
+    def secure(self):
+        """Bring the rows to the disk before a checkpoint says that they are there; refuse to go on where the file has gone."""
+        require_there(self.file, self.path)
+        with writing(self.path):
+            synchronize(self.file)
+
     def close(self):
         with contextlib.closing(self.board), writing(self.path):
             self.file.close()
+
+
+def _open_first(paths):
+    """The first of some paths where no file lies yet, opened: two runs of one second have a file each."""
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            return path, open(path, "xb")
 
 
 class _Board:
@@ -629,10 +648,10 @@ class _Board:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        with writing(self.path):
+        start = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        with writing(folder / start):
             folder.mkdir(exist_ok=True)
-            self.file = open(self.path, "ab")
+            self.path, self.file = _open_first(folder / f"{start}.{i}" for i in itertools.count())
         self.records = RecordWriter(self.file)
         self._add(Event(file_version="brain.Event:2"), first)
         self._add(Event(session_log=SessionLog(status=SessionLog.START)), first)

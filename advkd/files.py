@@ -9,6 +9,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -19,14 +20,14 @@ from safetensors.torch import save
 
 from .errors import InputError
 from .hub import reason
-from .launcher import TEMPORARY
+from .launcher import TEMPORARY, writer_of
 
 LFS_POINTER = b"version https://git-lfs"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """Error numbers by which file systems refuse calls that they do not have."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a disk, a quota or a file that is full."""
+"""Error numbers for a full disk, an exhausted quota or a file at its size limit."""
 
 START_AGAIN = "delete it and start again, or restore a copy"
 JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
@@ -65,8 +66,8 @@ def _private_folder(folder):
 def replacing(path, once=False):
     """Yield a temporary file beside ``path``; rename it to ``path`` on success, remove it on failure.
 
-    A symbolic link stays, and the file that it points to is replaced. Two processes may write one path at the same time: each
-    has a temporary file of its own. With ``once`` a file that is there by then stays: of several processes the first one wins.
+    A symbolic link stays, and the file that it points to is replaced. Two threads or processes may write one path at the same
+    time: each has a temporary file of its own. With ``once`` a file that is there by then stays: the first writer wins.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -74,13 +75,13 @@ def replacing(path, once=False):
     TEMPORARY.add(temporary)
     try:
         with writing(path, temporary):
-            if not _HELD[os.path.abspath(target.parent)]:
-                target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             temporary.unlink(missing_ok=True)
             # Created here and now: a link that somebody else has put in its place would be written through.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-            _synchronize(temporary)
+            with open(temporary, "rb") as file:
+                synchronize(file)
             _move(temporary, target, once)
     finally:
         with contextlib.suppress(OSError):
@@ -95,14 +96,14 @@ def _move(temporary, target, once):
         except FileExistsError:
             return
         except OSError as error:
-            if error.errno not in (errno.EPERM, *UNSUPPORTED):  # a file system without hard links
-                raise
+            if error.errno in (*NO_SPACE, errno.ENOENT, errno.EROFS, errno.EIO):
+                raise  # others come from file systems without hard links, each of which says so in its own way
     os.replace(temporary, target)
 
 
 @contextlib.contextmanager
 def writing(path, temporary=None):
-    """Errors while ``path`` is written name it; a full disk and a folder that has gone are an :class:`InputError`.
+    """Make errors of a write name ``path``; a full disk and a folder that has gone become an :class:`InputError`.
 
     ``temporary``: the file or folder in whose place messages name ``path``.
     """
@@ -116,14 +117,14 @@ def writing(path, temporary=None):
             raise InputError(said) from error
         known = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
         if error.errno and (not known or temporary is not None and known.startswith(str(temporary))):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+            error.filename = str(path)
+            del error.filename2
         raise
 
 
 @contextlib.contextmanager
 def held(folder):
-    """Keep ``folder`` from being made again while a run writes there: one that is removed then is an error, and no folder
-    without the run's earlier files."""
+    """While held, ``folder`` is not made again: if somebody removes it, the next write is an error."""
     folder = os.path.abspath(folder)
     _HELD[folder] += 1
     try:
@@ -132,21 +133,49 @@ def held(folder):
         _HELD[folder] -= 1
 
 
-def _synchronize(path):
-    """Bring a file to the disk, where its file system can be asked to."""
-    with open(path, "rb") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
+def make_folder(path):
+    """Make the folder ``path`` and those that it lies in, except where a :func:`held` one among them has gone.
+
+    Raises:
+        FileNotFoundError: such a folder has gone.
+    """
+    path = Path(path)
+    if _HELD[os.path.abspath(path)]:
+        os.stat(path)
+        return
+    try:
+        path.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+
+
+def synchronize(file):
+    """Bring an open file to the disk, where its file system can be asked to."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def require_there(file, path):
+    """Refuse to go on writing to ``file``, opened as ``path``, once another file or none has that name."""
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return
+    except FileNotFoundError:
+        pass
+    raise InputError(f"{path} cannot be written: it has been removed or moved away; run the same command again")
 
 
 def remove_leftovers(folder):
     """Remove the temporary files and folders that killed processes of this machine left in ``folder``."""
     for path in Path(folder).glob(f".*.{_HOST}.*.tmp"):
-        process = path.name.split(".")[-2]
-        if process.isdigit() and not _is_running(int(process)):
+        process = writer_of(path)
+        if process is not None and not _is_running(process):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -164,11 +193,11 @@ def _is_running(pid):
 
 
 def temporary_path(path):
-    """A name beside ``path`` that belongs to this process, and that :func:`remove_leftovers` recognises after its death."""
+    """A name beside ``path`` that belongs to this thread, and that :func:`remove_leftovers` knows after its process's end."""
     path = Path(path)
     # No longer than a file's name may be, where the path's own is not.
     name = path.name if len(os.fsencode(path.name)) <= 100 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    return path.with_name(f".{name}.{_HOST}.{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{_HOST}.{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 @contextlib.contextmanager
@@ -405,7 +434,8 @@ def require_output_folder(path, option="--out"):
     if path.is_symlink() and not path.exists():
         raise InputError(f"{option} {path} is a link to {os.path.realpath(path)}, which does not exist: make that folder")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            make_folder(path)
     except OSError as error:
         raise InputError(f"{option} {path} cannot be created ({error.strerror})") from error
     if not os.access(path, os.W_OK):

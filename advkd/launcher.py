@@ -24,6 +24,8 @@ ACCELERATE_READS = (
 TEMPORARY = set()
 """Paths of the temporary files that this process is writing; an interrupt removes them."""
 
+INTERRUPTED = "interrupted; run the same command again (with --resume where it has one) to go on"
+
 
 def processes():
     """``(rank, world size)`` of this process; (0, 1) without a launcher.
@@ -82,24 +84,35 @@ def end_at_interrupt():
 
 @contextlib.contextmanager
 def deaf_to_interrupts():
-    """Processes that are started within ignore Ctrl-C, which a terminal sends to all: they end when this one has ended.
+    """Let processes that are started within ignore Ctrl-C, which a terminal sends to all.
 
-    One that comes meanwhile reaches this process at the end.
+    Those that watch their parent end when it has ended; others go on. An interrupt that comes meanwhile reaches this
+    process at the end; where another program installed the handler, another thread may take it before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = []
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    came, handler = [], signal.getsignal(signal.SIGINT)
+    if handler is not None:
+        signal.signal(signal.SIGINT, lambda *_: came.append(True))
     # Inherited, unlike handlers. Another thread may take the signal.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+def writer_of(path):
+    """The process that a temporary file belongs to, by its name (older ones have no thread in it); None for other names."""
+    process = path.name.split(".")[-2].partition("-")[0]
+    return int(process) if process.isdecimal() else None
 
 
 def _end(number, frame):
@@ -111,11 +124,11 @@ def _end(number, frame):
         for child in children:
             child.join(1)
     for path in list(TEMPORARY):
-        if path.name.endswith(f".{os.getpid()}.tmp"):  # not those of the process that this one was forked from
+        if writer_of(path) == os.getpid():  # not those of the process that this one was forked from
             with contextlib.suppress(OSError):
                 path.unlink()
     with contextlib.suppress(OSError):
-        os.write(2, b"\nadvkd: interrupted; run the same command again (with --resume where it has one) to go on\n")
+        os.write(2, f"\nadvkd: {INTERRUPTED}\n".encode())
     os._exit(128 + number)
 
 

@@ -28,6 +28,7 @@ from .errors import InputError, TrainingError
 from .files import (
     MANIFEST_LIMIT,
     damaged,
+    digest,
     has_own_digest,
     held,
     locked,
@@ -135,9 +136,9 @@ def _shared(out, recipe):
         write_json(out / SHARED_RECIPE, recipe, once=True)
         try:
             other = read_json(out / SHARED_RECIPE, "recipe")
-        except InputError:
+        except InputError as error:
             if os.path.lexists(out / SHARED_RECIPE):
-                raise
+                raise InputError(f"{error}: remove it if no other process writes there") from error
             other = recipe  # another process has just finished the data set
         if changed := _differences(recipe, other):
             said = f"--out {out} is for trajectories made with another {', '.join(changed)}: name another folder"
@@ -146,7 +147,7 @@ def _shared(out, recipe):
 
 
 def _record(teacher, config, recipe, out, rank, world, progress):
-    """Record the shards of this process that are not there, and the manifest if they were the last; whether they were."""
+    """Record the shards of this process that are not there, and the manifest if they were the last; return True if so."""
     _record_missing(teacher, config, recipe, out, rank, world, progress)
     with named("write"):
         return _finish(out, recipe)
@@ -155,6 +156,7 @@ def _record(teacher, config, recipe, out, rank, world, progress):
 def _record_missing(teacher, config, recipe, out, rank, world, progress):
     """Record the shards of this process that are not there."""
     mine = [shard for shard in _missing(out, recipe) if shard % world == rank]
+    older = bool(mine) and _is_of_older_version(out)
     shown = progress and rank == 0
     bar = progress_bar(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", shown=shown)
     # One shard is written while the next one is made; no more, to bound memory.
@@ -163,7 +165,7 @@ def _record_missing(teacher, config, recipe, out, rank, world, progress):
         for shard in mine:
             batches = _run_shard(teacher, config, recipe, shard, bar, written)
             _wait(written)
-            written = writer.submit(_write_shard, out, config, recipe, shard, batches)
+            written = writer.submit(_write_shard, out, config, recipe, shard, batches, older)
         _wait(written)
 
 
@@ -282,7 +284,7 @@ def _missing(out, recipe):
 
 
 def _finish(out, recipe):
-    """Write the manifest if all shards are there; whether they are."""
+    """Write the manifest and return True if all shards are there."""
     finished = all(_shard_path(out, s).exists() for s in range(_num_shards(recipe)))
     if finished:
         _check_existing(out, recipe)
@@ -291,6 +293,21 @@ def _finish(out, recipe):
             write_json(path, manifest)
         (Path(out) / SHARED_RECIPE).unlink(missing_ok=True)
     return finished
+
+
+def _is_of_older_version(out):
+    """True if an earlier version wrote the first shard that is there, or the manifest where all shards are lost.
+
+    Its digests are of tensors alone, and those of shards recorded again are so, too: runs know their data by its bytes.
+    """
+    for path in sorted(Path(out).glob("shard-*.safetensors"))[:1]:
+        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
+        return metadata["digest"] == digest(tensors)
+    try:
+        manifest = read_json(Path(out) / "manifest.json", "manifest", ("format", "recipe", "shards"), MANIFEST_LIMIT)
+        return "digest" not in manifest
+    except InputError:  # none, or a damaged one
+        return False
 
 
 def _is_without_digest(path, manifest):
@@ -383,7 +400,7 @@ class _ToHost:
         return self._tensors
 
 
-def _write_shard(out, config, recipe, shard, batches):
+def _write_shard(out, config, recipe, shard, batches, older):
     batches = [batch.result() for batch in batches]
     count = _shard_count(config, shard)
     tensors = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
@@ -392,7 +409,8 @@ def _write_shard(out, config, recipe, shard, batches):
             said = f"{name} of teacher {recipe['teacher']['name']} is not finite in float16"
             raise InputError(f"{said}: its weights or its schedule are damaged")
     metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count}
-    write_tensors(_shard_path(out, shard), tensors, with_digest(tensors, metadata))
+    metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
+    write_tensors(_shard_path(out, shard), tensors, metadata)
 
 
 def downsample(x, side):

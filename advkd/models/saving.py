@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..hub import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"
+DIGEST = re.compile("[0-9a-f]{64}", re.IGNORECASE)
 LARGEST_WEIGHT = 1e12
 """Largest magnitude of a weight that is read."""
 
@@ -74,8 +76,9 @@ class PretrainedModule:
             tensors = {name: _own(tensor, wide) for name, tensor in _read_weights(path).items()}
             require_plausible(tensors)
             wanted = module.state_dict()
-            if wrong := [name for name, t in tensors.items() if name in wanted and _is_real(t) != _is_real(wanted[name])]:
-                raise ValueError(f"{wrong[0]} holds {tensors[wrong[0]].dtype}")
+            for name, tensor in tensors.items():
+                if name in wanted and tensor.is_floating_point() != wanted[name].is_floating_point():
+                    raise ValueError(f"{name} holds {tensor.dtype}")
             module.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             why = why_unreadable(path, error)
@@ -124,9 +127,10 @@ def _read_weights(path):
     """Tensors by name, those that were written where the file says so: other programs' files, and older ones, do not."""
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    if strange := metadata.keys() - {"format", "digest"}:  # a damaged name would leave the file without a digest
-        raise ValueError(f"its header has the unknown entry {min(strange)!r}")
     known = metadata.get("digest")
+    for name, value in metadata.items():
+        if name != "digest" and DIGEST.fullmatch(value):  # a damaged name would leave the file without a digest
+            raise ValueError(f"its header has the unknown entry {name!r}, which may be a damaged digest")
     if known is not None and known != digest(tensors):
         raise ValueError("it is altered")
     return tensors
@@ -140,10 +144,6 @@ def require_plausible(tensors):
             raise ValueError(f"{name} holds numbers that are not finite, or larger than {LARGEST_WEIGHT:g}")
         if name.endswith("running_var") and least < 0:
             raise ValueError(f"{name} holds negative variances")
-
-
-def _is_real(tensor):
-    return tensor.is_floating_point()
 
 
 def _own(tensor, dtype):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import pytest
 import torch
 
-from advkd.distill import Distiller, _kl, distill
+from advkd.distill import Distiller, _Board, _kl, distill
 from advkd.draws import DataOrder, shift, training_latents
 from advkd.errors import InputError, TrainingError
 from advkd.models.student import Student
@@ -308,6 +309,53 @@ def test_rows_torn_after_the_checkpoint_are_dropped(torn, trajectories, tmp_path
     (tmp_path / "metrics.csv").write_text(before + torn)
     distill(trajectories, tiny_student(), JOINT, tmp_path, resume=True, progress=False)
     assert (tmp_path / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize(("grow", "lost", "main"), [(8, "", True), (8, "", False), (0, "", True), (0, "metrics.csv", True)])
+def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectories, tmp_path, monkeypatch, grow, lost, main):
+    """Neither data that grow nor a checkpoint begin an output folder anew, without the rows of the updates before."""
+    # The data grow before the next checkpoint.
+    config = recipe("joint", updates=(8,), grow=grow, grow_every=4, **{**SMALL, "checkpoint_every": 3})
+    out, teacher = tmp_path / "out", teacher if grow else None
+    run = Distiller(Trajectories(trajectories), tiny_student(), config, out, progress=False, teacher=teacher)
+    train = run._train_update
+
+    def update(stage):
+        if run.update == 3:
+            (out / lost).rename(tmp_path / "away")
+        return train(stage)
+
+    run._train_update = update
+    if not main:
+        monkeypatch.setattr(type(run.accelerator), "is_main_process", False)
+    with pytest.raises(InputError, match=f"{out}/.* cannot be written: .* removed or moved away; run the same command again"):
+        run.run()
+    assert out.exists() == bool(lost) and not (out / lost).is_file() and not (out / "config.json").exists()
+    if main and not lost:
+        (tmp_path / "away").rename(out)
+        distill(trajectories, tiny_student(), config, out, resume=True, progress=False, teacher=teacher)
+        assert len(rows(out)) == 8
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(trajectories, tmp_path, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def noted(descriptor):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    distill(trajectories, tiny_student(), JOINT, tmp_path, progress=False)
+    before = [earlier for earlier, name in zip(order, order[1:]) if name.startswith(".checkpoint.safetensors")]
+    assert before == ["metrics.csv"] * 3
+
+
+def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("advkd.distill.time.time", lambda: 1e9)
+    for _ in range(2):
+        _Board(tmp_path / "tensorboard", 0).close()
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert first.read_bytes() == second.read_bytes() != b""
 
 
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -66,6 +67,78 @@ def test_a_folder_stays_held_until_its_last_holder_ends(tmp_path):
     files.write_json(folder / "a.json", {})
 
 
+def test_a_held_folder_is_not_made_again_for_one_below_it(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with files.held(folder):
+        files.write_json(folder / "pictures" / "a.json", {})
+        folder.rename(tmp_path / "away")
+        for work in (
+            lambda: files.write_json(folder / "pictures" / "b.json", {}),
+            lambda: files.require_output_folder(folder / "trajectories" / "0001"),
+        ):
+            with pytest.raises(InputError, match=f"{folder}/.* cannot be written: its folder has been removed"):
+                work()
+        assert not folder.exists()
+    files.require_output_folder(folder / "trajectories" / "0001")
+
+
+def test_an_open_file_that_has_lost_its_name_is_noticed(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with open(path, "w") as file:
+        files.require_there(file, path)
+        path.rename(tmp_path / "away.csv")
+        for other in (False, True):
+            if other:
+                path.write_text("another run's")
+            with pytest.raises(InputError, match="metrics.csv cannot be written: it has been removed or moved away"):
+                files.require_there(file, path)
+
+
+def test_threads_that_write_one_path_do_not_disturb_each_other(tmp_path):
+    def write(i):
+        for _ in range(100):
+            files.write_json(tmp_path / "same.json", {"i": i, "long": "x" * 20_000})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert files.read_json(tmp_path / "same.json")["i"] in range(4) and os.listdir(tmp_path) == ["same.json"]
+
+
+def test_an_error_of_any_class_names_the_file(tmp_path):
+    class Unusual(OSError):
+        def __init__(self):
+            super().__init__(errno.EIO, "Input/output error")
+
+    with pytest.raises(Unusual, match=f"{tmp_path}/a.json"), files.writing(tmp_path / "a.json"):
+        raise Unusual
+    # A renaming has two names, of which the user knows one.
+    temporary = files.temporary_path(tmp_path / "a.json")
+    with pytest.raises(OSError, match="a.json'$") as raised, files.writing(tmp_path / "a.json", temporary):
+        raise OSError(errno.EIO, "Input/output error", str(temporary), None, str(tmp_path / "a.json"))
+    assert ".tmp" not in str(raised.value)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOTTY])
+def test_a_file_system_without_hard_links_is_written_to(code, tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    files.write_json(tmp_path / "a.json", {"a": 1}, once=True)
+    assert files.read_json(tmp_path / "a.json") == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_disk_that_fails_is_not_taken_for_one_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.write_json(tmp_path / "a.json", {"a": 1}, once=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_planted_link_in_the_temporary_files_place_is_not_written_through(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -81,9 +154,12 @@ def test_leftovers_are_removed_and_what_they_link_to_is_not(tmp_path):
     out.mkdir()
     (out / f".a.{files._HOST}.4194999.tmp").symlink_to(tmp_path / "mine")
     (out / f".b.{files._HOST}.4194999.tmp").mkdir()
-    (out / f".c.{files._HOST}.{os.getpid()}.tmp").write_text("at work")
+    (out / f".b.{files._HOST}.4194999-4195001.tmp").write_text("torn")
+    at_work = [f".c.{files._HOST}.{os.getpid()}.tmp", files.temporary_path(out / "d").name]
+    for name in at_work:
+        (out / name).write_text("at work")
     files.remove_leftovers(out)
-    assert [path.name for path in out.iterdir()] == [f".c.{files._HOST}.{os.getpid()}.tmp"]
+    assert sorted(path.name for path in out.iterdir()) == at_work
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 

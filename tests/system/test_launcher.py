@@ -289,6 +289,47 @@ def test_the_package_is_the_command_line():
     assert done.returncode == 0 and done.stdout.startswith("Usage: advkd [OPTIONS] COMMAND") and os.linesep in done.stdout
 
 
+AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["advkd", "advkd.cli"])
+def test_an_interrupt_while_modules_are_imported_is_one_line(module):
+    command = [sys.executable, "-c", AT_IMPORT, module, "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment(), timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\nadvkd: {launcher.INTERRUPTED}\n")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_handler_that_python_did_not_install_stays(fails, monkeypatch):
+    def install(number, handler):
+        raise TypeError(f"{handler} was to be installed")
+
+    if not fails:
+        monkeypatch.setattr(launcher.signal, "getsignal", lambda number: None)
+    try:
+        with launcher.deaf_to_interrupts():
+            monkeypatch.setattr(launcher.signal, "signal", install)
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    except TypeError:
+        assert fails
+    finally:
+        monkeypatch.undo()
+        blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert not blocked
+
+
 def test_an_interrupt_while_children_start_comes_afterwards():
     child = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('deaf')"]
     reached = False

@@ -549,6 +549,24 @@ def test_records_that_are_not_those_of_their_checksums_are_refused(models, tmp_p
         Teacher.from_pretrained(tmp_path / "older")
 
 
+def test_archives_without_checksums_are_read(models, tmp_path):
+    shutil.copytree(models / "older", tmp_path / "older")
+    weights = tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin"
+    state, known = torch.load(weights, weights_only=True), Teacher.from_pretrained(tmp_path / "older").identity()
+    # A checksum that damage has set to zero, among others, is wrong.
+    with zipfile.ZipFile(weights) as archive:
+        checksum = struct.pack("<I", next(r.CRC for r in archive.infolist() if r.filename.endswith("/data/0")))
+    weights.write_bytes(weights.read_bytes().replace(checksum, bytes(4)))
+    with pytest.raises(InputError, match="diffusion_pytorch_model.bin cannot be read .its record .* is altered"):
+        Teacher.from_pretrained(tmp_path / "older")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, weights)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert Teacher.from_pretrained(tmp_path / "older").identity() == known
+
+
 def test_safetensors_that_claim_more_than_they_hold_are_refused(models, tmp_path):
     header = json.dumps({"head.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     for begin in (struct.pack("<Q", 2**60), struct.pack("<Q", len(header)) + header):

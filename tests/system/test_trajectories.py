@@ -173,6 +173,12 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="another process is writing there"):
             record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
     assert [path.name for path in tmp_path.glob("*") if path.name != ".lock"] == [".recipe.json"]
+    whole = (tmp_path / ".recipe.json").read_bytes()
+    (tmp_path / ".recipe.json").write_bytes(whole[:-5])
+    with pytest.raises(InputError, match=".recipe.json is not readable JSON .*: remove it if no other process writes there"):
+        with trajectories_module._shared(tmp_path, recipe):
+            raise AssertionError("a damaged recipe was passed over")
+    (tmp_path / ".recipe.json").write_bytes(whole)
     record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
     assert not (tmp_path / ".recipe.json").exists()
 
@@ -328,6 +334,29 @@ def test_an_earlier_versions_manifest_stays(trajectories, teacher, tmp_path):
         files.write_json(path, other)
         record_trajectories(teacher, tiny_recording(), tmp_path / "data", progress=False)
         assert path.read_bytes() == now
+
+
+def in_the_older_form(folder):
+    """A finished recording as an earlier version wrote it: digests are of tensors alone, and the manifest has none."""
+    for path in folder.glob("shard-*.safetensors"):
+        tensors, metadata = files.read_tensors(path)
+        files.write_tensors(path, tensors, {**metadata, "digest": files.digest(tensors)})
+    recipe = json.loads((folder / "manifest.json").read_text())["recipe"]
+    manifest = trajectories_module._manifest(folder, recipe, len(list(folder.glob("shard-*.safetensors"))))
+    files.write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if key != "digest"})
+
+
+@pytest.mark.parametrize("lost", [("shard-00000",), ("shard-00002",), ("shard-00000", "shard-00001", "shard-00002")])
+def test_shards_that_an_earlier_version_lost_come_back_as_they_were(lost, trajectories, teacher, tmp_path):
+    """Its manifest says their bytes, and runs know their data by its."""
+    folder = tmp_path / "data"
+    shutil.copytree(trajectories, folder)
+    in_the_older_form(folder)
+    before = contents(folder)
+    for name in lost:
+        (folder / f"{name}.safetensors").unlink()
+    record_trajectories(teacher, tiny_recording(), folder, progress=False)
+    assert contents(folder) == before != contents(trajectories)
 
 
 def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
