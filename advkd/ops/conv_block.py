@@ -9,6 +9,7 @@ from ..arguments import finite, flag, require_dense
 from ..devices import without_autocast
 from ..errors import InputError
 from . import backends
+from .layout import has_values
 from .student_gpu import conv_block_cuda, conv_block_triton
 
 ACTIVATIONS = ("none", "leaky_relu", "tanh")
@@ -129,7 +130,7 @@ def _check_tensors(x, weight, bias):
 def require_finite(**tensors):
     """Refuse weights that are infinite or not numbers: transforms would spread them over the image."""
     for name, tensor in tensors.items():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+        if has_values(tensor) and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
 
 

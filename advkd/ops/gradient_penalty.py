@@ -4,11 +4,9 @@ The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.piece
 sample i and v_i = dP/dg_i, dP/dW of a layer is its weight gradient with input u, the tangent of v, and output gradient d.
 """
 
-import math
-
 import torch
 
-from ..arguments import flag, require_dense
+from ..arguments import finite, flag, real, require_dense
 from ..devices import AUTOCAST, without_autocast
 from ..errors import InputError
 from . import backends
@@ -201,8 +199,9 @@ def require_finite(wish, result, named, critic):
 def check_numbers(**numbers):
     """Target and weight must be finite numbers, not negative."""
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not real(name, value) >= 0:
             raise InputError(f"{name} must be a number of at least 0, got {value!r}")
+        finite(name, value)
 
 
 def _check(critic, x_hat, condition, mode):
