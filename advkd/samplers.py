@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .arguments import finite, sizes
+from .arguments import finite, require_dense, sizes
 from .errors import InputError
 from .ops import StepCoefficients, philox_normal, sampler_step
 from .ops.philox import indices_of
@@ -65,8 +65,14 @@ def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
     # Add noise to what the denoiser made of the state: x_next = m + c_z z.
     for k, (sigma, weight) in enumerate(zip(sigmas[:-1], weights[1:]), 1):
         renoise = StepCoefficients(k_x=0.0, k_m=1.0, c_0=1.0, c_z=weight)
-        x_0 = denoiser(x, sigma)
+        x_0 = _denoised(denoiser, x, sigma)
         # The step reads halves as they are.
         x_0 = x_0.float() if x_0.dtype == torch.float64 else x_0
         x, _, _ = sampler_step(x, x_0, renoise, noise=(seed, indices, k), out=x)
-    return denoiser(x, sigmas[-1]).float()
+    return _denoised(denoiser, x, sigmas[-1]).float()
+
+
+def _denoised(denoiser, x, sigma):
+    x_0 = denoiser(x, sigma)
+    require_dense("denoiser's result", x_0)
+    return x_0

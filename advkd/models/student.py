@@ -42,8 +42,11 @@ class StudentConfig:
     def __post_init__(self):
         for name in ("image_size", "image_channels", "latent_size"):
             setattr(self, name, _integer(name, getattr(self, name)))
-        if not isinstance(self.channels, (tuple, list)):
-            raise InputError(f"channels must be a sequence of whole numbers, got {self.channels!r}")
+        # Products of larger ones are no sizes of tensors.
+        if not isinstance(self.channels, (tuple, list)) or any(
+            type(c) is not int or not 1 <= c <= 2**16 for c in self.channels
+        ):
+            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels!r}")
         self.detail_noise = flag("detail_noise", self.detail_noise)
         if isinstance(self.slope, bool):
             raise InputError(f"slope must be a number, got {self.slope}")
@@ -52,11 +55,8 @@ class StudentConfig:
         check_latent(self.image_size, self.latent_size, self.detail_noise)
         if not 1 <= self.image_channels <= 4:
             raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
-        # Products of larger ones are no sizes of tensors.
         if self.image_size > 2**20:
             raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
-        if any(type(c) is not int or not 1 <= c <= 2**16 for c in self.channels):
-            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 

@@ -135,9 +135,12 @@ def require_whole_or_apart(name, tensor, other_name, other):
     """An :class:`InputError` where a tensor that is written shares a part of its memory with one that is read."""
     if tensor is other:
         return
-    same = other.data_ptr() == tensor.data_ptr() and other.dtype == tensor.dtype and other.stride() == tensor.stride()
-    if not same and overlap(tensor, other):
+    if overlap(tensor, other) and not _same(tensor, other):
         raise InputError(f"{name} overlaps {other_name} without being the same tensor")
+
+
+def _same(tensor, other):
+    return tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype and tensor.stride() == other.stride()
 
 
 def require_apart(name, tensor, other_name, other):

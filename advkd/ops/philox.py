@@ -92,12 +92,13 @@ def validated(seed, indices, stream, step):
 
 def _of_range(indices):
     """A range as a tensor on the CPU."""
-    if indices and not -(2**63) <= min(indices[0], indices[-1]) <= max(indices[0], indices[-1]) < 2**63 - 1:
-        raise InputError(f"indices must be in [-2^63, 2^63 - 1), got {indices}")
-    # An empty range may have bounds that are no int64.
     if not indices:
-        return torch.arange(0, device="cpu")
-    return _arange("indices", indices.start, indices[-1] + (1 if indices.step > 0 else -1), indices.step, "cpu")
+        # Its bounds may be any numbers.
+        return torch.arange(0, dtype=torch.int64, device="cpu")
+    stop = indices[-1] + (1 if indices.step > 0 else -1)
+    if not all(-(2**63) <= n < 2**63 for n in (indices.start, stop, indices.step)):
+        raise InputError(f"indices must have 64 bits, and so must their step and what follows the last, got {indices}")
+    return _arange("indices", indices.start, stop, indices.step, "cpu")
 
 
 def indices_of(n, start, device):
@@ -145,6 +146,8 @@ def counters(name, triple, samples, device):
 
 def _integer(name, value, bits):
     """``value`` as an int of so many bits; numpy's integers are integers too."""
+    if isinstance(value, torch.Tensor):
+        require_dense(name, value)
     try:
         value = operator.index(value)
     except (TypeError, RuntimeError):

@@ -148,6 +148,33 @@ def test_the_wrong_size_is_found_before_anything_is_copied():
 def test_counts_end_where_the_counter_does():
     with pytest.raises(InputError, match="count"):
         call("philox_words", count=2**34 + 1)
+    for indices in (range(0), torch.arange(1, device="meta")):
+        with pytest.raises(InputError, match="shape"):
+            call("philox_normal", indices=indices, shape=(2**33, 4))
+        assert call("philox_normal", indices=indices[:0], shape=(2**34,)).shape == (0, 2**34)
+
+
+def test_ranges_of_indices():
+    for indices in (range(2**63 - 1, 2**63), range(2**64), range(2**62), range(-(2**63) - 1, 0), range(0, -(2**64), -(2**63))):
+        with pytest.raises(InputError, match="indices"):
+            call("philox_words", indices=indices)
+    for indices in (
+        range(2**63 - 2, 2**63 - 1),
+        range(-(2**63), -(2**63) + 1),
+        range(9, 0, -4),
+        range(2**64, 5),
+        range(0, 9, 2**62),
+    ):
+        wanted = torch.tensor(list(indices), dtype=torch.int64)
+        assert torch.equal(call("philox_words", indices=indices), call("philox_words", indices=wanted))
+
+
+@pytest.mark.parametrize("step", ["sparse", "nested"])
+def test_steps_of_noise_are_dense(step):
+    with pytest.raises(InputError, match="noise's step"):
+        call("sampler_step", noise=(1, range(2), NO_TENSORS[step](torch.tensor([1, 2]))))
+    with pytest.raises(InputError, match="step"):
+        call("philox_words", step=NO_TENSORS[step](torch.tensor([1])))
 
 
 def test_errors_of_a_triple_name_the_argument():
