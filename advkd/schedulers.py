@@ -329,7 +329,7 @@ def _for_diffusers(timestep, t):
 
 
 def _scalar(name, value):
-    """``value`` as a finite float, and as diffusers' own code takes it: the tensor itself where a derivative by it is wanted."""
+    """``value`` as a finite float, and as diffusers' own code takes it: the tensor where a derivative by it is wanted."""
     number = finite(name, value, constant=False)
     return number, value if isinstance(value, torch.Tensor) and wants_derivative(value) else number
 

@@ -64,11 +64,13 @@ def gradient_penalty(
         backends.require_known(backend)
     named = {"x_hat": x_hat, "condition": condition}
     if backend == "autograd":
-        penalty = gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+        penalty = _by_autograd(critic, x_hat, condition, target, weight, mode)
         require_finite(check_finite, penalty.detach() + x_hat.detach().sum(dtype=arithmetic_dtype(x_hat)), named, critic)
         return penalty
     critic = unwrapped(critic)
     if not torch.compiler.is_compiling():
+        if not torch.is_inference_mode_enabled():
+            _require_recordable(critic)
         backends.choose("gradient_penalty", backend, x_hat.device)
     plan = plan_of(critic, condition is not None)
     weights = layer_weights(plan, critic)
@@ -80,6 +82,26 @@ def gradient_penalty(
     # The penalty sees of the points no more than the signs that they lead to; the scores show what is not finite.
     require_finite(check_finite, penalty.detach() + score, named, critic)
     return penalty
+
+
+def _by_autograd(critic, x_hat, condition, target, weight, mode):
+    """:func:`gradient_penalty_reference` in every mode: it takes a gradient itself, where none of the penalty is wanted too."""
+    _require_recordable(critic)
+    if torch.is_grad_enabled():
+        return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad():
+        if condition is not None and condition.is_inference():
+            condition = condition.clone()
+        return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode).detach()
+
+
+def _require_recordable(critic):
+    """Refuse parameters that autograd cannot keep for a backward pass."""
+    if torch.compiler.is_compiling() or not isinstance(critic, torch.nn.Module):
+        return
+    for name, parameter in critic.named_parameters():
+        if parameter.is_inference():
+            raise InputError(f"critic: its parameter {name} was made in inference mode; make the critic outside of that mode")
 
 
 def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
