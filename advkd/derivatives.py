@@ -17,14 +17,14 @@ def carries_tangent(tensor):
     """True where ``tensor`` has a tangent in forward mode, at any level of nested transforms."""
     if forward_ad._current_level < 0:
         return False
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    # Dynamo cannot trace what follows.
-    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None and _carries_further_out(tensor)
+    # Dynamo cannot trace the walk through the levels.
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        return _carries_at_any_level(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _carries_further_out(tensor):
-    """The tangent of an outer transform is seen at its own level only, when those inside of it are left."""
+def _carries_at_any_level(tensor):
+    """The tangent of a transform is seen at its own level only, when those inside of it are left."""
     with contextlib.ExitStack() as left:
         while (innermost := peek_interpreter_stack()) is not None:
             if maybe_get_level(tensor) == innermost.level():

@@ -20,7 +20,7 @@ def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
 
     Args:
         denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in any floating-point dtype.
-        sigmas: noise levels sigma_1 > ... > sigma_K > 0, floats.
+        sigmas: noise levels sigma_1 > ... > sigma_K > 0, any sequence of numbers.
         shape: ``(N, C, H, W)`` of the samples.
         seed, start: of the noise; the samples are those of indices ``start .. start + N - 1``.
         device: of the samples.

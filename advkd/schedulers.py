@@ -457,13 +457,15 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
         Args:
             model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
             timestep: int or tensor of one element in [0, T). An element of ``timesteps`` is not read from the device.
-            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers.
+            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers. Noise has the shape of
+                ``sample``, or one that is expanded to it.
 
         Returns:
             ``DDIMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep outside [0, T), or a generator or noise beside a seed.
+            InputError: a timestep outside [0, T), tensors, numbers or a generator that do not fit, or a generator or noise beside
+                a seed.
         """
         self._require(model_output, sample, generator, variance_noise)
         (eta, own_eta), return_dict = _scalar("eta", eta), flag("return_dict", return_dict)
@@ -525,7 +527,8 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
             ``DDPMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep that is not in the schedule, or a generator beside a seed.
+            InputError: a timestep that is not in the schedule, tensors or a generator that do not fit, or a generator beside a
+                seed.
         """
         self._require(model_output, sample, generator)
         return_dict = flag("return_dict", return_dict)
@@ -649,7 +652,7 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
 
     The first step of a run starts at the begin index, or at its timestep, which must then be in the schedule (diffusers raises
     an ``IndexError`` for others); later steps count, and of their timestep only the range is looked at. Diffusers' own code
-    runs for ``s_churn`` other than 0 and where a gradient is wanted.
+    runs for ``s_churn`` other than 0 and where a gradient is wanted, by ``s_churn`` too.
     """
 
     def step(
@@ -677,7 +680,8 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
             ``prev_sample`` in ``model_output``'s, x0 in float32 where it is computed.
 
         Raises:
-            InputError: a first timestep that is not in the schedule, or a step after the last.
+            InputError: a first timestep that is not in the schedule, tensors, numbers or a generator that do not fit, or a step
+                after the last.
         """
         self._require(model_output, sample, generator)
         (s_churn, own_churn), (_, own_noise) = _scalar("s_churn", s_churn), _scalar("s_noise", s_noise)
@@ -738,7 +742,7 @@ class FusedDPMSolverMultistepScheduler(_FusedSigmas, DPMSolverMultistepScheduler
             ``SchedulerOutput(prev_sample)`` or a tuple of it, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep outside [0, T), or a step after the last.
+            InputError: a timestep outside [0, T), tensors or a generator that do not fit, or a step after the last.
         """
         self._require(model_output, sample, generator, variance_noise)
         return_dict = flag("return_dict", return_dict)

@@ -92,9 +92,10 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
         float32 (``cuda``: to 22 bits of each factor, infinite numbers give NaN).
 
     Raises:
-        InputError: shapes, dtypes, names or weights that do not fit.
+        InputError: shapes, dtypes, names or weights that do not fit, a slope that is no finite number or a tensor by which a
+            derivative is wanted, or an ``upsample`` that is no flag.
         BackendUnavailableError: the backend asked for cannot run.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     _check_tensors(x, weight, bias)
     slope, upsample = finite("slope", slope), flag("upsample", upsample)

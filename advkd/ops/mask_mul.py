@@ -38,8 +38,9 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
         ``out``, or a new tensor like ``x``.
 
     Raises:
-        InputError: a mask or ``out`` that does not fit.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        InputError: a mask or ``out`` that does not fit, an ``out`` that shares memory with the mask, or a slope that is no
+            finite number or a tensor by which a derivative is wanted.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("x", x)
     require_mask(mask, x)

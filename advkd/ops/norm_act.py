@@ -56,8 +56,10 @@ def norm_act(
         float64). Order of differentiability 1, in ``x``, ``gamma`` and ``beta``: differentiating its gradients raises.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics, or
-            no momentum.
+        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics or
+            momentum, statistics that require a gradient or, in training, share memory with another tensor; numbers that are not
+            finite or tensors by which a derivative is wanted, a negative ``eps``, or flags that are none.
+        RuntimeError: a tangent in forward mode comes in.
     """
     upsample, training, synchronize = flag("upsample", upsample), flag("training", training), flag("synchronize", synchronize)
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)

@@ -32,7 +32,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
         seed: int in [0, 2^64).
         indices: ``(N,)`` int64 tensor or a range: the samples' indices. Those of a range are on the CPU, whatever torch's
             default device is.
-        count: words per sample.
+        count: words per sample, at most 2^34.
         stream: one of :data:`STREAMS`.
         step: int in [0, 2^24).
         backend: see :func:`advkd.ops.backends.choose`.
@@ -56,7 +56,7 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
 
     Args:
         seed, indices, stream, step, backend: as in :func:`philox_words`.
-        shape: shape of one sample, (C, H, W) say.
+        shape: shape of one sample, (C, H, W) say, of at most 2^34 numbers.
 
     Returns:
         ``(N, *shape)`` float32, contiguous, on the indices' device. Equal bit for bit on one backend whatever the batch; to

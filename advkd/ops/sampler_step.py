@@ -43,6 +43,8 @@ class StepCoefficients:
         k_x, k_m: x0 from the state and the network's output.
         c_0, c_x, c_m, c_h, c_z: weights of x0, state, network output, previous x0 and noise in the next state.
         clip: x0 is clamped to [-clip, clip]; infinity for no clipping.
+
+    Numbers of other types are kept as floats; a tensor by which a derivative is wanted is refused.
     """
 
     k_x: float
@@ -133,8 +135,9 @@ def sampler_step(
 
     Raises:
         InputError: shapes, dtypes or devices that differ, coefficients of the wrong length, a tensor that the coefficients need
-            and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+            and that is missing, sizes that ``pool`` does not divide, flags that are none, an ``out`` that does not fit or that
+            shares memory with what is read in another order, or a state not finite.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)

@@ -209,6 +209,7 @@ NESTS = {
     "jvp of vmap of grad": lambda f, x, other: torch.func.jvp(
         lambda v: torch.vmap(torch.func.grad(lambda y: f(v, y)))(other[None]).sum(), (x,), (x,)
     ),
+    "jvp of vmap": lambda f, x, other: torch.func.jvp(lambda v: torch.vmap(lambda w: f(w, other))(v[None]).sum(), (x,), (x,)),
     "jvp of jvp": lambda f, x, other: torch.func.jvp(
         lambda v: torch.func.jvp(lambda y: f(v, y), (other,), (other,))[1], (x,), (x,)
     ),
