@@ -464,8 +464,8 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
             ``DDIMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep outside [0, T), tensors, numbers or a generator that do not fit, or a generator or noise beside
-                a seed.
+            InputError: a timestep outside [0, T), tensors, numbers or a generator that do not fit, or a generator or noise
+                beside a seed.
         """
         self._require(model_output, sample, generator, variance_noise)
         (eta, own_eta), return_dict = _scalar("eta", eta), flag("return_dict", return_dict)
