@@ -4,24 +4,39 @@ import operator
 
 import torch
 
+from .derivatives import wants_derivative
 from .errors import InputError
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def real(name, value):
-    """``value`` as a float: Python's and numpy's numbers, and tensors of one number that can be read."""
+def real(name, value, constant=True):
+    """``value`` as a float: Python's and numpy's numbers, and tensors of one number that can be read.
+
+    ``constant``: a tensor by which a derivative is wanted is refused, for the float would leave that behind without a word.
+    """
+    if type(value) is float:
+        return value
+    if constant and isinstance(value, torch.Tensor) and wants_derivative(value):
+        raise InputError(f"{name} must be a plain number: no gradient flows through it; give float({name})")
     try:
-        if not isinstance(value, (str, bytes)):
-            return float(value)
+        if not _is_text(value):
+            return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise InputError(f"{name} must be a number, got {value!r}")
 
 
-def finite(name, value):
-    """``value`` as a float that float32 holds."""
-    number = real(name, value)
+def _is_text(value):
+    """True for what ``float`` would parse: text, buffers of bytes, and numpy's arrays of either."""
+    if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        return True
+    return getattr(getattr(value, "dtype", None), "kind", "") in ("S", "U")
+
+
+def finite(name, value, constant=True):
+    """:func:`real`, of what float32 holds."""
+    number = real(name, value, constant)
     if not abs(number) <= _LARGEST:
         raise InputError(f"{name} must be finite, got {value!r}")
     return number
@@ -34,16 +49,21 @@ def whole(name, value, least=0, below=2**63):
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be a whole number, got {value!r}") from None
     if not least <= number < below:
-        limit = "" if below == 2**63 else f" and below {below}"
+        limit = "" if below == 2**63 and number < least else f" and below {below}"
         raise InputError(f"{name} must be at least {least}{limit}, got {number}")
     return number
 
 
 def flag(name, value):
-    """``value`` as a bool: it is one, or 0 or 1."""
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    raise InputError(f"{name} must be True or False, got {value!r}")
+    """``value`` as a bool: it is one, or 0 or 1, Python's, numpy's or a tensor's."""
+    try:
+        # A bool of numpy is no index.
+        number = value if isinstance(value, int) else operator.index(value.item())
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or number not in (0, 1):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+    return bool(number)
 
 
 def sizes(name, value, length=None):
@@ -70,7 +90,7 @@ def require_dense(name, tensor):
     """An :class:`InputError` unless ``tensor`` is a tensor with strides."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    # Code that is compiled has no such tensors, and the compiler no such questions.
+    # Dynamo cannot trace these queries.
     if torch.compiler.is_compiling():
         return
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

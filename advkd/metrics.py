@@ -369,5 +369,7 @@ def _require_bootstrap(resamples, level):
 
 def _require_least(least, **values):
     for name, value in values.items():
-        if not isinstance(value, Integral) or not least <= value < 2**31:
+        if not isinstance(value, Integral) or value < least:
             raise InputError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if value >= 2**31:
+            raise InputError(f"{name} must be below 2^31, got {value}")

@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from .arguments import device as known_device
-from .arguments import real, sizes, whole
+from .arguments import finite, require_dense, sizes
 from .errors import InputError
 from .ops import StepCoefficients, philox_normal, sampler_step
+from .ops.philox import indices_of
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
 
     Args:
         denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in any floating-point dtype.
-        sigmas: noise levels sigma_1 > ... > sigma_K > 0, floats.
+        sigmas: noise levels sigma_1 > ... > sigma_K > 0, any sequence of numbers.
         shape: ``(N, C, H, W)`` of the samples.
         seed, start: of the noise; the samples are those of indices ``start .. start + N - 1``.
         device: of the samples.
@@ -39,7 +39,7 @@ def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", s
     The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
     identity, below all sigmas. The first state is sigma_1 z.
     """
-    sigmas, sigma_min = _numbers(sigmas), real("sigma_min", sigma_min)
+    sigmas, sigma_min = _numbers(sigmas), finite("sigma_min", sigma_min)
     if not 0 <= sigma_min < min(sigmas, default=math.inf):
         raise InputError(f"sigma_min must be at least 0 and below all sigmas, got {sigma_min}")
     weights = [math.sqrt(sigma**2 - sigma_min**2) for sigma in sigmas]
@@ -47,26 +47,32 @@ def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", s
 
 
 def _numbers(sigmas):
-    if not isinstance(sigmas, (list, tuple)):
-        raise InputError(f"sigmas must be a sequence of numbers, got {sigmas!r}")
-    return [real("sigmas", sigma) for sigma in sigmas]
+    try:
+        sigmas = list(sigmas)
+    except TypeError:
+        raise InputError(f"sigmas must be a sequence of numbers, got {sigmas!r}") from None
+    return [finite("sigmas", sigma) for sigma in sigmas]
 
 
 def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
-    shape, start, device = sizes("shape", shape), whole("start", start), known_device("device", device)
+    shape = sizes("shape", shape)
     if not callable(denoiser) or not shape:
         raise InputError(f"denoiser must be a function and shape (N, ...), got {denoiser!r} and {shape}")
     if not sigmas or any(not a > b for a, b in zip([math.inf, *sigmas], [*sigmas, 0.0])):
         raise InputError(f"sigmas must be finite, positive and descending, got {list(sigmas)}")
-    if start + shape[0] > 2**63:
-        raise InputError(f"start must leave room for {shape[0]} indices below 2^63, got {start}")
-    indices = torch.arange(start, start + shape[0], dtype=torch.int64, device=device)
+    indices = indices_of(shape[0], start, device)
     x = weights[0] * philox_normal(seed, indices, shape[1:], stream="x_T")
     # Add noise to what the denoiser made of the state: x_next = m + c_z z.
     for k, (sigma, weight) in enumerate(zip(sigmas[:-1], weights[1:]), 1):
         renoise = StepCoefficients(k_x=0.0, k_m=1.0, c_0=1.0, c_z=weight)
-        x_0 = denoiser(x, sigma)
+        x_0 = _denoised(denoiser, x, sigma)
         # The step reads halves as they are.
         x_0 = x_0.float() if x_0.dtype == torch.float64 else x_0
         x, _, _ = sampler_step(x, x_0, renoise, noise=(seed, indices, k), out=x)
-    return denoiser(x, sigmas[-1]).float()
+    return _denoised(denoiser, x, sigmas[-1]).float()
+
+
+def _denoised(denoiser, x, sigma):
+    x_0 = denoiser(x, sigma)
+    require_dense("denoiser's result", x_0)
+    return x_0

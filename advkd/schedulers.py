@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -30,17 +31,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import finite, flag, require_dense
+from .arguments import finite, flag, real, require_dense
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients, euler_coefficients
+from .derivatives import carries_tangent, wants_derivative
 from .errors import InputError
 from .ops import StepCoefficients, coefficient_table, sampler_step
-from .ops.backends import BACKENDS
+from .ops.backends import require_known
 from .ops.philox import validated
-from .ops.sampler_step import DTYPES
 
 __all__ = ["FusedDDIMScheduler", "FusedDDPMScheduler", "FusedDPMSolverMultistepScheduler", "FusedEulerDiscreteScheduler"]
 
 _LOGGER = logging.get_logger(__name__)
+_LEARNED = ("learned", "learned_range")
 _VARIANTS = 16
 """Tables that a scheduler keeps at once: DDIM has one per eta."""
 
@@ -130,8 +132,8 @@ class _FusedStep:
             InputError: a value that cannot be. With a seed, or a backend asked for by name, ``step`` also refuses what the
                 fused step does not cover, instead of running diffusers' own code without them.
         """
-        if backend not in (*BACKENDS, "auto"):
-            raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+        require_known(backend)
+        return_x0 = flag("return_x0", return_x0)
         if indices is not None and seed is None:
             raise InputError("indices need a seed: they choose the noise that the seed makes")
         if seed is not None:
@@ -228,6 +230,22 @@ class _FusedStep:
         )
         return x_next, x0
 
+    _moves_noise = False
+    """Whether diffusers' step takes noise from another device."""
+
+    def _learns_variance(self):
+        """Whether the network's output has further channels, of the variance."""
+        return False
+
+    def _require(self, model_output, sample, generator=None, variance_noise=None):
+        """An :class:`InputError` for what neither the fused step nor diffusers' own code can compute with."""
+        if variance_noise is not None or not _are_plain(model_output, sample):
+            _require_tensors(model_output, sample, self._learns_variance())
+        if variance_noise is not None:
+            _require_noise(variance_noise, model_output, sample, self._moves_noise)
+        if generator is not None:
+            _require_generator(generator, len(model_output) if model_output.ndim else 1)
+
     def _predicts_sample(self):
         return self.config.prediction_type in ("sample", "original_sample")
 
@@ -279,7 +297,9 @@ def _version(tensor):
 def _number(timestep):
     """A timestep as a plain number: it is one, or a tensor or an array of one element. None where it is not."""
     if isinstance(timestep, torch.Tensor):
-        if timestep.layout is not torch.strided or timestep.is_quantized or timestep.element_size() == 1:
+        if timestep.layout is not torch.strided or timestep.is_quantized:
+            return None
+        if timestep.is_floating_point() and timestep.element_size() == 1:
             return None
     if not isinstance(timestep, Real) and hasattr(timestep, "item"):
         try:
@@ -302,18 +322,31 @@ def _position(timestep, timesteps):
     return position if 0 <= position < len(timesteps) else None
 
 
+def _for_diffusers(timestep, t):
+    """A timestep that diffusers can index with: of tensors it takes int32 and int64 for one."""
+    known = isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.int32, torch.int64)
+    return timestep if known else t
+
+
+def _scalar(name, value):
+    """``value`` as a finite float, and as diffusers' own code takes it: the tensor where a derivative by it is wanted."""
+    number = finite(name, value, constant=False)
+    return number, value if isinstance(value, torch.Tensor) and wants_derivative(value) else number
+
+
 def _unfit(model_output, sample, *others):
     """Why the op cannot take these tensors, or None."""
     tensors = [tensor for tensor in (sample, model_output, *others) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "a step through which a gradient is wanted (torch.no_grad() says that none is)"
+        return _GRADIENT
+    if forward_ad._current_level >= 0 and any(map(carries_tangent, tensors)):
+        return "a step through which a derivative in forward mode is wanted"
     if model_output.shape != sample.shape or sample.ndim == 0:
         return "a sample without a batch, or a model_output of another shape"
-    if any(tensor.dtype not in (*DTYPES, torch.float64) for tensor in tensors):
-        return "tensors other than float32, float64, bfloat16 and float16"
     return None
 
 
+_GRADIENT = "a step through which a gradient is wanted (torch.no_grad() says that none is)"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -327,30 +360,50 @@ def _are_plain(output, sample):
     return output.shape == sample.shape and output.device == sample.device
 
 
-def _require_tensors(**tensors):
-    """An :class:`InputError` for what neither the fused step nor diffusers' own code can compute with."""
-    if tensors.get("variance_noise") is None and _are_plain(tensors["model_output"], tensors["sample"]):
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None or name != "variance_noise":
-            require_dense(name, tensor)
-            if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
-                raise InputError(f"{name} must hold floating-point numbers of 16 bits or more, got {tensor.dtype}")
-    if tensors["model_output"].device != tensors["sample"].device:
-        found = f"{tensors['model_output'].device} and {tensors['sample'].device}"
+def _require_numbers(name, tensor):
+    require_dense(name, tensor)
+    if tensor.dtype not in _DTYPES:
+        raise InputError(f"{name} must hold floating-point numbers of 16 bits or more, got {tensor.dtype}")
+
+
+def _require_tensors(model_output, sample, learned):
+    """``learned``: the output may have further channels, of the variance."""
+    _require_numbers("model_output", model_output)
+    _require_numbers("sample", sample)
+    if model_output.device != sample.device:
+        found = f"{model_output.device} and {sample.device}"
         raise InputError(f"model_output and sample must be on one device, got {found}")
-    shapes = [list(tensor.shape) for tensor in tensors.values() if tensor is not None]
-    output, sample = shapes[:2]
-    if min(len(output), len(sample)) < 2 and output != sample:
-        raise InputError(f"model_output must have the shape of sample, {tuple(sample)}, got {tuple(output)}")
-    if len(output) == len(sample) > 1 and output[1] == 2 * sample[1]:
-        # Learned variances are further channels.
-        output[1] = sample[1]
+    output, state = list(model_output.shape), list(sample.shape)
+    if min(len(output), len(state)) < 2 and output != state:
+        raise InputError(f"model_output must have the shape of sample, {tuple(state)}, got {tuple(output)}")
+    if learned and len(output) == len(state) and output[1:2] == [2 * n for n in state[1:2]]:
+        output[1] = state[1]
+    if _joint_shape(output, state) is None:
+        raise InputError(f"model_output {tuple(model_output.shape)} and sample {tuple(state)} do not have one shape")
+
+
+def _require_noise(noise, model_output, sample, moves):
+    """``moves``: the noise may be on another device."""
+    _require_numbers("variance_noise", noise)
+    if _joint_shape(noise.shape, sample.shape) != sample.shape:
+        raise InputError(f"variance_noise must have the shape of sample, {tuple(sample.shape)}, got {tuple(noise.shape)}")
+    if noise.device != sample.device and (not moves or noise.is_meta):
+        raise InputError(f"variance_noise must be on {sample.device} like sample, got {noise.device}")
+
+
+def _joint_shape(*shapes):
     try:
-        torch.broadcast_shapes(*shapes)
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        text = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
-        raise InputError(f"{text} do not have one shape") from None
+        return None
+
+
+def _require_generator(generator, samples):
+    several = generator if isinstance(generator, list) else [generator]
+    if not several or not all(isinstance(one, torch.Generator) for one in several):
+        raise InputError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+    if 1 < len(several) < samples:
+        raise InputError(f"generator must be one, or one for each of {samples} samples, got a list of {len(several)}")
 
 
 def _output(kind, x_next, x0, x0_dtype, return_dict):
@@ -404,32 +457,36 @@ class FusedDDIMScheduler(_FusedVariancePreserving, DDIMScheduler):
         Args:
             model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
             timestep: int or tensor of one element in [0, T). An element of ``timesteps`` is not read from the device.
-            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers.
+            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers. Noise has the shape of
+                ``sample``, or one that is expanded to it.
 
         Returns:
             ``DDIMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep outside [0, T), or a generator or noise beside a seed.
+            InputError: a timestep outside [0, T), tensors, numbers or a generator that do not fit, or a generator or noise
+                beside a seed.
         """
-        _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
-        eta, return_dict = finite("eta", eta), flag("return_dict", return_dict)
+        self._require(model_output, sample, generator, variance_noise)
+        (eta, own_eta), return_dict = _scalar("eta", eta), flag("return_dict", return_dict)
         # diffusers' own pipeline passes None.
         given = False if use_clipped_model_output is None else use_clipped_model_output
         use_clipped_model_output = flag("use_clipped_model_output", given)
-        arguments = (model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict)
+        arguments = (model_output, timestep, sample, own_eta, use_clipped_model_output, generator, variance_noise, return_dict)
         if self.num_inference_steps is None or (eta > 0 and variance_noise is not None and generator is not None):
             # Diffusers says what is wrong.
             return super().step(*arguments)
         self._refresh()
         t = self._timestep(timestep)
-        variant = (float(eta), bool(use_clipped_model_output))
+        variant = (eta, use_clipped_model_output)
         table = self._cached(variant, lambda: _Table(self._schedule(), lambda t: self._coefficients(t, *variant)))
         step = table[t] if t in table.positions else _or_reason(lambda t: self._coefficients(t, *variant), t)
         reason = self._uncovered(eta) or _unfit(model_output, sample, variance_noise)
+        if own_eta is not eta:
+            reason = _GRADIENT
         if reason or isinstance(step, str):
             self._own_code(reason or step)
-            return super().step(*arguments)
+            return super().step(model_output, _for_diffusers(timestep, t), *arguments[2:])
         position = table.positions.get(t)
         noise = self._noise(model_output, generator, variance_noise, position) if eta > 0 else None
         coefficients = step if position is None else (table, t)
@@ -470,9 +527,10 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
             ``DDPMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep that is not in the schedule, or a generator beside a seed.
+            InputError: a timestep that is not in the schedule, tensors or a generator that do not fit, or a generator beside a
+                seed.
         """
-        _require_tensors(model_output=model_output, sample=sample)
+        self._require(model_output, sample, generator)
         return_dict = flag("return_dict", return_dict)
         self._refresh()
         t = self._timestep(timestep)
@@ -482,12 +540,15 @@ class FusedDDPMScheduler(_FusedVariancePreserving, DDPMScheduler):
         reason = self._uncovered() or _unfit(model_output, sample)
         if reason or isinstance(table[t], str):
             self._own_code(reason or table[t])
-            return super().step(model_output, timestep, sample, generator, return_dict)
+            return super().step(model_output, _for_diffusers(timestep, t), sample, generator, return_dict)
         noise = self._noise(model_output, generator, None, table.positions[t]) if t > 0 else None
         return self._finish(DDPMSchedulerOutput, sample, model_output, (table, t), noise, return_dict)
 
     def _sources(self):
         return self.alphas_cumprod, self.num_inference_steps, self.custom_timesteps
+
+    def _learns_variance(self):
+        return self.variance_type in _LEARNED
 
     def _uncovered(self):
         if self.config.thresholding:
@@ -591,7 +652,7 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
 
     The first step of a run starts at the begin index, or at its timestep, which must then be in the schedule (diffusers raises
     an ``IndexError`` for others); later steps count, and of their timestep only the range is looked at. Diffusers' own code
-    runs for ``s_churn`` other than 0 and where a gradient is wanted.
+    runs for ``s_churn`` other than 0 and where a gradient is wanted, by ``s_churn`` too.
     """
 
     def step(
@@ -619,17 +680,21 @@ class FusedEulerDiscreteScheduler(_FusedSigmas, EulerDiscreteScheduler):
             ``prev_sample`` in ``model_output``'s, x0 in float32 where it is computed.
 
         Raises:
-            InputError: a first timestep that is not in the schedule, or a step after the last.
+            InputError: a first timestep that is not in the schedule, tensors, numbers or a generator that do not fit, or a step
+                after the last.
         """
-        _require_tensors(model_output=model_output, sample=sample)
-        s_churn, return_dict = finite("s_churn", s_churn), flag("return_dict", return_dict)
-        arguments = (model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
+        self._require(model_output, sample, generator)
+        (s_churn, own_churn), (_, own_noise) = _scalar("s_churn", s_churn), _scalar("s_noise", s_noise)
+        s_tmin, s_tmax = real("s_tmin", s_tmin, constant=False), real("s_tmax", s_tmax, constant=False)
+        return_dict = flag("return_dict", return_dict)
+        arguments = (model_output, timestep, sample, own_churn, s_tmin, s_tmax, own_noise, generator, return_dict)
         if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
             # Diffusers says what is wrong.
             return super().step(*arguments)
         position = self._begin(timestep)
         table = self._cached("steps", lambda: _Table(range(len(self.sigmas) - 1), self._coefficients))
-        reason = "s_churn (noise added at each step)" if s_churn != 0 else _unfit(model_output, sample)
+        churns = s_churn != 0 or own_churn is not s_churn
+        reason = "s_churn (noise added at each step)" if churns else _unfit(model_output, sample)
         if reason or isinstance(table[position], str):
             self._own_code(reason or table[position])
             return super().step(*arguments)
@@ -677,9 +742,9 @@ class FusedDPMSolverMultistepScheduler(_FusedSigmas, DPMSolverMultistepScheduler
             ``SchedulerOutput(prev_sample)`` or a tuple of it, in diffusers' dtypes.
 
         Raises:
-            InputError: a timestep outside [0, T), or a step after the last.
+            InputError: a timestep outside [0, T), tensors or a generator that do not fit, or a step after the last.
         """
-        _require_tensors(model_output=model_output, sample=sample, variance_noise=variance_noise)
+        self._require(model_output, sample, generator, variance_noise)
         return_dict = flag("return_dict", return_dict)
         arguments = (model_output, timestep, sample, generator, variance_noise, return_dict)
         if self.num_inference_steps is None:
@@ -701,6 +766,11 @@ class FusedDPMSolverMultistepScheduler(_FusedSigmas, DPMSolverMultistepScheduler
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index += 1
         return SchedulerOutput(prev_sample=x_next.to(out)) if return_dict else (x_next.to(out),)
+
+    _moves_noise = True
+
+    def _learns_variance(self):
+        return self.config.variance_type in _LEARNED
 
     def _uncovered(self):
         config = self.config

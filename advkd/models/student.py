@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..arguments import device as known_device
-from ..arguments import whole
+from ..arguments import flag, real, whole
 from ..errors import InputError
-from ..hub import PRETRAINED, reason
+from ..hub import PRETRAINED
 from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
+from ..ops.layout import require_floating
+from ..ops.philox import indices_of
 from ..schedule import resolutions
 from .batch_norm import BatchNorm2d, normalize
 from .saving import PretrainedModule
@@ -39,17 +40,32 @@ class StudentConfig:
     slope: float = 0.2
 
     def __post_init__(self):
+        for name in ("image_size", "image_channels", "latent_size"):
+            setattr(self, name, _integer(name, getattr(self, name)))
+        # Products of larger ones are no sizes of tensors.
+        if not isinstance(self.channels, (tuple, list)) or any(
+            type(c) is not int or not 1 <= c <= 2**16 for c in self.channels
+        ):
+            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels!r}")
+        self.detail_noise = flag("detail_noise", self.detail_noise)
+        if isinstance(self.slope, bool):
+            raise InputError(f"slope must be a number, got {self.slope}")
+        self.slope = real("slope", self.slope)
         resolutions(self.image_size, len(self.channels))
         check_latent(self.image_size, self.latent_size, self.detail_noise)
         if not 1 <= self.image_channels <= 4:
             raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
-        # Products of larger ones are no sizes of tensors.
         if self.image_size > 2**20:
             raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
-        if any(type(c) is not int or not 1 <= c <= 2**16 for c in self.channels):
-            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
+
+
+def _integer(name, value):
+    """``value`` as an int of any size; a flag in its place is a mistake."""
+    if isinstance(value, bool):
+        raise InputError(f"{name} must be a whole number, got {value}")
+    return whole(name, value, -math.inf, math.inf)
 
 
 PRESETS = {
@@ -166,6 +182,9 @@ class Student(PretrainedModule, nn.Module):
         With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
         are standardised levels of the teacher, not clipped. Submodules after the last level asked for do not run.
         """
+        require_floating("z", z)
+        if z.device != self.head.weight.device:
+            raise InputError(f"z must be on {self.head.weight.device} like the student, got {z.device}")
         depth = len(self.submodules)
         wanted = {depth} if levels is None else set(levels)
         details = split_latent(z, self.latent_parts)
@@ -221,22 +240,9 @@ class Student(PretrainedModule, nn.Module):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
 
 
-def indices_of(n, start, device):
-    """Indices of images ``start .. start + n - 1`` on ``device``."""
-    n, start, device = whole("n", n), whole("start", start), known_device("device", device)
-    if start + n > 2**63:
-        raise InputError(f"start + n must be at most 2^63, got {start} + {n}")
-    try:
-        return torch.arange(start, start + n, dtype=torch.int64, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # each kind of device has its own
-        raise InputError(f"n or device: no room for {n} indices on {device} ({reason(error)})") from error
-
-
 def batches(n, batch_size):
     """A generator of ``(first, count)``, the batches that make ``n`` images; wrong numbers are refused at the call."""
-    n, batch_size = whole("n", n, -(2**63)), whole("batch_size", batch_size, -(2**63))
-    if n < 0 or batch_size < 1:
-        raise InputError(f"n must be at least 0 and batch_size at least 1, got {n} and {batch_size}")
+    n, batch_size = whole("n", n), whole("batch_size", batch_size, 1)
     return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
 
 

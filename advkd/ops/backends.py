@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+from ..derivatives import carries_tangent
 from ..errors import BackendUnavailableError, InputError
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -61,7 +62,7 @@ def refuse_forward_mode(name, *tensors):
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+        if isinstance(tensor, torch.Tensor) and carries_tangent(tensor):
             raise RuntimeError(f"{name} has no gradient in forward mode: call it with the primal (forward_ad.unpack_dual)")
 
 

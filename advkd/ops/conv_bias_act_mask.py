@@ -27,8 +27,9 @@ def conv_bias_act_mask(
         :mod:`advkd.ops.mask_mul`.
 
     Raises:
-        InputError: tensors that do not fit each other.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        InputError: tensors that do not fit each other, or a slope that is no finite number or a tensor by which a derivative is
+            wanted.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_floating("x", x)
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -9,6 +9,7 @@ from ..arguments import finite, flag, require_dense
 from ..devices import without_autocast
 from ..errors import InputError
 from . import backends
+from .layout import has_values
 from .student_gpu import conv_block_cuda, conv_block_triton
 
 ACTIVATIONS = ("none", "leaky_relu", "tanh")
@@ -91,9 +92,10 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
         float32 (``cuda``: to 22 bits of each factor, infinite numbers give NaN).
 
     Raises:
-        InputError: shapes, dtypes, names or weights that do not fit.
+        InputError: shapes, dtypes, names or weights that do not fit, a slope that is no finite number or a tensor by which a
+            derivative is wanted, or an ``upsample`` that is no flag.
         BackendUnavailableError: the backend asked for cannot run.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     _check_tensors(x, weight, bias)
     slope, upsample = finite("slope", slope), flag("upsample", upsample)
@@ -129,7 +131,7 @@ def _check_tensors(x, weight, bias):
 def require_finite(**tensors):
     """Refuse weights that are infinite or not numbers: transforms would spread them over the image."""
     for name, tensor in tensors.items():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+        if has_values(tensor) and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
 
 

@@ -4,11 +4,9 @@ The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.piece
 sample i and v_i = dP/dg_i, dP/dW of a layer is its weight gradient with input u, the tangent of v, and output gradient d.
 """
 
-import math
-
 import torch
 
-from ..arguments import flag, require_dense
+from ..arguments import finite, flag, real, require_dense
 from ..devices import AUTOCAST, without_autocast
 from ..errors import InputError
 from . import backends
@@ -66,11 +64,13 @@ def gradient_penalty(
         backends.require_known(backend)
     named = {"x_hat": x_hat, "condition": condition}
     if backend == "autograd":
-        penalty = gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+        penalty = _by_autograd(critic, x_hat, condition, target, weight, mode)
         require_finite(check_finite, penalty.detach() + x_hat.detach().sum(dtype=arithmetic_dtype(x_hat)), named, critic)
         return penalty
     critic = unwrapped(critic)
     if not torch.compiler.is_compiling():
+        if not torch.is_inference_mode_enabled():
+            _require_recordable(critic)
         backends.choose("gradient_penalty", backend, x_hat.device)
     plan = plan_of(critic, condition is not None)
     weights = layer_weights(plan, critic)
@@ -82,6 +82,26 @@ def gradient_penalty(
     # The penalty sees of the points no more than the signs that they lead to; the scores show what is not finite.
     require_finite(check_finite, penalty.detach() + score, named, critic)
     return penalty
+
+
+def _by_autograd(critic, x_hat, condition, target, weight, mode):
+    """:func:`gradient_penalty_reference` in every mode: it takes a gradient itself, where none of the penalty is wanted too."""
+    _require_recordable(critic)
+    if torch.is_grad_enabled():
+        return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad():
+        if condition is not None and condition.is_inference():
+            condition = condition.clone()
+        return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode).detach()
+
+
+def _require_recordable(critic):
+    """Refuse parameters that autograd cannot keep for a backward pass."""
+    if torch.compiler.is_compiling() or not isinstance(critic, torch.nn.Module):
+        return
+    for name, parameter in critic.named_parameters():
+        if parameter.is_inference():
+            raise InputError(f"critic: its parameter {name} was made in inference mode; make the critic outside of that mode")
 
 
 def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
@@ -201,8 +221,9 @@ def require_finite(wish, result, named, critic):
 def check_numbers(**numbers):
     """Target and weight must be finite numbers, not negative."""
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not real(name, value) >= 0:
             raise InputError(f"{name} must be a number of at least 0, got {value!r}")
+        finite(name, value)
 
 
 def _check(critic, x_hat, condition, mode):

@@ -30,7 +30,7 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
 
     Raises:
         InputError: tensors that do not fit each other, or that the backend asked for cannot take.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_floating("d", d)
     require_floating("weight", weight)

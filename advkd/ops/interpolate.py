@@ -24,8 +24,8 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
         ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32.
 
     Raises:
-        InputError: tensors that do not fit each other, or a bad seed, index or step.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        InputError: tensors that do not fit each other, a bad seed, index or step, or a ``merge`` that is no flag.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("real", real)
     require_dense("fake", fake)

@@ -1,6 +1,7 @@
 """What the elementwise ops share: the dtypes that kernels store, and the layout they work on."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arguments import require_dense, whole
 from ..errors import InputError
@@ -51,8 +52,9 @@ def choose_for(name, x, backend):
 
 
 def pair(value):
-    """An option of a convolution or a window as a pair: ``(value, value)`` of a number."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    """An option of a convolution or a window as a pair: ``(value, value)`` of a number, or of a list of one."""
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return value * 2 if len(value) == 1 else value
 
 
 def windows(size, kernel, stride, padding, dilation):
@@ -105,8 +107,18 @@ def require_out(out, name, x):
     """An :class:`InputError` unless ``out`` is like ``x``, and ``x`` itself or apart from it."""
     require_like("out", out, name, x)
     require_writable("out", out)
-    if not torch.compiler.is_compiling():
+    if has_memory(out):
         require_whole_or_apart("out", out, name, x)
+
+
+def has_values(tensor):
+    """False for tensors that a look at their numbers would fail on: those on meta and those of a ``FakeTensorMode``."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def has_memory(tensor):
+    """True where addresses can be asked for: not in code that is compiled, nor where tensors have no values."""
+    return not torch.compiler.is_compiling() and has_values(tensor)
 
 
 def require_writable(name, tensor):
@@ -123,10 +135,24 @@ def require_whole_or_apart(name, tensor, other_name, other):
     """An :class:`InputError` where a tensor that is written shares a part of its memory with one that is read."""
     if tensor is other:
         return
-    (first, last), (begin, end) = span(tensor), span(other)
-    same = begin == first and other.dtype == tensor.dtype and other.stride() == tensor.stride()
-    if begin < last and first < end and not same:
+    if overlap(tensor, other) and not _same(tensor, other):
         raise InputError(f"{name} overlaps {other_name} without being the same tensor")
+
+
+def _same(tensor, other):
+    return tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype and tensor.stride() == other.stride()
+
+
+def require_apart(name, tensor, other_name, other):
+    """An :class:`InputError` where a tensor that is written shares memory with one that is read in another order."""
+    if overlap(tensor, other):
+        raise InputError(f"{name} overlaps {other_name}, which is read while it is written; give it memory of its own")
+
+
+def overlap(tensor, other):
+    """True where two tensors may share memory."""
+    (first, last), (begin, end) = span(tensor), span(other)
+    return begin < last and first < end
 
 
 def span(tensor):

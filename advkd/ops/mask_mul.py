@@ -11,7 +11,16 @@ import torch
 from ..arguments import finite, require_dense
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_out, require_samples
+from .layout import (
+    arithmetic_dtype,
+    choose_for,
+    dense,
+    has_memory,
+    in_memory_order,
+    require_apart,
+    require_out,
+    require_samples,
+)
 
 
 def mask_mul(x, mask, slope, *, out=None, backend="auto"):
@@ -29,8 +38,9 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
         ``out``, or a new tensor like ``x``.
 
     Raises:
-        InputError: a mask or ``out`` that does not fit.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        InputError: a mask or ``out`` that does not fit, an ``out`` that shares memory with the mask, or a slope that is no
+            finite number or a tensor by which a derivative is wanted.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("x", x)
     require_mask(mask, x)
@@ -41,6 +51,8 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
         out = torch.empty_like(x)
     else:
         require_out(out, "x", x)
+        if has_memory(out):
+            require_apart("out", out, "mask", mask)
     torch.ops.advkd.mask_mul(x, mask, finite("slope", slope), backend, out)
     return out
 

@@ -15,7 +15,7 @@ from ..arguments import finite, flag
 from ..devices import without_autocast
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, memory_format, require_floating
+from .layout import arithmetic_dtype, choose_for, dense, has_memory, memory_format, require_floating, span
 from .once import once
 
 
@@ -56,8 +56,10 @@ def norm_act(
         float64). Order of differentiability 1, in ``x``, ``gamma`` and ``beta``: differentiating its gradients raises.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics, or
-            no momentum.
+        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics or
+            momentum, statistics that require a gradient or, in training, share memory with another tensor; numbers that are not
+            finite or tensors by which a derivative is wanted, a negative ``eps``, or flags that are none.
+        RuntimeError: a tangent in forward mode comes in.
     """
     upsample, training, synchronize = flag("upsample", upsample), flag("training", training), flag("synchronize", synchronize)
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)
@@ -65,6 +67,8 @@ def norm_act(
         raise InputError("momentum must be a number, got None: for averages over the batches give 1 / k for batch k")
     # torch.compile must meet them here first: not inside an autograd function, whose graph they would then belong to.
     eps, slope, momentum = finite("eps", eps), finite("slope", slope), finite("momentum", momentum)
+    if eps < 0:
+        raise InputError(f"eps must be at least 0, got {eps}")
     backends.require_known(backend)
     backends.refuse_forward_mode("norm_act", x, gamma, beta, running_mean, running_var)
     x = dense(x)
@@ -239,12 +243,26 @@ def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
         if tensor.shape != x.shape[1:2] or tensor.device != x.device:
             found = f"{tuple(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name} must have shape ({x.shape[1]},) on {x.device}, one number per channel, got {found}")
+        if name.startswith("running") and tensor.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"{name} must not require a gradient, for none flows into statistics; give its detach()")
+    if training and running_mean is not None and has_memory(x):
+        _check_apart({"x": x, **named})
     if not training and running_mean is None:
         raise InputError("running_mean and running_var are needed where training is False")
     if synchronize and not (dist.is_available() and dist.is_initialized()):
         raise InputError("synchronize needs an initialised process group (torch.distributed.init_process_group)")
     if training and not synchronize and x.numel() // max(x.shape[1], 1) < 2:
         raise InputError(f"x must hold at least two values per channel in training, got {tuple(x.shape)}")
+
+
+def _check_apart(named):
+    """The running statistics, which are written before the rest is read, share memory with nothing."""
+    spans = {name: span(tensor) for name, tensor in named.items()}
+    for name in ("running_mean", "running_var"):
+        first, last = spans.pop(name)
+        for other, (begin, end) in spans.items():
+            if begin < last and first < end:
+                raise InputError(f"{name} overlaps {other}, which is read after it is written; give it memory of its own")
 
 
 def _cpu(name):

@@ -31,8 +31,9 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
         Gulrajani et al. 2017, eq. 3 (Mescheder et al. 2018, eq. 9 for r1); and v like ``g``.
 
     Raises:
-        InputError: an unknown mode, or an ``out`` that does not fit.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+        InputError: an unknown mode, an ``out`` that does not fit, or a target or weight that is no finite number or a tensor by
+            which a derivative is wanted.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("g", g)
     if not isinstance(mode, str) or mode not in MODES:

@@ -10,14 +10,19 @@ import operator
 
 import torch
 
+from ..arguments import device as known_device
 from ..arguments import require_dense, sizes, whole
 from ..errors import InputError
+from ..hub import reason
 from . import backends
+from .layout import has_values
 
 STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4}
 """What a number is used for; streams never share a counter."""
 
 _MASK = 0xFFFFFFFF
+_MOST = 2**34
+"""Numbers of a sample: 2^32 blocks of four are the counter's range."""
 
 
 def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
@@ -27,7 +32,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
         seed: int in [0, 2^64).
         indices: ``(N,)`` int64 tensor or a range: the samples' indices. Those of a range are on the CPU, whatever torch's
             default device is.
-        count: words per sample.
+        count: words per sample, at most 2^34.
         stream: one of :data:`STREAMS`.
         step: int in [0, 2^24).
         backend: see :func:`advkd.ops.backends.choose`.
@@ -38,8 +43,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
     Order of differentiability 0 (there is nothing to differentiate).
     """
     seed, indices, code = validated(seed, indices, stream, step)
-    # 2^32 blocks of four numbers: the counter's range.
-    count = whole("count", count, 0, 2**34 + 1)
+    count = whole("count", count, 0, _MOST + 1)
     backends.require_known(backend)
     return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
 
@@ -52,7 +56,7 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
 
     Args:
         seed, indices, stream, step, backend: as in :func:`philox_words`.
-        shape: shape of one sample, (C, H, W) say.
+        shape: shape of one sample, (C, H, W) say, of at most 2^34 numbers.
 
     Returns:
         ``(N, *shape)`` float32, contiguous, on the indices' device. Equal bit for bit on one backend whatever the batch; to
@@ -60,6 +64,8 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
     """
     seed, indices, code = validated(seed, indices, stream, step)
     shape = sizes("shape", shape)
+    if math.prod(shape) > _MOST:
+        raise InputError(f"shape must hold at most 2^34 numbers, got {shape}")
     backends.require_known(backend)
     return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
 
@@ -73,7 +79,7 @@ def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
 def validated(seed, indices, stream, step):
     """The seed as a signed 64-bit integer, the indices as a tensor and the stream's code, or an :class:`InputError`."""
     if isinstance(indices, range):
-        indices = torch.arange(indices.start, indices.stop, indices.step, dtype=torch.int64, device="cpu")
+        indices = _of_range(indices)
     if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         raise InputError("indices must be a range or a one-dimensional int64 tensor")
     require_dense("indices", indices)
@@ -82,6 +88,33 @@ def validated(seed, indices, stream, step):
         raise InputError(f"stream must be one of {', '.join(STREAMS)}, got {stream!r}")
     _integer("step", step, 24)
     return seed - 2**64 if seed >= 2**63 else seed, indices.contiguous(), STREAMS[stream]
+
+
+def _of_range(indices):
+    """A range as a tensor on the CPU."""
+    if not indices:
+        # Its bounds may be any numbers.
+        return torch.arange(0, dtype=torch.int64, device="cpu")
+    stop = indices[-1] + (1 if indices.step > 0 else -1)
+    if not all(-(2**63) <= n < 2**63 for n in (indices.start, stop, indices.step)):
+        raise InputError(f"indices must have 64 bits, and so must their step and what follows the last, got {indices}")
+    return _arange("indices", indices.start, stop, indices.step, "cpu")
+
+
+def indices_of(n, start, device):
+    """Indices of samples ``start .. start + n - 1`` on ``device``."""
+    n, start, device = whole("n", n), whole("start", start), known_device("device", device)
+    if start + n >= 2**63:
+        raise InputError(f"start + n must be below 2^63, got {start} + {n}")
+    return _arange("n or device", start, start + n, 1, device)
+
+
+def _arange(name, start, stop, step, device):
+    try:
+        return torch.arange(start, stop, step, dtype=torch.int64, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # each kind of device has its own
+        count = (stop - start) // step
+        raise InputError(f"{name}: no room for {count} indices on {device} ({reason(error)})") from error
 
 
 def counters(name, triple, samples, device):
@@ -93,6 +126,8 @@ def counters(name, triple, samples, device):
         raise InputError(f"{name} must be a tensor or (seed, sample indices, step), got {len(triple)} values")
     seed, indices, step = triple
     steps = step if isinstance(step, torch.Tensor) else None
+    if steps is not None:
+        require_dense(f"{name}'s step", steps)
     try:
         seed, indices, _ = validated(seed, indices, "step", step if steps is None else 0)
     except InputError as error:
@@ -100,7 +135,7 @@ def counters(name, triple, samples, device):
     if steps is not None:
         if steps.dtype != torch.int64 or steps.numel() not in (1, samples) or steps.device != device:
             raise InputError(f"{name}'s step must be an int or an int64 tensor of 1 or {samples} elements on {device}")
-        readable = steps.device.type == "cpu" and steps.numel() and not torch.compiler.is_compiling()
+        readable = not torch.compiler.is_compiling() and steps.device.type == "cpu" and steps.numel() and has_values(steps)
         if readable and not 0 <= int(steps.min()) <= int(steps.max()) < 2**24:
             raise InputError(f"{name}'s step must be in [0, 2^24), got {steps.tolist()}")
     if indices.shape[0] != samples:
@@ -111,6 +146,8 @@ def counters(name, triple, samples, device):
 
 def _integer(name, value, bits):
     """``value`` as an int of so many bits; numpy's integers are integers too."""
+    if isinstance(value, torch.Tensor):
+        require_dense(name, value)
     try:
         value = operator.index(value)
     except (TypeError, RuntimeError):

@@ -17,7 +17,19 @@ from ..arguments import device as known_device
 from ..arguments import flag, real, require_dense, whole
 from ..errors import InputError
 from . import backends, philox
-from .layout import DTYPES, arithmetic_dtype, choose_for, memory_format, require_whole_or_apart, require_writable, span
+from .layout import (
+    DTYPES,
+    arithmetic_dtype,
+    choose_for,
+    has_memory,
+    has_values,
+    memory_format,
+    overlap,
+    require_apart,
+    require_samples,
+    require_whole_or_apart,
+    require_writable,
+)
 
 COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
 """Columns of a table of coefficients."""
@@ -31,6 +43,8 @@ class StepCoefficients:
         k_x, k_m: x0 from the state and the network's output.
         c_0, c_x, c_m, c_h, c_z: weights of x0, state, network output, previous x0 and noise in the next state.
         clip: x0 is clamped to [-clip, clip]; infinity for no clipping.
+
+    Numbers of other types are kept as floats; a tensor by which a derivative is wanted is refused.
     """
 
     k_x: float
@@ -44,7 +58,8 @@ class StepCoefficients:
 
     def __post_init__(self):
         for name, value in self.__dict__.items():
-            real(name, value)
+            if type(value) is not float:
+                object.__setattr__(self, name, real(name, value))
         if not self.clip >= 0:
             raise InputError(f"clip must not be negative, got {self.clip}")
 
@@ -69,7 +84,11 @@ def coefficient_table(steps, device="cpu", dtype=torch.float32):
     A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`, and what a captured CUDA graph must: then
     nothing is copied to the device.
     """
-    if not isinstance(steps, (list, tuple)) or not all(isinstance(step, StepCoefficients) for step in steps):
+    try:
+        steps = tuple(steps)
+    except TypeError:
+        raise InputError(f"steps must be a sequence of StepCoefficients, got {steps!r}") from None
+    if not all(isinstance(step, StepCoefficients) for step in steps):
         raise InputError(f"steps must be a sequence of StepCoefficients, got {steps!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
@@ -116,12 +135,11 @@ def sampler_step(
 
     Raises:
         InputError: shapes, dtypes or devices that differ, coefficients of the wrong length, a tensor that the coefficients need
-            and that is missing, sizes that ``pool`` does not divide, an ``out`` that does not fit, or a state not finite.
-        RuntimeError: a gradient is asked for. Order of differentiability 0.
+            and that is missing, sizes that ``pool`` does not divide, flags that are none, an ``out`` that does not fit or that
+            shares memory with what is read in another order, or a state not finite.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
-    if not isinstance(x, torch.Tensor) or x.ndim < 1 or x.dtype not in (*DTYPES, torch.float64):
-        raise InputError("x must be a float32, bfloat16, float16 or float64 tensor (N, ...)")
-    require_dense("x", x)
+    require_samples("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
     backends.require_known(backend)
     out, average = _split(out)
@@ -134,8 +152,9 @@ def sampler_step(
     else:
         tensors["noise"] = noise
     _check_tensors(x, tensors)
-    if average is not None and not torch.compiler.is_compiling():
-        _check_average(average, {"x": x, **tensors})
+    if (out is not None or average is not None) and not torch.compiler.is_compiling():
+        read = {"x": x, **tensors, "coefficients": coefficients, "noise's indices": indices, "noise's step": steps}
+        _check_results(x, out, average, {name: t for name, t in read.items() if isinstance(t, torch.Tensor)})
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
     pool = pool if pool is None else whole("pool", pool, 1)
     if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
@@ -150,7 +169,7 @@ def sampler_step(
     for given in (out, average):
         if given is not None:
             _mark_written(given)
-    if check_finite and not flags.is_meta:
+    if check_finite and has_values(flags):
         _refuse_infinite(flags)
     return x_next, x0, pooled
 
@@ -196,28 +215,27 @@ def _check_tensors(x, tensors):
             raise InputError(f"{name} is {found}, expected {expected} as x")
     if tensors["out"] is not None:
         require_writable("out", tensors["out"])
-    if tensors["out"] is not None and not torch.compiler.is_compiling():
-        _check_out(x, tensors)
 
 
-def _check_out(x, tensors):
-    """``out`` is laid out like ``x``, and it is one of the other tensors or shares nothing with them."""
-    out = tensors["out"]
+def _check_results(x, out, average, read):
+    """``out`` is laid out like ``x``, and it is one of the tensors like ``x`` or shares nothing with what is read."""
+    addresses = has_memory(x)
+    if average is not None and addresses:
+        _check_average(average, read)
+    if out is None:
+        return
     if not out.is_contiguous(memory_format=memory_format(x)):
         raise InputError(f"out must be laid out like x ({memory_format(x)}), got strides {out.stride()}")
-    for name, tensor in (("x", x), *tensors.items()):
-        if tensor is not None:
-            require_whole_or_apart("out", out, name, tensor)
+    for name, tensor in read.items() if addresses else ():
+        check = require_apart if name in ("coefficients", "noise's indices", "noise's step") else require_whole_or_apart
+        check("out", out, name, tensor)
 
 
 def _check_average(average, tensors):
     """The tensor for the average shares nothing with the others: it is written while they are read."""
-    first, last = span(average)
     for name, tensor in tensors.items():
-        if tensor is not None:
-            begin, end = span(tensor)
-            if begin < last and first < end:
-                raise InputError(f"out's second tensor overlaps {'the first' if name == 'out' else name}")
+        if overlap(average, tensor):
+            raise InputError(f"out's second tensor overlaps {'the first' if name == 'out' else name}")
 
 
 def _table(coefficients, x, history, noisy):

@@ -2,6 +2,7 @@
 
 import fractions
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -99,6 +100,35 @@ def test_windows_that_do_not_fit_are_refused(op, option):
         call(op, dilation=9)
 
 
+@pytest.mark.parametrize("option", ["stride", "padding", "dilation"])
+def test_windows_of_one_number_in_a_list(option):
+    options = {"padding": 1, "stride": 1, "dilation": 1}
+    found = call("conv_bias_act_mask", **{**options, option: [2]})
+    wanted = call("conv_bias_act_mask", **{**options, option: 2})
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("value", [np.True_, np.array(True), torch.tensor(True), torch.tensor([1]), 1])
+def test_flags_of_other_libraries(value):
+    assert torch.equal(call("interpolate", merge=value), call("interpolate", merge=True))
+    assert call("interpolate", merge=np.False_).shape == X.shape
+
+
+def test_flags_within_compiled_code():
+    def both(x, merge):
+        return ops.interpolate(x, OTHER, CALLS["interpolate"]["a"], merge=merge)
+
+    compiled = torch.compile(both, backend="eager")
+    for merge in (True, False, torch.tensor(True)):
+        assert torch.equal(compiled(X, merge), both(X, merge))
+
+
+@pytest.mark.parametrize("value", [bytearray(b"0.5"), memoryview(b"0.5"), np.array("0.5"), np.str_("0.5"), np.bytes_(b"0.5")])
+def test_text_is_no_number(value):
+    with pytest.raises(InputError, match="slope must be a number"):
+        call("mask_mul", slope=value)
+
+
 def test_dilation_of_one_pixel_has_no_meaning():
     x, weight = (
         t.half().contiguous(memory_format=torch.channels_last) for t in (torch.randn(1, 6, 7, 1), torch.randn(2, 6, 3, 1))
@@ -118,6 +148,33 @@ def test_the_wrong_size_is_found_before_anything_is_copied():
 def test_counts_end_where_the_counter_does():
     with pytest.raises(InputError, match="count"):
         call("philox_words", count=2**34 + 1)
+    for indices in (range(0), torch.arange(1, device="meta")):
+        with pytest.raises(InputError, match="shape"):
+            call("philox_normal", indices=indices, shape=(2**33, 4))
+        assert call("philox_normal", indices=indices[:0], shape=(2**34,)).shape == (0, 2**34)
+
+
+def test_ranges_of_indices():
+    for indices in (range(2**63 - 1, 2**63), range(2**64), range(2**62), range(-(2**63) - 1, 0), range(0, -(2**64), -(2**63))):
+        with pytest.raises(InputError, match="indices"):
+            call("philox_words", indices=indices)
+    for indices in (
+        range(2**63 - 2, 2**63 - 1),
+        range(-(2**63), -(2**63) + 1),
+        range(9, 0, -4),
+        range(2**64, 5),
+        range(0, 9, 2**62),
+    ):
+        wanted = torch.tensor(list(indices), dtype=torch.int64)
+        assert torch.equal(call("philox_words", indices=indices), call("philox_words", indices=wanted))
+
+
+@pytest.mark.parametrize("step", ["sparse", "nested"])
+def test_steps_of_noise_are_dense(step):
+    with pytest.raises(InputError, match="noise's step"):
+        call("sampler_step", noise=(1, range(2), NO_TENSORS[step](torch.tensor([1, 2]))))
+    with pytest.raises(InputError, match="step"):
+        call("philox_words", step=NO_TENSORS[step](torch.tensor([1])))
 
 
 def test_errors_of_a_triple_name_the_argument():
@@ -145,6 +202,112 @@ def test_derivatives_are_refused_in_every_mode(op):
         for context in (torch.no_grad, torch.enable_grad):
             with refused, context(), forward_ad.dual_level():
                 call(op, **{name: forward_ad.make_dual(value, value)})
+
+
+NESTS = {
+    "jvp of grad": lambda f, x, other: torch.func.jvp(lambda v: torch.func.grad(lambda y: f(v, y))(other).sum(), (x,), (x,)),
+    "jvp of vmap of grad": lambda f, x, other: torch.func.jvp(
+        lambda v: torch.vmap(torch.func.grad(lambda y: f(v, y)))(other[None]).sum(), (x,), (x,)
+    ),
+    "jvp of vmap": lambda f, x, other: torch.func.jvp(lambda v: torch.vmap(lambda w: f(w, other))(v[None]).sum(), (x,), (x,)),
+    "jvp of jvp": lambda f, x, other: torch.func.jvp(
+        lambda v: torch.func.jvp(lambda y: f(v, y), (other,), (other,))[1], (x,), (x,)
+    ),
+    "grad of grad": lambda f, x, other: torch.func.grad(lambda v: torch.func.grad(lambda y: f(v, y))(other).sum())(x),
+    "grad of jvp": lambda f, x, other: torch.func.grad(
+        lambda v: torch.func.jvp(lambda y: f(v, y), (other,), (other,))[1].sum()
+    )(x),
+}
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("philox")])
+@pytest.mark.parametrize("nest", NESTS)
+def test_derivatives_are_refused_through_nested_transforms(op, nest):
+    """The transform that the derivative belongs to is another than the innermost, where the tensor looks like a constant."""
+    for name in differentiable(op):
+        value, other = CALLS[op][name].clone(), torch.ones(())
+
+        def product(tensor, factor):
+            results = call(op, **{name: tensor})
+            return (results[0] if isinstance(results, tuple) else results).sum() * factor
+
+        with pytest.raises(RuntimeError, match="has no gradient|autograd.Function with functorch"):
+            NESTS[nest](product, value, other)
+
+
+@pytest.mark.parametrize("inner", [torch.func.grad, lambda f: lambda y: torch.func.jvp(f, (y,), (y,))[1]])
+def test_constants_within_nested_transforms_are_taken(inner):
+    def total(v):
+        constant = torch.zeros_like(v) + v.new_ones(v.shape)
+        return v.sum() * inner(lambda y: (call("mask_mul", x=constant) * y).sum())(torch.ones(()))
+
+    assert torch.func.jvp(total, (X,), (X,))[1] != 0
+
+
+@pytest.mark.parametrize("op", ["mask_mul", "penalty_reduce", "norm_act", "conv_block", "conv_bias_act_mask"])
+def test_numbers_by_which_a_derivative_is_wanted_are_refused(op):
+    """The op takes a float: a derivative would be zero, or missing, without a word."""
+    numbers = {name: value for name, value in CALLS[op].items() if isinstance(value, float)}
+    numbers |= {"eps": 1e-5, "momentum": 0.1} if op == "norm_act" else {}
+    for name, number in numbers.items():
+        value = torch.tensor(number, requires_grad=True)
+        refused = pytest.raises(InputError, match=rf"{name}.*no gradient flows through it")
+        with refused:
+            call(op, **{name: value})
+        for transform in (torch.func.grad, torch.func.jacfwd):
+            with refused:
+                transform(lambda v: call(op, **{name: v}))(value.detach())
+        with torch.no_grad():
+            call(op, **{name: value})
+
+
+def test_coefficients_are_kept_as_floats_and_carry_no_derivative():
+    step = ops.StepCoefficients(fractions.Fraction(1, 2), np.float32(-0.5), torch.tensor(0.5))
+    assert step == ops.StepCoefficients(0.5, -0.5, 0.5)
+    assert all(type(value) is float for value in vars(step).values())
+    value = torch.tensor(0.5)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(InputError, match="k_m"):
+            transform(lambda v: call("sampler_step", coefficients=ops.StepCoefficients(1.0, v, 0.5))[0].sum())(value)
+    with pytest.raises(InputError, match="k_m"):
+        ops.StepCoefficients(1.0, value.clone().requires_grad_(), 0.5)
+
+
+def test_results_share_no_memory_with_what_is_read_in_another_order():
+    memory = torch.zeros(64, dtype=torch.uint8)
+    x, out = torch.randn(2, 8), memory.view(torch.float32).view(2, 8)
+    with pytest.raises(InputError, match="out.*mask"):
+        ops.mask_mul(x, memory[:2].view(2, 1), 0.2, out=out)
+    table = ops.coefficient_table([STEP] * 2)
+    with pytest.raises(InputError, match="out.*coefficients"):
+        ops.sampler_step(x, x, table, out=table)
+    indices = memory.view(torch.int64)
+    for noise in ((1, indices[:2], 0), (1, range(2), indices[2:3])):
+        with pytest.raises(InputError, match="out.*noise"):
+            ops.sampler_step(x, x, STEP, noise=noise, out=out)
+    images, average = torch.randn(2, 2, 4, 4), memory.view(torch.float32).view(2, 2, 2, 2)
+    with pytest.raises(InputError, match="out.*noise"):
+        ops.sampler_step(images, images, STEP, pool=2, noise=(1, indices[:2], 0), out=(None, average))
+
+
+def test_running_statistics_share_no_memory_and_need_no_gradient():
+    given = {"gamma": torch.rand(3), "beta": torch.rand(3), "running_mean": torch.rand(3), "running_var": torch.rand(3)}
+    for name in ("running_mean", "running_var"):
+        others = [given[other] for other in given if other != name]
+        for shared in (*others, X.view(-1)[:3]):
+            with pytest.raises(InputError, match="running.*overlaps"):
+                call("norm_act", **{**given, name: shared})
+        for training in (True, False):
+            with pytest.raises(InputError, match=f"{name}.*gradient"):
+                call("norm_act", **{**given, name: torch.rand(3, requires_grad=True)}, training=training)
+    call("norm_act", **{**given, "running_var": given["running_mean"]}, training=False)
+    meta = {name: tensor.to("meta") for name, tensor in given.items()}
+    assert call("norm_act", x=X.to("meta"), **meta).is_meta
+
+
+def test_the_variance_is_not_made_smaller():
+    with pytest.raises(InputError, match="eps"):
+        call("norm_act", eps=-1e-5)
 
 
 @pytest.mark.parametrize("op", ["mask_mul", "penalty_reduce", "sampler_step"])
@@ -192,7 +355,13 @@ def test_steps_of_tensors_without_memory():
     assert call("sampler_step", **meta, check_finite=True)[0].shape == X.shape
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(CALLS["sampler_step"][name]) for name in ("x", "model_output")}
-        assert call("sampler_step", **fake)[0].shape == X.shape
+        assert call("sampler_step", **fake, check_finite=True)[0].shape == X.shape
+        steps = mode.from_tensor(torch.zeros(1, dtype=torch.int64))
+        assert call("sampler_step", **fake, noise=(1, range(2), steps))[0].shape == X.shape
+        tensors = {name: mode.from_tensor(CALLS["conv_block"][name]) for name in ("x", "weight", "bias")}
+        assert call("conv_block", **tensors).shape == (2, 5, 8, 8)
+        out, mask = mode.from_tensor(OTHER), mode.from_tensor(MASK)
+        assert call("mask_mul", x=fake["x"], mask=mask, out=out) is out
     assert call("conv_block", **{name: CALLS["conv_block"][name].to("meta") for name in ("x", "weight", "bias")}).is_meta
 
 
@@ -214,6 +383,7 @@ def test_strides_of_axes_with_one_element_are_any_number(backend, shape):
 def test_coefficients_are_numbers_and_steps():
     with pytest.raises(InputError, match="k_m"):
         ops.StepCoefficients(1.0, "text", 0.5)
+    assert torch.equal(ops.coefficient_table(iter([STEP, STEP])), ops.coefficient_table([STEP, STEP]))
     for steps in (None, 3, [STEP, 1.0]):
         with pytest.raises(InputError, match="steps"):
             ops.coefficient_table(steps)

@@ -1,7 +1,9 @@
 """The gradient penalty's tangent pass against autograd's double backward, formulas written out and finite differences."""
 
+import fractions
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -637,6 +639,39 @@ BAD = [
     ({"mode": "three-sided"}, "mode must be one of two-sided, one-sided, r1"),
     ({"backend": "fastest"}, "backend must be one of"),
 ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "autograd"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_penalty_without_a_gradient(backend, mode):
+    model, x = critic(), points()
+    wanted = gradient_penalty(model, x, backend=backend)
+    with mode():
+        for x_hat in (x, x.clone()):
+            found = gradient_penalty(model, x_hat, backend=backend)
+            assert torch.equal(found, wanted) and not found.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["auto", "autograd"])
+def test_parameters_of_inference_mode(backend):
+    with torch.inference_mode():
+        frozen = critic()
+    with pytest.raises(InputError, match="critic.*inference mode"):
+        gradient_penalty(frozen, points(), backend=backend)
+
+
+@pytest.mark.parametrize("value", [np.float32(10), fractions.Fraction(10), torch.tensor(10.0), 10, True])
+@pytest.mark.parametrize("backend", ["auto", "autograd"])
+def test_weights_of_any_type_of_number(value, backend):
+    wanted = gradient_penalty(critic(), points(), weight=float(value), backend=backend)
+    assert torch.equal(gradient_penalty(critic(), points(), weight=value, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("value", [pytest.param(10**400, id="huge"), 1e300, float("inf"), "1", None, torch.zeros(2)])
+def test_weights_that_are_no_finite_numbers(value):
+    for name in ("weight", "target"):
+        with pytest.raises(InputError, match=name):
+            gradient_penalty(critic(), points(), **{name: value})
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[message[:20] for _, message in BAD])

@@ -1,5 +1,6 @@
 """Arguments of students, schedulers, samplers, measures and data that cannot work are refused by name."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from advkd import metrics, samplers
 from advkd.data import load_images
 from advkd.errors import InputError
 from advkd.latents import project
+from advkd.models.student import StudentConfig
 
 from ..conftest import tiny_student
 
@@ -43,6 +45,33 @@ def test_latents_are_of_whole_numbers_and_a_device():
                     model.sample(**{"n": 0, name: value})
         with pytest.raises(InputError, match="start"):
             model.latents(5, start=2**63 - 2)
+        with pytest.raises(InputError, match="start"):
+            model.latents(1, start=2**63 - 1)
+        for n in (2**63, 2**70):
+            with pytest.raises(InputError, match="^n must be at least 0 and below 9223372036854775808"):
+                model.sample(n)
+        assert model.latents(1, start=2**63 - 2).shape[0] == 1
+
+
+def test_students_take_dense_latents():
+    student = tiny_student()
+    z = student.latents(1)
+    for bad in (None, "z", 3, z.numpy(), z.tolist(), z.to(torch.int64), z.to(torch.complex64), z.to_sparse(), z.to("meta")):
+        with pytest.raises(InputError, match=r"\bz\b"):
+            student(bad)
+
+
+@pytest.mark.parametrize("field", ["image_size", "image_channels", "channels", "latent_size", "slope", "detail_noise"])
+def test_fields_of_a_student(field):
+    good = {"image_size": 16, "image_channels": 1, "channels": (4, 4, 4, 4, 4, 4), "latent_size": 1, "slope": 0.2}
+    for value in ("3", "x", "abcd", None, 1.5, True, [None], {}, torch.zeros(2)):
+        if field == "detail_noise" and value is True:
+            continue
+        with pytest.raises(InputError, match=field):
+            StudentConfig(**{**good, field: value})
+    if field in ("image_size", "image_channels", "latent_size"):
+        found = getattr(StudentConfig(**{**good, field: np.int64(good[field])}), field)
+        assert found == good[field] and type(found) is int
 
 
 def test_engines_take_dense_latents():
@@ -75,7 +104,7 @@ def test_measures_take_seeds_and_levels():
     for level in (None, "0.9", 0, 1, float("nan")):
         with pytest.raises(InputError, match="level"):
             metrics.frechet_interval(a, b, resamples=2, level=level)
-    with pytest.raises(InputError, match="subsets"):
+    with pytest.raises(InputError, match=r"subsets must be below 2\^31"):
         metrics.kernel_distance(a, b, subsets=2**40)
     with pytest.raises(InputError, match="generated"):
         metrics.frechet_distance(torch.nested.nested_tensor([a, b]), b)
@@ -89,6 +118,14 @@ def test_samplers(sampler):
     for name, value in bad.items():
         with pytest.raises(InputError, match=name):
             sampler(**{**good, name: value})
+    for name, value in (("start", 2**63 - 1), ("sigmas", [1e300]), ("sigmas", 3.0), ("denoiser", lambda x, sigma: None)):
+        with pytest.raises(InputError, match=name):
+            sampler(**{**good, name: value})
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device"):
+            sampler(**{**good, "device": "cuda"})
+    for sigmas in (range(3, 0, -1), np.array([3.0, 2.0, 1.0]), torch.tensor([3.0, 2.0, 1.0]), iter([3.0, 2.0, 1.0])):
+        assert torch.equal(sampler(**{**good, "sigmas": sigmas}), sampler(**{**good, "sigmas": [3.0, 2.0, 1.0]}))
 
 
 @pytest.mark.parametrize("kind", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
@@ -115,3 +152,37 @@ def test_schedulers(kind):
     with pytest.raises(InputError, match="timestep"):
         scheduler.step(x, torch.tensor(3.0).to(torch.float8_e4m3fn), x)
     assert isinstance(scheduler.step(x, t, x, return_dict=False), tuple)
+    for generator in (3, "text", [], [None], (torch.Generator(),)):
+        with pytest.raises(InputError, match="generator"):
+            scheduler.step(x, t, x, generator=generator)
+    with pytest.raises(InputError, match="model_output"):
+        scheduler.step(torch.cat((x, x), dim=1), t, x)
+    for option, value in (("return_x0", None), ("return_x0", "no"), ("backend", np.array([1, 2])), ("backend", 3)):
+        with pytest.raises(InputError, match=option):
+            scheduler.set_step_options(**{option: value})
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "DPMSolverMultistep"])
+def test_noise_fits_the_sample(kind):
+    pytest.importorskip("diffusers")
+    from advkd import schedulers
+
+    scheduler = getattr(schedulers, f"Fused{kind}Scheduler")()
+    scheduler.set_timesteps(4)
+    x, t = torch.zeros(1, 3, 4, 4), scheduler.timesteps[0]
+    for bad in (x.to("meta"), x[None], x.expand(2, 3, 4, 4), x[..., :3], x.int(), 3):
+        with pytest.raises(InputError, match="variance_noise"):
+            scheduler.step(x, t, x, variance_noise=bad)
+    scheduler.step(x, t, x, variance_noise=x[0, :1])
+
+
+def test_churn():
+    pytest.importorskip("diffusers")
+    from advkd.schedulers import FusedEulerDiscreteScheduler
+
+    scheduler, x = FusedEulerDiscreteScheduler(), torch.zeros(2, 3, 4, 4)
+    scheduler.set_timesteps(4)
+    for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+        for bad in (None, "1", [], torch.zeros(2)):
+            with pytest.raises(InputError, match=name):
+                scheduler.step(x, scheduler.timesteps[0], x, **{name: bad})

@@ -257,9 +257,9 @@ def test_streaming_is_sampling():
     pieces = list(fused.stream(10, seed=5, batch_size=3, start=2))
     assert [len(piece) for piece in pieces] == [3, 3, 3, 1]
     assert torch.equal(torch.cat(pieces), whole) or fused.backend == "reference"
-    for wrong in ({"n": 1, "batch_size": 0}, {"n": -1}):
+    for wrong, message in (({"n": 1, "batch_size": 0}, "^batch_size must be at least 1"), ({"n": -1}, "^n must be at least 0")):
         for draw in (fused.stream, fused.sample, tiny_student().sample):
-            with pytest.raises(InputError, match="batch_size"):
+            with pytest.raises(InputError, match=message):
                 draw(**wrong)
 
 

@@ -82,6 +82,13 @@ def no_gradients():
         yield
 
 
+@pytest.fixture
+def fallbacks():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*runs diffusers' own code", UserWarning)
+        yield
+
+
 def pair(name, steps=10, **config):
     """diffusers' scheduler and ours, ready to run."""
     theirs, ours = (kind(**config) for kind in PAIRS[name])
@@ -817,6 +824,68 @@ def test_gradient_warning_names_the_remedy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.step(normal(0).requires_grad_(), 0, normal(1))
+
+
+@pytest.mark.parametrize(
+    "name, argument, value, others",
+    [
+        ("ddim", "eta", 0.5, {}),
+        ("euler", "s_churn", 1.0, {}),
+        ("euler", "s_churn", 0.0, {}),
+        ("euler", "s_noise", 1.0, {"s_churn": 1.0}),
+    ],
+)
+@pytest.mark.usefixtures("fallbacks")
+def test_gradients_by_a_step_s_numbers(name, argument, value, others):
+    gradients, tangents = [], []
+    for scheduler in pair(name, 6):
+        start = (scheduler.timesteps[1], scheduler.scale_model_input(normal(0), scheduler.timesteps[1]))
+
+        def total(number):
+            scheduler._step_index = None
+            generator = torch.Generator().manual_seed(0)
+            given = {**others, argument: number}
+            return scheduler.step(normal(1), *start, **given, generator=generator).prev_sample.square().sum()
+
+        number = torch.tensor(value, requires_grad=True)
+        with torch.enable_grad():
+            gradients.append(torch.autograd.grad(total(number), number)[0])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(number.detach(), torch.ones(()))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(total(dual)).tangent)
+    assert torch.equal(*gradients) and torch.equal(*tangents) and gradients[0] != 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("fallbacks")
+def test_derivatives_in_forward_mode_are_diffusers(name):
+    tangents = []
+    for scheduler in pair(name, 6):
+        start = (scheduler.timesteps[1], scheduler.scale_model_input(normal(0), scheduler.timesteps[1]))
+
+        def step(output):
+            return scheduler.step(output, *start, generator=torch.Generator().manual_seed(0)).prev_sample
+
+        tangents.append(torch.func.jvp(step, (normal(1),), (normal(2),))[1])
+    assert torch.equal(*tangents) and tangents[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float32])
+@pytest.mark.usefixtures("fallbacks")
+def test_timesteps_of_every_width(name, dtype):
+    """In diffusers' own code, which would index with them, too."""
+    for config in ({}, {"thresholding": True, "prediction_type": "v_prediction"}):
+        results = []
+        for kind in (torch.int64, dtype):
+            scheduler = PAIRS[name][1](**config)
+            scheduler.set_timesteps(1000)
+            generator = torch.Generator().manual_seed(0)
+            results.append(scheduler.step(normal(0), torch.tensor(100, dtype=kind), normal(1), generator=generator).prev_sample)
+        assert torch.equal(*results)
+    for timestep in (torch.tensor(3.0).to(torch.float8_e4m3fn), torch.tensor(True), numpy.True_):
+        with pytest.raises(InputError, match="timestep"):
+            scheduler.step(normal(0), timestep, normal(1))
 
 
 def test_a_history_that_wants_a_gradient():

@@ -448,8 +448,8 @@ def test_images_are_float32_whatever_the_students_dtype(dtype):
 def test_batches_are_made_when_they_are_asked_for():
     assert list(batches(10, 4)) == [(0, 4), (4, 4), (8, 2)] and list(batches(0, 4)) == []
     assert next(batches(10**15, 64)) == (0, 64)
-    for n, batch_size in ((-1, 4), (4, 0)):
-        with pytest.raises(InputError, match="batch_size"):
+    for n, batch_size, message in ((-1, 4, "^n must be at least 0"), (4, 0, "^batch_size must be at least 1")):
+        with pytest.raises(InputError, match=message):
             batches(n, batch_size)
 
 
