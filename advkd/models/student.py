@@ -183,8 +183,10 @@ class Student(PretrainedModule, nn.Module):
         are standardised levels of the teacher, not clipped. Submodules after the last level asked for do not run.
         """
         require_floating("z", z)
-        if z.device != self.head.weight.device:
-            raise InputError(f"z must be on {self.head.weight.device} like the student, got {z.device}")
+        # Any layer may have been replaced by a module of another kind.
+        device = next(self.parameters()).device
+        if z.device != device:
+            raise InputError(f"z must be on {device} like the student, got {z.device}")
         depth = len(self.submodules)
         wanted = {depth} if levels is None else set(levels)
         details = split_latent(z, self.latent_parts)
