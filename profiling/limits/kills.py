@@ -29,7 +29,7 @@ INTERPRETER = 0.5
 """Seconds of a new process within which no Ctrl-C is sent."""
 INSTANTS = {False: 0.5, True: 2}
 """Seconds in which a process ends that no longer heeds a signal: a forked one, and an interpreter that was started anew."""
-GROUPS = 40
+GROUPS = 80
 """One case in so many is of the command that has processes of its own, which takes many times as long."""
 
 
@@ -46,7 +46,7 @@ def run_commands(campaign, cases, commands, folder, group=None):
     """Run the cases of these numbers on ``commands``, and some on ``group``, in a new ``folder``."""
     wholes = {}
     for case in campaign.each(cases):
-        command = group if group and case % GROUPS == GROUPS - 1 else commands[case % len(commands)]
+        command = group if group and case % GROUPS == GROUPS // 2 else commands[case % len(commands)]
         fresh = command.group or plan(campaign.seed, case, 0)["fresh"]
         if (command.name, fresh) not in wholes:
             wholes[command.name, fresh] = measure(command, folder / f"whole{' anew' * fresh}", fresh=fresh)
