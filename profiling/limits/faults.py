@@ -33,6 +33,9 @@ from .record import main
 FEW = 5
 """Moments of a run at which faults come that are not tried at every call."""
 
+MOST = 60
+"""Calls of a command that fail one after the other; of more than these every second or third does, which ones the seed says."""
+
 ATTEMPTS = 8
 """Draws of a case's moment until the fault meets the run."""
 
@@ -89,6 +92,16 @@ class Trial:
     def calls(self, classes=ALL):
         """Calls of some classes that a run makes."""
         return sum(bool(CALLS[call] & classes) for call, *_ in self.whole["log"])
+
+    def failing(self, classes):
+        """How many of them are tried."""
+        return min(MOST, self.calls(classes))
+
+    def place(self, n, classes):
+        """The call that fails in case n of :meth:`failing`."""
+        calls, most = self.calls(classes), self.failing(classes)
+        start = random.Random(f"{self.campaign.seed} {self.command.name}").random() if calls > most else 0
+        return 1 + int((n - 1 + start) * calls / most)
 
     def sizes(self):
         """Powers of four that are less than the bytes of the largest file."""
@@ -188,13 +201,14 @@ def _measure(command, folder):
     return {**found, "log": [line.split("\t") for line in log.read_text().splitlines()], "command": command}
 
 
-def _failing(number, classes, alone=False):
-    """A case in which call n of some classes fails, alone or with all later ones."""
+def _failing(number, classes, alone=False, few=False):
+    """A case in which a call of some classes fails, alone or with all later ones."""
 
     def attempt(trial, name, case, n):
         kept = _earlier_picture(trial)
-        last = n if alone else FOR_EVER
-        code, said = run(trial.command.line(trial.out), before=lambda: arm(trial.out, n, last, number, classes))
+        first = 1 + trial.calls(classes) * (n - 1) // FEW if few else trial.place(n, WRITES if classes == HALF else classes)
+        last = first if alone else FOR_EVER
+        code, said = run(trial.command.line(trial.out), before=lambda: arm(trial.out, first, last, number, classes))
         if code and kept is not None and (trial.out / trial.command.out).read_bytes() != kept:
             trial.add(name, "lost", case, "the earlier picture")
             return
@@ -445,10 +459,10 @@ def _once(trial):
 
 
 KINDS = [
-    ("disk full", lambda trial: trial.calls(FULL), _failing(errno.ENOSPC, FULL)),
-    ("half of a write, then disk full", lambda trial: trial.calls(WRITES), _failing(errno.ENOSPC, HALF)),
-    ("input/output error", Trial.calls, _failing(errno.EIO, ALL, alone=True)),
-    ("read-only after some calls", _few, _failing(errno.EROFS, READ_ONLY)),
+    ("disk full", lambda trial: trial.failing(FULL), _failing(errno.ENOSPC, FULL)),
+    ("half of a write, then disk full", lambda trial: trial.failing(WRITES), _failing(errno.ENOSPC, HALF)),
+    ("input/output error", lambda trial: trial.failing(ALL), _failing(errno.EIO, ALL, alone=True)),
+    ("read-only after some calls", _few, _failing(errno.EROFS, READ_ONLY, few=True)),
     ("limit of a file's size", Trial.sizes, _limited),
     ("order of writing and renaming", _once, _ordered),
     ("full tmpfs", _few, _full_tmpfs),
