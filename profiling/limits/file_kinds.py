@@ -44,7 +44,8 @@ class Kind:
         sealed: the file can tell that it was altered, and means something only as another one that was written whole.
         has_other: there is another file of this kind, in the folder ``<first part>-other``.
         beside: other folders that are copied.
-        named: what a refusal names, if not the file or its folder.
+        named: what else a refusal may name: an option, a field, or below the case's folder the folder that was asked for.
+        expected: function of the samples' folder that finds the reader's result on undamaged files in another way, or None.
         written: files that the command itself writes anew where it ends well.
         costly: the command takes a tenth of a second, and has fewer cases.
         readable: the undamaged sample is read; one that is not is refused with and without damage.
@@ -60,6 +61,7 @@ class Kind:
     written: tuple = ()
     costly: bool = False
     readable: bool = True
+    expected: object = None
 
     @property
     def folder(self):
@@ -214,8 +216,13 @@ def _resumed(place):
     return load_file(place / "run" / WEIGHTS), rows
 
 
+def _whole_run(samples):
+    """The weights and rows of the same run, never interrupted."""
+    return load_file(samples / "run-whole" / WEIGHTS), (samples / "run-whole" / "metrics.csv").read_text().splitlines()
+
+
 def _resumed_meaning(place):
-    """The rows up to the checkpoint as they stand; what comes after them is made anew."""
+    """The rows up to the checkpoint as they stand, what comes after them made anew, and the weights of a whole run."""
     titles, *whole = (place / "damaged").read_text().split("\n")[:-1]
     try:
         places = [tuple(map(int, row.split(",")[:2])) for row in whole]
@@ -223,23 +230,18 @@ def _resumed_meaning(place):
         raise Meaningless(error) from error
     if any(row.count(",") != titles.count(",") for row in whole) or places != sorted(set(places)):
         raise Meaningless("rows are torn or not in order")
-    return Rows([titles, *(row for row, at in zip(whole, places) if at <= (1, 2))])
-
-
-class Rows:
-    """Rows that the result of :func:`_resumed` must begin with, and have one more."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __eq__(self, other):
-        return other[1][:-1] == self.rows
+    weights, rows = _whole_run(place.with_name("samples"))
+    return weights, [titles, *(row for row, at in zip(whole, places) if at <= (1, 2)), rows[-1]]
 
 
 def _trained_on(place):
     data = ("--data", place / "pictures", "--seed", 0)
     run_command("teacher", "train", *data, *TRAINING, "--out", place / "training", "--resume")
     return load_file(place / "training" / "unet" / WEIGHTS)
+
+
+def _whole_training(samples):
+    return load_file(samples / "training-whole" / "unet" / WEIGHTS)
 
 
 def _reported(*options):
@@ -430,6 +432,7 @@ SHARD, CHECKPOINT = "shard-00001.safetensors", "checkpoint.safetensors"
 PART = "diffusion_pytorch_model-00001-of-00003.safetensors"
 OLDER = "older/unet/diffusion_pytorch_model.bin"
 RESUMED = {"beside": ("student", "data"), "written": ("run/metrics.csv", f"run/{CHECKPOINT}"), "costly": True}
+RESUMED["expected"] = _whole_run
 RECORDED = {"beside": ("teacher",), "written": ("data/manifest.json",), "costly": True}
 MODELS = {"beside": ("student", "teacher"), "costly": True}
 SETS = {"beside": ("pictures", "classes", "classifier"), "costly": True}
@@ -472,7 +475,12 @@ KINDS = {
     "checkpoint of a distillation": Kind(f"run/{CHECKPOINT}", _resumed, **RESUMED),
     "metrics of a distillation that goes on": Kind("run/metrics.csv", _resumed, _resumed_meaning, **RESUMED),
     "checkpoint of a teacher": Kind(
-        f"training/{CHECKPOINT}", _trained_on, beside=("pictures",), written=(f"training/{CHECKPOINT}",), costly=True
+        f"training/{CHECKPOINT}",
+        _trained_on,
+        beside=("pictures",),
+        written=(f"training/{CHECKPOINT}",),
+        costly=True,
+        expected=_whole_training,
     ),
     "evaluation": Kind("tables/evaluation.json", _reported(), _page_meaning(), **MODELS),
     "table of an ablation": Kind("tables/ablation.json", _reported("ablation"), _page_meaning("ablation"), **MODELS),
