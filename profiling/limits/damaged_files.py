@@ -143,7 +143,8 @@ def _refusal(kind, error, place):
         text = text.splitlines()[-1] if text else ""
         if error.code != 2 or not text.startswith("advkd: ") or "Traceback" in str(error):
             return "crashed", f"exit code {error.code}: {error}"
-    if not any(name in text for name in (kind.file, *kind.named)):
+    folders = {"case": place.case, "folder": (place.case / kind.file).parent}
+    if not any(name in text for name in (kind.file, *(name.format(**folders) for name in kind.named))):
         return "crashed", f"a refusal that does not name the file: {text}"
     return "refused", text
 
