@@ -29,7 +29,7 @@ from profiling.limits.record import Campaign
 faults.preload()
 out = Path(sys.argv[1])
 commands = list(prepare(out / "in").values())
-chosen = [commands[1], commands[0], commands[4]]
+chosen = [commands[1], commands[5], commands[4]]
 campaigns = {name: Campaign(name, 0) for name in ("kills", "faults", "without locks")}
 plans = [kills.plan(0, case, 0) for case in range(100)]
 killed = [case for case, plan in enumerate(plans) if not plan["fresh"] and len(plan["kills"]) == 1][:5]
