@@ -150,7 +150,7 @@ class Trial:
 def run_cases(campaign, cases):
     """Run as many cases as ``cases`` has numbers, from its first number on, or all from there if they are fewer."""
     preload()
-    with tempfile.TemporaryDirectory(prefix="advkd-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="advkd-faults-", ignore_cleanup_errors=True) as folder:
         trials = make_trials(campaign, list(prepare(Path(folder) / "in").values()), Path(folder) / "runs")
         numbers = list(itertools.islice(existing(trials, cases.start), len(cases)))
         campaign.count = len(numbers)

@@ -443,6 +443,8 @@ TEACHER, SHARDED, PICKLED = (
     {"named": (f"teacher {{case}}/{name}: ", f"teacher {{case}}/{name} "), "costly": True}
     for name in ("teacher", "sharded", "older")
 )
+# An index may name a part that is not there, or that lacks what it should hold.
+INDEX = {**SHARDED, "named": (*SHARDED["named"], "the teacher's weights {folder}/")}
 SHARDS = {"named": ("shard {folder}/shard-",)}
 FIELDS = tuple(field.name for field in dataclasses.fields(RECIPES["joint"]))
 TAUGHT, PARTS = (_taught("teacher"), _taught_meaning("teacher")), (_taught("sharded"), _taught_meaning("sharded"))
@@ -469,7 +471,7 @@ KINDS = {
     "teacher's configuration": Kind("teacher/unet/config.json", *TAUGHT, **TEACHER),
     "teacher's schedule": Kind("teacher/scheduler/scheduler_config.json", *TAUGHT, **TEACHER),
     "teacher's weights": Kind(f"teacher/unet/{WEIGHTS}", *TAUGHT, **TEACHER),
-    "teacher's index of weights": Kind(f"sharded/unet/{WEIGHTS}.index.json", *PARTS, **SHARDED),
+    "teacher's index of weights": Kind(f"sharded/unet/{WEIGHTS}.index.json", *PARTS, **INDEX),
     "teacher's part of the weights": Kind(f"sharded/unet/{PART}", *PARTS, **SHARDED),
     "teacher's pickled weights": Kind(OLDER, _older, _older_meaning, sealed=True, **PICKLED),
     "manifest, distilled": Kind("data/manifest.json", _distilled, beside=("student",), costly=True, **SHARDS),

@@ -35,7 +35,7 @@ GROUPS = 80
 
 def run_cases(campaign, cases):
     """Run the cases of these numbers."""
-    with tempfile.TemporaryDirectory(prefix="advkd-kills-") as folder:
+    with tempfile.TemporaryDirectory(prefix="advkd-kills-", ignore_cleanup_errors=True) as folder:
         commands = prepare(Path(folder) / "in")
         line = (*commands["trajectories"].arguments, "--processes", "2")
         group = replace(commands["trajectories"], name="trajectories --processes 2", arguments=line, group=True)
