@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .commands import Events, Process, difference, finish, is_complete, measure, message_fault, prepare, run
+from .commands import Events, Process, difference, finish, is_complete, measure, message_fault, prepare, run, snapshot
 from .record import main
 
 FEW = 5
@@ -122,12 +122,18 @@ class Trial:
         """Count the end of a command with a fault, and what the same command makes of the folder afterwards."""
         if code != 0 and (fault := message_fault(code, said, self.out)):
             self.add(kind, "crashed", case, fault)
-        elif code == 0 and (fault := difference(self.out, self.whole["files"])):
+        elif code == 0 and (fault := self.differs()):
             self.add(kind, "wrong", case, f"exit status 0, but {fault}")
         elif fault := self.cannot_finish():
             self.add(kind, "lost", case, fault)
         else:
             self.add(kind, "right" if code == 0 else "refused", case)
+
+    def differs(self):
+        """How the output differs; a temporary file whose removal failed may stay until the command is repeated."""
+        fault, names = difference(self.out, self.whole["files"]), snapshot(self.out).keys() - self.whole["files"].keys()
+        left = all(Path(name).name.startswith(".") and name.endswith(".tmp") for name in names)
+        return "" if left and _count("failed") and is_complete(self.out, self.whole["files"]) else fault
 
     def cannot_finish(self):
         """Why the command repeated does not give the files of a run without faults; empty if it does."""
