@@ -112,7 +112,8 @@ def _kill(command, out, chosen, kill, whole):
     fault = _end_fault(code, process.said, number, landed)
     if not fault and sent and not landed and (late or events.work > work):
         fault = f"it ignores the signal: exit status {code}"
-    if not fault and command.group and process.leaves(5):
+    # One that is still importing its modules ends when it has done so.
+    if not fault and command.group and process.leaves(5 + whole["seconds"]):
         fault = "processes that it started live on"
     return landed or bool(sent and fault), fault
 
