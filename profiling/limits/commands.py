@@ -42,6 +42,7 @@ class Command:
         resumes: it has ``--resume``.
         other: arguments that ask for another result.
         out: name of the output inside its folder: the folder itself, or a picture.
+        group: it starts processes of its own, which form a group with it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Command:
     resumes: bool = False
     other: tuple = ("--seed", "7")
     out: str = ""
+    group: bool = False
 
     def line(self, folder, *more):
         """The arguments with their output in ``folder``."""
@@ -146,7 +148,7 @@ class Process:
         fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
         if fresh:
             command = [sys.executable, "-m", "advkd", *line]
-            said = {"stdout": end, "stderr": end, "stdin": subprocess.DEVNULL}
+            said = {"stdout": end, "stderr": end, "stdin": subprocess.DEVNULL, "process_group": 0}
             self._popen = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, **said)
             self.pid = self._popen.pid
         else:
@@ -161,12 +163,29 @@ class Process:
         """Wait for the end for so many seconds; True if it came."""
         return self._code is not None or bool(select.select([self._descriptor], [], [], max(0, seconds))[0])
 
-    def send(self, number):
-        """Send a signal; False if the process has ended before."""
+    def send(self, number, group=False):
+        """Send a signal, or send it to the whole ``group``; False if the process has ended before."""
         if self.ends_within(0):
             return False
-        os.kill(self.pid, number)
+        (os.killpg if group else os.kill)(self.pid, number)
         return True
+
+    def stop(self):
+        """Let the process stand still until SIGCONT; False if it has ended."""
+        if not self.send(signal.SIGSTOP):
+            return False
+        how = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return how.si_code == os.CLD_STOPPED
+
+    def leaves(self, seconds):
+        """Whether processes of its group are alive ``seconds`` after its end; they are killed."""
+        deadline = time.perf_counter() + seconds
+        while _alive(self.pid) and time.perf_counter() < deadline:
+            time.sleep(0.05)
+        left = _alive(self.pid)
+        if left:
+            os.killpg(self.pid, signal.SIGKILL)
+        return left
 
     def wait(self, seconds=LIMIT):
         """The exit status, negative for a signal's number; None for a process that hangs (which is killed)."""
@@ -183,6 +202,16 @@ class Process:
             os.close(self._pipe)
             self._code = (None if hangs else status,)
         return self._code[0]
+
+
+def _alive(group):
+    """Whether a process group has a process other than those that have ended and that nobody has waited for."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
+            if int(found) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _read_all(descriptor):
@@ -238,6 +267,20 @@ def run(line, **options):
     return process.wait(), process.said
 
 
+def measure(command, folder, **options):
+    """The files, seconds and events of a run that is left alone, in a new folder below ``folder``."""
+    out = folder / command.name
+    out.mkdir(parents=True)
+    events, begin = Events(out), time.perf_counter()
+    code, said = run(command.line(out), **options)
+    seconds = time.perf_counter() - begin
+    events.read()
+    events.close()
+    if code:
+        raise RuntimeError(f"{command.name} does not run here: {said}")
+    return {"files": snapshot(out), "seconds": seconds, "events": events.count}
+
+
 def finish(command, folder, **options):
     """Repeat a command as its messages say until it is complete; ``(exit status, what was said)`` of the last time."""
     code, said = run(command.line(folder, *(["--resume"] if command.resumes else [])), **options)
@@ -266,6 +309,12 @@ def difference(folder, expected):
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
+def is_complete(folder, expected):
+    """Whether a folder holds all files of a snapshot, and perhaps others."""
+    found = snapshot(folder)
+    return all(found.get(name) == data for name, data in expected.items())
+
+
 def message_fault(code, said, path=None):
     """The fault of the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
     if code is None:
@@ -281,16 +330,21 @@ def message_fault(code, said, path=None):
 
 
 class Events:
-    """The events of files in a folder, as they come (inotify): made, written, closed, renamed, removed."""
+    """The events of files in a folder, as they come (inotify): made, written, closed, renamed, removed.
 
-    _KINDS = 0x2 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200
+    Attributes:
+        count: of all events that have been read.
+        work: of those that the end of a process does not bring about, which closes its files.
+    """
+
+    _WORK, _CLOSED = 0x2 | 0x40 | 0x80 | 0x100 | 0x200, 0x8
 
     def __init__(self, folder):
         libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if libc.inotify_add_watch(self._descriptor, os.fsencode(str(folder)), self._KINDS) < 0:
+        if libc.inotify_add_watch(self._descriptor, os.fsencode(str(folder)), self._WORK | self._CLOSED) < 0:
             raise OSError(ctypes.get_errno(), "inotify_add_watch", str(folder))
-        self.count = 0
+        self.count = self.work = 0
 
     def wait(self, number, process):
         """Wait for the ``number``-th event; False if the process ends before."""
@@ -305,12 +359,10 @@ class Events:
 
     def read(self):
         """Count the events that have come."""
-        try:
-            data = os.read(self._descriptor, 2**16)
-        except BlockingIOError:
-            return
+        data = _read_all(self._descriptor)
         while data:
             self.count += 1
+            self.work += bool(int.from_bytes(data[4:8], sys.byteorder) & self._WORK)
             data = data[16 + int.from_bytes(data[12:16], sys.byteorder) :]
 
     def close(self):

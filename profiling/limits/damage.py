@@ -237,11 +237,29 @@ def mutations(form, has_other=True):
 
 
 def damage(draw, data, form, mutation, others):
-    """The bytes ``data`` of a file of a format after a mutation.
+    """``(mutation, bytes)``: a file of a format after a mutation, or after another one where that changes nothing.
 
     ``others``: contents of another file of its kind, and of a file of another kind.
     """
+    choice = mutations(form)
+    while True:
+        damaged = _mutated(draw, data, form, mutation, others)
+        if _says(damaged, form) != _says(data, form):
+            return mutation, damaged
+        # The other file may be its equal, and an object may have one key alone.
+        mutation = draw.choice(choice)
+
+
+def _mutated(draw, data, form, mutation, others):
     if mutation in OTHERS:
         return others[OTHERS.index(mutation)]
     functions = {f.__name__.replace("_", " "): f for f in BYTES + STRUCTURES[form]}
     return functions[mutation](draw, data)
+
+
+def _says(data, form):
+    """JSON's values in their order, and the bytes of all else: JSON that is laid out another way is not damaged."""
+    try:
+        return repr(json.loads(data, object_pairs_hook=list)) if form == "json" else data
+    except (ValueError, RecursionError):
+        return data

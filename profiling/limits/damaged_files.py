@@ -1,7 +1,8 @@
 """Damaged files of every kind that is read: refused by name, or read as they stand; never a traceback, never a loss.
 
 ``python -m profiling.limits.damaged_files --count 12000``. Case i is a function of the seed and i alone: the kind, the mutation
-and its draws. Cases run in forked processes, each with a limit of time and of memory.
+and its draws, which are repeated until the file says something else. Cases run in forked processes, each with a limit of time
+and of memory.
 """
 
 import hashlib
@@ -64,6 +65,9 @@ class Workplace:
         found = canonical(KINDS[name].read(self.case))
         if found is None:
             raise RuntimeError(f"the reader of {name} returns nothing to compare")
+        expected = KINDS[name].expected
+        if expected and not same(found, canonical(expected(self.samples))):
+            raise RuntimeError(f"the reader of {name} finds something else than was written, though nothing is damaged")
         return found
 
     def lay_out(self, kind):
@@ -92,7 +96,7 @@ def judge(place, seed, number):
     file = place.case / kind.file
     strange = KINDS[draw.choice([other for other in KINDS if KINDS[other].form != kind.form])]
     others = [(place.samples / other).read_bytes() for other in (kind.other or kind.file, strange.file)]
-    data = damage(draw, file.read_bytes(), kind.form, mutation, others)
+    mutation, data = damage(draw, file.read_bytes(), kind.form, mutation, others)
     file.write_bytes(data)
     (place.case / "damaged").write_bytes(data)
     before = contents(place.case)
@@ -133,14 +137,14 @@ def _outcome(place, name, mutation):
 
 
 def _refusal(kind, error, place):
-    """A refusal is one line of the command line, exit code 2, and names the file, or the folder or option that it came by."""
+    """A refusal is one line of the command line, exit code 2, and names the file, or what else its kind allows."""
     text = str(error)
     if isinstance(error, Refused):
         text = text.splitlines()[-1] if text else ""
         if error.code != 2 or not text.startswith("advkd: ") or "Traceback" in str(error):
             return "crashed", f"exit code {error.code}: {error}"
-    names = (Path(kind.file).name, str(place.case / kind.folder), *kind.named)
-    if not any(name in text for name in names):
+    folders = {"case": place.case, "folder": (place.case / kind.file).parent}
+    if not any(name in text for name in (kind.file, *(name.format(**folders) for name in kind.named))):
         return "crashed", f"a refusal that does not name the file: {text}"
     return "refused", text
 

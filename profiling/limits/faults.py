@@ -1,8 +1,12 @@
 """Faults of file systems and clocks at every call that writes: ``python -m profiling.limits.faults``.
 
 A case is a kind of fault, a command and a number n. Disk full: all calls that write below the output folder fail from the n-th
-on; input/output error: the n-th alone fails (by ``faults.c``, preloaded). The command must end with one line that names the
-file or the folder and exit code 2; once the fault is gone, the command repeated must give the files of a run without faults.
+on, or the n-th write does half its work before; input/output error: the n-th call alone fails (by ``faults.c``, preloaded). The
+command must end with one line that names the file or the folder and exit code 2; once the fault is gone, the command repeated
+must give the files of a run without faults.
+
+A fault that came when there was nothing left to do has shown nothing: another moment is drawn, up to :data:`ATTEMPTS` times,
+and the case is then counted under a kind of its own. Two processes are two only where both are at work at one time.
 
 The number of a case is a function of n, command and kind, and n grows slowest: a short run meets every kind and command. A
 number whose n exceeds the command's calls stands for no case: it is passed over, and ``--count`` counts cases alone.
@@ -23,16 +27,29 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .commands import Events, Process, difference, finish, message_fault, prepare, run, snapshot
+from .commands import Events, Process, difference, finish, is_complete, measure, message_fault, prepare, run, snapshot
 from .record import main
 
-FEW = 6
+FEW = 5
 """Moments of a run at which faults come that are not tried at every call."""
+
+MOST = 60
+"""Calls of a command that fail one after the other; of more than these every second or third does, which ones the seed says."""
+
+ATTEMPTS = 8
+"""Draws of a case's moment until the fault meets the run."""
 
 TMPFS = 200 * 2**20
 """Bytes of the small file system: more than a run asks for before it starts."""
 
 FOR_EVER = 2**40
+
+CALLS = {"make": 1, "folder": 1, "truncate": 1, "write": 2, "sync": 4, "rename": 8, "link": 8, "remove": 16, "close": 32}
+"""Calls of a log and the classes that ``faults.c`` gives them."""
+
+ALL, WRITES, HALF = 63, 2, 64
+FULL, READ_ONLY = ALL & ~(CALLS["remove"] | CALLS["close"]), ALL & ~CALLS["close"]
+"""Classes that fail on a disk that is full, and on one that may only be read."""
 
 
 def preload():
@@ -46,9 +63,17 @@ def preload():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def arm(folder, first, last, number):
-    """The calls ``first`` to ``last`` that write below ``folder`` fail in this process."""
-    ctypes.CDLL(None).faults_arm(os.fsencode(str(folder)), ctypes.c_long(first), ctypes.c_long(last), number)
+def arm(folder, first=FOR_EVER, last=FOR_EVER, number=0, classes=0):
+    """The calls ``first`` to ``last`` of some classes below ``folder`` fail in this process; all that fail are counted."""
+    long = ctypes.c_long
+    ctypes.CDLL(None).faults_arm(os.fsencode(str(folder)), long(first), long(last), number, classes)
+
+
+def _count(name):
+    """A counter of ``faults.c``: calls that failed, or readings of a clock that jumps."""
+    function = getattr(ctypes.CDLL(None), f"faults_{name}")
+    function.restype = ctypes.c_long
+    return function()
 
 
 class Trial:
@@ -64,22 +89,51 @@ class Trial:
         command = self.command
         return _measure(replace(command, arguments=(*command.arguments, *command.other)), self.folder / "other")
 
+    def calls(self, classes=ALL):
+        """Calls of some classes that a run makes."""
+        return sum(bool(CALLS[call] & classes) for call, *_ in self.whole["log"])
+
+    def failing(self, classes):
+        """How many of them are tried."""
+        return min(MOST, self.calls(classes))
+
+    def place(self, n, classes):
+        """The call that fails in case n of :meth:`failing`."""
+        calls, most = self.calls(classes), self.failing(classes)
+        start = random.Random(f"{self.campaign.seed} {self.command.name}").random() if calls > most else 0
+        return 1 + int((n - 1 + start) * calls / most)
+
+    def sizes(self):
+        """Powers of four that are less than the bytes of the largest file."""
+        largest = max(map(len, self.whole["files"].values()))
+        return sum(4**n < largest for n in range(1, 20))
+
     def reset(self):
-        """An empty output folder."""
+        """An empty output folder, and no fault counted."""
         shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir()
+        self.out.mkdir(exist_ok=True)
+        ctypes.CDLL(None).faults_reset()
+
+    def add(self, kind, outcome, case, detail=""):
+        """Count a case."""
+        self.campaign.add(f"{kind}, {self.command.name}", outcome, case, detail)
 
     def judge(self, kind, case, code, said):
         """Count the end of a command with a fault, and what the same command makes of the folder afterwards."""
-        kind = f"{kind}, {self.command.name}"
         if code != 0 and (fault := message_fault(code, said, self.out)):
-            self.campaign.add(kind, "crashed", case, fault)
-        elif code == 0 and (fault := difference(self.out, self.whole["files"])):
-            self.campaign.add(kind, "wrong", case, f"exit status 0, but {fault}")
+            self.add(kind, "crashed", case, fault)
+        elif code == 0 and (fault := self.differs()):
+            self.add(kind, "wrong", case, f"exit status 0, but {fault}")
         elif fault := self.cannot_finish():
-            self.campaign.add(kind, "lost", case, fault)
+            self.add(kind, "lost", case, fault)
         else:
-            self.campaign.add(kind, "right" if code == 0 else "refused")
+            self.add(kind, "right" if code == 0 else "refused", case)
+
+    def differs(self):
+        """How the output differs; a temporary file whose removal failed may stay until the command is repeated."""
+        fault, names = difference(self.out, self.whole["files"]), snapshot(self.out).keys() - self.whole["files"].keys()
+        left = all(Path(name).name.startswith(".") and name.endswith(".tmp") for name in names)
+        return "" if left and _count("failed") and is_complete(self.out, self.whole["files"]) else fault
 
     def cannot_finish(self):
         """Why the command repeated does not give the files of a run without faults; empty if it does."""
@@ -91,11 +145,18 @@ class Trial:
         """The event at which fault ``n`` of a few comes."""
         return 1 + self.whole["events"] * (n - 1) // FEW
 
+    def moments(self, case, n):
+        """:meth:`moment`, and earlier ones for as long as the fault comes too late."""
+        draw, moment = random.Random(f"{self.campaign.seed} {case}"), self.moment(n)
+        for _ in range(ATTEMPTS):
+            yield moment
+            moment = draw.randrange(1, max(2, moment))
+
 
 def run_cases(campaign, cases):
     """Run as many cases as ``cases`` has numbers, from its first number on, or all from there if they are fewer."""
     preload()
-    with tempfile.TemporaryDirectory(prefix="advkd-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="advkd-faults-", ignore_cleanup_errors=True) as folder:
         trials = make_trials(campaign, list(prepare(Path(folder) / "in").values()), Path(folder) / "runs")
         numbers = list(itertools.islice(existing(trials, cases.start), len(cases)))
         campaign.count = len(numbers)
@@ -109,14 +170,14 @@ def make_trials(campaign, commands, folder):
 
 def existing(trials, first=0):
     """Numbers of all cases from ``first`` on."""
-    most = max(*(most or 0 for _, most, _ in KINDS), *(trial.whole["calls"] for trial in trials))
+    most = max(most(trial) for _, most, _ in KINDS for trial in trials)
     return (number for number in range(first, most * len(trials) * len(KINDS)) if exists(trials, number))
 
 
 def exists(trials, number):
-    """Whether the n of a number is at most the command's calls, or the largest of its kind."""
+    """Whether the n of a number is at most the largest of its kind and command."""
     n, trial, (_, most, _) = case_of(trials, number)
-    return n <= (most or trial.whole["calls"])
+    return n <= most(trial)
 
 
 def case_of(trials, number):
@@ -135,36 +196,36 @@ def run_trials(campaign, numbers, trials):
 
 
 def _measure(command, folder):
-    """A run without faults: its files, events and calls that write."""
-    out, count = folder / command.name, folder / "calls"
-    out.mkdir(parents=True)
-    events = Events(out)
+    """A run without faults: what :func:`measure` finds, and its log of calls."""
+    log = folder / f"{command.name}.log"
 
     def before():
-        import atexit
+        arm(folder / command.name)
+        ctypes.CDLL(None).faults_log(os.fsencode(str(log)))
 
-        arm(out, FOR_EVER, FOR_EVER, 0)
-        atexit.register(lambda: count.write_text(str(ctypes.c_long(ctypes.CDLL(None).faults_calls()).value)))
-
-    process = Process(command.line(out), before=before)
-    if process.wait():
-        raise RuntimeError(f"{command.name} does not run here: {process.said}")
-    events.read()
-    events.close()
-    return {"files": snapshot(out), "events": events.count, "calls": int(count.read_text()), "command": command}
+    found = measure(command, folder, before=before)
+    return {**found, "log": [line.split("\t") for line in log.read_text().splitlines()], "command": command}
 
 
-def _failing(number, alone=False):
+def _failing(number, classes, alone=False, few=False):
+    """A case in which a call of some classes fails, alone or with all later ones."""
+
     def attempt(trial, name, case, n):
         kept = _earlier_picture(trial)
-        last = n if alone else FOR_EVER
-        code, said = run(trial.command.line(trial.out), before=lambda: arm(trial.out, n, last, number))
+        first = 1 + trial.calls(classes) * (n - 1) // FEW if few else trial.place(n, WRITES if classes == HALF else classes)
+        last = first if alone else FOR_EVER
+        code, said = run(trial.command.line(trial.out), before=lambda: arm(trial.out, first, last, number, classes))
         if code and kept is not None and (trial.out / trial.command.out).read_bytes() != kept:
-            trial.campaign.add(f"{name}, {trial.command.name}", "lost", case, "the earlier picture")
+            trial.add(name, "lost", case, "the earlier picture")
             return
-        trial.judge(name, case, code, said)
+        trial.judge(_met(name), case, code, said)
 
     return attempt
+
+
+def _met(name):
+    """The kind of a case whose fault was to make a call fail."""
+    return name if _count("failed") else f"{name}: no call failed"
 
 
 def _earlier_picture(trial):
@@ -179,17 +240,56 @@ def _limited(trial, name, case, n):
     """Files of at most 4^n bytes (RLIMIT_FSIZE)."""
 
     def before():
+        arm(trial.out)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4**n, resource.RLIM_INFINITY))
 
     code, said = run(trial.command.line(trial.out), before=before)
-    trial.judge(name, case, code, said)
+    trial.judge(_met(name), case, code, said)
+
+
+def _ordered(trial, name, case, n):
+    """Whether a power failure after any rename leaves whole files: they reach the disk before they have their names."""
+    fault = "; ".join(unsynchronized(trial.whole["log"], trial.out.parent / "whole" / trial.command.name, trial.whole["files"]))
+    trial.add(name, "wrong" if fault else "right", case, fault)
+
+
+def unsynchronized(log, out, files):
+    """The files of ``out`` that had their names before they were on the disk, or were written in place, in words."""
+    dirty, named, faults = set(), [], []
+    for call, path, target in log:
+        if call in ("make", "write", "truncate"):
+            dirty.add(path)
+        elif call == "sync":
+            dirty.discard(path)
+        elif call in ("rename", "link"):
+            late = {name for name in dirty if _is_within(name, path)}
+            dirty = dirty - late | {target + name[len(path) :] for name in late}
+            named.append(target)
+            # A name that begins with a dot is none to be relied on.
+            if late and "/." not in target[len(str(out)) :]:
+                faults.append(f"{target} has its name before the disk has it")
+    # Rows are added to a table; one that is torn is dropped.
+    whole = sorted(str(out / name) for name in files if Path(name).name != "metrics.csv")
+    return faults + [f"{name} is written in place" for name in whole if not any(_is_within(name, path) for path in named)]
+
+
+def _is_within(path, folder):
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _full_tmpfs(trial, name, case, n):
+    """A disk that is full from a moment on or, where nothing is written after any, from before the start."""
+    filler = trial.out / "filler"
     if not _mount(trial.out, f"size={TMPFS}"):
         return
     try:
-        _at_event(trial, n, lambda: _fill(trial.out / "filler"), name, case, after=lambda: (trial.out / "filler").unlink())
+        for moment in [*trial.moments(case, n), 0]:
+            trial.reset()
+            struck, code, said = _strike(trial, moment, lambda: _fill(filler))
+            if struck and (code or _count("failed")):
+                break
+        filler.unlink(missing_ok=True)
+        trial.judge(name if struck else f"{name} after the end", case, code, said)
     finally:
         subprocess.run(["umount", "-l", trial.out], check=True)
 
@@ -220,106 +320,169 @@ def _fill(path):
 
 
 def _vanishing(trial, name, case, n):
-    _at_event(trial, n, lambda: shutil.rmtree(trial.out, ignore_errors=True), name, case)
+    _until_struck(trial, name, case, n, lambda: shutil.rmtree(trial.out, ignore_errors=True))
 
 
 def _moved_away(trial, name, case, n):
     away = trial.folder / "away"
-    shutil.rmtree(away, ignore_errors=True)
-    _at_event(trial, n, lambda: trial.out.rename(away), name, case)
+
+    def happen():
+        shutil.rmtree(away, ignore_errors=True)
+        trial.out.rename(away)
+
+    _until_struck(trial, name, case, n, happen)
 
 
-def _at_event(trial, n, happen, name, case, after=lambda: None):
+def _until_struck(trial, name, case, n, happen):
+    """Let something happen to a run that is at work, and judge it."""
+    for moment in trial.moments(case, n):
+        trial.reset()
+        struck, code, said = _strike(trial, moment, happen)
+        if struck:
+            trial.judge(name, case, code, said)
+            return
+    fault = message_fault(code, said, trial.out) if code else trial.cannot_finish()
+    trial.add(f"{name} after the end", "crashed" if code and fault else "lost" if fault else "right", case, fault)
+
+
+def _strike(trial, moment, happen):
+    """``(whether there was something left to do, exit status, what was said)`` of a run to which something happens.
+
+    It happens at an event, while the process stands still: some time after it would be another moment. At moment 0 it has
+    happened before the start.
+    """
+    if not moment:
+        happen()
+        return True, *run(trial.command.line(trial.out), before=lambda: arm(trial.out))
     events = Events(trial.out)
-    process = Process(trial.command.line(trial.out))
+    process = Process(trial.command.line(trial.out), before=lambda: arm(trial.out))
     try:
-        came = events.wait(trial.moment(n), process)
-        if came:
-            _stopped(process, happen)
+        struck = _stands(trial, process, events, moment)
+        if struck:
+            happen()
+        process.send(signal.SIGCONT)
         code = process.wait()
     finally:
         events.close()
-    if came:
-        after()
-    trial.judge(name, case, code, process.said)
+    return struck, code, process.said
 
 
-def _stopped(process, happen):
-    """Let something happen while the process stands still, so that it comes at the event and not some time after."""
-    if process.send(signal.SIGSTOP):
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    happen()
-    process.send(signal.SIGCONT)
+def _stands(trial, process, events, moment):
+    """Stop a process at an event; whether it stands and its output is not complete."""
+    return events.wait(moment, process) and process.stop() and not is_complete(trial.out, trial.whole["files"])
 
 
 def _two(other):
     def attempt(trial, name, case, n):
-        draw = random.Random(f"{trial.campaign.seed} {case}")
+        draw = random.Random(f"{trial.campaign.seed} {case} delay")
         wholes = [trial.whole, trial.other if other else trial.whole]
-        events = Events(trial.out)
-        first = Process(wholes[0]["command"].line(trial.out))
-        if n > 2:  # the first ones start together
-            events.wait(trial.moment(n), first)
-        first.ends_within(draw.random() * 1e-2)
-        second = Process(wholes[1]["command"].line(trial.out))
-        codes = [first.wait(), second.wait()]
-        events.close()
-        kind = f"{name}, {trial.command.name}"
-        faults = [message_fault(code, each.said) for code, each in zip(codes, (first, second)) if code]
-        if any(faults):
-            trial.campaign.add(kind, "crashed", case, f"{codes}, {max(faults)}")
-            return
-        if all(codes):
-            return trial.campaign.add(kind, "lost", case, f"both refused: {first.said[-400:]} {second.said[-400:]}")
-        ended = [whole for code, whole in zip(codes, wholes) if code == 0]
-        differ = [difference(trial.out, whole["files"]) for whole in ended]
-        # Two that ended well are both right; of two pictures the later one stays.
-        wrong = all(differ) if trial.command.out else any(differ)
-        outcome = "wrong" if wrong else "right" if all(code == 0 for code in codes) else "refused"
-        trial.campaign.add(kind, outcome, case, f"exit statuses {codes}: {differ}")
+        # The first ones start together.
+        for moment in trial.moments(case, n) if n > 1 else [0] * ATTEMPTS:
+            trial.reset()
+            overlap, ends = _beside(trial, wholes, moment, draw.choice((0, 0.01, 0.1, 1)) * draw.random())
+            if overlap:
+                break
+        else:
+            name = f"{name}, one after the other"
+        trial.add(name, *_judge_two(trial, wholes, case, ends))
 
     return attempt
 
 
+def _beside(trial, wholes, moment, delay):
+    """``(whether both were at work at one time, exit status and words of each)``.
+
+    The first process stands still at an event until the second one has come to the folder, and for a delay more.
+    """
+    events = Events(trial.out)
+    first = Process(wholes[0]["command"].line(trial.out))
+    overlap = bool(moment) and _stands(trial, first, events, moment)
+    events.read()
+    second = Process(wholes[1]["command"].line(trial.out))
+    if overlap:
+        events.wait(events.count + 1, second)
+        second.ends_within(delay)
+    elif not moment:
+        overlap = not first.ends_within(0)
+    first.send(signal.SIGCONT)
+    ends = [(each.wait(), each.said) for each in (first, second)]
+    events.close()
+    return overlap, ends
+
+
+def _judge_two(trial, wholes, case, ends):
+    """``(outcome, case, detail)`` of two processes of one folder."""
+    codes = [code for code, _ in ends]
+    if any(faults := [message_fault(code, said) for code, said in ends if code]):
+        return "crashed", case, f"{codes}, {max(faults)}"
+    if all(codes):
+        return "lost", case, f"both refused: {[said[-400:] for _, said in ends]}"
+    ended = [whole for code, whole in zip(codes, wholes) if code == 0]
+    differ = [difference(trial.out, whole["files"]) for whole in ended]
+    # Two that ended well are both right; of two pictures the later one stays.
+    wrong = all(differ) if trial.command.out else any(differ)
+    return "wrong" if wrong else "refused" if any(codes) else "right", case, f"exit statuses {codes}: {differ}"
+
+
 def _jumping_clock(trial, name, case, n):
     """A clock that jumps by up to weeks at every reading; of odd cases half a run is there, with times far off."""
-    draw = random.Random(f"{trial.campaign.seed} {case}")
-    if n % 2:
-        events = Events(trial.out)
-        process = Process(trial.command.line(trial.out))
-        events.wait(trial.moment(n), process)
-        process.send(signal.SIGKILL)
-        process.wait()
-        events.close()
-        for path in [*trial.out.rglob("*"), trial.out]:
-            time = draw.choice((0, 2**32))
-            os.utime(path, (time, time))
+    draw = random.Random(f"{trial.campaign.seed} {case} clock")
+    if n % 2 and not _leave_a_part(trial, case, n, draw):
+        name = f"{name}, nothing there before"
     seconds = draw.choice((1, 3600, 86400, 10**6))
+    ctypes.CDLL(None).faults_reset()
 
     def before():
         ctypes.CDLL(None).faults_clock(ctypes.c_long(seconds))
 
     code, said = finish(trial.command, trial.out, before=before)
-    trial.judge(name, case, code, said)
+    trial.judge(name if _count("ticks") else f"{name}: not read", case, code, said)
+
+
+def _leave_a_part(trial, case, n, draw):
+    """Kill a run at work and give its files times that are far off; whether one was at work."""
+    for moment in trial.moments(case, n):
+        trial.reset()
+        events = Events(trial.out)
+        process = Process(trial.command.line(trial.out))
+        struck = _stands(trial, process, events, moment)
+        process.send(signal.SIGKILL)
+        process.wait()
+        events.close()
+        if struck:
+            break
+    for path in [*trial.out.rglob("*"), trial.out]:
+        os.utime(path, (draw.choice((0, 2**32)),) * 2)
+    return struck
+
+
+def _few(trial):
+    return FEW
+
+
+def _once(trial):
+    return 1
 
 
 KINDS = [
-    ("disk full", None, _failing(errno.ENOSPC)),
-    ("input/output error", None, _failing(errno.EIO, alone=True)),
-    ("read-only after some calls", FEW, _failing(errno.EROFS)),
-    ("limit of a file's size", 9, _limited),
-    ("full tmpfs", FEW, _full_tmpfs),
-    ("read-only mount", 1, _read_only_mount),
-    ("folder removed", FEW, _vanishing),
-    ("folder moved away", FEW, _moved_away),
-    ("two processes, the same", FEW, _two(other=False)),
-    ("two processes, another seed", FEW, _two(other=True)),
-    ("jumping clock", FEW, _jumping_clock),
+    ("disk full", lambda trial: trial.failing(FULL), _failing(errno.ENOSPC, FULL)),
+    ("half of a write, then disk full", lambda trial: trial.failing(WRITES), _failing(errno.ENOSPC, HALF)),
+    ("input/output error", lambda trial: trial.failing(ALL), _failing(errno.EIO, ALL, alone=True)),
+    ("read-only after some calls", _few, _failing(errno.EROFS, READ_ONLY, few=True)),
+    ("limit of a file's size", Trial.sizes, _limited),
+    ("order of writing and renaming", _once, _ordered),
+    ("full tmpfs", _few, _full_tmpfs),
+    ("read-only mount", _once, _read_only_mount),
+    ("folder removed", _few, _vanishing),
+    ("folder moved away", _few, _moved_away),
+    ("two processes, the same", _few, _two(other=False)),
+    ("two processes, another seed", _few, _two(other=True)),
+    ("jumping clock", _few, _jumping_clock),
 ]
-"""Kinds of faults: a name, the largest n (None: the number of the command's calls), and what tries one case."""
+"""Kinds of faults: a name, the largest n of a trial, and what tries one case."""
 
-ALL = 10**6
+ENDLESS = 10**6
 """More than there are cases."""
 
 if __name__ == "__main__":
-    main("faults", __doc__, run_cases, ALL)
+    main("faults", __doc__, run_cases, ENDLESS)

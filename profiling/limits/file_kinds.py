@@ -44,7 +44,9 @@ class Kind:
         sealed: the file can tell that it was altered, and means something only as another one that was written whole.
         has_other: there is another file of this kind, in the folder ``<first part>-other``.
         beside: other folders that are copied.
-        named: what a refusal names, if not the file or its folder.
+        named: what a refusal may say that does not name the file: an option, a field, what the file does not fit, or that the
+            folder it stands in, ``{folder}``, or the one that was asked for, below ``{case}``, does not hold what was meant.
+        expected: function of the samples' folder that finds the reader's result on undamaged files in another way, or None.
         written: files that the command itself writes anew where it ends well.
         costly: the command takes a tenth of a second, and has fewer cases.
         readable: the undamaged sample is read; one that is not is refused with and without damage.
@@ -60,6 +62,7 @@ class Kind:
     written: tuple = ()
     costly: bool = False
     readable: bool = True
+    expected: object = None
 
     @property
     def folder(self):
@@ -214,8 +217,13 @@ def _resumed(place):
     return load_file(place / "run" / WEIGHTS), rows
 
 
+def _whole_run(samples):
+    """The weights and rows of the same run, never interrupted."""
+    return load_file(samples / "run-whole" / WEIGHTS), (samples / "run-whole" / "metrics.csv").read_text().splitlines()
+
+
 def _resumed_meaning(place):
-    """The rows up to the checkpoint as they stand; what comes after them is made anew."""
+    """The rows up to the checkpoint as they stand, what comes after them made anew, and the weights of a whole run."""
     titles, *whole = (place / "damaged").read_text().split("\n")[:-1]
     try:
         places = [tuple(map(int, row.split(",")[:2])) for row in whole]
@@ -223,23 +231,18 @@ def _resumed_meaning(place):
         raise Meaningless(error) from error
     if any(row.count(",") != titles.count(",") for row in whole) or places != sorted(set(places)):
         raise Meaningless("rows are torn or not in order")
-    return Rows([titles, *(row for row, at in zip(whole, places) if at <= (1, 2))])
-
-
-class Rows:
-    """Rows that the result of :func:`_resumed` must begin with, and have one more."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __eq__(self, other):
-        return other[1][:-1] == self.rows
+    weights, rows = _whole_run(place.with_name("samples"))
+    return weights, [titles, *(row for row, at in zip(whole, places) if at <= (1, 2)), rows[-1]]
 
 
 def _trained_on(place):
     data = ("--data", place / "pictures", "--seed", 0)
     run_command("teacher", "train", *data, *TRAINING, "--out", place / "training", "--resume")
     return load_file(place / "training" / "unet" / WEIGHTS)
+
+
+def _whole_training(samples):
+    return load_file(samples / "training-whole" / "unet" / WEIGHTS)
 
 
 def _reported(*options):
@@ -430,49 +433,71 @@ SHARD, CHECKPOINT = "shard-00001.safetensors", "checkpoint.safetensors"
 PART = "diffusion_pytorch_model-00001-of-00003.safetensors"
 OLDER = "older/unet/diffusion_pytorch_model.bin"
 RESUMED = {"beside": ("student", "data"), "written": ("run/metrics.csv", f"run/{CHECKPOINT}"), "costly": True}
+RESUMED |= {"expected": _whole_run, "named": ("{folder} holds a run with another",)}
 RECORDED = {"beside": ("teacher",), "written": ("data/manifest.json",), "costly": True}
 MODELS = {"beside": ("student", "teacher"), "costly": True}
 SETS = {"beside": ("pictures", "classes", "classifier"), "costly": True}
 EVALUATED = {"beside": ("student", "teacher", "classifier"), "costly": True}
+MODEL = {"named": ("{folder} holds a", f"{WEIGHTS} is damaged or of another model", "the weights in {folder} ")}
+TEACHER, SHARDED, PICKLED = (
+    {"named": (f"teacher {{case}}/{name}: ", f"teacher {{case}}/{name} "), "costly": True}
+    for name in ("teacher", "sharded", "older")
+)
+# An index may name a part that is not there, or that lacks what it should hold.
+INDEX = {**SHARDED, "named": (*SHARDED["named"], "the teacher's weights {folder}/")}
+SHARDS = {"named": ("shard {folder}/shard-",)}
 FIELDS = tuple(field.name for field in dataclasses.fields(RECIPES["joint"]))
 TAUGHT, PARTS = (_taught("teacher"), _taught_meaning("teacher")), (_taught("sharded"), _taught_meaning("sharded"))
 
 KINDS = {
-    "student's configuration": Kind("student/config.json", _sampled, _sampled_meaning),
+    "student's configuration": Kind("student/config.json", _sampled, _sampled_meaning, **MODEL),
     "student's weights": Kind(f"student/{WEIGHTS}", _sampled, _sampled_meaning, sealed=True),
     "student's weights without a digest": Kind(
         f"bare-student/{WEIGHTS}", partial(_sampled, name="bare-student"), partial(_sampled_meaning, name="bare-student")
     ),
     "student's training record": Kind("student/training.json", _recorded, _recorded_meaning),
-    "engine's configuration": Kind("fused/config.json", _fused, _fused_meaning),
+    "engine's configuration": Kind("fused/config.json", _fused, _fused_meaning, **MODEL),
     "engine's weights": Kind(f"fused/{WEIGHTS}", _fused, _fused_meaning, sealed=True),
     "engine's weights without a digest": Kind(
         f"bare-fused/{WEIGHTS}", partial(_fused, name="bare-fused"), partial(_fused_meaning, name="bare-fused")
     ),
     "pipeline's index": Kind("pipeline/model_index.json", _piped, _piped_meaning),
-    "pipeline's configuration": Kind("pipeline/student/config.json", _piped, _piped_meaning),
-    "pipeline's weights": Kind(f"pipeline/student/{WEIGHTS}", _piped, _piped_meaning),
-    "record of samples": Kind("samples/samples.json", _sampled_on, beside=("student",)),
-    "teacher's index": Kind("teacher/model_index.json", *TAUGHT, costly=True),
-    "teacher's configuration": Kind("teacher/unet/config.json", *TAUGHT, costly=True),
-    "teacher's schedule": Kind("teacher/scheduler/scheduler_config.json", *TAUGHT, costly=True),
-    "teacher's weights": Kind(f"teacher/unet/{WEIGHTS}", *TAUGHT, costly=True),
-    "teacher's index of weights": Kind(f"sharded/unet/{WEIGHTS}.index.json", *PARTS, costly=True),
-    "teacher's part of the weights": Kind(f"sharded/unet/{PART}", *PARTS, costly=True),
-    "teacher's pickled weights": Kind(OLDER, _older, _older_meaning, sealed=True, costly=True),
-    "manifest, distilled": Kind("data/manifest.json", _distilled, beside=("student",), costly=True),
-    "manifest, evaluated": Kind("data/manifest.json", _evaluated_samples, **EVALUATED),
+    "pipeline's configuration": Kind("pipeline/student/config.json", _piped, _piped_meaning, **MODEL),
+    "pipeline's weights": Kind(f"pipeline/student/{WEIGHTS}", _piped, _piped_meaning, **MODEL),
+    "record of samples": Kind(
+        "samples/samples.json", _sampled_on, beside=("student",), named=("{folder} holds pictures of another",)
+    ),
+    "teacher's index": Kind("teacher/model_index.json", *TAUGHT, **TEACHER),
+    "teacher's configuration": Kind("teacher/unet/config.json", *TAUGHT, **TEACHER),
+    "teacher's schedule": Kind("teacher/scheduler/scheduler_config.json", *TAUGHT, **TEACHER),
+    "teacher's weights": Kind(f"teacher/unet/{WEIGHTS}", *TAUGHT, **TEACHER),
+    "teacher's index of weights": Kind(f"sharded/unet/{WEIGHTS}.index.json", *PARTS, **INDEX),
+    "teacher's part of the weights": Kind(f"sharded/unet/{PART}", *PARTS, **SHARDED),
+    "teacher's pickled weights": Kind(OLDER, _older, _older_meaning, sealed=True, **PICKLED),
+    "manifest, distilled": Kind("data/manifest.json", _distilled, beside=("student",), costly=True, **SHARDS),
+    "manifest, evaluated": Kind("data/manifest.json", _evaluated_samples, **EVALUATED, **SHARDS),
     "manifest without a digest": Kind(
-        "bare-data/manifest.json", partial(_read_back, name="bare-data"), partial(_read_back_meaning, name="bare-data")
+        "bare-data/manifest.json",
+        partial(_read_back, name="bare-data"),
+        partial(_read_back_meaning, name="bare-data"),
+        **SHARDS,
     ),
     "manifest of a recording that goes on": Kind("data/manifest.json", _recorded_on, **RECORDED),
     "shard, distilled": Kind(f"data/{SHARD}", _distilled, beside=("student",), costly=True),
     "shard, read": Kind(f"data/{SHARD}", _read_back),
-    "shard of a recording that goes on": Kind(f"data/{SHARD}", _recorded_on, **RECORDED),
+    "shard of a recording that goes on": Kind(
+        f"data/{SHARD}", _recorded_on, named=("{folder} holds trajectories made with another",), **RECORDED
+    ),
     "checkpoint of a distillation": Kind(f"run/{CHECKPOINT}", _resumed, **RESUMED),
     "metrics of a distillation that goes on": Kind("run/metrics.csv", _resumed, _resumed_meaning, **RESUMED),
     "checkpoint of a teacher": Kind(
-        f"training/{CHECKPOINT}", _trained_on, beside=("pictures",), written=(f"training/{CHECKPOINT}",), costly=True
+        f"training/{CHECKPOINT}",
+        _trained_on,
+        beside=("pictures",),
+        written=(f"training/{CHECKPOINT}",),
+        costly=True,
+        named=("differ from the unfinished run in {folder}",),
+        expected=_whole_training,
     ),
     "evaluation": Kind("tables/evaluation.json", _reported(), _page_meaning(), **MODELS),
     "table of an ablation": Kind("tables/ablation.json", _reported("ablation"), _page_meaning("ablation"), **MODELS),
@@ -483,7 +508,7 @@ KINDS = {
     "recipe in TOML": Kind("tables/recipe.toml", _told("config", "recipe.toml"), _recipe_meaning("recipe.toml"), named=FIELDS),
     # Inception's own weights are not here: the sample is a whole file of a smaller network.
     "Inception's weights": Kind("tables/inception.pth", _evaluated_by_inception, beside=("pictures",), readable=False),
-    "classifier's configuration": Kind("classifier/config.json", _extracted, _extracted_meaning, beside=("pictures",)),
+    "classifier's configuration": Kind("classifier/config.json", _extracted, _extracted_meaning, beside=("pictures",), **MODEL),
     "classifier's training record": Kind("classifier/training.json", _extracted, _extracted_meaning, beside=("pictures",)),
     "classifier's weights": Kind(f"classifier/{WEIGHTS}", _extracted, _extracted_meaning, sealed=True, beside=("pictures",)),
     "classifier's weights, evaluated": Kind(

@@ -157,7 +157,11 @@ def _make_classifiers(folder):
 
 
 def _make_runs(folder):
-    """A distillation and a teacher's training that were interrupted."""
+    """A distillation and a teacher's training that were interrupted, and the same ones whole."""
+    distilled = ("distill", "--init", folder / "student", "--trajectories", folder / "data", "--seed", 0)
+    run_command(*distilled, *RUN, "--out", folder / "run-whole")
+    trained = ("teacher", "train", "--data", folder / "pictures", "--seed", 0)
+    run_command(*trained, *TRAINING, "--out", folder / "training-whole")
     for name, seed in (("run", 0), ("run-other", 1)):
         with mock.patch.object(Distiller, "_draw_samples", side_effect=KeyboardInterrupt):
             data = ("--init", folder / "student", "--trajectories", folder / "data", "--seed", seed)

@@ -1,15 +1,18 @@
 """A short run of the campaign of damaged files: each kind of file is damaged in several ways, and every mutation is tried."""
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from profiling.limits import damaged_files
-from profiling.limits.damage import STRUCTURES, mutations
+from profiling.limits.damage import STRUCTURES, damage, mutations
 from profiling.limits.damaged_files import ROUND, case_of
 from profiling.limits.file_kinds import KINDS, Kind
 
@@ -36,6 +39,37 @@ def test_nothing_does_not_equal_an_undamaged_file_that_was_not_read(whole, monke
     monkeypatch.setitem(KINDS, "preset", Kind("tables/preset.json", lambda place: None))
     outcome, _ = damaged_files._outcome(SimpleNamespace(whole=whole, case=tmp_path), "preset", "truncated")
     assert outcome == "wrong"
+
+
+def test_a_damaged_file_says_something_else():
+    """An equal file in its place, or the same JSON laid out another way, is no damage."""
+    for number in range(300):
+        draw = random.Random(number)
+        for data, form in ((b'{"a": 1}', "json"), (b"a = 1\n", "toml"), (bytes(64), "image")):
+            mutation, found = damage(draw, data, form, draw.choice(mutations(form)), [data, data + b"x"])
+            assert found != data and mutation in mutations(form)
+            if form == "json":
+                with contextlib.suppress(ValueError, RecursionError):
+                    assert json.loads(found, object_pairs_hook=repr) != json.loads(data, object_pairs_hook=repr)
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"), (("{case}/tables/preset.json is bad", "refused"), ("--out {case}/out is bad", "crashed"))
+)
+def test_a_refusal_names_the_file(said, outcome, tmp_path):
+    """The folder that all cases write to is no name."""
+    refused = damaged_files.Refused(2, f"advkd: {said.format(case=tmp_path)}")
+    assert damaged_files._refusal(KINDS["preset"], refused, SimpleNamespace(case=tmp_path))[0] == outcome
+
+
+def test_a_resumed_run_equals_a_whole_one(monkeypatch, tmp_path):
+    """A resumption that gives nothing but zeros would always equal itself."""
+    for weights, fault in ((torch.ones(2), None), (torch.zeros(2), "though nothing is damaged")):
+        kind = Kind("tables/preset.json", lambda case, weights=weights: weights, expected=lambda samples: torch.ones(2))
+        monkeypatch.setitem(KINDS, "preset", kind)
+        place = SimpleNamespace(lay_out=lambda kind: None, case=tmp_path, samples=tmp_path)
+        with pytest.raises(RuntimeError, match=fault) if fault else contextlib.nullcontext():
+            damaged_files.Workplace._read_whole(place, "preset")
 
 
 SCRIPT = """
