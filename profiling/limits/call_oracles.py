@@ -69,7 +69,7 @@ def project(arguments):
 
 
 @functools.cache
-def _digits():
+def table_of_digits():
     """The digits of scikit-learn's table, ``(N, 8, 8)`` in [-1, 1]."""
     with gzip.open(files("sklearn.datasets.data").joinpath("digits.csv.gz").open("rb"), "rt") as table:
         rows = np.loadtxt(table, delimiter=",")
@@ -79,7 +79,7 @@ def _digits():
 def digits(size, channels):
     """The digits at a size, by a cubic convolution (a = -0.75) along either axis, as float32 ``(N, C, size, size)``."""
     along = _cubic(size)
-    resized = np.clip(np.einsum("ih,nhw,jw->nij", along, _digits(), along), -1, 1)
+    resized = np.clip(along @ table_of_digits() @ along.T, -1, 1)
     return torch.from_numpy(np.repeat(resized[:, None], channels, axis=1)).to(torch.float32)
 
 

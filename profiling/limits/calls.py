@@ -28,7 +28,7 @@ import torch
 from advkd.data import load_images
 from advkd.errors import BackendUnavailableError, InputError
 
-from . import call_measures, call_ops, call_systems
+from . import call_measures, call_ops, call_oracles, call_systems
 from .call_modes import MODES, QUOTAS, SHARES, Wrong, equal_bits, flat, has_meaning, mapped
 from .draw import Draw, spoiled
 from .record import main
@@ -309,6 +309,7 @@ def _warm():
     from torchmetrics.image.kid import poly_mmd  # noqa: F401
 
     load_images("digits")
+    call_oracles.table_of_digits()
     for i in range(len(call_systems.CONFIGS)):
         call_systems.exact(i)
         for backend, dtype in call_systems.ENGINES:
