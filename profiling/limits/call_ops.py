@@ -18,6 +18,7 @@ from advkd.ops.layout import memory_format
 from advkd.ops.mask_mul import pack
 from advkd.ops.sampler_step import COEFFICIENTS as COLUMNS
 
+from . import call_formulas
 from .draw import DTYPES
 
 UNIT = 2.0**-24
@@ -170,26 +171,13 @@ def mask_mul(draw):
         "mask_mul",
         ops.mask_mul,
         arguments,
-        same=mask_mul_in_plain,
+        same=call_formulas.mask_mul,
         differentiable=("x",),
         written=("out",),
         fits=(("x", "mask", "out", "backend"),),
         received=(0,),
     )
     return _checked_backend(call, dtype).spoil("out", not fits)
-
-
-def mask_mul_in_plain(arguments):
-    """The values under a mask, one sample's bits after the other."""
-    x, mask = arguments["x"], arguments["mask"].numpy()
-    x = x.contiguous(memory_format=memory_format(x))
-    last = not x.is_contiguous()
-    values = x.permute(0, 2, 3, 1).flatten(1) if last else x.reshape(len(x), math.prod(x.shape[1:]))
-    bits = np.unpackbits(mask, axis=1, bitorder="little")[:, : values.shape[1]].astype(bool)
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = (values.to(exact) * float(arguments["slope"])).to(x.dtype)
-    found = torch.where(torch.from_numpy(bits), values, scaled)
-    return found.reshape(*x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) if last else found.reshape(x.shape)
 
 
 def _elementwise(draw, dtype):
@@ -264,6 +252,7 @@ def conv_block(draw):
         "conv_block",
         ops.conv_block,
         arguments,
+        oracle=call_formulas.conv_block,
         bound=_conv_block_bound,
         differentiable=("x", "weight", "bias"),
         fits=(("x", "weight", "bias", "backend"),),
@@ -296,7 +285,8 @@ def interpolate(draw):
         a, fits = _noise(draw, shape[0])
     arguments = {"real": real, "fake": fake, "a": a, "merge": draw.chance(0.4), "backend": _elementwise(draw, dtype)}
     group = (("real", "fake", "a", "backend"),)
-    call = Call("interpolate", ops.interpolate, arguments, differentiable=("real", "fake", "a"), fits=group)
+    inputs, plain = ("real", "fake", "a"), call_formulas.interpolate
+    call = Call("interpolate", ops.interpolate, arguments, same=plain, differentiable=inputs, fits=group)
     return _checked_backend(call, dtype).spoil("a", not fits)
 
 
@@ -340,6 +330,7 @@ def penalty_reduce(draw):
         "penalty_reduce",
         ops.penalty_reduce,
         arguments,
+        oracle=call_formulas.penalty_reduce,
         bound=_penalty_bound,
         differentiable=("g",),
         written=("out",),
@@ -388,6 +379,7 @@ def norm_act(draw):
         "norm_act",
         ops.norm_act,
         arguments,
+        oracle=call_formulas.norm_act,
         bound=_norm_act_bound,
         order=1,
         differentiable=("x", "gamma", "beta"),
@@ -463,6 +455,7 @@ def image_gradient(draw):
         "image_gradient",
         ops.image_gradient,
         arguments,
+        oracle=call_formulas.image_gradient,
         bound=_image_gradient_bound,
         differentiable=("d", "weight"),
         fits=(("d", "weight", "shape", "stride", "padding", "dilation", "groups", "backend"),),
@@ -582,6 +575,7 @@ def sampler_step(draw):
         "sampler_step",
         ops.sampler_step,
         arguments,
+        oracle=call_formulas.sampler_step,
         bound=_sampler_step_bound,
         differentiable=("x", "model_output", "previous_x0", "noise"),
         written=("out",),
