@@ -390,8 +390,8 @@ MODES = {
 SHARES = {"plain": 12.0, "from four threads": 1.5, "vmap": 2.0, "after a fork": 0.0, "compiled": 0.0}
 """How often a mode is drawn, 1 where not named."""
 
-QUOTAS = {"compiled": 400, "after a fork": 333}
-"""Costly modes, each of every so many cases, which are calls for which it means something."""
+QUOTAS = {"compiled": 400, "after a fork": 300}
+"""Costly modes: one case of so many is in each, a call for which it means something."""
 
 
 def _repeatable(call):
@@ -424,8 +424,8 @@ _FIRST = {
     # They would write to the same place.
     "from four threads": lambda call: call.name != "save_pretrained" and "whole" not in call.options,
     "after a fork": _forks,
-    # Weights' values are looked at, outside of a graph.
-    "compiled": lambda call: _is_op(call) and call.name != "conv_block",
+    # Values are looked at, outside of a graph.
+    "compiled": lambda call: _is_op(call) and call.name != "conv_block" and not call.arguments.get("check_finite"),
     "meta": lambda call: call.order is not None and _is_op(call) and call.name != "gradient_penalty",
     "fake": lambda call: call.order is not None and _is_op(call) and call.name != "gradient_penalty",
     "gradient": _differentiates,

@@ -349,6 +349,8 @@ def _penalty_bound(wide, wanted, same):
     penalties = share * (2 * (norm - target).abs() * off + off.square()) + count * wanted[0].abs()
     slack = 2 * share * (off + count * (norm + abs(target))) / norm.where(norm > 0, 1)
     v = slack[:, None] * g.abs() + count * share * g.abs()
+    # The squares of such numbers are lost in float32.
+    v = torch.where(((norm > 0) & (norm < 2.0**-50))[:, None], math.nan, v)
     least = 2.0**-100 * (1 + abs(target))
     return [stored(penalties + least, wanted[0], same[0].dtype), stored(v.view_as(wanted[1]) + least, wanted[1], dtype)]
 
@@ -584,7 +586,10 @@ def sampler_step(draw):
         received=(0, -1),
     )
     _checked_backend(call, dtype).spoil("coefficients", not fits).spoil("noise", not noise_fits)
-    return call.spoil("pool", not pool_fits).spoil("out", not out_fits).spoil("check_finite", arguments["check_finite"])
+    given = (x, m, history, noise if isinstance(noise, torch.Tensor) else None)
+    infinite = dtype == torch.float16 or not all(t.isfinite().all() for t in given if t is not None)
+    call.spoil("check_finite", arguments["check_finite"] and infinite)
+    return call.spoil("pool", not pool_fits).spoil("out", not out_fits)
 
 
 def _step_noise(draw, shape, dtype):
