@@ -63,10 +63,14 @@ def conv_block(given):
 def image_gradient(given):
     """The gradient that autograd has of a convolution."""
     d, weight = given["d"], given["weight"]
-    options = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
+    options = {name: _whole(given[name]) for name in ("stride", "padding", "dilation", "groups")}
     with torch.enable_grad():
         x = torch.zeros(tuple(given["shape"]), dtype=d.dtype, device="cpu", requires_grad=True)
         return torch.autograd.grad(F.conv2d(x, weight, **options), x, d)[0]
+
+
+def _whole(option):
+    return tuple(map(int, option)) if isinstance(option, (tuple, list)) else int(option)
 
 
 def penalty_reduce(given):
@@ -106,5 +110,12 @@ def sampler_step(given):
         noise = _drawn(ops.philox_normal, seed, indices, x.shape[1:], stream="step", step=step)
     if noise is not None:
         state = state + c_z * noise
-    pool = given["pool"] and int(given["pool"])
-    return state, clean if given["return_x0"] else None, F.avg_pool2d(state, pool) if pool else None
+    return state, clean if given["return_x0"] else None, _pooled(state, int(given["pool"] or 0))
+
+
+def _pooled(state, side):
+    """Averages of squares of that side; 0: none."""
+    if not side:
+        return None
+    n, c, h, w = state.shape
+    return state.reshape(n, c, h // side, side, w // side, side).mean((3, 5))

@@ -2,9 +2,11 @@
 
     python -m profiling.limits.calls --count 100000 --seed 0
 
-Case i draws a function, arguments (most valid, in odd layouts; some plainly wrong) and a way to call it. An answer is right if
-dtype, shape and every number are the reference's, to what rounding allows, and nothing was written but ``out``. Cases run in
-forked processes, so that one that ends its process or hangs is a finding and not the end.
+Case i draws a function, arguments in odd layouts (in three cases of four all fit; in the others one or two may not) and a way to
+call it. An answer is right if dtype, shape and every number are those of code of its own, to what rounding allows, if ``out`` is
+what was given and nothing else was written. What fits may be refused only where a backend or a derivative is missing, what does
+not by an error that names it. Cases run in forked processes, so that one that ends its process or hangs is a finding and not the
+end.
 """
 
 import contextlib
