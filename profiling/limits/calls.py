@@ -4,9 +4,9 @@
 
 Case i draws a function, arguments in odd layouts (in seven cases of ten all fit, in the others one or more need not), and a way
 to call it. An answer is right if dtype, shape and every number are those of code of its own, to what rounding allows, if
-``out`` is what was given, and if nothing else was written. What fits is refused only where a backend or a derivative is missing,
-what does not by an error that names it. Cases run in forked processes, so that one that ends its process or hangs is a finding
-and not the end.
+``out`` is what was given, and if nothing else was written. What fits is refused only where a backend or a derivative is
+missing, what does not by an error that names it. Cases run in forked processes, so that one that ends its process or hangs is a
+finding and not the end.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ def test_every_mode_has_cases_that_are_right_or_refused(mode, tmp_path, monkeypa
 
 @pytest.mark.parametrize("mode", QUOTAS)
 def test_costly_modes_come_regularly_and_mean_something(mode):
-    numbers = range(QUOTAS[mode] - 1, 6 * QUOTAS[mode], QUOTAS[mode])
+    numbers = range(QUOTAS[mode] - 1, 3 * QUOTAS[mode], QUOTAS[mode])
     for call, drawn, spoilt, _ in (calls.case(3, number) for number in numbers):
         assert drawn == mode and spoilt is None and has_meaning(mode, call)
 
