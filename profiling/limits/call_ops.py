@@ -470,7 +470,8 @@ def _image_gradient_bound(wide, wanted, same):
         **{**wide, "d": wide["d"].abs(), "weight": wide["weight"].abs(), "backend": "reference"},
     )
     # Torch multiplies weights with the zeros of a border too.
-    terms = wide["weight"][:, 0].numel() + 4 if wide["weight"].isfinite().all() else math.nan
+    plain = wide["weight"].isfinite().all() and (not narrow(same[0].dtype) or wide["d"].isfinite().all())
+    terms = wide["weight"][:, 0].numel() + 4 if plain else math.nan
     # In halves torch may round its sums.
     return [(terms * UNIT + terms * narrow(same[0].dtype)) * sizes + narrow(same[0].dtype) * wanted[0].abs() + 2.0**-60]
 

@@ -225,7 +225,7 @@ def _not_moved(call, wide):
         return None
     for name, (wanted, bound) in call.after(wide).items():
         found = call.arguments[name]
-        if detail := _off(found, wanted, wanted, bound, True):
+        if detail := _off(found, wanted, wanted, bound + 4 * call_ops.narrow(found.dtype) * wanted.abs(), True):
             return f"{name} afterwards: {detail}"
     return None
 
