@@ -21,10 +21,6 @@ PATIENCE = 60
 """Seconds until a forked process that has not answered hangs."""
 
 
-class NotHere(Exception):
-    """The mode has no meaning for this call."""
-
-
 class Wrong(Exception):
     """A fault that a mode finds itself."""
 
@@ -55,11 +51,13 @@ def flat(result):
 def identical(found, wanted):
     """True if two results have the same bits, NaN aside."""
     found, wanted = flat(found), flat(wanted)
-    return len(found) == len(wanted) and all(map(_identical, found, wanted))
+    alike = [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+    return alike and all(bool(equal_bits(a, b).all()) for a, b in zip(found, wanted, strict=True))
 
 
-def _identical(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+def equal_bits(a, b):
+    """Where two tensors have the same number, or NaN both."""
+    return (a == b) | ((a != a) & (b != b))
 
 
 def plain(call, draw):
@@ -108,16 +106,12 @@ def _autocast():
 
 
 def two_threads(call, draw):
-    if call.name == "conv_bias_act_mask":
-        # The sums of torch's own convolution depend on the number of threads.
-        raise NotHere
     with _two_threads():
         return call.function(**call.arguments)
 
 
 def twice(call, draw):
     """The second call gives the first one's bits."""
-    _unwritten(call)
     found = call.function(**call.arguments)
     if not identical(found, call.function(**call.arguments)):
         raise Wrong("the second call gives other bits")
@@ -133,7 +127,6 @@ def pickled(call, draw):
 
 
 def _copied(call, copying):
-    _unwritten(call)
     arguments = {}
     for name, value in call.arguments.items():
         try:
@@ -145,25 +138,17 @@ def _copied(call, copying):
 
 def engine_copied(call, draw):
     made = call.options.get("engine")
-    if made is None or call.name != "FusedStudent":
-        raise NotHere
     other = draw.choice((copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))))(made)
     return other(**call.arguments)
 
 
 def functional(call, draw):
     made = call.options.get("engine")
-    if made is None or call.name != "FusedStudent":
-        raise NotHere
     return torch.func.functional_call(made, dict(made.named_buffers()), (call.arguments["z"],))
 
 
 def from_threads(call, draw):
     """Four threads at once get what one gets."""
-    _unwritten(call)
-    if call.name == "save_pretrained" or "whole" in call.options:
-        # They would write to the same place.
-        raise NotHere
     wanted, found = call.function(**call.arguments), [None] * 4
 
     def run(k):
@@ -182,11 +167,6 @@ def from_threads(call, draw):
 
 def after_fork(call, draw):
     """A child of a process that has used two threads gets its parent's bits, where the threads are not torch's own."""
-    _unwritten(call)
-    made = call.options.get("engine")
-    own = call.arguments.get("backend") == "cpu" if made is None else made.backend == "cpu"
-    if call.name in ("conv_bias_act_mask", "gradient_penalty") or not own:
-        raise NotHere
     with _two_threads():
         wanted = call.function(**call.arguments)
         reading, writing = os.pipe()
@@ -206,7 +186,10 @@ def _in_child(call, wanted, writing):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(PATIENCE)
     try:
-        same = identical(call.function(**call.arguments), wanted)
+        found = call.function(**call.arguments)
+        # The comparison is torch's own, whose threads are dead here.
+        torch.set_num_threads(1)
+        same = identical(found, wanted)
         os.write(writing, b"same" if same else b"other bits than in the parent")
     except BaseException:
         os.write(writing, traceback.format_exc().encode())
@@ -216,10 +199,6 @@ def _in_child(call, wanted, writing):
 
 def compiled(call, draw):
     """One graph without a break; what is refused is refused without a compiler."""
-    _unwritten(call)
-    # Weights' values are looked at, outside of a graph.
-    if call.name not in ops.__all__ or call.name in ("conv_block", "student_forward"):
-        raise NotHere
     call.function(**call.arguments)
     torch._dynamo.reset()
     torch._dynamo.config.suppress_errors = False
@@ -239,9 +218,6 @@ def fake(call, draw):
 
 
 def _without_memory(call, convert, context):
-    _unwritten(call)
-    if call.order is None or call.name not in ops.__all__ or call.name in ("gradient_penalty", "student_forward"):
-        raise NotHere
     wanted = call.function(**call.arguments)
     arguments = {name: mapped(lambda t: convert(t.detach()), value) for name, value in call.arguments.items()}
     with context:
@@ -251,18 +227,13 @@ def _without_memory(call, convert, context):
     return wanted
 
 
-def _unwritten(call):
-    """Calls that are repeated must find the same arguments."""
-    if any(call.arguments.get(name) is not None for name in call.written):
-        raise NotHere
-
-
 def _chosen(call, draw):
     """Name of a floating-point argument that may be differentiated."""
-    names = [name for name in call.differentiable if _differentiable(call.arguments.get(name))]
-    if not names:
-        raise NotHere
-    return draw.choice(names)
+    return draw.choice(_choices(call))
+
+
+def _choices(call):
+    return [name for name in call.differentiable if _differentiable(call.arguments.get(name))]
 
 
 def _differentiable(value):
@@ -281,7 +252,6 @@ def _summed(call, name):
 
 def with_gradient(call, draw):
     """A gradient through backward(): right, or refused."""
-    _unwritten(call)
     if call.name == "gradient_penalty":
         return _penalty_gradient(call)
     name = _chosen(call, draw)
@@ -322,8 +292,6 @@ def _norm_act_gradient(call, name, leaf, found):
 
 def _penalty_gradient(call):
     critic = call.arguments["critic"]
-    if not isinstance(critic, torch.nn.Module):
-        raise NotHere
     parameters = list(critic.parameters())
     found = call.function(**call.arguments)
     ours = torch.autograd.grad(found, parameters, create_graph=True, allow_unused=True)
@@ -353,7 +321,6 @@ def _once(gradient, leaf):
 
 def grad_transform(call, draw):
     """torch.func.grad and vjp see no gradient that is not there."""
-    _unwritten(call)
     name = _chosen(call, draw)
     call.function(**call.arguments)
     torch.func.grad(_summed(call, name))(call.arguments[name])
@@ -361,7 +328,6 @@ def grad_transform(call, draw):
 
 
 def jvp_transform(call, draw):
-    _unwritten(call)
     name = _chosen(call, draw)
     call.function(**call.arguments)
     value = call.arguments[name].clone(memory_format=torch.contiguous_format)
@@ -370,7 +336,6 @@ def jvp_transform(call, draw):
 
 
 def forward_mode(call, draw):
-    _unwritten(call)
     name = _chosen(call, draw)
     call.function(**call.arguments)
     value = call.arguments[name].detach().clone(memory_format=torch.contiguous_format)
@@ -387,7 +352,6 @@ def _refused_or(call, name):
 
 def vectorized(call, draw):
     """torch.func.vmap over one argument gives what a loop gives."""
-    _unwritten(call)
     name = _chosen(call, draw)
     value = call.arguments[name]
     wanted = call.function(**call.arguments)
@@ -426,5 +390,57 @@ MODES = {
 }
 """Name -> function of a call and a draw that gives the call's result, whose modes are off again when it returns."""
 
-SHARES = {"plain": 12.0, "after a fork": 0.02, "from four threads": 0.5, "compiled": 0.006}
+SHARES = {"plain": 12.0, "from four threads": 1.5, "vmap": 2.0, "after a fork": 0.0, "compiled": 0.0}
 """How often a mode is drawn, 1 where not named."""
+
+QUOTAS = {"compiled": 400, "after a fork": 300}
+"""Costly modes: one case of so many is in each, a call for which it means something."""
+
+
+def _repeatable(call):
+    """Calls that are repeated must find the same arguments."""
+    return not any(call.arguments.get(name) is not None for name in call.written)
+
+
+def _is_op(call):
+    return call.name in ops.__all__ and call.name != "student_forward"
+
+
+def _forks(call):
+    """The process that forked has used its threads, where these are not torch's own."""
+    made = call.options.get("engine")
+    own = call.arguments.get("backend") == "cpu" if made is None else made.backend == "cpu"
+    return own and call.name not in ("conv_bias_act_mask", "gradient_penalty")
+
+
+def _differentiates(call):
+    if call.name == "gradient_penalty":
+        return isinstance(call.arguments["critic"], torch.nn.Module)
+    return bool(_choices(call))
+
+
+_FIRST = {
+    # The sums of torch's own convolution depend on the number of threads.
+    "two threads": lambda call: call.name != "conv_bias_act_mask",
+    "engine copied": lambda call: call.name == "FusedStudent",
+    "functional_call": lambda call: call.name == "FusedStudent",
+    # They would write to the same place.
+    "from four threads": lambda call: call.name != "save_pretrained" and "whole" not in call.options,
+    "after a fork": _forks,
+    # Values are looked at, outside of a graph.
+    "compiled": lambda call: _is_op(call) and call.name != "conv_block" and not call.arguments.get("check_finite"),
+    "meta": lambda call: call.order is not None and _is_op(call) and call.name != "gradient_penalty",
+    "fake": lambda call: call.order is not None and _is_op(call) and call.name != "gradient_penalty",
+    "gradient": _differentiates,
+    **dict.fromkeys(("func.grad", "func.jvp", "forward mode", "vmap"), lambda call: bool(_choices(call))),
+}
+"""Name of a mode -> whether it has a meaning for a call."""
+
+_ONCE = ("plain", "no_grad", "inference_mode", "autocast", "another default dtype", "another default device", "poisoned memory")
+"""Modes that call once, with the arguments themselves."""
+
+
+def has_meaning(mode, call):
+    """True if a mode has a meaning for a call."""
+    once = mode in (*_ONCE, "two threads", "engine copied", "functional_call")
+    return (once or _repeatable(call)) and _FIRST.get(mode, lambda call: True)(call)

@@ -1,9 +1,9 @@
 """Calls of the public ops with random arguments, and how far from the reference in float64 each may be."""
 
-import copy
 import fractions
 import functools
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -18,6 +18,7 @@ from advkd.ops.layout import memory_format
 from advkd.ops.mask_mul import pack
 from advkd.ops.sampler_step import COEFFICIENTS as COLUMNS
 
+from . import call_formulas
 from .draw import DTYPES
 
 UNIT = 2.0**-24
@@ -40,7 +41,11 @@ class Call:
         order: of differentiability; None where torch differentiates.
         differentiable: names of the arguments that a gradient may be asked for.
         written: names of the arguments that may be written.
-        draws: results are no function of dtype: the oracle is ``same``.
+        fits: groups of arguments that must fit each other: a refusal of one may name another of its group.
+        check: function ``(results, wide arguments, wanted, same)`` that gives a further fault of the results, or None.
+        after: function of the wide arguments that gives ``(wanted, bound)`` of written arguments, by name.
+        received: place among the results of each tensor in ``out``.
+        spoilt: names of arguments that do not fit on purpose; the others of a call do.
     """
 
     name: str
@@ -53,15 +58,35 @@ class Call:
     differentiable: tuple = ()
     written: tuple = ()
     options: dict = field(default_factory=dict)
+    fits: tuple = ()
+    check: Callable | None = None
+    after: Callable | None = None
+    received: tuple = ()
+    spoilt: list = field(default_factory=list)
 
     def reference(self, arguments):
         """The reference's result; nothing is written into an argument."""
         kept = {name: value for name, value in arguments.items() if name not in self.written}
         return self.function(**{**kept, "backend": "reference"})
 
+    def spoil(self, name, when=True):
+        """Say that an argument need not fit."""
+        if when and name not in self.spoilt:
+            self.spoilt.append(name)
+        return self
 
-def _backend(draw):
-    return draw.choice(("auto", "auto", "cpu", "cpu", "reference", "cuda", "triton") if draw.chance(0.15) else ("auto", "cpu"))
+    def may_be_named(self, spoilt):
+        """The arguments that a refusal of ``spoilt`` may name."""
+        return {spoilt, *(name for group in self.fits if spoilt in group for name in group)}
+
+
+def backend_for(draw, *, cpu=True):
+    """A backend that can run, now and then one that cannot; ``cpu``: that one takes the tensors."""
+    if draw.chance(0.03):
+        return draw.choice(("cuda", "triton"))
+    if draw.chance(0.03):
+        return draw.choice(("cpu", "reference"))
+    return draw.choice(("auto", "cpu") if cpu else ("auto", "auto", "reference"))
 
 
 def _slope(draw):
@@ -73,25 +98,43 @@ def _dtype(draw):
 
 
 def _out(draw, like, others=()):
-    """A tensor that receives a result: new, the input itself, another view of it, or one that does not fit."""
-    if draw.chance(0.5):
-        return None
-    kind = draw.choice(("new", "itself", "view", "shifted", "other", "layout", "overlapping"))
-    if kind == "itself":
-        return like
-    if kind == "view":
-        return like[:] if like.ndim else like
-    if kind == "shifted" and like.numel() > 2 and like.ndim:
-        flat = like.as_strided((like.numel() + 1,), (1,), 0) if _room(like) > like.numel() else None
-        return None if flat is None else flat[1:].view(like.shape)
-    if kind == "other" and others:
-        return draw.choice(others)
-    if kind == "layout":
-        return draw.laid_out(torch.full(like.shape, math.nan, dtype=like.dtype, device="cpu"))
+    """``(tensor that receives a result, whether it fits)``: a new one, the input itself, another view of it, or a bad one."""
+    if draw.chance(0.4):
+        return None, True
+    if draw.chance(0.15):
+        return _bad_out(draw, like), False
+    kind = draw.choice(("new", "new", "itself", "view", "other"))
+    if kind in ("itself", "view") and _writable(like):
+        return (like[:] if kind == "view" and like.ndim else like), True
+    fitting = [other for other in others if _like(other, like)]
+    if kind == "other" and fitting:
+        return draw.choice(fitting), True
+    return blank(like), True
+
+
+def blank(like, shape=None):
+    """A tensor for a result that is laid out as ops lay theirs out."""
+    shape = like.shape if shape is None else shape
+    return torch.full(shape, math.nan, dtype=like.dtype, device="cpu").contiguous(memory_format=memory_format(like))
+
+
+def _bad_out(draw, like):
+    kind = draw.choice(("shifted", "layout", "overlapping"))
+    if kind == "shifted" and like.numel() > 2 and like.ndim and _room(like) > like.numel():
+        return like.as_strided((like.numel() + 1,), (1,), 0)[1:].view(like.shape)
     if kind == "overlapping":
         return torch.zeros(1, dtype=like.dtype, device="cpu").expand(like.shape)
-    layout = memory_format(like)
-    return torch.full(like.shape, math.nan, dtype=like.dtype, device="cpu").contiguous(memory_format=layout)
+    return draw.laid_out(torch.full(like.shape, math.nan, dtype=like.dtype, device="cpu"))
+
+
+def _writable(tensor):
+    """True if an op that reads a tensor can also write its result there."""
+    return tensor.is_contiguous(memory_format=memory_format(tensor)) and not tensor.is_inference() and not tensor.is_neg()
+
+
+def _like(tensor, other):
+    laid_out = tensor.is_contiguous(memory_format=memory_format(other))
+    return laid_out and tensor.dtype == other.dtype and _writable(tensor)
 
 
 def _room(tensor):
@@ -122,8 +165,29 @@ def mask_mul(draw):
     count = math.prod(shape[1:])
     bits = torch.rand((shape[0], count), generator=draw.generator, device="cpu") > 0.4
     mask = pack(bits)
-    arguments = {"x": x, "mask": mask, "slope": _slope(draw), "out": _out(draw, x), "backend": _backend(draw)}
-    return Call("mask_mul", ops.mask_mul, arguments, differentiable=("x",), written=("out",))
+    out, fits = _out(draw, x)
+    arguments = {"x": x, "mask": mask, "slope": _slope(draw), "out": out, "backend": _elementwise(draw, dtype)}
+    call = Call(
+        "mask_mul",
+        ops.mask_mul,
+        arguments,
+        same=call_formulas.mask_mul,
+        differentiable=("x",),
+        written=("out",),
+        fits=(("x", "mask", "out", "backend"),),
+        received=(0,),
+    )
+    return _checked_backend(call, dtype).spoil("out", not fits)
+
+
+def _elementwise(draw, dtype):
+    """A backend of an op whose kernels take all dtypes but float64."""
+    return backend_for(draw, cpu=dtype != torch.float64)
+
+
+def _checked_backend(call, dtype, cpu=DTYPES[:3]):
+    """``call``, whose backend does not fit where that is ``cpu`` and the dtype none of its kernels'."""
+    return call.spoil("backend", call.arguments["backend"] == "cpu" and dtype not in cpu)
 
 
 def conv_bias_act_mask(draw):
@@ -132,16 +196,39 @@ def conv_bias_act_mask(draw):
     c *= groups
     dtype, out = _dtype(draw), groups * draw.randint(1, 4)
     kernel = (draw.randint(1, 3), draw.randint(1, 3))
+    window, fits = _fitting_window(draw, (h, w), kernel)
     arguments = {
         "x": draw.tensor((n, c, h, w), dtype),
         "weight": draw.tensor((out, c // groups, *kernel), dtype),
         "bias": draw.choice((None, draw.tensor((out,), dtype))),
-        **_window(draw),
+        **window,
         "groups": groups,
         "slope": _slope(draw),
-        "backend": _backend(draw),
+        "backend": _elementwise(draw, dtype),
     }
-    return Call("conv_bias_act_mask", ops.conv_bias_act_mask, arguments, differentiable=("x", "weight", "bias"))
+    call = Call(
+        "conv_bias_act_mask",
+        ops.conv_bias_act_mask,
+        arguments,
+        differentiable=("x", "weight", "bias"),
+        fits=(("x", "weight", "bias", "stride", "padding", "dilation", "groups", "backend"),),
+    )
+    return _checked_backend(call, dtype).spoil("weight", not fits)
+
+
+def _fitting_window(draw, size, kernel):
+    """A window's options, and whether a kernel fits into an image with them: nearly always."""
+    for _ in range(8):
+        window = _window(draw)
+        sides = _sides(size, kernel, window)
+        if min(sides) >= 1 and min(size) >= 1:
+            return window, True
+    return window, False
+
+
+def _sides(size, kernel, window):
+    pairs = [v if isinstance(v, tuple) else (v, v) for v in window.values()]
+    return [(s + 2 * p - q * (k - 1) - 1) // t + 1 for s, k, t, p, q in zip(size, kernel, *pairs)]
 
 
 def _window(draw):
@@ -159,9 +246,19 @@ def conv_block(draw):
         "slope": _slope(draw),
         "upsample": draw.chance(0.4),
         "activation": draw.choice(("leaky_relu", "leaky_relu", "tanh", "none")),
-        "backend": draw.choice(("cpu", "cpu", _backend(draw))),
+        "backend": backend_for(draw, cpu=dtype in DTYPES[:2]),
     }
-    return Call("conv_block", ops.conv_block, arguments, bound=_conv_block_bound, differentiable=("x", "weight", "bias"))
+    call = Call(
+        "conv_block",
+        ops.conv_block,
+        arguments,
+        oracle=call_formulas.conv_block,
+        bound=_conv_block_bound,
+        differentiable=("x", "weight", "bias"),
+        fits=(("x", "weight", "bias", "backend"),),
+    )
+    spoilt = not arguments["weight"].isfinite().all()
+    return _checked_backend(call, dtype, DTYPES[:2]).spoil("x", min(h, w) == 0).spoil("weight", spoilt)
 
 
 def _conv_block_bound(wide, wanted, same):
@@ -183,10 +280,14 @@ def interpolate(draw):
     real, fake = draw.tensor(shape, dtype), draw.tensor(shape, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a = draw.laid_out(torch.rand(shape[0], generator=draw.generator, dtype=wide, device="cpu"))
+    fits = True
     if draw.chance(0.4):
-        a = _noise(draw, shape[0])
-    arguments = {"real": real, "fake": fake, "a": a, "merge": draw.chance(0.4), "backend": _backend(draw)}
-    return Call("interpolate", ops.interpolate, arguments, differentiable=("real", "fake", "a"))
+        a, fits = _noise(draw, shape[0])
+    arguments = {"real": real, "fake": fake, "a": a, "merge": draw.chance(0.4), "backend": _elementwise(draw, dtype)}
+    group = (("real", "fake", "a", "backend"),)
+    inputs, plain = ("real", "fake", "a"), call_formulas.interpolate
+    call = Call("interpolate", ops.interpolate, arguments, same=plain, differentiable=inputs, fits=group)
+    return _checked_backend(call, dtype).spoil("a", not fits)
 
 
 def _seed(draw):
@@ -203,27 +304,40 @@ def _indices(draw, count):
 
 
 def _noise(draw, count):
-    """(seed, sample indices, step), at times with something wrong."""
+    """(seed, sample indices, step), at times with something wrong, and whether it fits."""
     steps = torch.randint(0, 2**24, (draw.choice((1, count)),), generator=draw.generator, dtype=torch.int64, device="cpu")
     step = draw.choice((0, 7, 2**24 - 1, draw.laid_out(steps)))
     triple = [_seed(draw), _indices(draw, count), step]
-    if draw.chance(0.1):
+    fits = not draw.chance(0.05)
+    if not fits:
         triple[draw.randrange(3)] = draw.choice((None, -1, 2**64, 0.5, "1", torch.tensor([2**24]), torch.tensor(1.0)))
-    return draw.choice((tuple, list))(triple)
+    return draw.choice((tuple, list))(triple), fits
 
 
 def penalty_reduce(draw):
     shape, dtype = draw.samples(), _dtype(draw)
     g = draw.tensor(shape, dtype)
+    out, fits = _out(draw, g)
     arguments = {
         "g": g,
         "target": draw.choice((1.0, 0.0, 10.0, 1)),
         "weight": draw.choice((10.0, 1.0, 0.0, 3)),
         "mode": draw.choice(("two-sided", "one-sided", "r1")),
-        "out": _out(draw, g),
-        "backend": _backend(draw),
+        "out": out,
+        "backend": _elementwise(draw, dtype),
     }
-    return Call("penalty_reduce", ops.penalty_reduce, arguments, bound=_penalty_bound, differentiable=("g",), written=("out",))
+    call = Call(
+        "penalty_reduce",
+        ops.penalty_reduce,
+        arguments,
+        oracle=call_formulas.penalty_reduce,
+        bound=_penalty_bound,
+        differentiable=("g",),
+        written=("out",),
+        fits=(("g", "out", "backend"),),
+        received=(1,),
+    )
+    return _checked_backend(call, dtype).spoil("out", not fits)
 
 
 def _penalty_bound(wide, wanted, same):
@@ -235,6 +349,8 @@ def _penalty_bound(wide, wanted, same):
     penalties = share * (2 * (norm - target).abs() * off + off.square()) + count * wanted[0].abs()
     slack = 2 * share * (off + count * (norm + abs(target))) / norm.where(norm > 0, 1)
     v = slack[:, None] * g.abs() + count * share * g.abs()
+    # The squares of such numbers are lost in float32.
+    v = torch.where(((norm > 0) & (norm < 2.0**-50))[:, None], math.nan, v)
     least = 2.0**-100 * (1 + abs(target))
     return [stored(penalties + least, wanted[0], same[0].dtype), stored(v.view_as(wanted[1]) + least, wanted[1], dtype)]
 
@@ -257,25 +373,48 @@ def norm_act(draw):
         "training": draw.chance(0.6),
         "eps": draw.choice((1e-5, 1e-3)),
         "momentum": draw.choice((0.1, 0.0, 1.0)),
-        "backend": _backend(draw),
+        "backend": _elementwise(draw, dtype),
     }
     if arguments["training"] and draw.chance(0.4):
         arguments["running_mean"] = arguments["running_var"] = None
-    return Call(
+    call = Call(
         "norm_act",
         ops.norm_act,
         arguments,
+        oracle=call_formulas.norm_act,
         bound=_norm_act_bound,
         order=1,
         differentiable=("x", "gamma", "beta"),
         written=("running_mean", "running_var") if arguments["training"] else (),
+        fits=(("x", "gamma", "beta", "running_mean", "running_var", "training", "backend"),),
+        after=_moved_statistics,
     )
+    few = shape[0] * shape[2] * shape[3] < 2
+    return _checked_backend(call, dtype).spoil("x", few and arguments["training"])
 
 
 def norm_act_reference(arguments):
     """The function and its reference, whose running statistics are copies."""
     kept = {k: v.clone() if k.startswith("running") and isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     return ops.norm_act(**{**kept, "backend": "reference"})
+
+
+def _moved_statistics(wide):
+    """The running statistics after a call: moved by the batch's mean and unbiased variance in training, else as they were."""
+    before = {name: wide[name] for name in ("running_mean", "running_var") if isinstance(wide[name], torch.Tensor)}
+    if not wide["training"] or not before:
+        return {name: (value, torch.zeros_like(value)) for name, value in before.items()}
+    x, share = wide["x"], float(wide["momentum"])
+    values = x.transpose(0, 1).flatten(1)
+    mean, count = values.mean(1), values.shape[1]
+    variance = (values - mean[:, None]).square().sum(1) / (count - 1)
+    off = 64 * UNIT * values.abs().amax(1)
+    bounds = (off, 64 * UNIT * variance + 2 * off.square())
+    moved = {}
+    for (name, old), new, bound in zip(before.items(), (mean, variance), bounds, strict=True):
+        rounding = 4 * UNIT * (old.abs() + new.abs())
+        moved[name] = ((1 - share) * old + share * new, abs(share) * bound + rounding + 2.0**-100)
+    return moved
 
 
 def _norm_act_bound(wide, wanted, same):
@@ -302,26 +441,37 @@ def _norm_act_bound(wide, wanted, same):
 def image_gradient(draw):
     groups = draw.choice((1, 1, 1, 1, 2))
     n, c, h, w = draw.images(most=5)
-    out, dtype, window = groups * draw.randint(1, 5), draw.choice((torch.float32,) * 3 + DTYPES), _window(draw)
+    out, dtype = groups * draw.randint(1, 5), draw.choice((torch.float32,) * 3 + DTYPES)
     kernel = (draw.randint(1, 4), draw.randint(1, 4))
-    pairs = [v if isinstance(v, tuple) else (v, v) for v in window.values()]
-    sides = [(s + 2 * p - q * (k - 1) - 1) // t + 1 for s, k, t, p, q in zip((h, w), kernel, *pairs)]
+    window, fits = _fitting_window(draw, (h, w), kernel)
+    sides, thin = _sides((h, w), kernel, window), dtype == torch.float32 and groups == 1 and c <= 4
     arguments = {
         "d": draw.tensor((n, out, *(max(side, 0) for side in sides)), dtype),
-        "weight": draw.tensor((out, c, *kernel), dtype),
+        "weight": draw.tensor((out, c, *kernel), dtype, finite=draw.chance(0.9)),
         "shape": draw.choice((tuple, list, torch.Size))((n, c * groups, h, w)),
         **window,
         "groups": groups,
-        "backend": _backend(draw),
+        "backend": backend_for(draw, cpu=thin),
     }
-    return Call("image_gradient", ops.image_gradient, arguments, bound=_image_gradient_bound, differentiable=("d", "weight"))
+    call = Call(
+        "image_gradient",
+        ops.image_gradient,
+        arguments,
+        oracle=call_formulas.image_gradient,
+        bound=_image_gradient_bound,
+        differentiable=("d", "weight"),
+        fits=(("d", "weight", "shape", "stride", "padding", "dilation", "groups", "backend"),),
+    )
+    return call.spoil("backend", arguments["backend"] == "cpu" and not thin).spoil("weight", not fits)
 
 
 def _image_gradient_bound(wide, wanted, same):
     sizes = ops.image_gradient(
         **{**wide, "d": wide["d"].abs(), "weight": wide["weight"].abs(), "backend": "reference"},
     )
-    terms = wide["weight"][:, 0].numel() + 4
+    # Torch multiplies weights with the zeros of a border too.
+    plain = wide["weight"].isfinite().all() and (not narrow(same[0].dtype) or wide["d"].isfinite().all())
+    terms = wide["weight"][:, 0].numel() + 4 if plain else math.nan
     # In halves torch may round its sums.
     return [(terms * UNIT + terms * narrow(same[0].dtype)) * sizes + narrow(same[0].dtype) * wanted[0].abs() + 2.0**-60]
 
@@ -341,16 +491,16 @@ def gradient_penalty(draw):
     critic, image, condition = draw.choice(critics())
     dtype, n = draw.choice((torch.float32, torch.float32, torch.float64)), draw.randint(1, 4)
     arguments = {
-        "critic": copy.deepcopy(critic).to(dtype),
+        "critic": deepcopy(critic).to(dtype),
         "x_hat": draw.tensor((n, *image), dtype, finite=draw.chance(0.9)),
         "condition": None if condition is None else draw.tensor((n, *condition), dtype, finite=draw.chance(0.95)),
         "target": draw.choice((1.0, 0.0, 1)),
         "weight": draw.choice((10.0, 0.5)),
         "mode": draw.choice(("two-sided", "one-sided", "r1")),
         "check_finite": draw.choice((None, None, True, False)),
-        "backend": _backend(draw),
+        "backend": _elementwise(draw, dtype),
     }
-    return Call(
+    call = Call(
         "gradient_penalty",
         ops.gradient_penalty,
         arguments,
@@ -360,19 +510,24 @@ def gradient_penalty(draw):
         differentiable=("critic",),
         # The passes take autocast's dtype.
         options={"autocast": 1000},
+        fits=(("critic", "x_hat", "condition", "check_finite", "backend"),),
     )
+    for name in ("x_hat", "condition"):
+        call.spoil(name, arguments[name] is not None and not arguments[name].isfinite().all())
+    return _checked_backend(call, dtype)
 
 
 def philox_words(draw):
+    step = draw.choice((2**24, -1)) if draw.chance(0.03) else draw.choice((0, 1, 2**24 - 1, draw.randrange(2**24)))
     arguments = {
         "seed": _seed(draw),
         "indices": _indices(draw, draw.choice((0, 1, 2, 5))),
         "count": draw.choice((0, 1, 3, 4, 9, 40)),
         "stream": draw.choice(("x_T", "step", "z", "interpolation", "order")),
-        "step": draw.choice((0, 1, 2**24 - 1, 2**24, -1)) if draw.chance(0.1) else draw.randrange(2**24),
-        "backend": _backend(draw),
+        "step": step,
+        "backend": backend_for(draw),
     }
-    return Call("philox_words", ops.philox_words, arguments)
+    return Call("philox_words", ops.philox_words, arguments).spoil("step", not 0 <= step < 2**24)
 
 
 def philox_normal(draw):
@@ -380,20 +535,21 @@ def philox_normal(draw):
     del call.arguments["count"]
     shape = draw.choice(((), (0,), (1,), (7,), (3, 5, 7), [2, 2], torch.Size((4,)), (2, 0, 3)))
     bound = lambda wide, wanted, same: [torch.full_like(wanted[0], 2e-6, dtype=torch.float64)]  # noqa: E731
-    return Call("philox_normal", ops.philox_normal, {**call.arguments, "shape": shape}, bound=bound)
+    return Call("philox_normal", ops.philox_normal, {**call.arguments, "shape": shape}, bound=bound, spoilt=call.spoilt)
 
 
 def philox_uniform(draw):
     call = philox_words(draw)
     del call.arguments["count"]
-    return Call("philox_uniform", ops.philox_uniform, call.arguments)
+    return Call("philox_uniform", ops.philox_uniform, call.arguments, spoilt=call.spoilt)
 
 
-def _coefficients(draw):
-    weight = lambda: draw.choice((0.0, 1.0, -0.5, 1.3, 157.0))  # noqa: E731
+def _coefficients(draw, without=()):
+    """A step's coefficients; those of ``without`` are zero."""
+    weight = lambda name: 0.0 if name in without else draw.choice((0.0, 1.0, -0.5, 1.3, 157.0))  # noqa: E731
     names = [name for name in COLUMNS if name != "clip"]
     clip = draw.choice((math.inf, math.inf, 1.0, 0.5, 0.0))
-    return ops.StepCoefficients(**{name: weight() for name in names}, clip=clip)
+    return ops.StepCoefficients(**{name: weight(name) for name in names}, clip=clip)
 
 
 def sampler_step(draw):
@@ -401,15 +557,10 @@ def sampler_step(draw):
     x = draw.kept_layout(draw.values(shape, dtype)) if draw.chance(0.3) else draw.tensor(shape, dtype)
     mixed = dtype != torch.float64 and draw.chance(0.3)
     m = draw.tensor(shape, draw.choice(DTYPES[:3]) if mixed else dtype)
-    steps = [_coefficients(draw) for _ in range(max(shape[0], 1))]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    coefficients = draw.choice((steps[0], steps[0], steps[: shape[0]], ops.coefficient_table(steps[:1], dtype=wide)))
-    history = draw.choice((None, draw.tensor(shape, dtype), draw.tensor(shape, dtype)))
-    noise = draw.choice((None, draw.tensor(shape, dtype), draw.tensor(shape, dtype), _noise(draw, shape[0])))
-    pool = None
-    if len(shape) == 4 and draw.chance(0.3):
-        divisors = [r for r in range(1, 9) if shape[2] % r == 0 and shape[3] % r == 0]
-        pool = draw.choice((*divisors, draw.randint(1, 9)))
+    history, (noise, noise_fits) = draw.choice((None, draw.tensor(shape, dtype))), _step_noise(draw, shape, dtype)
+    coefficients, fits = _step_coefficients(draw, shape[0], dtype, history is None, noise is None)
+    pool, pool_fits = _pool(draw, shape)
+    out, out_fits = _step_out(draw, x, [m] if history is None else [m, history], pool if pool_fits else None)
     arguments = {
         "x": x,
         "model_output": m,
@@ -418,18 +569,59 @@ def sampler_step(draw):
         "noise": noise,
         "pool": pool,
         "return_x0": draw.chance(0.4),
-        "out": _out(draw, x, [m] if history is None else [m, history]),
+        "out": out,
         "check_finite": draw.chance(0.2),
-        "backend": _backend(draw),
+        "backend": _elementwise(draw, dtype),
     }
-    return Call(
+    tensors = ("x", "model_output", "coefficients", "previous_x0", "noise", "pool", "out", "backend")
+    call = Call(
         "sampler_step",
         ops.sampler_step,
         arguments,
+        oracle=call_formulas.sampler_step,
         bound=_sampler_step_bound,
         differentiable=("x", "model_output", "previous_x0", "noise"),
         written=("out",),
+        fits=(tensors, (*tensors[:5], "check_finite")),
+        # The average is the last result.
+        received=(0, -1),
     )
+    _checked_backend(call, dtype).spoil("coefficients", not fits).spoil("noise", not noise_fits)
+    given = (x, m, history, noise if isinstance(noise, torch.Tensor) else None)
+    infinite = dtype == torch.float16 or not all(t.isfinite().all() for t in given if t is not None)
+    call.spoil("check_finite", arguments["check_finite"] and infinite)
+    return call.spoil("pool", not pool_fits).spoil("out", not out_fits)
+
+
+def _step_noise(draw, shape, dtype):
+    """A step's noise, and whether it fits."""
+    return draw.choice(((None, True), (draw.tensor(shape, dtype), True), _noise(draw, shape[0])))
+
+
+def _step_coefficients(draw, count, dtype, no_history, no_noise):
+    """Coefficients for a batch, and whether the tensors that they need are there."""
+    missing = [name for name, none in (("c_h", no_history), ("c_z", no_noise)) if none]
+    fits = not missing or not draw.chance(0.05)
+    steps = [_coefficients(draw, missing if fits else ()) for _ in range(max(count, 1))]
+    table = ops.coefficient_table(steps[:1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return draw.choice((steps[0], steps[0], steps[:count], table)), fits
+
+
+def _pool(draw, shape):
+    """The side of a window, and whether it divides an image's."""
+    if len(shape) != 4 or not draw.chance(0.3):
+        return None, True
+    divisors = [r for r in range(1, 9) if shape[2] % r == 0 and shape[3] % r == 0]
+    pool = draw.randint(1, 9) if draw.chance(0.1) else draw.choice(divisors)
+    return pool, pool in divisors or shape[2] % pool == 0 and shape[3] % pool == 0
+
+
+def _step_out(draw, x, others, pool):
+    """What receives a step's state, at times a pair of that and its average's, and whether it fits."""
+    out, fits = _out(draw, x, others)
+    if not pool or draw.chance(0.5):
+        return out, fits
+    return (out, blank(x, (*x.shape[:2], x.shape[2] // pool, x.shape[3] // pool))), fits
 
 
 def _sampler_step_bound(wide, wanted, same):
@@ -472,4 +664,5 @@ def step_coefficients(draw):
     arguments = {name: draw.choice((0.0, 1.0, -2.5, math.inf, 1)) for name in names}
     same = lambda arguments: [float(arguments[name]) for name in names]  # noqa: E731
     function = lambda **given: [float(getattr(ops.StepCoefficients(**given), name)) for name in names]  # noqa: E731
-    return Call("StepCoefficients", function, arguments, oracle=same, same=same)
+    call = Call("StepCoefficients", function, arguments, oracle=same, same=same)
+    return call.spoil("clip", arguments["clip"] < 0)

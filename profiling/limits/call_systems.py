@@ -1,23 +1,23 @@
-"""Calls of what is built on the ops: engines, schedulers, samplers, latents, measures and data, with random arguments."""
+"""Calls of what is built on the ops: engines, schedulers, samplers, latents and data, with random arguments."""
 
 import copy
 import functools
 import itertools
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from advkd import latents, metrics, samplers, schedulers
+from advkd import latents, samplers, schedulers
 from advkd.data import load_images
 from advkd.models.fused_student import FusedStudent
 from advkd.models.student import Student, StudentConfig
 from advkd.ops import StepCoefficients, philox_normal, sampler_step, student_forward
 
-from .call_ops import UNIT, Call, plain_number
+from . import call_oracles
+from .call_ops import UNIT, Call, backend_for, narrow, plain_number
 from .draw import DTYPES
 
 CONFIGS = (
@@ -54,32 +54,69 @@ def engine(i, backend, dtype):
     return students()[i].fuse(backend, dtype, tune=False)
 
 
-def _within(dtype):
-    """A bound on images in [-1, 1]: 1e-4 of the range in float32; 35 dB, and ten deviations of that, in halves."""
-    return 2e-4 if dtype in (torch.float32, torch.float64) else 10 * 2 * 10 ** (-35 / 20)
+RANGE = 2.0
+"""Width of the images' range, [-1, 1]."""
+CLOSE = 1e-4 * RANGE
+"""How far from those in float64 images of float32 may be."""
+NOISE = RANGE * 10 ** (-35 / 20)
+"""The root of the mean square by which images of halves may be off: 35 dB."""
+OWN = 5
+"""How many times further off than plain code of its dtype an engine of halves may be."""
 
 
-def _image_bound(z, dtype, wanted):
-    """Rows of latents that are not finite, or far from those that a student is made for, may be anything."""
-    usual = (z.abs() < 20).all(1)[:, None, None, None]
-    return [torch.where(usual, _within(dtype), math.nan).expand(wanted.shape)]
+def in_plain(i, z, dtype=torch.float64):
+    """Images of student ``i`` by code of its own."""
+    return call_oracles.images_of(students()[i], z, dtype).tanh()
+
+
+@functools.cache
+def _usual_error(i, dtype):
+    """The largest error of plain code in a dtype for latents as they are drawn."""
+    z = torch.randn(64, exact(i).latent_numel, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    return float((in_plain(i, z, dtype).double() - in_plain(i, z.double())).abs().max())
+
+
+def _usual(z):
+    """Rows of latents that are finite, and near those that a student is made for; images of others may be anything."""
+    return (z.abs() < 20).all(1)[:, None, None, None]
+
+
+def _image_bound(i, z, dtype, right, alike):
+    """Images in float32 are off by a part of their range, those of halves by a few times what plain code is."""
+    bound = torch.full((len(z), 1, 1, 1), CLOSE)
+    if narrow(dtype) and len(z):
+        own = (alike.double() - right).abs().nan_to_num().amax((1, 2, 3), keepdim=True)
+        bound = OWN * own.clamp(min=_usual_error(i, dtype))
+    return [torch.where(_usual(z), bound, math.nan).expand(right.shape)]
+
+
+def _noisy(dtype, z, right, found, alike):
+    """The fault of images of halves whose mean square is off by more than documented, or than plain code's, or None."""
+    rows = (z.abs() < 6).all(1)
+    if not narrow(dtype) or not rows.any():
+        return None
+    off, own = ((images.double() - right)[rows].square().mean().sqrt() for images in (found, alike))
+    allowed = min(NOISE, OWN * float(own) + narrow(dtype))
+    return None if off <= allowed else f"images are off by {off:.3g} in the mean square, allowed {allowed:.3g}"
 
 
 def fused_student(draw):
     i, (backend, dtype) = draw.randrange(len(CONFIGS)), draw.choice(ENGINES)
     made = engine(i, backend, dtype)
     z = draw.tensor((draw.choice((0, 1, 1, 2, 5)), made.latent_numel), draw.choice((torch.float32, torch.float32, *DTYPES)))
-    wide = lambda arguments: exact(i)(arguments["z"].double())  # noqa: E731
     return Call(
-        "FusedStudent",
-        lambda z: made(z),
-        {"z": z},
-        oracle=wide,
-        same=lambda arguments: made(arguments["z"]),
-        bound=lambda wide, wanted, same: _image_bound(wide["z"], dtype, wanted[0]),
-        differentiable=("z",),
-        options={"engine": made},
+        "FusedStudent", lambda z: made(z), {"z": z}, differentiable=("z",), options={"engine": made}, **_images(i, dtype)
     )
+
+
+def _images(i, dtype):
+    """What tells whether images of an argument ``z`` are right."""
+    return {
+        "oracle": lambda wide: in_plain(i, wide["z"].double()),
+        "same": lambda arguments: in_plain(i, arguments["z"], dtype),
+        "bound": lambda wide, wanted, same: _image_bound(i, wide["z"], dtype, wanted[0], same[0]),
+        "check": lambda found, wide, wanted, same: _noisy(dtype, wide["z"], wanted[0], found[0], same[0]),
+    }
 
 
 def forward_of_student(draw):
@@ -93,24 +130,35 @@ def forward_of_student(draw):
         "layers": list(made.layers),
         "slope": 0.2,
         "dtype": dtype,
-        "backend": draw.choice(("auto", "cpu", "reference", "cuda", "triton")),
+        "backend": backend_for(draw, cpu=dtype != torch.float16),
     }
-
-    def bound(wide, wanted, same):
-        # What is rounded is as large as the numbers before tanh, which a slope of 1 or more lets grow.
-        plain = [replace(layer, activation="none") if layer.activation == "tanh" else layer for layer in wide["layers"]]
-        before = student_forward(**{**wide, "layers": plain, "dtype": torch.float64, "backend": "reference"})
-        usual = _image_bound(wide["z"], dtype, wanted[0])[0]
-        return [usual * before.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)]
-
-    return Call(
+    call = Call(
         "student_forward",
         student_forward,
         arguments,
-        oracle=lambda wide: student_forward(**{**wide, "dtype": torch.float64, "backend": "reference"}),
-        bound=bound,
+        oracle=lambda wide: _layers(wide, torch.float64),
+        same=lambda arguments: _layers(arguments, arguments["dtype"]),
+        bound=_forward_bound,
         differentiable=("z",),
+        fits=(("z", "weights", "biases", "layers", "dtype", "backend"),),
     )
+    return call.spoil("backend", arguments["backend"] == "cpu" and dtype == torch.float16)
+
+
+def _layers(arguments, dtype, before=False):
+    """Images of arguments of student_forward, or what is before tanh."""
+    tanh = torch.Tensor.clone if before else torch.tanh
+    return tanh(call_oracles.images_of_layers(arguments, dtype))
+
+
+def _forward_bound(wide, wanted, same):
+    """Numbers before tanh are rounded, which a slope of 1 or more lets grow."""
+    before = _layers(wide, torch.float64, before=True).abs().amax((1, 2, 3), keepdim=True).clamp(min=1)
+    bound = CLOSE * before
+    if narrow(same[0].dtype) and len(before):
+        own = (same[0].double() - wanted[0]).abs().nan_to_num().amax((1, 2, 3), keepdim=True)
+        bound = OWN * own.clamp(min=4 * narrow(same[0].dtype)) * before.sqrt()
+    return [torch.where(_usual(wide["z"]), bound, math.nan).expand(wanted[0].shape)]
 
 
 def latents_of_student(draw):
@@ -133,18 +181,28 @@ def sample_of_student(draw):
     dtype = getattr(made, "dtype", torch.float32)
     arguments = {"n": draw.choice((0, 1, 3, 5)), "seed": draw.choice((0, 3)), "batch_size": draw.choice((1, 2, 64)), "start": 0}
 
-    def wanted(arguments):
-        return exact(i)(exact(i).latents(arguments["n"], arguments["seed"], arguments["start"]).double())
-
-    bound = lambda wide, found, same: [torch.full(found[0].shape, _within(dtype))]  # noqa: E731
     # A student that is not fused computes as torch's autocast has it.
     options = {"autocast": 1000} if isinstance(made, Student) else {"engine": made}
-    return Call("sample", made.sample, arguments, wanted, made_alone(made), bound, order=None, options=options)
+    return Call("sample", made.sample, arguments, order=None, options=options, fits=_COUNTS, **_samples(i, dtype))
 
 
-def made_alone(made):
-    """Images drawn one at a time, which no batch may change."""
-    return lambda arguments: made.sample(**{**arguments, "batch_size": 1})
+_COUNTS = (("n", "batch_size", "start"),)
+
+
+def _samples(i, dtype):
+    """What tells whether images of a seed are right."""
+    plain = lambda given, kind: in_plain(i, _latents(i, given), kind)  # noqa: E731
+    return {
+        "oracle": lambda wide: plain(wide, torch.float64),
+        "same": lambda given: plain(given, dtype).float(),
+        "bound": lambda wide, wanted, same: _image_bound(i, _latents(i, wide), dtype, wanted[0], same[0]),
+        "check": lambda found, wide, wanted, same: _noisy(dtype, _latents(i, wide), wanted[0], found[0], same[0]),
+    }
+
+
+def _latents(i, given):
+    indices = torch.arange(given["start"], given["start"] + given["n"], dtype=torch.int64, device="cpu")
+    return philox_normal(given["seed"], indices, (exact(i).latent_numel,), stream="z", backend="reference")
 
 
 def stream_of_student(draw):
@@ -153,17 +211,26 @@ def stream_of_student(draw):
     arguments = {"n": draw.choice((0, 1, 3)), "seed": 1, "batch_size": draw.choice((1, 2, 64)), "start": 0, "dtype": dtype}
     # A few batches: a stream may be as long as it likes.
     function = lambda **given: list(itertools.islice(made.stream(**given), 4))  # noqa: E731
-    parts = lambda arguments: [  # noqa: E731
-        next(
-            iter(
-                made.stream(
-                    min(arguments["batch_size"], arguments["n"] - k), arguments["seed"], 64, arguments["start"] + k, dtype
-                )
-            )
-        )
-        for k in range(0, min(arguments["n"], 4 * arguments["batch_size"]), arguments["batch_size"])
-    ]
-    return Call("stream", function, arguments, oracle=parts, same=parts, order=None)
+    step = 1 if dtype == torch.uint8 else CLOSE
+    return Call(
+        "stream",
+        function,
+        arguments,
+        oracle=lambda wide: _parts(i, wide),
+        same=lambda given: _parts(i, given),
+        bound=lambda wide, wanted, same: [torch.full(w.shape, step, dtype=torch.float64) for w in wanted],
+        order=None,
+        fits=_COUNTS,
+    )
+
+
+def _parts(i, given):
+    """A stream's first four batches."""
+    size = int(given["batch_size"])
+    shown = in_plain(i, _latents(i, {**given, "n": min(int(given["n"]), 4 * size)}).double())
+    if given["dtype"] == torch.uint8:
+        shown = ((shown + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [part.to(given["dtype"]) for part in shown.split(size)] if len(shown) else []
 
 
 def save_and_load(draw):
@@ -181,10 +248,9 @@ def save_and_load(draw):
         "save_pretrained",
         function,
         arguments,
-        oracle=lambda wide: exact(i)(wide["z"].double()),
-        same=lambda arguments: made(arguments["z"]),
-        bound=lambda wide, wanted, same: _image_bound(wide["z"], dtype, wanted[0]),
         order=None,
+        fits=(("device", "backend"),),
+        **_images(i, dtype),
     )
 
 
@@ -203,45 +269,22 @@ def project(draw):
         narrow = max(UNIT, torch.finfo(same[0].dtype).eps / 2)
         return [(64 * narrow * _largest(wide["x_T"], size)).expand(wanted[0].shape)]
 
-    return Call("project", latents.project, arguments, latents_in_plain, latents_in_plain, bound, None, ("x_T",))
+    plain = call_oracles.project
+    fits = (("x_T", "latent_size", "detail_noise"),)
+    return Call("project", latents.project, arguments, plain, plain, bound, None, ("x_T",), fits=fits)
 
 
 def _largest(x, size):
     return x.abs().nan_to_num(0, 0, 0).amax((1, 2, 3))[:, None] * size + 1e-30 if len(x) else x.new_zeros((0, 1))
 
 
-def latents_in_plain(arguments):
-    """The projection, one basis function after the other."""
-    x, m = arguments["x_T"], arguments["latent_size"]
-    size = x.shape[-1]
-    if not arguments["detail_noise"]:
-        side = size // 4
-        grid = (torch.arange(side, dtype=torch.float64, device="cpu") + 0.5) * math.pi / side
-        rows = torch.stack([torch.cos(k * grid) * math.sqrt((1 if k == 0 else 2) / side) for k in range(m)]).to(x)
-        blocks = x.reshape(*x.shape[:2], 4, side, 4, side).permute(0, 1, 3, 5, 2, 4)
-        found = torch.stack(
-            [torch.stack([(blocks * torch.outer(u, v)[:, :, None, None]).sum((2, 3)) for v in rows], 2) for u in rows], 2
-        )
-        return found.reshape(len(x), channels_of(x) * m * m * 16)
-    parts = []
-    while x.shape[-1] > 4:
-        a, b, c, d = x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2]
-        parts.append(torch.cat([(a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2], 1).flatten(1))
-        x = (a + b + c + d) / 2
-    return torch.cat([x.flatten(1), *parts[::-1]], 1)
-
-
-def channels_of(x):
-    return x.shape[1]
-
-
 def sample_again(draw):
     """The samplers that add noise again, with a denoiser that is a linear function."""
     function, gain = draw.choice((samplers.sample_dpdm, samplers.sample_consistency)), draw.choice((0.5, 0.9))
-    kind = draw.choice((torch.float32, torch.float64, torch.bfloat16))
+    kind, bad = draw.choice((torch.float32, torch.float64, torch.bfloat16)), ([1.0, 1.0], [], [1.0, -1.0], [math.nan])
     arguments = {
         "denoiser": lambda x, sigma: (gain * x / (1 + sigma)).to(kind),
-        "sigmas": draw.choice(([5.0, 1.0, 0.5], [2.0], (80.0, 3.0), [1.0, 1.0], [], [1.0, -1.0], [math.nan])),
+        "sigmas": draw.choice(bad if draw.chance(0.05) else ([5.0, 1.0, 0.5], [2.0], (80.0, 3.0))),
         "shape": (draw.choice((0, 1, 2)), 1, 4, draw.choice((0, 1, 4))),
         "seed": draw.choice((0, 2**64 - 1)),
         "start": draw.choice((0, 9)),
@@ -266,9 +309,10 @@ def sample_again(draw):
 
     loose = 2.0**-7 if kind == torch.bfloat16 else 1e-5
     bound = lambda wide, found, same: [loose * (found[0].abs() + 80)]  # noqa: E731
-    return Call(
-        function.__name__, function, arguments, oracle=wanted, same=lambda a: wanted(a).float(), bound=bound, order=None
-    )
+    same = lambda given: wanted(given).float()  # noqa: E731
+    groups = (("denoiser", "sigmas", "sigma_min"), ("shape", "start"), ("denoiser", "shape"))
+    call = Call(function.__name__, function, arguments, wanted, same, bound, order=None, fits=groups)
+    return call.spoil("sigmas", arguments["sigmas"] in bad)
 
 
 PAIRS = (
@@ -280,72 +324,85 @@ PAIRS = (
 
 
 def scheduler_step(draw):
-    """A few steps of a schedule, all from one state and one network output, against diffusers' own in float64."""
+    """A step of a schedule, always from the same state and network output, against diffusers' own in float64."""
     theirs, ours = draw.choice(PAIRS)
+    config, count, shape = _schedule(draw, theirs), draw.choice((2, 5, 10)), draw.samples()
+    dtype = draw.choice((torch.float32, *DTYPES))
+    shape = shape if len(shape) > 1 else (*shape, 3)
+    first, seed, (model_output, sample) = draw.randrange(count), draw.randrange(100), _state(draw, shape, dtype)
+    arguments = {"model_output": model_output, "timestep": None, "sample": sample, "return_dict": draw.chance(0.3)}
+    if theirs is DDIMScheduler:
+        arguments |= {"eta": draw.choice((0.0, 0.0, 1.0, 0.5)), "use_clipped_model_output": draw.chance(0.2)}
+    if theirs is EulerDiscreteScheduler:
+        arguments["s_churn"] = draw.choice((0.0, 0.0, 0.0, 0.5))
+    # A call's mode does not reach the making of its scheduler.
+    step = _Step(_made(theirs, config, count), _made(ours, config, count), seed, arguments)
+    known = step.theirs.timesteps
+    as_number = draw.chance(0.03 if theirs is EulerDiscreteScheduler else 0.3)
+    arguments["timestep"] = int(known[first]) if as_number else known[first]
+    call = Call(
+        ours.__qualname__,
+        lambda **given: step(step.ours, given),
+        arguments,
+        # Noise is drawn in model_output's dtype: in float64 it would be another.
+        oracle=lambda wide: step(step.theirs, arguments if step.is_drawn() else wide),
+        same=lambda given: step(step.theirs, given),
+        bound=functools.partial(_step_bound, step) if math.prod(shape) else lambda wide, wanted, same: wanted,
+        order=None,
+        fits=(("model_output", "sample"),),
+    )
+    # Euler's sigmas are looked up by elements of the schedule alone.
+    return call.spoil("timestep", as_number and theirs is EulerDiscreteScheduler)
+
+
+def _schedule(draw, kind):
     config = {
         "prediction_type": draw.choice(("epsilon", "sample", "v_prediction")),
         "beta_schedule": draw.choice(("linear", "scaled_linear", "squaredcos_cap_v2")),
         "timestep_spacing": draw.choice(("leading", "trailing", "linspace")),
     }
-    if theirs in (DDIMScheduler, DDPMScheduler):
+    if kind in (DDIMScheduler, DDPMScheduler):
         config["clip_sample"] = draw.chance(0.5)
-    if theirs is DPMSolverMultistepScheduler:
+    if kind is DPMSolverMultistepScheduler:
         config |= {"solver_order": draw.choice((1, 2)), "solver_type": draw.choice(("midpoint", "heun"))}
-    count, shape, dtype = draw.choice((2, 5, 10)), draw.samples(), draw.choice((torch.float32, *DTYPES))
-    shape = shape if len(shape) > 1 else (*shape, 3)
-    first, seed, tensors = draw.randrange(count), draw.randrange(100), _state(draw, shape, dtype)
-    arguments = {
-        "model_output": tensors[0],
-        "timestep": None,
-        "sample": tensors[1],
-        "return_dict": draw.chance(0.3),
-    }
-    if theirs is DDIMScheduler:
-        arguments |= {"eta": draw.choice((0.0, 0.0, 1.0, 0.5)), "use_clipped_model_output": draw.chance(0.2)}
-    if theirs is EulerDiscreteScheduler:
-        arguments["s_churn"] = draw.choice((0.0, 0.0, 0.0, 0.5))
-    # Whatever the modes of a call, its scheduler is made without them.
-    made = {kind: _made(kind, config, count) for kind in (theirs, ours)}
-    known = made[theirs].timesteps
-    arguments["timestep"] = draw.choice((known[first], known[first], int(known[first])))
+    return config
 
-    def run(kind, given):
-        scheduler = copy.deepcopy(made[kind])
+
+@dataclass
+class _Step:
+    """A step by diffusers' scheduler and by ours, each time from the beginning of the run."""
+
+    theirs: object
+    ours: object
+    seed: int
+    arguments: dict
+
+    def __call__(self, scheduler, given):
+        scheduler, timestep, theirs = copy.deepcopy(scheduler), given["timestep"], scheduler is self.theirs
         scheduler.is_scale_input_called = True
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        timestep, given = given["timestep"], {name: plain_number(value) for name, value in given.items()}
-        if kind is theirs and isinstance(timestep, torch.Tensor):
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        given = {name: plain_number(value) for name, value in given.items()}
+        if theirs and isinstance(timestep, torch.Tensor):
             # Ours takes a number of any dtype.
-            given = {**given, "timestep": known.new_tensor(timestep.item())}
+            given["timestep"] = scheduler.timesteps.new_tensor(timestep.item())
         found = scheduler.step(**given, generator=generator)
         return found if isinstance(found, tuple) else tuple(found.values())
 
-    def drawn():
-        return theirs is DDPMScheduler or bool(arguments.get("eta")) or bool(arguments.get("s_churn"))
+    def is_drawn(self):
+        return type(self.theirs) is DDPMScheduler or bool(self.arguments.get("eta")) or bool(self.arguments.get("s_churn"))
 
-    def bound(wide, wanted, same):
-        # The errors that 1 / sqrt(alpha_bar) and 1 / alpha magnify, in both sides' arithmetic.
-        scheduler = made[theirs]
-        sigmas = scheduler.sigmas if hasattr(scheduler, "sigmas") else None
-        alpha_bar = float(scheduler.alphas_cumprod[int(known[first])])
-        gain = (float(sigmas.max()) if sigmas is not None else 0) + 1 / math.sqrt(max(alpha_bar, 1e-9))
-        size = 4 + sum(wide[name].abs().max() for name in ("sample", "model_output") if wide[name].numel())
-        states = [arguments[name] for name in ("sample", "model_output")]
-        loose = 64 * max(UNIT, *(torch.finfo(t.dtype).eps / 2 for t in (*same, *states) if t.is_floating_point()))
-        bounds = [torch.full(w.shape, float(loose * gain * size)) for w in wanted]
-        # Halves may overflow in one order of operations and not in the other.
-        return [torch.where(w.isfinite(), b, math.nan) for w, b in zip(wanted, bounds)] if drawn() else bounds
 
-    return Call(
-        ours.__qualname__,
-        lambda **given: run(ours, given),
-        arguments,
-        # Noise is drawn in model_output's dtype: in float64 it would be another.
-        oracle=lambda wide: run(theirs, arguments if drawn() else wide),
-        same=lambda given: run(theirs, given),
-        bound=bound if math.prod(shape) else lambda wide, wanted, same: wanted,
-        order=None,
-    )
+def _step_bound(step, wide, wanted, same):
+    """The errors that 1 / sqrt(alpha_bar) and 1 / alpha magnify, in both sides' arithmetic."""
+    scheduler, states = step.theirs, [step.arguments[name] for name in ("sample", "model_output")]
+    sigmas = getattr(scheduler, "sigmas", None)
+    alpha_bar = float(scheduler.alphas_cumprod[int(step.arguments["timestep"])])
+    gain = (float(sigmas.max()) if sigmas is not None else 0) + 1 / math.sqrt(max(alpha_bar, 1e-9))
+    size = 4 + sum(wide[name].abs().max() for name in ("sample", "model_output") if wide[name].numel())
+    loose = 64 * max(UNIT, *(torch.finfo(t.dtype).eps / 2 for t in (*same, *states) if t.is_floating_point()))
+    bounds = [torch.full(w.shape, float(loose * gain * size)) for w in wanted]
+    # Halves may overflow in one order of operations and not in the other.
+    return [torch.where(w.isfinite(), b, math.nan) for w, b in zip(wanted, bounds)] if step.is_drawn() else bounds
 
 
 def _state(draw, shape, dtype):
@@ -359,57 +416,13 @@ def _made(kind, config, count):
     return scheduler
 
 
-def measure(draw):
-    """A distance of features."""
-    n, d = draw.randint(4, 9), draw.randint(1, 4)
-    dtype = draw.choice(DTYPES)
-    sets = [draw.tensor((draw.choice((n, n, n + 2)), d), dtype, finite=draw.chance(0.9)) for _ in range(2)]
-    name = draw.choice(tuple(_MEASURES))
-    function, oracle, names, options = _MEASURES[name]
-    options = {key: draw.choice(values) for key, values in options.items()}
-    arguments = {**dict(zip(names, sets)), **options}
-    same = None if oracle else (lambda arguments: function(**arguments))
-    bound = lambda wide, wanted, same: [1e-5 * (1 + _scale(wide, names)) + 1e-6 * w.abs() for w in wanted]  # noqa: E731
-    again = lambda wide, wanted, same: [1e-9 * (1 + _scale(wide, names)) + 0 * w for w in wanted]  # noqa: E731
-    return Call(name, function, arguments, oracle or same, oracle or same, bound if oracle else again, order=None)
-
-
-def _scale(wide, names):
-    return max(float(wide[name].abs().max()) for name in names if wide[name].numel()) ** 2
-
-
-def _plain_distances(arguments):
-    a, b = arguments["points"].double(), arguments["others"].double()
-    return (a[:, None] - b[None]).square().sum(-1).sqrt()
-
-
-def _plain_frechet(arguments):
-    a, b = arguments["generated"].double(), arguments["reference"].double()
-    one, two = (np.atleast_2d(np.cov(x.numpy(), rowvar=False)) for x in (a, b))
-    values = np.linalg.eigvals(one @ two).astype(complex)
-    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(one) + np.trace(two) - 2 * np.sqrt(values).real.sum())
-
-
-_BOTH = ("generated", "reference")
-_SEEDS = {"seed": (0, 3)}
-_MEASURES = {
-    "distances": (metrics.distances, _plain_distances, ("points", "others"), {}),
-    "frechet_distance": (metrics.frechet_distance, _plain_frechet, _BOTH, {}),
-    "kernel_distance": (metrics.kernel_distance, None, _BOTH, {"subsets": (1, 3), **_SEEDS}),
-    "covers": (metrics.covers, None, ("points", "manifold"), {"k": (1, 3)}),
-    "frechet_interval": (metrics.frechet_interval, None, _BOTH, {"resamples": (1, 3), **_SEEDS, "level": (0.95, 0.5)}),
-    "neighbour_measures": (metrics.neighbour_measures, None, _BOTH, {"resamples": (1, 3), **_SEEDS, "level": (0.95,)}),
-    "frechet_at_infinity": (metrics.frechet_at_infinity, None, _BOTH, {"points": (2, 3), "subsets": (1,), **_SEEDS}),
-    "frechet_floor": (metrics.frechet_floor, None, ("samples",), {"splits": (1, 2), **_SEEDS}),
-}
-
-
 def images(draw):
     """The digits, or something else in the place of a folder."""
-    arguments = {"source": "digits", "size": draw.choice((8, None)), "channels": draw.choice((1, None))}
-    same = lambda arguments: load_images(**arguments)  # noqa: E731
+    arguments = {"source": "digits", "size": draw.choice((8, None, 16, 11)), "channels": draw.choice((1, None, 3))}
+    plain = lambda given: call_oracles.digits(given["size"] or 32, given["channels"] or 1)  # noqa: E731
+    bound = lambda wide, wanted, same: [torch.full(wanted[0].shape, 1e-5)]  # noqa: E731
     # Messages name the command line's option.
-    return Call("load_images", load_images, arguments, oracle=same, same=same, order=None, options={"option": "--data"})
+    return Call("load_images", load_images, arguments, plain, plain, bound, order=None, options={"option": "--data"})
 
 
 @torch.no_grad()

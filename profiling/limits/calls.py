@@ -2,9 +2,11 @@
 
     python -m profiling.limits.calls --count 100000 --seed 0
 
-Case i draws a function, arguments (most valid, in odd layouts; some plainly wrong) and a way to call it. An answer is right if
-dtype, shape and every number are the reference's, to what rounding allows, and nothing was written but ``out``. Cases run in
-forked processes, so that one that ends its process or hangs is a finding and not the end.
+Case i draws a function, arguments in odd layouts (in seven cases of ten all fit, in the others one or more need not), and a way
+to call it. An answer is right if dtype, shape and every number are those of code of its own, to what rounding allows, if
+``out`` is what was given, and if nothing else was written. What fits is refused only where a backend or a derivative is
+missing, what does not by an error that names it. Cases run in forked processes, so that one that ends its process or hangs is a
+finding and not the end.
 """
 
 import contextlib
@@ -20,16 +22,16 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 
 from advkd.data import load_images
-from advkd.errors import BackendUnavailableError
+from advkd.errors import BackendUnavailableError, InputError
 
-from . import call_ops, call_systems
-from .call_modes import MODES, SHARES, NotHere, Wrong, flat, mapped
+from . import call_measures, call_ops, call_oracles, call_systems
+from .call_modes import MODES, QUOTAS, SHARES, Wrong, equal_bits, flat, has_meaning, mapped
 from .draw import Draw, spoiled
 from .record import main
 
@@ -57,7 +59,7 @@ CALLS = {
     call_systems.project: 0.7,
     call_systems.sample_again: 0.7,
     call_systems.scheduler_step: 3.0,
-    call_systems.measure: 1.0,
+    call_measures.measure: 1.0,
     call_systems.images: 0.05,
     call_systems.in_place: 0.3,
 }
@@ -69,7 +71,6 @@ PATIENCE = 90
 """Seconds until a case hangs."""
 MEMORY = 6 * 2**30
 """Bytes that a case may take: expanded tensors have billions of elements, and none may be copied."""
-REFUSALS = (ValueError, TypeError, NotImplementedError, BackendUnavailableError)
 TORCH_REFUSES = (
     r"has no gradient",
     r"Batching rule not implemented for advkd::\w+",
@@ -83,34 +84,52 @@ TORCH_REFUSES = (
 )
 """Refusals of a derivative or a transform that does not exist: our own words, and torch's where it is asked first."""
 TRANSFORMS = ("gradient", "func.grad", "func.jvp", "forward mode", "vmap", "fake")
+NO_MEMORY = r"DefaultCPUAllocator: can't allocate memory|aten::new_empty"
+"""What torch says where as many numbers were asked for as no memory holds."""
+DIFFUSERS_REFUSES = r"^Passing integer indices .* as timesteps"
+"""The one refusal that is diffusers' own."""
 
 
 def case(seed, number):
     """Case ``number``: ``(call, mode, name of the spoilt argument or None, draw)``."""
     draw = Draw(seed, number)
-    call = draw.choices(list(CALLS), list(CALLS.values()))[0](draw)
-    name = None
+    if mode := next((mode for mode, every in QUOTAS.items() if number % every == every - 1), None):
+        return _with_meaning(draw, mode), mode, None, draw
+    call, name = _call(draw), None
     if draw.chance(0.25) and "whole" not in call.options:
         name = draw.choice(list(call.arguments))
-        call.arguments[name] = spoiled(draw, call.arguments[name])
-        if name == "denoiser" and callable(call.arguments[name]):
-            call.arguments[name] = None
-        if call.name == "norm_act" and name == "training":
-            call.written = ("running_mean", "running_var")
-    mode = (
-        draw.choices(list(MODES), [SHARES.get(mode, 1.0) for mode in MODES])[0] if name is None or draw.chance(0.2) else "plain"
-    )
+        _spoil(draw, call, name)
+    drawn = name is None or draw.chance(0.2)
+    mode = draw.choices(list(MODES), [SHARES.get(mode, 1.0) for mode in MODES])[0] if drawn else "plain"
     return call, mode, name, draw
+
+
+def _call(draw):
+    return draw.choices(list(CALLS), list(CALLS.values()))[0](draw)
+
+
+def _with_meaning(draw, mode):
+    """A call of which every argument fits, and for which a mode has a meaning."""
+    while True:
+        call = _call(draw)
+        if not call.spoilt and has_meaning(mode, call) and call.arguments.get("backend") not in ("cuda", "triton"):
+            return call
+
+
+def _spoil(draw, call, name):
+    call.spoil(name).arguments[name] = spoiled(draw, call.arguments[name])
+    if name == "denoiser" and callable(call.arguments[name]):
+        call.arguments[name] = None
+    if call.name == "norm_act" and name == "training":
+        call.written = ("running_mean", "running_var")
 
 
 def judge(call, mode, draw):
     """``(outcome, detail, mode)`` of a call; a mode that has no meaning for it is the plain one."""
+    mode = mode if has_meaning(mode, call) else "plain"
     before = {name: mapped(_kept, value) for name, value in call.arguments.items()}
     try:
-        try:
-            found = MODES[mode](call, draw)
-        except NotHere:
-            mode, found = "plain", MODES["plain"](call, draw)
+        found = MODES[mode](call, draw)
     except Wrong as error:
         return "wrong", str(error), mode
     except Exception as error:
@@ -125,25 +144,46 @@ def _kept(tensor):
 
 def _refusal(call, mode, error):
     text = str(error)
-    if mode in TRANSFORMS and any(re.search(words, text) for words in TORCH_REFUSES):
+    if _is_clear(call, mode, error, text):
         return "refused", text
-    # A critic's layers are named, too.
-    named = (
-        call.name == "gradient_penalty"
-        and text.startswith("layer ")
-        or any(re.search(rf"\b{re.escape(name)}\b", text) for name in call.arguments)
-        or call.options.get("option", "\0") in text
-    )
-    if isinstance(error, BackendUnavailableError) or isinstance(error, REFUSALS) and named:
-        return "refused", text
-    # As torch says it, of as many numbers as were asked for.
-    if "DefaultCPUAllocator: can't allocate memory" in text or "aten::new_empty" in text:
-        return "refused", text
+    first = text.splitlines()[0] if text else ""
+    if isinstance(error, (InputError, BackendUnavailableError)):
+        fault = "a refusal that names no argument that is wrong" if call.spoilt else "a valid call is refused"
+        return "wrong", f"{fault}: {first}"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        "crashed",
-        f"{type(error).__name__} in {Path(last.filename).name}, {last.name}: {text.splitlines()[0] if text else ''}",
-    )
+    return "crashed", f"{type(error).__name__} in {Path(last.filename).name}, {last.name}: {first}"
+
+
+def _is_clear(call, mode, error, text):
+    """True for a refusal that is due, and that names what it is about."""
+    if mode in TRANSFORMS and any(re.search(words, text) for words in TORCH_REFUSES):
+        return True
+    if isinstance(error, BackendUnavailableError):
+        wish = call.arguments.get("backend")
+        on_meta = " on meta: " in text and (mode in ("meta", "fake") or call.spoilt)
+        return bool(wish in ("cuda", "triton") or on_meta or "backend" in call.spoilt)
+    if not call.spoilt:
+        return False
+    if isinstance(error, InputError):
+        return any(_names(call, name, text) for spoilt in call.spoilt for name in call.may_be_named(spoilt))
+    # Numbers without an end have no memory anywhere.
+    return bool(re.search(NO_MEMORY, text)) or isinstance(error, ValueError) and bool(re.search(DIFFUSERS_REFUSES, text))
+
+
+_BEFORE = r"(?:^|^the |^--|['\"`]|\b(?:and|or|for|like|of|noise's) |, )"
+_SINGLE = r"(?='s|[:,'\"`]| \(| (?:must|is|has|holds|and|or|are)\b|$)"
+"""What follows the name of one letter, which may be an article elsewhere."""
+
+
+def _names(call, name, text):
+    """True if a message names an argument: at its beginning, quoted or in a list, not anywhere."""
+    # A critic's layers are named, too; messages on a folder name the command line's option.
+    if call.name == "gradient_penalty" and name == "critic" and text.startswith(("layer ", "the critic")):
+        return True
+    if name == "source" and text.startswith(call.options.get("option", "source")):
+        return True
+    behind = _SINGLE if len(name) == 1 else r"\b"
+    return bool(re.search(f"{_BEFORE}{re.escape(name)}{behind}", text))
 
 
 def _answer(call, before, found, loose):
@@ -152,7 +192,7 @@ def _answer(call, before, found, loose):
             return "wrong", f"{name} was written"
     try:
         with torch.no_grad():
-            wanted, same, bounds = _expected(call, before)
+            wide, wanted, same, bounds = _expected(call, before)
     except Exception as error:
         return "wrong", f"an answer where the reference has none: {error!r}"[:500]
     found = flat(found)
@@ -161,19 +201,42 @@ def _answer(call, before, found, loose):
     if any(t.is_meta for t in found):
         return "right", ""
     for ours, right, alike, bound in zip(found, wanted, same, bounds, strict=True):
-        if detail := _off(ours, right, alike, bound if bound is None else loose * bound):
+        if detail := _off(ours, right, alike, bound if bound is None else loose * bound, call.same is not None):
             return "wrong", detail
-    return "right", ""
+    detail = _not_received(call, found) or _not_moved(call, wide)
+    if detail is None and call.check and loose == 1:
+        detail = call.check(found, wide, wanted, same)
+    return ("wrong", detail) if detail else ("right", "")
+
+
+def _not_received(call, found):
+    """The fault of results that were to go into ``out`` and are not there, or None."""
+    out = call.arguments.get("out")
+    tensors = out if type(out) in (list, tuple) else (out,)
+    for tensor, place in zip(tensors, call.received):
+        if tensor is not None and found[place] is not tensor:
+            return "a result is not in out"
+    return None
+
+
+def _not_moved(call, wide):
+    """The fault of what was to be written into arguments, or None."""
+    if call.after is None:
+        return None
+    for name, (wanted, bound) in call.after(wide).items():
+        found = call.arguments[name]
+        if detail := _off(found, wanted, wanted, bound + 4 * call_ops.narrow(found.dtype) * wanted.abs(), True):
+            return f"{name} afterwards: {detail}"
+    return None
 
 
 def _aliased(call, name):
     """True if an argument lies in the memory of one that is written."""
-    return any(
-        isinstance(call.arguments[name], torch.Tensor)
-        and _storage(call.arguments[name]) == _storage(call.arguments.get(written))
-        for written in call.written
-        if isinstance(call.arguments.get(written), torch.Tensor)
-    )
+    value = call.arguments[name]
+    written = (call.arguments.get(other) for other in call.written)
+    receivers = [t for other in written for t in (other if type(other) in (list, tuple) else (other,))]
+    tensors = (t for t in receivers if isinstance(t, torch.Tensor))
+    return isinstance(value, torch.Tensor) and any(_storage(value) == _storage(tensor) for tensor in tensors)
 
 
 def _storage(tensor):
@@ -188,35 +251,39 @@ def _same_bits(value, before):
         return all(map(_same_bits, value, before))
     if not isinstance(value, torch.Tensor) or value is before or value.layout != torch.strided or value.is_meta:
         return True
-    return value.is_nested or value.is_quantized or bool(((value == before) | ((value != value) & (before != before))).all())
+    return value.is_nested or value.is_quantized or bool(equal_bits(value, before).all())
 
 
 def _expected(call, before):
-    """The results in float64, those of the reference as it is, and how far from the former ours may be (None: bits)."""
+    """Arguments in float64, their results, those of the arguments as they are, and how far off ours may be (None: bits)."""
     before = {name: value if name == "seed" else call_ops.plain_number(value) for name, value in before.items()}
     wide = {name: mapped(lambda t: t.double() if t.is_floating_point() else t, value) for name, value in before.items()}
     if call.name == "gradient_penalty":
-        wide["critic"] = call_ops.copy.deepcopy(before["critic"]).double()
+        wide["critic"] = deepcopy(before["critic"]).double()
     reference = call_ops.norm_act_reference if call.name == "norm_act" else call.reference
     same = flat((call.same or reference)(before))
     if call.bound is None:
-        return same, same, [None] * len(same)
+        return wide, same, same, [None] * len(same)
     with contextlib.nullcontext() if call.name != "gradient_penalty" else torch.enable_grad():
         wanted = flat((call.oracle or reference)(wide))
     wanted = [t.detach().double() for t in wanted]
-    return wanted, same, call.bound(wide, wanted, same)
+    return wide, wanted, same, call.bound(wide, wanted, same)
 
 
-def _off(ours, right, alike, bound):
-    """The fault of a result, or None."""
+def _off(ours, right, alike, bound, is_independent):
+    """The fault of a result, or None; ``is_independent``: ``alike`` comes from other code than the one under test."""
     if bound is None:
-        equal = (ours == alike) | ((ours != ours) & (alike != alike))
+        equal = equal_bits(ours, alike)
         return None if bool(equal.all()) else f"other bits than the reference: {_sample(ours, alike, ~equal)}"
-    ours, alike, bound = ours.detach().double(), alike.double(), bound.double()
-    equal = (ours == right) | ((ours != ours) & (right != right)) | (ours == alike) | ((ours != ours) & (alike != alike))
-    # The dtype's arithmetic may overflow where float64 does not; NaN in a bound says that anything may come.
-    allowed = bound + 2 * (alike - right).abs().nan_to_num(nan=math.inf)
-    fine = equal | ((ours - right).abs() <= allowed) | bound.isnan()
+    dtype, ours, alike, bound = ours.dtype, ours.detach().double(), alike.double(), bound.double()
+    # The dtype may overflow where float64 does not.
+    equal = equal_bits(ours, right) | equal_bits(ours, right.to(dtype).double())
+    allowed = bound
+    if is_independent:
+        equal |= equal_bits(ours, alike)
+        allowed = bound + (alike - right).abs().nan_to_num(nan=math.inf)
+    # A bound that is not finite says that anything may come.
+    fine = equal | ((ours - right).abs() <= allowed) | ~bound.isfinite()
     return (
         None
         if bool(fine.all())
@@ -233,12 +300,11 @@ def run(campaign, cases):
     """Judge the cases in forked processes, a batch in each."""
     warnings.filterwarnings("ignore")
     _warm()
-    modes, left = Counter(), list(cases)
+    left = list(cases)
     while left:
-        done = _batch(campaign, left[:BATCH], modes)
+        done = _batch(campaign, left[:BATCH])
         left = left[done:]
         campaign.reach(len(cases) - len(left))
-    return modes
 
 
 def _warm():
@@ -246,13 +312,14 @@ def _warm():
     from torchmetrics.image.kid import poly_mmd  # noqa: F401
 
     load_images("digits")
+    call_oracles.table_of_digits()
     for i in range(len(call_systems.CONFIGS)):
         call_systems.exact(i)
         for backend, dtype in call_systems.ENGINES:
             call_systems.engine(i, backend, dtype)
 
 
-def _batch(campaign, numbers, modes):
+def _batch(campaign, numbers):
     """Judge cases in one process until it ends; returns how many it began."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -271,14 +338,12 @@ def _batch(campaign, numbers, modes):
             if "outcome" not in row:
                 begun, open_case = begun + ("drawn" not in row), row
                 continue
-            modes[row["mode"]] += 1
-            campaign.add(row["kind"], row["outcome"], row["case"], row["detail"])
+            campaign.add(row["kind"], row["outcome"], row["case"], row["detail"], row["mode"])
             open_case = None
     _, status = os.waitpid(child, 0)
     if open_case is not None:
-        modes[open_case["mode"]] += 1
         end = "a hang" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else f"status {status}"
-        campaign.add(open_case["kind"], "crashed", open_case["case"], f"{end} ({open_case['mode']})")
+        campaign.add(open_case["kind"], "crashed", open_case["case"], end, open_case["mode"])
     return begun
 
 
@@ -293,11 +358,12 @@ def _judge_all(seed, numbers, writing):
         for number in numbers:
             signal.alarm(PATIENCE)
             print(json.dumps({"kind": "a draw", "case": number, "mode": "plain"}), file=answers)
-            call, mode, name, draw = case(seed, number)
+            call, mode, _, draw = case(seed, number)
             begun = {"kind": call.name, "case": number, "mode": mode}
             print(json.dumps({**begun, "drawn": True}), file=answers)
             outcome, detail, mode = judge(call, mode, draw)
-            detail = f"{mode}{f', {name} spoilt' if name else ''}: {detail}" if outcome not in ("right", "refused") else ""
+            spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
+            detail = f"{mode}{spoilt}: {detail}" if outcome not in ("right", "refused") else ""
             print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

@@ -60,7 +60,7 @@ class Draw(random.Random):
         return self.choice(_LAYOUTS)(self, values)
 
     def folder(self):
-        """A new folder; whoever judges cases says where, by ``tempfile.tempdir``, and removes them."""
+        """A new folder under ``tempfile.tempdir``, which is the judging process' own and goes with it."""
         return tempfile.mkdtemp(prefix="advkd-calls-")
 
     def kept_layout(self, values):

@@ -12,18 +12,21 @@ def table(name):
     def lines():
         found = []
         for result in stored(f"limits-{name.replace('_', '-')}"):
-            found += [
-                *_source(result),
-                "| tried on | cases | right | refused | wrong | lost | crashed |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            for row in result["rows"]:
-                cells = (row["kind"], *(f"{row[key]:,}" for key in ("tried", "right", "refused", *BAD)))
-                found.append("| " + " | ".join(cells) + " |")
+            found += [*_source(result), *_rows("tried on", ((row["kind"], row) for row in result["rows"]))]
+            if "modes" in result:
+                found += ["", *_rows("way to call", result["modes"].items())]
             found.append("")
         return found[:-1] or ["Nothing has been tried yet."]
 
     return lines
+
+
+def _rows(title, counts):
+    """A table of ``(name, counts)``."""
+    columns = ("tried", "right", "refused", *BAD)
+    heads = " | ".join((title, "cases", *columns[1:]))
+    cells = (" | ".join((name, *(f"{row[key]:,}" for key in columns))) for name, row in counts)
+    return [f"| {heads} |", "|---" * (1 + len(columns)) + "|", *(f"| {row} |" for row in cells)]
 
 
 def _source(result):

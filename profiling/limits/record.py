@@ -44,7 +44,7 @@ class Campaign:
     failures: list = field(default_factory=list)
 
     def __post_init__(self):
-        self._counts = Counter()
+        self._counts, self._modes = Counter(), Counter()
         self._begin = time.perf_counter()
         self._reached, self._last_line = 0, self._begin
 
@@ -64,21 +64,22 @@ class Campaign:
                 f"{self.name}: {done:,} of {self.count:,} cases, {len(self.failures)} failures, {minutes:.0f} min", flush=True
             )
 
-    def add(self, kind, outcome, case=None, detail=""):
-        """Count one case of ``kind``; of :data:`BAD` outcomes the case's number and a detail are kept too."""
+    def add(self, kind, outcome, case=None, detail="", mode=None):
+        """Count one case of ``kind`` and its ``mode``; of :data:`BAD` outcomes the case's number and a detail are kept too."""
         if outcome not in GOOD + BAD:
             raise ValueError(f"outcome must be one of {', '.join(GOOD + BAD)}, got {outcome!r}")
         self._counts[kind, outcome] += 1
+        self._modes[mode, outcome] += 1
         if outcome in BAD:
             self.failures.append({"kind": kind, "case": case, "outcome": outcome, "detail": str(detail)[:2000]})
 
     def rows(self):
         """One dict a kind: ``kind``, ``tried``, and a count for each outcome."""
-        rows = []
-        for kind in sorted({kind for kind, _ in self._counts}):
-            counts = {outcome: self._counts[kind, outcome] for outcome in GOOD + BAD}
-            rows.append({"kind": kind, "tried": sum(counts.values()), **counts})
-        return rows
+        return [{"kind": kind, **counts} for kind, counts in _by_name(self._counts).items()]
+
+    def modes(self):
+        """The same counts by mode, for cases that have one."""
+        return _by_name(Counter({key: n for key, n in self._modes.items() if key[0] is not None}))
 
     def write(self, out=None):
         """Write ``limits-<name>.json`` to the folder ``out`` (default: this machine's results); returns its path.
@@ -89,8 +90,18 @@ class Campaign:
         seconds = time.perf_counter() - self._begin
         asked = {"campaign": self.name, "seed": self.seed, "first": self.first, "count": self._reached}
         result = {**asked, "seconds": seconds, "rows": self.rows(), "failures": self.failures}
+        result |= {"modes": modes} if (modes := self.modes()) else {}
         write_json(path, {**result, "provenance": provenance()})
         return path
+
+
+def _by_name(counted):
+    """``{name: {"tried": ..., and a count for each outcome}}`` of counts by name and outcome."""
+    found = {}
+    for name in sorted({name for name, _ in counted}):
+        counts = {outcome: counted[name, outcome] for outcome in GOOD + BAD}
+        found[name] = {"tried": sum(counts.values()), **counts}
+    return found
 
 
 def main(name, description, run, count):

@@ -1,14 +1,19 @@
 """Random calls of the public functions: the cases that a campaign begins with, through the same code."""
 
+import importlib
+import itertools
 import tempfile
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 
 from advkd import ops  # noqa: E402
+from advkd.errors import InputError  # noqa: E402
+from advkd.models.fused_student import FusedStudent  # noqa: E402
 from profiling.limits import calls  # noqa: E402
-from profiling.limits.call_modes import MODES  # noqa: E402
+from profiling.limits.call_modes import MODES, QUOTAS, has_meaning  # noqa: E402
 from profiling.limits.record import Campaign  # noqa: E402
 
 CASES = 700
@@ -28,14 +33,75 @@ def test_every_mode_has_cases_that_are_right_or_refused(mode, tmp_path, monkeypa
     """The first case in which the mode has a meaning."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for number in range(CASES, 2 * CASES):
-        call, _, spoilt, draw = calls.case(0, number)
-        if spoilt is not None:
+        call, _, _, draw = calls.case(0, number)
+        if call.spoilt or not has_meaning(mode, call):
             continue
         outcome, detail, tried = calls.judge(call, mode, draw)
         assert outcome in ("right", "refused"), detail
-        if tried == mode:
-            return
+        assert tried == mode
+        return
     raise AssertionError(f"no case of mode {mode}")
+
+
+@pytest.mark.parametrize("mode", QUOTAS)
+def test_costly_modes_come_regularly_and_mean_something(mode):
+    numbers = range(QUOTAS[mode] - 1, 3 * QUOTAS[mode], QUOTAS[mode])
+    for call, drawn, spoilt, _ in (calls.case(3, number) for number in numbers):
+        assert drawn == mode and spoilt is None and has_meaning(mode, call)
+
+
+def _faults(name, count=40):
+    """What the campaign finds in the first calls of a function."""
+    found = []
+    for number in itertools.count():
+        call, mode, _, draw = calls.case(0, number)
+        if call.name == name and mode in ("plain", "no_grad"):
+            count -= 1
+            outcome, detail, _ = calls.judge(call, mode, draw)
+            found += [detail] * (outcome not in ("right", "refused"))
+        if count == 0:
+            return found
+
+
+def test_images_that_are_scaled_are_found(monkeypatch):
+    forward = FusedStudent.forward
+    assert not _faults("FusedStudent")
+    scale = {torch.bfloat16: 0.8, torch.float64: 1.0}
+    monkeypatch.setattr(FusedStudent, "forward", lambda self, z: forward(self, z) * scale.get(self.dtype, 1 - 1e-3))
+    assert _faults("FusedStudent")
+
+
+def test_statistics_that_stay_are_found(monkeypatch):
+    assert not _faults("norm_act")
+    monkeypatch.setattr(importlib.import_module("advkd.ops.norm_act"), "_move", lambda *given: None)
+    assert any("afterwards" in fault for fault in _faults("norm_act"))
+
+
+def test_an_out_that_is_ignored_is_found(monkeypatch):
+    step = ops.sampler_step
+    monkeypatch.setattr(ops, "sampler_step", lambda *given, out=None, **options: step(*given, **options))
+    assert "a result is not in out" in _faults("sampler_step")
+
+
+def test_a_valid_call_that_is_refused_is_found(monkeypatch):
+    real = ops.mask_mul
+
+    def mask_mul(x, *given, **options):
+        if isinstance(x, torch.Tensor) and not x.is_contiguous():
+            raise InputError("x must be contiguous")
+        return real(x, *given, **options)
+
+    monkeypatch.setattr(ops, "mask_mul", mask_mul)
+    assert "a valid call is refused: x must be contiguous" in _faults("mask_mul")
+
+
+def test_a_message_names_an_argument_and_not_just_its_letter():
+    call, *_ = next(case for case in (calls.case(0, number) for number in range(500)) if case[0].name == "interpolate")
+    call.spoilt = ["a"]
+    named, other = "a must be (2,), got 3", "this is a wrong number"
+    assert calls._is_clear(call, "plain", InputError(named), named)
+    assert not calls._is_clear(call, "plain", InputError(other), other)
+    assert not calls._is_clear(call, "plain", ValueError(named), named)
 
 
 def test_a_case_is_the_same_in_every_run():
