@@ -15,8 +15,8 @@ def real(name, value, constant=True):
 
     ``constant``: a tensor by which a derivative is wanted is refused, for the float would leave that behind without a word.
     """
-    if type(value) is float:
-        return value
+    if isinstance(value, float):
+        return float(value)
     if constant and isinstance(value, torch.Tensor) and wants_derivative(value):
         raise InputError(f"{name} must be a plain number: no gradient flows through it; give float({name})")
     try:

@@ -152,10 +152,20 @@ def make_folder(path):
         path.mkdir(exist_ok=True)
 
 
+def synchronize_all(folder):
+    """Bring a folder and all that is below it to the disk."""
+    for path in (Path(folder), *Path(folder).rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            synchronize(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def synchronize(file):
-    """Bring an open file to the disk, where its file system can be asked to."""
+    """Bring an open file, or a descriptor of one, to the disk, where its file system can be asked to."""
     try:
-        os.fsync(file.fileno())
+        os.fsync(file)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
@@ -212,7 +222,8 @@ def locked(folder, out=None, shared=False):
     """
     import fcntl
 
-    with _lock_file(Path(folder) / ".lock", out or folder) as file:
+    file = _lock_file(Path(folder) / ".lock", out or folder)
+    try:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -225,6 +236,9 @@ def locked(folder, out=None, shared=False):
             warnings.warn(said, UserWarning, stacklevel=3)
         with held(folder):
             yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written there that could be lost
+            file.close()
 
 
 def _lock_file(path, folder):

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,7 @@ from .files import (
     require_output_folder,
     require_space,
     restoring,
-    synchronize,
+    synchronize_all,
     temporary_path,
     unpack_optimizer,
     with_digest,
@@ -237,9 +236,7 @@ def _save_pipeline(out, unet, scheduler):
         with writing(out / "model_index.json", folder):
             folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
             DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
-            for path in filter(Path.is_file, sorted(folder.rglob("*"))):
-                with open(path, "rb") as file:
-                    synchronize(file)
+            synchronize_all(folder)
             for name in PIPELINE:
                 shutil.rmtree(out / name, ignore_errors=True)
                 os.replace(folder / name, out / name)

@@ -152,10 +152,10 @@ def sampler_step(
     else:
         tensors["noise"] = noise
     _check_tensors(x, tensors)
+    table = _table(coefficients, x, previous_x0 is not None, noise is not None)
     if (out is not None or average is not None) and not torch.compiler.is_compiling():
         read = {"x": x, **tensors, "coefficients": coefficients, "noise's indices": indices, "noise's step": steps}
         _check_results(x, out, average, {name: t for name, t in read.items() if isinstance(t, torch.Tensor)})
-    table = _table(coefficients, x, previous_x0 is not None, noise is not None)
     pool = pool if pool is None else whole("pool", pool, 1)
     if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")

@@ -299,7 +299,7 @@ def _penalty_gradient(call):
     wide = {k: mapped(lambda t: t.double() if t.is_floating_point() else t, v) for k, v in call.arguments.items()}
     wide |= {"critic": copy.deepcopy(critic).double(), "backend": "autograd"}
     wanted = torch.autograd.grad(call.function(**wide), list(wide["critic"].parameters()), allow_unused=True)
-    size = max((float(g.abs().max()) for g in wanted if g is not None), default=0.0)
+    size = max((float(g.abs().nan_to_num().max()) for g in wanted if g is not None), default=0.0)
     for one, other in zip(ours, wanted, strict=True):
         other = torch.zeros_like(one) if other is None else other
         if not ((one.double() - other).abs() <= 1e-3 * size + 1e-5).all() and other.isfinite().all():

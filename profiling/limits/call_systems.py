@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
@@ -382,7 +383,7 @@ class _Step:
         scheduler.is_scale_input_called = True
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         given = {name: plain_number(value) for name, value in given.items()}
-        if theirs and isinstance(timestep, torch.Tensor):
+        if theirs and isinstance(timestep, (torch.Tensor, np.ndarray)):
             # Ours takes a number of any dtype.
             given["timestep"] = scheduler.timesteps.new_tensor(timestep.item())
         found = scheduler.step(**given, generator=generator)

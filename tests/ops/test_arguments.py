@@ -279,6 +279,8 @@ def test_results_share_no_memory_with_what_is_read_in_another_order():
     with pytest.raises(InputError, match="out.*mask"):
         ops.mask_mul(x, memory[:2].view(2, 1), 0.2, out=out)
     table = ops.coefficient_table([STEP] * 2)
+    with pytest.raises(InputError, match="coefficients must be a dense tensor"):
+        ops.sampler_step(x, x, table.to_sparse(), out=torch.empty(2, 8))
     with pytest.raises(InputError, match="out.*coefficients"):
         ops.sampler_step(x, x, table, out=table)
     indices = memory.view(torch.int64)
