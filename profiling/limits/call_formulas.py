@@ -1,4 +1,4 @@
-"""What the ops must give by their formulas, in the dtype of the arguments: nothing here runs the product's ops but Philox."""
+"""The right answers of the ops by their formulas, in the dtype of the arguments: nothing here runs the product's ops but Philox."""
 
 import math
 

@@ -617,7 +617,7 @@ def _pool(draw, shape):
 
 
 def _step_out(draw, x, others, pool):
-    """What receives a step's state, at times a pair of that and its average's, and whether it fits."""
+    """The argument ``out`` of a step, at times a pair of the state's and its average's tensor, and whether it fits."""
     out, fits = _out(draw, x, others)
     if not pool or draw.chance(0.5):
         return out, fits

@@ -1,4 +1,4 @@
-"""What models and data must give, by code of its own: nothing here runs the product's layers, kernels or readers."""
+"""The right answers of models and data, by code of its own: nothing here runs the product's layers, kernels or readers."""
 
 import functools
 import gzip

@@ -111,7 +111,7 @@ def fused_student(draw):
 
 
 def _images(i, dtype):
-    """What tells whether images of an argument ``z`` are right."""
+    """The judge of images of an argument ``z``."""
     return {
         "oracle": lambda wide: in_plain(i, wide["z"].double()),
         "same": lambda arguments: in_plain(i, arguments["z"], dtype),
@@ -191,7 +191,7 @@ _COUNTS = (("n", "batch_size", "start"),)
 
 
 def _samples(i, dtype):
-    """What tells whether images of a seed are right."""
+    """The judge of images of a seed."""
     plain = lambda given, kind: in_plain(i, _latents(i, given), kind)  # noqa: E731
     return {
         "oracle": lambda wide: plain(wide, torch.float64),

@@ -4,8 +4,8 @@
 
 Case i draws a function, arguments in odd layouts (in seven cases of ten all fit, in the others one or more need not), and a way
 to call it. An answer is right if dtype, shape and every number are those of code of its own, to what rounding allows, if
-``out`` is what was given, and if nothing else was written. What fits is refused only where a backend or a derivative is
-missing, what does not by an error that names it. Cases run in forked processes, so that one that ends its process or hangs is a
+``out`` is the tensor that was given, and if nothing else was written. Arguments that fit are refused only where a backend or a
+derivative is missing, others by an error that names them. Cases run in forked processes, so that one that ends its process or hangs is a
 finding and not the end.
 """
 
@@ -85,7 +85,7 @@ TORCH_REFUSES = (
 """Refusals of a derivative or a transform that does not exist: our own words, and torch's where it is asked first."""
 TRANSFORMS = ("gradient", "func.grad", "func.jvp", "forward mode", "vmap", "fake")
 NO_MEMORY = r"DefaultCPUAllocator: can't allocate memory|aten::new_empty"
-"""What torch says where as many numbers were asked for as no memory holds."""
+"""The words of torch for more numbers than any memory holds."""
 DIFFUSERS_REFUSES = r"^Passing integer indices .* as timesteps"
 """The one refusal that is diffusers' own."""
 
@@ -172,7 +172,7 @@ def _is_clear(call, mode, error, text):
 
 _BEFORE = r"(?:^|^the |^--|['\"`]|\b(?:and|or|for|like|of|noise's) |, )"
 _SINGLE = r"(?='s|[:,'\"`]| \(| (?:must|is|has|holds|and|or|are)\b|$)"
-"""What follows the name of one letter, which may be an article elsewhere."""
+"""The words behind a name of one letter, which may be an article elsewhere."""
 
 
 def _names(call, name, text):

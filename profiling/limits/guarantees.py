@@ -1,4 +1,4 @@
-"""The tables of ``docs/guarantees.md``: what each campaign tried, how often, and what came of it."""
+"""The tables of ``docs/guarantees.md``: what each campaign tried, how often, and how it ended."""
 
 from ..evidence import checked, link, stored
 from .record import BAD

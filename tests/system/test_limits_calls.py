@@ -51,7 +51,7 @@ def test_costly_modes_come_regularly_and_mean_something(mode):
 
 
 def _faults(name, count=40):
-    """What the campaign finds in the first calls of a function."""
+    """The findings in the first calls of a function."""
     found = []
     for number in itertools.count():
         call, mode, _, draw = calls.case(0, number)

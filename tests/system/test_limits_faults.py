@@ -44,7 +44,7 @@ faults.run_trials(campaigns["faults"], numbers, trials)
 counts = [faults.exists(trials, number) for number in range(kinds * len(chosen) * 200)]
 logs = [faults.unsynchronized(t.whole["log"], out / "faults" / "whole" / t.command.name, t.whole["files"]) for t in trials]
 
-# What the campaigns must find: a command that ignores Ctrl-C, and one that locks nothing.
+# The campaigns must find a command that ignores Ctrl-C, and one that locks nothing.
 trial = trials[2]
 trial.reset()
 with mock.patch("advkd.__main__.end_at_interrupt", lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)):
