@@ -44,6 +44,8 @@ def run_cases(campaign, cases):
 
 def run_commands(campaign, cases, commands, folder, group=None):
     """Run the cases of these numbers on ``commands``, and some on ``group``, in a new ``folder``."""
+    # Where a shell has had this process ignore interrupts, the commands would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wholes = {}
     for case in campaign.each(cases):
         command = group if group and case % GROUPS == GROUPS // 2 else commands[case % len(commands)]
