@@ -85,6 +85,16 @@ def threads():
 def names():
     return {thread.name for thread in threading.enumerate()}
 
+def bind(processor):
+    os.sched_setaffinity(0, {processor})
+    bound[threading.get_native_id()] = {processor}
+    end.wait()
+
+bound, end = {}, threading.Event()
+binding = [threading.Thread(target=bind, args=(processor,)) for processor in allowed]
+for thread in binding:
+    thread.start()
+until(lambda: len(bound) == 2)
 torch.set_num_threads(2)
 x = torch.randn(1000, 1000)
 wanted, found = x.sum(), {}
@@ -106,6 +116,10 @@ try:
                 os.write(write, json.dumps(len(os.sched_getaffinity(0)) == 2).encode())
             os._exit(0)
         found["forked"] = json.loads(os.read(read, 100))
+    found["bound as it was"] = all(os.sched_getaffinity(thread) == processors for thread, processors in bound.items())
+    end.set()
+    for thread in binding:
+        thread.join()
     found["given back"] = all(cpus == allowed for cpus in threads().values())
     found["gone"] = not any(name.startswith("advkd") for name in names())
 finally:
@@ -170,42 +184,6 @@ print(json.dumps([sorted(map(sorted, seen)), processor]))
 def test_a_process_stays_where_its_user_bound_it():
     seen, processor = run_script(LATE, ADVKD_SHARE="1")
     assert seen == [[processor]]
-
-
-BOUND = """
-import json, os, threading, time, torch
-from advkd import sharing
-torch.set_num_threads(2)
-first, second = sorted(os.sched_getaffinity(0))[:2]
-begun, end = threading.Event(), threading.Event()
-
-def bind_itself():
-    os.sched_setaffinity(0, {second})
-    found.append(threading.get_native_id())
-    begun.set()
-    end.wait()
-
-found = []
-thread = threading.Thread(target=bind_itself)
-thread.start()
-begun.wait()
-seen = set()
-with sharing():
-    limit = time.monotonic() + 60
-    while len(os.sched_getaffinity(0)) > 1 and time.monotonic() < limit:
-        torch.randn(100_000).exp_()
-    crowded = len(os.sched_getaffinity(0)) == 1
-    for _ in range(100):
-        torch.randn(100_000).exp_()
-        seen |= os.sched_getaffinity(found[0])
-after = os.sched_getaffinity(found[0])
-end.set()
-print(json.dumps([crowded, sorted(seen | after) == [second], len(os.sched_getaffinity(0)) > 1]))
-"""
-
-
-def test_a_thread_that_bound_itself_is_left_alone():
-    assert run_script(BOUND, ADVKD_SHARE="1") == [True, True, True]
 
 
 COMPANIONS = """
