@@ -624,7 +624,7 @@ class _Log:
         """Bring the rows to the disk before a checkpoint says that they are there; refuse to go on where the file has gone."""
         require_there(self.file, self.path)
         with writing(self.path):
-            synchronize(self.file)
+            synchronize(self.file.fileno())
 
     def close(self):
         with contextlib.closing(self.board), writing(self.path):

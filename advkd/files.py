@@ -81,7 +81,7 @@ def replacing(path, once=False):
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             with open(temporary, "rb") as file:
-                synchronize(file)
+                synchronize(file.fileno())
             _move(temporary, target, once)
     finally:
         with contextlib.suppress(OSError):
@@ -162,10 +162,10 @@ def synchronize_all(folder):
             os.close(descriptor)
 
 
-def synchronize(file):
-    """Bring an open file, or a descriptor of one, to the disk, where its file system can be asked to."""
+def synchronize(descriptor):
+    """Bring an open file to the disk, where its file system can be asked to."""
     try:
-        os.fsync(file)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
