@@ -5,7 +5,17 @@ import torch
 from ..arguments import finite, require_dense, whole
 from ..errors import InputError
 from . import backends
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, memory_format, require_floating, require_out, windows
+from .layout import (
+    arithmetic_dtype,
+    choose_for,
+    dense,
+    in_memory_order,
+    memory_format,
+    require_floating,
+    require_out,
+    windows,
+    with_usual_strides,
+)
 from .mask_mul import mask_bytes, pack
 
 
@@ -52,7 +62,7 @@ def conv_bias_act_mask(
     slope = finite("slope", slope)
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
-    p = torch.ops.aten.convolution(x, weight, inside, *pairs, False, [0, 0], groups)
+    p = torch.ops.aten.convolution(x, with_usual_strides(weight, groups), inside, *pairs, False, [0, 0], groups)
     return bias_act_mask(p, None if inside is not None else bias, slope, fresh=True, backend=backend)
 
 

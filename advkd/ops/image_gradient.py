@@ -9,7 +9,7 @@ import torch
 from ..arguments import sizes, whole
 from ..errors import InputError
 from . import backends
-from .layout import memory_format, require_floating, windows
+from .layout import memory_format, require_floating, windows, with_usual_strides
 
 CHANNELS, TAPS = 4, 64
 """What the kernel takes at most."""
@@ -57,7 +57,7 @@ def image_gradient_reference(d, weight, shape, stride, padding, dilation, groups
     """The specification of :func:`image_gradient`."""
     x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=memory_format(d))
     args = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
-    return torch.ops.aten.convolution_backward(d, x, weight, None, *args)[0]
+    return torch.ops.aten.convolution_backward(d, x, with_usual_strides(weight, groups), None, *args)[0]
 
 
 def image_gradient_cpu(d, weight, shape, stride, padding, dilation, groups):

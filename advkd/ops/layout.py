@@ -78,6 +78,13 @@ def windows(size, kernel, stride, padding, dilation):
     return pairs, sides
 
 
+def with_usual_strides(weight, groups):
+    """``weight``, copied where an axis of one pixel may have any stride: torch's grouped convolutions misread some of those."""
+    if groups == 1 or 1 not in weight.shape[2:]:
+        return weight
+    return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(weight)
+
+
 def require_floating(name, tensor):
     """An :class:`InputError` unless ``tensor`` has a dtype that the ops know."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (*DTYPES, torch.float64):

@@ -17,7 +17,7 @@ from ..errors import InputError
 from .conv_bias_act_mask import bias_act_mask
 from .critic_plan import ADVICE, CONDITION, IMAGE
 from .image_gradient import image_gradient
-from .layout import channels_last, dense, memory_format, pair
+from .layout import channels_last, dense, memory_format, pair, with_usual_strides
 from .mask_mul import mask_mul
 
 aten = torch.ops.aten
@@ -316,7 +316,7 @@ def _padding(layer, padding, kernel, dilation):
 
 def _convolution(x, weight, bias, options):
     stride, padding, dilation, groups = options
-    return aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    return aten.convolution(x, with_usual_strides(weight, groups), bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 def _transposed_convolution(d, weight, shape, options):
@@ -324,7 +324,7 @@ def _transposed_convolution(d, weight, shape, options):
     stride, padding, dilation, groups = options
     sides = zip(shape[2:], d.shape[2:], weight.shape[2:], stride, padding, dilation)
     rest = [whole - ((side - 1) * s - 2 * p + q * (k - 1) + 1) for whole, side, k, s, p, q in sides]
-    return aten.convolution(d, weight, None, stride, padding, dilation, True, rest, groups)
+    return aten.convolution(d, with_usual_strides(weight, groups), None, stride, padding, dilation, True, rest, groups)
 
 
 def _image_gradient(d, weight, shape, options):

@@ -137,6 +137,18 @@ def test_dilation_of_one_pixel_has_no_meaning():
     assert all(map(torch.equal, found, wanted))
 
 
+def test_strides_of_one_pixel_have_no_meaning():
+    """torch's own grouped convolutions read other numbers by them."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 2, 4, 1)
+    odd = torch.empty_strided(weight.shape, (8, 1, 2, 32)).copy_(weight)
+    x, d = (torch.randn(4, 4, side, n).contiguous(memory_format=torch.channels_last) for side, n in ((2, 4), (1, 6)))
+    found, wanted = (ops.conv_bias_act_mask(x, w, padding=1, groups=2) for w in (odd, weight))
+    assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.equal(found[1], wanted[1])
+    found, wanted = (ops.image_gradient(d, w, (4, 4, 2, 4), padding=1, groups=2) for w in (odd, weight))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_the_wrong_size_is_found_before_anything_is_copied():
     """2^31 samples in the memory of one."""
     many = torch.zeros(1).expand(2**31 + 5, 3, 4, 4)

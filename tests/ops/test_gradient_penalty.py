@@ -433,6 +433,16 @@ def test_compiled_whole():
     assert relative(ours, exact) <= 1e-5
 
 
+def test_strides_of_one_pixel_have_no_meaning():
+    """torch's own grouped convolutions read other numbers by them."""
+    model = nn.Sequential(nn.Conv2d(4, 4, (4, 1), padding=1, groups=2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(72, 1))
+    x = torch.randn(3, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    wanted = gradient_penalty(model, x)
+    weight = model[0].weight.data
+    model[0].weight.data = torch.empty_strided(weight.shape, (8, 1, 2, 32)).copy_(weight)
+    assert torch.allclose(gradient_penalty(model, x), wanted, 1e-5)
+
+
 def test_a_changed_critic_is_traced_again():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(72, 1)).double()
     assert_same(model, points(), 1e-12)
