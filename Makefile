@@ -15,7 +15,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)$(TORCH_BUILD)
-SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*/* csrc/*/*/*) setup.py pyproject.toml constraints.txt
 
 # The CUDA object takes minutes and loads only where torch has CUDA: a CPU build of torch goes without, unless ADVKD_CUDA says so.
 SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print("" if torch.version.cuda else "ADVKD_CUDA=0")'))

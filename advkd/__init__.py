@@ -12,39 +12,42 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AdvKDPipeline": "pipeline",
+    "AdvKDPipeline": "export.pipeline",
     "BackendUnavailableError": "errors",
     "Classifier": "models.classifier",
     "Critic": "models.critic",
     "CriticConfig": "models.critic",
-    "CriticGradients": "critic_update",
-    "DistillConfig": "recipes",
-    "Distiller": "distill",
-    "EvaluationConfig": "evaluate",
-    "FusedDDIMScheduler": "schedulers",
-    "FusedDDPMScheduler": "schedulers",
-    "FusedDPMSolverMultistepScheduler": "schedulers",
-    "FusedEulerDiscreteScheduler": "schedulers",
+    "CriticGradients": "ops.critic.update",
+    "DistillConfig": "methods.adv_kd",
+    "Distiller": "training.trainer",
+    "EvaluationConfig": "evaluation.evaluate",
+    "FusedDDIMScheduler": "diffusion.schedulers",
+    "FusedDDPMScheduler": "diffusion.schedulers",
+    "FusedDPMSolverMultistepScheduler": "diffusion.schedulers",
+    "FusedEulerDiscreteScheduler": "diffusion.schedulers",
     "FusedStudent": "models.fused_student",
     "InputError": "errors",
     "Student": "models.student",
     "StudentConfig": "models.student",
-    "Teacher": "teacher",
-    "Trajectories": "trajectories",
-    "critic_gradients": "critic_update",
-    "critic_step": "critic_update",
-    "evaluate_folders": "evaluate",
-    "evaluate_student": "evaluate",
-    "record_trajectories": "trajectories",
-    "sharing": "neighbours",
-    "train_classifier": "classifier_training",
-    "train_teacher": "teacher_training",
-    "write_report": "report",
+    "Teacher": "diffusion.teacher",
+    "Trajectories": "diffusion.recorder",
+    "critic_gradients": "ops.critic.update",
+    "critic_step": "ops.critic.update",
+    "evaluate_folders": "evaluation.evaluate",
+    "evaluate_student": "evaluation.evaluate",
+    "record_trajectories": "diffusion.recorder",
+    "sharing": "runtime.neighbours",
+    "train_classifier": "training.classifier",
+    "train_teacher": "training.teacher",
+    "write_report": "evaluation.report",
 }
+_ROOMS = ("cli", "data", "diffusion", "engines", "evaluation", "export", "methods", "models", "ops", "runtime", "training")
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name):
+    if name in _ROOMS:
+        return importlib.import_module(f"advkd.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'advkd' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"advkd.{_EXPORTS[name]}"), name)
@@ -53,7 +56,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_EXPORTS))
+    return sorted(set(globals()) | set(_EXPORTS) | set(_ROOMS))
 
 
 def _map_kernels():

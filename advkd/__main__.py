@@ -1,12 +1,12 @@
-"""The program ``advkd``, also by ``python -m advkd``: the command line of :mod:`advkd.cli`."""
+"""The program ``advkd``, also by ``python -m advkd`` and ``python -m advkd.cli``."""
 
-from .launcher import end_at_interrupt
+from .runtime.launcher import end_at_interrupt
 
 
 def main():
     """Run the command line; an interrupt ends it with one line, also while its modules are imported."""
     end_at_interrupt()
-    from .cli import main as run
+    from .cli.main import main as run
 
     run(prog_name="advkd")
 

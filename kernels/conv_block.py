@@ -22,7 +22,7 @@ import triton.language as tl
 from torch.library import custom_op, triton_op, wrap_triton
 
 from ..errors import BackendUnavailableError, InputError
-from ..ops import gpu_layers
+from ..ops import gpu_storage
 from ..ops.conv_block import ACTIVATIONS, ConvLayer
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -429,7 +429,7 @@ def conv_image(x, weights, bias, out, activation, slope, precision, config):
 
 
 def pack_weights(taps, dtype, precision):
-    """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_layers.pad_layer` as the kernels read them fastest.
+    """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_storage.pad_layer` as the kernels read them fastest.
 
     Tensor cores take float32 with the summed index fastest in memory; TensorFloat-32 is rounded here, not cut off there.
     """
@@ -437,7 +437,7 @@ def pack_weights(taps, dtype, precision):
         return taps.to(dtype).contiguous()
     if precision == "ieee":
         return taps.contiguous()
-    taps = gpu_layers.round_tf32(taps) if precision == "tf32" else taps
+    taps = gpu_storage.round_tf32(taps) if precision == "tf32" else taps
     return taps.transpose(2, 3).contiguous().transpose(2, 3)
 
 
@@ -451,7 +451,7 @@ def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
 
     ``shared``: bytes of shared memory that a block can have.
     """
-    c_in = gpu_layers.input_channels(layer)
+    c_in = gpu_storage.input_channels(layer)
     if is_image(layer):
         return tuple(sorted(image_table(dtype, precision, c_in), key=lambda tile: _image_cost(tile, layer, batch)))
     tiles = dict.fromkeys(table(dtype, precision, c_in))
@@ -467,7 +467,7 @@ def descriptor_configs(layer, batch, dtype, capability, shared):
     """
     if is_image(layer) or descriptor_gap(dtype, capability):
         return ()
-    tiles = dict.fromkeys(descriptor_table(gpu_layers.input_channels(layer)))
+    tiles = dict.fromkeys(descriptor_table(gpu_storage.input_channels(layer)))
     # A tile larger than an image computes what is not there; barriers and the like take a few bytes more.
     tiles = [tile for tile in tiles if tile.rows <= layer.height and tile.columns <= layer.width]
     tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
@@ -515,8 +515,8 @@ def conv_block(x, weight, bias, slope, upsample, activation, precision=None):
     """
     layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
     if precision is None:
-        precision = "tf32" if gpu_layers.product_of(x.dtype) == "tf32" else "tf32x3"
-    taps, bias = gpu_layers.pad_layer(weight, bias, layer)
+        precision = "tf32" if gpu_storage.product_of(x.dtype) == "tf32" else "tf32x3"
+    taps, bias = gpu_storage.pad_layer(weight, bias, layer)
     weights = pack_weights(taps, x.dtype, precision)
     x = F.pad(x.permute(0, 2, 3, 1), (0, weights.shape[2] - layer.c_in)).contiguous()
     code, config = ACTIVATIONS.index(activation), list(default(layer, len(x), x.dtype, precision))
@@ -664,13 +664,13 @@ def _options(direct):
 
 
 def _check(x, weights, bias, phases, precision):
-    if x.ndim != 4 or x.shape[3] % gpu_layers.UNIT or not x.is_contiguous():
-        expected = f"contiguous (N, H, W, C), C a multiple of {gpu_layers.UNIT}"
+    if x.ndim != 4 or x.shape[3] % gpu_storage.UNIT or not x.is_contiguous():
+        expected = f"contiguous (N, H, W, C), C a multiple of {gpu_storage.UNIT}"
         raise InputError(f"x must be {expected}, got {tuple(x.shape)} with strides {x.stride()}")
-    gpu_layers.product_of(x.dtype)
+    gpu_storage.product_of(x.dtype)
     expected = (*phases, x.shape[3])
-    if weights.ndim != 4 or tuple(weights.shape[:3]) != expected or weights.shape[3] % gpu_layers.UNIT:
-        raise InputError(f"weights must be {expected} by a multiple of {gpu_layers.UNIT}, got {tuple(weights.shape)}")
+    if weights.ndim != 4 or tuple(weights.shape[:3]) != expected or weights.shape[3] % gpu_storage.UNIT:
+        raise InputError(f"weights must be {expected} by a multiple of {gpu_storage.UNIT}, got {tuple(weights.shape)}")
     if not (weights.is_contiguous() or weights.transpose(2, 3).is_contiguous()):
         raise InputError(f"weights must be contiguous, or by their last two axes swapped, got strides {weights.stride()}")
     if bias.shape != weights.shape[3:] or bias.dtype != torch.float32 or not bias.is_contiguous():
@@ -720,7 +720,7 @@ def _inner(most, channels):
 def _cost(tile, layer, batch):
     """Relative time: rounds of all processors times a tile's products, loads and overhead."""
     programs = (4 if layer.upsample else 1) * _ceil(batch * layer.height * layer.width, tile.pixels)
-    programs *= _ceil(gpu_layers.padded(layer.c_out), tile.columns)
+    programs *= _ceil(gpu_storage.padded(layer.c_out), tile.columns)
     return _ceil(programs, PROCESSORS) * (tile.pixels + 16) * (tile.columns + 16)
 
 
@@ -732,5 +732,5 @@ def _image_cost(tile, layer, batch):
 def _descriptor_cost(tile, layer, batch):
     """As :func:`_cost`, of two-dimensional tiles."""
     programs = (4 if layer.upsample else 1) * batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
-    programs *= _ceil(gpu_layers.padded(layer.c_out), tile.channels)
+    programs *= _ceil(gpu_storage.padded(layer.c_out), tile.channels)
     return _ceil(programs, PROCESSORS) * (tile.rows * tile.columns + 16) * (tile.channels + 16)

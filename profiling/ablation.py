@@ -17,13 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from advkd.diffusion.recorder import Trajectories
 from advkd.errors import InputError
-from advkd.evaluate import EvaluationConfig, evaluate_student
-from advkd.files import read_json, write_json
+from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
+from advkd.evaluation.report import seconds
 from advkd.models.student import PRESETS
-from advkd.report import seconds
-from advkd.timing import provenance
-from advkd.trajectories import Trajectories
+from advkd.runtime.files import read_json, write_json
+from advkd.runtime.timing import provenance
 
 from .harness import device_folder
 

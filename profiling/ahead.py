@@ -17,8 +17,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from advkd.files import write_json
-from advkd.timing import provenance
+from advkd.runtime.files import write_json
+from advkd.runtime.timing import provenance
 
 from . import gpu_predictions
 from .gpu_kernels import Family, digests, families
@@ -221,8 +221,8 @@ def known_architectures(wanted):
 def entry_of(step, layers, product, batch, limits):
     """The CUDA entry point of a step and the shared memory that its plan asks for: ``{"entry", "shared", "grid"}``."""
     from advkd.ops import cupy_conv_block, cupy_conv_pair, cupy_student_stem
-    from advkd.ops.gpu_layers import input_channels, padded, stem_numbers
-    from advkd.ops.student_gpu import ACTIVATION_CODES
+    from advkd.ops.gpu_storage import input_channels, padded, stem_numbers
+    from advkd.ops.student_steps import ACTIVATION_CODES
 
     own = layers[step.first : step.first + step.count]
     first, last, element = own[0], own[-1], gpu_predictions.itemsize(product)

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import torch
 
-from advkd.gpu_plan import Limits, all_steps
+from advkd.engines.gpu_search import Limits, all_steps
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from advkd.ops.gpu_layers import input_channels, padded
-from advkd.ops.student_gpu import is_image, output_sides, pack_gpu, run_step
+from advkd.ops.gpu_storage import input_channels, padded
+from advkd.ops.student_steps import is_image, output_sides, pack_gpu, run_step
 
 from . import gpu_peers, gpu_predictions
 from .bench_student import GPU_DTYPES, Folded, gpu_rates

@@ -6,15 +6,15 @@ A call gives y and the gradients by x, gamma and beta, in contiguous and in chan
 float64. The bytes of a case are those that the passes read and write: x for the moments, x and y for the values, the gradient
 and x for the sums, and again with dx (with up-sampling in float32 the sums of four gradients are written and read instead).
 Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the process
-(advkd.memory), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of both
+(advkd.runtime.memory), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of both
 passes; TensorFloat-32 is off.
 """
 
 import torch
 import torch.nn.functional as F
 
-from advkd.memory import keep_freed_memory
 from advkd.ops import norm_act
+from advkd.runtime.memory import keep_freed_memory
 
 from .gpu_timing import captures, set_tf32
 from .harness import Case, Contestant, main, with_captured

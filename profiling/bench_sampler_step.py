@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from advkd.coefficients import ddim_coefficients
+from advkd.diffusion.coefficients import ddim_coefficients
 from advkd.ops import philox_normal, sampler_step
 
 from . import gpu_timing
@@ -40,7 +40,7 @@ def published():
 
 def fused():
     """Ours in its place."""
-    from advkd.schedulers import FusedDDIMScheduler
+    from advkd.diffusion.schedulers import FusedDDIMScheduler
 
     return _ready(FusedDDIMScheduler())
 

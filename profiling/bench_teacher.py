@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd import Teacher
-from advkd.sampling_loop import network_of
+from advkd.diffusion.loop import network_of
 
 from . import peers
 from .harness import Case, Contestant, main

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from advkd.files import write_json
-from advkd.hub import reason
-from advkd.timing import measure
+from advkd.runtime.files import write_json
+from advkd.runtime.hub import reason
+from advkd.runtime.timing import measure
 
 from . import peers
 from .bench_student import PARITY_TESTS, plausible_student

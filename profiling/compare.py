@@ -14,10 +14,10 @@ import sys
 import time
 
 from advkd.errors import InputError
-from advkd.files import write_json
-from advkd.hub import reason
-from advkd.memory import keep_freed_memory
-from advkd.timing import measure
+from advkd.runtime.files import write_json
+from advkd.runtime.hub import reason
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.timing import measure
 
 from . import ncu, nsys, power
 from .evidence import device_alone, source, stored

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from advkd.errors import InputError
-from advkd.files import read_json, replacing, write_json
+from advkd.runtime.files import read_json, replacing, write_json
 
 from .harness import ROOT, device_folder, provenance
 from .torch_trace import last_line

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from advkd.demo import demo_recipe
-from advkd.distill import Distiller
-from advkd.files import write_json
-from advkd.memory import keep_freed_memory
+from advkd.cli.demo import demo_recipe
+from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student
-from advkd.teacher import Teacher
-from advkd.timing import percentiles
-from advkd.trajectories import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.runtime.files import write_json
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.timing import percentiles
+from advkd.training.trainer import Distiller
 
 from .harness import gated_folder, provenance
 

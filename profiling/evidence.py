@@ -1,6 +1,6 @@
 """Where a figure comes from and how sure it is: without a stored result's commit, device, versions and spread none is written.
 
-A *time* is ``{"median", "p20", "p80", ...}`` as :func:`advkd.timing.measure` gives it, or a list of at least two runs.
+A *time* is ``{"median", "p20", "p80", ...}`` as :func:`advkd.runtime.timing.measure` gives it, or a list of at least two runs.
 """
 
 import json

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from advkd.files import require_output_folder, write_bytes
-from advkd.timing import provenance
+from advkd.runtime.files import require_output_folder, write_bytes
+from advkd.runtime.timing import provenance
 
 from . import gpu_summary
 from .gpu_modes import MODES, run_mode

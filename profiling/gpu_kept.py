@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from advkd.timing import provenance
+from advkd.runtime.timing import provenance
 
 from .harness import is_green
 from .paths import ROOT

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from advkd.gpu_plan import Limits
-from advkd.ops.student_gpu import run_step
+from advkd.engines.gpu_search import Limits
+from advkd.ops.student_steps import run_step
 
 from . import gpu_predictions
 from .bench_conv_block import CHAINS, SLOPE, Chain, tensors, ways

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from advkd.files import cache_folder, write_json
-from advkd.hub import reason
-from advkd.ops import backends
-from advkd.timing import provenance
+from advkd.ops import registry
+from advkd.runtime.files import cache_folder, write_json
+from advkd.runtime.hub import reason
+from advkd.runtime.timing import provenance
 
 from . import (
     bench_conv_block,
@@ -282,7 +282,7 @@ def _told(part, known, workers, seen):
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
     print(f"tests: {counts}, {len(seen)} of them before", flush=True)
     device, kinds = torch.device("cuda"), ("cuda", "triton")
-    gaps = {kind: NEEDS_DEVICE if part.rehearse else backends.gap("sampler_step", kind, device) for kind in kinds}
+    gaps = {kind: NEEDS_DEVICE if part.rehearse else registry.gap("sampler_step", kind, device) for kind in kinds}
     failures = sorted(test for test, entry in found.items() if entry["outcome"] in ("failed", "died"))
     part.red = bool(failures) or not counts.get("passed") or bool(broken_off)
     result = {"tests": found, "counts": counts, "failures": failures, "gaps": gaps, "processes": len(known)}

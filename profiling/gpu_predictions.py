@@ -3,7 +3,7 @@
 python -m profiling.gpu_predictions            # writes profiling/predictions.json, for every preset, batch and dtype
 
 A launch is predicted as LAUNCH + RAMP + the larger of its arithmetic and its traffic; the plan of a network is the chain of
-launches whose predictions add up to the least, from the candidates that the engine has (advkd.gpu_plan). Every assumption is a
+launches whose predictions add up to the least, from the candidates that the engine has (advkd.engines.gpu_search). Every assumption is a
 constant here.
 """
 
@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import torch
 
-from advkd.files import write_json
-from advkd.gpu_plan import Limits, all_steps, cheapest
+from advkd.engines.gpu_search import Limits, all_steps, cheapest
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from advkd.ops.gpu_layers import input_channels, padded
-from advkd.ops.student_gpu import Step
+from advkd.ops.gpu_storage import input_channels, padded
+from advkd.ops.student_steps import Step
+from advkd.runtime.files import write_json
 
 PREDICTIONS = Path(__file__).parent / "predictions.json"
 BATCHES = {"paper-256": (1, 8, 64), "pyramid-256": (1, 8, 64), "digits": (1, 64)}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from advkd.files import require_output_folder
-from advkd.timing import provenance
+from advkd.runtime.files import require_output_folder
+from advkd.runtime.timing import provenance
 
 from .gpu_modes import ARCHIVE, MODES, SUMMARY, TESTS
 from .gpu_parts import BUILD, NEEDS_DEVICE, REHEARSED, build_environment, stale_objects

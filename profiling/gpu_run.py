@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from advkd.files import write_json
+from advkd.runtime.files import write_json
 
 from . import gpu_kept
 from .gpu_kernels import digests

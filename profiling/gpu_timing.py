@@ -21,7 +21,7 @@ def measure_events(calls, repeats=20, warmup=3, device="cuda"):
         device: whose current stream they run on.
 
     Returns:
-        As :func:`advkd.timing.measure`, with ``calls``: how many a sample holds.
+        As :func:`advkd.runtime.timing.measure`, with ``calls``: how many a sample holds.
     """
     counts = {name: _calls_per_sample(call, warmup, device) for name, call in calls.items()}
     times, shuffler = {name: [] for name in calls}, random.Random(0)

@@ -7,11 +7,11 @@ import sys
 
 import torch
 
-from advkd.gpu_plan import Limits
+from advkd.engines.gpu_search import Limits
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from advkd.ops.gpu_layers import input_channels, padded
-from advkd.ops.student_gpu import run_step
+from advkd.ops.gpu_storage import input_channels, padded
+from advkd.ops.student_steps import run_step
 
 from .bench_conv_block import SLOPE, Chain, tensors, ways
 from .bench_student import GPU_DTYPES

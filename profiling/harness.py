@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from advkd import timing
-from advkd.files import write_json
-from advkd.hub import reason
-from advkd.timing import measure
+from advkd.runtime import timing
+from advkd.runtime.files import write_json
+from advkd.runtime.hub import reason
+from advkd.runtime.timing import measure
 
 from . import gpu_kernels, gpu_timing
 from .kernel_digests import kernel_digests
@@ -118,7 +118,7 @@ class Case:
 
 
 def provenance(device="cpu"):
-    """:func:`advkd.timing.provenance`, and the kernels as they are."""
+    """:func:`advkd.runtime.timing.provenance`, and the kernels as they are."""
     return {**timing.provenance(device), "kernels": {**kernel_digests(), **gpu_kernels.digests()}}
 
 
@@ -257,7 +257,7 @@ def _result(case, entries, calls):
 
 
 def timed(calls, repeats, device):
-    """Times of functions in turn, by events on a GPU: :func:`advkd.timing.measure`'s figures by name."""
+    """Times of functions in turn, by events on a GPU: :func:`advkd.runtime.timing.measure`'s figures by name."""
     if torch.device(device).type == "cuda":
         return gpu_timing.measure_events(calls, repeats, device=device)
     return measure(calls, repeats, warmup=3, device=device, settle=SETTLE)

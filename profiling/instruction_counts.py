@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from advkd.files import read_json, write_json
-from advkd.timing import provenance
+from advkd.runtime.files import read_json, write_json
+from advkd.runtime.timing import provenance
 
 from .evidence import checked
 from .paths import RESULTS, ROOT

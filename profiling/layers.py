@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import torch
 
-from advkd.files import write_json
-from advkd.timing import percentiles
+from advkd.runtime.files import write_json
+from advkd.runtime.timing import percentiles
 
 from .bench_student import DTYPES, PARITY_TESTS, SHAPES, plausible_student
 from .harness import gated_folder, provenance

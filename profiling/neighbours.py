@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from advkd.files import replacing, write_json
-from advkd.memory import keep_freed_memory
-from advkd.neighbours import sharing, unconfined
-from advkd.timing import percentiles
+from advkd.runtime.files import replacing, write_json
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.neighbours import sharing, unconfined
+from advkd.runtime.timing import percentiles
 
 from . import bench_student, bench_teacher, workloads
 from .evidence import source, stored

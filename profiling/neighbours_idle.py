@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from advkd.files import write_json
-from advkd.memory import keep_freed_memory
-from advkd.neighbours import sharing
-from advkd.timing import percentiles
+from advkd.runtime.files import write_json
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.neighbours import sharing
+from advkd.runtime.timing import percentiles
 
 from .evidence import source, stored
 from .harness import device_folder, passes, provenance

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from advkd.errors import InputError
-from advkd.files import write_json
-from advkd.hub import reason
+from advkd.runtime.files import write_json
+from advkd.runtime.hub import reason
 
 from . import torch_trace, traces
 from .evidence import device_alone, stored

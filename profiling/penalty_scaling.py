@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from advkd.files import replacing, write_json
-from advkd.memory import keep_freed_memory
 from advkd.models.critic import Critic, CriticConfig
-from advkd.timing import measure, percentiles
+from advkd.runtime.files import replacing, write_json
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.timing import measure, percentiles
 
 from .bench_gradient_penalty import PARITY_TESTS, SIZES, penalty_only, problem
 from .harness import ROOT, gated_folder, provenance

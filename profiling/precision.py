@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from advkd import EvaluationConfig, Student, evaluate_student
-from advkd.files import write_json
+from advkd.runtime.files import write_json
 
 from .harness import device_folder, provenance
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from advkd import Teacher
+from advkd.diffusion.recorder import Trajectories, TrajectoryConfig
 from advkd.errors import InputError
-from advkd.files import write_json
-from advkd.latents import project
-from advkd.trajectories import Trajectories, TrajectoryConfig
+from advkd.ops.latents import project
+from advkd.runtime.files import write_json
 
 from .bench_teacher import PARITY_TESTS
 from .harness import ROOT, gated_folder, provenance
@@ -64,7 +64,7 @@ def plain(folder):
 
 def levels():
     """Timesteps and resolutions of the recorded levels, but the last."""
-    from advkd.schedule import resolutions, supervising_timesteps
+    from advkd.data.levels import resolutions, supervising_timesteps
 
     timesteps = supervising_timesteps("ddim", CONFIG.depth, list(range(980, -1, -20)), 1000)
     return timesteps, resolutions(32, CONFIG.depth)

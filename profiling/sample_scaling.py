@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from advkd.files import write_json
-from advkd.timing import percentiles
+from advkd.runtime.files import write_json
+from advkd.runtime.timing import percentiles
 
 from .harness import ROOT, gated_folder, provenance
 

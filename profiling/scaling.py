@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from advkd import Student, StudentConfig
-from advkd.files import replacing, write_json
-from advkd.timing import measure, percentiles
+from advkd.runtime.files import replacing, write_json
+from advkd.runtime.timing import measure, percentiles
 
 from .bench_student import DTYPES, PARITY_TESTS, direct_products, plausible_student
 from .harness import gated_folder, provenance

@@ -5,9 +5,9 @@ python -m profiling.step_scaling [--out FOLDER]
 
 import torch
 
-from advkd.files import replacing, write_json
 from advkd.ops import StepCoefficients, sampler_step
-from advkd.timing import measure
+from advkd.runtime.files import replacing, write_json
+from advkd.runtime.timing import measure
 
 from .bench_sampler_step import PARITY_TESTS
 from .harness import gated_folder, provenance

@@ -11,8 +11,8 @@ import statistics
 from operator import itemgetter
 
 from advkd.errors import InputError
-from advkd.evaluate import cells
-from advkd.files import write_bytes
+from advkd.evaluation.evaluate import cells
+from advkd.runtime.files import write_bytes
 
 from . import (
     billion,

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from advkd.errors import InputError
-from advkd.files import replacing
-from advkd.memory import keep_freed_memory
-from advkd.ranges import name_ranges
+from advkd.runtime.files import replacing
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.ranges import name_ranges
 
 from .harness import ROOT
 from .traces import COPY, KERNEL, SET, Activity, Span, Trace

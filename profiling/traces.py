@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from advkd.errors import InputError
-from advkd.files import write_bytes
+from advkd.runtime.files import write_bytes
 
 from .evidence import source
 from .workloads import UNIT

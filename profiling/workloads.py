@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from advkd.distill import Distiller
-from advkd.memory import keep_freed_memory
+from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.diffusion.teacher import Teacher
+from advkd.methods.adv_kd import recipe
 from advkd.models.student import PRESETS, Student
-from advkd.ranges import named
-from advkd.recipes import recipe
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.ranges import named
+from advkd.training.trainer import Distiller
 
 from .bench_student import plausible_student
 from .distillation import blocks

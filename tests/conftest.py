@@ -30,9 +30,9 @@ atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 # What is compared with float32 arithmetic must not be TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
+from advkd.diffusion.recorder import TrajectoryConfig, record_trajectories  # noqa: E402
+from advkd.diffusion.teacher import Teacher  # noqa: E402
 from advkd.models.student import Student, StudentConfig  # noqa: E402
-from advkd.teacher import Teacher  # noqa: E402
-from advkd.trajectories import TrajectoryConfig, record_trajectories  # noqa: E402
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
 

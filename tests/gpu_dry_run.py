@@ -453,10 +453,10 @@ def launcher(name):
 
 def use_cuda_object():
     """The launchers' schemas, as if the object were built and loaded."""
-    from advkd.ops import backends
+    from advkd.ops import registry
 
-    gap = backends.extension_gap
-    backends.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
+    gap = registry.extension_gap
+    registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
     library = torch.library.Library("advkd_cuda", "DEF")
     for schema in schemas():
         name = schema.partition("(")[0]
@@ -494,10 +494,9 @@ def use_cupy():
 
 def use_triton():
     """Triton's launches check their arguments; the ops around them are not looked into."""
+    from advkd.kernels import conv_block
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
-
-    from advkd.kernels import conv_block
 
     def start(self, *arguments, grid, warmup=False, **options):
         own = {name: value for name, value in options.items() if name in self.arg_names}
@@ -536,7 +535,7 @@ def install():
     library = use_cuda_object()
     use_cupy()
     use_triton()
-    logging.getLogger("advkd.gpu_plan").addHandler(PassedOver())
+    logging.getLogger("advkd.engines.gpu_search").addHandler(PassedOver())
     return library
 
 

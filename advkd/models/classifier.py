@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..data import normalize
+from ..data.images import normalize
 from ..errors import InputError
-from ..hub import PRETRAINED
+from ..runtime.hub import PRETRAINED
 from .saving import PretrainedModule
 
 BATCH_PIXELS = 2**22

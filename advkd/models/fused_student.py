@@ -8,20 +8,20 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from ..arguments import whole
+from ..data.levels import resolutions
+from ..data.pictures import to_uint8
+from ..engines.cpu import Plan, choose_algorithms
+from ..engines.gpu import GpuEngine
+from ..engines.gpu_search import GpuPlan
 from ..errors import InputError
-from ..gpu_engine import GpuEngine
-from ..gpu_plan import GpuPlan
-from ..host import to_host
-from ..latents import latent_numel, latent_parts
-from ..ops import backends, philox_normal
+from ..ops import philox_normal, registry
+from ..ops.arguments import whole
 from ..ops.conv_block import ConvLayer, choose_for, require_finite
+from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
 from ..ops.student_forward import encode, pack, student_forward
-from ..pictures import to_uint8
-from ..plan import Plan, choose_algorithms
-from ..ranges import named
-from ..schedule import resolutions
+from ..runtime.host import to_host
+from ..runtime.ranges import named
 from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
 from .saving import PretrainedModule
 from .student import Student, StudentConfig, Submodule, batches, gather, indices_of
@@ -130,7 +130,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     Args:
         config: a :class:`FusedStudentConfig`.
-        backend: see :func:`advkd.ops.backends.choose`; ``auto`` is decided when the weights come.
+        backend: see :func:`advkd.ops.registry.choose`; ``auto`` is decided when the weights come.
 
     ``fused(z)`` has no gradient. Several threads may call one engine at the same time. On a GPU every batch size that comes is
     planned, packed and captured as a CUDA graph the first time (:meth:`plan`; the last eight graphs are kept).
@@ -231,7 +231,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def _gpu_engine(self):
         device, count = self.weight0.device, range(len(self.layers))
-        able = tuple(b for b in GPU_BACKENDS if self.mixed and backends.gap("student_forward", b, device) is None)
+        able = tuple(b for b in GPU_BACKENDS if self.mixed and registry.gap("student_forward", b, device) is None)
         folded = ([self._weight(i) for i in count], [self._bias(i) for i in count])
         return GpuEngine(self.layers, *folded, self.config.slope, self.dtype, self.backend, self.tune, able)
 
@@ -383,7 +383,7 @@ class FusedStudent(PretrainedModule, nn.Module):
         return {"folded": folded, "weights": self._engine.packed_bytes(), "workspace": workspace}
 
     def plan(self, measured=True, batch_size=1):
-        """How every layer is computed: a :class:`advkd.plan.Plan`, on a GPU a :class:`advkd.gpu_plan.GpuPlan`; to be printed.
+        """How every layer is computed: a :class:`advkd.engines.cpu.Plan`, on a GPU a :class:`advkd.engines.gpu_search.GpuPlan`; to be printed.
 
         ``measured``: with times of this device, ``batch_size``: of a GPU's plan.
         """

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..devices import require_device
 from ..errors import InputError
-from ..files import digest, read_json, require_regular, why_unreadable, write_bytes, write_json
-from ..hub import resolve
+from ..runtime.devices import require_device
+from ..runtime.files import digest, read_json, require_regular, why_unreadable, write_bytes, write_json
+from ..runtime.hub import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"

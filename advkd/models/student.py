@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..arguments import flag, real, whole
+from ..data.levels import resolutions
 from ..errors import InputError
-from ..hub import PRETRAINED
-from ..latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops import philox_normal
+from ..ops.arguments import flag, real, whole
+from ..ops.latents import check_latent, latent_numel, latent_parts, project, split_latent
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
-from ..schedule import resolutions
+from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
 from .saving import PretrainedModule
 
@@ -211,7 +211,7 @@ class Student(PretrainedModule, nn.Module):
         """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped.
 
         Args:
-            backend: see :func:`advkd.ops.backends.choose`.
+            backend: see :func:`advkd.ops.registry.choose`.
             dtype: of activations and images: float32, bfloat16, float16 or float64 (``cpu`` has the first two).
             tune: on the ``cpu`` backend, choose each layer's algorithm by a measurement of a second or so, kept in the user's
                 cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:

@@ -2,7 +2,7 @@
 
 from .conv_bias_act_mask import conv_bias_act_mask
 from .conv_block import conv_block
-from .gradient_penalty import gradient_penalty
+from .critic.penalty import gradient_penalty
 from .image_gradient import image_gradient
 from .interpolate import interpolate
 from .mask_mul import mask_mul

@@ -2,9 +2,9 @@
 
 import torch
 
-from ..arguments import finite, require_dense, whole
 from ..errors import InputError
-from . import backends
+from . import registry
+from .arguments import finite, require_dense, whole
 from .layout import (
     arithmetic_dtype,
     choose_for,
@@ -30,7 +30,7 @@ def conv_bias_act_mask(
         bias: ``(out,)`` or None.
         stride, padding, dilation: an int or a pair; groups: an int, as ``torch.nn.functional.conv2d``.
         slope: of LeakyReLU, 0 for ReLU.
-        backend: of the epilogue, see :func:`advkd.ops.backends.choose`; the convolution itself is oneDNN's or cuDNN's.
+        backend: of the epilogue, see :func:`advkd.ops.registry.choose`; the convolution itself is oneDNN's or cuDNN's.
 
     Returns:
         ``(a, mask)``: the activation in the convolution's layout, and the ``(N, bytes)`` uint8 mask of
@@ -57,8 +57,8 @@ def conv_bias_act_mask(
     if weight.shape[0] < 1 or weight.shape[0] % groups or x.shape[1] < 1:
         raise InputError(f"weight must have a multiple of groups, {groups}, of output channels, got {tuple(weight.shape)}")
     pairs, _ = windows(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    backends.require_known(backend)
-    backends.refuse_order_0("conv_bias_act_mask", x, weight, bias)
+    registry.require_known(backend)
+    registry.refuse_order_0("conv_bias_act_mask", x, weight, bias)
     slope = finite("slope", slope)
     # oneDNN adds the bias in its own epilogue; for cuDNN that is a pass of its own, so it moves into ours.
     inside = bias if x.device.type == "cpu" else None
@@ -96,7 +96,7 @@ def _cpu(*args):
 
 
 def _cuda(*args):
-    backends.cuda_launcher("conv_bias_act_mask")(*args)
+    registry.cuda_launcher("conv_bias_act_mask")(*args)
 
 
 def _triton(*args):
@@ -106,14 +106,14 @@ def _triton(*args):
 
 
 _LAUNCH = {"reference": conv_bias_act_mask_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-backends.implement("conv_bias_act_mask", "cpu", "triton", "cuda")
+registry.implement("conv_bias_act_mask", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, str backend, Tensor(a!) out, Tensor(b!) mask) -> ()")
 
 
 def _conv_bias_act_mask(p, bias, slope, backend, out, mask):
-    backends.refuse_order_0("conv_bias_act_mask", p, bias, out)
+    registry.refuse_order_0("conv_bias_act_mask", p, bias, out)
     launch = _LAUNCH[choose_for("conv_bias_act_mask", p, backend)]
     if p.numel():
         launch(p, bias, slope, out, mask)
@@ -124,4 +124,4 @@ _LIBRARY.impl("conv_bias_act_mask", _conv_bias_act_mask, "CompositeExplicitAutog
 
 @torch.library.register_fake("advkd::conv_bias_act_mask", lib=_LIBRARY)
 def _(p, bias, slope, backend, out, mask):
-    backends.refuse_order_0("conv_bias_act_mask", p, bias, out)
+    registry.refuse_order_0("conv_bias_act_mask", p, bias, out)

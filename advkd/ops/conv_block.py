@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..arguments import finite, flag, require_dense
-from ..devices import without_autocast
 from ..errors import InputError
-from . import backends
+from ..runtime.devices import without_autocast
+from . import registry
+from .arguments import finite, flag, require_dense
 from .layout import has_values
-from .student_gpu import conv_block_cuda, conv_block_triton
+from .student_steps import conv_block_cuda, conv_block_triton
 
 ACTIVATIONS = ("none", "leaky_relu", "tanh")
 ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
@@ -80,7 +80,7 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
         slope: LeakyReLU's slope for negative values.
         upsample: double height and width of ``x`` before the convolution.
         activation: ``leaky_relu``, ``tanh`` (the last layer) or ``none``.
-        backend: see :func:`advkd.ops.backends.choose`. Kernels pack the weights on every call, which takes longer than a
+        backend: see :func:`advkd.ops.registry.choose`. Kernels pack the weights on every call, which takes longer than a
             convolution of one image: ``auto`` passes them over here (not in :func:`student_forward`, which keeps weights
             packed).
 
@@ -101,8 +101,8 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
     slope, upsample = finite("slope", slope), flag("upsample", upsample)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    backends.require_known(backend)
-    backends.refuse_order_0("conv_block", x, weight, bias)
+    registry.require_known(backend)
+    registry.refuse_order_0("conv_block", x, weight, bias)
     require_finite(weight=weight, bias=bias)
     backend = choose_for("conv_block", x.dtype, backend, x.device)
     return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
@@ -140,7 +140,7 @@ def choose_for(op, dtype, backend, device):
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
     known = {"cpu": CPU_DTYPES, "cuda": DTYPES, "triton": DTYPES}
-    chosen = backends.choose(op, backend, device)
+    chosen = registry.choose(op, backend, device)
     if dtype not in known.get(backend, (dtype,)):
         names = " or ".join(str(kind).removeprefix("torch.") for kind in known[backend])
         raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
@@ -172,7 +172,7 @@ _LAUNCH = {
     "triton": conv_block_triton,
     "cuda": conv_block_cuda,
 }
-backends.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
+registry.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -193,4 +193,4 @@ def _(x, weight, bias, slope, upsample, activation, backend):
     return x.new_empty((x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3]))
 
 
-backends.refuse_gradients(_LIBRARY, "conv_block")
+registry.refuse_gradients(_LIBRARY, "conv_block")

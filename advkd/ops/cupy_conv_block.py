@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .cupy_modules import clamp, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, STEP, UNIT, device_limits
+from .gpu_storage import PRODUCTS, STEP, UNIT, device_limits
 
 PLAN = (
     "shape pixel_warps channel_warps parts chunk chunks stages resident log_height log_width tile_images halo_height "
@@ -42,12 +42,12 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, product):
 
     Args:
         x: ``(N, H, W, C_in)`` contiguous, channels in whole units, in the product's storage dtype.
-        weights: of :func:`advkd.ops.gpu_layers.pack_fragments`.
+        weights: of :func:`advkd.ops.gpu_storage.pack_fragments`.
         bias: ``(C_out,)`` float32.
         out: ``(N, H', W', P)`` contiguous like x: channels ``[0, C_out)`` of its ``P >= C_out`` are written.
         upsample: H' = 2 H and W' = 2 W, else H and W.
         activation: 0 none, 1 LeakyReLU with ``slope``, 2 tanh.
-        product: index into :data:`advkd.ops.gpu_layers.PRODUCTS`.
+        product: index into :data:`advkd.ops.gpu_storage.PRODUCTS`.
 
     Raises:
         InputError: dtypes, shapes or layouts that do not fit.
@@ -66,7 +66,7 @@ def conv_image(x, weights, bias, out, activation, slope, product):
 
     Args:
         x, activation, slope, product: as of :func:`conv_layer`.
-        weights: of :func:`advkd.ops.gpu_layers.pack_image`.
+        weights: of :func:`advkd.ops.gpu_storage.pack_image`.
         bias: ``(C_out,)`` float32, C_out 1 to 4.
         out: ``(N, C_out, H, W)`` contiguous, x's dtype.
 

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError
 from .cupy_modules import address, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, STEP, UNIT, device_limits, padded
+from .gpu_storage import PRODUCTS, STEP, UNIT, device_limits, padded
 
 MOST_CHANNELS = 64
 """``kMostPairChannels`` of ``csrc/cuda/conv_pair.h``."""
@@ -50,15 +50,15 @@ def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activat
 
     Args:
         x: ``(N, H, W, C_in)`` contiguous, of the product's storage dtype (:mod:`advkd.ops.gpu_layers`).
-        weights1, bias1: :func:`~advkd.ops.gpu_layers.pack_fragments` of the first convolution and float32 ``(C_mid,)``.
-        weights2, bias2: the same of the second; with ``image`` :func:`~advkd.ops.gpu_layers.pack_image` and ``(c_out,)``.
+        weights1, bias1: :func:`~advkd.ops.gpu_storage.pack_fragments` of the first convolution and float32 ``(C_mid,)``.
+        weights2, bias2: the same of the second; with ``image`` :func:`~advkd.ops.gpu_storage.pack_image` and ``(c_out,)``.
         out: ``(N, H', W', P)`` contiguous, of whose channels the first ``C_out <= P`` are written; with ``image``
             ``(N, c_out, H', W')`` contiguous. H' and W' are twice H and W with ``upsample``.
         upsample: double height and width of ``x`` first.
         image: the second convolution is the network's last, of 1 to 4 channels.
         activation: of the second: 0 none, 1 LeakyReLU, 2 tanh.
         slope: of LeakyReLU.
-        product: place in :data:`~advkd.ops.gpu_layers.PRODUCTS`.
+        product: place in :data:`~advkd.ops.gpu_storage.PRODUCTS`.
 
     Raises:
         InputError: shapes, dtypes or layouts that do not fit, more than 64 channels, too little shared memory.
@@ -87,7 +87,7 @@ def fits(c_in, c_mid, c_out, upsample, image, product, shared_limit):
     Args:
         c_in, c_mid, c_out: channels in whole units; with ``image`` ``c_out`` is the image's own, 1 to 4.
         upsample, image: as in :func:`conv_pair`.
-        product: one of :data:`~advkd.ops.gpu_layers.PRODUCTS`.
+        product: one of :data:`~advkd.ops.gpu_storage.PRODUCTS`.
     """
     wide = (c_in, c_mid) if image else (c_in, c_mid, c_out)
     if any(c % UNIT or not 0 < c <= MOST_CHANNELS for c in wide) or image and not 1 <= c_out <= 4:

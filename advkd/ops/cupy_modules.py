@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from .gpu_layers import device_limits
+from .gpu_storage import device_limits
 
 OPTIONS = ("--std=c++17",)
 THREADS = 256

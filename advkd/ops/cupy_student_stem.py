@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from .cupy_modules import THREADS, address, compiled, cover, start, struct
-from .gpu_layers import PRODUCTS, device_limits, stem_numbers
+from .gpu_storage import PRODUCTS, device_limits, stem_numbers
 
 LAYERS = 32
 """``kStemLayers`` of ``csrc/cuda/student_stem.h``."""
@@ -44,13 +44,13 @@ def student_stem(x, weights, biases, out, layers, slope, product, cluster, image
 
     Args:
         x: ``(N, 4, 4, C)`` contiguous, channels in whole units, in the product's storage dtype.
-        weights: per layer :func:`advkd.ops.gpu_layers.pack_fragments` of its taps.
+        weights: per layer :func:`advkd.ops.gpu_storage.pack_fragments` of its taps.
         biases: per layer ``(C_out,)`` float32.
         out: ``(N, R, R, P)`` contiguous, P at least the last layer's C_out and in whole units: channels [0, C_out) are written.
         layers: five integers per layer: channels in and out, in whole units, height and width of the input, whether it is
             up-sampled first (:func:`stem_numbers`).
         slope: LeakyReLU's slope for negative values.
-        product: an index into :data:`advkd.ops.gpu_layers.PRODUCTS`.
+        product: an index into :data:`advkd.ops.gpu_storage.PRODUCTS`.
         cluster: blocks that compute a group of images together, 1, 2, 4 or 8; more than one from compute capability 9.0 on.
         images: images of a group. An image's bits depend neither on it nor on the cluster.
 
@@ -90,7 +90,7 @@ def stem_layers(layers, product, images, shared_limit):
 
     Args:
         layers: :class:`advkd.ops.conv_block.ConvLayer` objects, the first of 4x4 pixels.
-        product: one of :data:`advkd.ops.gpu_layers.PRODUCTS`.
+        product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
         images: images of a group.
         shared_limit: bytes of shared memory that a block may have.
 
@@ -113,7 +113,7 @@ def stem_plan(table, product, cluster, images, limit):
 
     Args:
         table: a tuple of five integers per layer.
-        product: one of :data:`advkd.ops.gpu_layers.PRODUCTS`.
+        product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
 
     Returns:
         ``layers`` that fit and the ``bytes`` they need, places in shared memory, and ``splits``: per layer

@@ -6,9 +6,9 @@ makes dot products over the features instead. Elsewhere the convolution's own ba
 
 import torch
 
-from ..arguments import sizes, whole
 from ..errors import InputError
-from . import backends
+from . import registry
+from .arguments import sizes, whole
 from .layout import memory_format, require_floating, windows, with_usual_strides
 
 CHANNELS, TAPS = 4, 64
@@ -37,8 +37,8 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
     if weight.dtype != d.dtype or weight.device != d.device:
         raise InputError(f"weight must be {d.dtype} on {d.device} like d, got {weight.dtype} on {weight.device}")
     shape, groups = sizes("shape", shape, 4), whole("groups", groups, 1)
-    backends.require_known(backend)
-    backends.refuse_forward_mode("image_gradient", d, weight)
+    registry.require_known(backend)
+    registry.refuse_forward_mode("image_gradient", d, weight)
     if d.ndim != 4 or weight.ndim != 4 or d.shape[:2] != (shape[0], weight.shape[0]):
         raise InputError(f"d {tuple(d.shape)}, weight {tuple(weight.shape)} and shape {tuple(shape)} do not fit each other")
     if weight.shape[0] % groups:
@@ -70,7 +70,7 @@ def image_gradient_cpu(d, weight, shape, stride, padding, dilation, groups):
 
 
 _LAUNCH = {"reference": image_gradient_reference, "cpu": image_gradient_cpu}
-backends.implement("image_gradient", "cpu")
+registry.implement("image_gradient", "cpu")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -80,7 +80,7 @@ _LIBRARY.define(
 
 
 def _image_gradient(d, weight, shape, stride, padding, dilation, groups, backend):
-    found = _LAUNCH[backends.choose("image_gradient", backend, d.device)](d, weight, shape, stride, padding, dilation, groups)
+    found = _LAUNCH[registry.choose("image_gradient", backend, d.device)](d, weight, shape, stride, padding, dilation, groups)
     return found.contiguous(memory_format=torch.channels_last)
 
 
@@ -92,4 +92,4 @@ def _(d, weight, shape, stride, padding, dilation, groups, backend):
     return torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=torch.channels_last)
 
 
-backends.refuse_gradients(_LIBRARY, "image_gradient")
+registry.refuse_gradients(_LIBRARY, "image_gradient")

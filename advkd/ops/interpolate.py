@@ -2,9 +2,9 @@
 
 import torch
 
-from ..arguments import flag, require_dense
 from ..errors import InputError
-from . import backends, philox
+from . import philox, registry
+from .arguments import flag, require_dense
 from .layout import arithmetic_dtype, choose_for, memory_format, require_like, require_samples
 
 
@@ -18,7 +18,7 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
             uniform Philox number per sample of stream "interpolation", ``a = (w0 >> 8) 2^-24``, made inside the pass. ``step``
             is an int, or an int64 tensor of 1 or N elements on ``real``'s device (for a captured CUDA graph).
         merge: return ``(3 N, ...)``: real, generated and interpolated samples, as the critic's update takes them.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32.
@@ -31,8 +31,8 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
     require_dense("fake", fake)
     if fake.shape != real.shape:
         raise InputError(f"fake must be like real, {tuple(real.shape)}, got {tuple(fake.shape)}")
-    backends.require_known(backend)
-    backends.refuse_order_0("interpolate", real, fake, a)
+    registry.require_known(backend)
+    registry.refuse_order_0("interpolate", real, fake, a)
     merge = flag("merge", merge)
     layout = memory_format(real)
     real, fake = real.contiguous(memory_format=layout), fake.contiguous(memory_format=layout)
@@ -79,7 +79,7 @@ def _cpu(*args):
 
 
 def _cuda(*args):
-    backends.cuda_launcher("interpolate")(*args)
+    registry.cuda_launcher("interpolate")(*args)
 
 
 def _triton(*args):
@@ -89,7 +89,7 @@ def _triton(*args):
 
 
 _LAUNCH = {"reference": interpolate_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-backends.implement("interpolate", "cpu", "triton", "cuda")
+registry.implement("interpolate", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -99,7 +99,7 @@ _LIBRARY.define(
 
 
 def _interpolate(real, fake, a, indices, seed, step, steps, backend, out):
-    backends.refuse_order_0("interpolate", real, fake, a)
+    registry.refuse_order_0("interpolate", real, fake, a)
     launch = _LAUNCH[choose_for("interpolate", real, backend)]
     if real.numel():
         launch(real, fake, a, indices, seed, step, steps, out)
@@ -110,4 +110,4 @@ _LIBRARY.impl("interpolate", _interpolate, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("advkd::interpolate", lib=_LIBRARY)
 def _(real, fake, a, indices, seed, step, steps, backend, out):
-    backends.refuse_order_0("interpolate", real, fake, a)
+    registry.refuse_order_0("interpolate", real, fake, a)

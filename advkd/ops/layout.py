@@ -3,9 +3,9 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..arguments import require_dense, whole
 from ..errors import InputError
-from . import backends
+from . import registry
+from .arguments import require_dense, whole
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Storage of the kernels; the references also take float64."""
@@ -43,7 +43,7 @@ def arithmetic_dtype(x):
 
 def choose_for(name, x, backend):
     """:func:`backends.choose` for op ``name`` on ``x``, with float64 for the reference alone."""
-    chosen = backends.choose(name, backend, x.device)
+    chosen = registry.choose(name, backend, x.device)
     if chosen == "reference" or x.dtype in DTYPES:
         return chosen
     if backend != "auto":

@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from ..arguments import finite, require_dense
 from ..errors import InputError
-from . import backends
+from . import registry
+from .arguments import finite, require_dense
 from .layout import (
     arithmetic_dtype,
     choose_for,
@@ -32,7 +32,7 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
         mask: ``(N, mask_bytes(x))`` uint8 of :func:`conv_bias_act_mask`.
         slope: of LeakyReLU, 0 for ReLU.
         out: tensor that receives the result, like ``x``; may be ``x`` itself.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``out``, or a new tensor like ``x``.
@@ -44,8 +44,8 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
     """
     require_samples("x", x)
     require_mask(mask, x)
-    backends.require_known(backend)
-    backends.refuse_order_0("mask_mul", x, out)
+    registry.require_known(backend)
+    registry.refuse_order_0("mask_mul", x, out)
     x = dense(x)
     if out is None:
         out = torch.empty_like(x)
@@ -96,7 +96,7 @@ def _cpu(*args):
 
 
 def _cuda(*args):
-    backends.cuda_launcher("mask_mul")(*args)
+    registry.cuda_launcher("mask_mul")(*args)
 
 
 def _triton(*args):
@@ -106,14 +106,14 @@ def _triton(*args):
 
 
 _LAUNCH = {"reference": mask_mul_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-backends.implement("mask_mul", "cpu", "triton", "cuda")
+registry.implement("mask_mul", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define("mask_mul(Tensor x, Tensor mask, float slope, str backend, Tensor(a!) out) -> ()")
 
 
 def _mask_mul(x, mask, slope, backend, out):
-    backends.refuse_order_0("mask_mul", x, out)
+    registry.refuse_order_0("mask_mul", x, out)
     launch = _LAUNCH[choose_for("mask_mul", x, backend)]
     if x.numel():
         launch(x, mask, slope, out)
@@ -124,4 +124,4 @@ _LIBRARY.impl("mask_mul", _mask_mul, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("advkd::mask_mul", lib=_LIBRARY)
 def _(x, mask, slope, backend, out):
-    backends.refuse_order_0("mask_mul", x, out)
+    registry.refuse_order_0("mask_mul", x, out)

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..arguments import finite, flag
-from ..devices import without_autocast
 from ..errors import InputError
-from . import backends
+from ..runtime.devices import without_autocast
+from . import registry
+from .arguments import finite, flag
 from .layout import arithmetic_dtype, choose_for, dense, has_memory, memory_format, require_floating, span
-from .once import once
+from .order import once
 
 
 def norm_act(
@@ -49,7 +49,7 @@ def norm_act(
         momentum: weight of the batch in the running statistics; 1 / k for batch k makes them averages over the batches.
         synchronize: statistics of all processes' batches together (``torch.distributed`` must be initialised); the processes
             may hold different numbers of samples.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(N, C, H, W)`` or ``(N, C, 2 H, 2 W)`` in ``x``'s dtype and layout. Statistics and arithmetic are float32 (float64 for
@@ -69,8 +69,8 @@ def norm_act(
     eps, slope, momentum = finite("eps", eps), finite("slope", slope), finite("momentum", momentum)
     if eps < 0:
         raise InputError(f"eps must be at least 0, got {eps}")
-    backends.require_known(backend)
-    backends.refuse_forward_mode("norm_act", x, gamma, beta, running_mean, running_var)
+    registry.require_known(backend)
+    registry.refuse_forward_mode("norm_act", x, gamma, beta, running_mean, running_var)
     x = dense(x)
     with torch.no_grad():
         if training:
@@ -270,7 +270,7 @@ def _cpu(name):
 
 
 def _cuda(name):
-    return lambda *args: backends.cuda_launcher(name)(*args)
+    return lambda *args: registry.cuda_launcher(name)(*args)
 
 
 def _triton(name):
@@ -292,7 +292,7 @@ _LAUNCH = {
     name: {"reference": reference, "cpu": _cpu(name), "cuda": _cuda(name), "triton": _triton(name)}
     for name, reference in _REFERENCES.items()
 }
-backends.implement("norm_act", "cpu", "triton", "cuda")
+registry.implement("norm_act", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define("norm_act_moments(Tensor x, str backend, Tensor(a!) statistics) -> ()")

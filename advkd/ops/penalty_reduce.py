@@ -2,9 +2,9 @@
 
 import torch
 
-from ..arguments import finite
 from ..errors import InputError
-from . import backends
+from . import registry
+from .arguments import finite
 from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_out, require_samples
 
 MODES = ("two-sided", "one-sided", "r1")
@@ -24,7 +24,7 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
         weight: lambda.
         mode: one of :data:`MODES`.
         out: tensor that receives v, like ``g``; may be ``g`` itself.
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(penalties, v)``: ``(N,)`` in the arithmetic's dtype (float32; float64 for float64), whose sum is the penalty of
@@ -39,8 +39,8 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
     if not isinstance(mode, str) or mode not in MODES:
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     target, weight = finite("target", target), finite("weight", weight)
-    backends.require_known(backend)
-    backends.refuse_order_0("penalty_reduce", g, out)
+    registry.require_known(backend)
+    registry.refuse_order_0("penalty_reduce", g, out)
     g = dense(g)
     if out is None:
         out = torch.empty_like(g)
@@ -73,7 +73,7 @@ def _cpu(*args):
 
 
 def _cuda(*args):
-    backends.cuda_launcher("penalty_reduce")(*args)
+    registry.cuda_launcher("penalty_reduce")(*args)
 
 
 def _triton(*args):
@@ -83,7 +83,7 @@ def _triton(*args):
 
 
 _LAUNCH = {"reference": penalty_reduce_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-backends.implement("penalty_reduce", "cpu", "triton", "cuda")
+registry.implement("penalty_reduce", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -92,7 +92,7 @@ _LIBRARY.define(
 
 
 def _penalty_reduce(g, target, weight, mode, backend, out, penalties):
-    backends.refuse_order_0("penalty_reduce", g, out)
+    registry.refuse_order_0("penalty_reduce", g, out)
     launch = _LAUNCH[choose_for("penalty_reduce", g, backend)]
     if g.numel():
         launch(g, target, weight, mode, out, penalties)
@@ -105,4 +105,4 @@ _LIBRARY.impl("penalty_reduce", _penalty_reduce, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("advkd::penalty_reduce", lib=_LIBRARY)
 def _(g, target, weight, mode, backend, out, penalties):
-    backends.refuse_order_0("penalty_reduce", g, out)
+    registry.refuse_order_0("penalty_reduce", g, out)

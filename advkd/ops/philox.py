@@ -10,11 +10,11 @@ import operator
 
 import torch
 
-from ..arguments import device as known_device
-from ..arguments import require_dense, sizes, whole
 from ..errors import InputError
-from ..hub import reason
-from . import backends
+from ..runtime.hub import reason
+from . import registry
+from .arguments import device as known_device
+from .arguments import require_dense, sizes, whole
 from .layout import has_values
 
 STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4}
@@ -35,7 +35,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
         count: words per sample, at most 2^34.
         stream: one of :data:`STREAMS`.
         step: int in [0, 2^24).
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(N, count)`` int64 tensor with values in [0, 2^32), on the indices' device.
@@ -44,7 +44,7 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
     """
     seed, indices, code = validated(seed, indices, stream, step)
     count = whole("count", count, 0, _MOST + 1)
-    backends.require_known(backend)
+    registry.require_known(backend)
     return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
 
 
@@ -66,7 +66,7 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
     shape = sizes("shape", shape)
     if math.prod(shape) > _MOST:
         raise InputError(f"shape must hold at most 2^34 numbers, got {shape}")
-    backends.require_known(backend)
+    registry.require_known(backend)
     return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
 
 
@@ -210,16 +210,16 @@ def _triton_launcher(name):
 _WORDS = {
     "reference": words_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
-    "cuda": lambda *args: backends.cuda_launcher("philox_words")(*args),
+    "cuda": lambda *args: registry.cuda_launcher("philox_words")(*args),
     "triton": lambda *args: _triton_launcher("words")(*args),
 }
 _NORMAL = {
     "reference": normal_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
-    "cuda": lambda *args: backends.cuda_launcher("philox_normal")(*args),
+    "cuda": lambda *args: registry.cuda_launcher("philox_normal")(*args),
     "triton": lambda *args: _triton_launcher("normal")(*args),
 }
-backends.implement("philox", "cpu", "triton", "cuda")
+registry.implement("philox", "cpu", "triton", "cuda")
 
 
 # Library rather than custom_op: that one imports torch._dynamo on the first call, a second of a sampler's start.
@@ -229,11 +229,11 @@ _LIBRARY.define("philox_normal(Tensor indices, int seed, int[] shape, int stream
 
 
 def _words(indices, seed, count, stream, step, backend):
-    return _WORDS[backends.choose("philox", backend, indices.device)](indices, seed, count, stream, step)
+    return _WORDS[registry.choose("philox", backend, indices.device)](indices, seed, count, stream, step)
 
 
 def _normal(indices, seed, shape, stream, step, backend):
-    return _NORMAL[backends.choose("philox", backend, indices.device)](indices, seed, shape, stream, step)
+    return _NORMAL[registry.choose("philox", backend, indices.device)](indices, seed, shape, stream, step)
 
 
 _LIBRARY.impl("philox_words", _words, "CompositeExplicitAutograd")

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..arguments import device as known_device
-from ..arguments import flag, real, require_dense, whole
 from ..errors import InputError
-from . import backends, philox
+from . import philox, registry
+from .arguments import device as known_device
+from .arguments import flag, real, require_dense, whole
 from .layout import (
     DTYPES,
     arithmetic_dtype,
@@ -128,7 +128,7 @@ def sampler_step(
         out: tensor that receives the next state, laid out like ``x``; ``x`` itself for a step in place. With ``pool`` it may
             be a pair, of that and of the tensor for the average.
         check_finite: look for infinities and NaN in the next state within the pass (waits for the device).
-        backend: see :func:`advkd.ops.backends.choose`.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(x_next, x0 or None, pooled or None)``, in ``x``'s dtype and layout; arithmetic is float32 (float64 for float64).
@@ -141,7 +141,7 @@ def sampler_step(
     """
     require_samples("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
-    backends.require_known(backend)
+    registry.require_known(backend)
     out, average = _split(out)
     tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
     seed, indices, step, steps = 0, None, 0, None
@@ -159,7 +159,7 @@ def sampler_step(
     pool = pool if pool is None else whole("pool", pool, 1)
     if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
-    backends.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, out, average)
+    registry.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, out, average)
     x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
     x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
     noise = None if indices is not None else noise
@@ -287,7 +287,7 @@ def _cpu(*args):
 
 
 def _cuda(*args):
-    backends.cuda_launcher("sampler_step")(*args)
+    registry.cuda_launcher("sampler_step")(*args)
 
 
 def _triton(*args):
@@ -297,7 +297,7 @@ def _triton(*args):
 
 
 _LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-backends.implement("sampler_step", "cpu", "triton", "cuda")
+registry.implement("sampler_step", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -308,7 +308,7 @@ _LIBRARY.define(
 
 
 def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    backends.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
+    registry.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
     launch = _LAUNCH[choose_for("sampler_step", x, backend)]
     if x.numel():
         layout = memory_format(x)
@@ -341,4 +341,4 @@ _LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("advkd::sampler_step", lib=_LIBRARY)
 def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    backends.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
+    registry.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)

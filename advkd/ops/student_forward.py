@@ -2,14 +2,14 @@
 
 import torch
 
-from ..arguments import finite, require_dense
-from ..devices import without_autocast
 from ..errors import InputError
-from ..latents import split_latent
-from . import backends
+from ..runtime.devices import without_autocast
+from . import registry
+from .arguments import finite, require_dense
 from .conv_block import ACTIVATIONS, DTYPES, ConvLayer, choose_for, conv_block_reference
+from .latents import split_latent
 from .layout import require_floating
-from .student_gpu import gpu_arguments, is_image, plain_steps, student_forward_gpu
+from .student_steps import gpu_arguments, is_image, plain_steps, student_forward_gpu
 
 FIELDS = 9
 """Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
@@ -30,7 +30,7 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         dtype: of activations and images: float32, bfloat16; float16 (all but ``cpu``), float64 (``reference``).
         algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
         packed: for ``cpu``, what :func:`pack` made of these weights, biases and algorithms; by default they are packed now.
-        backend: see :func:`advkd.ops.backends.choose`. ``triton`` and ``cuda`` pack the weights on every call and start one
+        backend: see :func:`advkd.ops.registry.choose`. ``triton`` and ``cuda`` pack the weights on every call and start one
             kernel per layer; :class:`advkd.FusedStudent` keeps weights packed, plans launches and captures them as graphs.
 
     Returns:
@@ -43,8 +43,8 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     """
     _check_layers(layers, weights, biases)
     require_floating("z", z)
-    backends.require_known(backend)
-    backends.refuse_order_0("student_forward", z, *weights, *biases)
+    registry.require_known(backend)
+    registry.refuse_order_0("student_forward", z, *weights, *biases)
     slope = finite("slope", slope)
     if z.device != weights[0].device:
         raise InputError(f"z must be on {weights[0].device} like the weights, got {z.device}")
@@ -123,7 +123,7 @@ def _images(z, weights, biases, layers, slope):
     return x
 
 
-backends.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0))
+registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0))
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(
@@ -163,4 +163,4 @@ def _(z, weights, biases, packed, layers, steps, slope, backend):
     return z.new_empty((z.shape[0], image.c_out, scale * image.height, scale * image.width), dtype=dtype)
 
 
-backends.refuse_gradients(_LIBRARY, "student_forward")
+registry.refuse_gradients(_LIBRARY, "student_forward")

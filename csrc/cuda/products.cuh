@@ -1,5 +1,5 @@
 // Products of a convolution on tensor cores, by storage and precision, and a warp's sums. Weights come packed as fragments (see
-// advkd/ops/gpu_layers.py): for every step of K and every 16 output channels each lane's four words of B are neighbours, so that
+// advkd/ops/gpu_storage.py): for every step of K and every 16 output channels each lane's four words of B are neighbours, so that
 // a warp reads 512 bytes in one go and nothing is exchanged. No Torch and no standard library.
 #pragma once
 

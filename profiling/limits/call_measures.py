@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from advkd import metrics
+from advkd.evaluation import metrics
 
 from .call_ops import Call
 from .draw import DTYPES

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from advkd import latents, samplers, schedulers
-from advkd.data import load_images
+from advkd.data.images import load_images
+from advkd.diffusion import renoising, schedulers
 from advkd.models.fused_student import FusedStudent
 from advkd.models.student import Student, StudentConfig
-from advkd.ops import StepCoefficients, philox_normal, sampler_step, student_forward
+from advkd.ops import StepCoefficients, latents, philox_normal, sampler_step, student_forward
 
 from . import call_oracles
 from .call_ops import UNIT, Call, backend_for, narrow, plain_number
@@ -281,7 +281,7 @@ def _largest(x, size):
 
 def sample_again(draw):
     """The samplers that add noise again, with a denoiser that is a linear function."""
-    function, gain = draw.choice((samplers.sample_dpdm, samplers.sample_consistency)), draw.choice((0.5, 0.9))
+    function, gain = draw.choice((renoising.sample_dpdm, renoising.sample_consistency)), draw.choice((0.5, 0.9))
     kind, bad = draw.choice((torch.float32, torch.float64, torch.bfloat16)), ([1.0, 1.0], [], [1.0, -1.0], [math.nan])
     arguments = {
         "denoiser": lambda x, sigma: (gain * x / (1 + sigma)).to(kind),
@@ -291,7 +291,7 @@ def sample_again(draw):
         "start": draw.choice((0, 9)),
         "device": draw.choice(("cpu", torch.device("cpu"))),
     }
-    if function is samplers.sample_consistency:
+    if function is renoising.sample_consistency:
         arguments["sigma_min"] = draw.choice((0.002, 0.0))
 
     def wanted(arguments):

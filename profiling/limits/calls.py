@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from advkd.data import load_images
+from advkd.data.images import load_images
 from advkd.errors import BackendUnavailableError, InputError
 
 from . import call_measures, call_ops, call_oracles, call_systems

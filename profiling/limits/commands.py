@@ -106,9 +106,8 @@ def _import_all():
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
-    import advkd.cli
-    import advkd.distill
-    import advkd.sampling  # noqa: F401
+    from advkd.cli import main, sample  # noqa: F401
+    from advkd.training import trainer  # noqa: F401
 
 
 def _write_inputs(folder, config, recording, student, teacher, unet):
@@ -118,7 +117,7 @@ def _write_inputs(folder, config, recording, student, teacher, unet):
     from diffusers import DDPMPipeline, DDPMScheduler
     from PIL import Image
 
-    from advkd.trajectories import record_trajectories
+    from advkd.diffusion.recorder import record_trajectories
 
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder / "teacher")
     record_trajectories(teacher, recording, folder / "data", progress=False)

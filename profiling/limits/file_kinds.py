@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from advkd import AdvKDPipeline, FusedStudent, Student, StudentConfig, report
-from advkd.data import load_images
-from advkd.features import build_extractor
-from advkd.files import sha256
+from advkd import AdvKDPipeline, FusedStudent, Student, StudentConfig
+from advkd.data.images import load_images
+from advkd.data.pictures import read_metrics, save_curves, save_grid
+from advkd.diffusion.recorder import Trajectories
+from advkd.diffusion.teacher import Teacher
+from advkd.evaluation import report
+from advkd.evaluation.features import build_extractor
+from advkd.methods.adv_kd import RECIPES
 from advkd.models.classifier import Classifier, ClassifierConfig
-from advkd.pictures import read_metrics, save_curves, save_grid
-from advkd.recipes import RECIPES
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories
+from advkd.runtime.files import sha256
 
 from .plain import Meaningless, finite, known_fields, own_fields, parse_json, parse_safetensors, with_tensors
 from .samples import FORMATS, RECORDING, RUN, TRAINING, WEIGHTS, evaluate_pictures, kept_in, run_command
@@ -254,8 +255,10 @@ def _reported(*options):
         given = [value for option in options for value in (f"--{option}", tables / REPORTED[option])]
         curves = []
         with (
-            mock.patch("advkd.report.save_pictures", lambda teacher, student, metrics, out: curves.append(metrics) or {}),
-            mock.patch("advkd.report._figure", lambda path, caption: ""),
+            mock.patch(
+                "advkd.evaluation.report.save_pictures", lambda teacher, student, metrics, out: curves.append(metrics) or {}
+            ),
+            mock.patch("advkd.evaluation.report._figure", lambda path, caption: ""),
         ):
             run_command("report", *models, "--evaluation", tables / "evaluation.json", *given, "--out", place / "out")
         if "metrics" in options:
@@ -288,7 +291,7 @@ def _page_meaning(name=""):
     def meaning(place):
         result = parse_json(place / "tables" / "evaluation.json")
         runs = parse_json(place / "tables" / "ablation.json")["runs"] if name == "ablation" else []
-        with mock.patch("advkd.report._figure", lambda path, caption: ""):
+        with mock.patch("advkd.evaluation.report._figure", lambda path, caption: ""):
             return report._page("advkd: one pass against many", result, runs, [("", "")])
 
     return meaning
@@ -349,7 +352,9 @@ def _told(option, file):
     def read(place):
         asked = []
         given = {"preset": (), "config": ("--preset", "digits")}[option]
-        with mock.patch("advkd.distill.distill", lambda data, student, config, *_, **__: asked.append((student, config))):
+        with mock.patch(
+            "advkd.training.trainer.distill", lambda data, student, config, *_, **__: asked.append((student, config))
+        ):
             told = (*given, f"--{option}", place / "tables" / file)
             run_command("distill", "--trajectories", place, *told, "--out", place / "out")
         (student, config), *_ = asked

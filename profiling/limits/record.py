@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from advkd.files import write_json
+from advkd.runtime.files import write_json
 
 from ..harness import device_folder, provenance
 

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from advkd import AdvKDPipeline, Student, StudentConfig, teacher_training
-from advkd.cli import main
-from advkd.distill import Distiller
-from advkd.files import write_json
-from advkd.plan import kept_file
-from advkd.report import RUN_KEYS
-from advkd.timing import processor_identity
+from advkd import AdvKDPipeline, Student, StudentConfig
+from advkd.cli.main import main
+from advkd.engines.cpu import kept_file
+from advkd.evaluation.report import RUN_KEYS
+from advkd.runtime.files import write_json
+from advkd.runtime.timing import processor_identity
+from advkd.training import teacher as teacher_training
+from advkd.training.trainer import Distiller
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)

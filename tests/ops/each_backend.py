@@ -6,7 +6,7 @@ import hashlib
 import pytest
 import torch
 
-from advkd.ops import backends
+from advkd.ops import registry
 from advkd.ops.conv_bias_act_mask import _LAUNCH as CONV_BIAS_ACT_MASK
 from advkd.ops.interpolate import _LAUNCH as INTERPOLATE
 from advkd.ops.mask_mul import _LAUNCH as MASK_MUL
@@ -43,7 +43,7 @@ def cases(name):
 
 
 def fast_backends(name, device):
-    return [b for b in ("cpu", "triton", "cuda") if backends.gap(name, b, torch.device(device)) is None]
+    return [b for b in ("cpu", "triton", "cuda") if registry.gap(name, b, torch.device(device)) is None]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from advkd import Student, ops
 from advkd.errors import InputError
 from advkd.models.student import StudentConfig
-from advkd.ops import backends
+from advkd.ops import registry
 from advkd.ops.mask_mul import pack
 
 X, OTHER = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -416,4 +416,4 @@ def test_random_numbers_are_part_of_a_graph():
 def test_a_backend_that_is_no_name_is_refused():
     for backend in (None, 3, [], {}, "gpu"):
         with pytest.raises(InputError, match="backend"):
-            backends.choose("mask_mul", backend, torch.device("cpu"))
+            registry.choose("mask_mul", backend, torch.device("cpu"))

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from advkd.errors import InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from advkd.ops import backends, cupy_conv_pair, cupy_modules, gpu_layers
+from advkd.ops import cupy_conv_pair, cupy_modules, gpu_storage, registry
 from advkd.ops.conv_block import ConvLayer
-from advkd.ops.gpu_layers import PRODUCTS, input_channels, padded
+from advkd.ops.gpu_storage import PRODUCTS, input_channels, padded
 
 from ..conftest import ROOT
 from .cuda_on_host import in_order, only_last_block
@@ -207,16 +207,16 @@ def launch(case, product, numbers, launcher, place):
     """The outputs as ``(N, C, H, W)``, after everything that a call must leave alone has been checked, and a second call."""
     x, weight1, bias1, weight2, bias2 = numbers
     first, second = case.layers
-    taps1, bias1 = gpu_layers.pad_layer(weight1, bias1, first)
-    taps2, padded2 = gpu_layers.pad_layer(weight2, bias2, second)
-    packed2 = gpu_layers.pack_image(taps2, case.c_out, product) if case.image else gpu_layers.pack_fragments(taps2, product)
+    taps1, bias1 = gpu_storage.pad_layer(weight1, bias1, first)
+    taps2, padded2 = gpu_storage.pad_layer(weight2, bias2, second)
+    packed2 = gpu_storage.pack_image(taps2, case.c_out, product) if case.image else gpu_storage.pack_fragments(taps2, product)
     dtype, sides = STORAGE[product], (second.height, second.width)
     pixels = x.new_zeros((case.n, case.height, case.width, padded(case.c_in)), dtype=dtype)
     pixels[..., : case.c_in] = x.permute(0, 2, 3, 1).to(dtype)
     shape = (case.n, case.c_out, *sides) if case.image else (case.n, *sides, padded(case.c_out) + case.extra)
     poison = x.new_full(shape, torch.nan, dtype=dtype)
     bias2 = bias2.float() if case.image else padded2
-    tensors = [place(t) for t in (pixels, gpu_layers.pack_fragments(taps1, product), bias1, packed2, bias2)]
+    tensors = [place(t) for t in (pixels, gpu_storage.pack_fragments(taps1, product), bias1, packed2, bias2)]
     options = case.upsample, case.image, CODES[case.activation], SLOPE, PRODUCTS.index(product)
     out, again = place(poison), place(poison)
     launcher(*tensors, out, *options)
@@ -387,7 +387,7 @@ def test_elements_count_beyond_32_bits(upsample, image, cupy_on_host, monkeypatc
 def good_arguments(product="bf16"):
     dtype = STORAGE[product]
     x, bias = torch.zeros(1, 8, 8, 16, dtype=dtype), torch.zeros(16)
-    weights = gpu_layers.pack_fragments(torch.zeros(1, 9, 16, 16), product)
+    weights = gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), product)
     tensors = dict(x=x, weights1=weights, bias1=bias, weights2=weights, bias2=bias, out=torch.zeros_like(x))
     return {**tensors, **dict(upsample=False, image=False, activation=1, slope=0.2, product=PRODUCTS.index(product))}
 
@@ -411,8 +411,8 @@ def odd(*shape):
         (dict(bias1=torch.zeros(16).bfloat16()), "must be torch.float32"),
         (dict(bias1=torch.zeros(32)), "packed weights"),
         (dict(bias2=torch.zeros(32)), "out must be"),
-        (dict(weights2=gpu_layers.pack_fragments(torch.zeros(4, 4, 16, 16), "bf16")), "packed weights"),
-        (dict(weights1=gpu_layers.pack_fragments(torch.zeros(1, 9, 16, 16), "f16")), "must be torch.bfloat16"),
+        (dict(weights2=gpu_storage.pack_fragments(torch.zeros(4, 4, 16, 16), "bf16")), "packed weights"),
+        (dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "f16")), "must be torch.bfloat16"),
         (dict(out=torch.zeros(1, 8, 7, 16).bfloat16()), "out must be"),
         (dict(out=torch.zeros(1, 8, 8, 24).bfloat16()), "out must be"),
         (dict(out=odd(1, 8, 8, 16)), "aligned"),
@@ -612,7 +612,7 @@ def gpu_launcher(compiled_by):
         if reason := cupy_modules.gap():
             pytest.skip(reason)
         return cupy_conv_pair.conv_pair
-    if reason := backends.extension_gap("cuda"):
+    if reason := registry.extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda.conv_pair
 

@@ -11,16 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from advkd.critic_update import critic_gradients
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.critic import Critic, CriticConfig
-from advkd.ops import backends, gradient_penalty, norm_act
+from advkd.ops import gradient_penalty, norm_act, registry
+from advkd.ops.critic.update import critic_gradients
 
 from ..conftest import DEFAULTS, other_default
 from .random_critics import Twice, critics, relative
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
+ENGINES = [b for b in ("cpu", "reference") if registry.gap("gradient_penalty", b, torch.device("cpu")) is None]
 MODES = [{"mode": "two-sided"}, {"mode": "one-sided", "target": 0.01}, {"mode": "r1"}]
 
 
@@ -86,7 +86,7 @@ def test_the_critic(device, options, conditional):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
 def test_on_a_gpu(backend):
-    if reason := backends.gap("gradient_penalty", backend, torch.device("cuda")):
+    if reason := registry.gap("gradient_penalty", backend, torch.device("cuda")):
         pytest.skip(reason)
     model = critic(size=64, dtype=torch.float32, channels=32).cuda()
     assert_same(model, points(16, 64, torch.float32).cuda(), 1e-5, backend)

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from advkd.errors import InputError
-from advkd.ops import backends, image_gradient
+from advkd.ops import image_gradient, registry
 
-ENGINES = [b for b in ("cpu", "reference") if backends.gap("image_gradient", b, torch.device("cpu")) is None]
+ENGINES = [b for b in ("cpu", "reference") if registry.gap("image_gradient", b, torch.device("cpu")) is None]
 # Image, features, kernel, stride, padding, dilation: DCGAN's layers; lanes with a rest and without; pixels that no group of
 # four covers; strides beyond the kernel (pixels without a tap); kernels wider than the image; dilation; one pixel.
 CASES = [

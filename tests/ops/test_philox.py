@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.ops import backends, philox_normal, philox_uniform, philox_words
+from advkd.ops import philox_normal, philox_uniform, philox_words, registry
 from advkd.ops.philox import STREAMS, counters, rounds_reference
 
 from ..conftest import DEFAULTS, other_default, process_environment
@@ -30,7 +30,7 @@ KNOWN_ANSWERS = [
 
 
 def fast_backends(device):
-    return [b for b in ("cpu", "triton", "cuda") if backends.gap("philox", b, torch.device(device)) is None]
+    return [b for b in ("cpu", "triton", "cuda") if registry.gap("philox", b, torch.device(device)) is None]
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -204,10 +204,10 @@ print("parity")
 
 def test_backend_variable_steers_auto_only():
     code = (
-        "import torch; from advkd.ops import backends as b; d = torch.device('cpu');"
+        "import torch; from advkd.ops import registry as b; d = torch.device('cpu');"
         "print(b.choose('philox', 'auto', d), b.choose('philox', 'cpu', d))"
     )
     environment = process_environment({"ADVKD_BACKEND": "reference"})
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.split() == ["reference", "cpu"]
-    assert os.environ.get("ADVKD_BACKEND") is None and backends.choose("philox", "auto", torch.device("cpu")) == "cpu"
+    assert os.environ.get("ADVKD_BACKEND") is None and registry.choose("philox", "auto", torch.device("cpu")) == "cpu"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import StepCoefficients, backends, coefficient_table, philox_normal, sampler_step
+from advkd.ops import StepCoefficients, coefficient_table, philox_normal, registry, sampler_step
 from advkd.ops.philox import STREAMS, rounds_reference
 from advkd.ops.sampler_step import _LAUNCH, memory_format, sampler_step_reference
 
@@ -25,7 +25,7 @@ SEED, STEP = 2**40 + 3, 7
 
 
 def fast_backends(device):
-    return [b for b in ("cpu", "triton", "cuda") if backends.gap("sampler_step", b, torch.device(device)) is None]
+    return [b for b in ("cpu", "triton", "cuda") if registry.gap("sampler_step", b, torch.device(device)) is None]
 
 
 def make(shape, dtype=torch.float32, model_dtype=None, last=False, device="cpu", offset=0):
@@ -516,4 +516,4 @@ def test_a_backend_by_name_runs_or_raises():
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailableError):
             sampler_step(x, x, StepCoefficients(1, 1, 1), backend="cuda")
-    assert backends.choose("sampler_step", "auto", torch.device("cpu")) == "cpu"
+    assert registry.choose("sampler_step", "auto", torch.device("cpu")) == "cpu"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.ops import backends, cupy_kernels, cupy_modules
+from advkd.ops import cupy_kernels, cupy_modules, registry
 from advkd.ops.philox import normal_reference, rounds_reference, words_reference
 from advkd.ops.sampler_step import sampler_step_reference
 
@@ -211,7 +211,7 @@ def launcher(compiled_by):
     """The kernels on a GPU, or a skip."""
     if compiled_by == "triton":
         return pytest.importorskip("advkd.kernels.sampler_step").launch
-    if reason := cupy_kernels.gap() if compiled_by == "cupy" else backends.extension_gap("cuda"):
+    if reason := cupy_kernels.gap() if compiled_by == "cupy" else registry.extension_gap("cuda"):
         pytest.skip(reason)
     return cupy_kernels.sampler_step if compiled_by == "cupy" else torch.ops.advkd_cuda.sampler_step
 

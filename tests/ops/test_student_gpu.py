@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advkd import gpu_plan
+from advkd.engines import gpu_search
+from advkd.engines.gpu import GpuEngine
+from advkd.engines.gpu_search import cheapest
 from advkd.errors import InputError
-from advkd.gpu_engine import GpuEngine
-from advkd.gpu_plan import cheapest
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS, StudentConfig
-from advkd.ops import backends, student_gpu
-from advkd.ops.gpu_layers import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, product_of, round_tf32
+from advkd.ops import registry, student_steps
+from advkd.ops.gpu_storage import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, product_of, round_tf32
 from advkd.ops.student_forward import student_forward_reference
-from advkd.ops.student_gpu import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
+from advkd.ops.student_steps import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
 
 F32 = torch.float32
 # Channels that are no unit's multiple, and detail bands behind them.
@@ -113,7 +113,7 @@ class Launchers:
 def launchers(monkeypatch):
     """CUDA's launchers, and Triton's, which take taps, in plain PyTorch."""
     found = Launchers()
-    monkeypatch.setattr(backends, "cuda_launcher", lambda name: getattr(found, name))
+    monkeypatch.setattr(registry, "cuda_launcher", lambda name: getattr(found, name))
 
     def triton(name):
         def layer(x, taps, bias, out, upsample, activation, slope, precision, config):
@@ -132,7 +132,7 @@ def launchers(monkeypatch):
         layers = {"conv_layer": layer, "conv_descriptor": layer, "conv_image": image}
         return {**layers, "pack_weights": pack_weights, "default": lambda *layer: (7,)}[name]
 
-    monkeypatch.setattr(student_gpu, "triton_launcher", triton)
+    monkeypatch.setattr(student_steps, "triton_launcher", triton)
     return found
 
 
@@ -228,7 +228,7 @@ def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
     """The op by itself starts a kernel per layer; an engine keeps packed weights."""
     layers, weights, biases, z = network("small")
     engine = GpuEngine(layers, weights, biases, 0.2, F32, backend)
-    monkeypatch.setattr(gpu_plan, "all_steps", lambda engine, n, backends, tune: plain_steps(layers, n, F32, backend))
+    monkeypatch.setattr(gpu_search, "all_steps", lambda engine, n, backends, tune: plain_steps(layers, n, F32, backend))
     images = engine(z)
     assert launchers.started[0].startswith("triton_conv" if backend == "triton" else "conv") and len(launchers.started) == 17
     arguments, packed = engine.arguments(3), dict(engine._packed)
@@ -240,8 +240,8 @@ def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
 
 def test_plans_of_other_versions_are_refused():
     """Kernels keep their numbers; one that this version lacks is said, not started as another."""
-    assert student_gpu.KERNELS[:6] == ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
-    for number in (-1, len(student_gpu.KERNELS)):
+    assert student_steps.KERNELS[:6] == ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
+    for number in (-1, len(student_steps.KERNELS)):
         with pytest.raises(InputError, match=f"kernel number {number}, of another version"):
             decode_steps([0, number, 0, 1, 0])
 
@@ -251,11 +251,11 @@ def test_plans_of_other_versions_are_refused():
 def test_descriptors_are_candidates_of_measured_plans_alone(capability, dtype):
     pytest.importorskip("triton")
     layers = convolutions(PRESETS["pyramid-256"])
-    limits = gpu_plan.Limits(132, 227 * 1024, capability)
+    limits = gpu_search.Limits(132, 227 * 1024, capability)
     engine = SimpleNamespace(layers=layers, product=product_of(dtype), dtype=dtype, limits=limits, backend="triton")
 
     def steps(backends, tune):
-        return [s for s in gpu_plan.all_steps(engine, 8, backends, tune) if s.kernel == "triton_descriptor"]
+        return [s for s in gpu_search.all_steps(engine, 8, backends, tune) if s.kernel == "triton_descriptor"]
 
     found = steps(("cuda", "triton"), True)
     expected = capability >= (9, 0) and dtype != F32

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.ops import backends, cupy_kernels, cupy_modules, cupy_training
+from advkd.ops import cupy_kernels, cupy_modules, cupy_training, registry
 from advkd.ops.mask_mul import mask_mul_reference
 from advkd.ops.norm_act import moments_reference, norm_act_reference
 from advkd.ops.penalty_reduce import penalty_reduce_reference
@@ -242,7 +242,7 @@ def launcher(name, compiled_by):
         if reason := cupy_kernels.gap():
             pytest.skip(reason)
         return getattr(cupy_kernels, name)
-    if reason := backends.extension_gap("cuda"):
+    if reason := registry.extension_gap("cuda"):
         pytest.skip(reason)
     return getattr(torch.ops.advkd_cuda, name)
 

@@ -11,12 +11,7 @@ import torch
 from advkd.ops.conv_bias_act_mask import conv_bias_act_mask_reference
 from advkd.ops.interpolate import interpolate_reference
 from advkd.ops.mask_mul import mask_mul_reference, pack
-from advkd.ops.norm_act import (
-    moments_reference,
-    norm_act_backward_reference,
-    norm_act_reference,
-    norm_act_sums_reference,
-)
+from advkd.ops.norm_act import moments_reference, norm_act_backward_reference, norm_act_reference, norm_act_sums_reference
 from advkd.ops.penalty_reduce import MODES, penalty_reduce_reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

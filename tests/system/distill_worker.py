@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from advkd.distill import Distiller
-from advkd.recipes import recipe
-from advkd.trajectories import Trajectories
+from advkd.diffusion.recorder import Trajectories
+from advkd.methods.adv_kd import recipe
+from advkd.training.trainer import Distiller
 from tests.conftest import tiny_student, tiny_teacher
 
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from advkd import metrics, samplers
-from advkd.data import load_images
+from advkd.data.images import load_images
+from advkd.diffusion import renoising
 from advkd.errors import InputError
-from advkd.latents import project
+from advkd.evaluation import metrics
 from advkd.models.student import StudentConfig
+from advkd.ops.latents import project
 
 from ..conftest import tiny_student
 
@@ -110,7 +111,7 @@ def test_measures_take_seeds_and_levels():
         metrics.frechet_distance(torch.nested.nested_tensor([a, b]), b)
 
 
-@pytest.mark.parametrize("sampler", [samplers.sample_dpdm, samplers.sample_consistency])
+@pytest.mark.parametrize("sampler", [renoising.sample_dpdm, renoising.sample_consistency])
 def test_samplers(sampler):
     good = {"denoiser": lambda x, sigma: x, "sigmas": [1.0], "shape": (1, 1, 2, 2), "start": 0, "device": "cpu"}
     bad = {"denoiser": 3, "sigmas": ["text"], "shape": 3, "start": -1, "device": "nonsense"}
@@ -131,7 +132,7 @@ def test_samplers(sampler):
 @pytest.mark.parametrize("kind", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
 def test_schedulers(kind):
     pytest.importorskip("diffusers")
-    from advkd import schedulers
+    from advkd.diffusion import schedulers
 
     scheduler = getattr(schedulers, f"Fused{kind}Scheduler")()
     scheduler.set_timesteps(4)
@@ -165,7 +166,7 @@ def test_schedulers(kind):
 @pytest.mark.parametrize("kind", ["DDIM", "DPMSolverMultistep"])
 def test_noise_fits_the_sample(kind):
     pytest.importorskip("diffusers")
-    from advkd import schedulers
+    from advkd.diffusion import schedulers
 
     scheduler = getattr(schedulers, f"Fused{kind}Scheduler")()
     scheduler.set_timesteps(4)
@@ -178,7 +179,7 @@ def test_noise_fits_the_sample(kind):
 
 def test_churn():
     pytest.importorskip("diffusers")
-    from advkd.schedulers import FusedEulerDiscreteScheduler
+    from advkd.diffusion.schedulers import FusedEulerDiscreteScheduler
 
     scheduler, x = FusedEulerDiscreteScheduler(), torch.zeros(2, 3, 4, 4)
     scheduler.set_timesteps(4)

@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from advkd import evaluate, timing
-from advkd.cli import main
-from advkd.recipes import RECIPES
+from advkd.cli.main import main
+from advkd.evaluation import evaluate
+from advkd.methods.adv_kd import RECIPES
+from advkd.runtime import timing
 
 from ..conftest import run_cli
 
@@ -162,10 +163,10 @@ def test_configuration_files(capsys, tmp_path, trajectories):
 
 
 def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, trajectories):
-    import advkd.distill
+    import advkd.training.trainer
 
     seen = []
-    monkeypatch.setattr(advkd.distill, "distill", lambda data, student, config, *rest, **more: seen.append(config))
+    monkeypatch.setattr(advkd.training.trainer, "distill", lambda data, student, config, *rest, **more: seen.append(config))
     (tmp_path / "c.json").write_text(json.dumps({"conditional": True, "kl": 0.5, "updates": [7], "betas": [0.1, 0.2]}))
     arguments = ["distill", "--trajectories", trajectories, "--preset", "digits", "--out", tmp_path, "--config"]
     assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0
@@ -183,22 +184,22 @@ def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, traje
 
 
 def test_too_little_memory_is_one_line(monkeypatch, capsys, tmp_path):
-    import advkd.sampling
+    import advkd.cli.sample
 
     def exhausted(*arguments):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
 
-    monkeypatch.setattr(advkd.sampling, "sample", exhausted)
+    monkeypatch.setattr(advkd.cli.sample, "sample", exhausted)
     assert "not enough memory" in refused(capsys, "sample", "--out", tmp_path / "x.png")
 
 
 def test_other_failures_keep_their_traceback(monkeypatch, tmp_path):
-    import advkd.sampling
+    import advkd.cli.sample
 
     def broken(*arguments):
         raise RuntimeError("unsupported memory format option")
 
-    monkeypatch.setattr(advkd.sampling, "sample", broken)
+    monkeypatch.setattr(advkd.cli.sample, "sample", broken)
     with pytest.raises(RuntimeError, match="memory format"):
         main(["sample", "--out", str(tmp_path / "x.png")], standalone_mode=True)
 

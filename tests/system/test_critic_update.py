@@ -12,13 +12,13 @@ from torch import nn
 
 import advkd
 from advkd import Critic, CriticConfig, InputError, critic_gradients, critic_step
-from advkd.ops import backends
+from advkd.ops import registry
 
 from ..conftest import DEFAULTS, ROOT, other_default, process_environment
 from ..ops.random_critics import relative
 from ..ops.test_gradient_penalty import WRAPPERS
 
-ENGINES = [b for b in ("cpu", "reference") if backends.gap("gradient_penalty", b, torch.device("cpu")) is None]
+ENGINES = [b for b in ("cpu", "reference") if registry.gap("gradient_penalty", b, torch.device("cpu")) is None]
 PENALTIES = [{"mode": "two-sided"}, {"mode": "one-sided", "target": 0.01}, {"mode": "r1", "weight": 3.0}, {"weight": 0.0}]
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd import classifier_training
-from advkd.classifier_training import ClassifierTrainingConfig, train_classifier
-from advkd.data import SYSTEM_NAMES, load_images, load_labelled, normalize, read_pictures
+from advkd.data.images import SYSTEM_NAMES, load_images, load_labelled, normalize, read_pictures
 from advkd.errors import InputError
 from advkd.models.classifier import Classifier
+from advkd.training import classifier as classifier_training
+from advkd.training.classifier import ClassifierTrainingConfig, train_classifier
 
 from ..conftest import other_default
 

@@ -21,26 +21,25 @@ from advkd import (
     FusedEulerDiscreteScheduler,
     Student,
     critic_gradients,
-    evaluate,
-    metrics,
-    timing,
 )
-from advkd.classifier_training import ClassifierTrainingConfig, train_classifier
-from advkd.coefficients import ddim_coefficients
-from advkd.data import load_images, load_labelled, normalize, read_pictures
-from advkd.distill import distill
-from advkd.draws import DataOrder, shift, training_latents
-from advkd.evaluate import EvaluationConfig, evaluate_folders, evaluate_student
-from advkd.features import build_extractor, extract
-from advkd.latents import dct_basis, project
+from advkd.cli.sample import sample
+from advkd.cli.warmup import warmup
+from advkd.data.draws import DataOrder, shift, training_latents
+from advkd.data.images import load_images, load_labelled, normalize, read_pictures
+from advkd.diffusion.coefficients import ddim_coefficients
+from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.teacher import Teacher
+from advkd.evaluation import evaluate, metrics
+from advkd.evaluation.evaluate import EvaluationConfig, evaluate_folders, evaluate_student
+from advkd.evaluation.features import build_extractor, extract
+from advkd.methods.adv_kd import recipe
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import coefficient_table, image_gradient, interpolate, philox_normal, philox_uniform, philox_words
-from advkd.recipes import recipe
-from advkd.sampling import sample
-from advkd.teacher import Teacher
-from advkd.teacher_training import TeacherTrainingConfig, train_teacher
-from advkd.trajectories import Trajectories, record_trajectories
-from advkd.warmup import warmup
+from advkd.ops.latents import dct_basis, project
+from advkd.runtime import timing
+from advkd.training.classifier import ClassifierTrainingConfig, train_classifier
+from advkd.training.teacher import TeacherTrainingConfig, train_teacher
+from advkd.training.trainer import distill
 
 from ..conftest import DEFAULTS, other_default, tiny_recording, tiny_student
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from advkd.demo import run_demo
+from advkd.cli.demo import run_demo
+from advkd.diffusion.teacher import Teacher
+from advkd.evaluation.report import FRESH_SEED
 from advkd.models.student import Student
-from advkd.report import FRESH_SEED
-from advkd.teacher import Teacher
 
 
 def correlation(a, b):

@@ -12,13 +12,13 @@ import time
 import pytest
 import torch
 
-from advkd.distill import Distiller, _Board, _kl, distill
-from advkd.draws import DataOrder, shift, training_latents
+from advkd.data.draws import DataOrder, shift, training_latents
+from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
+from advkd.methods.adv_kd import RECIPES, recipe
 from advkd.models.student import Student
-from advkd.recipes import RECIPES, recipe
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories, record_trajectories
+from advkd.training.trainer import Distiller, _Board, _kl, distill
 
 from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_recording, tiny_student, tiny_teacher
 
@@ -351,7 +351,7 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(trajectories, t
 
 
 def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
-    monkeypatch.setattr("advkd.distill.time.time", lambda: 1e9)
+    monkeypatch.setattr("advkd.training.trainer.time.time", lambda: 1e9)
     for _ in range(2):
         _Board(tmp_path / "tensorboard", 0).close()
     first, second = sorted((tmp_path / "tensorboard").iterdir())
@@ -359,7 +359,7 @@ def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
 
 
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
-    from advkd.files import locked
+    from advkd.runtime.files import locked
 
     with pytest.raises(InputError, match="no checkpoint"):
         distill(trajectories, tiny_student(), JOINT, tmp_path / "typo", resume=True)

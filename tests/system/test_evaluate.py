@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from advkd import evaluate, features, files
-from advkd.data import load_images, load_labelled, read_pictures
+from advkd.data.images import load_images, load_labelled, read_pictures
+from advkd.data.pictures import save_image, to_pil, to_uint8
+from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.evaluate import EvaluationConfig, evaluate_folders, evaluate_student, table
-from advkd.features import build_extractor, extract, require_fit
-from advkd.files import digest, write_json, write_tensors
+from advkd.evaluation import evaluate, features
+from advkd.evaluation.evaluate import EvaluationConfig, evaluate_folders, evaluate_student, table
+from advkd.evaluation.features import build_extractor, extract, require_fit
 from advkd.models import classifier as classifier_module
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.fused_student import FusedStudent
 from advkd.models.student import Student
-from advkd.pictures import save_image, to_pil, to_uint8
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories, record_trajectories
+from advkd.runtime import files
+from advkd.runtime.files import digest, write_json, write_tensors
 
 from ..conftest import other_default, run_cli, tiny_recording, tiny_student
 
@@ -59,7 +60,7 @@ def save_pictures(images, folder):
 
 def distances(sets, reference, cache):
     """FD-digits of uint8 sets against a reference of the same size."""
-    from advkd.metrics import frechet_distance
+    from advkd.evaluation.metrics import frechet_distance
 
     extractor = build_extractor("digits")
     wanted = extract(extractor, reference, cache=cache)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from advkd import files
 from advkd.errors import InputError
+from advkd.runtime import files
 
 from ..conftest import process_environment
 
@@ -48,7 +48,7 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path):
 
 
 def test_an_interrupt_of_the_command_line_removes_temporary_files(tmp_path):
-    lines = ["import os, signal, sys", "from advkd import files, launcher"]
+    lines = ["import os, signal, sys", "from advkd.runtime import files, launcher"]
     # A shell may have had this process, and with it that one, ignore interrupts.
     lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "launcher.end_at_interrupt()"]
     lines += ["with files.replacing(sys.argv[1]):", "    os.kill(os.getpid(), signal.SIGINT)", "    signal.pause()"]

@@ -9,15 +9,16 @@ import sys
 import pytest
 import torch
 
-from advkd import FusedStudent, Student, gpu_plan
-from advkd import plan as planning
+from advkd import FusedStudent, Student
+from advkd.engines import cpu as planning
+from advkd.engines import gpu_search
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import backends
+from advkd.ops import registry
 from advkd.ops.conv_block import ALGORITHMS
 
 from ..conftest import process_environment, tiny_student
 
-CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
 
 
 @pytest.fixture
@@ -124,12 +125,12 @@ TIMES = {"conv, tf32, batch 1: 3": 1e-5, "pair, tf32, batch 1: 3": 2.5e-6}
 @pytest.fixture
 def kept_times(cache, monkeypatch):
     """A device's file of measured times, and a way to read it."""
-    monkeypatch.setattr(gpu_plan, "step_seconds", lambda engine, step, n: 1e-3)
-    times = gpu_plan.KeptTimes(torch.device("cpu"))
+    monkeypatch.setattr(gpu_search, "step_seconds", lambda engine, step, n: 1e-3)
+    times = gpu_search.KeptTimes(torch.device("cpu"))
     times.known = dict(TIMES)
     times.found = dict(TIMES)
     times.keep()
-    return times.path, lambda: gpu_plan.KeptTimes(torch.device("cpu"))
+    return times.path, lambda: gpu_search.KeptTimes(torch.device("cpu"))
 
 
 def test_a_gpus_times_are_kept(kept_times):
@@ -168,9 +169,9 @@ def test_times_that_cannot_be_kept_do_not_stop_a_run(kept_times, monkeypatch, ca
         if name == "write_json":
             raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(gpu_plan, name, refuse)
+    monkeypatch.setattr(gpu_search, name, refuse)
     with caplog.at_level(logging.WARNING):
-        times = gpu_plan.KeptTimes(torch.device("cpu"))
+        times = gpu_search.KeptTimes(torch.device("cpu"))
         assert times.seconds("conv", None, None, 1) == 1e-3
         times.keep()
     assert ("not kept" if name == "write_json" else "in memory") in caplog.text

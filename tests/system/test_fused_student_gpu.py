@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from advkd import FusedStudent, Student, gpu_plan
+from advkd import FusedStudent, Student
+from advkd.data.pictures import to_pil, to_uint8
+from advkd.engines import gpu_search
+from advkd.engines.gpu import GRAPHS
+from advkd.engines.gpu_search import Limits
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.gpu_engine import GRAPHS
-from advkd.gpu_plan import Limits
-from advkd.ops import backends
-from advkd.pictures import to_pil, to_uint8
+from advkd.ops import registry
 
 from ..conftest import ROOT, process_environment, run_cli, tiny_student
 from ..ops.test_student_gpu import launchers  # noqa: F401
@@ -30,16 +31,16 @@ ENGINES = [pytest.param(b, d, marks=GPU, id=f"{b}-{d}") for b in ("cuda", "trito
 @pytest.fixture
 def on_gpu_kernels(launchers, monkeypatch):  # noqa: F811
     """Both GPU backends "can run" on the CPU, one launch per layer; yields the launchers' record."""
-    gap = backends.gap
-    monkeypatch.setattr(backends, "gap", lambda name, b, device: None if name == "student_forward" else gap(name, b, device))
-    monkeypatch.setattr(gpu_plan, "_triton_configs", lambda engine, layer, n, tune: [(1,), (2,)] if tune else [(1,)])
+    gap = registry.gap
+    monkeypatch.setattr(registry, "gap", lambda name, b, device: None if name == "student_forward" else gap(name, b, device))
+    monkeypatch.setattr(gpu_search, "_triton_configs", lambda engine, layer, n, tune: [(1,), (2,)] if tune else [(1,)])
     monkeypatch.setattr(
-        gpu_plan, "_pair_fits", lambda engine, i: not any(engine.layers[i + 1].__dict__[k] for k in ("upsample", "detail"))
+        gpu_search, "_pair_fits", lambda engine, i: not any(engine.layers[i + 1].__dict__[k] for k in ("upsample", "detail"))
     )
-    monkeypatch.setattr(gpu_plan, "_stems", lambda engine, n: [])
-    backends._choose.cache_clear()
+    monkeypatch.setattr(gpu_search, "_stems", lambda engine, n: [])
+    registry._choose.cache_clear()
     yield launchers
-    backends._choose.cache_clear()
+    registry._choose.cache_clear()
 
 
 @pytest.fixture
@@ -171,9 +172,9 @@ def measured(monkeypatch, costs):
 
     def seconds(engine, step, n):
         asked.append((step, n))
-        return costs[gpu_plan._named(step)] * step.count
+        return costs[gpu_search._named(step)] * step.count
 
-    monkeypatch.setattr(gpu_plan, "step_seconds", seconds)
+    monkeypatch.setattr(gpu_search, "step_seconds", seconds)
     return asked
 
 
@@ -184,7 +185,7 @@ COSTS = {
 
 
 def plan_of(fused, n):
-    return gpu_plan.measured_steps(fused._engine, n)
+    return gpu_search.measured_steps(fused._engine, n)
 
 
 def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch, cache, caplog):
@@ -198,7 +199,7 @@ def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch,
     assert len(caplog.records) == 1 and str(cache) in caplog.text
     (path,) = (cache / "plans").iterdir()
     kept = json.loads(path.read_text())
-    keys = {gpu_plan._key(fused._engine, step, n) for step, n in asked}
+    keys = {gpu_search._key(fused._engine, step, n) for step, n in asked}
     assert set(kept["seconds"]) == keys and len(asked) == len(keys), "equal layers are measured once"
     count = len(asked)
     assert plan_of(tiny_student(1).fuse("cuda"), 4) and len(asked) == count, "other weights, the same shapes"
@@ -226,14 +227,14 @@ def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch,
 
 def test_a_kernel_that_does_not_run_is_passed_over(on_gpu_kernels, monkeypatch, cache, caplog):
     measured(monkeypatch, {**COSTS, "pair": 1e-6})
-    seconds = gpu_plan.step_seconds
+    seconds = gpu_search.step_seconds
 
     def failing(engine, step, n):
         if step.kernel == "pair":
             raise RuntimeError("out of resource: shared memory")
         return seconds(engine, step, n)
 
-    monkeypatch.setattr(gpu_plan, "step_seconds", failing)
+    monkeypatch.setattr(gpu_search, "step_seconds", failing)
     fused = tiny_student().fuse("cuda")
     with caplog.at_level(logging.WARNING):
         steps = plan_of(fused, 4)
@@ -278,20 +279,20 @@ def test_reasons_for_gaps(monkeypatch):
     """An old GPU, a machine without nvcc, an object for other GPUs: the reason is in the error and in 'advkd info'."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setitem(backends._MISSING, "cuda", lambda device: None)
-    assert backends.gap("student_forward", "cuda", device) == "needs compute capability 8.0, this GPU has 7.5"
-    assert backends.gap("sampler_step", "cuda", device) is None
-    backends._choose.cache_clear()
+    monkeypatch.setitem(registry._MISSING, "cuda", lambda device: None)
+    assert registry.gap("student_forward", "cuda", device) == "needs compute capability 8.0, this GPU has 7.5"
+    assert registry.gap("sampler_step", "cuda", device) is None
+    registry._choose.cache_clear()
     with pytest.raises(BackendUnavailableError, match="needs compute capability 8.0, this GPU has 7.5"):
-        backends.choose("conv_block", "cuda", device)
-    backends._choose.cache_clear()
+        registry.choose("conv_block", "cuda", device)
+    registry._choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends.Path, "glob", lambda self, pattern: [])
-    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
-    assert "nvcc is not on PATH" in backends.extension_gap.__wrapped__("cuda")
+    monkeypatch.setattr(registry.Path, "glob", lambda self, pattern: [])
+    monkeypatch.setattr(registry.shutil, "which", lambda name: None)
+    assert "nvcc is not on PATH" in registry.extension_gap.__wrapped__("cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(backends, "_code_error", lambda device: 209)
-    assert "built for other GPUs than this one: TORCH_CUDA_ARCH_LIST=7.5" in backends._foreign_code("_cuda.abi3.so")
+    monkeypatch.setattr(registry, "_code_error", lambda device: 209)
+    assert "built for other GPUs than this one: TORCH_CUDA_ARCH_LIST=7.5" in registry._foreign_code("_cuda.abi3.so")
 
 
 def test_warmup(tmp_path):

@@ -269,5 +269,5 @@ def test_missing_names_are_found():
         "line 17: advkd.kernels.conv_block.shared_memory",
         "line 18: advkd.no_module",
         "line 21: advkd.kernels.conv_block.nowhere",
-        "line 21: advkd.ops.gpu_layers.padding",
+        "line 21: advkd.ops.gpu_storage.padding",
     ]

@@ -68,9 +68,9 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     assert {n for n in names if n.startswith("advkd/csrc/c") and "." in n} == sources | {"advkd/csrc/common/philox.h"}
     assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
     code = (
-        "import advkd, advkd.kernels.philox, torch; from advkd.ops import backends;"
+        "import advkd, advkd.kernels.philox, torch; from advkd.ops import registry;"
         "from advkd.ops import cupy_modules; assert cupy_modules.folder().parent.name == 'advkd', cupy_modules.folder();"
-        "print(advkd.__file__, advkd.kernels.philox.__file__, backends.gap('philox', 'cpu', torch.device('cpu')),"
+        "print(advkd.__file__, advkd.kernels.philox.__file__, registry.gap('philox', 'cpu', torch.device('cpu')),"
         "len(advkd.Student.from_pretrained('digits').sample(3)))"
     )
     environment = process_environment({"PYTHONPATH": str(tmp_path / "site")})
@@ -85,7 +85,7 @@ def test_without_the_extension_the_reference_remains(tmp_path):
         if path.suffix != ".so":
             (tmp_path / "advkd" / path.name).symlink_to(path)
     code = (
-        "import torch; from advkd.ops import backends as b; d = torch.device('cpu');"
+        "import torch; from advkd.ops import registry as b; d = torch.device('cpu');"
         "print(b.choose('philox', 'auto', d)); print(b.gap('philox', 'cpu', d).replace(' ', '_'))"
     )
     # The folder is copied by links to files: only the modules' own folder must be the bare one.

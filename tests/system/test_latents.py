@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.latents import latent_numel, latent_parts, project, split_latent
+from advkd.ops.latents import latent_numel, latent_parts, project, split_latent
 
 from ..conftest import other_default
 

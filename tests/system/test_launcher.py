@@ -8,16 +8,18 @@ import sys
 import pytest
 import torch
 
-from advkd import FusedStudent, Student, evaluate, launcher
-from advkd.demo import run_demo
-from advkd.devices import plain_defaults, require_device
+from advkd import FusedStudent, Student
+from advkd.cli.demo import run_demo
+from advkd.cli.sample import sample
+from advkd.cli.warmup import warmup
+from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.progress import can_be_shown, progress_bar
-from advkd.sampling import sample
-from advkd.teacher import Teacher
-from advkd.teacher_training import TeacherTrainingConfig, train_teacher
-from advkd.trajectories import Trajectories, record_trajectories
-from advkd.warmup import warmup
+from advkd.evaluation import evaluate
+from advkd.runtime import launcher
+from advkd.runtime.devices import plain_defaults, require_device
+from advkd.runtime.progress import can_be_shown, progress_bar
+from advkd.training.teacher import TeacherTrainingConfig, train_teacher
 
 from ..conftest import ROOT, other_default, process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -145,7 +147,7 @@ def test_the_cpu_is_one_device():
     ],
 )
 def test_every_command_refuses_a_device_that_holds_nothing(command, tmp_path, monkeypatch, capsys):
-    from advkd.cli import main
+    from advkd.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -268,7 +270,7 @@ def test_a_script_that_records_needs_a_guard_and_a_file(guard, code, from_file, 
 
 
 def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, teacher_folder):
-    from advkd import trajectories
+    from advkd.diffusion import recorder
 
     class Worker:
         def __init__(self, exitcode):
@@ -279,9 +281,9 @@ def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, te
         ((0, -9), False, "was killed"),
         ((1, 0), True, "failed"),
     ):
-        with pytest.raises(trajectories.TrainingError, match=words):
-            trajectories._require_success([Worker(code) for code in codes], started, tmp_path)
-    trajectories._require_success([Worker(0)], True, tmp_path)
+        with pytest.raises(recorder.TrainingError, match=words):
+            recorder._require_success([Worker(code) for code in codes], started, tmp_path)
+    recorder._require_success([Worker(0)], True, tmp_path)
 
 
 def test_the_package_is_the_command_line():

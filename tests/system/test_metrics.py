@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advkd import metrics
 from advkd.errors import InputError
+from advkd.evaluation import metrics
 
 from ..conftest import DEFAULTS, other_default
 

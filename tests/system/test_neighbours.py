@@ -10,7 +10,8 @@ import threading
 import pytest
 import torch
 
-from advkd import InputError, neighbours, sharing
+from advkd import InputError, sharing
+from advkd.runtime import neighbours
 
 from ..conftest import process_environment
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import OPEN_INFO
 
-from advkd import data
-from advkd.data import IMAGE_SUFFIXES, PIXEL_LIMIT, load_images, read_pictures
+from advkd.data import images as data
+from advkd.data.images import IMAGE_SUFFIXES, PIXEL_LIMIT, load_images, read_pictures
 from advkd.errors import InputError
 
 # Older versions refuse premultiplied gray by name.

@@ -18,11 +18,11 @@ from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from advkd import AdvKDPipeline, Student
-from advkd import pipeline as pipelines
 from advkd.errors import InputError
+from advkd.export import pipeline as pipelines
+from advkd.export.pipeline import StudentModel
 from advkd.models.batch_norm import CannotFoldError
 from advkd.models.student import Submodule
-from advkd.pipeline import StudentModel
 
 from ..conftest import other_default, tiny_student
 
@@ -330,7 +330,7 @@ LEAVES_A_TRACE = "import pathlib; pathlib.Path({trace!r}).touch()\nStudentModel 
         {"student": ["advkd_spy", "Spy"]},
         {"student": ["advkd_spy", "StudentModel"]},
         {"student": [None, None]},
-        {"student": ["advkd.pipeline", "AdvKDPipeline"]},
+        {"student": ["advkd.export.pipeline", "AdvKDPipeline"]},
         {"helper": ["advkd_spy", "Spy"]},
         {"_class_name": ["advkd_spy", "Spy"]},
     ],

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from advkd import timing
-from advkd.cli import _apply, distill
+from advkd.cli.main import _apply, distill
 from advkd.errors import InputError
-from advkd.features import build_extractor
-from advkd.files import digest
+from advkd.evaluation.features import build_extractor
+from advkd.methods.adv_kd import RECIPES
 from advkd.models.student import Student, StudentConfig
-from advkd.ops import backends
-from advkd.recipes import RECIPES
+from advkd.ops import registry
+from advkd.runtime import timing
+from advkd.runtime.files import digest
 from profiling import (
     ablation,
     bench_conv_block,
@@ -488,7 +488,7 @@ def test_copies_and_ops_have_times(monkeypatch):
     monkeypatch.setattr(roofline, "STREAM_BYTES", (2**20,))
     found = roofline.streams()
     assert found["copy of 1 MiB"][0] == 2**21
-    if backends.extension_gap("cpu") is None:
+    if registry.extension_gap("cpu") is None:
         moved, call = found["two of 1 MiB into a third"]
         x, m, y = call.args[0], call.args[1], call.keywords["out"]
         call()

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from advkd import timing
 from advkd.errors import InputError
 from advkd.models import student as student_module
-from advkd.ranges import named
+from advkd.runtime import timing
+from advkd.runtime.ranges import named
 from profiling import compare, evidence, ncu, nsys, power, torch_trace, traces, workloads
 from profiling.traces import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
 from profiling.workloads import UNIT, VARIANTS, Size
@@ -248,7 +248,7 @@ def test_the_variants_agree(name, tiny):
 
 
 def test_a_wrong_variant_is_found_out(tiny, monkeypatch):
-    monkeypatch.setattr("advkd.teacher.Teacher.record", lambda self, x, *more: (x * float("nan"), {}))
+    monkeypatch.setattr("advkd.diffusion.teacher.Teacher.record", lambda self, x, *more: (x * float("nan"), {}))
     found = workloads.gate("teacher", size="tiny")
     assert not found["passed"] and found["errors"]["fused"] == float("inf")
 

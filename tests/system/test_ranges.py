@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from advkd import clock, ranges
-from advkd.distill import distill
+from advkd.diffusion.recorder import record_in_processes
 from advkd.errors import InputError
-from advkd.ranges import name_ranges, named
-from advkd.recipes import recipe
-from advkd.trajectories import record_in_processes
+from advkd.methods.adv_kd import recipe
+from advkd.runtime import clock, ranges
+from advkd.runtime.ranges import name_ranges, named
+from advkd.training.trainer import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 
@@ -86,7 +86,7 @@ def test_nvtx_without_a_profiler_attached():
 
 
 def test_the_environment_switches_them_on():
-    code = "import advkd.ranges as r; print(r._open is not None)"
+    code = "import advkd.runtime.ranges as r; print(r._open is not None)"
     for value, wanted in (("torch", "True"), ("", "False")):
         environment = process_environment({"ADVKD_RANGES": value})
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

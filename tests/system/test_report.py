@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advkd import report as report_module
+from advkd.data.pictures import read_metrics, save_curves
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.evaluate import EvaluationConfig
-from advkd.files import digest, write_json
+from advkd.evaluation import report as report_module
+from advkd.evaluation.evaluate import EvaluationConfig
+from advkd.evaluation.report import write_report
 from advkd.models.student import Student
-from advkd.pictures import read_metrics, save_curves
-from advkd.report import write_report
-from advkd.teacher import Teacher
+from advkd.runtime.files import digest, write_json
 
 from ..conftest import run_cli
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from advkd.coefficients import ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients
-from advkd.draws import DataOrder, shift, training_latents
+from advkd.data.draws import DataOrder, shift, training_latents
+from advkd.diffusion.coefficients import ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients
+from advkd.diffusion.loop import SamplingLoop
+from advkd.diffusion.renoising import sample_consistency, sample_dpdm
 from advkd.errors import InputError
 from advkd.ops import sampler_step
-from advkd.samplers import sample_consistency, sample_dpdm
-from advkd.sampling_loop import SamplingLoop
 
 from ..conftest import DEFAULTS, other_default
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from advkd import sampling
+from advkd.cli import sample as sampling
+from advkd.cli.sample import sample
 from advkd.errors import InputError
-from advkd.sampling import sample
 
 
 @pytest.mark.parametrize("name", ["run-0.5/", "run-0.5", "v1.2", "2026.11.28", "plain", "a.png/", "model.final/", ".hidden"])

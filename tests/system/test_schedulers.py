@@ -40,8 +40,8 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm  # noqa: E402
 
-from advkd import schedulers  # noqa: E402
-from advkd.coefficients import (  # noqa: E402
+from advkd.diffusion import schedulers  # noqa: E402
+from advkd.diffusion.coefficients import (
     ddim_coefficients,
     ddpm_coefficients,
     dpmsolver_coefficients,
@@ -49,13 +49,17 @@ from advkd.coefficients import (  # noqa: E402
     noise_coefficients,
     x0_coefficients,
 )
-from advkd.errors import BackendUnavailableError, InputError  # noqa: E402
-from advkd.ops import coefficient_table, philox_normal, sampler_step  # noqa: E402
-from advkd.schedulers import (  # noqa: E402
+from advkd.diffusion.schedulers import (
     FusedDDIMScheduler,
     FusedDDPMScheduler,
     FusedDPMSolverMultistepScheduler,
     FusedEulerDiscreteScheduler,
+)
+from advkd.errors import BackendUnavailableError, InputError  # noqa: E402
+from advkd.ops import (
+    coefficient_table,
+    philox_normal,
+    sampler_step,  # noqa: E402
 )
 
 from ..conftest import DEFAULTS, other_default, process_environment, tiny_unet  # noqa: E402
@@ -1281,7 +1285,7 @@ def test_in_a_pipeline(name, tmp_path):
 
 
 def test_import_is_not_paid_for_by_others():
-    code = "import sys, advkd, advkd.coefficients; sys.exit('diffusers' in sys.modules)"
+    code = "import sys, advkd, advkd.diffusion.coefficients; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=process_environment()).returncode == 0
 
 

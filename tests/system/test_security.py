@@ -22,18 +22,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from advkd import AdvKDPipeline, FusedStudent, Student, teacher_training
-from advkd.cli import main
-from advkd.data import load_images, load_labelled, read_pictures
-from advkd.distill import distill
+from advkd import AdvKDPipeline, FusedStudent, Student
+from advkd.cli.main import main
+from advkd.data.images import load_images, load_labelled, read_pictures
+from advkd.data.pictures import read_metrics
+from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.features import build_extractor, extract
-from advkd.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
+from advkd.evaluation.features import build_extractor, extract
+from advkd.methods.adv_kd import recipe
 from advkd.models.classifier import Classifier, ClassifierConfig
-from advkd.pictures import read_metrics
-from advkd.recipes import recipe
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories, record_trajectories
+from advkd.runtime.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
+from advkd.training import teacher as teacher_training
+from advkd.training.trainer import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 
@@ -410,7 +411,7 @@ def test_deviations_that_cannot_be_are_refused(value, models, tmp_path):
 def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
     from safetensors.torch import save_file
 
-    from advkd.files import sha256
+    from advkd.runtime.files import sha256
 
     shutil.copytree(models / "data", tmp_path / "data")
     manifest, shard = tmp_path / "data" / "manifest.json", tmp_path / "data" / "shard-00000.safetensors"

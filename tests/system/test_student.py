@@ -16,11 +16,11 @@ from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.critic import Critic, CriticConfig
 from advkd.models.fused_student import FusedStudent
 from advkd.models.student import PRESETS, Student, StudentConfig, batches, gather
-from advkd.ops import backends
+from advkd.ops import registry
 
 from ..conftest import tiny_student
 
-CPU = pytest.mark.skipif(backends.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
 RESOLUTIONS_256 = [4, 8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256]
 
 
@@ -167,7 +167,7 @@ def test_altered_weights_are_refused(tmp_path):
     ],
 )
 def test_weights_that_no_training_gives_are_refused(name, value, why, tmp_path):
-    from advkd.pipeline import StudentModel
+    from advkd.export.pipeline import StudentModel
 
     state = {key: tensor.clone() for key, tensor in tiny_student().state_dict().items()}
     state[name].view(-1)[0] = value

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from advkd.data.levels import supervising_timesteps
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.schedule import supervising_timesteps
-from advkd.teacher import Teacher
-from advkd.teacher_training import TeacherTrainingConfig, build_unet, train_teacher
+from advkd.training.teacher import TeacherTrainingConfig, build_unet, train_teacher
 
 from ..conftest import tiny_teacher, tiny_unet
 
@@ -31,7 +31,7 @@ def test_the_shipped_teacher():
     teacher = Teacher.from_pretrained("digits")
     assert (teacher.image_size, teacher.image_channels, teacher.train_timesteps) == (32, 1, 1000)
     assert teacher.num_parameters() == 1_085_937
-    from advkd.teacher import EMBEDDED
+    from advkd.diffusion.teacher import EMBEDDED
 
     weights = EMBEDDED["digits"] / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 4 * 2**20
@@ -315,9 +315,9 @@ def test_bad_recordings_are_refused_before_work():
 
 
 def test_a_compiled_network_that_is_wrong_is_not_used(monkeypatch):
-    from advkd import sampling_loop
+    from advkd.diffusion import loop
 
-    monkeypatch.setattr(sampling_loop.torch, "compile", lambda function, **options: lambda x, t: function(x, t) + 3)
+    monkeypatch.setattr(loop.torch, "compile", lambda function, **options: lambda x, t: function(x, t) + 3)
     teacher = tiny_teacher(20)
     exact = teacher.sample(2, seed=1, steps=5)
     with pytest.warns(UserWarning, match="compiled network is off"):
@@ -325,7 +325,7 @@ def test_a_compiled_network_that_is_wrong_is_not_used(monkeypatch):
 
 
 def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
-    from advkd import sampling_loop
+    from advkd.diffusion import loop
 
     def compiler(function, **options):
         def fails(x, t):
@@ -333,7 +333,7 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
 
         return fails
 
-    monkeypatch.setattr(sampling_loop.torch, "compile", compiler)
+    monkeypatch.setattr(loop.torch, "compile", compiler)
     teacher = tiny_teacher(20)
     exact = teacher.sample(2, seed=1, steps=5)
     with pytest.warns(UserWarning, match="cannot be compiled here and runs as it is: no C"):
@@ -372,7 +372,7 @@ def test_training_learns_saves_and_resumes(tmp_path):
     class Killed(Exception):
         pass
 
-    import advkd.teacher_training as module
+    import advkd.training.teacher as module
 
     real, calls = module._train_step, []
 

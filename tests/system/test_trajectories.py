@@ -13,12 +13,12 @@ from collections import namedtuple
 import pytest
 import torch
 
-from advkd import files
-from advkd import trajectories as trajectories_module
+from advkd.diffusion import recorder as trajectories_module
+from advkd.diffusion.recorder import Trajectories, downsample, record_trajectories, same_teacher
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.latents import project
-from advkd.teacher import Teacher
-from advkd.trajectories import Trajectories, downsample, record_trajectories, same_teacher
+from advkd.ops.latents import project
+from advkd.runtime import files
 
 from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -411,7 +411,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "import torch; from advkd.files import write_tensors\n"
+        "import torch; from advkd.runtime.files import write_tensors\n"
         "write_tensors(sys.argv[1] + '/small.safetensors', {'x': torch.zeros(8)})\n"
         "try: write_tensors(sys.argv[1] + '/large.safetensors', {'x': torch.zeros(10000)})\n"
         "except ValueError as error: print(error)"

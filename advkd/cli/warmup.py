@@ -1,0 +1,40 @@
+"""Fills the caches that a first image would wait for: measured plans, and what Triton and CuPy compile."""
+
+import time
+
+import torch
+
+from ..errors import InputError
+from ..models.fused_student import DTYPES
+from ..models.student import PRESETS, Student
+from ..runtime.devices import require_device
+
+
+def warmup(student="digits", device="cpu", backend="auto", dtypes=("float32",), batch_sizes=(1, 64), tune=True):
+    """Draw one batch of each size and dtype, so that later processes find everything compiled, measured and kept.
+
+    Args:
+        student: what :meth:`Student.from_pretrained` takes, or a preset's name (plans hang on shapes, not on weights).
+        device, backend: as ``advkd sample`` takes them.
+        dtypes: names of :data:`advkd.models.fused_student.DTYPES`.
+        batch_sizes: on a GPU plans, kernels and graphs belong to a batch's size.
+        tune: measure plans, as ``student.fuse()`` does by default; False compiles only.
+
+    Yields:
+        ``(dtype, batch size, seconds)`` of each, as it is done.
+    """
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        raise InputError(f"--dtypes must be of {', '.join(DTYPES)}, got {', '.join(unknown)}")
+    if any(not 1 <= size <= 2**20 for size in batch_sizes):
+        raise InputError(f"--batch-sizes must be in [1, 2^20], got {', '.join(map(str, batch_sizes))}")
+    device = require_device(device)
+    known = student in PRESETS and student not in Student.embedded
+    model = Student.from_preset(student).eval().to(device) if known else Student.from_pretrained(student, device)
+    for name in dtypes:
+        fused = model.fuse(backend, DTYPES[name], tune)
+        for size in batch_sizes:
+            start = time.perf_counter()
+            fused.sample(size, batch_size=size)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield name, size, time.perf_counter() - start

@@ -1,0 +1,38 @@
+"""Which state of the teacher supervises which submodule of the student, and at which resolution."""
+
+from ..errors import InputError
+
+MOST_SUBMODULES = 256
+"""A limit for configurations that come from elsewhere."""
+
+
+def resolutions(image_size, depth):
+    """R_k = min(4 * 2^floor(k / 2), image_size) for submodules k = 1 .. depth.
+
+    Raises:
+        InputError: the size is not 4 * 2^k, or the depth is odd or too small to reach the size.
+    """
+    if not isinstance(image_size, int) or image_size < 8 or image_size & (image_size - 1):
+        raise InputError(f"image_size must be 4 * 2^k and at least 8, got {image_size}")
+    needed = max(4, 2 * (image_size.bit_length() - 3))
+    if depth % 2 or not needed <= depth <= MOST_SUBMODULES:
+        limits = f"even, at least {needed} for images of {image_size} pixels and at most {MOST_SUBMODULES}"
+        raise InputError(f"depth must be {limits}, got {depth}")
+    return [min(4 << (k // 2), image_size) for k in range(1, depth + 1)]
+
+
+def supervising_timesteps(sampler, depth, timesteps, train_timesteps):
+    """Timesteps t_1 .. t_{depth - 1}: submodule k imitates the state after the step taken at t_k (the last one, x_0).
+
+    DDIM: t(n) = 190 n - 10 n^2 + 80 at n = 11 - k for depth 12 (ADV-KD, section 3); for another depth, n spread evenly over
+    [0, 10]. DDPM: the state after the first step for submodules 1 and 2, then 900, 800, ..., 100 for depth 12. Both are scaled
+    by T / 1000 and snapped to the run's timesteps.
+    """
+    scale = train_timesteps / 1000
+    if sampler == "ddim":
+        n = [10 * (1 - k / (depth - 2)) for k in range(depth - 1)]
+        wanted = [190 * value - 10 * value * value + 80 for value in n]
+    else:
+        spread = max(depth - 4, 1)
+        wanted = [999, 999, *(900 - 800 * k / spread for k in range(depth - 3))]
+    return [min(timesteps, key=lambda t: (abs(t - target * scale), t)) for target in wanted]

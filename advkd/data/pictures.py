@@ -1,0 +1,217 @@
+"""Pictures of tensors: grids, strips of levels, loss curves."""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..runtime.files import replacing, require_regular
+
+METRICS_LIMIT = 2**28
+"""Bytes that a ``metrics.csv`` may have."""
+
+LARGEST = 1e30
+"""Largest magnitude that is drawn: matplotlib multiplies float64 numbers."""
+
+
+def to_uint8(images):
+    """``(N, C, H, W)`` in [-1, 1] to ``(N, H, W, C)`` uint8."""
+    scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_pil(images):
+    """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4 (or what :func:`to_uint8` made of them), to a list of Pillow images."""
+    from PIL import Image
+
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in pixels.cpu().numpy()]
+
+
+def save_grid(images, path, columns=None, scale=None):
+    """Save ``(N, C, H, W)`` in [-1, 1] as one PNG (or any format Pillow knows by its suffix), row by row.
+
+    ``columns`` defaults to the square root of N; ``scale`` enlarges small images, by default to about 96 pixels.
+    """
+    from PIL import Image
+
+    if len(images) == 0:
+        raise InputError("there is no image to save")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = scale or max(1, 96 // images.shape[-1])
+    tiles = to_pil(images)
+    side, gap = tiles[0].width * scale, 2
+    rows = math.ceil(len(tiles) / columns)
+    size = (columns * (side + gap) + gap, rows * (side + gap) + gap)
+    sheet = Image.new(tiles[0].mode, size, "white")
+    for i, tile in enumerate(tiles):
+        corner = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+        sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), corner)
+    save_image(sheet, path)
+
+
+def save_image(image, path):
+    """Save a Pillow image atomically; an unknown suffix is an :class:`InputError`."""
+    from PIL import Image
+
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"--out {path}: unknown picture suffix {path.suffix!r}; use .png")
+    with replacing(path) as temporary:
+        image.save(temporary, format=kind)
+
+
+def save_pairs(teacher, student, path, titles=("teacher", "student, same noise")):
+    """Teacher's and student's images of the same noise, column by column, as a PNG."""
+    rows = torch.cat((teacher, student))
+    _figure_of_rows(rows, len(teacher), titles, path)
+
+
+def save_levels(states, levels, timesteps, path):
+    """The student's levels beneath the teacher's states of one sample, each scaled by its own spread (paper's figures 3, 4).
+
+    Args:
+        states: the teacher's levels, a list of ``(C, R_k, R_k)``.
+        levels: the student's, likewise (standardised or not).
+        timesteps: the teacher's timestep of each level (None for x_0).
+        path: PNG to write.
+    """
+    names = [f"{k}: {'x_0' if t is None else f't={t}'}" for k, t in enumerate(timesteps, 1)]
+    side = max(state.shape[-1] for state in states)
+    tiles = [_tile(image, side, k == len(states)) for row in (states, levels) for k, image in enumerate(row, 1)]
+    _figure_of_rows(torch.stack(tiles), len(states), ("teacher", "student"), path, names)
+
+
+def _tile(image, side, final):
+    scaled = image.float().cpu() if final else image.float().cpu() / (2.5 * image.float().std().clamp_min(1e-6)).cpu()
+    return torch.nn.functional.interpolate(scaled[None], size=(side, side), mode="nearest")[0]
+
+
+def _figure_of_rows(images, columns, titles, path, names=None):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = len(images) // columns
+    figure = Figure(figsize=(columns * 0.95 + 0.3, rows * 1.05 + 0.25), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    pixels = to_uint8(images).cpu().numpy()
+    for i, axis in enumerate(axes.flat):
+        tile = pixels[i][..., 0] if pixels.shape[-1] == 1 else pixels[i]
+        axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if names and i < columns:
+            axis.set_title(names[i], fontsize=7)
+        if i % columns == 0:
+            axis.set_ylabel(titles[i // columns], fontsize=7)
+    _save_figure(figure, path)
+
+
+def save_curves(metrics, path):
+    """Loss curves from ``metrics.csv`` (see :mod:`advkd.distill`) as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = read_metrics(metrics)
+    updates = _total_updates(columns["stage"], columns["update"])
+    levels = [name for name in columns if name.startswith("mse_")]
+    adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns[name]))]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for i, name in enumerate(levels):
+        left.plot(updates, columns[name], color=(0.1, 0.25 + 0.6 * i / len(levels), 0.75), label=f"level {int(name[4:])}", lw=1)
+    left.set(title="mean squared error by level", xlabel="update", yscale="log")
+    left.legend(fontsize=6, ncols=2)
+    for name in ["loss", *adversarial]:
+        right.plot(updates, columns[name], label=name, lw=1)
+    right.set(title="losses", xlabel="update")
+    right.legend(fontsize=7)
+    _save_figure(figure, path)
+
+
+def save_extrapolation(curves, score, path):
+    """Frechet distances at several N against 1/N, with the fitted lines, as a PNG.
+
+    Args:
+        curves: ``{name: a result of advkd.evaluation.metrics.frechet_at_infinity}``.
+        score: what the distance is called.
+        path: PNG to write.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    with rc_context({"text.parse_math": False}):  # names are no formulas
+        _draw_extrapolation(figure.subplots(), curves, score)
+    _save_figure(figure, path)
+
+
+def _draw_extrapolation(axis, curves, score):
+    for name, fit in curves.items():
+        inverse = [1 / size for size in fit["sizes"]]
+        (points,) = axis.plot(inverse, fit["distances"], "o", ms=3)
+        ends = [0, max(inverse)]
+        axis.plot(ends, [fit["value"] + fit["slope"] * x for x in ends], color=points.get_color(), lw=1, label=name)
+    axis.set(xlabel="1 / N", ylabel=score, title=f"{score} at several N")
+    axis.legend(fontsize=7)
+
+
+def read_metrics(path):
+    """The columns of a ``metrics.csv``, ``{name: [numbers]}``; a torn last row, of a run that goes on, is left out.
+
+    Raises:
+        InputError: the file is missing or not a training's metrics.
+    """
+    require_regular(path, "--metrics", METRICS_LIMIT)
+    try:
+        columns = _columns(path)
+        if any(name.startswith("mse_") and not re.fullmatch(r"mse_\d{1,4}", name) for name in columns):
+            raise ValueError("a level has no number")
+        if any(LARGEST < abs(number) < math.inf for column in columns.values() for number in column):
+            raise ValueError(f"a number is larger than {LARGEST:g}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill' ({error})") from error
+    if not {"stage", "update", "loss", "critic", "wasserstein", "penalty"} <= set(columns) or not columns["stage"]:
+        raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill'")
+    return columns
+
+
+def _columns(path):
+    """The columns of a table, row by row: its text takes less memory than lists of all its words."""
+    with open(path, encoding="utf-8") as file:
+        titles = file.readline(2**16).rstrip("\n").split(",")
+        columns = [[] for _ in titles]
+        if len(set(titles)) < len(titles):
+            raise ValueError("two columns have one title")
+        for line in file:
+            if not line.endswith("\n"):
+                break
+            if line.count(",") == len(titles) - 1:
+                for column, word in zip(columns, line[:-1].split(","), strict=True):
+                    column.append(float(word) if word else math.nan)
+            elif line != "\n":
+                raise ValueError("a row has more or fewer cells than there are titles")
+    return dict(zip(titles, columns, strict=True))
+
+
+def _total_updates(stages, updates):
+    """Updates since the run's start, from the updates since each stage's."""
+    total, before, result = 0, None, []
+    for stage, update in zip(stages, updates, strict=True):
+        if before is not None and stage != before[0]:
+            total += before[1]
+        before = (stage, update)
+        result.append(total + update)
+    return result
+
+
+def _save_figure(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

@@ -1,0 +1,1 @@
+"""The teacher's side: noise levels, sampler steps, schedulers, recordings."""

@@ -1,0 +1,177 @@
+"""The coefficients of sampler steps, in float64: the rows that :func:`advkd.ops.sampler_step` takes.
+
+Notation: ``a_t`` is alpha_bar of the state's timestep and ``a_s`` that of the next state's, with x_t = sqrt(a_t) x0 +
+sqrt(1 - a_t) eps. ``sigma`` is the noise level of Karras et al. 2022, sqrt(1 - a) / sqrt(a). ``prediction`` names the network's
+output m as diffusers does: ``epsilon`` is the noise, ``sample`` is x0, ``v_prediction`` is sqrt(a_t) eps - sqrt(1 - a_t) x0
+(Salimans and Ho 2022), and ``flow_prediction`` is the velocity of a straight path.
+
+Every function takes and returns plain floats, and raises :class:`~advkd.errors.InputError` where its formula is undefined.
+"""
+
+import math
+
+from ..errors import InputError
+from ..ops import StepCoefficients
+
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+"""Variances of the ancestral step that do not come from the network; the first two are one variance written in two ways."""
+
+
+def x0_coefficients(a_t, prediction):
+    """``(k_x, k_m)`` with x0 = k_x x + k_m m."""
+    signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
+    if prediction == "epsilon":
+        if a_t == 0:
+            raise InputError("an epsilon prediction has no x0 at alpha_bar = 0 (zero terminal SNR)")
+        return 1 / signal, -noise / signal
+    if prediction == "v_prediction":
+        return signal, -noise
+    return _sample_or_raise(prediction, "epsilon, sample, v_prediction")
+
+
+def noise_coefficients(a_t, prediction):
+    """``(e_x, e_m)`` with eps = e_x x + e_m m."""
+    signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return noise, signal
+    _sample_or_raise(prediction, "epsilon, sample, v_prediction")
+    if noise == 0:
+        raise InputError("a sample prediction has no noise at alpha_bar = 1")
+    return 1 / noise, -signal / noise
+
+
+def ddim_coefficients(a_t, a_s, prediction, eta=0.0, clip=math.inf, clipped_eps=False):
+    """DDIM (Song et al. 2020, eq. 12; the noise's deviation is eta times that of eq. 16).
+
+    Args:
+        a_t, a_s: alpha_bar now and after the step (1 for the step to the image).
+        prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+        eta: 0 for the deterministic sampler, 1 for the ancestral one.
+        clip: x0 is clamped to [-clip, clip].
+        clipped_eps: derive the noise that is used again from the clamped x0 (diffusers' ``use_clipped_model_output``); it is
+            otherwise the network's, before clamping.
+    """
+    k_x, k_m = x0_coefficients(a_t, prediction)
+    deviation = eta * math.sqrt(_posterior_variance(a_t, a_s)) if eta else 0.0
+    remaining = 1 - a_s - deviation**2
+    if remaining < -1e-12:
+        raise InputError(f"eta = {eta} asks for more noise than the next state has")
+    direction = math.sqrt(max(remaining, 0.0))
+    c_0 = math.sqrt(a_s)
+    if not clipped_eps:
+        e_x, e_m = noise_coefficients(a_t, prediction)
+        return StepCoefficients(k_x, k_m, c_0, direction * e_x, direction * e_m, c_z=deviation, clip=clip)
+    # eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t) is the noise of a sample prediction whose output is the clamped x0.
+    e_x, e_0 = noise_coefficients(a_t, "sample")
+    return StepCoefficients(k_x, k_m, c_0 + direction * e_0, direction * e_x, c_z=deviation, clip=clip)
+
+
+def ddpm_coefficients(a_t, a_s, prediction, variance_type="fixed_small", clip=math.inf, noisy=True):
+    """DDPM's ancestral step (Ho et al. 2020, eq. 6 and 7, with beta = 1 - a_t / a_s, so that steps may be skipped).
+
+    Args:
+        a_t, a_s, prediction, clip: as in :func:`ddim_coefficients`.
+        variance_type: one of :data:`VARIANCES`: eq. 7's posterior variance (at least 1e-20), or beta for ``fixed_large``.
+        noisy: False for the step at t = 0, which adds no noise.
+    """
+    if variance_type not in VARIANCES:
+        raise InputError(f"variance_type must be one of {', '.join(VARIANCES)}, got {variance_type!r}")
+    k_x, k_m = x0_coefficients(a_t, prediction)
+    small, beta = _posterior_variance(a_t, a_s), 1 - a_t / a_s
+    c_0, c_x = math.sqrt(a_s) * beta / (1 - a_t), math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t)
+    variance = beta if variance_type == "fixed_large" else max(small, 1e-20)
+    return StepCoefficients(k_x, k_m, c_0, c_x, c_z=math.sqrt(variance) if noisy else 0.0, clip=clip)
+
+
+def euler_coefficients(sigma, sigma_next, prediction):
+    """Euler's step without churn (Karras et al. 2022, algorithm 1): x + (sigma_next - sigma) (x - x0) / sigma.
+
+    The state is x0 + sigma eps here; x0 of a v prediction is x / (sigma^2 + 1) - sigma m / sqrt(sigma^2 + 1).
+    """
+    if sigma <= 0:
+        raise InputError(f"sigma must be positive, got {sigma}")
+    if prediction == "epsilon":
+        # (x - x0) / sigma is the network's output itself.
+        return StepCoefficients(1.0, -sigma, 0.0, 1.0, sigma_next - sigma)
+    if prediction == "v_prediction":
+        k_x, k_m = 1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)
+    else:
+        k_x, k_m = _sample_or_raise(prediction, "epsilon, sample, v_prediction")
+    ratio = sigma_next / sigma
+    return StepCoefficients(k_x, k_m, 1 - ratio, ratio)
+
+
+def dpmsolver_coefficients(sigma, sigma_next, prediction, sigma_previous=None, solver_type="midpoint", flow=False):
+    """DPM-Solver++ of first order, or the second-order multistep 2M (Lu et al. 2022b, algorithm 2).
+
+    Args:
+        sigma, sigma_next: noise levels now and after the step; 0 for the image.
+        prediction: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
+        sigma_previous: noise level of the step before, for the second order; None for the first.
+        solver_type: ``midpoint`` (the paper's 2M) or ``heun``, which integrates the slope of x0 exactly.
+        flow: sigma runs along the straight path x = (1 - sigma) x0 + sigma eps; otherwise the path preserves variance.
+
+    A step between equal noise levels leaves the state as it is (the limit; diffusers' ``heun`` has 0 / 0 there).
+    """
+    if sigma <= 0:
+        raise InputError(f"sigma must be positive, got {sigma}")
+    alpha_s, sigma_s = _path(sigma, flow)
+    alpha_t, sigma_t = _path(sigma_next, flow)
+    k_x, k_m = _dpmsolver_x0(alpha_s, sigma_s, sigma, prediction)
+    h = _log_snr(alpha_t, sigma_t) - _log_snr(alpha_s, sigma_s)
+    first, c_x = -alpha_t * math.expm1(-h), sigma_t / sigma_s
+    if sigma_previous is None:
+        return StepCoefficients(k_x, k_m, first, c_x)
+    h_0 = _log_snr(alpha_s, sigma_s) - _log_snr(*_path(sigma_previous, flow))
+    if h_0 == 0 or math.isinf(h_0) or math.isinf(h):
+        raise InputError(
+            f"no second-order step from sigma {sigma_previous} and {sigma} to {sigma_next}: a log-SNR gap is 0 or infinite"
+        )
+    # What multiplies x0 - x0_prev: the slope D1 = (h / h_0) (x0 - x0_prev) times its weight.
+    if solver_type == "midpoint":
+        second = first * h / h_0 / 2
+    elif solver_type == "heun":
+        second = alpha_t * (math.expm1(-h) + h) / h_0
+    else:
+        raise InputError(f"solver_type must be midpoint or heun, got {solver_type!r}")
+    return StepCoefficients(k_x, k_m, first + second, c_x, c_h=-second)
+
+
+def _posterior_variance(a_t, a_s):
+    """Variance of x_s given x_t and x0 (Ho et al. 2020, eq. 7; Song et al. 2020, eq. 16 with eta = 1)."""
+    if not a_t <= a_s or a_t == 1 or a_s == 0:
+        raise InputError(f"no noise can be added between alpha_bar = {a_t} and {a_s}")
+    return (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+
+
+def _path(sigma, flow):
+    """Weights ``(alpha, sigma)`` of x0 and noise in a state at noise level ``sigma``."""
+    if flow:
+        return 1 - sigma, sigma
+    alpha = 1 / math.sqrt(sigma**2 + 1)
+    return alpha, sigma * alpha
+
+
+def _log_snr(alpha, sigma):
+    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022b."""
+    if alpha <= 0:
+        raise InputError(f"no signal left: alpha = {alpha}")
+    return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
+
+
+def _dpmsolver_x0(alpha, sigma_s, sigma, prediction):
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma_s / alpha
+    if prediction == "v_prediction":
+        return alpha, -sigma_s
+    if prediction == "flow_prediction":
+        return 1.0, -sigma
+    return _sample_or_raise(prediction, "epsilon, sample, v_prediction, flow_prediction")
+
+
+def _sample_or_raise(prediction, known):
+    if prediction != "sample":
+        raise InputError(f"prediction must be one of {known}, got {prediction!r}")
+    return 0.0, 1.0

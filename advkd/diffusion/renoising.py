@@ -1,0 +1,78 @@
+"""Samplers that denoise and add noise again, on the fused step: a whole iteration is one network evaluation and one pass.
+
+Both take a denoiser, a function of the state ``(N, C, H, W)`` and the noise level sigma (a float) that predicts x_0: a DPDM, a
+consistency model, or the posterior mean that a diffusion model knows. Noise is a function of (seed, sample index, step).
+"""
+
+import math
+
+import torch
+
+from ..errors import InputError
+from ..ops import StepCoefficients, philox_normal, sampler_step
+from ..ops.arguments import finite, require_dense, sizes
+from ..ops.philox import indices_of
+
+
+@torch.no_grad()
+def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
+    """DPDM's sampler (Data Prediction Denoising Models, algorithm 2): x = x_0 + sigma_k z, then x_0 = denoiser(x, sigma_k).
+
+    Args:
+        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in any floating-point dtype.
+        sigmas: noise levels sigma_1 > ... > sigma_K > 0, any sequence of numbers.
+        shape: ``(N, C, H, W)`` of the samples.
+        seed, start: of the noise; the samples are those of indices ``start .. start + N - 1``.
+        device: of the samples.
+
+    Returns:
+        x_0 after K evaluations, float32 on ``device``.
+    """
+    sigmas = _numbers(sigmas)
+    return _denoise_again(denoiser, sigmas, sigmas, shape, seed, start, device)
+
+
+@torch.no_grad()
+def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", sigma_min=0.002):
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): noise of deviation sqrt(sigma_k^2 - sigma_min^2).
+
+    The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
+    identity, below all sigmas. The first state is sigma_1 z.
+    """
+    sigmas, sigma_min = _numbers(sigmas), finite("sigma_min", sigma_min)
+    if not 0 <= sigma_min < min(sigmas, default=math.inf):
+        raise InputError(f"sigma_min must be at least 0 and below all sigmas, got {sigma_min}")
+    weights = [math.sqrt(sigma**2 - sigma_min**2) for sigma in sigmas]
+    return _denoise_again(denoiser, sigmas, [*sigmas[:1], *weights[1:]], shape, seed, start, device)
+
+
+def _numbers(sigmas):
+    try:
+        sigmas = list(sigmas)
+    except TypeError:
+        raise InputError(f"sigmas must be a sequence of numbers, got {sigmas!r}") from None
+    return [finite("sigmas", sigma) for sigma in sigmas]
+
+
+def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
+    shape = sizes("shape", shape)
+    if not callable(denoiser) or not shape:
+        raise InputError(f"denoiser must be a function and shape (N, ...), got {denoiser!r} and {shape}")
+    if not sigmas or any(not a > b for a, b in zip([math.inf, *sigmas], [*sigmas, 0.0])):
+        raise InputError(f"sigmas must be finite, positive and descending, got {list(sigmas)}")
+    indices = indices_of(shape[0], start, device)
+    x = weights[0] * philox_normal(seed, indices, shape[1:], stream="x_T")
+    # Add noise to what the denoiser made of the state: x_next = m + c_z z.
+    for k, (sigma, weight) in enumerate(zip(sigmas[:-1], weights[1:]), 1):
+        renoise = StepCoefficients(k_x=0.0, k_m=1.0, c_0=1.0, c_z=weight)
+        x_0 = _denoised(denoiser, x, sigma)
+        # The step reads halves as they are.
+        x_0 = x_0.float() if x_0.dtype == torch.float64 else x_0
+        x, _, _ = sampler_step(x, x_0, renoise, noise=(seed, indices, k), out=x)
+    return _denoised(denoiser, x, sigmas[-1]).float()
+
+
+def _denoised(denoiser, x, sigma):
+    x_0 = denoiser(x, sigma)
+    require_dense("denoiser's result", x_0)
+    return x_0

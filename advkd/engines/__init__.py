@@ -1,0 +1,1 @@
+"""What computes a fused student: one module an engine."""

@@ -1,0 +1,352 @@
+"""Which kernels compute a fused student on a GPU: the chain of launches that takes least time, predicted or measured.
+
+Every launch that can stand for one convolution or several is a candidate; a plan is the cheapest way through the network. The
+fixed plan counts bytes and launches, a tuned one measures each candidate once and keeps the seconds on disk.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InputError
+from ..ops.gpu_storage import device_limits, input_channels, padded, stem_numbers
+from ..ops.student_steps import Step, is_image, output_sides, run_step, triton_launcher, triton_layer, triton_precision
+from ..runtime.files import read_json, write_json
+from ..runtime.hub import reason
+from .cpu import kept_file, text_table
+
+VERSION = 1
+"""Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
+
+BYTES_PER_SECOND = 3e12
+LAUNCH = 4e-6
+"""What the fixed plan assumes of a device: memory's speed, and the least that a launch takes inside a graph."""
+
+PRODUCTS_PER_SECOND = {"bf16": 2.4e14, "f16": 2.4e14, "tf32": 1.2e14, "f32": 4e13}
+"""Multiply-adds of the whole device by these kernels' instructions; one multiprocessor has a fair share of them."""
+
+STEM_BYTES, STEM_LAYER = 8e10, 6e-7
+"""Of a stem's block: bytes of weights per second from L2, and seconds between two layers."""
+
+LONGEST = 1e3
+"""Seconds that no launch takes: a kept time beyond them was not measured."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What plans ask of a device: multiprocessors, bytes of shared memory that a block may have, compute capability."""
+
+    multiprocessors: int
+    shared: int
+    capability: tuple[int, int]
+
+    @classmethod
+    def of(cls, device):
+        """Those of a CUDA device; of any other those of a common one, for kernels that are interpreted or emulated."""
+        if device.type != "cuda":
+            return cls(108, 163 * 1024, (8, 0))
+        return cls(*device_limits(device), torch.cuda.get_device_capability(device))
+
+
+def fixed_steps(engine, n):
+    """The plan for batches of ``n`` that is taken without a measurement."""
+    candidates = all_steps(engine, n, (engine.backend,), tune=False)
+    return cheapest(len(engine.layers), candidates, lambda step: predicted_seconds(engine, step, n))
+
+
+def measured_steps(engine, n):
+    """The plan for batches of ``n`` whose launches, each measured alone, take least time together."""
+    times = KeptTimes(engine.device)
+    candidates = all_steps(engine, n, engine.candidates, tune=True)
+    steps = cheapest(len(engine.layers), candidates, lambda step: times.seconds(_key(engine, step, n), engine, step, n))
+    times.keep()
+    return steps
+
+
+def cheapest(count, candidates, cost):
+    """The chain of steps through ``count`` layers whose costs add up to the least."""
+    best = {count: (0.0, [])}
+    for first in reversed(range(count)):
+        ways = [(cost(s) + best[s.first + s.count][0], s) for s in candidates if s.first == first and s.first + s.count in best]
+        if ways:
+            total, step = min(ways, key=lambda way: way[0])
+            best[first] = (total, [step, *best[first + step.count][1]])
+    if not math.isfinite(best[0][0]):
+        raise RuntimeError("no chain of kernels can run this network here; the log says why")
+    return best[0][1]
+
+
+def all_steps(engine, n, backends, tune):
+    """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one tile of Triton's each.
+
+    Triton's descriptor variant is among them with ``tune`` alone, on devices that have what it needs.
+    """
+    layers, steps = engine.layers, []
+    for i, layer in enumerate(layers):
+        kind = "image" if is_image(layer) else "conv"
+        if "triton" in backends:
+            steps += [Step(f"triton_{kind}", i, 1, config) for config in _triton_configs(engine, layer, n, tune)]
+        if "triton" in backends and tune:
+            steps += [Step("triton_descriptor", i, 1, config) for config in _descriptor_configs(engine, layer, n)]
+        if "cuda" in backends:
+            steps.append(Step(kind, i))
+    if "cuda" in backends:
+        steps += [Step("pair", i, 2) for i in range(len(layers) - 1) if _pair_fits(engine, i)]
+        steps += _stems(engine, n)
+    return steps
+
+
+def _triton_configs(engine, layer, n, tune):
+    options = (triton_layer(layer), n, engine.dtype, triton_precision(engine.product))
+    if tune:
+        return [tuple(config) for config in triton_launcher("configs")(*options, engine.limits.shared)]
+    return [tuple(triton_launcher("default")(*options))]
+
+
+def _descriptor_configs(engine, layer, n):
+    options = (triton_layer(layer), n, engine.dtype, engine.limits.capability, engine.limits.shared)
+    return [tuple(config) for config in triton_launcher("descriptor_configs")(*options)]
+
+
+def _pair_fits(engine, i):
+    from ..ops.cupy_conv_pair import fits
+
+    first, second = engine.layers[i : i + 2]
+    if second.upsample or second.detail or is_image(first):
+        return False
+    image = is_image(second)
+    c_out = second.c_out if image else padded(second.c_out)
+    channels = (input_channels(first), padded(first.c_out), c_out)
+    return fits(*channels, first.upsample, image, engine.product, engine.limits.shared)
+
+
+def _stems(engine, n):
+    """Stems that end where the resolution changes, by blocks per cluster and images per cluster."""
+    from ..ops.cupy_student_stem import stem_layers
+
+    layers, found = engine.layers, []
+    clusters = (1, 2, 4, 8) if engine.limits.capability >= (9, 0) else (1,)
+    for images in (1, 2, 4):
+        if images > n:
+            continue
+        most = stem_layers(layers, engine.product, images, engine.limits.shared)
+        ends = [k for k in range(2, most + 1) if k == len(layers) or layers[k].upsample or k == most]
+        found += [Step("stem", 0, end, (cluster, images)) for end in ends for cluster in clusters]
+    return found
+
+
+def predicted_seconds(engine, step, n):
+    """What a step would take for ``n`` images by its bytes and products alone."""
+    if step.kernel == "stem":
+        return LAUNCH + _stem_seconds(engine, step, n)
+    own = engine.layers[step.first : step.first + step.count]
+    # A pair computes what lies around its tiles of 16 x 16 again.
+    again = (18 / 16) ** 2 if step.kernel == "pair" else 1.0
+    products = n * (again * phase_products(own[0]) + sum(map(phase_products, own[1:])))
+    return LAUNCH + max(step_bytes(engine, step, n) / BYTES_PER_SECOND, products / PRODUCTS_PER_SECOND[engine.product])
+
+
+def _stem_seconds(engine, step, n):
+    cluster, images = step.config
+    processors = engine.limits.multiprocessors
+    groups = -(-n // images)
+    rate = PRODUCTS_PER_SECOND[engine.product] / processors
+    seconds = 0.0
+    for layer in engine.layers[: step.count]:
+        weights = engine.dtype.itemsize * (16 if layer.upsample else 9) * input_channels(layer) * padded(layer.c_out)
+        busy = max(images * phase_products(layer) / rate, weights / STEM_BYTES) / cluster
+        seconds += busy + STEM_LAYER
+    # One block on a multiprocessor at a time.
+    return -(-groups * cluster // processors) * seconds
+
+
+def step_bytes(engine, step, n):
+    """Bytes of activations and weights that a step must read and write for ``n`` images."""
+    own = engine.layers[step.first : step.first + step.count]
+    sides = math.prod(output_sides(own[-1]))
+    activations = own[0].height * own[0].width * input_channels(own[0]) + sides * padded(own[-1].c_out)
+    weights = sum((16 if layer.upsample else 9) * input_channels(layer) * padded(layer.c_out) for layer in own)
+    return engine.dtype.itemsize * (n * activations + weights)
+
+
+def phase_products(layer):
+    """Multiply-adds of a layer for one image, up-sampling as four phases of four taps."""
+    return (16 if layer.upsample else 9) * layer.c_in * layer.c_out * layer.height * layer.width
+
+
+def _key(engine, step, n):
+    """What a measured time belongs to, as text."""
+    own = engine.layers[step.first : step.first + step.count]
+    shapes = "; ".join(" ".join(map(str, (*stem_numbers([layer]), layer.c_out, layer.activation))) for layer in own)
+    return f"{_named(step)}, {engine.product}, batch {n}: {shapes}"
+
+
+def _named(step):
+    return " ".join((step.kernel, "x".join(map(str, step.config)))).strip()
+
+
+class KeptTimes:
+    """Seconds of launches on one device, kept in the user's cache folder (``ADVKD_CACHE``) by device and version.
+
+    A file that is damaged, or of other kernels, counts as none; one that cannot be written costs a warning.
+    """
+
+    def __init__(self, device):
+        self.path = kept_file(device_name(device))
+        self.known, self.found = self._read(), {}
+
+    def seconds(self, key, engine, step, n):
+        """Those of a step, measured if they are not known."""
+        if key not in self.known:
+            if not self.found:
+                _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path or "memory")
+            self.known[key] = self.found[key] = self._measure(key, engine, step, n)
+        return self.known[key]
+
+    def _measure(self, key, engine, step, n):
+        try:
+            return step_seconds(engine, step, n)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a tile too large for the device, in each compiler's own kind of error
+            # A device that is broken says so here, and ends the search.
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+            _LOG.warning("%s is passed over: %s", key, reason(error))
+            return math.inf
+
+    def keep(self):
+        """Write what was measured; another process may have added its own since."""
+        finite = {key: seconds for key, seconds in self.found.items() if math.isfinite(seconds)}
+        if not finite or self.path is None:
+            return
+        try:
+            write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **finite}.items()))})
+        except (OSError, InputError) as error:
+            _LOG.warning("the measured times are not kept: %s (%s)", self.path, error)
+
+    def _read(self):
+        if self.path is None:
+            return {}
+        try:
+            stored = read_json(self.path, "kept plan", ("version", "torch", "triton", "seconds"))
+        except InputError:
+            return {}
+        seconds = stored.pop("seconds")
+        usable = stored == _versions() and isinstance(seconds, dict)
+        return {k: v for k, v in seconds.items() if isinstance(v, float) and 0 < v < LONGEST} if usable else {}
+
+
+def device_name(device):
+    """A CUDA device's name, any other's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _versions():
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = ""
+    return {"version": VERSION, "torch": torch.__version__, "triton": triton}
+
+
+def step_seconds(engine, step, n, launches=10, repeats=5):
+    """Seconds of one launch among others of its kind, in a CUDA graph: the median of ``repeats`` graphs of ``launches``."""
+    with engine.on_own_stream() as stream:
+        x, out, packed, biases = engine.step_tensors(step, n)
+
+        def launch():
+            run_step(step, engine.layers, x, packed, biases, out, engine.slope, engine.product)
+
+        launch()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(launches):
+                launch()
+        # The first one is cold.
+        times = [_replay_seconds(graph) / launches for _ in range(repeats + 1)][1:]
+    return sorted(times)[repeats // 2]
+
+
+def _replay_seconds(graph):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """One row of a :class:`GpuPlan`, for the whole batch.
+
+    Attributes:
+        layers: the :class:`advkd.ops.conv_block.ConvLayer` that one launch computes.
+        kernel: one of :data:`advkd.ops.student_steps.KERNELS`, with its configuration.
+        products: multiply-adds, up-sampling as four phases.
+        moved_bytes: that the launch must read and write.
+        measured: seconds of one launch alone in a graph, or None.
+    """
+
+    layers: tuple
+    kernel: str
+    products: int
+    moved_bytes: int
+    measured: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class GpuPlan:
+    """How a batch is computed on a GPU; ``print(plan)`` shows it.
+
+    Attributes:
+        rows: a :class:`PlannedLaunch` per launch.
+        batch_size: images of the batch.
+        device, product: where, and how numbers are multiplied.
+    """
+
+    rows: tuple
+    batch_size: int
+    device: str
+    product: str
+
+    @classmethod
+    def of(cls, engine, batch_size, measured=True):
+        """The plan of an engine; with ``measured``, on a CUDA device, each launch is run a few times."""
+        cuda = engine.device.type == "cuda"
+        rows = []
+        for step in engine.steps(batch_size):
+            seconds = step_seconds(engine, step, batch_size) if measured and cuda else None
+            own = tuple(engine.layers[step.first : step.first + step.count])
+            products = batch_size * sum(map(phase_products, own))
+            rows.append(PlannedLaunch(own, _named(step), products, step_bytes(engine, step, batch_size), seconds))
+        return cls(tuple(rows), batch_size, device_name(engine.device), engine.product)
+
+    def __str__(self):
+        titles = ("layers", "kernel", "MMAC", "MB", "microseconds", "TFLOP/s", "GB/s")
+        measured = [row.measured for row in self.rows]
+        whole = None if None in measured else sum(measured)
+        sums = [sum(getattr(row, name) for row in self.rows) for name in ("products", "moved_bytes")]
+        lines = [titles, *(self._cells(row) for row in self.rows), ("all", "", *_figures(*sums, whole))]
+        return "\n".join([f"{self.device}, batch {self.batch_size}, products {self.product}", *text_table(lines)])
+
+    __repr__ = __str__
+
+    def _cells(self, row):
+        first, last = row.layers[0], row.layers[-1]
+        channels = " > ".join(str(c) for c in (first.c_in, *(layer.c_out for layer in row.layers)))
+        side = last.height * (2 if last.upsample else 1)
+        return (f"{channels} at {side}x{side}", row.kernel, *_figures(row.products, row.moved_bytes, row.measured))
+
+
+def _figures(products, moved, seconds):
+    counts = f"{products / 1e6:.1f}", f"{moved / 1e6:.2f}"
+    if seconds is None:
+        return *counts, "-", "-", "-"
+    return *counts, f"{1e6 * seconds:.1f}", f"{2e-12 * products / seconds:.1f}", f"{1e-9 * moved / seconds:.0f}"

@@ -1,0 +1,379 @@
+"""How good a student is: its images against the teacher's and against real ones, each with the floor of that comparison.
+
+The floor is what two disjoint halves of the reference give at the same N: no generator can be expected to do better. All
+images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..data.images import describe_shape, load_images, read_pictures
+from ..data.pictures import to_uint8
+from ..diffusion.recorder import (
+    Trajectories,
+    TrajectoryConfig,
+    record_in_processes,
+    record_trajectories,
+    same_teacher,
+    samples_overlap,
+)
+from ..diffusion.teacher import Teacher
+from ..errors import InputError
+from ..models.fused_student import DTYPES
+from ..models.student import Student
+from ..runtime.devices import require_device
+from ..runtime.files import cache_folder, digest, require_output_folder, write_json
+from ..runtime.ranges import named
+from ..runtime.timing import measure, provenance
+from .features import build_extractor, extract, require_fit
+from .metrics import compare, frechet_floor
+
+REFERENCE_SEED = 1_000_001
+"""Default seed of evaluation: far from the small numbers that people train with."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How ``advkd evaluate`` measures.
+
+    Attributes:
+        num: images of the student, and of each of two disjoint sets of the teacher's.
+        seed: of the student's and the teacher's noise; what the student was trained on must not be among its samples.
+        extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
+        inception_weights: file of the Inception weights.
+        real: ``digits``, a folder of images of the student's size, ``none``, or ``auto``: digits with the digits' extractor.
+        resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
+        processes: local processes that draw the teacher's samples (CPU only).
+        dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
+    """
+
+    num: int = 2000
+    seed: int = REFERENCE_SEED
+    extractor: str = "digits"
+    inception_weights: str = ""
+    real: str = "auto"
+    resamples: int = 200
+    processes: int = 1
+    dtype: str = "float32"
+
+    def validate(self):
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.num > 10**9:
+            raise InputError(f"num must be at most 10^9, got {self.num}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
+
+
+def evaluate_student(student, teacher, config, out, teacher_samples=None, device="cpu", cache=None, progress=True):
+    """Measure a student against its teacher and against real images, and write ``evaluation.json`` under ``out``.
+
+    Args:
+        student, teacher: what their ``from_pretrained`` take.
+        config: an :class:`EvaluationConfig`.
+        out: folder.
+        teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
+            run goes on) and kept in the cache.
+        device: torch device.
+        cache: folder of kept features and samples (default :func:`advkd.runtime.files.cache_folder`).
+
+    Returns:
+        The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.
+
+    Raises:
+        InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
+    """
+    extractor, model, drawer, real = _load(student, teacher, config, device)
+    if teacher_samples is None:
+        _require_unseen(model.training_record, asdict(_recording(config)))
+    else:
+        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
+    cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
+    out = require_output_folder(out)
+    folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
+    samples = Trajectories(folder, option="--teacher-samples")
+
+    # Without a search: figures must not hang on a measurement's noise.
+    fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
+    drawn = _draw_student(fused, config)
+    ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
+    rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
+    if real is not None:
+        real_features = _shuffled(extract(extractor, real, cache=cache))
+        rows += _rows("real", {"student": ours, "teacher": theirs[config.num :]}, real_features, "other real images", config)
+    result = {
+        **_header(extractor, config, device),
+        "rows": rows,
+        "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
+        "teacher": drawer.identity(),
+        "samples": {"parts": samples.parts, "manifests": samples.manifests},
+        "real_sha256": None if real is None else digest({"images": real}),
+        "pairs": _pairs(samples, model) if samples.paired else None,
+        "models": describe_models(fused, model, drawer, samples.recipe["sampler"], samples.recipe["steps"]),
+        "known_unseen": model.training_record is not None,
+    }
+    write_json(out / "evaluation.json", result)
+    return result
+
+
+def _load(student, teacher, config, device):
+    """Extractor, student, teacher and real images (None: without), which fit each other."""
+    config.validate()
+    device = require_device(device)
+    if config.processes > 1 and device.type != "cpu":
+        raise InputError(f"--processes {config.processes} is for --device cpu")
+    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
+    model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
+    _require_drawable(extractor, model, drawer, config)
+    real = _real_images(config, model)
+    if real is not None:
+        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
+    return extractor, model, drawer, real
+
+
+def evaluate_folders(images, reference, config, out=None, device="cpu", cache=None):
+    """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
+
+    The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
+    number of images. With ``out``, writes ``evaluation.json`` there.
+    """
+    config.validate()
+    device = require_device(device)
+    extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
+    found, wanted = (
+        _digits() if str(source) == "digits" else read_pictures(source, option)
+        for option, source in (("--images", images), ("--reference", reference))
+    )
+    if found.shape[1:] != wanted.shape[1:]:
+        ours, theirs = (describe_shape(pictures.shape[1:]) for pictures in (found, wanted))
+        raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
+    require_fit(extractor, found, f"--images {images}")
+    require_fit(extractor, wanted[::2], f"half of --reference {reference}")
+    cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
+    out = None if out is None else require_output_folder(out)
+    ours, theirs = (_shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted)))
+    result = {
+        **_header(extractor, config, device),
+        "images": {"folder": str(images), "sha256": digest({"images": found})},
+        "reference": {"folder": str(reference), "sha256": digest({"images": wanted})},
+        "rows": _rows("reference", {"images": ours}, theirs, "other reference images", config),
+    }
+    if out is not None:
+        write_json(out / "evaluation.json", result)
+    return result
+
+
+def _header(extractor, config, device):
+    names = {"score": extractor.score, "num_features": extractor.num_features, "extractor_sha256": extractor.identity}
+    return {**names, "config": asdict(config), "provenance": provenance(device)}
+
+
+def table(result):
+    """A result as text: the rows aligned, then the models."""
+    lines = cells(result)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(text + _describe(result))
+
+
+def cells(result):
+    """A result's rows as texts, titles first, for any table."""
+    titles = ["images", "against", "N", result["score"], "95 % interval", "x floor", "floor", "at infinity", "KID"]
+    lines = [[*titles, "precision", "recall", "nearest", "diversity"]]
+    for row in result["rows"]:
+        low, high = row["frechet_interval"]
+        distance = [f"{row['frechet']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['times_floor']:.2f}", f"{row['floor']:.3f}"]
+        distance += [f"{row['frechet_at_infinity']['value']:.3f}", f"{row['kid']:.4f}"]
+        shares = [f"{row[name]:.3f}" for name in ("precision", "recall", "nearest", "diversity")]
+        lines.append([row["images"], row["against"], str(row["samples"][0]), *distance, *shares])
+    return lines
+
+
+def _describe(result):
+    """Lines about the models, where a result has them."""
+    if "models" not in result:
+        return []
+    models, pairs = result["models"], result["pairs"]
+    lines = [
+        f"{name}: {models[name]['parameters']:,} parameters, network evaluations: {models[name]['evaluations']}, "
+        f"{1e3 * models[name]['seconds']['median']:.2f} ms per image (batches of {models['batch_size']})"
+        for name in ("teacher", "student")
+    ]
+    if pairs:
+        lines.append(f"correlation with the teacher's image of the same noise: {pairs['correlation']:.3f}")
+    if not result["known_unseen"]:
+        lines.append("the student does not say what it was trained on: whether it has seen this noise is not known")
+    return lines
+
+
+def _rows(against, sets, reference, floor_name, config):
+    """One row per set against the reference's first half, and the floor from its second, all at the same N."""
+    half = len(reference) // 2
+    n = min(half, *(len(features) for features in sets.values()))
+    first, second = reference[:n], reference[half : half + n]
+    splits = frechet_floor(torch.cat((first, second)))
+    floor = sum(splits) / len(splits)
+    if floor <= 1e-9 * first.double().square().mean():
+        raise InputError("the reference images are all alike: nothing can be measured against them")
+    other = compare(second, first, config.resamples)
+    rows = [{"images": name, **compare(features[:n], first, config.resamples)} for name, features in sets.items()]
+    rows.append({"images": floor_name, **other})
+    for row in rows:
+        row |= {"against": against, "floor": floor, "floor_range": [min(splits), max(splits)]}
+        row["times_floor"] = row["frechet"] / floor
+        row["times_floor_interval"] = [end / floor for end in row["frechet_interval"]]
+        row["recall_of_other"] = row["recall"] / other["recall"] if other["recall"] else None
+    return rows
+
+
+def _require_drawable(extractor, model, teacher, config):
+    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
+    theirs = (teacher.image_channels, teacher.image_size, teacher.image_size)
+    if shape != theirs:
+        raise InputError(f"--student draws {describe_shape(shape)} images, --teacher {describe_shape(theirs)} ones")
+    drawn = torch.empty(config.num, *shape, dtype=torch.uint8, device="meta")
+    require_fit(extractor, drawn, f"--student with --num {config.num}")
+
+
+def has_seen(record, part):
+    """Whether a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
+
+    The noise of a seed is the same for every teacher, so the teacher does not matter.
+    """
+    return None if record is None else any(samples_overlap(seen, part) for seen in record["samples"])
+
+
+def _require_unseen(record, part):
+    """Reference samples that the student was trained on measure nothing."""
+    if has_seen(record, part):
+        raise InputError(f"seed {part['seed']} is that of the student's training trajectories: choose another --seed")
+
+
+def _require_samples(samples, teacher, model, config):
+    teacher.match(samples.recipe["teacher"])
+    if not same_teacher(samples.recipe["teacher"], teacher.identity()):
+        raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
+    if len(samples) < 2 * config.num:
+        raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
+    for part in samples.parts:
+        _require_unseen(model.training_record, part)
+
+
+def _recording(config):
+    """The teacher's images of an evaluation: two disjoint sets."""
+    return TrajectoryConfig(num=2 * config.num, seed=config.seed)
+
+
+def _draw_teacher(source, drawer, config, cache, progress):
+    """The teacher's samples, from the cache or drawn now; the folder's name is a hash of all that they depend on."""
+    recording = _recording(config)
+    depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
+    folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
+    if (folder / "manifest.json").exists():
+        recipe = Trajectories(folder, option="the cache's").recipe
+        same = all(recipe[key] == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
+        if not same or not same_teacher(recipe["teacher"], drawer.identity()):
+            raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
+        return folder
+    if config.processes > 1:
+        return record_in_processes(source, recording, folder, config.processes, progress)
+    return record_trajectories(drawer, recording, folder, progress)
+
+
+def _draw_student(fused, config):
+    """The student's images, uint8 ``(num, C, S, S)``."""
+    batches = fused.stream(config.num, config.seed, dtype=torch.uint8)
+    return _gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
+
+
+def _images(samples, num):
+    """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
+    last, starts = samples.recipe["depth"], range(0, num, 64)
+    batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
+    return _gather(map(_eight_bit, batches), num)
+
+
+def _gather(batches, num):
+    """Batches of uint8 images as one tensor, of which there is never a copy."""
+    images, first = None, 0
+    for batch in batches:
+        if images is None:
+            images = torch.empty(num, *batch.shape[1:], dtype=torch.uint8, device="cpu")
+        images[first : first + len(batch)] = batch
+        first += len(batch)
+    return images
+
+
+def _eight_bit(images):
+    """Images in [-1, 1] as uint8 ``(N, C, H, W)``."""
+    return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
+
+
+def _real_images(config, model):
+    source = config.real
+    if source == "auto":
+        source = "digits" if config.extractor == "digits" else "none"
+    if source == "none":
+        return None
+    images = _digits() if source == "digits" else read_pictures(source, "--real")
+    wanted = (model.config.image_channels, model.config.image_size, model.config.image_size)
+    if tuple(images.shape[1:]) != wanted:
+        found = describe_shape(images.shape[1:])
+        raise InputError(f"--real {source} holds {found} images, the student draws {describe_shape(wanted)} ones")
+    return images
+
+
+def _digits():
+    return _eight_bit(load_images("digits"))
+
+
+def _shuffled(features, seed=0):
+    """Rows in a seeded random order: real sets are sorted by writer, class or name."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")]
+
+
+def _pairs(samples, model, n=256):
+    """How much the student's image looks like the teacher's from the same noise, which it has not seen."""
+    n = min(n, len(samples))
+    last = samples.recipe["depth"]
+    images = samples.batch(range(n), [last])[1][last]
+    device = model.head.weight.device
+    with torch.no_grad():
+        drawn = model(model.project(samples.noise(range(n))).to(device)).cpu()
+    a, b = (x.flatten(1) - x.flatten(1).mean(dim=1, keepdim=True) for x in (drawn, images))
+    correlation = torch.nn.functional.cosine_similarity(a, b)
+    other = torch.nn.functional.cosine_similarity(a.roll(1, dims=0), b)
+    squared = (drawn - images).square().mean()
+    return {"num": n, "correlation": correlation.mean().item(), "mismatched": other.mean().item(), "mse": squared.item()}
+
+
+def describe_models(fused, student, teacher, sampler="ddim", steps=None, n=16):
+    """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
+    z, passes = fused.latents(n, REFERENCE_SEED), 10
+
+    def draw():
+        with named("student"):
+            for _ in range(passes):
+                fused(z)
+
+    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, sampler, steps), "student": draw}
+    times = measure(calls, repeats=5, device=z.device)
+    evaluations = len(teacher.timesteps(sampler, steps))
+    quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)
+    return {
+        "batch_size": n,
+        "teacher": {"parameters": teacher.num_parameters(), "evaluations": evaluations, "seconds": slow},
+        "student": {"parameters": student.num_parameters(terminals=False), "evaluations": 1, "seconds": quick},
+    }
+
+
+def _each(times, n):
+    return {name: value if name == "repeats" else value / n for name, value in times.items()}

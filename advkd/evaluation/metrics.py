@@ -1,0 +1,375 @@
+"""How far apart two sets of images are, measured on their features ``(N, D)``.
+
+The Frechet distance (Heusel et al. 2017, eq. 6) and KID (Binkowski et al. 2018, with torchmetrics' estimator) compare
+distributions; precision and recall are Kynkaanniemi et al.'s (2019, eq. 1 and 2). All are biased by the number of samples:
+compare equal N, and with the floor that two disjoint sets of one distribution give.
+
+Every function takes floating-point tensors of any dtype and device and computes in float64 on the CPU. Features that are no
+matrix, not finite, too few or of another dimension than those they are compared with are an :class:`InputError`.
+"""
+
+import math
+from numbers import Integral
+
+import torch
+
+from ..errors import InputError
+from ..ops.arguments import real, require_dense, whole
+
+NEIGHBOUR = 3
+"""k of the manifolds behind precision and recall."""
+
+BLOCK = 2**21
+"""Distances that are held at a time."""
+
+CLOSEST = 32
+"""Nearest references of a point that are tried first in a resample, which holds none of them once in e^32 times."""
+
+LARGEST = 1e25
+"""Largest magnitude of a feature: its twelfth power, which the deviation of KID takes, must be a float64."""
+
+
+def fewest(dimension):
+    """The fewest samples that features of a dimension can be measured with: covariances and neighbours need that many."""
+    return max(2 * dimension, NEIGHBOUR + 2)
+
+
+def require_enough(features, name):
+    """Refuse a set of features ``(N, D)`` with too few samples."""
+    samples, dimension = features.shape
+    if samples < fewest(dimension):
+        needed = f"{fewest(dimension)} or more are needed"
+        raise InputError(f"{name}: {samples} images are too few for {dimension} features; {needed}")
+
+
+def frechet_distance(generated, reference):
+    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of features ``(N, D)`` and ``(M, D)``, N and M at least 2.
+
+    Exact to rounding for singular covariances too, and never negative.
+    """
+    return _frechet(*_two(generated, reference, 2))
+
+
+def _frechet(generated, reference):
+    (mean, factor), (other_mean, other_factor) = _moments(generated), _moments(reference)
+    # With S_1 = X^T X and S_2 = Y^T Y the trace of the root is the nuclear norm of X Y^T: no small eigenvalue is squared.
+    root = torch.linalg.svdvals(factor @ other_factor.T).sum()
+    traces = factor.square().sum() + other_factor.square().sum()
+    return max(0.0, ((mean - other_mean).square().sum() + traces - 2 * root).item())
+
+
+def _moments(features):
+    """Mean, and a factor X with as few rows as it can have: X^T X is the covariance."""
+    mean = features.mean(dim=0)
+    centred = (features - mean).div_(math.sqrt(len(features) - 1))
+    return mean, _triangle(centred) if len(features) > features.shape[1] else centred
+
+
+def _triangle(tall):
+    """R ``(D, D)`` with R^T R = X^T X."""
+    factor, failed = torch.linalg.cholesky_ex(tall.T @ tall, upper=True)
+    if not failed:
+        # Half the work of QR, but its rounding grows with R's condition, of which this is a bound.
+        identity = torch.eye(len(factor), dtype=torch.float64, device="cpu")
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
+        if factor.norm() * inverse.norm() < 1e4:
+            return factor
+    return torch.linalg.qr(tall, mode="r").R
+
+
+def kernel_distance(generated, reference, subsets=100, seed=0):
+    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), seeded.
+
+    Each set needs 4 samples or more.
+    """
+    with torch.device("cpu"):
+        from torchmetrics.image.kid import poly_mmd
+
+    generated, reference = _two(generated, reference, 4)
+    _require_least(1, subsets=subsets)
+    generator, size = _generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
+    values = [poly_mmd(_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets)]
+    values = torch.stack(values)
+    return values.mean().item(), values.std(unbiased=False).item()
+
+
+def covers(points, manifold, k=NEIGHBOUR):
+    """``(N, M)`` bool: which of ``points`` (N, D) are within the k-th neighbour's distance of which of ``manifold`` (M, D).
+
+    Precision is the share of generated points that some reference point covers, recall that of reference points that some
+    generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
+    """
+    _require_least(1, k=k)
+    points, manifold = _checked(points, "points", 1), _checked(manifold, "manifold", k + 1)
+    points, manifold = _shifted(*_alike(points, manifold, ("points", "manifold")))
+    radii, result = _radii(manifold, k), torch.empty(len(points), len(manifold), dtype=torch.bool, device="cpu")
+    for rows, block in _blocks(points, manifold):
+        torch.le(block, radii, out=result[rows])
+    return result
+
+
+def distances(points, others):
+    """Euclidean distances ``(N, M)`` of features, float64.
+
+    Those below the resolution of the arithmetic, about 1e-7 of the features' own size, are 0: a copy is no way off.
+    """
+    points, others = _checked(points, "points", 1), _checked(others, "others", 1)
+    points, others = _shifted(*_alike(points, others, ("points", "others")))
+    result = torch.empty(len(points), len(others), dtype=torch.float64, device="cpu")
+    for rows, block in _blocks(points, others):
+        result[rows] = block
+    return result
+
+
+def _shifted(points, others):
+    """Both sets, moved near the origin, where squares lose least, by the medians of ``others``: their coordinates are among
+    the data's own, so that the differences of float32 or whole numbers stay exact."""
+    centre = others.median(dim=0).values
+    return points - centre, others - centre
+
+
+def _blocks(points, others):
+    """Yield ``(rows, distances)`` until all of ``points`` had their distances to ``others``; the memory is used again."""
+    norms, others_norms = points.square().sum(dim=1), others.square().sum(dim=1)
+    count, resolution = max(1, BLOCK // len(others)), (points.shape[1] + 2) * torch.finfo(torch.float64).eps
+    memory = torch.empty(min(count, len(points)), len(others), dtype=torch.float64, device="cpu")
+    for first in range(0, len(points), count):
+        rows = slice(first, min(first + count, len(points)))
+        sizes, block = norms[rows, None] + others_norms, memory[: rows.stop - first]
+        torch.addmm(sizes, points[rows], others.T, alpha=-2, out=block)
+        block.masked_fill_(block <= sizes.mul_(resolution), 0)
+        yield rows, block.sqrt_()
+
+
+def _radii(manifold, k):
+    """Distance of each point to its k-th neighbour."""
+    radii = torch.empty(len(manifold), dtype=torch.float64, device="cpu")
+    for rows, block in _blocks(manifold, manifold):
+        radii[rows] = _radius(block, k)
+    return radii
+
+
+def _radius(block, k):
+    # The closest one is the point itself.
+    return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1)
+
+
+def frechet_interval(generated, reference, resamples=200, seed=0, level=0.95):
+    """Bootstrap interval ``(low, high)`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
+
+    A resample repeats samples, which raises the distance as fewer samples would; the interval is therefore that of the
+    resampled distances, moved so that its centre of mass is the measured distance. Near the floor it is too wide rather than
+    too narrow.
+    """
+    generated, reference = _two(generated, reference, 2)
+    _require_bootstrap(resamples, level)
+    generator = _generator(seed)
+    values = [_frechet(_resample(generated, generator), _resample(reference, generator)) for _ in range(resamples)]
+    return _interval(values, _frechet(generated, reference), level)
+
+
+def neighbour_measures(generated, reference, resamples=200, seed=0, level=0.95):
+    """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
+
+    ``nearest`` is the mean distance of a generated point to the closest reference point, ``diversity`` the mean distance of two
+    generated points. Both sets, of 4 samples or more, are drawn anew, the manifolds' radii stay; the resampled values are moved
+    so that their centre of mass is the measured one, as a resample holds only two thirds of a set's points.
+
+    Memory: a few blocks of :data:`BLOCK` distances, and about 40 bytes per sample and resample.
+
+    Returns:
+        ``{"precision": value, "precision_interval": [low, high], ...}``.
+    """
+    generated, reference = _shifted(*_two(generated, reference, NEIGHBOUR + 1))
+    _require_bootstrap(resamples, level)
+    generator = _generator(seed)
+    ours, theirs = (_counts(len(features), resamples, generator) for features in (generated, reference))
+    radii, diversity = _within(generated, ours)
+    measures = {**_across(generated, reference, radii, _radii(reference, NEIGHBOUR), ours, theirs), "diversity": diversity}
+    result = {}
+    for name, (value, *resampled) in ((name, values.tolist()) for name, values in measures.items()):
+        result |= {name: value, f"{name}_interval": _interval(resampled, value, level)}
+    return result
+
+
+def _counts(size, resamples, generator):
+    """How often each sample is drawn: once, as measured, and in each resample; ``(size, 1 + resamples)`` float64."""
+    rows = torch.randint(size, (size, resamples), generator=generator, dtype=torch.int64, device="cpu")
+    counts = torch.ones(size, 1 + resamples, dtype=torch.float64, device="cpu")
+    counts[:, 1:] = 0
+    counts[:, 1:].scatter_add_(0, rows, counts[:, :1].expand(-1, resamples))
+    return counts
+
+
+def _within(points, counts):
+    """Radii ``(N,)`` of a set, and its diversity under each column of ``counts``."""
+    radii = torch.empty(len(points), dtype=torch.float64, device="cpu")
+    total = torch.zeros(counts.shape[1], dtype=torch.float64, device="cpu")
+    for rows, block in _blocks(points, points):
+        radii[rows] = _radius(block, NEIGHBOUR)
+        total += (counts[rows] * (block @ counts)).sum(dim=0)
+    return radii, total / (len(points) * (len(points) - 1))
+
+
+def _across(generated, reference, radii, reference_radii, ours, theirs):
+    """Precision, recall and nearest distance under each column of both sets' counts, in one pass over the distances."""
+    # How many drawn points cover a point: float32 tells none from some.
+    here, there = ((counts > 0).to(torch.float32) for counts in (ours, theirs))
+    precision, nearest = (torch.zeros(ours.shape[1], dtype=torch.float64, device="cpu") for _ in range(2))
+    recalled = torch.zeros_like(there)
+    for rows, block in _blocks(generated, reference):
+        precision += (((block <= reference_radii).to(torch.float32) @ there > 0) * ours[rows]).sum(dim=0)
+        recalled += (block <= radii[rows, None]).to(torch.float32).T @ here[rows]
+        nearest += (_nearest(block, there.T > 0) * ours[rows].T).sum(dim=1)
+    recall = ((recalled > 0) * theirs).sum(dim=0)
+    return {"precision": precision / len(generated), "recall": recall / len(reference), "nearest": nearest / len(generated)}
+
+
+def _nearest(block, drawn):
+    """Smallest of each row's distances to the points that were ``drawn`` (resamples, M): ``(resamples, N)``.
+
+    The closest few nearly always hold it; else the whole row is searched.
+    """
+    closest, columns = block.topk(min(CLOSEST, block.shape[1]), dim=1, largest=False, sorted=False)
+    result = torch.empty(len(drawn), len(block), dtype=torch.float64, device="cpu")
+    for nearest, kept in zip(result, drawn, strict=True):
+        torch.amin(closest.where(kept[columns], math.inf), dim=1, out=nearest)
+        if (missed := nearest.isinf()).any():
+            nearest[missed] = block[missed][:, kept].amin(dim=1)
+    return result
+
+
+def frechet_at_infinity(generated, reference, points=8, subsets=5, seed=0):
+    """The Frechet distance extrapolated to infinitely many samples (Chong and Forsyth 2020, section 4).
+
+    Both sets, of at least D + 2 samples, are thinned to the same N; the distance is linear in 1/N, and the intercept is what
+    remains without the bias.
+
+    Returns:
+        ``{"value": intercept, "slope": ..., "sizes": [N, ...], "distances": [mean over subsets, ...]}``.
+    """
+    generated, reference = _two(generated, reference, 2)
+    largest, dimension = min(len(generated), len(reference)), generated.shape[1]
+    for features, name in ((generated, "generated"), (reference, "reference")):
+        _require_samples(features, name, dimension + 2)
+    _require_least(2, points=points)
+    _require_least(1, subsets=subsets)
+    smallest = max(largest // 4, min(2 * dimension, largest // 2), dimension + 1)
+    inverse = torch.linspace(1 / largest, 1 / smallest, points, dtype=torch.float32, device="cpu")
+    sizes = inverse.reciprocal().round().to(torch.int64).tolist()
+    generator = _generator(seed)
+    values = []
+    for size in sizes:
+        pairs = [(_thin(generated, size, generator), _thin(reference, size, generator)) for _ in range(subsets)]
+        values.append(sum(_frechet(*pair) for pair in pairs) / subsets)
+    value, slope = _line([1 / size for size in sizes], values)
+    return {"value": value, "slope": slope, "sizes": sizes, "distances": values}
+
+
+def _line(x, y):
+    """Intercept and slope of the least-squares line."""
+    x, y = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (x, y))
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return (y.mean() - slope * x.mean()).item(), slope.item()
+
+
+def frechet_floor(samples, splits=20, seed=0):
+    """The Frechet distances of ``splits`` random splits of features ``(2 N, D)``, N at least 2, into two halves.
+
+    Their mean is the floor of the distance at N: what a perfect generator would reach.
+    """
+    samples = _checked(samples, "samples", 4)
+    _require_least(1, splits=splits)
+    generator, half, values = _generator(seed), len(samples) // 2, []
+    for _ in range(splits):
+        mixed = _thin(samples, 2 * half, generator)
+        values.append(_frechet(mixed[:half], mixed[half:]))
+    return values
+
+
+def compare(generated, reference, resamples=200, seed=0):
+    """Every measure of generated features ``(N, D)`` against reference ones ``(M, D)``, as a dict of numbers and intervals."""
+    generated, reference = _two(generated, reference, 1)
+    require_enough(generated, "generated images")
+    require_enough(reference, "reference images")
+    kid, kid_deviation = kernel_distance(generated, reference, seed=seed)
+    return {
+        "samples": [len(generated), len(reference)],
+        "frechet": frechet_distance(generated, reference),
+        "frechet_interval": frechet_interval(generated, reference, resamples, seed),
+        "frechet_at_infinity": frechet_at_infinity(generated, reference, seed=seed),
+        "kid": kid,
+        "kid_standard_deviation": kid_deviation,
+        **neighbour_measures(generated, reference, resamples, seed),
+    }
+
+
+def _interval(resampled, measured, level):
+    """The part ``level`` of resampled values, moved so that their mean is the measured one."""
+    values = torch.tensor(resampled, dtype=torch.float64, device="cpu")
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
+    return torch.quantile(values + measured - values.mean(), tails).tolist()
+
+
+def _generator(seed):
+    return torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0, 2**64))
+
+
+def _resample(features, generator):
+    return features[torch.randint(len(features), (len(features),), generator=generator, dtype=torch.int64, device="cpu")]
+
+
+def _thin(features, size, generator):
+    return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")[:size]]
+
+
+def _two(generated, reference, least):
+    """Both sets as :func:`_checked` gives them, of one dimension."""
+    return _alike(_checked(generated, "generated", least), _checked(reference, "reference", least), ("generated", "reference"))
+
+
+def _checked(features, name, least):
+    """Features as float64 on the CPU, finite and of ``least`` samples or more; anything else is refused by name."""
+    if isinstance(features, torch.Tensor):
+        require_dense(name, features)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
+        found = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
+        raise InputError(f"{name} must be a floating-point tensor (N, D), got {found}")
+    if features.is_meta:
+        raise InputError(f"{name} must be a dense tensor with values, got one on {features.device}")
+    if features.shape[1] == 0:
+        raise InputError(f"{name} must have a feature or more, got {tuple(features.shape)}")
+    _require_samples(features, name, least)
+    features = features.detach().cpu().to(torch.float64)
+    low, high = torch.aminmax(features)
+    # Neither comparison holds for NaN.
+    if not (low >= -LARGEST and high <= LARGEST):
+        raise InputError(f"{name} must be finite, of at most {LARGEST:g}, got values from {low.item():g} to {high.item():g}")
+    return features
+
+
+def _require_samples(features, name, least):
+    if len(features) < least:
+        found = f"{len(features)} samples of {features.shape[1]} features"
+        raise InputError(f"{name}: {found} are too few, {least} or more are needed")
+
+
+def _alike(a, b, names):
+    if a.shape[1] != b.shape[1]:
+        found = " and ".join(f"{name} has {x.shape[1]}" for name, x in zip(names, (a, b), strict=True))
+        raise InputError(f"both sets must have the same number of features, {found}")
+    return a, b
+
+
+def _require_bootstrap(resamples, level):
+    _require_least(1, resamples=resamples)
+    if not 0 < real("level", level) < 1:
+        raise InputError(f"level must be between 0 and 1, got {level}")
+
+
+def _require_least(least, **values):
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < least:
+            raise InputError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if value >= 2**31:
+            raise InputError(f"{name} must be below 2^31, got {value}")

@@ -1,0 +1,238 @@
+"""One page that a person looks at: samples, levels, loss curves and the tables, in a single HTML file and as PNGs."""
+
+import base64
+import html
+from pathlib import Path
+
+import torch
+
+from ..data.levels import supervising_timesteps
+from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
+from ..diffusion.recorder import downsample, same_teacher
+from ..errors import InputError
+from ..runtime.files import digest, read_json, require_output_folder, restoring, write_bytes
+from ..runtime.ranges import named
+from .evaluate import cells, has_seen
+
+FRESH_SEED = 12345
+"""Seed of the pictures' noise."""
+
+UNSEEN = {
+    None: "Whether training has seen this noise is not known.",
+    False: "Training has not seen this noise.",
+    True: "Training has seen this noise.",
+}
+
+EVALUATION_KEYS = (
+    "score",
+    "num_features",
+    "rows",
+    "student",
+    "teacher",
+    "models",
+    "pairs",
+    "known_unseen",
+    "provenance",
+    "config",
+)
+RUN_KEYS = ("name", "times_floor", "at_infinity", "precision", "recall", "correlation", "cpu_seconds", "command")
+
+
+def write_report(student, teacher, evaluation, out, metrics=None, ablation=None, title="advkd: one pass against many"):
+    """Write ``report.html`` (self-contained) and its PNGs under ``out``.
+
+    Args:
+        student: a :class:`Student`.
+        teacher: a :class:`Teacher`.
+        evaluation: path of an ``evaluation.json`` of :func:`advkd.evaluation.evaluate.evaluate_student`.
+        out: folder.
+        metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
+        ablation: path of a table of runs by ``profiling/ablation.py``; None leaves it out.
+        title: of the page.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: a file that is missing or of another kind, or an evaluation of another student or teacher; nothing was
+            written.
+    """
+    result = _read_evaluation(evaluation, student, teacher)
+    runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
+        raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
+    with restoring("ablation", ablation, "run profiling/ablation.py again"):
+        _ablation_table(runs, result["score"])
+    if metrics:
+        read_metrics(metrics)
+    out = require_output_folder(out)
+    captions = save_pictures(teacher, student, metrics, out)
+    save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
+    captions["extrapolation.png"] = f"{result['score']} against 1/N: the line's left end is the distance without the bias of N."
+    page = _page(title, result, runs, [(out / name, caption) for name, caption in captions.items()])
+    write_bytes(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def _read_evaluation(path, student, teacher):
+    """A student's evaluation; that of a folder, of another student or of another teacher is refused."""
+    result = read_json(path, "evaluation", ("score", "rows"))
+    if "images" in result:
+        raise InputError(f"evaluation {path} is of a folder of images; a report needs that of a student")
+    result = read_json(path, "evaluation", EVALUATION_KEYS)
+    with restoring("evaluation", path, "run 'advkd evaluate' again"):
+        if not isinstance(result["rows"], list) or not result["rows"]:
+            raise ValueError("it has no rows")
+        _page("", result, [], [])
+        _curves(result)
+        drawn_by_other = result["student"]["weights_sha256"] != digest(student.state_dict())
+        taught_by_other = not same_teacher(result["teacher"], teacher.identity())
+    if drawn_by_other:
+        raise InputError(f"evaluation {path} is of another student: run 'advkd evaluate' for this one")
+    if taught_by_other:
+        raise InputError(f"evaluation {path} is of another teacher: name that one by --teacher")
+    return result
+
+
+def _curves(result):
+    """The distances at several N of every row, by its name."""
+    curves = {}
+    for row in result["rows"]:
+        fit = row["frechet_at_infinity"]
+        numbers = {name: [float(number) for number in fit[name]] for name in ("sizes", "distances")}
+        if not len(numbers["sizes"]) == len(numbers["distances"]) > 0 or min(numbers["sizes"]) < 1:
+            raise ValueError("a row has no distances at several N")
+        curve = {**numbers, "value": fit["value"] + 0.0, "slope": fit["slope"] + 0.0}
+        drawn = (*numbers["sizes"], *numbers["distances"], curve["value"], curve["slope"])
+        if not all(abs(number) <= LARGEST for number in drawn):
+            raise ValueError("a row has distances that cannot be drawn")
+        curves[f"{row['images']} against {row['against']}"] = curve
+    return curves
+
+
+def save_pictures(teacher, student, metrics, out):
+    """The four PNGs of a student; returns ``{file name: caption}`` in order of importance."""
+    out = Path(out)
+    save_pairs_of(teacher, student, out / "teacher_and_student.png")
+    save_levels_of(teacher, student, out / "levels.png")
+    with named("fuse"):
+        fused = student.fuse()
+    save_grid(fused.sample(64, seed=FRESH_SEED), out / "student_samples.png")
+    evaluations = len(teacher.timesteps("ddim"))
+    captions = {
+        "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one. "
+        + UNSEEN[has_seen(student.training_record, {"seed": FRESH_SEED, "start": 0, "num": 12})],
+        "levels.png": "The teacher's states that supervise the submodules, and what the submodules draw.",
+        "student_samples.png": "64 images of the student, not chosen.",
+    }
+    if metrics:
+        save_curves(metrics, out / "loss_curves.png")
+        captions["loss_curves.png"] = "The training's losses."
+    return captions
+
+
+def save_pairs_of(teacher, student, path, n=12, seed=FRESH_SEED):
+    """Teacher and student side by side from the same noise."""
+    x_T = teacher.noise(n, seed)
+    x_0 = teacher.sample(n, seed)
+    with named("student"), torch.no_grad():
+        drawn = student(student.project(x_T))
+    save_pairs(x_0, drawn, path)
+
+
+def save_levels_of(teacher, student, path, seed=FRESH_SEED):
+    """The strip of all levels beneath the teacher's states, from one noise."""
+    x_T = teacher.noise(1, seed)
+    states = dict(teacher.path(x_T, "ddim"))
+    timesteps = supervising_timesteps("ddim", student.depth, list(states), teacher.train_timesteps)
+    targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
+    with named("student"), torch.no_grad():
+        levels = [level[0] for level in student.levels(student.project(x_T))]
+    save_levels([*targets, states[min(states)][0]], levels, [*timesteps, None], path)
+
+
+def _page(title, result, runs, pictures):
+    body = [f"<h1>{html.escape(title)}</h1>", _summary(result)]
+    body += [_figure(path, caption) for path, caption in pictures[:2]]
+    titles, *rows = cells(result)
+    body += ["<h2>How far from the teacher, how far from real images</h2>", _table(titles, rows), _reading(result)]
+    body += [_figure(path, caption) for path, caption in pictures[2:]]
+    if runs:
+        body += ["<h2>What helped</h2>", _ablation_table(runs, result["score"])]
+    body += ["<h2>Where this was measured</h2>", _provenance(result)]
+    joined = "\n".join(body)
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body><main>\n{joined}\n</main></body></html>\n"
+
+
+def _summary(result):
+    models, pairs = result["models"], result["pairs"]
+    rows = []
+    for name in ("teacher", "student"):
+        model = models[name]
+        seconds = model["seconds"]
+        spread = f"{1e3 * seconds['median']:.2f} ms ({1e3 * seconds['p20']:.2f} to {1e3 * seconds['p80']:.2f})"
+        rows.append([name, f"{model['parameters']:,}", str(model["evaluations"]), spread])
+    titles = ("", "parameters", "network evaluations", f"time per image, batches of {models['batch_size']} (p20 to p80)")
+    text = UNSEEN[False if result["known_unseen"] else None]
+    if pairs:
+        likeness = f"{pairs['correlation']:.3f} (images of different noises: {pairs['mismatched']:.3f})"
+        text = f"From the same {pairs['num']:d} noises, the student's image correlates with the teacher's by {likeness}. {text}"
+    return _table(titles, rows) + f"<p>{text}</p>"
+
+
+def _reading(result):
+    distance = html.escape(result["score"])
+    return (
+        f"<p>{distance} is a Frechet distance on {result['num_features']:d} features; smaller is better, and it means "
+        "something only beside its <em>floor</em>: the mean over random splits of the reference into two halves of N images. "
+        "Intervals are bootstrap. Precision is the share of images within the reference's manifold, recall the share of the "
+        "reference within the images' manifold, nearest the mean distance of an image to the closest of the reference, "
+        "diversity that of two images of the set.</p>"
+    )
+
+
+def _ablation_table(runs, score):
+    titles = ("run", f"{score}, x floor", "at infinity", "precision", "recall", "likeness", "CPU s", "command")
+    rows = [
+        [run["name"], f"{run['times_floor']:.2f}", f"{run['at_infinity']:.3f}", f"{run['precision']:.3f}"]
+        + [f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run), run["command"]]
+        for run in runs
+    ]
+    return _table(titles, rows)
+
+
+def seconds(run):
+    """A run's CPU seconds as text; those of a run that was killed and went on are not known."""
+    return "" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.0f}"
+
+
+def _provenance(result):
+    known = {k: v for k, v in result["provenance"].items() if v is not None and not isinstance(v, dict)}
+    known |= {k: v for k, v in result["provenance"]["versions"].items() if v}
+    known |= {f"option {k}": v for k, v in result["config"].items() if v != ""}
+    return _table(("", ""), [[str(k), str(v)] for k, v in known.items()])
+
+
+def _table(titles, rows):
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _figure(path, caption):
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    caption = html.escape(caption)
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+STYLE = """
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff; }
+main { max-width: 1600px; margin: 0 auto; padding: 24px; } p { max-width: 90ch; }
+h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 36px; }
+figure { margin: 24px 0; } img { max-width: 100%; display: block; }
+figcaption { color: #566; font-size: 13px; margin-top: 6px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
+th { color: #566; font-weight: 600; }
+"""

@@ -1,0 +1,1 @@
+"""What leaves the package: diffusers' pipelines and exchange formats."""

@@ -1,0 +1,318 @@
+"""The student as a diffusers pipeline."""
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError, safe_open
+
+from ..data.pictures import to_pil
+from ..errors import InputError
+from ..models.batch_norm import CannotFoldError, evaluating
+from ..models.fused_student import read_by_fusing
+from ..models.saving import build_config, require_plausible
+from ..models.student import Student, StudentConfig
+from ..runtime.devices import plain_defaults
+from ..runtime.files import read_json, require_regular, write_bytes
+from ..runtime.hub import reason, resolve
+from ..runtime.pickles import require_weights
+
+FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+"""Files that a student is loaded from."""
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+MODEL_CARD = """---
+library_name: advkd
+pipeline_tag: unconditional-image-generation
+license: apache-2.0
+---
+
+# One-step student distilled with advkd
+
+Draws {size}x{size} images with {channels} channel(s) in one network evaluation; {parameters:,} parameters.
+
+```python
+from advkd import AdvKDPipeline  # pip install advkd; diffusers' own DiffusionPipeline does not know the class
+
+images = AdvKDPipeline.from_pretrained(".")(batch_size=4).images
+```
+
+**Intended use.** Research on fast sampling of diffusion models, and drawing images of the kind its teacher was trained on.
+It imitates the teacher, with less diversity and more deformed images, and inherits the biases of the teacher's data.
+**Out of scope.** Images of real people presented as photographs, and any use that the teacher's or its data's licence excludes.
+
+**Method.** Adversarial knowledge distillation (Mekonnen, Dall'Asen and Rota, "ADV-KD: Adversarial Knowledge Distillation for
+Faster Diffusion Sampling"): twelve submodules, each supervised by a state of the teacher's sampling path.
+"""
+
+
+class StudentModel(ModelMixin, ConfigMixin):
+    """diffusers' view of a :class:`Student`: the same weights under the same names, in the same folder format."""
+
+    @register_to_config
+    def __init__(self, image_size=256, image_channels=3, channels=None, latent_size=4, detail_noise=False, slope=0.2):
+        super().__init__()
+        channels = tuple(channels) if channels else StudentConfig().channels
+        student = Student(StudentConfig(image_size, image_channels, channels, latent_size, detail_noise, slope))
+        self._share(student)
+
+    @classmethod
+    def from_student(cls, student):
+        """Wrap a copy of a student, in eval mode."""
+        with torch.device("meta"):
+            model = cls(**dataclasses.asdict(student.config))
+        model._share(copy.deepcopy(student))
+        return model.eval()
+
+    def _share(self, student):
+        """Have the student's modules, under their names; a module that is replaced is replaced in both."""
+        # Not registered as a child: its modules are.
+        object.__setattr__(self, "student", student)
+        self._modules, self.latent_parts = student._modules, student.latent_parts
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name).
+
+        Weights come from safetensors unless ``use_safetensors`` says else, are float32 unless ``torch_dtype`` does, whatever
+        torch's default is, and can be trained, in inference mode too.
+
+        Raises:
+            InputError: missing, damaged or foreign files.
+        """
+        part = options.pop("subfolder", None) or ""
+        folder = _fetched(pretrained_model_name_or_path, options, [f"{part}/{file}".lstrip("/") for file in FILES]) / part
+        _require_student(folder)
+        reported = options.pop("output_loading_info", False)
+        options |= {"use_safetensors": _safe(options), "output_loading_info": True}
+        try:
+            with torch.inference_mode(False), plain_defaults():
+                model, report = super().from_pretrained(folder, **options)
+                require_plausible(model.state_dict())
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"the weights in {folder} cannot be read ({reason(error)}): restore or fetch a copy") from error
+        if wrong := [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]:
+            raise InputError(f"the weights in {folder} do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
+        return (model, report) if reported else model
+
+    def forward(self, z):
+        """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``."""
+        return Student.forward(self, z)
+
+
+class _Content:
+    """The inputs of an engine, bit by bit.
+
+    Versions of tensors would not do: EMA copies, fused optimisers and numpy write without raising them.
+    """
+
+    def __init__(self, student):
+        self.described, tensors = _described(student)
+        self.bits = _bits(tensors)
+
+    def is_that_of(self, student):
+        """True if :func:`read_by_fusing` gives the same of a student."""
+        described, tensors = _described(student)
+        return described == self.described and _are_bits(tensors, self.bits)
+
+
+def _described(student):
+    described, tensors = read_by_fusing(student)
+    return (described, [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]), tensors
+
+
+def _bits(tensors):
+    """All tensors, one after the other, as bytes in the order of memory."""
+    return torch.cat([_in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def _in_memory_order(tensor):
+    """A contiguous view of a dense tensor, a copy of any other."""
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.contiguous()
+
+
+def _are_bits(tensors, bits):
+    """True if tensors are those of which :func:`_bits` made ``bits``."""
+    if not bits.is_cpu:
+        return torch.equal(_bits(tensors), bits)
+    # Half as long as torch.equal takes: a pass over all weights is a fair part of drawing one small image.
+    place = bits.data_ptr()
+    for tensor in tensors:
+        tensor = tensor if tensor.is_contiguous() else _in_memory_order(tensor.detach())
+        if _MEMCMP(tensor.data_ptr(), place, tensor.nbytes):
+            return False
+        place += tensor.nbytes
+    return True
+
+
+_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class AdvKDPipeline(DiffusionPipeline):
+    """``pipe(batch_size=4, generator=..., output_type="pil")``: images in one pass.
+
+    Args:
+        student: a :class:`StudentModel` (or a :class:`Student`, which is wrapped).
+    """
+
+    def __init__(self, student):
+        super().__init__()
+        self.register_modules(student=StudentModel.from_student(student) if isinstance(student, Student) else student)
+        self._fused = (None, None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name) that holds a student alone.
+
+        Weights come from safetensors unless ``use_safetensors`` says else; from the hub nothing else is fetched.
+
+        Raises:
+            InputError: the index names anything but a :class:`StudentModel`, or Python files lie in the folder: diffusers would
+                import the library and might run the files.
+        """
+        files = ["model_index.json", *(f"student/{file}" for file in FILES)]
+        folder = _fetched(pretrained_model_name_or_path, options, files)
+        _require_student_alone(folder)
+        return super().from_pretrained(folder, **{**options, "use_safetensors": _safe(options)})
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, output_type="pil", return_dict=True):
+        """Draw images.
+
+        Args:
+            batch_size: number of images.
+            generator: None, a ``torch.Generator`` (one 64-bit seed is drawn from it; image i has index i) or a list of
+                ``batch_size`` generators (one seed is drawn from each, for one image).
+            output_type: ``pil``, ``np`` (``(N, H, W, C)`` in [0, 1]) or ``pt`` (``(N, C, H, W)`` in [0, 1]).
+            return_dict: False returns a tuple.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f"output_type must be pil, np or pt, got {output_type!r}")
+        student, draw = self.student.student, self._current_fused()
+        if isinstance(generator, (list, tuple)):
+            if len(generator) != batch_size:
+                raise InputError(f"generator: {len(generator)} generators came for batch_size {batch_size}")
+            z = torch.cat([student.latents(1, _draw_seed(g)) for g in generator])
+        else:
+            z = student.latents(batch_size, _draw_seed(generator))
+        images = draw(z).float()
+        if output_type == "pil":
+            images = to_pil(images)
+        else:
+            images = (images / 2 + 0.5).clamp(0, 1)
+            images = images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _current_fused(self):
+        """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is.
+
+        Where layers cannot be folded, the student itself.
+        """
+        student, (content, fused) = self.student.student, self._fused
+        try:
+            if content is None or not content.is_that_of(student):
+                content = _Content(student)
+                fused = student.fuse(dtype=student.head.weight.dtype)
+                self._fused = (content, fused)
+        except CannotFoldError as error:
+            warnings.warn(f"the pipeline draws with the student's own modules, more slowly: {error}", stacklevel=3)
+            return partial(_drawn_by, student)
+        return fused
+
+    def save_pretrained(self, save_directory, **options):
+        """diffusers' ``save_pretrained``, and a model card."""
+        config = self.student.config
+        card = MODEL_CARD.format(
+            size=config.image_size,
+            channels=config.image_channels,
+            parameters=self.student.student.num_parameters(terminals=False),
+        )
+        write_bytes(Path(save_directory) / "README.md", card.encode())
+        super().save_pretrained(save_directory, **options)
+
+
+def _drawn_by(student, z):
+    """Images by a student's own modules in eval mode, which each of them has for this alone."""
+    with evaluating(student):
+        return student(z.to(next(student.parameters()).dtype))
+
+
+def _safe(options):
+    """The option ``use_safetensors``, True unless the caller says else."""
+    return True if options.get("use_safetensors") is None else options["use_safetensors"]
+
+
+def _fetched(source, options, files):
+    """The folder of a model, fetched from the hub where it is none; takes what the hub's client takes out of ``options``."""
+    chosen = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    if Path(source).is_dir() or not chosen:
+        return resolve(source, {}, "pipeline", files)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=files, **chosen))
+    except Exception as error:
+        raise InputError(f"pipeline {str(source)!r} cannot be fetched from the hub ({reason(error)})") from error
+
+
+def _require_student(folder):
+    """Refuse files that no student has, before diffusers reads them."""
+    values = read_json(folder / "config.json", "StudentModel configuration")
+    # diffusers writes null for the channels of a model that was made without any.
+    values = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}
+    with torch.device("meta"):
+        student = Student(build_config(StudentConfig, values, f"{folder / 'config.json'}"))
+    wanted = student.state_dict()
+    most = 2**20 + 8 * sum(tensor.numel() for tensor in wanted.values())
+    for index in folder.glob("*.index.json"):
+        suffix = "bin" if index.name.endswith(".bin.index.json") else "safetensors"
+        named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
+        if not isinstance(named, dict) or not all(re.fullmatch(rf"[\w.-]+\.{suffix}", str(name)) for name in named.values()):
+            raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        require_regular(path, "the student's weights", most)
+        if path.suffix == ".bin":
+            require_weights(path, "the student's weights")
+        else:
+            _require_kinds(path, wanted)
+
+
+def _require_kinds(path, wanted):
+    """Refuse whole numbers for weights, which diffusers would convert."""
+    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:  # diffusers says what is wrong
+        for name in file.keys() & wanted.keys():
+            kind = file.get_slice(name).get_dtype()
+            if wanted[name].is_floating_point() != kind.startswith(("F", "BF")):
+                raise InputError(f"the student's weights {path} hold {name} as {kind}: restore or fetch a copy of them")
+
+
+def _require_student_alone(folder):
+    index = read_json(folder / "model_index.json", "index of a pipeline", ("_class_name",))
+    named = {name: value for name, value in index.items() if not name.startswith("_")}
+    expected = {"student": [StudentModel.__module__, StudentModel.__name__]}
+    if named != expected or not isinstance(index["_class_name"], str):
+        raise InputError(f"{folder / 'model_index.json'} is of another pipeline: it names {named}, not {expected} alone")
+    if code := sorted(str(path) for place in (folder, folder / "student") for path in place.glob("*.py")):
+        raise InputError(f"a pipeline's folder holds no Python files, which could be run; remove {', '.join(code)}")
+
+
+def _draw_seed(generator):
+    device = generator.device if generator is not None else "cpu"
+    high, low = torch.randint(2**32, (2,), generator=generator, dtype=torch.int64, device=device).tolist()
+    return high << 32 | low

@@ -1,0 +1,1 @@
+"""The critic's update: gradient penalty without double backward."""

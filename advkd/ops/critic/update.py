@@ -1,0 +1,314 @@
+"""A critic's whole update in one pass over [real; generated; interpolated] samples, without a second autograd pass.
+
+One forward and one backward-data pass over the concatenated batch give the loss' output gradients and the penalty's input
+gradient g; one tangent pass over the penalised samples follows, and one weight gradient per layer serves loss and penalty: its
+rows are (a_{l-1}, d_l) for real and generated samples and (u_{l-1}, d_l) for the penalised ones
+(:mod:`advkd.ops.piecewise_linear`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ...errors import InputError
+from .. import gradient_penalty, interpolate, registry
+from ..layout import arithmetic_dtype, require_floating
+from ..penalty_reduce import MODES, penalty_reduce
+from .passes import Passes, layer_options, layer_weights
+from .penalty import check_condition, check_numbers, check_weights, passes_dtype, require_finite, without_autocast
+from .trace import ADVICE, IMAGE, plan_of, unwrapped
+
+LOSSES = ("wasserstein", "softplus")
+"""mean D(fake) - mean D(real); mean softplus(D(fake)) + mean softplus(-D(real)) (Goodfellow et al. 2014, non-saturating)."""
+
+
+class CriticGradients(NamedTuple):
+    """What an update of a critic computes.
+
+    Attributes:
+        gradients: of loss + penalty (times ``loss_scale``) by ``critic.parameters()``, in that order; None for frozen ones.
+        loss: scalar, the adversarial loss without the penalty.
+        penalty: scalar.
+        real_scores, fake_scores: the critic's scores.
+    """
+
+    gradients: tuple
+    loss: torch.Tensor
+    penalty: torch.Tensor
+    real_scores: torch.Tensor
+    fake_scores: torch.Tensor
+
+
+def critic_gradients(
+    critic,
+    real,
+    fake,
+    *,
+    a=None,
+    condition=None,
+    loss="wasserstein",
+    mode="two-sided",
+    target=1.0,
+    weight=10.0,
+    loss_scale=1.0,
+    backend="auto",
+    check_finite=None,
+):
+    """Gradients of a critic's loss and gradient penalty. Pure: nothing is accumulated, and ``torch.compile`` and CUDA graphs
+    take it whole.
+
+    Args:
+        critic: as in :func:`advkd.ops.gradient_penalty`; its weights must be its own parameters.
+        real, fake: ``(N, C, H, W)`` samples of one shape, dtype and device. No gradient flows into them.
+        a: ``(N,)`` float32 weights of the real samples in x_hat = a real + (1 - a) fake, or ``(seed, sample indices, step)``
+            for Philox ones (:func:`advkd.ops.interpolate`); None: drawn by ``torch.rand``. Unused by ``r1``.
+        condition: ``(N, ...)`` second argument of a conditional critic, for real, generated and interpolated samples alike.
+        loss: one of :data:`LOSSES`.
+        mode, target, weight: of the penalty, as in :func:`advkd.ops.gradient_penalty`; weight 0 leaves it out.
+        loss_scale: number or scalar tensor that the gradients are multiplied by before they pass a narrow dtype: the scale of a
+            ``GradScaler``, 1 / k for gradients that are accumulated over k batches.
+        backend: ``autograd``: double backward, for any critic; else that of the kernels, see
+            :func:`advkd.ops.registry.choose`.
+        check_finite: as in :func:`advkd.ops.gradient_penalty`.
+
+    Returns:
+        :class:`CriticGradients`; scalars in the arithmetic's dtype. Order of differentiability 0.
+
+    Raises:
+        InputError: as in :func:`advkd.ops.gradient_penalty`.
+    """
+    if not isinstance(critic, torch.nn.Module):
+        raise InputError(f"critic must be a torch.nn.Module, got {type(critic).__name__}")
+    critic = unwrapped(critic)
+    _check(real, fake, condition, loss, mode)
+    check_numbers(target=target, weight=weight)
+    if a is None and mode != "r1":
+        a = torch.rand(real.shape[0], device=real.device, dtype=torch.float64 if real.dtype == torch.float64 else torch.float32)
+    options = (a, condition, loss, mode, target, weight, loss_scale, backend)
+    if backend == "autograd":
+        update = _by_autograd(critic, real.detach(), fake.detach(), *options)
+    else:
+        dtype = passes_dtype(real)
+        with torch.no_grad(), without_autocast(real):
+            update = _by_tangent(critic, real.detach(), fake.detach(), dtype, *options)
+    named = {"real": real, "fake": fake, "condition": condition}
+    require_finite(check_finite, update.loss + update.penalty, named, critic)
+    return update
+
+
+def critic_step(critic, real, fake, *, synchronize=True, **options):
+    """:func:`critic_gradients` added to the parameters' ``.grad``: what stands before ``optimizer.step()``.
+
+    With several processes the accumulated gradients are averaged in one all-reduce, never through the reducer of a
+    ``DistributedDataParallel`` that may be around the critic. Whatever is around the critic, it is its own parameters that get
+    the gradients.
+
+    Args:
+        critic, real, fake, options: as in :func:`critic_gradients`.
+        synchronize: average ``.grad`` over the processes now: once per optimiser step, in the last of the calls that
+            accumulate gradients (the others take False; each takes ``loss_scale=1 / k``).
+
+    Returns:
+        :class:`CriticGradients` of this batch in this process.
+    """
+    update = critic_gradients(critic, real, fake, **options)
+    parameters = list(unwrapped(critic).parameters())
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, update.gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        if synchronize and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            average_gradients([p.grad for p in parameters if p.requires_grad])
+    return update
+
+
+def average_gradients(gradients):
+    """Replace tensors by their means over the processes, in place, by one all-reduce per dtype."""
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        group = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in group])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, piece in zip(group, flat.split([g.numel() for g in group]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def _by_tangent(critic, real, fake, dtype, a, condition, loss, mode, target, weight, loss_scale, backend):
+    if not torch.compiler.is_compiling():
+        registry.choose("gradient_penalty", backend, real.device)
+    plan = plan_of(critic, condition is not None)
+    weights = layer_weights(plan, critic)
+    check_weights(plan, weights, real, dtype != real.dtype)
+    parameters, n = list(critic.parameters()), real.shape[0]
+    _require_parameters(plan, weights, [*parameters, *critic.buffers()])
+    trained = [tuple(t is not None and t.requires_grad for t in pair) for pair in weights]
+    narrow = [tuple(None if t is None else t.to(dtype) for t in pair) for pair in weights]
+    passes = Passes(plan, layer_options(plan, critic), narrow, trained, backend)
+
+    # The batch, and which of its rows are penalised: interpolated ones of their own, or for r1 the real ones.
+    apart = weight != 0 and mode != "r1"
+    batch = interpolate(real, fake, a, merge=True, backend=backend) if apart else torch.cat((real, fake))
+    batch, copies = batch.to(dtype), 3 if apart else 2
+    condition = condition if condition is None else condition.to(dtype).repeat(copies, *[1] * (condition.ndim - 1))
+    rows = (2 * n, 3 * n) if apart else (0, n)
+
+    # One forward pass; the losses, and the gradients that the scores begin with.
+    scores = passes.forward(batch, condition, keep=True)
+    real_scores, fake_scores = scores[:n], scores[n : 2 * n]
+    value, seeds = _seeds(loss, real_scores, fake_scores)
+    seeds = (seeds * loss_scale).to(dtype)
+    ones = torch.ones_like(real_scores)
+    factor = None
+    if apart:
+        seeds = torch.cat((seeds, ones))
+    elif weight != 0:
+        # The real rows pass with gradient 1, which the penalty needs; their share of the loss is a factor per sample.
+        if real_scores.numel() != n and loss != "wasserstein":
+            raise InputError(f"mode r1 with loss {loss} needs a critic with one score per sample: {ADVICE}")
+        factor = seeds[:n].flatten(1)[:, 0] if seeds.ndim > 1 else seeds[:n]
+        seeds = torch.cat((ones, seeds[n:]))
+
+    # One backward-data pass, down to the image for the penalised rows; its norm, and the tangent's start.
+    g = passes.backward(seeds, rows if weight != 0 else (0, 0))
+    update = _Update(passes, parameters, weights, n, rows, apart, factor)
+    update.biases()
+    penalty = torch.zeros((), dtype=value.dtype, device=value.device)
+    if weight != 0:
+        g = g.contiguous(memory_format=passes.formats[IMAGE])
+        g = g.to(arithmetic_dtype(g))
+        penalties, v = penalty_reduce(g, target=target, weight=weight, mode=mode, backend=backend)
+        penalty = penalties.sum()
+        # One tangent pass, and on its way one weight gradient per layer.
+        passes.tangent((v * loss_scale).to(dtype), update.weight, rows, update.place)
+    update.still_layers(weight != 0)
+    gradients = [None] * len(parameters)
+    for k, parameter in enumerate(parameters):
+        if parameter.requires_grad:
+            found = update.gradients[k]
+            gradients[k] = torch.zeros_like(parameter) if found is None else found.to(parameter.dtype)
+    return CriticGradients(tuple(gradients), value, penalty, real_scores, fake_scores)
+
+
+class _Update:
+    """Weight gradients of a merged batch: which rows each of them takes.
+
+    ``rows`` are penalised. ``apart``: they belong to the penalty alone; else their share of the loss is ``factor`` per sample.
+    """
+
+    def __init__(self, passes, parameters, weights, n, rows, apart, factor):
+        self.passes, self.n, self.rows, self.apart, self.factor = passes, n, rows, apart, factor
+        self.places = [tuple(_place(t, parameters) for t in pair) for pair in weights]
+        self.gradients = [None] * len(parameters)
+
+    def place(self, number):
+        """Where an activation's tangent goes: over the penalised rows of the value, which the forward pass has left there."""
+        value = self.passes.values[number]
+        return value[self.rows[0] : self.rows[1]] if self.apart and value is not None else None
+
+    def weight(self, i, u):
+        """Layer ``i``'s gradient, with the tangent of its input (None: the tangent does not pass it)."""
+        number, d = self.passes.plan.layers[i].inputs[0], self.passes.gradients[i]
+        x = self.passes.values[number]
+        if self.apart and u is None:
+            x, d = x[: 2 * self.n], d[: 2 * self.n]
+        elif self.apart:
+            place = x[self.rows[0] : self.rows[1]]
+            if number == IMAGE or self.passes.plan.layers[number - 2].kind != "activation":
+                place.copy_(u)
+        elif self.factor is not None:
+            scaled = x[: self.n] * _per_sample(self.factor, x)
+            x = torch.cat((scaled if u is None else scaled + u, x[self.n :]))
+        self._add(self.places[i][0], self.passes.weight_gradient(i, x, d))
+        self.passes.gradients[i] = None
+
+    def biases(self):
+        """Every bias' gradient: of the loss alone."""
+        for i, (_, bias) in enumerate(self.passes.trained):
+            d = self.passes.gradients[i]
+            if not bias or d is None:
+                continue
+            d = d[: 2 * self.n]
+            if self.factor is not None:
+                d = torch.cat((d[: self.n] * _per_sample(self.factor, d), d[self.n :]))
+            dims = [k for k in range(d.ndim) if k != (1 if self.passes.plan.layers[i].kind == "convolution" else d.ndim - 1)]
+            self._add(self.places[i][1], d.sum(dims))
+
+    def still_layers(self, penalised):
+        """The layers that the tangent has not come by: those of a condition alone, or all where there is no penalty."""
+        for i, layer in enumerate(self.passes.plan.layers):
+            if self.passes.trained[i][0] and not (penalised and layer.moved) and self.passes.gradients[i] is not None:
+                self.weight(i, None)
+
+    def _add(self, place, gradient):
+        known = self.gradients[place]
+        self.gradients[place] = gradient if known is None else known + gradient
+
+
+def _place(tensor, tensors):
+    return next((k for k, other in enumerate(tensors) if other is tensor), None)
+
+
+def _per_sample(factor, like):
+    return factor.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _seeds(loss, real_scores, fake_scores):
+    """The loss, and its gradients by the scores [real; fake]."""
+    wide = torch.float64 if real_scores.dtype == torch.float64 else torch.float32
+    real_scores, fake_scores, share = real_scores.to(wide), fake_scores.to(wide), 1 / real_scores.numel()
+    if loss == "wasserstein":
+        seeds = torch.cat((torch.full_like(real_scores, -share), torch.full_like(fake_scores, share)))
+        return fake_scores.mean() - real_scores.mean(), seeds
+    seeds = torch.cat((-share * torch.sigmoid(-real_scores), share * torch.sigmoid(fake_scores)))
+    return F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean(), seeds
+
+
+def _by_autograd(critic, real, fake, a, condition, loss, mode, target, weight, loss_scale, backend):
+    """The specification of :func:`critic_gradients`, for any critic: the loss and the penalty written out."""
+    with torch.enable_grad():
+        arguments = () if condition is None else (condition,)
+        fake_scores, real_scores = critic(fake, *arguments), critic(real, *arguments)
+        value = LOSS_FORMULAS[loss](real_scores, fake_scores)
+        penalty = torch.zeros_like(value)
+        if weight != 0:
+            x_hat = real if mode == "r1" else interpolate(real, fake, a, backend="reference")
+            penalty = gradient_penalty(
+                critic, x_hat, condition=condition, target=target, weight=weight, mode=mode, backend="autograd"
+            )
+        parameters = [p for p in critic.parameters() if p.requires_grad]
+        total = (value + penalty) * loss_scale
+        found = iter(torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ())
+    gradients = [next(found) if p.requires_grad else None for p in critic.parameters()]
+    filled = [torch.zeros_like(p) if g is None and p.requires_grad else g for p, g in zip(critic.parameters(), gradients)]
+    return CriticGradients(tuple(filled), value.detach(), penalty.detach(), real_scores.detach(), fake_scores.detach())
+
+
+LOSS_FORMULAS = {
+    "wasserstein": lambda real, fake: fake.mean() - real.mean(),
+    "softplus": lambda real, fake: F.softplus(fake).mean() + F.softplus(-real).mean(),
+}
+
+
+def _require_parameters(plan, weights, parameters):
+    for layer, pair in zip(plan.layers, weights):
+        if any(t is not None and all(t is not p for p in parameters) for t in pair):
+            raise InputError(f"{layer.name} has a weight that is no parameter or buffer of the critic: {ADVICE}")
+
+
+def _check(real, fake, condition, loss, mode):
+    for name, tensor in (("real", real), ("fake", fake)):
+        require_floating(name, tensor)
+        if tensor.ndim != 4:
+            raise InputError(f"{name} must have shape (N, C, H, W), got {tuple(tensor.shape)}")
+    if real.shape != fake.shape or real.dtype != fake.dtype or real.device != fake.device:
+        found, wanted = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (fake, real))
+        raise InputError(f"fake must be like real, {wanted}, got {found}")
+    if real.shape[0] == 0:
+        raise InputError("real holds no samples")
+    check_condition(condition, real)
+    if loss not in LOSSES:
+        raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -1,0 +1,258 @@
+"""The student on a GPU: a few kernels over one workspace, weights packed once. What :func:`student_forward` runs there.
+
+A :class:`Step` is one launch for one convolution or several that follow each other. All of them keep activations as
+:mod:`advkd.ops.gpu_layers` says; between two steps there are two halves of one workspace.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass, replace
+
+from ..errors import InputError
+from . import registry
+from .gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded, product_of, stem_numbers
+from .latents import split_latent
+
+KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem", "triton_descriptor")
+"""The kernels that a step can start; encoded plans keep their places. ``pair`` fuses two convolutions of few channels,
+``stem`` all of the lowest resolutions; ``image`` makes the last layer's. Triton's names begin with ``triton``, the others are
+CUDA C++."""
+
+ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: convolutions ``first .. first + count - 1`` by one of :data:`KERNELS`.
+
+    ``config``: integers; Triton's tile (``Config``, ``ImageConfig`` or ``DescriptorConfig`` of ``kernels/conv_block.py``), of
+    ``stem`` blocks per cluster and images per cluster, of the others none.
+    """
+
+    kernel: str
+    first: int
+    count: int = 1
+    config: tuple[int, ...] = ()
+
+    def form(self, i, last):
+        """How convolution ``i``'s weights are packed for this step; ``last``: the network's last convolution."""
+        if self.kernel.startswith("triton"):
+            return "taps"
+        return "image" if self.kernel == "image" or self.kernel == "pair" and i == last else "fragments"
+
+
+def encode_steps(steps, product):
+    """Steps and the product as the op's list of integers."""
+    rows = ((KERNELS.index(s.kernel), s.first, s.count, len(s.config), *s.config) for s in steps)
+    return [PRODUCTS.index(product), *(number for row in rows for number in row)]
+
+
+def decode_steps(numbers):
+    """``(steps, product)`` of :func:`encode_steps`.
+
+    Raises:
+        InputError: a kernel that this version does not have.
+    """
+    steps, place = [], 1
+    while place < len(numbers):
+        kernel, first, count, length = numbers[place : place + 4]
+        if not 0 <= kernel < len(KERNELS):
+            raise InputError(
+                f"the plan has kernel number {kernel}, of another version; this one has {len(KERNELS)}: plan again"
+            )
+        place += 4 + length
+        steps.append(Step(KERNELS[kernel], first, count, tuple(numbers[place - length : place])))
+    return steps, PRODUCTS[numbers[0]]
+
+
+def pack_gpu(weight, bias, layer, dtype, form, product):
+    """One layer's weights in one form, and its bias, float32 in whole units (as many as there are for an image).
+
+    Args:
+        weight, bias: ``(C_out, C_in, 3, 3)`` and ``(C_out,)`` of the folded network.
+        layer: a :class:`advkd.ops.conv_block.ConvLayer`.
+        dtype: of the activations.
+        form: ``taps`` (Triton), ``fragments`` or ``image`` (CUDA C++).
+        product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
+    """
+    taps, padded_bias = pad_layer(weight, bias, layer)
+    if form == "taps":
+        return triton_launcher("pack_weights")(taps, dtype, triton_precision(product)), padded_bias
+    if form == "image":
+        return pack_image(taps, layer.c_out, product), bias.float().contiguous()
+    return pack_fragments(taps, product), padded_bias
+
+
+def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
+    """Images ``(N, C, S, S)`` in ``dtype`` of latents ``(N, numel)``; see :func:`advkd.ops.student_forward.student_forward`.
+
+    ``packed`` and ``biases``: of every layer, as :func:`pack_gpu` makes them for its step. ``steps``: of :func:`encode_steps`.
+    """
+    steps, product = decode_steps(steps)
+    first, image = layers[0], layers[-1]
+    images = z.new_empty((len(z), image.c_out, *output_sides(image)), dtype=dtype)
+    if len(z) == 0:
+        return images
+    parts = [(first.c_in, first.height), *((layer.detail, layer.height) for layer in layers if layer.detail)]
+    coarse, *details = split_latent(z.to(dtype), parts)
+    x = coarse.new_zeros((len(z), first.height, first.width, padded(first.c_in)))
+    x[..., : first.c_in] = coarse.permute(0, 2, 3, 1)
+    for step, out in zip(steps, [*_activations(steps, layers, x), images], strict=True):
+        run_step(step, layers, x, packed, biases, out, slope, product)
+        following = step.first + step.count
+        if following < len(layers) and layers[following].detail:
+            _enter(out, details.pop(0))
+        x = out
+    return images
+
+
+def run_step(step, layers, x, packed, biases, out, slope, product):
+    """Start one step: ``x`` as its first layer reads it, ``out`` as the layer after it does, or the images."""
+    _LAUNCH[step.kernel](step, layers, x, packed, biases, out, slope, product)
+
+
+def output_sides(layer):
+    """Height and width of what a layer makes."""
+    scale = 2 if layer.upsample else 1
+    return scale * layer.height, scale * layer.width
+
+
+def activation_shapes(steps, layers, n):
+    """Shapes of the tensors between the steps."""
+    following = [layers[step.first] for step in steps[1:]]
+    return [(n, layer.height, layer.width, input_channels(layer)) for layer in following]
+
+
+def workspace_elements(shapes):
+    """Elements of the workspace that holds such tensors by turns in its two halves."""
+    return sum(_halves([math.prod(shape) for shape in shapes]))
+
+
+def _halves(sizes):
+    # Steps of 128 elements keep both halves aligned.
+    return [-(-max(sizes[i::2], default=0) // 128) * 128 for i in range(2)]
+
+
+def _activations(steps, layers, x):
+    """The tensors between the steps, by turns in the two halves of one workspace."""
+    shapes = activation_shapes(steps, layers, len(x))
+    starts = (0, _halves([math.prod(shape) for shape in shapes])[0])
+    workspace = x.new_empty(workspace_elements(shapes))
+    return [workspace[starts[i % 2] :][: math.prod(shape)].view(shape) for i, shape in enumerate(shapes)]
+
+
+def _enter(out, detail):
+    """Detail bands of the latent into the channels behind those of the layer before."""
+    place = out[..., out.shape[-1] - padded(detail.shape[1]) :]
+    place[..., : detail.shape[1]] = detail.permute(0, 2, 3, 1)
+    place[..., detail.shape[1] :] = 0
+
+
+def triton_launcher(name):
+    """Function ``name`` of the Triton kernels of the student's convolutions."""
+    return getattr(importlib.import_module("advkd.kernels.conv_block"), name)
+
+
+def triton_precision(product):
+    """How Triton multiplies float32 numbers for one of :data:`PRODUCTS`."""
+    return "tf32x3" if product == "f32" else "tf32"
+
+
+def triton_layer(layer):
+    """A layer as Triton's table of configurations takes it: only what makes images has so few channels."""
+    return layer if is_image(layer) else replace(layer, c_out=padded(layer.c_out))
+
+
+def _triton(name):
+    def launch(step, layers, x, packed, biases, out, slope, product):
+        layer = layers[step.first]
+        arguments = (x, packed[step.first], biases[step.first], out)
+        options = (ACTIVATION_CODES[layer.activation], slope, triton_precision(product), step.config)
+        triton_launcher(name)(*arguments, *([] if name == "conv_image" else [layer.upsample]), *options)
+
+    return launch
+
+
+def _conv(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    code = ACTIVATION_CODES[layers[i].activation]
+    launch = registry.cuda_launcher("conv_layer")
+    launch(x, packed[i], biases[i], out, layers[i].upsample, code, slope, PRODUCTS.index(product))
+
+
+def _image(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    code = ACTIVATION_CODES[layers[i].activation]
+    registry.cuda_launcher("conv_image")(x, packed[i], biases[i], out, code, slope, PRODUCTS.index(product))
+
+
+def _pair(step, layers, x, packed, biases, out, slope, product):
+    i = step.first
+    image, code = i + 2 == len(layers), ACTIVATION_CODES[layers[i + 1].activation]
+    tensors = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
+    registry.cuda_launcher("conv_pair")(*tensors, layers[i].upsample, image, code, slope, PRODUCTS.index(product))
+
+
+def _stem(step, layers, x, packed, biases, out, slope, product):
+    own = slice(step.first, step.first + step.count)
+    launch = registry.cuda_launcher("student_stem")
+    numbers = (slope, PRODUCTS.index(product), *step.config)
+    launch(x, list(packed[own]), list(biases[own]), out, stem_numbers(layers[own]), *numbers)
+
+
+_LAUNCH = {
+    "triton_conv": _triton("conv_layer"),
+    "triton_image": _triton("conv_image"),
+    "conv": _conv,
+    "image": _image,
+    "pair": _pair,
+    "stem": _stem,
+    "triton_descriptor": _triton("conv_descriptor"),
+}
+
+
+def plain_steps(layers, n, dtype, backend):
+    """A step for every convolution of ``n`` images, by ``triton`` or ``cuda``."""
+    prefix = "triton_" if backend == "triton" else ""
+    steps = []
+    for i, layer in enumerate(layers):
+        config = ()
+        if backend == "triton":
+            config = tuple(triton_launcher("default")(triton_layer(layer), n, dtype, triton_precision(product_of(dtype))))
+        steps.append(Step(prefix + ("image" if is_image(layer) else "conv"), i, 1, config))
+    return steps
+
+
+def gpu_arguments(weights, biases, layers, dtype, steps):
+    """What op ``student_forward`` takes for its ``biases``, ``packed`` and ``steps`` on a GPU."""
+    product = product_of(dtype)
+    forms = [step.form(i, len(layers) - 1) for step in steps for i in range(step.first, step.first + step.count)]
+    pairs = [pack_gpu(w, b, i, dtype, form, product) for w, b, i, form in zip(weights, biases, layers, forms, strict=True)]
+    return [bias for _, bias in pairs], [packed for packed, _ in pairs], encode_steps(steps, product)
+
+
+def is_image(layer):
+    """Whether a layer is one that the kernels for images take."""
+    return layer.c_out <= 4 and not layer.upsample and layer.activation == "tanh"
+
+
+def conv_block_cuda(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
+    from .conv_block import ConvLayer
+
+    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    product, image = product_of(x.dtype), is_image(layer)
+    step = Step("image" if image else "conv", 0)
+    packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
+    stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
+    stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
+    sides = output_sides(layer)
+    out = x.new_empty((len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out)))
+    if len(x):
+        run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
+    return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
+
+
+def conv_block_triton(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``triton``."""
+    return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)

@@ -1,0 +1,1 @@
+"""Files, devices, processes, profilers' ranges: what every room stands on."""
