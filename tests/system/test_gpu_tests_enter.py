@@ -239,8 +239,8 @@ def test_names_exist(path):
 
 
 FAULTY = """
-import advkd.ops.gpu_layers as layers
-from advkd.ops import backends, nothing
+import advkd.ops.gpu_storage as layers
+from advkd.ops import registry, nothing
 from .training_cases import check
 
 
@@ -253,7 +253,7 @@ def launchers():
 def test(kernels):
     kernels.anything()
     kernels = launchers()
-    kernels.table(layers.UNIT, backends.gap)
+    kernels.table(layers.UNIT, registry.gap)
     kernels.shared_memory("cuda")
     from advkd import no_module
     with pytest.raises(AttributeError, match="layers"):

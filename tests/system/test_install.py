@@ -69,6 +69,8 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
     code = (
         "import advkd, advkd.kernels.philox, torch; from advkd.ops import registry;"
+        "import importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(advkd.__path__, 'advkd.')"
+        " if not m.name.endswith(('__main__', '_cpu', '_cuda')) and 'csrc' not in m.name];"
         "from advkd.ops import cupy_modules; assert cupy_modules.folder().parent.name == 'advkd', cupy_modules.folder();"
         "print(advkd.__file__, advkd.kernels.philox.__file__, registry.gap('philox', 'cpu', torch.device('cpu')),"
         "len(advkd.Student.from_pretrained('digits').sample(3)))"

@@ -498,7 +498,7 @@ def test_tests_that_are_stopped_for_want_of_time_are_no_failures(tmp_path, monke
     monkeypatch.setattr(gpu_parts, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
     monkeypatch.setattr(gpu_parts, "test_digest", lambda file: "digest")
     monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(gpu_parts.backends, "gap", lambda *place: None)
+    monkeypatch.setattr(gpu_parts.registry, "gap", lambda *place: None)
     monkeypatch.setattr(gpu_parts, "GATE", ["-m", ""])
 
     class Late(gpu_parts.Part):
