@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from ..ops.conv_block import ALGORITHMS, CPU_DTYPES
-from ..ops.student_forward import pack
+from ..ops.conv_layer import ALGORITHMS, CPU_DTYPES, pack
 from ..runtime.files import cache_folder, read_json, write_json
 from ..runtime.timing import processor_identity
 
@@ -113,8 +112,8 @@ class PlannedLayer:
     """One row of a :class:`Plan`: multiply-adds are per image, times seconds for one image.
 
     Attributes:
-        layer: the :class:`advkd.ops.conv_block.ConvLayer`.
-        algorithm: one of :data:`advkd.ops.conv_block.ALGORITHMS`.
+        layer: the :class:`advkd.ops.conv_layer.ConvLayer`.
+        algorithm: one of :data:`advkd.ops.conv_layer.ALGORITHMS`.
         direct_products: multiply-adds of the layer as it is defined, on the up-sampled tensor.
         products: those that the algorithm makes, transforms left out.
         predicted: ``products`` at the rate that the processor reaches in registers.

@@ -7,9 +7,9 @@ from collections import OrderedDict
 import torch
 
 from ..errors import InputError
+from ..ops.conv_layer import encode, output_sides
 from ..ops.gpu_storage import input_channels, padded, product_of
-from ..ops.student_forward import encode
-from ..ops.student_steps import activation_shapes, encode_steps, output_sides, pack_gpu, workspace_elements
+from ..ops.student_steps import activation_shapes, encode_steps, pack_gpu, workspace_elements
 from .gpu_search import Limits, fixed_steps, measured_steps
 
 _CAPTURES = threading.RLock()
@@ -22,7 +22,7 @@ class GpuEngine:
     """The launches of one network on one device.
 
     Args:
-        layers: its :class:`advkd.ops.conv_block.ConvLayer`.
+        layers: its :class:`advkd.ops.conv_layer.ConvLayer`.
         weights, biases: folded, on the device.
         slope: of LeakyReLU.
         dtype: of activations and images.

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
+from ..ops.conv_layer import is_image, output_sides
 from ..ops.gpu_storage import device_limits, input_channels, padded, stem_numbers
-from ..ops.student_steps import Step, is_image, output_sides, run_step, triton_launcher, triton_layer, triton_precision
+from ..ops.student_steps import Step, run_step, triton_launcher, triton_layer, triton_precision
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import reason
 from .cpu import kept_file, text_table
@@ -287,7 +288,7 @@ class PlannedLaunch:
     """One row of a :class:`GpuPlan`, for the whole batch.
 
     Attributes:
-        layers: the :class:`advkd.ops.conv_block.ConvLayer` that one launch computes.
+        layers: the :class:`advkd.ops.conv_layer.ConvLayer` that one launch computes.
         kernel: one of :data:`advkd.ops.student_steps.KERNELS`, with its configuration.
         products: multiply-adds, up-sampling as four phases.
         moved_bytes: that the launch must read and write.

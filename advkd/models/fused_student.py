@@ -16,10 +16,11 @@ from ..engines.gpu_search import GpuPlan
 from ..errors import InputError
 from ..ops import philox_normal, registry
 from ..ops.arguments import whole
-from ..ops.conv_block import ConvLayer, choose_for, require_finite
+from ..ops.conv_block import choose_for, require_finite
+from ..ops.conv_layer import ConvLayer, encode, pack
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
-from ..ops.student_forward import encode, pack, student_forward
+from ..ops.student_forward import student_forward
 from ..runtime.host import to_host
 from ..runtime.ranges import named
 from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
@@ -42,7 +43,7 @@ class FusedStudentConfig(StudentConfig):
 
     Attributes:
         dtype: of activations and images: float32, bfloat16, float16 or float64.
-        algorithms: one of :data:`advkd.ops.conv_block.ALGORITHMS` per convolution for the ``cpu`` backend; empty: the defaults.
+        algorithms: one of :data:`advkd.ops.conv_layer.ALGORITHMS` per convolution for the ``cpu`` backend; empty: the defaults.
     """
 
     dtype: str = "float32"

@@ -6,16 +6,11 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, require_dense
-from .conv_block import ACTIVATIONS, DTYPES, ConvLayer, choose_for, conv_block_reference
+from .conv_block import choose_for, conv_block_reference
+from .conv_layer import DTYPES, STORAGE, ConvLayer, decode, encode, is_image, pack
 from .latents import split_latent
 from .layout import require_floating
-from .student_steps import gpu_arguments, is_image, plain_steps, student_forward_gpu
-
-FIELDS = 9
-"""Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
-
-STORAGE = 6
-"""Which of them is the dtype."""
+from .student_steps import gpu_arguments, plain_steps, student_forward_gpu
 
 
 def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algorithms=(), backend="auto"):
@@ -85,24 +80,6 @@ def _check_layers(layers, weights, biases):
         if weight.shape != (layer.c_out, layer.c_in, 3, 3) or bias.shape != (layer.c_out,):
             expected = f"({layer.c_out}, {layer.c_in}, 3, 3) and ({layer.c_out},)"
             raise InputError(f"weights and biases {i} must be {expected}, got {tuple(weight.shape)} and {tuple(bias.shape)}")
-
-
-def pack(weight, bias, layer, dtype, algorithm):
-    """One layer's weights as the ``cpu`` backend reads them, a ``(bytes,)`` uint8 tensor for this processor."""
-    numbers = layer.numbers(dtype, algorithm)
-    return torch.ops.advkd_cpu.conv_pack(weight.float().contiguous(), bias.float().contiguous(), numbers)
-
-
-def encode(layers, dtype=torch.float32, algorithms=()):
-    """All layers as one list of integers; ``direct`` stands in where there is no choice (the reference's)."""
-    algorithms = algorithms or ["direct"] * len(layers)
-    return [n for layer, algorithm in zip(layers, algorithms, strict=True) for n in layer.numbers(dtype, algorithm)]
-
-
-def decode(numbers):
-    """The layers of :func:`encode`."""
-    rows = [numbers[i : i + FIELDS] for i in range(0, len(numbers), FIELDS)]
-    return [ConvLayer(*row[:4], bool(row[4]), ACTIVATIONS[row[5]], row[8]) for row in rows]
 
 
 def student_forward_reference(z, weights, biases, layers, slope):

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from advkd.errors import InputError
 from advkd.models.student import Student, StudentConfig
 from advkd.ops import registry, student_forward
-from advkd.ops.conv_block import ConvLayer
-from advkd.ops.student_forward import decode, encode, pack
+from advkd.ops.conv_layer import ConvLayer, decode, encode, pack
 
 from ..conftest import process_environment
 

@@ -14,7 +14,7 @@ from advkd.engines import cpu as planning
 from advkd.engines import gpu_search
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
-from advkd.ops.conv_block import ALGORITHMS
+from advkd.ops.conv_layer import ALGORITHMS
 
 from ..conftest import process_environment, tiny_student
 
