@@ -28,7 +28,7 @@ _EXPORTS = {
     "FusedStudent": "models.fused_student",
     "InputError": "errors",
     "Student": "models.student",
-    "StudentConfig": "models.student",
+    "StudentConfig": "models.shape",
     "Teacher": "diffusion.teacher",
     "Trajectories": "diffusion.recorder",
     "critic_gradients": "ops.critic.update",

@@ -18,7 +18,8 @@ from advkd.cli.demo import demo_recipe
 from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d
-from advkd.models.student import PRESETS, Student
+from advkd.models.shape import PRESETS
+from advkd.models.student import Student
 from advkd.runtime.files import write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import percentiles

@@ -24,7 +24,8 @@ import torch
 from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.methods.adv_kd import recipe
-from advkd.models.student import PRESETS, Student
+from advkd.models.shape import PRESETS
+from advkd.models.student import Student
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.ranges import named
 from advkd.training.trainer import Distiller

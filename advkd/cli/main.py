@@ -282,7 +282,8 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
 
 def _build_student(preset, init=None):
     from ..models.saving import build_config
-    from ..models.student import PRESETS, Student, StudentConfig
+    from ..models.shape import PRESETS, StudentConfig
+    from ..models.student import Student
     from ..runtime.files import read_json
 
     if (preset is None) == (init is None):
@@ -409,4 +410,3 @@ def demo(out, num, updates, device):
     require_device(device)
     click.echo(run_demo(out, num, updates, device))
     click.echo(f"pictures in {out}: teacher_and_student.png, levels.png, loss_curves.png, student_samples.png")
-

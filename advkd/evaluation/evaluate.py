@@ -22,7 +22,7 @@ from ..diffusion.recorder import (
 )
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..models.fused_student import DTYPES
+from ..models.shape import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
 from ..runtime.files import cache_folder, digest, require_output_folder, write_json

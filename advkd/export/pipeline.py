@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from ..data.pictures import to_pil
 from ..errors import InputError
 from ..models.batch_norm import CannotFoldError, evaluating
-from ..models.fused_student import read_by_fusing
+from ..models.folding import read_by_fusing
 from ..models.saving import build_config, require_plausible
-from ..models.student import Student, StudentConfig
+from ..models.shape import StudentConfig
+from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import read_json, require_regular, write_bytes
 from ..runtime.hub import reason, resolve

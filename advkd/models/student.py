@@ -1,7 +1,6 @@
 """The one-pass student: 12 submodules, each a denoising step of the teacher (ADV-KD, section 3, eq. 6 and 7)."""
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,75 +9,20 @@ from torch import nn
 from ..data.levels import resolutions
 from ..errors import InputError
 from ..ops import philox_normal
-from ..ops.arguments import flag, real, whole
-from ..ops.latents import check_latent, latent_numel, latent_parts, project, split_latent
+from ..ops.arguments import whole
+from ..ops.latents import latent_numel, latent_parts, project, split_latent
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
 from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
 from .saving import PretrainedModule
-
-
-@dataclass
-class StudentConfig:
-    """Shape of a student.
-
-    Attributes:
-        image_size: side of the images, 4 * 2^k, at most 2^20.
-        image_channels: 1 to 4.
-        channels: features of each submodule, at most 2^16; their number is the depth (even).
-        latent_size: m, the latent is ``(C m m, 4, 4)``.
-        detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
-        slope: of LeakyReLU.
-    """
-
-    image_size: int = 256
-    image_channels: int = 3
-    channels: tuple[int, ...] = field(default=(16, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128))
-    latent_size: int = 4
-    detail_noise: bool = False
-    slope: float = 0.2
-
-    def __post_init__(self):
-        for name in ("image_size", "image_channels", "latent_size"):
-            setattr(self, name, _integer(name, getattr(self, name)))
-        # Products of larger ones are no sizes of tensors.
-        if not isinstance(self.channels, (tuple, list)) or any(
-            type(c) is not int or not 1 <= c <= 2**16 for c in self.channels
-        ):
-            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels!r}")
-        self.detail_noise = flag("detail_noise", self.detail_noise)
-        if isinstance(self.slope, bool):
-            raise InputError(f"slope must be a number, got {self.slope}")
-        self.slope = real("slope", self.slope)
-        resolutions(self.image_size, len(self.channels))
-        check_latent(self.image_size, self.latent_size, self.detail_noise)
-        if not 1 <= self.image_channels <= 4:
-            raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
-        if self.image_size > 2**20:
-            raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
-        if not 0 <= self.slope < 1:
-            raise InputError(f"slope must be in [0, 1), got {self.slope}")
-
-
-def _integer(name, value):
-    """``value`` as an int of any size; a flag in its place is a mistake."""
-    if isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, got {value}")
-    return whole(name, value, -math.inf, math.inf)
-
-
-PRESETS = {
-    "paper-256": StudentConfig(),
-    "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
-    "digits": StudentConfig(
-        image_size=32, image_channels=1, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
-    ),
-}
+from .shape import PRESETS, StudentConfig, batches, gather
 
 
 class Submodule(nn.Module):
     """Two convolutions, each followed by batch norm and LeakyReLU; the input is up-sampled first where asked."""
+
+    folded_forward = True
 
     def __init__(self, in_channels, out_channels, upsample, slope):
         super().__init__()
@@ -113,6 +57,7 @@ class Student(PretrainedModule, nn.Module):
     config_class = StudentConfig
     embedded = {"digits": PRETRAINED / "digits"}
     training_keys = ("samples", "runs")
+    folded_forward = True
 
     @staticmethod
     def is_record(record):
@@ -240,19 +185,3 @@ class Student(PretrainedModule, nn.Module):
                     nn.init.zeros_(module.bias)
         for terminal in (*self.terminals, self.head):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
-
-
-def batches(n, batch_size):
-    """A generator of ``(first, count)``, the batches that make ``n`` images; wrong numbers are refused at the call."""
-    n, batch_size = whole("n", n), whole("batch_size", batch_size, 1)
-    return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
-
-
-def gather(pieces, n, config):
-    """Batches of images as one float32 tensor ``(n, C, S, S)`` on the CPU."""
-    shape = (int(n), config.image_channels, config.image_size, config.image_size)
-    images, first = torch.empty(shape, dtype=torch.float32, device="cpu"), 0
-    for piece in pieces:
-        images[first : first + len(piece)] = piece
-        first += len(piece)
-    return images

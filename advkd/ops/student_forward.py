@@ -1,5 +1,7 @@
 """The whole student as one op: from latents to images, batch norm folded, nothing of Python between the layers."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
@@ -13,7 +15,18 @@ from .layout import require_floating
 from .student_steps import gpu_arguments, plain_steps, student_forward_gpu
 
 
-def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algorithms=(), backend="auto"):
+def student_forward(
+    z: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    layers: Sequence[ConvLayer],
+    *,
+    slope: float,
+    dtype: torch.dtype,
+    packed: Sequence[torch.Tensor] = (),
+    algorithms: Sequence[str] = (),
+    backend: str = "auto",
+) -> torch.Tensor:
     """Images of latents, through convolutions that follow each other.
 
     Args:
@@ -24,7 +37,7 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         slope: LeakyReLU's.
         dtype: of activations and images: float32, bfloat16; float16 (all but ``cpu``), float64 (``reference``).
         algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
-        packed: for ``cpu``, what :func:`pack` made of these weights, biases and algorithms; by default they are packed now.
+        packed: for ``cpu``, these weights and biases by :func:`advkd.ops.conv_layer.pack`; by default they are packed now.
         backend: see :func:`advkd.ops.registry.choose`. ``triton`` and ``cuda`` pack the weights on every call and start one
             kernel per layer; :class:`advkd.FusedStudent` keeps weights packed, plans launches and captures them as graphs.
 
@@ -39,13 +52,9 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     _check_layers(layers, weights, biases)
     require_floating("z", z)
     registry.require_known(backend)
-    registry.refuse_order_0("student_forward", z, *weights, *biases)
+    registry.refuse_order_0("student_forward", *weights, *biases)
     slope = finite("slope", slope)
-    if z.device != weights[0].device:
-        raise InputError(f"z must be on {weights[0].device} like the weights, got {z.device}")
-    numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
-    if z.ndim != 2 or z.shape[1] != numel:
-        raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
+    require_latents(z, latent_numel(layers), weights[0].device)
     backend = choose_for("student_forward", dtype, backend, z.device)
     if backend in ("triton", "cuda"):
         if not is_image(layers[-1]):
@@ -62,6 +71,21 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     packed = packed or [pack(w, b, i, dtype, a) for w, b, i, a in zip(weights, biases, layers, algorithms, strict=True)]
     z, numbers = z.float().contiguous(), encode(layers, dtype, algorithms)
     return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, [], slope, backend)
+
+
+def latent_numel(layers: Sequence[ConvLayer]) -> int:
+    """Elements of one latent: the first layer's input and the detail bands of later ones."""
+    first = layers[0]
+    return first.c_in * first.height * first.width + sum(i.detail * i.height * i.width for i in layers)
+
+
+def require_latents(z: torch.Tensor, numel: int, device: torch.device) -> None:
+    """Refuse latents that are not ``(N, numel)`` on ``device``, and a tangent, which the op would leave behind."""
+    registry.refuse_order_0("student_forward", z)
+    if z.device != device:
+        raise InputError(f"z must be on {device} like the weights, got {z.device}")
+    if z.ndim != 2 or z.shape[1] != numel:
+        raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
 
 
 def _check_layers(layers, weights, biases):

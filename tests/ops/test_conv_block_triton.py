@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from advkd.ops.conv_layer import ACTIVATIONS, ConvLayer
 from advkd.ops.gpu_storage import device_limits, pad_layer, padded
 

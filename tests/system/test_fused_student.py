@@ -11,7 +11,7 @@ import torch
 
 from advkd import FusedStudent, Student
 from advkd.engines import cpu as planning
-from advkd.engines import gpu_search
+from advkd.engines import gpu_search, kept
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
 from advkd.ops.conv_layer import ALGORITHMS
@@ -113,7 +113,7 @@ def test_a_cache_that_refuses_does_not_stop_a_run(monkeypatch, caplog, cache, na
     def refuse(*arguments):
         raise OSError(30, "Read-only file system") if name == "write_json" else InputError("others may write to it")
 
-    monkeypatch.setattr(planning, name, refuse)
+    monkeypatch.setattr(kept, name, refuse)
     with caplog.at_level(logging.WARNING):
         fused = tiny_student().fuse("cpu")
     assert len(fused.config.algorithms) == len(fused.layers) and "kept" in caplog.text and not cache.exists()
@@ -126,11 +126,11 @@ TIMES = {"conv, tf32, batch 1: 3": 1e-5, "pair, tf32, batch 1: 3": 2.5e-6}
 def kept_times(cache, monkeypatch):
     """A device's file of measured times, and a way to read it."""
     monkeypatch.setattr(gpu_search, "step_seconds", lambda engine, step, n: 1e-3)
-    times = gpu_search.KeptTimes(torch.device("cpu"))
-    times.known = dict(TIMES)
-    times.found = dict(TIMES)
+    times = kept.kept_times(torch.device("cpu"))
+    for key, seconds in TIMES.items():
+        times.add(key, seconds)
     times.keep()
-    return times.path, lambda: gpu_search.KeptTimes(torch.device("cpu"))
+    return times.path, lambda: kept.kept_times(torch.device("cpu"))
 
 
 def test_a_gpus_times_are_kept(kept_times):
@@ -144,7 +144,7 @@ def test_damaged_times_are_measured_anew(kept_times, content):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     times = read()
     assert times.known == {}
-    assert times.seconds("conv", None, None, 1) == 1e-3
+    assert gpu_search.known_seconds(times, "conv", None, None, 1) == 1e-3
     times.keep()
     assert read().known == {"conv": 1e-3}
 
@@ -158,7 +158,7 @@ def test_a_time_that_was_not_measured_is_left_out(kept_times, value):
     times = read()
     assert times.known == {name: seconds for name, seconds in TIMES.items() if seconds == 2.5e-6}
     # Times that were left out are not written back.
-    times.seconds("conv", None, None, 1)
+    gpu_search.known_seconds(times, "conv", None, None, 1)
     times.keep()
     assert set(json.loads(path.read_text())["seconds"]) == {"conv", "pair, tf32, batch 1: 3"}
 
@@ -169,10 +169,10 @@ def test_times_that_cannot_be_kept_do_not_stop_a_run(kept_times, monkeypatch, ca
         if name == "write_json":
             raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(gpu_search, name, refuse)
+    monkeypatch.setattr(kept, name, refuse)
     with caplog.at_level(logging.WARNING):
-        times = gpu_search.KeptTimes(torch.device("cpu"))
-        assert times.seconds("conv", None, None, 1) == 1e-3
+        times = kept.kept_times(torch.device("cpu"))
+        assert gpu_search.known_seconds(times, "conv", None, None, 1) == 1e-3
         times.keep()
     assert ("not kept" if name == "write_json" else "in memory") in caplog.text
 

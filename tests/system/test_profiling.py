@@ -17,7 +17,8 @@ from advkd.cli.main import _apply, distill
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor
 from advkd.methods.adv_kd import RECIPES
-from advkd.models.student import Student, StudentConfig
+from advkd.models.shape import StudentConfig
+from advkd.models.student import Student
 from advkd.ops import registry
 from advkd.runtime import timing
 from advkd.runtime.files import digest

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from profiling import (
     ahead,
     bench_conv_block,
