@@ -35,6 +35,7 @@ _EXPORTS = {
     "critic_step": "ops.critic.update",
     "evaluate_folders": "evaluation.evaluate",
     "evaluate_student": "evaluation.evaluate",
+    "export_onnx": "export.onnx",
     "record_trajectories": "diffusion.recorder",
     "sharing": "runtime.neighbours",
     "train_classifier": "training.classifier",

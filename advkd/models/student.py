@@ -1,6 +1,8 @@
 """The one-pass student: 12 submodules, each a denoising step of the teacher (ADV-KD, section 3, eq. 6 and 7)."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from ..ops.layout import require_floating
 from ..ops.philox import indices_of
 from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
+from .fused_student import FusedStudent
 from .saving import PretrainedModule
 from .shape import PRESETS, StudentConfig, batches, gather
 
@@ -24,7 +27,7 @@ class Submodule(nn.Module):
 
     folded_forward = True
 
-    def __init__(self, in_channels, out_channels, upsample, slope):
+    def __init__(self, in_channels: int, out_channels: int, upsample: bool, slope: float):
         super().__init__()
         self.upsample = upsample
         self.slope = slope
@@ -33,7 +36,7 @@ class Submodule(nn.Module):
         self.convolution2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = BatchNorm2d(out_channels)
 
-    def forward(self, x, upsampled=False, upsample=False):
+    def forward(self, x: torch.Tensor, upsampled: bool = False, upsample: bool = False) -> torch.Tensor:
         """``(N, in, H, W)`` to ``(N, out, H, W)``, or twice the side where it up-samples.
 
         ``upsampled``: the submodule before has up-sampled the input; ``upsample``: do so for the one after.
@@ -60,7 +63,7 @@ class Student(PretrainedModule, nn.Module):
     folded_forward = True
 
     @staticmethod
-    def is_record(record):
+    def is_record(record: dict[str, Any]) -> bool:
         """True if a record names samples by seed, start and number."""
         samples, runs = record["samples"], record["runs"]
         if not isinstance(samples, list) or not isinstance(runs, list):
@@ -69,7 +72,7 @@ class Student(PretrainedModule, nn.Module):
             isinstance(part, dict) and all(type(part.get(key)) is int for key in ("seed", "start", "num")) for part in samples
         )
 
-    def __init__(self, config):
+    def __init__(self, config: StudentConfig):
         super().__init__()
         self.config = config
         sides = resolutions(config.image_size, len(config.channels))
@@ -89,39 +92,39 @@ class Student(PretrainedModule, nn.Module):
         self._initialize()
 
     @classmethod
-    def from_preset(cls, name):
+    def from_preset(cls, name: str) -> "Student":
         """A student with fresh weights: ``paper-256``, ``pyramid-256`` or ``digits``."""
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(PRESETS[name])
 
     @property
-    def depth(self):
+    def depth(self) -> int:
         """Number of submodules."""
         return len(self.submodules)
 
     @property
-    def latent_numel(self):
+    def latent_numel(self) -> int:
         """Elements of one latent z."""
         config = self.config
         return latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
 
-    def num_parameters(self, terminals=True):
+    def num_parameters(self, terminals: bool = True) -> int:
         """Number of parameters, with or without the terminal modules."""
         kept = [self.submodules, self.head, *([self.terminals] if terminals else [])]
         return sum(p.numel() for module in kept for p in module.parameters())
 
-    def latents(self, n, seed=0, start=0, device=None):
+    def latents(self, n: int, seed: int = 0, start: int = 0, device: str | torch.device | None = None) -> torch.Tensor:
         """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
         device = next(self.parameters()).device if device is None else device
         indices = indices_of(n, start, device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
-    def project(self, x_T):
+    def project(self, x_T: torch.Tensor) -> torch.Tensor:
         """z of the teacher's start states ``(N, C, S, S)``, for pairs and side-by-side pictures."""
         return project(x_T, self.config.latent_size, self.config.detail_noise)
 
-    def forward(self, z, levels=None):
+    def forward(self, z: torch.Tensor, levels: Iterable[int] | None = None) -> Any:
         """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``.
 
         With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
@@ -147,12 +150,12 @@ class Student(PretrainedModule, nn.Module):
                 outputs[k] = torch.tanh(self.head(x)) if k == depth else self.terminals[k - 1](x)
         return outputs[depth] if levels is None else outputs
 
-    def levels(self, z):
+    def levels(self, z: torch.Tensor) -> list[torch.Tensor]:
         """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth."""
         outputs = self(z, levels=range(1, self.depth + 1))
         return [outputs[k] for k in sorted(outputs)]
 
-    def fuse(self, backend="auto", dtype=torch.float32, tune=True):
+    def fuse(self, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True) -> FusedStudent:
         """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped.
 
         Args:
@@ -162,12 +165,10 @@ class Student(PretrainedModule, nn.Module):
                 cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:
                 where bits must not hang on a measurement, take the defaults or load a saved engine.
         """
-        from .fused_student import FusedStudent
-
         return FusedStudent.from_student(self, backend, dtype, tune)
 
     @torch.no_grad()
-    def sample(self, n, seed=0, batch_size=64, start=0):
+    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
         seed = whole("seed", seed, 0, 2**64)
         parts, dtype, start = batches(n, batch_size), next(self.parameters()).dtype, whole("start", start)

@@ -1,5 +1,6 @@
 """The fused student as its users meet it: plans that are searched, kept, printed and saved; streaming; a quick start."""
 
+import copy
 import json
 import logging
 import os
@@ -12,6 +13,9 @@ import torch
 from advkd import FusedStudent, Student
 from advkd.engines import cpu as planning
 from advkd.engines import gpu_search, kept
+from advkd.engines.cpu import CpuEngine
+from advkd.engines.gpu import GpuEngine
+from advkd.engines.reference import ReferenceEngine
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
 from advkd.ops.conv_layer import ALGORITHMS
@@ -241,6 +245,46 @@ def test_an_engine_is_saved_and_loaded(tmp_path, dtype):
             FusedStudent.from_pretrained(tmp_path / "engine", backend="cpu")
     with pytest.raises(BackendUnavailableError):
         FusedStudent.from_pretrained(tmp_path / "engine", backend="cuda")
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_pickle_of_an_older_version(backend):
+    """It has an engine's parts in the place of the engine."""
+    fused = tiny_student().fuse(backend, tune=False)
+    state = {**fused.__getstate__(), "_packed": [], "_engine": None}
+    del state["engine"]
+    again = FusedStudent.__new__(FusedStudent)
+    again.__setstate__(state)
+    assert torch.equal(again.sample(2), fused.sample(2)) and not {"_packed", "_engine"} & set(vars(again))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_fused_student_without_memory(backend):
+    """On meta it has shapes; back on a device it is loaded anew."""
+    fused = tiny_student().fuse(backend, tune=False)
+    wanted, state = fused.sample(2), copy.deepcopy(fused.state_dict())
+    z = fused.latents(2)
+    images = fused.to("meta")(z.to("meta"))
+    assert images.is_meta and images.shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match="z must be on meta like the weights, got cpu"):
+        fused(z)
+    fused.load_state_dict(state, assign=True)
+    assert torch.equal(fused.sample(2), wanted)
+
+
+@CPU
+def test_an_engines_gap_is_the_reason(monkeypatch):
+    """A backend asked for by name runs or raises; auto takes the reference."""
+    student, cpu = tiny_student(), torch.device("cpu")
+    layers = student.fuse("reference").layers
+    assert ReferenceEngine.gap(layers, torch.float64, cpu) is CpuEngine.gap(layers, torch.bfloat16, cpu) is None
+    assert CpuEngine.gap(layers, torch.float16, cpu) == "computes in float32 or bfloat16, not in torch.float16"
+    assert "runs on CPU tensors" in CpuEngine.gap(layers, torch.float32, torch.device("meta"))
+    assert GpuEngine.gap(layers, torch.float32, cpu)
+    monkeypatch.setattr(CpuEngine, "gap", staticmethod(lambda layers, dtype, device: "no such layers"))
+    with pytest.raises(BackendUnavailableError, match="'cpu' cannot run this student on cpu: no such layers"):
+        student.fuse("cpu")
+    assert student.fuse().backend == "reference"
 
 
 @CPU
