@@ -17,7 +17,7 @@ from .arguments import device as known_device
 from .arguments import require_dense, sizes, whole
 from .layout import has_values
 
-STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4}
+STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4, "draw": 5}
 """What a number is used for; streams never share a counter."""
 
 _MASK = 0xFFFFFFFF
