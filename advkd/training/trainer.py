@@ -29,7 +29,8 @@ import torch.distributed as dist
 from .. import __version__
 from ..data.draws import DataOrder, shift, training_latents
 from ..data.pictures import METRICS_LIMIT, save_grid
-from ..diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories, same_teacher
+from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher
+from ..diffusion.recorder import record_trajectories
 from ..errors import InputError, TrainingError
 from ..methods.adv_kd import DistillConfig
 from ..models.batch_norm import evaluating
