@@ -30,7 +30,7 @@ _EXPORTS = {
     "Student": "models.student",
     "StudentConfig": "models.student",
     "Teacher": "diffusion.teacher",
-    "Trajectories": "diffusion.recorder",
+    "Trajectories": "data.trajectories",
     "critic_gradients": "ops.critic.update",
     "critic_step": "ops.critic.update",
     "evaluate_folders": "evaluation.evaluate",

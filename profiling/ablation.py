@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from advkd.diffusion.recorder import Trajectories
+from advkd.data.trajectories import Trajectories
 from advkd.errors import InputError
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
 from advkd.evaluation.report import seconds

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from advkd.cli.demo import demo_recipe
-from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from advkd import Teacher
-from advkd.diffusion.recorder import Trajectories, TrajectoryConfig
+from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.errors import InputError
 from advkd.ops.latents import project
 from advkd.runtime.files import write_json

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_trajectories
+from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.methods.adv_kd import recipe
 from advkd.models.student import PRESETS, Student

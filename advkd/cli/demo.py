@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..diffusion.recorder import TrajectoryConfig, record_in_processes, record_trajectories
+from ..data.trajectories import TrajectoryConfig
+from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..evaluation.evaluate import describe_models
 from ..evaluation.report import save_pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..diffusion.recorder import TrajectoryConfig
+from ..data.trajectories import TrajectoryConfig
 from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..evaluation.evaluate import EvaluationConfig
 from ..methods.adv_kd import RECIPES, DistillConfig
@@ -281,7 +281,7 @@ def distill(data, teacher_source, preset, init, out, config_file, resume, device
 
 
 def _build_student(preset, init=None):
-    from ..models.saving import build_config
+    from ..config import build_config
     from ..models.student import PRESETS, Student, StudentConfig
     from ..runtime.files import read_json
 

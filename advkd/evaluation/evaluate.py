@@ -12,14 +12,8 @@ import torch
 
 from ..data.images import describe_shape, load_images, read_pictures
 from ..data.pictures import to_uint8
-from ..diffusion.recorder import (
-    Trajectories,
-    TrajectoryConfig,
-    record_in_processes,
-    record_trajectories,
-    same_teacher,
-    samples_overlap,
-)
+from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher, samples_overlap
+from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.fused_student import DTYPES

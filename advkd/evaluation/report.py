@@ -8,7 +8,8 @@ import torch
 
 from ..data.levels import supervising_timesteps
 from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
-from ..diffusion.recorder import downsample, same_teacher
+from ..data.trajectories import same_teacher
+from ..diffusion.recorder import downsample
 from ..errors import InputError
 from ..runtime.files import digest, read_json, require_output_folder, restoring, write_bytes
 from ..runtime.ranges import named

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from advkd import AdvKDPipeline, FusedStudent, Student, StudentConfig
 from advkd.data.images import load_images
 from advkd.data.pictures import read_metrics, save_curves, save_grid
-from advkd.diffusion.recorder import Trajectories
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.evaluation import report
 from advkd.evaluation.features import build_extractor

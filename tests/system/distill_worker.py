@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from advkd.diffusion.recorder import Trajectories
+from advkd.data.trajectories import Trajectories
 from advkd.methods.adv_kd import recipe
 from advkd.training.trainer import Distiller
 from tests.conftest import tiny_student, tiny_teacher

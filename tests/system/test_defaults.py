@@ -26,8 +26,9 @@ from advkd.cli.sample import sample
 from advkd.cli.warmup import warmup
 from advkd.data.draws import DataOrder, shift, training_latents
 from advkd.data.images import load_images, load_labelled, normalize, read_pictures
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.coefficients import ddim_coefficients
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.evaluation import evaluate, metrics
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_folders, evaluate_student

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from advkd.data.draws import DataOrder, shift, training_latents
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
 from advkd.methods.adv_kd import RECIPES, recipe

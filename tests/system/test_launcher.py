@@ -12,7 +12,8 @@ from advkd import FusedStudent, Student
 from advkd.cli.demo import run_demo
 from advkd.cli.sample import sample
 from advkd.cli.warmup import warmup
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation import evaluate
@@ -247,7 +248,8 @@ def test_a_teacher_in_several_files_loads_without_standard_error(tmp_path, monke
 
 SCRIPT = """
 import sys
-from advkd.trajectories import TrajectoryConfig, record_in_processes
+from advkd.data.trajectories import TrajectoryConfig
+from advkd.diffusion.recorder import record_in_processes
 {guard}
     record_in_processes(sys.argv[1], TrajectoryConfig(steps=2, num=4, depth=4, batch_size=2, shard_size=2), sys.argv[2], 2)
 """

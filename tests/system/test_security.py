@@ -26,7 +26,8 @@ from advkd import AdvKDPipeline, FusedStudent, Student
 from advkd.cli.main import main
 from advkd.data.images import load_images, load_labelled, read_pictures
 from advkd.data.pictures import read_metrics
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor, extract

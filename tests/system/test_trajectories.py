@@ -13,8 +13,9 @@ from collections import namedtuple
 import pytest
 import torch
 
+from advkd.data.trajectories import Trajectories, same_teacher
 from advkd.diffusion import recorder as trajectories_module
-from advkd.diffusion.recorder import Trajectories, downsample, record_trajectories, same_teacher
+from advkd.diffusion.recorder import downsample, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.ops.latents import project
@@ -185,7 +186,8 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import multiprocessing, sys
-from advkd.trajectories import TrajectoryConfig, record_in_processes
+from advkd.data.trajectories import TrajectoryConfig
+from advkd.diffusion.recorder import record_in_processes
 if __name__ == "__main__":
     config = TrajectoryConfig(steps=10, num=40000, depth=4, batch_size=4, shard_size=8)
     try:
