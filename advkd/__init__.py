@@ -19,7 +19,7 @@ _EXPORTS = {
     "CriticConfig": "models.critic",
     "CriticGradients": "ops.critic.update",
     "DistillConfig": "methods.adv_kd",
-    "Distiller": "training.trainer",
+    "Distiller": "training.distillation",
     "EvaluationConfig": "evaluation.evaluate",
     "FusedDDIMScheduler": "diffusion.schedulers",
     "FusedDDPMScheduler": "diffusion.schedulers",

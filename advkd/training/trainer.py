@@ -80,12 +80,14 @@ class Trainer:
         self._require_divisible()
         self.out = claim(out, resume, finished, what)
         self.checkpoint = self.out / CHECKPOINT
-        self._found = file_state(self.checkpoint)
+        self._watched = [self.out / name for name in (CHECKPOINT, *finished)]
+        self._found = [file_state(path) for path in self._watched]
         self._save, self._shown = save, progress
         self.identity = self._identity()
         self.running: dict[str, Running] = {}
         self.cursor = self.stage_index = self.update = 0
         self._generator: torch.Generator | None = None
+        self._order: DataOrder | None = None
         self._start(resume)
 
     def _require_divisible(self):
@@ -141,10 +143,16 @@ class Trainer:
         """Start the current stage: the method's modules on the device, equal on all processes; fresh optimisers."""
         before, self.running = self.running, {}
         for name, part in self.method.build(self.stage).items():
-            part.module.to(self.accelerator.device, self.dtype, memory_format=part.memory_format)
+            self._place(part.module, part.memory_format)
             if self.accelerator.num_processes > 1:
                 share(part.module)
             self.running[name] = Running.of(part, before.get(name))
+
+    def _place(self, module, memory_format):
+        # diffusers' networks warn where they are given a dtype, even their own.
+        tensors = module.state_dict().values()
+        other = any(t.is_floating_point() and t.dtype != self.dtype for t in tensors)
+        module.to(self.accelerator.device, memory_format=memory_format, **({"dtype": self.dtype} if other else {}))
 
     @plain_defaults()
     def run(self) -> nn.Module:
@@ -152,7 +160,7 @@ class Trainer:
         GROUP.in_step = False
         main = self.accelerator.is_main_process
         with locked(self.out) if main else held(self.out):
-            if main and file_state(self.checkpoint) != self._found:
+            if main and [file_state(path) for path in self._watched] != self._found:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             total = sum(stage.updates for stage in self.stages)
             bar = progress_bar(total=total, initial=self.done, desc=self.method.name, shown=self._shown and main)
@@ -215,18 +223,16 @@ class Trainer:
         start, device = self.cursor + rank * local, self.accelerator.device
         self._generator = self.method.generator(self.done)
         host = HostDraws(self._generator, stage.batch_size, rank * local, local) if self._generator else None
-        rows = host.integers(len(self.data)).tolist() if host else self._order.rows(start, local)
+        rows = host.integers(len(self.data)).tolist() if host else self._rows(start, local)
         batch = self.data.batch(rows, stage.levels, device, self.dtype)
         self.cursor += stage.batch_size
         return batch, Draw(self.settings.seed, start, local, device, self.dtype, host)
 
-    @property
-    def _order(self):
-        """Order of the rows that there are now: it is another one once the data has grown."""
-        order = self.__dict__.get("_kept_order")
-        if order is None or order.num != len(self.data):
-            order = self._kept_order = DataOrder(len(self.data), self.settings.seed)
-        return order
+    def _rows(self, start, count):
+        """Rows of global draws; data that has grown has another order."""
+        if self._order is None or self._order.num != len(self.data):
+            self._order = DataOrder(len(self.data), self.settings.seed)
+        return self._order.rows(start, count)
 
     def _set_learning_rates(self):
         for part in self.running.values():
