@@ -14,7 +14,8 @@ from ..methods.adv_kd import recipe
 from ..models.student import PRESETS, Student
 from ..runtime.devices import plain_defaults
 from ..runtime.ranges import named
-from ..training.trainer import CHECKPOINT, distill
+from ..training.checkpoint import CHECKPOINT
+from ..training.distillation import distill
 
 
 @plain_defaults()

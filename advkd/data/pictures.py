@@ -112,7 +112,7 @@ def _figure_of_rows(images, columns, titles, path, names=None):
 
 
 def save_curves(metrics, path):
-    """Loss curves from ``metrics.csv`` (see :mod:`advkd.training.trainer`) as a PNG."""
+    """Loss curves from ``metrics.csv`` (see :mod:`advkd.training.log`) as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -149,6 +149,8 @@ class Method(Protocol):
         recipes: named configurations.
         columns: names that :meth:`update` logs, in the order of ``metrics.csv`` (empty: no such file is written).
         parallel: True if several processes may share a batch.
+        distils: True if ``advkd distill`` offers the method.
+        requires: what it needs, for people.
     """
 
     name: ClassVar[str]
@@ -157,6 +159,8 @@ class Method(Protocol):
     recipes: ClassVar[Mapping[str, Any]] = {}
     columns: tuple[str, ...] = ("loss",)
     parallel: ClassVar[bool] = True
+    distils: ClassVar[bool] = True
+    requires: ClassVar[str] = "trajectories of a teacher (advkd trajectories)"
     config: Any
 
     def needs(self) -> Needs:

@@ -65,6 +65,8 @@ class Classification(Method):
     reference = "cross-entropy with AdamW (Loshchilov and Hutter 2019)"
     Config = ClassifierTrainingConfig
     columns = ()
+    distils = False
+    requires = "labelled images (advkd classifier train)"
     parallel = False
 
     def __init__(self, config: ClassifierTrainingConfig, classifier: nn.Module, generator: torch.Generator):

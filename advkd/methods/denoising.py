@@ -77,6 +77,8 @@ class Denoising(Method):
     reference = "Ho et al. 2020, Denoising diffusion probabilistic models, eq. 14"
     Config = TeacherTrainingConfig
     columns = ()
+    distils = False
+    requires = "images (advkd teacher train)"
 
     def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler):
         self.config, self.network, self.scheduler = config, network, scheduler

@@ -110,7 +110,9 @@ def file_state(path: Path) -> tuple[int, int] | None:
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
 
 
-def write_checkpoint(path: Path, running: dict[str, Running], place: dict[str, int], identity: dict[str, Any], generator) -> None:
+def write_checkpoint(
+    path: Path, running: dict[str, Running], place: dict[str, int], identity: dict[str, Any], generator
+) -> None:
     """Write the state of a run at ``place`` (stage, update, cursor)."""
     tensors = {"rng": torch.get_rng_state()}
     for name, part in running.items():
@@ -136,7 +138,9 @@ def read_checkpoint(path: Path, identity: dict[str, Any], stages: Sequence[Stage
     with restoring("checkpoint", path):
         changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
     if changed:
-        raise InputError(f"{path.parent} holds a run with another {', '.join(changed)}: repeat its options or name another folder")
+        raise InputError(
+            f"{path.parent} holds a run with another {', '.join(changed)}: repeat its options or name another folder"
+        )
     with restoring("checkpoint", path):
         return tensors, _position(metadata, stages)
 

@@ -53,7 +53,9 @@ def distill(
     if not isinstance(trajectories, Trajectories):
         folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
         trajectories = Trajectories(*folders)
-    return Distiller(trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method).run()
+    return Distiller(
+        trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method
+    ).run()
 
 
 class Distiller(Trainer):
@@ -138,7 +140,9 @@ def _require_fit(data, student, needs, teacher):
     if needs.grow and (teacher is None or not same_teacher(teacher.identity(), data.info.teacher)):
         raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")
     if needs.paired and not data.paired:
-        raise InputError("the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z): record with --sampler ddim")
+        raise InputError(
+            "the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z): record with --sampler ddim"
+        )
     info, shape = data.info, student.config
     wanted = {
         "image_size": (info.image_size, shape.image_size),
@@ -147,4 +151,6 @@ def _require_fit(data, student, needs, teacher):
     }
     for name, (theirs, ours) in wanted.items():
         if theirs != ours:
-            raise InputError(f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again")
+            raise InputError(
+                f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again"
+            )

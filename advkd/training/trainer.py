@@ -168,10 +168,10 @@ class Trainer:
             with contextlib.closing(log) if log else contextlib.nullcontext(), bar:
                 while self.stage_index < len(self.stages):
                     self._run_update(log, bar)
-            if main and self._save:
                 if log:
                     log.secure()
-                self._save(self.result, self.out)
+                if main and self._save:
+                    self._save(self.result, self.out)
         self.accelerator.wait_for_everyone()
         GROUP.in_step = True
         return self.result.to(memory_format=torch.contiguous_format).eval()
@@ -276,6 +276,7 @@ class Trainer:
         assert isinstance(part.part, Trained) and part.optimizer is not None
         if self.accelerator.num_processes > 1:
             average_gradients(gradients)
+        gradients = [_laid_out_as(p, g) for p, g in zip(part.parameters, gradients, strict=True)]
         norm = nn.utils.get_total_norm(gradients)
         if not math.isfinite(float(norm)):
             where = f"stage {self.stage.number}, update {self.update}"
@@ -296,6 +297,13 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             stacked = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def _laid_out_as(parameter, gradient):
+    """A gradient in its parameter's memory order, as ``backward`` leaves it: sums over it round in that order."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 class _Actions:
