@@ -122,7 +122,9 @@ def write_checkpoint(
     write_tensors(path, tensors, with_digest(tensors, {"format": FORMAT, **place, "run": identity}))
 
 
-def read_checkpoint(path: Path, identity: dict[str, Any], stages: Sequence[Stage]):
+def read_checkpoint(
+    path: Path, identity: dict[str, Any], stages: Sequence[Stage]
+) -> tuple[dict[str, torch.Tensor], tuple[int, int, int]]:
     """Tensors of a checkpoint and its (stage, update, cursor).
 
     Raises:
