@@ -29,7 +29,7 @@ import torch.distributed as dist
 from .. import __version__
 from ..data.draws import DataOrder, shift, training_latents
 from ..data.pictures import METRICS_LIMIT, save_grid
-from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher
+from ..data.trajectories import Trajectories, same_teacher
 from ..diffusion.recorder import record_trajectories
 from ..errors import InputError, TrainingError
 from ..methods.adv_kd import DistillConfig
@@ -200,14 +200,14 @@ class Distiller:
             self._restored = None
 
     def _build_critics(self, stage):
-        data, config, critics = self.data.recipe, self.config, {}
+        data, config, critics = self.data.info, self.config, {}
         condition = sum(channels for channels, side in self.student.latent_parts if side == 4)
         with torch.random.fork_rng(devices=[]):
             for k in stage.critic_levels:
                 torch.manual_seed((config.seed * 2**16 + stage.number * 2**8 + k) % 2**63)
                 shape = CriticConfig(
-                    image_size=data["resolutions"][k - 1],
-                    image_channels=data["image_channels"],
+                    image_size=data.resolutions[k - 1],
+                    image_channels=data.image_channels,
                     channels=config.critic_channels,
                     max_channels=config.critic_max_channels,
                     condition_channels=condition if config.conditional else 0,
@@ -224,10 +224,8 @@ class Distiller:
         first = max(part["start"] + part["num"] for part in self.data.parts[: self.folders])
         for i in range(len(self.data.parts) - self.folders, updates // self.config.grow_every):
             folder = self.out / "trajectories" / f"{i + 1:04d}"
-            names = {field.name for field in dataclasses.fields(TrajectoryConfig)}
-            values = {name: value for name, value in self.data.recipe.items() if name in names}
-            values |= {"start": first + i * self.config.grow, "num": self.config.grow}
-            record_trajectories(self.teacher, TrajectoryConfig(**values), folder, progress=False)
+            config = self.data.info.config(start=first + i * self.config.grow, num=self.config.grow)
+            record_trajectories(self.teacher, config, folder, progress=False)
             self.accelerator.wait_for_everyone()
             self.data.append(folder)
             self.order = DataOrder(base + (i + 1) * self.config.grow, self.config.seed)
@@ -406,12 +404,12 @@ class Distiller:
 
     def _provenance(self):
         """What the student was trained on and how; evaluation refuses reference samples that are among ``samples``."""
-        recipe, before = self.data.recipe, self.student.training_record or {"samples": [], "runs": []}
+        info, before = self.data.info, self.student.training_record or {"samples": [], "runs": []}
         # A finished run that is resumed has not opened the folders that it grew.
         grown = [Trajectories(path.parent).parts[0] for path in sorted(self.out.glob("trajectories/*/manifest.json"))]
         parts = self.data.parts + [part for part in grown if part not in self.data.parts]
         run = {"config": dataclasses.asdict(self.config), "samples": parts, "version": __version__}
-        run |= {name: recipe[name] for name in ("sampler", "steps", "teacher")}
+        run |= {"sampler": info.sampler, "steps": info.steps, "teacher": info.teacher}
         samples = before["samples"] + [part for part in parts if part not in before["samples"]]
         return {"runs": [*before["runs"], run], "samples": samples}
 
@@ -551,14 +549,14 @@ def _claim(out, resume, needed):
 
 def _require_fit(data, student, config, teacher):
     if teacher is not None:
-        teacher.match(data.recipe["teacher"])
-    if config.grow and (teacher is None or not same_teacher(teacher.identity(), data.recipe["teacher"])):
+        teacher.match(data.info.teacher)
+    if config.grow and (teacher is None or not same_teacher(teacher.identity(), data.info.teacher)):
         raise InputError(f"grow {config.grow} needs the teacher of the trajectories: --teacher")
-    recipe, shape = data.recipe, student.config
+    info, shape = data.info, student.config
     wanted = {
-        "image_size": (recipe["image_size"], shape.image_size),
-        "image_channels": (recipe["image_channels"], shape.image_channels),
-        "depth": (recipe["depth"], len(shape.channels)),
+        "image_size": (info.image_size, shape.image_size),
+        "image_channels": (info.image_channels, shape.image_channels),
+        "depth": (info.depth, len(shape.channels)),
     }
     for name, (theirs, ours) in wanted.items():
         if theirs != ours:
