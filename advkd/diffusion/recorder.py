@@ -1,13 +1,13 @@
 """Distillation data: the teacher's paths, reduced to what the student's submodules imitate.
 
 A data set is a folder of shards (safetensors, float16) and a ``manifest.json``. Shard s holds samples
-``[s * shard_size, (s + 1) * shard_size)``; it is a function of the recipe alone, so on one kind of machine it is the same
-whoever writes it and whenever (another processor, or a compiled network, rounds otherwise). The manifest is written once all
-shards are there.
+``[s * shard_size, (s + 1) * shard_size)``; it depends on the data set's description alone, so that on one kind of machine
+every run writes the same bytes (another processor, or a compiled network, rounds differently). The manifest is written once
+all shards are there.
 """
 
 import contextlib
-import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..data.levels import resolutions, supervising_timesteps
-from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, differences, shard_path
+from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, DatasetInfo, TrajectoryConfig, differences, shard_path
 from ..errors import InputError, TrainingError
-from ..ops.latents import check_latent, latent_numel, project
+from ..ops.latents import check_latent, project
 from ..runtime import launcher
 from ..runtime.files import (
     MANIFEST_LIMIT,
@@ -46,24 +46,24 @@ from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 
-SHARED_RECIPE = ".recipe.json"
-"""Recipe of a launcher's processes, beside the shards until all are there."""
+SHARED_INFO = ".recipe.json"
+"""Description of the data set of a launcher's processes, beside the shards until all are there."""
 
 
-def record_trajectories(teacher, config, out, progress=True):
+def record_trajectories(teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
     """Run the teacher and store its trajectories under ``out``; finished shards of an earlier, killed run are kept.
 
-    Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; whoever finds all shards
+    Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; the one that finds all shards
     present writes the manifest. Returns the folder.
 
     Raises:
-        InputError: bad configuration, too little disk, or ``out`` holds shards of another recipe or damaged ones.
+        InputError: bad configuration, too little disk, or ``out`` holds shards of another data set or damaged ones.
     """
     rank, world = launcher.processes()
     config.validate()
-    recipe, out = _recipe(teacher, config), require_output_folder(out)
-    with _shared(out, recipe) if world > 1 else _alone(out):
-        finished = _record(teacher, config, recipe, out, rank, world, progress)
+    info, out = _describe(teacher, config), require_output_folder(out)
+    with _shared(out, info) if world > 1 else _alone(out):
+        finished = _record(teacher, info, out, rank, world, progress)
     if world == 1 and not finished:
         raise InputError(f"--out {out} has lost shards while it was written to: run the same command again")
     return out
@@ -71,64 +71,73 @@ def record_trajectories(teacher, config, out, progress=True):
 
 @contextlib.contextmanager
 def _alone(out):
-    """Hold ``out`` for one run, whatever recipe earlier ones that wrote nothing had."""
+    """Hold ``out`` for one run, whatever earlier ones that wrote nothing were to record."""
     with locked(out):
-        (out / SHARED_RECIPE).unlink(missing_ok=True)
+        (out / SHARED_INFO).unlink(missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
-def _shared(out, recipe):
-    """Hold ``out`` for the processes of a launcher; another run, of another recipe, is refused before it computes."""
+def _shared(out, info):
+    """Hold ``out`` for the processes of a launcher; a run for another data set is refused before it computes."""
     with locked(out, shared=True):
-        write_json(out / SHARED_RECIPE, recipe, once=True)
+        write_json(out / SHARED_INFO, info.to_json(), once=True)
         try:
-            other = read_json(out / SHARED_RECIPE, "recipe")
+            other = read_json(out / SHARED_INFO, "recipe")
         except InputError as error:
-            if os.path.lexists(out / SHARED_RECIPE):
+            if os.path.lexists(out / SHARED_INFO):
                 raise InputError(f"{error}: remove it if no other process writes there") from error
-            other = recipe  # another process has just finished the data set
-        if changed := differences(recipe, other):
+            other = info.to_json()  # another process has just finished the data set
+        if changed := differences(info.to_json(), other):
             said = f"--out {out} is for trajectories made with another {', '.join(changed)}: name another folder"
-            raise InputError(f"{said}, or remove {out / SHARED_RECIPE} if no other process writes there")
+            raise InputError(f"{said}, or remove {out / SHARED_INFO} if no other process writes there")
         yield
 
 
-def _record(teacher, config, recipe, out, rank, world, progress):
+def _record(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there, and the manifest if they were the last; return True if so."""
-    _record_missing(teacher, config, recipe, out, rank, world, progress)
+    _record_missing(teacher, info, out, rank, world, progress)
     with named("write"):
-        return _finish(out, recipe)
+        return _finish(out, info)
 
 
-def _record_missing(teacher, config, recipe, out, rank, world, progress):
+def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
-    mine = [shard for shard in _missing(out, recipe) if shard % world == rank]
+    mine = [shard for shard in _missing(out, info) if shard % world == rank]
     older = bool(mine) and _is_of_older_version(out)
     shown = progress and rank == 0
-    bar = progress_bar(total=len(mine) * config.shard_size, desc="trajectories", unit="sample", shown=shown)
+    bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=shown)
     # One shard is written while the next one is made; no more, to bound memory.
     with bar, ThreadPoolExecutor(1) as writer:
         written = None
         for shard in mine:
-            batches = _run_shard(teacher, config, recipe, shard, bar, written)
+            batches = _run_shard(teacher, info, shard, bar, written)
             _wait(written)
-            written = writer.submit(_write_shard, out, config, recipe, shard, batches, older)
+            written = writer.submit(_write_shard, out, info, shard, batches, older)
         _wait(written)
 
 
 def _wait(written):
-    """Until a shard is written; a failure is raised here."""
+    """Wait until a shard is written; raise its failure here."""
     if written is not None:
         with named("write"):
             written.result()
 
 
-def record_in_processes(source, config, out, processes, progress=True, *, compiled=None, autocast=False):
+def record_in_processes(
+    source: str | Path,
+    config: TrajectoryConfig,
+    out: str | Path,
+    processes: int,
+    progress: bool = True,
+    *,
+    compiled: bool | None = None,
+    autocast: bool = False,
+) -> Path:
     """:func:`record_trajectories` by local processes of one thread each, which on CPUs beats one process of as many threads.
 
-    ``source`` is what :meth:`Teacher.from_pretrained` takes, ``compiled`` and ``autocast`` (to bfloat16) are of
-    :meth:`Teacher.optimize`. Bad input is refused before they start.
+    ``source`` is an argument of :meth:`Teacher.from_pretrained`; ``compiled`` and ``autocast`` (to bfloat16) are those of
+    :meth:`Teacher.optimize`. Bad input is refused before the processes start.
 
     They are started anew and import the caller's script, so a script calls this under ``if __name__ == "__main__":``.
 
@@ -140,10 +149,10 @@ def record_in_processes(source, config, out, processes, progress=True, *, compil
         raise InputError(f"processes must be at least 1, got {processes}")
     source = (source, compiled, autocast)
     config.validate()
-    recipe, out = _recipe(_load(*source), config), require_output_folder(out)
+    info, out = _describe(_load(*source), config), require_output_folder(out)
     launcher.hold_standard_streams()
     with _alone(out):
-        _missing(out, recipe)
+        _missing(out, info)
         context = multiprocessing.get_context("spawn")
         workers, reports = [], []
         for rank in range(processes):
@@ -209,7 +218,7 @@ def _record_as(source, config, out, rank, world, progress, parent, report):
     try:
         with named("trajectories"), held(out):
             teacher = _load(*source)
-            _record(teacher, config, _recipe(teacher, config), out, rank, world, progress)
+            _record(teacher, _describe(teacher, config), out, rank, world, progress)
     except (InputError, OSError) as error:
         report.send(str(error))
     except KeyboardInterrupt:
@@ -217,29 +226,30 @@ def _record_as(source, config, out, rank, world, progress, parent, report):
 
 
 def _end_with(parent):
-    """End this process when its parent is gone (killed, say): nobody would wait for it."""
+    """End this process when its parent is gone (killed, say): nothing waits for it any more."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def _missing(out, recipe):
+def _missing(out, info):
     """Numbers of the shards that ``out`` lacks, once those that are there and the free space have been checked."""
-    present = {path.name for path in _check_existing(out, recipe)}
-    left = max(0, recipe["num"] - len(present) * recipe["shard_size"])
-    require_space(out, left * _bytes_per_sample(recipe), "what is left of the trajectories")
-    return [s for s in range(_num_shards(recipe)) if shard_path(out, s).name not in present]
+    present = {path.name for path in _check_existing(out, info)}
+    left = max(0, info.num - len(present) * info.shard_size)
+    bytes_per_sample = 2 * sum(map(math.prod, info.shapes(1).values()))
+    require_space(out, left * bytes_per_sample, "what is left of the trajectories")
+    return [s for s in range(info.num_shards) if shard_path(out, s).name not in present]
 
 
-def _finish(out, recipe):
+def _finish(out, info):
     """Write the manifest and return True if all shards are there."""
-    finished = all(shard_path(out, s).exists() for s in range(_num_shards(recipe)))
+    finished = all(shard_path(out, s).exists() for s in range(info.num_shards))
     if finished:
-        _check_existing(out, recipe)
-        path, manifest = Path(out) / "manifest.json", _manifest(out, recipe, _num_shards(recipe))
+        _check_existing(out, info)
+        path, manifest = Path(out) / "manifest.json", _manifest(out, info)
         if not _is_without_digest(path, manifest):
             write_json(path, manifest)
-        (Path(out) / SHARED_RECIPE).unlink(missing_ok=True)
+        (Path(out) / SHARED_INFO).unlink(missing_ok=True)
     return finished
 
 
@@ -266,62 +276,46 @@ def _is_without_digest(path, manifest):
         return False
 
 
-def _num_shards(recipe):
-    return -(-recipe["num"] // recipe["shard_size"])
-
-
-def _recipe(teacher, config):
-    """Everything that the shards' contents depend on."""
+def _describe(teacher, config):
+    """:class:`DatasetInfo` of what a teacher and a configuration give."""
     size = teacher.image_size
     sides = resolutions(size, config.depth)
     timesteps = teacher.timesteps(config.sampler, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)
-    return {
-        **dataclasses.asdict(config),
-        "steps": len(timesteps),
-        "latent_size": latent_size,
-        "teacher": teacher.identity(),
-        "image_channels": teacher.image_channels,
-        "image_size": size,
-        "resolutions": sides,
-        "timesteps": supervising_timesteps(config.sampler, config.depth, timesteps, teacher.train_timesteps),
-    }
+    return DatasetInfo(
+        **{**vars(config), "steps": len(timesteps), "latent_size": latent_size},
+        teacher=teacher.identity(),
+        image_channels=teacher.image_channels,
+        image_size=size,
+        resolutions=sides,
+        timesteps=supervising_timesteps(config.sampler, config.depth, timesteps, teacher.train_timesteps),
+    )
 
 
-def _bytes_per_sample(recipe):
-    channels = recipe["image_channels"]
-    pixels = sum(channels * r * r for r in recipe["resolutions"])
-    return 2 * (pixels + latent_numel(channels, recipe["image_size"], recipe["latent_size"], recipe["detail_noise"]))
-
-
-def _run_shard(teacher, config, recipe, shard, bar, written):
+def _run_shard(teacher, info, shard, bar, written):
     """The shard's batches, on their way to the host; a failure to write the one before (``written``) ends the work at once."""
-    start, batches = shard * config.shard_size, []
-    for offset in range(0, _shard_count(config, shard), config.batch_size):
-        batches.append(_run_batch(teacher, config, recipe, start + offset, bar))
+    start, batches = shard * info.shard_size, []
+    for offset in range(0, info.shard_count(shard), info.batch_size):
+        batches.append(_run_batch(teacher, info, start + offset, bar))
         if written is not None and written.done():
             written.result()
     return batches
 
 
-def _shard_count(config, shard):
-    return min(config.shard_size, config.num - shard * config.shard_size)
-
-
-def _run_batch(teacher, config, recipe, start, bar):
+def _run_batch(teacher, info, start, bar):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
     with named("noise"):
-        x_T = teacher.noise(config.batch_size, config.seed, start + config.start)
-    tensors = {"z": project(x_T, recipe["latent_size"], recipe["detail_noise"])}
-    wanted = list(zip(recipe["timesteps"], recipe["resolutions"]))
+        x_T = teacher.noise(info.batch_size, info.seed, start + info.start)
+    tensors = {"z": project(x_T, info.latent_size, info.detail_noise)}
+    wanted = list(zip(info.timesteps, info.resolutions))
     # Levels of one state are averaged from the finest of them: areas nest.
     keep = {t: min(x_T.shape[-1] // side for other, side in wanted if other == t) for t, _ in wanted}
-    x_0, kept = teacher.record(x_T, keep, config.sampler, config.steps or None, config.seed, start + config.start)
+    x_0, kept = teacher.record(x_T, keep, info.sampler, info.steps, info.seed, start + info.start)
     for k, (t, side) in enumerate(wanted, 1):
         tensors[f"level_{k:02d}"] = downsample(kept[t], side)
-    tensors[f"level_{config.depth:02d}"] = x_0.clamp(-1, 1)
-    bar.update(min(config.batch_size, config.num - start))
+    tensors[f"level_{info.depth:02d}"] = x_0.clamp(-1, 1)
+    bar.update(min(info.batch_size, info.num - start))
     return _ToHost({name: tensor.half() for name, tensor in tensors.items()})
 
 
@@ -348,43 +342,43 @@ class _ToHost:
         return self._tensors
 
 
-def _write_shard(out, config, recipe, shard, batches, older):
+def _write_shard(out, info, shard, batches, older):
     batches = [batch.result() for batch in batches]
-    count = _shard_count(config, shard)
+    count = info.shard_count(shard)
     tensors = {name: torch.cat([batch[name] for batch in batches])[:count] for name in batches[0]}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            said = f"{name} of teacher {recipe['teacher']['name']} is not finite in float16"
+            said = f"{name} of teacher {info.teacher['name']} is not finite in float16"
             raise InputError(f"{said}: its weights or its schedule are damaged")
-    metadata = {"recipe": recipe, "start": shard * config.shard_size, "count": count}
+    metadata = {"recipe": info.to_json(), "start": shard * info.shard_size, "count": count}
     metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
     write_tensors(shard_path(out, shard), tensors, metadata)
 
 
-def downsample(x, side):
+def downsample(x: torch.Tensor, side: int) -> torch.Tensor:
     """Psi: area average of ``(N, C, S, S)`` to ``(N, C, side, side)``."""
     factor = x.shape[-1] // side
     return F.avg_pool2d(x, factor) if factor > 1 else x
 
 
-def _check_existing(out, recipe):
-    """The shards in ``out``, each whole and of this recipe."""
+def _check_existing(out, info):
+    """The shards in ``out``, each whole and of this data set."""
     paths = sorted(Path(out).glob("shard-*.safetensors"))
     for path in paths:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
         if not isinstance(metadata["recipe"], dict):
             raise damaged("shard", path, "it has no recipe", RECORD_AGAIN)
-        changed = differences(recipe, metadata["recipe"])
+        changed = differences(info.to_json(), metadata["recipe"])
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
         require_digest(f"shard {path}", tensors, metadata, RECORD_AGAIN)
     return paths
 
 
-def _manifest(out, recipe, shards):
-    """The manifest holds no times and no host: equal recipes give equal bytes."""
+def _manifest(out, info):
+    """The manifest of a finished data set. It holds no times and no host: equal descriptions give equal bytes."""
     sums, entries = {}, []
-    for shard in range(shards):
+    for shard in range(info.num_shards):
         path = shard_path(out, shard)
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
         entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
@@ -398,7 +392,7 @@ def _manifest(out, recipe, shards):
     levels = [name for name in sorted(sums) if name != "z"]
     manifest = {
         "format": FORMAT,
-        "recipe": recipe,
+        "recipe": info.to_json(),
         "standard_deviations": [deviations[name] for name in levels],
         "latent_standard_deviation": deviations["z"],
         "shards": entries,

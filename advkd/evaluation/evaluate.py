@@ -110,7 +110,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
         "pairs": _pairs(samples, model) if samples.paired else None,
-        "models": describe_models(fused, model, drawer, samples.recipe["sampler"], samples.recipe["steps"]),
+        "models": describe_models(fused, model, drawer, samples.info.sampler, samples.info.steps),
         "known_unseen": model.training_record is not None,
     }
     write_json(out / "evaluation.json", result)
@@ -251,8 +251,8 @@ def _require_unseen(record, part):
 
 
 def _require_samples(samples, teacher, model, config):
-    teacher.match(samples.recipe["teacher"])
-    if not same_teacher(samples.recipe["teacher"], teacher.identity()):
+    teacher.match(samples.info.teacher)
+    if not same_teacher(samples.info.teacher, teacher.identity()):
         raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
     if len(samples) < 2 * config.num:
         raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
@@ -271,9 +271,9 @@ def _draw_teacher(source, drawer, config, cache, progress):
     depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
-        recipe = Trajectories(folder, option="the cache's").recipe
-        same = all(recipe[key] == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
-        if not same or not same_teacher(recipe["teacher"], drawer.identity()):
+        info = Trajectories(folder, option="the cache's").info
+        same = all(getattr(info, key) == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
+        if not same or not same_teacher(info.teacher, drawer.identity()):
             raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
         return folder
     if config.processes > 1:
@@ -289,7 +289,7 @@ def _draw_student(fused, config):
 
 def _images(samples, num):
     """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
-    last, starts = samples.recipe["depth"], range(0, num, 64)
+    last, starts = samples.info.depth, range(0, num, 64)
     batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
     return _gather(map(_eight_bit, batches), num)
 
@@ -337,7 +337,7 @@ def _shuffled(features, seed=0):
 def _pairs(samples, model, n=256):
     """How much the student's image looks like the teacher's from the same noise, which it has not seen."""
     n = min(n, len(samples))
-    last = samples.recipe["depth"]
+    last = samples.info.depth
     images = samples.batch(range(n), [last])[1][last]
     device = model.head.weight.device
     with torch.no_grad():

@@ -578,8 +578,8 @@ def test_pairs_made_while_training(teacher, trajectories, tmp_path):
     config = recipe("joint", updates=(7,), pairs=16, grow=8, grow_every=2, **SMALL)
     whole = distill(trajectories, tiny_student(), config, tmp_path / "whole", progress=False, teacher=teacher)
     folders = sorted((tmp_path / "whole" / "trajectories").iterdir())
-    recipes = [Trajectories(folder).recipe for folder in folders]
-    assert [(r["start"], r["num"]) for r in recipes] == [(24, 8), (32, 8), (40, 8)]
+    infos = [Trajectories(folder).info for folder in folders]
+    assert [(info.start, info.num) for info in infos] == [(24, 8), (32, 8), (40, 8)]
     assert json.loads((tmp_path / "whole" / "training.json").read_text())["samples"] == [
         {"seed": 0, "start": start, "num": num} for start, num in ((0, 24), (24, 8), (32, 8), (40, 8))
     ]
