@@ -23,7 +23,7 @@ from advkd.models.student import PRESETS, Student
 from advkd.runtime.files import write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import percentiles
-from advkd.training.trainer import Distiller
+from advkd.training.distillation import Distiller
 
 from .harness import gated_folder, provenance
 

@@ -28,7 +28,7 @@ from advkd.methods.adv_kd import recipe
 from advkd.models.student import PRESETS, Student
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.ranges import named
-from advkd.training.trainer import Distiller
+from advkd.training.distillation import Distiller
 
 from .bench_student import plausible_student
 from .distillation import blocks

@@ -95,11 +95,14 @@ class Recorded:
         return {"trajectories": self.data.manifests}
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """See :class:`Source`; rows between the first ones and those that were appended are skipped."""
-        rows = [row + self._skipped if row >= self._used else row for row in rows]
-        z, recorded = self.data.batch(rows, levels, self.latent)
+        """See :class:`Source`."""
+        z, recorded = self.data.batch(self.places(rows), levels, self.latent)
         scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
         return Batch(z.to(device, dtype), scaled.get(len(self.data.standard_deviations)), levels=scaled)
+
+    def places(self, rows: Sequence[int]) -> list[int]:
+        """Rows of the recordings that rows of an epoch are."""
+        return [row + self._skipped if row >= self._used else row for row in rows]
 
     def _standardised(self, k, level):
         # The last level is the image itself, in [-1, 1].

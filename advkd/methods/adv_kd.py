@@ -319,9 +319,9 @@ class AdvKD(Method):
             images, judged = self._forward(step, batch, draw, trained=i + 1 == rounds)
             if self.critics:
                 with named("critic update"):
-                    self._update_critics(step, batch, draw, judged)
+                    self.update_critics(step, batch, draw, judged)
         with named("student update"):
-            self._update_student(step, batch, draw, images, judged)
+            self.update_student(step, batch, draw, images, judged)
 
     def _forward(self, step, batch, draw, trained):
         """Images of the batch's latents by level, and those that the critics judge: of fresh latents where there are any."""
@@ -336,7 +336,8 @@ class AdvKD(Method):
         judged = {k: images[k][-n:] for k in self.stage.critic_levels}
         return {k: image[:n] for k, image in images.items()}, judged
 
-    def _update_critics(self, step, batch, draw, judged):
+    def update_critics(self, step, batch, draw, judged) -> None:
+        """One update of the critics on the batch's levels and the judged images."""
         # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
         config, condition, updates = self.config, self._condition(batch.z), []
         for k in self.stage.critic_levels:
@@ -351,7 +352,8 @@ class AdvKD(Method):
             penalty=torch.stack([update.penalty for update in updates]).mean(),
         )
 
-    def _update_student(self, step, batch, draw, images, judged):
+    def update_student(self, step, batch, draw, images, judged) -> None:
+        """One update of the student by the distances of its images and the critics' scores."""
         config, depth = self.config, self.student.depth
         metrics, terms = {}, []
         regressed = config.regression_levels_of(self.stage)

@@ -223,12 +223,12 @@ class Trainer:
         start, device = self.cursor + rank * local, self.accelerator.device
         self._generator = self.method.generator(self.done)
         host = HostDraws(self._generator, stage.batch_size, rank * local, local) if self._generator else None
-        rows = host.integers(len(self.data)).tolist() if host else self._rows(start, local)
+        rows = host.integers(len(self.data)).tolist() if host else self.rows(start, local)
         batch = self.data.batch(rows, stage.levels, device, self.dtype)
         self.cursor += stage.batch_size
         return batch, Draw(self.settings.seed, start, local, device, self.dtype, host)
 
-    def _rows(self, start, count):
+    def rows(self, start: int, count: int) -> list[int]:
         """Rows of global draws; data that has grown has another order."""
         if self._order is None or self._order.num != len(self.data):
             self._order = DataOrder(len(self.data), self.settings.seed)

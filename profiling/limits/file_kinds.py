@@ -354,7 +354,7 @@ def _told(option, file):
         asked = []
         given = {"preset": (), "config": ("--preset", "digits")}[option]
         with mock.patch(
-            "advkd.training.trainer.distill", lambda data, student, config, *_, **__: asked.append((student, config))
+            "advkd.training.distillation.distill", lambda data, student, config, *_, **__: asked.append((student, config))
         ):
             told = (*given, f"--{option}", place / "tables" / file)
             run_command("distill", "--trajectories", place, *told, "--out", place / "out")

@@ -20,7 +20,7 @@ from advkd.evaluation.report import RUN_KEYS
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import processor_identity
 from advkd.training import teacher as teacher_training
-from advkd.training.trainer import Distiller
+from advkd.training.distillation import Distiller
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)

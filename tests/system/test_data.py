@@ -12,9 +12,10 @@ from PIL import Image
 
 from advkd.data.images import SYSTEM_NAMES, load_images, load_labelled, normalize, read_pictures
 from advkd.errors import InputError
+from advkd.methods.classification import ClassifierTrainingConfig
 from advkd.models.classifier import Classifier
 from advkd.training import classifier as classifier_training
-from advkd.training.classifier import ClassifierTrainingConfig, train_classifier
+from advkd.training.classifier import train_classifier
 
 from ..conftest import other_default
 

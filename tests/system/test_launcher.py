@@ -17,10 +17,11 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation import evaluate
+from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.runtime import launcher
 from advkd.runtime.devices import plain_defaults, require_device
 from advkd.runtime.progress import can_be_shown, progress_bar
-from advkd.training.teacher import TeacherTrainingConfig, train_teacher
+from advkd.training.teacher import train_teacher
 
 from ..conftest import ROOT, other_default, process_environment, run_cli, tiny_recording, tiny_teacher
 

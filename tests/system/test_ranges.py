@@ -13,7 +13,7 @@ from advkd.errors import InputError
 from advkd.methods.adv_kd import recipe
 from advkd.runtime import clock, ranges
 from advkd.runtime.ranges import name_ranges, named
-from advkd.training.trainer import distill
+from advkd.training.distillation import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 

@@ -35,7 +35,7 @@ from advkd.methods.adv_kd import recipe
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.runtime.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
 from advkd.training import teacher as teacher_training
-from advkd.training.trainer import distill
+from advkd.training.distillation import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 
