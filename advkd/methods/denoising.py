@@ -107,7 +107,8 @@ class Denoising(Method):
 
     def generator(self, update: int) -> torch.Generator:
         """Generator keyed by (seed, update): rows, noise and timesteps come from it, in this order."""
-        return torch.Generator("cpu").manual_seed((self.config.seed * 2**32 + update) % 2**63)
+        # torch's generator keeps 32 bits of its seed: the factor spreads the run's seed over all of them.
+        return torch.Generator("cpu").manual_seed((self.config.seed * 2654435761 + update) % 2**32)
 
     def update(self, step, batch, draw) -> None:
         """Output of the network against its target at x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
