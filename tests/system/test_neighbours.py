@@ -17,7 +17,7 @@ from ..conftest import process_environment
 
 BITS = """
 import hashlib, json, torch, advkd
-from advkd.coefficients import ddim_coefficients
+from advkd.diffusion.coefficients import ddim_coefficients
 from advkd.ops import norm_act, philox_normal, sampler_step
 
 torch.set_num_threads(THREADS)
