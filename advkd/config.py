@@ -1,13 +1,15 @@
 """Configurations: dataclasses from JSON values, and from the texts of a command line."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InputError
 
+Config = TypeVar("Config")
 
-def build_config(config_class, values, where):
-    """A dataclass from a dict of JSON values; an unknown key or a wrong type is an :class:`InputError` that names it."""
+
+def build_config(config_class: type[Config], values: dict, where: str) -> Config:
+    """A dataclass from a dict of JSON values; an unknown key or a wrong type is refused (:class:`InputError`) by name, after ``where``."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:

@@ -16,14 +16,14 @@ class DataOrder:
         seed: seed of the permutations.
     """
 
-    def __init__(self, num, seed):
+    def __init__(self, num: int, seed: int):
         self.num = num
         self.seed = seed
         self._epoch = None
         self._permutation = None
 
-    def rows(self, start, count):
-        """Rows number ``start .. start + count - 1`` of the sequence, a list."""
+    def rows(self, start: int, count: int) -> list[int]:
+        """Rows number ``start .. start + count - 1`` of the sequence."""
         return [self._row(start + i) for i in range(count)]
 
     def _row(self, position):
@@ -35,16 +35,16 @@ class DataOrder:
         return self._permutation[offset]
 
 
-def training_latents(seed, start, count, numel, device="cpu"):
-    """z of the global draws ``start ..``: ``(count, numel)``, disjoint from every seed's sampled latents (another step)."""
+def training_latents(seed: int, start: int, count: int, numel: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """z of the global draws ``start ..``: ``(count, numel)``. Another step of Philox keeps them apart from sampled latents."""
     indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
     return philox_normal(seed, indices, (numel,), stream="z", step=1)
 
 
-def shift(images, seed, start, level, kind):
+def shift(images: torch.Tensor, seed: int, start: int, level: int, kind: int) -> torch.Tensor:
     """Each image moved by up to an eighth of its side in both directions, its border repeated; differentiable in ``images``.
 
-    The moves are keyed by (seed, global draw, level, kind); kind 1 are real images, kind 2 generated ones.
+    The moves are keyed by (seed, global draw, level, kind); real images are of kind 1, generated ones of kind 2.
     """
     n, channels, side, _ = images.shape
     reach = max(1, side // 8)

@@ -23,7 +23,7 @@ RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
 
 @dataclass
 class TrajectoryConfig:
-    """What ``advkd trajectories`` records.
+    """Configuration of a recording by ``advkd trajectories``.
 
     Attributes:
         sampler: ``ddim`` (paired: x_0 is a function of z's x_T) or ``ddpm`` (unpaired).
@@ -68,7 +68,7 @@ class DatasetInfo:
 
     Attributes:
         sampler, num, start, seed, depth, detail_noise, batch_size, shard_size: see :class:`TrajectoryConfig`.
-        steps, latent_size: likewise, as they were taken (never 0).
+        steps, latent_size: likewise, with defaults filled in (never 0).
         teacher: :meth:`Teacher.identity`.
         image_channels, image_size: shape of the images.
         resolutions: R_k of every level.
@@ -126,8 +126,8 @@ class Trajectories:
     """Recorded data, memory-mapped; a shard's hash is checked the first time the shard is read.
 
     Args:
-        folders: where ``advkd trajectories`` wrote; several make one data set if only ``num``, ``start`` and ``seed`` differ.
-        option: what error messages call it.
+        folders: outputs of ``advkd trajectories``; several make one data set if only ``num``, ``start`` and ``seed`` differ.
+        option: its name in error messages.
 
     Attributes:
         info: :class:`DatasetInfo` of the first folder.
@@ -171,7 +171,7 @@ class Trajectories:
 
     @property
     def paired(self) -> bool:
-        """Whether x_0 is a function of z's x_T (DDIM), so that pairs (z, x_0) mean something."""
+        """Whether x_0 is a function of the x_T that z comes from (DDIM), so that pairs (z, x_0) can be learned."""
         return self.info.sampler == "ddim"
 
     def verify(self) -> None:
@@ -198,7 +198,7 @@ class Trajectories:
         Args:
             rows: list of sample numbers.
             levels: list of level numbers k (1-based).
-            latent: ``(latent_size, detail_noise)`` of the z that is wanted; by default that of the recording.
+            latent: ``(latent_size, detail_noise)`` of the returned z; by default that of the recording.
 
         Returns:
             ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).

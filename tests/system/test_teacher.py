@@ -33,7 +33,7 @@ def test_the_shipped_teacher():
     teacher = Teacher.from_pretrained("digits")
     assert (teacher.image_size, teacher.image_channels, teacher.train_timesteps) == (32, 1, 1000)
     assert teacher.num_parameters() == 1_085_937
-    from advkd.diffusion.teacher import EMBEDDED
+    from advkd.diffusion.loading import EMBEDDED
 
     weights = EMBEDDED["digits"] / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 4 * 2**20
