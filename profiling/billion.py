@@ -21,11 +21,11 @@ from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
 from . import peers
-from .bench_student import PARITY_TESTS, plausible_student
-from .bench_teacher import Evaluation
+from .cases.student import PARITY_TESTS, plausible_student
+from .cases.teacher import Evaluation
 from .evidence import device_alone, source
 from .harness import device_folder, passes, provenance
-from .workloads import TEACHER
+from .trace.workloads import TEACHER
 
 IMAGES = 10**9
 SAMPLERS = {"DDPM-1000": 1000, "DDIM-50": 50}

@@ -17,8 +17,25 @@ MEASURED = {
     **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
 }
 """Result's name -> the kernels in C++ that it measures."""
+ELSEWHERE = {
+    "sample_scaling": "cases.sampling",
+    "demo": "trace.demo",
+    "traces": "trace.nsys",
+    "counters": "trace.ncu",
+    "compare": "trace.compare",
+    "ncu": "gpu.launches",
+    "ahead": "limits.ahead",
+    "roofline": "roofline",
+    "billion": "billion",
+}
+"""Result's name -> the module that measures it, where :func:`module_of` has no rule."""
 ON_GPUS = {"conv_block": ("conv_block", "conv_pair", "student_stem"), "student_forward": ()}
 """Kernel in C++ for CPUs -> those that do its work on GPUs, where names differ."""
+
+
+def module_of(name):
+    """The module that measures the results of this name; ``python -m`` runs it."""
+    return "profiling." + ELSEWHERE.get(name, f"cases.{name.removeprefix('bench_')}")
 
 
 def kernel_digests(read=lambda path: (ROOT / path).read_text()):

@@ -32,7 +32,8 @@ from advkd.runtime.files import replacing, write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
-from . import gpu_summary, kernel_digests
+from . import kernel_digests
+from .gpu import summary as gpu_summary
 from .harness import device_folder, provenance, read, timed
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")

@@ -14,23 +14,15 @@ from advkd.errors import InputError
 from advkd.evaluation.evaluate import cells
 from advkd.runtime.files import write_bytes
 
-from . import (
-    billion,
-    compare,
-    demo,
-    gpu_kernels,
-    gpu_predictions,
-    gpu_summary,
-    instruction_counts,
-    ncu,
-    neighbours,
-    neighbours_idle,
-    nsys,
-    roofline,
-)
+from . import billion, gpu_kernels, roofline
+from .cases import neighbours, neighbours_idle
 from .evidence import checked, figure, link, source, stale, stored, unsupported
+from .gpu import summary as gpu_summary
 from .harness import ROOT
-from .limits import guarantees
+from .kernel_digests import module_of
+from .limits import guarantees, instruction_counts
+from .limits import predictions as gpu_predictions
+from .trace import compare, demo, ncu, nsys
 
 PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md", ROOT / "docs" / "guarantees.md")
 BILLION = ROOT / "docs" / "billion.md"
@@ -519,7 +511,7 @@ def _figures(name, value, text):
     def linked():
         results = stored(name)
         if not results:
-            raise InputError(f"no result {name}.json holds a figure that a page states: python -m profiling.{name}")
+            raise InputError(f"no result {name}.json holds a figure that a page states: python -m {module_of(name)}")
         found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
         return " and ".join(f"{made} ({device})" for made, device in found)
 

@@ -376,7 +376,7 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
-@click.option("--ablation", help="Table of runs by profiling/ablation.py.")
+@click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
 @_computing
@@ -409,4 +409,3 @@ def demo(out, num, updates, device):
     require_device(device)
     click.echo(run_demo(out, num, updates, device))
     click.echo(f"pictures in {out}: teacher_and_student.png, levels.png, loss_curves.png, student_samples.png")
-

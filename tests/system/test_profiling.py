@@ -21,27 +21,17 @@ from advkd.models.student import Student, StudentConfig
 from advkd.ops import registry
 from advkd.runtime import timing
 from advkd.runtime.files import digest
-from profiling import (
-    ablation,
-    bench_conv_block,
-    bench_gradient_penalty,
-    bench_norm_act,
-    bench_sampler_step,
-    bench_student,
-    bench_teacher,
-    billion,
-    demo,
-    evidence,
-    gpu_kernels,
-    gpu_peers,
-    gpu_timing,
-    harness,
-    kernel_digests,
-    roofline,
-    tables,
-)
-from profiling import instruction_counts as counts
+from profiling import billion, evidence, gpu_kernels, gpu_peers, gpu_timing, harness, kernel_digests, roofline, tables
+from profiling.cases import ablation
+from profiling.cases import conv_block as bench_conv_block
+from profiling.cases import gradient_penalty as bench_gradient_penalty
+from profiling.cases import norm_act as bench_norm_act
+from profiling.cases import sampler_step as bench_sampler_step
+from profiling.cases import student as bench_student
+from profiling.cases import teacher as bench_teacher
 from profiling.harness import Case, Contestant
+from profiling.limits import instruction_counts as counts
+from profiling.trace import demo
 
 from ..conftest import ROOT, process_environment
 from ..ops.test_student_gpu import launchers  # noqa: F401
@@ -289,7 +279,7 @@ def test_small_benchmark_runs(tmp_path):
 
 
 def test_unknown_case_is_refused():
-    command = [sys.executable, "-m", "profiling.bench_student", "--only", "no-such"]
+    command = [sys.executable, "-m", "profiling.cases.student", "--only", "no-such"]
     done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no such case" in done.stderr
 

@@ -1,6 +1,7 @@
 """The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run on the CPU in small."""
 
 import dataclasses
+import importlib
 import json
 import re
 import runpy
@@ -19,26 +20,21 @@ import torch
 from advkd.errors import InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from profiling import (
-    ahead,
-    bench_conv_block,
-    bench_sampler_step,
-    bench_student,
-    gpu,
-    gpu_kept,
-    gpu_kernels,
-    gpu_modes,
-    gpu_parts,
-    gpu_peers,
-    gpu_predictions,
-    gpu_rehearsal,
-    gpu_run,
-    gpu_summary,
-    gpu_timing,
-    tables,
-)
-from profiling.gpu_test_log import BROKEN, COLLECTED, forget, read_log, spread
+from profiling import gpu_kernels, gpu_peers, gpu_timing, tables
+from profiling.cases import conv_block as bench_conv_block
+from profiling.cases import sampler_step as bench_sampler_step
+from profiling.cases import student as bench_student
+from profiling.gpu import kept as gpu_kept
+from profiling.gpu import main as gpu
+from profiling.gpu import modes as gpu_modes
+from profiling.gpu import parts as gpu_parts
+from profiling.gpu import rehearsal
+from profiling.gpu import run as gpu_run
+from profiling.gpu import summary as gpu_summary
+from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
 from profiling.harness import run_case
+from profiling.kernel_digests import module_of
+from profiling.limits import ahead, predictions
 
 from ..conftest import ROOT, process_environment
 from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
@@ -48,7 +44,7 @@ PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", 
 FAKE = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
-from profiling.parent import end_with_parent
+from profiling.gpu.parent import end_with_parent
 parser = argparse.ArgumentParser()
 parser.add_argument("name")
 parser.add_argument("--out")
@@ -198,7 +194,7 @@ def test_every_part_is_there():
     assert {part.name for part in (*gpu.PARTS, *modes)} == set(gpu_parts.PARTS)
     assert not next(part for part in gpu.PARTS if part.name == "ahead").needs_gpu
     for name, cases in gpu_parts.QUICK.items():
-        known = __import__(f"profiling.{name}", fromlist=["cases"]).cases("cuda")
+        known = importlib.import_module(module_of(name)).cases("cuda")
         assert cases and set(cases) <= set(known), name
     commit = gpu.place_of("cpu", "feed")
     assert commit["commit"] == gpu.provenance("cpu")["commit"] or commit["commit"] == "feed"
@@ -250,13 +246,13 @@ def test_a_mode_leaves_three_files(run, tmp_path, monkeypatch):
 MODE = """
 import sys, time
 from pathlib import Path
-from profiling import gpu, gpu_modes, gpu_run
+from profiling.gpu import main, modes, run
 from tests.system.test_profiling_gpu import PLACE, mode_of
-gpu_modes.SAVE = 0.05
-gpu_run.source_digest = lambda: "unchanged"
-gpu.device_folder = lambda device: Path("nothing")
-modes = {"parity": mode_of(("good",), ("late", "hang"), ("after",)), "bench": mode_of(("good",))}
-sys.exit(gpu.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, place=lambda d, c: dict(PLACE), modes=modes))
+modes.SAVE = 0.05
+run.source_digest = lambda: "unchanged"
+main.device_folder = lambda device: Path("nothing")
+short = {"parity": mode_of(("good",), ("late", "hang"), ("after",)), "bench": mode_of(("good",))}
+sys.exit(main.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, place=lambda d, c: dict(PLACE), modes=short))
 """
 
 
@@ -352,15 +348,15 @@ def test_tests_that_still_run_have_begun(tmp_path):
 def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "device_folder", lambda device: tmp_path / "nothing")
     given = {"missing": lambda device: "there is none", "place": lambda device, commit: dict(PLACE)}
-    assert gpu_rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
+    assert rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
     modes = {"parity": mode_of(("good",), ("bad",))}
     assert gpu.main(["parity", "--rehearse", "--out", str(run.out)], modes=modes, **given) == 1
-    state = gpu_rehearsal.state_of(run.out)
+    state = rehearsal.state_of(run.out)
     states = {name: part["state"] for name, part in state["parts"].items()}
     assert state["whole"] and states == {"good": "passed", "bad": "failed"}
     (run.out / "SUMMARY.md").unlink()
-    assert not gpu_rehearsal.state_of(run.out)["whole"]
-    assert gpu_rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
+    assert not rehearsal.state_of(run.out)["whole"]
+    assert rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
     assert gpu_modes.MODES["bench"].slower(3).seconds == 990 and gpu_modes.MODES["bench"].slower(3).parts()[0].seconds == 300
 
 
@@ -368,7 +364,7 @@ def test_a_rehearsed_case_says_how_far_it_went():
     """In a process of its own, as it puts a stand-in in the place of the device."""
     code = """
 import torch
-from profiling.gpu_parts import rehearsed
+from profiling.gpu.parts import rehearsed
 from profiling.harness import Case, Contestant
 from tests import gpu_dry_run
 
@@ -691,44 +687,41 @@ def test_floors_are_those_of_the_definition():
     layers = convolutions(PRESETS["paper-256"])
     # Multiply-adds of the largest layers, by hand.
     plain, up, last = layers[19], layers[22], layers[24]
-    assert gpu_predictions.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
-    assert gpu_predictions.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and gpu_predictions.flop(
+    assert predictions.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
+    assert predictions.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and predictions.flop(
         up, phases=False
-    ) == 9 / 4 * gpu_predictions.flop(up)
+    ) == 9 / 4 * predictions.flop(up)
     assert (
-        gpu_predictions.flop(last) == 2 * 9 * 128 * 3 * 256 * 256
-        and gpu_predictions.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
+        predictions.flop(last) == 2 * 9 * 128 * 3 * 256 * 256 and predictions.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
     )
-    assert sum(gpu_predictions.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
-    floor = gpu_predictions.floor(layers, "bf16", 8, gpu_predictions.H200)
+    assert sum(predictions.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
+    floor = predictions.floor(layers, "bf16", 8, predictions.H200)
     assert floor["seconds"] == floor["flop"] / 788e12 > floor["bytes"] / 4.3e12
-    assert gpu_predictions.layer_roofline(last, "bf16", 64, gpu_predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
+    assert predictions.layer_roofline(last, "bf16", 64, predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
 
 
 def test_predictions_are_what_the_model_says():
-    stored = json.loads(gpu_predictions.PREDICTIONS.read_text())
-    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == gpu_predictions.assumptions()
+    stored = json.loads(predictions.PREDICTIONS.read_text())
+    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == predictions.assumptions()
     cases = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["predictions"]}
     dtypes = ("bfloat16", "float32", "float32 with TF32")
-    assert set(cases) == {(p, n, d) for p, batches in gpu_predictions.BATCHES.items() for n in batches for d in dtypes}
+    assert set(cases) == {(p, n, d) for p, batches in predictions.BATCHES.items() for n in batches for d in dtypes}
     wide = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["descriptors"]}
     assert set(wide) == {case for case in cases if case[2] == "bfloat16"}
     assert any(row["kernel"] == "triton_descriptor" for p in wide.values() for row in p["steps"])
     assert all(p["microseconds"] <= cases[case]["microseconds"] for case, p in wide.items()), "one more candidate"
-    step = {name: gpu_predictions.predict_step_of_the_sampler(element) for name, element in gpu_predictions.STEP_CASES.items()}
+    step = {name: predictions.predict_step_of_the_sampler(element) for name, element in predictions.STEP_CASES.items()}
     assert stored["sampler_step"] == step and set(step) <= set(bench_sampler_step.cases("cuda"))
     for case, prediction in (*cases.items(), *wide.items()):
         # The plans are those of the day; what they cost is the model's.
-        again = gpu_predictions.predict(*case, steps=gpu_predictions.stored_steps(prediction))
+        again = predictions.predict(*case, steps=predictions.stored_steps(prediction))
         assert again == prediction and again["microseconds"] > again["roofline_microseconds"] / 2
         assert [row["first"] for row in again["steps"]][0] == 0 and sum(row["count"] for row in again["steps"]) in (25,)
-    assert gpu_predictions.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
-    assert gpu_predictions.predicted_microseconds("digits", 2, "bfloat16") is None
-    measured = gpu_predictions.H200.measured({"bf16": 1e12}, 2e12)
+    assert predictions.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
+    assert predictions.predicted_microseconds("digits", 2, "bfloat16") is None
+    measured = predictions.H200.measured({"bf16": 1e12}, 2e12)
     assert (
-        measured.flops["bf16"] == 1e12
-        and measured.flops["f32"] == gpu_predictions.H200.flops["f32"]
-        and measured.bandwidth == 2e12
+        measured.flops["bf16"] == 1e12 and measured.flops["f32"] == predictions.H200.flops["f32"] and measured.bandwidth == 2e12
     )
 
 
@@ -773,7 +766,7 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "profiling.ahead",
+        "profiling.limits.ahead",
         "--only",
         "mask_mul",
         "--architectures",
@@ -794,10 +787,10 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
 
 
 def test_plans_know_their_entry_points():
-    limits = gpu_predictions.H200.limits
-    for prediction in gpu_predictions.read_predictions().values():
-        layers, product = convolutions(PRESETS[prediction["preset"]]), gpu_predictions.PRODUCTS[prediction["dtype"]]
-        for step in gpu_predictions.stored_steps(prediction):
+    limits = predictions.H200.limits
+    for prediction in predictions.read_predictions().values():
+        layers, product = convolutions(PRESETS[prediction["preset"]]), predictions.PRODUCTS[prediction["dtype"]]
+        for step in predictions.stored_steps(prediction):
             launch = ahead.entry_of(step, layers, product, prediction["batch"], limits)
             source = {"conv": "conv_block", "image": "conv_block", "pair": "conv_pair", "stem": "student_stem"}[step.kernel]
             stem = launch["entry"].removeprefix("advkd_").rpartition("_")[0]
@@ -850,7 +843,7 @@ def prepared_parity(case):
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
     case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
     assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
-    assert case.notes["predicted_microseconds"] == gpu_predictions.predicted_microseconds("digits", 1, dtype)
+    assert case.notes["predicted_microseconds"] == predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
     assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
     assert all(error <= case.tolerance for error in errors.values())
@@ -888,14 +881,14 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 def test_chains_are_what_their_names_say():
     for name, (preset, first, count) in bench_conv_block.CHAINS.items():
         layers = convolutions(PRESETS[preset])[first : first + count]
-        said = gpu_predictions.layer_name(layers[0])
+        said = predictions.layer_name(layers[0])
         if count == 1:
             assert said.replace(",", "") == name
         if "stem" in name:
-            assert first == 0 and gpu_predictions.pixels(layers[-1]) == 16 * 16
+            assert first == 0 and predictions.pixels(layers[-1]) == 16 * 16
     pair = convolutions(PRESETS["pyramid-256"])
-    assert [gpu_predictions.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
-    assert [gpu_predictions.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
+    assert [predictions.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
+    assert [predictions.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
 
 
 def test_the_parity_gate(tmp_path):
@@ -949,7 +942,7 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
 
     module = type(sys)("small_bench")
     module.cases, module.PARITY_TESTS = lambda device: {"good": small, "costly": small, "bad": fails, "other": small}, []
-    monkeypatch.setitem(sys.modules, "profiling.small_bench", module)
+    monkeypatch.setitem(sys.modules, "profiling.cases.small_bench", module)
     monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
     monkeypatch.setitem(gpu_parts.GATES, "small_bench", ["tests/a.py"])
     monkeypatch.setattr(gpu_parts, "parity_gate", lambda files, part: {"state": "green"})
