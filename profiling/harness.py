@@ -23,9 +23,8 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from . import gpu_kernels, gpu_timing
-from .kernel_digests import kernel_digests
-from .paths import RESULTS, ROOT
+from . import gpu_timing
+from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests
 
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
@@ -119,7 +118,7 @@ class Case:
 
 def provenance(device="cpu"):
     """:func:`advkd.runtime.timing.provenance`, and the kernels as they are."""
-    return {**timing.provenance(device), "kernels": {**kernel_digests(), **gpu_kernels.digests()}}
+    return {**timing.provenance(device), "kernels": {**cpu_digests(), **gpu_digests()}}
 
 
 def device_folder(device="cpu"):

@@ -32,7 +32,7 @@ from advkd.runtime.files import replacing, write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
-from . import kernel_digests
+from .evidence import changed
 from .gpu import summary as gpu_summary
 from .harness import device_folder, provenance, read, timed
 
@@ -123,7 +123,7 @@ def points(folder, known):
     found, places = [], []
     for benchmark in BENCHMARKS:
         for file, result in stored_cases(folder, benchmark):
-            old = ", earlier kernels" if kernel_digests.changed(file, result) else ""
+            old = ", earlier kernels" if changed(file, result) else ""
             for case in result["cases"]:
                 ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
                 named = next((name for name in known if name in case["case"]), "float32")

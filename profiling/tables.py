@@ -14,12 +14,24 @@ from advkd.errors import InputError
 from advkd.evaluation.evaluate import cells
 from advkd.runtime.files import write_bytes
 
-from . import billion, gpu_kernels, roofline
+from . import billion, roofline
 from .cases import neighbours, neighbours_idle
-from .evidence import checked, figure, link, source, stale, stored, unsupported
+from .evidence import (
+    KINDS,
+    ROOT,
+    checked,
+    families,
+    figure,
+    gpu_digests,
+    last_run,
+    link,
+    module_of,
+    source,
+    stale,
+    stored,
+    unsupported,
+)
 from .gpu import summary as gpu_summary
-from .harness import ROOT
-from .kernel_digests import module_of
 from .limits import guarantees, instruction_counts
 from .limits import predictions as gpu_predictions
 from .trace import compare, demo, ncu, nsys
@@ -335,14 +347,14 @@ def _rule(columns):
 def gpu_kernels_state():
     """When and where each GPU kernel last ran, and what came of it."""
     lines = [_row("kernel", "source", "last ran on", "commit", "GPU tests passed"), _rule(5)]
-    for family in gpu_kernels.families():
-        run = gpu_kernels.last_run(family)
+    for family in families():
+        run = last_run(family)
         cells = ("has not run on a GPU yet", "", "")
         if run:
             stale = ", an earlier source" if run["stale"] else ""
             tests = f"{run['passed']} of {run['passed'] + run['failed']}"
             cells = (f"{run['device']}, {run['date']}{stale}", (run["commit"] or "unknown")[:8], tests)
-        lines.append(_row(f"{gpu_kernels.KINDS[family.kind]}, {family.name}", f"`{family.source}`", *cells))
+        lines.append(_row(f"{KINDS[family.kind]}, {family.name}", f"`{family.source}`", *cells))
     return lines
 
 
@@ -373,7 +385,7 @@ def ahead():
         lines += [_rule(1 + len(names))]
         for row, parts in _compiled_sources(result["compiled"]).items():
             lines.append(_row(row, *(_compiled(parts.get(name, [])) for name in names)))
-        stale = "" if result["kernels"] == gpu_kernels.digests() else " (of earlier sources)"
+        stale = "" if result["kernels"] == gpu_digests() else " (of earlier sources)"
         lines += ["", f"Launches of the predicted plans, batch 8, bfloat16{stale}:", ""]
         lines += [
             _row("student", "kernel", "layers", "registers", "shared KB", "blocks per SM", "FLOP per byte", "us"),

@@ -19,7 +19,8 @@ from advkd.runtime.files import replacing, write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
-from ..harness import ROOT, gated_folder, provenance
+from ..evidence import ROOT
+from ..harness import gated_folder, provenance
 from .gradient_penalty import PARITY_TESTS, SIZES, penalty_only, problem
 
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)

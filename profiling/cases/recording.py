@@ -22,7 +22,8 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 from advkd.runtime.files import write_json
 
-from ..harness import ROOT, gated_folder, provenance
+from ..evidence import ROOT
+from ..harness import gated_folder, provenance
 from .teacher import PARITY_TESTS
 
 CONFIG = TrajectoryConfig(num=512)

@@ -17,7 +17,8 @@ from pathlib import Path
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import percentiles
 
-from ..harness import ROOT, gated_folder, provenance
+from ..evidence import ROOT
+from ..harness import gated_folder, provenance
 
 FEW, MANY, REPEATS = 64, 4160, 3
 """Images per process of the two commands."""

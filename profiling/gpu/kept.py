@@ -11,9 +11,8 @@ from pathlib import Path
 
 from advkd.runtime.timing import provenance
 
+from ..evidence import ROOT, module_of
 from ..harness import is_green
-from ..kernel_digests import module_of
-from ..paths import ROOT
 
 CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
 

@@ -33,10 +33,9 @@ from ..cases import gradient_penalty as bench_gradient_penalty
 from ..cases import norm_act as bench_norm_act
 from ..cases import sampler_step as bench_sampler_step
 from ..cases import student as bench_student
-from ..gpu_kernels import digests
+from ..evidence import ROOT, gpu_digests, module_of
 from ..gpu_timing import peaks
-from ..harness import ROOT, absent_package, format_case, is_green, run_case
-from ..kernel_digests import module_of
+from ..harness import absent_package, format_case, is_green, run_case
 from ..limits import predictions
 from . import kept as gpu_kept
 from .kept import test_digest
@@ -627,7 +626,7 @@ def parity_gate(files, part):
     """State of the GPU tests of these files: what ``gate`` or ``tests`` has found in the same tree, else a few of each now."""
     stored = [path for path in (part.out / "gpu_gate.json", part.out / "gpu_tests.json") if path.exists()]
     found = json.loads(stored[0].read_text()) if stored else None
-    if found is None or found["kernels"] != digests() or "tests" not in found["result"]:
+    if found is None or found["kernels"] != gpu_digests() or "tests" not in found["result"]:
         log = part.folder / "gate.jsonl"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
         command += [*(DRY if part.rehearse else []), "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"]

@@ -24,7 +24,7 @@ import torch
 from advkd.runtime.files import require_output_folder
 from advkd.runtime.timing import provenance
 
-from ..harness import ROOT
+from ..evidence import ROOT
 from .modes import ARCHIVE, MODES, SUMMARY, TESTS
 from .parts import BUILD, NEEDS_DEVICE, REHEARSED, build_environment, stale_objects
 

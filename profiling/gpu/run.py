@@ -14,8 +14,7 @@ from pathlib import Path
 
 from advkd.runtime.files import write_json
 
-from ..gpu_kernels import digests
-from ..harness import ROOT
+from ..evidence import ROOT, gpu_digests
 from . import kept as gpu_kept
 from .parent import as_parent
 from .tests import BROKEN
@@ -66,7 +65,7 @@ class Run:
     def __init__(self, out, place, seconds, full=False, kept=None, options=()):
         self.out, self.place, self.full, self.kept, self.options = Path(out), place, full, kept, list(options)
         self.end, self.live = time.monotonic() + seconds, set()
-        self.kernels = digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
+        self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest()}
 
     def do(self, part, again=False):

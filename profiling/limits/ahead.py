@@ -20,8 +20,7 @@ from pathlib import Path
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import provenance
 
-from ..gpu_kernels import Family, digests, families
-from ..harness import RESULTS, ROOT
+from ..evidence import RESULTS, ROOT, Family, families, gpu_digests
 from . import predictions
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -336,7 +335,7 @@ def main():
         "unknown_to_nvcc": sorted(set(wanted) - set(architectures)),
         "plans": planned_layers(entries) if not options.only else [],
         "assumptions": predictions.assumptions(),
-        "kernels": digests(),
+        "kernels": gpu_digests(),
         "versions": versions(),
         "provenance": provenance(),
     }

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..paths import ROOT
+from ..evidence import ROOT
 
 LIMIT = 300
 """Seconds after which a process counts as one that hangs."""

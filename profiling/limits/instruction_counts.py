@@ -22,8 +22,7 @@ from pathlib import Path
 from advkd.runtime.files import read_json, write_json
 from advkd.runtime.timing import provenance
 
-from ..evidence import checked
-from ..paths import RESULTS, ROOT
+from ..evidence import RESULTS, ROOT, checked
 
 BASELINE = RESULTS / "instruction-counts.json"
 UPDATE = "python -m profiling.limits.instruction_counts --update"

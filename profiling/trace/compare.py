@@ -19,8 +19,8 @@ from advkd.runtime.hub import reason
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure
 
-from ..evidence import device_alone, source, stored
-from ..harness import ROOT, provenance
+from ..evidence import ROOT, device_alone, source, stored
+from ..harness import provenance
 from . import ncu, nsys, power
 from .timeline import label, markdown
 from .torch_trace import LIMIT, last_line

@@ -19,7 +19,8 @@ from pathlib import Path
 from advkd.errors import InputError
 from advkd.runtime.files import read_json, replacing, write_json
 
-from ..harness import ROOT, device_folder, provenance
+from ..evidence import ROOT
+from ..harness import device_folder, provenance
 from .timeline import markdown
 from .torch_trace import last_line
 

@@ -26,9 +26,9 @@ from advkd.runtime.hub import reason
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure
 
-from ..evidence import source, stored
+from ..evidence import ROOT, source, stored
 from ..gpu.parts import METRICS, ncu_rows
-from ..harness import ROOT, provenance
+from ..harness import provenance
 from .nsys import finish, given, options, show
 from .timeline import TOP, failures, label, markdown
 from .torch_trace import LIMIT, last_line

@@ -25,8 +25,8 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
-from ..evidence import device_alone, stored
-from ..harness import ROOT, device_folder, provenance
+from ..evidence import ROOT, device_alone, stored
+from ..harness import device_folder, provenance
 from . import timeline, torch_trace
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
 from .workloads import SIZES, VARIANTS, WORKLOADS, command, gate, positive, sizes

@@ -20,7 +20,7 @@ from advkd.runtime.files import replacing
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.ranges import name_ranges
 
-from ..harness import ROOT
+from ..evidence import ROOT
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace
 from .workloads import WARMUP, command, parser, prepare, run_units, synchronize
 

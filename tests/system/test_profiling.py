@@ -21,7 +21,7 @@ from advkd.models.student import Student, StudentConfig
 from advkd.ops import registry
 from advkd.runtime import timing
 from advkd.runtime.files import digest
-from profiling import billion, evidence, gpu_kernels, gpu_peers, gpu_timing, harness, kernel_digests, roofline, tables
+from profiling import billion, evidence, gpu_peers, gpu_timing, harness, roofline, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
@@ -415,26 +415,32 @@ def test_what_the_project_set_out_for_is_in_the_results():
 
 
 def test_a_result_of_older_kernels_is_stale():
-    result = {"provenance": {"kernels": kernel_digests.kernel_digests()}, "cases": []}
-    assert kernel_digests.changed("bench_norm_act", result) == []
+    result = {"provenance": {"kernels": evidence.cpu_digests()}, "cases": []}
+    assert evidence.changed("bench_norm_act", result) == []
     result["cases"] = [{"provenance": {"kernels": {**result["provenance"]["kernels"], "norm_act": "0"}}}]
-    assert kernel_digests.changed("bench_norm_act", result) == ["norm_act"] and not kernel_digests.changed("layers", result)
-    assert kernel_digests.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
+    assert evidence.changed("bench_norm_act", result) == ["norm_act"] and not evidence.changed("layers", result)
+    assert evidence.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
     stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
     assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
     # On a GPU other kernels do the work; a part of a whole run keeps their digests beside its provenance.
-    now = gpu_kernels.digests()
+    now = evidence.gpu_digests()
     part = {"provenance": {"device": "a card"}, "kernels": now, "result": {}}
-    assert kernel_digests.changed("gpu_bench_student", part) == []
+    assert evidence.changed("gpu_bench_student", part) == []
     part["kernels"] = {**now, "cuda conv_pair": "0", "triton norm_act": "0"}
-    assert kernel_digests.changed("gpu_bench_student", part) == ["cuda conv_pair"]
-    assert kernel_digests.changed("bench_norm_act_cuda", part) == ["triton norm_act"]
-    assert "cuda sampler_step" in kernel_digests.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
+    assert evidence.changed("gpu_bench_student", part) == ["cuda conv_pair"]
+    assert evidence.changed("bench_norm_act_cuda", part) == ["triton norm_act"]
+    assert "cuda sampler_step" in evidence.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
     # A header's change is its kernels' change.
     texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
-    before = kernel_digests._digest("csrc/cpu/a.cpp", texts.get)
-    assert kernel_digests._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
-    assert set(kernel_digests.kernel_digests()) == {name for kernels in kernel_digests.MEASURED.values() for name in kernels}
+    before = evidence._digest("csrc/cpu/a.cpp", texts.get)
+    assert evidence._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
+    assert set(evidence.cpu_digests()) == {name for kernels in evidence.MEASURED.values() for name in kernels}
+
+
+def test_results_name_the_modules_that_measure_them():
+    known = {name: evidence.module_of(name) for name in (*evidence.MEASURED, *evidence.ELSEWHERE)}
+    assert known["bench_student"] == "profiling.cases.student" and known["demo"] == "profiling.trace.demo"
+    assert all(map(importlib.util.find_spec, known.values()))
 
 
 def test_a_point_stands_below_the_tighter_ceiling():
@@ -462,7 +468,7 @@ def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
     entry = {"name": "advkd", "kind": "ours", "seconds": time(0.5)}
     case = {"case": "digits, bfloat16", "flop": 8, "moved_bytes": 2, "contestants": [entry], "provenance": PLACE}
     alone = {"cases": [case], "provenance": {**PLACE, "driver": "1"}}
-    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": gpu_kernels.digests()}
+    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": evidence.gpu_digests()}
     for name, stored in (("bench_student_cuda", alone), ("gpu_bench_norm_act", part)):
         (tmp_path / f"{name}.json").write_text(json.dumps(stored))
     found, places = roofline.points(tmp_path, ["float32", "bfloat16"])

@@ -20,10 +20,11 @@ import torch
 from advkd.errors import InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from profiling import gpu_kernels, gpu_peers, gpu_timing, tables
+from profiling import evidence, gpu_peers, gpu_timing, tables
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
+from profiling.evidence import module_of
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
@@ -33,7 +34,6 @@ from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
 from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
 from profiling.harness import run_case
-from profiling.kernel_digests import module_of
 from profiling.limits import ahead, predictions
 
 from ..conftest import ROOT, process_environment
@@ -116,7 +116,7 @@ def test_parts_do_not_take_each_other_along(run, capsys):
     assert run.starts().count("segfault") == run.starts().count("broken") == 2 and run.starts().count("raises") == 1
     good, hang = run.stored("good"), run.stored("hang")
     assert good["result"]["value"] == 7 and good["key"]["commit"] == "c0ffee" and good["log_tail"] == ""
-    assert good["kernels"] == gpu_kernels.digests()
+    assert good["kernels"] == evidence.gpu_digests()
     # What a process without git did not know is the run's.
     assert good["result"]["provenance"] == {"commit": "c0ffee", "dirty": False}
     assert hang["result"]["items"] == {"first": {"state": "done"}} and hang["seconds"] < 10
@@ -653,7 +653,7 @@ def test_tables_of_gpu_results(monkeypatch):
 
 
 def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
-    known = {family.key: family for family in gpu_kernels.families()}
+    known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
         known
     )
@@ -669,18 +669,18 @@ def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
     )
     assert not known["triton conv_block"].tested_by("tests/ops/test_conv_block_cuda.py::test_a")
     assert not known["triton sampler_step"].tested_by("tests/ops/test_sampler_step_gpu_sources.py::test_on_a_gpu[1]")
-    stored = {"date": "2026-01-02 03:04", "kernels": gpu_kernels.digests(), "provenance": PLACE}
+    stored = {"date": "2026-01-02 03:04", "kernels": evidence.gpu_digests(), "provenance": PLACE}
     outcomes = {node.format("cuda"): "passed", node.format("cuda") + "2": "failed", node.format("triton"): "passed"}
     tests = {test: {"outcome": outcome} for test, outcome in outcomes.items()}
     stored["result"] = {"tests": tests, "gaps": {"cuda": None, "triton": "Triton is not installed"}}
     (tmp_path / "card").mkdir()
     (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
-    run = gpu_kernels.last_run(cuda, tmp_path)
+    run = evidence.last_run(cuda, tmp_path)
     assert (run["passed"], run["failed"], run["stale"], run["device"]) == (1, 1, False, "a card")
-    assert gpu_kernels.last_run(triton, tmp_path) is None and gpu_kernels.last_run(known["cuda philox"], tmp_path) is None
+    assert evidence.last_run(triton, tmp_path) is None and evidence.last_run(known["cuda philox"], tmp_path) is None
     stored["kernels"][cuda.key] = "0"
     (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
-    assert gpu_kernels.last_run(cuda, tmp_path)["stale"]
+    assert evidence.last_run(cuda, tmp_path)["stale"]
 
 
 def test_floors_are_those_of_the_definition():
@@ -893,7 +893,7 @@ def test_chains_are_what_their_names_say():
 
 def test_the_parity_gate(tmp_path):
     files = ["tests/ops/test_mask_mul.py"]
-    stored = {"kernels": gpu_kernels.digests(), "result": {"tests": {}, "left": [], "late": 0}}
+    stored = {"kernels": evidence.gpu_digests(), "result": {"tests": {}, "left": [], "late": 0}}
     tests = stored["result"]["tests"]
     part = part_of(tmp_path)
 
