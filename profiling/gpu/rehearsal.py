@@ -25,8 +25,9 @@ from advkd.runtime.files import require_output_folder
 from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT
+from .build import BUILD, REHEARSED, build_environment, stale_objects
 from .modes import ARCHIVE, MODES, SUMMARY, TESTS
-from .parts import BUILD, NEEDS_DEVICE, REHEARSED, build_environment, stale_objects
+from .part import NEEDS_DEVICE
 
 KILLED_AFTER = 45.0
 """Seconds that the run that is killed has."""

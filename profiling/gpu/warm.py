@@ -1,8 +1,9 @@
-"""Compiles a share of the Triton convolutions that a plan may measure: python -m profiling.gpu.warm 0/12
+"""The part that compiles the Triton convolutions that a plan may measure: python -m profiling.gpu.warm 0/12 compiles a share.
 
-Triton compiles one kernel at a time, and a tuned plan wants hundreds; processes side by side fill its cache on disk first.
+Triton compiles one kernel at a time, and a tuned plan takes hundreds; processes side by side fill its cache on disk first.
 """
 
+import subprocess
 import sys
 
 import torch
@@ -15,9 +16,32 @@ from advkd.ops.student_steps import run_step
 
 from ..cases.conv_block import SLOPE, Chain, tensors, ways
 from ..cases.student import GPU_DTYPES
+from ..evidence import ROOT
 from ..gpu_timing import set_tf32
 from ..limits.predictions import PRODUCTS
-from .parts import QUICK
+from .bench import QUICK
+from .part import NEEDS_DEVICE
+
+
+def warm(part):
+    """Triton's kernels compiled by many processes at a time, so that no plan has to wait for them one by one."""
+    if part.rehearse:
+        return {NEEDS_DEVICE: "warm"}
+    count = part.processes(12)
+    commands = [[sys.executable, "-m", "profiling.gpu.warm", f"{i}/{count}"] for i in range(count)]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    codes = []
+    try:
+        for process in processes:
+            codes.append(process.wait(max(part.left() - 1, 0.1)))
+    except subprocess.TimeoutExpired:
+        part.unfinished = "not everything is compiled yet"
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    part.red = any(codes)
+    return {"processes": count}
 
 
 def networks():
@@ -44,7 +68,8 @@ def triton_steps(chain, product, dtype, limits, batch):
     return [step for steps in found for step in steps if step.kernel.startswith("triton")]
 
 
-def main(share):
+def compile_share(share):
+    """Launch, and so compile, the i-th of n shares of the kernels; ``share``: ``i/n``."""
     index, count = map(int, share.split("/"))
     set_tf32(False)
     for preset, i, dtype, product, step in list(wanted(Limits.of(torch.device("cuda"))).values())[index::count]:
@@ -56,4 +81,4 @@ def main(share):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    compile_share(sys.argv[1])

@@ -27,8 +27,8 @@ from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure
 
 from ..evidence import ROOT, source, stored
-from ..gpu.parts import METRICS, ncu_rows
 from ..harness import provenance
+from .counters import METRICS, ncu_rows
 from .nsys import finish, given, options, show
 from .timeline import TOP, failures, label, markdown
 from .torch_trace import LIMIT, last_line
@@ -91,7 +91,7 @@ def _trouble(done):
 
 
 def read(text):
-    """Launches of ``--csv --page raw``: what :func:`~profiling.gpu.parts.ncu_rows` reads, and executed operations."""
+    """Launches of ``--csv --page raw``: what :func:`~profiling.trace.counters.ncu_rows` reads, and executed operations."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     titles, _, *table = [*csv.reader(lines), [], []][: max(len(lines), 2)]
     short = [cells for cells in table if len(cells) != len(titles)]

@@ -25,22 +25,23 @@ from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
+from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
-from profiling.gpu import parts as gpu_parts
-from profiling.gpu import rehearsal
+from profiling.gpu import part as gpu_part
 from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
 from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
+from profiling.trace import counters
 
 from ..conftest import ROOT, process_environment
 from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
 
 PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "threads": 2, "versions": {"torch": "2"}}
-# A part in the form of the command line that gpu.py starts; its name says how it ends.
+# A part in the form of the command line that a run starts; its name says how it ends.
 FAKE = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -191,9 +192,9 @@ def test_without_a_gpu_nothing_starts(tmp_path, capsys):
 def test_every_part_is_there():
     modes = [part for mode in gpu_modes.MODES.values() for part in mode.parts()]
     assert [part.name for part in gpu.PARTS] == PART_ORDER
-    assert {part.name for part in (*gpu.PARTS, *modes)} == set(gpu_parts.PARTS)
+    assert {part.name for part in (*gpu.PARTS, *modes)} == set(parts.PARTS)
     assert not next(part for part in gpu.PARTS if part.name == "ahead").needs_gpu
-    for name, cases in gpu_parts.QUICK.items():
+    for name, cases in bench.QUICK.items():
         known = importlib.import_module(module_of(name)).cases("cuda")
         assert cases and set(cases) <= set(known), name
     commit = gpu.place_of("cpu", "feed")
@@ -296,7 +297,7 @@ def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
 
 def test_what_is_kept_stands_for_its_sources(tmp_path):
     file = "tests/ops/test_mask_mul.py"
-    place, good = gpu_parts.provenance("cpu"), entry("advkd", "ours", 1e-3)
+    place, good = bench.provenance("cpu"), entry("advkd", "ours", 1e-3)
     tests = {f"{file}::{name}": {"outcome": "passed", "of": gpu_kept.test_digest(file)} for name in "abc"}
     tests[f"{file}::b"]["outcome"], tests[f"{file}::c"]["of"] = "failed", "another"
     off = {**good, "parity": {"error": 1.0, "tolerance": 0.1, "passed": False}}
@@ -330,8 +331,8 @@ def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kept, "known_tests", stored)
     seen = {}
     for name in ("gate", "tests"):
-        part = gpu_parts.Part(tmp_path, tmp_path, 60.0, name=name, kept=tmp_path)
-        seen[name] = set(gpu_parts._seen(part))
+        part = gpu_part.Part(tmp_path, tmp_path, 60.0, name=name, kept=tmp_path)
+        seen[name] = set(parity._seen(part))
     assert seen == {"gate": {"a", "b"}, "tests": {"a"}}
 
 
@@ -364,7 +365,7 @@ def test_a_rehearsed_case_says_how_far_it_went():
     """In a process of its own, as it puts a stand-in in the place of the device."""
     code = """
 import torch
-from profiling.gpu.parts import rehearsed
+from profiling.gpu.bench import rehearsed
 from profiling.harness import Case, Contestant
 from tests import gpu_dry_run
 
@@ -398,18 +399,18 @@ def test_objects_of_other_sources_are_built_anew(tmp_path, monkeypatch):
     for folder in ("csrc", "setup.py"):
         (shutil.copytree if folder == "csrc" else shutil.copy)(ROOT / folder, tmp_path / folder)
     objects = [tmp_path / f"advkd/_{kind}.abi3.so" for kind in ("cpu", "cuda")]
-    assert gpu_parts.stale_objects(tmp_path) == objects
+    assert build.stale_objects(tmp_path) == objects
     (tmp_path / "advkd").mkdir()
     for kind in ("cpu", "cuda"):
         (tmp_path / f"advkd/_{kind}.abi3.so").write_bytes(b"ELF" + bytes.fromhex(identity(kind)) + b"rest")
-    assert gpu_parts.stale_objects(tmp_path) == []
+    assert build.stale_objects(tmp_path) == []
     with open(tmp_path / "csrc/cuda/mask_mul.cu", "a") as file:
         file.write("// changed")
-    assert gpu_parts.stale_objects(tmp_path) == objects[1:]
+    assert build.stale_objects(tmp_path) == objects[1:]
 
 
 def part_of(folder, seconds=60.0):
-    return gpu_parts.Part(folder, folder, seconds, False)
+    return gpu_part.Part(folder, folder, seconds, False)
 
 
 def test_a_journal_goes_on_where_it_stopped(tmp_path):
@@ -429,11 +430,11 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
 
     part = part_of(tmp_path)
     part.again = False
-    result, code = gpu_parts.run(work, part)
+    result, code = gpu_part.run(work, part)
     assert code == 3 and result["unfinished"] == "no time for three" and "three" not in part.journal.items
     part = part_of(tmp_path)
     part.again = True
-    result, code = gpu_parts.run(work, part)
+    result, code = gpu_part.run(work, part)
     assert code == 1 and done == [1] and result["extra"] == 5 and result["failed_items"] == ["two", "three"]
     assert result["items"]["two"]["error"] == "ValueError: off"
     # A process that died in the middle: by itself, or stopped from outside.
@@ -444,12 +445,12 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     part = part_of(tmp_path)
     part.journal.forget_begun()
     assert part.journal.run("four", lambda: {})["state"] == "done"
-    result, code = gpu_parts.run(lambda part: 1 / 0, part_of(tmp_path))
+    result, code = gpu_part.run(lambda part: 1 / 0, part_of(tmp_path))
     assert code == 1 and result["error"].startswith("ZeroDivisionError")
 
 
 def test_a_broken_device_wants_another_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_parts, "broken", lambda: True)
+    monkeypatch.setattr(gpu_part, "broken", lambda: True)
     with pytest.raises(SystemExit) as ended:
         part_of(tmp_path).journal.run("one", lambda: 1 / 0)
     assert ended.value.code == BROKEN and part_of(tmp_path).journal.items["one"]["state"] == "error"
@@ -474,7 +475,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
     monkeypatch.setenv("STEP", "die")
     arguments = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")]
-    worker = gpu_parts.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
+    worker = parity.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
     try:
         while worker.poll():
             time.sleep(0.05)
@@ -491,18 +492,18 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
 
 def test_tests_that_are_stopped_for_want_of_time_are_no_failures(tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
-    monkeypatch.setattr(gpu_parts, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
-    monkeypatch.setattr(gpu_parts, "test_digest", lambda file: "digest")
-    monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(gpu_parts.registry, "gap", lambda *place: None)
-    monkeypatch.setattr(gpu_parts, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
+    monkeypatch.setattr(parity, "test_digest", lambda file: "digest")
+    monkeypatch.setattr(parity.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(parity.registry, "gap", lambda *place: None)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
 
-    class Late(gpu_parts.Part):
+    class Late(gpu_part.Part):
         def left(self):
             log = read_log(self.folder / "tests-0.jsonl")
             return 0.0 if any("[2]" in test for test in log) else 60.0
 
-    result, code = gpu_parts.run(gpu_parts.tests, Late(tmp_path, tmp_path, 60.0, False))
+    result, code = gpu_part.run(parity.tests, Late(tmp_path, tmp_path, 60.0, False))
     assert code == 3 and result["unfinished"] == "no time for 4 of 6 tests" and result["failures"] == []
     assert result["counts"] == {"passed": 2}
 
@@ -513,7 +514,7 @@ def test_a_spread_of_cases():
 
 
 def test_only_files_with_gpu_tests_are_collected():
-    files = gpu_parts.gpu_test_files()
+    files = parity.gpu_test_files()
     assert "tests/ops/test_training_cuda.py" in files and "tests/ops/test_norm_act.py" in files
     assert "tests/system/test_readme.py" not in files and "tests/system/test_profiling_gpu.py" in files
 
@@ -521,22 +522,22 @@ def test_only_files_with_gpu_tests_are_collected():
 def test_the_sanitizers_verdict():
     log = {"a": {"outcome": "passed"}, COLLECTED: {"outcome": "collected"}}
     clean = "========= ERROR SUMMARY: 0 errors\n"
-    assert not gpu_parts.sanitizer_verdict(clean, 0, log)["red"]
+    assert not sanitizers.sanitizer_verdict(clean, 0, log)["red"]
     hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
-    assert gpu_parts.sanitizer_verdict(hazards, 99, log)["errors"] == 2
+    assert sanitizers.sanitizer_verdict(hazards, 99, log)["errors"] == 2
     reds = ((hazards, 99, log), ("", 0, log), (clean, 1, log), (clean, 0, {}), (clean + clean.replace("0", "1"), 0, log))
-    assert all(gpu_parts.sanitizer_verdict(*case)["red"] for case in reds)
+    assert all(sanitizers.sanitizer_verdict(*case)["red"] for case in reds)
     # Stopped at its limit: what it has printed until then counts.
-    assert not gpu_parts.sanitizer_verdict("", None, log)["red"]
-    cut = gpu_parts.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
+    assert not sanitizers.sanitizer_verdict("", None, log)["red"]
+    cut = sanitizers.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
     assert cut["red"] and cut["errors"] == 1
 
 
 def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: None)
-    result, code = gpu_parts.run(gpu_parts.sanitizer("memcheck"), part_of(tmp_path))
+    monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
+    result, code = gpu_part.run(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
     assert code == 1 and "compute-sanitizer is not on PATH" in result["error"]
-    result, code = gpu_parts.run(gpu_parts.ncu, part_of(tmp_path))
+    result, code = gpu_part.run(ncu.ncu, part_of(tmp_path))
     assert code == 0 and result["ncu"] == "not installed"
 
 
@@ -545,17 +546,17 @@ def test_a_second_first_image_compiles_nothing(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "caches" / name))
     once = "import os, pathlib; p = pathlib.Path(os.environ['TRITON_CACHE_DIR'], {}); os.makedirs(p.parent, exist_ok=True)"
     write = once + "; p.exists() or p.write_text('kernel'); print('SECONDS', 0.25)"
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("'same'"))
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", write.format("'same'"))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 0 and len(result["items"]) == 4
     assert result["items"]["digits, cuda"]["kept_seconds"] == 0.25 and not result["items"]["digits, cuda"]["compiled_again"]
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("str(os.getpid())"))
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", write.format("str(os.getpid())"))
     (tmp_path / "journal.json").unlink()
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 1 and result["items"]["digits, auto"]["compiled_again"]
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", "raise SystemExit('no kernel')")
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", "raise SystemExit('no kernel')")
     (tmp_path / "journal.json").unlink()
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 1 and result["items"]["digits, auto"]["error"] == "RuntimeError: no kernel"
 
 
@@ -570,16 +571,16 @@ NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
 
 
 def test_what_nsight_compute_says():
-    first, second = gpu_parts.ncu_rows(NCU)
+    first, second = counters.ncu_rows(NCU)
     assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
     assert second["seconds"] is None and second["top_stall"] == "wait"
-    assert gpu_parts.ncu_rows("") == []
+    assert counters.ncu_rows("") == []
 
 
 def test_architectures_of_cards():
     names = {(8, 0): "8.0", (8, 9): "8.9", (9, 0): "9.0a", (10, 0): "10.0a", (12, 0): "12.0a"}
-    assert {capability: gpu_parts.architecture(capability) for capability in names} == names
+    assert {capability: build.architecture(capability) for capability in names} == names
 
 
 def entry(name, kind, seconds=None, error=1e-3, **more):
@@ -899,7 +900,7 @@ def test_the_parity_gate(tmp_path):
 
     def gate():
         (tmp_path / "gpu_tests.json").write_text(json.dumps(stored))
-        return gpu_parts.parity_gate(files, part)
+        return parity.parity_gate(files, part)
 
     assert gate()["state"] == "none ran"
     tests["tests/ops/test_mask_mul.py::test_a"] = {"outcome": "passed"}
@@ -943,25 +944,25 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
     module = type(sys)("small_bench")
     module.cases, module.PARITY_TESTS = lambda device: {"good": small, "costly": small, "bad": fails, "other": small}, []
     monkeypatch.setitem(sys.modules, "profiling.cases.small_bench", module)
-    monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
-    monkeypatch.setitem(gpu_parts.GATES, "small_bench", ["tests/a.py"])
-    monkeypatch.setattr(gpu_parts, "parity_gate", lambda files, part: {"state": "green"})
-    monkeypatch.setattr(gpu_parts, "provenance", lambda device: PLACE)
-    monkeypatch.setattr(gpu_parts, "run_case", measured)
-    monkeypatch.setattr(gpu_parts, "format_case", lambda result: "")
+    monkeypatch.setitem(bench.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
+    monkeypatch.setitem(parity.GATES, "small_bench", ["tests/a.py"])
+    monkeypatch.setattr(bench, "parity_gate", lambda files, part: {"state": "green"})
+    monkeypatch.setattr(bench, "provenance", lambda device: PLACE)
+    monkeypatch.setattr(bench, "run_case", measured)
+    monkeypatch.setattr(bench, "format_case", lambda result: "")
     rates = {"result": {"items": {"rates": {"flops": {"bf16": 1e12}, "bandwidth": 1e12}}}}
     (tmp_path / "gpu_rates.json").write_text(json.dumps(rates))
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path))
+    result, code = gpu_part.run(bench.bench("small_bench"), part_of(tmp_path))
     assert code == 1 and result["wanted"] == ["good", "costly", "bad"] and result["failed_items"] == ["bad"]
     assert [case["case"] for case in result["cases"]] == ["good", "costly"] and calls == [False, False, True]
     assert result["cases"][0]["floor"]["seconds"] == 1e-3 and result["cases"][1]["ratio"] == 3.0
     assert "out of memory" in result["errors"]["bad"]
     assert bench_student.gpu_rates().flops["bf16"] == 1e12 and len(ran) == 3
     monkeypatch.setattr(bench_student, "MEASURED_RATES", [])
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path, 0.0))
+    result, code = gpu_part.run(bench.bench("small_bench"), part_of(tmp_path, 0.0))
     assert len(ran) == 3
     late = part_of(tmp_path / "late", 1.0)
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), late)
+    result, code = gpu_part.run(bench.bench("small_bench"), late)
     assert code == 3 and result["unfinished"] == "no time for 3 cases: good, costly, bad"
 
 
