@@ -61,6 +61,19 @@ def source(result, times, sure=""):
     return [*stale(result), *lines]
 
 
+def table_row(*cells):
+    """A line of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table_rule(columns):
+    """The line between a table's titles and its rows."""
+    return "|" + "---|" * columns
+
+
+NOTHING = ["Nothing has been measured yet."]
+
+
 def stale(result):
     """A line that says so, where kernels have changed since."""
     kernels = result.get("changed")

@@ -379,7 +379,7 @@ def test_pages_with_unsupported_sentences_are_not_written(tmp_path, monkeypatch)
 
 
 def test_the_evaluation_is_of_the_shipped_student():
-    (result,) = tables.stored("evaluation")
+    (result,) = evidence.stored("evaluation")
     assert result["student"]["weights_sha256"] == digest(Student.from_pretrained("digits").state_dict())
     assert result["extractor_sha256"] == build_extractor("digits").identity and result["known_unseen"]
 
@@ -402,15 +402,15 @@ def test_results_have_provenance_and_green_gates():
 
 def test_what_the_project_set_out_for_is_in_the_results():
     """On every measured machine the fused workloads beat their baselines, and a demo's time is in its networks."""
-    for result in tables.stored("compare"):
+    for result in evidence.stored("compare"):
         assert not result["complaints"] and {row["workload"] for row in result["rows"]} == {"student", "teacher", "update"}
         for row in result["rows"]:
             assert row["parity"]["passed"] and row["seconds"]["fused"]["median"] < row["seconds"]["baseline"]["median"]
     for name in ("traces", "counters"):
-        for result in tables.stored(name):
+        for result in evidence.stored(name):
             assert len({(row["workload"], row["variant"]) for row in result["rows"]}) == 6
             assert not any("error" in row for row in result["rows"])
-    results = tables.stored("demo")
+    results = evidence.stored("demo")
     assert results and not any(demo.complaints(result) for result in results)
 
 

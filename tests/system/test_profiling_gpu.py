@@ -20,12 +20,12 @@ import torch
 from advkd.errors import InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
-from profiling import evidence, gpu_peers, gpu_timing, tables
+from profiling import evidence, gpu_peers, gpu_timing
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
-from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers
+from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers, tables
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
