@@ -28,13 +28,14 @@ from advkd.ops import (
 )
 from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
-from advkd.runtime.files import replacing, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
 from .evidence import changed
 from .gpu import summary as gpu_summary
 from .harness import device_folder, provenance, read, timed
+from .plots import panels
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
@@ -172,28 +173,19 @@ def plot(found, limits, paths, title):
 
     What has no operations stands at the left edge, by its bytes; what has no bytes at the right one.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
-    edge = 0.05
-    right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
-    for dtype, rate in limits["flops"].items():
-        ridge = rate / limits["bandwidth"]
-        axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
-    for benchmark in sorted({p.name.partition(":")[0] for p in found}):
-        mine = [p for p in found if p.name.startswith(benchmark + ":")]
-        x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
-        y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
-        axes.loglog(x, y, "o", label=benchmark, ms=5)
-    axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
-    axes.legend(fontsize=8)
-    for path in paths:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=110, format=path.suffix[1:])
-    pyplot.close(figure)
+    with panels(*paths, size=(9, 5.5)) as (axes,):
+        edge = 0.05
+        right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
+        for dtype, rate in limits["flops"].items():
+            ridge = rate / limits["bandwidth"]
+            axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
+        for benchmark in sorted({p.name.partition(":")[0] for p in found}):
+            mine = [p for p in found if p.name.startswith(benchmark + ":")]
+            x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
+            y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
+            axes.loglog(x, y, "o", label=benchmark, ms=5)
+        axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
+        axes.legend(fontsize=8)
 
 
 def rows(result):

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from advkd.runtime.files import replacing, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.neighbours import sharing, unconfined
 from advkd.runtime.timing import percentiles
 
 from ..evidence import source, stored
 from ..harness import device_folder, largest_difference, passes, provenance
+from ..plots import panels
 from ..trace import workloads
 from . import student as bench_student
 from . import teacher as bench_teacher
@@ -140,28 +141,22 @@ def fair(row, processes):
 
 def plot(result, path):
     """A panel a case: time over the fair share, by neighbours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
-    figure, panels = pyplot.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.2), constrained_layout=True, sharey=True)
-    for panel, case in zip(panels, cases, strict=True):
-        for row in result["rows"]:
-            if row["case"] != case or "missing" in row:
-                continue
-            style = {"advkd": "o-", OURS[1]: "s--"}.get(row["name"], ".:")
-            ratios = [row["seconds"][str(n)]["mean"] / fair(row, n) for n in NEIGHBOURS]
-            panel.semilogy(range(len(NEIGHBOURS)), ratios, style, label=row["name"], linewidth=2 if row["name"] in OURS else 1)
-        panel.axhline(1, color="gray", linewidth=0.8)
-        panel.set_xticks(range(len(NEIGHBOURS)), map(str, NEIGHBOURS))
-        panel.set(xlabel="neighbours of two busy threads", title=case)
-        panel.legend(fontsize=7)
-    panels[0].set_ylabel("mean time over the fair share")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    with panels(path, size=(4.2 * len(cases), 4.2), count=len(cases), sharey=True) as found:
+        for panel, case in zip(found, cases, strict=True):
+            for row in result["rows"]:
+                if row["case"] != case or "missing" in row:
+                    continue
+                style = {"advkd": "o-", OURS[1]: "s--"}.get(row["name"], ".:")
+                ratios = [row["seconds"][str(n)]["mean"] / fair(row, n) for n in NEIGHBOURS]
+                panel.semilogy(
+                    range(len(NEIGHBOURS)), ratios, style, label=row["name"], linewidth=2 if row["name"] in OURS else 1
+                )
+            panel.axhline(1, color="gray", linewidth=0.8)
+            panel.set_xticks(range(len(NEIGHBOURS)), map(str, NEIGHBOURS))
+            panel.set(xlabel="neighbours of two busy threads", title=case)
+            panel.legend(fontsize=7)
+        found[0].set_ylabel("mean time over the fair share")
 
 
 def table():

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from advkd.models.critic import Critic, CriticConfig
-from advkd.runtime.files import replacing, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
 from ..evidence import ROOT
 from ..harness import gated_folder, provenance
+from ..plots import panels
 from .gradient_penalty import PARITY_TESTS, SIZES, penalty_only, problem
 
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
@@ -78,29 +79,21 @@ def _status(name):
 
 def plot(result, path):
     """Three panels: milliseconds by batch, resolution and depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    titles = {
-        "batch": "critic of 64x64, by batch",
-        "resolution": "critic, batch 16, by resolution",
-        "depth": "chain of 3x3 convolutions at 32x32, by depth",
-    }
-    for panel, (axis, title) in zip(panels, titles.items()):
-        places = [row[axis] for row in result[axis]]
-        for name in BACKENDS:
-            panel.loglog(places, [1e3 * row["seconds"][name]["median"] for row in result[axis]], "o-", label=name)
-        panel.set_xticks(places, map(str, places))
-        panel.xaxis.minorticks_off()
-        panel.set(xlabel=axis, ylabel="ms, penalty and gradients", title=title)
-        panel.title.set_fontsize(10)
-        panel.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    with panels(path, size=(13, 4), count=3) as found:
+        titles = {
+            "batch": "critic of 64x64, by batch",
+            "resolution": "critic, batch 16, by resolution",
+            "depth": "chain of 3x3 convolutions at 32x32, by depth",
+        }
+        for panel, (axis, title) in zip(found, titles.items()):
+            places = [row[axis] for row in result[axis]]
+            for name in BACKENDS:
+                panel.loglog(places, [1e3 * row["seconds"][name]["median"] for row in result[axis]], "o-", label=name)
+            panel.set_xticks(places, map(str, places))
+            panel.xaxis.minorticks_off()
+            panel.set(xlabel=axis, ylabel="ms, penalty and gradients", title=title)
+            panel.title.set_fontsize(10)
+            panel.legend()
 
 
 def main():

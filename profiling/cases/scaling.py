@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from advkd import Student, StudentConfig
-from advkd.runtime.files import replacing, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure, percentiles
 
 from ..harness import gated_folder, provenance
+from ..plots import panels
 from .student import DTYPES, PARITY_TESTS, direct_products, plausible_student
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -105,47 +106,44 @@ def footprint(preset, dtype, folder):
 
 def plot(result, path):
     """Three panels: time by batch, by resolution, by threads, each beside proportional growth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    for preset in ("digits", "pyramid-256"):
+    with panels(path, size=(13, 4), count=3) as (left, middle, right):
+        for preset in ("digits", "pyramid-256"):
+            for dtype in DTYPES:
+                rows = [r for r in result["batches"] if (r["preset"], r["dtype"]) == (preset, dtype)]
+                left.loglog(
+                    [r["batch"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=f"{preset}, {dtype}"
+                )
+                left.loglog(
+                    [r["batch"] for r in rows],
+                    [1e3 * rows[0]["seconds"]["median"] * r["batch"] for r in rows],
+                    ":",
+                    color="gray",
+                )
+        left.set(xlabel="images per call", ylabel="ms per call", title="batch (dotted: proportional)")
+        left.legend()
         for dtype in DTYPES:
-            rows = [r for r in result["batches"] if (r["preset"], r["dtype"]) == (preset, dtype)]
-            left.loglog(
-                [r["batch"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=f"{preset}, {dtype}"
-            )
-            left.loglog(
-                [r["batch"] for r in rows], [1e3 * rows[0]["seconds"]["median"] * r["batch"] for r in rows], ":", color="gray"
-            )
-    left.set(xlabel="images per call", ylabel="ms per call", title="batch (dotted: proportional)")
-    left.legend()
-    for dtype in DTYPES:
-        rows = [r for r in result["sizes"] if r["dtype"] == dtype]
-        middle.loglog([r["size"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=dtype)
-        scale = rows[-1]["seconds"]["median"] / rows[-1]["products"]
-        middle.loglog([r["size"] for r in rows], [1e3 * scale * r["products"] for r in rows], ":", color="gray")
-    middle.set(
-        xlabel="image side, 32 channels throughout", ylabel="ms per image", title="resolution (dotted: proportional to work)"
-    )
-    middle.set_xticks(SIZES, map(str, SIZES))
-    left.set_xticks(BATCHES, map(str, BATCHES))
-    for panel in (left, middle):
-        panel.xaxis.minorticks_off()
-    middle.legend()
-    for preset, batch in (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8)):
-        rows = [r for r in result["threads"] if (r["preset"], r["batch"], r["dtype"]) == (preset, batch, "float32")]
-        speedups = [rows[0]["seconds"]["median"] / r["seconds"]["median"] for r in rows]
-        right.plot([r["threads"] for r in rows], speedups, "o-", label=f"{preset}, batch {batch}")
-    counts = sorted({r["threads"] for r in result["threads"]})
-    right.plot(counts, counts, ":", color="gray")
-    right.set(xlabel="threads", ylabel="times one thread's speed", title="threads, float32", xticks=counts)
-    right.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+            rows = [r for r in result["sizes"] if r["dtype"] == dtype]
+            middle.loglog([r["size"] for r in rows], [1e3 * r["seconds"]["median"] for r in rows], "o-", label=dtype)
+            scale = rows[-1]["seconds"]["median"] / rows[-1]["products"]
+            middle.loglog([r["size"] for r in rows], [1e3 * scale * r["products"] for r in rows], ":", color="gray")
+        middle.set(
+            xlabel="image side, 32 channels throughout",
+            ylabel="ms per image",
+            title="resolution (dotted: proportional to work)",
+        )
+        middle.set_xticks(SIZES, map(str, SIZES))
+        left.set_xticks(BATCHES, map(str, BATCHES))
+        for panel in (left, middle):
+            panel.xaxis.minorticks_off()
+        middle.legend()
+        for preset, batch in (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8)):
+            rows = [r for r in result["threads"] if (r["preset"], r["batch"], r["dtype"]) == (preset, batch, "float32")]
+            speedups = [rows[0]["seconds"]["median"] / r["seconds"]["median"] for r in rows]
+            right.plot([r["threads"] for r in rows], speedups, "o-", label=f"{preset}, batch {batch}")
+        counts = sorted({r["threads"] for r in result["threads"]})
+        right.plot(counts, counts, ":", color="gray")
+        right.set(xlabel="threads", ylabel="times one thread's speed", title="threads, float32", xticks=counts)
+        right.legend()
 
 
 PARTS = {"batches": batches, "sizes": sizes, "threads": threads}

@@ -6,10 +6,11 @@ python -m profiling.cases.step_scaling [--out FOLDER]
 import torch
 
 from advkd.ops import StepCoefficients, sampler_step
-from advkd.runtime.files import replacing, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure
 
 from ..harness import gated_folder, provenance
+from ..plots import panels
 from .sampler_step import PARITY_TESTS
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,28 +44,20 @@ def overhead(repeats=2000):
 
 def plot(result, path):
     """Two panels: time by batch and by resolution, beside proportional growth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for panel, key, axis in zip(panels, ("batches", "sizes"), ("batch", "size")):
-        rows = result[key]
-        places = [r[axis] for r in rows]
-        for name in rows[0]["seconds"]:
-            panel.loglog(places, [1e3 * r["seconds"][name]["median"] for r in rows], "o-", label=name)
-        work = [r["batch"] * r["size"] ** 2 for r in rows]
-        scale = rows[-1]["seconds"]["deterministic"]["median"] / work[-1]
-        panel.loglog(places, [1e3 * scale * w for w in work], ":", color="gray", label="proportional")
-        panel.set_xticks(places, map(str, places))
-        panel.xaxis.minorticks_off()
-        panel.legend()
-    panels[0].set(xlabel="images of 3x256x256", ylabel="ms per call", title="batch")
-    panels[1].set(xlabel="image side, 4 images of 3 channels", ylabel="ms per call", title="resolution")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    with panels(path, size=(10, 4), count=2) as found:
+        for panel, key, axis in zip(found, ("batches", "sizes"), ("batch", "size")):
+            rows = result[key]
+            places = [r[axis] for r in rows]
+            for name in rows[0]["seconds"]:
+                panel.loglog(places, [1e3 * r["seconds"][name]["median"] for r in rows], "o-", label=name)
+            work = [r["batch"] * r["size"] ** 2 for r in rows]
+            scale = rows[-1]["seconds"]["deterministic"]["median"] / work[-1]
+            panel.loglog(places, [1e3 * scale * w for w in work], ":", color="gray", label="proportional")
+            panel.set_xticks(places, map(str, places))
+            panel.xaxis.minorticks_off()
+            panel.legend()
+        found[0].set(xlabel="images of 3x256x256", ylabel="ms per call", title="batch")
+        found[1].set(xlabel="image side, 4 images of 3 channels", ylabel="ms per call", title="resolution")
 
 
 def main():
