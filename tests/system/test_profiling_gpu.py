@@ -20,6 +20,7 @@ import torch
 from advkd.errors import InputError
 from advkd.models.fused_student import convolutions
 from advkd.models.student import PRESETS
+from advkd.ops import registry
 from profiling import evidence, gpu_peers, gpu_timing
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
@@ -407,6 +408,12 @@ def test_objects_of_other_sources_are_built_anew(tmp_path, monkeypatch):
     with open(tmp_path / "csrc/cuda/mask_mul.cu", "a") as file:
         file.write("// changed")
     assert build.stale_objects(tmp_path) == objects[1:]
+
+
+@pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the extension is not built")
+def test_objects_load_in_a_fresh_process():
+    command = [sys.executable, "-c", build.LOADS, "cpu"]
+    assert subprocess.run(command, cwd=ROOT, env=process_environment()).returncode == 0
 
 
 def part_of(folder, seconds=60.0):
