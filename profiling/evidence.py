@@ -1,4 +1,4 @@
-"""Where a figure comes from and how sure it is: without a stored result's commit, device, versions and spread none is written.
+"""Sources of figures and their spread: without a stored result's commit, device, versions and spread none is written.
 
 A *time* is ``{"median", "p20", "p80", ...}`` as :func:`advkd.runtime.timing.measure` gives it, or a list of at least two runs.
 A result also holds digests of the kernels that it has measured: a table of kernels that have changed since says so.
@@ -240,7 +240,7 @@ class Family:
 
     @property
     def key(self):
-        """How results name the family."""
+        """Name of the family in results."""
         return f"{self.kind} {self.name}"
 
     @property
@@ -249,12 +249,12 @@ class Family:
         return f"csrc/cuda/{self.name}.cu" if self.kind == "cuda" else f"kernels/{self.name}.py"
 
     def digest(self):
-        """Of the device code: the source with its headers, or the Triton file and those that it imports from beside it."""
+        """Digest of the device code: the source with its headers, or the Triton file and those beside it that it imports."""
         text = cupy_modules.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def tested_by(self, test):
-        """Whether a GPU test, as pytest names it, runs these kernels."""
+        """True if a GPU test, as pytest names it, runs these kernels."""
         file = test.partition("::")[0].rpartition("/")[2]
         other = "triton" if self.kind == "cuda" else "cuda"
         if file == f"test_training_{self.kind}.py":
@@ -293,7 +293,7 @@ def _triton_sources(name, seen=None):
 
 
 def last_run(family, folder=RESULTS):
-    """What a device last made of the family's tests: ``{device, commit, date, passed, failed, stale}``, or None."""
+    """Last run of the family's tests on a device: ``{device, commit, date, passed, failed, stale}``, or None."""
     found = []
     for path in sorted(Path(folder).glob("*/gpu_tests.json")):
         stored = json.loads(path.read_text())

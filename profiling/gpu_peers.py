@@ -56,7 +56,7 @@ def compiled(module, x, dtype, mode="reduce-overhead"):
 
 
 def compiled_graph(module, x, dtype, mode="default"):
-    """What torch.compile makes as a CUDA graph of ours, replayed without its checks of what it was compiled for."""
+    """torch.compile's kernels as a CUDA graph of ours, replayed without torch.compile's guards."""
     module, x = prepared(module, x, dtype)
     with many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)

@@ -1,4 +1,4 @@
-"""How every speed claim of this project is measured: parity first, then peers and ours in turn, then JSON with provenance.
+"""Measurement of every speed claim of this project: parity first, then peers and ours in turn, then JSON with provenance.
 
 A benchmark is a list of cases. A case names the work, gives the float64 oracle's output and the contestants that do the work:
 ours, the baseline, and the best configuration of the best peers. A contestant whose output is off is not timed and the command
@@ -168,7 +168,7 @@ EXCUSES = ("absent", "pending")
 
 
 def passes(parity_tests):
-    """Whether pytest passes on these arguments, with at least one test that ran."""
+    """True if pytest passes on these arguments, with at least one test that ran."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print("\n".join(done.stdout.splitlines()[-1:]), flush=True)

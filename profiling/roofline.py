@@ -39,10 +39,10 @@ from .plots import panels
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
-"""Of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
+"""Bytes of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
 
 SIDE = 64
-"""Of the images that single ops are timed on."""
+"""Side of the images that single ops are timed on."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Point:
     seconds: dict
 
     def fraction(self, ceilings):
-        """Of the speed that the tighter of the two ceilings allows."""
+        """Share of the speed that the tighter of the two ceilings allows."""
         limit = max(self.flop / ceilings["flops"][self.dtype], self.moved_bytes / ceilings["bandwidth"])
         return limit / self.seconds["median"]
 
     def bound(self, ceilings):
-        """Which ceiling that is."""
+        """The tighter ceiling."""
         wide = self.flop / ceilings["flops"][self.dtype] > self.moved_bytes / ceilings["bandwidth"]
         return "products" if wide else "memory"
 

@@ -73,7 +73,7 @@ def plots(name, caption):
 
 
 def demo_parts():
-    """Where the time of a demo goes."""
+    """Parts of a demo, by time."""
     lines = []
     for result in stored("demo"):
         lines += [*source(result, [result["seconds"]]), *demo.lines(result), ""]

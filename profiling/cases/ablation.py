@@ -1,4 +1,4 @@
-"""What each choice of the recipe is worth, at equal budget: one distillation per row, each measured against the same samples.
+"""Worth of each choice of the recipe, at equal budget: one distillation per row, each measured against the same samples.
 
 advkd trajectories --teacher digits --num 8192 --out paths
 advkd trajectories --teacher digits --num 4096 --seed 1000001 --out reference

@@ -1,4 +1,4 @@
-"""What an update of the demo's distillation takes, with the hand-written passes and without them, and where its time goes.
+"""Time of an update of the demo's distillation and of its parts, with the hand-written passes and without them.
 
 python -m profiling.cases.distillation [--out FOLDER]
 

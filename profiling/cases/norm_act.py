@@ -26,7 +26,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def problem(device, dtype, upsample):
-    """x, gamma, beta and y's gradient. No value before LeakyReLU is so small that its sign hangs on rounding."""
+    """x, gamma, beta and y's gradient. No value before LeakyReLU is so small that its sign depends on rounding."""
     drawn = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     x = torch.randn(SHAPE, **drawn)
     gamma = torch.rand(SHAPE[1], **drawn) + 0.5
@@ -80,7 +80,7 @@ def saved_bytes(forward):
 
 
 def passes_bytes(x, upsample):
-    """What ours reads and writes, pass by pass."""
+    """Bytes that ours reads and writes, pass by pass."""
     y = 4 if upsample else 1
     keeps = upsample and x.dtype == torch.float32
     sums, backward = (y + 1 + 1, 1 + 1 + 1) if keeps else (y + 1, y + 1 + 1)
@@ -88,7 +88,7 @@ def passes_bytes(x, upsample):
 
 
 def needed_bytes(x, upsample):
-    """What the work needs: x read and y written, then y's gradient and x read and x's gradient written."""
+    """Bytes that the work needs: x read and y written, then y's gradient and x read and x's gradient written."""
     y = 4 if upsample else 1
     return (1 + y + y + 1 + 1) * x.numel() * x.element_size()
 

@@ -1,4 +1,4 @@
-"""How the gradient penalty's cost grows with batch, resolution and depth, and its peak memory: figures, and a plot of them.
+"""Growth of the gradient penalty's cost with batch, resolution and depth, and its peak memory: figures, and a plot of them.
 
 python -m profiling.cases.penalty_scaling [--out FOLDER]
 
@@ -63,7 +63,7 @@ def peaks():
 
 
 def peak(width, size, batch, backend):
-    """What one call adds to this process's peak; a small one before it has loaded what is needed."""
+    """Bytes that one call adds to this process's peak; a small one before it has loaded what is needed."""
     critic, real, _, _ = problem(width, size, batch)
     penalty_only(critic, real[:1])(backend)
     Path("/proc/self/clear_refs").write_text("5")

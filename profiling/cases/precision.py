@@ -1,4 +1,4 @@
-"""What bfloat16 costs the shipped student: PSNR against float32, and the Frechet distance of both.
+"""Cost of bfloat16 for the shipped student: PSNR against float32, and the Frechet distance of both.
 
 python -m profiling.cases.precision [--num 2000] [--processes 2] [--out FOLDER]   (minutes: the teacher draws 2 num images once)
 """

@@ -1,4 +1,4 @@
-"""How sampling grows with processes: ``advkd sample`` under torchrun, as many images for each process (weak scaling).
+"""Growth of sampling with processes: ``advkd sample`` under torchrun, as many images for each process (weak scaling).
 
 python -m profiling.cases.sampling [--out FOLDER]
 
@@ -25,7 +25,7 @@ FEW, MANY, REPEATS = 64, 4160, 3
 
 
 def seconds(processes, images):
-    """Of one command that draws ``images`` digits for each of so many processes."""
+    """Seconds of one command that draws ``images`` digits for each of so many processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*launcher, "advkd.cli", "sample", "-n", str(processes * images), "--out", f"{folder}/images"]

@@ -1,4 +1,4 @@
-"""How the fused student's cost grows with batch, resolution and threads, and what it takes: figures, and a plot of them.
+"""Growth of the fused student's cost with batch, resolution and threads, and its memory: figures, and a plot of them.
 
 python -m profiling.cases.scaling [--out FOLDER]
 """

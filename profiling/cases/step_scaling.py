@@ -1,4 +1,4 @@
-"""How the sampler step's cost grows with batch and resolution, and what a call costs at least: figures, and a plot of them.
+"""Growth of the sampler step's cost with batch and resolution, and the least cost of a call: figures, and a plot of them.
 
 python -m profiling.cases.step_scaling [--out FOLDER]
 """

@@ -115,7 +115,7 @@ def _ratio(slow, quick):
 
 
 def penalty_memory():
-    """What the penalty and its gradients add to a process's peak."""
+    """Bytes that the penalty and its gradients add to a process's peak."""
     lines = []
     for result in stored("penalty_scaling"):
         titles = ("critic", "autograd", "advkd", "share")
@@ -212,7 +212,7 @@ def _layer_rates(rows, peak):
 
 
 def precision():
-    """What bfloat16 costs the shipped student."""
+    """Cost of bfloat16 for the shipped student."""
     lines = []
     for result in stored("precision"):
         lines += [
@@ -289,7 +289,7 @@ def evaluation():
 
 
 def ablation():
-    """What each choice is worth."""
+    """Worth of each choice of the recipe."""
     lines = []
     for result in stored("ablation"):
         score = result["runs"][0]["score"]

@@ -123,7 +123,7 @@ def _measured(part, build_case, costly):
 
 
 def rehearsed(case):
-    """How far a case's contestants go on a stand-in for a GPU; red where one of them stops for another reason than a device."""
+    """Run a case's contestants on a stand-in for a GPU; red where one stops for another reason than the lack of a device."""
     from tests import gpu_dry_run
 
     entries, red = [], False

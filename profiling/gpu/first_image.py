@@ -25,7 +25,7 @@ assert torch.isfinite(image.float()).all()
 print("SECONDS", time.perf_counter() - begin)
 """
 FIRST_IMAGE_SECONDS = 3.0
-"""From the end of import to the first image, everything kept: what is promised."""
+"""Promised time from the end of the imports to the first image, with everything kept."""
 
 
 def first_image(part):
@@ -40,7 +40,7 @@ def first_image(part):
 
 
 def caches():
-    """Where compilers and the engine keep what they have made."""
+    """Folders in which compilers and the engine keep their results."""
     home = Path.home()
     usual = {
         "TRITON_CACHE_DIR": home / ".triton/cache",

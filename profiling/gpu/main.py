@@ -1,4 +1,4 @@
-"""Everything that a machine with an NVIDIA GPU can say about this tree.
+"""Every measurement of this tree on a machine with an NVIDIA GPU.
 
 python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 python -m profiling.gpu --parts build,tests,... | --full [--out FOLDER] [--again PART] [--minutes 8] [--commit SHA]
@@ -40,7 +40,7 @@ PARTS = (
     Part("ncu", 90),
     Part("ahead", 200, needs_gpu=False),
 )
-"""In order. Their limits add up to more than a run's minutes: who needs less leaves the rest to those after it."""
+"""Parts in order. Their limits add up to more than a run's minutes: time that one does not need is left to those after it."""
 
 
 def gpu_missing(device):
@@ -53,7 +53,7 @@ def gpu_missing(device):
 
 
 def place_of(device, commit):
-    """Provenance of a run; ``commit``: of what tree this is a clean copy, where git is not there to say so."""
+    """Provenance of a run; ``commit``: that of which the tree is a clean copy, where there is no git to ask."""
     found = provenance(device)
     if commit and found["commit"] is None:
         found |= {"commit": commit, "dirty": False}
@@ -123,7 +123,7 @@ def _run_mode(mode, options, place):
 
 
 REHEARSAL = 12
-"""How many times longer a rehearsal may take."""
+"""Factor by which the limits of a rehearsal are longer."""
 
 
 def _code(found):

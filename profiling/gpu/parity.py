@@ -35,7 +35,7 @@ GATES = {
 GATE_CASES = 2
 """Cases of a test function that a benchmark runs before it measures, where part ``tests`` has not been through."""
 GATE = ["-m", "gpu"]
-"""pytest's selection of the tests that want a GPU."""
+"""pytest's selection of the tests that need a GPU."""
 HANG = 90.0
 """Seconds after which a test that has not ended is taken to hang."""
 DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
@@ -43,9 +43,9 @@ DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
 
 
 def tests(part):
-    """Every test that wants a GPU, in a few processes at a time; one that dies or hangs costs its own process alone.
+    """Every test that needs a GPU, in a few processes at a time; one that dies or hangs costs its own process alone.
 
-    What has passed on these sources before is not run again, nor what the part before this one has seen.
+    Tests that have passed on these sources before are not run again, nor those that the part before this one has run.
     """
     return run_tests(part, gpu_test_files())
 
@@ -167,7 +167,7 @@ class TestWorker:
                 print(f"a test hangs, its process is ended: {self.running()}", flush=True)
                 self.stop()
             return True
-        # pytest's own codes are 0 to 5; all others are deaths, and the rest of the tests wants another process.
+        # pytest's own codes are 0 to 5; all others are deaths, and the rest of the tests needs another process.
         return False if 0 <= code <= 5 else self._start()
 
     def _start(self):
@@ -203,5 +203,5 @@ class TestWorker:
 
 
 def has_xdist():
-    """Whether pytest knows ``-n``."""
+    """True if pytest knows ``-n``."""
     return importlib.util.find_spec("xdist") is not None

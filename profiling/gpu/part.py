@@ -1,4 +1,4 @@
-"""One part of a run in its own process: what its function is given, its journal, and how it ends.
+"""One part of a run in its own process: its folders and its time, its journal, and its end.
 
 A part keeps a journal of its items (benchmark cases, sanitizer tools, ...): what is finished is not done again, and what a
 process died of is not tried a second time. It ends with 0, with 1 where something failed, with :data:`BROKEN` where the
@@ -19,7 +19,7 @@ from ..evidence import ROOT
 from .tests import BROKEN, broken
 
 NEEDS_DEVICE = "needs a device"
-"""A rehearsal's word for a step that it cannot do."""
+"""Key, or text, of a step that a rehearsal cannot do."""
 
 
 class OutOfTime(Exception):
@@ -69,7 +69,7 @@ class Journal:
 
 
 class Part:
-    """What a part's function is given: its folders, its journal, its time.
+    """The argument of a part's function: its folders, its journal, its time.
 
     Attributes:
         out, folder: folders of all results, and of this part's own files.
@@ -92,7 +92,7 @@ class Part:
         return max(self.end - time.monotonic(), 0.0)
 
     def processes(self, most):
-        """How many processes the part may start side by side: one on a small machine, some cores left on a large one."""
+        """Number of processes that the part may start side by side: one on a small machine, some cores left on a large one."""
         return max(1, min(most, (os.cpu_count() or 1) - 4))
 
 
@@ -109,7 +109,7 @@ def run(function, part):
 
 
 def result_of(found, part):
-    """A part's JSON: what its function has found, and what did not end well or was not begun."""
+    """A part's JSON: its function's result, and the items that did not end well or were not begun."""
     failed = part.journal.failed()
     result = {**found, "failed_items": failed}
     if "cases" not in result and "tests" not in result:

@@ -27,7 +27,7 @@ def rates(part):
 
 
 def ahead(part):
-    """What the compilers say about the kernels for this card's architecture."""
+    """Compilers' figures of the kernels for this card's architecture."""
     name = "sm_" + architecture(torch.cuda.get_device_capability()).replace(".", "") if torch.cuda.is_available() else None
     command = [sys.executable, "-m", "profiling.limits.ahead", "--out", str(part.folder / "ahead")]
     part.journal.run("compile", lambda: logged([*command, *(["--architectures", name] if name else [])], part))

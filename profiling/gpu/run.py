@@ -94,7 +94,7 @@ class Run:
         return self._store(part, folder, state, spent, seconds)
 
     def stored(self, part):
-        """What a part has left, or None."""
+        """Stored result of a part, or None."""
         path = self.out / f"gpu_{part.name}.json"
         try:
             found = json.loads(path.read_text())

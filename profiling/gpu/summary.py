@@ -1,4 +1,4 @@
-"""What a run of ``python -m profiling.gpu`` found, as one page of Markdown made from the JSON of its parts."""
+"""Findings of a run of ``python -m profiling.gpu``, as one page of Markdown made from the JSON of its parts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tables of what runs, is compiled and is predicted for GPUs, in Markdown."""
+"""Tables of GPU kernels: tested, compiled, predicted and measured, in Markdown."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def gpu_kernels_state():
 
 
 def predictions():
-    """What the plans of the students are predicted to take on one card, beside what no engine can go below."""
+    """Predicted times of the students' plans on one card, beside the floor of any engine."""
     path = predicted.PREDICTIONS.relative_to(ROOT).as_posix()
     lines = [f"[`{path}`]({path}), no measurement:", ""]
     columns = ("predicted us", "with descriptors, us", "cuDNN's graphs, us", "layer by layer at the card's rates, us")
@@ -49,7 +49,7 @@ def predictions():
 
 
 def ahead():
-    """What the compilers say about the convolutions' kernels, and what is spilled by any."""
+    """Compilers' figures of the convolutions' kernels, and the registers that any kernel spills."""
     lines = []
     for result in stored("ahead"):
         names = list(result["compiled"])

@@ -3,7 +3,7 @@
 python -m pytest -p profiling.gpu.tests --gpu-log FILE [--gpu-seen FILE] [--gpu-shard 0/4] [--gpu-most 2] -m gpu tests
 
 Tests that the log or the file of tests seen before hold are not run again. A failure that leaves the device unusable (every
-later call in the process would fail as well) ends the process with the code :data:`BROKEN`; whoever started it starts it again.
+later call in the process would fail as well) ends the process with the code :data:`BROKEN`, and it is to be started again.
 """
 
 import json
@@ -109,7 +109,7 @@ class Log:
 
 
 def broken():
-    """Whether an earlier error has made this process's device unusable."""
+    """True if an earlier error has made this process's device unusable."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What the compilers say about the GPU kernels, on a machine without a GPU: python -m profiling.limits.ahead [--out FOLDER]
+"""Compilers' figures of the GPU kernels, on a machine without a GPU: python -m profiling.limits.ahead [--out FOLDER]
 
 Every CUDA source is compiled by nvcc and every configuration of the convolutions' Triton kernels by Triton, for each
 architecture; of each kernel the registers, local memory, shared memory, tensor-core instructions and resident blocks are kept,
@@ -45,7 +45,7 @@ TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 
 
 def resident_blocks(architecture, registers, threads, shared):
-    """How many blocks a multiprocessor holds at a time; None for an architecture that is not in :data:`RESIDENT`.
+    """Number of blocks that a multiprocessor holds at a time; None for an architecture that is not in :data:`RESIDENT`.
 
     Args:
         registers: per thread.
@@ -260,7 +260,7 @@ def entry_of(step, layers, product, batch, limits):
 
 
 def planned_layers(compiled, device=predictions.H200):
-    """Of every preset, batch and dtype the predicted plan, with each launch's entry point and what was compiled of it."""
+    """Predicted plans of every preset, batch and dtype, with each launch's entry point and what was compiled of it."""
     kernels = {kernel["entry"]: kernel for kernel in compiled}
     found = []
     for name, prediction in predictions.read_predictions().items():
@@ -309,7 +309,7 @@ def _announced(family, architecture):
 
 
 def versions():
-    """Of the two compilers."""
+    """Versions of the two compilers."""
     import triton
 
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

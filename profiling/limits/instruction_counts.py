@@ -79,7 +79,7 @@ def count(driver, form, environment=None):
 
 
 def _entries(names, profile, form):
-    """What the driver printed, beside the profile's parts: one per kernel, and what remained at the end."""
+    """Lines that the driver printed, beside the profile's parts: one per kernel, and the rest at the end."""
     *totals, rest = map(int, re.findall(r"^totals: (\d+)$", profile, re.M))
     if not names or len(totals) != len(names) or rest:
         raise RuntimeError(
@@ -113,7 +113,7 @@ def update(found, name, path=BASELINE):
 
 @dataclass
 class Verdict:
-    """What a comparison with the baseline says.
+    """Outcome of a comparison with the baseline.
 
     Attributes:
         baseline: the compiler whose counts were compared with, or None.

@@ -1,4 +1,4 @@
-"""What the student's convolutions cost at least on a GPU, and what its kernels are predicted to take.
+"""Least cost of the student's convolutions on a GPU, and predicted times of its kernels.
 
 python -m profiling.limits.predictions            # writes profiling/limits/predictions.json, for every preset, batch and dtype
 
@@ -24,7 +24,7 @@ from advkd.runtime.files import write_json
 PREDICTIONS = Path(__file__).parent / "predictions.json"
 BATCHES = {"paper-256": (1, 8, 64), "pyramid-256": (1, 8, 64), "digits": (1, 64)}
 PRODUCTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float32 with TF32": "tf32"}
-"""How a case's dtype multiplies; the last is float32 where torch's switches allow TensorFloat-32."""
+"""Arithmetic of a case's dtype; the last is float32 where torch's switches allow TensorFloat-32."""
 
 LAUNCH, RAMP = 1e-6, 2e-6
 """Seconds: of one more node in a CUDA graph, and of a kernel's first loads and last stores, which nothing hides."""
@@ -103,13 +103,13 @@ def made_flop(layer, image):
 
 
 def weight_bytes(layer, product):
-    """Of a layer as its kernels keep it: four phases of four taps, or nine taps."""
+    """Bytes of a layer's weights as its kernels keep them: four phases of four taps, or nine taps."""
     taps = 16 if layer.upsample else 9
     return taps * layer.c_in * layer.c_out * itemsize(product)
 
 
 def moved_bytes(first, last, product, batch):
-    """What a launch over layers ``first .. last`` must read and write of activations."""
+    """Bytes of activations that a launch over layers ``first .. last`` must read and write."""
     read = first.height * first.width * first.c_in
     return batch * (read + pixels(last) * last.c_out) * itemsize(product)
 
@@ -280,7 +280,7 @@ def stored_steps(prediction):
 
 
 def assumptions(device=H200):
-    """What the predictions rest on, for their JSON."""
+    """Assumptions of the predictions, for their JSON."""
     names = (
         "LAUNCH",
         "RAMP",
@@ -319,7 +319,7 @@ def predicted_microseconds(preset, batch, dtype):
 
 
 def case_name(preset, batch, dtype):
-    """How cases of the student are called everywhere."""
+    """Name of a student's case, the same everywhere."""
     return f"{preset}, batch {batch}, {dtype}"
 
 

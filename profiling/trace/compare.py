@@ -64,7 +64,7 @@ def _energy(call, device, read, seconds):
 
 
 def beside(name, device, size, folder):
-    """What wants processes of its own: peak memory, launches, DRAM bytes; each by variant, or with its reason."""
+    """Figures from processes of their own: peak memory, launches, DRAM bytes; each by variant, or with its reason."""
     peaks = {variant: _peak(name, variant, device, size) for variant in VARIANTS}
     recordings = {variant: nsys.recorded(name, variant, device, size, 1, folder) for variant in VARIANTS}
     kinds = {row["launched"] for row in recordings.values() if "launched" in row}
@@ -185,7 +185,7 @@ def _pair(values, scale, form=".4g"):
 
 
 def _beside(row):
-    """What baselines beside the baseline take."""
+    """Times of the further baselines."""
     others = {name: time["median"] for name, time in row.get("seconds", {}).items() if name not in VARIANTS}
     fused = row["seconds"]["fused"]["median"] if others else 0.0
     return [
@@ -194,7 +194,7 @@ def _beside(row):
 
 
 def _missing(rows):
-    """What has a reason instead of figures."""
+    """Rows that have a reason instead of figures."""
     names = {"dram_bytes": "DRAM bytes", "joules": "Joules"}
     return {text: row[key]["missing"] for row in rows for key, text in names.items() if "missing" in row.get(key, {})}
 

@@ -1,4 +1,4 @@
-"""Where the time of one full demo goes: seconds of its stages, networks beside everything else, and a plot of them.
+"""Times of one full demo: seconds of its stages, networks beside everything else, and a plot of them.
 
 python -m profiling.trace.demo [--repeats 2] [--out FOLDER]
 
@@ -60,7 +60,7 @@ def run_once(folder):
 
 
 def figures(text):
-    """What the summary line says, as numbers by name."""
+    """Numbers of the summary line, by name."""
     found = SUMMARY.search(text)
     if not found:
         raise InputError(f"the demo's output holds no summary line: {text.strip()[-200:]!r}")
@@ -141,7 +141,7 @@ def spread(values):
 
 
 def complaints(result):
-    """What outside of the networks takes more than :data:`MOST` of the whole, summed by the paths' last names."""
+    """Parts outside of the networks that take more than :data:`MOST` of the whole, summed by the paths' last names."""
     kinds = {}
     for part, _, share, network in rows(result):
         if not network:

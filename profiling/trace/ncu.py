@@ -85,7 +85,7 @@ def count(name, variant, device, size, most, run=subprocess.run):
 
 
 def _trouble(done):
-    """What ncu has said of it, such as that counters are for administrators alone."""
+    """ncu's own words, such as that counters are for administrators alone."""
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
     return errors[0] if errors else last_line(done)
 

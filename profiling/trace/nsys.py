@@ -76,12 +76,12 @@ def record(name, variant, device, size, repeats, folder, run=subprocess.run):
 
 
 def file_name(name, variant, size):
-    """Of a recording, without what says its format."""
+    """Name of a recording's file, without its ending."""
     return f"trace-{name}-{variant}" + ("" if size == "digits" else f"-{size}")
 
 
 def chrome_path(folder, name, variant, size):
-    """Of the Chrome trace."""
+    """Path of the Chrome trace."""
     return Path(folder) / (file_name(name, variant, size) + ".json.gz")
 
 

@@ -1,4 +1,4 @@
-"""What a profiler recorded, whichever it was, and the figures made of it: launches, busy fraction, time by range.
+"""Records of a profiler, whichever it was, and the figures made of them: launches, busy fraction, time by range.
 
 :mod:`profiling.trace.nsys` and :mod:`profiling.trace.torch_trace` read their tools' files into a :class:`Trace`. Times are
 nanoseconds.
@@ -221,7 +221,7 @@ def lines(results, above=source):
 
 
 def failures(result, done):
-    """What of a result is not in its tables, and why, a line each."""
+    """Rows of a result that are not in its tables, and why, a line each."""
     errors = [f"Not {done}: {label(row)}, {row['variant']}: {row['error']}." for row in result["rows"] if "error" in row]
     gates = result.get("parity", {}).items()
     off = [f"Not {done}: {work}: the variants differ." for work, gate in gates if not gate["passed"]]
@@ -251,7 +251,7 @@ def _unit_cells(row):
 
 
 def label(row):
-    """What the tables call a workload of a size."""
+    """Name of a workload of a size, in tables."""
     return f"{row['workload']}, {row['size']}"
 
 

@@ -34,7 +34,7 @@ LIMIT = 1800.0
 
 
 def tool(device):
-    """What the page says."""
+    """Name of the tool, for the page."""
     recorder = "CPU" if torch.device(device).type == "cpu" else "CUPTI"
     return f"torch.profiler {torch.__version__} ({recorder})"
 
@@ -54,7 +54,7 @@ def record(name, variant, device, size, repeats, path, run=subprocess.run):
 
 
 def last_line(done):
-    """What a process has said last."""
+    """Last line of a process's output."""
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return said[-1] if said else "nothing was said"
 

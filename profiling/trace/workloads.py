@@ -43,7 +43,7 @@ WARMUP = 2
 
 @dataclass(frozen=True)
 class Size:
-    """How large a unit of each workload is.
+    """Size of a unit of each workload.
 
     Attributes:
         preset: of the student.
@@ -92,7 +92,7 @@ def teacher_of(size, device):
 
 
 def student_dtype(device):
-    """What the student computes in: bfloat16 on a GPU, for both variants."""
+    """The student's dtype: bfloat16 on a GPU, for both variants."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
@@ -199,7 +199,7 @@ def update(variant, device, size):
 
 
 def update_gradients(variant, device, size, dtype=torch.float32):
-    """What a first update makes of critic and student: all gradients as one vector, the student's with the same critic."""
+    """Gradients of a first update of critic and student as one vector, the student's with the same critic."""
     run, found = distiller(variant, device, size, dtype), []
     # Adam's first step is the gradient's sign, which rounding turns where the gradient is nothing: the critic stays.
     run._step = lambda optimizer, parameters, gradients, name: found.extend(g.detach().double().cpu() for g in gradients)
@@ -240,7 +240,7 @@ def prepare(name, variant, device="cpu", size="digits", steps=None):
 
 
 def gate(name, device="cpu", size="digits"):
-    """Whether both variants give the same: ``{"errors": {variant: float}, "tolerance": float, "passed": bool}``."""
+    """Comparison of both variants' results: ``{"errors": {variant: float}, "tolerance": float, "passed": bool}``."""
     errors, tolerance = WORKLOADS[name][1](device, SIZES[size])
     return {"errors": errors, "tolerance": tolerance, "passed": all(error <= tolerance for error in errors.values())}
 
