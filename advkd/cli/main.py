@@ -214,7 +214,7 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
-@click.option("--ablation", help="Table of runs by profiling/ablation.py.")
+@click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
 @computing

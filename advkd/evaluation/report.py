@@ -48,7 +48,7 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
         evaluation: path of an ``evaluation.json`` of :func:`advkd.evaluation.evaluate.evaluate_student`.
         out: folder.
         metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
-        ablation: path of a table of runs by ``profiling/ablation.py``; None leaves it out.
+        ablation: path of a table of runs by ``profiling/cases/ablation.py``; None leaves it out.
         title: of the page.
 
     Returns:
@@ -61,8 +61,8 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
     result = _read_evaluation(evaluation, student, teacher)
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
     if not isinstance(runs, list) or not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
-        raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
-    with restoring("ablation", ablation, "run profiling/ablation.py again"):
+        raise InputError(f"ablation {ablation} is not what profiling/cases/ablation.py writes")
+    with restoring("ablation", ablation, "run profiling/cases/ablation.py again"):
         _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)

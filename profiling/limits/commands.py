@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..paths import ROOT
+from ..evidence import ROOT
 
 LIMIT = 300
 """Seconds after which a process counts as one that hangs."""
@@ -177,7 +177,7 @@ class Process:
         return how.si_code == os.CLD_STOPPED
 
     def leaves(self, seconds):
-        """Whether processes of its group are alive ``seconds`` after its end; they are killed."""
+        """True if processes of its group are alive ``seconds`` after its end; they are killed."""
         deadline = time.perf_counter() + seconds
         while _alive(self.pid) and time.perf_counter() < deadline:
             time.sleep(0.05)
@@ -204,7 +204,7 @@ class Process:
 
 
 def _alive(group):
-    """Whether a process group has a process other than those that have ended and that nobody has waited for."""
+    """True if a process group has a process that has not ended; zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, found = path.read_text().rpartition(")")[2].split()[:3]
@@ -298,7 +298,7 @@ def snapshot(folder):
 
 
 def difference(folder, expected):
-    """How a folder differs from a snapshot, in words; empty if it does not."""
+    """Differences of a folder from a snapshot, in words; empty if there are none."""
     found = snapshot(folder)
     parts = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -309,7 +309,7 @@ def difference(folder, expected):
 
 
 def is_complete(folder, expected):
-    """Whether a folder holds all files of a snapshot, and perhaps others."""
+    """True if a folder holds all files of a snapshot, and perhaps others."""
     found = snapshot(folder)
     return all(found.get(name) == data for name, data in expected.items())
 
