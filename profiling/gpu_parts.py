@@ -169,7 +169,7 @@ def build_environment(architectures):
 
 LOADS = """
 import sys
-from advkd.ops.backends import extension_gap
+from advkd.runtime.extension import extension_gap
 gaps = [gap for gap in map(extension_gap, sys.argv[1:]) if gap]
 print(*gaps, sep="\\n")
 sys.exit(bool(gaps))

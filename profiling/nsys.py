@@ -34,7 +34,7 @@ from .workloads import SIZES, VARIANTS, WORKLOADS, command, gate, positive, size
 FAILED = 3
 """Exit code where a tool, a report or the device's counters fail."""
 DOMAIN = "advkd"
-"""Of the ranges that :mod:`advkd.ranges` names for NVTX; libraries name ranges of their own."""
+"""Of the ranges that :mod:`advkd.runtime.ranges` names for NVTX; libraries name ranges of their own."""
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75
 """``NVTX_EVENTS.eventType``."""
 THREAD_BITS = 24

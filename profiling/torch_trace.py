@@ -25,7 +25,7 @@ from .traces import COPY, KERNEL, SET, Activity, Span, Trace
 from .workloads import WARMUP, command, parser, prepare, run_units, synchronize
 
 PREFIX = "advkd: "
-"""Of the ranges that :mod:`advkd.ranges` names for torch.profiler."""
+"""Of the ranges that :mod:`advkd.runtime.ranges` names for torch.profiler."""
 KINDS = {"kernel": KERNEL, "gpu_memcpy": COPY, "gpu_memset": SET}
 """Categories of a GPU's work in the trace."""
 CALLS = ("cuda_runtime", "cuda_driver")

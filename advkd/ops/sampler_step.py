@@ -3,7 +3,7 @@
 x0 = clamp(k_x x + k_m m, -clip, clip);  x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z
 
 with m the network's output, x0_prev the previous step's x0 and z standard normal noise. A sampler is a table of coefficients:
-:mod:`advkd.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
+:mod:`advkd.diffusion.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
 """
 
 import math

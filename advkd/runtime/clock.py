@@ -1,4 +1,4 @@
-"""A clock for named ranges: the own seconds and the calls of each, written when the process ends (see :mod:`advkd.ranges`)."""
+"""A clock for named ranges: the own seconds and the calls of each, written when the process ends (see :mod:`advkd.runtime.ranges`)."""
 
 import atexit
 import contextlib

@@ -223,7 +223,7 @@ def test_more_than_fits_into_memory_is_said(tmp_path, monkeypatch):
 PEAK = """
 import re, sys
 from pathlib import Path
-from advkd.data import load_images, load_labelled, read_pictures
+from advkd.data.images import load_images, load_labelled, read_pictures
 from PIL import Image
 
 def peak():

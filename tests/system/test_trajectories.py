@@ -185,7 +185,7 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import multiprocessing, sys
-from advkd.trajectories import TrajectoryConfig, record_in_processes
+from advkd.diffusion.recorder import TrajectoryConfig, record_in_processes
 if __name__ == "__main__":
     config = TrajectoryConfig(steps=10, num=40000, depth=4, batch_size=4, shard_size=8)
     try:
