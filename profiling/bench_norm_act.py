@@ -5,8 +5,8 @@ python -m profiling.bench_norm_act [--device cuda] [--only bfloat16] [--out FOLD
 A call gives y and the gradients by x, gamma and beta, in contiguous and in channels_last layout; x's gradient is compared with
 float64. The bytes of a case are those that the passes read and write: x for the moments, x and y for the values, the gradient
 and x for the sums, and again with dx (with up-sampling in float32 the sums of four gradients are written and read instead).
-Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the process
-(advkd.runtime.memory), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of both
+Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the
+process (advkd.runtime.devices). On a GPU every contestant is there twice, as a call and as a captured CUDA graph of both
 passes; TensorFloat-32 is off.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from advkd.ops import norm_act
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
 
 from .gpu_timing import captures, set_tf32
 from .harness import Case, Contestant, main, with_captured

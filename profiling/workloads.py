@@ -25,7 +25,7 @@ from advkd.diffusion.recorder import Trajectories, TrajectoryConfig, record_traj
 from advkd.diffusion.teacher import Teacher
 from advkd.methods.adv_kd import recipe
 from advkd.models.student import PRESETS, Student
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.ranges import named
 from advkd.training.trainer import Distiller
 

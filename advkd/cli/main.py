@@ -12,10 +12,10 @@ from ..diffusion.recorder import TrajectoryConfig
 from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..evaluation.evaluate import EvaluationConfig
 from ..methods.adv_kd import RECIPES, DistillConfig
+from ..runtime.devices import keep_freed_memory
 from ..runtime.files import parse_json, require_regular, why_unreadable
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
-from ..runtime.memory import keep_freed_memory
 from ..training.classifier import ClassifierTrainingConfig
 from ..training.teacher import TeacherTrainingConfig
 
@@ -409,4 +409,3 @@ def demo(out, num, updates, device):
     require_device(device)
     click.echo(run_demo(out, num, updates, device))
     click.echo(f"pictures in {out}: teacher_and_student.png, levels.png, loss_curves.png, student_samples.png")
-

@@ -29,6 +29,7 @@ from ..models.saving import build_config
 from ..ops import philox_normal
 from ..ops.latents import check_latent, latent_numel, project
 from ..runtime import launcher
+from ..runtime.devices import keep_freed_memory
 from ..runtime.files import (
     MANIFEST_LIMIT,
     damaged,
@@ -47,7 +48,6 @@ from ..runtime.files import (
     write_json,
     write_tensors,
 )
-from ..runtime.memory import keep_freed_memory
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named

@@ -20,7 +20,7 @@ from ..ops.conv_block import ConvLayer, choose_for, require_finite
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
 from ..ops.student_forward import encode, pack, student_forward
-from ..runtime.host import to_host
+from ..runtime.devices import to_host
 from ..runtime.ranges import named
 from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
 from .saving import PretrainedModule
