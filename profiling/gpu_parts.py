@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from advkd.ops import registry
-from advkd.runtime.files import cache_folder, write_json
+from advkd.runtime.files import write_json
+from advkd.runtime.folders import cache_folder
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import provenance
 

@@ -329,7 +329,7 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 @_computing
 def warmup(student, batch_sizes, dtypes, backend, tune, device):
     """Compile and measure everything that a student needs here, so that later processes start at once."""
-    from ..runtime.files import cache_folder
+    from ..runtime.folders import cache_folder
     from .warmup import warmup as run
 
     sizes = tuple(_parse(batch_sizes, (0,), "warmup: --batch-sizes", "int"))

@@ -35,19 +35,16 @@ from ..runtime.files import (
     damaged,
     digest,
     has_own_digest,
-    held,
-    locked,
     read_json,
     read_tensors,
     require_digest,
-    require_output_folder,
     require_regular,
-    require_space,
     sha256,
     with_digest,
     write_json,
     write_tensors,
 )
+from ..runtime.folders import held, locked, require_output_folder, require_space
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named

@@ -10,7 +10,8 @@ from ..data.levels import supervising_timesteps
 from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
 from ..diffusion.recorder import downsample, same_teacher
 from ..errors import InputError
-from ..runtime.files import digest, read_json, require_output_folder, restoring, write_bytes
+from ..runtime.files import digest, read_json, restoring, write_bytes
+from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from time import perf_counter
 
 from ..errors import InputError
-from .files import require_output_folder, write_json
+from .files import write_json
+from .folders import require_output_folder
 
 _NOTHING = contextlib.nullcontext()
 _open = None

@@ -11,7 +11,7 @@ from ..data.images import load_labelled, normalize
 from ..errors import InputError, TrainingError
 from ..models.classifier import Classifier, ClassifierConfig
 from ..runtime.devices import plain_defaults
-from ..runtime.files import locked, require_output_folder, require_space
+from ..runtime.folders import locked, require_output_folder, require_space
 from ..runtime.progress import progress_bar
 
 

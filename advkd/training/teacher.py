@@ -14,20 +14,16 @@ from ..data.images import load_images, normalize
 from ..errors import InputError, TrainingError
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import (
-    locked,
     pack_optimizer,
     read_tensors,
     require_digest,
-    require_output_folder,
-    require_space,
     restoring,
     synchronize_all,
-    temporary_path,
     unpack_optimizer,
     with_digest,
     write_tensors,
-    writing,
 )
+from ..runtime.folders import locked, require_output_folder, require_space, temporary_path, writing
 from ..runtime.progress import progress_bar
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -39,14 +39,10 @@ from ..ops.latents import split_latent
 from ..runtime import launcher
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import (
-    held,
-    locked,
     pack_optimizer,
     read_tensors,
     require_digest,
-    require_output_folder,
     require_regular,
-    require_space,
     require_there,
     restoring,
     synchronize,
@@ -54,8 +50,8 @@ from ..runtime.files import (
     with_digest,
     write_bytes,
     write_tensors,
-    writing,
 )
+from ..runtime.folders import held, locked, require_output_folder, require_space, writing
 from ..runtime.hub import reason
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
