@@ -23,13 +23,12 @@ from advkd.ops import (
     mask_mul,
     penalty_reduce,
     philox_normal,
-    registry,
     sampler_step,
 )
 from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
 from .evidence import changed
@@ -88,7 +87,7 @@ def ceilings(device):
         name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
         found = measure({f"product of matrices, {name}": lambda a=a, b=b: a @ b}, 10)
-        if registry.extension_gap("cpu") is None:
+        if extension_gap("cpu") is None:
             rates = [2 * torch.ops.advkd_cpu.product_rate(code, 0.1) for _ in range(10)]
             found[f"products in registers, {name}"] = percentiles([2 * MATRIX**3 / rate for rate in rates])
         flops[name] = max(2 * MATRIX**3 / time["p20"] for time in found.values())
@@ -105,7 +104,7 @@ def streams():
     for size in STREAM_BYTES:
         x, m, y = torch.randn(size // 4), torch.randn(size // 4), torch.empty(size // 4)
         found[f"copy of {size >> 20} MiB"] = 2 * size, lambda x=x, y=y: y.copy_(x)
-        if registry.extension_gap("cpu") is None:
+        if extension_gap("cpu") is None:
             planes = [t.view(1, 1, 1, -1) for t in (x, m, y)]
             sum_of_two = functools.partial(sampler_step, *planes[:2], StepCoefficients(1.0, 1.0, 1.0), out=planes[2])
             found[f"two of {size >> 20} MiB into a third"] = 3 * size, sum_of_two

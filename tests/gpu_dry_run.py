@@ -454,9 +454,10 @@ def launcher(name):
 def use_cuda_object():
     """The launchers' schemas, as if the object were built and loaded."""
     from advkd.ops import registry
+    from advkd.runtime import extension
 
-    gap = registry.extension_gap
-    registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
+    gap = extension.extension_gap
+    extension.extension_gap = registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
     library = torch.library.Library("advkd_cuda", "DEF")
     for schema in schemas():
         name = schema.partition("(")[0]

@@ -11,9 +11,9 @@ from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..evaluation.evaluate import EvaluationConfig
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
+from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
-from ..runtime.memory import keep_freed_memory
 from .distill import distill
 from .options import computing, device_option, options
 
@@ -167,7 +167,7 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 @computing
 def warmup(student, batch_sizes, dtypes, backend, tune, device):
     """Compile and measure everything that a student needs here, so that later processes start at once."""
-    from ..runtime.files import cache_folder
+    from ..runtime.folders import cache_folder
     from .warmup import warmup as run
 
     sizes = tuple(read_value(batch_sizes, (0,), "warmup: --batch-sizes", "int"))

@@ -25,23 +25,20 @@ from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, DatasetInfo, T
 from ..errors import InputError, TrainingError
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
+from ..runtime.devices import keep_freed_memory
 from ..runtime.files import (
     MANIFEST_LIMIT,
     damaged,
     digest,
-    held,
-    locked,
     read_json,
     read_tensors,
     require_digest,
-    require_output_folder,
-    require_space,
     sha256,
     with_digest,
     write_json,
     write_tensors,
 )
-from ..runtime.memory import keep_freed_memory
+from ..runtime.folders import held, locked, require_output_folder, require_space
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named

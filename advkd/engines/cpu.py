@@ -9,7 +9,8 @@ import torch
 from ..errors import InputError
 from ..ops.conv_block import ALGORITHMS, CPU_DTYPES
 from ..ops.student_forward import pack
-from ..runtime.files import cache_folder, read_json, write_json
+from ..runtime.files import read_json, write_json
+from ..runtime.folders import cache_folder
 from ..runtime.timing import processor_identity
 
 VERSION = 1

@@ -19,7 +19,8 @@ from ..errors import InputError
 from ..models.fused_student import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
-from ..runtime.files import cache_folder, digest, require_output_folder, write_json
+from ..runtime.files import digest, write_json
+from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
 from .features import build_extractor, extract, require_fit
@@ -76,7 +77,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
             run goes on) and kept in the cache.
         device: torch device.
-        cache: folder of kept features and samples (default :func:`advkd.runtime.files.cache_folder`).
+        cache: folder of kept features and samples (default :func:`advkd.runtime.folders.cache_folder`).
 
     Returns:
         The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.

@@ -11,7 +11,8 @@ from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolati
 from ..data.trajectories import same_teacher
 from ..diffusion.recorder import downsample
 from ..errors import InputError
-from ..runtime.files import digest, read_json, require_output_folder, restoring, write_bytes
+from ..runtime.files import digest, read_json, restoring, write_bytes
+from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
 

@@ -16,11 +16,11 @@ from ..engines.gpu_search import GpuPlan
 from ..errors import InputError
 from ..ops import philox_normal, registry
 from ..ops.arguments import whole
-from ..ops.conv_block import ConvLayer, choose_for, require_finite
+from ..ops.conv_block import ConvLayer, require_finite
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
 from ..ops.student_forward import encode, pack, student_forward
-from ..runtime.host import to_host
+from ..runtime.devices import to_host
 from ..runtime.ranges import named
 from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
 from .saving import PretrainedModule
@@ -170,7 +170,7 @@ class FusedStudent(PretrainedModule, nn.Module):
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
         _require_fusable(student)
         device = student.head.weight.device
-        wished, backend = backend, choose_for("student_forward", dtype, backend, device)
+        wished, backend = backend, registry.choose_for_dtype("student_forward", dtype, backend, device)
         shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
         shape["slope"] = student.submodules[0].slope
         with device:
@@ -189,7 +189,7 @@ class FusedStudent(PretrainedModule, nn.Module):
         not be its fastest.
         """
         module = super().from_pretrained(source, device)
-        wished, backend = backend, choose_for("student_forward", module.dtype, backend, torch.device(device))
+        wished, backend = backend, registry.choose_for_dtype("student_forward", module.dtype, backend, torch.device(device))
         if (backend, wished == "auto") == (module.backend, module.mixed):
             return module
         module.backend, module.mixed = backend, wished == "auto"
@@ -209,7 +209,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def _prepare(self):
         """Check the weights; bring them into the form that the backend reads on their device."""
-        self.backend = choose_for("student_forward", self.dtype, self.backend, self.weight0.device)
+        self.backend = registry.choose_for_dtype("student_forward", self.dtype, self.backend, self.weight0.device)
         for i in range(len(self.layers)):
             require_finite(**{f"the weight of convolution {i}": self._weight(i), f"the bias of convolution {i}": self._bias(i)})
         self._packed, self._engine = [], None

@@ -104,7 +104,7 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
     registry.require_known(backend)
     registry.refuse_order_0("conv_block", x, weight, bias)
     require_finite(weight=weight, bias=bias)
-    backend = choose_for("conv_block", x.dtype, backend, x.device)
+    backend = registry.choose_for_dtype("conv_block", x.dtype, backend, x.device)
     return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
 
 
@@ -135,18 +135,6 @@ def require_finite(**tensors):
             raise InputError(f"{name} holds numbers that are not finite")
 
 
-def choose_for(op, dtype, backend, device):
-    """:func:`backends.choose` for the student's convolutions; kernels have some dtypes only."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
-    known = {"cpu": CPU_DTYPES, "cuda": DTYPES, "triton": DTYPES}
-    chosen = registry.choose(op, backend, device)
-    if dtype not in known.get(backend, (dtype,)):
-        names = " or ".join(str(kind).removeprefix("torch.") for kind in known[backend])
-        raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
-    return chosen if dtype in known.get(chosen, (dtype,)) else "reference"
-
-
 def conv_block_reference(x, weight, bias, slope, upsample, activation):
     """The specification of :func:`conv_block`."""
     if upsample:
@@ -172,7 +160,9 @@ _LAUNCH = {
     "triton": conv_block_triton,
     "cuda": conv_block_cuda,
 }
-registry.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
+registry.implement(
+    "conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0), dtypes={"cpu": CPU_DTYPES}
+)
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

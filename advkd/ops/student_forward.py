@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, require_dense
-from .conv_block import ACTIVATIONS, DTYPES, ConvLayer, choose_for, conv_block_reference
+from .conv_block import ACTIVATIONS, CPU_DTYPES, DTYPES, ConvLayer, conv_block_reference
 from .latents import split_latent
 from .layout import require_floating
 from .student_steps import gpu_arguments, is_image, plain_steps, student_forward_gpu
@@ -51,7 +51,7 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
     if z.ndim != 2 or z.shape[1] != numel:
         raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
-    backend = choose_for("student_forward", dtype, backend, z.device)
+    backend = registry.choose_for_dtype("student_forward", dtype, backend, z.device)
     if backend in ("triton", "cuda"):
         if not is_image(layers[-1]):
             raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
@@ -123,7 +123,7 @@ def _images(z, weights, biases, layers, slope):
     return x
 
 
-registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0))
+registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0), dtypes={"cpu": CPU_DTYPES})
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

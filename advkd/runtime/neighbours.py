@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import InputError
-from ..ops.registry import extension_gap
+from .extension import extension_gap
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at the load."""

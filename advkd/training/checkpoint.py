@@ -18,13 +18,12 @@ from ..runtime.files import (
     pack_optimizer,
     read_tensors,
     require_digest,
-    require_output_folder,
-    require_space,
     restoring,
     unpack_optimizer,
     with_digest,
     write_tensors,
 )
+from ..runtime.folders import require_output_folder, require_space
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "advkd-run-1"

@@ -23,7 +23,8 @@ from ..methods.base import Method, Trained
 from ..models.batch_norm import evaluating
 from ..ops.critic.update import average_gradients
 from ..runtime.devices import plain_defaults
-from ..runtime.files import held, locked, restoring
+from ..runtime.files import restoring
+from ..runtime.folders import held, locked
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 from .checkpoint import CHECKPOINT, Running, claim, file_state, read_checkpoint, require_room, write_checkpoint

@@ -20,8 +20,8 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.student import PRESETS, Student
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import percentiles
 from advkd.training.distillation import Distiller
 

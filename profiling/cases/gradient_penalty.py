@@ -3,7 +3,7 @@
 python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--out FOLDER]
 
 Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
-kept by the process (advkd.runtime.memory), for all of them. Beside each case stands its work bound: multiply-adds of autograd's
+kept by the process (advkd.runtime.devices), for all. Beside each case stands its work bound: multiply-adds of autograd's
 convolutions by those of ours. Whoever writes LeakyReLU as a product with slopes that autograd takes for constants saves it the
 zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
 there twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import gradient_penalty
 from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
 
 from ..gpu_timing import captures, set_tf32
 from ..harness import CAPTURED, Case, Contestant, main, with_captured

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.neighbours import sharing
 from advkd.runtime.timing import percentiles
 

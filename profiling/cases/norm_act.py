@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from advkd.ops import norm_act
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
 
 from ..gpu_timing import captures, set_tf32
 from ..harness import Case, Contestant, main, with_captured

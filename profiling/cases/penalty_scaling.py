@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from advkd.models.critic import Critic, CriticConfig
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
 from ..evidence import ROOT

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from advkd.runtime.files import cache_folder
+from advkd.runtime.folders import cache_folder
 
 from ..evidence import ROOT
 

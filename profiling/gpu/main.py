@@ -16,7 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from advkd.runtime.files import require_output_folder, write_bytes
+from advkd.runtime.files import write_bytes
+from advkd.runtime.folders import require_output_folder
 from advkd.runtime.timing import provenance
 
 from ..harness import device_folder

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from advkd.runtime.files import locked, require_output_folder
+from advkd.runtime.folders import locked, require_output_folder
 
 from . import summary as gpu_summary
 from .run import Part

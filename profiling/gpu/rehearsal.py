@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from advkd.runtime.files import require_output_folder
+from advkd.runtime.folders import require_output_folder
 from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT

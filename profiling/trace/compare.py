@@ -14,9 +14,9 @@ import sys
 import time
 
 from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure
 
 from ..evidence import ROOT, device_alone, source, stored

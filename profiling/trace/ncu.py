@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.timing import measure
 
 from ..evidence import ROOT, source, stored

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import replacing
-from advkd.runtime.memory import keep_freed_memory
 from advkd.runtime.ranges import name_ranges
 
 from ..evidence import ROOT

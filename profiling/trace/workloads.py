@@ -26,7 +26,7 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.methods.adv_kd import recipe
 from advkd.models.student import PRESETS, Student
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.ranges import named
 from advkd.training.distillation import Distiller
 

@@ -354,7 +354,7 @@ def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
 
 
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
-    from advkd.runtime.files import locked
+    from advkd.runtime.folders import locked
 
     with pytest.raises(InputError, match="no checkpoint"):
         distill(trajectories, tiny_student(), JOINT, tmp_path / "typo", resume=True)

@@ -13,12 +13,12 @@ from advkd import FusedStudent, Student
 from advkd.engines import cpu as planning
 from advkd.engines import gpu_search
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import registry
 from advkd.ops.conv_block import ALGORITHMS
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import process_environment, tiny_student
 
-CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor, extract
 from advkd.methods.adv_kd import recipe
 from advkd.models.classifier import Classifier, ClassifierConfig
-from advkd.runtime.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
+from advkd.runtime.files import read_tensors, with_digest, write_tensors
+from advkd.runtime.folders import cache_folder, temporary_path
 from advkd.training import teacher as teacher_training
 from advkd.training.distillation import distill
 

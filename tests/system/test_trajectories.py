@@ -19,7 +19,7 @@ from advkd.diffusion.recorder import downsample, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.ops.latents import project
-from advkd.runtime import files
+from advkd.runtime import files, folders
 
 from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "shard-00004.safetensors").exists(), "the run ended before it was killed"
     # What a process killed while writing leaves; process numbers end far below this one.
-    (tmp_path / "killed" / f".shard-00003.safetensors.{files._HOST}.4194999.tmp").write_bytes(b"torn")
+    (tmp_path / "killed" / f".shard-00003.safetensors.{folders._HOST}.4194999.tmp").write_bytes(b"torn")
     assert run_cli(*arguments, tmp_path / "killed").returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -402,7 +402,7 @@ def test_bad_requests_are_refused_before_work(changes, name, tmp_path):
 
 def test_a_disk_too_small_is_refused_before_work(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(1, 1, 100))
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(1, 1, 100))
     with pytest.raises(InputError, match="MiB are free"):
         record_trajectories(tiny_teacher(), tiny_recording(), tmp_path / "t", progress=False)
 
