@@ -22,8 +22,8 @@ import triton.language as tl
 from torch.library import custom_op, triton_op, wrap_triton
 
 from ..errors import BackendUnavailableError, InputError
-from ..ops import gpu_storage
-from ..ops.conv_block import ACTIVATIONS, ConvLayer
+from ..ops.conv_layer import ACTIVATIONS, ConvLayer
+from ..ops.gpu_storage import UNIT, input_channels, pad_layer, padded, product_of, round_tf32
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 """How float32 numbers are multiplied: in full without tensor cores, as TensorFloat-32, in full as three products of those."""
@@ -396,7 +396,7 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, co
         weights: ``(phases, taps, C_in, C_out)`` of :func:`pack_weights`, C_out a multiple of 16.
         bias: ``(C_out,)`` float32.
         out: ``(N, H', W', P)``, contiguous, ``x``'s dtype; P >= C_out, H' = 2 H and W' = 2 W with ``upsample``.
-        activation: an index into :data:`advkd.ops.conv_block.ACTIVATIONS`.
+        activation: an index into :data:`advkd.ops.conv_layer.ACTIVATIONS`.
         slope: LeakyReLU's.
         precision: of float32, one of :data:`PRECISIONS`.
         config: a :class:`Config`.
@@ -437,7 +437,7 @@ def pack_weights(taps, dtype, precision):
         return taps.to(dtype).contiguous()
     if precision == "ieee":
         return taps.contiguous()
-    taps = gpu_storage.round_tf32(taps) if precision == "tf32" else taps
+    taps = round_tf32(taps) if precision == "tf32" else taps
     return taps.transpose(2, 3).contiguous().transpose(2, 3)
 
 
@@ -447,11 +447,11 @@ def is_image(layer):
 
 
 def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
-    """Configurations worth measuring for a :class:`advkd.ops.conv_block.ConvLayer`, the likeliest first, at most 8.
+    """Configurations worth measuring for a :class:`advkd.ops.conv_layer.ConvLayer`, the likeliest first, at most 8.
 
     ``shared``: bytes of shared memory that a block can have.
     """
-    c_in = gpu_storage.input_channels(layer)
+    c_in = input_channels(layer)
     if is_image(layer):
         return tuple(sorted(image_table(dtype, precision, c_in), key=lambda tile: _image_cost(tile, layer, batch)))
     tiles = dict.fromkeys(table(dtype, precision, c_in))
@@ -467,7 +467,7 @@ def descriptor_configs(layer, batch, dtype, capability, shared):
     """
     if is_image(layer) or descriptor_gap(dtype, capability):
         return ()
-    tiles = dict.fromkeys(descriptor_table(gpu_storage.input_channels(layer)))
+    tiles = dict.fromkeys(descriptor_table(input_channels(layer)))
     # A tile larger than an image computes what is not there; barriers and the like take a few bytes more.
     tiles = [tile for tile in tiles if tile.rows <= layer.height and tile.columns <= layer.width]
     tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
@@ -515,8 +515,8 @@ def conv_block(x, weight, bias, slope, upsample, activation, precision=None):
     """
     layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
     if precision is None:
-        precision = "tf32" if gpu_storage.product_of(x.dtype) == "tf32" else "tf32x3"
-    taps, bias = gpu_storage.pad_layer(weight, bias, layer)
+        precision = "tf32" if product_of(x.dtype) == "tf32" else "tf32x3"
+    taps, bias = pad_layer(weight, bias, layer)
     weights = pack_weights(taps, x.dtype, precision)
     x = F.pad(x.permute(0, 2, 3, 1), (0, weights.shape[2] - layer.c_in)).contiguous()
     code, config = ACTIVATIONS.index(activation), list(default(layer, len(x), x.dtype, precision))
@@ -664,13 +664,13 @@ def _options(direct):
 
 
 def _check(x, weights, bias, phases, precision):
-    if x.ndim != 4 or x.shape[3] % gpu_storage.UNIT or not x.is_contiguous():
-        expected = f"contiguous (N, H, W, C), C a multiple of {gpu_storage.UNIT}"
+    if x.ndim != 4 or x.shape[3] % UNIT or not x.is_contiguous():
+        expected = f"contiguous (N, H, W, C), C a multiple of {UNIT}"
         raise InputError(f"x must be {expected}, got {tuple(x.shape)} with strides {x.stride()}")
-    gpu_storage.product_of(x.dtype)
+    product_of(x.dtype)
     expected = (*phases, x.shape[3])
-    if weights.ndim != 4 or tuple(weights.shape[:3]) != expected or weights.shape[3] % gpu_storage.UNIT:
-        raise InputError(f"weights must be {expected} by a multiple of {gpu_storage.UNIT}, got {tuple(weights.shape)}")
+    if weights.ndim != 4 or tuple(weights.shape[:3]) != expected or weights.shape[3] % UNIT:
+        raise InputError(f"weights must be {expected} by a multiple of {UNIT}, got {tuple(weights.shape)}")
     if not (weights.is_contiguous() or weights.transpose(2, 3).is_contiguous()):
         raise InputError(f"weights must be contiguous, or by their last two axes swapped, got strides {weights.stride()}")
     if bias.shape != weights.shape[3:] or bias.dtype != torch.float32 or not bias.is_contiguous():
@@ -720,7 +720,7 @@ def _inner(most, channels):
 def _cost(tile, layer, batch):
     """Relative time: rounds of all processors times a tile's products, loads and overhead."""
     programs = (4 if layer.upsample else 1) * _ceil(batch * layer.height * layer.width, tile.pixels)
-    programs *= _ceil(gpu_storage.padded(layer.c_out), tile.columns)
+    programs *= _ceil(padded(layer.c_out), tile.columns)
     return _ceil(programs, PROCESSORS) * (tile.pixels + 16) * (tile.columns + 16)
 
 
@@ -732,5 +732,5 @@ def _image_cost(tile, layer, batch):
 def _descriptor_cost(tile, layer, batch):
     """As :func:`_cost`, of two-dimensional tiles."""
     programs = (4 if layer.upsample else 1) * batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
-    programs *= _ceil(gpu_storage.padded(layer.c_out), tile.channels)
+    programs *= _ceil(padded(layer.c_out), tile.channels)
     return _ceil(programs, PROCESSORS) * (tile.rows * tile.columns + 16) * (tile.channels + 16)

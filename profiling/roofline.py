@@ -28,6 +28,7 @@ from advkd.ops import (
 from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
 from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure, percentiles
 

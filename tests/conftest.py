@@ -33,7 +33,8 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 from advkd.data.trajectories import TrajectoryConfig  # noqa: E402
 from advkd.diffusion.recorder import record_trajectories  # noqa: E402
 from advkd.diffusion.teacher import Teacher  # noqa: E402
-from advkd.models.student import Student, StudentConfig  # noqa: E402
+from advkd.models.shape import StudentConfig  # noqa: E402
+from advkd.models.student import Student
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
 

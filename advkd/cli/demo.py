@@ -11,7 +11,8 @@ from ..diffusion.teacher import Teacher
 from ..evaluation.evaluate import describe_models
 from ..evaluation.report import save_pictures
 from ..methods.adv_kd import recipe
-from ..models.student import PRESETS, Student
+from ..models.shape import PRESETS
+from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.ranges import named
 from ..training.checkpoint import CHECKPOINT

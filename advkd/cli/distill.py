@@ -112,7 +112,8 @@ def _read_config(path):
 
 
 def _build_student(preset, init=None):
-    from ..models.student import PRESETS, Student, StudentConfig
+    from ..models.shape import PRESETS, StudentConfig
+    from ..models.student import Student
     from ..runtime.files import read_json
 
     if (preset is None) == (init is None):

@@ -12,8 +12,8 @@ import torch
 
 from ..data.pictures import save_grid, save_image, to_pil
 from ..errors import InputError
-from ..models.fused_student import DTYPES
-from ..models.student import Student, batches
+from ..models.shape import DTYPES, batches
+from ..models.student import Student
 from ..runtime import launcher
 from ..runtime.devices import require_device
 from ..runtime.files import digest, read_json, write_json

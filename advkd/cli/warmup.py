@@ -5,8 +5,8 @@ import time
 import torch
 
 from ..errors import InputError
-from ..models.fused_student import DTYPES
-from ..models.student import PRESETS, Student
+from ..models.shape import DTYPES, PRESETS
+from ..models.student import Student
 from ..runtime.devices import require_device
 
 
@@ -16,7 +16,7 @@ def warmup(student="digits", device="cpu", backend="auto", dtypes=("float32",), 
     Args:
         student: what :meth:`Student.from_pretrained` takes, or a preset's name (plans hang on shapes, not on weights).
         device, backend: as ``advkd sample`` takes them.
-        dtypes: names of :data:`advkd.models.fused_student.DTYPES`.
+        dtypes: names of :data:`advkd.models.shape.DTYPES`.
         batch_sizes: on a GPU plans, kernels and graphs belong to a batch's size.
         tune: measure plans, as ``student.fuse()`` does by default; False compiles only.
 

@@ -1,50 +1,79 @@
-"""Runs a fused student on a GPU: weights packed once, a plan of launches per batch size, each captured as a CUDA graph."""
+"""A GPU's engine: weights packed once, a plan of launches per batch size, each captured as a CUDA graph."""
 
 import contextlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..errors import InputError
+from ..ops import registry
+from ..ops.conv_layer import DTYPES, ConvLayer, encode, is_image, output_sides
 from ..ops.gpu_storage import input_channels, padded, product_of
-from ..ops.student_forward import encode
-from ..ops.student_steps import activation_shapes, encode_steps, output_sides, pack_gpu, workspace_elements
-from .gpu_search import Limits, fixed_steps, measured_steps
+from ..ops.student_forward import latent_numel
+from ..ops.student_steps import Step, activation_shapes, encode_steps, pack_gpu, workspace_elements
+from .base import Options, dtype_gap
+from .gpu_search import Limits, fixed_steps, measured_steps, planned
+from .plan import GpuPlan
 
 _CAPTURES = threading.RLock()
+
+BACKENDS = ("cuda", "triton")
+"""The backends whose kernels these launches are."""
 
 GRAPHS = 8
 """Batch sizes whose graphs are kept; the one that was used longest ago goes first."""
 
 
 class GpuEngine:
-    """The launches of one network on one device.
+    """The launches of one network on one device; see :class:`advkd.engines.base.Engine`.
 
-    Args:
-        layers: its :class:`advkd.ops.conv_block.ConvLayer`.
-        weights, biases: folded, on the device.
-        slope: of LeakyReLU.
-        dtype: of activations and images.
-        backend: ``cuda`` or ``triton``: whose kernels the fixed plan takes.
-        tune: measure each batch size's plan once (kept on disk) instead of taking the fixed one.
-        candidates: the backends whose kernels a measured plan may take.
+    ``options``: ``backend``, ``cuda`` or ``triton``, has the kernels of the fixed plan. With ``tune`` each batch size's plan is
+    measured once (kept on disk) instead; with ``mixed`` it may take the kernels of both backends.
 
     Calls from several threads and streams are safe: they run one after the other.
     """
 
-    def __init__(self, layers, weights, biases, slope, dtype, backend, tune=False, candidates=()):
-        self.layers, self.slope, self.dtype, self.backend = layers, slope, dtype, backend
-        self.tune, self.candidates = tune, candidates or (backend,)
-        self.product = product_of(dtype)
+    def __init__(
+        self,
+        layers: Sequence[ConvLayer],
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        slope: float,
+        dtype: torch.dtype,
+        options: Options,
+    ):
+        self.layers, self.weights, self.biases, self.slope, self.dtype = layers, weights, biases, slope, dtype
+        self.options, self.backend, self.product = options, options.backend, product_of(dtype)
         self.device = weights[0].device
+        able = [b for b in BACKENDS if options.mixed and registry.gap("student_forward", b, self.device) is None]
+        self.candidates = tuple(able) or (self.backend,)
         self.limits = Limits.of(self.device)
-        self._folded = list(zip(weights, biases, strict=True))
+        self.numel, self.numbers = latent_numel(layers), encode(layers, dtype)
         self._packed, self._steps, self._graphs, self._asked = {}, {}, OrderedDict(), set()
         self._lock, self._stream, self._pool, self._used = threading.RLock(), None, None, None
 
-    def __call__(self, z):
+    @staticmethod
+    def gap(layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> str | None:
+        """The reason why the kernels cannot run here, or None."""
+        gaps = [registry.gap("student_forward", backend, device) for backend in BACKENDS]
+        if None not in gaps:
+            return "; ".join(gaps)
+        shape = None if is_image(layers[-1]) else "the last layer must make 1 to 4 channels by tanh without up-sampling"
+        return shape or dtype_gap(dtype, DTYPES)
+
+    @staticmethod
+    def search(layers: Sequence[ConvLayer], dtype: torch.dtype) -> tuple[str, ...]:
+        """Empty: plans are searched for each batch size when it comes."""
+        return ()
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``, a tensor of their own."""
+        if z.ndim != 2 or z.shape[1] != self.numel:
+            raise InputError(f"z must have shape (N, {self.numel}), got {tuple(z.shape)}")
+        if z.device != self.device:
+            raise InputError(f"z must be on {self.device}, got {z.device}")
         if self.device.type != "cuda" or len(z) == 0:
             return self.run(z)
         with torch.cuda.device(self.device):
@@ -74,19 +103,19 @@ class GpuEngine:
         self._used = current.record_event()
         return found
 
-    def batch_of(self, n):
-        """The batch size whose graph draws ``n`` images: a larger one's the first time, as what is left of a run comes once."""
+    def batch_of(self, n: int) -> int:
+        """The batch size whose graph draws ``n`` images: a larger one's the first time, as the rest of a run comes once."""
         larger = [m for m in self._graphs if m > n]
         if n in self._graphs or n in self._asked or not larger:
             return n
         self._asked.add(n)
         return min(larger)
 
-    def run(self, z):
+    def run(self, z: torch.Tensor) -> torch.Tensor:
         """The same without a graph: one launch after the other."""
         return torch.ops.advkd.student_forward(z.contiguous(), *self.arguments(len(z)))
 
-    def arguments(self, n):
+    def arguments(self, n: int) -> tuple:
         """The op's arguments behind the latents of ``n`` images."""
         steps = self.steps(n)
         packed, biases = [], []
@@ -95,18 +124,17 @@ class GpuEngine:
                 weight, bias = self._pack(i, step.form(i, len(self.layers) - 1))
                 packed.append(weight)
                 biases.append(bias)
-        numbers = encode(self.layers, self.dtype)
-        return [], biases, packed, numbers, encode_steps(steps, self.product), self.slope, self.backend
+        return [], biases, packed, self.numbers, encode_steps(steps, self.product), self.slope, self.backend
 
-    def steps(self, n):
+    def steps(self, n: int) -> list[Step]:
         """The plan for ``n`` images, chosen when it is first asked for."""
         if n not in self._steps:
             with self._lock:
-                choose = measured_steps if self.tune and self.device.type == "cuda" else fixed_steps
+                choose = measured_steps if self.options.tune and self.device.type == "cuda" else fixed_steps
                 self._steps[n] = choose(self, max(n, 1))
         return self._steps[n]
 
-    def step_tensors(self, step, n):
+    def step_tensors(self, step: Step, n: int) -> tuple[torch.Tensor, torch.Tensor, list, list]:
         """A step's input and output of ``n`` images, its input random, and all layers' weights and biases (those it reads)."""
         first, last = self.layers[step.first], self.layers[step.first + step.count - 1]
         shape = (n, first.height, first.width, input_channels(first))
@@ -118,17 +146,26 @@ class GpuEngine:
         packed, biases = ([pairs[i][k] if i in pairs else None for i in range(len(self.layers))] for k in range(2))
         return x, x.new_empty(shape), packed, biases
 
-    def workspace_bytes(self, n):
+    def plan(self, batch_size: int, measured: bool) -> GpuPlan:
+        """The launches of a batch; with ``measured``, on a CUDA device, each is run a few times."""
+        return planned(self, batch_size, measured)
+
+    def memory(self, batch_size: int) -> dict[str, int]:
+        """Bytes of the ``weights`` packed so far and of the ``workspace`` between the launches."""
+        workspace = self.workspace_bytes(batch_size)
+        return {"weights": self.packed_bytes(), "workspace": workspace}
+
+    def workspace_bytes(self, n: int) -> int:
         """Bytes of the activations between the launches for ``n`` images."""
         return self.dtype.itemsize * workspace_elements(activation_shapes(self.steps(n), self.layers, n))
 
-    def packed_bytes(self):
+    def packed_bytes(self) -> int:
         """Bytes of the weights packed so far."""
         return sum(t.numel() * t.element_size() for pair in self._packed.values() for t in pair)
 
     def _pack(self, i, form):
         if (i, form) not in self._packed:
-            self._packed[i, form] = pack_gpu(*self._folded[i], self.layers[i], self.dtype, form, self.product)
+            self._packed[i, form] = pack_gpu(self.weights[i], self.biases[i], self.layers[i], self.dtype, form, self.product)
         return self._packed[i, form]
 
     def _graph(self, n):
@@ -139,13 +176,11 @@ class GpuEngine:
         while len(self._graphs) >= GRAPHS:
             self._used.synchronize()
             self._graphs.popitem(last=False)
-        numel = self.layers[0].c_in * self.layers[0].height * self.layers[0].width
-        numel += sum(layer.detail * layer.height * layer.width for layer in self.layers)
         with self.on_own_stream() as stream:
-            latents = torch.zeros(n, numel, dtype=torch.float32, device=self.device)
-            # What is compiled, loaded and packed the first time must not be inside the graph.
+            latents = torch.zeros(n, self.numel, dtype=torch.float32, device=self.device)
+            # Compiling, loading and packing, which the first run does, must not be inside the graph.
             self.run(latents)
-            # Graphs of one stream that run one after the other share memory; what must outlive a replay is copied from it.
+            # Graphs of one stream run one after the other and share memory; images that must outlive a replay are copied.
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -154,8 +189,8 @@ class GpuEngine:
         return self._graphs[n]
 
     @contextlib.contextmanager
-    def on_own_stream(self):
-        """What runs inside goes to the engine's stream, behind the caller's work and before what the caller does next.
+    def on_own_stream(self) -> Iterator[torch.cuda.Stream]:
+        """A context whose work goes to the engine's stream, behind the caller's work so far and before the caller's next.
 
         Tensors made inside may be written to later, whatever the mode of the caller; torch captures one graph at a time.
         """

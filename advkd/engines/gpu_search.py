@@ -6,68 +6,87 @@ fixed plan counts bytes and launches, a tuned one measures each candidate once a
 
 import logging
 import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from ..errors import InputError
+from ..ops.conv_layer import ConvLayer, is_image, output_sides
 from ..ops.gpu_storage import device_limits, input_channels, padded, stem_numbers
-from ..ops.student_steps import Step, is_image, output_sides, run_step, triton_launcher, triton_layer, triton_precision
-from ..runtime.files import read_json, write_json
+from ..ops.student_steps import Step, run_step, triton_launcher, triton_layer, triton_precision
 from ..runtime.hub import reason
-from .cpu import kept_file, text_table
-
-VERSION = 1
-"""Of the kernels as a search sees them: raised when their speed changes, so that kept times are measured anew."""
+from .kept import Kept, device_name, kept_times
+from .plan import GpuPlan, PlannedLaunch
 
 BYTES_PER_SECOND = 3e12
 LAUNCH = 4e-6
-"""What the fixed plan assumes of a device: memory's speed, and the least that a launch takes inside a graph."""
+"""A device as the fixed plan assumes it: memory's speed, and the least that a launch takes inside a graph."""
 
 PRODUCTS_PER_SECOND = {"bf16": 2.4e14, "f16": 2.4e14, "tf32": 1.2e14, "f32": 4e13}
 """Multiply-adds of the whole device by these kernels' instructions; one multiprocessor has a fair share of them."""
 
 STEM_BYTES, STEM_LAYER = 8e10, 6e-7
-"""Of a stem's block: bytes of weights per second from L2, and seconds between two layers."""
-
-LONGEST = 1e3
-"""Seconds that no launch takes: a kept time beyond them was not measured."""
+"""A stem's block: bytes of weights per second from L2, and seconds between two layers."""
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What plans ask of a device: multiprocessors, bytes of shared memory that a block may have, compute capability."""
+    """A device's limits: multiprocessors, bytes of shared memory that a block may have, compute capability."""
 
     multiprocessors: int
     shared: int
     capability: tuple[int, int]
 
     @classmethod
-    def of(cls, device):
+    def of(cls, device: torch.device) -> "Limits":
         """Those of a CUDA device; of any other those of a common one, for kernels that are interpreted or emulated."""
         if device.type != "cuda":
             return cls(108, 163 * 1024, (8, 0))
         return cls(*device_limits(device), torch.cuda.get_device_capability(device))
 
 
-def fixed_steps(engine, n):
+class Network(Protocol):
+    """The part of an engine that a search reads; see :class:`advkd.engines.gpu.GpuEngine`."""
+
+    layers: Sequence[ConvLayer]
+    slope: float
+    dtype: torch.dtype
+    product: str
+    device: torch.device
+    limits: Limits
+    backend: str
+    candidates: tuple[str, ...]
+
+    def steps(self, n: int) -> list[Step]:
+        """The plan for ``n`` images."""
+
+    def step_tensors(self, step: Step, n: int) -> tuple[torch.Tensor, torch.Tensor, list, list]:
+        """A step's input and output, and all layers' weights and biases."""
+
+    def on_own_stream(self) -> AbstractContextManager[torch.cuda.Stream]:
+        """The engine's stream, around which the caller's waits."""
+
+
+def fixed_steps(engine: Network, n: int) -> list[Step]:
     """The plan for batches of ``n`` that is taken without a measurement."""
     candidates = all_steps(engine, n, (engine.backend,), tune=False)
     return cheapest(len(engine.layers), candidates, lambda step: predicted_seconds(engine, step, n))
 
 
-def measured_steps(engine, n):
+def measured_steps(engine: Network, n: int) -> list[Step]:
     """The plan for batches of ``n`` whose launches, each measured alone, take least time together."""
-    times = KeptTimes(engine.device)
+    times = kept_times(engine.device)
     candidates = all_steps(engine, n, engine.candidates, tune=True)
-    steps = cheapest(len(engine.layers), candidates, lambda step: times.seconds(_key(engine, step, n), engine, step, n))
+    steps = cheapest(len(engine.layers), candidates, lambda s: known_seconds(times, _key(engine, s, n), engine, s, n))
     times.keep()
     return steps
 
 
-def cheapest(count, candidates, cost):
+def cheapest(count: int, candidates: Sequence[Step], cost: Callable[[Step], float]) -> list[Step]:
     """The chain of steps through ``count`` layers whose costs add up to the least."""
     best = {count: (0.0, [])}
     for first in reversed(range(count)):
@@ -80,7 +99,7 @@ def cheapest(count, candidates, cost):
     return best[0][1]
 
 
-def all_steps(engine, n, backends, tune):
+def all_steps(engine: Network, n: int, backends: Sequence[str], tune: bool) -> list[Step]:
     """Every launch that the kernels of ``backends`` can do for batches of ``n``; without ``tune`` one tile of Triton's each.
 
     Triton's descriptor variant is among them with ``tune`` alone, on devices that have what it needs.
@@ -139,12 +158,12 @@ def _stems(engine, n):
     return found
 
 
-def predicted_seconds(engine, step, n):
-    """What a step would take for ``n`` images by its bytes and products alone."""
+def predicted_seconds(engine: Network, step: Step, n: int) -> float:
+    """Seconds of a step for ``n`` images by its bytes and products alone."""
     if step.kernel == "stem":
         return LAUNCH + _stem_seconds(engine, step, n)
     own = engine.layers[step.first : step.first + step.count]
-    # A pair computes what lies around its tiles of 16 x 16 again.
+    # A pair computes the pixels around its tiles of 16 x 16 again.
     again = (18 / 16) ** 2 if step.kernel == "pair" else 1.0
     products = n * (again * phase_products(own[0]) + sum(map(phase_products, own[1:])))
     return LAUNCH + max(step_bytes(engine, step, n) / BYTES_PER_SECOND, products / PRODUCTS_PER_SECOND[engine.product])
@@ -164,7 +183,7 @@ def _stem_seconds(engine, step, n):
     return -(-groups * cluster // processors) * seconds
 
 
-def step_bytes(engine, step, n):
+def step_bytes(engine: Network, step: Step, n: int) -> int:
     """Bytes of activations and weights that a step must read and write for ``n`` images."""
     own = engine.layers[step.first : step.first + step.count]
     sides = math.prod(output_sides(own[-1]))
@@ -173,13 +192,13 @@ def step_bytes(engine, step, n):
     return engine.dtype.itemsize * (n * activations + weights)
 
 
-def phase_products(layer):
+def phase_products(layer: ConvLayer) -> int:
     """Multiply-adds of a layer for one image, up-sampling as four phases of four taps."""
     return (16 if layer.upsample else 9) * layer.c_in * layer.c_out * layer.height * layer.width
 
 
 def _key(engine, step, n):
-    """What a measured time belongs to, as text."""
+    """The launch that a measured time belongs to, as text."""
     own = engine.layers[step.first : step.first + step.count]
     shapes = "; ".join(" ".join(map(str, (*stem_numbers([layer]), layer.c_out, layer.activation))) for layer in own)
     return f"{_named(step)}, {engine.product}, batch {n}: {shapes}"
@@ -189,72 +208,29 @@ def _named(step):
     return " ".join((step.kernel, "x".join(map(str, step.config)))).strip()
 
 
-class KeptTimes:
-    """Seconds of launches on one device, kept in the user's cache folder (``ADVKD_CACHE``) by device and version.
-
-    A file that is damaged, or of other kernels, counts as none; one that cannot be written costs a warning.
-    """
-
-    def __init__(self, device):
-        self.path = kept_file(device_name(device))
-        self.known, self.found = self._read(), {}
-
-    def seconds(self, key, engine, step, n):
-        """Those of a step, measured if they are not known."""
-        if key not in self.known:
-            if not self.found:
-                _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, self.path or "memory")
-            self.known[key] = self.found[key] = self._measure(key, engine, step, n)
-        return self.known[key]
-
-    def _measure(self, key, engine, step, n):
-        try:
-            return step_seconds(engine, step, n)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a tile too large for the device, in each compiler's own kind of error
-            # A device that is broken says so here, and ends the search.
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize(engine.device)
-            _LOG.warning("%s is passed over: %s", key, reason(error))
-            return math.inf
-
-    def keep(self):
-        """Write what was measured; another process may have added its own since."""
-        finite = {key: seconds for key, seconds in self.found.items() if math.isfinite(seconds)}
-        if not finite or self.path is None:
-            return
-        try:
-            write_json(self.path, {**_versions(), "seconds": dict(sorted({**self._read(), **finite}.items()))})
-        except (OSError, InputError) as error:
-            _LOG.warning("the measured times are not kept: %s (%s)", self.path, error)
-
-    def _read(self):
-        if self.path is None:
-            return {}
-        try:
-            stored = read_json(self.path, "kept plan", ("version", "torch", "triton", "seconds"))
-        except InputError:
-            return {}
-        seconds = stored.pop("seconds")
-        usable = stored == _versions() and isinstance(seconds, dict)
-        return {k: v for k, v in seconds.items() if isinstance(v, float) and 0 < v < LONGEST} if usable else {}
+def known_seconds(times: Kept, key: str, engine: Network, step: Step, n: int) -> float:
+    """Seconds of a step for ``n`` images, measured if they are not known; infinite for one that does not run here."""
+    if key not in times.known:
+        if not times.found:
+            _LOG.warning("measuring kernels for batches of %d (once: the times are kept in %s)", n, times.path or "memory")
+        times.add(key, _measure(key, engine, step, n))
+    return times.known[key]
 
 
-def device_name(device):
-    """A CUDA device's name, any other's type."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _versions():
+def _measure(key, engine, step, n):
     try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = ""
-    return {"version": VERSION, "torch": torch.__version__, "triton": triton}
+        return step_seconds(engine, step, n)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a tile too large for the device, in each compiler's own kind of error
+        # A device that is broken says so here, and ends the search.
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        _LOG.warning("%s is passed over: %s", key, reason(error))
+        return math.inf
 
 
-def step_seconds(engine, step, n, launches=10, repeats=5):
+def step_seconds(engine: Network, step: Step, n: int, launches: int = 10, repeats: int = 5) -> float:
     """Seconds of one launch among others of its kind, in a CUDA graph: the median of ``repeats`` graphs of ``launches``."""
     with engine.on_own_stream() as stream:
         x, out, packed, biases = engine.step_tensors(step, n)
@@ -282,71 +258,12 @@ def _replay_seconds(graph):
     return start.elapsed_time(end) / 1e3
 
 
-@dataclass(frozen=True)
-class PlannedLaunch:
-    """One row of a :class:`GpuPlan`, for the whole batch.
-
-    Attributes:
-        layers: the :class:`advkd.ops.conv_block.ConvLayer` that one launch computes.
-        kernel: one of :data:`advkd.ops.student_steps.KERNELS`, with its configuration.
-        products: multiply-adds, up-sampling as four phases.
-        moved_bytes: that the launch must read and write.
-        measured: seconds of one launch alone in a graph, or None.
-    """
-
-    layers: tuple
-    kernel: str
-    products: int
-    moved_bytes: int
-    measured: float | None
-
-
-@dataclass(frozen=True, repr=False)
-class GpuPlan:
-    """How a batch is computed on a GPU; ``print(plan)`` shows it.
-
-    Attributes:
-        rows: a :class:`PlannedLaunch` per launch.
-        batch_size: images of the batch.
-        device, product: where, and how numbers are multiplied.
-    """
-
-    rows: tuple
-    batch_size: int
-    device: str
-    product: str
-
-    @classmethod
-    def of(cls, engine, batch_size, measured=True):
-        """The plan of an engine; with ``measured``, on a CUDA device, each launch is run a few times."""
-        cuda = engine.device.type == "cuda"
-        rows = []
-        for step in engine.steps(batch_size):
-            seconds = step_seconds(engine, step, batch_size) if measured and cuda else None
-            own = tuple(engine.layers[step.first : step.first + step.count])
-            products = batch_size * sum(map(phase_products, own))
-            rows.append(PlannedLaunch(own, _named(step), products, step_bytes(engine, step, batch_size), seconds))
-        return cls(tuple(rows), batch_size, device_name(engine.device), engine.product)
-
-    def __str__(self):
-        titles = ("layers", "kernel", "MMAC", "MB", "microseconds", "TFLOP/s", "GB/s")
-        measured = [row.measured for row in self.rows]
-        whole = None if None in measured else sum(measured)
-        sums = [sum(getattr(row, name) for row in self.rows) for name in ("products", "moved_bytes")]
-        lines = [titles, *(self._cells(row) for row in self.rows), ("all", "", *_figures(*sums, whole))]
-        return "\n".join([f"{self.device}, batch {self.batch_size}, products {self.product}", *text_table(lines)])
-
-    __repr__ = __str__
-
-    def _cells(self, row):
-        first, last = row.layers[0], row.layers[-1]
-        channels = " > ".join(str(c) for c in (first.c_in, *(layer.c_out for layer in row.layers)))
-        side = last.height * (2 if last.upsample else 1)
-        return (f"{channels} at {side}x{side}", row.kernel, *_figures(row.products, row.moved_bytes, row.measured))
-
-
-def _figures(products, moved, seconds):
-    counts = f"{products / 1e6:.1f}", f"{moved / 1e6:.2f}"
-    if seconds is None:
-        return *counts, "-", "-", "-"
-    return *counts, f"{1e6 * seconds:.1f}", f"{2e-12 * products / seconds:.1f}", f"{1e-9 * moved / seconds:.0f}"
+def planned(engine: Network, batch_size: int, measured: bool) -> GpuPlan:
+    """The plan of an engine; with ``measured``, on a CUDA device, each launch is run a few times."""
+    rows = []
+    for step in engine.steps(batch_size):
+        seconds = step_seconds(engine, step, batch_size) if measured and engine.device.type == "cuda" else None
+        own = tuple(engine.layers[step.first : step.first + step.count])
+        products = batch_size * sum(map(phase_products, own))
+        rows.append(PlannedLaunch(own, _named(step), products, step_bytes(engine, step, batch_size), seconds))
+    return GpuPlan(tuple(rows), batch_size, device_name(engine.device), engine.product)

@@ -18,9 +18,10 @@ from ..config import build_config
 from ..data.pictures import to_pil
 from ..errors import InputError
 from ..models.batch_norm import CannotFoldError, evaluating
-from ..models.fused_student import read_by_fusing
+from ..models.folding import read_by_fusing
 from ..models.saving import require_plausible
-from ..models.student import Student, StudentConfig
+from ..models.shape import StudentConfig
+from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import read_json, require_regular, write_bytes
 from ..runtime.hub import reason, resolve

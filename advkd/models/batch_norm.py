@@ -4,6 +4,7 @@ import contextlib
 import operator
 import threading
 import types
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,35 +22,34 @@ class CannotFoldError(InputError):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``, LeakyReLU and nearest up-sampling as one op; in training the processes share their statistics.
+    """``nn.BatchNorm2d``, LeakyReLU and nearest up-sampling; in training they are one op, and the processes share statistics.
 
     torch's ``SyncBatchNorm`` has no CPU path. The processes may hold different numbers of samples.
     """
 
-    def forward(self, x, slope=1.0, upsample=False):
+    def forward(self, x: torch.Tensor, slope: float = 1.0, upsample: bool = False) -> torch.Tensor:
         """``(N, C, H, W)`` to the same shape, or twice the side; a ``slope`` of 1 is no activation."""
-        if not self.training and (not torch.is_grad_enabled() or _is_recorded()):
-            # Nothing is saved for a backward pass: torch's ops, which cost less to call, do as well.
+        if not self.training:
+            # torch's own operations alone: they can be exported, and differentiated any number of times.
             x = F.leaky_relu(super().forward(x), slope, inplace=True)
             return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
         momentum = self._count()
-        moved = not self.training or self.track_running_stats
         return norm_act(
             x,
             *self._scales(x),
-            self.running_mean if moved else None,
-            self.running_var if moved else None,
+            self.running_mean if self.track_running_stats else None,
+            self.running_var if self.track_running_stats else None,
             slope=slope,
             upsample=upsample,
-            training=self.training or self.running_mean is None,
+            training=True,
             eps=self.eps,
             momentum=momentum,
-            synchronize=self.training and _several_processes(),
+            synchronize=_several_processes(),
         )
 
     def _count(self):
         """Count a batch of training; the weight that it has in the running statistics."""
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 return 1.0 / float(self.num_batches_tracked)
@@ -63,19 +63,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         return weight, torch.zeros_like(weight) if bias is None else bias
 
 
-def _is_recorded():
-    """True while a program is made of the module that must run elsewhere, of torch's own ops alone.
-
-    Older versions of torch say so to torch.compile, too.
-    """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
 def _several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def normalize(norm, x, slope, upsample=False):
+def normalize(norm: nn.Module, x: torch.Tensor, slope: float, upsample: bool = False) -> torch.Tensor:
     """LeakyReLU of ``norm(x)``, its pixels repeated 2 x 2 with ``upsample``.
 
     Any module may have taken the place of a :class:`BatchNorm2d`: a ``SyncBatchNorm``, or an ``Identity`` where the convolution
@@ -87,7 +79,7 @@ def normalize(norm, x, slope, upsample=False):
     return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
 
 
-def fold(convolution, norm):
+def fold(convolution: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of ``norm(convolution(x))`` in eval mode as one convolution.
 
     w' = w gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps), computed in float64. ``norm`` is batch norm
@@ -112,8 +104,8 @@ def fold(convolution, norm):
     return (weight * scale[:, None, None, None]).to(dtype), folded.to(dtype)
 
 
-def require_foldable(convolution, norm):
-    """Refuse what computes something else than its tensors say.
+def require_foldable(convolution: nn.Module, norm: nn.Module) -> None:
+    """Refuse modules that compute something else than their tensors say.
 
     Raises:
         CannotFoldError: modules of other classes, those with hooks or code of their own (pruning, weight norm by hooks,
@@ -129,20 +121,20 @@ def require_foldable(convolution, norm):
         raise CannotFoldError(f"{type(norm).__name__} has no running statistics: those of each batch cannot be folded")
 
 
-def has_own_code(module, kind):
+def has_own_code(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if calling a module may compute something else than a ``kind`` of the same attributes does."""
     return not _inherits(module, kind) or _has_hooks(module)
 
 
 def _inherits(module, kind):
-    """True if what a ``kind`` computes is left as it is by the module's class."""
+    """True if the module's class leaves the code of a ``kind`` as it is."""
     own = type(module)
     if own is kind:
         return True
     return issubclass(own, kind) and all(getattr(own, name, None) is getattr(kind, name, None) for name in CALLS)
 
 
-def unwrapped(module):
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper or a checkpointing one, which compute the same; others are themselves."""
     own = vars(module)
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
@@ -162,7 +154,7 @@ def _has_hooks(module):
 
 
 geometry = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-"""How a convolution moves over its input, and what lies around that, of its ``vars``."""
+"""A getter, from a convolution's ``vars``, of how it moves over its input and of the border around that."""
 
 _MODES = threading.RLock()
 CALLS = ("__call__", "forward", "_conv_forward")
@@ -170,8 +162,8 @@ NORMS = (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
 NORMS_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-def read_by_fold(convolution, norm):
-    """The inputs of :func:`fold`: a tuple of what is no tensor, and a list of the tensors."""
+def read_by_fold(convolution: nn.Module, norm: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
+    """The inputs of :func:`fold`: a tuple of everything but tensors, and a list of the tensors."""
     tensors, eps = _tensors(convolution, "weight", "bias"), None
     if isinstance(norm, _BatchNorm):
         tensors, eps = [*tensors, *_tensors(norm, *NORMS_TENSORS)], norm.eps
@@ -188,7 +180,7 @@ def _tensors(module, *names):
 
 
 @contextlib.contextmanager
-def evaluating(module):
+def evaluating(module: nn.Module) -> Iterator[None]:
     """A module in eval mode within; the mode of each of its modules comes back. One thread at a time."""
     with _MODES:
         modes = {part: part.training for part in module.modules()}

@@ -1,125 +1,48 @@
-"""The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one op."""
+"""The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one engine."""
 
 import math
 import warnings
-import weakref
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.levels import resolutions
 from ..data.pictures import to_uint8
-from ..engines.cpu import Plan, choose_algorithms
+from ..engines.base import Engine, Options
+from ..engines.cpu import CpuEngine
 from ..engines.gpu import GpuEngine
-from ..engines.gpu_search import GpuPlan
-from ..errors import InputError
+from ..engines.plan import Plan
+from ..engines.reference import ReferenceEngine
+from ..errors import BackendUnavailableError, InputError
 from ..ops import philox_normal, registry
 from ..ops.arguments import whole
-from ..ops.conv_block import ConvLayer, require_finite
+from ..ops.conv_block import require_finite
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
-from ..ops.student_forward import encode, pack, student_forward
+from ..ops.philox import indices_of
 from ..runtime.devices import to_host
 from ..runtime.ranges import named
-from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
+from .folding import folded, require_fusable
 from .saving import PretrainedModule
-from .student import Student, StudentConfig, Submodule, batches, gather, indices_of
+from .shape import DTYPES, FusedStudentConfig, StudentConfig, batches, convolutions, gather
 
-GPU_BACKENDS = ("cuda", "triton")
-GEOMETRIES = tuple(((3, 3), (1, 1), padding, (1, 1), 1, "zeros") for padding in ((1, 1), "same"))
-"""The form of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
-NO_NORM = nn.Identity()
+ENGINES: dict[str, type[Engine]] = {
+    "reference": ReferenceEngine,
+    "cpu": CpuEngine,
+    "cuda": GpuEngine,
+    "triton": GpuEngine,
+}
+"""The engine of each backend."""
+
 STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
 """How :meth:`FusedStudent.stream` hands images out."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass
-class FusedStudentConfig(StudentConfig):
-    """A student's shape and how it is computed.
-
-    Attributes:
-        dtype: of activations and images: float32, bfloat16, float16 or float64.
-        algorithms: one of :data:`advkd.ops.conv_block.ALGORITHMS` per convolution for the ``cpu`` backend; empty: the defaults.
-    """
-
-    dtype: str = "float32"
-    algorithms: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        layers = convolutions(self)
-        if self.algorithms and len(self.algorithms) != len(layers):
-            raise InputError(f"algorithms must name one for each of the {len(layers)} convolutions, got {len(self.algorithms)}")
-        for i, (layer, algorithm) in enumerate(zip(layers, self.algorithms)):
-            if algorithm not in layer.algorithms():
-                raise InputError(f"algorithms: convolution {i} takes {', '.join(layer.algorithms())}, not {algorithm!r}")
-
-
-def convolutions(config):
-    """The :class:`ConvLayer` of every convolution of a student, in order."""
-    parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
-    details = {side: channels for channels, side in parts[1:]}
-    layers, features, previous = [], parts[0][0], 4
-    for channels, side in zip(config.channels, resolutions(config.image_size, len(config.channels)), strict=True):
-        upsample = side > previous
-        detail = details.get(previous, 0) if upsample else 0
-        layers.append(ConvLayer(features + detail, channels, previous, previous, upsample, detail=detail))
-        layers.append(ConvLayer(channels, channels, side, side))
-        features, previous = channels, side
-    return [*layers, ConvLayer(features, config.image_channels, previous, previous, activation="tanh")]
-
 
 def _prepare_loaded(module, incompatible_keys):
+    # Pickled modules refer to this function by its name.
     module._prepare()
-
-
-def _stages(student):
-    """A student's convolutions, each with the norm behind it; that behind the head changes nothing."""
-    blocks = [unwrapped(block) for block in student.submodules]
-    stages = [stage for b in blocks for stage in ((b.convolution1, b.norm1), (b.convolution2, b.norm2))]
-    return [(unwrapped(convolution), unwrapped(norm)) for convolution, norm in (*stages, (student.head, NO_NORM))]
-
-
-def _require_fusable(student):
-    """A student's stages; one that computes something else than its tensors say, or than an engine can, is refused.
-
-    Raises:
-        CannotFoldError: naming the part.
-    """
-    parts = ((student, Student), *((unwrapped(block), Submodule) for block in student.submodules))
-    if any(has_own_code(part, kind) for part, kind in parts):
-        raise CannotFoldError("a student with hooks or with a forward of its own cannot be fused: take them off")
-    slopes = {block.slope for block in student.submodules}
-    if len(slopes) > 1 or not 0 <= max(slopes) < 1:
-        found = ", ".join(map(str, sorted(slopes)))
-        raise CannotFoldError(f"the submodules' slopes must be equal in an engine, and in [0, 1), got {found}")
-    stages = _stages(student)
-    for i, (convolution, norm) in enumerate(stages):
-        require_foldable(convolution, norm)
-        if geometry(vars(convolution)) not in GEOMETRIES:
-            raise CannotFoldError(f"convolution {i} must have 3x3 pixels and a border of one zero, got {convolution}")
-    return stages
-
-
-def read_by_fusing(student):
-    """The inputs of :meth:`FusedStudent.from_student`: a tuple of what is no tensor, and a list of the tensors.
-
-    Raises:
-        CannotFoldError: there is no such engine.
-    """
-    stages = _require_fusable(student)
-    described, tensors = [*vars(student.config).values(), student.submodules[0].slope], []
-    described += [block.upsample for block in student.submodules]
-    for stage in stages:
-        own, parts = read_by_fold(*stage)
-        described.append(own)
-        tensors += parts
-    return tuple(described), tensors
 
 
 class FusedStudent(PretrainedModule, nn.Module):
@@ -140,7 +63,7 @@ class FusedStudent(PretrainedModule, nn.Module):
     tune, mixed = False, True
     """Whether plans for GPUs are measured, and may then take kernels of both GPU backends."""
 
-    def __init__(self, config, backend="auto"):
+    def __init__(self, config: FusedStudentConfig, backend: str = "auto"):
         super().__init__()
         self.config = config
         self.backend = backend
@@ -148,18 +71,20 @@ class FusedStudent(PretrainedModule, nn.Module):
         self.layers = convolutions(config)
         self.latent_parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
         self.latent_numel = latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
-        # Folded weights come wide; the cpu backend keeps them so, the others narrow them.
+        # Folded weights come wide; an engine may keep them narrow.
         wide = torch.promote_types(self.dtype, torch.float32)
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"weight{i}", torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=wide))
             self.register_buffer(f"bias{i}", torch.empty(layer.c_out, dtype=wide))
-        self._packed, self._engine = [], None
+        self.engine: Engine | None = None
         self.register_load_state_dict_post_hook(_prepare_loaded)
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def from_student(cls, student, backend="auto", dtype=torch.float32, tune=True):
+    def from_student(
+        cls, student: nn.Module, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True
+    ) -> "FusedStudent":
         """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`.
 
         Raises:
@@ -168,72 +93,50 @@ class FusedStudent(PretrainedModule, nn.Module):
         names = {value: name for name, value in DTYPES.items()}
         if dtype not in names:
             raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
-        _require_fusable(student)
-        device = student.head.weight.device
-        wished, backend = backend, registry.choose_for_dtype("student_forward", dtype, backend, device)
-        shape = {field.name: getattr(student.config, field.name) for field in fields(StudentConfig)}
-        shape["slope"] = student.submodules[0].slope
+        require_fusable(student)
+        device, shape = student.head.weight.device, {f.name: getattr(student.config, f.name) for f in fields(StudentConfig)}
+        config = FusedStudentConfig(**{**shape, "slope": student.submodules[0].slope}, dtype=names[dtype])
+        chosen = _choose(backend, convolutions(config), dtype, device)
         with device:
-            module = cls(FusedStudentConfig(**shape, dtype=names[dtype]), backend)
-        module.tune, module.mixed = tune, wished == "auto"
-        module._fill(student)
-        if backend == "cpu" and tune:
-            module.config.algorithms = choose_algorithms(module.layers, dtype)
+            module = cls(config, chosen)
+        module.tune, module.mixed = tune, backend == "auto"
+        for i, (weight, bias) in enumerate(folded(student, module.layers)):
+            module._weight(i).copy_(weight)
+            module._bias(i).copy_(bias)
+        if tune:
+            config.algorithms = ENGINES[chosen].search(module.layers, dtype)
         return module._prepare()
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", backend="auto"):
+    def from_pretrained(cls, source: Any, device: str | torch.device = "cpu", backend: str = "auto") -> "FusedStudent":
         """Load what :meth:`save_pretrained` wrote: folded weights and the algorithms that were chosen.
 
         The algorithms hold on every processor (their weights are packed anew here); those of another model of processor may
         not be its fastest.
         """
         module = super().from_pretrained(source, device)
-        wished, backend = backend, registry.choose_for_dtype("student_forward", module.dtype, backend, torch.device(device))
-        if (backend, wished == "auto") == (module.backend, module.mixed):
+        chosen, mixed = _choose(backend, module.layers, module.dtype, torch.device(device)), backend == "auto"
+        if (chosen, mixed) == (module.backend, module.mixed):
             return module
-        module.backend, module.mixed = backend, wished == "auto"
+        module.backend, module.mixed = chosen, mixed
         return module._prepare()
 
-    def _fill(self, student):
-        if [block.upsample for block in student.submodules] != [layer.upsample for layer in self.layers[:-1:2]]:
-            raise CannotFoldError("the student's submodules do not up-sample where its configuration says, and cannot be fused")
-        folded = [fold(*stage) for stage in _stages(student)]
-        for i, (weight, bias) in enumerate(folded):
-            if weight.shape != self._weight(i).shape:
-                raise CannotFoldError(
-                    f"convolution {i} must have weights {tuple(self._weight(i).shape)}, got {tuple(weight.shape)}"
-                )
-            self._weight(i).copy_(weight)
-            self._bias(i).copy_(bias)
-
     def _prepare(self):
-        """Check the weights; bring them into the form that the backend reads on their device."""
-        self.backend = registry.choose_for_dtype("student_forward", self.dtype, self.backend, self.weight0.device)
+        """Check the weights; make the engine that computes with them on their device."""
+        self.backend = _choose(self.backend, self.layers, self.dtype, self.weight0.device)
         for i in range(len(self.layers)):
             require_finite(**{f"the weight of convolution {i}": self._weight(i), f"the bias of convolution {i}": self._bias(i)})
-        self._packed, self._engine = [], None
-        if self.backend == "cpu":
-            if not self.config.algorithms:
-                self.config.algorithms = tuple(layer.default(self.dtype) for layer in self.layers)
-            plan = zip(range(len(self.layers)), self.layers, self.config.algorithms, strict=True)
-            self._packed = [pack(self._weight(i), self._bias(i), layer, self.dtype, name) for i, layer, name in plan]
-            # Idle workspaces go with the engine; one that is still in use elsewhere makes its own anew.
-            weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False
-            return self.eval()
-        if self.backend == "reference":
-            for name, buffer in list(self.named_buffers()):
-                form = torch.channels_last if buffer.ndim == 4 else torch.contiguous_format
-                setattr(self, name, buffer.to(self.dtype, memory_format=form))
-        else:
-            self._engine = self._gpu_engine()
+        self.engine = self._make_engine(ENGINES[self.backend])
+        self.config.algorithms = self.engine.options.algorithms
+        for i, (weight, bias) in enumerate(zip(self.engine.weights, self.engine.biases, strict=True)):
+            setattr(self, f"weight{i}", weight)
+            setattr(self, f"bias{i}", bias)
         return self.eval()
 
-    def _gpu_engine(self):
-        device, count = self.weight0.device, range(len(self.layers))
-        able = tuple(b for b in GPU_BACKENDS if self.mixed and registry.gap("student_forward", b, device) is None)
-        folded = ([self._weight(i) for i in count], [self._bias(i) for i in count])
-        return GpuEngine(self.layers, *folded, self.config.slope, self.dtype, self.backend, self.tune, able)
+    def _make_engine(self, kind):
+        weights, biases = ([part(i) for i in range(len(self.layers))] for part in (self._weight, self._bias))
+        options = Options(self.backend, self.tune, self.mixed, self.config.algorithms)
+        return kind(self.layers, weights, biases, self.config.slope, self.dtype, options)
 
     def _apply(self, function, recurse=True):
         """Moves between devices; a new dtype would not be the one that the images are in."""
@@ -242,20 +145,23 @@ class FusedStudent(PretrainedModule, nn.Module):
         before = self.weight0.device
         super()._apply(function, recurse)
         after = self.weight0.device
-        if after != before and after.type != "meta":
+        if after.type == "meta":
+            # There are shapes alone, which plain operations know.
+            self.engine = self._make_engine(ReferenceEngine)
+        elif after != before:
             if after.type != before.type:
                 self.backend, self.mixed = "auto", True
             self._prepare()
         return self
 
     def __getstate__(self):
-        # Packed weights are this processor's, graphs this process'.
-        return {**super().__getstate__(), "_packed": [], "_engine": None}
+        # An engine is this processor's and this process's.
+        return {**super().__getstate__(), "engine": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
-        if self.backend != "reference":
-            self._prepare()
+        # Older versions kept an engine's parts here.
+        super().__setstate__({key: value for key, value in state.items() if key not in ("_packed", "_engine")})
+        self._prepare()
 
     def _weight(self, i):
         return getattr(self, f"weight{i}")
@@ -263,35 +169,20 @@ class FusedStudent(PretrainedModule, nn.Module):
     def _bias(self, i):
         return getattr(self, f"bias{i}")
 
-    def latents(self, n, seed=0, start=0):
+    def latents(self, n: int, seed: int = 0, start: int = 0) -> torch.Tensor:
         """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
         indices = indices_of(n, start, self.weight0.device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, of latents ``(N, latent_numel)``."""
         require_floating("z", z)
-        if self.backend in GPU_BACKENDS:
-            if z.ndim != 2 or z.shape[1] != self.latent_numel:
-                raise InputError(f"z must have shape (N, {self.latent_numel}), got {tuple(z.shape)}")
-            if z.device != self.weight0.device:
-                raise InputError(f"z must be on {self.weight0.device}, got {z.device}")
-            return self._engine(z)
-        count = range(len(self.layers))
-        return student_forward(
-            z,
-            [self._weight(i) for i in count],
-            [self._bias(i) for i in count],
-            self.layers,
-            slope=self.config.slope,
-            dtype=self.dtype,
-            packed=self._packed,
-            algorithms=self.config.algorithms if self._packed else (),
-            backend=self.backend,
-        )
+        return self.engine(z)
 
-    def stream(self, n, seed=0, batch_size=64, start=0, dtype=torch.float32):
+    def stream(
+        self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Iterator[torch.Tensor]:
         """An iterator over the images of :meth:`sample`, about ``batch_size`` at a time; memory does not grow with ``n``.
 
         Args:
@@ -303,7 +194,9 @@ class FusedStudent(PretrainedModule, nn.Module):
         start = whole("start", start)
         return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype)
 
-    def draw(self, parts, seed=0, dtype=torch.float32):
+    def draw(
+        self, parts: Iterable[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Iterator[torch.Tensor]:
         """:meth:`stream` of chosen images: ``parts`` are ``(first, count)``, drawn one after the other.
 
         Any iterable does; a part is taken from it when its images are to be drawn, on a GPU one part ahead of them.
@@ -352,12 +245,11 @@ class FusedStudent(PretrainedModule, nn.Module):
 
     def _forget(self):
         """Give a GPU's graphs and cached memory back."""
-        if self._engine is not None:
-            self._engine = self._gpu_engine()
+        self.engine = self._make_engine(ENGINES[self.backend])
         if self.weight0.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def sample(self, n, seed=0, batch_size=64, start=0):
+    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
 
         Batches are written straight into the result: beside it this takes one batch of images (two on a GPU) and
@@ -365,30 +257,30 @@ class FusedStudent(PretrainedModule, nn.Module):
         """
         return gather(self.stream(n, seed, batch_size, start), n, self.config)
 
-    def memory(self, batch_size=1):
+    def memory(self, batch_size: int = 1) -> dict[str, int]:
         """Bytes that the engine takes beside latents and images, on a CPU for torch's current number of threads.
 
         ``folded``: float32 weights, kept for saving; ``weights``: packed ones (on a GPU those of the batch sizes planned so
         far); ``workspace``: activations and each thread's scratch, kept from call to call (one for each call at the same time)
         until an engine is deleted. Not known for ``reference``.
         """
-        folded = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
-        if self.backend == "cpu":
-            numbers = encode(self.layers, self.dtype, self.config.algorithms)
-            workspace = torch.ops.advkd_cpu.workspace_bytes(numbers, batch_size)
-            return {"folded": folded, "weights": sum(packed.numel() for packed in self._packed), "workspace": workspace}
-        if self.backend not in GPU_BACKENDS:
-            raise InputError(f"memory is known for the backends cpu, cuda and triton, not {self.backend!r}")
-        workspace = self._engine.workspace_bytes(batch_size)
-        return {"folded": folded, "weights": self._engine.packed_bytes(), "workspace": workspace}
+        kept = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return {"folded": kept, **self.engine.memory(batch_size)}
 
-    def plan(self, measured=True, batch_size=1):
-        """How every layer is computed: a :class:`advkd.engines.cpu.Plan`, on a GPU a :class:`advkd.engines.gpu_search.GpuPlan`; to be printed.
+    def plan(self, measured: bool = True, batch_size: int = 1) -> Plan:
+        """How every layer is computed, to be printed: an :class:`advkd.engines.plan.CpuPlan`, on a GPU a ``GpuPlan``.
 
         ``measured``: with times of this device, ``batch_size``: of a GPU's plan.
         """
-        if self.backend in GPU_BACKENDS:
-            return GpuPlan.of(self._engine, batch_size, measured)
-        if self.backend != "cpu":
-            raise InputError(f"a plan exists for the backends cpu, cuda and triton, not {self.backend!r}")
-        return Plan.of(self.layers, self.config.algorithms, self.dtype, self._packed, measured)
+        return self.engine.plan(batch_size, measured)
+
+
+def _choose(backend, layers, dtype, device):
+    """The backend whose engine computes; one that is asked for by name and cannot is an error."""
+    chosen = registry.choose_for_dtype("student_forward", dtype, backend, device)
+    gap = ENGINES[chosen].gap(layers, dtype, device)
+    if gap is None:
+        return chosen
+    if backend != "auto":
+        raise BackendUnavailableError(f"backend {backend!r} cannot run this student on {device}: {gap}")
+    return "reference"

@@ -1,7 +1,8 @@
 """The one-pass student: 12 submodules, each a denoising step of the teacher (ADV-KD, section 3, eq. 6 and 7)."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,77 +11,23 @@ from torch import nn
 from ..data.levels import resolutions
 from ..errors import InputError
 from ..ops import philox_normal
-from ..ops.arguments import flag, real, whole
-from ..ops.latents import check_latent, latent_numel, latent_parts, project, split_latent
+from ..ops.arguments import whole
+from ..ops.latents import latent_numel, latent_parts, project, split_latent
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
 from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
+from .fused_student import FusedStudent
 from .saving import PretrainedModule
-
-
-@dataclass
-class StudentConfig:
-    """Shape of a student.
-
-    Attributes:
-        image_size: side of the images, 4 * 2^k, at most 2^20.
-        image_channels: 1 to 4.
-        channels: features of each submodule, at most 2^16; their number is the depth (even).
-        latent_size: m, the latent is ``(C m m, 4, 4)``.
-        detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
-        slope: of LeakyReLU.
-    """
-
-    image_size: int = 256
-    image_channels: int = 3
-    channels: tuple[int, ...] = field(default=(16, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128))
-    latent_size: int = 4
-    detail_noise: bool = False
-    slope: float = 0.2
-
-    def __post_init__(self):
-        for name in ("image_size", "image_channels", "latent_size"):
-            setattr(self, name, _integer(name, getattr(self, name)))
-        # Products of larger ones are no sizes of tensors.
-        if not isinstance(self.channels, (tuple, list)) or any(
-            type(c) is not int or not 1 <= c <= 2**16 for c in self.channels
-        ):
-            raise InputError(f"channels must be positive integers of at most 2^16, got {self.channels!r}")
-        self.detail_noise = flag("detail_noise", self.detail_noise)
-        if isinstance(self.slope, bool):
-            raise InputError(f"slope must be a number, got {self.slope}")
-        self.slope = real("slope", self.slope)
-        resolutions(self.image_size, len(self.channels))
-        check_latent(self.image_size, self.latent_size, self.detail_noise)
-        if not 1 <= self.image_channels <= 4:
-            raise InputError(f"image_channels must be 1 to 4, got {self.image_channels}")
-        if self.image_size > 2**20:
-            raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
-        if not 0 <= self.slope < 1:
-            raise InputError(f"slope must be in [0, 1), got {self.slope}")
-
-
-def _integer(name, value):
-    """``value`` as an int of any size; a flag in its place is a mistake."""
-    if isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, got {value}")
-    return whole(name, value, -math.inf, math.inf)
-
-
-PRESETS = {
-    "paper-256": StudentConfig(),
-    "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
-    "digits": StudentConfig(
-        image_size=32, image_channels=1, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
-    ),
-}
+from .shape import PRESETS, StudentConfig, batches, gather
 
 
 class Submodule(nn.Module):
     """Two convolutions, each followed by batch norm and LeakyReLU; the input is up-sampled first where asked."""
 
-    def __init__(self, in_channels, out_channels, upsample, slope):
+    folded_forward = True
+
+    def __init__(self, in_channels: int, out_channels: int, upsample: bool, slope: float):
         super().__init__()
         self.upsample = upsample
         self.slope = slope
@@ -89,7 +36,7 @@ class Submodule(nn.Module):
         self.convolution2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = BatchNorm2d(out_channels)
 
-    def forward(self, x, upsampled=False, upsample=False):
+    def forward(self, x: torch.Tensor, upsampled: bool = False, upsample: bool = False) -> torch.Tensor:
         """``(N, in, H, W)`` to ``(N, out, H, W)``, or twice the side where it up-samples.
 
         ``upsampled``: the submodule before has up-sampled the input; ``upsample``: do so for the one after.
@@ -113,9 +60,10 @@ class Student(PretrainedModule, nn.Module):
     config_class = StudentConfig
     embedded = {"digits": PRETRAINED / "digits"}
     training_keys = ("samples", "runs")
+    folded_forward = True
 
     @staticmethod
-    def is_record(record):
+    def is_record(record: dict[str, Any]) -> bool:
         """True if a record names samples by seed, start and number."""
         samples, runs = record["samples"], record["runs"]
         if not isinstance(samples, list) or not isinstance(runs, list):
@@ -124,7 +72,7 @@ class Student(PretrainedModule, nn.Module):
             isinstance(part, dict) and all(type(part.get(key)) is int for key in ("seed", "start", "num")) for part in samples
         )
 
-    def __init__(self, config):
+    def __init__(self, config: StudentConfig):
         super().__init__()
         self.config = config
         sides = resolutions(config.image_size, len(config.channels))
@@ -144,39 +92,39 @@ class Student(PretrainedModule, nn.Module):
         self._initialize()
 
     @classmethod
-    def from_preset(cls, name):
+    def from_preset(cls, name: str) -> "Student":
         """A student with fresh weights: ``paper-256``, ``pyramid-256`` or ``digits``."""
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(PRESETS[name])
 
     @property
-    def depth(self):
+    def depth(self) -> int:
         """Number of submodules."""
         return len(self.submodules)
 
     @property
-    def latent_numel(self):
+    def latent_numel(self) -> int:
         """Elements of one latent z."""
         config = self.config
         return latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
 
-    def num_parameters(self, terminals=True):
+    def num_parameters(self, terminals: bool = True) -> int:
         """Number of parameters, with or without the terminal modules."""
         kept = [self.submodules, self.head, *([self.terminals] if terminals else [])]
         return sum(p.numel() for module in kept for p in module.parameters())
 
-    def latents(self, n, seed=0, start=0, device=None):
+    def latents(self, n: int, seed: int = 0, start: int = 0, device: str | torch.device | None = None) -> torch.Tensor:
         """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
         device = next(self.parameters()).device if device is None else device
         indices = indices_of(n, start, device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
-    def project(self, x_T):
+    def project(self, x_T: torch.Tensor) -> torch.Tensor:
         """z of the teacher's start states ``(N, C, S, S)``, for pairs and side-by-side pictures."""
         return project(x_T, self.config.latent_size, self.config.detail_noise)
 
-    def forward(self, z, levels=None):
+    def forward(self, z: torch.Tensor, levels: Iterable[int] | None = None) -> Any:
         """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``.
 
         With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
@@ -202,12 +150,12 @@ class Student(PretrainedModule, nn.Module):
                 outputs[k] = torch.tanh(self.head(x)) if k == depth else self.terminals[k - 1](x)
         return outputs[depth] if levels is None else outputs
 
-    def levels(self, z):
+    def levels(self, z: torch.Tensor) -> list[torch.Tensor]:
         """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth."""
         outputs = self(z, levels=range(1, self.depth + 1))
         return [outputs[k] for k in sorted(outputs)]
 
-    def fuse(self, backend="auto", dtype=torch.float32, tune=True):
+    def fuse(self, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True) -> FusedStudent:
         """A :class:`FusedStudent` for fast sampling: batch norm folded, terminal modules dropped.
 
         Args:
@@ -217,12 +165,10 @@ class Student(PretrainedModule, nn.Module):
                 cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:
                 where bits must not hang on a measurement, take the defaults or load a saved engine.
         """
-        from .fused_student import FusedStudent
-
         return FusedStudent.from_student(self, backend, dtype, tune)
 
     @torch.no_grad()
-    def sample(self, n, seed=0, batch_size=64, start=0):
+    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
         """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
         seed = whole("seed", seed, 0, 2**64)
         parts, dtype, start = batches(n, batch_size), next(self.parameters()).dtype, whole("start", start)
@@ -240,19 +186,3 @@ class Student(PretrainedModule, nn.Module):
                     nn.init.zeros_(module.bias)
         for terminal in (*self.terminals, self.head):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
-
-
-def batches(n, batch_size):
-    """A generator of ``(first, count)``, the batches that make ``n`` images; wrong numbers are refused at the call."""
-    n, batch_size = whole("n", n), whole("batch_size", batch_size, 1)
-    return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
-
-
-def gather(pieces, n, config):
-    """Batches of images as one float32 tensor ``(n, C, S, S)`` on the CPU."""
-    shape = (int(n), config.image_channels, config.image_size, config.image_size)
-    images, first = torch.empty(shape, dtype=torch.float32, device="cpu"), 0
-    for piece in pieces:
-        images[first : first + len(piece)] = piece
-        first += len(piece)
-    return images

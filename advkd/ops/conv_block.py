@@ -1,7 +1,5 @@
 """A convolution of the student with everything around it: y = act(conv3x3(up(x)) + bias), batch norm already folded."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -9,64 +7,10 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, flag, require_dense
+from .conv_layer import ACTIVATIONS, CPU_DTYPES, ConvLayer, is_image, output_sides, pack
+from .gpu_storage import padded, product_of
 from .layout import has_values
-from .student_steps import conv_block_cuda, conv_block_triton
-
-ACTIVATIONS = ("none", "leaky_relu", "tanh")
-ALGORITHMS = ("dot", "direct", "winograd2", "winograd4", "winograd6")
-"""How the ``cpu`` backend computes a layer. Up-sampling layers take four phases on the low-resolution input with each of them.
-
-``dot`` sums over vectors of input channels (the image: 1 to 4 output channels, no up-sampling), ``direct`` adds nine taps (four
-per phase), ``winogradM`` is F(M x M, 3 x 3). Products are float32, in bfloat16 those of ``direct`` and ``winograd2`` bfloat16.
-"""
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What kernels keep activations in; the place is a dtype's number in lists of integers."""
-
-CPU_DTYPES = DTYPES[:2]
-
-
-@dataclass(frozen=True)
-class ConvLayer:
-    """Shape and meaning of one convolution: sides are those of the input, before up-sampling.
-
-    ``detail`` of the input channels come from the latent and not from the layer before.
-    """
-
-    c_in: int
-    c_out: int
-    height: int
-    width: int
-    upsample: bool = False
-    activation: str = "leaky_relu"
-    detail: int = 0
-
-    def numbers(self, dtype, algorithm):
-        """The layer as the C++ launchers take it."""
-        codes = (ACTIVATIONS.index(self.activation), DTYPES.index(dtype), ALGORITHMS.index(algorithm))
-        return [self.c_in, self.c_out, self.height, self.width, int(self.upsample), *codes, self.detail]
-
-    def products(self, dtype, algorithm):
-        """The dtype of the multiplied numbers, as the C++ code has it."""
-        return dtype if algorithm in ("direct", "winograd2") else torch.float32
-
-    def algorithms(self):
-        """Algorithms that can compute the layer, ``default`` among them; tiles larger than the image are left out."""
-        if self.activation == "tanh" and self.c_out <= 4 and not self.upsample:
-            return ("dot",)
-        side = max(self.height, self.width)
-        return tuple(a for a in ALGORITHMS[1:] if a == "direct" or int(a[-1]) <= side)
-
-    def default(self, dtype):
-        """The algorithm taken without a measurement.
-
-        Winograd's larger tiles make fewer products, on 4x4 images of more weights than they save. In bfloat16 F(2x2) keeps
-        the products narrow where the processor has such an instruction.
-        """
-        possible = self.algorithms()
-        narrow = dtype == torch.bfloat16 and torch.ops.advkd_cpu.isa() == "avx512bf16"
-        best = "winograd2" if narrow or max(self.height, self.width) <= 4 else "winograd4"
-        return best if best in possible else possible[0]
+from .student_steps import Step, pack_gpu, run_step, triton_launcher
 
 
 def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_relu", backend="auto"):
@@ -149,9 +93,30 @@ def conv_block_reference(x, weight, bias, slope, upsample, activation):
 def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None):
     """The C++ kernels, packing the weights on every call (:func:`student_forward` keeps them packed)."""
     layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
-    numbers = layer.numbers(x.dtype, algorithm or layer.default(x.dtype))
-    packed = torch.ops.advkd_cpu.conv_pack(weight.float().contiguous(), bias.float().contiguous(), numbers)
+    algorithm = algorithm or layer.default(x.dtype)
+    numbers = layer.numbers(x.dtype, algorithm)
+    packed = pack(weight, bias, layer, x.dtype, algorithm)
     return torch.ops.advkd_cpu.conv_block(x.float().contiguous(), packed, numbers, slope)
+
+
+def conv_block_cuda(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
+    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    product, image = product_of(x.dtype), is_image(layer)
+    step = Step("image" if image else "conv", 0)
+    packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
+    stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
+    stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
+    sides = output_sides(layer)
+    out = x.new_empty((len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out)))
+    if len(x):
+        run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
+    return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
+
+
+def conv_block_triton(x, weight, bias, slope, upsample, activation):
+    """The launcher of op ``conv_block`` on backend ``triton``."""
+    return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)
 
 
 _LAUNCH = {

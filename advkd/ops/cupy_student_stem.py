@@ -89,7 +89,7 @@ def stem_layers(layers, product, images, shared_limit):
     """How many of the leading layers :func:`student_stem` can compute in one launch.
 
     Args:
-        layers: :class:`advkd.ops.conv_block.ConvLayer` objects, the first of 4x4 pixels.
+        layers: :class:`advkd.ops.conv_layer.ConvLayer` objects, the first of 4x4 pixels.
         product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
         images: images of a group.
         shared_limit: bytes of shared memory that a block may have.

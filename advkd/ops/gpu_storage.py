@@ -105,7 +105,7 @@ def pack_image(taps, c_out, product):
 
 
 def stem_numbers(layers):
-    """:class:`advkd.ops.conv_block.ConvLayer` objects as ``student_stem`` takes them: a flat list, five numbers per layer."""
+    """:class:`advkd.ops.conv_layer.ConvLayer` objects as ``student_stem`` takes them: a flat list, five numbers per layer."""
     rows = ((input_channels(i), padded(i.c_out), i.height, i.width, int(i.upsample)) for i in layers)
     return [number for row in rows for number in row]
 

@@ -1,24 +1,32 @@
 """The whole student as one op: from latents to images, batch norm folded, nothing of Python between the layers."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, require_dense
-from .conv_block import ACTIVATIONS, CPU_DTYPES, DTYPES, ConvLayer, conv_block_reference
+from .conv_block import conv_block_reference
+from .conv_layer import CPU_DTYPES, DTYPES, STORAGE, ConvLayer, decode, encode, is_image, pack
 from .latents import split_latent
 from .layout import require_floating
-from .student_steps import gpu_arguments, is_image, plain_steps, student_forward_gpu
-
-FIELDS = 9
-"""Integers per layer, as :meth:`ConvLayer.numbers` makes them."""
-
-STORAGE = 6
-"""Which of them is the dtype."""
+from .student_steps import gpu_arguments, plain_steps, student_forward_gpu
 
 
-def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algorithms=(), backend="auto"):
+def student_forward(
+    z: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    layers: Sequence[ConvLayer],
+    *,
+    slope: float,
+    dtype: torch.dtype,
+    packed: Sequence[torch.Tensor] = (),
+    algorithms: Sequence[str] = (),
+    backend: str = "auto",
+) -> torch.Tensor:
     """Images of latents, through convolutions that follow each other.
 
     Args:
@@ -29,7 +37,7 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
         slope: LeakyReLU's.
         dtype: of activations and images: float32, bfloat16; float16 (all but ``cpu``), float64 (``reference``).
         algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
-        packed: for ``cpu``, what :func:`pack` made of these weights, biases and algorithms; by default they are packed now.
+        packed: for ``cpu``, these weights and biases by :func:`advkd.ops.conv_layer.pack`; by default they are packed now.
         backend: see :func:`advkd.ops.registry.choose`. ``triton`` and ``cuda`` pack the weights on every call and start one
             kernel per layer; :class:`advkd.FusedStudent` keeps weights packed, plans launches and captures them as graphs.
 
@@ -44,13 +52,9 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     _check_layers(layers, weights, biases)
     require_floating("z", z)
     registry.require_known(backend)
-    registry.refuse_order_0("student_forward", z, *weights, *biases)
+    registry.refuse_order_0("student_forward", *weights, *biases)
     slope = finite("slope", slope)
-    if z.device != weights[0].device:
-        raise InputError(f"z must be on {weights[0].device} like the weights, got {z.device}")
-    numel = layers[0].c_in * layers[0].height * layers[0].width + sum(i.detail * i.height * i.width for i in layers)
-    if z.ndim != 2 or z.shape[1] != numel:
-        raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
+    require_latents(z, latent_numel(layers), weights[0].device)
     backend = registry.choose_for_dtype("student_forward", dtype, backend, z.device)
     if backend in ("triton", "cuda"):
         if not is_image(layers[-1]):
@@ -69,6 +73,21 @@ def student_forward(z, weights, biases, layers, *, slope, dtype, packed=(), algo
     return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, [], slope, backend)
 
 
+def latent_numel(layers: Sequence[ConvLayer]) -> int:
+    """Elements of one latent: the first layer's input and the detail bands of later ones."""
+    first = layers[0]
+    return first.c_in * first.height * first.width + sum(i.detail * i.height * i.width for i in layers)
+
+
+def require_latents(z: torch.Tensor, numel: int, device: torch.device) -> None:
+    """Refuse latents that are not ``(N, numel)`` on ``device``, and a tangent, which the op would leave behind."""
+    registry.refuse_order_0("student_forward", z)
+    if z.device != device:
+        raise InputError(f"z must be on {device} like the weights, got {z.device}")
+    if z.ndim != 2 or z.shape[1] != numel:
+        raise InputError(f"z must have shape (N, {numel}), got {tuple(z.shape)}")
+
+
 def _check_layers(layers, weights, biases):
     for name, group in (("layers", layers), ("weights", weights), ("biases", biases)):
         if not isinstance(group, (list, tuple)):
@@ -85,24 +104,6 @@ def _check_layers(layers, weights, biases):
         if weight.shape != (layer.c_out, layer.c_in, 3, 3) or bias.shape != (layer.c_out,):
             expected = f"({layer.c_out}, {layer.c_in}, 3, 3) and ({layer.c_out},)"
             raise InputError(f"weights and biases {i} must be {expected}, got {tuple(weight.shape)} and {tuple(bias.shape)}")
-
-
-def pack(weight, bias, layer, dtype, algorithm):
-    """One layer's weights as the ``cpu`` backend reads them, a ``(bytes,)`` uint8 tensor for this processor."""
-    numbers = layer.numbers(dtype, algorithm)
-    return torch.ops.advkd_cpu.conv_pack(weight.float().contiguous(), bias.float().contiguous(), numbers)
-
-
-def encode(layers, dtype=torch.float32, algorithms=()):
-    """All layers as one list of integers; ``direct`` stands in where there is no choice (the reference's)."""
-    algorithms = algorithms or ["direct"] * len(layers)
-    return [n for layer, algorithm in zip(layers, algorithms, strict=True) for n in layer.numbers(dtype, algorithm)]
-
-
-def decode(numbers):
-    """The layers of :func:`encode`."""
-    rows = [numbers[i : i + FIELDS] for i in range(0, len(numbers), FIELDS)]
-    return [ConvLayer(*row[:4], bool(row[4]), ACTIVATIONS[row[5]], row[8]) for row in rows]
 
 
 def student_forward_reference(z, weights, biases, layers, slope):

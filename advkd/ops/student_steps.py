@@ -1,7 +1,7 @@
 """The student on a GPU: a few kernels over one workspace, weights packed once. What :func:`student_forward` runs there.
 
 A :class:`Step` is one launch for one convolution or several that follow each other. All of them keep activations as
-:mod:`advkd.ops.gpu_layers` says; between two steps there are two halves of one workspace.
+:mod:`advkd.ops.gpu_storage` says; between two steps there are two halves of one workspace.
 """
 
 import importlib
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from . import registry
+from .conv_layer import ACTIVATION_CODES, is_image, output_sides
 from .gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded, product_of, stem_numbers
 from .latents import split_latent
 
@@ -17,8 +18,6 @@ KERNELS = ("triton_conv", "triton_image", "conv", "image", "pair", "stem", "trit
 """The kernels that a step can start; encoded plans keep their places. ``pair`` fuses two convolutions of few channels,
 ``stem`` all of the lowest resolutions; ``image`` makes the last layer's. Triton's names begin with ``triton``, the others are
 CUDA C++."""
-
-ACTIVATION_CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def pack_gpu(weight, bias, layer, dtype, form, product):
 
     Args:
         weight, bias: ``(C_out, C_in, 3, 3)`` and ``(C_out,)`` of the folded network.
-        layer: a :class:`advkd.ops.conv_block.ConvLayer`.
+        layer: a :class:`advkd.ops.conv_layer.ConvLayer`.
         dtype: of the activations.
         form: ``taps`` (Triton), ``fragments`` or ``image`` (CUDA C++).
         product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
@@ -109,12 +108,6 @@ def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
 def run_step(step, layers, x, packed, biases, out, slope, product):
     """Start one step: ``x`` as its first layer reads it, ``out`` as the layer after it does, or the images."""
     _LAUNCH[step.kernel](step, layers, x, packed, biases, out, slope, product)
-
-
-def output_sides(layer):
-    """Height and width of what a layer makes."""
-    scale = 2 if layer.upsample else 1
-    return scale * layer.height, scale * layer.width
 
 
 def activation_shapes(steps, layers, n):
@@ -229,30 +222,3 @@ def gpu_arguments(weights, biases, layers, dtype, steps):
     forms = [step.form(i, len(layers) - 1) for step in steps for i in range(step.first, step.first + step.count)]
     pairs = [pack_gpu(w, b, i, dtype, form, product) for w, b, i, form in zip(weights, biases, layers, forms, strict=True)]
     return [bias for _, bias in pairs], [packed for packed, _ in pairs], encode_steps(steps, product)
-
-
-def is_image(layer):
-    """Whether a layer is one that the kernels for images take."""
-    return layer.c_out <= 4 and not layer.upsample and layer.activation == "tanh"
-
-
-def conv_block_cuda(x, weight, bias, slope, upsample, activation):
-    """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
-    from .conv_block import ConvLayer
-
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
-    product, image = product_of(x.dtype), is_image(layer)
-    step = Step("image" if image else "conv", 0)
-    packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
-    stored = x.new_zeros((len(x), *x.shape[2:], padded(layer.c_in)))
-    stored[..., : layer.c_in] = x.permute(0, 2, 3, 1)
-    sides = output_sides(layer)
-    out = x.new_empty((len(x), layer.c_out, *sides) if image else (len(x), *sides, padded(layer.c_out)))
-    if len(x):
-        run_step(step, [layer], stored, [packed], [padded_bias], out, slope, product)
-    return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
-
-
-def conv_block_triton(x, weight, bias, slope, upsample, activation):
-    """The launcher of op ``conv_block`` on backend ``triton``."""
-    return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)

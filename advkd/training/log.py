@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.pictures import METRICS_LIMIT
-from ..runtime.files import require_regular, require_there, restoring, synchronize, write_bytes, writing
+from ..runtime.files import require_regular, require_there, restoring, synchronize, write_bytes
+from ..runtime.folders import writing
 
 
 class Log:

@@ -14,7 +14,8 @@ from ..data.sources import Tensors
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..runtime.devices import plain_defaults, require_device
-from ..runtime.files import synchronize_all, temporary_path, writing
+from ..runtime.files import synchronize_all
+from ..runtime.folders import temporary_path, writing
 from .checkpoint import CHECKPOINT, claim
 from .trainer import Trainer
 

@@ -21,7 +21,7 @@ from advkd.data.trajectories import Trajectories
 from advkd.errors import InputError
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
 from advkd.evaluation.report import seconds
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS
 from advkd.runtime.files import read_json, write_json
 from advkd.runtime.timing import provenance
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import torch
 
 from advkd.engines.gpu_search import Limits, all_steps
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
+from advkd.ops.conv_layer import is_image, output_sides
 from advkd.ops.gpu_storage import input_channels, padded
-from advkd.ops.student_steps import is_image, output_sides, pack_gpu, run_step
+from advkd.ops.student_steps import pack_gpu, run_step
 
 from .. import gpu_peers
 from ..gpu_timing import Replay, measure_events, set_tf32, sets_beyond_cache

@@ -19,7 +19,8 @@ from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d
-from advkd.models.student import PRESETS, Student
+from advkd.models.shape import PRESETS
+from advkd.models.student import Student
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import percentiles

@@ -6,7 +6,7 @@ A call gives y and the gradients by x, gamma and beta, in contiguous and in chan
 float64. The bytes of a case are those that the passes read and write: x for the moments, x and y for the values, the gradient
 and x for the sums, and again with dx (with up-sampling in float32 the sums of four gradients are written and read instead).
 Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the process
-(advkd.runtime.memory), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of
+(advkd.runtime.devices), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of
 both passes; TensorFloat-32 is off.
 """
 

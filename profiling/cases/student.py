@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from advkd import Student
-from advkd.models.fused_student import convolutions
+from advkd.models.shape import convolutions
 
 from .. import gpu_peers, peers
 from ..gpu_timing import set_tf32

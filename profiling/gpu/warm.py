@@ -9,8 +9,7 @@ import sys
 import torch
 
 from advkd.engines.gpu_search import Limits
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from advkd.ops.gpu_storage import input_channels, padded
 from advkd.ops.student_steps import run_step
 

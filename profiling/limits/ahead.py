@@ -220,8 +220,8 @@ def known_architectures(wanted):
 def entry_of(step, layers, product, batch, limits):
     """The CUDA entry point of a step and the shared memory that its plan asks for: ``{"entry", "shared", "grid"}``."""
     from advkd.ops import cupy_conv_block, cupy_conv_pair, cupy_student_stem
+    from advkd.ops.conv_layer import ACTIVATION_CODES
     from advkd.ops.gpu_storage import input_channels, padded, stem_numbers
-    from advkd.ops.student_steps import ACTIVATION_CODES
 
     own = layers[step.first : step.first + step.count]
     first, last, element = own[0], own[-1], predictions.itemsize(product)

@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from advkd.data.images import load_images
 from advkd.diffusion import renoising, schedulers
 from advkd.models.fused_student import FusedStudent
-from advkd.models.student import Student, StudentConfig
+from advkd.models.shape import StudentConfig
+from advkd.models.student import Student
 from advkd.ops import StepCoefficients, latents, philox_normal, sampler_step, student_forward
 
 from . import call_oracles

@@ -242,7 +242,8 @@ def _run_command(line, said, before):
     sys.argv = ["advkd", *line]
     from tqdm import tqdm
 
-    from advkd.__main__ import end_at_interrupt, main
+    from advkd.__main__ import main
+    from advkd.runtime.launcher import end_at_interrupt
 
     # Its default lock is shared with all processes that are forked, and a killed one would hold it for ever.
     tqdm.set_lock(threading.RLock())

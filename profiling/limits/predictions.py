@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from advkd.engines.gpu_search import Limits, all_steps, cheapest
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from advkd.ops.gpu_storage import input_channels, padded
 from advkd.ops.student_steps import Step
 from advkd.runtime.files import write_json

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from advkd import AdvKDPipeline, Student, StudentConfig
 from advkd.cli.main import main
-from advkd.engines.cpu import kept_file
+from advkd.engines.kept import kept_file
 from advkd.evaluation.report import RUN_KEYS
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import processor_identity

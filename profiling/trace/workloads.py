@@ -25,7 +25,8 @@ from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.methods.adv_kd import recipe
-from advkd.models.student import PRESETS, Student
+from advkd.models.shape import PRESETS
+from advkd.models.student import Student
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.ranges import named
 from advkd.training.distillation import Distiller

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from advkd import Student, ops
 from advkd.errors import InputError
-from advkd.models.student import StudentConfig
+from advkd.models.shape import StudentConfig
 from advkd.ops import registry
 from advkd.ops.mask_mul import pack
 

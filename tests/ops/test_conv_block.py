@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import conv_block
-from advkd.ops.conv_block import ALGORITHMS, ConvLayer, conv_block_cpu
+from advkd.ops.conv_block import conv_block_cpu
+from advkd.ops.conv_layer import ALGORITHMS, ConvLayer
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT, process_environment

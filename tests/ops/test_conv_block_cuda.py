@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from advkd.errors import InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from advkd.ops import cupy_conv_block, cupy_modules
-from advkd.ops.conv_block import ConvLayer
+from advkd.ops.conv_layer import ConvLayer
 from advkd.ops.gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded
 from advkd.runtime.extension import extension_gap
 

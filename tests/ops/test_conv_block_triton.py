@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
-from advkd.ops.conv_block import ACTIVATIONS, ConvLayer
+from advkd.models.shape import PRESETS, convolutions
+from advkd.ops.conv_layer import ACTIVATIONS, ConvLayer
 from advkd.ops.gpu_storage import device_limits, pad_layer, padded
 
 from ..conftest import ROOT, process_environment

@@ -302,7 +302,7 @@ def test_double_backward_raises(place):
 
 
 def test_a_gradient_penalty_through_the_op_raises():
-    norm = BatchNorm2d(4).eval()
+    norm = BatchNorm2d(4)
     critic = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 36, 1))
     x = torch.randn(3, 1, 8, 8)
 
@@ -314,6 +314,21 @@ def test_a_gradient_penalty_through_the_op_raises():
     for weight in (critic[0].weight, norm.weight, critic[3].weight):
         with pytest.raises(RuntimeError, match="norm_act is differentiable once"):
             torch.autograd.grad(penalty(), [weight])
+
+
+@pytest.mark.parametrize("upsample", [False, True], ids=["same", "up"])
+def test_eval_mode_is_torchs_own_whatever_the_grad_mode(upsample):
+    """The same bits with and without gradients, and derivatives of every order."""
+    norm = BatchNorm2d(4).double()
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    norm(x)
+    norm.eval()
+    y = norm(x, 0.2, upsample)
+    with torch.no_grad():
+        assert torch.equal(norm(x, 0.2, upsample), y)
+    wanted = F.leaky_relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps), 0.2)
+    assert torch.equal(y, F.interpolate(wanted, scale_factor=2, mode="nearest") if upsample else wanted)
+    assert torch.autograd.gradgradcheck(lambda x: norm(x, 0.2, upsample), x)
 
 
 @pytest.mark.parametrize("upsample", [False, True], ids=["same", "up"])

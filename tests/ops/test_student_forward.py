@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from advkd.errors import InputError
-from advkd.models.student import Student, StudentConfig
+from advkd.models.shape import StudentConfig
+from advkd.models.student import Student
 from advkd.ops import student_forward
-from advkd.ops.conv_block import ConvLayer
-from advkd.ops.student_forward import decode, encode, pack
+from advkd.ops.conv_layer import ConvLayer, decode, encode, pack
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import process_environment
@@ -146,7 +146,8 @@ def test_opcheck(backend, dtype):
     weights, biases = ([getattr(fused, f"{kind}{i}") for i in count] for kind in ("weight", "bias"))
     numbers = encode(fused.layers, dtype if backend == "cpu" else torch.float32, fused.config.algorithms)
     z = fused.latents(2).to(torch.float32 if backend == "cpu" else dtype)
-    arguments = (z, weights, biases, list(fused._packed), numbers, [], 0.2, backend)
+    packed = fused.engine.packed if backend == "cpu" else []
+    arguments = (z, weights, biases, packed, numbers, [], 0.2, backend)
     torch.library.opcheck(torch.ops.advkd.student_forward.default, arguments)
     assert decode(numbers) == fused.layers
     narrow = torch.ops.advkd.student_forward(z.requires_grad_(), *arguments[1:])
@@ -198,25 +199,25 @@ def test_bad_plans_are_named():
     with pytest.raises(InputError, match="convolution 0 takes direct, winograd2, winograd4, not 'winograd6'"):
         replace(fused.config, algorithms=("winograd6",) * 17)
     # The op's own launcher, which no public function protects.
-    numbers = encode(fused.layers, torch.float32, fused.config.algorithms)
+    numbers, own = encode(fused.layers, torch.float32, fused.config.algorithms), fused.engine.packed
     op = torch.ops.advkd_cpu.student_forward
     z = fused.latents(1)
     for packed, layers in (
-        (fused._packed[:-1], numbers),
-        (fused._packed[::-1], numbers),
-        (fused._packed, numbers[:-1]),
-        (fused._packed[:-1], numbers[:-9]),
-        (fused._packed, [*numbers[:9], 7, *numbers[10:]]),
-        (fused._packed, [*numbers[:7], 9, *numbers[8:]]),
-        (fused._packed, [0, *numbers[1:]]),
-        (fused._packed, [*numbers[:8], 3, *numbers[9:]]),
-        (fused._packed, [*numbers[:17], -4, *numbers[18:]]),
-        ([fused._packed[0] + 1, *fused._packed[1:]], numbers),
+        (own[:-1], numbers),
+        (own[::-1], numbers),
+        (own, numbers[:-1]),
+        (own[:-1], numbers[:-9]),
+        (own, [*numbers[:9], 7, *numbers[10:]]),
+        (own, [*numbers[:7], 9, *numbers[8:]]),
+        (own, [0, *numbers[1:]]),
+        (own, [*numbers[:8], 3, *numbers[9:]]),
+        (own, [*numbers[:17], -4, *numbers[18:]]),
+        ([own[0] + 1, *own[1:]], numbers),
     ):
         with pytest.raises(RuntimeError):
             op(z, packed, layers, 0.2)
     with pytest.raises(RuntimeError):
-        op(z[:, 1:], fused._packed, numbers, 0.2)
+        op(z[:, 1:], own, numbers, 0.2)
 
 
 @CPU

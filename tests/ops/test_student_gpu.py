@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from advkd.engines import gpu_search
+from advkd.engines.base import Options
 from advkd.engines.gpu import GpuEngine
 from advkd.engines.gpu_search import cheapest
 from advkd.errors import InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS, StudentConfig
+from advkd.models.shape import PRESETS, StudentConfig, convolutions
 from advkd.ops import registry, student_steps
 from advkd.ops.gpu_storage import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, product_of, round_tf32
 from advkd.ops.student_forward import student_forward_reference
@@ -50,7 +50,7 @@ def unpack_fragments(packed):
 
 
 def conv_layer(x, taps, bias, out, upsample, activation, slope):
-    """The layer by its definition in :mod:`advkd.ops.gpu_layers`: phases and taps one by one, sums in float64."""
+    """The layer by its definition in :mod:`advkd.ops.gpu_storage`: phases and taps one by one, sums in float64."""
     n, height, width, _ = x.shape
     bordered = F.pad(x.double(), (0, 0, 1, 1, 1, 1))
     side = 2 if upsample else 1
@@ -227,7 +227,7 @@ def test_chains_of_launches_are_the_network(name, chain, launchers):
 def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
     """The op by itself starts a kernel per layer; an engine keeps packed weights."""
     layers, weights, biases, z = network("small")
-    engine = GpuEngine(layers, weights, biases, 0.2, F32, backend)
+    engine = GpuEngine(layers, weights, biases, 0.2, F32, Options(backend))
     monkeypatch.setattr(gpu_search, "all_steps", lambda engine, n, backends, tune: plain_steps(layers, n, F32, backend))
     images = engine(z)
     assert launchers.started[0].startswith("triton_conv" if backend == "triton" else "conv") and len(launchers.started) == 17
@@ -286,7 +286,7 @@ NETWORKS = [
 def test_networks_on_the_cuda_kernels(name, dtype, cluster, cupy_on_host):
     """Every kernel, run on the host: stem, pairs, single layers and the image, detail bands between them."""
     layers, weights, biases, z = network(name)
-    engine = GpuEngine(layers, weights, biases, 0.2, dtype, "cuda")
+    engine = GpuEngine(layers, weights, biases, 0.2, dtype, Options("cuda"))
     engine._steps[len(z)] = {
         "small": [Step("stem", 0, 6, (cluster, 2)), *CHAINS["small"][2][1:]],
         "detail": [*(Step("pair", i, 2) for i in range(0, 14, 2)), *(Step("conv", i) for i in (14, 15)), Step("image", 16)],

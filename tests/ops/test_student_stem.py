@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from advkd.errors import InputError
-from advkd.models.fused_student import FusedStudentConfig, convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, FusedStudentConfig, convolutions
 from advkd.ops import cupy_modules, cupy_student_stem
-from advkd.ops.conv_block import ConvLayer
-from advkd.ops.cupy_student_stem import stem_layers, stem_numbers, stem_plan, student_stem
-from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded
+from advkd.ops.conv_layer import ConvLayer
+from advkd.ops.cupy_student_stem import stem_layers, stem_plan, student_stem
+from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded, stem_numbers
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT

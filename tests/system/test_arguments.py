@@ -8,7 +8,7 @@ from advkd.data.images import load_images
 from advkd.diffusion import renoising
 from advkd.errors import InputError
 from advkd.evaluation import metrics
-from advkd.models.student import StudentConfig
+from advkd.models.shape import StudentConfig
 from advkd.ops.latents import project
 
 from ..conftest import tiny_student

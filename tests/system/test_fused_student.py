@@ -1,5 +1,6 @@
 """The fused student as its users meet it: plans that are searched, kept, printed and saved; streaming; a quick start."""
 
+import copy
 import json
 import logging
 import os
@@ -11,9 +12,12 @@ import torch
 
 from advkd import FusedStudent, Student
 from advkd.engines import cpu as planning
-from advkd.engines import gpu_search
+from advkd.engines import gpu_search, kept
+from advkd.engines.cpu import CpuEngine
+from advkd.engines.gpu import GpuEngine
+from advkd.engines.reference import ReferenceEngine
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops.conv_block import ALGORITHMS
+from advkd.ops.conv_layer import ALGORITHMS
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import process_environment, tiny_student
@@ -113,7 +117,7 @@ def test_a_cache_that_refuses_does_not_stop_a_run(monkeypatch, caplog, cache, na
     def refuse(*arguments):
         raise OSError(30, "Read-only file system") if name == "write_json" else InputError("others may write to it")
 
-    monkeypatch.setattr(planning, name, refuse)
+    monkeypatch.setattr(kept, name, refuse)
     with caplog.at_level(logging.WARNING):
         fused = tiny_student().fuse("cpu")
     assert len(fused.config.algorithms) == len(fused.layers) and "kept" in caplog.text and not cache.exists()
@@ -126,11 +130,11 @@ TIMES = {"conv, tf32, batch 1: 3": 1e-5, "pair, tf32, batch 1: 3": 2.5e-6}
 def kept_times(cache, monkeypatch):
     """A device's file of measured times, and a way to read it."""
     monkeypatch.setattr(gpu_search, "step_seconds", lambda engine, step, n: 1e-3)
-    times = gpu_search.KeptTimes(torch.device("cpu"))
-    times.known = dict(TIMES)
-    times.found = dict(TIMES)
+    times = kept.kept_times(torch.device("cpu"))
+    for key, seconds in TIMES.items():
+        times.add(key, seconds)
     times.keep()
-    return times.path, lambda: gpu_search.KeptTimes(torch.device("cpu"))
+    return times.path, lambda: kept.kept_times(torch.device("cpu"))
 
 
 def test_a_gpus_times_are_kept(kept_times):
@@ -144,7 +148,7 @@ def test_damaged_times_are_measured_anew(kept_times, content):
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     times = read()
     assert times.known == {}
-    assert times.seconds("conv", None, None, 1) == 1e-3
+    assert gpu_search.known_seconds(times, "conv", None, None, 1) == 1e-3
     times.keep()
     assert read().known == {"conv": 1e-3}
 
@@ -158,7 +162,7 @@ def test_a_time_that_was_not_measured_is_left_out(kept_times, value):
     times = read()
     assert times.known == {name: seconds for name, seconds in TIMES.items() if seconds == 2.5e-6}
     # Times that were left out are not written back.
-    times.seconds("conv", None, None, 1)
+    gpu_search.known_seconds(times, "conv", None, None, 1)
     times.keep()
     assert set(json.loads(path.read_text())["seconds"]) == {"conv", "pair, tf32, batch 1: 3"}
 
@@ -169,10 +173,10 @@ def test_times_that_cannot_be_kept_do_not_stop_a_run(kept_times, monkeypatch, ca
         if name == "write_json":
             raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(gpu_search, name, refuse)
+    monkeypatch.setattr(kept, name, refuse)
     with caplog.at_level(logging.WARNING):
-        times = gpu_search.KeptTimes(torch.device("cpu"))
-        assert times.seconds("conv", None, None, 1) == 1e-3
+        times = kept.kept_times(torch.device("cpu"))
+        assert gpu_search.known_seconds(times, "conv", None, None, 1) == 1e-3
         times.keep()
     assert ("not kept" if name == "write_json" else "in memory") in caplog.text
 
@@ -241,6 +245,46 @@ def test_an_engine_is_saved_and_loaded(tmp_path, dtype):
             FusedStudent.from_pretrained(tmp_path / "engine", backend="cpu")
     with pytest.raises(BackendUnavailableError):
         FusedStudent.from_pretrained(tmp_path / "engine", backend="cuda")
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_pickle_of_an_older_version(backend):
+    """It has an engine's parts in the place of the engine."""
+    fused = tiny_student().fuse(backend, tune=False)
+    state = {**fused.__getstate__(), "_packed": [], "_engine": None}
+    del state["engine"]
+    again = FusedStudent.__new__(FusedStudent)
+    again.__setstate__(state)
+    assert torch.equal(again.sample(2), fused.sample(2)) and not {"_packed", "_engine"} & set(vars(again))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_fused_student_without_memory(backend):
+    """On meta it has shapes; back on a device it is loaded anew."""
+    fused = tiny_student().fuse(backend, tune=False)
+    wanted, state = fused.sample(2), copy.deepcopy(fused.state_dict())
+    z = fused.latents(2)
+    images = fused.to("meta")(z.to("meta"))
+    assert images.is_meta and images.shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match="z must be on meta like the weights, got cpu"):
+        fused(z)
+    fused.load_state_dict(state, assign=True)
+    assert torch.equal(fused.sample(2), wanted)
+
+
+@CPU
+def test_an_engines_gap_is_the_reason(monkeypatch):
+    """A backend asked for by name runs or raises; auto takes the reference."""
+    student, cpu = tiny_student(), torch.device("cpu")
+    layers = student.fuse("reference").layers
+    assert ReferenceEngine.gap(layers, torch.float64, cpu) is CpuEngine.gap(layers, torch.bfloat16, cpu) is None
+    assert CpuEngine.gap(layers, torch.float16, cpu) == "computes in float32 or bfloat16, not in torch.float16"
+    assert "runs on CPU tensors" in CpuEngine.gap(layers, torch.float32, torch.device("meta"))
+    assert GpuEngine.gap(layers, torch.float32, cpu)
+    monkeypatch.setattr(CpuEngine, "gap", staticmethod(lambda layers, dtype, device: "no such layers"))
+    with pytest.raises(BackendUnavailableError, match="'cpu' cannot run this student on cpu: no such layers"):
+        student.fuse("cpu")
+    assert student.fuse().backend == "reference"
 
 
 @CPU

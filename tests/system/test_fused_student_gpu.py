@@ -16,8 +16,10 @@ import torch
 from advkd import FusedStudent, Student
 from advkd.data.pictures import to_pil, to_uint8
 from advkd.engines import gpu_search
-from advkd.engines.gpu import GRAPHS
+from advkd.engines.base import Options
+from advkd.engines.gpu import GRAPHS, GpuEngine
 from advkd.engines.gpu_search import Limits
+from advkd.engines.reference import ReferenceEngine
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
 from advkd.runtime import extension
@@ -88,7 +90,7 @@ def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
     fused = tiny_student().fuse("reference")
     fused.save_pretrained(tmp_path)
     loaded = FusedStudent.from_pretrained(tmp_path, backend="triton")
-    assert loaded.backend == "triton" and loaded._engine.candidates == ("triton",)
+    assert loaded.backend == "triton" and loaded.engine.candidates == ("triton",)
     assert (loaded.sample(2) - fused.sample(2)).abs().max() < 1e-2
     with pytest.raises(InputError, match="dtype must be float32 or bfloat16 or float16 for backend 'cuda'"):
         tiny_student().fuse("cuda", torch.float64)
@@ -101,7 +103,7 @@ def test_an_engine_belongs_to_its_weights(on_gpu_kernels, monkeypatch):
     fused.load_state_dict(tiny_student(1).fuse("cuda", tune=False).state_dict())
     assert not torch.equal(fused.sample(2), before)
     fused.backend = "reference"
-    assert fused._prepare()._engine is None
+    assert isinstance(fused._prepare().engine, ReferenceEngine)
     with pytest.raises(InputError, match="not 'reference'"):
         fused.plan()
     fused = tiny_student().fuse("cuda", tune=False)
@@ -112,7 +114,7 @@ def test_an_engine_belongs_to_its_weights(on_gpu_kernels, monkeypatch):
 
 
 def test_what_is_left_of_a_run_takes_the_larger_batchs_graph(on_gpu_kernels):
-    engine = tiny_student().fuse("cuda", tune=False)._engine
+    engine = tiny_student().fuse("cuda", tune=False).engine
     assert engine.batch_of(5) == 5
     engine._graphs |= {64: None, 16: None}
     assert (engine.batch_of(5), engine.batch_of(5), engine.batch_of(64), engine.batch_of(65)) == (16, 5, 64, 65)
@@ -186,21 +188,21 @@ COSTS = {
 
 
 def plan_of(fused, n):
-    return gpu_search.measured_steps(fused._engine, n)
+    return gpu_search.measured_steps(fused.engine, n)
 
 
 def test_a_measured_plan_mixes_backends_and_is_kept(on_gpu_kernels, monkeypatch, cache, caplog):
     asked = measured(monkeypatch, COSTS)
     fused = tiny_student().fuse("auto")
     assert fused.backend == "cuda"
-    assert fused._engine.candidates == ("cuda", "triton")
+    assert fused.engine.candidates == ("cuda", "triton")
     with caplog.at_level(logging.WARNING):
         steps = plan_of(fused, 4)
     assert [s.kernel for s in steps] == ["triton_conv"] * 8 + ["image"] and {s.config for s in steps[:-1]} == {(1,)}
     assert len(caplog.records) == 1 and str(cache) in caplog.text
     (path,) = (cache / "plans").iterdir()
     kept = json.loads(path.read_text())
-    keys = {gpu_search._key(fused._engine, step, n) for step, n in asked}
+    keys = {gpu_search._key(fused.engine, step, n) for step, n in asked}
     assert set(kept["seconds"]) == keys and len(asked) == len(keys), "equal layers are measured once"
     count = len(asked)
     assert plan_of(tiny_student(1).fuse("cuda"), 4) and len(asked) == count, "other weights, the same shapes"
@@ -266,8 +268,8 @@ def test_fixed_plans_of_the_presets(preset, capability, n, monkeypatch):
     student = Student.from_preset(preset).eval()
     for dtype in (torch.bfloat16, torch.float32):
         fused = student.fuse("reference", dtype)
-        fused.backend, fused.mixed = "cuda", False
-        steps = fused._gpu_engine().steps(n)
+        engine = GpuEngine(fused.layers, fused.engine.weights, fused.engine.biases, 0.2, dtype, Options("cuda"))
+        steps = engine.steps(n)
         covered = [i for s in steps for i in range(s.first, s.first + s.count)]
         assert covered == list(range(len(fused.layers)))
         if capability == (9, 0):
@@ -323,9 +325,9 @@ def test_graphs_give_what_launches_give(backend, dtype):
     z = fused.latents(40, seed=1)
     parts = [z[:n] for n in range(1, GRAPHS + 3)]
     images = [fused(part) for part in parts]
-    assert len(fused._engine._graphs) == GRAPHS
+    assert len(fused.engine._graphs) == GRAPHS
     for part, found in zip(parts, images):
-        assert torch.equal(found, fused._engine.run(part)) and torch.equal(found, fused(part))
+        assert torch.equal(found, fused.engine.run(part)) and torch.equal(found, fused(part))
     wanted = copy.deepcopy(student).double()(z.double())
     plain = student.to(dtype)(z.to(dtype))
     # Batch norm is folded before it is rounded: at most twice PyTorch's own error.

@@ -13,11 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from advkd.cli.main import _apply, distill
+from advkd.cli.distill import method_command
+from advkd.config import overlay
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor
 from advkd.methods.adv_kd import RECIPES
-from advkd.models.student import Student, StudentConfig
+from advkd.models.shape import StudentConfig
+from advkd.models.student import Student
 from advkd.runtime import timing
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
@@ -288,10 +290,10 @@ def test_unknown_case_is_refused():
 def test_every_row_of_the_ablation_is_a_recipe(name):
     program, command, *arguments = ablation.command(name, "paths", "out")
     assert (program, command) == ("advkd", "distill")
-    values = distill.make_context("distill", arguments).params
+    values = method_command("adv-kd").make_context("distill", arguments).params
     for key in ("data", "teacher_source", "preset", "out", "config_file", "resume", "device"):
         values.pop(key)
-    config = _apply(RECIPES[values.pop("recipe") or "joint"], values, "distill")
+    config = overlay(RECIPES[values.pop("recipe") or "joint"], values, "distill")
     config.validate(12, True, 8192)
     StudentConfig(**ablation.student_shape({k: v for k, v in ablation.ROWS[name].items() if k in ablation.STUDENT_FIELDS}))
     if config.recipe == "joint":

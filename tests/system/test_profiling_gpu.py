@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.models.fused_student import convolutions
-from advkd.models.student import PRESETS
+from advkd.models.shape import PRESETS, convolutions
 from advkd.ops import registry
 from profiling import evidence, gpu_peers, gpu_timing
 from profiling.cases import conv_block as bench_conv_block

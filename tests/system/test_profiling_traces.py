@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.models import student as student_module
+from advkd.models import shape
 from advkd.runtime import timing
 from advkd.runtime.ranges import named
 from profiling import evidence
@@ -236,7 +236,7 @@ def test_counts_are_positive_and_a_gpu_is_there(monkeypatch, capsys):
 @pytest.fixture
 def tiny(monkeypatch):
     """A size of every workload that takes no time."""
-    monkeypatch.setitem(student_module.PRESETS, "tiny", TINY_STUDENT)
+    monkeypatch.setitem(shape.PRESETS, "tiny", TINY_STUDENT)
     monkeypatch.setitem(workloads.SIZES, "tiny", Size("tiny", 3, 2, 8, steps=5))
     monkeypatch.setattr(workloads, "teacher_of", lambda size, device: tiny_teacher())
     monkeypatch.setattr(workloads, "plausible_student", lambda preset: tiny_student().eval())

@@ -15,7 +15,8 @@ from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.critic import Critic, CriticConfig
 from advkd.models.fused_student import FusedStudent
-from advkd.models.student import PRESETS, Student, StudentConfig, batches, gather
+from advkd.models.shape import PRESETS, StudentConfig, batches, gather
+from advkd.models.student import Student
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import tiny_student

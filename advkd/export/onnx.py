@@ -1,0 +1,81 @@
+"""A student as an ONNX file: plain operations, for any batch size."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..models.batch_norm import evaluating
+from ..models.fused_student import FusedStudent
+from ..models.student import Student
+from ..ops.student_forward import student_forward_reference
+from ..runtime.files import write_bytes
+
+PACKAGES = ("onnx", "onnxscript")
+"""Packages that torch's exporter needs."""
+
+
+def export_onnx(student: Student | FusedStudent, path: str | os.PathLike, opset_version: int | None = None) -> Path:
+    """Write a student to an ONNX file with one input ``z`` and one output ``images``.
+
+    Args:
+        student: its own modules are exported in eval mode, and keep their mode; of a fused student the folded convolutions.
+        path: the file, which is whole or absent.
+        opset_version: of ONNX; by default that of torch's exporter.
+
+    Returns:
+        ``path``. For every batch size the file's network gives ``images`` ``(batch, C, S, S)`` in [-1, 1] of ``z``
+        ``(batch, latent_numel)``, in the student's dtype; a fused student's ``z`` is float32, its images are in its dtype.
+
+    Raises:
+        InputError: an object that is no student, or packages that are missing.
+    """
+    if not isinstance(student, (Student, FusedStudent)):
+        raise InputError(f"student must be a Student or a FusedStudent, got {type(student).__name__}")
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(f"export to ONNX needs {' and '.join(missing)}: pip install 'advkd[onnx]'")
+    # The exporter takes a batch of one for a constant.
+    z = student.latents(2)
+    if isinstance(student, Student):
+        z = z.to(next(student.parameters()).dtype)
+    with torch.no_grad(), evaluating(student):
+        model = _model(student if isinstance(student, Student) else _Folded(student).eval(), z, opset_version)
+    write_bytes(path, model.SerializeToString())
+    return Path(path)
+
+
+class _Folded(nn.Module):
+    """The convolutions of a fused student as plain operations."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.layers, self.slope, self.dtype = fused.layers, fused.config.slope, fused.dtype
+        for name, tensor in fused.named_buffers():
+            self.register_buffer(name, tensor.to(fused.dtype))
+
+    def forward(self, z):
+        weights, biases = ([getattr(self, f"{kind}{i}") for i in range(len(self.layers))] for kind in ("weight", "bias"))
+        return student_forward_reference(z.to(self.dtype), weights, biases, self.layers, self.slope)
+
+
+def _model(network, z, opset_version):
+    """ONNX's protocol buffer of a network."""
+    program = torch.onnx.export(
+        network,
+        (z,),
+        input_names=["z"],
+        output_names=["images"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=opset_version,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    model = program.model_proto
+    for node in model.graph.node:
+        # Lines of the source, with their place on this machine.
+        del node.metadata_props[:]
+    return model
