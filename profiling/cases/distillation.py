@@ -61,14 +61,13 @@ def distiller(data, out, backend):
     config = demo_recipe(UPDATES)
     config.critic_backend = backend
     run = Distiller(data, Student(PRESETS["digits"]), config, out, progress=False)
-    run._start_stage(run.stages[0])
     run.spent = {}
-    _time(run, "_update_critics")
+    _time(run, "update_critics")
     return run
 
 
 def _time(run, part):
-    call = getattr(run, part)
+    call = getattr(run.method, part)
 
     def timed(*args):
         begin = time.perf_counter()
@@ -76,21 +75,20 @@ def _time(run, part):
         run.spent[part] = time.perf_counter() - begin
         return result
 
-    setattr(run, part, timed)
+    setattr(run.method, part, timed)
 
 
 def measure(data, root):
     """Seconds of an update by method, of the critic in it and of everything else, and the loss of the last update."""
     runs = {name: distiller(data, Path(root) / str(i), backend) for i, (name, (backend, _)) in enumerate(METHODS.items())}
     times, critics, last = {name: [] for name in runs}, {name: [] for name in runs}, {}
-    for i in range(UPDATES):
+    for _ in range(UPDATES):
         for name, run in runs.items():
-            run.update = i
             begin = time.perf_counter()
             with blocks(METHODS[name][1]):
-                last[name] = run._train_update(run.stages[0])
+                last[name] = run.step()
             times[name].append(time.perf_counter() - begin)
-            critics[name].append(run.spent["_update_critics"])
+            critics[name].append(run.spent["update_critics"])
     return {name: {**_row(times[name][WARMUP:], critics[name][WARMUP:]), "loss": last[name]["loss"]} for name in runs}
 
 

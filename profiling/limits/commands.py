@@ -92,7 +92,11 @@ def prepare(folder):
             ("teacher", "train", *pictures, *"--channels 8,8 --steps 9 --checkpoint-every 2".split()),
             resumes=True,
         ),
-        Command("classifier train", ("classifier", "train", *pictures, *"--steps 12 --num-features 4".split())),
+        Command(
+            "classifier train",
+            ("classifier", "train", *pictures, *"--steps 12 --num-features 4 --checkpoint-every 2".split()),
+            resumes=True,
+        ),
         Command("sample to a folder", student),
         Command("sample to a picture", student, out="picture.png"),
     ]
@@ -107,7 +111,7 @@ def _import_all():
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
     from advkd.cli import main, sample  # noqa: F401
-    from advkd.training import trainer  # noqa: F401
+    from advkd.training import classifier, distillation, teacher  # noqa: F401
 
 
 def _write_inputs(folder, config, recording, student, teacher, unet):

@@ -180,10 +180,9 @@ def distiller(variant, device, size, dtype=torch.float32):
     recording = TrajectoryConfig(num=size.batch, depth=depth, steps=depth, batch_size=size.batch, shard_size=size.batch)
     data = Trajectories(record_trajectories(own, recording, Path(root.name) / "paths", progress=False))
     backend = "autograd" if variant == "baseline" else "auto"
-    config = recipe("joint", updates=(1,), batch_sizes=(size.batch,), critic_backend=backend)
+    config = recipe("joint", updates=(2**30,), batch_sizes=(size.batch,), critic_backend=backend)
     torch.manual_seed(0)
     run = Distiller(data, Student(PRESETS[size.preset]), config, Path(root.name) / "run", device=device, dtype=dtype)
-    run._start_stage(run.stages[0])
     # The folder is there as long as the run is.
     run.root = root
     return run
@@ -195,7 +194,7 @@ def update(variant, device, size):
 
     def train():
         with blocks(plain=True) if variant == "baseline" else nullcontext():
-            return run._train_update(run.stages[0])
+            return run.step()
 
     return train
 
@@ -204,9 +203,9 @@ def update_gradients(variant, device, size, dtype=torch.float32):
     """Gradients of a first update of critic and student as one vector, the student's with the same critic."""
     run, found = distiller(variant, device, size, dtype), []
     # Adam's first step is the gradient's sign, which rounding turns where the gradient is nothing: the critic stays.
-    run._step = lambda optimizer, parameters, gradients, name: found.extend(g.detach().double().cpu() for g in gradients)
+    run.move = lambda name, gradients: found.extend(g.detach().double().cpu() for g in gradients)
     with blocks(plain=True) if variant == "baseline" else nullcontext():
-        run._train_update(run.stages[0])
+        run.step()
     return torch.cat([gradient.flatten() for gradient in found])
 
 

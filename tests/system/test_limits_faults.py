@@ -50,7 +50,7 @@ trial.reset()
 with mock.patch("advkd.__main__.end_at_interrupt", lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)):
     interrupt = {"signal": "Ctrl-C", "fresh": False, "to all": False}
     ignored = kills._kill(trial.command, trial.out, interrupt, (True, 0, 0), trial.whole)
-with mock.patch("advkd.training.classifier.locked", lambda out: contextlib.nullcontext()):
+with mock.patch("advkd.training.trainer.locked", lambda out: contextlib.nullcontext()):
     trial.campaign = campaigns["without locks"]
     faults._two(other=True)(trial, "unlocked", 0, 2)
 
