@@ -164,8 +164,8 @@ class Trainer:
             if main and [file_state(path) for path in self._watched] != self._found:
                 raise InputError(f"--out {self.out}: another process has written there since this run was set up")
             total = sum(stage.updates for stage in self.stages)
-            bar = progress_bar(total=total, initial=self.done, desc=self.method.name, shown=self._shown and main)
             log = self._log() if main and self.method.columns else None
+            bar = progress_bar(total=total, initial=self.done, desc=self.method.name, shown=self._shown and main)
             with contextlib.closing(log) if log else contextlib.nullcontext(), bar:
                 while self.stage_index < len(self.stages):
                     self._run_update(log, bar)
