@@ -65,6 +65,7 @@ class Engine(Protocol):
     @staticmethod
     def search(layers: Sequence[ConvLayer], dtype: torch.dtype) -> tuple[str, ...]:
         """The fastest ``algorithms`` by measurement, which a saved student keeps; empty where the engine has none."""
+        return ()
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``."""

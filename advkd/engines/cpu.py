@@ -10,7 +10,7 @@ import torch
 from ..ops import registry
 from ..ops.conv_layer import CPU_DTYPES, ConvLayer, encode, pack
 from ..ops.student_forward import latent_numel, require_latents
-from .base import Options, dtype_gap
+from .base import Engine, Options, dtype_gap
 from .kept import kept_algorithms
 from .plan import CpuPlan, PlannedLayer
 
@@ -24,7 +24,7 @@ is allowed everywhere: in float32 a network of nothing else stays within 1e-4 of
 _LOG = logging.getLogger(__name__)
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """The C++ kernels; see :class:`advkd.engines.base.Engine`.
 
     Weights are kept as they come: a saved student is packed anew for the processor that loads it.

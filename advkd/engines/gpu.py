@@ -13,7 +13,7 @@ from ..ops.conv_layer import DTYPES, ConvLayer, encode, is_image, output_sides
 from ..ops.gpu_storage import input_channels, padded, product_of
 from ..ops.student_forward import latent_numel
 from ..ops.student_steps import Step, activation_shapes, encode_steps, pack_gpu, workspace_elements
-from .base import Options, dtype_gap
+from .base import Engine, Options, dtype_gap
 from .gpu_search import Limits, fixed_steps, measured_steps, planned
 from .plan import GpuPlan
 
@@ -26,7 +26,7 @@ GRAPHS = 8
 """Batch sizes whose graphs are kept; the one that was used longest ago goes first."""
 
 
-class GpuEngine:
+class GpuEngine(Engine):
     """The launches of one network on one device; see :class:`advkd.engines.base.Engine`.
 
     ``options``: ``backend``, ``cuda`` or ``triton``, has the kernels of the fixed plan. With ``tune`` each batch size's plan is
@@ -62,11 +62,6 @@ class GpuEngine:
             return "; ".join(gaps)
         shape = None if is_image(layers[-1]) else "the last layer must make 1 to 4 channels by tanh without up-sampling"
         return shape or dtype_gap(dtype, DTYPES)
-
-    @staticmethod
-    def search(layers: Sequence[ConvLayer], dtype: torch.dtype) -> tuple[str, ...]:
-        """Empty: plans are searched for each batch size when it comes."""
-        return ()
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``, a tensor of their own."""

@@ -7,11 +7,11 @@ import torch
 from ..errors import InputError
 from ..ops.conv_layer import ConvLayer, encode
 from ..ops.student_forward import latent_numel, require_latents
-from .base import Options
+from .base import Engine, Options
 from .plan import Plan
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """The specification; see :class:`advkd.engines.base.Engine`. Its weights are kept in the dtype of the activations."""
 
     def __init__(
@@ -32,11 +32,6 @@ class ReferenceEngine:
     def gap(layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> str | None:
         """None: it runs everywhere."""
         return None
-
-    @staticmethod
-    def search(layers: Sequence[ConvLayer], dtype: torch.dtype) -> tuple[str, ...]:
-        """Empty: there is no choice."""
-        return ()
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``."""
