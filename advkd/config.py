@@ -1,11 +1,14 @@
 """Configurations: dataclasses from JSON values."""
 
 import dataclasses
+from typing import TypeVar
 
 from .errors import InputError
 
+Config = TypeVar("Config")
 
-def build_config(config_class, values, where):
+
+def build_config(config_class: type[Config], values: dict, where: str) -> Config:
     """A dataclass from a dict of JSON values; an unknown key or a wrong type is an :class:`InputError` that names it."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key, value in values.items():

@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import InputError
@@ -306,7 +306,9 @@ class FusedSigmas(FusedStep):
         )
 
 
-def step_output(kind: type, x_next: torch.Tensor, x0: torch.Tensor | None, x0_dtype: torch.dtype, return_dict: bool):
+def step_output(
+    kind: type[BaseOutput], x_next: torch.Tensor, x0: torch.Tensor | None, x0_dtype: torch.dtype, return_dict: bool
+) -> BaseOutput | tuple:
     """A step's result as diffusers' output class ``kind``, or as a tuple."""
     x0 = None if x0 is None else x0.to(x0_dtype)
     return kind(prev_sample=x_next, pred_original_sample=x0) if return_dict else (x_next, x0)

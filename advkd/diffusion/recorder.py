@@ -45,12 +45,13 @@ from ..runtime.memory import keep_freed_memory
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
+from .teacher import Teacher
 
 SHARED_INFO = ".recipe.json"
 """Description of the data set of a launcher's processes, beside the shards until all are there."""
 
 
-def record_trajectories(teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
+def record_trajectories(teacher: Teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
     """Run the teacher and store its trajectories under ``out``; finished shards of an earlier, killed run are kept.
 
     Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; the one that finds all shards
@@ -202,8 +203,6 @@ def _require_success(workers, started, out):
 
 
 def _load(source, compiled, autocast):
-    from .teacher import Teacher
-
     with named("load"):
         return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
 

@@ -72,7 +72,7 @@ allowed = set(sorted(os.sched_getaffinity(0))[:2])
 os.sched_setaffinity(0, allowed)
 import torch
 from advkd import sharing
-from advkd.neighbours import unconfined
+from advkd.runtime.neighbours import unconfined
 
 def until(condition):
     end = time.monotonic() + 120
