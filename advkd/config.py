@@ -9,7 +9,7 @@ Config = TypeVar("Config")
 
 
 def build_config(config_class: type[Config], values: dict, where: str) -> Config:
-    """A dataclass from a dict of JSON values; an unknown key or a wrong type is refused (:class:`InputError`) by name, after ``where``."""
+    """A dataclass from a dict of JSON values; an unknown key or a wrong type is an :class:`InputError` that names it."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:

@@ -50,7 +50,11 @@ trial.reset()
 with mock.patch("advkd.__main__.end_at_interrupt", lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)):
     interrupt = {"signal": "Ctrl-C", "fresh": False, "to all": False}
     ignored = kills._kill(trial.command, trial.out, interrupt, (True, 0, 0), trial.whole)
-with mock.patch("advkd.training.trainer.locked", lambda out: contextlib.nullcontext()):
+changes = {"trainer.locked": lambda out: contextlib.nullcontext(), "trainer.file_state": lambda path: None}
+changes |= dict.fromkeys(("trainer.claim", "classifier.claim"), lambda out, *_: require_output_folder(out))
+with contextlib.ExitStack() as unlocked:
+    for name, change in changes.items():
+        unlocked.enter_context(mock.patch(f"advkd.training.{name}", change))
     trial.campaign = campaigns["without locks"]
     faults._two(other=True)(trial, "unlocked", 0, 2)
 
