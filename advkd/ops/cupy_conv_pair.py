@@ -49,7 +49,7 @@ def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activat
     """``out = activation(conv3x3(leaky_relu(conv3x3(up(x)) + bias1)) + bias2)``, both with zeros around the image.
 
     Args:
-        x: ``(N, H, W, C_in)`` contiguous, of the product's storage dtype (:mod:`advkd.ops.gpu_layers`).
+        x: ``(N, H, W, C_in)`` contiguous, of the product's storage dtype (:mod:`advkd.ops.gpu_storage`).
         weights1, bias1: :func:`~advkd.ops.gpu_storage.pack_fragments` of the first convolution and float32 ``(C_mid,)``.
         weights2, bias2: the same of the second; with ``image`` :func:`~advkd.ops.gpu_storage.pack_image` and ``(c_out,)``.
         out: ``(N, H', W', P)`` contiguous, of whose channels the first ``C_out <= P`` are written; with ``image``

@@ -50,7 +50,7 @@ def unpack_fragments(packed):
 
 
 def conv_layer(x, taps, bias, out, upsample, activation, slope):
-    """The layer by its definition in :mod:`advkd.ops.gpu_layers`: phases and taps one by one, sums in float64."""
+    """The layer by its definition in :mod:`advkd.ops.gpu_storage`: phases and taps one by one, sums in float64."""
     n, height, width, _ = x.shape
     bordered = F.pad(x.double(), (0, 0, 1, 1, 1, 1))
     side = 2 if upsample else 1
