@@ -1,12 +1,14 @@
-"""How good a student is: its images against the teacher's and against real ones, each with the floor of that comparison.
+"""The quality of a student: its images against the teacher's and against real ones, each with the floor of that comparison.
 
-The floor is what two disjoint halves of the reference give at the same N: no generator can be expected to do better. All
+The floor is the distance of two disjoint halves of the reference at the same N: no generator can be expected to do better. All
 images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
 """
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher, sa
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..models.fused_student import DTYPES, FusedStudent
 from ..models.shape import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
@@ -27,12 +30,12 @@ from .features import build_extractor, extract, require_fit
 from .metrics import compare, frechet_floor
 
 REFERENCE_SEED = 1_000_001
-"""Default seed of evaluation: far from the small numbers that people train with."""
+"""Default seed of evaluation, far from the small numbers that training usually takes."""
 
 
 @dataclass
 class EvaluationConfig:
-    """How ``advkd evaluate`` measures.
+    """Options of ``advkd evaluate``.
 
     Attributes:
         num: images of the student, and of each of two disjoint sets of the teacher's.
@@ -54,7 +57,7 @@ class EvaluationConfig:
     processes: int = 1
     dtype: str = "float32"
 
-    def validate(self):
+    def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
         for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
             if getattr(self, name) < least:
@@ -67,11 +70,20 @@ class EvaluationConfig:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
 
 
-def evaluate_student(student, teacher, config, out, teacher_samples=None, device="cpu", cache=None, progress=True):
+def evaluate_student(
+    student: str | Path,
+    teacher: str | Path,
+    config: EvaluationConfig,
+    out: str | Path,
+    teacher_samples: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Measure a student against its teacher and against real images, and write ``evaluation.json`` under ``out``.
 
     Args:
-        student, teacher: what their ``from_pretrained`` take.
+        student, teacher: sources for their ``from_pretrained``.
         config: an :class:`EvaluationConfig`.
         out: folder.
         teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
@@ -95,7 +107,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
     folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
     samples = Trajectories(folder, option="--teacher-samples")
 
-    # Without a search: figures must not hang on a measurement's noise.
+    # Without a search: figures must not depend on the noise of a measurement.
     fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
     drawn = _draw_student(fused, config)
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
@@ -133,7 +145,14 @@ def _load(student, teacher, config, device):
     return extractor, model, drawer, real
 
 
-def evaluate_folders(images, reference, config, out=None, device="cpu", cache=None):
+def evaluate_folders(
+    images: str | Path,
+    reference: str | Path,
+    config: EvaluationConfig,
+    out: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+) -> dict[str, Any]:
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
     The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
@@ -170,7 +189,7 @@ def _header(extractor, config, device):
     return {**names, "config": asdict(config), "provenance": provenance(device)}
 
 
-def table(result):
+def table(result: dict[str, Any]) -> str:
     """A result as text: the rows aligned, then the models."""
     lines = cells(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -178,7 +197,7 @@ def table(result):
     return "\n".join(text + _describe(result))
 
 
-def cells(result):
+def cells(result: dict[str, Any]) -> list[list[str]]:
     """A result's rows as texts, titles first, for any table."""
     titles = ["images", "against", "N", result["score"], "95 % interval", "x floor", "floor", "at infinity", "KID"]
     lines = [[*titles, "precision", "recall", "nearest", "diversity"]]
@@ -237,8 +256,8 @@ def _require_drawable(extractor, model, teacher, config):
     require_fit(extractor, drawn, f"--student with --num {config.num}")
 
 
-def has_seen(record, part):
-    """Whether a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
+def has_seen(record: dict | None, part: dict) -> bool | None:
+    """True if a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
 
     The noise of a seed is the same for every teacher, so the teacher does not matter.
     """
@@ -296,7 +315,7 @@ def _images(samples, num):
 
 
 def _gather(batches, num):
-    """Batches of uint8 images as one tensor, of which there is never a copy."""
+    """Batches of uint8 images as one tensor, filled without a copy of the whole."""
     images, first = None, 0
     for batch in batches:
         if images is None:
@@ -336,7 +355,7 @@ def _shuffled(features, seed=0):
 
 
 def _pairs(samples, model, n=256):
-    """How much the student's image looks like the teacher's from the same noise, which it has not seen."""
+    """The likeness of the student's image to the teacher's from the same noise, unseen in training."""
     n = min(n, len(samples))
     last = samples.info.depth
     images = samples.batch(range(n), [last])[1][last]
@@ -350,7 +369,9 @@ def _pairs(samples, model, n=256):
     return {"num": n, "correlation": correlation.mean().item(), "mismatched": other.mean().item(), "mse": squared.item()}
 
 
-def describe_models(fused, student, teacher, sampler="ddim", steps=None, n=16):
+def describe_models(
+    fused: FusedStudent, student: Student, teacher: Teacher, sampler: str = "ddim", steps: int | None = None, n: int = 16
+) -> dict[str, Any]:
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
     z, passes = fused.latents(n, REFERENCE_SEED), 10
 

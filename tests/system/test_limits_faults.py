@@ -22,6 +22,7 @@ import signal
 import sys
 from pathlib import Path
 from unittest import mock
+from advkd.runtime.folders import require_output_folder
 from profiling.limits import faults, kills
 from profiling.limits.commands import prepare
 from profiling.limits.record import Campaign
