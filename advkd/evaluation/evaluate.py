@@ -18,7 +18,7 @@ from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher, sa
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..models.fused_student import DTYPES, FusedStudent
+from ..models.fused_student import FusedStudent
 from ..models.shape import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
