@@ -77,7 +77,7 @@ test-torch-%: build/torch-%/.ready
 # A rehearsal of a quarter of an hour on a GPU, without one: packages as on a machine that cannot fetch any.
 rehearse: build/rehearsal-2.11.0/.ready
 	$(<D)/venv/bin/pip uninstall --quiet --yes diffusers nvtx
-	cd $(<D)/tree && ../venv/bin/python -m profiling.gpu_rehearsal --out ../results
+	cd $(<D)/tree && ../venv/bin/python -m profiling.gpu.rehearsal --out ../results
 
 # A copy of the tree with an environment of its own; the version of torch, which sets those of Triton and setuptools, is the last
 # word of the folder.
@@ -93,10 +93,10 @@ build/%/.ready: $(SOURCES) $(shell git ls-files '*.py' 2> /dev/null)
 	@touch $@
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
-BENCHMARKS := bench_student bench_sampler_step bench_gradient_penalty bench_norm_act bench_teacher scaling layers precision \
-	step_scaling penalty_scaling distillation recording demo sample_scaling neighbours neighbours_idle $(if $(shell command -v valgrind),instruction_counts) \
-	$(if $(shell command -v nvcc),ahead)
-BY_DEVICE := billion nsys ncu compare roofline
+BENCHMARKS := $(addprefix cases.,student sampler_step gradient_penalty norm_act teacher scaling layers precision step_scaling \
+	penalty_scaling distillation recording sampling neighbours neighbours_idle) trace.demo \
+	$(if $(shell command -v valgrind),limits.instruction_counts) $(if $(shell command -v nvcc),limits.ahead)
+BY_DEVICE := billion trace.nsys trace.ncu trace.compare roofline
 
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,profile]'

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mask_mul import SCALARS, _tile, blocks
+from .mask_mul import SCALARS, blocks, tile
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def bias_act_mask_kernel(
     p, bias, out, mask, slope, divisor, count, tiles,
     FASTEST: tl.constexpr, ROWS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sample, byte, element = _tile(tiles, INDEX, BLOCK)
+    sample, byte, element = tile(tiles, INDEX, BLOCK)
     inside = element < count
     # Zero beyond the sample's end, bias and all: the last byte's spare bits are zero.
     values = tl.load(p + sample * count + element, mask=inside, other=0.0).to(tl.float32)

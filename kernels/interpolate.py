@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import _draw
+from .philox import draw
 
 BLOCK = 2048
 STREAM = 3  # "interpolation"
@@ -25,7 +25,7 @@ def _weight(a, indices, steps, step_stride, sample, key, stream_step):
     else:
         if steps is not None:
             stream_step = stream_step | tl.load(steps + sample * step_stride)
-        word, _, _, _ = _draw(indices, sample, sample - sample, key, stream_step)
+        word, _, _, _ = draw(indices, sample, sample - sample, key, stream_step)
         return (word >> 8).to(tl.float32) * 5.9604644775390625e-8
 
 

@@ -16,7 +16,7 @@ SCALARS = ["tiles"]
 
 
 @triton.jit
-def _tile(tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def tile(tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """The program's sample, its bytes of the mask, and their elements, one row of eight per byte."""
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
@@ -26,7 +26,7 @@ def _tile(tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=SCALARS)
 def mask_mul_kernel(x, mask, out, slope, count, tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    sample, byte, element = _tile(tiles, INDEX, BLOCK)
+    sample, byte, element = tile(tiles, INDEX, BLOCK)
     inside = element < count
     values = tl.load(x + sample * count + element, mask=inside).to(tl.float32)
     bits = tl.load(mask + sample * ((count - 1) // 8 + 1) + byte, mask=8 * byte < count).to(tl.int32)

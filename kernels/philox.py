@@ -32,7 +32,8 @@ def _rounds(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _draw(indices, sample, block, key, stream_step):
+def draw(indices, sample, block, key, stream_step):
+    """Four words for each of a sample's blocks."""
     index = tl.load(indices + sample).to(tl.uint64)
     key = tl.cast(key, tl.uint64)
     c0 = block.to(tl.uint32)
@@ -62,7 +63,8 @@ def _cos_sin(angle):
 
 
 @triton.jit
-def _box_muller(radius_word, angle_word):
+def box_muller(radius_word, angle_word):
+    """Two normals of two words."""
     u1 = ((radius_word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-8
     u2 = (angle_word >> 8).to(tl.float32) * 5.9604644775390625e-8
     radius = tl.sqrt_rn(-2.0 * tl.log(u1))
@@ -83,7 +85,7 @@ def words_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.constex
     program = tl.program_id(0).to(tl.int64)
     sample = program // tiles
     block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = _draw(indices, sample, block, key, stream_step)
+    w0, w1, w2, w3 = draw(indices, sample, block, key, stream_step)
     left = count - 4 * block
     offset = sample * count + 4 * block
     _store(out, offset, left, w0.to(tl.int64), w1.to(tl.int64), w2.to(tl.int64), w3.to(tl.int64))
@@ -94,9 +96,9 @@ def normal_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.conste
     program = tl.program_id(0).to(tl.int64)
     sample = program // tiles
     block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = _draw(indices, sample, block, key, stream_step)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
+    w0, w1, w2, w3 = draw(indices, sample, block, key, stream_step)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
     _store(out, sample * count + 4 * block, count - 4 * block, n0, n1, n2, n3)
 
 

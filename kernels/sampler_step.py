@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import _box_muller, _draw
+from .philox import box_muller, draw
 
 BLOCK = 256
 STREAM = 1  # "step"
@@ -24,9 +24,9 @@ def _four_normals(indices, steps, step_stride, sample, block, key, stream_step):
     """Normals of Philox blocks ``block``: two more dimensions, [..., i, j] is a block's normal number 2 i + j."""
     if steps is not None:
         stream_step = stream_step | tl.load(steps + sample * step_stride)
-    w0, w1, w2, w3 = _draw(indices, sample, block, key, stream_step)
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
+    w0, w1, w2, w3 = draw(indices, sample, block, key, stream_step)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
     return tl.join(tl.join(n0, n2), tl.join(n1, n3))
 
 
@@ -35,9 +35,9 @@ def _one_normal(indices, steps, step_stride, sample, element, key, stream_step):
     """The normals of single elements: a Philox call each, for tiles that split blocks."""
     if steps is not None:
         stream_step = stream_step | tl.load(steps + sample * step_stride)
-    w0, w1, w2, w3 = _draw(indices, sample, element // 4, key, stream_step)
+    w0, w1, w2, w3 = draw(indices, sample, element // 4, key, stream_step)
     later = element % 4 >= 2
-    even, odd = _box_muller(tl.where(later, w2, w0), tl.where(later, w3, w1))
+    even, odd = box_muller(tl.where(later, w2, w0), tl.where(later, w3, w1))
     return tl.where(element % 2 == 0, even, odd)
 
 

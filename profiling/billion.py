@@ -1,4 +1,4 @@
-"""What a billion images of 256x256 cost: device hours and money, from measured seconds per image.
+"""Cost of a billion images of 256x256: device hours and money, from measured seconds per image.
 
 python -m profiling.billion [--device cuda] [--out FOLDER]     measures; python -m profiling.tables writes docs/billion.md
 
@@ -21,11 +21,11 @@ from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
 from . import peers
-from .bench_student import PARITY_TESTS, plausible_student
-from .bench_teacher import Evaluation
+from .cases.student import PARITY_TESTS, plausible_student
+from .cases.teacher import Evaluation
 from .evidence import device_alone, source
 from .harness import device_folder, passes, provenance
-from .workloads import TEACHER
+from .trace.workloads import TEACHER
 
 IMAGES = 10**9
 SAMPLERS = {"DDPM-1000": 1000, "DDIM-50": 50}
@@ -53,7 +53,7 @@ def teacher_seconds(device, batches):
 
 
 def engines(device):
-    """What runs a network fastest, by name."""
+    """Engines to be compared on a network, by name; the fastest counts."""
     if device == "cpu":
         return {"eager": peers.eager, "torch.compile": peers.compiled, "OpenVINO": peers.openvino}
     from . import gpu_peers

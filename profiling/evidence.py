@@ -1,17 +1,22 @@
-"""Where a figure comes from and how sure it is: without a stored result's commit, device, versions and spread none is written.
+"""Sources of figures and their spread: without a stored result's commit, device, versions and spread none is written.
 
 A *time* is ``{"median", "p20", "p80", ...}`` as :func:`advkd.runtime.timing.measure` gives it, or a list of at least two runs.
+A result also holds digests of the kernels that it has measured: a table of kernels that have changed since says so.
 """
 
+import ast
+import hashlib
 import json
 import re
 import statistics
+from dataclasses import dataclass
+from pathlib import Path
 
 from advkd.errors import InputError
+from advkd.ops import cupy_modules
 
-from . import kernel_digests
-from .paths import RESULTS, ROOT
-
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "profiling" / "results"
 REQUIRED = ("commit", "device", "versions")
 
 
@@ -22,7 +27,7 @@ def stored(name):
 
 def _read(path):
     result = json.loads(path.read_text())
-    return {**result, "path": path.relative_to(ROOT).as_posix(), "changed": kernel_digests.changed(path.stem, result)}
+    return {**result, "path": path.relative_to(ROOT).as_posix(), "changed": changed(path.stem, result)}
 
 
 def link(result, text=None):
@@ -56,10 +61,23 @@ def source(result, times, sure=""):
     return [*stale(result), *lines]
 
 
+def table_row(*cells):
+    """A line of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table_rule(columns):
+    """The line between a table's titles and its rows."""
+    return "|" + "---|" * columns
+
+
+NOTHING = ["Nothing has been measured yet."]
+
+
 def stale(result):
     """A line that says so, where kernels have changed since."""
-    changed = result.get("changed")
-    return [f"**Stale**: measured before the last change of {', '.join(changed)}.", ""] if changed else []
+    kernels = result.get("changed")
+    return [f"**Stale**: measured before the last change of {', '.join(kernels)}.", ""] if kernels else []
 
 
 def device_alone(result, times, sure=""):
@@ -134,3 +152,164 @@ def unsupported(text, folder=ROOT):
 def _is_linked(sentence, folder):
     links = LINK.findall(sentence)
     return bool(links) and all((folder / path).is_file() for path in links)
+
+
+STUDENT, STEP = ("conv_block", "student_forward"), ("sampler_step", "philox")
+CRITIC = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "image_gradient")
+MEASURED = {
+    **dict.fromkeys(("bench_student", "layers", "scaling", "precision", "sample_scaling", "billion"), STUDENT),
+    **dict.fromkeys(("bench_sampler_step", "step_scaling", "recording", "bench_teacher"), STEP),
+    **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling"), CRITIC),
+    "bench_norm_act": ("norm_act",),
+    "distillation": (*CRITIC, "norm_act"),
+    **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
+}
+"""Result's name -> the kernels in C++ that it measures."""
+ELSEWHERE = {
+    "sample_scaling": "cases.sampling",
+    "demo": "trace.demo",
+    "traces": "trace.nsys",
+    "counters": "trace.ncu",
+    "compare": "trace.compare",
+    "ncu": "gpu.ncu",
+    "first_image": "gpu.first_image",
+    "ahead": "limits.ahead",
+    "roofline": "roofline",
+    "billion": "billion",
+}
+"""Result's name -> the module that measures it, where :func:`module_of` has no rule."""
+ON_GPUS = {"conv_block": ("conv_block", "conv_pair", "student_stem"), "student_forward": ()}
+"""Kernel in C++ for CPUs -> those that do its work on GPUs, where names differ."""
+
+
+def module_of(name):
+    """The module that measures the results of this name; ``python -m`` runs it."""
+    return "profiling." + ELSEWHERE.get(name, f"cases.{name.removeprefix('bench_')}")
+
+
+def cpu_digests(read=lambda path: (ROOT / path).read_text()):
+    """``{kernel: digest}`` of every kernel named in :data:`MEASURED`, each with the headers of the project that it includes.
+
+    ``read``: the text of a path below the root, of this tree or of another commit.
+    """
+    names = sorted({name for kernels in MEASURED.values() for name in kernels})
+    return {name: _digest(f"csrc/cpu/{name}.cpp", read) for name in names}
+
+
+def _digest(path, read):
+    seen, left = {}, [path]
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen[name] = read(name)
+            left += [f"csrc/{header}" for header in re.findall(r'^#include "([^"]+)"$', seen[name], re.M)]
+    return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:12]
+
+
+def changed(name, result):
+    """Kernels of a stored result whose sources are others now; a result without digests has all of them."""
+    base = name.removeprefix("gpu_").removesuffix("_cuda")
+    places = [result["provenance"], *(case["provenance"] for case in result.get("cases", []) if "provenance" in case)]
+    on_gpu = name != base or any(place.get("driver") for place in places)
+    now = gpu_digests() if on_gpu else cpu_digests()
+    names = [key for kernel in MEASURED.get(base, ()) for key in (_gpu_keys(kernel, now) if on_gpu else [kernel])]
+    # A part of a GPU's run keeps them beside its provenance.
+    stored = [result["kernels"]] if "kernels" in result else [place.get("kernels", {}) for place in places]
+    return [key for key in names if any(kernels.get(key) != now[key] for kernels in stored)]
+
+
+def _gpu_keys(kernel, known):
+    keys = [f"{kind} {name}" for kind in KINDS for name in ON_GPUS.get(kernel, (kernel,))]
+    return [key for key in keys if key in known]
+
+
+KINDS = {"cuda": "CUDA C++", "triton": "Triton"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The kernels of one source file.
+
+    Attributes:
+        kind: of :data:`KINDS`.
+        name: of the op.
+    """
+
+    kind: str
+    name: str
+
+    @property
+    def key(self):
+        """Name of the family in results."""
+        return f"{self.kind} {self.name}"
+
+    @property
+    def source(self):
+        """Path below the root."""
+        return f"csrc/cuda/{self.name}.cu" if self.kind == "cuda" else f"kernels/{self.name}.py"
+
+    def digest(self):
+        """Digest of the device code: the source with its headers, or the Triton file and those beside it that it imports."""
+        text = cupy_modules.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def tested_by(self, test):
+        """True if a GPU test, as pytest names it, runs these kernels."""
+        file = test.partition("::")[0].rpartition("/")[2]
+        other = "triton" if self.kind == "cuda" else "cuda"
+        if file == f"test_training_{self.kind}.py":
+            return self.name in test.partition("::")[2]
+        own = f"test_{self.name}"
+        if not (file == own + ".py" or file.startswith(own + "_")) or other in file:
+            return False
+        return self.kind == "cuda" or "gpu_sources" not in file
+
+
+def families():
+    """Every family, from the files that are there."""
+    cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if not path.stem.startswith("register"))
+    triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+    return [*(Family("cuda", name) for name in cuda), *(Family("triton", name) for name in triton)]
+
+
+def gpu_digests():
+    """``{family's key: digest}`` of the sources as they are."""
+    return {family.key: family.digest() for family in families()}
+
+
+def _triton_sources(name, seen=None):
+    """The text of a kernel file and of those beside it that it imports."""
+    seen = set() if seen is None else seen
+    path = ROOT / "kernels" / f"{name}.py"
+    if name in seen or not path.exists():
+        return []
+    seen.add(name)
+    text, texts = path.read_text(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for module in [node.module] if node.module else [alias.name for alias in node.names]:
+                texts += _triton_sources(module, seen)
+    return [text, *texts]
+
+
+def last_run(family, folder=RESULTS):
+    """Last run of the family's tests on a device: ``{device, commit, date, passed, failed, stale}``, or None."""
+    found = []
+    for path in sorted(Path(folder).glob("*/gpu_tests.json")):
+        stored = json.loads(path.read_text())
+        own = {t: o["outcome"] for t, o in stored["result"].get("tests", {}).items() if family.tested_by(t)}
+        ran = [outcome for outcome in own.values() if outcome != "skipped"]
+        if not ran or stored["result"]["gaps"].get(family.kind):
+            continue
+        where = stored["provenance"]
+        found.append(
+            {
+                "device": where["device"],
+                "commit": where["commit"],
+                "date": stored["date"],
+                "passed": ran.count("passed"),
+                "failed": len(ran) - ran.count("passed"),
+                "stale": stored["kernels"].get(family.key) != family.digest(),
+            }
+        )
+    return max(found, key=lambda run: run["date"], default=None)

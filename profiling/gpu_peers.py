@@ -56,7 +56,7 @@ def compiled(module, x, dtype, mode="reduce-overhead"):
 
 
 def compiled_graph(module, x, dtype, mode="default"):
-    """What torch.compile makes as a CUDA graph of ours, replayed without its checks of what it was compiled for."""
+    """torch.compile's kernels as a CUDA graph of ours, replayed without torch.compile's guards."""
     module, x = prepared(module, x, dtype)
     with many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
@@ -70,7 +70,7 @@ def cudnn_graph(module, x, dtype):
     layer takes its fastest plan, see :class:`CudnnLayer`. The whole is one CUDA graph.
 
     Args:
-        module: a :class:`profiling.bench_student.Folded` network.
+        module: a :class:`profiling.cases.student.Folded` network.
         x: its input.
         dtype: as above.
 
@@ -110,7 +110,7 @@ class CudnnLayer:
     """A convolution with bias and activation as one graph of cuDNN's, over tensors with channels last.
 
     Args:
-        convolution: ``Conv2d``, or ``ConvTranspose2d`` as :class:`profiling.bench_student.Folded` makes it.
+        convolution: ``Conv2d``, or ``ConvTranspose2d`` as :class:`profiling.cases.student.Folded` makes it.
         x: an input; its shape is the layer's.
         slope: of LeakyReLU; None: tanh.
         plan: index of the plan to take; None: the fastest of the first :data:`PLANS` that can be built.

@@ -107,7 +107,7 @@ def captures(device):
 
 
 def sets_beyond_cache(moved_bytes, device="cuda", most=64):
-    """How many sets of inputs and outputs of so many bytes exceed the second-level cache three times."""
+    """Number of sets of inputs and outputs, of so many bytes each, that exceed the second-level cache three times."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(most, -(-3 * cache // moved_bytes)))
 

@@ -1,4 +1,4 @@
-"""How every speed claim of this project is measured: parity first, then peers and ours in turn, then JSON with provenance.
+"""Measurement of every speed claim of this project: parity first, then peers and ours in turn, then JSON with provenance.
 
 A benchmark is a list of cases. A case names the work, gives the float64 oracle's output and the contestants that do the work:
 ours, the baseline, and the best configuration of the best peers. A contestant whose output is off is not timed and the command
@@ -23,9 +23,8 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from . import gpu_kernels, gpu_timing
-from .kernel_digests import kernel_digests
-from .paths import RESULTS, ROOT
+from . import gpu_timing
+from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests
 
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
@@ -119,7 +118,7 @@ class Case:
 
 def provenance(device="cpu"):
     """:func:`advkd.runtime.timing.provenance`, and the kernels as they are."""
-    return {**timing.provenance(device), "kernels": {**kernel_digests(), **gpu_kernels.digests()}}
+    return {**timing.provenance(device), "kernels": {**cpu_digests(), **gpu_digests()}}
 
 
 def device_folder(device="cpu"):
@@ -169,7 +168,7 @@ EXCUSES = ("absent", "pending")
 
 
 def passes(parity_tests):
-    """Whether pytest passes on these arguments, with at least one test that ran."""
+    """True if pytest passes on these arguments, with at least one test that ran."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print("\n".join(done.stdout.splitlines()[-1:]), flush=True)

@@ -23,24 +23,26 @@ from advkd.ops import (
     mask_mul,
     penalty_reduce,
     philox_normal,
-    registry,
     sampler_step,
 )
 from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
-from advkd.runtime.files import replacing, write_json
-from advkd.runtime.memory import keep_freed_memory
+from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.extension import extension_gap
+from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure, percentiles
 
-from . import gpu_summary, kernel_digests
+from .evidence import changed
+from .gpu import summary as gpu_summary
 from .harness import device_folder, provenance, read, timed
+from .plots import panels
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
-"""Of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
+"""Bytes of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
 
 SIDE = 64
-"""Of the images that single ops are timed on."""
+"""Side of the images that single ops are timed on."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class Point:
     seconds: dict
 
     def fraction(self, ceilings):
-        """Of the speed that the tighter of the two ceilings allows."""
+        """Share of the speed that the tighter of the two ceilings allows."""
         limit = max(self.flop / ceilings["flops"][self.dtype], self.moved_bytes / ceilings["bandwidth"])
         return limit / self.seconds["median"]
 
     def bound(self, ceilings):
-        """Which ceiling that is."""
+        """The tighter ceiling."""
         wide = self.flop / ceilings["flops"][self.dtype] > self.moved_bytes / ceilings["bandwidth"]
         return "products" if wide else "memory"
 
@@ -86,7 +88,7 @@ def ceilings(device):
         name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
         found = measure({f"product of matrices, {name}": lambda a=a, b=b: a @ b}, 10)
-        if registry.extension_gap("cpu") is None:
+        if extension_gap("cpu") is None:
             rates = [2 * torch.ops.advkd_cpu.product_rate(code, 0.1) for _ in range(10)]
             found[f"products in registers, {name}"] = percentiles([2 * MATRIX**3 / rate for rate in rates])
         flops[name] = max(2 * MATRIX**3 / time["p20"] for time in found.values())
@@ -103,7 +105,7 @@ def streams():
     for size in STREAM_BYTES:
         x, m, y = torch.randn(size // 4), torch.randn(size // 4), torch.empty(size // 4)
         found[f"copy of {size >> 20} MiB"] = 2 * size, lambda x=x, y=y: y.copy_(x)
-        if registry.extension_gap("cpu") is None:
+        if extension_gap("cpu") is None:
             planes = [t.view(1, 1, 1, -1) for t in (x, m, y)]
             sum_of_two = functools.partial(sampler_step, *planes[:2], StepCoefficients(1.0, 1.0, 1.0), out=planes[2])
             found[f"two of {size >> 20} MiB into a third"] = 3 * size, sum_of_two
@@ -122,7 +124,7 @@ def points(folder, known):
     found, places = [], []
     for benchmark in BENCHMARKS:
         for file, result in stored_cases(folder, benchmark):
-            old = ", earlier kernels" if kernel_digests.changed(file, result) else ""
+            old = ", earlier kernels" if changed(file, result) else ""
             for case in result["cases"]:
                 ours = [c["seconds"] for c in case["contestants"] if c["kind"] == "ours" and "seconds" in c]
                 named = next((name for name in known if name in case["case"]), "float32")
@@ -171,28 +173,19 @@ def plot(found, limits, paths, title):
 
     What has no operations stands at the left edge, by its bytes; what has no bytes at the right one.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
-    edge = 0.05
-    right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
-    for dtype, rate in limits["flops"].items():
-        ridge = rate / limits["bandwidth"]
-        axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
-    for benchmark in sorted({p.name.partition(":")[0] for p in found}):
-        mine = [p for p in found if p.name.startswith(benchmark + ":")]
-        x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
-        y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
-        axes.loglog(x, y, "o", label=benchmark, ms=5)
-    axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
-    axes.legend(fontsize=8)
-    for path in paths:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=110, format=path.suffix[1:])
-    pyplot.close(figure)
+    with panels(*paths, size=(9, 5.5)) as (axes,):
+        edge = 0.05
+        right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
+        for dtype, rate in limits["flops"].items():
+            ridge = rate / limits["bandwidth"]
+            axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
+        for benchmark in sorted({p.name.partition(":")[0] for p in found}):
+            mine = [p for p in found if p.name.startswith(benchmark + ":")]
+            x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
+            y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
+            axes.loglog(x, y, "o", label=benchmark, ms=5)
+        axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
+        axes.legend(fontsize=8)
 
 
 def rows(result):

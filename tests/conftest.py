@@ -30,7 +30,8 @@ atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 # What is compared with float32 arithmetic must not be TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-from advkd.diffusion.recorder import TrajectoryConfig, record_trajectories  # noqa: E402
+from advkd.data.trajectories import TrajectoryConfig  # noqa: E402
+from advkd.diffusion.recorder import record_trajectories  # noqa: E402
 from advkd.diffusion.teacher import Teacher  # noqa: E402
 from advkd.models.shape import StudentConfig  # noqa: E402
 from advkd.models.student import Student

@@ -6,7 +6,7 @@ comparison may then fail and the body goes on. A test fails on any error before 
 no number explains (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a graph that
 is captured twice.
 
-With ``profiling.gpu_test_log`` beside it (``--gpu-most=1``) one case of each function is entered. The summary says how many
+With ``profiling.gpu.tests`` beside it (``--gpu-most=1``) one case of each function is entered. The summary says how many
 tests reached a kernel, how many needed none, where a body ended early, and what was skipped.
 """
 
@@ -454,9 +454,10 @@ def launcher(name):
 def use_cuda_object():
     """The launchers' schemas, as if the object were built and loaded."""
     from advkd.ops import registry
+    from advkd.runtime import extension
 
-    gap = registry.extension_gap
-    registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
+    gap = extension.extension_gap
+    extension.extension_gap = registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
     library = torch.library.Library("advkd_cuda", "DEF")
     for schema in schemas():
         name = schema.partition("(")[0]

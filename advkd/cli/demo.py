@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..diffusion.recorder import TrajectoryConfig, record_in_processes, record_trajectories
+from ..data.trajectories import TrajectoryConfig
+from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..evaluation.evaluate import describe_models
 from ..evaluation.report import save_pictures
@@ -14,7 +15,8 @@ from ..models.shape import PRESETS
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.ranges import named
-from ..training.trainer import CHECKPOINT, distill
+from ..training.checkpoint import CHECKPOINT
+from ..training.distillation import distill
 
 
 @plain_defaults()

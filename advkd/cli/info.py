@@ -8,6 +8,7 @@ import torch
 
 from .. import __version__
 from ..ops import registry
+from ..runtime.extension import extension_gap
 
 PACKAGES = ("torch", "diffusers", "accelerate", "triton", "cupy-cuda13x", "numpy", "safetensors", "torchmetrics")
 
@@ -16,7 +17,7 @@ def describe():
     """The report as text."""
     lines = [f"advkd {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines += [f"  {name} {_version(name)}" for name in PACKAGES]
-    kernels = "no kernels built" if registry.extension_gap("cpu") else f"kernels {torch.ops.advkd_cpu.isa()}"
+    kernels = "no kernels built" if extension_gap("cpu") else f"kernels {torch.ops.advkd_cpu.isa()}"
     lines += ["devices", f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {kernels}"]
     for i in range(torch.cuda.device_count()):
         lines.append(f"  cuda:{i}: {torch.cuda.get_device_name(i)}")

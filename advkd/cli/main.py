@@ -1,26 +1,21 @@
 """The command line: ``advkd info | teacher train | classifier train | trajectories | distill | sample | evaluate |
 report | warmup | demo``."""
 
-import dataclasses
-import functools
-import tomllib
 from pathlib import Path
 
 import click
 
-from ..diffusion.recorder import TrajectoryConfig
+from ..config import overlay, read_value
+from ..data.trajectories import TrajectoryConfig
 from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..evaluation.evaluate import EvaluationConfig
-from ..methods.adv_kd import RECIPES, DistillConfig
-from ..runtime.files import parse_json, require_regular, why_unreadable
+from ..methods.classification import ClassifierTrainingConfig
+from ..methods.denoising import TeacherTrainingConfig
+from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
-from ..runtime.memory import keep_freed_memory
-from ..training.classifier import ClassifierTrainingConfig
-from ..training.teacher import TeacherTrainingConfig
-
-CONFIG_LIMIT = 2**13
-"""Bytes that --config may have: the memory of TOML's dotted keys grows with the square of their length."""
+from .distill import distill
+from .options import computing, device_option, options
 
 
 class _Commands(click.Group):
@@ -51,112 +46,6 @@ class _Commands(click.Group):
         raise SystemExit(code)
 
 
-def _computing(command):
-    """Decorator of a command that computes: it shares the processors with others (:func:`advkd.runtime.neighbours.sharing`)."""
-
-    @functools.wraps(command)
-    def run(*arguments, **options):
-        from ..runtime.neighbours import sharing
-
-        with sharing():
-            return command(*arguments, **options)
-
-    return run
-
-
-def _options(config_class, skip=()):
-    """A click option for every field of a configuration dataclass; unset ones are None."""
-
-    def decorate(command):
-        documentation = _field_documentation(config_class)
-        for field in reversed([f for f in dataclasses.fields(config_class) if f.name not in skip]):
-            command = click.option(*_declaration(field), default=None, help=documentation.get(field.name, ""))(command)
-        return command
-
-    return decorate
-
-
-def _declaration(field):
-    name = "--" + field.name.replace("_", "-")
-    if isinstance(field.default, bool):
-        return [f"{name}/--no-{name[2:]}", field.name]
-    return [name, field.name]
-
-
-def _field_documentation(config_class):
-    """The ``Attributes`` of the class' docstring: one line per field."""
-    documentation, name = {}, None
-    for line in config_class.__doc__.split("Attributes:")[1].splitlines():
-        head, _, text = line.strip().partition(": ")
-        if text and all(part.strip().isidentifier() for part in head.split(",")):
-            for name in head.split(", "):
-                documentation[name] = text
-        elif name and line.strip():
-            documentation[name] += " " + line.strip()
-    return documentation
-
-
-def _apply(config, values, where):
-    """Overlay texts or JSON values on a configuration; unknown keys and unreadable values are refused by name."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    changes = {}
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name not in fields:
-            raise InputError(f"{where}: unknown key {name!r} (known: {', '.join(fields)})")
-        changes[name] = _parse(value, getattr(config, name), f"{where}: {name}", fields[name].type)
-    return dataclasses.replace(config, **changes)
-
-
-def _parse(value, default, where, kind):
-    try:
-        if isinstance(default, tuple):
-            parts = value.split(",") if isinstance(value, str) else value
-            item = 0.0 if "float" in str(kind) else 0
-            return tuple(_number(part, item) for part in parts if part != "")
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        return value if isinstance(default, str) and isinstance(value, str) else _number(value, default)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where} must be {_kind_name(default, kind)}, got {value!r}") from None
-
-
-def _number(value, default):
-    """``value`` (text or JSON) as the number type of ``default``; nothing is rounded."""
-    if isinstance(value, bool) or isinstance(default, str):
-        raise ValueError
-    number = type(default)(value)
-    if not isinstance(value, str) and number != value:
-        raise ValueError
-    return number
-
-
-def _kind_name(default, kind):
-    if isinstance(default, tuple):
-        return "comma-separated numbers"
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "text")
-
-
-def _read_config(path):
-    """A JSON or TOML file as a dict."""
-    path = Path(path)
-    require_regular(path, "--config", CONFIG_LIMIT)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--config {path} is not readable JSON or TOML ({why_unreadable(path, error)})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path} must hold an object of fields")
-    return values
-
-
-device_option = click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda, cuda:1, ...")
-
-
 @click.group(cls=_Commands)
 @click.version_option(package_name="advkd")
 def main():
@@ -179,14 +68,14 @@ def teacher():
 @teacher.command("train")
 @click.option("--out", required=True, help="Folder for the teacher (diffusers' format).")
 @click.option("--resume", is_flag=True, help="Go on from an unfinished run.")
-@_options(TeacherTrainingConfig)
-@_computing
+@options(TeacherTrainingConfig)
+@computing
 def teacher_train(out, resume, **values):
     """Train a small diffusers teacher on the digits or on a folder of images."""
     from ..runtime.devices import require_device
     from ..training.teacher import train_teacher
 
-    config = _apply(TeacherTrainingConfig(), values, "teacher train")
+    config = overlay(TeacherTrainingConfig(), values, "teacher train")
     require_device(config.device)
     click.echo(f"teacher saved in {train_teacher(config, out, resume)}")
 
@@ -198,13 +87,14 @@ def classifier():
 
 @classifier.command("train")
 @click.option("--out", required=True, help="Folder for the classifier.")
-@_options(ClassifierTrainingConfig)
-@_computing
-def classifier_train(out, **values):
+@click.option("--resume", is_flag=True, help="Go on from an unfinished run.")
+@options(ClassifierTrainingConfig)
+@computing
+def classifier_train(out, resume, **values):
     """Train a small classifier on the digits or on a folder that holds one folder of images per class."""
     from ..training.classifier import train_classifier
 
-    accuracy = train_classifier(_apply(ClassifierTrainingConfig(), values, "classifier train"), out)
+    accuracy = train_classifier(overlay(ClassifierTrainingConfig(), values, "classifier train"), out, resume=resume)
     click.echo(f"classifier saved in {out}, held-out accuracy {accuracy:.4f}")
 
 
@@ -215,8 +105,8 @@ def classifier_train(out, **values):
 @click.option("--compiled/--no-compiled", default=None, help="The network through torch.compile (default: on GPUs).")
 @click.option("--autocast/--no-autocast", default=False, help="Mixed precision in bfloat16: other paths, at less cost.")
 @device_option
-@_options(TrajectoryConfig)
-@_computing
+@options(TrajectoryConfig)
+@computing
 def trajectories(teacher_source, out, processes, compiled, autocast, device, **values):
     """Run the teacher and store its trajectories; run again to go on after a kill.
 
@@ -228,7 +118,7 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
     from ..diffusion.teacher import Teacher
     from ..runtime.devices import require_device
 
-    config = _apply(TrajectoryConfig(), values, "trajectories")
+    config = overlay(TrajectoryConfig(), values, "trajectories")
     config.validate()
     if processes != 1 and device != "cpu":
         raise InputError(f"--processes {processes} is for --device cpu; use torchrun for several GPUs")
@@ -242,60 +132,7 @@ def trajectories(teacher_source, out, processes, compiled, autocast, device, **v
     click.echo(f"{config.num} trajectories in {out}" if finished else f"this process's shards are in {out}")
 
 
-@main.command()
-@click.option("--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat).")
-@click.option("--teacher", "teacher_source", help="The trajectories' teacher, which --grow needs.")
-@click.option("--preset", help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
-@click.option("--init", help="Start from a student ('digits', a folder or a hub id) instead of a preset's fresh weights.")
-@click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
-@click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
-@device_option
-@_options(DistillConfig)
-@_computing
-def distill(data, teacher_source, preset, init, out, config_file, resume, device, **values):
-    """Train a student on recorded trajectories."""
-    import torch
-
-    from ..runtime.devices import require_device
-    from ..training.trainer import distill as run
-
-    from_file = _read_config(config_file) if config_file else {}
-    in_file = from_file.pop("recipe", "joint")
-    name = values.pop("recipe") or in_file
-    if not isinstance(name, str) or name not in RECIPES:
-        raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-    config = _apply(_apply(RECIPES[name], from_file, f"--config {config_file}"), values, "distill")
-    device = local_device(device)
-    require_device(device)
-    torch.manual_seed(config.seed % 2**63)
-    teacher = None
-    if teacher_source:
-        from ..diffusion.teacher import Teacher
-
-        if not config.grow:
-            raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
-        teacher = Teacher.from_pretrained(teacher_source, device)
-    run(data, _build_student(preset, init), config, out, resume, device, teacher=teacher)
-    click.echo(f"student saved in {out}")
-
-
-def _build_student(preset, init=None):
-    from ..models.saving import build_config
-    from ..models.shape import PRESETS, StudentConfig
-    from ..models.student import Student
-    from ..runtime.files import read_json
-
-    if (preset is None) == (init is None):
-        raise InputError("name either a --preset or a student to start from by --init")
-    if init is not None:
-        return Student.from_pretrained(init)
-    if preset in PRESETS:
-        return Student.from_preset(preset)
-    if not preset.endswith(".json"):
-        raise InputError(f"--preset must be one of {', '.join(PRESETS)} or a JSON file, got {preset!r}")
-    values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
-    return Student(build_config(StudentConfig, values, f"--preset {preset}"))
+main.add_command(distill)
 
 
 @main.command()
@@ -308,7 +145,7 @@ def _build_student(preset, init=None):
 @click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
 @device_option
-@_computing
+@computing
 def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
     """Draw images with a student, in one pass. Into a folder: pictures that are there are kept, the same command goes on.
 
@@ -327,13 +164,13 @@ def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, devic
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or cuda.")
 @click.option("--tune/--no-tune", default=True, help="Measure plans (default), or compile kernels only.")
 @device_option
-@_computing
+@computing
 def warmup(student, batch_sizes, dtypes, backend, tune, device):
     """Compile and measure everything that a student needs here, so that later processes start at once."""
-    from ..runtime.files import cache_folder
+    from ..runtime.folders import cache_folder
     from .warmup import warmup as run
 
-    sizes = tuple(_parse(batch_sizes, (0,), "warmup: --batch-sizes", "int"))
+    sizes = tuple(read_value(batch_sizes, (0,), "warmup: --batch-sizes", "int"))
     for dtype, size, seconds in run(student, device, backend, tuple(dtypes.split(",")), sizes, tune):
         click.echo(f"{dtype}, batch {size}: {seconds:.1f} s")
     click.echo(f"measured plans are kept in {cache_folder() / 'plans'}; Triton and CuPy keep kernels in caches of their own")
@@ -347,14 +184,14 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 @click.option("--reference", help="Folder of reference images, or 'digits'.")
 @click.option("--out", help="Folder for evaluation.json (needed for a student).")
 @device_option
-@_options(EvaluationConfig)
-@_computing
+@options(EvaluationConfig)
+@computing
 def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
     """Measure a student against its teacher and real images, or a folder of images against another."""
     from ..evaluation import evaluate as run
     from ..runtime.devices import require_device
 
-    config = _apply(run.EvaluationConfig(), values, "evaluate")
+    config = overlay(run.EvaluationConfig(), values, "evaluate")
     require_device(device)
     if (images is None) != (reference is None):
         raise InputError("--images and --reference go together")
@@ -377,10 +214,10 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
-@click.option("--ablation", help="Table of runs by profiling/ablation.py.")
+@click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
-@_computing
+@computing
 def report(student, teacher, evaluation, metrics, ablation, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
     from ..diffusion.teacher import Teacher
@@ -401,7 +238,7 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
 @click.option("--num", default=1024, show_default=True, help="Trajectories.")
 @click.option("--updates", default=300, show_default=True, help="Student updates.")
 @device_option
-@_computing
+@computing
 def demo(out, num, updates, device):
     """The main job on the embedded teacher: trajectories, distillation, samples, pictures."""
     from ..runtime.devices import require_device

@@ -16,7 +16,8 @@ from ..models.shape import DTYPES, batches
 from ..models.student import Student
 from ..runtime import launcher
 from ..runtime.devices import require_device
-from ..runtime.files import digest, held, read_json, require_output_folder, write_json
+from ..runtime.files import digest, read_json, write_json
+from ..runtime.folders import held, require_output_folder
 from ..runtime.progress import progress_bar
 
 RECORD = "samples.json"

@@ -1,9 +1,11 @@
 """Training's random draws, each keyed by its global number: no draw depends on processes, restarts or batch splits."""
 
+import zlib
+
 import torch
 import torch.nn.functional as F
 
-from ..ops import philox_normal, philox_words
+from ..ops import philox_normal, philox_uniform, philox_words
 
 
 class DataOrder:
@@ -14,14 +16,14 @@ class DataOrder:
         seed: seed of the permutations.
     """
 
-    def __init__(self, num, seed):
+    def __init__(self, num: int, seed: int):
         self.num = num
         self.seed = seed
         self._epoch = None
         self._permutation = None
 
-    def rows(self, start, count):
-        """Rows number ``start .. start + count - 1`` of the sequence, a list."""
+    def rows(self, start: int, count: int) -> list[int]:
+        """Rows number ``start .. start + count - 1`` of the sequence."""
         return [self._row(start + i) for i in range(count)]
 
     def _row(self, position):
@@ -33,16 +35,16 @@ class DataOrder:
         return self._permutation[offset]
 
 
-def training_latents(seed, start, count, numel, device="cpu"):
-    """z of the global draws ``start ..``: ``(count, numel)``, disjoint from every seed's sampled latents (another step)."""
+def training_latents(seed: int, start: int, count: int, numel: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """z of the global draws ``start ..``: ``(count, numel)``. Another step of Philox keeps them apart from sampled latents."""
     indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
     return philox_normal(seed, indices, (numel,), stream="z", step=1)
 
 
-def shift(images, seed, start, level, kind):
+def shift(images: torch.Tensor, seed: int, start: int, level: int, kind: int) -> torch.Tensor:
     """Each image moved by up to an eighth of its side in both directions, its border repeated; differentiable in ``images``.
 
-    The moves are keyed by (seed, global draw, level, kind); kind 1 are real images, kind 2 generated ones.
+    The moves are keyed by (seed, global draw, level, kind); real images are of kind 1, generated ones of kind 2.
     """
     n, channels, side, _ = images.shape
     reach = max(1, side // 8)
@@ -56,3 +58,63 @@ def shift(images, seed, start, level, kind):
 
 def _count(stop, device):
     return torch.arange(stop, dtype=torch.int64, device=device)
+
+
+class HostDraws:
+    """Rows of a global batch out of a torch generator on the CPU.
+
+    Every process draws the whole batch and takes its own rows, so that their number changes nothing.
+
+    Args:
+        generator: torch's generator of the update.
+        total: samples of the global batch.
+        first, count: this process's rows.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int, first: int, count: int):
+        self._options, self._total = {"generator": generator, "device": "cpu"}, total
+        self._first, self._count = first, count
+
+    def integers(self, below: int) -> torch.Tensor:
+        """``(count,)`` int64 in [0, below)."""
+        return torch.randint(below, (self._total,), **self._options).narrow(0, self._first, self._count)
+
+    def normal(self, *shape: int, dim: int = 0) -> torch.Tensor:
+        """Standard normal float32 of ``shape``, whose axis ``dim`` is the batch's."""
+        whole = [*shape[:dim], self._total, *shape[dim + 1 :]]
+        return torch.randn(whole, dtype=torch.float32, **self._options).narrow(dim, self._first, self._count)
+
+
+class Draw:
+    """Random numbers of a batch: functions of (seed, global draw, purpose) alone, on the run's device and in its dtype.
+
+    A purpose is a name of the method's choice; a draw that is added under another name changes no other one.
+
+    Attributes:
+        seed: of the run.
+        start: number of this process's first global draw.
+        indices: ``(count,)`` int64, numbers of its global draws.
+        host: a :class:`HostDraws` where the method draws from torch's generator, else None.
+    """
+
+    def __init__(self, seed: int, start: int, count: int, device, dtype: torch.dtype, host: HostDraws | None = None):
+        self.seed, self.start, self.host = seed, start, host
+        self.indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
+        self._dtype = dtype
+
+    def normal(self, purpose: str, *shape: int) -> torch.Tensor:
+        """Standard normal numbers ``(count, *shape)``."""
+        return philox_normal(self.seed, self.indices, shape, stream="draw", step=_code(purpose)).to(self._dtype)
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        """Numbers in [0, 1), multiples of 2^-24: ``(count,)``."""
+        return philox_uniform(self.seed, self.indices, stream="draw", step=_code(purpose)).to(self._dtype)
+
+    def integers(self, purpose: str, below: int) -> torch.Tensor:
+        """Integers in [0, below): ``(count,)`` int64."""
+        return philox_words(self.seed, self.indices, 1, stream="draw", step=_code(purpose))[:, 0] % below
+
+
+def _code(purpose):
+    """A purpose as the 24 bits of a counter's step."""
+    return zlib.crc32(purpose.encode()) % 2**24

@@ -1,6 +1,6 @@
 """Image data sets for training a teacher: the embedded digits, or any folder of pictures.
 
-Rules for reading folders, everywhere in this module:
+Rules for reading folders, everywhere in this module and in :mod:`advkd.data.decoding`, which has the two limits:
 
 - Formats: PNG, JPEG, WebP, BMP, GIF and TIFF (of several frames the first), known by their first bytes; other files with such a
   suffix are refused.
@@ -17,11 +17,10 @@ Rules for reading folders, everywhere in this module:
 
 import errno
 import math
-import mmap
 import os
-import re
 import stat
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +29,18 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..ops.arguments import whole
-from ..runtime.files import require_regular, why_unreadable
+from .decoding import in_mode, open_picture, pixels_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
-"""Pillow's names of the formats that have these suffixes."""
-
-PIXEL_LIMIT = 2**27
-"""Pixels that a picture may have, whatever Pillow's own limit is set to (Pillow warns of two thirds of that)."""
 
 LARGEST_SIDE = 2**14
 """Pixels that a side may be resized to."""
 
-SCAN_LIMIT = 100
-"""Scans that a JPEG may have, as libtiff limits those within a TIFF; encoders write up to twenty."""
-
 SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """Folders that systems put among a user's, with thumbnails or remains of files."""
 
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = b"\xff\xda", b"\xff\xd9", (b"\xff\x01", b"\xff\xd8")
-_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 262, 339
-_TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
 
-
-def load_images(source, size=None, channels=None):
+def load_images(source: str | os.PathLike, size: int | None = None, channels: int | None = None) -> torch.Tensor:
     """Load a whole image data set.
 
     Args:
@@ -109,18 +87,18 @@ def _squares(paths, size, channels):
     channels, images = channels or _channels(paths), None
     mode = "L" if channels == 1 else "RGB"
     for i, path in enumerate(paths):
-        image, _ = _opened(path)
+        image, _ = open_picture(path)
         size = size or _largest_size(min(image.size))
         if images is None:
             images = _room(len(paths), (channels, size, size))
-        images[i] = _pixels(_square(_converted(image, mode), size))
+        images[i] = pixels_of(_square(in_mode(image, mode), size))
     return torch.from_numpy(images)
 
 
 def _channels(paths):
-    """1 or 3 as the first picture has; one with a palette of grays leaves it to the next, and if all do it is 1."""
+    """1 or 3, as the first picture has; one with a palette of grays leaves it to the next, and if all do it is 1."""
     for path in paths:
-        image, has_palette = _opened(path)
+        image, has_palette = open_picture(path)
         if image.mode == "RGB" or not has_palette:
             return len(image.getbands())
     return 1
@@ -135,12 +113,7 @@ def _room(count, shape):
         raise InputError(f"{count:,} {describe_shape(shape)} images need {needed:,.1f} GiB of memory") from None
 
 
-def _pixels(image):
-    """A picture of mode L or RGB as ``(C, H, W)``."""
-    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-
-
-def normalize(images):
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """Images of :func:`load_images` as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
@@ -158,11 +131,11 @@ def _square(image, size):
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def load_labelled(source, size=None):
+def load_labelled(source: str | os.PathLike, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images with classes: ``(images, labels, names)`` of ``"digits"`` or of a folder that holds one folder per class.
 
     ``images`` are as :func:`load_images` gives them, ``labels`` int64 ``(N,)``, ``names`` the classes' names. Links to folders
-    are classes, hidden and systems' folders are none. The walk of a class does not enter another class or ``source``.
+    are classes; hidden and systems' folders are not. The walk of a class does not enter another class or ``source``.
 
     Raises:
         InputError: fewer than two classes, one without a picture, or what :func:`load_images` refuses.
@@ -189,11 +162,11 @@ def load_labelled(source, size=None):
     return images, torch.from_numpy(labels), [folder.name for folder in folders]
 
 
-def read_pictures(folder, option):
+def read_pictures(folder: str | os.PathLike, option: str) -> torch.Tensor:
     """All pictures of a folder in their own size, for measuring: uint8 ``(N, 1 or 3, H, W)``, sorted by path.
 
-    Which files these are and how they are read (formats, ``PIXEL_LIMIT``, orientation, transparency over white, links, hidden
-    entries) is as in :func:`load_images`.
+    The rules are those of :func:`load_images`: formats, ``PIXEL_LIMIT``, orientation, transparency over white, links, hidden
+    entries.
 
     Raises:
         InputError: no folder, no picture, one that cannot be read, of another size, or gray among colour ones (it is named).
@@ -203,8 +176,8 @@ def read_pictures(folder, option):
     paths, pictures = _image_paths(Path(folder), option), None
     channels = _channels(paths)
     for i, path in enumerate(paths):
-        image, has_palette = _opened(path)
-        picture = _pixels(_converted(image, "RGB") if has_palette and channels == 3 else image)
+        image, has_palette = open_picture(path)
+        picture = pixels_of(in_mode(image, "RGB") if has_palette and channels == 3 else image)
         if pictures is None:
             pictures = _room(len(paths), picture.shape)
         if picture.shape != pictures.shape[1:]:
@@ -214,7 +187,7 @@ def read_pictures(folder, option):
     return torch.from_numpy(pictures)
 
 
-def describe_shape(shape):
+def describe_shape(shape: Sequence[int]) -> str:
     """``(C, H, W)`` in words."""
     kind = {1: "gray", 3: "colour"}.get(shape[0], f"of {shape[0]} channels")
     return f"{kind} {shape[-1]}x{shape[-2]}"
@@ -265,147 +238,3 @@ def _is_folder(entry, option):
         if error.errno == errno.ELOOP:
             return False
         raise InputError(f"{option}: the link {entry.path} leads nowhere ({error.strerror}): mend or remove it") from error
-
-
-def _opened(path):
-    """A decoded picture in its right orientation, mode L or RGB, and whether it has a palette.
-
-    Every error names the file: Pillow's readers raise nearly any exception on damaged ones.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    require_regular(path, "image")
-    try:
-        # These formats alone: others are known by their first bytes, too, and EPS would run Ghostscript.
-        with Image.open(path, formats=FORMATS) as image:
-            _require_readable(image)
-            _require_few_scans(image, path)
-            raw = _raw_mode(image)
-            image.load()
-            return _upright(_plain(image, raw), image), image.mode in ("P", "PA")
-    except MemoryError as error:
-        raise InputError(f"image {path} cannot be read (there is not enough memory for what it says it holds)") from error
-    except Exception as error:
-        foreign = ValueError("it is no PNG, JPEG, WebP, BMP, GIF or TIFF file")
-        why = why_unreadable(path, foreign if isinstance(error, UnidentifiedImageError) else error)
-        raise InputError(f"image {path} cannot be read ({why})") from error
-
-
-def _require_readable(image):
-    """Refuse a picture that is too large, or whose values have no known range."""
-    if image.width * image.height > PIXEL_LIMIT:
-        size = f"{image.width:,} x {image.height:,} pixels"
-        raise ValueError(f"it has {size}, more than the {PIXEL_LIMIT:,} that a picture may have")
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if image.mode == "F":
-        raise ValueError("floating point has no known range: convert it to 8 or 16 bits")
-    if (image.mode == "I" and image.format != "PNG") or set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}:
-        raise ValueError("32-bit integers and those with a sign have no known range: convert it to 8 or 16 bits without one")
-    if image.format == "TIFF" and image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC, 0) == 0:
-        raise ValueError("16-bit values of which 0 is white are not supported: convert it to 0 for black")
-
-
-def _require_few_scans(image, path):
-    """Refuse a JPEG that has its pixels decoded again and again: every scan takes the time of a whole picture."""
-    if image.format not in ("JPEG", "MPO"):
-        return
-    # Mapped: films of any length may stand behind a photograph.
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as jpeg:
-        if (scans := _scans(jpeg)) > SCAN_LIMIT:
-            raise ValueError(f"it has {scans:,} scans, more than the {SCAN_LIMIT} that a picture may have")
-
-
-def _scans(jpeg):
-    """Number of scans of the first picture in a JPEG file, from marker to marker up to that of its end."""
-    scans, place = 0, 0
-    while (marker := _MARKER.search(jpeg, place)) and marker[0] != _END_OF_IMAGE:
-        scans += marker[0] == _START_OF_SCAN
-        place = marker.end()
-        if marker[0] not in _WITHOUT_LENGTH:
-            place += int.from_bytes(jpeg[place : place + 2], "big")
-    return scans
-
-
-def _raw_mode(image):
-    """How the file stores a pixel, in Pillow's words (known until it is decoded), or nothing."""
-    arguments = image.tile[0][3] if image.tile else ""
-    first = arguments if isinstance(arguments, str) else (*(arguments or ()), "")[0]
-    return first if isinstance(first, str) else ""
-
-
-def _upright(picture, image):
-    """``picture`` turned as the metadata of ``image``, the file that it is of, say.
-
-    ``ImageOps.exif_transpose`` also writes the metadata anew, and fails where it cannot.
-    """
-    from PIL import Image
-
-    if image.format == "TIFF":  # turned when it was decoded, and not in every version without the tag since
-        return picture
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    return picture.transpose(Image.Transpose[turn]) if turn else picture
-
-
-def _plain(image, raw):
-    """A decoded picture in 8 bits over white: mode L if it is gray, else RGB."""
-    plain = _blended(_sixteen_to_eight(image, raw), raw)
-    if plain.mode == "L":
-        return plain
-    # Pillow reads 16-bit gray with alpha as colour.
-    if raw.startswith("LA;") or (image.mode in ("P", "PA") and _only_grays(plain)):
-        return plain.getchannel(0)
-    return plain
-
-
-def _only_grays(image):
-    red, green, blue = _pixels(image)
-    return bool((red == green).all() and (green == blue).all())
-
-
-def _sixteen_to_eight(image, raw):
-    """16-bit gray scaled to 8 bits, mode L or LA (Pillow's own conversion clips it to white); others as they are."""
-    from PIL import Image
-
-    if not image.mode.startswith("I"):
-        return image
-    values, bits = np.asarray(image).astype(np.uint32), 12 if raw.startswith("I;12") else 16
-    # The upper eight bits, as Pillow takes them of 16-bit colours and of gray with alpha.
-    gray = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
-    if "transparency" not in image.info:
-        return gray
-    opaque = values != image.info["transparency"]
-    return Image.merge("LA", (gray, Image.fromarray(opaque.astype(np.uint8) * 255)))
-
-
-def _blended(image, raw):
-    """An 8-bit picture over white, in mode L or RGB; what is opaque keeps its values."""
-    from PIL import Image
-
-    gray = image.mode in ("1", "L", "LA", "La")
-    mode, with_alpha = ("L", "LA") if gray else ("RGB", "RGBA")
-    if "transparency" in image.info:
-        image = _with_alpha(image, raw, with_alpha)
-    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
-        return _converted(image, mode)
-    image = _converted(image, with_alpha)
-    white = Image.new(mode, image.size, "white")
-    white.paste(image.convert(mode), mask=image.getchannel("A"))
-    return white
-
-
-def _with_alpha(image, raw, mode):
-    """A picture one of whose colours, or some of whose palette, is transparent, with an alpha channel."""
-    clear = image.info["transparency"]
-    if image.mode == "RGB" and raw.startswith("RGB;16"):
-        raise ValueError("a transparent colour of 16 bits is not supported: convert it to 8 bits, or to an alpha channel")
-    if image.mode == "1":
-        image, clear = image.convert("L"), 255 if clear else 0
-    elif most := {"L;2": 3, "L;4": 15}.get(raw):
-        # The file's own value, whereas the pixels are scaled to 8 bits.
-        clear = clear * (255 // most) if clear <= most else clear
-    image.info["transparency"] = clear
-    return image.convert(mode)
-
-
-def _converted(image, mode):
-    return image if image.mode == mode else image.convert(mode)

@@ -1,12 +1,14 @@
-"""Which state of the teacher supervises which submodule of the student, and at which resolution."""
+"""The map from the student's submodules to the teacher's states that supervise them, and their resolutions."""
+
+from collections.abc import Sequence
 
 from ..errors import InputError
 
 MOST_SUBMODULES = 256
-"""A limit for configurations that come from elsewhere."""
+"""Limit for configurations that come from elsewhere."""
 
 
-def resolutions(image_size, depth):
+def resolutions(image_size: int, depth: int) -> list[int]:
     """R_k = min(4 * 2^floor(k / 2), image_size) for submodules k = 1 .. depth.
 
     Raises:
@@ -21,7 +23,7 @@ def resolutions(image_size, depth):
     return [min(4 << (k // 2), image_size) for k in range(1, depth + 1)]
 
 
-def supervising_timesteps(sampler, depth, timesteps, train_timesteps):
+def supervising_timesteps(sampler: str, depth: int, timesteps: Sequence[int], train_timesteps: int) -> list[int]:
     """Timesteps t_1 .. t_{depth - 1}: submodule k imitates the state after the step taken at t_k (the last one, x_0).
 
     DDIM: t(n) = 190 n - 10 n^2 + 80 at n = 11 - k for depth 12 (ADV-KD, section 3); for another depth, n spread evenly over

@@ -2,12 +2,17 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
 from ..runtime.files import replacing, require_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METRICS_LIMIT = 2**28
 """Bytes that a ``metrics.csv`` may have."""
@@ -16,21 +21,21 @@ LARGEST = 1e30
 """Largest magnitude that is drawn: matplotlib multiplies float64 numbers."""
 
 
-def to_uint8(images):
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """``(N, C, H, W)`` in [-1, 1] to ``(N, H, W, C)`` uint8."""
     scaled = (images.detach().float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def to_pil(images):
-    """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4 (or what :func:`to_uint8` made of them), to a list of Pillow images."""
+def to_pil(images: torch.Tensor) -> list["Image.Image"]:
+    """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4 (or the result of :func:`to_uint8` for them), to a list of Pillow images."""
     from PIL import Image
 
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in pixels.cpu().numpy()]
 
 
-def save_grid(images, path, columns=None, scale=None):
+def save_grid(images: torch.Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> None:
     """Save ``(N, C, H, W)`` in [-1, 1] as one PNG (or any format Pillow knows by its suffix), row by row.
 
     ``columns`` defaults to the square root of N; ``scale`` enlarges small images, by default to about 96 pixels.
@@ -52,7 +57,7 @@ def save_grid(images, path, columns=None, scale=None):
     save_image(sheet, path)
 
 
-def save_image(image, path):
+def save_image(image: "Image.Image", path: str | Path) -> None:
     """Save a Pillow image atomically; an unknown suffix is an :class:`InputError`."""
     from PIL import Image
 
@@ -64,13 +69,17 @@ def save_image(image, path):
         image.save(temporary, format=kind)
 
 
-def save_pairs(teacher, student, path, titles=("teacher", "student, same noise")):
+def save_pairs(
+    teacher: torch.Tensor, student: torch.Tensor, path: str | Path, titles: Sequence[str] = ("teacher", "student, same noise")
+) -> None:
     """Teacher's and student's images of the same noise, column by column, as a PNG."""
     rows = torch.cat((teacher, student))
     _figure_of_rows(rows, len(teacher), titles, path)
 
 
-def save_levels(states, levels, timesteps, path):
+def save_levels(
+    states: list[torch.Tensor], levels: list[torch.Tensor], timesteps: Sequence[int | None], path: str | Path
+) -> None:
     """The student's levels beneath the teacher's states of one sample, each scaled by its own spread (paper's figures 3, 4).
 
     Args:
@@ -111,8 +120,8 @@ def _figure_of_rows(images, columns, titles, path, names=None):
     _save_figure(figure, path)
 
 
-def save_curves(metrics, path):
-    """Loss curves from ``metrics.csv`` (see :mod:`advkd.training.trainer`) as a PNG."""
+def save_curves(metrics: str | Path, path: str | Path) -> None:
+    """Loss curves from ``metrics.csv`` (see :mod:`advkd.training.log`) as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,12 +143,12 @@ def save_curves(metrics, path):
     _save_figure(figure, path)
 
 
-def save_extrapolation(curves, score, path):
+def save_extrapolation(curves: dict[str, dict], score: str, path: str | Path) -> None:
     """Frechet distances at several N against 1/N, with the fitted lines, as a PNG.
 
     Args:
         curves: ``{name: a result of advkd.evaluation.metrics.frechet_at_infinity}``.
-        score: what the distance is called.
+        score: name of the distance.
         path: PNG to write.
     """
     from matplotlib import rc_context
@@ -163,8 +172,8 @@ def _draw_extrapolation(axis, curves, score):
     axis.legend(fontsize=7)
 
 
-def read_metrics(path):
-    """The columns of a ``metrics.csv``, ``{name: [numbers]}``; a torn last row, of a run that goes on, is left out.
+def read_metrics(path: str | Path) -> dict[str, list[float]]:
+    """The columns of a ``metrics.csv``, ``{name: [numbers]}``; a torn last row, of a run in progress, is left out.
 
     Raises:
         InputError: the file is missing or not a training's metrics.
@@ -202,7 +211,7 @@ def _columns(path):
 
 
 def _total_updates(stages, updates):
-    """Updates since the run's start, from the updates since each stage's."""
+    """Updates since the start of the run, from the updates since the start of each stage."""
     total, before, result = 0, None, []
     for stage, update in zip(stages, updates, strict=True):
         if before is not None and stage != before[0]:

@@ -17,7 +17,7 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 """Variances of the ancestral step that do not come from the network; the first two are one variance written in two ways."""
 
 
-def x0_coefficients(a_t, prediction):
+def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     """``(k_x, k_m)`` with x0 = k_x x + k_m m."""
     signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
     if prediction == "epsilon":
@@ -29,7 +29,7 @@ def x0_coefficients(a_t, prediction):
     return _sample_or_raise(prediction, "epsilon, sample, v_prediction")
 
 
-def noise_coefficients(a_t, prediction):
+def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     """``(e_x, e_m)`` with eps = e_x x + e_m m."""
     signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
     if prediction == "epsilon":
@@ -42,7 +42,9 @@ def noise_coefficients(a_t, prediction):
     return 1 / noise, -signal / noise
 
 
-def ddim_coefficients(a_t, a_s, prediction, eta=0.0, clip=math.inf, clipped_eps=False):
+def ddim_coefficients(
+    a_t: float, a_s: float, prediction: str, eta: float = 0.0, clip: float = math.inf, clipped_eps: bool = False
+) -> StepCoefficients:
     """DDIM (Song et al. 2020, eq. 12; the noise's deviation is eta times that of eq. 16).
 
     Args:
@@ -68,7 +70,14 @@ def ddim_coefficients(a_t, a_s, prediction, eta=0.0, clip=math.inf, clipped_eps=
     return StepCoefficients(k_x, k_m, c_0 + direction * e_0, direction * e_x, c_z=deviation, clip=clip)
 
 
-def ddpm_coefficients(a_t, a_s, prediction, variance_type="fixed_small", clip=math.inf, noisy=True):
+def ddpm_coefficients(
+    a_t: float,
+    a_s: float,
+    prediction: str,
+    variance_type: str = "fixed_small",
+    clip: float = math.inf,
+    noisy: bool = True,
+) -> StepCoefficients:
     """DDPM's ancestral step (Ho et al. 2020, eq. 6 and 7, with beta = 1 - a_t / a_s, so that steps may be skipped).
 
     Args:
@@ -85,7 +94,7 @@ def ddpm_coefficients(a_t, a_s, prediction, variance_type="fixed_small", clip=ma
     return StepCoefficients(k_x, k_m, c_0, c_x, c_z=math.sqrt(variance) if noisy else 0.0, clip=clip)
 
 
-def euler_coefficients(sigma, sigma_next, prediction):
+def euler_coefficients(sigma: float, sigma_next: float, prediction: str) -> StepCoefficients:
     """Euler's step without churn (Karras et al. 2022, algorithm 1): x + (sigma_next - sigma) (x - x0) / sigma.
 
     The state is x0 + sigma eps here; x0 of a v prediction is x / (sigma^2 + 1) - sigma m / sqrt(sigma^2 + 1).
@@ -103,7 +112,14 @@ def euler_coefficients(sigma, sigma_next, prediction):
     return StepCoefficients(k_x, k_m, 1 - ratio, ratio)
 
 
-def dpmsolver_coefficients(sigma, sigma_next, prediction, sigma_previous=None, solver_type="midpoint", flow=False):
+def dpmsolver_coefficients(
+    sigma: float,
+    sigma_next: float,
+    prediction: str,
+    sigma_previous: float | None = None,
+    solver_type: str = "midpoint",
+    flow: bool = False,
+) -> StepCoefficients:
     """DPM-Solver++ of first order, or the second-order multistep 2M (Lu et al. 2022b, algorithm 2).
 
     Args:
@@ -129,7 +145,7 @@ def dpmsolver_coefficients(sigma, sigma_next, prediction, sigma_previous=None, s
         raise InputError(
             f"no second-order step from sigma {sigma_previous} and {sigma} to {sigma_next}: a log-SNR gap is 0 or infinite"
         )
-    # What multiplies x0 - x0_prev: the slope D1 = (h / h_0) (x0 - x0_prev) times its weight.
+    # The factor of x0 - x0_prev: the slope D1 = (h / h_0) (x0 - x0_prev) times its weight.
     if solver_type == "midpoint":
         second = first * h / h_0 / 2
     elif solver_type == "heun":

@@ -6,13 +6,20 @@ waited for, so that a GPU replays one captured CUDA graph per step. On a CPU the
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
-from ..ops import coefficient_table, sampler_step
+from ..ops import StepCoefficients, coefficient_table, sampler_step
 from ..runtime.hub import reason
 from ..runtime.ranges import named
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -30,10 +37,19 @@ class SamplingLoop:
         capture: replay CUDA graphs (on a CUDA device).
     """
 
-    def __init__(self, network, shape, timesteps, steps, seed, device, capture=False):
+    def __init__(
+        self,
+        network: Network,
+        shape: Sequence[int],
+        timesteps: Sequence[int],
+        steps: Sequence[StepCoefficients],
+        seed: int,
+        device: str | torch.device,
+        capture: bool = False,
+    ):
         self._network, self._seed, self._capture_graphs = network, seed, capture
         self._noisy = any(step.c_z for step in steps)
-        # Buffers that are written to again and again, whatever the mode in which the loop is made.
+        # Buffers are written to again and again; made in inference mode, they could not be outside of it.
         with torch.inference_mode(False):
             # diffusers' networks keep the layout of their input; convolutions are faster in this one.
             self.x = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
@@ -45,7 +61,7 @@ class SamplingLoop:
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
     @torch.no_grad()
-    def start(self, x_T, first):
+    def start(self, x_T: torch.Tensor, first: int) -> None:
         """Begin with the states ``x_T`` of samples ``first ..``."""
         if x_T.shape != self.x.shape:
             raise InputError(f"x_T must have shape {tuple(self.x.shape)}, got {tuple(x_T.shape)}")
@@ -54,7 +70,7 @@ class SamplingLoop:
         self._step.zero_()
 
     @torch.no_grad()
-    def step(self, pool=None):
+    def step(self, pool: int | None = None) -> torch.Tensor | None:
         """The next step, in place in ``x``; with ``pool`` its area average, valid until the next call."""
         if not self._capture_graphs:
             return self._run(pool)
@@ -95,14 +111,14 @@ class SamplingLoop:
         return graph, pooled
 
 
-def network_of(unet, autocast=None, compiled=False):
+def network_of(unet: "UNet2DModel", autocast: torch.dtype | None = None, compiled: bool = False) -> Network:
     """A diffusers UNet as a :class:`SamplingLoop`'s network.
 
     Args:
         unet: ``UNet2DModel``.
         autocast: ``torch.bfloat16`` for mixed precision, or None.
         compiled: through ``torch.compile``; a minute or more the first time, kept on disk. Its first output is compared with
-            the uncompiled network's; a warning says if it is off, or if there is no compiler, and the plain one runs on.
+            the uncompiled network's; if it is wrong, or if there is no compiler, a warning says so and the plain one runs on.
     """
     parameter = next(unet.parameters())
 
@@ -118,7 +134,7 @@ def network_of(unet, autocast=None, compiled=False):
 
 
 class _Checked:
-    """A compiled network that is compared with the plain one on its first call: compilers have been wrong without a word."""
+    """A compiled network that is compared with the plain one on its first call: compilers have been wrong without an error."""
 
     def __init__(self, plain, compiled):
         self._plain, self._run = plain, compiled

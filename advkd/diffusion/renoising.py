@@ -5,6 +5,7 @@ consistency model, or the posterior mean that a diffusion model knows. Noise is 
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -13,9 +14,18 @@ from ..ops import StepCoefficients, philox_normal, sampler_step
 from ..ops.arguments import finite, require_dense, sizes
 from ..ops.philox import indices_of
 
+Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
+
 
 @torch.no_grad()
-def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
+def sample_dpdm(
+    denoiser: Denoiser,
+    sigmas: Iterable[float],
+    shape: Sequence[int],
+    seed: int = 0,
+    start: int = 0,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
     """DPDM's sampler (Data Prediction Denoising Models, algorithm 2): x = x_0 + sigma_k z, then x_0 = denoiser(x, sigma_k).
 
     Args:
@@ -33,7 +43,15 @@ def sample_dpdm(denoiser, sigmas, shape, seed=0, start=0, device="cpu"):
 
 
 @torch.no_grad()
-def sample_consistency(denoiser, sigmas, shape, seed=0, start=0, device="cpu", sigma_min=0.002):
+def sample_consistency(
+    denoiser: Denoiser,
+    sigmas: Iterable[float],
+    shape: Sequence[int],
+    seed: int = 0,
+    start: int = 0,
+    device: str | torch.device = "cpu",
+    sigma_min: float = 0.002,
+) -> torch.Tensor:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): noise of deviation sqrt(sigma_k^2 - sigma_min^2).
 
     The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
@@ -62,11 +80,11 @@ def _denoise_again(denoiser, sigmas, weights, shape, seed, start, device):
         raise InputError(f"sigmas must be finite, positive and descending, got {list(sigmas)}")
     indices = indices_of(shape[0], start, device)
     x = weights[0] * philox_normal(seed, indices, shape[1:], stream="x_T")
-    # Add noise to what the denoiser made of the state: x_next = m + c_z z.
+    # Add noise to the denoiser's result m: x_next = m + c_z z.
     for k, (sigma, weight) in enumerate(zip(sigmas[:-1], weights[1:]), 1):
         renoise = StepCoefficients(k_x=0.0, k_m=1.0, c_0=1.0, c_z=weight)
         x_0 = _denoised(denoiser, x, sigma)
-        # The step reads halves as they are.
+        # Half-precision results need no conversion: the step reads them.
         x_0 = x_0.float() if x_0.dtype == torch.float64 else x_0
         x, _, _ = sampler_step(x, x_0, renoise, noise=(seed, indices, k), out=x)
     return _denoised(denoiser, x, sigmas[-1]).float()

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import InputError
 from ..ops.conv_layer import ALGORITHMS
-from ..runtime.files import cache_folder, read_json, write_json
+from ..runtime.files import read_json, write_json
+from ..runtime.folders import cache_folder
 from ..runtime.timing import processor_identity
 
 ALGORITHMS_VERSION = TIMES_VERSION = 1

@@ -1,43 +1,41 @@
-"""How good a student is: its images against the teacher's and against real ones, each with the floor of that comparison.
+"""The quality of a student: its images against the teacher's and against real ones, each with the floor of that comparison.
 
-The floor is what two disjoint halves of the reference give at the same N: no generator can be expected to do better. All
+The floor is the distance of two disjoint halves of the reference at the same N: no generator can be expected to do better. All
 images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
 """
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..data.images import describe_shape, load_images, read_pictures
 from ..data.pictures import to_uint8
-from ..diffusion.recorder import (
-    Trajectories,
-    TrajectoryConfig,
-    record_in_processes,
-    record_trajectories,
-    same_teacher,
-    samples_overlap,
-)
+from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher, samples_overlap
+from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..models.fused_student import FusedStudent
 from ..models.shape import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
-from ..runtime.files import cache_folder, digest, require_output_folder, write_json
+from ..runtime.files import digest, write_json
+from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
 from .features import build_extractor, extract, require_fit
 from .metrics import compare, frechet_floor
 
 REFERENCE_SEED = 1_000_001
-"""Default seed of evaluation: far from the small numbers that people train with."""
+"""Default seed of evaluation, far from the small numbers that training usually takes."""
 
 
 @dataclass
 class EvaluationConfig:
-    """How ``advkd evaluate`` measures.
+    """Options of ``advkd evaluate``.
 
     Attributes:
         num: images of the student, and of each of two disjoint sets of the teacher's.
@@ -59,7 +57,7 @@ class EvaluationConfig:
     processes: int = 1
     dtype: str = "float32"
 
-    def validate(self):
+    def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
         for name, least in (("num", 1), ("resamples", 20), ("processes", 1)):
             if getattr(self, name) < least:
@@ -72,17 +70,26 @@ class EvaluationConfig:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
 
 
-def evaluate_student(student, teacher, config, out, teacher_samples=None, device="cpu", cache=None, progress=True):
+def evaluate_student(
+    student: str | Path,
+    teacher: str | Path,
+    config: EvaluationConfig,
+    out: str | Path,
+    teacher_samples: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Measure a student against its teacher and against real images, and write ``evaluation.json`` under ``out``.
 
     Args:
-        student, teacher: what their ``from_pretrained`` take.
+        student, teacher: sources for their ``from_pretrained``.
         config: an :class:`EvaluationConfig`.
         out: folder.
         teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
             run goes on) and kept in the cache.
         device: torch device.
-        cache: folder of kept features and samples (default :func:`advkd.runtime.files.cache_folder`).
+        cache: folder of kept features and samples (default :func:`advkd.runtime.folders.cache_folder`).
 
     Returns:
         The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.
@@ -100,7 +107,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
     folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
     samples = Trajectories(folder, option="--teacher-samples")
 
-    # Without a search: figures must not hang on a measurement's noise.
+    # Without a search: figures must not depend on the noise of a measurement.
     fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
     drawn = _draw_student(fused, config)
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
@@ -116,7 +123,7 @@ def evaluate_student(student, teacher, config, out, teacher_samples=None, device
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
         "pairs": _pairs(samples, model) if samples.paired else None,
-        "models": describe_models(fused, model, drawer, samples.recipe["sampler"], samples.recipe["steps"]),
+        "models": describe_models(fused, model, drawer, samples.info.sampler, samples.info.steps),
         "known_unseen": model.training_record is not None,
     }
     write_json(out / "evaluation.json", result)
@@ -138,7 +145,14 @@ def _load(student, teacher, config, device):
     return extractor, model, drawer, real
 
 
-def evaluate_folders(images, reference, config, out=None, device="cpu", cache=None):
+def evaluate_folders(
+    images: str | Path,
+    reference: str | Path,
+    config: EvaluationConfig,
+    out: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+) -> dict[str, Any]:
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
     The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
@@ -175,7 +189,7 @@ def _header(extractor, config, device):
     return {**names, "config": asdict(config), "provenance": provenance(device)}
 
 
-def table(result):
+def table(result: dict[str, Any]) -> str:
     """A result as text: the rows aligned, then the models."""
     lines = cells(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -183,7 +197,7 @@ def table(result):
     return "\n".join(text + _describe(result))
 
 
-def cells(result):
+def cells(result: dict[str, Any]) -> list[list[str]]:
     """A result's rows as texts, titles first, for any table."""
     titles = ["images", "against", "N", result["score"], "95 % interval", "x floor", "floor", "at infinity", "KID"]
     lines = [[*titles, "precision", "recall", "nearest", "diversity"]]
@@ -242,8 +256,8 @@ def _require_drawable(extractor, model, teacher, config):
     require_fit(extractor, drawn, f"--student with --num {config.num}")
 
 
-def has_seen(record, part):
-    """Whether a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
+def has_seen(record: dict | None, part: dict) -> bool | None:
+    """True if a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
 
     The noise of a seed is the same for every teacher, so the teacher does not matter.
     """
@@ -257,8 +271,8 @@ def _require_unseen(record, part):
 
 
 def _require_samples(samples, teacher, model, config):
-    teacher.match(samples.recipe["teacher"])
-    if not same_teacher(samples.recipe["teacher"], teacher.identity()):
+    teacher.match(samples.info.teacher)
+    if not same_teacher(samples.info.teacher, teacher.identity()):
         raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
     if len(samples) < 2 * config.num:
         raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
@@ -277,9 +291,9 @@ def _draw_teacher(source, drawer, config, cache, progress):
     depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
-        recipe = Trajectories(folder, option="the cache's").recipe
-        same = all(recipe[key] == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
-        if not same or not same_teacher(recipe["teacher"], drawer.identity()):
+        info = Trajectories(folder, option="the cache's").info
+        same = all(getattr(info, key) == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
+        if not same or not same_teacher(info.teacher, drawer.identity()):
             raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
         return folder
     if config.processes > 1:
@@ -295,13 +309,13 @@ def _draw_student(fused, config):
 
 def _images(samples, num):
     """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
-    last, starts = samples.recipe["depth"], range(0, num, 64)
+    last, starts = samples.info.depth, range(0, num, 64)
     batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
     return _gather(map(_eight_bit, batches), num)
 
 
 def _gather(batches, num):
-    """Batches of uint8 images as one tensor, of which there is never a copy."""
+    """Batches of uint8 images as one tensor, filled without a copy of the whole."""
     images, first = None, 0
     for batch in batches:
         if images is None:
@@ -341,9 +355,9 @@ def _shuffled(features, seed=0):
 
 
 def _pairs(samples, model, n=256):
-    """How much the student's image looks like the teacher's from the same noise, which it has not seen."""
+    """The likeness of the student's image to the teacher's from the same noise, unseen in training."""
     n = min(n, len(samples))
-    last = samples.recipe["depth"]
+    last = samples.info.depth
     images = samples.batch(range(n), [last])[1][last]
     device = model.head.weight.device
     with torch.no_grad():
@@ -355,7 +369,9 @@ def _pairs(samples, model, n=256):
     return {"num": n, "correlation": correlation.mean().item(), "mismatched": other.mean().item(), "mse": squared.item()}
 
 
-def describe_models(fused, student, teacher, sampler="ddim", steps=None, n=16):
+def describe_models(
+    fused: FusedStudent, student: Student, teacher: Teacher, sampler: str = "ddim", steps: int | None = None, n: int = 16
+) -> dict[str, Any]:
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
     z, passes = fused.latents(n, REFERENCE_SEED), 10
 

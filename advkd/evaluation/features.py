@@ -1,7 +1,7 @@
 """Features of images, and the cache that keeps them by content.
 
-An extractor is a module with ``num_features``, ``score`` (what a Frechet distance in its features is called), ``identity`` (a
-hash of what it computes), ``shape`` (the images it takes, or None) and a ``forward`` from uint8 ``(N, C, H, W)`` to
+An extractor is a module with ``num_features``, ``score`` (the name of a Frechet distance in its features), ``identity`` (a hash
+of its computation), ``shape`` (of the images it takes, or None) and a ``forward`` from uint8 ``(N, C, H, W)`` to
 ``(N, num_features)`` float.
 """
 
@@ -36,7 +36,7 @@ HEADER_LIMIT = 2**16
 class ClassifierFeatures(nn.Module):
     """A :class:`Classifier`'s features: the Frechet distance is ``FD-<its name>``, never FID."""
 
-    def __init__(self, classifier):
+    def __init__(self, classifier: Classifier):
         super().__init__()
         config = classifier.config
         self.classifier = classifier
@@ -45,27 +45,27 @@ class ClassifierFeatures(nn.Module):
         self.shape = (config.image_channels, config.image_size, config.image_size)
 
     @property
-    def identity(self):
-        """A hash of configuration and weights as they are now: they may be trained on."""
+    def identity(self) -> str:
+        """A hash of the current configuration and weights, which training may change."""
         shape = json.dumps(asdict(self.classifier.config), sort_keys=True)
         return hashlib.sha256(f"{shape} {digest(self.classifier.state_dict())}".encode()).hexdigest()
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier.features(normalize(images))
 
 
 class InceptionFeatures(nn.Module):
     """Inception-v3's 2,048 pooled features (FID's), from a local file with torch-fidelity's conversion of the original weights.
 
-    Gray images are repeated to three channels. The file is read as tensors only; one of another hash, one that would unpack to
-    more than it holds, and one with anything else in it are an :class:`InputError`.
+    Gray images are repeated to three channels. The file is read as tensors only; a file of another hash, one that would unpack
+    to more than its size, and one with anything else in it raise an :class:`InputError`.
     """
 
     num_features = 2048
     score = "FID"
     shape = None
 
-    def __init__(self, weights):
+    def __init__(self, weights: str | Path):
         super().__init__()
         weights, what = Path(weights), f"--inception-weights {weights}"
         require_regular(weights, f"--inception-weights (torch-fidelity's {INCEPTION_FILE})", INCEPTION_LIMIT)
@@ -77,21 +77,21 @@ class InceptionFeatures(nn.Module):
             raise InputError(f"{what} is not torch-fidelity's {INCEPTION_FILE} ({why_unreadable(weights, found)})")
         if importlib.util.find_spec("torch_fidelity") is None:
             raise InputError("--extractor inception needs torch-fidelity: pip install 'advkd[inception]'")
-        # The hash is known by eight digits only, which a file can be made to have.
+        # Only eight digits of the hash are known: a file can be forged to have them.
         require_weights(weights, "--inception-weights")
         self.network = _inception(_weights_alone(data, what), what)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images.expand(-1, 3, -1, -1))
 
 
 def _weights_alone(data, what):
-    """The tensors by name that a file of torch.save holds; anything else in it is refused."""
+    """The tensors by name in a file of torch.save; a file with anything else is refused."""
     try:
         with torch.device("cpu"):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        # Damaged files raise about anything.
+        # Damaged files raise nearly any error.
         raise InputError(f"{what} cannot be read as weights ({reason(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in state.items()):
         raise InputError(f"{what} holds something else than tensors by name")
@@ -99,7 +99,7 @@ def _weights_alone(data, what):
 
 
 def _is_plain(tensor):
-    """Whether this is a dense tensor with as much memory as it has elements: a view could repeat a few bytes for ever."""
+    """True for a dense tensor with memory for all its elements: a view could repeat a few bytes without end."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -107,21 +107,21 @@ def _is_plain(tensor):
 
 def _inception(state, what):
     """torchmetrics' network with these weights, float32 on the CPU whatever torch's defaults are."""
-    # torch-fidelity unpickles whatever it is given: it gets tensors only.
+    # torch-fidelity unpickles any file: it gets one with tensors only.
     with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         torch.save(state, path := Path(folder) / "weights.pth")
         try:
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).float()
-            # Once more, as another default dtype has rounded them.
+            # Loaded once more: another default dtype has rounded them.
             network.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(f"{what} is of another network ({reason(error)})") from error
     return network
 
 
-def build_extractor(name, inception_weights=None):
+def build_extractor(name: str, inception_weights: str | Path | None = None) -> nn.Module:
     """The extractor ``digits``, ``inception`` or of a folder by ``advkd classifier train``, in eval mode."""
     if name == "inception":
         if inception_weights is None:
@@ -132,7 +132,7 @@ def build_extractor(name, inception_weights=None):
     return ClassifierFeatures(Classifier.from_pretrained(name)).eval()
 
 
-def require_fit(extractor, images, option):
+def require_fit(extractor: nn.Module, images: torch.Tensor, option: str) -> None:
     """Refuse images (uint8 ``(N, C, H, W)``) that the extractor cannot take."""
     if extractor.shape is not None and tuple(images.shape[1:]) != tuple(extractor.shape):
         wanted, found = describe_shape(extractor.shape), describe_shape(images.shape[1:])
@@ -143,11 +143,11 @@ def require_fit(extractor, images, option):
 
 
 @torch.no_grad()
-def extract(extractor, images, batch_size=256, cache=None):
+def extract(extractor: nn.Module, images: torch.Tensor, batch_size: int = 256, cache: str | Path | None = None) -> torch.Tensor:
     """Features ``(N, D)`` float32, on the CPU, of uint8 images ``(N, C, H, W)``; computed on the extractor's device.
 
     Args:
-        extractor: see the module; one that does not give ``(N, num_features)`` is an :class:`InputError`.
+        extractor: see the module; one that does not give ``(N, num_features)`` raises an :class:`InputError`.
         images: uint8.
         batch_size: images per pass.
         cache: folder that keeps features under a hash of the images and the extractor; None keeps nothing.
@@ -175,7 +175,7 @@ def extract(extractor, images, batch_size=256, cache=None):
 
 
 def _read_kept(path, key, shape):
-    """Kept features under a key, of this shape; any other file in their place is as good as none."""
+    """Kept features under a key, of this shape; None if any other file is in their place."""
     try:
         require_regular(path, "features", 4 * math.prod(shape) + HEADER_LIMIT)
         tensors, metadata = read_tensors(path, "features", ("digest",))
@@ -185,5 +185,5 @@ def _read_kept(path, key, shape):
     features = tensors.get("features") if metadata.get("of", key) == key else None
     if features is None or features.dtype != torch.float32 or features.shape != shape or not features.isfinite().all():
         return None
-    # In memory of their own: what happens to the file later is no concern of theirs.
+    # A copy in memory: later changes of the file do not reach it.
     return features.clone()

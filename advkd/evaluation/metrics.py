@@ -1,15 +1,16 @@
-"""How far apart two sets of images are, measured on their features ``(N, D)``.
+"""Distances between two sets of images, measured on their features ``(N, D)``.
 
 The Frechet distance (Heusel et al. 2017, eq. 6) and KID (Binkowski et al. 2018, with torchmetrics' estimator) compare
 distributions; precision and recall are Kynkaanniemi et al.'s (2019, eq. 1 and 2). All are biased by the number of samples:
 compare equal N, and with the floor that two disjoint sets of one distribution give.
 
-Every function takes floating-point tensors of any dtype and device and computes in float64 on the CPU. Features that are no
-matrix, not finite, too few or of another dimension than those they are compared with are an :class:`InputError`.
+Every function takes floating-point tensors of any dtype and device and computes in float64 on the CPU. Features that are not a
+finite matrix, too few or of another dimension than those they are compared with raise an :class:`InputError`.
 """
 
 import math
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ NEIGHBOUR = 3
 """k of the manifolds behind precision and recall."""
 
 BLOCK = 2**21
-"""Distances that are held at a time."""
+"""Distances held in memory at a time."""
 
 CLOSEST = 32
 """Nearest references of a point that are tried first in a resample, which holds none of them once in e^32 times."""
@@ -29,12 +30,12 @@ LARGEST = 1e25
 """Largest magnitude of a feature: its twelfth power, which the deviation of KID takes, must be a float64."""
 
 
-def fewest(dimension):
-    """The fewest samples that features of a dimension can be measured with: covariances and neighbours need that many."""
+def fewest(dimension: int) -> int:
+    """The fewest samples for features of a dimension: covariances and neighbours need that many."""
     return max(2 * dimension, NEIGHBOUR + 2)
 
 
-def require_enough(features, name):
+def require_enough(features: torch.Tensor, name: str) -> None:
     """Refuse a set of features ``(N, D)`` with too few samples."""
     samples, dimension = features.shape
     if samples < fewest(dimension):
@@ -42,7 +43,7 @@ def require_enough(features, name):
         raise InputError(f"{name}: {samples} images are too few for {dimension} features; {needed}")
 
 
-def frechet_distance(generated, reference):
+def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of features ``(N, D)`` and ``(M, D)``, N and M at least 2.
 
     Exact to rounding for singular covariances too, and never negative.
@@ -77,7 +78,7 @@ def _triangle(tall):
     return torch.linalg.qr(tall, mode="r").R
 
 
-def kernel_distance(generated, reference, subsets=100, seed=0):
+def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
     """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), seeded.
 
     Each set needs 4 samples or more.
@@ -93,8 +94,8 @@ def kernel_distance(generated, reference, subsets=100, seed=0):
     return values.mean().item(), values.std(unbiased=False).item()
 
 
-def covers(points, manifold, k=NEIGHBOUR):
-    """``(N, M)`` bool: which of ``points`` (N, D) are within the k-th neighbour's distance of which of ``manifold`` (M, D).
+def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> torch.Tensor:
+    """``(N, M)`` bool: True where a point (N, D) is within the k-th neighbour's distance of one of ``manifold`` (M, D).
 
     Precision is the share of generated points that some reference point covers, recall that of reference points that some
     generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
@@ -108,10 +109,10 @@ def covers(points, manifold, k=NEIGHBOUR):
     return result
 
 
-def distances(points, others):
+def distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Euclidean distances ``(N, M)`` of features, float64.
 
-    Those below the resolution of the arithmetic, about 1e-7 of the features' own size, are 0: a copy is no way off.
+    Distances below the resolution of the arithmetic, about 1e-7 of the features' own size, are 0: a copy is at distance 0.
     """
     points, others = _checked(points, "points", 1), _checked(others, "others", 1)
     points, others = _shifted(*_alike(points, others, ("points", "others")))
@@ -129,7 +130,7 @@ def _shifted(points, others):
 
 
 def _blocks(points, others):
-    """Yield ``(rows, distances)`` until all of ``points`` had their distances to ``others``; the memory is used again."""
+    """Yield ``(rows, distances to others)`` for all of ``points``; each block reuses the memory of the one before."""
     norms, others_norms = points.square().sum(dim=1), others.square().sum(dim=1)
     count, resolution = max(1, BLOCK // len(others)), (points.shape[1] + 2) * torch.finfo(torch.float64).eps
     memory = torch.empty(min(count, len(points)), len(others), dtype=torch.float64, device="cpu")
@@ -154,7 +155,9 @@ def _radius(block, k):
     return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1)
 
 
-def frechet_interval(generated, reference, resamples=200, seed=0, level=0.95):
+def frechet_interval(
+    generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0, level: float = 0.95
+) -> list[float]:
     """Bootstrap interval ``(low, high)`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
 
     A resample repeats samples, which raises the distance as fewer samples would; the interval is therefore that of the
@@ -168,7 +171,9 @@ def frechet_interval(generated, reference, resamples=200, seed=0, level=0.95):
     return _interval(values, _frechet(generated, reference), level)
 
 
-def neighbour_measures(generated, reference, resamples=200, seed=0, level=0.95):
+def neighbour_measures(
+    generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
     """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
 
     ``nearest`` is the mean distance of a generated point to the closest reference point, ``diversity`` the mean distance of two
@@ -193,7 +198,7 @@ def neighbour_measures(generated, reference, resamples=200, seed=0, level=0.95):
 
 
 def _counts(size, resamples, generator):
-    """How often each sample is drawn: once, as measured, and in each resample; ``(size, 1 + resamples)`` float64."""
+    """Number of times that each sample is drawn: once, as measured, then per resample; ``(size, 1 + resamples)`` float64."""
     rows = torch.randint(size, (size, resamples), generator=generator, dtype=torch.int64, device="cpu")
     counts = torch.ones(size, 1 + resamples, dtype=torch.float64, device="cpu")
     counts[:, 1:] = 0
@@ -213,7 +218,7 @@ def _within(points, counts):
 
 def _across(generated, reference, radii, reference_radii, ours, theirs):
     """Precision, recall and nearest distance under each column of both sets' counts, in one pass over the distances."""
-    # How many drawn points cover a point: float32 tells none from some.
+    # Counts of drawn points that cover a point: float32 tells none from some.
     here, there = ((counts > 0).to(torch.float32) for counts in (ours, theirs))
     precision, nearest = (torch.zeros(ours.shape[1], dtype=torch.float64, device="cpu") for _ in range(2))
     recalled = torch.zeros_like(there)
@@ -239,11 +244,13 @@ def _nearest(block, drawn):
     return result
 
 
-def frechet_at_infinity(generated, reference, points=8, subsets=5, seed=0):
+def frechet_at_infinity(
+    generated: torch.Tensor, reference: torch.Tensor, points: int = 8, subsets: int = 5, seed: int = 0
+) -> dict[str, Any]:
     """The Frechet distance extrapolated to infinitely many samples (Chong and Forsyth 2020, section 4).
 
-    Both sets, of at least D + 2 samples, are thinned to the same N; the distance is linear in 1/N, and the intercept is what
-    remains without the bias.
+    Both sets, of at least D + 2 samples, are thinned to the same N; the distance is linear in 1/N, and the intercept is the
+    distance without the bias.
 
     Returns:
         ``{"value": intercept, "slope": ..., "sizes": [N, ...], "distances": [mean over subsets, ...]}``.
@@ -273,10 +280,10 @@ def _line(x, y):
     return (y.mean() - slope * x.mean()).item(), slope.item()
 
 
-def frechet_floor(samples, splits=20, seed=0):
+def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> list[float]:
     """The Frechet distances of ``splits`` random splits of features ``(2 N, D)``, N at least 2, into two halves.
 
-    Their mean is the floor of the distance at N: what a perfect generator would reach.
+    Their mean is the floor of the distance at N, which a perfect generator would reach.
     """
     samples = _checked(samples, "samples", 4)
     _require_least(1, splits=splits)
@@ -287,7 +294,7 @@ def frechet_floor(samples, splits=20, seed=0):
     return values
 
 
-def compare(generated, reference, resamples=200, seed=0):
+def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0) -> dict[str, Any]:
     """Every measure of generated features ``(N, D)`` against reference ones ``(M, D)``, as a dict of numbers and intervals."""
     generated, reference = _two(generated, reference, 1)
     require_enough(generated, "generated images")
@@ -305,7 +312,7 @@ def compare(generated, reference, resamples=200, seed=0):
 
 
 def _interval(resampled, measured, level):
-    """The part ``level`` of resampled values, moved so that their mean is the measured one."""
+    """The central ``level`` of resampled values, shifted so that their mean is the measured value."""
     values = torch.tensor(resampled, dtype=torch.float64, device="cpu")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     return torch.quantile(values + measured - values.mean(), tails).tolist()

@@ -1,4 +1,4 @@
-"""One page that a person looks at: samples, levels, loss curves and the tables, in a single HTML file and as PNGs."""
+"""One page to look at: samples, levels, loss curves and the tables, in a single HTML file and as PNGs."""
 
 import base64
 import html
@@ -8,9 +8,13 @@ import torch
 
 from ..data.levels import supervising_timesteps
 from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
-from ..diffusion.recorder import downsample, same_teacher
+from ..data.trajectories import same_teacher
+from ..diffusion.recorder import downsample
+from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..runtime.files import digest, read_json, require_output_folder, restoring, write_bytes
+from ..models.student import Student
+from ..runtime.files import digest, read_json, restoring, write_bytes
+from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
 
@@ -38,7 +42,15 @@ EVALUATION_KEYS = (
 RUN_KEYS = ("name", "times_floor", "at_infinity", "precision", "recall", "correlation", "cpu_seconds", "command")
 
 
-def write_report(student, teacher, evaluation, out, metrics=None, ablation=None, title="advkd: one pass against many"):
+def write_report(
+    student: Student,
+    teacher: Teacher,
+    evaluation: str | Path,
+    out: str | Path,
+    metrics: str | Path | None = None,
+    ablation: str | Path | None = None,
+    title: str = "advkd: one pass against many",
+) -> Path:
     """Write ``report.html`` (self-contained) and its PNGs under ``out``.
 
     Args:
@@ -47,7 +59,7 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
         evaluation: path of an ``evaluation.json`` of :func:`advkd.evaluation.evaluate.evaluate_student`.
         out: folder.
         metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
-        ablation: path of a table of runs by ``profiling/ablation.py``; None leaves it out.
+        ablation: path of a table of runs by ``profiling/cases/ablation.py``; None leaves it out.
         title: of the page.
 
     Returns:
@@ -60,8 +72,8 @@ def write_report(student, teacher, evaluation, out, metrics=None, ablation=None,
     result = _read_evaluation(evaluation, student, teacher)
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
     if not isinstance(runs, list) or not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
-        raise InputError(f"ablation {ablation} is not what profiling/ablation.py writes")
-    with restoring("ablation", ablation, "run profiling/ablation.py again"):
+        raise InputError(f"ablation {ablation} is not what profiling/cases/ablation.py writes")
+    with restoring("ablation", ablation, "run profiling/cases/ablation.py again"):
         _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)
@@ -110,8 +122,8 @@ def _curves(result):
     return curves
 
 
-def save_pictures(teacher, student, metrics, out):
-    """The four PNGs of a student; returns ``{file name: caption}`` in order of importance."""
+def save_pictures(teacher: Teacher, student: Student, metrics: str | Path | None, out: str | Path) -> dict[str, str]:
+    """Write the four PNGs of a student and return ``{file name: caption}`` in order of importance."""
     out = Path(out)
     save_pairs_of(teacher, student, out / "teacher_and_student.png")
     save_levels_of(teacher, student, out / "levels.png")
@@ -131,8 +143,8 @@ def save_pictures(teacher, student, metrics, out):
     return captions
 
 
-def save_pairs_of(teacher, student, path, n=12, seed=FRESH_SEED):
-    """Teacher and student side by side from the same noise."""
+def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int = 12, seed: int = FRESH_SEED) -> None:
+    """Write teacher and student side by side, from the same noise."""
     x_T = teacher.noise(n, seed)
     x_0 = teacher.sample(n, seed)
     with named("student"), torch.no_grad():
@@ -140,8 +152,8 @@ def save_pairs_of(teacher, student, path, n=12, seed=FRESH_SEED):
     save_pairs(x_0, drawn, path)
 
 
-def save_levels_of(teacher, student, path, seed=FRESH_SEED):
-    """The strip of all levels beneath the teacher's states, from one noise."""
+def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: int = FRESH_SEED) -> None:
+    """Write the strip of all levels beneath the teacher's states, from one noise."""
     x_T = teacher.noise(1, seed)
     states = dict(teacher.path(x_T, "ddim"))
     timesteps = supervising_timesteps("ddim", student.depth, list(states), teacher.train_timesteps)
@@ -202,8 +214,8 @@ def _ablation_table(runs, score):
     return _table(titles, rows)
 
 
-def seconds(run):
-    """A run's CPU seconds as text; those of a run that was killed and went on are not known."""
+def seconds(run: dict) -> str:
+    """A run's CPU seconds as text, empty for a run that was killed and resumed, whose time is not known."""
     return "" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.0f}"
 
 

@@ -14,11 +14,12 @@ from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, Model
 from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError, safe_open
 
+from ..config import build_config
 from ..data.pictures import to_pil
 from ..errors import InputError
 from ..models.batch_norm import CannotFoldError, evaluating
 from ..models.folding import read_by_fusing
-from ..models.saving import build_config, require_plausible
+from ..models.saving import require_plausible
 from ..models.shape import StudentConfig
 from ..models.student import Student
 from ..runtime.devices import plain_defaults

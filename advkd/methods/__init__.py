@@ -1,1 +1,24 @@
-"""Distillation methods: one paper a module."""
+"""Distillation methods: one paper a module. A method is a row of :data:`METHODS`."""
+
+import importlib
+
+from ..errors import InputError
+
+METHODS = {
+    "adv-kd": "adv_kd.AdvKD",
+    "denoising": "denoising.Denoising",
+    "classification": "classification.Classification",
+}
+"""Name -> module and class of every method."""
+
+
+def method_class(name: str) -> type:
+    """Class of the method ``name``, imported when it is asked for.
+
+    Raises:
+        InputError: no method has that name.
+    """
+    if name not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    module, _, kind = METHODS[name].partition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)

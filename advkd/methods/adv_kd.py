@@ -1,9 +1,25 @@
-"""How a student is trained: the paper's recipe, stage by stage, and the joint recipe, all levels at once."""
+"""ADV-KD: a student imitates a teacher's states, submodule by submodule, by regression and critics (section 3).
 
+A stage's update: critic updates on (teacher's levels, student's levels), then one student update on
+J = mse + kl + wasserstein over the stage's levels. The paper's recipe goes stage by stage, the joint recipe trains all levels
+at once.
+"""
+
+import dataclasses
+import math
 from dataclasses import dataclass, replace
 
+import torch
+from torch import nn
+
+from ..data.draws import shift, training_latents
 from ..errors import InputError
+from ..models.critic import Critic, CriticConfig
+from ..ops.critic.update import critic_gradients
+from ..ops.latents import split_latent
 from ..ops.registry import BACKENDS
+from ..runtime.ranges import named
+from .base import Kept, Method, Needs, Settings, Stage, Trained
 
 
 @dataclass
@@ -78,7 +94,7 @@ class DistillConfig:
     checkpoint_every: int = 100
     log_every: int = 1
 
-    def validate(self, depth, paired, num):
+    def validate(self, depth: int, paired: bool, num: int) -> None:
         """Raise :class:`InputError` that names the field that cannot work with a student of ``depth`` submodules and a data
         set of ``num`` samples."""
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
@@ -126,11 +142,11 @@ class DistillConfig:
                 "an unconditional critic is right: use --mse 0 --kl 0 --no-conditional, or record with --sampler ddim"
             )
 
-    def regression_levels_of(self, stage):
+    def regression_levels_of(self, stage: Stage) -> list[int]:
         """The stage's levels that mse and kl apply to."""
         return [k for k in stage.levels if not self.regression_levels or k in self.regression_levels]
 
-    def stages(self, depth):
+    def stages(self, depth: int) -> list["SubmoduleStage"]:
         """The stages of a run for a student of ``depth`` submodules."""
         if self.recipe == "joint":
             return [self._stage(1, tuple(range(1, depth + 1)), depth)]
@@ -140,19 +156,20 @@ class DistillConfig:
         critics = tuple(k for k in levels if not self.critic_levels or k in self.critic_levels) if self.wasserstein else ()
         first = last if self.train_scope == "last" and self.recipe == "paper" else 1
         batch_size, updates = (v[min(number, len(v)) - 1] for v in (self.batch_sizes, self.updates))
-        return Stage(number, levels, critics, range(first, last + 1), batch_size, updates)
+        return SubmoduleStage(number, updates, batch_size, levels, critics, range(first, last + 1))
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage: which levels are supervised, which have a critic, which submodules train, batch and budget."""
+class SubmoduleStage(Stage):
+    """A stage that trains some of a student's submodules.
 
-    number: int
-    levels: tuple[int, ...]
-    critic_levels: tuple[int, ...]
-    trained: range
-    batch_size: int
-    updates: int
+    Attributes:
+        critic_levels: levels with a critic.
+        trained: submodules that are trained.
+    """
+
+    critic_levels: tuple[int, ...] = ()
+    trained: range = range(0)
 
 
 RECIPES = {
@@ -184,7 +201,7 @@ RECIPES = {
 }
 
 
-def recipe(name, **overrides):
+def recipe(name: str, **overrides) -> DistillConfig:
     """The recipe ``name`` with some fields changed."""
     if name not in RECIPES:
         raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
@@ -194,3 +211,189 @@ def recipe(name, **overrides):
 def _require(condition, message):
     if not condition:
         raise InputError(message)
+
+
+class Scales(nn.Module):
+    """Logarithms of the standard deviations s of the divergence's normal distributions, one per level."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.log_s = nn.Parameter(torch.zeros(depth))
+
+
+class AdvKD(Method):
+    """Adversarial distillation of a teacher's states into the submodules of a student.
+
+    Args:
+        config: a :class:`DistillConfig`.
+        student: a :class:`advkd.Student`; it is trained in place.
+    """
+
+    name = "adv-kd"
+    reference = "ADV-KD: adversarial knowledge distillation for faster diffusion sampling, sections 3 and 4"
+    Config = DistillConfig
+    recipes = RECIPES
+
+    def __init__(self, config: DistillConfig, student):
+        self.config, self.student = config, student
+        self.scales, self.critics = Scales(student.depth), {}
+        self.columns = ("loss", "wasserstein", "critic", "penalty", *(f"mse_{k:02d}" for k in range(1, student.depth + 1)))
+
+    def check(self, data) -> None:
+        """Refuse trajectories that the configuration cannot be trained on."""
+        self.config.validate(self.student.depth, data.paired, len(data))
+
+    def needs(self) -> Needs:
+        """Recorded levels; pairs where a distance compares with the teacher's image of the same noise."""
+        config = self.config
+        paired = bool(config.mse or config.kl or config.conditional)
+        return Needs("levels", paired=paired, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
+
+    def settings(self) -> Settings:
+        """The trainer's part of the configuration."""
+        config, free = self.config, ("checkpoint_every", "critic_backend")
+        return Settings(config.seed, config.checkpoint_every, config.log_every, config.mixed_precision, free)
+
+    def identity(self) -> dict:
+        """Shape of the student, and what it was trained on before."""
+        trained_on = (self.student.training_record or {}).get("samples")
+        return {"student": dataclasses.asdict(self.student.config), "init": trained_on}
+
+    def stages(self) -> list[SubmoduleStage]:
+        """One stage, or one per submodule."""
+        return self.config.stages(self.student.depth)
+
+    def build(self, stage: SubmoduleStage) -> dict[str, Trained | Kept]:
+        """The student with the stage's submodules in training, and fresh critics."""
+        config, student = self.config, self.student
+        self.stage, self.updates = stage, stage.updates
+        student.requires_grad_(False)
+        student.eval()
+        trained = [student.submodules[k - 1] for k in stage.trained]
+        trained += [student.head if k == student.depth else student.terminals[k - 1] for k in stage.levels]
+        for module in trained:
+            module.requires_grad_(True).train()
+        parameters = [p for p in student.parameters() if p.requires_grad] + ([self.scales.log_s] if config.kl else [])
+        common = {"betas": config.betas, "schedule": self._schedule, "clip": config.clip_gradients}
+        parts = {
+            "student": Trained(
+                student,
+                config.learning_rate,
+                average=config.ema,
+                parameters=parameters,
+                memory_format=torch.channels_last,
+                **common,
+            ),
+            "scales": Kept(self.scales),
+        }
+        self.critics = nn.ModuleDict({str(k): self._critic(stage, k) for k in stage.critic_levels})
+        if self.critics:
+            parts["critic"] = Trained(self.critics, config.critic_learning_rate, **common)
+        return parts
+
+    def _schedule(self, update):
+        """Cosine decay to ``final_learning_rate`` of the rate at the stage's end."""
+        final = self.config.final_learning_rate
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / self.updates))
+
+    def _critic(self, stage, k):
+        config, student = self.config, self.student
+        condition = sum(channels for channels, side in student.latent_parts if side == 4)
+        shape = CriticConfig(
+            image_size=student.resolutions[k - 1],
+            image_channels=student.config.image_channels,
+            channels=config.critic_channels,
+            max_channels=config.critic_max_channels,
+            condition_channels=condition if config.conditional else 0,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((config.seed * 2**16 + stage.number * 2**8 + k) % 2**63)
+            return Critic(shape)
+
+    def update(self, step, batch, draw) -> None:
+        """Critic updates, each on a batch of its own but the last, which shares the student's; then the student."""
+        rounds = self.config.critic_updates if self.critics else 1
+        for i in range(rounds):
+            if i:
+                batch, draw = step.next_batch()
+            images, judged = self._forward(step, batch, draw, trained=i + 1 == rounds)
+            if self.critics:
+                with named("critic update"):
+                    self.update_critics(step, batch, draw, judged)
+        with named("student update"):
+            self.update_student(step, batch, draw, images, judged)
+
+    def _forward(self, step, batch, draw, trained):
+        """Images of the batch's latents by level, and those that the critics judge: of fresh latents where there are any."""
+        z, n = batch.z, len(batch.z)
+        latents = z
+        if self.config.fresh and self.critics:
+            fresh = training_latents(draw.seed, draw.start, n, z.shape[1], z.device)
+            latents = torch.cat((z, fresh.to(z.dtype)))
+        with named("student forward"), torch.set_grad_enabled(trained), step.autocast():
+            images = self.student(latents, levels=self.stage.levels)
+        images = {k: image.to(z.dtype) for k, image in images.items()}
+        judged = {k: images[k][-n:] for k in self.stage.critic_levels}
+        return {k: image[:n] for k, image in images.items()}, judged
+
+    def update_critics(self, step, batch, draw, judged) -> None:
+        """One update of the critics on the batch's levels and the judged images."""
+        # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
+        config, condition, updates = self.config, self._condition(batch.z), []
+        for k in self.stage.critic_levels:
+            real = self._seen(batch.levels[k], draw, k, 1)
+            fake = self._seen(judged[k].detach(), draw, k, 2)
+            options = {"a": (config.seed, draw.indices, k), "condition": condition, "weight": config.gradient_penalty}
+            options |= {"backend": config.critic_backend, "check_finite": False}
+            updates.append(critic_gradients(self.critics[str(k)], real, fake, **options))
+        step.gradients("critic", (gradient for update in updates for gradient in update.gradients))
+        step.log(
+            critic=torch.stack([update.loss for update in updates]).mean(),
+            penalty=torch.stack([update.penalty for update in updates]).mean(),
+        )
+
+    def update_student(self, step, batch, draw, images, judged) -> None:
+        """One update of the student by the distances of its images and the critics' scores."""
+        config, depth = self.config, self.student.depth
+        metrics, terms = {}, []
+        regressed = config.regression_levels_of(self.stage)
+        for k, image in images.items():
+            weight = 1 / len(images) + (config.final_weight if k == depth else 0.0)
+            squared = (image - batch.levels[k]).square().mean()
+            metrics[f"mse_{k:02d}"] = squared.detach()
+            if config.mse and k in regressed:
+                terms.append(weight * config.mse * squared)
+            if config.kl and k in regressed:
+                terms.append(weight * config.kl * kl_divergence(squared, self.scales.log_s[k - 1], config.kl_floor))
+        if self.critics:
+            condition = self._condition(batch.z)
+            arguments = () if condition is None else (condition,)
+            seen = {k: self._seen(judged[k], draw, k, 2) for k in self.stage.critic_levels}
+            scores = [-self.critics[str(k)](image, *arguments).mean() for k, image in seen.items()]
+            metrics["wasserstein"] = torch.stack(scores).mean().detach()
+            terms.append(config.wasserstein * torch.stack(scores).mean())
+        loss = torch.stack(terms).sum()
+        step("student", loss)
+        step.log(loss=loss.detach(), **metrics)
+
+    def _seen(self, image, draw, level, kind):
+        """What a critic is shown of an image."""
+        return shift(image, draw.seed, draw.start, level, kind) if self.config.augment else image
+
+    def _condition(self, z):
+        if not self.config.conditional:
+            return None
+        parts = zip(split_latent(z, self.student.latent_parts), self.student.latent_parts, strict=True)
+        return torch.cat([piece for piece, (_, side) in parts if side == 4], dim=1)
+
+    def samples(self, student, stage: Stage) -> torch.Tensor:
+        """36 images of the stage's last level; earlier levels than the image are shown at a third of their contrast."""
+        k = stage.levels[-1]
+        z = student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype)
+        return student(z, levels=(k,))[k] / (1.0 if k == self.student.depth else 3.0)
+
+
+def kl_divergence(squared: torch.Tensor, log_s: torch.Tensor, floor: float) -> torch.Tensor:
+    """KL(N(x', floor^2 I) || N(y, s^2 I)) per dimension; with s learned its minimum is s^2 = floor^2 + mse."""
+    variance = torch.exp(2 * log_s)
+    return log_s - math.log(floor) + (floor * floor + squared) / (2 * variance) - 0.5

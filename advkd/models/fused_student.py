@@ -16,13 +16,13 @@ from ..engines.gpu import GpuEngine
 from ..engines.plan import Plan
 from ..engines.reference import ReferenceEngine
 from ..errors import BackendUnavailableError, InputError
-from ..ops import philox_normal
+from ..ops import philox_normal, registry
 from ..ops.arguments import whole
-from ..ops.conv_block import choose_for, require_finite
+from ..ops.conv_block import require_finite
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
-from ..runtime.host import to_host
+from ..runtime.devices import to_host
 from ..runtime.ranges import named
 from .folding import folded, require_fusable
 from .saving import PretrainedModule
@@ -277,7 +277,7 @@ class FusedStudent(PretrainedModule, nn.Module):
 
 def _choose(backend, layers, dtype, device):
     """The backend whose engine computes; one that is asked for by name and cannot is an error."""
-    chosen = choose_for("student_forward", dtype, backend, device)
+    chosen = registry.choose_for_dtype("student_forward", dtype, backend, device)
     gap = ENGINES[chosen].gap(layers, dtype, device)
     if gap is None:
         return chosen

@@ -1,6 +1,7 @@
-"""Checks of arguments that many functions share: what is refused is an :class:`InputError` that names it."""
+"""Checks of arguments that many functions share; each raises an :class:`InputError` that names the argument."""
 
 import operator
+from typing import Any
 
 import torch
 
@@ -10,10 +11,10 @@ from .derivatives import wants_derivative
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def real(name, value, constant=True):
+def real(name: str, value: Any, constant: bool = True) -> float:
     """``value`` as a float: Python's and numpy's numbers, and tensors of one number that can be read.
 
-    ``constant``: a tensor by which a derivative is wanted is refused, for the float would leave that behind without a word.
+    ``constant``: refuse a tensor by which a derivative is wanted, which the float would silently drop.
     """
     if isinstance(value, float):
         return float(value)
@@ -28,21 +29,21 @@ def real(name, value, constant=True):
 
 
 def _is_text(value):
-    """True for what ``float`` would parse: text, buffers of bytes, and numpy's arrays of either."""
+    """True for a value that ``float`` would parse: text, a buffer of bytes, or numpy's array of either."""
     if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         return True
     return getattr(getattr(value, "dtype", None), "kind", "") in ("S", "U")
 
 
-def finite(name, value, constant=True):
-    """:func:`real`, of what float32 holds."""
+def finite(name: str, value: Any, constant: bool = True) -> float:
+    """:func:`real`, within the range of float32."""
     number = real(name, value, constant)
     if not abs(number) <= _LARGEST:
         raise InputError(f"{name} must be finite, got {value!r}")
     return number
 
 
-def whole(name, value, least=0, below=2**63):
+def whole(name: str, value: Any, least: int = 0, below: int = 2**63) -> int:
     """``value`` as an int in [least, below)."""
     try:
         number = operator.index(value)
@@ -54,10 +55,10 @@ def whole(name, value, least=0, below=2**63):
     return number
 
 
-def flag(name, value):
-    """``value`` as a bool: it is one, or 0 or 1, Python's, numpy's or a tensor's."""
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool, from a bool, 0 or 1 of Python, numpy or a tensor."""
     try:
-        # A bool of numpy is no index.
+        # numpy's bool is no index.
         number = value if isinstance(value, int) else operator.index(value.item())
     except (AttributeError, TypeError, ValueError, RuntimeError):
         number = None
@@ -66,8 +67,8 @@ def flag(name, value):
     return bool(number)
 
 
-def sizes(name, value, length=None):
-    """``value`` as a tuple of sizes, of ``length`` axes where that is given."""
+def sizes(name: str, value: Any, length: int | None = None) -> tuple[int, ...]:
+    """``value`` as a tuple of sizes, ``length`` of them if that is given."""
     try:
         found = tuple(value)
     except TypeError:
@@ -78,7 +79,7 @@ def sizes(name, value, length=None):
     return tuple(whole(name, side) for side in found)
 
 
-def device(name, value):
+def device(name: str, value: Any) -> torch.device:
     """``value`` as a torch device that this torch knows."""
     try:
         return torch.device(value)
@@ -86,8 +87,8 @@ def device(name, value):
         raise InputError(f"{name} must be a device, as 'cpu' or 'cuda:0', got {value!r}") from None
 
 
-def require_dense(name, tensor):
-    """An :class:`InputError` unless ``tensor`` is a tensor with strides."""
+def require_dense(name: str, tensor: Any) -> None:
+    """Raise :class:`InputError` unless ``tensor`` is a tensor with strides."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
     # Dynamo cannot trace these queries.

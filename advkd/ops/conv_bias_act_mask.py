@@ -1,4 +1,6 @@
-"""Convolution, bias and LeakyReLU, keeping one bit per element: all that backward and tangent passes need of an activation."""
+"""Convolution, bias and LeakyReLU with one kept bit per element, all that backward and tangent passes need of an activation."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -7,7 +9,6 @@ from . import registry
 from .arguments import finite, require_dense, whole
 from .layout import (
     arithmetic_dtype,
-    choose_for,
     dense,
     in_memory_order,
     memory_format,
@@ -20,8 +21,17 @@ from .mask_mul import mask_bytes, pack
 
 
 def conv_bias_act_mask(
-    x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, slope=0.01, backend="auto"
-):  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    slope: float = 0.01,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LeakyReLU(convolution) and the sign of what went into it.
 
     Args:
@@ -66,10 +76,18 @@ def conv_bias_act_mask(
     return bias_act_mask(p, None if inside is not None else bias, slope, fresh=True, backend=backend)
 
 
-def bias_act_mask(p, bias, slope, *, fresh=False, out=None, backend="auto"):
+def bias_act_mask(
+    p: torch.Tensor,
+    bias: torch.Tensor | None,
+    slope: float,
+    *,
+    fresh: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LeakyReLU(p + bias) and its mask: the epilogue of :func:`conv_bias_act_mask`, for any ``(N, C, ...)``.
 
-    ``fresh``: nobody else needs ``p``, which then receives the result. ``out``: a tensor like ``p`` that receives it.
+    ``fresh``: ``p`` has no other reader and receives the result. ``out``: a tensor like ``p`` that receives it.
     """
     p = dense(p)
     if out is None:
@@ -81,7 +99,9 @@ def bias_act_mask(p, bias, slope, *, fresh=False, out=None, backend="auto"):
     return out, mask
 
 
-def conv_bias_act_mask_reference(p, bias, slope, out, mask):
+def conv_bias_act_mask_reference(
+    p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor
+) -> None:
     """The specification of :func:`bias_act_mask`: writes ``out`` and ``mask``."""
     values = p.to(arithmetic_dtype(p))
     if bias is not None:
@@ -114,7 +134,7 @@ _LIBRARY.define("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, str bac
 
 def _conv_bias_act_mask(p, bias, slope, backend, out, mask):
     registry.refuse_order_0("conv_bias_act_mask", p, bias, out)
-    launch = _LAUNCH[choose_for("conv_bias_act_mask", p, backend)]
+    launch = _LAUNCH[registry.choose_for("conv_bias_act_mask", p, backend)]
     if p.numel():
         launch(p, bias, slope, out, mask)
 

@@ -7,7 +7,7 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, flag, require_dense
-from .conv_layer import ACTIVATIONS, CPU_DTYPES, DTYPES, ConvLayer, is_image, output_sides, pack
+from .conv_layer import ACTIVATIONS, CPU_DTYPES, ConvLayer, is_image, output_sides, pack
 from .gpu_storage import padded, product_of
 from .layout import has_values
 from .student_steps import Step, pack_gpu, run_step, triton_launcher
@@ -48,7 +48,7 @@ def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_
     registry.require_known(backend)
     registry.refuse_order_0("conv_block", x, weight, bias)
     require_finite(weight=weight, bias=bias)
-    backend = choose_for("conv_block", x.dtype, backend, x.device)
+    backend = registry.choose_for_dtype("conv_block", x.dtype, backend, x.device)
     return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
 
 
@@ -77,18 +77,6 @@ def require_finite(**tensors):
     for name, tensor in tensors.items():
         if has_values(tensor) and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
-
-
-def choose_for(op, dtype, backend, device):
-    """:func:`backends.choose` for the student's convolutions; kernels have some dtypes only."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
-    known = {"cpu": CPU_DTYPES, "cuda": DTYPES, "triton": DTYPES}
-    chosen = registry.choose(op, backend, device)
-    if dtype not in known.get(backend, (dtype,)):
-        names = " or ".join(str(kind).removeprefix("torch.") for kind in known[backend])
-        raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
-    return chosen if dtype in known.get(chosen, (dtype,)) else "reference"
 
 
 def conv_block_reference(x, weight, bias, slope, upsample, activation):
@@ -137,7 +125,9 @@ _LAUNCH = {
     "triton": conv_block_triton,
     "cuda": conv_block_cuda,
 }
-registry.implement("conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0))
+registry.implement(
+    "conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0), dtypes={"cpu": CPU_DTYPES}
+)
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

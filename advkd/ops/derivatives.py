@@ -1,4 +1,4 @@
-"""Whether a derivative through a tensor is asked for, whatever transforms of ``torch.func`` are nested around the call."""
+"""Tests whether a derivative through a tensor is asked for, under any nesting of the transforms of ``torch.func``."""
 
 import contextlib
 
@@ -8,13 +8,13 @@ from torch._C._functorch import TransformType, get_unwrapped, maybe_get_level, p
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 
-def wants_derivative(tensor):
-    """True where a gradient by ``tensor`` may be asked for later, or where it carries a tangent."""
+def wants_derivative(tensor: torch.Tensor) -> bool:
+    """True if a gradient by ``tensor`` may be asked for later, or if it carries a tangent."""
     return (tensor.requires_grad and torch.is_grad_enabled()) or carries_tangent(tensor)
 
 
-def carries_tangent(tensor):
-    """True where ``tensor`` has a tangent in forward mode, at any level of nested transforms."""
+def carries_tangent(tensor: torch.Tensor) -> bool:
+    """True if ``tensor`` has a tangent in forward mode, at any level of nested transforms."""
     if forward_ad._current_level < 0:
         return False
     # Dynamo cannot trace the walk through the levels.
@@ -24,7 +24,7 @@ def carries_tangent(tensor):
 
 
 def _carries_at_any_level(tensor):
-    """The tangent of a transform is seen at its own level only, when those inside of it are left."""
+    """A transform's tangent is visible at its own level only, once the inner ones are left."""
     with contextlib.ExitStack() as left:
         while (innermost := peek_interpreter_stack()) is not None:
             if maybe_get_level(tensor) == innermost.level():

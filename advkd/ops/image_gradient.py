@@ -4,6 +4,8 @@ With one to four input channels oneDNN's backward-data pass reaches a sixth of t
 makes dot products over the features instead. Elsewhere the convolution's own backward pass is taken.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
@@ -12,10 +14,20 @@ from .arguments import sizes, whole
 from .layout import memory_format, require_floating, windows, with_usual_strides
 
 CHANNELS, TAPS = 4, 64
-"""What the kernel takes at most."""
+"""Limits of the kernel."""
 
 
-def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=1, backend="auto"):
+def image_gradient(
+    d: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor:
     """dL/dx of ``y = conv2d(x, weight)`` from ``d`` = dL/dy.
 
     Args:
@@ -53,14 +65,30 @@ def image_gradient(d, weight, shape, *, stride=1, padding=0, dilation=1, groups=
     return torch.ops.advkd.image_gradient(d, weight, list(shape), *pairs, groups, wish)
 
 
-def image_gradient_reference(d, weight, shape, stride, padding, dilation, groups):
+def image_gradient_reference(
+    d: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
     """The specification of :func:`image_gradient`."""
     x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=memory_format(d))
     args = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
     return torch.ops.aten.convolution_backward(d, x, with_usual_strides(weight, groups), None, *args)[0]
 
 
-def image_gradient_cpu(d, weight, shape, stride, padding, dilation, groups):
+def image_gradient_cpu(
+    d: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
     """The C++ kernel, on channels_last storage."""
     out = torch.empty((shape[0], *shape[2:], shape[1]), dtype=d.dtype, device=d.device)
     if out.numel():

@@ -1,14 +1,16 @@
-"""Points between real and generated samples, where the gradient penalty is taken: x_hat = a real + (1 - a) fake."""
+"""Points between real and generated samples for the gradient penalty: x_hat = a real + (1 - a) fake."""
 
 import torch
 
 from ..errors import InputError
 from . import philox, registry
 from .arguments import flag, require_dense
-from .layout import arithmetic_dtype, choose_for, memory_format, require_like, require_samples
+from .layout import arithmetic_dtype, memory_format, require_like, require_samples
 
 
-def interpolate(real, fake, a, *, merge=False, backend="auto"):
+def interpolate(
+    real: torch.Tensor, fake: torch.Tensor, a: torch.Tensor | tuple, *, merge: bool = False, backend: str = "auto"
+) -> torch.Tensor:
     """One point on the line between each real and generated sample (Gulrajani et al. 2017, algorithm 1).
 
     Args:
@@ -24,7 +26,7 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
         ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32.
 
     Raises:
-        InputError: tensors that do not fit each other, a bad seed, index or step, or a ``merge`` that is no flag.
+        InputError: tensors that do not fit each other, a bad seed, index or step, or a ``merge`` other than a flag.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_samples("real", real)
@@ -52,7 +54,16 @@ def interpolate(real, fake, a, *, merge=False, backend="auto"):
     return out
 
 
-def interpolate_reference(real, fake, a, indices, seed, step, steps, out):
+def interpolate_reference(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    a: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     """The specification of :func:`interpolate`: writes ``out``, which has N or 3 N rows."""
     n, dtype = real.shape[0], arithmetic_dtype(real)
     if a is None:
@@ -100,7 +111,7 @@ _LIBRARY.define(
 
 def _interpolate(real, fake, a, indices, seed, step, steps, backend, out):
     registry.refuse_order_0("interpolate", real, fake, a)
-    launch = _LAUNCH[choose_for("interpolate", real, backend)]
+    launch = _LAUNCH[registry.choose_for("interpolate", real, backend)]
     if real.numel():
         launch(real, fake, a, indices, seed, step, steps, out)
 

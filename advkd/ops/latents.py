@@ -9,6 +9,7 @@ Two layouts, both one flat ``(N, numel)`` tensor:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +18,7 @@ from ..runtime.devices import without_autocast
 from .arguments import flag, require_dense, whole
 
 
-def latent_parts(image_channels, image_size, latent_size, detail_noise):
+def latent_parts(image_channels: int, image_size: int, latent_size: int, detail_noise: bool) -> list[tuple[int, int]]:
     """Shapes ``[(channels, side), ...]`` of the parts of a flat latent, in order."""
     coarse = [(image_channels * latent_size * latent_size, 4)]
     if not detail_noise:
@@ -25,13 +26,13 @@ def latent_parts(image_channels, image_size, latent_size, detail_noise):
     return coarse + [(3 * image_channels, 4 << i) for i in range(int(math.log2(image_size // 4)))]
 
 
-def latent_numel(image_channels, image_size, latent_size, detail_noise):
+def latent_numel(image_channels: int, image_size: int, latent_size: int, detail_noise: bool) -> int:
     """Number of elements of one latent."""
     parts = latent_parts(image_channels, image_size, latent_size, detail_noise)
     return sum(channels * side * side for channels, side in parts)
 
 
-def split_latent(z, parts):
+def split_latent(z: torch.Tensor, parts: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Cut a flat ``(N, numel)`` latent into ``[(N, channels, side, side), ...]``."""
     numels = [channels * side * side for channels, side in parts]
     if z.ndim != 2 or z.shape[1] != sum(numels):
@@ -41,8 +42,8 @@ def split_latent(z, parts):
     return [piece.reshape(z.shape[0], channels, side, side) for piece, (channels, side) in zip(pieces, parts, strict=True)]
 
 
-def project(x_T, latent_size=1, detail_noise=False):
-    """z of a start state.
+def project(x_T: torch.Tensor, latent_size: int = 1, detail_noise: bool = False) -> torch.Tensor:
+    """The latent z of a start state.
 
     Args:
         x_T: ``(N, C, S, S)`` with S = 4 * 2^k.
@@ -61,7 +62,7 @@ def project(x_T, latent_size=1, detail_noise=False):
     side = size // 4
     basis = dct_basis(side, latent_size).to(x_T)
     blocks = x_T.reshape(n, channels, 4, side, 4, side)
-    # Autocast would round what is to be orthonormal.
+    # Autocast would round the orthonormal basis.
     with without_autocast(x_T):
         coefficients = torch.einsum("ncyaxb,ua,vb->ncuvyx", blocks, basis, basis)
     return coefficients.reshape(n, channels * latent_size**2 * 16)
@@ -76,7 +77,7 @@ def _check_state(x_T):
         raise InputError(f"x_T must have shape (N, C, S, S) with S = 4 * 2^k, got {tuple(x_T.shape)}")
 
 
-def check_latent(image_size, latent_size, detail_noise):
+def check_latent(image_size: int, latent_size: int, detail_noise: bool) -> None:
     """Raise :class:`InputError` for a latent that does not fit the images."""
     if detail_noise and latent_size != 1:
         raise InputError(f"latent_size must be 1 with detail_noise, got {latent_size}")
@@ -84,7 +85,7 @@ def check_latent(image_size, latent_size, detail_noise):
         raise InputError(f"latent_size must be between 1 and {image_size // 4}, got {latent_size}")
 
 
-def dct_basis(side, count):
+def dct_basis(side: int, count: int) -> torch.Tensor:
     """The ``count`` lowest rows of the orthonormal DCT-II matrix of order ``side``, float64 on the CPU."""
     k = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
     positions = torch.arange(side, dtype=torch.float64, device="cpu") + 0.5

@@ -1,67 +1,61 @@
-"""What the elementwise ops share: the dtypes that kernels store, and the layout they work on."""
+"""Dtypes, layouts and checks of tensors that the ops share."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import InputError
-from . import registry
 from .arguments import require_dense, whole
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Storage of the kernels; the references also take float64."""
 
 
-def memory_format(x):
+def memory_format(x: torch.Tensor) -> torch.memory_format:
     """The layout of an op: channels_last where ``x`` is that and not contiguous, else contiguous."""
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
-def dense(x):
+def dense(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself where it is contiguous or channels_last, else a contiguous copy."""
     return x.contiguous(memory_format=memory_format(x))
 
 
-def channels_last(x):
-    """``x`` in channels_last storage, its strides saying so even where it has one channel: convolutions look at them."""
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in channels_last storage, with such strides even where it has one channel: convolutions look at them."""
     if x.shape[1] == 1:
         return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def in_memory_order(x):
+def in_memory_order(x: torch.Tensor) -> torch.Tensor:
     """``(N, elements)``: each sample's elements of a dense tensor in the order of memory; a view."""
     if memory_format(x) == torch.channels_last:
         x = x.permute(0, 2, 3, 1)
     return x.reshape(x.shape[0], -1)
 
 
-def arithmetic_dtype(x):
+def arithmetic_dtype(x: torch.Tensor) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def choose_for(name, x, backend):
-    """:func:`backends.choose` for op ``name`` on ``x``, with float64 for the reference alone."""
-    chosen = registry.choose(name, backend, x.device)
-    if chosen == "reference" or x.dtype in DTYPES:
-        return chosen
-    if backend != "auto":
-        raise InputError(f"backend {backend!r} of {name} takes float32, bfloat16 and float16, got {x.dtype}")
-    return "reference"
-
-
-def pair(value):
-    """An option of a convolution or a window as a pair: ``(value, value)`` of a number, or of a list of one."""
+def pair(value: Any) -> tuple:
+    """An option of a convolution or a window as a pair: ``(value, value)`` for a number or a list of one."""
     value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return value * 2 if len(value) == 1 else value
 
 
-def windows(size, kernel, stride, padding, dilation):
-    """The options of a convolution as pairs, and the sides of its result, which is not empty but in its samples.
+def windows(
+    size: Sequence[int], kernel: Sequence[int], stride: Any, padding: Any, dilation: Any
+) -> tuple[list[list[int]], list[int]]:
+    """The options of a convolution as pairs, and the sides of its result, which are at least 1.
 
     Raises:
-        InputError: options that are no pair of numbers, or a kernel that does not fit into ``size``, (H, W).
+        InputError: options other than numbers or pairs of them, or a kernel that does not fit into ``size``, (H, W).
     """
     pairs = []
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
@@ -78,30 +72,30 @@ def windows(size, kernel, stride, padding, dilation):
     return pairs, sides
 
 
-def with_usual_strides(weight, groups):
+def with_usual_strides(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """``weight``, copied where an axis of one pixel may have any stride: torch's grouped convolutions misread some of those."""
     if groups == 1 or 1 not in weight.shape[2:]:
         return weight
     return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(weight)
 
 
-def require_floating(name, tensor):
-    """An :class:`InputError` unless ``tensor`` has a dtype that the ops know."""
+def require_floating(name: str, tensor: Any) -> None:
+    """Raise :class:`InputError` unless ``tensor`` has a dtype that the ops take."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (*DTYPES, torch.float64):
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise InputError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {kind}")
     require_dense(name, tensor)
 
 
-def require_samples(name, tensor):
+def require_samples(name: str, tensor: Any) -> None:
     """:func:`require_floating`, and an axis of samples."""
     require_floating(name, tensor)
     if tensor.ndim < 1:
         raise InputError(f"{name} must have shape (N, ...), got ()")
 
 
-def require_like(name, tensor, other_name, other):
-    """An :class:`InputError` unless ``tensor`` has ``other``'s shape, dtype, device and layout."""
+def require_like(name: str, tensor: Any, other_name: str, other: torch.Tensor) -> None:
+    """Raise :class:`InputError` unless ``tensor`` has ``other``'s shape, dtype, device and layout."""
     require_floating(name, tensor)
     found, expected = ((tuple(t.shape), t.dtype, t.device) for t in (tensor, other))
     if found != expected:
@@ -110,26 +104,26 @@ def require_like(name, tensor, other_name, other):
         raise InputError(f"{name} must be laid out like {other_name} ({memory_format(other)}), got strides {tensor.stride()}")
 
 
-def require_out(out, name, x):
-    """An :class:`InputError` unless ``out`` is like ``x``, and ``x`` itself or apart from it."""
+def require_out(out: Any, name: str, x: torch.Tensor) -> None:
+    """Raise :class:`InputError` unless ``out`` is like ``x``, and is ``x`` itself or shares no memory with it."""
     require_like("out", out, name, x)
     require_writable("out", out)
     if has_memory(out):
-        require_whole_or_apart("out", out, name, x)
+        require_no_partial_overlap("out", out, name, x)
 
 
-def has_values(tensor):
-    """False for tensors that a look at their numbers would fail on: those on meta and those of a ``FakeTensorMode``."""
+def has_values(tensor: torch.Tensor) -> bool:
+    """False for tensors without numbers to read: those on meta and those of a ``FakeTensorMode``."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def has_memory(tensor):
-    """True where addresses can be asked for: not in code that is compiled, nor where tensors have no values."""
+def has_memory(tensor: torch.Tensor) -> bool:
+    """True if ``tensor`` has an address: not in compiled code, nor where tensors have no values."""
     return not torch.compiler.is_compiling() and has_values(tensor)
 
 
-def require_writable(name, tensor):
-    """An :class:`InputError` for a lazily negated view, whose memory has other numbers, and for what inference mode made."""
+def require_writable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a lazily negated view, whose memory has other numbers, and a tensor made in inference mode."""
     if torch.compiler.is_compiling():
         return
     if tensor.is_neg():
@@ -138,8 +132,8 @@ def require_writable(name, tensor):
         raise InputError(f"{name} was made in inference mode, and can be written in that mode only; give a clone of it")
 
 
-def require_whole_or_apart(name, tensor, other_name, other):
-    """An :class:`InputError` where a tensor that is written shares a part of its memory with one that is read."""
+def require_no_partial_overlap(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Refuse a tensor to write that overlaps one to read without being the same tensor."""
     if tensor is other:
         return
     if overlap(tensor, other) and not _same(tensor, other):
@@ -150,19 +144,19 @@ def _same(tensor, other):
     return tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype and tensor.stride() == other.stride()
 
 
-def require_apart(name, tensor, other_name, other):
-    """An :class:`InputError` where a tensor that is written shares memory with one that is read in another order."""
+def require_apart(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Refuse a tensor to write that shares memory with one that is read in another order."""
     if overlap(tensor, other):
         raise InputError(f"{name} overlaps {other_name}, which is read while it is written; give it memory of its own")
 
 
-def overlap(tensor, other):
-    """True where two tensors may share memory."""
+def overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two tensors may share memory."""
     (first, last), (begin, end) = span(tensor), span(other)
     return begin < last and first < end
 
 
-def span(tensor):
+def span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and one past the last address that a tensor may touch."""
     first = tensor.data_ptr()
     if tensor.is_contiguous():

@@ -1,7 +1,7 @@
 """LeakyReLU's derivative from a one-bit mask: the factor between two layers of a backward or tangent pass.
 
 Sample n of a mask is a row of bytes: bit i of byte j is set where the pre-activation of the sample's element 8 j + i, in the
-order of memory, is positive. What follows a row's last element is zero.
+order of memory, is positive. The bits behind a row's last element are zero.
 """
 
 import math
@@ -13,7 +13,6 @@ from . import registry
 from .arguments import finite, require_dense
 from .layout import (
     arithmetic_dtype,
-    choose_for,
     dense,
     has_memory,
     in_memory_order,
@@ -23,7 +22,9 @@ from .layout import (
 )
 
 
-def mask_mul(x, mask, slope, *, out=None, backend="auto"):
+def mask_mul(
+    x: torch.Tensor, mask: torch.Tensor, slope: float, *, out: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
     """``x`` where the mask's bit is set, ``slope * x`` elsewhere.
 
     Args:
@@ -57,12 +58,13 @@ def mask_mul(x, mask, slope, *, out=None, backend="auto"):
     return out
 
 
-def mask_bytes(x):
+def mask_bytes(x: torch.Tensor) -> int:
     """Bytes of a sample's mask."""
     return (math.prod(x.shape[1:]) + 7) // 8
 
 
-def require_mask(mask, x):
+def require_mask(mask: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise :class:`InputError` unless ``mask`` is one of ``x``."""
     require_dense("mask", mask)
     shape = (x.shape[0], mask_bytes(x))
     if mask.dtype != torch.uint8 or tuple(mask.shape) != shape or mask.device != x.device or not mask.is_contiguous():
@@ -70,14 +72,14 @@ def require_mask(mask, x):
         raise InputError(f"mask must be contiguous uint8 {shape} on {x.device}, got {found}")
 
 
-def mask_mul_reference(x, mask, slope, out):
+def mask_mul_reference(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
     """The specification of :func:`mask_mul`: writes ``out``."""
     values = in_memory_order(x)
     scaled = (slope * values.to(arithmetic_dtype(x))).to(x.dtype)
     in_memory_order(out).copy_(torch.where(unpack(mask, values.shape[1]), values, scaled))
 
 
-def pack(positive):
+def pack(positive: torch.Tensor) -> torch.Tensor:
     """``(N, elements)`` booleans as ``(N, bytes)`` uint8."""
     n, count = positive.shape
     bits = torch.nn.functional.pad(positive, (0, -count % 8)).reshape(n, (count + 7) // 8, 8)
@@ -85,7 +87,7 @@ def pack(positive):
     return (bits * places).sum(-1, dtype=torch.uint8)
 
 
-def unpack(mask, count):
+def unpack(mask: torch.Tensor, count: int) -> torch.Tensor:
     """``(N, bytes)`` uint8 as ``(N, count)`` booleans."""
     places = torch.arange(8, device=mask.device, dtype=torch.uint8)
     return ((mask[:, :, None] >> places) & 1).flatten(1)[:, :count].bool()
@@ -114,7 +116,7 @@ _LIBRARY.define("mask_mul(Tensor x, Tensor mask, float slope, str backend, Tenso
 
 def _mask_mul(x, mask, slope, backend, out):
     registry.refuse_order_0("mask_mul", x, out)
-    launch = _LAUNCH[choose_for("mask_mul", x, backend)]
+    launch = _LAUNCH[registry.choose_for("mask_mul", x, backend)]
     if x.numel():
         launch(x, mask, slope, out)
 

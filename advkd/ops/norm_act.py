@@ -15,25 +15,25 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, flag
-from .layout import arithmetic_dtype, choose_for, dense, has_memory, memory_format, require_floating, span
+from .layout import arithmetic_dtype, dense, has_memory, memory_format, require_floating, span
 from .order import once
 
 
 def norm_act(
-    x,
-    gamma,
-    beta,
-    running_mean,
-    running_var,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
     *,
-    slope=0.01,
-    upsample=False,
-    training=True,
-    eps=1e-5,
-    momentum=0.1,
-    synchronize=False,
-    backend="auto",
-):
+    slope: float = 0.01,
+    upsample: bool = False,
+    training: bool = True,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    synchronize: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Batch norm over (N, H, W), LeakyReLU, and nearest up-sampling by 2 where asked.
 
     Args:
@@ -65,7 +65,7 @@ def norm_act(
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)
     if momentum is None:
         raise InputError("momentum must be a number, got None: for averages over the batches give 1 / k for batch k")
-    # torch.compile must meet them here first: not inside an autograd function, whose graph they would then belong to.
+    # torch.compile must see them here first: inside an autograd function they would belong to its graph.
     eps, slope, momentum = finite("eps", eps), finite("slope", slope), finite("momentum", momentum)
     if eps < 0:
         raise InputError(f"eps must be at least 0, got {eps}")
@@ -117,7 +117,7 @@ def _gradients(ctx, gradient, x, gamma, beta, statistics):
     dx = torch.empty_like(x) if needs_dx else None
     sums, masked = torch.zeros_like(statistics), False
     if ctx.count is not None or needs_dgamma or needs_dbeta:
-        # The sum of four pixels' gradients is wanted twice: kept where that loses nothing, in what becomes dx.
+        # The sum of four pixels' gradients is needed twice: kept in the later dx, where its dtype loses nothing.
         masked = needs_dx and upsample and x.dtype == statistics.dtype
         kept = dx if masked else None
         torch.ops.advkd.norm_act_sums(gradient, *given, eps, slope, upsample, backend, kept, sums)
@@ -127,14 +127,14 @@ def _gradients(ctx, gradient, x, gamma, beta, statistics):
     return dx, sums[1].to(gamma.dtype) if needs_dgamma else None, sums[0].to(beta.dtype) if needs_dbeta else None
 
 
-def moments(x, backend="auto"):
+def moments(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """``(2, C)`` mean and biased variance over (N, H, W), in the arithmetic's dtype. Order of differentiability 0."""
     statistics = torch.empty((2, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
     torch.ops.advkd.norm_act_moments(x, backend, statistics)
     return statistics
 
 
-def moments_reference(x, statistics):
+def moments_reference(x: torch.Tensor, statistics: torch.Tensor) -> None:
     """The specification of :func:`moments`: writes ``statistics``."""
     variance, mean = torch.var_mean(x.to(statistics.dtype), dim=(0, 2, 3), correction=0)
     statistics.copy_(torch.stack((mean, variance)))
@@ -197,7 +197,7 @@ def _weights(gamma, beta, x):
 
 
 def _batch_statistics(x, synchronize, backend):
-    """Statistics of the batch, or of all processes' batches together, and how many values a channel has in them."""
+    """Statistics of the batch, or of all processes' batches together, and their number of values per channel."""
     statistics, count = moments(x, backend), x.numel() // x.shape[1]
     if not synchronize:
         return statistics, count
@@ -256,7 +256,7 @@ def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
 
 
 def _check_apart(named):
-    """The running statistics, which are written before the rest is read, share memory with nothing."""
+    """Refuse running statistics, which are written before the rest is read, that share memory with another tensor."""
     spans = {name: span(tensor) for name, tensor in named.items()}
     for name in ("running_mean", "running_var"):
         first, last = spans.pop(name)
@@ -311,8 +311,8 @@ _LIBRARY.define(
 
 
 def _launcher(name, backend, x):
-    """What runs piece ``name``; nothing is launched on an empty tensor."""
-    chosen = choose_for("norm_act", x, backend)
+    """The launcher of piece ``name``; on an empty tensor it does nothing."""
+    chosen = registry.choose_for("norm_act", x, backend)
     if not x.numel() and name != "norm_act_moments":
         return lambda *args: None
     return _LAUNCH[name][chosen if x.numel() else "reference"]

@@ -1,14 +1,16 @@
-"""Order of differentiability 1, made loud: differentiating the gradients of such an op raises."""
+"""Order of differentiability 1, enforced: differentiating the gradients of such an op raises."""
 
 import torch
 
 
-def once(name, gradients, *inputs):
+def once(
+    name: str, gradients: tuple[torch.Tensor | None, ...], *inputs: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of op ``name``, to be returned from its backward pass.
 
-    Where a graph of the backward pass is wanted (``create_graph=True``) they hang on every tensor of ``inputs``, what the op
-    was given and its incoming gradients: whoever differentiates them, through ``backward()`` or ``torch.autograd.grad`` with
-    respect to any of these or of what they come from, gets an error, not a gradient with terms missing.
+    Where a graph of the backward pass is recorded (``create_graph=True``) they depend on every tensor of ``inputs``: the op's
+    arguments and its incoming gradients. Differentiating them, through ``backward()`` or ``torch.autograd.grad`` by any of
+    these or by an ancestor, then raises instead of giving a gradient with terms missing.
     """
     if not torch.is_grad_enabled():
         return gradients

@@ -5,13 +5,21 @@ import torch
 from ..errors import InputError
 from . import registry
 from .arguments import finite
-from .layout import arithmetic_dtype, choose_for, dense, in_memory_order, require_out, require_samples
+from .layout import arithmetic_dtype, dense, in_memory_order, require_out, require_samples
 
 MODES = ("two-sided", "one-sided", "r1")
 """(|g| - target)^2, its part above the target, |g|^2 / 2."""
 
 
-def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, backend="auto"):
+def penalty_reduce(
+    g: torch.Tensor,
+    *,
+    target: float = 1.0,
+    weight: float = 10.0,
+    mode: str = "two-sided",
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sample's penalty and its derivative by g.
 
     two-sided: P_i = weight / N (|g_i| - target)^2, v_i = 2 weight / N (|g_i| - target) g_i / |g_i| (0 where |g_i| = 0);
@@ -20,7 +28,7 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
     Args:
         g: ``(N, ...)`` gradient of a critic's score by its input, float32, bfloat16 or float16 (float64: reference only),
             contiguous or channels_last (another layout is copied to a contiguous one).
-        target: the norm that is not penalised; unused by r1.
+        target: the norm without a penalty; unused by r1.
         weight: lambda.
         mode: one of :data:`MODES`.
         out: tensor that receives v, like ``g``; may be ``g`` itself.
@@ -51,7 +59,9 @@ def penalty_reduce(g, *, target=1.0, weight=10.0, mode="two-sided", out=None, ba
     return penalties, out
 
 
-def penalty_reduce_reference(g, target, weight, mode, out, penalties):
+def penalty_reduce_reference(
+    g: torch.Tensor, target: float, weight: float, mode: int, out: torch.Tensor, penalties: torch.Tensor
+) -> None:
     """The specification of :func:`penalty_reduce`: writes ``out`` and ``penalties``; ``mode`` indexes :data:`MODES`."""
     values = in_memory_order(g).to(penalties.dtype)
     share = weight / g.shape[0]
@@ -93,7 +103,7 @@ _LIBRARY.define(
 
 def _penalty_reduce(g, target, weight, mode, backend, out, penalties):
     registry.refuse_order_0("penalty_reduce", g, out)
-    launch = _LAUNCH[choose_for("penalty_reduce", g, backend)]
+    launch = _LAUNCH[registry.choose_for("penalty_reduce", g, backend)]
     if g.numel():
         launch(g, target, weight, mode, out, penalties)
     elif g.shape[0]:

@@ -7,6 +7,7 @@ of processes, the device or the backend. The counter is (block, index low, index
 
 import math
 import operator
+from collections.abc import Sequence
 
 import torch
 
@@ -17,15 +18,17 @@ from .arguments import device as known_device
 from .arguments import require_dense, sizes, whole
 from .layout import has_values
 
-STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4}
-"""What a number is used for; streams never share a counter."""
+STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4, "draw": 5}
+"""Purposes of numbers; streams never share a counter."""
 
 _MASK = 0xFFFFFFFF
 _MOST = 2**34
 """Numbers of a sample: 2^32 blocks of four are the counter's range."""
 
 
-def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
+def philox_words(
+    seed: int, indices: torch.Tensor | range, count: int, *, stream: str, step: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """Random 32-bit words, equal bit for bit on every backend.
 
     Args:
@@ -48,7 +51,9 @@ def philox_words(seed, indices, count, *, stream, step=0, backend="auto"):
     return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
 
 
-def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
+def philox_normal(
+    seed: int, indices: torch.Tensor | range, shape: Sequence[int], *, stream: str, step: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """Standard normal numbers by Box-Muller from :func:`philox_words`.
 
     u1 = ((w >> 8) + 1) 2^-24, u2 = (w >> 8) 2^-24, angle = float32(2 pi) u2; of four words, (w0, w1) and then (w2, w3) give
@@ -70,13 +75,15 @@ def philox_normal(seed, indices, shape, *, stream, step=0, backend="auto"):
     return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
 
 
-def philox_uniform(seed, indices, *, stream, step=0, backend="auto"):
+def philox_uniform(
+    seed: int, indices: torch.Tensor | range, *, stream: str, step: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """One uniform number in [0, 1) per sample, (w0 >> 8) 2^-24: ``(N,)`` float32. Order of differentiability 0."""
     words = philox_words(seed, indices, 1, stream=stream, step=step, backend=backend)
     return (words[:, 0] >> 8).float() * 2.0**-24
 
 
-def validated(seed, indices, stream, step):
+def validated(seed: int, indices: torch.Tensor | range, stream: str, step: int) -> tuple[int, torch.Tensor, int]:
     """The seed as a signed 64-bit integer, the indices as a tensor and the stream's code, or an :class:`InputError`."""
     if isinstance(indices, range):
         indices = _of_range(indices)
@@ -101,7 +108,7 @@ def _of_range(indices):
     return _arange("indices", indices.start, stop, indices.step, "cpu")
 
 
-def indices_of(n, start, device):
+def indices_of(n: int, start: int, device: str | torch.device) -> torch.Tensor:
     """Indices of samples ``start .. start + n - 1`` on ``device``."""
     n, start, device = whole("n", n), whole("start", start), known_device("device", device)
     if start + n >= 2**63:
@@ -112,12 +119,14 @@ def indices_of(n, start, device):
 def _arange(name, start, stop, step, device):
     try:
         return torch.arange(start, stop, step, dtype=torch.int64, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # each kind of device has its own
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # it differs between kinds of devices
         count = (stop - start) // step
         raise InputError(f"{name}: no room for {count} indices on {device} ({reason(error)})") from error
 
 
-def counters(name, triple, samples, device):
+def counters(
+    name: str, triple: Sequence, samples: int, device: torch.device
+) -> tuple[int, torch.Tensor, int, torch.Tensor | None]:
     """A triple (seed, sample indices, step) as seed, indices on ``device``, step, and the step's tensor where it is one.
 
     ``step`` is an int or an int64 tensor of 1 or ``samples`` elements on ``device``; ``name`` is the argument, for errors.
@@ -157,7 +166,7 @@ def _integer(name, value, bits):
     return value
 
 
-def words_reference(indices, seed, count, stream, step):
+def words_reference(indices: torch.Tensor, seed: int, count: int, stream: int, step: int | torch.Tensor) -> torch.Tensor:
     """The specification of :func:`philox_words`, in integer tensors; ``step`` may be an int64 tensor of 1 or N elements."""
     blocks = (count + 3) // 4
     block = torch.arange(blocks, dtype=torch.int64, device=indices.device)
@@ -170,7 +179,7 @@ def words_reference(indices, seed, count, stream, step):
     return torch.stack(words, dim=-1).reshape(len(indices), 4 * blocks)[:, :count].contiguous()
 
 
-def rounds_reference(counter, key):
+def rounds_reference(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """The ten rounds: four counter words (int64 tensors in [0, 2^32)) and two key words (ints) to four output words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -188,7 +197,9 @@ def _multiply(a, b):
     return (product >> 32) & _MASK, product & _MASK
 
 
-def normal_reference(indices, seed, shape, stream, step):
+def normal_reference(
+    indices: torch.Tensor, seed: int, shape: Sequence[int], stream: int, step: int | torch.Tensor
+) -> torch.Tensor:
     """The specification of :func:`philox_normal`: uniforms as stated, logarithm, sine and cosine in float64."""
     count = math.prod(shape)
     pairs = (count + 3) // 4 * 2

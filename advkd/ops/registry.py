@@ -1,22 +1,24 @@
-"""Which backends an op has, which can run here, and the reason for each gap."""
+"""The backends of each op, the choice among those that can run here, and the reason for each gap."""
 
 import functools
 import importlib.util
 import os
-import shutil
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 
 from ..errors import BackendUnavailableError, InputError
+from ..runtime.extension import extension_gap
 from .derivatives import carries_tangent
+from .layout import DTYPES
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """Fastest first; ``auto`` takes the first one that an op has and that can run on the tensor's device."""
 
 IMPLEMENTED = {}
-"""Op name -> backends it is written for; each op's file adds its own line."""
+"""Op name -> backends it is written for; each op's file adds its own."""
 
 BY_NAME = {}
 """Op name -> backends that ``auto`` passes over: slower than the reference when the op is called alone."""
@@ -25,15 +27,31 @@ BY_NAME = {}
 CAPABILITY = {}
 """Op name -> the least compute capability that its GPU kernels are written for."""
 
+STORED = {}
+"""Op name -> backend -> dtypes that its kernels store."""
 
-def implement(name, *backends, by_name=(), capability=(7, 0)):
-    """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered)."""
+
+def implement(
+    name: str,
+    *backends: str,
+    by_name: tuple[str, ...] = (),
+    capability: tuple[int, int] = (7, 0),
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType({}),
+) -> None:
+    """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered).
+
+    Args:
+        by_name: backends that ``auto`` passes over.
+        capability: least compute capability of its GPU kernels.
+        dtypes: backend -> dtypes that its kernels store, where those are not :data:`advkd.ops.layout.DTYPES`.
+    """
     IMPLEMENTED[name] = ("reference", *backends)
     BY_NAME[name] = by_name
     CAPABILITY[name] = capability
+    STORED[name] = {**dict.fromkeys(backends, DTYPES), **dtypes}
 
 
-def refuse_gradients(library, name):
+def refuse_gradients(library: torch.library.Library, name: str) -> None:
     """Declare op ``name`` of order 0: a gradient through it raises instead of being silently wrong."""
 
     def backward(ctx, *gradients):
@@ -42,12 +60,12 @@ def refuse_gradients(library, name):
     torch.library.register_autograd(f"advkd::{name}", backward, lib=library)
 
 
-def refuse_order_0(name, *tensors):
-    """Raise where a derivative through op ``name`` is asked for: an op with outputs among its arguments can have no autograd
-    formula that would.
+def refuse_order_0(name: str, *tensors: object) -> None:
+    """Raise where a derivative through op ``name`` is asked for; an op with outputs among its arguments has no autograd formula
+    that would.
 
-    Public functions call it first: only there can the transforms of ``torch.func`` be seen, inside of the op their tensors are
-    plain ones, and a derivative would be zero without a word. The op calls it for whoever calls that.
+    Public functions call it first: the transforms of ``torch.func`` can be seen only there. Inside the op their tensors are
+    plain ones, and a derivative would silently be zero. The op calls it again for direct callers.
     """
     refuse_forward_mode(name, *tensors)
     if not torch.is_grad_enabled():
@@ -57,8 +75,8 @@ def refuse_order_0(name, *tensors):
             raise RuntimeError(f"{name} has no gradient (order of differentiability 0): call it under torch.no_grad()")
 
 
-def refuse_forward_mode(name, *tensors):
-    """Raise where a tensor carries a tangent, which op ``name`` would leave behind without a word."""
+def refuse_forward_mode(name: str, *tensors: object) -> None:
+    """Raise where a tensor carries a tangent, which op ``name`` would silently drop."""
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
@@ -66,13 +84,13 @@ def refuse_forward_mode(name, *tensors):
             raise RuntimeError(f"{name} has no gradient in forward mode: call it with the primal (forward_ad.unpack_dual)")
 
 
-def require_known(backend):
-    """An :class:`InputError` unless ``backend`` is the name of one, or ``auto``."""
+def require_known(backend: object) -> None:
+    """Raise :class:`InputError` unless ``backend`` is a backend's name or ``auto``."""
     if not isinstance(backend, str) or backend not in (*BACKENDS, "auto"):
         raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
 
 
-def gap(name, backend, device):
+def gap(name: str, backend: str, device: torch.device) -> str | None:
     """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
     if backend not in IMPLEMENTED[name]:
         return "not written for this op yet"
@@ -86,7 +104,7 @@ def _capability_gap(name, device):
     return None if has >= needs else f"needs compute capability {needs[0]}.{needs[1]}, this GPU has {has[0]}.{has[1]}"
 
 
-def choose(name, backend, device):
+def choose(name: str, backend: str, device: torch.device) -> str:
     """The backend that runs op ``name``: the one asked for, or for ``auto`` the fastest that can.
 
     The environment variable ``ADVKD_BACKEND`` steers ``auto`` (where it cannot run, the next best does).
@@ -101,7 +119,7 @@ def choose(name, backend, device):
 
 @functools.cache
 def _choose(name, backend, device, preferred):
-    """:func:`choose`, remembered: an op of a few microseconds asks on every call."""
+    """:func:`choose`, cached: an op of a few microseconds calls it every time."""
     if backend != "auto":
         if reason := gap(name, backend, device):
             raise BackendUnavailableError(f"backend {backend!r} cannot run {name} on {device}: {reason}")
@@ -115,33 +133,27 @@ def _choose(name, backend, device, preferred):
     return next(candidate for candidate in order if gap(name, candidate, device) is None)
 
 
-@functools.cache
-def extension_gap(kind):
-    """Load the C++ extension ``kind`` (``cpu`` or ``cuda``) once; None if it is loaded, else the reason."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
-    files = sorted(Path(__file__).parent.parent.glob(f"_{kind}*.so"))
-    if not files:
-        compiler = "; nvcc is not on PATH" if kind == "cuda" and shutil.which("nvcc") is None else ""
-        return f"the {kind} extension is not built (python setup.py build_ext --inplace{compiler})"
-    try:
-        torch.ops.load_library(files[0])
-    except OSError as error:
-        return f"{files[0].name} does not load ({error})"
-    return _foreign_code(files[0].name) if kind == "cuda" else None
+def choose_for(name: str, x: torch.Tensor, backend: str) -> str:
+    """:func:`choose` for op ``name`` on tensor ``x``; under ``auto`` the reference takes dtypes that kernels do not store."""
+    chosen = choose(name, backend, x.device)
+    if chosen == "reference" or x.dtype in STORED[name][chosen]:
+        return chosen
+    if backend != "auto":
+        raise InputError(f"backend {backend!r} of {name} takes float32, bfloat16 and float16, got {x.dtype}")
+    return "reference"
 
 
-def _foreign_code(name):
-    """The reason if the loaded CUDA object was built for other GPUs than the current one."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not _code_error(device):
-        return None
-    own = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    return f"{name} is built for other GPUs than this one: TORCH_CUDA_ARCH_LIST={own} python setup.py build_ext --inplace"
-
-
-def _code_error(device):
-    return torch.ops.advkd_cuda.missing_code(torch.empty(0, device=device))
+def choose_for_dtype(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> str:
+    """:func:`choose` for op ``name``, asked for results of ``dtype``; as :func:`choose_for`, and ``dtype`` may be anything."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point dtype, got {dtype!r}")
+    chosen = choose(name, backend, device)
+    if chosen == "reference" or dtype in STORED[name][chosen]:
+        return chosen
+    if backend != "auto":
+        names = " or ".join(str(kind).removeprefix("torch.") for kind in STORED[name][chosen])
+        raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
+    return "reference"
 
 
 @functools.cache
@@ -158,7 +170,7 @@ def _cuda_gap(device):
 
 
 @functools.cache
-def cuda_gap():
+def cuda_gap() -> str | None:
     """None if the CUDA kernels can run, from the extension or compiled by CuPy; else the reasons."""
     missing = extension_gap("cuda")
     if missing is None or not torch.cuda.is_available():
@@ -169,7 +181,7 @@ def cuda_gap():
     return also and f"{missing}; {also}"
 
 
-def cuda_launcher(name):
+def cuda_launcher(name: str) -> Callable:
     """Launcher ``name`` of the CUDA kernels: the extension's, or CuPy's where that is not built."""
     if extension_gap("cuda") is None:
         return getattr(torch.ops.advkd_cuda, name).default

@@ -3,10 +3,11 @@
 x0 = clamp(k_x x + k_m m, -clip, clip);  x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z
 
 with m the network's output, x0_prev the previous step's x0 and z standard normal noise. A sampler is a table of coefficients:
-:mod:`advkd.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
+:mod:`advkd.diffusion.coefficients` has those of DDIM, DDPM, Euler and DPM-Solver++(2M).
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +21,13 @@ from .arguments import flag, real, require_dense, whole
 from .layout import (
     DTYPES,
     arithmetic_dtype,
-    choose_for,
     has_memory,
     has_values,
     memory_format,
     overlap,
     require_apart,
+    require_no_partial_overlap,
     require_samples,
-    require_whole_or_apart,
     require_writable,
 )
 
@@ -63,14 +63,14 @@ class StepCoefficients:
         if not self.clip >= 0:
             raise InputError(f"clip must not be negative, got {self.clip}")
 
-    def row(self, device, dtype):
+    def row(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The ``(1, 8)`` table of this step on ``device``, kept: a loop over the same steps copies nothing the second time."""
         rows = self.__dict__.setdefault("_rows", {})
         row = rows.get((device, dtype))
         if row is None:
             with torch.inference_mode(False):
                 row = coefficient_table((self,), device, dtype)
-            if type(row) is torch.Tensor:  # not what a tracer makes
+            if type(row) is torch.Tensor:  # a tracer makes others
                 rows[device, dtype] = row
         return row
 
@@ -78,11 +78,13 @@ class StepCoefficients:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
 
 
-def coefficient_table(steps, device="cpu", dtype=torch.float32):
+def coefficient_table(
+    steps: Iterable[StepCoefficients], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """``(len(steps), 8)`` table of :class:`StepCoefficients` on ``device``, columns :data:`COEFFICIENTS`.
 
-    A row of it (``table[i]``) is what a loop on a GPU hands to :func:`sampler_step`, and what a captured CUDA graph must: then
-    nothing is copied to the device.
+    A loop on a GPU passes a row of it (``table[i]``) to :func:`sampler_step`, and a captured CUDA graph must: nothing is then
+    copied to the device.
     """
     try:
         steps = tuple(steps)
@@ -98,18 +100,18 @@ def coefficient_table(steps, device="cpu", dtype=torch.float32):
 
 
 def sampler_step(
-    x,
-    model_output,
-    coefficients,
+    x: torch.Tensor,
+    model_output: torch.Tensor,
+    coefficients: StepCoefficients | Sequence[StepCoefficients] | torch.Tensor,
     *,
-    previous_x0=None,
-    noise=None,
-    pool=None,
-    return_x0=False,
-    out=None,
-    check_finite=False,
-    backend="auto",
-):
+    previous_x0: torch.Tensor | None = None,
+    noise: torch.Tensor | tuple | None = None,
+    pool: int | None = None,
+    return_x0: bool = False,
+    out: torch.Tensor | tuple | None = None,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """One sampler step in one pass over memory.
 
     Args:
@@ -218,7 +220,7 @@ def _check_tensors(x, tensors):
 
 
 def _check_results(x, out, average, read):
-    """``out`` is laid out like ``x``, and it is one of the tensors like ``x`` or shares nothing with what is read."""
+    """Refuse an ``out`` that is not laid out like ``x``, or overlaps a tensor to read without being that tensor."""
     addresses = has_memory(x)
     if average is not None and addresses:
         _check_average(average, read)
@@ -227,12 +229,12 @@ def _check_results(x, out, average, read):
     if not out.is_contiguous(memory_format=memory_format(x)):
         raise InputError(f"out must be laid out like x ({memory_format(x)}), got strides {out.stride()}")
     for name, tensor in read.items() if addresses else ():
-        check = require_apart if name in ("coefficients", "noise's indices", "noise's step") else require_whole_or_apart
+        check = require_apart if name in ("coefficients", "noise's indices", "noise's step") else require_no_partial_overlap
         check("out", out, name, tensor)
 
 
 def _check_average(average, tensors):
-    """The tensor for the average shares nothing with the others: it is written while they are read."""
+    """Refuse a tensor for the average that overlaps another one: it is written while they are read."""
     for name, tensor in tensors.items():
         if overlap(average, tensor):
             raise InputError(f"out's second tensor overlaps {'the first' if name == 'out' else name}")
@@ -271,7 +273,7 @@ def _table(coefficients, x, history, noisy):
 
 
 def _mark_written(out):
-    """Let autograd know, as in-place ops of torch do: whoever has saved ``out`` for a backward pass then raises."""
+    """Tell autograd of the write, as torch's in-place ops do: a backward pass that has saved ``out`` then raises."""
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
@@ -309,7 +311,7 @@ _LIBRARY.define(
 
 def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
     registry.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
-    launch = _LAUNCH[choose_for("sampler_step", x, backend)]
+    launch = _LAUNCH[registry.choose_for("sampler_step", x, backend)]
     if x.numel():
         layout = memory_format(x)
         x, m, previous_x0, noise = (t if t is None else t.contiguous(memory_format=layout) for t in (x, m, previous_x0, noise))
@@ -317,7 +319,7 @@ def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, p
 
 
 def _outputs(x, pool, return_x0, check_finite, average):
-    """x0, the pooled state (``average`` if given) and one flag per sample, zero; None where they are not wanted."""
+    """Memory for x0, the pooled state (``average`` if given) and one zero flag per sample; None where not wanted."""
     x0 = torch.empty_like(x, memory_format=memory_format(x)) if return_x0 else None
     if pool or average is not None:
         average = _average(x, pool, average)

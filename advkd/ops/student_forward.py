@@ -8,8 +8,8 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, require_dense
-from .conv_block import choose_for, conv_block_reference
-from .conv_layer import DTYPES, STORAGE, ConvLayer, decode, encode, is_image, pack
+from .conv_block import conv_block_reference
+from .conv_layer import CPU_DTYPES, DTYPES, STORAGE, ConvLayer, decode, encode, is_image, pack
 from .latents import split_latent
 from .layout import require_floating
 from .student_steps import gpu_arguments, plain_steps, student_forward_gpu
@@ -55,7 +55,7 @@ def student_forward(
     registry.refuse_order_0("student_forward", *weights, *biases)
     slope = finite("slope", slope)
     require_latents(z, latent_numel(layers), weights[0].device)
-    backend = choose_for("student_forward", dtype, backend, z.device)
+    backend = registry.choose_for_dtype("student_forward", dtype, backend, z.device)
     if backend in ("triton", "cuda"):
         if not is_image(layers[-1]):
             raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
@@ -124,7 +124,7 @@ def _images(z, weights, biases, layers, slope):
     return x
 
 
-registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0))
+registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0), dtypes={"cpu": CPU_DTYPES})
 
 _LIBRARY = torch.library.Library("advkd", "FRAGMENT")
 _LIBRARY.define(

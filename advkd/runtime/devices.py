@@ -1,14 +1,17 @@
-"""Devices by name."""
+"""Devices by name, torch's defaults and memory, and results on their way to the host."""
 
 import contextlib
+import ctypes
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..errors import InputError
 from .hub import reason
+from .ranges import named
 
 
-def require_device(name):
+def require_device(name: str | torch.device) -> torch.device:
     """A torch device that computes and can be read back.
 
     Raises:
@@ -25,22 +28,22 @@ def require_device(name):
 
 
 AUTOCAST = ("cpu", "cuda")
-"""Devices whose autocast is heeded."""
+"""Devices with an autocast that the ops respect."""
 
 
-def without_autocast(x):
-    """A context manager: what is computed on ``x``'s device inside has the dtypes of its tensors, wherever it is called."""
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A context manager that switches autocast off for ``x``'s device: results keep the dtypes of their tensors."""
     kind = x.device.type
     on = kind in AUTOCAST and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def plain_defaults():
-    """torch's own defaults within: float32 on the CPU, whatever the caller has set. Also a decorator.
+def plain_defaults() -> Iterator[None]:
+    """Restore torch's own defaults meanwhile: float32 on the CPU, whatever the caller has set. Also a decorator.
 
-    For whole runs, whose libraries make tensors and weights without a dtype: a weight drawn in float64 is another number. The
-    default dtype belongs to the process, so it is touched only where it is another one.
+    Meant for whole runs, whose libraries make tensors and weights without a dtype: a weight drawn in float64 is another number.
+    The default dtype belongs to the process, so it is set only where it differs.
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
@@ -50,3 +53,53 @@ def plain_defaults():
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
         yield
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensor instead of returning it to the kernel; a no-op with other C libraries.
+
+    By default every large tensor pays for fresh pages, a quarter of a small network's time on a CPU. The setting is the whole
+    process's: call it in the command line and its workers only.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+
+
+def to_host(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """An iterator over ``tensors`` on the CPU.
+
+    On a CUDA device each tensor is copied to pinned memory on a separate stream and yielded once the next one is under way, so
+    that the device computes while the last result is copied and used.
+    """
+    if device.type != "cuda":
+        for tensor in tensors:
+            with named("to host"):
+                host = tensor.cpu()
+            yield host
+        return
+    copies, pending = torch.cuda.Stream(device), None
+    for tensor in tensors:
+        tensor = tensor.contiguous()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copies):
+            host.copy_(tensor, non_blocking=True)
+            done = copies.record_event()
+        tensor.record_stream(copies)
+        if pending is not None:
+            yield _arrived(*pending)
+        pending = host, done
+    if pending is not None:
+        yield _arrived(*pending)
+
+
+def _arrived(host, done):
+    with named("to host"):
+        done.synchronize()
+    return host

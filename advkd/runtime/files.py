@@ -5,69 +5,33 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
 import stat
-import tempfile
-import threading
-import warnings
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import InputError
+from .folders import NO_SPACE, UNSUPPORTED, make_folder, temporary_path, writing
 from .hub import reason
-from .launcher import TEMPORARY, writer_of
+from .launcher import TEMPORARY
 
 LFS_POINTER = b"version https://git-lfs"
-UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""Error numbers by which file systems refuse calls that they do not have."""
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers for a full disk, an exhausted quota or a file at its size limit."""
-
 START_AGAIN = "delete it and start again, or restore a copy"
 JSON_LIMIT, MANIFEST_LIMIT = 2**22, 2**26
 """Bytes that a JSON file may have; the manifest of very many shards may have more. Values take up to 40 times the memory."""
 
-_HOST = socket.gethostname().replace(".", "-")
-_HELD = Counter()
-
-
-def cache_folder():
-    """Where features, reference samples and plans are kept: ``ADVKD_CACHE``, else ``advkd`` in the user's cache folder.
-
-    A user without a home has a private folder in the system's temporary one.
-
-    Raises:
-        InputError: that private folder belongs to somebody else, or others may write to it.
-    """
-    if folder := os.environ.get("ADVKD_CACHE"):
-        return Path(folder)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return (
-        Path(home) / "advkd" if os.path.isabs(home) else _private_folder(Path(tempfile.gettempdir()) / f"advkd-{os.getuid()}")
-    )
-
-
-def _private_folder(folder):
-    """``folder``, made if it is not there; what lies in it is trusted, so nobody else may write to it."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise InputError(f"the cache {folder} can be written by others: set ADVKD_CACHE to a folder of your own")
-    return folder
-
 
 @contextlib.contextmanager
-def replacing(path, once=False):
+def replacing(path: str | Path, once: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside ``path``; rename it to ``path`` on success, remove it on failure.
 
     A symbolic link stays, and the file that it points to is replaced. Two threads or processes may write one path at the same
-    time: each has a temporary file of its own. With ``once`` a file that is there by then stays: the first writer wins.
+    time: each has its own temporary file. With ``once`` an existing file stays: the first writer wins.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -77,7 +41,7 @@ def replacing(path, once=False):
         with writing(path, temporary):
             make_folder(target.parent)
             temporary.unlink(missing_ok=True)
-            # Created here and now: a link that somebody else has put in its place would be written through.
+            # Created exclusively: a link that somebody else has planted in its place would be written through.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             with open(temporary, "rb") as file:
@@ -97,63 +61,12 @@ def _move(temporary, target, once):
             return
         except OSError as error:
             if error.errno in (*NO_SPACE, errno.ENOENT, errno.EROFS, errno.EIO):
-                raise  # others come from file systems without hard links, each of which says so in its own way
+                raise  # other numbers come from file systems without hard links, and vary between them
     os.replace(temporary, target)
 
 
-@contextlib.contextmanager
-def writing(path, temporary=None):
-    """Make errors of a write name ``path``; a full disk and a folder that has gone become an :class:`InputError`.
-
-    ``temporary``: the file or folder in whose place messages name ``path``.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise InputError(f"no space left to write {path}: free some and run the same command again") from error
-        if isinstance(error, FileNotFoundError) and not Path(path).absolute().parent.exists():
-            said = f"{path} cannot be written: its folder has been removed or moved away; run the same command again"
-            raise InputError(said) from error
-        known = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
-        if error.errno and (not known or temporary is not None and known.startswith(str(temporary))):
-            error.filename = str(path)
-            del error.filename2
-        raise
-
-
-@contextlib.contextmanager
-def held(folder):
-    """While held, ``folder`` is not made again: if somebody removes it, the next write is an error."""
-    folder = os.path.abspath(folder)
-    _HELD[folder] += 1
-    try:
-        yield
-    finally:
-        _HELD[folder] -= 1
-
-
-def make_folder(path):
-    """Make the folder ``path`` and those that it lies in, except where a :func:`held` one among them has gone.
-
-    Raises:
-        FileNotFoundError: such a folder has gone.
-    """
-    path = Path(path)
-    if _HELD[os.path.abspath(path)]:
-        os.stat(path)
-        return
-    try:
-        path.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        if path.parent == path:
-            raise
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-
-
-def synchronize_all(folder):
-    """Bring a folder and all that is below it to the disk."""
+def synchronize_all(folder: str | Path) -> None:
+    """Flush a folder and everything below it to the disk."""
     for path in (Path(folder), *Path(folder).rglob("*")):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -162,8 +75,8 @@ def synchronize_all(folder):
             os.close(descriptor)
 
 
-def synchronize(descriptor):
-    """Bring an open file to the disk, where its file system can be asked to."""
+def synchronize(descriptor: int) -> None:
+    """Flush an open file to the disk, where its file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -171,8 +84,8 @@ def synchronize(descriptor):
             raise
 
 
-def require_there(file, path):
-    """Refuse to go on writing to ``file``, opened as ``path``, once another file or none has that name."""
+def require_there(file: IO, path: str | Path) -> None:
+    """Refuse to go on writing to ``file``, opened as ``path``, once that name belongs to another file or to none."""
     try:
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return
@@ -181,82 +94,10 @@ def require_there(file, path):
     raise InputError(f"{path} cannot be written: it has been removed or moved away; run the same command again")
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files and folders that killed processes of this machine left in ``folder``."""
-    for path in Path(folder).glob(f".*.{_HOST}.*.tmp"):
-        process = writer_of(path)
-        if process is not None and not _is_running(process):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+def require_regular(path: str | Path, what: str, most: int | None = None) -> None:
+    """Refuse anything but a regular file (a pipe or a device would be read for ever), or one of more than ``most`` bytes.
 
-
-def _is_running(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def temporary_path(path):
-    """A name beside ``path`` that belongs to this thread, and that :func:`remove_leftovers` knows after its process's end."""
-    path = Path(path)
-    # No longer than a file's name may be, where the path's own is not.
-    name = path.name if len(os.fsencode(path.name)) <= 100 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    return path.with_name(f".{name}.{_HOST}.{os.getpid()}-{threading.get_native_id()}.tmp")
-
-
-@contextlib.contextmanager
-def locked(folder, out=None, shared=False):
-    """Hold ``folder`` for one process; a second one is refused. The kernel releases the lock of a killed process.
-
-    ``shared``: for the processes of one run, which all say so.
-
-    A file system without locks (Lustre or NFS, mounted without them) is a warning: nothing then refuses a second process.
-
-    ``out``: the folder that messages name, where the lock stands for another one than it lies in.
-    """
-    import fcntl
-
-    file = _lock_file(Path(folder) / ".lock", out or folder)
-    try:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = f"--out {out or folder}: another process is writing there; wait for it or name another folder"
-            raise InputError(said) from None
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise InputError(f"--out {out or folder} cannot be locked ({error.strerror}): name another folder") from error
-            said = f"--out {out or folder}: its file system has no locks ({error.strerror}); let no other process write there"
-            warnings.warn(said, UserWarning, stacklevel=3)
-        with held(folder):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # nothing was written there that could be lost
-            file.close()
-
-
-def _lock_file(path, folder):
-    """The file ``path``, made if it is not there, never emptied, and never waited for as a pipe would be."""
-    try:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", buffering=0)
-    except OSError as error:
-        raise InputError(f"--out {folder}: its {path.name} cannot be opened ({error.strerror})") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise InputError(f"--out {folder}: its {path.name} is not a regular file: remove it")
-    return file
-
-
-def require_regular(path, what, most=None):
-    """Refuse what is no regular file (a pipe or a device would be read for ever), or one of more than ``most`` bytes.
-
-    So is a safetensors file whose header alone has more than ``JSON_LIMIT`` bytes. Symbolic links are followed.
+    A safetensors file whose header alone has more than ``JSON_LIMIT`` bytes is refused, too. Symbolic links are followed.
     """
     try:
         status = os.stat(path)
@@ -282,16 +123,16 @@ def _header_size(path):
         raise InputError(f"file {path} cannot be read ({error.strerror})") from error
 
 
-def why_unreadable(path, error):
-    """Why a file cannot be read, in words: a git-lfs pointer in its place, nothing in it, or what ``error`` says."""
+def why_unreadable(path: str | Path, error: Exception) -> str:
+    """The reason why a file cannot be read: a git-lfs pointer in its place, an empty file, or the text of ``error``."""
     beginning = _beginning(path)
     if beginning == LFS_POINTER:
         return "a git-lfs pointer is in its place: run 'git lfs pull'"
     return "it is empty" if beginning == b"" else reason(error)
 
 
-def damaged(what, path, error, remedy):
-    """The :class:`InputError` of a file that cannot be read; a git-lfs pointer has a remedy of its own."""
+def damaged(what: str, path: str | Path, error: Exception, remedy: str) -> InputError:
+    """The :class:`InputError` for a file that cannot be read; a git-lfs pointer has its own remedy."""
     remedy = "" if _beginning(path) == LFS_POINTER else f": {remedy}"
     return InputError(f"{what} {path} is damaged ({why_unreadable(path, error)}){remedy}")
 
@@ -304,21 +145,22 @@ def _beginning(path):
         return None
 
 
-def write_bytes(path, data, once=False):
+def write_bytes(path: str | Path, data: bytes, once: bool = False) -> None:
     """Write ``data`` (bytes) atomically; ``once`` as in :func:`replacing`."""
     with replacing(path, once) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path, value, once=False):
+def write_json(path: str | Path, value: Any, once: bool = False) -> None:
     """Write ``value`` atomically as indented JSON with sorted keys, so that equal values give equal bytes."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), once)
 
 
-def read_json(path, what="file", keys=(), most=JSON_LIMIT):
-    """Read a JSON object; a missing or damaged one, or one without ``keys``, raises :class:`InputError` that names it.
+def read_json(path: str | Path, what: str = "file", keys: Collection[str] = (), most: int = JSON_LIMIT) -> dict[str, Any]:
+    """Read a JSON object.
 
-    So does one that is no regular file, or has more than ``most`` bytes.
+    Raises:
+        InputError: the file is missing, damaged, not regular or longer than ``most`` bytes, or lacks one of ``keys``.
     """
     require_regular(path, what, most)
     try:
@@ -330,8 +172,8 @@ def read_json(path, what="file", keys=(), most=JSON_LIMIT):
     return _require_keys(value, keys, f"{what} {path}")
 
 
-def parse_json(text):
-    """The value of a JSON text; ``ValueError`` for an object that has a key twice, of which ``json`` takes the last."""
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ``ValueError`` for an object with a duplicate key, where ``json`` silently takes the last."""
     return json.loads(text, object_pairs_hook=_unique)
 
 
@@ -350,14 +192,18 @@ def _require_keys(value, keys, what):
     return value
 
 
-def write_tensors(path, tensors, metadata=None):
-    """Write a dict of tensors atomically as safetensors; ``metadata`` is one JSON value (a single header key, so that
-    equal contents give equal bytes)."""
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Any = None) -> None:
+    """Write a dict of tensors atomically as safetensors.
+
+    ``metadata`` is one JSON value, stored under a single header key, so that equal contents give equal bytes.
+    """
     header = {"advkd": json.dumps(metadata, sort_keys=True)} if metadata is not None else None
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
 
 
-def read_tensors(path, what="file", keys=(), remedy=START_AGAIN):
+def read_tensors(
+    path: str | Path, what: str = "file", keys: Collection[str] = (), remedy: str = START_AGAIN
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return ``(tensors, metadata)`` of a file by :func:`write_tensors`, memory-mapped, on the CPU.
 
     Raises:
@@ -374,8 +220,8 @@ def read_tensors(path, what="file", keys=(), remedy=START_AGAIN):
 
 
 @contextlib.contextmanager
-def restoring(what, path, remedy=START_AGAIN):
-    """Errors while a file's contents are used become the :class:`InputError` of a damaged file."""
+def restoring(what: str, path: str | Path | None, remedy: str = START_AGAIN) -> Iterator[None]:
+    """Turn errors while a file's contents are used into the :class:`InputError` of a damaged file."""
     try:
         yield
     except InputError:
@@ -384,7 +230,7 @@ def restoring(what, path, remedy=START_AGAIN):
         raise damaged(what, path, error, remedy) from error
 
 
-def digest(tensors):
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hexadecimal SHA-256 of a dict of tensors: names, dtypes, shapes and contents."""
     return _hashed(tensors).hexdigest()
 
@@ -398,8 +244,8 @@ def _hashed(tensors):
     return state
 
 
-def with_digest(tensors, metadata):
-    """``metadata`` (a JSON object) with the ``digest`` of itself and of the tensors that it stands beside."""
+def with_digest(tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> dict[str, Any]:
+    """``metadata`` (a JSON object) with the ``digest`` of itself and of the tensors beside it."""
     return {**metadata, "digest": _digest_of_all(_hashed(tensors), metadata)}
 
 
@@ -409,19 +255,21 @@ def _digest_of_all(state, metadata):
     return state.hexdigest()
 
 
-def has_own_digest(tensors, metadata):
+def has_own_digest(tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> bool:
     """True if the digest is of these tensors and metadata, or, as in older files, of the tensors alone."""
     state, rest = _hashed(tensors), {key: value for key, value in metadata.items() if key != "digest"}
     return metadata["digest"] in (_digest_of_all(state, rest), state.hexdigest())
 
 
-def require_digest(path, tensors, metadata, remedy=START_AGAIN):
-    """Refuse a file whose tensors or metadata are not those that were written."""
+def require_digest(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any], remedy: str = START_AGAIN
+) -> None:
+    """Refuse a file whose tensors or metadata were altered after it was written."""
     if not has_own_digest(tensors, metadata):
         raise InputError(f"{path} is altered: {remedy}")
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -430,42 +278,14 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def require_space(folder, needed, what):
-    """Refuse before work starts when ``folder``'s disk has less than ``needed`` bytes left."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise InputError(f"{what} needs {needed / 2**20:.0f} MiB in {folder}, where {free / 2**20:.0f} MiB are free")
-
-
-def require_output_folder(path, option="--out"):
-    """Refuse an output path that is a file or cannot be written to; create the folder."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{option} {path} is a file; name a folder")
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{option} {path} is a link to {os.path.realpath(path)}, which does not exist: make that folder")
-    try:
-        with writing(path):
-            make_folder(path)
-    except OSError as error:
-        raise InputError(f"{option} {path} cannot be created ({error.strerror})") from error
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{option} {path} is not writable")
-    remove_leftovers(path)
-    return path
-
-
-def pack_optimizer(prefix, optimizer):
+def pack_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Flatten an optimiser's state into tensors named ``prefix/parameter/key`` (its options stay in the configuration)."""
     state = optimizer.state_dict()["state"]
     return {f"{prefix}/{i}/{key}": torch.as_tensor(value) for i, slots in state.items() for key, value in slots.items()}
 
 
-def unpack_optimizer(prefix, optimizer, tensors):
-    """Restore what :func:`pack_optimizer` wrote into a freshly built Adam; ``ValueError`` where it does not fit."""
+def unpack_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Restore the state that :func:`pack_optimizer` wrote into a freshly built Adam; ``ValueError`` where it does not fit."""
     state, parameters = {}, [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith(prefix + "/"):

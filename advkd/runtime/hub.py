@@ -1,5 +1,6 @@
-"""Where pretrained folders are: embedded in the package, on the disk, or on the hub."""
+"""Folders of pretrained models: embedded in the package, on the disk, or on the hub."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError
@@ -8,13 +9,13 @@ from .progress import can_be_shown
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 
 
-def resolve(source, embedded, kind, patterns):
+def resolve(source: str | Path, embedded: Mapping[str, Path], kind: str, patterns: Sequence[str]) -> Path:
     """The folder of a pretrained model.
 
     Args:
         source: an embedded name, a folder, or a hub id (owner/name), of which the files that match ``patterns`` are fetched.
         embedded: embedded names and their folders.
-        kind: what the error message calls the model.
+        kind: the model's name in error messages.
         patterns: file patterns.
     """
     source = str(source)
@@ -38,6 +39,6 @@ def resolve(source, embedded, kind, patterns):
         ) from error
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """The first line of an error's text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,12 @@
-"""The start of a process: the environment variables of ``torchrun`` and its like, and standard streams."""
+"""The start and end of a process: variables of ``torchrun`` and its like, standard streams, interrupts."""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 from ..errors import InputError
 
@@ -19,15 +21,15 @@ ACCELERATE_READS = (
     ),
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Other launchers' variables, which accelerate reads numbers from."""
+"""Variables of other launchers from which accelerate reads numbers."""
 
-TEMPORARY = set()
+TEMPORARY: set[Path] = set()
 """Paths of the temporary files that this process is writing; an interrupt removes them."""
 
 INTERRUPTED = "interrupted; run the same command again (with --resume where it has one) to go on"
 
 
-def processes():
+def processes() -> tuple[int, int]:
     """``(rank, world size)`` of this process; (0, 1) without a launcher.
 
     Raises:
@@ -39,17 +41,17 @@ def processes():
     return rank, world
 
 
-def local_device(name):
-    """The device ``name``; under a launcher ``cuda`` means this process's own one."""
+def local_device(name: str) -> str:
+    """The device ``name``; under a launcher ``cuda`` is the process's own GPU."""
     rank = _number("LOCAL_RANK", None)
     return name if rank is None or str(name) != "cuda" else f"cuda:{rank}"
 
 
 @contextlib.contextmanager
-def without_empty_variables():
-    """Leave variables that are set but empty out of the environment, for libraries that would read a number from them.
+def without_empty_variables() -> Iterator[None]:
+    """Remove variables that are set but empty from the environment meanwhile: libraries would read a number from them.
 
-    A LOCAL_RANK beside an empty RANK, which no launcher sets, goes with them.
+    A LOCAL_RANK beside an empty RANK, which no launcher sets, is removed with them.
     """
     empty = {name: os.environ.pop(name) for name in ACCELERATE_READS if os.environ.get(name, "?").strip() == ""}
     if "RANK" in empty and "LOCAL_RANK" in os.environ:
@@ -60,11 +62,11 @@ def without_empty_variables():
         os.environ.update(empty)
 
 
-def hold_standard_streams():
-    """Open the null device in the place of standard streams that are closed.
+def hold_standard_streams() -> None:
+    """Open the null device in the place of closed standard streams.
 
-    Their numbers would go to the next files or pipes that are opened: libraries write messages there, and processes that are
-    started take them for streams.
+    Otherwise the next files or pipes to be opened would get their numbers: libraries would write messages there, and child
+    processes would take them for streams.
     """
     opened = os.open(os.devnull, os.O_RDWR)
     while opened <= 2:
@@ -72,19 +74,19 @@ def hold_standard_streams():
     os.close(opened)
 
 
-def end_at_interrupt():
-    """End the process at Ctrl-C by one line and exit code 130, wherever it is.
+def end_at_interrupt() -> None:
+    """End the process at Ctrl-C with one line and exit code 130, at any point of its work.
 
-    A KeyboardInterrupt would come in the middle of imports and destructors, which print a traceback or lose it. Files are whole
-    at any moment, and the next run removes temporary ones. Where interrupts are ignored (``nohup``), they stay so.
+    A KeyboardInterrupt could come in the middle of imports and destructors, which print a traceback or lose it. Files are whole
+    at any moment, and the next run removes temporary ones. Ignored interrupts (``nohup``) stay ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 @contextlib.contextmanager
-def deaf_to_interrupts():
-    """Let processes that are started within ignore Ctrl-C, which a terminal sends to all.
+def deaf_to_interrupts() -> Iterator[None]:
+    """Make child processes started within ignore Ctrl-C, which a terminal sends to all.
 
     Those that watch their parent end when it has ended; others go on. An interrupt that comes meanwhile reaches this
     process at the end; where another program installed the handler, another thread may take it before.
@@ -109,8 +111,8 @@ def deaf_to_interrupts():
             signal.raise_signal(signal.SIGINT)
 
 
-def writer_of(path):
-    """The process that a temporary file belongs to, by its name (older ones have no thread in it); None for other names."""
+def writer_of(path: Path) -> int | None:
+    """The process that a temporary file belongs to, by its name (older names have no thread); None for other names."""
     process = path.name.split(".")[-2].partition("-")[0]
     return int(process) if process.isdecimal() else None
 

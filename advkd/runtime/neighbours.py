@@ -1,8 +1,8 @@
-"""Other processes on the same cores: what torch's threads do while others use the machine.
+"""Room for other processes on the same cores: torch's threads give way while others use the machine.
 
-The barriers of OpenMP spin for threads that do not run. While others need the processors, too, the threads of this process
-keep to as many processors as the others leave, so that one that waits makes room for the next, and sleep where they would spin.
-The number of threads, and with it every bit of a result, stays. Our own kernels do the like by themselves
+The barriers of OpenMP spin for threads that do not run. While other processes need the processors, the threads of this one
+keep to as many as the others leave, so that a waiting thread makes room for the next, and sleep instead of spinning. The number
+of threads stays, and with it every bit of a result. The package's own kernels do the same by themselves
 (``csrc/cpu/threads.h``).
 """
 
@@ -16,16 +16,16 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import InputError
-from ..ops.registry import extension_gap
+from .extension import extension_gap
 
 LOOK_EVERY = 0.1
-"""Seconds between two looks at the load."""
+"""Seconds between two readings of the load."""
 
 MOST_TEAMS = 64
-"""Idle teams at most: where more would be needed, threads would be confined and go on spinning, so nothing is done."""
+"""Largest number of idle teams: where more are needed, confined threads would still spin, so nothing is done."""
 
 COMPANION = "advkd companion"
-"""Name of the threads that the C++ extension binds by itself."""
+"""Name of the threads that the C++ extension binds itself."""
 
 SETTINGS = ("0", "1", "auto", "")
 
@@ -177,13 +177,13 @@ def _name(thread):
 
 
 def _teams_needed(threads, processors):
-    """Idle teams that make GNU's runtime sleep: it does not spin while it manages more threads than there are processors."""
+    """Number of idle teams that make GNU's runtime sleep: it does not spin while it has more threads than processors."""
     return max(1, -(-(processors + 1 - threads) // (threads - 1)))
 
 
 @contextlib.contextmanager
 def _idle_team(threads):
-    """A thread that has an OpenMP team of its own, which is there until the end."""
+    """A thread with its own OpenMP team, which lives until the end."""
     begun, stop = threading.Event(), threading.Event()
 
     def hold():

@@ -1,9 +1,10 @@
-"""Files by ``torch.save``, which are pickles, looked through before torch reads them."""
+"""Checks of files by ``torch.save``, which are pickles, before torch reads them."""
 
 import os
 import pickletools
 import re
 import zipfile
+from pathlib import Path
 
 from ..errors import InputError
 from .files import why_unreadable
@@ -15,7 +16,7 @@ CALLED = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _re
 """Names that make tensors and the dict around them."""
 
 NOT_OF_TENSORS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "DUP", "MEMOIZE")
-"""Opcodes that torch.save does without where it writes tensors."""
+"""Opcodes that torch.save never writes for tensors."""
 
 RECORD = re.compile(
     r"([^/]+)/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
@@ -26,7 +27,7 @@ PICKLES_WITHOUT_ZIP = 5
 """Pickles that a file of torch's older format, which is no archive, begins with."""
 
 
-def require_weights(path, what):
+def require_weights(path: str | Path, what: str) -> None:
     """Refuse a file by ``torch.save`` that holds anything but tensors, or unpacks to more than its size.
 
     ``weights_only=True`` runs no code, but makes arrays of any size that a few bytes ask for.
@@ -45,7 +46,7 @@ def require_weights(path, what):
 
 
 def _require_archive(file):
-    """Refuse what torch might read otherwise than zipfile does, and records that are compressed or overlap."""
+    """Refuse archives that torch and zipfile might read differently, and records that are compressed or overlap."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         size = os.fstat(file.fileno()).st_size
@@ -66,7 +67,7 @@ def _require_archive(file):
 
 
 def _require_tensors(file):
-    """Read one pickle of ``file`` without making anything of it."""
+    """Read one pickle of ``file`` without building its objects."""
     begin, tuples, before = file.tell(), set(), ""
     for opcode, argument, place in pickletools.genops(file):
         if place - begin > PICKLE_LIMIT:

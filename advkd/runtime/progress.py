@@ -1,22 +1,22 @@
-"""Progress bars, which need no standard error."""
+"""Progress bars that survive a closed standard error."""
 
 import sys
 
 from tqdm import tqdm
 
 
-def progress_bar(*arguments, shown=True, **options):
-    """A ``tqdm`` bar on standard error; hidden where ``shown`` is False or :func:`can_be_shown` is.
+def progress_bar(*arguments, shown: bool = True, **options) -> tqdm:
+    """A ``tqdm`` bar on standard error; hidden where ``shown`` or :func:`can_be_shown` is False.
 
-    Output that cannot be written is lost: no work ends because a terminal has gone.
+    Output that cannot be written is dropped: work goes on after its terminal has gone.
     """
     if not shown or not can_be_shown():
         return tqdm(*arguments, disable=True, **options)
     return tqdm(*arguments, file=_Tolerant(sys.stderr), **options)
 
 
-def can_be_shown():
-    """True if there is a standard error to write to: a daemon has none, or a closed one, or a pipe without a reader."""
+def can_be_shown() -> bool:
+    """True if standard error can be written to; a daemon's is missing, closed, or a pipe without a reader."""
     try:
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):
@@ -25,7 +25,7 @@ def can_be_shown():
 
 
 class _Tolerant:
-    """A stream whose failures to write are passed over."""
+    """A stream that ignores failures to write."""
 
     def __init__(self, stream):
         self._stream = stream

@@ -1,21 +1,29 @@
-"""Names for the stages of the work, for profilers: off by default, and then no more than a call.
+"""Named stages for profilers; off by default, when each costs no more than a call.
 
 ``ADVKD_RANGES=nvtx`` names them for Nsight (the ``nvtx`` package, ``pip install 'advkd[profile]'``), ``ADVKD_RANGES=torch`` for
 torch.profiler. ``ADVKD_RANGES=clock:FOLDER`` needs no profiler: every process sums the own seconds and the calls of its main
-thread's ranges, and writes them to ``FOLDER/PID.json`` when it ends. What is captured in a CUDA graph is named when it is
-captured, and not when it is replayed.
+thread's ranges, and writes them to ``FOLDER/PID.json`` when it ends. Work captured in a CUDA graph is named when it is
+captured, not when it is replayed.
 """
 
+import atexit
 import contextlib
+import multiprocessing
 import os
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import perf_counter
 
 from ..errors import InputError
+from .files import write_json
+from .folders import require_output_folder
 
 _NOTHING = contextlib.nullcontext()
 _open = None
 
 
-def name_ranges(kind):
+def name_ranges(kind: str) -> None:
     """Name ranges from now on: ``nvtx``, ``torch``, ``clock:FOLDER``, or ``""`` for no longer (a clock then writes its file).
 
     Raises:
@@ -30,8 +38,8 @@ def name_ranges(kind):
         before.stop()
 
 
-def named(name):
-    """A context manager: what runs inside is part of stage ``name``."""
+def named(name: str) -> AbstractContextManager:
+    """A context manager whose body is part of stage ``name``."""
     return _NOTHING if _open is None else _open(name)
 
 
@@ -50,11 +58,52 @@ def _torch(_):
 
 
 def _clock(folder):
-    from .clock import Clock
-
     if not folder:
         raise InputError("ADVKD_RANGES=clock needs a folder for its files: ADVKD_RANGES=clock:FOLDER")
     return Clock(folder)
+
+
+class Clock:
+    """Sums the time of every range less that of the ranges inside, by path: "distillation / critic update".
+
+    Called with a name it returns a context manager, which does nothing outside the main thread. :meth:`stop`, at the latest
+    when the process ends, writes ``folder/PID.json``.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = require_output_folder(folder, "ADVKD_RANGES=clock:FOLDER")
+        self._names, self._ranges, self._since = [], {}, 0.0
+        atexit.register(self.stop)
+
+    def __call__(self, name: str) -> AbstractContextManager:
+        return self._range(name) if threading.current_thread() is threading.main_thread() else _NOTHING
+
+    @contextlib.contextmanager
+    def _range(self, name):
+        self._charge()
+        self._names.append(name)
+        self._innermost()["calls"] += 1
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def _charge(self):
+        """Add the time since the last change to the innermost open range."""
+        now = perf_counter()
+        if self._names:
+            self._innermost()["seconds"] += now - self._since
+        self._since = now
+
+    def _innermost(self):
+        return self._ranges.setdefault(" / ".join(self._names), {"seconds": 0.0, "calls": 0})
+
+    def stop(self) -> None:
+        """Write the sums."""
+        atexit.unregister(self.stop)
+        found = {"process": multiprocessing.current_process().name, "ranges": self._ranges}
+        write_json(self._folder / f"{os.getpid()}.json", found)
 
 
 _KINDS = {"": lambda _: None, "nvtx": _nvtx, "torch": _torch, "clock": _clock}

@@ -1,4 +1,4 @@
-"""Wall-clock times and where they were taken."""
+"""Wall-clock times and their provenance."""
 
 import importlib.metadata
 import os
@@ -6,22 +6,30 @@ import platform
 import random
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 VERSIONED = ("torch", "diffusers", "triton", "torchmetrics", "onnxruntime", "openvino", "ncnn", "nvidia-cudnn-frontend")
 
 
-def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
-    """Time functions in turn, in a new random order each round, so that a change of the machine's speed meets all of them.
+def measure(
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int = 10,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+    settle: float = 0.0,
+) -> dict[str, dict[str, float]]:
+    """Time functions in turn, in a new random order each round, so that changes of the machine's speed affect all alike.
 
     Args:
         calls: ``{name: function}``, functions without arguments.
         repeats: timed rounds.
-        warmup: rounds before them.
-        device: where they compute; a GPU's work is waited for.
-        settle: seconds of rest before each timed call, and then an untimed one, so that the spinning threads of the engine
+        warmup: untimed rounds before them.
+        device: of their work; a GPU is synchronized.
+        settle: seconds of rest before each timed call, followed by an untimed one, so that the spinning threads of the engine
             before it take no core away.
 
     Returns:
@@ -42,8 +50,8 @@ def measure(calls, repeats=10, warmup=1, device="cpu", settle=0.0):
     return {name: percentiles(values) for name, values in times.items()}
 
 
-def percentiles(values):
-    """Median, 20th and 80th percentile of some numbers, and how many they are."""
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of some numbers, and their count."""
     p20, median, p80 = torch.quantile(
         torch.tensor(values, dtype=torch.float64, device="cpu"),
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64, device="cpu"),
@@ -56,8 +64,8 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def provenance(device="cpu"):
-    """Commit, dirty flag, the device the work ran on, threads and versions, as a JSON-ready dict. Unknown ones are None."""
+def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Commit, dirty flag, device, threads and versions, as a JSON-ready dict. Unknown ones are None."""
     device = torch.device(device)
     gpu = device.type == "cuda"
     return {
@@ -75,7 +83,7 @@ def provenance(device="cpu"):
 
 
 def _git(*arguments):
-    """git's answer about the checkout this package lies in; None for an installed copy."""
+    """Output of git in the checkout of this package; None for an installed copy."""
     root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
@@ -92,7 +100,7 @@ def _dirty():
     return None if status is None else bool(status)
 
 
-def processor_identity():
+def processor_identity() -> str:
     """Model, family, stepping and cache size: virtual machines often name very different processors alike."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -104,8 +112,8 @@ def processor_identity():
     return " ".join([processor(), *(f"{values[name]}" for name in (*x86, *arm) if name in values)])
 
 
-def processor():
-    """The processor's model, as the system names it."""
+def processor() -> str:
+    """The system's name for the processor's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""How much the software stands: kills, faults of the file system, damaged files, odd inputs, each tried many times."""
+"""Limits of the software: kills, faulty file systems, damaged files and odd inputs, tried many times; kernels as compiled."""

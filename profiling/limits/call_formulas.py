@@ -1,4 +1,4 @@
-"""The right answers of the ops by their formulas, in the dtype of the arguments: nothing here runs the product's ops but Philox."""
+"""Right answers of the ops by their formulas, in the dtype of the arguments: Philox is the only op of the product that runs."""
 
 import math
 

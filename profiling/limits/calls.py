@@ -5,8 +5,8 @@
 Case i draws a function, arguments in odd layouts (in seven cases of ten all fit, in the others one or more need not), and a way
 to call it. An answer is right if dtype, shape and every number are those of code of its own, to what rounding allows, if
 ``out`` is the tensor that was given, and if nothing else was written. Arguments that fit are refused only where a backend or a
-derivative is missing, others by an error that names them. Cases run in forked processes, so that one that ends its process or hangs is a
-finding and not the end.
+derivative is missing, others by an error that names them. Cases run in forked processes, so that one that ends its process or
+hangs is a finding and not the end.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..paths import ROOT
+from ..evidence import ROOT
 
 LIMIT = 300
 """Seconds after which a process counts as one that hangs."""
@@ -92,7 +92,11 @@ def prepare(folder):
             ("teacher", "train", *pictures, *"--channels 8,8 --steps 9 --checkpoint-every 2".split()),
             resumes=True,
         ),
-        Command("classifier train", ("classifier", "train", *pictures, *"--steps 12 --num-features 4".split())),
+        Command(
+            "classifier train",
+            ("classifier", "train", *pictures, *"--steps 12 --num-features 4 --checkpoint-every 2".split()),
+            resumes=True,
+        ),
         Command("sample to a folder", student),
         Command("sample to a picture", student, out="picture.png"),
     ]
@@ -107,7 +111,7 @@ def _import_all():
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
     from advkd.cli import main, sample  # noqa: F401
-    from advkd.training import trainer  # noqa: F401
+    from advkd.training import classifier, distillation, teacher  # noqa: F401
 
 
 def _write_inputs(folder, config, recording, student, teacher, unet):
@@ -177,7 +181,7 @@ class Process:
         return how.si_code == os.CLD_STOPPED
 
     def leaves(self, seconds):
-        """Whether processes of its group are alive ``seconds`` after its end; they are killed."""
+        """True if processes of its group are alive ``seconds`` after its end; they are killed."""
         deadline = time.perf_counter() + seconds
         while _alive(self.pid) and time.perf_counter() < deadline:
             time.sleep(0.05)
@@ -204,7 +208,7 @@ class Process:
 
 
 def _alive(group):
-    """Whether a process group has a process other than those that have ended and that nobody has waited for."""
+    """True if a process group has a process that has not ended; zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, found = path.read_text().rpartition(")")[2].split()[:3]
@@ -242,7 +246,8 @@ def _run_command(line, said, before):
     sys.argv = ["advkd", *line]
     from tqdm import tqdm
 
-    from advkd.__main__ import end_at_interrupt, main
+    from advkd.__main__ import main
+    from advkd.runtime.launcher import end_at_interrupt
 
     # Its default lock is shared with all processes that are forked, and a killed one would hold it for ever.
     tqdm.set_lock(threading.RLock())
@@ -298,7 +303,7 @@ def snapshot(folder):
 
 
 def difference(folder, expected):
-    """How a folder differs from a snapshot, in words; empty if it does not."""
+    """Differences of a folder from a snapshot, in words; empty if there are none."""
     found = snapshot(folder)
     parts = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -309,7 +314,7 @@ def difference(folder, expected):
 
 
 def is_complete(folder, expected):
-    """Whether a folder holds all files of a snapshot, and perhaps others."""
+    """True if a folder holds all files of a snapshot, and perhaps others."""
     found = snapshot(folder)
     return all(found.get(name) == data for name, data in expected.items())
 

@@ -165,7 +165,7 @@ def canonical(value):
 
 
 def same(found, wanted):
-    """Whether two values are alike; numbers of a file may be whole or not."""
+    """True if two values are alike; numbers of a file may be whole or not."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return found.keys() == wanted.keys() and all(same(found[key], wanted[key]) for key in found)
     if isinstance(found, list) and isinstance(wanted, list):

@@ -94,7 +94,7 @@ class Trial:
         return sum(bool(CALLS[call] & classes) for call, *_ in self.whole["log"])
 
     def failing(self, classes):
-        """How many of them are tried."""
+        """Number of them that are tried."""
         return min(MOST, self.calls(classes))
 
     def place(self, n, classes):
@@ -130,7 +130,7 @@ class Trial:
             self.add(kind, "right" if code == 0 else "refused", case)
 
     def differs(self):
-        """How the output differs; a temporary file whose removal failed may stay until the command is repeated."""
+        """Difference of the output; a temporary file whose removal failed may stay until the command is repeated."""
         fault, names = difference(self.out, self.whole["files"]), snapshot(self.out).keys() - self.whole["files"].keys()
         left = all(Path(name).name.startswith(".") and name.endswith(".tmp") for name in names)
         return "" if left and _count("failed") and is_complete(self.out, self.whole["files"]) else fault
@@ -175,7 +175,7 @@ def existing(trials, first=0):
 
 
 def exists(trials, number):
-    """Whether the n of a number is at most the largest of its kind and command."""
+    """True if the n of a number is at most the largest of its kind and command."""
     n, trial, (_, most, _) = case_of(trials, number)
     return n <= most(trial)
 
@@ -248,7 +248,7 @@ def _limited(trial, name, case, n):
 
 
 def _ordered(trial, name, case, n):
-    """Whether a power failure after any rename leaves whole files: they reach the disk before they have their names."""
+    """True if a power failure after any rename leaves whole files: they reach the disk before they have their names."""
     fault = "; ".join(unsynchronized(trial.whole["log"], trial.out.parent / "whole" / trial.command.name, trial.whole["files"]))
     trial.add(name, "wrong" if fault else "right", case, fault)
 

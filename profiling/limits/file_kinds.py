@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from advkd import AdvKDPipeline, FusedStudent, Student, StudentConfig
 from advkd.data.images import load_images
 from advkd.data.pictures import read_metrics, save_curves, save_grid
-from advkd.diffusion.recorder import Trajectories
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.evaluation import report
 from advkd.evaluation.features import build_extractor
@@ -178,30 +178,31 @@ def _distilled(place):
 def _read_back(place, name="data"):
     data = Trajectories(place / name)
     data.verify()
-    return data.recipe, data.standard_deviations, data.batch(list(range(len(data))), [1, 2, 3, 4])
+    return data.info.to_json(), data.standard_deviations, data.batch(list(range(len(data))), [1, 2, 3, 4])
 
 
 def _read_back_meaning(place, name):
     folder = place / name
     manifest, parts = parse_json(folder / "manifest.json"), []
     # A null has no meaning.
-    recipe = _unnamed({key: value for key, value in manifest["recipe"].items() if value is not None})
+    described = _unnamed({key: value for key, value in manifest["recipe"].items() if value is not None})
     for path, entry in ((folder / entry["file"], entry) for entry in manifest["shards"]):
         data = path.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if sha256(path) != entry["sha256"] or _unnamed(json.loads(header["__metadata__"]["advkd"])["recipe"]) != recipe:
+        if sha256(path) != entry["sha256"] or _unnamed(json.loads(header["__metadata__"]["advkd"])["recipe"]) != described:
             raise Meaningless(f"{path.name} is of another recording")
         parts.append(parse_safetensors(path))
     deviations = manifest["standard_deviations"]
     if not all(type(value) in (int, float) and 0 <= value < math.inf for value in deviations):
         raise Meaningless("a deviation is none")
     whole = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
-    return manifest["recipe"], deviations, (whole["z"], {k: whole[f"level_{k:02d}"] for k in (1, 2, 3, 4)})
+    told = {key: manifest["recipe"][key] for key in described}
+    return told, deviations, (whole["z"], {k: whole[f"level_{k:02d}"] for k in (1, 2, 3, 4)})
 
 
-def _unnamed(recipe):
-    """A recipe without its teacher's name, which may be another on every machine."""
-    return {**recipe, "teacher": {**recipe["teacher"], "name": None}}
+def _unnamed(described):
+    """A data set's description without its teacher's name, which may be another on every machine."""
+    return {**described, "teacher": {**described["teacher"], "name": None}}
 
 
 def _recorded_on(place):
@@ -353,7 +354,7 @@ def _told(option, file):
         asked = []
         given = {"preset": (), "config": ("--preset", "digits")}[option]
         with mock.patch(
-            "advkd.training.trainer.distill", lambda data, student, config, *_, **__: asked.append((student, config))
+            "advkd.training.distillation.distill", lambda data, student, config, *_, **__: asked.append((student, config))
         ):
             told = (*given, f"--{option}", place / "tables" / file)
             run_command("distill", "--trajectories", place, *told, "--out", place / "out")

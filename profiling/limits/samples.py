@@ -19,8 +19,7 @@ from advkd.engines.kept import kept_file
 from advkd.evaluation.report import RUN_KEYS
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import processor_identity
-from advkd.training import teacher as teacher_training
-from advkd.training.trainer import Distiller
+from advkd.training.trainer import Trainer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
@@ -164,20 +163,19 @@ def _make_runs(folder):
     trained = ("teacher", "train", "--data", folder / "pictures", "--seed", 0)
     run_command(*trained, *TRAINING, "--out", folder / "training-whole")
     for name, seed in (("run", 0), ("run-other", 1)):
-        with mock.patch.object(Distiller, "_draw_samples", side_effect=KeyboardInterrupt):
+        with mock.patch("advkd.training.trainer.save_grid", side_effect=KeyboardInterrupt):
             data = ("--init", folder / "student", "--trajectories", folder / "data", "--seed", seed)
             _must_end(130, "distill", *data, *RUN, "--out", folder / name)
         shutil.rmtree(folder / name / "tensorboard")
     for name, seed in (("training", 0), ("training-other", 1)):
-        step, calls = teacher_training._train_step, []
+        step = Trainer.step
 
-        def interrupted(*arguments, step=step, calls=calls):
-            calls.append(None)
-            if len(calls) == 3:
+        def interrupted(run, step=step):
+            if run.done == 2:
                 raise KeyboardInterrupt
-            return step(*arguments)
+            return step(run)
 
-        with mock.patch.object(teacher_training, "_train_step", interrupted):
+        with mock.patch.object(Trainer, "step", interrupted):
             data = ("--data", folder / "pictures", "--seed", seed)
             _must_end(130, "teacher", "train", *data, *TRAINING, "--out", folder / name)
 

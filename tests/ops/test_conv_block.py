@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import conv_block, registry
+from advkd.ops import conv_block
 from advkd.ops.conv_block import conv_block_cpu
 from advkd.ops.conv_layer import ALGORITHMS, ConvLayer
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT, process_environment
 
-CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
 ACTIVATIONS = ["leaky_relu", "tanh", "none"]
 # 1x1 and 3x5: all border; 4x4: the student's start; 9x6 and 13x17: whole and partial tiles of each size; odd channels: no
@@ -232,7 +233,8 @@ def test_every_instruction_set(isa):
     if isa == os.environ.get("ADVKD_ISA"):
         pytest.skip("this is that process")
     environment = process_environment({"ADVKD_ISA": isa})
-    code = "import advkd.ops, torch; torch.ones(1); advkd.ops.registry.extension_gap('cpu'); print(torch.ops.advkd_cpu.isa())"
+    load = "from advkd.runtime.extension import extension_gap; extension_gap('cpu')"
+    code = f"import torch; torch.ones(1); {load}; print(torch.ops.advkd_cpu.isa())"
     if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() != isa:
         pytest.skip(f"this processor has no {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "every_algorithm or depend_on_neither", __file__]

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
-from advkd.ops import cupy_conv_block, cupy_modules, registry
+from advkd.ops import cupy_conv_block, cupy_modules
 from advkd.ops.conv_layer import ConvLayer
 from advkd.ops.gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
 from .cuda_on_host import only_last_block
@@ -573,7 +574,7 @@ def gpu_launchers(compiled_by):
         if reason := cupy_modules.gap():
             pytest.skip(reason)
         return cupy_conv_block
-    if reason := registry.extension_gap("cuda"):
+    if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda
 

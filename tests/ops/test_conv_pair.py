@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
-from advkd.ops import cupy_conv_pair, cupy_modules, gpu_storage, registry
+from advkd.ops import cupy_conv_pair, cupy_modules, gpu_storage
 from advkd.ops.conv_layer import ConvLayer
 from advkd.ops.gpu_storage import PRODUCTS, input_channels, padded
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
 from .cuda_on_host import in_order, only_last_block
@@ -611,7 +612,7 @@ def gpu_launcher(compiled_by):
         if reason := cupy_modules.gap():
             pytest.skip(reason)
         return cupy_conv_pair.conv_pair
-    if reason := registry.extension_gap("cuda"):
+    if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda.conv_pair
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from profiling import instruction_counts as counts
+from profiling.limits import instruction_counts as counts
 
 COMPILER, OTHER = (f"g++ {version}, {platform.machine()}" for version in (12, 13))
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.ops import cupy_kernels, cupy_modules, registry
+from advkd.ops import cupy_kernels, cupy_modules
 from advkd.ops.philox import normal_reference, rounds_reference, words_reference
 from advkd.ops.sampler_step import sampler_step_reference
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT, process_environment
 from .cuda_on_host import only_last_block
@@ -211,7 +212,7 @@ def launcher(compiled_by):
     """The kernels on a GPU, or a skip."""
     if compiled_by == "triton":
         return pytest.importorskip("advkd.kernels.sampler_step").launch
-    if reason := cupy_kernels.gap() if compiled_by == "cupy" else registry.extension_gap("cuda"):
+    if reason := cupy_kernels.gap() if compiled_by == "cupy" else extension_gap("cuda"):
         pytest.skip(reason)
     return cupy_kernels.sampler_step if compiled_by == "cupy" else torch.ops.advkd_cuda.sampler_step
 

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from advkd.errors import InputError
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
-from advkd.ops import registry, student_forward
+from advkd.ops import student_forward
 from advkd.ops.conv_layer import ConvLayer, decode, encode, pack
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import process_environment
 
-CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
 # 64x64: the last layers go image by image; detail noise: latents enter at several layers; 12 and 20 channels: no vector's
 # multiple; 4 features: as few as an image's channels, but not an image.
@@ -287,7 +288,7 @@ def test_weights_packed_for_another_processor_are_refused(tmp_path):
     weight, bias = torch.randn(16, 16, 3, 3), torch.zeros(16)
     save_file({"packed": pack(weight, bias, layer, torch.float32, "winograd2")}, tmp_path / "packed.safetensors")
     code = (
-        "import sys, torch; from advkd.ops import registry; registry.extension_gap('cpu');"
+        "import sys, torch; from advkd.runtime.extension import extension_gap; extension_gap('cpu');"
         "from safetensors.torch import load_file; packed = load_file(sys.argv[1])['packed'];"
         "numbers = [16, 16, 8, 8, 0, 1, 0, 2, 0]; print(torch.ops.advkd_cpu.isa());"
         "torch.ops.advkd_cpu.conv_block(torch.zeros(1, 16, 8, 8), packed, numbers, 0.2)"

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, FusedStudentConfig, convolutions
-from advkd.ops import cupy_modules, cupy_student_stem, registry
+from advkd.ops import cupy_modules, cupy_student_stem
 from advkd.ops.conv_layer import ConvLayer
-from advkd.ops.cupy_student_stem import stem_layers, stem_numbers, stem_plan, student_stem
-from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded
+from advkd.ops.cupy_student_stem import stem_layers, stem_plan, student_stem
+from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded, stem_numbers
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
 from .cuda_on_host import in_order
@@ -435,7 +436,7 @@ def launcher(compiled_by):
         if reason := cupy_modules.gap():
             pytest.skip(reason)
         return student_stem
-    if reason := registry.extension_gap("cuda"):
+    if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda.student_stem
 

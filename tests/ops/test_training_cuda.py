@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.ops import cupy_kernels, cupy_modules, cupy_training, registry
+from advkd.ops import cupy_kernels, cupy_modules, cupy_training
 from advkd.ops.mask_mul import mask_mul_reference
 from advkd.ops.norm_act import moments_reference, norm_act_reference
 from advkd.ops.penalty_reduce import penalty_reduce_reference
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
 from .cuda_on_host import only_last_block
@@ -242,7 +243,7 @@ def launcher(name, compiled_by):
         if reason := cupy_kernels.gap():
             pytest.skip(reason)
         return getattr(cupy_kernels, name)
-    if reason := registry.extension_gap("cuda"):
+    if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return getattr(torch.ops.advkd_cuda, name)
 

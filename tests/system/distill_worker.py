@@ -11,23 +11,23 @@ import sys
 
 import torch
 
-from advkd.diffusion.recorder import Trajectories
+from advkd.data.trajectories import Trajectories
 from advkd.methods.adv_kd import recipe
-from advkd.training.trainer import Distiller
+from advkd.training.distillation import Distiller
 from tests.conftest import tiny_student, tiny_teacher
 
 
 def fail_in_the_second_update(run, ending):
-    train = run._train_update
+    step = run.step
 
-    def update(stage):
+    def update():
         if run.update == 1 and ending == "error":
             raise RuntimeError("only here")
         if run.update == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return train(stage)
+        return step()
 
-    run._train_update = update
+    run.step = update
 
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     run = Distiller(data, student, config, out, dtype=dtype, progress=False, teacher=teacher)
     world = int(os.environ.get("WORLD_SIZE", 1))
     assert run.accelerator.num_processes == world
-    assert len(run._next_batch(run.stages[0])[1]) == config.batch_sizes[0] // world
+    assert len(run.next_batch()[0].z) == config.batch_sizes[0] // world
     run.cursor = 0
     if ending in ("error", "interrupt") and os.environ["RANK"] == "1":
         fail_in_the_second_update(run, ending)

@@ -163,10 +163,12 @@ def test_configuration_files(capsys, tmp_path, trajectories):
 
 
 def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, trajectories):
-    import advkd.training.trainer
+    import advkd.training.distillation
 
     seen = []
-    monkeypatch.setattr(advkd.training.trainer, "distill", lambda data, student, config, *rest, **more: seen.append(config))
+    monkeypatch.setattr(
+        advkd.training.distillation, "distill", lambda data, student, config, *rest, **more: seen.append(config)
+    )
     (tmp_path / "c.json").write_text(json.dumps({"conditional": True, "kl": 0.5, "updates": [7], "betas": [0.1, 0.2]}))
     arguments = ["distill", "--trajectories", trajectories, "--preset", "digits", "--out", tmp_path, "--config"]
     assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0

@@ -12,9 +12,10 @@ from PIL import Image
 
 from advkd.data.images import SYSTEM_NAMES, load_images, load_labelled, normalize, read_pictures
 from advkd.errors import InputError
+from advkd.methods.classification import ClassifierTrainingConfig
 from advkd.models.classifier import Classifier
 from advkd.training import classifier as classifier_training
-from advkd.training.classifier import ClassifierTrainingConfig, train_classifier
+from advkd.training.classifier import train_classifier
 
 from ..conftest import other_default
 
@@ -223,7 +224,7 @@ def test_more_than_fits_into_memory_is_said(tmp_path, monkeypatch):
 PEAK = """
 import re, sys
 from pathlib import Path
-from advkd.data import load_images, load_labelled, read_pictures
+from advkd.data.images import load_images, load_labelled, read_pictures
 from PIL import Image
 
 def peak():

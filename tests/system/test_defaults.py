@@ -26,20 +26,23 @@ from advkd.cli.sample import sample
 from advkd.cli.warmup import warmup
 from advkd.data.draws import DataOrder, shift, training_latents
 from advkd.data.images import load_images, load_labelled, normalize, read_pictures
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.coefficients import ddim_coefficients
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.evaluation import evaluate, metrics
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_folders, evaluate_student
 from advkd.evaluation.features import build_extractor, extract
 from advkd.methods.adv_kd import recipe
+from advkd.methods.classification import ClassifierTrainingConfig
+from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import coefficient_table, image_gradient, interpolate, philox_normal, philox_uniform, philox_words
 from advkd.ops.latents import dct_basis, project
 from advkd.runtime import timing
-from advkd.training.classifier import ClassifierTrainingConfig, train_classifier
-from advkd.training.teacher import TeacherTrainingConfig, train_teacher
-from advkd.training.trainer import distill
+from advkd.training.classifier import train_classifier
+from advkd.training.distillation import distill
+from advkd.training.teacher import train_teacher
 
 from ..conftest import DEFAULTS, other_default, tiny_recording, tiny_student
 

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from advkd.data.draws import DataOrder, shift, training_latents
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
-from advkd.methods.adv_kd import RECIPES, recipe
+from advkd.methods.adv_kd import RECIPES, kl_divergence, recipe
 from advkd.models.student import Student
-from advkd.training.trainer import Distiller, _Board, _kl, distill
+from advkd.training.distillation import Distiller, distill
+from advkd.training.log import Board
 
 from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_recording, tiny_student, tiny_teacher
 
@@ -68,11 +71,7 @@ def losses(data, out, dtype, updates, **changes):
     """Every metric of the first updates of a run that starts from one seed."""
     config = recipe("joint", updates=(updates,), learning_rate=5e-3, **{**SMALL, **changes})
     run = Distiller(Trajectories(data), tiny_student(), config, out, dtype=dtype, progress=False)
-    run._start_stage(run.stages[0])
-    found = []
-    for run.update in range(updates):
-        found.append(run._train_update(run.stages[0]))
-    return found
+    return [run.step() for _ in range(updates)]
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -102,10 +101,10 @@ def test_train_scope_last_freezes_the_earlier_submodules(trajectories, tmp_path)
     config = recipe("paper", updates=(1,), train_scope="last", **SMALL)
     data = Trajectories(trajectories)
     run = Distiller(data, tiny_student(), config, tmp_path, progress=False)
-    stage = run.stages[2]
-    run._start_stage(stage)
+    for _ in range(2):
+        run.step()
     before = {k: v.clone() for k, v in run.student.state_dict().items()}
-    run._train_update(stage)
+    run.step()
     changed = {k.split(".")[1] for k, v in run.student.state_dict().items() if not torch.equal(before[k], v)}
     assert changed == {"2"}
 
@@ -149,8 +148,6 @@ def test_unpaired_data_takes_wasserstein_only(unpaired, tmp_path):
 def test_a_killed_run_resumes_bit_for_bit(trajectories, tmp_path, name):
     """SIGKILL in the middle, at a point that is no checkpoint."""
     preset = tmp_path / "student.json"
-    from dataclasses import asdict
-
     preset.write_text(json.dumps(asdict(TINY_STUDENT)))
     arguments = ["distill", "--trajectories", trajectories, "--preset", preset, "--recipe", name, "--batch-sizes", 8]
     arguments += ["--updates", 12 if name == "joint" else 3, "--checkpoint-every", 2]
@@ -276,8 +273,6 @@ def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_p
 
 @pytest.mark.parametrize(("options", "code", "message"), [((), 0, ""), (("--learning-rate", 1e30), 1, "not finite")])
 def test_the_command_ends_its_process_group(trajectories, tmp_path, options, code, message):
-    from dataclasses import asdict
-
     preset = tmp_path / "student.json"
     preset.write_text(json.dumps(asdict(TINY_STUDENT)))
     arguments = ["--trajectories", trajectories, "--preset", preset, "--updates", 4, "--batch-sizes", 8, "--critic-channels", 4]
@@ -318,14 +313,14 @@ def test_what_is_removed_while_a_run_writes_there_stays_away(teacher, trajectori
     config = recipe("joint", updates=(8,), grow=grow, grow_every=4, **{**SMALL, "checkpoint_every": 3})
     out, teacher = tmp_path / "out", teacher if grow else None
     run = Distiller(Trajectories(trajectories), tiny_student(), config, out, progress=False, teacher=teacher)
-    train = run._train_update
+    step = run.step
 
-    def update(stage):
+    def update():
         if run.update == 3:
             (out / lost).rename(tmp_path / "away")
-        return train(stage)
+        return step()
 
-    run._train_update = update
+    run.step = update
     if not main:
         monkeypatch.setattr(type(run.accelerator), "is_main_process", False)
     with pytest.raises(InputError, match=f"{out}/.* cannot be written: .* removed or moved away; run the same command again"):
@@ -351,15 +346,15 @@ def test_rows_are_on_the_disk_before_a_checkpoint_counts_on_them(trajectories, t
 
 
 def test_two_runs_of_one_second_have_a_board_each(tmp_path, monkeypatch):
-    monkeypatch.setattr("advkd.training.trainer.time.time", lambda: 1e9)
+    monkeypatch.setattr("advkd.training.log.time.time", lambda: 1e9)
     for _ in range(2):
-        _Board(tmp_path / "tensorboard", 0).close()
+        Board(tmp_path / "tensorboard", 0).close()
     first, second = sorted((tmp_path / "tensorboard").iterdir())
     assert first.read_bytes() == second.read_bytes() != b""
 
 
 def test_folders_that_must_not_be_written_to(trajectories, tmp_path):
-    from advkd.runtime.files import locked
+    from advkd.runtime.folders import locked
 
     with pytest.raises(InputError, match="no checkpoint"):
         distill(trajectories, tiny_student(), JOINT, tmp_path / "typo", resume=True)
@@ -400,13 +395,14 @@ def test_large_seeds_train(trajectories, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(trajectories, tmp_path, monkeypatch):
     run = Distiller(Trajectories(trajectories), tiny_student(), JOINT, tmp_path, progress=False)
-    real = run._next_batch
+    real = run.next_batch
 
-    def poisoned(stage):
-        start, z, targets = real(stage)
-        return start, z, {k: t * math.nan if run.update == 5 else t for k, t in targets.items()}
+    def poisoned():
+        batch, draw = real()
+        levels = {k: t * math.nan if run.update == 5 else t for k, t in batch.levels.items()}
+        return replace(batch, levels=levels), draw
 
-    monkeypatch.setattr(run, "_next_batch", poisoned)
+    monkeypatch.setattr(run, "next_batch", poisoned)
     with pytest.raises(TrainingError, match="not finite at stage 1, update 5; the last checkpoint is kept"):
         run.run()
     resumed = distill(trajectories, tiny_student(), JOINT, tmp_path, resume=True, progress=False)
@@ -451,8 +447,6 @@ def test_bad_recipes_are_refused_before_work(trajectories, tmp_path, changes, na
     ],
 )
 def test_a_student_that_does_not_fit_the_data_is_refused(trajectories, tmp_path, changes, name):
-    from dataclasses import replace
-
     with pytest.raises(InputError, match=name):
         distill(trajectories, Student(replace(TINY_STUDENT, **changes)), JOINT, tmp_path / "out")
 
@@ -460,13 +454,11 @@ def test_a_student_that_does_not_fit_the_data_is_refused(trajectories, tmp_path,
 @pytest.mark.parametrize("changes", [{"latent_size": 1}, {"latent_size": 1, "detail_noise": True}])
 def test_any_latent_of_the_recorded_noise_can_be_trained_on(trajectories, tmp_path, changes):
     """z of another layout than the recorded one is made anew from x_T's counters."""
-    from dataclasses import replace
-
     student = Student(replace(TINY_STUDENT, **changes))
     run = Distiller(Trajectories(trajectories), student, JOINT, tmp_path, progress=False)
-    _, z, _ = run._next_batch(run.stages[0])
-    expected = student.project(tiny_teacher().noise(24, 0))[run._rows(0, 8)]
-    assert torch.allclose(z, expected, atol=1e-6)
+    batch, _ = run.next_batch()
+    expected = student.project(tiny_teacher().noise(24, 0))[run.rows(0, 8)]
+    assert torch.allclose(batch.z, expected, atol=1e-6)
     run.run()
     assert len(rows(tmp_path)) == 6
 
@@ -483,8 +475,6 @@ def test_any_latent_of_the_recorded_noise_can_be_trained_on(trajectories, tmp_pa
     ],
 )
 def test_switches_that_do_not_go_together(trajectories, tmp_path, changes):
-    from dataclasses import replace
-
     with pytest.raises(InputError, match=next(iter(changes))):
         distill(trajectories, tiny_student(), replace(JOINT, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -502,14 +492,14 @@ def test_fresh_latents_reach_the_critic_and_not_the_regression(trajectories, tmp
 
         return watched
 
-    for name in ("_update_critics", "_update_student"):
-        monkeypatch.setattr(run, name, watch(name, getattr(run, name)))
+    for name in ("update_critics", "update_student"):
+        monkeypatch.setattr(run.method, name, watch(name, getattr(run.method, name)))
     run.run()
-    _, start, z, targets, judged = seen["_update_critics"]
-    images = seen["_update_student"][4]
-    assert len(judged[4]) == len(images[4]) == len(targets[4]) == len(z) == 8
+    _, batch, draw, judged = seen["update_critics"]
+    images, z = seen["update_student"][3], batch.z
+    assert len(judged[4]) == len(images[4]) == len(batch.levels[4]) == len(z) == 8
     assert not torch.equal(judged[4], images[4])
-    latents = training_latents(config.seed, start, 8, z.shape[1])
+    latents = training_latents(config.seed, draw.start, 8, z.shape[1])
     reference = tiny_student().train()
     with torch.no_grad():
         expected = reference(torch.cat((z, latents)))
@@ -569,7 +559,7 @@ def test_two_folders_are_one_data_set(teacher, trajectories, tmp_path):
 def test_pairs_limits_the_data(trajectories, tmp_path):
     config = recipe("joint", updates=(6,), pairs=9, **SMALL)
     run = Distiller(Trajectories(trajectories), tiny_student(), config, tmp_path, progress=False)
-    assert sorted(run._rows(0, 9)) == list(range(9))
+    assert sorted(run.data.places(run.rows(0, 9))) == list(range(9))
 
 
 def test_pairs_made_while_training(teacher, trajectories, tmp_path):
@@ -577,24 +567,24 @@ def test_pairs_made_while_training(teacher, trajectories, tmp_path):
     config = recipe("joint", updates=(7,), pairs=16, grow=8, grow_every=2, **SMALL)
     whole = distill(trajectories, tiny_student(), config, tmp_path / "whole", progress=False, teacher=teacher)
     folders = sorted((tmp_path / "whole" / "trajectories").iterdir())
-    recipes = [Trajectories(folder).recipe for folder in folders]
-    assert [(r["start"], r["num"]) for r in recipes] == [(24, 8), (32, 8), (40, 8)]
+    infos = [Trajectories(folder).info for folder in folders]
+    assert [(info.start, info.num) for info in infos] == [(24, 8), (32, 8), (40, 8)]
     assert json.loads((tmp_path / "whole" / "training.json").read_text())["samples"] == [
         {"seed": 0, "start": start, "num": num} for start, num in ((0, 24), (24, 8), (32, 8), (40, 8))
     ]
     run = Distiller(Trajectories(trajectories), tiny_student(), config, tmp_path / "cut", progress=False, teacher=teacher)
-    original, count = run._train_update, []
+    original, count = run.step, []
 
-    def killed(stage):
+    def killed():
         if len(count) == 5:
             raise KeyboardInterrupt
         count.append(1)
-        return original(stage)
+        return original()
 
-    run._train_update = killed
+    run.step = killed
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    assert sorted({row for row in run._rows(0, 32)}) == [*range(16), *range(24, 40)]
+    assert sorted(run.data.places(run.rows(0, 32))) == [*range(16), *range(24, 40)]
     resumed = distill(trajectories, tiny_student(), config, tmp_path / "cut", resume=True, progress=False, teacher=teacher)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
@@ -660,9 +650,9 @@ def test_kl_is_that_of_two_gaussians():
     log_s = torch.tensor(0.4, requires_grad=True)
     p = torch.distributions.Normal(torch.tensor(0.0), floor)
     q = torch.distributions.Normal(mse.sqrt(), log_s.exp())
-    assert torch.allclose(_kl(mse, log_s, floor), torch.distributions.kl_divergence(p, q))
+    assert torch.allclose(kl_divergence(mse, log_s, floor), torch.distributions.kl_divergence(p, q))
     # With s learned the minimum is s^2 = floor^2 + mse, not infinity.
     best = 0.5 * math.log(floor**2 + 0.3)
-    values = [_kl(mse, torch.tensor(best + d), floor).item() for d in (-0.1, 0.0, 0.1)]
+    values = [kl_divergence(mse, torch.tensor(best + d), floor).item() for d in (-0.1, 0.0, 0.1)]
     assert values[1] < values[0] and values[1] < values[2]
-    assert abs(_kl(torch.tensor(0.0), torch.tensor(math.log(floor)), floor).item()) < 1e-6
+    assert abs(kl_divergence(torch.tensor(0.0), torch.tensor(math.log(floor)), floor).item()) < 1e-6

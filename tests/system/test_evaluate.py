@@ -13,7 +13,8 @@ from PIL import Image
 
 from advkd.data.images import load_images, load_labelled, read_pictures
 from advkd.data.pictures import save_image, to_pil, to_uint8
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation import evaluate, features

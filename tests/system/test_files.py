@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from advkd.errors import InputError
-from advkd.runtime import files
+from advkd.runtime import files, folders
 
 from ..conftest import process_environment
 
@@ -60,8 +60,8 @@ def test_an_interrupt_of_the_command_line_removes_temporary_files(tmp_path):
 def test_a_folder_stays_held_until_its_last_holder_ends(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    with files.held(folder):
-        with files.held(folder):
+    with folders.held(folder):
+        with folders.held(folder):
             pass
         folder.rmdir()
         with pytest.raises(InputError, match="its folder has been removed"):
@@ -72,17 +72,17 @@ def test_a_folder_stays_held_until_its_last_holder_ends(tmp_path):
 def test_a_held_folder_is_not_made_again_for_one_below_it(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    with files.held(folder):
+    with folders.held(folder):
         files.write_json(folder / "pictures" / "a.json", {})
         folder.rename(tmp_path / "away")
         for work in (
             lambda: files.write_json(folder / "pictures" / "b.json", {}),
-            lambda: files.require_output_folder(folder / "trajectories" / "0001"),
+            lambda: folders.require_output_folder(folder / "trajectories" / "0001"),
         ):
             with pytest.raises(InputError, match=f"{folder}/.* cannot be written: its folder has been removed"):
                 work()
         assert not folder.exists()
-    files.require_output_folder(folder / "trajectories" / "0001")
+    folders.require_output_folder(folder / "trajectories" / "0001")
 
 
 def test_an_open_file_that_has_lost_its_name_is_noticed(tmp_path):
@@ -112,11 +112,11 @@ def test_an_error_of_any_class_names_the_file(tmp_path):
         def __init__(self):
             super().__init__(errno.EIO, "Input/output error")
 
-    with pytest.raises(Unusual, match=f"{tmp_path}/a.json"), files.writing(tmp_path / "a.json"):
+    with pytest.raises(Unusual, match=f"{tmp_path}/a.json"), folders.writing(tmp_path / "a.json"):
         raise Unusual
     # A renaming has two names, of which the user knows one.
-    temporary = files.temporary_path(tmp_path / "a.json")
-    with pytest.raises(OSError, match="a.json'$") as raised, files.writing(tmp_path / "a.json", temporary):
+    temporary = folders.temporary_path(tmp_path / "a.json")
+    with pytest.raises(OSError, match="a.json'$") as raised, folders.writing(tmp_path / "a.json", temporary):
         raise OSError(errno.EIO, "Input/output error", str(temporary), None, str(tmp_path / "a.json"))
     assert ".tmp" not in str(raised.value)
 
@@ -144,7 +144,7 @@ def test_a_disk_that_fails_is_not_taken_for_one_without_hard_links(tmp_path, mon
 def test_a_planted_link_in_the_temporary_files_place_is_not_written_through(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    files.temporary_path(tmp_path / "a.json").symlink_to(victim)
+    folders.temporary_path(tmp_path / "a.json").symlink_to(victim)
     files.write_json(tmp_path / "a.json", {})
     assert victim.read_text() == "mine" and json.loads((tmp_path / "a.json").read_text()) == {}
 
@@ -154,13 +154,13 @@ def test_leftovers_are_removed_and_what_they_link_to_is_not(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    (out / f".a.{files._HOST}.4194999.tmp").symlink_to(tmp_path / "mine")
-    (out / f".b.{files._HOST}.4194999.tmp").mkdir()
-    (out / f".b.{files._HOST}.4194999-4195001.tmp").write_text("torn")
-    at_work = [f".c.{files._HOST}.{os.getpid()}.tmp", files.temporary_path(out / "d").name]
+    (out / f".a.{folders._HOST}.4194999.tmp").symlink_to(tmp_path / "mine")
+    (out / f".b.{folders._HOST}.4194999.tmp").mkdir()
+    (out / f".b.{folders._HOST}.4194999-4195001.tmp").write_text("torn")
+    at_work = [f".c.{folders._HOST}.{os.getpid()}.tmp", folders.temporary_path(out / "d").name]
     for name in at_work:
         (out / name).write_text("at work")
-    files.remove_leftovers(out)
+    folders.remove_leftovers(out)
     assert sorted(path.name for path in out.iterdir()) == at_work
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
@@ -181,34 +181,38 @@ def test_a_file_system_without_locks_is_a_warning(code, tmp_path, monkeypatch):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match=f"{tmp_path}: its file system has no locks"), files.locked(tmp_path):
+    with pytest.warns(UserWarning, match=f"{tmp_path}: its file system has no locks"), folders.locked(tmp_path):
         entered = True
     assert entered
 
 
 def test_a_second_process_and_other_failures_are_refused(tmp_path, monkeypatch):
-    with files.locked(tmp_path), pytest.raises(InputError, match="another process is writing there"), files.locked(tmp_path):
+    with (
+        folders.locked(tmp_path),
+        pytest.raises(InputError, match="another process is writing there"),
+        folders.locked(tmp_path),
+    ):
         raise AssertionError("the folder was locked twice")
 
     def flock(file, operation):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(InputError, match=f"{tmp_path} cannot be locked .Input/output error"), files.locked(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be locked .Input/output error"), folders.locked(tmp_path):
         raise AssertionError("an error of the disk was passed over")
 
 
 def test_a_lock_empties_no_file(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".lock").symlink_to(tmp_path / "mine")
-    with files.locked(tmp_path):
+    with folders.locked(tmp_path):
         assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("make", "why"), [(os.mkfifo, "not a regular file"), (os.mkdir, "cannot be opened")])
 def test_a_lock_that_is_no_file_is_refused(make, why, tmp_path):
     make(tmp_path / ".lock")
-    with pytest.raises(InputError, match=f"{tmp_path}: its .lock .*{why}"), files.locked(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}: its .lock .*{why}"), folders.locked(tmp_path):
         raise AssertionError("what is no file was locked")
 
 
@@ -235,7 +239,7 @@ def test_an_optimisers_state_fits_its_parameters():
 def test_output_links_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     with pytest.raises(InputError, match=f"{tmp_path}/out is a link to {tmp_path}/disk, which does not exist"):
-        files.require_output_folder(tmp_path / "out")
+        folders.require_output_folder(tmp_path / "out")
 
 
 def test_a_file_system_that_cannot_synchronize_is_written_to(tmp_path, monkeypatch):
@@ -319,15 +323,15 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path):
 def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch):
     for name in ("ADVKD_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = files.cache_folder()
+    monkeypatch.setattr(folders.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = folders.cache_folder()
     assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert files.cache_folder() == folder
+    assert folders.cache_folder() == folder
     folder.chmod(0o777)
     with pytest.raises(InputError, match="can be written by others: set ADVKD_CACHE"):
-        files.cache_folder()
+        folders.cache_folder()
     folder.rmdir()
     folder.symlink_to(tmp_path)
     with pytest.raises(InputError, match="set ADVKD_CACHE"):
-        files.cache_folder()
+        folders.cache_folder()

@@ -17,12 +17,12 @@ from advkd.engines.cpu import CpuEngine
 from advkd.engines.gpu import GpuEngine
 from advkd.engines.reference import ReferenceEngine
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import registry
 from advkd.ops.conv_layer import ALGORITHMS
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import process_environment, tiny_student
 
-CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from advkd.engines.gpu_search import Limits
 from advkd.engines.reference import ReferenceEngine
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
+from advkd.runtime import extension
 
 from ..conftest import ROOT, process_environment, run_cli, tiny_student
 from ..ops.test_student_gpu import launchers  # noqa: F401
@@ -289,12 +290,12 @@ def test_reasons_for_gaps(monkeypatch):
         registry.choose("conv_block", "cuda", device)
     registry._choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(registry.Path, "glob", lambda self, pattern: [])
-    monkeypatch.setattr(registry.shutil, "which", lambda name: None)
-    assert "nvcc is not on PATH" in registry.extension_gap.__wrapped__("cuda")
+    monkeypatch.setattr(extension.Path, "glob", lambda self, pattern: [])
+    monkeypatch.setattr(extension.shutil, "which", lambda name: None)
+    assert "nvcc is not on PATH" in extension.extension_gap.__wrapped__("cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(registry, "_code_error", lambda device: 209)
-    assert "built for other GPUs than this one: TORCH_CUDA_ARCH_LIST=7.5" in registry._foreign_code("_cuda.abi3.so")
+    monkeypatch.setattr(extension, "_code_error", lambda device: 209)
+    assert "built for other GPUs than this one: TORCH_CUDA_ARCH_LIST=7.5" in extension._foreign_code("_cuda.abi3.so")
 
 
 def test_warmup(tmp_path):

@@ -26,7 +26,7 @@ def dry_run(*arguments):
 def test_every_gpu_test_is_entered(tmp_path):
     """One case of each function: shares of them side by side, chosen as on a GPU."""
     pytest.importorskip("triton")
-    log = ["-p", "profiling.gpu_test_log", "--gpu-most=1", "--tb=short"]
+    log = ["-p", "profiling.gpu.tests", "--gpu-most=1", "--tb=short"]
     shares = [dry_run(*log, f"--gpu-log={tmp_path / str(i)}", f"--gpu-shard={i}/{SHARDS}", "tests") for i in range(SHARDS)]
     outputs = [share.communicate()[0] for share in shares]
     print(*outputs, sep="\n")

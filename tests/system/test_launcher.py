@@ -12,14 +12,16 @@ from advkd import FusedStudent, Student
 from advkd.cli.demo import run_demo
 from advkd.cli.sample import sample
 from advkd.cli.warmup import warmup
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation import evaluate
+from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.runtime import launcher
 from advkd.runtime.devices import plain_defaults, require_device
 from advkd.runtime.progress import can_be_shown, progress_bar
-from advkd.training.teacher import TeacherTrainingConfig, train_teacher
+from advkd.training.teacher import train_teacher
 
 from ..conftest import ROOT, other_default, process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -247,7 +249,8 @@ def test_a_teacher_in_several_files_loads_without_standard_error(tmp_path, monke
 
 SCRIPT = """
 import sys
-from advkd.trajectories import TrajectoryConfig, record_in_processes
+from advkd.data.trajectories import TrajectoryConfig
+from advkd.diffusion.recorder import record_in_processes
 {guard}
     record_in_processes(sys.argv[1], TrajectoryConfig(steps=2, num=4, depth=4, batch_size=2, shard_size=2), sys.argv[2], 2)
 """

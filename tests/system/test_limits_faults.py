@@ -22,6 +22,7 @@ import signal
 import sys
 from pathlib import Path
 from unittest import mock
+from advkd.runtime.folders import require_output_folder
 from profiling.limits import faults, kills
 from profiling.limits.commands import prepare
 from profiling.limits.record import Campaign
@@ -50,7 +51,11 @@ trial.reset()
 with mock.patch("advkd.__main__.end_at_interrupt", lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)):
     interrupt = {"signal": "Ctrl-C", "fresh": False, "to all": False}
     ignored = kills._kill(trial.command, trial.out, interrupt, (True, 0, 0), trial.whole)
-with mock.patch("advkd.training.classifier.locked", lambda out: contextlib.nullcontext()):
+changes = {"trainer.locked": lambda out: contextlib.nullcontext(), "trainer.file_state": lambda path: None}
+changes |= dict.fromkeys(("trainer.claim", "classifier.claim"), lambda out, *_: require_output_folder(out))
+with contextlib.ExitStack() as unlocked:
+    for name, change in changes.items():
+        unlocked.enter_context(mock.patch(f"advkd.training.{name}", change))
     trial.campaign = campaigns["without locks"]
     faults._two(other=True)(trial, "unlocked", 0, 2)
 

@@ -17,7 +17,7 @@ from ..conftest import process_environment
 
 BITS = """
 import hashlib, json, torch, advkd
-from advkd.coefficients import ddim_coefficients
+from advkd.diffusion.coefficients import ddim_coefficients
 from advkd.ops import norm_act, philox_normal, sampler_step
 
 torch.set_num_threads(THREADS)
@@ -72,7 +72,7 @@ allowed = set(sorted(os.sched_getaffinity(0))[:2])
 os.sched_setaffinity(0, allowed)
 import torch
 from advkd import sharing
-from advkd.neighbours import unconfined
+from advkd.runtime.neighbours import unconfined
 
 def until(condition):
     end = time.monotonic() + 120

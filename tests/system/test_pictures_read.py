@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import OPEN_INFO
 
-from advkd.data import images as data
-from advkd.data.images import IMAGE_SUFFIXES, PIXEL_LIMIT, load_images, read_pictures
+from advkd.data import decoding
+from advkd.data.decoding import PIXEL_LIMIT
+from advkd.data.images import IMAGE_SUFFIXES, load_images, read_pictures
 from advkd.errors import InputError
 
 # Older versions refuse premultiplied gray by name.
@@ -358,7 +359,7 @@ HUGE = {
 def test_too_many_pixels_are_refused_before_they_are_decoded(name, limit_of_pillow, tmp_path, monkeypatch):
     if limit_of_pillow != "as it is":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit_of_pillow)
-    monkeypatch.setattr(data, "_raw_mode", lambda image: pytest.fail("not refused before it is decoded"))
+    monkeypatch.setattr(decoding, "_raw_mode", lambda image: pytest.fail("not refused before it is decoded"))
     (tmp_path / name).write_bytes(HUGE[name])
     ours = "it has 40,000 x 40,000 pixels, more than the 134,217,728 that a picture may have"
     said = rf"{name} cannot be read \(({ours}|Image size \(1600000000 pixels\) exceeds)"
@@ -381,9 +382,9 @@ def test_a_huge_canvas_of_a_webp_is_refused(limit_of_pillow, tmp_path, monkeypat
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_the_limit_counts_pixels(suffix, tmp_path, monkeypatch):
     Image.new("L", (18, 17), 99).save(tmp_path / f"a{suffix}")
-    monkeypatch.setattr(data, "PIXEL_LIMIT", 18 * 17)
+    monkeypatch.setattr(decoding, "PIXEL_LIMIT", 18 * 17)
     assert load_images(tmp_path, 8, 1).shape == (1, 1, 8, 8) and read_pictures(tmp_path, "--images").shape[2:] == (17, 18)
-    monkeypatch.setattr(data, "PIXEL_LIMIT", 18 * 17 - 1)
+    monkeypatch.setattr(decoding, "PIXEL_LIMIT", 18 * 17 - 1)
     with pytest.raises(InputError, match="18 x 17 pixels, more than the 305 "):
         load_images(tmp_path)
 
@@ -478,7 +479,7 @@ def test_damaged_files_are_named_whatever_is_damaged(format, tmp_path):
             contents[place : place + 1] = generator.randbytes(generator.choice((1, 1, 2)))
         path.write_bytes(contents)
         try:
-            data._opened(path)
+            decoding.open_picture(path)
         except InputError as error:
             assert "damaged.png cannot be read" in str(error)
             refused += 1
@@ -492,7 +493,7 @@ def test_any_error_while_a_picture_is_read_names_it(error, tmp_path, monkeypatch
     def broken(image):
         raise error("inside")
 
-    monkeypatch.setattr(data, "_raw_mode", broken)
+    monkeypatch.setattr(decoding, "_raw_mode", broken)
     (tmp_path / "a.png").write_bytes(png(8, 0, RAMP))
     with pytest.raises(InputError, match="a.png cannot be read .*inside"):
         load_images(tmp_path)
@@ -507,7 +508,7 @@ def test_errors_that_are_not_the_pictures_pass(error, passed, said, tmp_path, mo
     def broken(image):
         raise error
 
-    monkeypatch.setattr(data, "_raw_mode", broken)
+    monkeypatch.setattr(decoding, "_raw_mode", broken)
     (tmp_path / "a.png").write_bytes(png(8, 0, RAMP))
     with pytest.raises(passed, match=said):
         load_images(tmp_path)

@@ -13,36 +13,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from advkd.cli.main import _apply, distill
+from advkd.cli.distill import method_command
+from advkd.config import overlay
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor
 from advkd.methods.adv_kd import RECIPES
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
-from advkd.ops import registry
 from advkd.runtime import timing
+from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
-from profiling import (
-    ablation,
-    bench_conv_block,
-    bench_gradient_penalty,
-    bench_norm_act,
-    bench_sampler_step,
-    bench_student,
-    bench_teacher,
-    billion,
-    demo,
-    evidence,
-    gpu_kernels,
-    gpu_peers,
-    gpu_timing,
-    harness,
-    kernel_digests,
-    roofline,
-    tables,
-)
-from profiling import instruction_counts as counts
+from profiling import billion, evidence, gpu_peers, gpu_timing, harness, roofline, tables
+from profiling.cases import ablation
+from profiling.cases import conv_block as bench_conv_block
+from profiling.cases import gradient_penalty as bench_gradient_penalty
+from profiling.cases import norm_act as bench_norm_act
+from profiling.cases import sampler_step as bench_sampler_step
+from profiling.cases import student as bench_student
+from profiling.cases import teacher as bench_teacher
 from profiling.harness import Case, Contestant
+from profiling.limits import instruction_counts as counts
+from profiling.trace import demo
 
 from ..conftest import ROOT, process_environment
 from ..ops.test_student_gpu import launchers  # noqa: F401
@@ -290,7 +281,7 @@ def test_small_benchmark_runs(tmp_path):
 
 
 def test_unknown_case_is_refused():
-    command = [sys.executable, "-m", "profiling.bench_student", "--only", "no-such"]
+    command = [sys.executable, "-m", "profiling.cases.student", "--only", "no-such"]
     done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no such case" in done.stderr
 
@@ -299,10 +290,10 @@ def test_unknown_case_is_refused():
 def test_every_row_of_the_ablation_is_a_recipe(name):
     program, command, *arguments = ablation.command(name, "paths", "out")
     assert (program, command) == ("advkd", "distill")
-    values = distill.make_context("distill", arguments).params
+    values = method_command("adv-kd").make_context("distill", arguments).params
     for key in ("data", "teacher_source", "preset", "out", "config_file", "resume", "device"):
         values.pop(key)
-    config = _apply(RECIPES[values.pop("recipe") or "joint"], values, "distill")
+    config = overlay(RECIPES[values.pop("recipe") or "joint"], values, "distill")
     config.validate(12, True, 8192)
     StudentConfig(**ablation.student_shape({k: v for k, v in ablation.ROWS[name].items() if k in ablation.STUDENT_FIELDS}))
     if config.recipe == "joint":
@@ -390,7 +381,7 @@ def test_pages_with_unsupported_sentences_are_not_written(tmp_path, monkeypatch)
 
 
 def test_the_evaluation_is_of_the_shipped_student():
-    (result,) = tables.stored("evaluation")
+    (result,) = evidence.stored("evaluation")
     assert result["student"]["weights_sha256"] == digest(Student.from_pretrained("digits").state_dict())
     assert result["extractor_sha256"] == build_extractor("digits").identity and result["known_unseen"]
 
@@ -413,39 +404,45 @@ def test_results_have_provenance_and_green_gates():
 
 def test_what_the_project_set_out_for_is_in_the_results():
     """On every measured machine the fused workloads beat their baselines, and a demo's time is in its networks."""
-    for result in tables.stored("compare"):
+    for result in evidence.stored("compare"):
         assert not result["complaints"] and {row["workload"] for row in result["rows"]} == {"student", "teacher", "update"}
         for row in result["rows"]:
             assert row["parity"]["passed"] and row["seconds"]["fused"]["median"] < row["seconds"]["baseline"]["median"]
     for name in ("traces", "counters"):
-        for result in tables.stored(name):
+        for result in evidence.stored(name):
             assert len({(row["workload"], row["variant"]) for row in result["rows"]}) == 6
             assert not any("error" in row for row in result["rows"])
-    results = tables.stored("demo")
+    results = evidence.stored("demo")
     assert results and not any(demo.complaints(result) for result in results)
 
 
 def test_a_result_of_older_kernels_is_stale():
-    result = {"provenance": {"kernels": kernel_digests.kernel_digests()}, "cases": []}
-    assert kernel_digests.changed("bench_norm_act", result) == []
+    result = {"provenance": {"kernels": evidence.cpu_digests()}, "cases": []}
+    assert evidence.changed("bench_norm_act", result) == []
     result["cases"] = [{"provenance": {"kernels": {**result["provenance"]["kernels"], "norm_act": "0"}}}]
-    assert kernel_digests.changed("bench_norm_act", result) == ["norm_act"] and not kernel_digests.changed("layers", result)
-    assert kernel_digests.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
+    assert evidence.changed("bench_norm_act", result) == ["norm_act"] and not evidence.changed("layers", result)
+    assert evidence.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
     stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
     assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
     # On a GPU other kernels do the work; a part of a whole run keeps their digests beside its provenance.
-    now = gpu_kernels.digests()
+    now = evidence.gpu_digests()
     part = {"provenance": {"device": "a card"}, "kernels": now, "result": {}}
-    assert kernel_digests.changed("gpu_bench_student", part) == []
+    assert evidence.changed("gpu_bench_student", part) == []
     part["kernels"] = {**now, "cuda conv_pair": "0", "triton norm_act": "0"}
-    assert kernel_digests.changed("gpu_bench_student", part) == ["cuda conv_pair"]
-    assert kernel_digests.changed("bench_norm_act_cuda", part) == ["triton norm_act"]
-    assert "cuda sampler_step" in kernel_digests.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
+    assert evidence.changed("gpu_bench_student", part) == ["cuda conv_pair"]
+    assert evidence.changed("bench_norm_act_cuda", part) == ["triton norm_act"]
+    assert "cuda sampler_step" in evidence.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
     # A header's change is its kernels' change.
     texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
-    before = kernel_digests._digest("csrc/cpu/a.cpp", texts.get)
-    assert kernel_digests._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
-    assert set(kernel_digests.kernel_digests()) == {name for kernels in kernel_digests.MEASURED.values() for name in kernels}
+    before = evidence._digest("csrc/cpu/a.cpp", texts.get)
+    assert evidence._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
+    assert set(evidence.cpu_digests()) == {name for kernels in evidence.MEASURED.values() for name in kernels}
+
+
+def test_results_name_the_modules_that_measure_them():
+    known = {name: evidence.module_of(name) for name in (*evidence.MEASURED, *evidence.ELSEWHERE)}
+    assert known["bench_student"] == "profiling.cases.student" and known["demo"] == "profiling.trace.demo"
+    assert all(map(importlib.util.find_spec, known.values()))
 
 
 def test_a_point_stands_below_the_tighter_ceiling():
@@ -473,7 +470,7 @@ def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
     entry = {"name": "advkd", "kind": "ours", "seconds": time(0.5)}
     case = {"case": "digits, bfloat16", "flop": 8, "moved_bytes": 2, "contestants": [entry], "provenance": PLACE}
     alone = {"cases": [case], "provenance": {**PLACE, "driver": "1"}}
-    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": gpu_kernels.digests()}
+    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": evidence.gpu_digests()}
     for name, stored in (("bench_student_cuda", alone), ("gpu_bench_norm_act", part)):
         (tmp_path / f"{name}.json").write_text(json.dumps(stored))
     found, places = roofline.points(tmp_path, ["float32", "bfloat16"])
@@ -489,7 +486,7 @@ def test_copies_and_ops_have_times(monkeypatch):
     monkeypatch.setattr(roofline, "STREAM_BYTES", (2**20,))
     found = roofline.streams()
     assert found["copy of 1 MiB"][0] == 2**21
-    if registry.extension_gap("cpu") is None:
+    if extension_gap("cpu") is None:
         moved, call = found["two of 1 MiB into a third"]
         x, m, y = call.args[0], call.args[1], call.keywords["out"]
         call()

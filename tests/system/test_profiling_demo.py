@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from advkd.errors import InputError
-from profiling import demo
+from profiling.trace import demo
 
 SUMMARY = (
     "teacher: 1,234 parameters, 50 evaluations, 93.5 ms per image; student: 567 parameters, 1 evaluation, 0.43 ms per image "

@@ -1,6 +1,7 @@
 """The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run on the CPU in small."""
 
 import dataclasses
+import importlib
 import json
 import re
 import runpy
@@ -18,36 +19,33 @@ import torch
 
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
-from profiling import (
-    ahead,
-    bench_conv_block,
-    bench_sampler_step,
-    bench_student,
-    gpu,
-    gpu_kept,
-    gpu_kernels,
-    gpu_modes,
-    gpu_parts,
-    gpu_peers,
-    gpu_predictions,
-    gpu_rehearsal,
-    gpu_run,
-    gpu_summary,
-    gpu_timing,
-    tables,
-)
-from profiling.gpu_test_log import BROKEN, COLLECTED, forget, read_log, spread
+from advkd.ops import registry
+from profiling import evidence, gpu_peers, gpu_timing
+from profiling.cases import conv_block as bench_conv_block
+from profiling.cases import sampler_step as bench_sampler_step
+from profiling.cases import student as bench_student
+from profiling.evidence import module_of
+from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers, tables
+from profiling.gpu import kept as gpu_kept
+from profiling.gpu import main as gpu
+from profiling.gpu import modes as gpu_modes
+from profiling.gpu import part as gpu_part
+from profiling.gpu import run as gpu_run
+from profiling.gpu import summary as gpu_summary
+from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
 from profiling.harness import run_case
+from profiling.limits import ahead, predictions
+from profiling.trace import counters
 
 from ..conftest import ROOT, process_environment
 from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
 
 PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "threads": 2, "versions": {"torch": "2"}}
-# A part in the form of the command line that gpu.py starts; its name says how it ends.
+# A part in the form of the command line that a run starts; its name says how it ends.
 FAKE = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
-from profiling.parent import end_with_parent
+from profiling.gpu.parent import end_with_parent
 parser = argparse.ArgumentParser()
 parser.add_argument("name")
 parser.add_argument("--out")
@@ -119,7 +117,7 @@ def test_parts_do_not_take_each_other_along(run, capsys):
     assert run.starts().count("segfault") == run.starts().count("broken") == 2 and run.starts().count("raises") == 1
     good, hang = run.stored("good"), run.stored("hang")
     assert good["result"]["value"] == 7 and good["key"]["commit"] == "c0ffee" and good["log_tail"] == ""
-    assert good["kernels"] == gpu_kernels.digests()
+    assert good["kernels"] == evidence.gpu_digests()
     # What a process without git did not know is the run's.
     assert good["result"]["provenance"] == {"commit": "c0ffee", "dirty": False}
     assert hang["result"]["items"] == {"first": {"state": "done"}} and hang["seconds"] < 10
@@ -194,10 +192,10 @@ def test_without_a_gpu_nothing_starts(tmp_path, capsys):
 def test_every_part_is_there():
     modes = [part for mode in gpu_modes.MODES.values() for part in mode.parts()]
     assert [part.name for part in gpu.PARTS] == PART_ORDER
-    assert {part.name for part in (*gpu.PARTS, *modes)} == set(gpu_parts.PARTS)
+    assert {part.name for part in (*gpu.PARTS, *modes)} == set(parts.PARTS)
     assert not next(part for part in gpu.PARTS if part.name == "ahead").needs_gpu
-    for name, cases in gpu_parts.QUICK.items():
-        known = __import__(f"profiling.{name}", fromlist=["cases"]).cases("cuda")
+    for name, cases in bench.QUICK.items():
+        known = importlib.import_module(module_of(name)).cases("cuda")
         assert cases and set(cases) <= set(known), name
     commit = gpu.place_of("cpu", "feed")
     assert commit["commit"] == gpu.provenance("cpu")["commit"] or commit["commit"] == "feed"
@@ -249,13 +247,13 @@ def test_a_mode_leaves_three_files(run, tmp_path, monkeypatch):
 MODE = """
 import sys, time
 from pathlib import Path
-from profiling import gpu, gpu_modes, gpu_run
+from profiling.gpu import main, modes, run
 from tests.system.test_profiling_gpu import PLACE, mode_of
-gpu_modes.SAVE = 0.05
-gpu_run.source_digest = lambda: "unchanged"
-gpu.device_folder = lambda device: Path("nothing")
-modes = {"parity": mode_of(("good",), ("late", "hang"), ("after",)), "bench": mode_of(("good",))}
-sys.exit(gpu.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, place=lambda d, c: dict(PLACE), modes=modes))
+modes.SAVE = 0.05
+run.source_digest = lambda: "unchanged"
+main.device_folder = lambda device: Path("nothing")
+short = {"parity": mode_of(("good",), ("late", "hang"), ("after",)), "bench": mode_of(("good",))}
+sys.exit(main.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, place=lambda d, c: dict(PLACE), modes=short))
 """
 
 
@@ -299,7 +297,7 @@ def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
 
 def test_what_is_kept_stands_for_its_sources(tmp_path):
     file = "tests/ops/test_mask_mul.py"
-    place, good = gpu_parts.provenance("cpu"), entry("advkd", "ours", 1e-3)
+    place, good = bench.provenance("cpu"), entry("advkd", "ours", 1e-3)
     tests = {f"{file}::{name}": {"outcome": "passed", "of": gpu_kept.test_digest(file)} for name in "abc"}
     tests[f"{file}::b"]["outcome"], tests[f"{file}::c"]["of"] = "failed", "another"
     off = {**good, "parity": {"error": 1.0, "tolerance": 0.1, "passed": False}}
@@ -333,8 +331,8 @@ def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kept, "known_tests", stored)
     seen = {}
     for name in ("gate", "tests"):
-        part = gpu_parts.Part(tmp_path, tmp_path, 60.0, name=name, kept=tmp_path)
-        seen[name] = set(gpu_parts._seen(part))
+        part = gpu_part.Part(tmp_path, tmp_path, 60.0, name=name, kept=tmp_path)
+        seen[name] = set(parity._seen(part))
     assert seen == {"gate": {"a", "b"}, "tests": {"a"}}
 
 
@@ -351,15 +349,15 @@ def test_tests_that_still_run_have_begun(tmp_path):
 def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "device_folder", lambda device: tmp_path / "nothing")
     given = {"missing": lambda device: "there is none", "place": lambda device, commit: dict(PLACE)}
-    assert gpu_rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
+    assert rehearsal.state_of(run.out) == {"files": [], "whole": False, "tests": {}, "parts": {}}
     modes = {"parity": mode_of(("good",), ("bad",))}
     assert gpu.main(["parity", "--rehearse", "--out", str(run.out)], modes=modes, **given) == 1
-    state = gpu_rehearsal.state_of(run.out)
+    state = rehearsal.state_of(run.out)
     states = {name: part["state"] for name, part in state["parts"].items()}
     assert state["whole"] and states == {"good": "passed", "bad": "failed"}
     (run.out / "SUMMARY.md").unlink()
-    assert not gpu_rehearsal.state_of(run.out)["whole"]
-    assert gpu_rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
+    assert not rehearsal.state_of(run.out)["whole"]
+    assert rehearsal.told({"items": {"rates": {"needs a device": "rates"}}, "error": "E"}) == "E; needs a device: 1 times"
     assert gpu_modes.MODES["bench"].slower(3).seconds == 990 and gpu_modes.MODES["bench"].slower(3).parts()[0].seconds == 300
 
 
@@ -367,7 +365,7 @@ def test_a_rehearsed_case_says_how_far_it_went():
     """In a process of its own, as it puts a stand-in in the place of the device."""
     code = """
 import torch
-from profiling.gpu_parts import rehearsed
+from profiling.gpu.bench import rehearsed
 from profiling.harness import Case, Contestant
 from tests import gpu_dry_run
 
@@ -401,18 +399,24 @@ def test_objects_of_other_sources_are_built_anew(tmp_path, monkeypatch):
     for folder in ("csrc", "setup.py"):
         (shutil.copytree if folder == "csrc" else shutil.copy)(ROOT / folder, tmp_path / folder)
     objects = [tmp_path / f"advkd/_{kind}.abi3.so" for kind in ("cpu", "cuda")]
-    assert gpu_parts.stale_objects(tmp_path) == objects
+    assert build.stale_objects(tmp_path) == objects
     (tmp_path / "advkd").mkdir()
     for kind in ("cpu", "cuda"):
         (tmp_path / f"advkd/_{kind}.abi3.so").write_bytes(b"ELF" + bytes.fromhex(identity(kind)) + b"rest")
-    assert gpu_parts.stale_objects(tmp_path) == []
+    assert build.stale_objects(tmp_path) == []
     with open(tmp_path / "csrc/cuda/mask_mul.cu", "a") as file:
         file.write("// changed")
-    assert gpu_parts.stale_objects(tmp_path) == objects[1:]
+    assert build.stale_objects(tmp_path) == objects[1:]
+
+
+@pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the extension is not built")
+def test_objects_load_in_a_fresh_process():
+    command = [sys.executable, "-c", build.LOADS, "cpu"]
+    assert subprocess.run(command, cwd=ROOT, env=process_environment()).returncode == 0
 
 
 def part_of(folder, seconds=60.0):
-    return gpu_parts.Part(folder, folder, seconds, False)
+    return gpu_part.Part(folder, folder, seconds, False)
 
 
 def test_a_journal_goes_on_where_it_stopped(tmp_path):
@@ -432,11 +436,11 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
 
     part = part_of(tmp_path)
     part.again = False
-    result, code = gpu_parts.run(work, part)
+    result, code = gpu_part.run(work, part)
     assert code == 3 and result["unfinished"] == "no time for three" and "three" not in part.journal.items
     part = part_of(tmp_path)
     part.again = True
-    result, code = gpu_parts.run(work, part)
+    result, code = gpu_part.run(work, part)
     assert code == 1 and done == [1] and result["extra"] == 5 and result["failed_items"] == ["two", "three"]
     assert result["items"]["two"]["error"] == "ValueError: off"
     # A process that died in the middle: by itself, or stopped from outside.
@@ -447,12 +451,12 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     part = part_of(tmp_path)
     part.journal.forget_begun()
     assert part.journal.run("four", lambda: {})["state"] == "done"
-    result, code = gpu_parts.run(lambda part: 1 / 0, part_of(tmp_path))
+    result, code = gpu_part.run(lambda part: 1 / 0, part_of(tmp_path))
     assert code == 1 and result["error"].startswith("ZeroDivisionError")
 
 
 def test_a_broken_device_wants_another_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_parts, "broken", lambda: True)
+    monkeypatch.setattr(gpu_part, "broken", lambda: True)
     with pytest.raises(SystemExit) as ended:
         part_of(tmp_path).journal.run("one", lambda: 1 / 0)
     assert ended.value.code == BROKEN and part_of(tmp_path).journal.items["one"]["state"] == "error"
@@ -477,7 +481,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
     monkeypatch.setenv("STEP", "die")
     arguments = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")]
-    worker = gpu_parts.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
+    worker = parity.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
     try:
         while worker.poll():
             time.sleep(0.05)
@@ -494,18 +498,18 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
 
 def test_tests_that_are_stopped_for_want_of_time_are_no_failures(tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
-    monkeypatch.setattr(gpu_parts, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
-    monkeypatch.setattr(gpu_parts, "test_digest", lambda file: "digest")
-    monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(gpu_parts.registry, "gap", lambda *place: None)
-    monkeypatch.setattr(gpu_parts, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
+    monkeypatch.setattr(parity, "test_digest", lambda file: "digest")
+    monkeypatch.setattr(parity.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(parity.registry, "gap", lambda *place: None)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
 
-    class Late(gpu_parts.Part):
+    class Late(gpu_part.Part):
         def left(self):
             log = read_log(self.folder / "tests-0.jsonl")
             return 0.0 if any("[2]" in test for test in log) else 60.0
 
-    result, code = gpu_parts.run(gpu_parts.tests, Late(tmp_path, tmp_path, 60.0, False))
+    result, code = gpu_part.run(parity.tests, Late(tmp_path, tmp_path, 60.0, False))
     assert code == 3 and result["unfinished"] == "no time for 4 of 6 tests" and result["failures"] == []
     assert result["counts"] == {"passed": 2}
 
@@ -516,7 +520,7 @@ def test_a_spread_of_cases():
 
 
 def test_only_files_with_gpu_tests_are_collected():
-    files = gpu_parts.gpu_test_files()
+    files = parity.gpu_test_files()
     assert "tests/ops/test_training_cuda.py" in files and "tests/ops/test_norm_act.py" in files
     assert "tests/system/test_readme.py" not in files and "tests/system/test_profiling_gpu.py" in files
 
@@ -524,22 +528,22 @@ def test_only_files_with_gpu_tests_are_collected():
 def test_the_sanitizers_verdict():
     log = {"a": {"outcome": "passed"}, COLLECTED: {"outcome": "collected"}}
     clean = "========= ERROR SUMMARY: 0 errors\n"
-    assert not gpu_parts.sanitizer_verdict(clean, 0, log)["red"]
+    assert not sanitizers.sanitizer_verdict(clean, 0, log)["red"]
     hazards = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
-    assert gpu_parts.sanitizer_verdict(hazards, 99, log)["errors"] == 2
+    assert sanitizers.sanitizer_verdict(hazards, 99, log)["errors"] == 2
     reds = ((hazards, 99, log), ("", 0, log), (clean, 1, log), (clean, 0, {}), (clean + clean.replace("0", "1"), 0, log))
-    assert all(gpu_parts.sanitizer_verdict(*case)["red"] for case in reds)
+    assert all(sanitizers.sanitizer_verdict(*case)["red"] for case in reds)
     # Stopped at its limit: what it has printed until then counts.
-    assert not gpu_parts.sanitizer_verdict("", None, log)["red"]
-    cut = gpu_parts.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
+    assert not sanitizers.sanitizer_verdict("", None, log)["red"]
+    cut = sanitizers.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
     assert cut["red"] and cut["errors"] == 1
 
 
 def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: None)
-    result, code = gpu_parts.run(gpu_parts.sanitizer("memcheck"), part_of(tmp_path))
+    monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
+    result, code = gpu_part.run(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
     assert code == 1 and "compute-sanitizer is not on PATH" in result["error"]
-    result, code = gpu_parts.run(gpu_parts.ncu, part_of(tmp_path))
+    result, code = gpu_part.run(ncu.ncu, part_of(tmp_path))
     assert code == 0 and result["ncu"] == "not installed"
 
 
@@ -548,17 +552,17 @@ def test_a_second_first_image_compiles_nothing(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "caches" / name))
     once = "import os, pathlib; p = pathlib.Path(os.environ['TRITON_CACHE_DIR'], {}); os.makedirs(p.parent, exist_ok=True)"
     write = once + "; p.exists() or p.write_text('kernel'); print('SECONDS', 0.25)"
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("'same'"))
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", write.format("'same'"))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 0 and len(result["items"]) == 4
     assert result["items"]["digits, cuda"]["kept_seconds"] == 0.25 and not result["items"]["digits, cuda"]["compiled_again"]
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", write.format("str(os.getpid())"))
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", write.format("str(os.getpid())"))
     (tmp_path / "journal.json").unlink()
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 1 and result["items"]["digits, auto"]["compiled_again"]
-    monkeypatch.setattr(gpu_parts, "FIRST_IMAGE", "raise SystemExit('no kernel')")
+    monkeypatch.setattr(first_image, "FIRST_IMAGE", "raise SystemExit('no kernel')")
     (tmp_path / "journal.json").unlink()
-    result, code = gpu_parts.run(gpu_parts.first_image, part_of(tmp_path))
+    result, code = gpu_part.run(first_image.first_image, part_of(tmp_path))
     assert code == 1 and result["items"]["digits, auto"]["error"] == "RuntimeError: no kernel"
 
 
@@ -573,16 +577,16 @@ NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
 
 
 def test_what_nsight_compute_says():
-    first, second = gpu_parts.ncu_rows(NCU)
+    first, second = counters.ncu_rows(NCU)
     assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
     assert second["seconds"] is None and second["top_stall"] == "wait"
-    assert gpu_parts.ncu_rows("") == []
+    assert counters.ncu_rows("") == []
 
 
 def test_architectures_of_cards():
     names = {(8, 0): "8.0", (8, 9): "8.9", (9, 0): "9.0a", (10, 0): "10.0a", (12, 0): "12.0a"}
-    assert {capability: gpu_parts.architecture(capability) for capability in names} == names
+    assert {capability: build.architecture(capability) for capability in names} == names
 
 
 def entry(name, kind, seconds=None, error=1e-3, **more):
@@ -656,7 +660,7 @@ def test_tables_of_gpu_results(monkeypatch):
 
 
 def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
-    known = {family.key: family for family in gpu_kernels.families()}
+    known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
         known
     )
@@ -672,62 +676,59 @@ def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
     )
     assert not known["triton conv_block"].tested_by("tests/ops/test_conv_block_cuda.py::test_a")
     assert not known["triton sampler_step"].tested_by("tests/ops/test_sampler_step_gpu_sources.py::test_on_a_gpu[1]")
-    stored = {"date": "2026-01-02 03:04", "kernels": gpu_kernels.digests(), "provenance": PLACE}
+    stored = {"date": "2026-01-02 03:04", "kernels": evidence.gpu_digests(), "provenance": PLACE}
     outcomes = {node.format("cuda"): "passed", node.format("cuda") + "2": "failed", node.format("triton"): "passed"}
     tests = {test: {"outcome": outcome} for test, outcome in outcomes.items()}
     stored["result"] = {"tests": tests, "gaps": {"cuda": None, "triton": "Triton is not installed"}}
     (tmp_path / "card").mkdir()
     (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
-    run = gpu_kernels.last_run(cuda, tmp_path)
+    run = evidence.last_run(cuda, tmp_path)
     assert (run["passed"], run["failed"], run["stale"], run["device"]) == (1, 1, False, "a card")
-    assert gpu_kernels.last_run(triton, tmp_path) is None and gpu_kernels.last_run(known["cuda philox"], tmp_path) is None
+    assert evidence.last_run(triton, tmp_path) is None and evidence.last_run(known["cuda philox"], tmp_path) is None
     stored["kernels"][cuda.key] = "0"
     (tmp_path / "card/gpu_tests.json").write_text(json.dumps(stored))
-    assert gpu_kernels.last_run(cuda, tmp_path)["stale"]
+    assert evidence.last_run(cuda, tmp_path)["stale"]
 
 
 def test_floors_are_those_of_the_definition():
     layers = convolutions(PRESETS["paper-256"])
     # Multiply-adds of the largest layers, by hand.
     plain, up, last = layers[19], layers[22], layers[24]
-    assert gpu_predictions.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
-    assert gpu_predictions.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and gpu_predictions.flop(
+    assert predictions.flop(plain) == 2 * 9 * 128 * 128 * 128 * 128
+    assert predictions.flop(up) == 2 * 4 * 128 * 128 * 256 * 256 and predictions.flop(
         up, phases=False
-    ) == 9 / 4 * gpu_predictions.flop(up)
+    ) == 9 / 4 * predictions.flop(up)
     assert (
-        gpu_predictions.flop(last) == 2 * 9 * 128 * 3 * 256 * 256
-        and gpu_predictions.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
+        predictions.flop(last) == 2 * 9 * 128 * 3 * 256 * 256 and predictions.made_flop(last, True) == 2 * 32 * 128 * 256 * 256
     )
-    assert sum(gpu_predictions.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
-    floor = gpu_predictions.floor(layers, "bf16", 8, gpu_predictions.H200)
+    assert sum(predictions.flop(i, False) for i in layers) == 2 * bench_student.direct_products(PRESETS["paper-256"])
+    floor = predictions.floor(layers, "bf16", 8, predictions.H200)
     assert floor["seconds"] == floor["flop"] / 788e12 > floor["bytes"] / 4.3e12
-    assert gpu_predictions.layer_roofline(last, "bf16", 64, gpu_predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
+    assert predictions.layer_roofline(last, "bf16", 64, predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
 
 
 def test_predictions_are_what_the_model_says():
-    stored = json.loads(gpu_predictions.PREDICTIONS.read_text())
-    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == gpu_predictions.assumptions()
+    stored = json.loads(predictions.PREDICTIONS.read_text())
+    assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == predictions.assumptions()
     cases = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["predictions"]}
     dtypes = ("bfloat16", "float32", "float32 with TF32")
-    assert set(cases) == {(p, n, d) for p, batches in gpu_predictions.BATCHES.items() for n in batches for d in dtypes}
+    assert set(cases) == {(p, n, d) for p, batches in predictions.BATCHES.items() for n in batches for d in dtypes}
     wide = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["descriptors"]}
     assert set(wide) == {case for case in cases if case[2] == "bfloat16"}
     assert any(row["kernel"] == "triton_descriptor" for p in wide.values() for row in p["steps"])
     assert all(p["microseconds"] <= cases[case]["microseconds"] for case, p in wide.items()), "one more candidate"
-    step = {name: gpu_predictions.predict_step_of_the_sampler(element) for name, element in gpu_predictions.STEP_CASES.items()}
+    step = {name: predictions.predict_step_of_the_sampler(element) for name, element in predictions.STEP_CASES.items()}
     assert stored["sampler_step"] == step and set(step) <= set(bench_sampler_step.cases("cuda"))
     for case, prediction in (*cases.items(), *wide.items()):
         # The plans are those of the day; what they cost is the model's.
-        again = gpu_predictions.predict(*case, steps=gpu_predictions.stored_steps(prediction))
+        again = predictions.predict(*case, steps=predictions.stored_steps(prediction))
         assert again == prediction and again["microseconds"] > again["roofline_microseconds"] / 2
         assert [row["first"] for row in again["steps"]][0] == 0 and sum(row["count"] for row in again["steps"]) in (25,)
-    assert gpu_predictions.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
-    assert gpu_predictions.predicted_microseconds("digits", 2, "bfloat16") is None
-    measured = gpu_predictions.H200.measured({"bf16": 1e12}, 2e12)
+    assert predictions.predicted_microseconds("digits", 1, "float16") == cases["digits", 1, "bfloat16"]["microseconds"]
+    assert predictions.predicted_microseconds("digits", 2, "bfloat16") is None
+    measured = predictions.H200.measured({"bf16": 1e12}, 2e12)
     assert (
-        measured.flops["bf16"] == 1e12
-        and measured.flops["f32"] == gpu_predictions.H200.flops["f32"]
-        and measured.bandwidth == 2e12
+        measured.flops["bf16"] == 1e12 and measured.flops["f32"] == predictions.H200.flops["f32"] and measured.bandwidth == 2e12
     )
 
 
@@ -772,7 +773,7 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "profiling.ahead",
+        "profiling.limits.ahead",
         "--only",
         "mask_mul",
         "--architectures",
@@ -793,10 +794,10 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
 
 
 def test_plans_know_their_entry_points():
-    limits = gpu_predictions.H200.limits
-    for prediction in gpu_predictions.read_predictions().values():
-        layers, product = convolutions(PRESETS[prediction["preset"]]), gpu_predictions.PRODUCTS[prediction["dtype"]]
-        for step in gpu_predictions.stored_steps(prediction):
+    limits = predictions.H200.limits
+    for prediction in predictions.read_predictions().values():
+        layers, product = convolutions(PRESETS[prediction["preset"]]), predictions.PRODUCTS[prediction["dtype"]]
+        for step in predictions.stored_steps(prediction):
             launch = ahead.entry_of(step, layers, product, prediction["batch"], limits)
             source = {"conv": "conv_block", "image": "conv_block", "pair": "conv_pair", "stem": "student_stem"}[step.kernel]
             stem = launch["entry"].removeprefix("advkd_").rpartition("_")[0]
@@ -849,7 +850,7 @@ def prepared_parity(case):
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
     case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
     assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
-    assert case.notes["predicted_microseconds"] == gpu_predictions.predicted_microseconds("digits", 1, dtype)
+    assert case.notes["predicted_microseconds"] == predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
     assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
     assert all(error <= case.tolerance for error in errors.values())
@@ -887,25 +888,25 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 def test_chains_are_what_their_names_say():
     for name, (preset, first, count) in bench_conv_block.CHAINS.items():
         layers = convolutions(PRESETS[preset])[first : first + count]
-        said = gpu_predictions.layer_name(layers[0])
+        said = predictions.layer_name(layers[0])
         if count == 1:
             assert said.replace(",", "") == name
         if "stem" in name:
-            assert first == 0 and gpu_predictions.pixels(layers[-1]) == 16 * 16
+            assert first == 0 and predictions.pixels(layers[-1]) == 16 * 16
     pair = convolutions(PRESETS["pyramid-256"])
-    assert [gpu_predictions.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
-    assert [gpu_predictions.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
+    assert [predictions.layer_name(i) for i in pair[18:20]] == ["48 to 48, up to 128", "48 to 48, at 128"]
+    assert [predictions.layer_name(i) for i in pair[23:25]] == ["32 to 32, at 256", "32 to 3, at 256"]
 
 
 def test_the_parity_gate(tmp_path):
     files = ["tests/ops/test_mask_mul.py"]
-    stored = {"kernels": gpu_kernels.digests(), "result": {"tests": {}, "left": [], "late": 0}}
+    stored = {"kernels": evidence.gpu_digests(), "result": {"tests": {}, "left": [], "late": 0}}
     tests = stored["result"]["tests"]
     part = part_of(tmp_path)
 
     def gate():
         (tmp_path / "gpu_tests.json").write_text(json.dumps(stored))
-        return gpu_parts.parity_gate(files, part)
+        return parity.parity_gate(files, part)
 
     assert gate()["state"] == "none ran"
     tests["tests/ops/test_mask_mul.py::test_a"] = {"outcome": "passed"}
@@ -948,26 +949,26 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
 
     module = type(sys)("small_bench")
     module.cases, module.PARITY_TESTS = lambda device: {"good": small, "costly": small, "bad": fails, "other": small}, []
-    monkeypatch.setitem(sys.modules, "profiling.small_bench", module)
-    monkeypatch.setitem(gpu_parts.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
-    monkeypatch.setitem(gpu_parts.GATES, "small_bench", ["tests/a.py"])
-    monkeypatch.setattr(gpu_parts, "parity_gate", lambda files, part: {"state": "green"})
-    monkeypatch.setattr(gpu_parts, "provenance", lambda device: PLACE)
-    monkeypatch.setattr(gpu_parts, "run_case", measured)
-    monkeypatch.setattr(gpu_parts, "format_case", lambda result: "")
+    monkeypatch.setitem(sys.modules, "profiling.cases.small_bench", module)
+    monkeypatch.setitem(bench.QUICK, "small_bench", ["good", "costly", "bad", "unknown"])
+    monkeypatch.setitem(parity.GATES, "small_bench", ["tests/a.py"])
+    monkeypatch.setattr(bench, "parity_gate", lambda files, part: {"state": "green"})
+    monkeypatch.setattr(bench, "provenance", lambda device: PLACE)
+    monkeypatch.setattr(bench, "run_case", measured)
+    monkeypatch.setattr(bench, "format_case", lambda result: "")
     rates = {"result": {"items": {"rates": {"flops": {"bf16": 1e12}, "bandwidth": 1e12}}}}
     (tmp_path / "gpu_rates.json").write_text(json.dumps(rates))
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path))
+    result, code = gpu_part.run(bench.bench("small_bench"), part_of(tmp_path))
     assert code == 1 and result["wanted"] == ["good", "costly", "bad"] and result["failed_items"] == ["bad"]
     assert [case["case"] for case in result["cases"]] == ["good", "costly"] and calls == [False, False, True]
     assert result["cases"][0]["floor"]["seconds"] == 1e-3 and result["cases"][1]["ratio"] == 3.0
     assert "out of memory" in result["errors"]["bad"]
     assert bench_student.gpu_rates().flops["bf16"] == 1e12 and len(ran) == 3
     monkeypatch.setattr(bench_student, "MEASURED_RATES", [])
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), part_of(tmp_path, 0.0))
+    result, code = gpu_part.run(bench.bench("small_bench"), part_of(tmp_path, 0.0))
     assert len(ran) == 3
     late = part_of(tmp_path / "late", 1.0)
-    result, code = gpu_parts.run(gpu_parts.bench("small_bench"), late)
+    result, code = gpu_part.run(bench.bench("small_bench"), late)
     assert code == 3 and result["unfinished"] == "no time for 3 cases: good, costly, bad"
 
 

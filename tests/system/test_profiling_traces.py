@@ -15,9 +15,10 @@ from advkd.errors import InputError
 from advkd.models import shape
 from advkd.runtime import timing
 from advkd.runtime.ranges import named
-from profiling import compare, evidence, ncu, nsys, power, torch_trace, traces, workloads
-from profiling.traces import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
-from profiling.workloads import UNIT, VARIANTS, Size
+from profiling import evidence
+from profiling.trace import compare, ncu, nsys, power, timeline, torch_trace, workloads
+from profiling.trace.timeline import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
+from profiling.trace.workloads import UNIT, VARIANTS, Size
 
 from ..conftest import ROOT, TINY_STUDENT, process_environment, tiny_student, tiny_teacher
 
@@ -116,7 +117,7 @@ def test_other_versions_of_nsys(tmp_path):
 
 def test_a_chrome_trace_to_look_at(tmp_path):
     trace = nsys.read(export(tmp_path / "a.sqlite"))
-    traces.write_chrome(trace, tmp_path / "trace.json.gz")
+    timeline.write_chrome(trace, tmp_path / "trace.json.gz")
     events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
     assert len(events) == len(trace.ranges) + len(trace.activities) == 5 + 7
     (copy,) = [event for event in events if event["cat"] == "copy"]
@@ -159,7 +160,7 @@ def test_only_counters_that_the_card_has_are_asked_for():
 
 def test_command_lines(tmp_path):
     words = nsys.nsys_command("update", "fused", "cuda", "digits", 3, tmp_path / "trace")
-    work = ["-m", "profiling.workloads", "update", "fused", "--device=cuda", "--size=digits"]
+    work = ["-m", "profiling.trace.workloads", "update", "fused", "--device=cuda", "--size=digits"]
     assert words[:2] == ["nsys", "profile"] and words[-8:] == [sys.executable, *work, "--repeats=3"]
     for option in ("--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--cuda-graph-trace=node", "--export=sqlite"):
         assert option in words
@@ -413,7 +414,7 @@ def refuse(why):
 
 PEAK = """
 import sys, torch
-from profiling import workloads
+from profiling.trace import workloads
 
 def prepare(variant, device, size):
     kept = torch.ones(2**22)
@@ -461,6 +462,7 @@ def test_energy_without_nvml():
 def test_tables_of_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "changed", lambda name, result: [])
     assert nsys.table() == ncu.table() == compare.table() == []
     (tmp_path / "d").mkdir()
     for name, module in (("traces", nsys), ("counters", ncu), ("compare", compare)):
@@ -532,6 +534,6 @@ def test_a_damaged_chrome_trace(tmp_path):
 
 
 def test_the_module_runs_alone():
-    command = [sys.executable, "-m", "profiling.workloads", "student", "neither"]
+    command = [sys.executable, "-m", "profiling.trace.workloads", "student", "neither"]
     done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'neither'" in done.stderr

@@ -11,9 +11,9 @@ import torch
 from advkd.diffusion.recorder import record_in_processes
 from advkd.errors import InputError
 from advkd.methods.adv_kd import recipe
-from advkd.runtime import clock, ranges
+from advkd.runtime import ranges
 from advkd.runtime.ranges import name_ranges, named
-from advkd.training.trainer import distill
+from advkd.training.distillation import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 
@@ -104,7 +104,7 @@ def clocks(folder):
 def ticking(tmp_path, monkeypatch):
     """A clock that goes on by one with every look, and its folder."""
     times = iter(range(1000))
-    monkeypatch.setattr(clock, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(ranges, "perf_counter", lambda: next(times))
     name_ranges(f"clock:{tmp_path / 'clocks'}")
     yield tmp_path / "clocks"
     name_ranges("")

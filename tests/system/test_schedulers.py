@@ -40,7 +40,8 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm  # noqa: E402
 
-from advkd.diffusion import schedulers  # noqa: E402
+from advkd.diffusion import fused_step as common  # noqa: E402
+from advkd.diffusion import step_tables
 from advkd.diffusion.coefficients import (
     ddim_coefficients,
     ddpm_coefficients,
@@ -174,7 +175,7 @@ def fused_step(ours, output, t, x, **options):
         passes.append((arguments[-1], given["previous_x0"], given["noise"]))
         return sampler_step(*arguments, **given)
 
-    with mock.patch.object(schedulers, "sampler_step", recorded):
+    with mock.patch.object(common, "sampler_step", recorded):
         result = ours.step(output, t, x, **options, return_dict=False)
     ((row, previous_x0, noise),) = passes
     row = row if isinstance(row, torch.Tensor) else coefficient_table([row])[0]
@@ -583,7 +584,7 @@ def test_a_start_in_the_middle_of_repeated_timesteps(name, first, begins):
     """Where diffusers begins: at the noise level of add_noise. A warning says so where that is not the loop's position."""
     config = {} if name == "euler" else {"solver_order": 1}
     theirs, ours = repeated(name, config, {"timesteps": [900, 900, 900, 500, 500, 3]})
-    with mock.patch.object(schedulers._LOGGER, "warning") as warned:
+    with mock.patch.object(common._LOGGER, "warning") as warned:
         walk(theirs, ours, ours.timesteps[first : first + 1])
     assert ours.step_index == begins + 1
     said = [call.args[0] for call in warned.call_args_list if "set_begin_index" in call.args[0]]
@@ -610,7 +611,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("output_dtype", DTYPES)
 def test_dtypes_and_accuracy(name, sample_dtype, output_dtype, monkeypatch):
     """diffusers' dtypes; float32 arithmetic (float64 for float64) that is rounded once to the dtype of storage."""
-    for module in (scheduling_ddim, scheduling_ddpm, schedulers):
+    for module in (scheduling_ddim, scheduling_ddpm, common):
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: normal(9, dtype=output_dtype))
     for prediction in PREDICTIONS:
         theirs, ours = pair(name, 10, prediction_type=prediction)
@@ -921,7 +922,7 @@ def test_noise_from_counters(name, monkeypatch):
     for i, t in enumerate(ours.timesteps):
         output = network_at(ours, x, t, "epsilon")
         noise = philox_normal(11, indices, SHAPE[1:], stream="step", step=i)
-        monkeypatch.setattr(schedulers, "randn_tensor", lambda *args, **options: noise)
+        monkeypatch.setattr(common, "randn_tensor", lambda *args, **options: noise)
         (expected, _), given = fused_step(other, output, t, x, **PHILOX[name])
         (x, _), drawn = fused_step(ours, output, t, x, **PHILOX[name])
         assert_within(x, expected, given[0].error + drawn[0].error)
@@ -1154,7 +1155,7 @@ def test_tables_do_not_pile_up():
     _, ours = pair("ddim", 5)
     for i in range(50):
         ours.step(normal(1), 800, normal(0), eta=i / 50)
-        assert len(ours._kept) <= schedulers._VARIANTS
+        assert len(ours._kept) <= step_tables.VARIANTS
 
 
 @pytest.mark.parametrize("write", [lambda t: t.add_(-7), lambda t: t.data.add_(-7), lambda t: t.numpy().__isub__(7)])
@@ -1198,7 +1199,7 @@ def test_a_first_step_elsewhere_changes_no_step(name, other):
     with torch.inference_mode() if other == "inference mode" else other_default(other):
         found = last_state(ours)
     assert (found.device, found.dtype) == (wanted.device, wanted.dtype) and torch.equal(found, wanted)
-    tables = [table for table in ours._kept.values() if isinstance(table, schedulers._Table)]
+    tables = [table for table in ours._kept.values() if isinstance(table, step_tables.Table)]
     rows = [row for table in tables for rows in table._rows.values() for row in rows]
     assert rows and not any(row.is_inference() or row.is_meta for row in rows)
     assert torch.equal(last_state(ours), wanted)

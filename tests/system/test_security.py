@@ -26,15 +26,17 @@ from advkd import AdvKDPipeline, FusedStudent, Student
 from advkd.cli.main import main
 from advkd.data.images import load_images, load_labelled, read_pictures
 from advkd.data.pictures import read_metrics
-from advkd.diffusion.recorder import Trajectories, record_trajectories
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor, extract
 from advkd.methods.adv_kd import recipe
 from advkd.models.classifier import Classifier, ClassifierConfig
-from advkd.runtime.files import cache_folder, read_tensors, temporary_path, with_digest, write_tensors
+from advkd.runtime.files import read_tensors, with_digest, write_tensors
+from advkd.runtime.folders import cache_folder, temporary_path
 from advkd.training import teacher as teacher_training
-from advkd.training.trainer import distill
+from advkd.training.distillation import distill
 
 from ..conftest import process_environment, tiny_recording, tiny_student
 

@@ -17,11 +17,11 @@ from advkd.models.critic import Critic, CriticConfig
 from advkd.models.fused_student import FusedStudent
 from advkd.models.shape import PRESETS, StudentConfig, batches, gather
 from advkd.models.student import Student
-from advkd.ops import registry
+from advkd.runtime.extension import extension_gap
 
 from ..conftest import tiny_student
 
-CPU = pytest.mark.skipif(registry.extension_gap("cpu") is not None, reason="the cpu extension is not built")
+CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 RESOLUTIONS_256 = [4, 8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256]
 
 

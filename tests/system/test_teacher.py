@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from advkd.data.levels import supervising_timesteps
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.training.teacher import TeacherTrainingConfig, build_unet, train_teacher
+from advkd.methods.denoising import TeacherTrainingConfig
+from advkd.training.teacher import build_unet, train_teacher
+from advkd.training.trainer import Trainer
 
 from ..conftest import tiny_teacher, tiny_unet
 
@@ -31,7 +33,7 @@ def test_the_shipped_teacher():
     teacher = Teacher.from_pretrained("digits")
     assert (teacher.image_size, teacher.image_channels, teacher.train_timesteps) == (32, 1, 1000)
     assert teacher.num_parameters() == 1_085_937
-    from advkd.diffusion.teacher import EMBEDDED
+    from advkd.diffusion.loading import EMBEDDED
 
     weights = EMBEDDED["digits"] / "unet" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 4 * 2**20
@@ -365,29 +367,24 @@ def test_bad_runs_are_refused(sampler, steps, name):
         tiny_teacher().timesteps(sampler, steps)
 
 
-def test_training_learns_saves_and_resumes(tmp_path):
+def test_training_learns_saves_and_resumes(tmp_path, monkeypatch):
     config = TeacherTrainingConfig(size=8, channels=(8, 16), steps=6, batch_size=8, checkpoint_every=2)
     train_teacher(config, tmp_path / "whole", progress=False)
 
     class Killed(Exception):
         pass
 
-    import advkd.training.teacher as module
+    real, calls = Trainer.step, []
 
-    real, calls = module._train_step, []
-
-    def dies(*arguments):
+    def dies(trainer):
         calls.append(1)
         if len(calls) == 4:
             raise Killed
-        return real(*arguments)
+        return real(trainer)
 
-    module._train_step = dies
-    try:
-        with pytest.raises(Killed):
-            train_teacher(config, tmp_path / "killed", progress=False)
-    finally:
-        module._train_step = real
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step", dies)
+        train_teacher(config, tmp_path / "killed", progress=False)
     with pytest.raises(InputError, match="--resume"):
         train_teacher(config, tmp_path / "killed", progress=False)
     train_teacher(config, tmp_path / "killed", resume=True, progress=False)

@@ -13,12 +13,13 @@ from collections import namedtuple
 import pytest
 import torch
 
-from advkd.diffusion import recorder as trajectories_module
-from advkd.diffusion.recorder import Trajectories, downsample, record_trajectories, same_teacher
+from advkd.data.trajectories import Trajectories, same_teacher
+from advkd.diffusion import recorder
+from advkd.diffusion.recorder import downsample, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.ops.latents import project
-from advkd.runtime import files
+from advkd.runtime import files, folders
 
 from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
 
@@ -44,14 +45,14 @@ def wait_for(path, process, seconds=120):
 def test_contents_are_the_teachers_states(teacher, trajectories):
     data = Trajectories(trajectories)
     assert len(data) == 24 and data.paired
-    assert data.recipe["timesteps"] == [900, 800, 100] and data.recipe["resolutions"] == [4, 8, 8, 8]
+    assert data.info.timesteps == [900, 800, 100] and data.info.resolutions == [4, 8, 8, 8]
     rows = [0, 7, 8, 23]
     z, levels = data.batch(rows, [1, 2, 3, 4])
     x_T = torch.cat([teacher.noise(1, 0, row) for row in rows])
     assert (z - project(x_T, 2)).abs().max() <= 2e-3
     states = dict(teacher.path(x_T, "ddim", 10))
-    for k, t in enumerate(data.recipe["timesteps"], 1):
-        expected = downsample(states[t], data.recipe["resolutions"][k - 1])
+    for k, t in enumerate(data.info.timesteps, 1):
+        expected = downsample(states[t], data.info.resolutions[k - 1])
         assert (levels[k] - expected).abs().max() <= 4e-3
     assert (levels[4] - states[0].clamp(-1, 1)).abs().max() <= 1e-3
 
@@ -69,8 +70,8 @@ def test_manifest_describes_the_data(trajectories):
 
 def test_unpaired_data(unpaired):
     data = Trajectories(unpaired)
-    assert not data.paired and data.recipe["steps"] == 20
-    assert data.recipe["timesteps"][:2] == [19, 19]
+    assert not data.paired and data.info.steps == 20
+    assert data.info.timesteps[:2] == [19, 19]
 
 
 def test_last_batch_is_padded(tmp_path, teacher):
@@ -90,7 +91,7 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "shard-00004.safetensors").exists(), "the run ended before it was killed"
     # What a process killed while writing leaves; process numbers end far below this one.
-    (tmp_path / "killed" / f".shard-00003.safetensors.{files._HOST}.4194999.tmp").write_bytes(b"torn")
+    (tmp_path / "killed" / f".shard-00003.safetensors.{folders._HOST}.4194999.tmp").write_bytes(b"torn")
     assert run_cli(*arguments, tmp_path / "killed").returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -158,15 +159,15 @@ def test_two_runs_into_one_folder(teacher_folder, tmp_path):
     runs = {seed: start_cli(*arguments, seed) for seed in (0, 7)}
     codes = {process.wait(timeout=240): seed for seed, process in runs.items()}
     assert sorted(codes) == [0, 2]
-    assert Trajectories(tmp_path / "t").recipe["seed"] == codes[0]
+    assert Trajectories(tmp_path / "t").info.seed == codes[0]
 
 
 def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = trajectories_module._recipe(teacher, tiny_recording(seed=7))
-    with trajectories_module._shared(tmp_path, recipe):
-        with trajectories_module._shared(tmp_path, recipe), pytest.raises(InputError, match="another seed"):
+    info = recorder._describe(teacher, tiny_recording(seed=7))
+    with recorder._shared(tmp_path, info):
+        with recorder._shared(tmp_path, info), pytest.raises(InputError, match="another seed"):
             record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
         monkeypatch.delenv("RANK")
         monkeypatch.delenv("WORLD_SIZE")
@@ -176,8 +177,8 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
     whole = (tmp_path / ".recipe.json").read_bytes()
     (tmp_path / ".recipe.json").write_bytes(whole[:-5])
     with pytest.raises(InputError, match=".recipe.json is not readable JSON .*: remove it if no other process writes there"):
-        with trajectories_module._shared(tmp_path, recipe):
-            raise AssertionError("a damaged recipe was passed over")
+        with recorder._shared(tmp_path, info):
+            raise AssertionError("a damaged description was passed over")
     (tmp_path / ".recipe.json").write_bytes(whole)
     record_trajectories(teacher, tiny_recording(), tmp_path, progress=False)
     assert not (tmp_path / ".recipe.json").exists()
@@ -185,7 +186,8 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import multiprocessing, sys
-from advkd.trajectories import TrajectoryConfig, record_in_processes
+from advkd.data.trajectories import TrajectoryConfig
+from advkd.diffusion.recorder import record_in_processes
 if __name__ == "__main__":
     config = TrajectoryConfig(steps=10, num=40000, depth=4, batch_size=4, shard_size=8)
     try:
@@ -265,7 +267,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_shard_is_written_while_the_next_one_is_made(teacher, tmp_path, monkeypatch):
     """A slow disk holds up the second shard's end, not its beginning; its failure is not lost."""
-    order, real = [], trajectories_module.write_tensors
+    order, real = [], recorder.write_tensors
 
     def slow(path, *arguments):
         time.sleep(0.5)
@@ -276,16 +278,16 @@ def test_a_shard_is_written_while_the_next_one_is_made(teacher, tmp_path, monkey
         order.append("ran")
         return real_run(*arguments)
 
-    real_run = trajectories_module._run_shard
-    monkeypatch.setattr(trajectories_module, "write_tensors", slow)
-    monkeypatch.setattr(trajectories_module, "_run_shard", run)
+    real_run = recorder._run_shard
+    monkeypatch.setattr(recorder, "write_tensors", slow)
+    monkeypatch.setattr(recorder, "_run_shard", run)
     record_trajectories(teacher, tiny_recording(num=16), tmp_path / "t", progress=False)
     assert order == ["ran", "ran", "wrote shard-00000", "wrote shard-00001"]
 
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(trajectories_module, "write_tensors", full)
+    monkeypatch.setattr(recorder, "write_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         record_trajectories(teacher, tiny_recording(num=16), tmp_path / "u", progress=False)
 
@@ -298,7 +300,7 @@ def test_mixed_precision_from_the_command_line(teacher_folder, tmp_path):
     assert result.returncode == 2 and "another teacher" in result.stderr
     # A teacher that goes on from such data takes their precision.
     teacher = Teacher.from_pretrained(str(teacher_folder))
-    recorded = Trajectories(tmp_path / "t").recipe["teacher"]
+    recorded = Trajectories(tmp_path / "t").info.teacher
     assert not same_teacher(teacher.identity(), recorded) and same_teacher(teacher.match(recorded).identity(), recorded)
 
 
@@ -341,8 +343,7 @@ def in_the_older_form(folder):
     for path in folder.glob("shard-*.safetensors"):
         tensors, metadata = files.read_tensors(path)
         files.write_tensors(path, tensors, {**metadata, "digest": files.digest(tensors)})
-    recipe = json.loads((folder / "manifest.json").read_text())["recipe"]
-    manifest = trajectories_module._manifest(folder, recipe, len(list(folder.glob("shard-*.safetensors"))))
+    manifest = recorder._manifest(folder, Trajectories(folder).info)
     files.write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if key != "digest"})
 
 
@@ -401,7 +402,7 @@ def test_bad_requests_are_refused_before_work(changes, name, tmp_path):
 
 def test_a_disk_too_small_is_refused_before_work(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(1, 1, 100))
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage(1, 1, 100))
     with pytest.raises(InputError, match="MiB are free"):
         record_trajectories(tiny_teacher(), tiny_recording(), tmp_path / "t", progress=False)
 

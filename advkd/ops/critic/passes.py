@@ -9,16 +9,17 @@ Nothing is differentiated twice, and what the penalty keeps of an activation is 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from ...errors import InputError
 from ..conv_bias_act_mask import bias_act_mask
-from ..image_gradient import image_gradient
-from ..layout import channels_last, dense, memory_format, pair, with_usual_strides
+from ..layout import channels_last, dense, memory_format
 from ..mask_mul import mask_mul
-from .trace import ADVICE, CONDITION, IMAGE
+from .layers import ADVICE, CONDITION, IMAGE, Plan
+from .maps import BATCH_DIMS, MAPS, convolution, narrow_image_gradient, transposed_convolution
 
 aten = torch.ops.aten
 
@@ -27,31 +28,38 @@ class Passes:
     """The passes of one batch. Everything is per layer or per value of ``plan``.
 
     Args:
-        plan: a :class:`advkd.ops.critic.trace.Plan`.
-        options: :func:`layer_options` of it.
+        plan: a :class:`advkd.ops.critic.layers.Plan`.
+        options: :func:`advkd.ops.critic.maps.layer_options` of it.
         weights: per layer (weight, bias), None where it has none, in the dtype of the passes.
-        trained: per layer, whether the weight's and the bias' gradients are wanted.
+        trained: per layer, True for the weight and for the bias whose gradient is wanted.
         backend: of the kernels between the convolutions.
 
     Attributes:
-        values: what the layers make in the forward pass; those that no longer serve are None.
+        values: results of the layers in the forward pass; None once they are no longer needed.
         masks: signs of the pre-activations, of the layers that are activations.
         gradients: d, the score's gradient by a layer's result, of the layers whose weights are trained.
     """
 
-    def __init__(self, plan, options, weights, trained, backend):
+    def __init__(
+        self,
+        plan: Plan,
+        options: Sequence[tuple],
+        weights: Sequence[tuple],
+        trained: Sequence[tuple[bool, bool]],
+        backend: str,
+    ):
         self.plan, self.options, self.weights, self.trained, self.backend = plan, options, weights, trained, backend
         count = len(plan.layers)
         self.values, self.shapes, self.formats = [None] * (count + 2), [None] * (count + 2), [None] * (count + 2)
         self.masks, self.gradients = [None] * count, [None] * count
         self.above = _trained_above(plan, trained)
         self.below = _trained_below(plan, trained)
-        # A compiler would copy what is read and written in one call; given another tensor it copies nothing.
+        # A compiler copies a tensor that a call both reads and writes; with a separate output it copies nothing.
         self.in_place = not torch.compiler.is_compiling()
         self.weight_inputs = {layer.inputs[0] for layer, own in zip(plan.layers, trained) if own[0]}
         self.activated = {layer.inputs[0] for layer in plan.layers if layer.kind == "activation"}
 
-    def forward(self, x, condition, keep):
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None, keep: bool) -> torch.Tensor:
         """The critic's scores. ``keep``: the inputs of trained layers stay in ``values``."""
         # oneDNN needs no reordering in channels_last; on a GPU the layout is the caller's.
         x = channels_last(x) if x.device.type == "cpu" else dense(x)
@@ -123,7 +131,7 @@ class Passes:
             weight, bias = self.weights[i]
             # oneDNN adds the bias in its own epilogue; cuDNN would make a pass of it, so there the activation's kernel does.
             bias = None if self._bias_waits(i + 2, inputs[0]) else bias
-            return _convolution(inputs[0], weight, bias, self.options[i])
+            return convolution(inputs[0], weight, bias, self.options[i])
         if layer.kind == "linear":
             return F.linear(inputs[0], *self.weights[i])
         if layer.kind == "activation":
@@ -135,13 +143,13 @@ class Passes:
         return self._linear(i, layer, inputs, inputs[0].shape[0])
 
     def _bias_waits(self, n, x):
-        """Whether value ``n`` is a convolution without its bias, which the activation that is its only reader adds."""
+        """True if value ``n`` is a convolution without its bias, which the activation, its only reader, adds."""
         if x.device.type == "cpu" or n <= CONDITION or self.plan.layers[n - 2].kind != "convolution":
             return False
         return n in self.activated and self.plan.uses[n] == 1
 
     def _is_ours_alone(self, n):
-        """Whether a value may be overwritten: a layer has just made it, for one other layer."""
+        """True if a value may be overwritten: a layer has just made it, for one other layer."""
         made = n > CONDITION and self.plan.layers[n - 2].kind in ("convolution", "linear", "sum", "concatenation")
         return self.in_place and made and self.plan.uses[n] == 1
 
@@ -153,13 +161,13 @@ class Passes:
             return torch.cat(inputs, dim=1)
         return MAPS[layer.kind][0](inputs[0], rows, *self.options[i])
 
-    def backward(self, seed, rows=None):
-        """Fills ``gradients``, and gives the gradient by the image.
+    def backward(self, seed: torch.Tensor, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Fill ``gradients`` and return the gradient by the image.
 
         Args:
             seed: the gradient by the scores.
             rows: ``(first, last)`` of the samples whose image's gradient is wanted; None: all. (Layers above every trained one
-                are passed for these alone.)
+                compute these alone.)
         """
         if rows is not None and not self.above[self.plan.output]:
             seed = seed[rows[0] : rows[1]]
@@ -184,16 +192,16 @@ class Passes:
         return found[IMAGE][0]
 
     def _is_moved(self, n):
-        """Whether the image flows through value ``n``."""
+        """True if the image flows through value ``n``."""
         return n == IMAGE or (n != CONDITION and self.plan.layers[n - 2].moved)
 
     def _adjoint(self, i, layer, position, d, owned, rows):
-        """The gradient by a layer's input from that by its result, and whether it may be overwritten."""
+        """The gradient by a layer's input from that by its result, and True if it may be overwritten."""
         n = layer.inputs[position]
         shape = (d.shape[0], *self.shapes[n])
         if layer.kind == "convolution":
             thin = n == IMAGE and d.device.type == "cpu" and self.backend != "reference"
-            adjoint = _image_gradient if thin else _transposed_convolution
+            adjoint = narrow_image_gradient if thin else transposed_convolution
             return adjoint(d, self.weights[i][0], shape, self.options[i]), True
         if layer.kind == "linear":
             return (d @ self.weights[i][0]).reshape(shape), True
@@ -211,14 +219,20 @@ class Passes:
         mask = self.masks[i] if rows is None else self.masks[i][rows[0] : rows[1]]
         return mask_mul(x, mask, self.options[i][0], out=out, backend=self.backend)
 
-    def tangent(self, v, weight_gradient, rows=None, place=None):
-        """Walks the tangent of the image through the layers.
+    def tangent(
+        self,
+        v: torch.Tensor,
+        weight_gradient: Callable[[int, torch.Tensor], None],
+        rows: tuple[int, int] | None = None,
+        place: Callable[[int], torch.Tensor | None] | None = None,
+    ) -> None:
+        """Carry the tangent of the image through the layers.
 
         Args:
             v: the image's tangent.
             weight_gradient: called with (layer's number, tangent of its input) at each layer whose weight is trained.
             rows: ``(first, last)`` of the samples in the masks that the tangent belongs to; None: all.
-            place: gives for a value's number the tensor that an activation's tangent is to be written to, or None.
+            place: maps a value's number to the tensor that receives an activation's tangent, or None.
         """
         tangents, left, made = {IMAGE: v}, list(self.plan.uses), set()
         for i, layer in enumerate(self.plan.layers):
@@ -227,7 +241,7 @@ class Passes:
                 weight_gradient(i, inputs[0])
             if layer.moved and self.below[i + 2]:
                 tangents[i + 2] = self._tangent(i, layer, inputs, v.shape[0], rows, place, layer.inputs[0] in made)
-                # Nobody else holds it, unless it is another value's tangent as it is.
+                # It has no other holder, unless it is another value's tangent unchanged.
                 if self._is_ours_alone(i + 2) and all(u is not None for u in inputs):
                     made.add(i + 2)
             for n in layer.inputs:
@@ -237,7 +251,7 @@ class Passes:
 
     def _tangent(self, i, layer, inputs, count, rows, place, alone):
         if layer.kind == "convolution":
-            return _convolution(inputs[0], self.weights[i][0], None, self.options[i])
+            return convolution(inputs[0], self.weights[i][0], None, self.options[i])
         if layer.kind == "linear":
             return F.linear(inputs[0], self.weights[i][0])
         if layer.kind == "activation":
@@ -252,7 +266,7 @@ class Passes:
             inputs = [like.new_zeros((count, *self.shapes[n])) if u is None else u for u, n in filled]
         return self._linear(i, layer, inputs, count)
 
-    def weight_gradient(self, i, x, d):
+    def weight_gradient(self, i: int, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
         """The gradient by layer ``i``'s weight from its input and the gradient by its result."""
         weight = self.weights[i][0]
         if self.plan.layers[i].kind == "linear":
@@ -262,78 +276,8 @@ class Passes:
         return aten.convolution_backward(d, x, weight, None, *options)[1]
 
 
-def layer_options(plan, critic):
-    """Per layer its options in the form that the passes take."""
-    return [_options(layer, critic) for layer in plan.layers]
-
-
-def layer_weights(plan, critic):
-    """Per layer (weight, bias): each a tensor or None."""
-    return [_weights(layer, critic) for layer in plan.layers]
-
-
-def _weights(layer, critic):
-    if layer.kind not in ("convolution", "linear"):
-        return None, None
-    if layer.module is not None:
-        module = critic.get_submodule(layer.module)
-        return module.weight, module.bias
-    return tuple(path and _attribute(critic, path) for path in layer.weights)
-
-
-def _attribute(module, path):
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _options(layer, critic):
-    if layer.kind == "activation" and layer.module is not None:
-        return (critic.get_submodule(layer.module).negative_slope,)
-    if layer.kind != "convolution":
-        return layer.options
-    if layer.module is None:
-        stride, padding, dilation, groups = layer.options
-        kernel = _attribute(critic, layer.weights[0]).shape[2:]
-    else:
-        module = critic.get_submodule(layer.module)
-        stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
-        kernel = module.kernel_size
-    dilation = pair(dilation)
-    return pair(stride), _padding(layer, padding, kernel, dilation), dilation, groups
-
-
-def _padding(layer, padding, kernel, dilation):
-    if padding == "valid":
-        return [0, 0]
-    if padding != "same":
-        return pair(padding)
-    total = [d * (k - 1) for d, k in zip(dilation, kernel)]
-    if any(t % 2 for t in total):
-        raise InputError(f"{layer.name} pads one side more than the other: {ADVICE}")
-    return [t // 2 for t in total]
-
-
-def _convolution(x, weight, bias, options):
-    stride, padding, dilation, groups = options
-    return aten.convolution(x, with_usual_strides(weight, groups), bias, stride, padding, dilation, False, [0, 0], groups)
-
-
-def _transposed_convolution(d, weight, shape, options):
-    """The adjoint of a convolution of ``shape``. The convolution's own backward pass would want that input, which is gone."""
-    stride, padding, dilation, groups = options
-    sides = zip(shape[2:], d.shape[2:], weight.shape[2:], stride, padding, dilation)
-    rest = [whole - ((side - 1) * s - 2 * p + q * (k - 1) + 1) for whole, side, k, s, p, q in sides]
-    return aten.convolution(d, with_usual_strides(weight, groups), None, stride, padding, dilation, True, rest, groups)
-
-
-def _image_gradient(d, weight, shape, options):
-    stride, padding, dilation, groups = options
-    return image_gradient(d, weight, shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
-
-
 def _trained_above(plan, trained):
-    """Per value, whether a trained layer has a part in it."""
+    """True for each value that a trained layer has contributed to."""
     above = [False, False]
     for layer, own in zip(plan.layers, trained):
         above.append(any(own) or any(above[n] for n in layer.inputs))
@@ -341,67 +285,10 @@ def _trained_above(plan, trained):
 
 
 def _trained_below(plan, trained):
-    """Per value, whether its tangent reaches a layer whose weight is trained."""
+    """True for each value whose tangent reaches a layer with a trained weight."""
     below = [False] * (len(plan.layers) + 2)
     for i in reversed(range(len(plan.layers))):
         if trained[i][0] or below[i + 2]:
             for n in plan.layers[i].inputs:
                 below[n] = True
     return below
-
-
-def _expanded(d, shape, dims, keepdim):
-    if not keepdim:
-        for dim in sorted(dim % len(shape) for dim in dims):
-            d = d.unsqueeze(dim)
-    return d.expand(shape)
-
-
-def _mean_adjoint(d, shape, dims, keepdim):
-    count = 1
-    for dim in dims:
-        count *= shape[dim]
-    return (_expanded(d, shape, dims, keepdim) / count).contiguous()
-
-
-def _upsample_adjoint(d, shape, size, factor):
-    scales = (None, None) if factor is None else factor
-    return aten.upsample_nearest2d_backward(d, list(d.shape[2:]), list(shape), *scales)
-
-
-def _back(d, shape, *options):
-    return d.reshape(shape)
-
-
-def _like(d, shape):
-    return torch.empty(shape, dtype=d.dtype, device=d.device)
-
-
-MAPS = {
-    "flatten": (lambda x, rows, start, end: x.flatten(start, end), _back),
-    "reshape": (lambda x, rows, shape: x.reshape(rows, *shape), _back),
-    "squeeze": (lambda x, rows, dim: x.squeeze(dim), _back),
-    "unsqueeze": (lambda x, rows, dim: x.unsqueeze(dim), _back),
-    "pool": (
-        lambda x, rows, *options: aten.avg_pool2d(x, *options),
-        lambda d, shape, *options: aten.avg_pool2d_backward(d, _like(d, shape), *options),
-    ),
-    "adaptive_pool": (
-        lambda x, rows, size: F.adaptive_avg_pool2d(x, size),
-        lambda d, shape, size: aten._adaptive_avg_pool2d_backward(d, _like(d, shape)),
-    ),
-    "upsample": (lambda x, rows, size, factor: F.interpolate(x, size, factor), _upsample_adjoint),
-    "mean": (lambda x, rows, dims, keepdim: x.mean(dims, keepdim), _mean_adjoint),
-    "total": (lambda x, rows, dims, keepdim: x.sum(dims, keepdim), lambda d, *s: _expanded(d, *s).contiguous()),
-    "scale": (lambda x, rows, factor: x * factor, lambda d, shape, factor: d * factor),
-}
-"""Maps without parameters: of (value, rows, options), and their adjoints of (gradient, input's shape, options)."""
-
-BATCH_DIMS = {
-    "flatten": lambda start, end: (start,),
-    "squeeze": lambda dim: (dim,),
-    "unsqueeze": lambda dim: (dim,),
-    "mean": lambda dims, keepdim: dims,
-    "total": lambda dims, keepdim: dims,
-}
-"""The dimensions that a map works on, which may not be the batch's."""

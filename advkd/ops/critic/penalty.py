@@ -1,8 +1,10 @@
 """The gradient penalty that keeps a critic 1-Lipschitz (Gulrajani et al. 2017, eq. 3), without a second autograd pass.
 
-The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.piecewise_linear`): with g_i the score's gradient by
+The gradient by the parameters is found by a tangent pass (:mod:`advkd.ops.critic.passes`): with g_i the score's gradient by
 sample i and v_i = dP/dg_i, dP/dW of a layer is its weight gradient with input u, the tangent of v, and output gradient d.
 """
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -13,21 +15,23 @@ from ..arguments import finite, flag, real, require_dense
 from ..layout import arithmetic_dtype
 from ..order import once
 from ..penalty_reduce import MODES, penalty_reduce
-from .passes import Passes, layer_options, layer_weights
+from .layers import Plan
+from .maps import layer_options, layer_weights
+from .passes import Passes
 from .trace import plan_of, unwrapped
 
 
 def gradient_penalty(
-    critic,
-    x_hat,
+    critic: Callable[..., torch.Tensor],
+    x_hat: torch.Tensor,
     *,
-    condition=None,
-    target=1.0,
-    weight=10.0,
-    mode="two-sided",
-    backend="auto",
-    check_finite=None,
-):
+    condition: torch.Tensor | None = None,
+    target: float = 1.0,
+    weight: float = 10.0,
+    mode: str = "two-sided",
+    backend: str = "auto",
+    check_finite: bool | None = None,
+) -> torch.Tensor:
     """weight mean_i (|grad_x D(x_hat_i)| - target)^2, differentiable once in the critic's parameters.
 
     Args:
@@ -79,13 +83,13 @@ def gradient_penalty(
     settings = (plan, layer_options(plan, critic), numbers, target, weight, mode, backend)
     condition = condition if condition is None else condition.detach()
     penalty, score = _Penalty.apply(settings, x_hat.detach(), condition, *tensors)
-    # The penalty sees of the points no more than the signs that they lead to; the scores show what is not finite.
+    # The penalty depends on the points through signs alone; the scores show what is not finite.
     require_finite(check_finite, penalty.detach() + score, named, critic)
     return penalty
 
 
 def _by_autograd(critic, x_hat, condition, target, weight, mode):
-    """:func:`gradient_penalty_reference` in every mode: it takes a gradient itself, where none of the penalty is wanted too."""
+    """:func:`gradient_penalty_reference` in every grad mode: it takes a gradient even where the penalty needs none."""
     _require_recordable(critic)
     if torch.is_grad_enabled():
         return gradient_penalty_reference(critic, x_hat, condition, target, weight, mode)
@@ -104,7 +108,14 @@ def _require_recordable(critic):
             raise InputError(f"critic: its parameter {name} was made in inference mode; make the critic outside of that mode")
 
 
-def gradient_penalty_reference(critic, x_hat, condition, target, weight, mode):
+def gradient_penalty_reference(
+    critic: Callable[..., torch.Tensor],
+    x_hat: torch.Tensor,
+    condition: torch.Tensor | None,
+    target: float,
+    weight: float,
+    mode: str,
+) -> torch.Tensor:
     """The specification of :func:`gradient_penalty`."""
     # An inference tensor cannot require a gradient, a copy of it can.
     x_hat = (x_hat.clone() if x_hat.is_inference() else x_hat.detach()).requires_grad_()
@@ -165,7 +176,7 @@ class _Penalty(torch.autograd.Function):
         return (None, None, None, *once("gradient_penalty", tuple(results), gradient, *tensors))
 
 
-def passes_dtype(x):
+def passes_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of the passes: autocast's where that is on (it leaves float64 alone), else ``x``'s."""
     kind = x.device.type
     if kind not in AUTOCAST or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -174,7 +185,7 @@ def passes_dtype(x):
 
 
 def _numbered(weights):
-    """Per layer the numbers of its weight and bias in a list of the distinct tensors, and that list."""
+    """The numbers of each layer's weight and bias in a list of the distinct tensors, and that list."""
     tensors, numbers = [], []
     for pair in weights:
         row = []
@@ -189,7 +200,7 @@ def _numbered(weights):
 
 
 def _trained(numbers, needed):
-    """Per layer whether its weight is trained; the penalty's gradients by biases are zero."""
+    """True for each layer's weight that is trained, and False for its bias: the penalty's gradients by biases are zero."""
     return [(weight is not None and needed[weight], False) for weight, _ in numbers]
 
 
@@ -197,8 +208,8 @@ def _gathered(numbers, tensors, dtype):
     return [tuple(None if k is None else tensors[k].detach().to(dtype) for k in pair) for pair in numbers]
 
 
-def check_weights(plan, weights, x, cast):
-    """Every weight must be on ``x``'s device, and in its dtype unless the passes ``cast`` both."""
+def check_weights(plan: Plan, weights: Sequence[tuple], x: torch.Tensor, cast: bool) -> None:
+    """Refuse weights that are not on ``x``'s device, or not in its dtype unless the passes ``cast`` both."""
     for layer, pair in zip(plan.layers, weights):
         for tensor in pair:
             if tensor is not None and (tensor.device != x.device or (tensor.dtype != x.dtype and not cast)):
@@ -206,8 +217,10 @@ def check_weights(plan, weights, x, cast):
                 raise InputError(f"{layer.name} has weights of {found}, the samples are {x.dtype} on {x.device}")
 
 
-def require_finite(wish, result, named, critic):
-    """Find out who is to blame where ``result`` is not finite; ``wish`` None: on the CPU, outside compiled code."""
+def require_finite(
+    wish: bool | None, result: torch.Tensor, named: Mapping[str, torch.Tensor | None], critic: torch.nn.Module
+) -> None:
+    """Name the tensor that is not finite where ``result`` is not; ``wish`` None: on the CPU, outside compiled code."""
     if wish is None:
         wish = result.device.type == "cpu" and not torch.compiler.is_compiling()
     if not wish or bool(torch.isfinite(result)):
@@ -218,8 +231,8 @@ def require_finite(wish, result, named, critic):
             raise InputError(f"{name} holds numbers that are not finite")
 
 
-def check_numbers(**numbers):
-    """Target and weight must be finite numbers, not negative."""
+def check_numbers(**numbers: float) -> None:
+    """Refuse a target or weight that is negative or not finite."""
     for name, value in numbers.items():
         if not real(name, value) >= 0:
             raise InputError(f"{name} must be a number of at least 0, got {value!r}")
@@ -239,8 +252,8 @@ def _check(critic, x_hat, condition, mode):
         raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
-def check_condition(condition, x):
-    """A condition must have ``x``'s samples and device."""
+def check_condition(condition: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Refuse a condition without ``x``'s samples and device."""
     if condition is None:
         return
     require_dense("condition", condition)

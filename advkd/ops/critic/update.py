@@ -3,9 +3,10 @@
 One forward and one backward-data pass over the concatenated batch give the loss' output gradients and the penalty's input
 gradient g; one tangent pass over the penalised samples follows, and one weight gradient per layer serves loss and penalty: its
 rows are (a_{l-1}, d_l) for real and generated samples and (u_{l-1}, d_l) for the penalised ones
-(:mod:`advkd.ops.piecewise_linear`).
+(:mod:`advkd.ops.critic.passes`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,19 +14,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ...errors import InputError
-from .. import gradient_penalty, interpolate, registry
+from ...runtime.devices import without_autocast
+from .. import registry
+from ..interpolate import interpolate
 from ..layout import arithmetic_dtype, require_floating
 from ..penalty_reduce import MODES, penalty_reduce
-from .passes import Passes, layer_options, layer_weights
-from .penalty import check_condition, check_numbers, check_weights, passes_dtype, require_finite, without_autocast
-from .trace import ADVICE, IMAGE, plan_of, unwrapped
+from .layers import ADVICE, IMAGE
+from .maps import layer_options, layer_weights
+from .passes import Passes
+from .penalty import check_condition, check_numbers, check_weights, gradient_penalty, passes_dtype, require_finite
+from .trace import plan_of, unwrapped
 
 LOSSES = ("wasserstein", "softplus")
 """mean D(fake) - mean D(real); mean softplus(D(fake)) + mean softplus(-D(real)) (Goodfellow et al. 2014, non-saturating)."""
 
 
 class CriticGradients(NamedTuple):
-    """What an update of a critic computes.
+    """Results of one update of a critic.
 
     Attributes:
         gradients: of loss + penalty (times ``loss_scale``) by ``critic.parameters()``, in that order; None for frozen ones.
@@ -42,20 +47,20 @@ class CriticGradients(NamedTuple):
 
 
 def critic_gradients(
-    critic,
-    real,
-    fake,
+    critic: torch.nn.Module,
+    real: torch.Tensor,
+    fake: torch.Tensor,
     *,
-    a=None,
-    condition=None,
-    loss="wasserstein",
-    mode="two-sided",
-    target=1.0,
-    weight=10.0,
-    loss_scale=1.0,
-    backend="auto",
-    check_finite=None,
-):
+    a: torch.Tensor | tuple | None = None,
+    condition: torch.Tensor | None = None,
+    loss: str = "wasserstein",
+    mode: str = "two-sided",
+    target: float = 1.0,
+    weight: float = 10.0,
+    loss_scale: float | torch.Tensor = 1.0,
+    backend: str = "auto",
+    check_finite: bool | None = None,
+) -> CriticGradients:
     """Gradients of a critic's loss and gradient penalty. Pure: nothing is accumulated, and ``torch.compile`` and CUDA graphs
     take it whole.
 
@@ -98,12 +103,14 @@ def critic_gradients(
     return update
 
 
-def critic_step(critic, real, fake, *, synchronize=True, **options):
-    """:func:`critic_gradients` added to the parameters' ``.grad``: what stands before ``optimizer.step()``.
+def critic_step(
+    critic: torch.nn.Module, real: torch.Tensor, fake: torch.Tensor, *, synchronize: bool = True, **options
+) -> CriticGradients:
+    """Add :func:`critic_gradients` to the parameters' ``.grad``, for ``optimizer.step()`` to follow.
 
     With several processes the accumulated gradients are averaged in one all-reduce, never through the reducer of a
-    ``DistributedDataParallel`` that may be around the critic. Whatever is around the critic, it is its own parameters that get
-    the gradients.
+    ``DistributedDataParallel`` that may be around the critic. Whatever wraps the critic, its own parameters receive the
+    gradients.
 
     Args:
         critic, real, fake, options: as in :func:`critic_gradients`.
@@ -124,7 +131,7 @@ def critic_step(critic, real, fake, *, synchronize=True, **options):
     return update
 
 
-def average_gradients(gradients):
+def average_gradients(gradients: Sequence[torch.Tensor]) -> None:
     """Replace tensors by their means over the processes, in place, by one all-reduce per dtype."""
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         group = [g for g in gradients if g.dtype == dtype]
@@ -182,7 +189,7 @@ def _by_tangent(critic, real, fake, dtype, a, condition, loss, mode, target, wei
         penalty = penalties.sum()
         # One tangent pass, and on its way one weight gradient per layer.
         passes.tangent((v * loss_scale).to(dtype), update.weight, rows, update.place)
-    update.still_layers(weight != 0)
+    update.remaining_layers(weight != 0)
     gradients = [None] * len(parameters)
     for k, parameter in enumerate(parameters):
         if parameter.requires_grad:
@@ -192,7 +199,7 @@ def _by_tangent(critic, real, fake, dtype, a, condition, loss, mode, target, wei
 
 
 class _Update:
-    """Weight gradients of a merged batch: which rows each of them takes.
+    """Weight gradients of a merged batch, each from its own rows.
 
     ``rows`` are penalised. ``apart``: they belong to the penalty alone; else their share of the loss is ``factor`` per sample.
     """
@@ -203,12 +210,12 @@ class _Update:
         self.gradients = [None] * len(parameters)
 
     def place(self, number):
-        """Where an activation's tangent goes: over the penalised rows of the value, which the forward pass has left there."""
+        """The place of an activation's tangent: the penalised rows of the value that the forward pass has left."""
         value = self.passes.values[number]
         return value[self.rows[0] : self.rows[1]] if self.apart and value is not None else None
 
     def weight(self, i, u):
-        """Layer ``i``'s gradient, with the tangent of its input (None: the tangent does not pass it)."""
+        """Add layer ``i``'s gradient, with the tangent of its input (None: the tangent does not pass it)."""
         number, d = self.passes.plan.layers[i].inputs[0], self.passes.gradients[i]
         x = self.passes.values[number]
         if self.apart and u is None:
@@ -224,7 +231,7 @@ class _Update:
         self.passes.gradients[i] = None
 
     def biases(self):
-        """Every bias' gradient: of the loss alone."""
+        """Add the gradients of the biases, which come from the loss alone."""
         for i, (_, bias) in enumerate(self.passes.trained):
             d = self.passes.gradients[i]
             if not bias or d is None:
@@ -235,8 +242,8 @@ class _Update:
             dims = [k for k in range(d.ndim) if k != (1 if self.passes.plan.layers[i].kind == "convolution" else d.ndim - 1)]
             self._add(self.places[i][1], d.sum(dims))
 
-    def still_layers(self, penalised):
-        """The layers that the tangent has not come by: those of a condition alone, or all where there is no penalty."""
+    def remaining_layers(self, penalised):
+        """Add the layers that the tangent has not reached: those of a condition alone, or all where there is no penalty."""
         for i, layer in enumerate(self.passes.plan.layers):
             if self.passes.trained[i][0] and not (penalised and layer.moved) and self.passes.gradients[i] is not None:
                 self.weight(i, None)

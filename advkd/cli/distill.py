@@ -1,0 +1,128 @@
+"""``advkd distill``: one subcommand a method, made of its configuration."""
+
+import tomllib
+from pathlib import Path
+
+import click
+
+from ..config import build_config, overlay
+from ..errors import InputError
+from ..methods import METHODS, method_class
+from ..runtime.files import parse_json, require_regular, why_unreadable
+from ..runtime.launcher import local_device
+from .options import computing, device_option, options
+
+CONFIG_LIMIT = 2**13
+"""Bytes that --config may have: the memory of TOML's dotted keys grows with the square of their length."""
+
+DEFAULT = "adv-kd"
+"""Method of a command that names none."""
+
+
+class _Methods(click.Group):
+    """One subcommand a method; options that come without a name are those of :data:`DEFAULT`."""
+
+    def list_commands(self, context):
+        return [name for name in METHODS if method_class(name).distils]
+
+    def get_command(self, context, name):
+        return method_command(name) if name in self.list_commands(context) else None
+
+    def parse_args(self, context, arguments):
+        if arguments and arguments[0].startswith("-") and arguments[0] != "--help":
+            arguments = [DEFAULT, *arguments]
+        return super().parse_args(context, arguments)
+
+
+@click.group(cls=_Methods, invoke_without_command=True)
+@click.pass_context
+def distill(context):
+    """Train a student; without a method, list the methods and what each needs."""
+    if context.invoked_subcommand is None:
+        for name in context.command.list_commands(context):
+            kind = method_class(name)
+            click.echo(f"{name}: {kind.reference}\n    needs {kind.requires}")
+
+
+def method_command(name: str) -> click.Command:
+    """The subcommand of a method, with an option for each of its configuration's fields."""
+    kind = method_class(name)
+
+    @click.command(name, help=f"{kind.__doc__.partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
+    @click.option(
+        "--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat)."
+    )
+    @click.option("--teacher", "teacher_source", help="The trajectories' teacher, which --grow needs.")
+    @click.option("--preset", help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
+    @click.option("--init", help="Start from a student ('digits', a folder or a hub id) instead of a preset's fresh weights.")
+    @click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
+    @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
+    @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+    @device_option
+    @options(kind.Config)
+    @computing
+    def command(data, teacher_source, preset, init, out, config_file, resume, device, **values):
+        import torch
+
+        from ..runtime.devices import require_device
+        from ..training.distillation import distill as run
+
+        config = _configuration(kind, config_file, values)
+        device = local_device(device)
+        require_device(device)
+        torch.manual_seed(config.seed % 2**63)
+        teacher = None
+        if teacher_source:
+            from ..diffusion.teacher import Teacher
+
+            if not getattr(config, "grow", 0):
+                raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
+            teacher = Teacher.from_pretrained(teacher_source, device)
+        run(data, _build_student(preset, init), config, out, resume, device, teacher=teacher, method=name)
+        click.echo(f"student saved in {out}")
+
+    return command
+
+
+def _configuration(kind, config_file, values):
+    """Fields of a recipe, overridden by the file and then by options."""
+    from_file = _read_config(config_file) if config_file else {}
+    config = kind.Config()
+    if kind.recipes:
+        in_file = from_file.pop("recipe", "joint")
+        name = values.pop("recipe") or in_file
+        if not isinstance(name, str) or name not in kind.recipes:
+            raise InputError(f"--recipe must be one of {', '.join(kind.recipes)}, got {name!r}")
+        config = kind.recipes[name]
+    return overlay(overlay(config, from_file, f"--config {config_file}"), values, "distill")
+
+
+def _read_config(path):
+    """A JSON or TOML file as a dict."""
+    path = Path(path)
+    require_regular(path, "--config", CONFIG_LIMIT)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--config {path} is not readable JSON or TOML ({why_unreadable(path, error)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must hold an object of fields")
+    return values
+
+
+def _build_student(preset, init=None):
+    from ..models.shape import PRESETS, StudentConfig
+    from ..models.student import Student
+    from ..runtime.files import read_json
+
+    if (preset is None) == (init is None):
+        raise InputError("name either a --preset or a student to start from by --init")
+    if init is not None:
+        return Student.from_pretrained(init)
+    if preset in PRESETS:
+        return Student.from_preset(preset)
+    if not preset.endswith(".json"):
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)} or a JSON file, got {preset!r}")
+    values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
+    return Student(build_config(StudentConfig, values, f"--preset {preset}"))

@@ -1,0 +1,43 @@
+"""What commands share: options made of a configuration's fields, the device, fair sharing of the processors."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import click
+
+from ..config import field_documentation
+
+device_option = click.option("--device", default="cpu", show_default=True, help="torch device: cpu, cuda, cuda:1, ...")
+
+
+def computing(command: Callable) -> Callable:
+    """Decorator of a command that computes: it shares the processors with others (:func:`advkd.runtime.neighbours.sharing`)."""
+
+    @functools.wraps(command)
+    def run(*arguments, **options):
+        from ..runtime.neighbours import sharing
+
+        with sharing():
+            return command(*arguments, **options)
+
+    return run
+
+
+def options(config_class: type) -> Callable:
+    """Decorator that adds an option for every field of a configuration dataclass; unset ones are None."""
+
+    def decorate(command):
+        documentation = field_documentation(config_class)
+        for field in reversed(dataclasses.fields(config_class)):
+            command = click.option(*_declaration(field), default=None, help=documentation.get(field.name, ""))(command)
+        return command
+
+    return decorate
+
+
+def _declaration(field):
+    name = "--" + field.name.replace("_", "-")
+    if isinstance(field.default, bool):
+        return [f"{name}/--no-{name[2:]}", field.name]
+    return [name, field.name]

@@ -1,0 +1,113 @@
+"""Data sets as the trainer reads them: rows in, a batch of tensors out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .images import normalize
+from .trajectories import Trajectories
+
+
+@dataclass
+class Batch:
+    """Rows of a data set on the run's device; what a data set does not hold is None.
+
+    Attributes:
+        z: latents, or start states of the teacher, ``(N, ...)``.
+        images: ``(N, ...)``, in [-1, 1] where they are pictures.
+        labels: ``(N,)`` int64 classes.
+        levels: standardised states of the teacher by submodule; the last one is ``images``.
+    """
+
+    z: Tensor | None = None
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    levels: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """A data set."""
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that must not change between a run and its resumption."""
+        ...
+
+    def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
+        """Rows on ``device``, floating-point tensors in ``dtype``; ``levels``: those that are read, where it has any."""
+        ...
+
+    def grow(self, updates: int) -> None:
+        """Bring the data to its state after so many updates of the run."""
+        ...
+
+
+class Tensors:
+    """Tensors in memory: z, images, labels, each with one row a sample, of any shape and device."""
+
+    def __init__(self, z: Tensor | None = None, images: Tensor | None = None, labels: Tensor | None = None):
+        self.tensors = {name: t for name, t in (("z", z), ("images", images), ("labels", labels)) if t is not None}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def identity(self) -> dict[str, Any]:
+        """Shapes of the tensors."""
+        return {"data": {name: list(tensor.shape) for name, tensor in self.tensors.items()}}
+
+    def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
+        """See :class:`Source`; images of 8 bits become floating point in [-1, 1]."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+        picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        if "images" in picked:
+            picked["images"] = normalize(picked["images"])
+        return Batch(**{name: t.to(device, dtype if t.is_floating_point() else None) for name, t in picked.items()})
+
+    def grow(self, updates: int) -> None:
+        """Nothing: tensors stay as they are."""
+
+
+class Recorded:
+    """Recorded trajectories: latents and standardised levels.
+
+    Args:
+        data: the trajectories.
+        latent: ``(latent_size, detail_noise)`` of the z that is wanted; by default that of the recording.
+        limit: number of rows that are used (0: all); rows that are appended to ``data`` later are used in any case.
+    """
+
+    def __init__(self, data: Trajectories, latent: tuple[int, bool] | None = None, limit: int = 0):
+        self.data, self.latent = data, latent
+        self._skipped = len(data) - (limit or len(data))
+        self._used = limit or len(data)
+
+    def __len__(self) -> int:
+        return len(self.data) - self._skipped
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of the recordings."""
+        return {"trajectories": self.data.manifests}
+
+    def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
+        """See :class:`Source`."""
+        z, recorded = self.data.batch(self.places(rows), levels, self.latent)
+        scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
+        return Batch(z.to(device, dtype), scaled.get(len(self.data.standard_deviations)), levels=scaled)
+
+    def places(self, rows: Sequence[int]) -> list[int]:
+        """Rows of the recordings that rows of an epoch are."""
+        return [row + self._skipped if row >= self._used else row for row in rows]
+
+    def _standardised(self, k, level):
+        # The last level is the image itself, in [-1, 1].
+        deviations = self.data.standard_deviations
+        return level if k == len(deviations) else level / max(deviations[k - 1], 1e-6)
+
+    def grow(self, updates: int) -> None:
+        """Nothing: the recordings stay as they are."""

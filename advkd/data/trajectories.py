@@ -1,0 +1,314 @@
+"""Recorded trajectories of a teacher: their configuration, their files, and the reader."""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import build_config
+from ..errors import InputError
+from ..ops import philox_normal
+from ..ops.latents import check_latent, latent_numel, project
+from ..runtime.files import MANIFEST_LIMIT, damaged, has_own_digest, read_json, read_tensors, require_regular, sha256
+from .levels import resolutions
+
+FORMAT = "advkd-trajectories-1"
+SHARD_KEYS = ("recipe", "start", "count", "digest")
+RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
+
+
+@dataclass
+class TrajectoryConfig:
+    """Configuration of a recording by ``advkd trajectories``.
+
+    Attributes:
+        sampler: ``ddim`` (paired: x_0 is a function of z's x_T) or ``ddpm`` (unpaired).
+        steps: sampler steps (0: 50 for DDIM, all for DDPM).
+        num: number of trajectories.
+        start: index of the first one among the seed's samples.
+        seed: of the noise.
+        depth: submodules of the student.
+        latent_size: m of the latent's blocks (0: all of x_T up to 32 pixels, 4 above).
+        detail_noise: store the Haar pyramid of x_T instead of blocks.
+        batch_size: samples that run through the teacher at once; the last batch is padded to it.
+        shard_size: samples per shard, a multiple of ``batch_size``.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 0
+    num: int = 2048
+    start: int = 0
+    seed: int = 0
+    depth: int = 12
+    latent_size: int = 0
+    detail_noise: bool = False
+    batch_size: int = 32
+    shard_size: int = 128
+
+    def validate(self) -> None:
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name in ("num", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard_size % self.batch_size:
+            raise InputError(f"shard_size must be a multiple of batch_size {self.batch_size}, got {self.shard_size}")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
+        if not 0 <= self.start < 2**62:
+            raise InputError(f"start must be in [0, 2^62), got {self.start}")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Everything that the contents of a data set's shards depend on.
+
+    Attributes:
+        sampler, num, start, seed, depth, detail_noise, batch_size, shard_size: see :class:`TrajectoryConfig`.
+        steps, latent_size: likewise, with defaults filled in (never 0).
+        teacher: :meth:`Teacher.identity`.
+        image_channels, image_size: shape of the images.
+        resolutions: R_k of every level.
+        timesteps: the teacher's timestep of every level but the last, which is x_0.
+    """
+
+    sampler: str
+    steps: int
+    num: int
+    start: int
+    seed: int
+    depth: int
+    latent_size: int
+    detail_noise: bool
+    batch_size: int
+    shard_size: int
+    teacher: dict
+    image_channels: int
+    image_size: int
+    resolutions: list[int]
+    timesteps: list[int]
+
+    @classmethod
+    def from_json(cls, values: dict) -> "DatasetInfo":
+        """The description in a manifest or a shard; ``KeyError`` or ``TypeError`` if one of its values is missing."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+    def to_json(self) -> dict:
+        """The description as manifests and shards hold it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def config(self, **changes) -> TrajectoryConfig:
+        """The configuration of a recording like this one, with some fields changed."""
+        names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
+        return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards; the last one may hold fewer samples."""
+        return -(-self.num // self.shard_size)
+
+    def shard_count(self, shard: int) -> int:
+        """Number of samples in a shard."""
+        return min(self.shard_size, self.num - shard * self.shard_size)
+
+    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a shard of ``count`` samples, by name."""
+        channels = self.image_channels
+        latent = latent_numel(channels, self.image_size, self.latent_size, self.detail_noise)
+        levels = {f"level_{k:02d}": (count, channels, side, side) for k, side in enumerate(self.resolutions, 1)}
+        return {"z": (count, latent), **levels}
+
+
+class Trajectories:
+    """Recorded data, memory-mapped; a shard's hash is checked the first time the shard is read.
+
+    Args:
+        folders: outputs of ``advkd trajectories``; several make one data set if only ``num``, ``start`` and ``seed`` differ.
+        option: its name in error messages.
+
+    Attributes:
+        info: :class:`DatasetInfo` of the first folder.
+        folders: all of them.
+        parts: ``seed``, ``start`` and ``num`` of every folder.
+        manifests: SHA-256 of every folder's manifest.
+        standard_deviations: one per level, of the first folder.
+
+    Raises:
+        InputError: no finished data set there, folders that do not fit each other, or (on reading) a shard that is missing,
+            truncated or altered.
+    """
+
+    def __init__(self, *folders: str | Path, option: str = "--trajectories"):
+        self.folder, self.folders, self._option = Path(folders[0]), [], option
+        self._entries, self._shards, self.parts, self.manifests = [], {}, [], []
+        for folder in map(Path, folders):
+            self.append(folder)
+
+    def append(self, folder: str | Path) -> None:
+        """Add a folder's samples after those that are there."""
+        manifest = _read_manifest(Path(folder), self._option)
+        described = manifest["recipe"]
+        if not self.parts:
+            self.info, self.standard_deviations = DatasetInfo.from_json(described), manifest["standard_deviations"]
+        changed = differences(described, self.info.to_json(), ignored=("num", "start", "seed"))
+        if changed:
+            raise InputError(f"{self._option} {folder} and {self.folder} were made with different {', '.join(changed)}")
+        part = {key: described[key] for key in ("seed", "start", "num")}
+        if any(samples_overlap(part, other) for other in self.parts):
+            raise InputError(f"{self._option} {folder} repeats samples of another folder: record with another --start")
+        first = len(self)
+        place = {"folder": folder, "described": described}
+        self._entries += [{**entry, **place, "start": first + entry["start"]} for entry in manifest["shards"]]
+        self.parts.append(part)
+        self.folders.append(Path(folder))
+        self.manifests.append(sha256(Path(folder) / "manifest.json"))
+
+    def __len__(self):
+        return sum(part["num"] for part in self.parts)
+
+    @property
+    def paired(self) -> bool:
+        """Whether x_0 is a function of the x_T that z comes from (DDIM), so that pairs (z, x_0) can be learned."""
+        return self.info.sampler == "ddim"
+
+    def verify(self) -> None:
+        """Check every shard's hash now."""
+        for shard in range(len(self._entries)):
+            self._load(shard)
+
+    def noise(self, rows: Sequence[int]) -> torch.Tensor:
+        """x_T of some rows: ``(len(rows), C, S, S)`` float32 on the CPU, made anew from its counters."""
+        shape, pieces = (self.info.image_channels, self.info.image_size, self.info.image_size), []
+        for row in rows:
+            part = 0
+            while row >= self.parts[part]["num"]:
+                row, part = row - self.parts[part]["num"], part + 1
+            indices = torch.tensor([self.parts[part]["start"] + row], dtype=torch.int64, device="cpu")
+            pieces.append(philox_normal(self.parts[part]["seed"], indices, shape, stream="x_T"))
+        return torch.cat(pieces)
+
+    def batch(
+        self, rows: Sequence[int], levels: Sequence[int], latent: tuple[int, bool] | None = None
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Rows of the data set.
+
+        Args:
+            rows: list of sample numbers.
+            levels: list of level numbers k (1-based).
+            latent: ``(latent_size, detail_noise)`` of the returned z; by default that of the recording.
+
+        Returns:
+            ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).
+        """
+        recorded = (self.info.latent_size, self.info.detail_noise)
+        stored = latent is None or tuple(latent) == recorded
+        names = [*(["z"] if stored else []), *(f"level_{k:02d}" for k in levels)]
+        places = [self._place(row) for row in rows]
+        picked = [torch.stack([self._load(shard)[name][offset] for shard, offset in places]).float() for name in names]
+        z = picked.pop(0) if stored else project(self.noise(rows), *latent)
+        return z, dict(zip(levels, picked, strict=True))
+
+    def _place(self, row):
+        shard = bisect.bisect_right(self._entries, row, key=lambda entry: entry["start"]) - 1
+        return shard, row - self._entries[shard]["start"]
+
+    def _load(self, shard):
+        if shard not in self._shards:
+            entry = self._entries[shard]
+            path = entry["folder"] / entry["file"]
+            if not path.exists():
+                raise InputError(f"shard {path} is missing: run the same 'advkd trajectories' command again")
+            require_regular(path, "shard")
+            if sha256(path) != entry["sha256"]:
+                raise damaged("shard", path, "it is truncated or altered", RECORD_AGAIN)
+            tensors, metadata = read_tensors(path, "shard", remedy=RECORD_AGAIN)
+            wanted = {name: (torch.float16, shape) for name, shape in self.info.shapes(entry["count"]).items()}
+            if {name: (t.dtype, t.shape) for name, t in tensors.items()} != wanted:
+                raise damaged("shard", path, "it holds other tensors than its recipe says", RECORD_AGAIN)
+            if differences(entry["described"], metadata.get("recipe", {})):
+                raise InputError(f"shard {path} has another recipe than the manifest beside it: {RECORD_AGAIN}")
+            self._shards[shard] = tensors
+        return self._shards[shard]
+
+
+def _read_manifest(folder: Path, option: str) -> dict:
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder} is not a folder")
+    if not (folder / "manifest.json").exists() and any(folder.glob("shard-*.safetensors")):
+        raise InputError(f"{option} {folder} is unfinished: run the same 'advkd trajectories' command again")
+    keys = ("format", "recipe", "standard_deviations", "shards")
+    manifest = read_json(folder / "manifest.json", "manifest", keys, MANIFEST_LIMIT)
+    if manifest["format"] != FORMAT:
+        raise InputError(f"{folder / 'manifest.json'} is not a manifest of advkd trajectories")
+    as_written = "digest" not in manifest or has_own_digest({}, manifest)  # older ones have none
+    if not as_written or not _is_consistent(manifest):
+        raise InputError(f"{folder / 'manifest.json'} is damaged: run the same 'advkd trajectories' command again")
+    return manifest
+
+
+def _is_consistent(manifest: dict) -> bool:
+    """Whether a manifest's parts fit each other: shards that cover the samples, one deviation per level.
+
+    It may come from elsewhere: shards are files of its own folder, and nothing is made that is as large as it says.
+    """
+    try:
+        info, deviations = DatasetInfo.from_json(manifest["recipe"]), manifest["standard_deviations"]
+        levels = _is_possible(info) and len(deviations) == info.depth == len(info.timesteps) + 1
+        finite = all(type(value) in (int, float) and 0 <= value < math.inf for value in deviations)
+        return levels and finite and _are_shards(manifest["shards"], info)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_possible(info: DatasetInfo) -> bool:
+    """Whether a data set can be as described; may also raise ``TypeError`` or ``ValueError``."""
+    build_config(TrajectoryConfig, vars(info.config()), "").validate()
+    check_latent(info.image_size, info.latent_size, info.detail_noise)
+    shape = (info.image_size, info.image_channels, info.latent_size, info.depth)
+    numbers = _are_whole(*info.timesteps, *info.resolutions, *shape)
+    known = info.image_channels in (1, 2, 3, 4) and isinstance(info.teacher, dict)
+    return numbers and known and info.resolutions == resolutions(info.image_size, info.depth)
+
+
+def _are_shards(entries: list[dict], info: DatasetInfo) -> bool:
+    """Whether a manifest's entries are the shards of a data set."""
+    starts = range(0, info.num, info.shard_size)
+    return len(entries) == len(starts) and all(
+        _are_whole(entry["start"], entry["count"])
+        and entry["start"] == start
+        and entry["file"] == shard_path("", shard).name
+        and entry["count"] == info.shard_count(shard)
+        and isinstance(entry["sha256"], str)
+        for shard, (entry, start) in enumerate(zip(entries, starts))
+    )
+
+
+def _are_whole(*values) -> bool:
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+def shard_path(folder: str | Path, shard: int) -> Path:
+    """Path of a shard in a data set's folder."""
+    return Path(folder) / f"shard-{shard:05d}.safetensors"
+
+
+def differences(described: dict, other: dict, ignored: tuple[str, ...] = ()) -> list[str]:
+    """Sorted keys in which the descriptions of two data sets, as JSON, differ; a teacher's name is not one."""
+    differ = {key for key in described if key not in ignored and described[key] != other.get(key)}
+    theirs = other.get("teacher")
+    if "teacher" in differ and isinstance(theirs, dict) and same_teacher(described["teacher"], theirs):
+        differ.remove("teacher")
+    return sorted(differ)
+
+
+def samples_overlap(a: dict, b: dict) -> bool:
+    """Whether two parts (seed, start, num) share a sample."""
+    return a["seed"] == b["seed"] and a["start"] < b["start"] + b["num"] and b["start"] < a["start"] + a["num"]
+
+
+def same_teacher(a: dict, b: dict) -> bool:
+    """Whether two :meth:`Teacher.identity` are of one teacher, whatever it was called."""
+    return {**a, "name": None} == {**b, "name": None}

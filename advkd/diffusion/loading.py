@@ -1,0 +1,197 @@
+"""Teachers in diffusers' format: loading, and refusals of those that cannot be distilled."""
+
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from ..errors import InputError
+from ..runtime.files import damaged, read_json, require_regular, why_unreadable
+from ..runtime.hub import PRETRAINED, reason, resolve
+from ..runtime.pickles import require_weights
+from ..runtime.progress import can_be_shown
+from .coefficients import VARIANCES
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
+MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**6, 1e30
+"""Limits for configurations that come from elsewhere."""
+
+
+def load_pipeline(source: str | Path, dtype: torch.dtype) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
+    """The network, on the CPU, and the scheduler of a teacher in diffusers' format; see :meth:`Teacher.from_pretrained`."""
+    # An unfit repository of the hub is refused before its weights are fetched.
+    folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
+    _require_fit(folder)
+    # Torch's default device and the mode of autograd may be any.
+    with torch.inference_mode(False), torch.device("cpu"):
+        scheduler = _load_scheduler(folder)
+        return _load_unet(source, folder, dtype), scheduler
+
+
+def _part(folder, name):
+    # The first repositories of the hub keep the network and the scheduler beside model_index.json.
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _require_fit(folder):
+    """Refuse a pipeline that is not an unconditional pixel-space model with a network of ordinary size."""
+    index = folder / "model_index.json"
+    parts = read_json(index, "pipeline index") if os.path.lexists(index) else {}
+    for part in ("vae", "vqvae", "movq"):
+        if part in parts:
+            raise InputError(f"teacher {folder} works on latents (it has a {part}); advkd distils pixel-space teachers")
+    for part in ("text_encoder", "image_encoder"):
+        if part in parts:
+            raise InputError(f"teacher {folder} is conditional (it has a {part}); advkd distils unconditional teachers")
+    config = read_json(_part(folder, "unet") / "config.json", "teacher configuration")
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise InputError(f"teacher {folder} has a {kind}; only unconditional UNet2DModel teachers can be distilled")
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise InputError(f"teacher {folder} is class-conditional; advkd distils unconditional teachers")
+    if config.get("out_channels") != config.get("in_channels"):
+        shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
+        raise InputError(f"teacher {folder} has {shapes}: a learned variance is not supported")
+    if config.get("time_embedding_type") == "fourier":
+        raise InputError(f"teacher {folder} is told the noise's level (Fourier embedding), not a timestep: it is not supported")
+    size = config.get("sample_size")
+    if not isinstance(size, int) or size < 8 or size & (size - 1):
+        raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"teacher {folder} is quantized; save it with plain weights")
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"teacher {folder}: {name} must be finite, got {value}")
+    for name in ("norm_eps", "mid_block_scale_factor"):
+        if isinstance(value := config.get(name, 1), (int, float)) and value <= 0:
+            raise InputError(f"teacher {folder}: {name} must be positive, got {value}")
+    # Checked before a network of so many parts is built: a file of a few bytes can ask for any number.
+    channels, layers = config.get("block_out_channels", ()), config.get("layers_per_block", 1)
+    if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:
+        limits = f"at most {MOST_BLOCKS} block_out_channels and {MOST_LAYERS} layers_per_block"
+        raise InputError(f"teacher {folder}: the network's configuration may have {limits}")
+
+
+def _load_unet(source, folder, dtype):
+    """Safetensors where there are any; else diffusers' older ``.bin`` files, read as weights only, never as code."""
+    from diffusers import UNet2DModel
+    from diffusers.utils import logging
+
+    place = "unet/" if (folder / "unet").is_dir() else ""
+    for suffix in ("safetensors", "bin"):
+        weights = f"{place}diffusion_pytorch_model*.{suffix}"
+        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", weights])
+        if any(folder.glob(weights)):
+            break
+    else:
+        raise InputError(f"teacher {folder}: there is no {place}diffusion_pytorch_model.safetensors")
+    if not can_be_shown():
+        logging.disable_progress_bar()
+    part = _part(folder, "unet")
+    paths = _weight_files(sorted(folder.glob(weights)), part, suffix)
+    size = sum(path.stat().st_size for path in paths)
+    options = {"torch_dtype": dtype, "use_safetensors": suffix == "safetensors"}
+    options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
+    try:
+        # A pass through the network on the meta device, which takes no memory: with some configurations only that fails.
+        with torch.device("meta"), torch.no_grad():
+            network = UNet2DModel.from_config(UNet2DModel.load_config(part))
+            x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
+            if network(x, torch.zeros(1, dtype=torch.int64)).sample.shape != x.shape:
+                raise InputError("its network gives images of another shape than it takes")
+        parameters = sum(p.numel() for p in network.parameters())
+        if parameters > size:
+            raise InputError(f"the configuration asks for {parameters:,} parameters, the weights have {size:,} bytes")
+        unet, report = UNet2DModel.from_pretrained(part, **options)
+    except Exception as error:
+        why = why_unreadable(paths[0], error)
+        raise InputError(f"teacher {folder}: the weights cannot be read ({why}): restore or fetch a copy of them") from error
+    wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if wrong:
+        raise InputError(f"teacher {folder}: the weights do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
+    if not all(p.is_floating_point() and p.isfinite().all() for p in unet.parameters()):
+        raise InputError(f"teacher {folder}: its weights are not finite real numbers: restore or fetch a copy of them")
+    return unet
+
+
+def _is_schedule(alpha_bars, steps):
+    """True if the noise grows from step to step, and is never more than all of a state."""
+    if alpha_bars.shape != (steps,) or not alpha_bars.isfinite().all():
+        return False
+    return bool(((alpha_bars >= 0) & (alpha_bars <= 1)).all() and (alpha_bars.diff() <= 0).all())
+
+
+def _weight_files(paths, folder, suffix):
+    """A network's files of weights, ``paths`` and what an index names; all are of the kind ``suffix`` and of this folder."""
+    indexes = {}
+    for index in folder.glob(f"diffusion_pytorch_model.{suffix}.index.json"):
+        named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
+        files = list(named.values()) if isinstance(named, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{suffix}", name) for name in files):
+            raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
+        paths += [folder / name for name in sorted(set(files)) if folder / name not in paths]
+        indexes[index] = named
+    for path in paths:
+        require_regular(path, "the teacher's weights")
+        if suffix == "bin":
+            require_weights(path, "the teacher's weights")
+    for index, named in indexes.items():
+        _require_named(index, named)
+    return paths
+
+
+def _require_named(index, named):
+    """Refuse files without the tensors that their index says: diffusers believes it, and leaves others as they were drawn."""
+    for path in {index.parent / file for file in named.values()}:
+        try:
+            missing = {name for name, file in named.items() if file == path.name} - _names(path)
+        except Exception as error:  # damaged files raise about anything
+            raise damaged("the teacher's weights", path, error, "restore or fetch a copy of it") from error
+        if missing:
+            said = f"the teacher's weights {path} lack {min(missing)}, which {index.name} says they hold"
+            raise InputError(f"{said}: restore or fetch a copy of both")
+
+
+def _names(path):
+    """Names of a file's tensors."""
+    if path.suffix == ".bin":
+        mapped = zipfile.is_zipfile(path)  # older files are no archives, and only those can be mapped
+        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def _load_scheduler(folder):
+    import diffusers
+
+    config = read_json(_part(folder, "scheduler") / "scheduler_config.json", "scheduler configuration")
+    kind = config.get("_class_name", "DDPMScheduler")
+    if kind not in ("DDPMScheduler", "DDIMScheduler"):
+        raise InputError(f"teacher {folder} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
+    if not isinstance(steps := config.get("num_train_timesteps", 1000), int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise InputError(f"teacher {folder}: num_train_timesteps must be in [1, {MOST_TIMESTEPS:,}], got {steps!r}")
+    clip = config.get("clip_sample_range", 1.0)
+    if type(clip) not in (int, float) or not 0 <= clip < LARGEST_CLIP:
+        raise InputError(f"teacher {folder}: clip_sample_range must be in [0, {LARGEST_CLIP:g}), got {clip!r}")
+    try:
+        scheduler = getattr(diffusers, kind).from_config(config)
+    except Exception as error:
+        raise InputError(f"teacher {folder}: the scheduler configuration cannot be used ({reason(error)})") from error
+    if not _is_schedule(scheduler.alphas_cumprod, steps):
+        raise InputError(f"teacher {folder}: its betas make no noise schedule: alpha_bar must fall within [0, 1]")
+    if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise InputError(f"teacher {folder}: prediction_type {scheduler.config.prediction_type!r} is not supported")
+    if scheduler.config.thresholding:
+        raise InputError(f"teacher {folder}: dynamic thresholding is not supported")
+    variance = scheduler.config.get("variance_type") or VARIANCES[0]
+    if variance not in VARIANCES:
+        raise InputError(f"teacher {folder}: variance_type {variance!r} is not supported (known: {', '.join(VARIANCES)})")
+    return scheduler

@@ -1,0 +1,65 @@
+"""Tables of a schedule's coefficients, and evidence that their sources have not changed since they were made."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from ..errors import InputError
+from ..ops import StepCoefficients, coefficient_table
+
+VARIANTS = 16
+"""Tables that a scheduler keeps at once: DDIM has one per eta."""
+
+
+class Table:
+    """The steps of a schedule by key: :class:`StepCoefficients`, or the reason why there are none."""
+
+    def __init__(self, keys: Sequence[Hashable], coefficients: Callable[[Hashable], StepCoefficients]):
+        self.steps = [or_reason(coefficients, key) for key in keys]
+        self.positions = {key: position for position, key in enumerate(keys)}
+        self._rows = {}
+
+    def __getitem__(self, key: Hashable) -> StepCoefficients | str:
+        return self.steps[self.positions[key]]
+
+    def row(self, key: Hashable, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The step's row on ``device``; the first call for a device copies the whole table there."""
+        rows = self._rows.get((device, dtype))
+        if rows is None:
+            steps = [StepCoefficients(0.0, 0.0, 0.0) if isinstance(step, str) else step for step in self.steps]
+            # The first step may run in inference mode, a later one outside of it.
+            with torch.inference_mode(False):
+                rows = coefficient_table(steps, device, dtype).unbind(0)
+            if all(type(row) is torch.Tensor for row in rows):  # not what a tracer makes
+                self._rows[device, dtype] = rows
+        return rows[self.positions[key]]
+
+
+def or_reason(coefficients: Callable[[Hashable], StepCoefficients], key: Hashable) -> StepCoefficients | str:
+    """The coefficients of one step, or the reason why there are none."""
+    try:
+        return coefficients(key)
+    except InputError as error:
+        return str(error)
+
+
+def remembered(source: object) -> object:
+    """Evidence of a later change of ``source``: a copy of a CPU tensor; another tensor and its count of changes; itself."""
+    if not isinstance(source, torch.Tensor):
+        return source
+    if source.device.type == "cpu":
+        return source.detach().clone()
+    return source, _version(source)
+
+
+def unchanged(kept: object, source: object) -> bool:
+    """Whether ``source`` is as it was when :func:`remembered` gave ``kept``."""
+    if not isinstance(source, torch.Tensor):
+        return kept is source
+    if source.device.type != "cpu":
+        return isinstance(kept, tuple) and kept[0] is source and kept[1] == _version(source)
+    return isinstance(kept, torch.Tensor) and kept.dtype == source.dtype and torch.equal(kept, source)
+
+
+def _version(tensor):
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,196 @@
+"""What a distillation method is: its numbers, its stages, the modules it trains, and one update of them.
+
+The trainer (:mod:`advkd.training.trainer`) owns the rest: order of the data, random draws, optimisers, averages, checkpoints,
+processes, devices and files.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..data.draws import Draw
+from ..data.sources import Batch
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a configuration of a method runs on.
+
+    Attributes:
+        data: ``levels`` (the teacher's recorded states), ``pairs`` (its start noise and final image), ``images`` or ``none``.
+        paired: True if x_0 must be a function of x_T.
+        teacher, labels: True if updates call the teacher, or read class labels.
+        student: ``generator`` (latent to image in one pass), ``denoiser`` or ``classifier``.
+        limit: number of recorded trajectories that are used (0: all).
+        grow, grow_every: trajectories that the teacher adds after every so many updates (0: none).
+    """
+
+    data: str
+    paired: bool = False
+    teacher: bool = False
+    labels: bool = False
+    student: str = "generator"
+    limit: int = 0
+    grow: int = 0
+    grow_every: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a run with optimisers of its own.
+
+    Attributes:
+        number: 1, 2, ...
+        updates: updates of the stage.
+        batch_size: samples of a batch, over all processes.
+        levels: submodules of the student whose recorded levels a batch holds.
+    """
+
+    number: int
+    updates: int
+    batch_size: int
+    levels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the trainer reads of a method's configuration.
+
+    Attributes:
+        seed: of all draws.
+        checkpoint_every: updates between checkpoints.
+        log_every: updates that one row of ``metrics.csv`` averages.
+        mixed_precision: ``no`` or ``bf16``.
+        free: names of fields that may change between a run and its resumption.
+    """
+
+    seed: int
+    checkpoint_every: int
+    log_every: int = 1
+    mixed_precision: str = "no"
+    free: tuple[str, ...] = ("checkpoint_every",)
+
+
+def constant(update: int) -> float:
+    """Schedule of a learning rate that does not change."""
+    return 1.0
+
+
+@dataclass
+class Trained:
+    """A module with an optimiser: Adam, or AdamW where ``weight_decay`` is positive.
+
+    Attributes:
+        module: moved to the run's device and dtype by the trainer.
+        learning_rate, betas, weight_decay: of the optimiser.
+        schedule: fraction of ``learning_rate`` at an update of the stage.
+        clip: bound of the gradients' norm (0: none).
+        average: decay of an exponential moving average of the module (0: none).
+        parameters: those that the optimiser moves (None: all that require a gradient).
+        memory_format: of the module's weights.
+    """
+
+    module: nn.Module
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: Callable[[int], float] = constant
+    clip: float = 0.0
+    average: float = 0.0
+    parameters: list[nn.Parameter] | None = None
+    memory_format: torch.memory_format = torch.preserve_format
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimiser of the parameters."""
+        own = (p for p in self.module.parameters() if p.requires_grad)
+        parameters = list(own if self.parameters is None else self.parameters)
+        if self.weight_decay:
+            return torch.optim.AdamW(parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay)
+        return torch.optim.Adam(parameters, self.learning_rate, self.betas)
+
+
+@dataclass
+class Kept:
+    """A module without an optimiser that a resumed run needs: a target average, the teacher of a round."""
+
+    module: nn.Module
+    memory_format: torch.memory_format = torch.preserve_format
+
+
+class Step(Protocol):
+    """What an update may do; the trainer provides it."""
+
+    def __call__(self, name: str, loss: Tensor) -> None:
+        """Move the module ``name`` down the gradient of ``loss``."""
+
+    def gradients(self, name: str, gradients: Iterable[Tensor]) -> None:
+        """Move the module ``name`` by gradients of its optimiser's parameters, in their order."""
+
+    def log(self, **values: Tensor) -> None:
+        """Record scalars; ``metrics.csv`` has a column for each name in :attr:`Method.columns`."""
+
+    def next_batch(self) -> tuple[Batch, Draw]:
+        """A further batch of the same update, and its draws."""
+
+    def autocast(self) -> Any:
+        """Context manager of the run's mixed precision."""
+
+
+class Method(Protocol):
+    """A distillation method; subclasses write :meth:`needs`, :meth:`stages`, :meth:`build` and :meth:`update`.
+
+    Attributes:
+        name: command, registry key and folder name.
+        reference: the paper.
+        Config: dataclass of the method's own numbers; each field is an option of the command line.
+        recipes: named configurations.
+        columns: names that :meth:`update` logs, in the order of ``metrics.csv`` (empty: no such file is written).
+        parallel: True if several processes may share a batch.
+        distils: True if ``advkd distill`` offers the method.
+        requires: what it needs, for people.
+    """
+
+    name: ClassVar[str]
+    reference: ClassVar[str]
+    Config: ClassVar[type]
+    recipes: ClassVar[Mapping[str, Any]] = {}
+    columns: tuple[str, ...] = ("loss",)
+    parallel: ClassVar[bool] = True
+    distils: ClassVar[bool] = True
+    requires: ClassVar[str] = "trajectories of a teacher (advkd trajectories)"
+    config: Any
+
+    def needs(self) -> Needs:
+        """Requirements of this configuration."""
+        ...
+
+    def settings(self) -> Settings:
+        """The trainer's part of the configuration."""
+        ...
+
+    def stages(self) -> list[Stage]:
+        """Stages of a run, in order."""
+        ...
+
+    def build(self, stage: Stage) -> dict[str, Trained | Kept]:
+        """Modules of a stage by name; ``student`` is the result. A module may be that of the stage before."""
+        ...
+
+    def update(self, step: Step, batch: Batch, draw: Draw) -> None:
+        """One update, in the paper's order."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values beside the configuration that must not change between a run and its resumption."""
+        return {}
+
+    def generator(self, update: int) -> torch.Generator | None:
+        """Generator on the host that update number ``update`` of the run draws rows and noise from, instead of Philox."""
+        return None
+
+    def samples(self, student: nn.Module, stage: Stage) -> Tensor | None:
+        """Images ``(N, C, H, W)`` in [-1, 1] that show a stage's result, or None."""
+        return None

@@ -1,0 +1,126 @@
+"""Training of a diffusion teacher by DDPM's simple objective (Ho et al. 2020, eq. 14)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import InputError
+from .base import Method, Needs, Settings, Stage, Trained
+
+
+@dataclass
+class TeacherTrainingConfig:
+    """How ``advkd teacher train`` trains.
+
+    Attributes:
+        data: ``digits`` or a folder of images.
+        size: side of the images in pixels (0: from the data).
+        image_channels: 1 or 3 (0: from the data).
+        channels: UNet channels from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
+        steps: optimiser steps.
+        batch_size: images per step.
+        learning_rate: peak of the cosine schedule (after ``warmup`` linear steps).
+        warmup: steps of linear warm-up.
+        ema: decay of the exponential moving average that is saved.
+        prediction: ``epsilon``, ``v_prediction`` or ``sample``.
+        seed: of weights, data order, timesteps and noise.
+        checkpoint_every: steps between checkpoints.
+        device: torch device.
+    """
+
+    data: str = "digits"
+    size: int = 0
+    image_channels: int = 0
+    channels: tuple[int, ...] = ()
+    steps: int = 5400
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.999
+    prediction: str = "epsilon"
+    seed: int = 0
+    checkpoint_every: int = 200
+    device: str = "cpu"
+
+    def validate(self) -> None:
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must be in [0, 1), got {self.ema}")
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
+        if any(c < 8 or c % 8 for c in self.channels):
+            raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
+        if not self.learning_rate > 0 or self.warmup < 0:
+            raise InputError(f"learning_rate must be positive and warmup not negative, got {self.learning_rate}, {self.warmup}")
+        if self.size and (self.size < 8 or self.size & (self.size - 1)):
+            raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
+
+
+class Denoising(Method):
+    """A network learns to predict noise, image or velocity from noisy images.
+
+    Args:
+        config: a :class:`TeacherTrainingConfig`.
+        network: ``network(x_t, t)`` gives a tensor like x_t, or diffusers' output with one in ``.sample``.
+        scheduler: a diffusers scheduler with ``add_noise`` and ``get_velocity``.
+    """
+
+    name = "denoising"
+    reference = "Ho et al. 2020, Denoising diffusion probabilistic models, eq. 14"
+    Config = TeacherTrainingConfig
+    columns = ()
+    distils = False
+    requires = "images (advkd teacher train)"
+
+    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler):
+        self.config, self.network, self.scheduler = config, network, scheduler
+
+    def needs(self) -> Needs:
+        """Images alone."""
+        return Needs("images", student="denoiser")
+
+    def settings(self) -> Settings:
+        """The trainer's part of the configuration."""
+        return Settings(self.config.seed, self.config.checkpoint_every, free=("checkpoint_every", "device"))
+
+    def stages(self) -> list[Stage]:
+        """One stage."""
+        return [Stage(1, self.config.steps, self.config.batch_size)]
+
+    def build(self, stage: Stage) -> dict[str, Trained]:
+        """The network, its gradients clipped to norm 1."""
+        config = self.config
+        return {"student": Trained(self.network, config.learning_rate, schedule=self._schedule, clip=1.0, average=config.ema)}
+
+    def _schedule(self, update):
+        """Linear warm-up times cosine decay."""
+        rate = min(1.0, (update + 1) / self.config.warmup) if self.config.warmup else 1.0
+        return rate * (0.5 * (1 + math.cos(math.pi * update / self.config.steps)))
+
+    def generator(self, update: int) -> torch.Generator:
+        """Generator keyed by (seed, update): rows, noise and timesteps come from it, in this order."""
+        # torch's generator keeps 32 bits of its seed: the factor spreads the run's seed over all of them.
+        return torch.Generator("cpu").manual_seed((self.config.seed * 2654435761 + update) % 2**32)
+
+    def update(self, step, batch, draw) -> None:
+        """Output of the network against its target at x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+        x0 = batch.images
+        noise = draw.host.normal(*x0.shape).to(x0)
+        t = draw.host.integers(self.scheduler.config.num_train_timesteps).to(x0.device)
+        with step.autocast():
+            output = self.network(self.scheduler.add_noise(x0, noise, t), t)
+        loss = F.mse_loss(getattr(output, "sample", output), self._target(x0, noise, t))
+        step("student", loss)
+        step.log(loss=loss.detach())
+
+    def _target(self, x0, noise, t):
+        kind = self.config.prediction
+        return noise if kind == "epsilon" else x0 if kind == "sample" else self.scheduler.get_velocity(x0, noise, t)

@@ -1,0 +1,156 @@
+"""Distillation of recorded trajectories into a student, by any method that reads them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data.sources import Recorded
+from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher
+from ..diffusion.recorder import record_trajectories
+from ..errors import InputError
+from ..methods import method_class
+from ..models.student import Student
+from .processes import barrier
+from .trainer import Trainer
+
+
+def distill(
+    trajectories: "str | Path | Sequence[str | Path] | Trajectories",
+    student: Student,
+    config: Any,
+    out: str | Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    teacher: Any = None,
+    method: str = "adv-kd",
+) -> Student:
+    """Train ``student`` on recorded trajectories and save it (its average, where ``config.ema`` is positive) under ``out``.
+
+    Args:
+        trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
+        student: a :class:`Student`, fresh or loaded; it is trained in place.
+        config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``.
+        out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
+            TensorBoard files and sample grids.
+        resume: go on from ``out``'s checkpoint.
+        device: torch device of a single process (several processes: what accelerate gives). A process group that accelerate
+            starts here serves all later runs of the process and is destroyed at exit; one that exists already is the caller's.
+        teacher: the :class:`Teacher` of the trajectories, where ``config.grow`` adds some while training.
+        method: name of the method (:data:`advkd.methods.METHODS`).
+
+    Returns:
+        The :class:`Student` that was saved, in eval mode.
+
+    Raises:
+        InputError: data, student, configuration or folder do not fit each other; nothing was started.
+        TrainingError: a loss is not finite; the last good checkpoint is kept.
+    """
+    if not isinstance(trajectories, Trajectories):
+        folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
+        trajectories = Trajectories(*folders)
+    return Distiller(
+        trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method
+    ).run()
+
+
+class Distiller(Trainer):
+    """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
+
+    def __init__(
+        self,
+        data: Trajectories,
+        student: Student,
+        config: Any,
+        out: str | Path,
+        resume: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: bool = True,
+        teacher: Any = None,
+        method: str = "adv-kd",
+    ):
+        kind = method_class(method)
+        if not isinstance(config, kind.Config):
+            raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
+        run = kind(config, student)
+        run.check(data)
+        needs = run.needs()
+        _require_fit(data, student, needs, teacher)
+        data = Trajectories(*data.folders)
+        data.verify()
+        source = _Growing(data, student, needs, teacher, Path(out) / "trajectories")
+        options = {"resume": resume, "device": device, "dtype": dtype, "progress": progress, "save": self._save_student}
+        self._recorded = data
+        super().__init__(run, source, teacher, out, **options)
+
+    @property
+    def student(self) -> Student:
+        """The student in training."""
+        return self.running["student"].part.module
+
+    def _save_student(self, student, out):
+        student.training_record = self._provenance(out)
+        student.save_pretrained(out)
+
+    def _provenance(self, out):
+        """What the student was trained on and how; evaluation refuses reference samples that are among ``samples``."""
+        info, before = self._recorded.info, self.student.training_record or {"samples": [], "runs": []}
+        # A finished run that is resumed has not opened the folders that it grew.
+        grown = [Trajectories(path.parent).parts[0] for path in sorted(out.glob("trajectories/*/manifest.json"))]
+        parts = self._recorded.parts + [part for part in grown if part not in self._recorded.parts]
+        run = {"config": dataclasses.asdict(self.method.config), "samples": parts, "version": __version__}
+        if self.method.name != "adv-kd":
+            run["method"] = self.method.name
+        run |= {name: getattr(info, name) for name in ("sampler", "steps", "teacher")}
+        samples = before["samples"] + [part for part in parts if part not in before["samples"]]
+        return {"runs": [*before["runs"], run], "samples": samples}
+
+
+class _Growing(Recorded):
+    """Recorded trajectories to which the teacher adds some while a student is trained."""
+
+    def __init__(self, data, student, needs, teacher, folder):
+        super().__init__(data, (student.config.latent_size, student.config.detail_noise), needs.limit)
+        self._teacher, self._needs, self._folder = teacher, needs, folder
+        self._given = len(data.folders)
+        self._first = max(part["start"] + part["num"] for part in data.parts)
+
+    def grow(self, updates: int) -> None:
+        """Record what is to be there after so many updates and is not, by all processes together."""
+        if not self._needs.grow:
+            return
+        for i in range(len(self.data.folders) - self._given, updates // self._needs.grow_every):
+            names = {field.name for field in dataclasses.fields(TrajectoryConfig)}
+            values = {name: getattr(self.data.info, name) for name in names}
+            values |= {"start": self._first + i * self._needs.grow, "num": self._needs.grow}
+            folder = self._folder / f"{i + 1:04d}"
+            record_trajectories(self._teacher, TrajectoryConfig(**values), folder, progress=False)
+            barrier()
+            self.data.append(folder)
+
+
+def _require_fit(data, student, needs, teacher):
+    if teacher is not None:
+        teacher.match(data.info.teacher)
+    if needs.grow and (teacher is None or not same_teacher(teacher.identity(), data.info.teacher)):
+        raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")
+    if needs.paired and not data.paired:
+        raise InputError(
+            "the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z): record with --sampler ddim"
+        )
+    info, shape = data.info, student.config
+    wanted = {
+        "image_size": (info.image_size, shape.image_size),
+        "image_channels": (info.image_channels, shape.image_channels),
+        "depth": (info.depth, len(shape.channels)),
+    }
+    for name, (theirs, ours) in wanted.items():
+        if theirs != ours:
+            raise InputError(
+                f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again"
+            )

@@ -1,0 +1,212 @@
+"""Convolutions of the students on an NVIDIA GPU: single layers, pairs and the stem, ours against cuDNN and torch.compile.
+
+python -m profiling.cases.conv_block --device cuda [--only "batch 8"] [--out FOLDER]
+
+A contestant is captured as a CUDA graph of calls on as many sets of inputs and outputs as exceed the second-level cache three
+times, so that its activations come from memory and launches cost what they cost inside a network. Inputs are random, weights as
+after initialisation, and everybody reads inputs of the case's dtype; the oracle is float64.
+"""
+
+import copy
+import functools
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from advkd.engines.gpu_search import Limits, all_steps
+from advkd.models.shape import PRESETS, convolutions
+from advkd.ops.conv_layer import is_image, output_sides
+from advkd.ops.gpu_storage import input_channels, padded
+from advkd.ops.student_steps import pack_gpu, run_step
+
+from .. import gpu_peers
+from ..gpu_timing import Replay, measure_events, set_tf32, sets_beyond_cache
+from ..harness import Case, Contestant, main
+from ..limits import predictions
+from .student import GPU_DTYPES, Folded, gpu_rates
+
+PARITY_TESTS = [
+    "tests/ops/test_conv_block.py",
+    "tests/ops/test_conv_block_cuda.py",
+    "tests/ops/test_conv_block_triton.py",
+    "tests/ops/test_conv_pair.py",
+    "tests/ops/test_student_stem.py",
+]
+SLOPE = 0.2
+CHAINS = {
+    "128 to 128 at 128": ("paper-256", 19, 1),
+    "128 to 128 up to 256": ("paper-256", 22, 1),
+    "128 to 128 at 256": ("paper-256", 23, 1),
+    "128 to 3 at 256": ("paper-256", 24, 1),
+    "64 to 64 at 64": ("pyramid-256", 15, 1),
+    "144 to 144 at 8": ("pyramid-256", 4, 1),
+    "48 to 48 up to 128, and at 128": ("pyramid-256", 18, 2),
+    "32 to 32 at 256, to 3": ("pyramid-256", 23, 2),
+    "the stem of pyramid-256 up to 16": ("pyramid-256", 0, 10),
+}
+"""Name -> preset, first convolution and how many follow each other."""
+
+
+WAYS = {
+    "triton_conv": "Triton",
+    "triton_image": "Triton",
+    "triton_descriptor": "Triton descriptors",
+    "conv": "CUDA conv_layer",
+    "image": "CUDA conv_image",
+    "pair": "CUDA conv_pair",
+    "stem": "CUDA student_stem",
+}
+"""The engine's names of kernels, as tables have them."""
+
+
+class Chain:
+    """Consecutive convolutions of a preset with weights as after initialisation, as :class:`Folded` reads a fused student."""
+
+    def __init__(self, preset, first, count):
+        self.config, self.first = PRESETS[preset], first
+        self.network = convolutions(self.config)
+        self.layers = self.network[first : first + count]
+        self.image = is_image(self.layers[-1])
+        generator = torch.Generator().manual_seed(0)
+        for i, layer in enumerate(self.layers):
+            scale = (2 / (9 * layer.c_in)) ** 0.5
+            setattr(self, f"weight{i}", scale * torch.randn(layer.c_out, layer.c_in, 3, 3, generator=generator))
+            setattr(self, f"bias{i}", 0.1 * torch.randn(layer.c_out, generator=generator))
+
+    def weights(self):
+        """``(weight, bias)`` of every layer."""
+        return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(len(self.layers))]
+
+    def module(self, transposed):
+        """As an engine's user folds it."""
+        found = Folded(self, transposed, inplace=True)
+        found.tanh = self.image
+        return found
+
+
+def case(name, batch, dtype, device="cuda"):
+    """The case of one chain, batch size and dtype."""
+    kind, product = GPU_DTYPES[dtype], predictions.PRODUCTS[dtype]
+    set_tf32(product == "tf32")
+    torch._dynamo.reset()
+    chain = Chain(*CHAINS[name])
+    first, last = chain.layers[0], chain.layers[-1]
+    moved = predictions.moved_bytes(first, last, product, batch)
+    count = sets_beyond_cache(moved, device)
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (count, batch, first.c_in, first.height, first.width)
+    inputs = torch.randn(shape, generator=generator, device=device).to(kind)
+    with torch.no_grad():
+        wanted = copy.deepcopy(chain.module(False)).double().to(device)(inputs[0].double()).cpu()
+    plain = _peer(chain.module(False), inputs[:1], kind)()
+    error = (plain.double().cpu() - wanted).abs().max().item()
+    # Where operands are rounded cuDNN's error is the measure; full float32 is exact to a few roundings of long sums.
+    tolerance = 1e-5 * wanted.abs().max().item() if product == "f32" else 4 * error
+    work = batch * sum(map(predictions.flop, chain.layers))
+    least = max(work / gpu_rates().flops[product], moved / gpu_rates().bandwidth)
+    notes = {
+        "sets": count,
+        "cudnn_error": error,
+        "floor": {"seconds": least, "flop": work, "bytes": moved},
+        "tf32": product == "tf32",
+    }
+    contestants = [*_ours(chain, inputs, kind, product), *_peers(chain, inputs, kind)]
+    title = f"{name}, batch {batch}, {dtype}"
+    figures = {"flop": work, "moved_bytes": moved, "repeats": 20, "notes": notes, "keep_going": True}
+    return Case(title, lambda: wanted, tolerance, contestants, batch, device=device, **figures)
+
+
+def ways(chain, product, kind, limits, batch):
+    """``{name: steps}``: our kernels that compute the whole chain in one launch, each in all of its configurations."""
+    engine = SimpleNamespace(layers=chain.network, product=product, dtype=kind, limits=limits, backend="cuda")
+    found = {}
+    for step in all_steps(engine, batch, ("cuda", "triton"), tune=True):
+        if (step.first, step.count) == (chain.first, len(chain.layers)):
+            found.setdefault(f"advkd, {WAYS[step.kernel]}", []).append(step)
+    return found
+
+
+def _ours(chain, inputs, kind, product):
+    """Every kernel that computes the chain in one launch, in the configuration that is fastest here."""
+    steps = ways(chain, product, kind, Limits.of(inputs.device), inputs.shape[1])
+    return [Contestant(n, lambda s=found: _fastest(chain, inputs, kind, product, s), "ours") for n, found in steps.items()]
+
+
+def _fastest(chain, inputs, kind, product, steps):
+    replays = [_launches(chain, inputs, kind, product, step) for step in steps]
+    if len(replays) == 1:
+        return replays[0]
+    times = measure_events(dict(enumerate(replays)), repeats=3)
+    return replays[min(times, key=lambda i: times[i]["median"])]
+
+
+def _launches(chain, inputs, kind, product, step):
+    """One launch per set of inputs, captured; the first set's result as (N, C, H, W), a view."""
+    stored, packed, biases, out = tensors(chain, inputs[0], kind, product, step)
+    last, given = chain.layers[-1], [stored, *(_stored(x, chain.layers[0]) for x in inputs[1:])]
+    outputs = [out, *(torch.empty_like(out) for _ in inputs[1:])]
+
+    def launch(i):
+        run_step(step, chain.network, given[i], packed, biases, outputs[i], SLOPE, product)
+        return outputs[i] if chain.image else outputs[i][..., : last.c_out].permute(0, 3, 1, 2)
+
+    return Replay(launch, len(inputs))
+
+
+def tensors(chain, x, kind, product, step):
+    """Input, packed weights, biases and output of a launch that computes a chain, on the GPU; ``x``: (N, C, H, W)."""
+    count, last = len(chain.network), chain.layers[-1]
+    packed, biases = [None] * count, [None] * count
+    for i, (weight, bias) in enumerate(chain.weights(), chain.first):
+        form = step.form(i, count - 1)
+        packed[i], biases[i] = pack_gpu(weight.to(x.device), bias.to(x.device), chain.network[i], kind, form, product)
+    sides = output_sides(last)
+    shape = (len(x), last.c_out, *sides) if chain.image else (len(x), *sides, padded(last.c_out))
+    return _stored(x, chain.layers[0]), packed, biases, x.new_empty(shape)
+
+
+def _stored(x, layer):
+    """(N, C, H, W) as our kernels keep it."""
+    found = x.new_zeros((len(x), *x.shape[2:], input_channels(layer)))
+    found[..., : layer.c_in] = x.permute(0, 2, 3, 1)
+    return found
+
+
+def _peer(module, inputs, kind, compiled=False):
+    module, _ = gpu_peers.prepared(module, inputs[0], kind)
+    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    if compiled:
+        # Its own graphs would copy their inputs; ours captures what it has found.
+        module = torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    with gpu_peers.many_networks():
+        return Replay(lambda i: module(inputs[i]), len(inputs))
+
+
+def _peers(chain, inputs, kind):
+    folded = (False, True) if any(layer.upsample for layer in chain.layers) else (False,)
+    found = []
+    for transposed in folded:
+        suffix = ", conv_transpose2d" if transposed else ""
+        module = functools.partial(chain.module, transposed)
+        found.append(
+            Contestant(f"cuDNN{suffix}", lambda m=module: _peer(m(), inputs, kind), "peer" if transposed else "baseline")
+        )
+        compiled = functools.partial(lambda m: _peer(m(), inputs, kind, True), module)
+        found.append(Contestant(f"torch.compile, max-autotune{suffix}", compiled, costly=True))
+    return found
+
+
+def cases(device):
+    """Every chain at batch 8 in each dtype, and at batch 1 and 64 in bfloat16."""
+    if device == "cpu":
+        sys.exit(
+            "conv_block measures kernels for NVIDIA GPUs: --device cuda (layers on a CPU: python -m profiling.cases.layers)"
+        )
+    shapes = [(name, 8, dtype) for dtype in GPU_DTYPES for name in CHAINS]
+    shapes += [(name, batch, "bfloat16") for batch in (1, 64) for name in CHAINS]
+    return {f"{name}, batch {batch}, {dtype}": functools.partial(case, name, batch, dtype) for name, batch, dtype in shapes}
+
+
+if __name__ == "__main__":
+    main("bench_conv_block", cases, PARITY_TESTS)

@@ -1,0 +1,124 @@
+"""Time of an update of the demo's distillation and of its parts, with the hand-written passes and without them.
+
+python -m profiling.cases.distillation [--out FOLDER]
+
+The same updates in one process, in turn: plain PyTorch (autograd's double backward; batch norm, then LeakyReLU in place), each
+of the two replacements alone, and both. Amdahl's bound is the gain if the critic's part of plain PyTorch's update took no time.
+"""
+
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from advkd.cli.demo import demo_recipe
+from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.diffusion.recorder import record_trajectories
+from advkd.diffusion.teacher import Teacher
+from advkd.models.batch_norm import BatchNorm2d
+from advkd.models.shape import PRESETS
+from advkd.models.student import Student
+from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.files import write_json
+from advkd.runtime.timing import percentiles
+from advkd.training.distillation import Distiller
+
+from ..harness import gated_folder, provenance
+
+PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
+UPDATES, WARMUP = 40, 4
+METHODS = {
+    "plain PyTorch": ("autograd", True),
+    "advkd, critic alone": ("auto", True),
+    "advkd, student's blocks alone": ("autograd", False),
+    "advkd": ("auto", False),
+}
+"""Name: what differentiates the critic, and whether the student's blocks are plain."""
+
+
+def plain_forward(norm, x, slope=1.0, upsample=False):
+    """Batch norm and LeakyReLU as plain PyTorch has them best."""
+    x = F.leaky_relu(torch.nn.BatchNorm2d.forward(norm, x), slope, inplace=True)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
+
+
+@contextmanager
+def blocks(plain):
+    """The student's normalisation, plain or as it is."""
+    ours = BatchNorm2d.forward
+    BatchNorm2d.forward = plain_forward if plain else ours
+    try:
+        yield
+    finally:
+        BatchNorm2d.forward = ours
+
+
+def distiller(data, out, backend):
+    torch.manual_seed(0)
+    config = demo_recipe(UPDATES)
+    config.critic_backend = backend
+    run = Distiller(data, Student(PRESETS["digits"]), config, out, progress=False)
+    run.spent = {}
+    _time(run, "update_critics")
+    return run
+
+
+def _time(run, part):
+    call = getattr(run.method, part)
+
+    def timed(*args):
+        begin = time.perf_counter()
+        result = call(*args)
+        run.spent[part] = time.perf_counter() - begin
+        return result
+
+    setattr(run.method, part, timed)
+
+
+def measure(data, root):
+    """Seconds of an update by method, of the critic in it and of everything else, and the loss of the last update."""
+    runs = {name: distiller(data, Path(root) / str(i), backend) for i, (name, (backend, _)) in enumerate(METHODS.items())}
+    times, critics, last = {name: [] for name in runs}, {name: [] for name in runs}, {}
+    for _ in range(UPDATES):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            with blocks(METHODS[name][1]):
+                last[name] = run.step()
+            times[name].append(time.perf_counter() - begin)
+            critics[name].append(run.spent["update_critics"])
+    return {name: {**_row(times[name][WARMUP:], critics[name][WARMUP:]), "loss": last[name]["loss"]} for name in runs}
+
+
+def _row(wholes, critics):
+    rests = [whole - critic for whole, critic in zip(wholes, critics)]
+    return {"seconds": percentiles(wholes), "critic": percentiles(critics), "rest": percentiles(rests)}
+
+
+def amdahl(rows):
+    """Gain of an update in which the critic's part takes no time."""
+    plain = rows["plain PyTorch"]
+    return plain["seconds"]["median"] / plain["rest"]["median"]
+
+
+def main():
+    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as root:
+        teacher = Teacher.from_pretrained("digits")
+        data = Trajectories(record_trajectories(teacher, TrajectoryConfig(num=64), Path(root) / "paths"))
+        rows = measure(data, root)
+    bound = amdahl(rows)
+    write_json(
+        out / "distillation.json",
+        {"rows": rows, "amdahl_critic": bound, "parity_tests": PARITY_TESTS, "provenance": provenance()},
+    )
+    for name, row in rows.items():
+        print(f"{name:32} {1e3 * row['seconds']['median']:7.1f} ms, critic {1e3 * row['critic']['median']:.1f}")
+    print(f"bound if the critic cost nothing: {bound:.2f} x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The gradient penalty with its gradients, and a critic's whole update: hand-written passes, autograd, torch.func compiled.
+
+python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--out FOLDER]
+
+Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
+kept by the process (advkd.runtime.devices), for all. Beside each case stands its work bound: multiply-adds of autograd's
+convolutions by those of ours. Whoever writes LeakyReLU as a product with slopes that autograd takes for constants saves it the
+zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
+there twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch.func import functional_call
+
+from advkd.models.critic import Critic, CriticConfig
+from advkd.ops import gradient_penalty
+from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
+from advkd.runtime.devices import keep_freed_memory
+
+from ..gpu_timing import captures, set_tf32
+from ..harness import CAPTURED, Case, Contestant, main, with_captured
+
+WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
+"""The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
+PARITY_TESTS = ["tests/ops/test_gradient_penalty.py", "tests/system/test_critic_update.py"]
+WEIGHT, TOLERANCE = 10.0, 1e-5
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def problem(width, size, batch, device="cpu", layout="channels_last", dtype=torch.float32):
+    """A critic, real and generated samples, and the interpolation's weights."""
+    torch.manual_seed(0)
+    critic = Critic(CriticConfig(size, 3, **WIDTHS[width])).to(device, dtype, memory_format=LAYOUTS[layout])
+    real, fake = (torch.randn(batch, 3, size, size).to(device, dtype, memory_format=LAYOUTS[layout]) for _ in range(2))
+    return critic, real, fake, torch.rand(batch).to(device)
+
+
+class ConstantSlopes(torch.nn.Module):
+    """LeakyReLU as a product with slopes that are constants to autograd."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        with torch.no_grad():
+            slopes = torch.where(x > 0, 1.0, self.slope)
+        return x * slopes
+
+
+def constant_signs(critic):
+    """A critic with the same weights, its activations written as :class:`ConstantSlopes`."""
+    other = Critic(critic.config)
+    other.load_state_dict(critic.state_dict(), assign=True)
+    for part in (other.trunk, other.tail):
+        for i, layer in enumerate(part):
+            if isinstance(layer, torch.nn.LeakyReLU):
+                part[i] = ConstantSlopes(layer.negative_slope)
+    return other
+
+
+def flat(gradients, scale):
+    """All gradients that there are as one vector, by the oracle's norm."""
+    return torch.cat([g.flatten() for g in gradients if g is not None]) / scale
+
+
+def penalty_only(critic, x):
+    """Weights alone: the penalty has no gradient by biases."""
+    weights = [p for p in critic.parameters() if p.ndim > 1]
+    return lambda backend: torch.autograd.grad(gradient_penalty(critic, x, weight=WEIGHT, backend=backend), weights)
+
+
+def compiled_penalty(critic, x):
+    weights = [p for p in critic.parameters() if p.ndim > 1]
+    penalty = torch.compile(lambda x: gradient_penalty(critic, x, weight=WEIGHT), fullgraph=True, dynamic=False)
+    return lambda: torch.autograd.grad(penalty(x), weights)
+
+
+def functional_penalty(critic, parameters, x):
+    """The penalty as a function of the parameters; the inner gradient is torch.func's too, so that it compiles."""
+    g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
+    return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def compiled_functional(critic, x):
+    parameters = dict(critic.named_parameters())
+    detached = {name: p.detach() for name, p in parameters.items()}
+    gradient = torch.compile(torch.func.grad(lambda p, x: functional_penalty(critic, p, x)), dynamic=False)
+    return lambda: [g for name, g in gradient(detached, x).items() if parameters[name].ndim > 1]
+
+
+def compiled_update(critic, real, fake, a):
+    update = torch.compile(
+        lambda real, fake, a: critic_gradients(critic, real, fake, a=a, weight=WEIGHT).gradients, fullgraph=True, dynamic=False
+    )
+    return lambda: update(real, fake, a)
+
+
+def compiled_functional_update(critic, real, fake, a):
+    """The best that torch.func and a compiler make of the update: loss and penalty as one function of the parameters."""
+    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+
+    def loss(parameters, real, fake, a):
+        x_hat = a[:, None, None, None] * real + (1 - a[:, None, None, None]) * fake
+        scores = [functional_call(critic, parameters, (x,)) for x in (real, fake)]
+        return LOSS_FORMULAS["wasserstein"](*scores) + functional_penalty(critic, parameters, x_hat)
+
+    gradient = torch.compile(torch.func.grad(loss), dynamic=False)
+    return lambda: list(gradient(parameters, real, fake, a).values())
+
+
+def multiply_adds(critic, size):
+    """Per sample and layer, from the image on: convolutions and the last linear map."""
+    counts, side = [], size
+    for layer in (*critic.trunk, *critic.tail):
+        if isinstance(layer, torch.nn.Conv2d):
+            side = (side + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
+            counts.append(layer.weight.numel() * side * side)
+        elif isinstance(layer, torch.nn.Linear):
+            counts.append(layer.weight.numel())
+    return counts
+
+
+def work(critic, size, update):
+    """Multiply-adds per sample, ours and autograd's.
+
+    Autograd differentiates LeakyReLU's second derivative too, which is zero: its zeros go through every convolution again, but
+    for the first one's input. A loss needs no gradient by the image.
+    """
+    first, *others = multiply_adds(critic, size)
+    rest = sum(others)
+    ours, theirs = 4 * (first + rest), 5 * first + 6 * rest
+    if update:
+        ours, theirs = ours + 4 * first + 6 * rest, theirs + 4 * first + 6 * rest
+    return ours, theirs
+
+
+def case(update, width, size, batch, device, tf32=False):
+    """One case: penalty or whole update; ``tf32``: everyone may round to TensorFloat-32."""
+    set_tf32(tf32)
+    # Past a number of compilations torch.compile runs a function as it is, without failing: a peer in its slow configuration.
+    torch._dynamo.reset()
+    exact = problem(width, size, batch, device, dtype=torch.float64)
+    ours, theirs = work(exact[0], size, update)
+    name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}{TF32 if tf32 else ''}"
+    contestants = (_update_contestants if update else _penalty_contestants)(width, size, batch, device)
+    # The oracle: autograd in float64, as a unit vector.
+    critic, real, fake, a = exact
+    if update:
+        gradients = critic_gradients(critic, real, fake, a=a.double(), weight=WEIGHT, backend="autograd").gradients
+    else:
+        gradients = penalty_only(critic, _x_hat(real, fake, a))("autograd")
+    vector = flat(gradients, 1.0)
+    scale = float(vector.norm())
+    for contestant in contestants:
+        contestant.prepare = _scaled(contestant.prepare, scale)
+    # Of millions of activations rounding turns the sign of some: float32 is off from float64 then, whoever differentiates.
+    plain = [float((c.prepare()().double() - vector / scale).abs().max()) for c in contestants if c.kind == "baseline"]
+    tolerance = max(TOLERANCE, 2 * max(plain))
+    notes = {"work_bound": theirs / ours, "keeps_freed_memory": True, "tf32": tf32}
+    repeats = 5 if batch * size * size > 2**19 else 11
+    contestants = with_captured(contestants, device, grad=True)
+    for contestant in contestants:
+        contestant.costly = contestant.name.removesuffix(CAPTURED) == FUNCTIONAL
+    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes, "keep_going": captures(device)}
+    return Case(name, lambda: vector / scale, tolerance, contestants, batch, **figures)
+
+
+TF32 = ", TF32"
+"""Ends the names of cases in which everyone may round to TensorFloat-32."""
+
+
+def _scaled(prepare, scale):
+    def prepared():
+        call = prepare()
+        return lambda: flat(call(), scale)
+
+    return prepared
+
+
+def _x_hat(real, fake, a):
+    a = a.to(real.dtype)[:, None, None, None]
+    return a * real + (1 - a) * fake
+
+
+def _penalty_contestants(width, size, batch, device):
+    found = []
+    for layout in LAYOUTS:
+        critic, real, fake, a = problem(width, size, batch, device, layout)
+        x = _x_hat(real, fake, a)
+        found.append(
+            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline")
+        )
+    signs = constant_signs(critic)
+    return [
+        *found,
+        Contestant(SIGNS, lambda: lambda: penalty_only(signs, x)("autograd")),
+        Contestant(FUNCTIONAL, lambda: compiled_functional(critic, x)),
+        Contestant("advkd", lambda: lambda: penalty_only(critic, x)("auto"), "ours"),
+        Contestant("advkd compiled", lambda: compiled_penalty(critic, x), "ours"),
+    ]
+
+
+def _update_contestants(width, size, batch, device):
+    def eager(backend, critic, real, fake, a):
+        return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+
+    found = []
+    for layout in LAYOUTS:
+        given = problem(width, size, batch, device, layout)
+        found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
+    signs = constant_signs(given[0])
+    return [
+        *found,
+        Contestant(SIGNS, lambda: eager("autograd", signs, *given[1:])),
+        Contestant(FUNCTIONAL, lambda: compiled_functional_update(*given)),
+        Contestant("advkd", lambda: eager("auto", *given), "ours"),
+        Contestant("advkd compiled", lambda: compiled_update(*given), "ours"),
+    ]
+
+
+SIGNS, FUNCTIONAL = "autograd, LeakyReLU's slopes as constants", "torch.compile of torch.func.grad"
+"""The other peers; the second takes the compiler longest."""
+SIZES = [("narrow", 64, 16), ("narrow", 64, 64), ("narrow", 128, 16), ("dcgan", 64, 16), ("narrow", 128, 64)]
+
+
+def cases(device):
+    """Every size, penalty and update; on a GPU again with TensorFloat-32."""
+    found = {}
+    for tf32 in (False, True) if captures(device) else (False,):
+        for update, shape in itertools.product((False, True), SIZES):
+            name = ", ".join(("update" if update else "penalty", *map(str, shape)))
+            found[name + (TF32 if tf32 else "")] = functools.partial(case, update, *shape, device, tf32)
+    return found
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main("bench_gradient_penalty", cases, PARITY_TESTS)

@@ -1,0 +1,215 @@
+"""The cost of busy processes beside us: the engine and its peers, the teacher's network, a distillation update.
+
+python -m profiling.cases.neighbours [--out FOLDER] [--only digits] [--seconds 5]
+
+Every contestant runs in a process of its own, alone and beside 1, 2 and 4 processes of the same priority with two busy threads
+each. The fair share is the time alone, times all threads that are ready, over the processors. "ADVKD_SHARE=0" is ours without
+what this page is about: threads that spin in barriers for others that do not run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.files import write_json
+from advkd.runtime.neighbours import sharing, unconfined
+from advkd.runtime.timing import percentiles
+
+from ..evidence import source, stored
+from ..harness import device_folder, largest_difference, passes, provenance
+from ..plots import panels
+from ..trace import workloads
+from . import student as bench_student
+from . import teacher as bench_teacher
+
+NEIGHBOURS, THREADS = (0, 1, 2, 4), 2
+SETTLE = 1.0
+"""Seconds between the neighbours' start and the first timed call."""
+FEWEST, LONGEST = 3, 40.0
+"""Timed calls of each load at least, but none begins later than so many seconds."""
+PARITY_TESTS = ["tests/ops/test_student_forward.py", "tests/system/test_neighbours.py"]
+BUSY = """
+import hashlib, threading
+def busy(block=bytes(2**20)):
+    while True:
+        hashlib.sha256(block)  # without the interpreter's lock
+for _ in range({threads} - 1):
+    threading.Thread(target=busy, daemon=True).start()
+busy()
+"""
+STUDENTS = {
+    "digits, batch 16": "digits, batch 16, float32",
+    "pyramid-256, batch 1": "pyramid-256, batch 1, float32",
+}
+OURS = ("advkd", "advkd, ADVKD_SHARE=0")
+
+
+def contestants():
+    """``{case: names}``; in every case the first two are ours, with and without sharing."""
+    peers = ("PyTorch eager, folded", "torch.compile, freezing, conv_transpose2d", "ONNX Runtime", "OpenVINO", "ncnn")
+    return {
+        **dict.fromkeys(STUDENTS, (*OURS, *peers)),
+        "teacher, batch 16": (*OURS, "torch.compile, freezing", "OpenVINO"),
+        "update, digits": (*OURS, "PyTorch, autograd"),
+    }
+
+
+def prepared(case, name):
+    """The function to time, and its parity: ``{"error", "tolerance"}``."""
+    if case == "update, digits":
+        variant = "fused" if name in OURS else "baseline"
+        gate = workloads.gate("update")
+        return workloads.prepare("update", variant), {"error": gate["errors"][variant], "tolerance": gate["tolerance"]}
+    found = bench_student.CASES[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
+    ours = next(c.name for c in found.contestants if c.kind == "ours")
+    call = next(c for c in found.contestants if c.name == (ours if name in OURS else name)).prepare()
+    made = call()
+    whole = torch.stack([torch.as_tensor(part) for part in made]) if isinstance(made, list) else torch.as_tensor(made)
+    return call, {"error": largest_difference(whole, found.oracle()), "tolerance": found.tolerance}
+
+
+@contextmanager
+def busy(processes):
+    """So many neighbours, on all processors, until the end."""
+    with ExitStack() as stack, unconfined():
+        for _ in range(processes):
+            neighbour = subprocess.Popen([sys.executable, "-c", BUSY.format(threads=THREADS)])
+            stack.callback(neighbour.wait)
+            stack.callback(neighbour.kill)
+        started = stack.pop_all()
+    with started:
+        time.sleep(SETTLE)
+        yield
+
+
+def times(call, seconds):
+    """Seconds of calls in a row, for so many seconds."""
+    found, begin = [], time.perf_counter()
+    while True:
+        before = time.perf_counter()
+        spent = before - begin
+        if spent > seconds and (len(found) >= FEWEST or spent > LONGEST):
+            return found
+        call()
+        found.append(time.perf_counter() - before)
+
+
+def measure(case, name, seconds):
+    """One contestant in this process, as its row of the result."""
+    keep_freed_memory()
+    with sharing() if name == "advkd" else ExitStack():
+        call, parity = prepared(case, name)
+        row = {"case": case, "name": name, **parity, "seconds": {}}
+        if not parity["error"] <= parity["tolerance"]:
+            return row
+        for processes in NEIGHBOURS:
+            with busy(processes):
+                call()
+                found = times(call, seconds)
+            row["seconds"][str(processes)] = {**percentiles(found), "mean": statistics.mean(found)}
+            time.sleep(SETTLE)
+    return row
+
+
+def measured_alone(case, name, seconds):
+    """:func:`measure` in a process of its own; what is not installed is ``missing``, with the reason."""
+    command = [sys.executable, "-m", "profiling.cases.neighbours", "--seconds", str(seconds), "--row", json.dumps([case, name])]
+    environment = {**os.environ, "ADVKD_SHARE": "0"} if name == OURS[1] else os.environ
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if name in OURS or "No module named" not in reason:
+        sys.exit(f"{case}, {name}: {done.stderr[-2000:]}")
+    return {"case": case, "name": name, "missing": reason}
+
+
+def fair(row, processes):
+    """The fair share's seconds beside so many processes."""
+    ready, processors = row["threads"] + THREADS * processes, row["processors"]
+    return row["seconds"]["0"]["median"] * max(1.0, ready / processors)
+
+
+def plot(result, path):
+    """A panel a case: time over the fair share, by neighbours."""
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    with panels(path, size=(4.2 * len(cases), 4.2), count=len(cases), sharey=True) as found:
+        for panel, case in zip(found, cases, strict=True):
+            for row in result["rows"]:
+                if row["case"] != case or "missing" in row:
+                    continue
+                style = {"advkd": "o-", OURS[1]: "s--"}.get(row["name"], ".:")
+                ratios = [row["seconds"][str(n)]["mean"] / fair(row, n) for n in NEIGHBOURS]
+                panel.semilogy(
+                    range(len(NEIGHBOURS)), ratios, style, label=row["name"], linewidth=2 if row["name"] in OURS else 1
+                )
+            panel.axhline(1, color="gray", linewidth=0.8)
+            panel.set_xticks(range(len(NEIGHBOURS)), map(str, NEIGHBOURS))
+            panel.set(xlabel="neighbours of two busy threads", title=case)
+            panel.legend(fontsize=7)
+        found[0].set_ylabel("mean time over the fair share")
+
+
+def table():
+    """Markdown of the stored results."""
+    lines = []
+    for result in stored("neighbours"):
+        timed = [row for row in result["rows"] if row.get("seconds")]
+        titles = ("work", "contestant", "alone, ms", *(f"beside {n}" for n in NEIGHBOURS[1:]))
+        spread = [row["seconds"]["0"] for row in timed]
+        lines += [*source(result, spread), "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        for row in timed:
+            beside = [row["seconds"][str(n)] for n in NEIGHBOURS]
+            ratios = [
+                f"{1e3 * s['mean']:.1f} ({s['mean'] / fair(row, n):.2f} x)" for n, s in zip(NEIGHBOURS, beside, strict=True)
+            ]
+            cells = (row["case"], row["name"], f"{1e3 * beside[0]['median']:.1f}", *ratios[1:])
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)", ""]
+    return lines[:-1] or ["Nothing has been measured yet."]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timed calls of each load")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        return print(json.dumps(measure(*json.loads(options.row), options.seconds)))
+    if not passes(PARITY_TESTS):
+        sys.exit("the parity tests failed or none ran, nothing was timed")
+    rows, out = [], Path(options.out or device_folder())
+    for case, names in contestants().items():
+        for name in names if options.only in case else ():
+            row = {"threads": torch.get_num_threads(), "processors": len(os.sched_getaffinity(0))}
+            rows.append(row | measured_alone(case, name, options.seconds))
+            print(described(rows[-1]), flush=True)
+    result = {"benchmark": "neighbours", "rows": rows, "neighbour_threads": THREADS, "parity_tests": PARITY_TESTS}
+    write_json(out / "neighbours.json", {**result, "provenance": provenance()})
+    plot(result, out / "neighbours.png")
+
+
+def described(row):
+    """A row as a line of text."""
+    head = f"{row['case']:22} {row['name']:42}"
+    if "missing" in row:
+        return f"{head} not installed ({row['missing']})"
+    if not row["seconds"]:
+        return f"{head} differs by {row['error']:.2e}, not timed"
+    cells = (f"{1e3 * s['median']:.1f} ({s['mean'] / fair(row, int(n)):.2f} x)" for n, s in row["seconds"].items())
+    return f"{head} {'  '.join(cells)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Results of earlier runs that stand for the sources as they are: tests, benchmark cases and whole parts to pass over.
+
+Results of other sources, or of another torch or Triton, say nothing. A test's result stands for all code of the package and for
+the test's own file; a measurement's for the package and for the benchmark with what it shares with others.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from advkd.runtime.timing import provenance
+
+from ..evidence import ROOT, module_of
+from ..harness import is_green
+
+CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
+
+
+def tree_digest(folders, root=ROOT, tests=True):
+    """SHA-256 of all code below the folders, in short; without ``tests`` only what the tests share."""
+    sha = hashlib.sha256()
+    for folder in folders:
+        paths = [root / folder] if (root / folder).is_file() else sorted((root / folder).rglob("*"))
+        for path in paths:
+            if path.suffix in CODE and (tests or not path.name.startswith("test_")):
+                sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+@functools.cache
+def _shared_digest():
+    return tree_digest(("advkd", "kernels", "csrc", "setup.py", "tests"), tests=False)
+
+
+@functools.cache
+def test_digest(file):
+    """SHA-256 of a test file (a path below the root) and of the code that its tests run, in short; None without the file."""
+    path = ROOT / file
+    return hashlib.sha256(path.read_bytes() + _shared_digest().encode()).hexdigest()[:16] if path.exists() else None
+
+
+def measured_digest(name):
+    """SHA-256 of the code that a part's measurements depend on, in short."""
+    modules = (module_of(name), "profiling.harness", "profiling.gpu_peers", "profiling.gpu_timing")
+    files = [module.replace(".", "/") + ".py" for module in modules]
+    return tree_digest(("advkd", "kernels", "csrc", "setup.py", *(file for file in files if (ROOT / file).exists())))
+
+
+def known_tests(folder, outcomes=("passed",)):
+    """``{test: entry}`` of tests with these outcomes on the sources as they are."""
+    stored = _stored(folder, "tests")
+    found = stored["result"].get("tests", {}) if stored and _same_versions(stored) else {}
+    wanted = {test: entry for test, entry in found.items() if entry["outcome"] in outcomes}
+    return {test: entry for test, entry in wanted.items() if entry.get("of") == test_digest(test.partition("::")[0])}
+
+
+def cases(folder, name):
+    """``{case: result}`` of a benchmark's green cases behind a green gate, of the sources as they are."""
+    stored = _stored(folder, name)
+    if not stored or not _same(stored, name) or stored["result"].get("gate", {}).get("state") != "green":
+        return {}
+    return {case["case"]: case for case in stored["result"].get("cases", []) if is_green(case)}
+
+
+def whole_part(folder, name):
+    """The stored result of a part that has neither tests nor cases, or None where it must run."""
+    stored = _stored(folder, name)
+    if name in ("build", "tests", "first_tests", "gate", "warm") or name.startswith("bench_") or not stored:
+        return None
+    return stored if stored["state"] == "passed" and _same(stored, name) else None
+
+
+def _same(stored, name):
+    return stored.get("sources") == measured_digest(name) and _same_versions(stored)
+
+
+def _same_versions(stored):
+    known, now = stored["provenance"]["versions"], _versions()
+    return all(known.get(name) == now[name] for name in ("torch", "triton"))
+
+
+@functools.cache
+def _versions():
+    return provenance()["versions"]
+
+
+def _stored(folder, name):
+    path = Path(folder) / f"gpu_{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None

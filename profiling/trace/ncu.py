@@ -1,0 +1,325 @@
+"""DRAM bytes, achieved FLOP/s and bandwidth, occupancy and what the warps of the largest kernels wait for, by Nsight Compute.
+
+python -m profiling.trace.ncu [--device cuda] [--only student] [--most 4000] [--tool ncu] [--out FOLDER]
+python -m profiling.trace.ncu --report FILE.csv       # the figures of ncu's --csv --page raw
+
+Writes ``counters.json``. Nsight Compute runs every kernel of one unit of work several times, each time from cold caches: bytes
+are those of a kernel on its own. Of the teacher's trajectory two steps stand for all. Without it the unit's direct count of
+operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu. The command ends
+with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.hub import reason
+from advkd.runtime.timing import measure
+
+from ..evidence import ROOT, source, stored
+from ..harness import provenance
+from .counters import METRICS, ncu_rows
+from .nsys import finish, given, options, show
+from .timeline import TOP, failures, label, markdown
+from .torch_trace import LIMIT, last_line
+from .workloads import VARIANTS, command, gate, positive, prepare
+
+_INSTRUCTIONS = "smsp__sass_thread_inst_executed_op_{}_pred_on.sum"
+_TENSOR = "sm__ops_path_tensor_src_{}.sum"
+FLOP = {
+    **{_INSTRUCTIONS.format(name): weight for name, weight in (("fadd", 1), ("fmul", 1), ("ffma", 2))},
+    # Halves come in pairs.
+    **{_INSTRUCTIONS.format(name): weight for name, weight in (("hadd", 2), ("hmul", 2), ("hfma", 4))},
+    **{_TENSOR.format(name): 1 for name in ("bf16_dst_fp32", "fp16", "fp16_dst_fp16", "fp16_dst_fp32", "tf32_dst_fp32")},
+}
+"""Counters of executed operations by what one counts; architectures have different ones of tensor cores."""
+NCU = "Nsight Compute"
+TEACHER_STEPS = 2
+REPEATS = 5
+
+
+def metrics(known):
+    """Names of what is asked for: of FLOP, those among ``known`` (``--query-metrics``' text), or all where that is empty.
+
+    Where the card counts half-precision tensor operations by what they add to, the sum of both is left out.
+    """
+    chosen = [name for name in FLOP if not known or name.partition(".")[0] in known]
+    if known and any(_TENSOR.format(f"fp16_dst_{kind}") in chosen for kind in ("fp16", "fp32")):
+        chosen = [name for name in chosen if name != _TENSOR.format("fp16")]
+    return [*METRICS.values(), *chosen]
+
+
+def ncu_command(name, variant, device, size, names, most):
+    """The command line that counts the kernels of one unit of work."""
+    wanted = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--target-processes", "all"]
+    wanted += ["--profile-from-start", "off", "--launch-count", str(most), "--metrics", ",".join(names)]
+    steps = [f"--steps={TEACHER_STEPS}"] if name == "teacher" else []
+    work = [sys.executable, *command("profiling.trace.workloads", name, variant, device, size), "--repeats=1", *steps]
+    return ["ncu", *wanted, *work]
+
+
+def count(name, variant, device, size, most, run=subprocess.run):
+    """A row of ``counters.json``, by Nsight Compute."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": ""}
+    said = run(["ncu", "--query-metrics"], capture_output=True, text=True)
+    known = set(said.stdout.split()) if said.returncode == 0 else set()
+    words = ncu_command(name, variant, device, size, metrics(known), most)
+    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    launches = read(done.stdout)
+    if done.returncode or not launches:
+        raise InputError(f"{name}, {variant}: ncu ended with {done.returncode}: {_trouble(done)}")
+    if len(launches) >= most:
+        raise InputError(f"{name}, {variant}: more than {most} kernels in a unit: count with a larger --most")
+    figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
+    return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
+
+
+def _trouble(done):
+    """ncu's own words, such as that counters are for administrators alone."""
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
+    return errors[0] if errors else last_line(done)
+
+
+def read(text):
+    """Launches of ``--csv --page raw``: what :func:`~profiling.trace.counters.ncu_rows` reads, and executed operations."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    titles, _, *table = [*csv.reader(lines), [], []][: max(len(lines), 2)]
+    short = [cells for cells in table if len(cells) != len(titles)]
+    if short or (table and "Kernel Name" not in titles):
+        raise InputError("Nsight Compute's table is cut off or another one: count again with --csv --page raw")
+    found = ncu_rows(text)
+    for row, cells in zip(found, table):
+        counts = {name: _number(cell) for name, cell in zip(titles, cells) if name in FLOP}
+        known = [FLOP[name] * value for name, value in counts.items() if value is not None]
+        row["flop"] = sum(known) if known else None
+    return found
+
+
+def _number(cell):
+    try:
+        return float(cell.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def counted_launches(launches):
+    """:func:`totals`, of launches with counters."""
+    found = totals(launches)
+    if found["seconds"] is None:
+        raise InputError(
+            "Nsight Compute's launches have no counters: the device has none, or they are for administrators alone"
+        )
+    return found
+
+
+def totals(launches):
+    """Sums of launches and the rates that they reach; None where a figure is missing."""
+    figures = {"launches": len(launches)}
+    figures |= {name: _sum(launches, name) for name in ("seconds", "dram_bytes", "flop")}
+    for name, rate in (("flop", "flop_per_second"), ("dram_bytes", "bytes_per_second")):
+        both = [(row[name], row["seconds"]) for row in launches if row[name] is not None and row["seconds"]]
+        figures[rate] = sum(count for count, _ in both) / sum(time for _, time in both) if both else None
+    figures["occupancy_percent"] = _mean(launches, lambda row: row["occupancy_percent"])
+    return figures
+
+
+def _sum(launches, name):
+    values = [row[name] for row in launches if row[name] is not None]
+    return sum(values) if values else None
+
+
+def _mean(launches, of):
+    """Mean by time."""
+    pairs = [(row["seconds"], of(row)) for row in launches if row["seconds"] and of(row) is not None]
+    return sum(time * value for time, value in pairs) / sum(time for time, _ in pairs) if pairs else None
+
+
+def by_kernel(launches):
+    """The kernels that take most time, each with its rates and the three largest reasons to wait, in cycles per issue."""
+    groups = defaultdict(list)
+    for row in launches:
+        groups[row["kernel"]].append(row)
+    rows = []
+    for kernel, group in groups.items():
+        names = {name for row in group for name in row["stalls"]}
+        waits = {name: _mean(group, lambda row, name=name: row["stalls"].get(name, 0.0)) for name in names}
+        largest = sorted((item for item in waits.items() if item[1]), key=lambda item: -item[1])[:3]
+        rows.append({"kernel": kernel, **totals(group), "stalls": dict(largest)})
+    return sorted(rows, key=lambda row: -(row["seconds"] or 0.0))[:TOP]
+
+
+class _Counted(TorchDispatchMode):
+    """Operations of what torch has formulas for, and the names of this project's ops, which have none.
+
+    torch's own FlopCounterMode also names modules, by hooks that autograd's double backward refuses.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.without = 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords, formula = keywords or {}, flop_registry.get(function._overloadpacket)
+        if formula is None:
+            with self:
+                result = function.decompose(*arguments, **keywords)
+            if result is not NotImplemented:
+                return result
+            if function.namespace.startswith("advkd"):
+                self.without.add(str(function._overloadpacket))
+        result = function(*arguments, **keywords)
+        self.total += formula(*arguments, **keywords, out_val=result) if formula else 0
+        return result
+
+
+def counted(call):
+    """Operations of a call by torch's formulas, and the ops of this project that it has none for."""
+    call()
+    with _Counted() as counter:
+        call()
+    return counter.total, sorted(counter.without)
+
+
+def direct(name, device, size):
+    """Rows without Nsight Compute: the direct count of the plain variant over each variant's measured time."""
+    calls = {variant: prepare(name, variant, device, size) for variant in VARIANTS}
+    work, _ = counted(calls["baseline"])
+    times = measure(calls, REPEATS, warmup=1, device=device)
+    rows = {}
+    for variant, call in calls.items():
+        own, without = counted(call)
+        seconds = times[variant]["median"]
+        rates = {"seconds": seconds, "times": times[variant], "flop": work, "flop_per_second": work / seconds}
+        rows[variant] = {**rates, "counted_flop": own, "not_counted": without, "dram_bytes": None}
+    return rows
+
+
+def missing(device):
+    """Why Nsight Compute cannot count here, or None."""
+    if torch.device(device).type != "cuda":
+        return "the work is on a CPU"
+    return None if shutil.which("ncu") else "ncu is not on PATH"
+
+
+def rows_of(name, device, size, most, tool="auto"):
+    """Both variants' rows of a workload; a variant that ncu cannot count has its error."""
+    why = "torch's formulas were asked for" if tool == "formulas" else missing(device)
+    place = {"workload": name, "size": size, "device": str(device)}
+    if why and tool == "ncu":
+        return [
+            {**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why} (--tool formulas counts without it)"}
+            for variant in VARIANTS
+        ]
+    if why:
+        found = direct(name, device, size)
+        note = {"tool": f"torch's formulas ({torch.__version__})", "not_ncu": why}
+        return [{**place, "variant": variant, **note, **row} for variant, row in found.items()]
+    rows = []
+    for variant in VARIANTS:
+        try:
+            row = count(name, variant, device, size, most)
+        except (InputError, OSError, subprocess.TimeoutExpired) as error:
+            row = {"error": reason(error)}
+        rows.append({**place, "variant": variant, "tool": NCU, **row})
+    return rows
+
+
+def main():
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--most", type=positive, default=4000, help="kernels of a unit that are counted at most")
+    parser.add_argument("--tool", choices=("auto", "ncu", "formulas"), default="auto", help="auto: ncu where it is installed")
+    parser.add_argument("--report", help="a table of ncu --csv --page raw to read instead of counting")
+    values = given(parser)
+    if values.report:
+        show(read_report, values.report, lambda row: tables_of([row]))
+    keep_freed_memory()
+    rows, gates = [], {}
+    for name, size in values.work:
+        gates[f"{name}, {size}"] = found = gate(name, values.device, size)
+        rows += rows_of(name, values.device, size, values.most, values.tool) if found["passed"] else []
+    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder, "counters.json", lines)
+
+
+def read_report(path):
+    """Figures of a stored table, as a row of ``counters.json``."""
+    launches = read(Path(path).read_text())
+    if not launches:
+        raise InputError(f"{path} holds no launches of ncu --csv --page raw")
+    place = {"workload": "report", "size": Path(path).name, "variant": "-", "tool": NCU}
+    return {**place, **counted_launches(launches), "kernels": by_kernel(launches)}
+
+
+def lines(results, above=source):
+    """Markdown of stored counts: units of work, and below them the largest kernels."""
+    found = []
+    for result in results:
+        rows = [row for row in result["rows"] if "error" not in row]
+        tools = sorted({row["tool"] for row in rows})
+        sure = "counters are of one launch of each kernel" if any(row["tool"] == NCU for row in rows) else ""
+        times = [row["times"] for row in rows if "times" in row]
+        found += [*above(result, times, sure), f"Counted by {' and '.join(tools)}.", ""]
+        found += [*tables_of(rows), *failures(result, "counted")]
+    return found[:-1]
+
+
+def tables_of(rows):
+    """Markdown of units of work, and below them of their largest kernels."""
+    titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
+    found = [*markdown(titles, map(_unit_cells, rows)), ""]
+    kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
+    if kernels:
+        titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
+        found += [*markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
+    return found
+
+
+def _unit_cells(row):
+    moved = "needs ncu" if row["dram_bytes"] is None else f"{1e-6 * row['dram_bytes']:.4g}"
+    name = label(row) + (f", {row['steps']} steps" if "steps" in row else "")
+    return (
+        name,
+        row["variant"],
+        f"{1e3 * row['seconds']:.4g}",
+        _scaled(row["flop"]),
+        _scaled(row["flop_per_second"]),
+        moved,
+        *((_scaled(row.get("bytes_per_second")), _percent(row.get("occupancy_percent")))),
+    )
+
+
+def _kernel_cells(row, kernel):
+    waits = ", ".join(f"{name} {value:.1f}" for name, value in kernel["stalls"].items())
+    name = f"`{kernel['kernel'].removeprefix('void ').partition('<')[0][:48]}`"
+    rates = _scaled(kernel["flop_per_second"]), _scaled(kernel["bytes_per_second"]), _percent(kernel["occupancy_percent"])
+    return label(row), row["variant"], name, kernel["launches"], _milliseconds(kernel["seconds"]), *rates, waits
+
+
+def _milliseconds(seconds):
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
+
+
+def _scaled(value):
+    return "-" if value is None else f"{1e-9 * value:.4g}"
+
+
+def _percent(value):
+    return "-" if value is None else f"{value:.0f} %"
+
+
+def table():
+    """Markdown of the stored counts."""
+    return lines(stored("counters"))
+
+
+if __name__ == "__main__":
+    main()

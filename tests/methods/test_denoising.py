@@ -1,0 +1,51 @@
+"""Denoising: the trainer on any tensors and any network, and the loss by its formula."""
+
+import math
+
+import torch
+from diffusers import DDPMScheduler
+
+from advkd.data.sources import Tensors
+from advkd.methods.denoising import Denoising, TeacherTrainingConfig
+from advkd.training.trainer import Trainer
+
+
+class Affine(torch.nn.Module):
+    """eps = scale_t * x + shift_t on two-dimensional data, one pair per timestep."""
+
+    def __init__(self, timesteps):
+        super().__init__()
+        self.scale, self.shift = (torch.nn.Parameter(torch.zeros(timesteps, 2)) for _ in range(2))
+
+    def forward(self, x, t):
+        return self.scale[t] * x + self.shift[t]
+
+
+def points(count=16, seed=0):
+    """Points of N((1, -1), diag(0.25, 4))."""
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise * torch.tensor([0.5, 2.0]) + torch.tensor([1.0, -1.0])
+
+
+def tiny_run(data, out, seed=0, **options):
+    """Six updates of an affine network on points of a plane."""
+    config = TeacherTrainingConfig(steps=6, batch_size=8, checkpoint_every=2, warmup=2, seed=seed)
+    scheduler = DDPMScheduler(num_train_timesteps=10)
+    return Trainer(Denoising(config, Affine(10), scheduler), Tensors(images=points()), None, out, **options)
+
+
+def test_an_affine_network_becomes_the_best_denoiser(tmp_path):
+    """E[eps | x_t] = sqrt(1 - a) (x_t - sqrt(a) mu) / (a v + 1 - a) on Gaussian data (methods: exact denoisers)."""
+    config = TeacherTrainingConfig(steps=3000, batch_size=1024, learning_rate=0.05, warmup=0, ema=0.99)
+    scheduler = DDPMScheduler(num_train_timesteps=2, beta_start=0.2, beta_end=0.6)
+    data = points(200_000)
+    network = Affine(2)
+    run = Trainer(
+        Denoising(config, network, scheduler), Tensors(images=data), None, tmp_path, dtype=torch.float64, progress=False
+    )
+    found = run.run()
+    mu, v = data.mean(dim=0), data.var(dim=0, unbiased=False)
+    for t, a in enumerate(scheduler.alphas_cumprod.tolist()):
+        scale = math.sqrt(1 - a) / (a * v + 1 - a)
+        assert torch.allclose(found.scale[t], scale, atol=0.01), t
+        assert torch.allclose(found.shift[t], -scale * math.sqrt(a) * mu, atol=0.01), t

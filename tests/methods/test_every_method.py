@@ -1,0 +1,92 @@
+"""What holds for every registered method: a killed run goes on bit for bit, two processes do what one does, pages of help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from advkd.cli.main import main
+from advkd.errors import InputError
+from advkd.methods import METHODS, method_class
+
+from ..conftest import ROOT, process_environment
+from .worker import follow, tiny_run
+
+UPDATES, KILL_AT = 6, 5
+"""Updates of a tiny run, which writes a checkpoint every second one, and the one before which it is killed."""
+
+
+def work(name, data, out, how, world=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    command = [sys.executable, *launcher, "-m", "tests.methods.worker", name, data, out, how]
+    return subprocess.run(
+        list(map(str, command)), env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(trajectories, tmp_path_factory):
+    """An uninterrupted run of a method in one process, made once."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            done = work(name, trajectories, out := tmp_path_factory.mktemp("whole") / "run", "-")
+            assert done.returncode == 0, done.stderr[-3000:]
+            runs[name] = json.loads(out.with_name("run.json").read_text())
+            assert len(runs[name]["history"]) == UPDATES
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_run_goes_on_bit_for_bit(name, whole, trajectories, tmp_path):
+    out = tmp_path / "run"
+    assert work(name, trajectories, out, str(KILL_AT)).returncode == -9
+    with pytest.raises(InputError, match="add --resume"):
+        tiny_run(name, trajectories, out)
+    done = work(name, trajectories, out, "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = json.loads((tmp_path / "run.json").read_text())
+    assert resumed["state"] == whole(name)["state"]
+    assert 0 < len(resumed["history"]) < UPDATES
+    assert resumed["history"] == whole(name)["history"][-len(resumed["history"]) :]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_do_what_one_does(name, whole, trajectories, tmp_path):
+    done = work(name, trajectories, tmp_path / "run", "-", world=2)
+    if not method_class(name).parallel:
+        assert done.returncode and "runs in one process" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = json.loads((tmp_path / "run.json").read_text())["history"]
+    for one, two in zip(whole(name)["history"], both, strict=True):
+        assert one.keys() == two.keys()
+        assert all(abs(one[key] - two[key]) <= 1e-9 * max(1.0, abs(one[key])) for key in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_seeds_give_other_runs(name, whole, trajectories, tmp_path):
+    """Equality above is not that of runs that do nothing."""
+    history = follow(tiny_run(name, trajectories, tmp_path, seed=1))["history"]
+    assert history[0]["loss"] != whole(name)["history"][0]["loss"] and len({row["loss"] for row in history}) == UPDATES
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_describes_itself(name):
+    kind = method_class(name)
+    assert kind.name == name and kind.reference and kind.Config.__doc__
+    page = CliRunner().invoke(main, ["distill", name, "--help"])
+    assert (page.exit_code == 0) == kind.distils
+    if kind.distils:
+        assert " ".join(kind.reference.split()) in " ".join(page.output.split())
+        assert name in CliRunner().invoke(main, ["distill"]).output
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(InputError, match="method must be one of adv-kd, "):
+        method_class("no-such")
