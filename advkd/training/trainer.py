@@ -153,7 +153,8 @@ class Trainer:
         # diffusers' networks warn where they are given a dtype, even their own.
         tensors = module.state_dict().values()
         other = any(t.is_floating_point() and t.dtype != self.dtype for t in tensors)
-        module.to(self.accelerator.device, memory_format=memory_format, **({"dtype": self.dtype} if other else {}))
+        dtype = {"dtype": self.dtype} if other else {}
+        module.to(self.accelerator.device, memory_format=memory_format, **dtype)  # type: ignore[call-overload]
 
     @plain_defaults()
     def run(self) -> nn.Module:
