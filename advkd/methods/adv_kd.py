@@ -276,10 +276,10 @@ class AdvKD(Method):
         for module in trained:
             module.requires_grad_(True).train()
         parameters = [p for p in student.parameters() if p.requires_grad] + ([self.scales.log_s] if config.kl else [])
-        options = {"average": config.ema, "parameters": parameters, "memory_format": torch.channels_last}
         trained_by = partial(Trained, betas=config.betas, schedule=self._schedule, clip=config.clip_gradients)
         parts: dict[str, Trained | Kept] = {"scales": Kept(self.scales)}
-        parts["student"] = trained_by(student, config.learning_rate, **options)
+        rate, layout = config.learning_rate, torch.channels_last
+        parts["student"] = trained_by(student, rate, average=config.ema, parameters=parameters, memory_format=layout)
         self.critics = nn.ModuleDict({str(k): self._critic(stage, k) for k in stage.critic_levels})
         if self.critics:
             parts["critic"] = trained_by(self.critics, config.critic_learning_rate)

@@ -176,7 +176,8 @@ class Trainer:
                     self._save(self.result, self.out)
         self.accelerator.wait_for_everyone()
         GROUP.in_step = True
-        return self.result.to(memory_format=torch.contiguous_format).eval()
+        result = self.result.eval()
+        return result.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def _log(self):
         reached = (self.stage.number, self.update)
