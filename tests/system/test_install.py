@@ -25,6 +25,13 @@ def test_import_and_sampling_are_light():
     assert python(code, env=process_environment()) == ["[]"]
 
 
+def test_rooms_are_there_after_the_import():
+    rooms = sorted(path.parent.name for path in (ROOT / "advkd").glob("*/__init__.py"))
+    code = f"import sys, advkd; print('torch' in sys.modules, *(getattr(advkd, name).__name__ for name in {rooms}))"
+    light, *names = python(code, env=process_environment())
+    assert light == "False" and names == [f"advkd.{name}" for name in rooms] and "methods" in rooms
+
+
 def test_public_names_exist():
     import advkd
 
