@@ -180,6 +180,9 @@ def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, traje
     assert run(capsys, *arguments, tmp_path / "c.json", "--recipe", "joint")[0] == 0
     assert run(capsys, *arguments, tmp_path / "c.json")[0] == 0
     assert seen[2:] == [RECIPES["joint"], RECIPES["paper"]]
+    # A command without a method is that of adv-kd.
+    assert run(capsys, "distill", "adv-kd", *arguments[1:], tmp_path / "c.json")[0] == 0
+    assert seen.pop() == RECIPES["paper"]
     for wrong in ({"updates": [8.9]}, {"updates": [True]}, {"conditional": 1}, {"seed": 1e400}, {"recipe": ["paper"]}):
         (tmp_path / "c.json").write_text(json.dumps(wrong))
         assert next(iter(wrong)) in refused(capsys, *arguments, tmp_path / "c.json")
