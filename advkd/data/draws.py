@@ -97,7 +97,9 @@ class Draw:
         host: a :class:`HostDraws` where the method draws from torch's generator, else None.
     """
 
-    def __init__(self, seed: int, start: int, count: int, device, dtype: torch.dtype, host: HostDraws | None = None):
+    def __init__(
+        self, seed: int, start: int, count: int, device: str | torch.device, dtype: torch.dtype, host: HostDraws | None = None
+    ):
         self.seed, self.start, self.host = seed, start, host
         self.indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
         self._dtype = dtype

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ class DatasetInfo:
         """The description as manifests and shards hold it."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def config(self, **changes) -> TrajectoryConfig:
+    def config(self, **changes: Any) -> TrajectoryConfig:
         """The configuration of a recording like this one, with some fields changed."""
         names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
         return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
@@ -166,7 +167,7 @@ class Trajectories:
         self.folders.append(Path(folder))
         self.manifests.append(sha256(Path(folder) / "manifest.json"))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(part["num"] for part in self.parts)
 
     @property

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from diffusers.utils import BaseOutput, logging
@@ -31,7 +32,7 @@ class Options:
 class FusedStep:
     """The common part of the four schedulers: options, tables, and the way back to diffusers' own code."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Here rather than in __init__, whose signature diffusers reads as the list of configuration keys.
         self = super().__new__(cls)
         if cls.__name__ == cls._published.__name__:
@@ -41,7 +42,7 @@ class FusedStep:
         self._kept, self._sources_kept = {}, ()
         return self
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__qualname__} {self.to_json_string()}"
 
     def set_step_options(

@@ -154,11 +154,11 @@ class FusedStudent(PretrainedModule, nn.Module):
             self._prepare()
         return self
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # An engine is this processor's and this process's.
         return {**super().__getstate__(), "engine": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # Older versions kept an engine's parts here.
         super().__setstate__({key: value for key, value in state.items() if key not in ("_packed", "_engine")})
         self._prepare()

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +35,7 @@ class PretrainedModule:
     """The record of a loaded module's training (``training.json``), if that is known."""
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu"):
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
         """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
 
         Raises:
@@ -63,7 +65,7 @@ class PretrainedModule:
         return module.to(device).eval()
 
     @staticmethod
-    def is_record(record):
+    def is_record(record: dict[str, Any]) -> bool:
         """True if a training record's values are such as can be read; its keys are there."""
         return True
 
@@ -86,7 +88,7 @@ class PretrainedModule:
             raise InputError(f"{path} is damaged or of another model ({why}): restore or fetch a copy of it") from error
         return module
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
 
         Each file is whole or absent; ``config.json``, by which a folder is taken for a finished one, comes last.
@@ -102,7 +104,14 @@ class PretrainedModule:
             write_json(folder / TRAINING, self.training_record)
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
 
-    def push_to_hub(self, repo_id, *, private=None, token=None, commit_message="Upload advkd model"):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload advkd model",
+    ) -> str:
         """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""
         import tempfile
 
@@ -137,7 +146,7 @@ def _read_weights(path):
     return tensors
 
 
-def require_plausible(tensors):
+def require_plausible(tensors: Mapping[str, torch.Tensor]) -> None:
     """``ValueError`` for weights that no training gives: images of them would not be finite."""
     for name, tensor in tensors.items():
         least, most = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else (0, 0)

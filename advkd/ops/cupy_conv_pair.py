@@ -45,7 +45,19 @@ CONV_PAIR = numpy.dtype(
 """``ConvPairParameters`` of ``csrc/cuda/conv_pair.h``."""
 
 
-def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activation, slope, product):
+def conv_pair(
+    x: torch.Tensor,
+    weights1: torch.Tensor,
+    bias1: torch.Tensor,
+    weights2: torch.Tensor,
+    bias2: torch.Tensor,
+    out: torch.Tensor,
+    upsample: bool,
+    image: bool,
+    activation: int,
+    slope: float,
+    product: int,
+) -> None:
     """``out = activation(conv3x3(leaky_relu(conv3x3(up(x)) + bias1)) + bias2)``, both with zeros around the image.
 
     Args:
@@ -81,7 +93,7 @@ def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activat
     start(program, kernel, plan["blocks"], (parameters,), x.device, shared=plan["shared"])
 
 
-def fits(c_in, c_mid, c_out, upsample, image, product, shared_limit):
+def fits(c_in: int, c_mid: int, c_out: int, upsample: bool, image: bool, product: str, shared_limit: int) -> bool:
     """Whether a block of ``shared_limit`` bytes of shared memory can do a pair.
 
     Args:
@@ -95,7 +107,19 @@ def fits(c_in, c_mid, c_out, upsample, image, product, shared_limit):
     return pair_plan(1, 1, 1, c_in, c_mid, c_out, upsample, image, _element(product), 1, shared_limit) is not None
 
 
-def pair_plan(samples, height, width, c_in, c_mid, c_out, upsample, image, element, multiprocessors, shared_limit):
+def pair_plan(
+    samples: int,
+    height: int,
+    width: int,
+    c_in: int,
+    c_mid: int,
+    c_out: int,
+    upsample: bool,
+    image: bool,
+    element: int,
+    multiprocessors: int,
+    shared_limit: int,
+) -> dict[str, int] | None:
     """``pair_plan`` of ``csrc/cuda/conv_pair.h``: a tile, blocks and shared memory, or None if no tile fits.
 
     ``height`` and ``width``: of ``x``. ``element``: its bytes.

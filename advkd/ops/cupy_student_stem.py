@@ -2,11 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
 
 from ..errors import InputError
+from .conv_layer import ConvLayer
 from .cupy_modules import THREADS, address, compiled, cover, start, struct
 from .gpu_storage import PRODUCTS, device_limits, stem_numbers
 
@@ -39,7 +42,17 @@ STEM = numpy.dtype(
 """``StemParameters`` there."""
 
 
-def student_stem(x, weights, biases, out, layers, slope, product, cluster, images):
+def student_stem(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    layers: Sequence[int],
+    slope: float,
+    product: int,
+    cluster: int,
+    images: int,
+) -> None:
     """3x3 convolutions with LeakyReLU one after the other, on 4x4 to 32x32 pixels, in one launch.
 
     Args:
@@ -85,7 +98,7 @@ def student_stem(x, weights, biases, out, layers, slope, product, cluster, image
     start(program, kernel, blocks, (struct(STEM, fields),), x.device, shared=plan["bytes"])
 
 
-def stem_layers(layers, product, images, shared_limit):
+def stem_layers(layers: Sequence[ConvLayer], product: str, images: int, shared_limit: int) -> int:
     """How many of the leading layers :func:`student_stem` can compute in one launch.
 
     Args:
@@ -108,7 +121,7 @@ def stem_layers(layers, product, images, shared_limit):
 
 
 @functools.lru_cache(1024)
-def stem_plan(table, product, cluster, images, limit):
+def stem_plan(table: tuple[tuple[int, ...], ...], product: str, cluster: int, images: int, limit: int) -> dict[str, Any]:
     """``stem_plan`` of ``csrc/cuda/student_stem.h``.
 
     Args:
@@ -137,7 +150,9 @@ def stem_plan(table, product, cluster, images, limit):
     return plan
 
 
-def stem_split(c_in, c_out, side, upsample, element, products, cluster, images):
+def stem_split(
+    c_in: int, c_out: int, side: int, upsample: bool, element: int, products: int, cluster: int, images: int
+) -> tuple[int, ...]:
     """``stem_split`` there: ``shift``, ``part_shift``, ``rows`` and ``line_shift`` of a layer."""
     phases, taps, columns, pixels = (4 if upsample else 1), (4 if upsample else 9), c_out // 16, images * side * side
     parts = max(1, WARPS // (phases * (side * side // 32 if side > 4 else 1)))
@@ -153,7 +168,7 @@ def stem_split(c_in, c_out, side, upsample, element, products, cluster, images):
     return side.bit_length() - 1, parts.bit_length() - 1, rows, costs.index(min(costs))
 
 
-def shared_limit(device):
+def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block on ``device`` may have."""
     return device_limits(device)[1] if device.type == "cuda" else HOST_LIMIT
 

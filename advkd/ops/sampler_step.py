@@ -9,6 +9,7 @@ with m the network's output, x0_prev the previous step's x0 and z standard norma
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class StepCoefficients:
     c_z: float = 0.0
     clip: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in self.__dict__.items():
             if type(value) is not float:
                 object.__setattr__(self, name, real(name, value))
@@ -74,7 +75,7 @@ class StepCoefficients:
                 rows[device, dtype] = row
         return row
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
 
 
@@ -176,7 +177,22 @@ def sampler_step(
     return x_next, x0, pooled
 
 
-def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
+def sampler_step_reference(
+    x: torch.Tensor,
+    m: torch.Tensor,
+    table: torch.Tensor,
+    previous_x0: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    pool: int,
+    out: torch.Tensor,
+    x0: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> None:
     """The specification of :func:`sampler_step`: writes ``out`` and what else is not None."""
     arithmetic = arithmetic_dtype(x)
     k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = table.to(arithmetic).reshape(-1, 8, *[1] * (x.ndim - 1)).unbind(1)

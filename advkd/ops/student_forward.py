@@ -106,7 +106,9 @@ def _check_layers(layers, weights, biases):
             raise InputError(f"weights and biases {i} must be {expected}, got {tuple(weight.shape)} and {tuple(bias.shape)}")
 
 
-def student_forward_reference(z, weights, biases, layers, slope):
+def student_forward_reference(
+    z: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], layers: Sequence[ConvLayer], slope: float
+) -> torch.Tensor:
     """The specification of :func:`student_forward`."""
     with without_autocast(z):
         return _images(z, weights, biases, layers, slope)
