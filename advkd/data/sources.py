@@ -67,7 +67,8 @@ class Tensors:
         picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
         if "images" in picked:
             picked["images"] = normalize(picked["images"])
-        return Batch(**{name: t.to(device, dtype if t.is_floating_point() else None) for name, t in picked.items()})
+        placed: dict[str, Any] = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in picked.items()}
+        return Batch(**placed)
 
     def grow(self, updates: int) -> None:
         """Nothing: tensors stay as they are."""

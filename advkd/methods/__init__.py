@@ -1,8 +1,12 @@
 """Distillation methods: one paper a module. A method is a row of :data:`METHODS`."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .base import Method
 
 METHODS = {
     "adv-kd": "adv_kd.AdvKD",
@@ -12,7 +16,7 @@ METHODS = {
 """Name -> module and class of every method."""
 
 
-def method_class(name: str) -> type:
+def method_class(name: str) -> "type[Method]":
     """Class of the method ``name``, imported when it is asked for.
 
     Raises:

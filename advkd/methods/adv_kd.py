@@ -8,6 +8,7 @@ at once.
 import dataclasses
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ class DistillConfig:
     train_scope: str = "all"
     learning_rate: float = 5e-4
     critic_learning_rate: float = 5e-4
-    betas: tuple[float, ...] = (0.0, 0.99)
+    betas: tuple[float, float] = (0.0, 0.99)
     final_learning_rate: float = 1.0
     clip_gradients: float = 0.0
     ema: float = 0.99
@@ -236,7 +237,7 @@ class AdvKD(Method):
 
     def __init__(self, config: DistillConfig, student):
         self.config, self.student = config, student
-        self.scales, self.critics = Scales(student.depth), {}
+        self.scales, self.critics = Scales(student.depth), nn.ModuleDict()
         self.columns = ("loss", "wasserstein", "critic", "penalty", *(f"mse_{k:02d}" for k in range(1, student.depth + 1)))
 
     def check(self, data) -> None:
@@ -263,8 +264,9 @@ class AdvKD(Method):
         """One stage, or one per submodule."""
         return self.config.stages(self.student.depth)
 
-    def build(self, stage: SubmoduleStage) -> dict[str, Trained | Kept]:
+    def build(self, stage: Stage) -> dict[str, Trained | Kept]:
         """The student with the stage's submodules in training, and fresh critics."""
+        assert isinstance(stage, SubmoduleStage)
         config, student = self.config, self.student
         self.stage, self.updates = stage, stage.updates
         student.requires_grad_(False)
@@ -274,21 +276,13 @@ class AdvKD(Method):
         for module in trained:
             module.requires_grad_(True).train()
         parameters = [p for p in student.parameters() if p.requires_grad] + ([self.scales.log_s] if config.kl else [])
-        common = {"betas": config.betas, "schedule": self._schedule, "clip": config.clip_gradients}
-        parts = {
-            "student": Trained(
-                student,
-                config.learning_rate,
-                average=config.ema,
-                parameters=parameters,
-                memory_format=torch.channels_last,
-                **common,
-            ),
-            "scales": Kept(self.scales),
-        }
+        trained_by = partial(Trained, betas=config.betas, schedule=self._schedule, clip=config.clip_gradients)
+        parts: dict[str, Trained | Kept] = {"scales": Kept(self.scales)}
+        rate, layout = config.learning_rate, torch.channels_last
+        parts["student"] = trained_by(student, rate, average=config.ema, parameters=parameters, memory_format=layout)
         self.critics = nn.ModuleDict({str(k): self._critic(stage, k) for k in stage.critic_levels})
         if self.critics:
-            parts["critic"] = Trained(self.critics, config.critic_learning_rate, **common)
+            parts["critic"] = trained_by(self.critics, config.critic_learning_rate)
         return parts
 
     def _schedule(self, update):

@@ -4,7 +4,7 @@ The trainer (:mod:`advkd.training.trainer`) owns the rest: order of the data, ra
 processes, devices and files.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -171,11 +171,11 @@ class Method(Protocol):
         """The trainer's part of the configuration."""
         ...
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Sequence[Stage]:
         """Stages of a run, in order."""
         ...
 
-    def build(self, stage: Stage) -> dict[str, Trained | Kept]:
+    def build(self, stage: Stage) -> Mapping[str, Trained | Kept]:
         """Modules of a stage by name; ``student`` is the result. A module may be that of the stage before."""
         ...
 

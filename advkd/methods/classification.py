@@ -116,5 +116,5 @@ def distort(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     scale = 1 + scale
     rows = (scale * angle.cos(), -scale * angle.sin(), dx), (scale * angle.sin(), scale * angle.cos(), dy)
     theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    grid = F.affine_grid(theta.to(images.device), images.shape, align_corners=False)
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

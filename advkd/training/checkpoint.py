@@ -48,8 +48,7 @@ class Running:
         """Start a stage's part; the average goes on where ``before``, the stage before's, has the same module."""
         if isinstance(part, Kept):
             return cls(part)
-        same = before is not None and before.part.module is part.module
-        average = before.average if same else None
+        average = before.average if before is not None and before.part.module is part.module else None
         if part.average and average is None:
             average = copy.deepcopy(part.module).requires_grad_(False).eval()
         return cls(part, part.optimizer(), average)
@@ -57,6 +56,7 @@ class Running:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters that the optimiser moves."""
+        assert self.optimizer is not None
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
     torch.manual_seed(config.seed)
     method = Classification(config, Classifier(_shape(config, images, len(names))), generator)
     parts = {"held_out": (images[test], labels[test]), "trained": (images[train], labels[train])}
-    record = {"config": asdict(config), "classes": names, "images": len(images)}
+    record: dict[str, Any] = {"config": asdict(config), "classes": names, "images": len(images)}
     source = Tensors(images=images[train], labels=labels[train])
     save = partial(_save, parts=parts, record=record)
     Trainer(method, source, None, out, resume=resume, progress=progress, save=save, what="model").run()

@@ -53,9 +53,10 @@ def distill(
     if not isinstance(trajectories, Trajectories):
         folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
         trajectories = Trajectories(*folders)
-    return Distiller(
-        trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method
-    ).run()
+    run = Distiller(trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method)
+    trained = run.run()
+    assert isinstance(trained, Student)
+    return trained
 
 
 class Distiller(Trainer):
@@ -74,7 +75,7 @@ class Distiller(Trainer):
         teacher: Any = None,
         method: str = "adv-kd",
     ):
-        kind = method_class(method)
+        kind: Any = method_class(method)
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
         run = kind(config, student)
@@ -84,14 +85,25 @@ class Distiller(Trainer):
         data = Trajectories(*data.folders)
         data.verify()
         source = _Growing(data, student, needs, teacher, Path(out) / "trajectories")
-        options = {"resume": resume, "device": device, "dtype": dtype, "progress": progress, "save": self._save_student}
         self._recorded = data
-        super().__init__(run, source, teacher, out, **options)
+        super().__init__(
+            run,
+            source,
+            teacher,
+            out,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            save=self._save_student,
+        )
 
     @property
     def student(self) -> Student:
         """The student in training."""
-        return self.running["student"].part.module
+        student = self.running["student"].part.module
+        assert isinstance(student, Student)
+        return student
 
     def _save_student(self, student, out):
         student.training_record = self._provenance(out)

@@ -28,7 +28,8 @@ class Log:
 
     def __init__(self, out: Path, columns: Sequence[str], reached: tuple[int, int], done: int, every: int):
         self.columns = ["stage", "update", *columns]
-        self.path, self.every, self.pending = out / "metrics.csv", every, []
+        self.path, self.every = out / "metrics.csv", every
+        self.pending: list[dict[str, float]] = []
         kept = [",".join(self.columns)]
         if os.path.lexists(self.path):
             require_regular(self.path, "metrics", METRICS_LIMIT)

@@ -46,8 +46,18 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     unet = build_unet(images.shape[-1], images.shape[1], config.channels)
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=config.prediction, clip_sample=True)
     method, source = Denoising(config, unet, scheduler), Tensors(images=images.to(config.device))
-    options = {"resume": resume, "device": config.device, "progress": progress, "finished": PIPELINE, "what": "teacher"}
-    trainer = Trainer(method, source, None, out, save=partial(_save_pipeline, scheduler=scheduler), **options)
+    trainer = Trainer(
+        method,
+        source,
+        None,
+        out,
+        resume=resume,
+        device=config.device,
+        progress=progress,
+        save=partial(_save_pipeline, scheduler=scheduler),
+        finished=PIPELINE,
+        what="teacher",
+    )
     trainer.run()
     return trainer.out
 

@@ -153,7 +153,8 @@ class Trainer:
         # diffusers' networks warn where they are given a dtype, even their own.
         tensors = module.state_dict().values()
         other = any(t.is_floating_point() and t.dtype != self.dtype for t in tensors)
-        module.to(self.accelerator.device, memory_format=memory_format, **({"dtype": self.dtype} if other else {}))
+        dtype = {"dtype": self.dtype} if other else {}
+        module.to(self.accelerator.device, memory_format=memory_format, **dtype)  # type: ignore[call-overload]
 
     @plain_defaults()
     def run(self) -> nn.Module:
@@ -175,7 +176,8 @@ class Trainer:
                     self._save(self.result, self.out)
         self.accelerator.wait_for_everyone()
         GROUP.in_step = True
-        return self.result.to(memory_format=torch.contiguous_format).eval()
+        result = self.result.eval()
+        return result.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def _log(self):
         reached = (self.stage.number, self.update)
