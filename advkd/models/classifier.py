@@ -1,6 +1,7 @@
 """A small image classifier; its features are what Frechet distances of small data sets are measured in."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class ClassifierConfig:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
-class Classifier(PretrainedModule, nn.Module):
+class Classifier(PretrainedModule):
     """Strided convolutions to 4x4, a linear map to ``num_features`` features, LeakyReLU, a linear map to the classes.
 
     Its weights are float32.
@@ -62,6 +63,8 @@ class Classifier(PretrainedModule, nn.Module):
     config_class = ClassifierConfig
     embedded = {"digits": PRETRAINED / "digits-classifier"}
     training_keys = ("accuracy",)
+    config: ClassifierConfig
+    scale: torch.Tensor
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -95,7 +98,7 @@ class Classifier(PretrainedModule, nn.Module):
         """Set the features' common scale, so that their mean square over ``images`` (as for :meth:`accuracy`) is 1."""
         batches = self._batches(images)
         self.scale.fill_(1.0)
-        squares = sum(self.features(part).double().square().sum() for part in batches)
+        squares: Any = sum(self.features(part).double().square().sum() for part in batches)
         self.scale.copy_((squares / (len(images) * self.config.num_features)).sqrt())
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ class CriticConfig:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
-class Critic(PretrainedModule, nn.Module):
+class Critic(PretrainedModule):
     """``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
 
     Strided 4x4 convolutions bring the image to 4x4, where a conditional critic joins the condition; a 3x3 convolution and
@@ -46,6 +46,7 @@ class Critic(PretrainedModule, nn.Module):
     """
 
     config_class = CriticConfig
+    config: CriticConfig
 
     def __init__(self, config: CriticConfig):
         super().__init__()

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from ..config import build_config
 from ..errors import InputError
@@ -25,13 +26,14 @@ LARGEST_WEIGHT = 1e12
 """Largest magnitude of a weight that is read."""
 
 
-class PretrainedModule:
-    """Mix-in for an ``nn.Module`` whose only constructor argument is the dataclass ``config_class``."""
+class PretrainedModule(nn.Module):
+    """Base of a module whose only constructor argument is ``config``, the dataclass ``config_class``."""
 
-    config_class = None
-    embedded = {}
-    training_keys = ()
-    training_record = None
+    config_class: ClassVar[type]
+    embedded: ClassVar[Mapping[str, Path]] = {}
+    training_keys: ClassVar[tuple[str, ...]] = ()
+    config: Any
+    training_record: dict[str, Any] | None = None
     """The record of a loaded module's training (``training.json``), if that is known."""
 
     @classmethod
@@ -53,7 +55,7 @@ class PretrainedModule:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         if kind not in (cls.__name__, f"{cls.__name__}Model"):
             raise InputError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        config = build_config(cls.config_class, values, f"{folder / 'config.json'}")
+        config: Any = build_config(cls.config_class, values, f"{folder / 'config.json'}")
         require_regular(folder / WEIGHTS, f"the weights of {cls.__name__}")
         # Whatever torch's default device and the mode of autograd are: weights on the CPU that can be trained.
         with torch.inference_mode(False), torch.device("cpu"):

@@ -111,7 +111,7 @@ def conv_block_cpu(
     algorithm: str | None = None,
 ) -> torch.Tensor:
     """The C++ kernels, packing the weights on every call (:func:`student_forward` keeps them packed)."""
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    layer = ConvLayer(weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], upsample, activation)
     algorithm = algorithm or layer.default(x.dtype)
     numbers = layer.numbers(x.dtype, algorithm)
     packed = pack(weight, bias, layer, x.dtype, algorithm)
@@ -122,7 +122,7 @@ def conv_block_cuda(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, slope: float, upsample: bool, activation: str
 ) -> torch.Tensor:
     """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    layer = ConvLayer(weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], upsample, activation)
     product, image = product_of(x.dtype), is_image(layer)
     step = Step("image" if image else "conv", 0)
     packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)

@@ -82,12 +82,13 @@ def conv_pair(
     if x.numel() == 0:
         return
     plan = pair_plan(*sizes, upsample, image, x.element_size(), *_limits(x.device))
-    _require(plan is not None, f"{sizes[3:]} channels in {x.dtype} do not fit in this GPU's shared memory")
+    if plan is None:
+        raise InputError(f"{sizes[3:]} channels in {x.dtype} do not fit in this GPU's shared memory")
     _require(plan["blocks"] <= MOST_BLOCKS, f"x is too large for one launch, got {tuple(x.shape)}")
     tensors = dict(zip(_POINTERS, map(address, (x, weights1, weights2, bias1, bias2, out))))
-    sizes = dict(zip(("samples", "height", "width", "c_in", "c_mid", "c_out"), sizes))
+    named = dict(zip(("samples", "height", "width", "c_in", "c_mid", "c_out"), sizes))
     options = dict(upsample=upsample, image=image, activation=activation, slope=slope, pitch=0 if image else out.shape[3])
-    parameters = struct(CONV_PAIR, {**tensors, **sizes, **options, **plan})
+    parameters = struct(CONV_PAIR, {**tensors, **named, **options, **plan})
     program = compiled("conv_pair", f"-DADVKD_PRODUCTS(EACH)=EACH({name})")
     kernel = f"advkd_conv_pair_columns{plan['columns']}_{name}"
     start(program, kernel, plan["blocks"], (parameters,), x.device, shared=plan["shared"])
@@ -177,12 +178,12 @@ def _element(product):
     return 2 if product in ("bf16", "f16") else 4
 
 
-def _limits(device):
+def _limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors and bytes of shared memory per block of a device."""
     return device_limits(device) if device.type == "cuda" else HOST_LIMITS
 
 
-def _checked_sizes(x, weights1, bias1, weights2, bias2, out, upsample, image, product):
+def _checked_sizes(x, weights1, bias1, weights2, bias2, out, upsample, image, product) -> tuple[int, int, int, int, int, int]:
     """``(samples, height, width, c_in, c_mid, c_out)`` of tensors that fit together."""
     _require(x.ndim == 4 and out.ndim == 4, "x and out must have four dimensions")
     n, height, width, c_in = x.shape

@@ -91,7 +91,7 @@ def student_stem(
     fields = {
         **dict(x=address(x), out=address(out), samples=len(x), count=len(table), images=images),
         **dict(out_pitch=out.shape[3], slope=slope, bias=plan["bias"], sums=plan["sums"], buffers=plan["buffers"]),
-        "layers": rows + [(0,) * len(LAYER)] * (LAYERS - len(table)),
+        "layers": rows + [(0,) * len(LAYER)] * (LAYERS - len(table)),  # type: ignore[arg-type]
     }
     program = compiled("student_stem", f"-DADVKD_PRODUCTS(EACH)=EACH({name})")
     kernel, blocks = f"advkd_student_stem_cluster{cluster}_{name}", cover(len(x), images) * cluster
@@ -133,7 +133,7 @@ def stem_plan(table: tuple[tuple[int, ...], ...], product: str, cluster: int, im
         ``shift``, ``part_shift``, ``rows``, ``line_shift`` and ``bias_place``.
     """
     element, products = (2 if product in ("bf16", "f16") else 4), (3 if product == "f32" else 1)
-    plan = dict(layers=0, bytes=0, bias=0, sums=0, buffers=(0, 0), splits=())
+    plan: dict[str, Any] = dict(layers=0, bytes=0, bias=0, sums=0, buffers=(0, 0), splits=())
     biases, sums, buffers = 0, 0, [0, 0]
     for i, (c_in, c_out, side, _, upsample) in enumerate(table):
         split = stem_split(c_in, c_out, side, upsample, element, products, cluster, images)
@@ -151,7 +151,7 @@ def stem_plan(table: tuple[tuple[int, ...], ...], product: str, cluster: int, im
 
 
 def stem_split(
-    c_in: int, c_out: int, side: int, upsample: bool, element: int, products: int, cluster: int, images: int
+    c_in: int, c_out: int, side: int, upsample: int, element: int, products: int, cluster: int, images: int
 ) -> tuple[int, ...]:
     """``stem_split`` there: ``shift``, ``part_shift``, ``rows`` and ``line_shift`` of a layer."""
     phases, taps, columns, pixels = (4 if upsample else 1), (4 if upsample else 9), c_out // 16, images * side * side

@@ -152,7 +152,7 @@ def norm_act_backward(
     masked: bool,
     dx: torch.Tensor,
 ) -> None:
-    tensors = dict(gradient=gradient, weights=weights, statistics=statistics, means=means, out=dx)
+    tensors: dict[str, Any] = dict(gradient=gradient, weights=weights, statistics=statistics, means=means, out=dx)
     fields = norm_fields(x, **tensors, eps=eps, slope=slope, upsample=upsample and not masked)
     _start_norm("backward", {**fields, "masked": masked}, x)
 
@@ -185,7 +185,7 @@ def norm_fields(
     )
     if max(sizes.values()) > MOST_SIDE:
         raise InputError(f"x must have at most 2^29 rows, columns and channels, got {tuple(x.shape)}")
-    plan = norm_plan(*sizes.values(), group, last, reduces)
+    plan = norm_plan(**sizes, group=group, last=last, reduces=reduces)
     options = dict(eps=eps, slope=slope, upsample=upsample, masked=False, group=group)
     return {**pointers, "results": 0, "partials": 0, "width": width, **sizes, **plan, **options}
 

@@ -116,4 +116,4 @@ def stem_numbers(layers: Iterable[ConvLayer]) -> list[int]:
 def device_limits(device: torch.device) -> tuple[int, int]:
     """``(multiprocessors, bytes of shared memory that a block may have)`` of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

@@ -100,7 +100,7 @@ def student_forward_gpu(
 
     ``packed`` and ``biases``: of every layer, as :func:`pack_gpu` makes them for its step. ``steps``: of :func:`encode_steps`.
     """
-    steps, product = decode_steps(steps)
+    launches, product = decode_steps(steps)
     first, image = layers[0], layers[-1]
     images = z.new_empty((len(z), image.c_out, *output_sides(image)), dtype=dtype)
     if len(z) == 0:
@@ -109,7 +109,7 @@ def student_forward_gpu(
     coarse, *details = split_latent(z.to(dtype), parts)
     x = coarse.new_zeros((len(z), first.height, first.width, padded(first.c_in)))
     x[..., : first.c_in] = coarse.permute(0, 2, 3, 1)
-    for step, out in zip(steps, [*_activations(steps, layers, x), images], strict=True):
+    for step, out in zip(launches, [*_activations(launches, layers, x), images], strict=True):
         run_step(step, layers, x, packed, biases, out, slope, product)
         following = step.first + step.count
         if following < len(layers) and layers[following].detail:
