@@ -3,7 +3,7 @@
 from .runtime.launcher import end_at_interrupt
 
 
-def main():
+def main() -> None:
     """Run the command line; an interrupt ends it with one line, also while its modules are imported."""
     end_at_interrupt()
     from .cli.main import main as run

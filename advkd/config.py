@@ -1,11 +1,14 @@
 """Configurations: dataclasses from JSON values, and from the texts of a command line."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def build_config(config_class: type[Config], values: dict, where: str) -> Config:
@@ -84,7 +87,7 @@ def _kind_name(default):
 def field_documentation(config_class: type) -> dict[str, str]:
     """The ``Attributes`` of a configuration's docstring: one line per field."""
     documentation, name = {}, None
-    for line in config_class.__doc__.split("Attributes:")[1].splitlines():
+    for line in str(config_class.__doc__).split("Attributes:")[1].splitlines():
         head, _, text = line.strip().partition(": ")
         if text and all(part.strip().isidentifier() for part in head.split(",")):
             for name in head.split(", "):

@@ -46,14 +46,14 @@ def bias_act_mask_kernel(
     tl.store(out + sample * count + element, values.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(p, bias, slope, out, mask):
+def launch(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor) -> None:
     """Launcher of ``advkd::conv_bias_act_mask``."""
     grid, tiling = blocks(p)
     with torch.cuda.device_of(p):
         bias_act_mask_kernel[grid](p, bias, out, mask, slope, **channels(p), **tiling)
 
 
-def channels(p):
+def channels(p: torch.Tensor) -> dict[str, int | bool]:
     """How the kernel finds an element's channel: none of it matters without a bias."""
     plane = p[0, 0].numel() if p.ndim > 1 else 1
     fastest = plane == 1 or not p.is_contiguous()

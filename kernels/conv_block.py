@@ -53,10 +53,10 @@ class Config(NamedTuple):
     warps: int
     stages: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.pixels}x{self.columns}x{self.inner}, {self.warps} warps, {self.stages} stages"
 
-    def shared(self, dtype):
+    def shared(self, dtype: torch.dtype) -> int:
         """Bytes of shared memory of the pipeline."""
         return self.stages * (self.pixels + self.columns) * self.inner * dtype.itemsize
 
@@ -69,7 +69,7 @@ class ImageConfig(NamedTuple):
     inner: int
     warps: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.rows}x{self.columns} pixels, {self.inner}, {self.warps} warps"
 
 
@@ -83,11 +83,11 @@ class DescriptorConfig(NamedTuple):
     warps: int
     stages: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         tile = f"{self.rows}x{self.columns} pixels x{self.channels}x{self.inner}"
         return f"{tile}, {self.warps} warps, {self.stages} stages"
 
-    def shared(self, dtype):
+    def shared(self, dtype: torch.dtype) -> int:
         """Bytes of shared memory of the pipeline."""
         return self.stages * (self.rows * self.columns + self.channels) * self.inner * dtype.itemsize
 
@@ -388,7 +388,17 @@ INTERPRETED = not isinstance(conv_kernel, triton.JITFunction)
 """Triton's interpreter stands in for a GPU."""
 
 
-def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, config):
+def conv_layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    upsample: bool,
+    activation: int,
+    slope: float,
+    precision: str,
+    config: Config,
+) -> None:
     """A convolution of the student, as it is stored on a GPU; writes channels ``[0, C_out)`` of ``out``.
 
     Args:
@@ -407,7 +417,17 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, precision, co
     _run_layer(conv_kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
 
 
-def conv_descriptor(x, weights, bias, out, upsample, activation, slope, precision, config):
+def conv_descriptor(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    upsample: bool,
+    activation: int,
+    slope: float,
+    precision: str,
+    config: DescriptorConfig,
+) -> None:
     """As :func:`conv_layer`, through tensor descriptors: 16-bit storage on GPUs since :data:`DESCRIPTORS_SINCE`.
 
     ``weights`` contiguous; ``config`` a :class:`DescriptorConfig`. Launches can be captured: a descriptor is made on the host
@@ -420,7 +440,16 @@ def conv_descriptor(x, weights, bias, out, upsample, activation, slope, precisio
     _run_descriptor(descriptor_kernel, x, weights, bias, out, upsample, activation, slope, precision, config)
 
 
-def conv_image(x, weights, bias, out, activation, slope, precision, config):
+def conv_image(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    activation: int,
+    slope: float,
+    precision: str,
+    config: ImageConfig,
+) -> None:
     """The image's convolution: as :func:`conv_layer`, to few channels and in the order of images.
 
     ``weights`` ``(1, 9, C_in, 16)``; ``out`` ``(N, c, H, W)``, contiguous, c at most 16; ``config`` an :class:`ImageConfig`.
@@ -428,7 +457,7 @@ def conv_image(x, weights, bias, out, activation, slope, precision, config):
     _run_image(image_kernel, x, weights, bias, out, activation, slope, precision, config)
 
 
-def pack_weights(taps, dtype, precision):
+def pack_weights(taps: torch.Tensor, dtype: torch.dtype, precision: str) -> torch.Tensor:
     """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_storage.pad_layer` as the kernels read them fastest.
 
     Tensor cores take float32 with the summed index fastest in memory; TensorFloat-32 is rounded here, not cut off there.
@@ -441,12 +470,14 @@ def pack_weights(taps, dtype, precision):
     return taps.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def is_image(layer):
+def is_image(layer: ConvLayer) -> bool:
     """Whether :func:`conv_image` computes a layer."""
     return layer.c_out <= 4 and not layer.upsample
 
 
-def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
+def configs(
+    layer: ConvLayer, batch: int, dtype: torch.dtype, precision: str = "tf32", shared: int = SHARED
+) -> tuple[Config | ImageConfig, ...]:
     """Configurations worth measuring for a :class:`advkd.ops.conv_layer.ConvLayer`, the likeliest first, at most 8.
 
     ``shared``: bytes of shared memory that a block can have.
@@ -460,7 +491,9 @@ def configs(layer, batch, dtype, precision="tf32", shared=SHARED):
     return tuple(sorted(tiles, key=lambda tile: _cost(tile, layer, batch))[:8])
 
 
-def descriptor_configs(layer, batch, dtype, capability, shared):
+def descriptor_configs(
+    layer: ConvLayer, batch: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
+) -> tuple[DescriptorConfig, ...]:
     """Configurations of :func:`conv_descriptor` worth measuring for a layer, the likeliest first, at most 4, or none.
 
     ``capability``: the device's compute capability; ``shared``: bytes of shared memory that a block can have.
@@ -474,7 +507,7 @@ def descriptor_configs(layer, batch, dtype, capability, shared):
     return tuple(sorted(tiles, key=lambda tile: _descriptor_cost(tile, layer, batch))[:4])
 
 
-def descriptor_gap(dtype, capability):
+def descriptor_gap(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
     """Why :func:`conv_descriptor` cannot run for a dtype on a device of a compute capability, or None."""
     if dtype == torch.float32:
         return "tensor descriptors are read in 16-bit storage only"
@@ -484,30 +517,38 @@ def descriptor_gap(dtype, capability):
     return None
 
 
-def descriptor_table(c_in):
+def descriptor_table(c_in: int) -> tuple[DescriptorConfig, ...]:
     """All configurations of :func:`conv_descriptor`, their steps fitted to ``c_in`` channels."""
     return tuple(tile._replace(inner=_inner(tile.inner, c_in)) for tile in DESCRIPTOR)
 
 
-def table(dtype, precision, c_in):
+def table(dtype: torch.dtype, precision: str, c_in: int) -> tuple[Config, ...]:
     """All configurations of :func:`conv_layer`, their steps fitted to ``c_in`` channels."""
     tiles = {"tf32": WIDE, "tf32x3": THREE, "ieee": FULL}[precision] if dtype == torch.float32 else NARROW
     return tuple(tile._replace(inner=_inner(tile.inner, c_in)) for tile in tiles)
 
 
-def image_table(dtype, precision, c_in):
+def image_table(dtype: torch.dtype, precision: str, c_in: int) -> tuple[ImageConfig, ...]:
     """All configurations of :func:`conv_image`, their steps fitted to ``c_in`` channels."""
     wide = dtype == torch.float32
     tiles = IMAGE_FULL if wide and precision == "ieee" else IMAGE
     return tuple(tile._replace(inner=_inner(tile.inner // (1 + wide), c_in)) for tile in tiles)
 
 
-def default(layer, batch, dtype, precision="tf32"):
+def default(layer: ConvLayer, batch: int, dtype: torch.dtype, precision: str = "tf32") -> Config | ImageConfig:
     """The configuration taken without a measurement; it runs on every GPU since sm_80."""
     return configs(layer, batch, dtype, precision)[0]
 
 
-def conv_block(x, weight, bias, slope, upsample, activation, precision=None):
+def conv_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    slope: float,
+    upsample: bool,
+    activation: str,
+    precision: str | None = None,
+) -> torch.Tensor:
     """Launcher of ``advkd::conv_block``: ordinary tensors of any strides, padded and packed on every call.
 
     ``precision``: of float32, one of :data:`PRECISIONS`; by default TensorFloat-32 where torch's switch for convolutions has

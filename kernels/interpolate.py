@@ -48,7 +48,16 @@ def interpolate_kernel(
     tl.store(out + sample * count + element, between.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(real, fake, a, indices, seed, step, steps, out):
+def launch(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    a: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     """Launcher of ``advkd::interpolate``."""
     count = real.numel() // len(real)
     tiles = triton.cdiv(count, BLOCK)

@@ -6,6 +6,8 @@ sixteen elements (Triton compiles such sizes separately), and reads their bits f
 Where samples do not begin at whole vectors the same code works element by element. Samples are 64 bits apart, elements 32.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,14 +37,14 @@ def mask_mul_kernel(x, mask, out, slope, count, tiles, INDEX: tl.constexpr, BLOC
     tl.store(out + sample * count + element, values.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(x, mask, slope, out):
+def launch(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
     """Launcher of ``advkd::mask_mul``."""
     grid, tiling = blocks(x)
     with torch.cuda.device_of(x):
         mask_mul_kernel[grid](x, mask, out, slope, **tiling)
 
 
-def blocks(x):
+def blocks(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """The grid over a dense tensor's samples in blocks, and the kernel's arguments that say so."""
     count = x.numel() // len(x)
     tiles = triton.cdiv(count, BLOCK)

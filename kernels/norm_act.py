@@ -7,6 +7,8 @@ of its channels, then a program per channel combines the parts. Moments are comb
 by Chan et al. 1983, means and squares around them: no large mean is ever subtracted from a sum of squares.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -241,7 +243,7 @@ def backward_kernel(
     tl.store(dx + place, values.to(dx.dtype.element_ty), mask=inside)
 
 
-def norm_act_moments(x, statistics):
+def norm_act_moments(x: torch.Tensor, statistics: torch.Tensor) -> None:
     """Launcher of ``advkd::norm_act_moments``."""
     lengths, tiles, options = tiling(x, False, MOMENTS_TILE)
     parts = _parts(tiles)
@@ -252,7 +254,15 @@ def norm_act_moments(x, statistics):
         moments_end_kernel[(x.shape[1],)](partial, statistics, x.shape[1], parts, **end)
 
 
-def norm_act(x, weights, statistics, eps, slope, upsample, out):
+def norm_act(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    out: torch.Tensor,
+) -> None:
     """Launcher of ``advkd::norm_act``."""
     lengths, tiles, options = tiling(x, upsample, REPEATED_TILE if upsample else TILE)
     grid = (tiles["groups"] * tiles.pop("items"),)
@@ -260,7 +270,17 @@ def norm_act(x, weights, statistics, eps, slope, upsample, out):
         norm_act_kernel[grid](x, weights, statistics, out, eps, slope, **lengths, **tiles, UPSAMPLE=upsample, **options)
 
 
-def norm_act_sums(gradient, x, weights, statistics, eps, slope, upsample, kept, sums):
+def norm_act_sums(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    kept: torch.Tensor | None,
+    sums: torch.Tensor,
+) -> None:
     """Launcher of ``advkd::norm_act_sums``."""
     lengths, tiles, options = tiling(x, upsample, REPEATED_TILE if upsample else TILE)
     parts = _parts(tiles)
@@ -272,7 +292,18 @@ def norm_act_sums(gradient, x, weights, statistics, eps, slope, upsample, kept, 
         sums_end_kernel[(2 * x.shape[1],)](partial, sums, parts, PARTS=triton.next_power_of_2(parts))
 
 
-def norm_act_backward(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx):
+def norm_act_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    means: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    masked: bool,
+    dx: torch.Tensor,
+) -> None:
     """Launcher of ``advkd::norm_act_backward``."""
     upsample = upsample and not masked
     lengths, tiles, options = tiling(x, upsample, REPEATED_TILE if upsample else TILE)
@@ -283,7 +314,7 @@ def norm_act_backward(gradient, x, weights, statistics, means, eps, slope, upsam
         backward_kernel[grid](*tensors, eps, slope, **lengths, **tiles, **options)
 
 
-def tiling(x, upsample, tile):
+def tiling(x: torch.Tensor, upsample: bool, tile: int) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
     """The kernels' arguments for ``x`` in tiles of so many elements: lengths, numbers of tiles, compile-time constants."""
     samples, channels, height, width = x.shape
     last = not x.is_contiguous()

@@ -5,6 +5,8 @@ One program draws BLOCK blocks of four elements of one sample (programs run over
 Philox call per four elements. The rounds are written out rather than taken from ``tl.philox``: the counter's layout is ours.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -102,12 +104,12 @@ def normal_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.conste
     _store(out, sample * count + 4 * block, count - 4 * block, n0, n1, n2, n3)
 
 
-def words(indices, seed, count, stream, step):
+def words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int) -> torch.Tensor:
     """Launcher of ``advkd::philox_words``."""
     return _launch(words_kernel, indices, seed, (count,), count, stream, step, torch.int64)
 
 
-def normal(indices, seed, shape, stream, step):
+def normal(indices: torch.Tensor, seed: int, shape: Sequence[int], stream: int, step: int) -> torch.Tensor:
     """Launcher of ``advkd::philox_normal``."""
     count = 1
     for side in shape:

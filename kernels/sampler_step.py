@@ -147,7 +147,22 @@ def pool_kernel(
     tl.store(pooled + place, mean.to(pooled.dtype.element_ty), mask=output < width // POOL)
 
 
-def launch(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
+def launch(
+    x: torch.Tensor,
+    m: torch.Tensor,
+    table: torch.Tensor,
+    previous_x0: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    pool: int,
+    out: torch.Tensor,
+    x0: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> None:
     """Launcher of ``advkd::sampler_step``."""
     channels_last = not x.is_contiguous()
     strides = (table.shape[1] if len(table) > 1 else 0, int(steps is not None and steps.numel() > 1))
@@ -182,7 +197,7 @@ def _launch_pool(x, tensors, scalars, pool, channels_last):
     pool_kernel[grid](*tensors, *scalars, channels, height, width, tiles, **options)
 
 
-def pool_tile(width, pool):
+def pool_tile(width: int, pool: int) -> dict[str, int | bool]:
     """Rows, outputs and (padded) columns per output of one pass of the pool kernel: about 4 * BLOCK elements."""
     columns = triton.next_power_of_2(pool)
     rows = min(columns, max(1, 4 * BLOCK // columns))

@@ -10,7 +10,7 @@ from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..evaluation.evaluate import describe_models
 from ..evaluation.report import save_pictures
-from ..methods.adv_kd import recipe
+from ..methods.adv_kd import DistillConfig, recipe
 from ..models.shape import PRESETS
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
@@ -20,7 +20,7 @@ from ..training.distillation import distill
 
 
 @plain_defaults()
-def run_demo(out, num=1024, updates=300, device="cpu", progress=True):
+def run_demo(out: str | Path, num: int = 1024, updates: int = 300, device: str = "cpu", progress: bool = True) -> str:
     """Make ``num`` trajectories, distil for ``updates`` updates and write the pictures under ``out``; a killed run goes on.
 
     Returns the summary line (parameters, network evaluations, time per image of teacher and student).
@@ -51,7 +51,7 @@ def _record(teacher, config, out, device, progress):
     return record_in_processes("digits", config, out, min(processes, 8), progress)
 
 
-def demo_recipe(updates):
+def demo_recipe(updates: int) -> DistillConfig:
     """The joint recipe, shortened: half the batch, a critic on the final image only."""
     return recipe(
         "joint",
@@ -64,7 +64,7 @@ def demo_recipe(updates):
     )
 
 
-def summary(teacher, student):
+def summary(teacher: Teacher, student: Student) -> str:
     """One line: parameters, network evaluations and time per image of teacher and student."""
     with named("fuse"):
         fused = student.fuse()

@@ -48,7 +48,7 @@ def method_command(name: str) -> click.Command:
     """The subcommand of a method, with an option for each of its configuration's fields."""
     kind = method_class(name)
 
-    @click.command(name, help=f"{kind.__doc__.partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
+    @click.command(name, help=f"{str(kind.__doc__).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
     @click.option(
         "--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat)."
     )

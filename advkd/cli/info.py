@@ -13,7 +13,7 @@ from ..runtime.extension import extension_gap
 PACKAGES = ("torch", "diffusers", "accelerate", "triton", "cupy-cuda13x", "numpy", "safetensors", "torchmetrics")
 
 
-def describe():
+def describe() -> str:
     """The report as text."""
     lines = [f"advkd {__version__}, Python {sys.version.split()[0]}, {platform.platform()}"]
     lines += [f"  {name} {_version(name)}" for name in PACKAGES]

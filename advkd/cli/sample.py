@@ -29,8 +29,17 @@ MOST_PIXELS = 2**28
 
 
 def sample(
-    student, n, seed, out, interpolate=False, device="cpu", backend="auto", dtype="float32", batch_size=64, progress=True
-):  # fmt: skip
+    student: str,
+    n: int,
+    seed: int,
+    out: str | Path,
+    interpolate: bool = False,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> None:
     """Draw ``n`` images of seed ``seed`` with the fused student and save them.
 
     Args:
@@ -151,7 +160,7 @@ def _walk(fused, n, seed, parts):
         yield fused(z).float().cpu()
 
 
-def slerp(a, b, position):
+def slerp(a: torch.Tensor, b: torch.Tensor, position: float) -> torch.Tensor:
     """Spherical interpolation between two latents: a at 0, b at 1; both N(0, I) give N(0, I)-like norms between."""
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = math.acos(max(-1.0, min(1.0, float(cosine))))

@@ -1,6 +1,7 @@
 """Fills the caches that a first image would wait for: measured plans, and what Triton and CuPy compile."""
 
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,7 +11,14 @@ from ..models.student import Student
 from ..runtime.devices import require_device
 
 
-def warmup(student="digits", device="cpu", backend="auto", dtypes=("float32",), batch_sizes=(1, 64), tune=True):
+def warmup(
+    student: str = "digits",
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    dtypes: Sequence[str] = ("float32",),
+    batch_sizes: Sequence[int] = (1, 64),
+    tune: bool = True,
+) -> Iterator[tuple[str, int, float]]:
     """Draw one batch of each size and dtype, so that later processes find everything compiled, measured and kept.
 
     Args:

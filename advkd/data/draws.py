@@ -1,6 +1,7 @@
 """Training's random draws, each keyed by its global number: no draw depends on processes, restarts or batch splits."""
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,8 @@ class HostDraws:
     """
 
     def __init__(self, generator: torch.Generator, total: int, first: int, count: int):
-        self._options, self._total = {"generator": generator, "device": "cpu"}, total
-        self._first, self._count = first, count
+        self._options: dict[str, Any] = {"generator": generator, "device": "cpu"}
+        self._total, self._first, self._count = total, first, count
 
     def integers(self, below: int) -> torch.Tensor:
         """``(count,)`` int64 in [0, below)."""
@@ -97,7 +98,9 @@ class Draw:
         host: a :class:`HostDraws` where the method draws from torch's generator, else None.
     """
 
-    def __init__(self, seed: int, start: int, count: int, device, dtype: torch.dtype, host: HostDraws | None = None):
+    def __init__(
+        self, seed: int, start: int, count: int, device: str | torch.device, dtype: torch.dtype, host: HostDraws | None = None
+    ):
         self.seed, self.start, self.host = seed, start, host
         self.indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
         self._dtype = dtype

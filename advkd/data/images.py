@@ -148,7 +148,7 @@ def load_labelled(source: str | os.PathLike, size: int | None = None) -> tuple[t
     folders = [path for path, is_folder, _ in found if is_folder]
     if len(folders) < 2:
         raise InputError(f"--data {source} is neither 'digits' nor a folder that holds one folder of images per class")
-    places = {}
+    places: dict[str, Path] = {}
     for path in folders:
         first = places.setdefault(os.path.realpath(path), path)
         if first != path:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ class DatasetInfo:
         """The description as manifests and shards hold it."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def config(self, **changes) -> TrajectoryConfig:
+    def config(self, **changes: Any) -> TrajectoryConfig:
         """The configuration of a recording like this one, with some fields changed."""
         names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
         return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
@@ -142,8 +143,12 @@ class Trajectories:
     """
 
     def __init__(self, *folders: str | Path, option: str = "--trajectories"):
-        self.folder, self.folders, self._option = Path(folders[0]), [], option
-        self._entries, self._shards, self.parts, self.manifests = [], {}, [], []
+        self.folder, self._option = Path(folders[0]), option
+        self.folders: list[Path] = []
+        self.parts: list[dict[str, int]] = []
+        self.manifests: list[str] = []
+        self._entries: list[dict[str, Any]] = []
+        self._shards: dict[int, dict[str, torch.Tensor]] = {}
         for folder in map(Path, folders):
             self.append(folder)
 
@@ -166,7 +171,7 @@ class Trajectories:
         self.folders.append(Path(folder))
         self.manifests.append(sha256(Path(folder) / "manifest.json"))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return sum(part["num"] for part in self.parts)
 
     @property
@@ -204,11 +209,11 @@ class Trajectories:
             ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).
         """
         recorded = (self.info.latent_size, self.info.detail_noise)
-        stored = latent is None or tuple(latent) == recorded
-        names = [*(["z"] if stored else []), *(f"level_{k:02d}" for k in levels)]
+        wanted = None if latent is None or tuple(latent) == recorded else latent
+        names = [*(["z"] if wanted is None else []), *(f"level_{k:02d}" for k in levels)]
         places = [self._place(row) for row in rows]
         picked = [torch.stack([self._load(shard)[name][offset] for shard, offset in places]).float() for name in names]
-        z = picked.pop(0) if stored else project(self.noise(rows), *latent)
+        z = picked.pop(0) if wanted is None else project(self.noise(rows), *wanted)
         return z, dict(zip(levels, picked, strict=True))
 
     def _place(self, row):

@@ -1,7 +1,9 @@
 """The common parts of the fused schedulers: options, kept tables, noise, positions, outputs, and the way back to diffusers."""
 
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.utils import BaseOutput, logging
@@ -31,7 +33,13 @@ class Options:
 class FusedStep:
     """The common part of the four schedulers: options, tables, and the way back to diffusers' own code."""
 
-    def __new__(cls, *args, **kwargs):
+    _published: ClassVar[type]
+    to_json_string: Callable[[], str]
+    _said: set[str]
+    _kept: dict[Hashable, Any]
+    _sources_kept: tuple
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Here rather than in __init__, whose signature diffusers reads as the list of configuration keys.
         self = super().__new__(cls)
         if cls.__name__ == cls._published.__name__:
@@ -41,7 +49,7 @@ class FusedStep:
         self._kept, self._sources_kept = {}, ()
         return self
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__qualname__} {self.to_json_string()}"
 
     def set_step_options(
@@ -73,10 +81,11 @@ class FusedStep:
         return_x0 = flag("return_x0", return_x0)
         if indices is not None and seed is None:
             raise InputError("indices need a seed: they choose the noise that the seed makes")
+        chosen = None
         if seed is not None:
             _, checked, _ = validated(seed, range(0) if indices is None else indices, "step", 0)
-            indices = None if indices is None else checked.clone()
-        self._options = Options(backend, seed, indices, return_x0)
+            chosen = None if indices is None else checked.clone()
+        self._options = Options(backend, seed, chosen, return_x0)
         self._kept = {}
         return self
 
@@ -314,7 +323,7 @@ def step_output(
     return kind(prev_sample=x_next, pred_original_sample=x0) if return_dict else (x_next, x0)
 
 
-def saved_as_diffusers_class(cls: type) -> type:
+def saved_as_diffusers_class(cls: type[FusedStep]) -> type[FusedStep]:
     """Let diffusers write its own class into files that others read.
 
     diffusers names a scheduler in ``scheduler_config.json`` and ``model_index.json`` by its class's ``__name__`` and its

@@ -57,7 +57,7 @@ class SamplingLoop:
             self._timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
             self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
             self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graphs = {}
+        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
     @torch.no_grad()
@@ -154,10 +154,10 @@ class _Checked:
         except Exception as error:  # a compiler that is missing raises its own kinds
             self._give_up(f"the network cannot be compiled here and runs as it is: {reason(error)}")
             return
-        scale, error = wanted.abs().max().item(), (wanted - found).abs().max().item()
+        scale, distance = wanted.abs().max().item(), (wanted - found).abs().max().item()
         # Both round to the network's precision, TF32 or bfloat16 at the coarsest.
-        if not error <= 0.05 * scale:
-            self._give_up(f"the compiled network is off by {error:.2g} of {scale:.2g} and is not used")
+        if not distance <= 0.05 * scale:
+            self._give_up(f"the compiled network is off by {distance:.2g} of {scale:.2g} and is not used")
 
     def _give_up(self, why):
         warnings.warn(why, UserWarning, stacklevel=2)

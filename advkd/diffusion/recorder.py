@@ -145,9 +145,9 @@ def record_in_processes(
     """
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
-    source = (source, compiled, autocast)
+    loading = (source, compiled, autocast)
     config.validate()
-    info, out = _describe(_load(*source), config), require_output_folder(out)
+    info, out = _describe(_load(*loading), config), require_output_folder(out)
     launcher.hold_standard_streams()
     with _alone(out):
         _missing(out, info)
@@ -156,7 +156,7 @@ def record_in_processes(
         for rank in range(processes):
             # Pipes, since an interrupt that ends the process at once would leave the semaphores of queues and events.
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (source, config, out, rank, processes, progress, os.getpid(), sender)
+            arguments = (loading, config, out, rank, processes, progress, os.getpid(), sender)
             workers.append(context.Process(target=_record_as, args=arguments, daemon=True))
             reports.append((receiver, sender))
         try:

@@ -57,11 +57,11 @@ def sample_consistency(
     The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
     identity, below all sigmas. The first state is sigma_1 z.
     """
-    sigmas, sigma_min = _numbers(sigmas), finite("sigma_min", sigma_min)
-    if not 0 <= sigma_min < min(sigmas, default=math.inf):
+    levels, sigma_min = _numbers(sigmas), finite("sigma_min", sigma_min)
+    if not 0 <= sigma_min < min(levels, default=math.inf):
         raise InputError(f"sigma_min must be at least 0 and below all sigmas, got {sigma_min}")
-    weights = [math.sqrt(sigma**2 - sigma_min**2) for sigma in sigmas]
-    return _denoise_again(denoiser, sigmas, [*sigmas[:1], *weights[1:]], shape, seed, start, device)
+    weights = [math.sqrt(sigma**2 - sigma_min**2) for sigma in levels]
+    return _denoise_again(denoiser, levels, [*levels[:1], *weights[1:]], shape, seed, start, device)
 
 
 def _numbers(sigmas):

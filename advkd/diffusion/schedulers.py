@@ -269,6 +269,8 @@ class FusedDPMSolverMultistepScheduler(FusedSigmas, DPMSolverMultistepScheduler)
     thresholding, learned variances, and where a gradient is wanted.
     """
 
+    lower_order_nums: int
+
     def step(
         self,
         model_output: torch.Tensor,

@@ -43,8 +43,9 @@ def position_in(timestep: object, timesteps: torch.Tensor) -> int | None:
 
 def for_diffusers(timestep: object, t: int) -> int | torch.Tensor:
     """A timestep that diffusers can index with: int32 and int64 tensors as they are, others as the int ``t``."""
-    known = isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.int32, torch.int64)
-    return timestep if known else t
+    if isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.int32, torch.int64):
+        return timestep
+    return t
 
 
 def scalar(name: str, value: float | torch.Tensor) -> tuple[float, float | torch.Tensor]:

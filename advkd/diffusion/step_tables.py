@@ -17,7 +17,7 @@ class Table:
     def __init__(self, keys: Sequence[Hashable], coefficients: Callable[[Hashable], StepCoefficients]):
         self.steps = [or_reason(coefficients, key) for key in keys]
         self.positions = {key: position for position, key in enumerate(keys)}
-        self._rows = {}
+        self._rows: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, ...]] = {}
 
     def __getitem__(self, key: Hashable) -> StepCoefficients | str:
         return self.steps[self.positions[key]]

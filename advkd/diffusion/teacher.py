@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -223,7 +223,7 @@ class Teacher:
         timesteps = self.timesteps(sampler, steps)
         return [self.coefficients(t, s, sampler) for t, s in zip(timesteps, [*timesteps[1:], None])]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own loop.
         return {**self.__dict__, "_loop": None}
 

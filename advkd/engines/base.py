@@ -44,8 +44,8 @@ class Engine(Protocol):
         options: as given, the algorithms filled in.
     """
 
-    weights: list[torch.Tensor]
-    biases: list[torch.Tensor]
+    weights: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor]
     options: Options
 
     def __init__(

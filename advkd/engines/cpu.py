@@ -46,7 +46,7 @@ class CpuEngine(Engine):
         self.packed = [pack(weight, bias, layer, dtype, algorithm) for weight, bias, layer, algorithm in parts]
         self.numel, self.numbers = latent_numel(layers), encode(layers, dtype, algorithms)
         # Idle workspaces go with the engine; one that is still in use elsewhere makes its own anew.
-        weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False
+        weakref.finalize(self, torch.ops.advkd_cpu.clear_workspaces).atexit = False  # type: ignore[misc]
 
     @staticmethod
     def gap(layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -61,8 +61,8 @@ class CpuEngine(Engine):
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``."""
         require_latents(z, self.numel, self.weights[0].device)
-        tensors = (z.float().contiguous(), [], [], self.packed)
-        return torch.ops.advkd.student_forward(*tensors, self.numbers, [], self.slope, "cpu")
+        z = z.float().contiguous()
+        return torch.ops.advkd.student_forward(z, [], [], self.packed, self.numbers, [], self.slope, "cpu")
 
     def plan(self, batch_size: int, measured: bool) -> CpuPlan:
         """How every layer is computed, whatever the batch; with ``measured`` each is run a few times."""

@@ -51,14 +51,18 @@ class GpuEngine(Engine):
         self.candidates = tuple(able) or (self.backend,)
         self.limits = Limits.of(self.device)
         self.numel, self.numbers = latent_numel(layers), encode(layers, dtype)
-        self._packed, self._steps, self._graphs, self._asked = {}, {}, OrderedDict(), set()
-        self._lock, self._stream, self._pool, self._used = threading.RLock(), None, None, None
+        self._packed: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._steps: dict[int, list[Step]] = {}
+        self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._asked: set[int] = set()
+        self._stream: torch.cuda.Stream | None = None
+        self._lock, self._pool, self._used = threading.RLock(), None, None
 
     @staticmethod
     def gap(layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> str | None:
         """The reason why the kernels cannot run here, or None."""
-        gaps = [registry.gap("student_forward", backend, device) for backend in BACKENDS]
-        if None not in gaps:
+        gaps = list(filter(None, (registry.gap("student_forward", backend, device) for backend in BACKENDS)))
+        if len(gaps) == len(BACKENDS):
             return "; ".join(gaps)
         shape = None if is_image(layers[-1]) else "the last layer must make 1 to 4 channels by tanh without up-sampling"
         return shape or dtype_gap(dtype, DTYPES)
@@ -190,8 +194,9 @@ class GpuEngine(Engine):
         Tensors made inside may be written to later, whatever the mode of the caller; torch captures one graph at a time.
         """
         with self._lock, _CAPTURES, torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad():
-            caller, self._stream = torch.cuda.current_stream(), self._stream or torch.cuda.Stream()
-            self._stream.wait_stream(caller)
-            with torch.cuda.stream(self._stream):
-                yield self._stream
-            caller.wait_stream(self._stream)
+            caller = torch.cuda.current_stream()
+            self._stream = own = self._stream or torch.cuda.Stream()
+            own.wait_stream(caller)
+            with torch.cuda.stream(own):
+                yield own
+            caller.wait_stream(own)

@@ -88,7 +88,7 @@ def measured_steps(engine: Network, n: int) -> list[Step]:
 
 def cheapest(count: int, candidates: Sequence[Step], cost: Callable[[Step], float]) -> list[Step]:
     """The chain of steps through ``count`` layers whose costs add up to the least."""
-    best = {count: (0.0, [])}
+    best: dict[int, tuple[float, list[Step]]] = {count: (0.0, [])}
     for first in reversed(range(count)):
         ways = [(cost(s) + best[s.first + s.count][0], s) for s in candidates if s.first == first and s.first + s.count in best]
         if ways:

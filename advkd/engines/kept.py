@@ -44,7 +44,8 @@ class Kept:
     def __init__(self, hardware: str, entry: str, versions: dict[str, Any], accepts: Callable[[Any], bool], subject: str):
         self.path = kept_file(hardware)
         self._entry, self._versions, self._accepts, self._subject = entry, versions, accepts, subject
-        self.known, self.found = self._read(), {}
+        self.known: dict[str, Any] = self._read()
+        self.found: dict[str, Any] = {}
 
     def add(self, key: str, value: Any) -> None:
         """Remember a value until :meth:`keep` writes it."""

@@ -24,7 +24,7 @@ class Plan:
         """The line above the table."""
         raise NotImplementedError
 
-    def __str__(self):
+    def __str__(self) -> str:
         kind = type(self.rows[0])
         counts = [[getattr(row, name) for name in kind.summed] for row in self.rows]
         lines = [(*row.names(), *kind.figures(*own)) for row, own in zip(self.rows, counts)]

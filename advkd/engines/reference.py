@@ -36,8 +36,8 @@ class ReferenceEngine(Engine):
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` of latents ``(N, numel)``."""
         require_latents(z, self.numel, self.weights[0].device)
-        tensors = (z.to(self.dtype), self.weights, self.biases, [])
-        return torch.ops.advkd.student_forward(*tensors, self.numbers, [], self.slope, "reference")
+        z = z.to(self.dtype)
+        return torch.ops.advkd.student_forward(z, self.weights, self.biases, [], self.numbers, [], self.slope, "reference")
 
     def plan(self, batch_size: int, measured: bool) -> Plan:
         """Refused: torch plans.

@@ -1,9 +1,4 @@
-"""Features of images, and the cache that keeps them by content.
-
-An extractor is a module with ``num_features``, ``score`` (the name of a Frechet distance in its features), ``identity`` (a hash
-of its computation), ``shape`` (of the images it takes, or None) and a ``forward`` from uint8 ``(N, C, H, W)`` to
-``(N, num_features)`` float.
-"""
+"""Features of images, and the cache that keeps them by content."""
 
 import hashlib
 import importlib.util
@@ -33,7 +28,22 @@ HEADER_LIMIT = 2**16
 """Bytes that a file of kept features may have beside them."""
 
 
-class ClassifierFeatures(nn.Module):
+class Extractor(nn.Module):
+    """A module with a ``forward`` from uint8 ``(N, C, H, W)`` to ``(N, num_features)`` float.
+
+    Attributes:
+        num_features: length of a feature vector.
+        score: name of a Frechet distance in the features.
+        shape: of the images that it takes, None for any.
+        identity: a hash of the computation.
+    """
+
+    num_features: int
+    score: str
+    shape: tuple[int, ...] | None
+
+
+class ClassifierFeatures(Extractor):
     """A :class:`Classifier`'s features: the Frechet distance is ``FD-<its name>``, never FID."""
 
     def __init__(self, classifier: Classifier):
@@ -54,7 +64,7 @@ class ClassifierFeatures(nn.Module):
         return self.classifier.features(normalize(images))
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(Extractor):
     """Inception-v3's 2,048 pooled features (FID's), from a local file with torch-fidelity's conversion of the original weights.
 
     Gray images are repeated to three channels. The file is read as tensors only; a file of another hash, one that would unpack
@@ -121,7 +131,7 @@ def _inception(state, what):
     return network
 
 
-def build_extractor(name: str, inception_weights: str | Path | None = None) -> nn.Module:
+def build_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:
     """The extractor ``digits``, ``inception`` or of a folder by ``advkd classifier train``, in eval mode."""
     if name == "inception":
         if inception_weights is None:
@@ -132,7 +142,7 @@ def build_extractor(name: str, inception_weights: str | Path | None = None) -> n
     return ClassifierFeatures(Classifier.from_pretrained(name)).eval()
 
 
-def require_fit(extractor: nn.Module, images: torch.Tensor, option: str) -> None:
+def require_fit(extractor: Extractor, images: torch.Tensor, option: str) -> None:
     """Refuse images (uint8 ``(N, C, H, W)``) that the extractor cannot take."""
     if extractor.shape is not None and tuple(images.shape[1:]) != tuple(extractor.shape):
         wanted, found = describe_shape(extractor.shape), describe_shape(images.shape[1:])
@@ -143,7 +153,7 @@ def require_fit(extractor: nn.Module, images: torch.Tensor, option: str) -> None
 
 
 @torch.no_grad()
-def extract(extractor: nn.Module, images: torch.Tensor, batch_size: int = 256, cache: str | Path | None = None) -> torch.Tensor:
+def extract(extractor: Extractor, images: torch.Tensor, batch_size: int = 256, cache: str | Path | None = None) -> torch.Tensor:
     """Features ``(N, D)`` float32, on the CPU, of uint8 images ``(N, C, H, W)``; computed on the extractor's device.
 
     Args:

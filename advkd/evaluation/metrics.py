@@ -89,8 +89,8 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
     generated, reference = _two(generated, reference, 4)
     _require_least(1, subsets=subsets)
     generator, size = _generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
-    values = [poly_mmd(_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets)]
-    values = torch.stack(values)
+    pairs = ((_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets))
+    values = torch.stack([poly_mmd(*pair) for pair in pairs])
     return values.mean().item(), values.std(unbiased=False).item()
 
 
@@ -191,7 +191,7 @@ def neighbour_measures(
     ours, theirs = (_counts(len(features), resamples, generator) for features in (generated, reference))
     radii, diversity = _within(generated, ours)
     measures = {**_across(generated, reference, radii, _radii(reference, NEIGHBOUR), ours, theirs), "diversity": diversity}
-    result = {}
+    result: dict[str, Any] = {}
     for name, (value, *resampled) in ((name, values.tolist()) for name, values in measures.items()):
         result |= {name: value, f"{name}_interval": _interval(resampled, value, level)}
     return result

@@ -73,7 +73,7 @@ def write_report(
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []
     if not isinstance(runs, list) or not all(isinstance(run, dict) and set(RUN_KEYS) <= set(run) for run in runs):
         raise InputError(f"ablation {ablation} is not what profiling/cases/ablation.py writes")
-    with restoring("ablation", ablation, "run profiling/cases/ablation.py again"):
+    with restoring("ablation", ablation or "", "run profiling/cases/ablation.py again"):
         _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)

@@ -1,7 +1,6 @@
 """A student as an ONNX file: plain operations, for any batch size."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ PACKAGES = ("onnx", "onnxscript")
 """Packages that torch's exporter needs."""
 
 
-def export_onnx(student: Student | FusedStudent, path: str | os.PathLike, opset_version: int | None = None) -> Path:
+def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version: int | None = None) -> Path:
     """Write a student to an ONNX file with one input ``z`` and one output ``images``.
 
     Args:

@@ -6,8 +6,10 @@ import ctypes
 import dataclasses
 import re
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -61,14 +63,22 @@ class StudentModel(ModelMixin, ConfigMixin):
     """diffusers' view of a :class:`Student`: the same weights under the same names, in the same folder format."""
 
     @register_to_config
-    def __init__(self, image_size=256, image_channels=3, channels=None, latent_size=4, detail_noise=False, slope=0.2):
+    def __init__(
+        self,
+        image_size: int = 256,
+        image_channels: int = 3,
+        channels: Sequence[int] | None = None,
+        latent_size: int = 4,
+        detail_noise: bool = False,
+        slope: float = 0.2,
+    ):
         super().__init__()
         channels = tuple(channels) if channels else StudentConfig().channels
         student = Student(StudentConfig(image_size, image_channels, channels, latent_size, detail_noise, slope))
         self._share(student)
 
     @classmethod
-    def from_student(cls, student):
+    def from_student(cls, student: Student) -> Self:
         """Wrap a copy of a student, in eval mode."""
         with torch.device("meta"):
             model = cls(**dataclasses.asdict(student.config))
@@ -82,7 +92,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         self._modules, self.latent_parts = student._modules, student.latent_parts
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self | tuple[Self, dict[str, Any]]:
         """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name).
 
         Weights come from safetensors unless ``use_safetensors`` says else, are float32 unless ``torch_dtype`` does, whatever
@@ -108,7 +118,7 @@ class StudentModel(ModelMixin, ConfigMixin):
             raise InputError(f"the weights in {folder} do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
         return (model, report) if reported else model
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``."""
         return Student.forward(self, z)
 
@@ -171,13 +181,13 @@ class AdvKDPipeline(DiffusionPipeline):
         student: a :class:`StudentModel` (or a :class:`Student`, which is wrapped).
     """
 
-    def __init__(self, student):
+    def __init__(self, student: StudentModel | Student):
         super().__init__()
         self.register_modules(student=StudentModel.from_student(student) if isinstance(student, Student) else student)
         self._fused = (None, None)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """diffusers' ``from_pretrained`` with its options, of a folder or a hub id (owner/name) that holds a student alone.
 
         Weights come from safetensors unless ``use_safetensors`` says else; from the hub nothing else is fetched.
@@ -192,7 +202,13 @@ class AdvKDPipeline(DiffusionPipeline):
         return super().from_pretrained(folder, **{**options, "use_safetensors": _safe(options)})
 
     @torch.no_grad()
-    def __call__(self, batch_size=1, generator=None, output_type="pil", return_dict=True):
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         Args:
@@ -237,7 +253,7 @@ class AdvKDPipeline(DiffusionPipeline):
             return partial(_drawn_by, student)
         return fused
 
-    def save_pretrained(self, save_directory, **options):
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """diffusers' ``save_pretrained``, and a model card."""
         config = self.student.config
         card = MODEL_CARD.format(

@@ -33,10 +33,11 @@ class BatchNorm2d(nn.BatchNorm2d):
             # torch's own operations alone: they can be exported, and differentiated any number of times.
             x = F.leaky_relu(super().forward(x), slope, inplace=True)
             return F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
-        momentum = self._count()
+        momentum, (weight, bias) = self._count(), self._scales(x)
         return norm_act(
             x,
-            *self._scales(x),
+            weight,
+            bias,
             self.running_mean if self.track_running_stats else None,
             self.running_var if self.track_running_stats else None,
             slope=slope,

@@ -1,6 +1,7 @@
 """A small image classifier; its features are what Frechet distances of small data sets are measured in."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class ClassifierConfig:
     num_features: int = 64
     slope: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise InputError(f"image_size must be 4 * 2^k and at least 8, got {self.image_size}")
         if self.image_size >> len(self.channels) != 4:
@@ -50,7 +51,7 @@ class ClassifierConfig:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
-class Classifier(PretrainedModule, nn.Module):
+class Classifier(PretrainedModule):
     """Strided convolutions to 4x4, a linear map to ``num_features`` features, LeakyReLU, a linear map to the classes.
 
     Its weights are float32.
@@ -62,8 +63,10 @@ class Classifier(PretrainedModule, nn.Module):
     config_class = ClassifierConfig
     embedded = {"digits": PRETRAINED / "digits-classifier"}
     training_keys = ("accuracy",)
+    config: ClassifierConfig
+    scale: torch.Tensor
 
-    def __init__(self, config):
+    def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
         layers, features = [], config.image_channels
@@ -82,24 +85,24 @@ class Classifier(PretrainedModule, nn.Module):
         self.head = nn.Linear(config.num_features, config.classes, dtype=torch.float32)
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
-    def features(self, x):
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         """Features ``(N, num_features)`` of images ``(N, C, S, S)`` in [-1, 1], of mean square 1 on the training images."""
         return self.embedding(self.trunk(x)) / self.scale
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits ``(N, classes)`` of images ``(N, C, S, S)`` in [-1, 1]."""
         return self.head(self.embedding(self.trunk(x)))
 
     @torch.no_grad()
-    def calibrate(self, images):
+    def calibrate(self, images: torch.Tensor) -> None:
         """Set the features' common scale, so that their mean square over ``images`` (as for :meth:`accuracy`) is 1."""
         batches = self._batches(images)
         self.scale.fill_(1.0)
-        squares = sum(self.features(part).double().square().sum() for part in batches)
+        squares: Any = sum(self.features(part).double().square().sum() for part in batches)
         self.scale.copy_((squares / (len(images) * self.config.num_features)).sqrt())
 
     @torch.no_grad()
-    def accuracy(self, images, labels):
+    def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Fraction of ``images``, ``(N, C, S, S)`` in [-1, 1] or uint8 and N at least 1, whose class is found.
 
         They may be in another device's memory than the classifier, which takes :data:`BATCH_PIXELS` at a time.

@@ -29,7 +29,7 @@ class CriticConfig:
     condition_channels: int = 0
     slope: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size < 4 or self.image_size & (self.image_size - 1):
             raise InputError(f"image_size must be 4 * 2^k, got {self.image_size}")
         if min(self.image_channels, self.channels, self.max_channels) < 1 or self.condition_channels < 0:
@@ -38,7 +38,7 @@ class CriticConfig:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
 
-class Critic(PretrainedModule, nn.Module):
+class Critic(PretrainedModule):
     """``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
 
     Strided 4x4 convolutions bring the image to 4x4, where a conditional critic joins the condition; a 3x3 convolution and
@@ -46,8 +46,9 @@ class Critic(PretrainedModule, nn.Module):
     """
 
     config_class = CriticConfig
+    config: CriticConfig
 
-    def __init__(self, config):
+    def __init__(self, config: CriticConfig):
         super().__init__()
         self.config = config
         layers, features, wider, side = [], config.image_channels, config.channels, config.image_size
@@ -62,7 +63,7 @@ class Critic(PretrainedModule, nn.Module):
             nn.Linear(16 * wider, 1),
         )
 
-    def forward(self, x, condition=None):
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Scores ``(N,)`` of images ``(N, C, S, S)``; ``condition`` is ``(N, condition_channels, 4, 4)`` where configured."""
         if (condition is None) != (self.config.condition_channels == 0):
             raise InputError(f"condition must have {self.config.condition_channels} channels, got {condition}")

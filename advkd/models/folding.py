@@ -17,7 +17,7 @@ GEOMETRIES = tuple(((3, 3), (1, 1), padding, (1, 1), 1, "zeros") for padding in 
 NO_NORM = nn.Identity()
 
 
-def require_fusable(student: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def require_fusable(student: Any) -> list[tuple[nn.Module, nn.Module]]:
     """A student's convolutions, each with the norm behind it (:func:`_stages`).
 
     Raises:
@@ -38,7 +38,7 @@ def require_fusable(student: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return stages
 
 
-def read_by_fusing(student: nn.Module) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+def read_by_fusing(student: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """The inputs of :meth:`advkd.FusedStudent.from_student`: a tuple of everything but tensors, and a list of the tensors.
 
     Raises:
@@ -54,7 +54,7 @@ def read_by_fusing(student: nn.Module) -> tuple[tuple[Any, ...], list[torch.Tens
     return tuple(described), tensors
 
 
-def folded(student: nn.Module, layers: Sequence[ConvLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def folded(student: Any, layers: Sequence[ConvLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Weight and bias of each of a student's convolutions, its norm inside.
 
     Raises:

@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.pictures import to_uint8
 from ..engines.base import Engine, Options
@@ -45,7 +44,7 @@ def _prepare_loaded(module, incompatible_keys):
     module._prepare()
 
 
-class FusedStudent(PretrainedModule, nn.Module):
+class FusedStudent(PretrainedModule):
     """A student for sampling only. Made by :meth:`Student.fuse`, or loaded by :meth:`from_pretrained`.
 
     Its dtype is chosen when it is made; ``to(device)``, copies, pickles and ``load_state_dict`` work. Weights are packed then:
@@ -60,6 +59,9 @@ class FusedStudent(PretrainedModule, nn.Module):
     """
 
     config_class = FusedStudentConfig
+    config: FusedStudentConfig
+    engine: Engine
+    weight0: torch.Tensor
     tune, mixed = False, True
     """Whether plans for GPUs are measured, and may then take kernels of both GPU backends."""
 
@@ -76,14 +78,13 @@ class FusedStudent(PretrainedModule, nn.Module):
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"weight{i}", torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=wide))
             self.register_buffer(f"bias{i}", torch.empty(layer.c_out, dtype=wide))
-        self.engine: Engine | None = None
         self.register_load_state_dict_post_hook(_prepare_loaded)
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
     def from_student(
-        cls, student: nn.Module, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True
+        cls, student: Any, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True
     ) -> "FusedStudent":
         """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`.
 
@@ -154,11 +155,11 @@ class FusedStudent(PretrainedModule, nn.Module):
             self._prepare()
         return self
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # An engine is this processor's and this process's.
         return {**super().__getstate__(), "engine": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # Older versions kept an engine's parts here.
         super().__setstate__({key: value for key, value in state.items() if key not in ("_packed", "_engine")})
         self._prepare()

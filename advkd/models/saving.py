@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from ..config import build_config
 from ..errors import InputError
@@ -23,17 +26,18 @@ LARGEST_WEIGHT = 1e12
 """Largest magnitude of a weight that is read."""
 
 
-class PretrainedModule:
-    """Mix-in for an ``nn.Module`` whose only constructor argument is the dataclass ``config_class``."""
+class PretrainedModule(nn.Module):
+    """Base of a module whose only constructor argument is ``config``, the dataclass ``config_class``."""
 
-    config_class = None
-    embedded = {}
-    training_keys = ()
-    training_record = None
+    config_class: ClassVar[type]
+    embedded: ClassVar[Mapping[str, Path]] = {}
+    training_keys: ClassVar[tuple[str, ...]] = ()
+    config: Any
+    training_record: dict[str, Any] | None = None
     """The record of a loaded module's training (``training.json``), if that is known."""
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu"):
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
         """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
 
         Raises:
@@ -51,7 +55,7 @@ class PretrainedModule:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         if kind not in (cls.__name__, f"{cls.__name__}Model"):
             raise InputError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        config = build_config(cls.config_class, values, f"{folder / 'config.json'}")
+        config: Any = build_config(cls.config_class, values, f"{folder / 'config.json'}")
         require_regular(folder / WEIGHTS, f"the weights of {cls.__name__}")
         # Whatever torch's default device and the mode of autograd are: weights on the CPU that can be trained.
         with torch.inference_mode(False), torch.device("cpu"):
@@ -63,7 +67,7 @@ class PretrainedModule:
         return module.to(device).eval()
 
     @staticmethod
-    def is_record(record):
+    def is_record(record: dict[str, Any]) -> bool:
         """True if a training record's values are such as can be read; its keys are there."""
         return True
 
@@ -86,7 +90,7 @@ class PretrainedModule:
             raise InputError(f"{path} is damaged or of another model ({why}): restore or fetch a copy of it") from error
         return module
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
 
         Each file is whole or absent; ``config.json``, by which a folder is taken for a finished one, comes last.
@@ -102,7 +106,14 @@ class PretrainedModule:
             write_json(folder / TRAINING, self.training_record)
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
 
-    def push_to_hub(self, repo_id, *, private=None, token=None, commit_message="Upload advkd model"):
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload advkd model",
+    ) -> str:
         """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""
         import tempfile
 
@@ -137,7 +148,7 @@ def _read_weights(path):
     return tensors
 
 
-def require_plausible(tensors):
+def require_plausible(tensors: Mapping[str, torch.Tensor]) -> None:
     """``ValueError`` for weights that no training gives: images of them would not be finite."""
     for name, tensor in tensors.items():
         least, most = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else (0, 0)

@@ -35,7 +35,7 @@ class StudentConfig:
     detail_noise: bool = False
     slope: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "latent_size"):
             setattr(self, name, _integer(name, getattr(self, name)))
         # Products of larger ones are no sizes of tensors.
@@ -85,7 +85,7 @@ class FusedStudentConfig(StudentConfig):
     dtype: str = "float32"
     algorithms: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")

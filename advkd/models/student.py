@@ -47,7 +47,7 @@ class Submodule(nn.Module):
         return normalize(self.norm2, self.convolution2(x), self.slope, upsample)
 
 
-class Student(PretrainedModule, nn.Module):
+class Student(PretrainedModule):
     """Low-dimensional noise in, an image out, in one pass.
 
     Args:
@@ -61,6 +61,7 @@ class Student(PretrainedModule, nn.Module):
     embedded = {"digits": PRETRAINED / "digits"}
     training_keys = ("samples", "runs")
     folded_forward = True
+    config: StudentConfig
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
@@ -144,7 +145,7 @@ class Student(PretrainedModule, nn.Module):
             if block.upsample and details:
                 x = torch.cat((x, details.pop(0)), dim=1)
             # Up-sampling comes with the activation before it, where nobody else needs that at the lower resolution.
-            upsample = k not in wanted and blocks[k].upsample and not details
+            upsample = k not in wanted and bool(blocks[k].upsample) and not details
             x, upsampled = block(x, upsampled, upsample), upsample
             if k in wanted:
                 outputs[k] = torch.tanh(self.head(x)) if k == depth else self.terminals[k - 1](x)

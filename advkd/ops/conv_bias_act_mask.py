@@ -52,9 +52,7 @@ def conv_bias_act_mask(
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
     """
     require_floating("x", x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
+    for name, tensor in (("weight", weight), *([] if bias is None else [("bias", bias)])):
         require_dense(name, tensor)
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise InputError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")

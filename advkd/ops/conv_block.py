@@ -13,7 +13,16 @@ from .layout import has_values
 from .student_steps import Step, pack_gpu, run_step, triton_launcher
 
 
-def conv_block(x, weight, bias, *, slope=0.2, upsample=False, activation="leaky_relu", backend="auto"):
+def conv_block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    slope: float = 0.2,
+    upsample: bool = False,
+    activation: str = "leaky_relu",
+    backend: str = "auto",
+) -> torch.Tensor:
     """3x3 convolution (padding 1) of the nearest-neighbour up-sampled input, bias and activation.
 
     Args:
@@ -72,14 +81,16 @@ def _check_tensors(x, weight, bias):
         raise InputError(f"x must be a floating-point tensor, got {x.dtype}")
 
 
-def require_finite(**tensors):
+def require_finite(**tensors: torch.Tensor) -> None:
     """Refuse weights that are infinite or not numbers: transforms would spread them over the image."""
     for name, tensor in tensors.items():
         if has_values(tensor) and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
 
 
-def conv_block_reference(x, weight, bias, slope, upsample, activation):
+def conv_block_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, slope: float, upsample: bool, activation: str
+) -> torch.Tensor:
     """The specification of :func:`conv_block`."""
     if upsample:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -90,18 +101,28 @@ def conv_block_reference(x, weight, bias, slope, upsample, activation):
     return torch.tanh(y) if activation == "tanh" else y
 
 
-def conv_block_cpu(x, weight, bias, slope, upsample, activation, algorithm=None):
+def conv_block_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    slope: float,
+    upsample: bool,
+    activation: str,
+    algorithm: str | None = None,
+) -> torch.Tensor:
     """The C++ kernels, packing the weights on every call (:func:`student_forward` keeps them packed)."""
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    layer = ConvLayer(weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], upsample, activation)
     algorithm = algorithm or layer.default(x.dtype)
     numbers = layer.numbers(x.dtype, algorithm)
     packed = pack(weight, bias, layer, x.dtype, algorithm)
     return torch.ops.advkd_cpu.conv_block(x.float().contiguous(), packed, numbers, slope)
 
 
-def conv_block_cuda(x, weight, bias, slope, upsample, activation):
+def conv_block_cuda(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, slope: float, upsample: bool, activation: str
+) -> torch.Tensor:
     """The launcher of op ``conv_block`` on backend ``cuda``: stored as a network's layer is, convolved, and back."""
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    layer = ConvLayer(weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], upsample, activation)
     product, image = product_of(x.dtype), is_image(layer)
     step = Step("image" if image else "conv", 0)
     packed, padded_bias = pack_gpu(weight, bias, layer, x.dtype, step.form(0, 0), product)
@@ -114,7 +135,9 @@ def conv_block_cuda(x, weight, bias, slope, upsample, activation):
     return out if image else out[..., : layer.c_out].permute(0, 3, 1, 2).contiguous()
 
 
-def conv_block_triton(x, weight, bias, slope, upsample, activation):
+def conv_block_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, slope: float, upsample: bool, activation: str
+) -> torch.Tensor:
     """The launcher of op ``conv_block`` on backend ``triton``."""
     return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)
 

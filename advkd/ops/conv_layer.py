@@ -96,4 +96,7 @@ def encode(layers: Sequence[ConvLayer], dtype: torch.dtype = torch.float32, algo
 def decode(numbers: Sequence[int]) -> list[ConvLayer]:
     """The layers of :func:`encode`."""
     rows = [numbers[i : i + FIELDS] for i in range(0, len(numbers), FIELDS)]
-    return [ConvLayer(*row[:4], bool(row[4]), ACTIVATIONS[row[5]], row[8]) for row in rows]
+    return [
+        ConvLayer(c_in, c_out, height, width, bool(upsample), ACTIVATIONS[activation], detail)
+        for c_in, c_out, height, width, upsample, activation, _, _, detail in rows
+    ]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
@@ -37,7 +38,16 @@ MULTIPROCESSORS, SHARED_LIMIT = 108, 163 * 1024
 """Of the device that is planned for where kernels run without one."""
 
 
-def conv_layer(x, weights, bias, out, upsample, activation, slope, product):
+def conv_layer(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    upsample: bool,
+    activation: int,
+    slope: float,
+    product: int,
+) -> None:
     """A 3x3 convolution, of the up-sampled input or of the input, with bias and activation.
 
     Args:
@@ -61,7 +71,9 @@ def conv_layer(x, weights, bias, out, upsample, activation, slope, product):
     _start(f"conv_layer_{rows}x{columns}", blocks, (x, weights, bias, out), {**sizes, **plan}, slope, product)
 
 
-def conv_image(x, weights, bias, out, activation, slope, product):
+def conv_image(
+    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, activation: int, slope: float, product: int
+) -> None:
     """The student's last convolution, 3x3 of C_in to 1 to 4 channels, with bias and activation.
 
     Args:
@@ -90,7 +102,9 @@ def _start(kernel, blocks, tensors, numbers, slope, product):
     start(program, f"advkd_{kernel}_{name}", blocks, arguments, tensors[0].device, shared=numbers["shared_bytes"])
 
 
-def layer_sizes(x, weights, bias, out, upsample, activation, product):
+def layer_sizes(
+    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, upsample: bool, activation: int, product: int
+) -> dict[str, int]:
     """The sizes of a layer, after its launcher's checks."""
     steps = _check_input(x, activation, product)
     scale, phases, taps = (2, 4, 4) if upsample else (1, 1, 9)
@@ -109,7 +123,9 @@ def layer_sizes(x, weights, bias, out, upsample, activation, product):
     return dict(zip(SIZES, numbers, strict=True))
 
 
-def image_sizes(x, weights, bias, out, activation, product):
+def image_sizes(
+    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, activation: int, product: int
+) -> dict[str, int]:
     """The sizes of an image's layer, after its launcher's checks."""
     steps = _check_input(x, activation, product)
     if bias.ndim != 1 or not 1 <= len(bias) <= 4:
@@ -145,13 +161,13 @@ def _check(name, tensor, shape, dtype, x, whole=True):
         raise InputError(f"{name} must begin at a multiple of 16 bytes")
 
 
-def plan_device(device):
+def plan_device(device: torch.device) -> dict[str, int]:
     """What plans ask of a device: its multiprocessors, and bytes of shared memory that a block may have."""
     limits = device_limits(device) if device.type == "cuda" else (MULTIPROCESSORS, SHARED_LIMIT)
     return dict(zip(("multiprocessors", "shared_limit"), limits))
 
 
-def layer_plan(**sizes):
+def layer_plan(**sizes: int) -> dict[str, int]:
     """``conv_layer_plan`` of ``csrc/cuda/conv_block.h``: the fields of :data:`PLAN`."""
     return dict(_layer_plan(tuple(sizes.values()), tuple(sizes)))
 
@@ -165,7 +181,7 @@ def _layer_plan(values, names):
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-def layer_candidates(sizes):
+def layer_candidates(sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
     """``(shape, channel_warps, parts, resident)`` of every plan that may suit a layer, in the order of comparison."""
     best, powers = _best_columns(sizes["columns"]), [2**i for i in range(4)]
     every = itertools.product(range(len(SHAPES)), powers, powers, (1, 0))
@@ -185,7 +201,7 @@ def _best_columns(columns):
     return min((4, 3, 2, 1), key=lambda c: cover(columns, c) * (c + 4))
 
 
-def layer_try(sizes, candidate):
+def layer_try(sizes: Mapping[str, int], candidate: Sequence[int]) -> tuple[float, dict[str, int]] | None:
     """A candidate's predicted cycles and its plan, or None."""
     shape, channel_warps, parts, resident = candidate
     rows, columns, most = SHAPES[shape]
@@ -204,7 +220,7 @@ def layer_try(sizes, candidate):
     return _cost(sizes, plan, rows, columns, blocks, turns), plan
 
 
-def store_bytes(columns, element):
+def store_bytes(columns: int, element: int) -> int:
     """``conv_store_bytes``: shared memory in which a warp turns results into vectors."""
     wide = 4 if columns == 1 else element
     return 16 * (16 * columns * wide + 8 * wide)
@@ -267,7 +283,7 @@ def _cost(sizes, plan, rows, columns, blocks, turns):
     return rounds * (busiest + active * moved // 64 + 600) + (active * weights // 16 if plan["resident"] else 0)
 
 
-def image_plan(**sizes):
+def image_plan(**sizes: int) -> dict[str, int]:
     """``conv_image_plan`` of ``csrc/cuda/conv_block.h``: the fields of :data:`PLAN`."""
     plan = dict(
         shape=sizes["columns"] - 1,

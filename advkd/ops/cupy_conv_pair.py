@@ -45,7 +45,19 @@ CONV_PAIR = numpy.dtype(
 """``ConvPairParameters`` of ``csrc/cuda/conv_pair.h``."""
 
 
-def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activation, slope, product):
+def conv_pair(
+    x: torch.Tensor,
+    weights1: torch.Tensor,
+    bias1: torch.Tensor,
+    weights2: torch.Tensor,
+    bias2: torch.Tensor,
+    out: torch.Tensor,
+    upsample: bool,
+    image: bool,
+    activation: int,
+    slope: float,
+    product: int,
+) -> None:
     """``out = activation(conv3x3(leaky_relu(conv3x3(up(x)) + bias1)) + bias2)``, both with zeros around the image.
 
     Args:
@@ -70,18 +82,19 @@ def conv_pair(x, weights1, bias1, weights2, bias2, out, upsample, image, activat
     if x.numel() == 0:
         return
     plan = pair_plan(*sizes, upsample, image, x.element_size(), *_limits(x.device))
-    _require(plan is not None, f"{sizes[3:]} channels in {x.dtype} do not fit in this GPU's shared memory")
+    if plan is None:
+        raise InputError(f"{sizes[3:]} channels in {x.dtype} do not fit in this GPU's shared memory")
     _require(plan["blocks"] <= MOST_BLOCKS, f"x is too large for one launch, got {tuple(x.shape)}")
     tensors = dict(zip(_POINTERS, map(address, (x, weights1, weights2, bias1, bias2, out))))
-    sizes = dict(zip(("samples", "height", "width", "c_in", "c_mid", "c_out"), sizes))
+    named = dict(zip(("samples", "height", "width", "c_in", "c_mid", "c_out"), sizes))
     options = dict(upsample=upsample, image=image, activation=activation, slope=slope, pitch=0 if image else out.shape[3])
-    parameters = struct(CONV_PAIR, {**tensors, **sizes, **options, **plan})
+    parameters = struct(CONV_PAIR, {**tensors, **named, **options, **plan})
     program = compiled("conv_pair", f"-DADVKD_PRODUCTS(EACH)=EACH({name})")
     kernel = f"advkd_conv_pair_columns{plan['columns']}_{name}"
     start(program, kernel, plan["blocks"], (parameters,), x.device, shared=plan["shared"])
 
 
-def fits(c_in, c_mid, c_out, upsample, image, product, shared_limit):
+def fits(c_in: int, c_mid: int, c_out: int, upsample: bool, image: bool, product: str, shared_limit: int) -> bool:
     """Whether a block of ``shared_limit`` bytes of shared memory can do a pair.
 
     Args:
@@ -95,7 +108,19 @@ def fits(c_in, c_mid, c_out, upsample, image, product, shared_limit):
     return pair_plan(1, 1, 1, c_in, c_mid, c_out, upsample, image, _element(product), 1, shared_limit) is not None
 
 
-def pair_plan(samples, height, width, c_in, c_mid, c_out, upsample, image, element, multiprocessors, shared_limit):
+def pair_plan(
+    samples: int,
+    height: int,
+    width: int,
+    c_in: int,
+    c_mid: int,
+    c_out: int,
+    upsample: bool,
+    image: bool,
+    element: int,
+    multiprocessors: int,
+    shared_limit: int,
+) -> dict[str, int] | None:
     """``pair_plan`` of ``csrc/cuda/conv_pair.h``: a tile, blocks and shared memory, or None if no tile fits.
 
     ``height`` and ``width``: of ``x``. ``element``: its bytes.
@@ -153,12 +178,12 @@ def _element(product):
     return 2 if product in ("bf16", "f16") else 4
 
 
-def _limits(device):
+def _limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors and bytes of shared memory per block of a device."""
     return device_limits(device) if device.type == "cuda" else HOST_LIMITS
 
 
-def _checked_sizes(x, weights1, bias1, weights2, bias2, out, upsample, image, product):
+def _checked_sizes(x, weights1, bias1, weights2, bias2, out, upsample, image, product) -> tuple[int, int, int, int, int, int]:
     """``(samples, height, width, c_in, c_mid, c_out)`` of tensors that fit together."""
     _require(x.ndim == 4 and out.ndim == 4, "x and out must have four dimensions")
     n, height, width, c_in = x.shape

@@ -3,6 +3,9 @@
 The launchers have the signatures of the extension's, ``torch.ops.advkd_cuda``.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy
 import torch
 
@@ -61,17 +64,32 @@ STEP = numpy.dtype(
 """``StepParameters`` of ``csrc/cuda/sampler_step.h``."""
 
 
-def philox_words(indices, seed, count, stream, step):
+def philox_words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int) -> torch.Tensor:
     out = torch.empty((len(indices), count), dtype=torch.int64, device=indices.device)
     return _draw("advkd_philox_words", indices, seed, count, stream, step, out)
 
 
-def philox_normal(indices, seed, shape, stream, step):
+def philox_normal(indices: torch.Tensor, seed: int, shape: Sequence[int], stream: int, step: int) -> torch.Tensor:
     out = torch.empty((len(indices), *shape), dtype=torch.float32, device=indices.device)
     return _draw("advkd_philox_normal", indices, seed, out[:1].numel(), stream, step, out)
 
 
-def sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
+def sampler_step(
+    x: torch.Tensor,
+    m: torch.Tensor,
+    table: torch.Tensor,
+    previous_x0: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    pool: int,
+    out: torch.Tensor,
+    x0: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> None:
     tensors = dict(zip(_POINTERS, (x, m, table, previous_x0, noise, indices, steps, out, x0, pooled, flags)))
     parameters = step_parameters(tensors, seed, step, pool)
     tiles = int(parameters["tiles"])
@@ -84,7 +102,7 @@ def sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, po
     start(program, kernel, tiles, (parameters,), x.device)
 
 
-def step_parameters(tensors, seed, step, pool):
+def step_parameters(tensors: Mapping[str, Any], seed: int, step: int, pool: int) -> numpy.ndarray:
     """What the kernel takes, as an array of one :data:`STEP`."""
     x, table, steps = tensors["x"], tensors["table"], tensors["steps"]
     # Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
@@ -110,7 +128,9 @@ def step_parameters(tensors, seed, step, pool):
     return struct(STEP, fields)
 
 
-def step_plan(samples, length, channels, width, pool, group, vectors, draw):
+def step_plan(
+    samples: int, length: int, channels: int, width: int, pool: int, group: int, vectors: bool, draw: bool
+) -> dict[str, int]:
     """``step_plan`` of ``csrc/cuda/sampler_step.h``: how many blocks, and what one of them does."""
     if not pool:
         return {**_flat_plan(samples, length, channels, group, vectors, draw), **dict.fromkeys(_POOL_PLAN, 0)}
@@ -137,12 +157,12 @@ def _flat_plan(samples, length, channels, group, vectors, draw):
     return {"tiles": tiles, **dict(zip(_FLAT_PLAN, plan))}
 
 
-def step_inverse(d):
+def step_inverse(d: int) -> int:
     """``step_inverse`` of ``csrc/cuda/sampler_step.h``: ``n // d == (n + 1) * step_inverse(d) >> 64``."""
     return (2**64 - 1) // d
 
 
-def step_most_tiles(pool):
+def step_most_tiles(pool: int) -> int:
     """``step_most_tiles`` of ``csrc/cuda/sampler_step.h``: how many blocks one launch may have."""
     return 2**31 - 1 if pool else 2**29 - 1
 

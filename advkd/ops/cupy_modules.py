@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -22,7 +24,7 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @functools.cache
-def gap():
+def gap() -> str | None:
     """The reason why CuPy cannot compile the sources here, or None if it can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed (pip install 'advkd[cupy]')"
@@ -37,7 +39,7 @@ def gap():
     return None
 
 
-def folder():
+def folder() -> Path | None:
     """Where the sources are: inside an installed package, beside the package in a checkout; None if nowhere."""
     package = Path(__file__).parent.parent
     return next(
@@ -45,7 +47,7 @@ def folder():
     )
 
 
-def source(name):
+def source(name: str) -> str:
     """``csrc/cuda/<name>.cu`` with our headers written out: CuPy's cache knows a program by its text alone."""
     seen = set()
 
@@ -62,7 +64,7 @@ def source(name):
 
 
 @functools.cache
-def compiled(name, *options):
+def compiled(name: str, *options: str) -> Any:
     """The program of ``csrc/cuda/<name>.cu``."""
     import cupy
 
@@ -72,7 +74,9 @@ def compiled(name, *options):
     return cupy.RawModule(code=source(name), options=(*OPTIONS, *options))
 
 
-def start(program, kernel, blocks, arguments, device, threads=THREADS, shared=0):
+def start(
+    program: Any, kernel: str, blocks: int, arguments: tuple, device: torch.device, threads: int = THREADS, shared: int = 0
+) -> None:
     """Start a kernel on torch's stream: ints are passed as 64 bits, arrays of one element as they are.
 
     ``shared``: bytes of dynamic shared memory.
@@ -110,23 +114,23 @@ class _Stream:
         return 0, self._handle
 
 
-def struct(dtype, fields):
+def struct(dtype: numpy.dtype, fields: Mapping[str, Any]) -> numpy.ndarray:
     """What a kernel takes by value: an array of one ``dtype``."""
-    return numpy.array(tuple(fields[name] for name in dtype.names), dtype)
+    return numpy.array(tuple(fields[name] for name in dtype.names or ()), dtype)
 
 
-def address(tensor):
+def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def key(seed):
+def key(seed: int) -> dict[str, int]:
     """A seed's halves, Philox' key."""
     return {"key0": seed & 0xFFFFFFFF, "key1": seed >> 32 & 0xFFFFFFFF}
 
 
-def cover(n, part):
+def cover(n: int, part: int) -> int:
     return -(-n // part)
 
 
-def clamp(n, most):
+def clamp(n: int, most: int) -> int:
     return max(1, min(n, most))

@@ -2,11 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
 
 from ..errors import InputError
+from .conv_layer import ConvLayer
 from .cupy_modules import THREADS, address, compiled, cover, start, struct
 from .gpu_storage import PRODUCTS, device_limits, stem_numbers
 
@@ -39,7 +42,17 @@ STEM = numpy.dtype(
 """``StemParameters`` there."""
 
 
-def student_stem(x, weights, biases, out, layers, slope, product, cluster, images):
+def student_stem(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    layers: Sequence[int],
+    slope: float,
+    product: int,
+    cluster: int,
+    images: int,
+) -> None:
     """3x3 convolutions with LeakyReLU one after the other, on 4x4 to 32x32 pixels, in one launch.
 
     Args:
@@ -78,14 +91,14 @@ def student_stem(x, weights, biases, out, layers, slope, product, cluster, image
     fields = {
         **dict(x=address(x), out=address(out), samples=len(x), count=len(table), images=images),
         **dict(out_pitch=out.shape[3], slope=slope, bias=plan["bias"], sums=plan["sums"], buffers=plan["buffers"]),
-        "layers": rows + [(0,) * len(LAYER)] * (LAYERS - len(table)),
+        "layers": rows + [(0,) * len(LAYER)] * (LAYERS - len(table)),  # type: ignore[arg-type]
     }
     program = compiled("student_stem", f"-DADVKD_PRODUCTS(EACH)=EACH({name})")
     kernel, blocks = f"advkd_student_stem_cluster{cluster}_{name}", cover(len(x), images) * cluster
     start(program, kernel, blocks, (struct(STEM, fields),), x.device, shared=plan["bytes"])
 
 
-def stem_layers(layers, product, images, shared_limit):
+def stem_layers(layers: Sequence[ConvLayer], product: str, images: int, shared_limit: int) -> int:
     """How many of the leading layers :func:`student_stem` can compute in one launch.
 
     Args:
@@ -108,7 +121,7 @@ def stem_layers(layers, product, images, shared_limit):
 
 
 @functools.lru_cache(1024)
-def stem_plan(table, product, cluster, images, limit):
+def stem_plan(table: tuple[tuple[int, ...], ...], product: str, cluster: int, images: int, limit: int) -> dict[str, Any]:
     """``stem_plan`` of ``csrc/cuda/student_stem.h``.
 
     Args:
@@ -120,7 +133,7 @@ def stem_plan(table, product, cluster, images, limit):
         ``shift``, ``part_shift``, ``rows``, ``line_shift`` and ``bias_place``.
     """
     element, products = (2 if product in ("bf16", "f16") else 4), (3 if product == "f32" else 1)
-    plan = dict(layers=0, bytes=0, bias=0, sums=0, buffers=(0, 0), splits=())
+    plan: dict[str, Any] = dict(layers=0, bytes=0, bias=0, sums=0, buffers=(0, 0), splits=())
     biases, sums, buffers = 0, 0, [0, 0]
     for i, (c_in, c_out, side, _, upsample) in enumerate(table):
         split = stem_split(c_in, c_out, side, upsample, element, products, cluster, images)
@@ -137,7 +150,9 @@ def stem_plan(table, product, cluster, images, limit):
     return plan
 
 
-def stem_split(c_in, c_out, side, upsample, element, products, cluster, images):
+def stem_split(
+    c_in: int, c_out: int, side: int, upsample: int, element: int, products: int, cluster: int, images: int
+) -> tuple[int, ...]:
     """``stem_split`` there: ``shift``, ``part_shift``, ``rows`` and ``line_shift`` of a layer."""
     phases, taps, columns, pixels = (4 if upsample else 1), (4 if upsample else 9), c_out // 16, images * side * side
     parts = max(1, WARPS // (phases * (side * side // 32 if side > 4 else 1)))
@@ -153,7 +168,7 @@ def stem_split(c_in, c_out, side, upsample, element, products, cluster, images):
     return side.bit_length() - 1, parts.bit_length() - 1, rows, costs.index(min(costs))
 
 
-def shared_limit(device):
+def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block on ``device`` may have."""
     return device_limits(device)[1] if device.type == "cuda" else HOST_LIMIT
 

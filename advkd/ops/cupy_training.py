@@ -1,5 +1,7 @@
 """The training ops' CUDA sources through CuPy: the launchers of :mod:`advkd.ops.cupy_kernels` for them."""
 
+from typing import Any
+
 import numpy
 import torch
 
@@ -48,7 +50,7 @@ MOST_TURNS = 8
 """``kMostNormSide``, ``kNormBlocks`` and ``kMostNormTurns`` there."""
 
 
-def conv_bias_act_mask(p, bias, slope, out, mask):
+def conv_bias_act_mask(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor) -> None:
     channels = p.shape[1] if p.ndim > 1 else 1
     inner = 1 if memory_format(p) == torch.channels_last else _length(p) // channels
     fields = {
@@ -60,12 +62,21 @@ def conv_bias_act_mask(p, bias, slope, out, mask):
     _start("conv_bias_act_mask", "advkd_conv_bias_act_mask", _blocks(p), struct(CONV_BIAS_ACT_MASK, fields), p)
 
 
-def mask_mul(x, mask, slope, out):
+def mask_mul(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
     fields = {**_addresses(x=x, mask=mask, out=out), **_samples(x, out), "slope": slope}
     _start("mask_mul", "advkd_mask_mul", _blocks(x), struct(MASK_MUL, fields), x)
 
 
-def interpolate(real, fake, a, indices, seed, step, steps, out):
+def interpolate(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    a: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     fields = {
         **_addresses(real=real, fake=fake, a=a, indices=indices, steps=steps, out=out),
         **_samples(real, fake, out),
@@ -77,7 +88,9 @@ def interpolate(real, fake, a, indices, seed, step, steps, out):
     _start("interpolate", "advkd_interpolate", _blocks(real), struct(INTERPOLATE, fields), real)
 
 
-def penalty_reduce(g, target, weight, mode, out, penalties):
+def penalty_reduce(
+    g: torch.Tensor, target: float, weight: float, mode: int, out: torch.Tensor, penalties: torch.Tensor
+) -> None:
     parts = penalty_parts(_length(g))
     partials = torch.empty((len(g), parts), dtype=torch.float32, device=g.device)
     fields = {
@@ -89,35 +102,73 @@ def penalty_reduce(g, target, weight, mode, out, penalties):
         _start("penalty_reduce", f"advkd_penalty_{kind}", len(g) * parts, struct(PENALTY, fields), g)
 
 
-def penalty_parts(length):
+def penalty_parts(length: int) -> int:
     """``penalty_parts`` of ``csrc/cuda/penalty_reduce.h``: blocks per sample."""
     return min(cover(length, THREADS * 64), THREADS)
 
 
-def norm_act_moments(x, statistics):
+def norm_act_moments(x: torch.Tensor, statistics: torch.Tensor) -> None:
     _reduce_norm("moments", statistics, norm_fields(x, reduces=True), x)
 
 
-def norm_act(x, weights, statistics, eps, slope, upsample, out):
+def norm_act(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    out: torch.Tensor,
+) -> None:
     fields = norm_fields(x, weights=weights, statistics=statistics, out=out, eps=eps, slope=slope, upsample=upsample)
     _start_norm("act", fields, x)
 
 
-def norm_act_sums(gradient, x, weights, statistics, eps, slope, upsample, kept, sums):
+def norm_act_sums(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    kept: torch.Tensor | None,
+    sums: torch.Tensor,
+) -> None:
     tensors = dict(gradient=gradient, weights=weights, statistics=statistics, out=kept)
     fields = norm_fields(x, **tensors, eps=eps, slope=slope, upsample=upsample, reduces=True)
     _reduce_norm("sums", sums, fields, x)
 
 
-def norm_act_backward(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx):
-    tensors = dict(gradient=gradient, weights=weights, statistics=statistics, means=means, out=dx)
+def norm_act_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    means: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    masked: bool,
+    dx: torch.Tensor,
+) -> None:
+    tensors: dict[str, Any] = dict(gradient=gradient, weights=weights, statistics=statistics, means=means, out=dx)
     fields = norm_fields(x, **tensors, eps=eps, slope=slope, upsample=upsample and not masked)
     _start_norm("backward", {**fields, "masked": masked}, x)
 
 
 def norm_fields(
-    x, gradient=None, weights=None, statistics=None, means=None, out=None, eps=0.0, slope=0.0, upsample=False, reduces=False
-):  # fmt: skip
+    x: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+    means: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    eps: float = 0.0,
+    slope: float = 0.0,
+    upsample: bool = False,
+    reduces: bool = False,
+) -> dict[str, Any]:
     """``norm_parameters`` of ``csrc/cuda/register_training.h``: the struct's fields, but for results and partials."""
     pointers = _addresses(x=x, gradient=gradient, weights=weights, statistics=statistics, means=means, out=out)
     last = memory_format(x) == torch.channels_last
@@ -134,12 +185,12 @@ def norm_fields(
     )
     if max(sizes.values()) > MOST_SIDE:
         raise InputError(f"x must have at most 2^29 rows, columns and channels, got {tuple(x.shape)}")
-    plan = norm_plan(*sizes.values(), group, last, reduces)
+    plan = norm_plan(**sizes, group=group, last=last, reduces=reduces)
     options = dict(eps=eps, slope=slope, upsample=upsample, masked=False, group=group)
     return {**pointers, "results": 0, "partials": 0, "width": width, **sizes, **plan, **options}
 
 
-def norm_plan(samples, height, columns, channels, group, last, reduces):
+def norm_plan(samples: int, height: int, columns: int, channels: int, group: int, last: bool, reduces: bool) -> dict[str, int]:
     """``norm_plan`` of ``csrc/cuda/norm_act.h``: how many blocks, and what one of them does."""
     groups = channels // group if last else 1
     lanes = clamp(groups, THREADS)

@@ -5,10 +5,13 @@ begins on a vector of 16 bytes and every step of the sum is whole. Where detail 
 those of the layer before, in units of their own.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from .conv_layer import ConvLayer
 
 UNIT = 16
 """Channels come in multiples of it."""
@@ -20,7 +23,7 @@ STEP = 32
 """Bytes of input channels that one tensor-core instruction sums over."""
 
 
-def product_of(dtype):
+def product_of(dtype: torch.dtype) -> str:
     """The name in :data:`PRODUCTS` for ``dtype``; float32 is TensorFloat-32 where torch's switch for convolutions says so."""
     if dtype == torch.float32:
         return "tf32" if torch.backends.cudnn.allow_tf32 else "f32"
@@ -30,17 +33,17 @@ def product_of(dtype):
     return names[dtype]
 
 
-def padded(channels):
+def padded(channels: int) -> int:
     """``channels`` in whole units."""
     return -(-channels // UNIT) * UNIT
 
 
-def input_channels(layer):
+def input_channels(layer: ConvLayer) -> int:
     """Channels of a layer's stored input: those of the layer before, then those of the latent."""
     return padded(layer.c_in - layer.detail) + (padded(layer.detail) if layer.detail else 0)
 
 
-def fold_taps(weight, upsample):
+def fold_taps(weight: torch.Tensor, upsample: bool) -> torch.Tensor:
     """``(phases, taps, C_in, C_out)`` of ``(C_out, C_in, 3, 3)``: one phase of nine taps, or four of four.
 
     Nearest-neighbour up-sampling and the convolution after it are four convolutions of the low-resolution input, one for each
@@ -54,7 +57,7 @@ def fold_taps(weight, upsample):
     return taps.reshape(4, 4, *weight.shape[1::-1])
 
 
-def pad_layer(weight, bias, layer):
+def pad_layer(weight: torch.Tensor, bias: torch.Tensor, layer: ConvLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's taps and bias with channels in whole units: ``(phases, taps, C_in, C_out)`` and ``(C_out,)``, float32."""
     taps = fold_taps(weight.double(), layer.upsample).float()
     own, extra = layer.c_in - layer.detail, padded(layer.c_out) - layer.c_out
@@ -63,13 +66,13 @@ def pad_layer(weight, bias, layer):
     return torch.cat(parts, 2).contiguous(), F.pad(bias.float(), (0, extra))
 
 
-def round_tf32(x):
+def round_tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 numbers rounded to TensorFloat-32, to nearest with ties away from zero."""
     bits = x.contiguous().view(torch.int32)
     return torch.where(x.isfinite(), (bits + 0x1000) & ~0x1FFF, bits).view(torch.float32)
 
 
-def pack_fragments(taps, product):
+def pack_fragments(taps: torch.Tensor, product: str) -> torch.Tensor:
     """Weights in the order in which a warp's lanes multiply them.
 
     Args:
@@ -92,7 +95,7 @@ def pack_fragments(taps, product):
     return ordered.reshape(phases, steps, count, c_out // 16, 32, 4 * word).contiguous()
 
 
-def pack_image(taps, c_out, product):
+def pack_image(taps: torch.Tensor, c_out: int, product: str) -> torch.Tensor:
     """Weights of the image's layer, whose few output channels would leave most of a tensor-core product empty.
 
     The nine taps' results stand side by side, output channel ``c_out * tap + channel``, as one product of the input's pixels
@@ -104,13 +107,13 @@ def pack_image(taps, c_out, product):
     return pack_fragments(columns[None, None], product)
 
 
-def stem_numbers(layers):
+def stem_numbers(layers: Iterable[ConvLayer]) -> list[int]:
     """:class:`advkd.ops.conv_layer.ConvLayer` objects as ``student_stem`` takes them: a flat list, five numbers per layer."""
     rows = ((input_channels(i), padded(i.c_out), i.height, i.width, int(i.upsample)) for i in layers)
     return [number for row in rows for number in row]
 
 
-def device_limits(device):
+def device_limits(device: torch.device) -> tuple[int, int]:
     """``(multiprocessors, bytes of shared memory that a block may have)`` of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

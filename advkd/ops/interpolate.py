@@ -39,18 +39,17 @@ def interpolate(
     layout = memory_format(real)
     real, fake = real.contiguous(memory_format=layout), fake.contiguous(memory_format=layout)
     require_like("fake", fake, "real", real)
-    seed, indices, step, steps = 0, None, 0, None
+    weights, seed, indices, step, steps = None, 0, None, 0, None
     if isinstance(a, (tuple, list)):
         seed, indices, step, steps = philox.counters("a", a, real.shape[0], real.device)
-        a = None
     else:
         if isinstance(a, torch.Tensor):
             require_dense("a", a)
         _check_weights(a, real)
-        a = a.contiguous()
+        weights = a.contiguous()
     shape = ((3 if merge else 1) * real.shape[0], *real.shape[1:])
     out = torch.empty(shape, dtype=real.dtype, device=real.device, memory_format=layout)
-    torch.ops.advkd.interpolate(real, fake, a, indices, seed, step, steps, backend, out)
+    torch.ops.advkd.interpolate(real, fake, weights, indices, seed, step, steps, backend, out)
     return out
 
 
@@ -66,14 +65,18 @@ def interpolate_reference(
 ) -> None:
     """The specification of :func:`interpolate`: writes ``out``, which has N or 3 N rows."""
     n, dtype = real.shape[0], arithmetic_dtype(real)
-    if a is None:
-        words = philox.words_reference(indices, seed, 1, philox.STREAMS["interpolation"], step if steps is None else steps)
-        a = (words[:, 0] >> 8).to(dtype) * 2.0**-24
+    a = _drawn(indices, seed, step if steps is None else steps, dtype) if a is None else a
     a = a.reshape(-1, *[1] * (real.ndim - 1))
     if out.shape[0] != n:
         out[:n].copy_(real)
         out[n : 2 * n].copy_(fake)
     out[out.shape[0] - n :].copy_(a * real.to(dtype) + (1 - a) * fake.to(dtype))
+
+
+def _drawn(indices, seed, step, dtype):
+    """Uniform numbers in [0, 1), one for each sample."""
+    words = philox.words_reference(indices, seed, 1, philox.STREAMS["interpolation"], step)
+    return (words[:, 0] >> 8).to(dtype) * 2.0**-24
 
 
 def _check_weights(a, real):

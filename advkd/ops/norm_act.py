@@ -140,14 +140,32 @@ def moments_reference(x: torch.Tensor, statistics: torch.Tensor) -> None:
     statistics.copy_(torch.stack((mean, variance)))
 
 
-def norm_act_reference(x, weights, statistics, eps, slope, upsample, out):
+def norm_act_reference(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    out: torch.Tensor,
+) -> None:
     """The specification of the forward pass: writes ``out``; ``weights`` are ``(2, C)``, gamma and beta."""
     _, before = _before(x, weights, statistics, eps)
     y = F.leaky_relu(before, slope)
     out.copy_(F.interpolate(y, scale_factor=2, mode="nearest") if upsample else y)
 
 
-def norm_act_sums_reference(gradient, x, weights, statistics, eps, slope, upsample, kept, sums):
+def norm_act_sums_reference(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    kept: torch.Tensor | None,
+    sums: torch.Tensor,
+) -> None:
     """The specification of the backward pass' sums: writes ``sums``, dbeta and dgamma, and d into ``kept`` if that is given.
 
     ``kept`` has ``x``'s dtype.
@@ -158,7 +176,18 @@ def norm_act_sums_reference(gradient, x, weights, statistics, eps, slope, upsamp
         kept.copy_(d)
 
 
-def norm_act_backward_reference(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx):
+def norm_act_backward_reference(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    statistics: torch.Tensor,
+    means: torch.Tensor,
+    eps: float,
+    slope: float,
+    upsample: bool,
+    masked: bool,
+    dx: torch.Tensor,
+) -> None:
     """The specification of the backward pass' second half: writes ``dx``.
 
     ``means``: ``(2, C)``, the sums divided by their global count, zero for running statistics. ``masked``: ``gradient`` is the

@@ -9,6 +9,7 @@ with m the network's output, x0_prev the previous step's x0 and z standard norma
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class StepCoefficients:
     c_z: float = 0.0
     clip: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in self.__dict__.items():
             if type(value) is not float:
                 object.__setattr__(self, name, real(name, value))
@@ -74,7 +75,7 @@ class StepCoefficients:
                 rows[device, dtype] = row
         return row
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
 
 
@@ -144,8 +145,8 @@ def sampler_step(
     require_samples("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
     registry.require_known(backend)
-    out, average = _split(out)
-    tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": out}
+    given, average = _split(out)
+    tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": given}
     seed, indices, step, steps = 0, None, 0, None
     if isinstance(noise, (tuple, list)):
         seed, indices, step, steps = philox.counters("noise", noise, x.shape[0], x.device)
@@ -155,28 +156,43 @@ def sampler_step(
         tensors["noise"] = noise
     _check_tensors(x, tensors)
     table = _table(coefficients, x, previous_x0 is not None, noise is not None)
-    if (out is not None or average is not None) and not torch.compiler.is_compiling():
+    if (given is not None or average is not None) and not torch.compiler.is_compiling():
         read = {"x": x, **tensors, "coefficients": coefficients, "noise's indices": indices, "noise's step": steps}
-        _check_results(x, out, average, {name: t for name, t in read.items() if isinstance(t, torch.Tensor)})
+        _check_results(x, given, average, {name: t for name, t in read.items() if isinstance(t, torch.Tensor)})
     pool = pool if pool is None else whole("pool", pool, 1)
     if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
-    registry.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, out, average)
-    x_next = torch.empty_like(x, memory_format=memory_format(x)) if out is None else out
+    registry.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, given, average)
+    x_next = torch.empty_like(x, memory_format=memory_format(x)) if given is None else given
     x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
     noise = None if indices is not None else noise
     torch.ops.advkd.sampler_step.default(
         x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags
     )
-    for given in (out, average):
-        if given is not None:
-            _mark_written(given)
+    for written in (given, average):
+        if written is not None:
+            _mark_written(written)
     if check_finite and has_values(flags):
         _refuse_infinite(flags)
     return x_next, x0, pooled
 
 
-def sampler_step_reference(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, out, x0, pooled, flags):
+def sampler_step_reference(
+    x: torch.Tensor,
+    m: torch.Tensor,
+    table: torch.Tensor,
+    previous_x0: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    seed: int,
+    step: int,
+    steps: torch.Tensor | None,
+    pool: int,
+    out: torch.Tensor,
+    x0: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    flags: torch.Tensor | None,
+) -> None:
     """The specification of :func:`sampler_step`: writes ``out`` and what else is not None."""
     arithmetic = arithmetic_dtype(x)
     k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = table.to(arithmetic).reshape(-1, 8, *[1] * (x.ndim - 1)).unbind(1)

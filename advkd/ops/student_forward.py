@@ -60,8 +60,8 @@ def student_forward(
         if not is_image(layers[-1]):
             raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
         biases, packed, steps = gpu_arguments(weights, biases, layers, dtype, plain_steps(layers, len(z), dtype, backend))
-        arguments = ([], biases, packed, encode(layers, dtype), steps, slope, backend)
-        return torch.ops.advkd.student_forward(z.contiguous(), *arguments)
+        numbers = encode(layers, dtype)
+        return torch.ops.advkd.student_forward(z.contiguous(), [], biases, packed, numbers, steps, slope, backend)
     if backend != "cpu":
         narrow = ([tensor.to(dtype) for tensor in group] for group in (weights, biases))
         return torch.ops.advkd.student_forward(z.to(dtype), *narrow, [], encode(layers), [], slope, backend)
@@ -106,7 +106,9 @@ def _check_layers(layers, weights, biases):
             raise InputError(f"weights and biases {i} must be {expected}, got {tuple(weight.shape)} and {tuple(bias.shape)}")
 
 
-def student_forward_reference(z, weights, biases, layers, slope):
+def student_forward_reference(
+    z: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], layers: Sequence[ConvLayer], slope: float
+) -> torch.Tensor:
     """The specification of :func:`student_forward`."""
     with without_autocast(z):
         return _images(z, weights, biases, layers, slope)

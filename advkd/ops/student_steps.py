@@ -6,11 +6,14 @@ A :class:`Step` is one launch for one convolution or several that follow each ot
 
 import importlib
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from ..errors import InputError
 from . import registry
-from .conv_layer import ACTIVATION_CODES, is_image, output_sides
+from .conv_layer import ACTIVATION_CODES, ConvLayer, is_image, output_sides
 from .gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded, product_of, stem_numbers
 from .latents import split_latent
 
@@ -33,20 +36,20 @@ class Step:
     count: int = 1
     config: tuple[int, ...] = ()
 
-    def form(self, i, last):
+    def form(self, i: int, last: int) -> str:
         """How convolution ``i``'s weights are packed for this step; ``last``: the network's last convolution."""
         if self.kernel.startswith("triton"):
             return "taps"
         return "image" if self.kernel == "image" or self.kernel == "pair" and i == last else "fragments"
 
 
-def encode_steps(steps, product):
+def encode_steps(steps: Iterable[Step], product: str) -> list[int]:
     """Steps and the product as the op's list of integers."""
     rows = ((KERNELS.index(s.kernel), s.first, s.count, len(s.config), *s.config) for s in steps)
     return [PRODUCTS.index(product), *(number for row in rows for number in row)]
 
 
-def decode_steps(numbers):
+def decode_steps(numbers: Sequence[int]) -> tuple[list[Step], str]:
     """``(steps, product)`` of :func:`encode_steps`.
 
     Raises:
@@ -64,7 +67,9 @@ def decode_steps(numbers):
     return steps, PRODUCTS[numbers[0]]
 
 
-def pack_gpu(weight, bias, layer, dtype, form, product):
+def pack_gpu(
+    weight: torch.Tensor, bias: torch.Tensor, layer: ConvLayer, dtype: torch.dtype, form: str, product: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's weights in one form, and its bias, float32 in whole units (as many as there are for an image).
 
     Args:
@@ -82,12 +87,20 @@ def pack_gpu(weight, bias, layer, dtype, form, product):
     return pack_fragments(taps, product), padded_bias
 
 
-def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
+def student_forward_gpu(
+    z: torch.Tensor,
+    biases: Sequence[torch.Tensor],
+    packed: Sequence[torch.Tensor],
+    layers: Sequence[ConvLayer],
+    dtype: torch.dtype,
+    steps: Sequence[int],
+    slope: float,
+) -> torch.Tensor:
     """Images ``(N, C, S, S)`` in ``dtype`` of latents ``(N, numel)``; see :func:`advkd.ops.student_forward.student_forward`.
 
     ``packed`` and ``biases``: of every layer, as :func:`pack_gpu` makes them for its step. ``steps``: of :func:`encode_steps`.
     """
-    steps, product = decode_steps(steps)
+    launches, product = decode_steps(steps)
     first, image = layers[0], layers[-1]
     images = z.new_empty((len(z), image.c_out, *output_sides(image)), dtype=dtype)
     if len(z) == 0:
@@ -96,7 +109,7 @@ def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
     coarse, *details = split_latent(z.to(dtype), parts)
     x = coarse.new_zeros((len(z), first.height, first.width, padded(first.c_in)))
     x[..., : first.c_in] = coarse.permute(0, 2, 3, 1)
-    for step, out in zip(steps, [*_activations(steps, layers, x), images], strict=True):
+    for step, out in zip(launches, [*_activations(launches, layers, x), images], strict=True):
         run_step(step, layers, x, packed, biases, out, slope, product)
         following = step.first + step.count
         if following < len(layers) and layers[following].detail:
@@ -105,18 +118,27 @@ def student_forward_gpu(z, biases, packed, layers, dtype, steps, slope):
     return images
 
 
-def run_step(step, layers, x, packed, biases, out, slope, product):
+def run_step(
+    step: Step,
+    layers: Sequence[ConvLayer],
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    slope: float,
+    product: str,
+) -> None:
     """Start one step: ``x`` as its first layer reads it, ``out`` as the layer after it does, or the images."""
     _LAUNCH[step.kernel](step, layers, x, packed, biases, out, slope, product)
 
 
-def activation_shapes(steps, layers, n):
+def activation_shapes(steps: Sequence[Step], layers: Sequence[ConvLayer], n: int) -> list[tuple[int, ...]]:
     """Shapes of the tensors between the steps."""
     following = [layers[step.first] for step in steps[1:]]
     return [(n, layer.height, layer.width, input_channels(layer)) for layer in following]
 
 
-def workspace_elements(shapes):
+def workspace_elements(shapes: Iterable[Sequence[int]]) -> int:
     """Elements of the workspace that holds such tensors by turns in its two halves."""
     return sum(_halves([math.prod(shape) for shape in shapes]))
 
@@ -141,17 +163,17 @@ def _enter(out, detail):
     place[..., detail.shape[1] :] = 0
 
 
-def triton_launcher(name):
+def triton_launcher(name: str) -> Callable:
     """Function ``name`` of the Triton kernels of the student's convolutions."""
     return getattr(importlib.import_module("advkd.kernels.conv_block"), name)
 
 
-def triton_precision(product):
+def triton_precision(product: str) -> str:
     """How Triton multiplies float32 numbers for one of :data:`PRODUCTS`."""
     return "tf32x3" if product == "f32" else "tf32"
 
 
-def triton_layer(layer):
+def triton_layer(layer: ConvLayer) -> ConvLayer:
     """A layer as Triton's table of configurations takes it: only what makes images has so few channels."""
     return layer if is_image(layer) else replace(layer, c_out=padded(layer.c_out))
 
@@ -204,7 +226,7 @@ _LAUNCH = {
 }
 
 
-def plain_steps(layers, n, dtype, backend):
+def plain_steps(layers: Sequence[ConvLayer], n: int, dtype: torch.dtype, backend: str) -> list[Step]:
     """A step for every convolution of ``n`` images, by ``triton`` or ``cuda``."""
     prefix = "triton_" if backend == "triton" else ""
     steps = []
@@ -216,7 +238,13 @@ def plain_steps(layers, n, dtype, backend):
     return steps
 
 
-def gpu_arguments(weights, biases, layers, dtype, steps):
+def gpu_arguments(
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    layers: Sequence[ConvLayer],
+    dtype: torch.dtype,
+    steps: Sequence[Step],
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
     """What op ``student_forward`` takes for its ``biases``, ``packed`` and ``steps`` on a GPU."""
     product = product_of(dtype)
     forms = [step.form(i, len(layers) - 1) for step in steps for i in range(step.first, step.first + step.count)]

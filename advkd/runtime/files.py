@@ -220,7 +220,7 @@ def read_tensors(
 
 
 @contextlib.contextmanager
-def restoring(what: str, path: str | Path | None, remedy: str = START_AGAIN) -> Iterator[None]:
+def restoring(what: str, path: str | Path, remedy: str = START_AGAIN) -> Iterator[None]:
     """Turn errors while a file's contents are used into the :class:`InputError` of a damaged file."""
     try:
         yield
@@ -286,11 +286,12 @@ def pack_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, t
 
 def unpack_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Restore the state that :func:`pack_optimizer` wrote into a freshly built Adam; ``ValueError`` where it does not fit."""
-    state, parameters = {}, [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith(prefix + "/"):
-            index, key = name[len(prefix) + 1 :].split("/")
-            state.setdefault(int(index), {})[key] = value.clone()
+            number, key = name[len(prefix) + 1 :].split("/")
+            state.setdefault(int(number), {})[key] = value.clone()
     for index, slots in state.items():
         shapes = {"step": torch.Size(), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape)}
         if {key: value.shape for key, value in slots.items()} != shapes:

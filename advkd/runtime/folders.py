@@ -24,7 +24,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers for a full disk, an exhausted quota or a file at its size limit."""
 
 _HOST = socket.gethostname().replace(".", "-")
-_HELD = Counter()
+_HELD: Counter[str] = Counter()
 
 
 def cache_folder() -> Path:

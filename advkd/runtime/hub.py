@@ -32,7 +32,7 @@ def resolve(source: str | Path, embedded: Mapping[str, Path], kind: str, pattern
     if not can_be_shown():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:
         raise InputError(
             f"{kind} {source!r} is not a local folder and cannot be fetched from the hub ({reason(error)})"

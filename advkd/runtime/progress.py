@@ -1,11 +1,12 @@
 """Progress bars that survive a closed standard error."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 
-def progress_bar(*arguments, shown: bool = True, **options) -> tqdm:
+def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm:
     """A ``tqdm`` bar on standard error; hidden where ``shown`` or :func:`can_be_shown` is False.
 
     Output that cannot be written is dropped: work goes on after its terminal has gone.

@@ -72,7 +72,9 @@ class Clock:
 
     def __init__(self, folder: str | Path):
         self._folder = require_output_folder(folder, "ADVKD_RANGES=clock:FOLDER")
-        self._names, self._ranges, self._since = [], {}, 0.0
+        self._names: list[str] = []
+        self._ranges: dict[str, dict[str, float]] = {}
+        self._since = 0.0
         atexit.register(self.stop)
 
     def __call__(self, name: str) -> AbstractContextManager:

@@ -35,7 +35,8 @@ def measure(
     Returns:
         ``{name: {"median": s, "p20": s, "p80": s, "repeats": n}}`` in seconds.
     """
-    times, shuffler, device = {name: [] for name in calls}, random.Random(0), torch.device(device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    shuffler, device = random.Random(0), torch.device(device)
     for i in range(warmup + repeats):
         for name in shuffler.sample(list(calls), len(calls)):
             if settle:

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,9 @@ class Plan:
 class Builder:
     """Turns a traced graph into the layers that its output needs, in order."""
 
-    def __init__(self, critic, graph):
-        self.critic, self.layers, self.moved, self.graph = critic, [], {IMAGE}, graph
+    def __init__(self, critic: nn.Module, graph: "torch.fx.Graph"):
+        self.critic, self.moved, self.graph = critic, {IMAGE}, graph
+        self.layers: list[Layer] = []
         self.values = dict(zip((node for node in graph.nodes if node.op == "placeholder"), (IMAGE, CONDITION)))
         (self.result,) = (node.args[0] for node in graph.nodes if node.op == "output")
 
@@ -121,7 +123,7 @@ class Builder:
         except (TypeError, IndexError, KeyError) as error:
             raise InputError(f"{name} is called in a way that the tangent pass does not know ({error}): {ADVICE}") from error
 
-    def require_alone(self, name: str, node) -> None:
+    def require_alone(self, name: str, node: Any) -> None:
         """Refuse an in-place change of a value that has another reader, or is a view of one that has."""
         while hasattr(node, "op"):
             if len(node.users) > 1 or node.op == "placeholder":
@@ -134,7 +136,7 @@ class Builder:
                 return
             node = node.args[0]
 
-    def path(self, name: str, node) -> str | None:
+    def path(self, name: str, node: Any) -> str | None:
         """The path of a weight that a function was given."""
         if node is not None and not (getattr(node, "op", None) == "get_attr" and node.target.startswith("critic.")):
             raise InputError(f"{name} has a weight that is computed: {ADVICE}")

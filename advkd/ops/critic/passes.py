@@ -10,6 +10,7 @@ Nothing is differentiated twice, and what the penalty keeps of an activation is 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,11 @@ class Passes:
     ):
         self.plan, self.options, self.weights, self.trained, self.backend = plan, options, weights, trained, backend
         count = len(plan.layers)
-        self.values, self.shapes, self.formats = [None] * (count + 2), [None] * (count + 2), [None] * (count + 2)
-        self.masks, self.gradients = [None] * count, [None] * count
+        self.values: list[Any] = [None] * (count + 2)
+        self.shapes: list[Any] = [None] * (count + 2)
+        self.formats: list[Any] = [None] * (count + 2)
+        self.masks: list[Any] = [None] * count
+        self.gradients: list[Any] = [None] * count
         self.above = _trained_above(plan, trained)
         self.below = _trained_below(plan, trained)
         # A compiler copies a tensor that a call both reads and writes; with a separate output it copies nothing.
@@ -234,9 +238,10 @@ class Passes:
             rows: ``(first, last)`` of the samples in the masks that the tangent belongs to; None: all.
             place: maps a value's number to the tensor that receives an activation's tangent, or None.
         """
-        tangents, left, made = {IMAGE: v}, list(self.plan.uses), set()
+        tangents: dict[int, Any] = {IMAGE: v}
+        left, made = list(self.plan.uses), set()
         for i, layer in enumerate(self.plan.layers):
-            inputs = [tangents.get(n) for n in layer.inputs]
+            inputs: list[Any] = [tangents.get(n) for n in layer.inputs]
             if layer.moved and self.trained[i][0]:
                 weight_gradient(i, inputs[0])
             if layer.moved and self.below[i + 2]:

@@ -71,20 +71,20 @@ def gradient_penalty(
         penalty = _by_autograd(critic, x_hat, condition, target, weight, mode)
         require_finite(check_finite, penalty.detach() + x_hat.detach().sum(dtype=arithmetic_dtype(x_hat)), named, critic)
         return penalty
-    critic = unwrapped(critic)
+    module = unwrapped(critic)
     if not torch.compiler.is_compiling():
         if not torch.is_inference_mode_enabled():
-            _require_recordable(critic)
+            _require_recordable(module)
         registry.choose("gradient_penalty", backend, x_hat.device)
-    plan = plan_of(critic, condition is not None)
-    weights = layer_weights(plan, critic)
+    plan = plan_of(module, condition is not None)
+    weights = layer_weights(plan, module)
     check_weights(plan, weights, x_hat, passes_dtype(x_hat) != x_hat.dtype)
     numbers, tensors = _numbered(weights)
-    settings = (plan, layer_options(plan, critic), numbers, target, weight, mode, backend)
+    settings = (plan, layer_options(plan, module), numbers, target, weight, mode, backend)
     condition = condition if condition is None else condition.detach()
     penalty, score = _Penalty.apply(settings, x_hat.detach(), condition, *tensors)
     # The penalty depends on the points through signs alone; the scores show what is not finite.
-    require_finite(check_finite, penalty.detach() + score, named, critic)
+    require_finite(check_finite, penalty.detach() + score, named, module)
     return penalty
 
 
@@ -217,16 +217,14 @@ def check_weights(plan: Plan, weights: Sequence[tuple], x: torch.Tensor, cast: b
                 raise InputError(f"{layer.name} has weights of {found}, the samples are {x.dtype} on {x.device}")
 
 
-def require_finite(
-    wish: bool | None, result: torch.Tensor, named: Mapping[str, torch.Tensor | None], critic: torch.nn.Module
-) -> None:
+def require_finite(wish: bool | None, result: torch.Tensor, named: Mapping[str, torch.Tensor | None], critic: Callable) -> None:
     """Name the tensor that is not finite where ``result`` is not; ``wish`` None: on the CPU, outside compiled code."""
     if wish is None:
         wish = result.device.type == "cpu" and not torch.compiler.is_compiling()
     if not wish or bool(torch.isfinite(result)):
         return
-    named = {**named, **{f"the critic's parameter {name}": p for name, p in critic.named_parameters()}}
-    for name, tensor in named.items():
+    own = critic.named_parameters() if isinstance(critic, torch.nn.Module) else ()
+    for name, tensor in (*named.items(), *((f"the critic's parameter {name}", p) for name, p in own)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are not finite")
 

@@ -5,6 +5,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def plan_of(critic: nn.Module, conditional: bool) -> Plan:
     return _kept_plan(critic, conditional)
 
 
-def unwrapped(critic: Callable) -> Callable:
+def unwrapped(critic: Callable) -> Any:
     """The critic inside DataParallel, DistributedDataParallel, AveragedModel and ``torch.compile``'s module, in any nesting.
 
     Raises:
@@ -73,7 +74,7 @@ def _shards(kind):
     return any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule", "DTensor") for base in kind.__mro__)
 
 
-_PLANS = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[bool, tuple[list, Plan]]] = weakref.WeakKeyDictionary()
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -105,7 +106,7 @@ def _constant_plan(identity, conditional):
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with this module.
-_constant_plan._dynamo_marked_constant = True
+vars(_constant_plan)["_dynamo_marked_constant"] = True
 
 
 def _state(module):

@@ -7,7 +7,7 @@ rows are (a_{l-1}, d_l) for real and generated samples and (u_{l-1}, d_l) for th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ def critic_gradients(
 
 
 def critic_step(
-    critic: torch.nn.Module, real: torch.Tensor, fake: torch.Tensor, *, synchronize: bool = True, **options
+    critic: torch.nn.Module, real: torch.Tensor, fake: torch.Tensor, *, synchronize: bool = True, **options: Any
 ) -> CriticGradients:
     """Add :func:`critic_gradients` to the parameters' ``.grad``, for ``optimizer.step()`` to follow.
 
