@@ -217,7 +217,7 @@ def test_every_plan(c_out, candidate, cupy_on_host, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
 def test_every_plan_with_every_size(c_out, candidate, cupy_on_host, monkeypatch):
-    """As above with three steps, too; resident weights need more shared memory then."""
+    """Plans with three steps are included; resident weights need more shared memory then."""
     force(monkeypatch, candidate, shared_limit=227 * 1024)
     for size, c_in, upsample in itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)):
         check(replace(size, c_in=c_in, c_out=c_out, upsample=upsample), cupy_conv_block, calls=1)

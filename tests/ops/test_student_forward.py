@@ -283,7 +283,7 @@ def test_an_engine_moves_to_a_gpu_and_back():
 
 @CPU
 def test_weights_packed_for_another_processor_are_refused(tmp_path):
-    """Sixteen channels take as many bytes on every instruction set: the header tells them apart."""
+    """Sixteen channels take as many bytes on every instruction set: only the header distinguishes them."""
     layer = ConvLayer(16, 16, 8, 8)
     weight, bias = torch.randn(16, 16, 3, 3), torch.zeros(16)
     save_file({"packed": pack(weight, bias, layer, torch.float32, "winograd2")}, tmp_path / "packed.safetensors")
