@@ -1,9 +1,9 @@
 """Bias, LeakyReLU and its mask in one pass; the specification is ``advkd.ops.conv_bias_act_mask.conv_bias_act_mask_reference``.
 
 The tiles are those of ``mask_mul``: BLOCK elements of one sample in the order of memory, eight to a row, and a row's signs are
-added up to a byte inside a thread or between two neighbours. An element's channel comes from its place in the sample: the plane
-that it lies in, or, where channels are fastest, the remainder by their number. A division per element costs more than the
-element's memory traffic, so there is one per row where planes or channels are whole rows (ROWS).
+added up to a byte inside a thread or between two neighbours. An element's channel comes from its offset in the sample: its
+plane, or, where channels are fastest, the remainder modulo their number. A division per element costs more than the element's
+memory traffic, so there is one per row where planes or channels are whole rows (ROWS).
 """
 
 import torch
@@ -54,7 +54,7 @@ def launch(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.
 
 
 def channels(p: torch.Tensor) -> dict[str, int | bool]:
-    """How the kernel finds an element's channel: none of it matters without a bias."""
+    """Kernel arguments that locate an element's channel; they do not matter without a bias."""
     plane = p[0, 0].numel() if p.ndim > 1 else 1
     fastest = plane == 1 or not p.is_contiguous()
     divisor = p.shape[1] if fastest and p.ndim > 1 else plane

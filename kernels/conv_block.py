@@ -1,10 +1,10 @@
 """The student's convolutions in Triton; the specification is ``advkd.ops.conv_block.conv_block_reference``.
 
-A tile is a run of pixels of (N, H, W), in the order of memory, by a block of output channels: places before it are 64-bit
-scalars, those in it constants. Taps are nested loops around blocks of input channels: one flattened loop has been miscompiled
-at 8 warps. Up-sampling is four such convolutions of 2x2 taps, the output's phases. All columns and phases of a tile of pixels
-run one after the other: they read it from L2, where any layer's weights fit, too, and fill its lines together. The image's few
-channels are a product of 2-D tiles of pixels, whose nine taps L1 serves.
+A tile is a run of pixels of (N, H, W), in the order of memory, by a block of output channels: offsets up to it are 64-bit
+scalars, those within it constants. Taps are nested loops around blocks of input channels: one flattened loop has been
+miscompiled at 8 warps. Up-sampling is four such convolutions of 2x2 taps, the output's phases. All columns and phases of a
+tile of pixels run one after the other: they read it from L2, where any layer's weights fit, too, and fill its lines together.
+The image's few channels are computed in 2-D tiles of pixels, whose nine taps come from L1.
 
 The descriptor variant reads boxes (1, ROWS, COLUMNS, BLOCK_K) at (n, h + i - 1, w + j - 1, k) through tensor descriptors: the
 copies fill a border of zeros, so that one loop over taps and channels needs neither masks nor pointers, and its pipeline never
@@ -26,16 +26,16 @@ from ..ops.conv_layer import ACTIVATIONS, ConvLayer
 from ..ops.gpu_storage import UNIT, input_channels, pad_layer, padded, product_of, round_tf32
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-"""How float32 numbers are multiplied: in full without tensor cores, as TensorFloat-32, in full as three products of those."""
+"""Arithmetic of float32 products: in full without tensor cores, as TensorFloat-32, in full as three products of those."""
 
 IMAGE_COLUMNS = 16
 """Output channels of the image's product: a tensor core has no fewer."""
 
 PROCESSORS = 132
-"""Of the GPU for which configurations are ordered."""
+"""Multiprocessors of the GPU for which configurations are ordered."""
 
 SHARED = 99 * 1024
-"""Bytes of shared memory that a block of every GPU since sm_80 can have."""
+"""Bytes of shared memory that every GPU since sm_80 can give a block."""
 
 DESCRIPTORS_SINCE = (9, 0)
 """Compute capability of the first GPUs that copy boxes of tensors by descriptors."""
@@ -200,7 +200,7 @@ def _activate(y, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _neighbours(inside, row, column, height, width, TAPS: tl.constexpr):
-    """Which taps of pixels lie in the image, a bit for each, where tap (0, 0) reads (row, column)."""
+    """A bit mask of each pixel's taps that lie in the image; tap (0, 0) reads (row, column)."""
     bits = tl.zeros_like(row)
     for i in tl.static_range(TAPS):
         for j in tl.static_range(TAPS):
@@ -212,7 +212,7 @@ def _neighbours(inside, row, column, height, width, TAPS: tl.constexpr):
 
 @triton.jit
 def _below(index, count: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's indices are below ``count``; a constant where whole blocks make it up, so that masks vanish."""
+    """Mask of a block's indices below ``count``; a constant where ``count`` is whole blocks, so that masked loads vanish."""
     if count % BLOCK == 0:
         return tl.full((BLOCK,), True, tl.int1)
     else:
@@ -224,7 +224,7 @@ def _step(
     x, weights, x_place, w_place, there, known, inner, k, sums,
     C_IN: tl.constexpr, IN_STEP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sums with a tap's products of input channels ``k + inner``."""
+    """The sums plus a tap's products over input channels ``k + inner``."""
     some = _below(k + inner, C_IN, BLOCK_K)
     a = tl.load(x + k + x_place, mask=there[:, None] & some[None, :], other=0.0)
     b = tl.load(weights + k * IN_STEP + w_place, mask=some[:, None] & known[None, :], other=0.0)
@@ -399,7 +399,7 @@ def conv_layer(
     precision: str,
     config: Config,
 ) -> None:
-    """A convolution of the student, as it is stored on a GPU; writes channels ``[0, C_out)`` of ``out``.
+    """A convolution of the student in a GPU's storage layout; writes channels ``[0, C_out)`` of ``out``.
 
     Args:
         x: ``(N, H, W, C_in)``, contiguous, C_in a multiple of 16: float32, bfloat16 or float16.
@@ -407,8 +407,8 @@ def conv_layer(
         bias: ``(C_out,)`` float32.
         out: ``(N, H', W', P)``, contiguous, ``x``'s dtype; P >= C_out, H' = 2 H and W' = 2 W with ``upsample``.
         activation: an index into :data:`advkd.ops.conv_layer.ACTIVATIONS`.
-        slope: LeakyReLU's.
-        precision: of float32, one of :data:`PRECISIONS`.
+        slope: LeakyReLU's slope.
+        precision: arithmetic of float32 products, one of :data:`PRECISIONS`.
         config: a :class:`Config`.
 
     Raises:
@@ -431,7 +431,7 @@ def conv_descriptor(
     """As :func:`conv_layer`, through tensor descriptors: 16-bit storage on GPUs since :data:`DESCRIPTORS_SINCE`.
 
     ``weights`` contiguous; ``config`` a :class:`DescriptorConfig`. Launches can be captured: a descriptor is made on the host
-    and passed by value. Torch's compilers do not see through it: no traced op takes it.
+    and passed by value. Torch's compilers cannot trace through it, so no traced op uses it.
 
     Raises:
         InputError: as :func:`conv_layer`; float32, whose split into three products is made in registers, or misaligned tensors.
@@ -458,9 +458,9 @@ def conv_image(
 
 
 def pack_weights(taps: torch.Tensor, dtype: torch.dtype, precision: str) -> torch.Tensor:
-    """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_storage.pad_layer` as the kernels read them fastest.
+    """Weights ``(phases, taps, C_in, C_out)`` of :func:`advkd.ops.gpu_storage.pad_layer` in the kernels' fastest layout.
 
-    Tensor cores take float32 with the summed index fastest in memory; TensorFloat-32 is rounded here, not cut off there.
+    Tensor cores take float32 with the summed index fastest in memory; TensorFloat-32 is rounded here, not truncated there.
     """
     if dtype != torch.float32:
         return taps.to(dtype).contiguous()
@@ -471,16 +471,16 @@ def pack_weights(taps: torch.Tensor, dtype: torch.dtype, precision: str) -> torc
 
 
 def is_image(layer: ConvLayer) -> bool:
-    """Whether :func:`conv_image` computes a layer."""
+    """True if :func:`conv_image` computes a layer."""
     return layer.c_out <= 4 and not layer.upsample
 
 
 def configs(
     layer: ConvLayer, batch: int, dtype: torch.dtype, precision: str = "tf32", shared: int = SHARED
 ) -> tuple[Config | ImageConfig, ...]:
-    """Configurations worth measuring for a :class:`advkd.ops.conv_layer.ConvLayer`, the likeliest first, at most 8.
+    """Configurations worth measuring for a :class:`advkd.ops.conv_layer.ConvLayer`, the most promising first, at most 8.
 
-    ``shared``: bytes of shared memory that a block can have.
+    ``shared``: bytes of shared memory available to a block.
     """
     c_in = input_channels(layer)
     if is_image(layer):
@@ -494,14 +494,14 @@ def configs(
 def descriptor_configs(
     layer: ConvLayer, batch: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> tuple[DescriptorConfig, ...]:
-    """Configurations of :func:`conv_descriptor` worth measuring for a layer, the likeliest first, at most 4, or none.
+    """Configurations of :func:`conv_descriptor` worth measuring for a layer, the most promising first, at most 4, or none.
 
-    ``capability``: the device's compute capability; ``shared``: bytes of shared memory that a block can have.
+    ``capability``: the device's compute capability; ``shared``: bytes of shared memory available to a block.
     """
     if is_image(layer) or descriptor_gap(dtype, capability):
         return ()
     tiles = dict.fromkeys(descriptor_table(input_channels(layer)))
-    # A tile larger than an image computes what is not there; barriers and the like take a few bytes more.
+    # A tile larger than an image computes pixels that do not exist; barriers and the like take a few bytes more.
     tiles = [tile for tile in tiles if tile.rows <= layer.height and tile.columns <= layer.width]
     tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
     return tuple(sorted(tiles, key=lambda tile: _descriptor_cost(tile, layer, batch))[:4])
@@ -551,8 +551,8 @@ def conv_block(
 ) -> torch.Tensor:
     """Launcher of ``advkd::conv_block``: ordinary tensors of any strides, padded and packed on every call.
 
-    ``precision``: of float32, one of :data:`PRECISIONS`; by default TensorFloat-32 where torch's switch for convolutions has
-    it, else three products of those.
+    ``precision``: arithmetic of float32 products, one of :data:`PRECISIONS`; by default TensorFloat-32 where torch's switch
+    for convolutions allows it, else three products in it.
     """
     layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
     if precision is None:
@@ -609,10 +609,10 @@ def _image_result(x, weights, bias, channels, activation, slope, precision, conf
 
 
 def _register(name, function, result):
-    """An op that compilers see through to the kernel, or as a whole where the kernel is interpreted.
+    """An op that compilers trace through to the kernel, or keep whole where the kernel is interpreted.
 
-    It returns its result: one that writes an argument would be copied around wherever a graph is made functional. The
-    result's shape has a function of its own, as what the launcher asks about numbers would narrow the sizes of an export.
+    It returns its result: an op that writes an argument would cost copies wherever a graph is functionalized. The result's
+    shape has a function of its own, because the launcher's comparisons of numbers would specialize the sizes of an export.
     """
     op = (custom_op if INTERPRETED else triton_op)(f"advkd::{name}", function, mutates_args=())
     op.register_fake(result)
@@ -650,7 +650,7 @@ def _run_descriptor(kernel, x, weights, bias, out, upsample, activation, slope, 
         return
     down, across = _ceil(height, config.rows), _ceil(width, config.columns)
     grid = ((4 if upsample else 1) * images * down * across * _ceil(c_out, config.channels),)
-    # Every tap a matrix of its own: what lies beyond its last channel is zero, not the next one's.
+    # Each tap is a matrix of its own, so that reads beyond its last channel give zero and not the next tap.
     taps = weights.view(-1, c_in, c_out)
     with torch.cuda.device_of(x):
         kernel[grid](
@@ -665,7 +665,7 @@ def _run_descriptor(kernel, x, weights, bias, out, upsample, activation, slope, 
 
 
 def _descriptor(tensor, box):
-    """A descriptor of a contiguous tensor, of whose axes of one element torch keeps any stride."""
+    """A descriptor of a contiguous tensor; its strides are computed, as torch keeps any stride for an axis of one element."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
@@ -683,7 +683,7 @@ def _run_image(kernel, x, weights, bias, out, activation, slope, precision, conf
         return
     down, across = _ceil(height, config.rows), _ceil(width, config.columns)
     with torch.cuda.device_of(x):
-        # One stage: what is copied past the registers is copied past L1.
+        # One stage: copies that bypass registers bypass L1, too.
         kernel[(images * down * across,)](
             x, weights, bias, out, slope, height, width, down, across,
             C_IN=c_in, C_OUT=c_out, CHANNELS=channels, ACTIVATION=activation, **_numbers(x, weights, precision),
@@ -700,7 +700,7 @@ def _numbers(x, weights, precision):
 
 
 def _options(direct):
-    """Of Triton's compiler; Inductor, which compiles a traced kernel, has its own."""
+    """Options of Triton's compiler; Inductor, which compiles a traced kernel, has its own."""
     return {"enable_fp_fusion": True} if direct else {}
 
 
@@ -752,14 +752,14 @@ def _ceil(a, b):
 
 
 def _inner(most, channels):
-    """Channels of a step: as many as go into few steps without much beyond the last channel."""
+    """Input channels per step: few steps, with little padding beyond the last channel."""
     sizes = [size for size in (64, 32, 16) if size <= most]
-    # torch 2.10's compiler sees through sorted with a key, not through min with one.
+    # torch 2.10's compiler traces sorted with a key, but not min with one.
     return sorted(sizes, key=lambda size: _ceil(channels, size) * (size + 16))[0]
 
 
 def _cost(tile, layer, batch):
-    """Relative time: rounds of all processors times a tile's products, loads and overhead."""
+    """Relative time: waves over all multiprocessors times a tile's products, loads and overhead."""
     programs = (4 if layer.upsample else 1) * _ceil(batch * layer.height * layer.width, tile.pixels)
     programs *= _ceil(padded(layer.c_out), tile.columns)
     return _ceil(programs, PROCESSORS) * (tile.pixels + 16) * (tile.columns + 16)
@@ -771,7 +771,7 @@ def _image_cost(tile, layer, batch):
 
 
 def _descriptor_cost(tile, layer, batch):
-    """As :func:`_cost`, of two-dimensional tiles."""
+    """As :func:`_cost`, for two-dimensional tiles."""
     programs = (4 if layer.upsample else 1) * batch * _ceil(layer.height, tile.rows) * _ceil(layer.width, tile.columns)
     programs *= _ceil(padded(layer.c_out), tile.channels)
     return _ceil(programs, PROCESSORS) * (tile.rows * tile.columns + 16) * (tile.channels + 16)

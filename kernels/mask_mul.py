@@ -3,7 +3,8 @@
 A program takes BLOCK elements of one sample in the order of memory, as BLOCK / 8 rows of eight: a row is a byte of the mask.
 A thread holds four or eight neighbours of a row, which it loads and stores as 16 bytes where a sample's size is a multiple of
 sixteen elements (Triton compiles such sizes separately), and reads their bits from the one byte that its row's threads share.
-Where samples do not begin at whole vectors the same code works element by element. Samples are 64 bits apart, elements 32.
+Where samples do not begin at whole vectors the same code works element by element. Offsets of samples have 64 bits; those of
+elements within a sample have 32 where that is enough.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 2048
-# How many tiles a sample has must not become a compile-time constant where it is one.
+# The number of a sample's tiles must not become a compile-time constant when it is 1.
 SCALARS = ["tiles"]
 
 
@@ -45,7 +46,7 @@ def launch(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor)
 
 
 def blocks(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid over a dense tensor's samples in blocks, and the kernel's arguments that say so."""
+    """The grid over a dense tensor's samples in blocks, and the kernel arguments that go with it."""
     count = x.numel() // len(x)
     tiles = triton.cdiv(count, BLOCK)
     index = tl.int32 if tiles * BLOCK < 2**31 else tl.int64

@@ -29,7 +29,7 @@ def _tile(
     group, item, lines, height, channels, column_tiles,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Tile ``item`` of a group (a channel, or channels_last a block of them): its lines, which there are, its first column."""
+    """Tile ``item`` of a group (a channel, or channels_last a block of them): lines, a mask of existing ones, first column."""
     line = (item // column_tiles).to(INDEX) * ROWS + tl.arange(0, ROWS)
     present = line < lines
     first = (group if LAST else item % column_tiles).to(INDEX) * COLUMNS
@@ -41,7 +41,7 @@ def _tile(
 
 @triton.jit
 def _place(line, present, first, length, COLUMNS: tl.constexpr):
-    """Places of a tile whose lines are ``length`` long, and which of them there are."""
+    """Offsets of a tile whose lines are ``length`` long, and a mask of those that exist."""
     column = first + tl.arange(0, COLUMNS)
     return line[:, None] * length + column[None, :], present[:, None] & (column < length)[None, :]
 
@@ -85,7 +85,7 @@ def _incoming(
     gradient, line, present, first, width, channels,
     UPSAMPLE: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The gradient by a tile's results, that of four pixels added up."""
+    """The gradient with respect to a tile's results, summed over the four pixels where they are repeated."""
     if not UPSAMPLE:
         place, inside = _place(line, present, first, channels if LAST else width, COLUMNS)
         return _load(gradient, place, inside)
@@ -128,7 +128,7 @@ def moments_kernel(
         line, present, first = _tile(group, item, lines, height, channels, column_tiles, LAST, ROWS, COLUMNS, INDEX)
         place, inside = _place(line, present, first, channels if LAST else width, COLUMNS)
         values = _load(x, place, inside)
-        # How many values a channel has here.
+        # Number of the channel's values in this tile.
         more = tl.minimum(lines - (item // column_tiles).to(INDEX) * ROWS, ROWS).to(tl.float32)
         if not LAST:
             more *= tl.minimum(width - first, COLUMNS).to(tl.float32)
@@ -315,7 +315,7 @@ def norm_act_backward(
 
 
 def tiling(x: torch.Tensor, upsample: bool, tile: int) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
-    """The kernels' arguments for ``x`` in tiles of so many elements: lengths, numbers of tiles, compile-time constants."""
+    """Kernel arguments for ``x`` in tiles of ``tile`` elements: lengths, numbers of tiles, compile-time constants."""
     samples, channels, height, width = x.shape
     last = not x.is_contiguous()
     if last:
@@ -341,5 +341,5 @@ def _channels_of_a_tile(channels):
 
 
 def _parts(tiles):
-    """How many programs share a group's tiles."""
+    """Number of programs that share a group's tiles."""
     return min(tiles["items"], PARTS, max(1, PROGRAMS // tiles["groups"]))

@@ -48,7 +48,7 @@ def draw(indices, sample, block, key, stream_step):
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine of an angle in [0, 2 pi], as in csrc/cuda/normals.cuh: the library's have a stack frame."""
+    """Cosine and sine of an angle in [0, 2 pi], as in csrc/cuda/normals.cuh: the library's functions need a stack frame."""
     quarter = tl.fma(angle, 0.636619772367581, 0.5).to(tl.int32)
     turns = quarter.to(tl.float32)
     r = tl.fma(turns, -4.83826794897e-4, tl.fma(turns, -1.5703125, angle))
@@ -66,7 +66,7 @@ def _cos_sin(angle):
 
 @triton.jit
 def box_muller(radius_word, angle_word):
-    """Two normals of two words."""
+    """Two normals from two words."""
     u1 = ((radius_word >> 8) + 1).to(tl.float32) * 5.9604644775390625e-8
     u2 = (angle_word >> 8).to(tl.float32) * 5.9604644775390625e-8
     radius = tl.sqrt_rn(-2.0 * tl.log(u1))

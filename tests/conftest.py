@@ -1,4 +1,4 @@
-"""Small things that many tests need: a tiny teacher, its trajectories, a tiny student."""
+"""Fixtures and helpers that many tests share: a tiny teacher, its trajectories, a tiny student."""
 
 import atexit
 import contextlib
@@ -23,11 +23,11 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What the package keeps between runs is not the user's here.
+# The package keeps its caches apart from the user's here.
 os.environ["ADVKD_CACHE"] = tempfile.mkdtemp(prefix="advkd-tests-")
 atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 
-# What is compared with float32 arithmetic must not be TensorFloat-32.
+# Results that are compared with float32 arithmetic must not come from TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 from advkd.data.trajectories import TrajectoryConfig  # noqa: E402
@@ -74,7 +74,7 @@ def tiny_recording(**changes):
 
 @contextlib.contextmanager
 def other_default(value):
-    """Another default dtype of torch, or another default device."""
+    """Run a block under another default dtype of torch or another default device."""
     if isinstance(value, str):
         with torch.device(value):
             yield
@@ -88,7 +88,7 @@ def other_default(value):
 
 
 DEFAULTS = [torch.float64, torch.bfloat16, "meta"]
-"""Defaults of torch that users set: a device stands for another one than the CPU."""
+"""Defaults of torch that users set; "meta" stands for any device other than the CPU."""
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def unpaired(tmp_path_factory):
 
 @pytest.fixture
 def forty_gigabytes():
-    """Memory of the device for tensors beyond 2^31 elements; processes side by side take turns."""
+    """Device memory for tensors beyond 2^31 elements; concurrent processes take turns."""
     with open(Path(tempfile.gettempdir()) / "advkd-device-memory", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if torch.cuda.mem_get_info()[0] < 40 * 2**30:

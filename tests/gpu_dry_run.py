@@ -1,10 +1,10 @@
 """A pytest plugin that enters GPU tests without a GPU: ``python -m pytest -p tests.gpu_dry_run --gpu-dry -m gpu tests``.
 
-"cuda" is a stand-in: its tensors compute on the CPU and say they are on ``cuda:0``; streams, events and graphs keep the rules
-that raise on a device. A kernel of ours starts and does nothing, so that from the first one on no number means anything: a
-comparison may then fail and the body goes on. A test fails on any error before the first kernel; behind it on one that
-no number explains (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a graph that
-is captured twice.
+"cuda" is a stand-in: its tensors compute on the CPU and report ``cuda:0`` as their device; streams, events and graphs keep the
+rules that raise on a device. A kernel of ours starts and does nothing, so that from the first one on numbers mean nothing: a
+comparison may then fail and the body goes on. A test fails on any error before the first kernel; after it, on errors that
+wrong numbers cannot explain (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a
+graph that is captured twice.
 
 With ``profiling.gpu.tests`` beside it (``--gpu-most=1``) one case of each function is entered. The summary says how many
 tests reached a kernel, how many needed none, where a body ended early, and what was skipped.
@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 DEVICE, STAND_IN = torch.device("cuda", 0), torch.device("meta")
-"""The device that a tensor names, and the one that torch's C++ sees: every build knows it, and it has no memory of its own."""
+"""The device that a tensor names, and the one that torch's C++ sees: every build has it, and it has no memory of its own."""
 
 MOST_BYTES, SECONDS = 2**28, 2
-"""A larger tensor, and a body that goes on behind its first kernel for more of the processor's time, end a test."""
+"""Limits that end a test: bytes of one tensor, and seconds of CPU time after the first kernel."""
 
 
 class DeviceFault(BaseException):
@@ -44,7 +44,7 @@ class DeviceFault(BaseException):
 
 
 class Ended(BaseException):
-    """The stand-in goes no further here."""
+    """The stand-in cannot go further here."""
 
 
 EXCUSED = (AssertionError, pytest.fail.Exception)
@@ -56,7 +56,7 @@ COPIES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_i
 
 
 class State(threading.local):
-    """One test on the stand-in, and by thread its stream and the graph that is being captured."""
+    """State of one test on the stand-in; per thread, its stream and the graph being captured."""
 
     kernels = ()
 
@@ -71,7 +71,7 @@ class State(threading.local):
 
 
 class Stream:
-    """In the place of ``torch.cuda.Stream``."""
+    """Stand-in for ``torch.cuda.Stream``."""
 
     device, device_index = DEVICE, 0
 
@@ -95,7 +95,7 @@ class Stream:
 
 
 class Event:
-    """In the place of ``torch.cuda.Event``."""
+    """Stand-in for ``torch.cuda.Event``."""
 
     def __init__(self, enable_timing=False, blocking=False, interprocess=False, external=False):
         self.timed = enable_timing
@@ -118,7 +118,7 @@ class Event:
 
 
 class Graph:
-    """In the place of ``torch.cuda.CUDAGraph``: captured once, replayed afterwards."""
+    """Stand-in for ``torch.cuda.CUDAGraph``: captured once, replayed afterwards."""
 
     def __init__(self, keep_graph=False):
         self.captured = False
@@ -152,7 +152,7 @@ def wait(what):
 
 
 class Generator(torch.Generator):
-    """Draws on the CPU for the device that it was made for."""
+    """A generator that draws on the CPU for the device it was made for."""
 
     def __new__(cls, device="cpu"):
         generator = super().__new__(cls, device="cpu")
@@ -206,14 +206,14 @@ class DeviceTensor(torch.Tensor):
 
 
 class Ops(TorchDispatchMode):
-    """Every op that torch runs goes to :func:`run`."""
+    """Sends every op that torch runs to :func:`run`."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         return run(function, arguments, options or {})
 
 
 def run(function, arguments, options):
-    """An op: ours by its own implementation, a kernel's launcher as nothing, torch's on the CPU."""
+    """Run an op: ours by its own implementation, a kernel's launcher as a no-op, torch's on the CPU."""
     if STATE.over:
         raise Ended(f"{SECONDS} seconds behind its first kernel")
     tensors = [t for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)]
@@ -246,14 +246,14 @@ def run(function, arguments, options):
     results = function(*tree_map(inner, arguments), **tree_map(inner, inside))
     if device and name.startswith(("empty", "new_empty")) and not torch.are_deterministic_algorithms_enabled():
         results.zero_()
-    # A view is as its base is, whatever the mode.
+    # A view is an inference tensor if its base is, whatever the mode.
     inference = any(t.is_inference() for t in tensors) if function.is_view else torch.is_inference_mode_enabled()
     with torch.inference_mode(inference):
         return tree_map(outer, results)
 
 
 def require_permitted(name, tensors, options, device):
-    """Tensors of one device, and nothing that waits for it inside a capture."""
+    """Require tensors of one device, and nothing that synchronizes with it inside a capture."""
     if not any(isinstance(t, DeviceTensor) for t in tensors):
         return
     strays = [t for t in tensors if not isinstance(t, DeviceTensor) and t.ndim]
@@ -281,7 +281,7 @@ def run_ours(function, arguments, options, device):
 
 
 class Names(TorchFunctionMode):
-    """Calls that name the device: torch's C++ must not look for a real one."""
+    """Redirects calls that name the device: torch's C++ must not look for a real one."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -318,7 +318,7 @@ def is_device(value):
 
 
 def of_data(function, arguments, options):
-    """A tensor of numbers: made on the CPU, then copied."""
+    """A tensor made from data: on the CPU first, then copied."""
     data, like = arguments[0], None
     if function is torch.Tensor.new_tensor:
         like, data, function = arguments[0], arguments[1], torch.tensor
@@ -333,7 +333,7 @@ def of_data(function, arguments, options):
 
 
 class Unenforced(ast.NodeTransformer):
-    """Assertions are worked out but, behind the first kernel, not enforced."""
+    """Evaluates assertions but does not enforce them after the first kernel."""
 
     def visit_Assert(self, node):
         begun = ast.parse(f"__import__('sys').modules[{__name__!r}].STATE.kernels", mode="eval").body
@@ -392,7 +392,7 @@ def in_a_thread(begin):
 
 
 def no_compiler(function=None, **options):
-    """In the place of ``torch.compile``, also as a decorator with options: nothing is compiled, and a call ends."""
+    """Stand-in for ``torch.compile``, also as a decorator with options: compiles nothing; calling the result ends the test."""
 
     def call(*arguments, **named):
         raise Ended("torch.compile")
@@ -428,7 +428,7 @@ CUDA = {
 
 
 def schemas():
-    """Those of the CUDA object's launchers, from its sources."""
+    """Schemas of the CUDA object's launchers, from its sources."""
     texts = "".join(path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("register*.cu")))
     found = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', texts)
     return ["".join(re.findall(r'"([^"]*)"', parts)) for parts in found]
@@ -438,7 +438,7 @@ LAUNCHERS, STATE = {}, None
 
 
 def launcher(name):
-    """A launcher of the CUDA object that starts nothing; noise is the reference's."""
+    """A launcher of the CUDA object that starts nothing; noise comes from the reference."""
     from advkd.ops import philox
 
     references = {"philox_words": philox.words_reference, "philox_normal": philox.normal_reference}
@@ -452,7 +452,7 @@ def launcher(name):
 
 
 def use_cuda_object():
-    """The launchers' schemas, as if the object were built and loaded."""
+    """Define the launchers' schemas as if the object were built and loaded."""
     from advkd.ops import registry
     from advkd.runtime import extension
 
@@ -467,7 +467,7 @@ def use_cuda_object():
 
 
 class Program:
-    """In the place of ``cupy.RawModule``."""
+    """Stand-in for ``cupy.RawModule``."""
 
     def __init__(self, *, code, options=()):
         self.code = code
@@ -494,7 +494,7 @@ def use_cupy():
 
 
 def use_triton():
-    """Triton's launches check their arguments; the ops around them are not looked into."""
+    """Reduce Triton's launches to checks of their arguments; the ops around them are not traced through."""
     from advkd.kernels import conv_block
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
@@ -526,7 +526,7 @@ def pytest_configure(config):
 
 @functools.cache
 def install():
-    """From here on "cuda" is the stand-in in this process; returns the library of its launchers."""
+    """Make "cuda" the stand-in for the rest of this process; returns the library of its launchers."""
     torch.Generator, torch.compile = Generator, no_compiler
     threading.Thread.run = in_a_thread(threading.Thread.run)
     torch.backends.cudnn.enabled = False
@@ -555,7 +555,7 @@ def stand_in(most_bytes=MOST_BYTES):
 
 
 def how_far(function):
-    """Call a function on the stand-in: how far it came as text, and the error that is no lack of a device, or None."""
+    """Call a function on the stand-in; returns how far it came, as text, and an error that a device would not cure, or None."""
     global STATE
     STATE, error, ended = State([], STATE.most_bytes), None, False
     signal.signal(signal.SIGVTALRM, out_of_time)
@@ -576,7 +576,7 @@ TO_THE_END = "started a kernel, ran to its end"
 
 
 class PassedOver(logging.Handler):
-    """A search for a plan passes over kernels that do not run here; on the stand-in all of them do."""
+    """Fails a test whose search for a plan skips a kernel: on the stand-in every kernel runs."""
 
     def emit(self, record):
         require("is passed over" not in record.getMessage(), record.getMessage())

@@ -10,8 +10,9 @@ UNIT = 2.0**-24
 class Rounded:
     """A number or tensor in float64, and a bound on how far a float32 computation of it may be from that value.
 
-    A formula evaluated with these instead of float32 tensors bounds its own rounding, element by element. Each operation passes
-    on the errors of its operands as far as it amplifies them, and adds 2^-24 of its result. Square roots, exponentials and
+    A formula evaluated with these instead of float32 tensors bounds its own rounding, element by element. Each operation
+    propagates the errors of its operands, amplified as it amplifies them, and adds 2^-24 of its result. Square roots,
+    exponentials and
     logarithms come from a library and are good to an ulp only: they add twice that. Contracting a product and a sum (FMA)
     leaves a rounding out, so the bound holds with and without it.
 
@@ -89,7 +90,7 @@ class Rounded:
         return Rounded(self.value[index], self.error[index])
 
     def to(self, *_):
-        """Itself: the formula is bounded as float32 computes it."""
+        """Returns itself: the formula is bounded as float32 computes it."""
         return self
 
     def exp(self):
@@ -124,7 +125,7 @@ def _rounding(value):
 
 
 def _result(value, carried, roundings=1):
-    """The result of an operation. Exact operands leave one rounding, which float64 knows."""
+    """The result of an operation. Exact operands leave one rounding, which float64 shows."""
     error = carried + roundings * UNIT * (abs(value) + carried)
     if roundings == 1:
         error = numpy.where(carried == 0, _rounding(value), error)

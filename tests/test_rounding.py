@@ -1,4 +1,4 @@
-"""The bounds that tolerances come from: float32 stays within them, and uses much of them."""
+"""Rounding bounds, from which tolerances are derived: float32 stays within them, and uses much of them."""
 
 import numpy
 import pytest

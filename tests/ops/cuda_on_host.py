@@ -13,7 +13,7 @@ from advkd.ops import cupy_modules
 
 from ..conftest import ROOT
 
-# What g++ cannot read of the device code, and the same for the host.
+# Device code that g++ cannot parse, and its equivalent on the host.
 HOST_CODE = {
     'asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));': "x = half_to_float(bits);",
     'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));': "bits = float_to_half(x);",
@@ -39,11 +39,11 @@ extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParamet
 
 
 STAND_INS = {"csrc/cuda/warp.cuh": "warp_on_host.h", "csrc/cuda/cluster.cuh": "cluster_on_host.h"}
-"""Sources of instructions that only PTX has, and what stands in for each as a whole."""
+"""Sources of instructions that only PTX has, and the file that replaces each as a whole."""
 
 
 class HostModule:
-    """In the place of ``cupy.RawModule``: compiled by the host's compiler; arguments go by value, as in CuPy."""
+    """Stand-in for ``cupy.RawModule``: compiled by the host's compiler; arguments go by value, as in CuPy."""
 
     libraries: dict = {}
 
@@ -76,7 +76,7 @@ class HostModule:
 
     def get_function(self, name):
         assert name.endswith(self.dtypes) or "_finish_" in name
-        # A cluster's size is a kernel's own, fixed when it is compiled.
+        # A kernel's cluster size is fixed when it is compiled.
         cluster = int(match[1]) if (match := re.search(r"_cluster(\d+)_", name)) else 1
 
         def call(grid, block, arguments, shared_mem=0):
@@ -94,7 +94,7 @@ class HostModule:
 
 @contextlib.contextmanager
 def only_last_block(name, blocks):
-    """The kernels of ``csrc/cuda/<name>.cu`` run the last of so many blocks alone."""
+    """Within this context, the kernels of ``csrc/cuda/<name>.cu`` run only the last of ``blocks`` blocks."""
     first = ctypes.c_uint.in_dll(cupy_modules.compiled(name).library, "first_block")
     first.value = blocks - 1
     try:
@@ -105,7 +105,7 @@ def only_last_block(name, blocks):
 
 @contextlib.contextmanager
 def in_order(order, name, *options):
-    """The program of ``csrc/cuda/<name>.cu`` runs its warps in another order: see ``order`` in ``cuda_on_host.h``."""
+    """Within this context, ``csrc/cuda/<name>.cu`` runs its warps in another order: see ``order`` in ``cuda_on_host.h``."""
     value = ctypes.c_uint.in_dll(cupy_modules.compiled(name, *options).library, "order")
     value.value = order
     try:

@@ -1,4 +1,4 @@
-"""For the tests of the ops of a critic's update: devices, backends that can run on them, threads, and a digest of results."""
+"""Helpers for tests of the ops of a critic's update: devices, backends that run on them, threads, a digest of results."""
 
 import contextlib
 import hashlib
@@ -22,8 +22,8 @@ LAUNCH = {
     "penalty_reduce": PENALTY_REDUCE,
     "interpolate": INTERPOLATE,
 }
-# What the CPU's kernels cut into pieces: several of them and several tasks, whole planes and parts of one; a group of four
-# vectors and what is left; a pixel of more channels than a piece has elements.
+# Sizes that the CPU's kernels cut into pieces: several pieces and several tasks, whole planes and parts of one; a group of
+# four vectors and a remainder; a pixel of more channels than a piece has elements.
 PIECES = [
     Case((2, 5, 8, 16)),
     Case((3, 2, 150, 131), planted=True),
@@ -37,7 +37,7 @@ PIECES = [
 
 
 def cases(name):
-    # In place, an interpolation has no meaning.
+    # interpolate has no in-place form.
     changed = [case for case in PIECES if name != "interpolate" or not case.in_place]
     return [*CASES[name], *changed]
 
@@ -57,11 +57,11 @@ def threads(number):
 
 
 def results(name, case):
-    """What the CPU's launcher makes of a case."""
+    """Results of the CPU's launcher on a case."""
     assert "cpu" in fast_backends(name, "cpu")
     _, arguments, outputs = prepare(name, case)
     LAUNCH[name]["cpu"](*arguments)
-    # A NaN's bits are the processor's own.
+    # A NaN's bits depend on the processor.
     return [torch.nan_to_num(t.float(), nan=7.0) for t in outputs.values()]
 
 

@@ -1,4 +1,4 @@
-"""Critics of random shape for the gradient penalty's tests, and how gradients are compared."""
+"""Critics of random shape for the gradient penalty's tests, and comparisons of gradients."""
 
 import math
 
@@ -23,7 +23,7 @@ class Residual(nn.Module):
 
 
 class Twice(nn.Module):
-    """One convolution that is used two times: its gradients add up."""
+    """One convolution that is used twice: its gradients add up."""
 
     def __init__(self, channels):
         super().__init__()
@@ -60,7 +60,7 @@ class RandomCritic(nn.Module):
 
 @st.composite
 def critics(draw):
-    """(critic, shape of an image, whether it is conditional), float64."""
+    """(critic, shape of an image, True if it is conditional), float64."""
     torch.manual_seed(draw(st.integers(0, 10**6)))
     channels, side = draw(st.integers(1, 3)), [draw(st.integers(6, 9)), draw(st.integers(6, 9))]
     image, layers = (channels, *side), []

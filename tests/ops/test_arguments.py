@@ -1,4 +1,4 @@
-"""Arguments that an op cannot take are refused by name, and so is every derivative that it has not, however it is asked for."""
+"""Arguments that an op cannot take are refused by name, and so is every derivative that it lacks, however it is requested."""
 
 import fractions
 
@@ -138,7 +138,7 @@ def test_dilation_of_one_pixel_has_no_meaning():
 
 
 def test_strides_of_one_pixel_have_no_meaning():
-    """torch's own grouped convolutions read other numbers by them."""
+    """Such strides make torch's own grouped convolutions read wrong numbers."""
     torch.manual_seed(0)
     weight = torch.randn(4, 2, 4, 1)
     odd = torch.empty_strided(weight.shape, (8, 1, 2, 32)).copy_(weight)
@@ -150,7 +150,7 @@ def test_strides_of_one_pixel_have_no_meaning():
 
 
 def test_the_wrong_size_is_found_before_anything_is_copied():
-    """2^31 samples in the memory of one."""
+    """2^31 samples expanded from the memory of one."""
     many = torch.zeros(1).expand(2**31 + 5, 3, 4, 4)
     for op, name in (("mask_mul", "x"), ("interpolate", "real"), ("interpolate", "fake"), ("sampler_step", "model_output")):
         with pytest.raises(InputError):
@@ -198,7 +198,7 @@ def test_errors_of_a_triple_name_the_argument():
 
 @pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("philox")])
 def test_derivatives_are_refused_in_every_mode(op):
-    """Inside of an op torch.func's tensors are plain ones: a derivative would be zero, or the convolution's, without a word."""
+    """Inside an op torch.func's tensors are plain ones: a derivative would silently be zero, or the convolution's alone."""
 
     def total(value):
         results = call(op, **{name: value})
@@ -235,7 +235,7 @@ NESTS = {
 @pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("philox")])
 @pytest.mark.parametrize("nest", NESTS)
 def test_derivatives_are_refused_through_nested_transforms(op, nest):
-    """The transform that the derivative belongs to is another than the innermost, where the tensor looks like a constant."""
+    """The derivative belongs to an outer transform; in the innermost one the tensor looks like a constant."""
     for name in differentiable(op):
         value, other = CALLS[op][name].clone(), torch.ones(())
 
@@ -258,7 +258,7 @@ def test_constants_within_nested_transforms_are_taken(inner):
 
 @pytest.mark.parametrize("op", ["mask_mul", "penalty_reduce", "norm_act", "conv_block", "conv_bias_act_mask"])
 def test_numbers_by_which_a_derivative_is_wanted_are_refused(op):
-    """The op takes a float: a derivative would be zero, or missing, without a word."""
+    """The op takes a float: a derivative would silently be zero, or missing."""
     numbers = {name: value for name, value in CALLS[op].items() if isinstance(value, float)}
     numbers |= {"eps": 1e-5, "momentum": 0.1} if op == "norm_act" else {}
     for name, number in numbers.items():

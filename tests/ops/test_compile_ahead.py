@@ -56,8 +56,8 @@ step_kernel(step.pool_kernel, "fp32", ("noise", "steps"), **pool)
 pool = {"POOL": 3, **step.pool_tile(255, 3), "CHANNELS_LAST": True}
 step_kernel(step.pool_kernel, "fp16", ("noise", "previous_x0"), **pool)
 """
-# 16-byte loads and stores of each: BLOCK * 4 elements on 128 threads are two vectors of four per tensor in float32, one of
-# eight in bfloat16; words and normals, and strided and odd variants, have none to promise.
+# 16-byte loads and stores per kernel: BLOCK * 4 elements on 128 threads are two vectors of four per tensor in float32,
+# one of eight in bfloat16; words and normals, and strided and odd variants, promise none.
 WIDE = [None, None, (4, 2), (6, 4), (3, 2), None, (4, 2), (6, 4), None]
 
 
@@ -78,7 +78,7 @@ def test_triton_kernels_compile(architecture, tmp_path):
 
 
 def cuda_kernels(source, folder, architecture):
-    """Per entry point of a CUDA source: bytes spilled, registers, and its PTX; compiled once."""
+    """Bytes spilled, registers and PTX for each entry point of a CUDA source; compiled once."""
     command = [
         "nvcc",
         "-std=c++17",
@@ -136,7 +136,7 @@ def test_nvcc_sampler_step(architecture, tmp_path):
         assert spilled == 0 and registers <= (64 if flat else 80) and ".local" not in ptx, name
         assert not flat or not re.search(r"\b(div|rem)\.", ptx), name
         loads, stores = (len(re.findall(way + r"\.global\S*\.v4\.", ptx)) for way in ("ld", "st"))
-        # x, m, previous_x0 and, as a tensor, noise; the next state and x0. The flat kernel also has two of each, but for draws.
+        # x, m, previous_x0 and, as a tensor, noise; the next state and x0. The flat kernel has two of each, except for draws.
         times = 3 if flat and not draw else 1
         assert loads >= times * (3 if draw else 4) and stores == times * 2, name
 
@@ -149,7 +149,7 @@ TRAINING = {
     "penalty_reduce": {"penalty_sums": (1, 0), "penalty_apply": (1, 1)},
     "norm_act": {
         **{f"norm_moments_{layout}": (1, 0) for layout in ("planes", "last")},
-        # Alone and as four pixels; where channels are neighbours, their constants as vectors too.
+        # Single pixels and groups of four; where channels are neighbours, their constants as vectors too.
         "norm_act_planes": (1, 5),
         "norm_act_last": (1 + 8, 5),
         "norm_sums_planes": (1 + 5, 1),
@@ -197,7 +197,7 @@ def test_nvrtc_compiles_every_device_source(source):
     program = ctypes.c_void_p()
     text = cupy_modules.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
-    # What the launchers ask for, and what CuPy adds.
+    # Options that the launchers pass, and those that CuPy adds.
     kinds = ["-DADVKD_DTYPES(EACH)=EACH(bf16)", "-DADVKD_PRODUCTS(EACH)=EACH(bf16)"]
     kinds = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)"] if source == "sampler_step.cu" else kinds
     options = [*cupy_modules.OPTIONS, *kinds, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]

@@ -1,4 +1,4 @@
-"""Parity of every backend of a convolution's epilogue, its mask, layouts, and what it refuses."""
+"""Parity of every backend of a convolution's epilogue, its mask, layouts, and refusals."""
 
 import pytest
 import torch

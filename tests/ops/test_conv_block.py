@@ -26,7 +26,7 @@ SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 3, 5), (2, 48, 16, 4, 4), (1, 7, 3, 9, 6), 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """New tensors are full of NaN: an output that is not written whole shows."""
+    """New tensors are full of NaN, which exposes an output that is only partly written."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(100).isnan().all()
     yield
@@ -83,7 +83,7 @@ def polynomial(roots):
 
 
 def sizes(x, weight, m):
-    """What an algorithm's roundings are relative to: its sums with every number, matrices included, made positive."""
+    """Magnitudes that an algorithm's roundings scale with: its sums with every number, matrices included, made positive."""
     if not m:
         return F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
     a, b, g = (matrix.abs() for matrix in winograd_matrices(m))
@@ -102,7 +102,7 @@ def bound(x, weight, bias, upsample, algorithm, wanted):
     """Largest error that rounding allows, element by element.
 
     float32: one rounding per term of a sum (3 m + 12 for the transforms of input, weights and output). bfloat16: one for the
-    output, and one each for what is rounded before it is multiplied (folded or transformed weights, transformed inputs).
+    output, and one for each factor that is rounded before it is multiplied (folded or transformed weights, transformed inputs).
     """
     m = int(algorithm[-1]) if algorithm.startswith("winograd") else 0
     single = (9 * x.shape[1] + 3 * m + 12) * 2.0**-24
@@ -157,7 +157,7 @@ def gpu_bound(x, weight, bias, upsample, wanted):
     unit = torch.finfo(x.dtype).eps / 2
     size = F.conv2d(F.interpolate(x.double().abs(), scale_factor=2 if upsample else 1), weight.double().abs(), padding=1)
     size = size + bias.double().abs()[None, :, None, None]
-    # What float16 cannot hold as a normal number is rounded to a step of 2^-24.
+    # Numbers below float16's smallest normal one are rounded to a step of 2^-24.
     return (terms * 2.0**-24 + (unit if upsample else 0)) * size + 2 * unit * wanted.abs() + 2**-20
 
 
@@ -243,7 +243,7 @@ def test_every_instruction_set(isa):
 
 
 def test_up_sampling_folds_into_four_phases():
-    """The identity that the kernels rest on: W0 and W1 + W2 for phase 0, W0 + W1 and W2 for phase 1, per axis."""
+    """The identity behind the kernels: W0 and W1 + W2 for phase 0, W0 + W1 and W2 for phase 1, per axis."""
     x, weight, bias = (tensor.double() for tensor in arguments(2, 3, 4, 5, 6))
     expected = oracle(x, weight, bias, 0.2, True, "none")
     y = torch.empty_like(expected)
@@ -325,7 +325,7 @@ def test_bad_arguments_are_named(changes, name):
 
 
 def test_dtypes():
-    """float16 and float64 run on the reference; asked for by name the C++ kernels refuse them."""
+    """float16 and float64 run on the reference; the C++ kernels, when named, refuse them."""
     for dtype in (torch.float16, torch.float64):
         x, weight, bias = arguments(1, 3, 5, 4, 4, dtype)
         assert conv_block(x, weight, bias).dtype == dtype

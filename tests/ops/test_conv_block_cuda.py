@@ -28,8 +28,8 @@ NONE, LEAKY, TANH = range(3)
 NAMES = ("none", "leaky_relu", "tanh")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-# By product: what multiplied numbers differ from those given, relative to a term of the sum. 16 bits: the weight's rounding.
-# TensorFloat-32: both factors'. float32: 22 bits of each factor and the product of the small parts.
+# By product: rounding of the factors, relative to a term of the sum. 16 bits: the weight's rounding. TensorFloat-32: that of
+# both factors. float32: 22 bits of each factor and the product of the small parts.
 OPERANDS = {"bf16": 2**-8, "f16": 2**-11, "tf32": 2**-10 + 2**-21, "f32": 3 * 2**-22 + 2**-24}
 SLOPE = 0.25
 HOST = {"multiprocessors": 3, "shared_limit": 163 * 1024}
@@ -45,7 +45,7 @@ class Case:
     upsample: bool = False
     activation: int = LEAKY
     product: str = "bf16"
-    extra: int = 0  # channels of out behind the layer's own
+    extra: int = 0  # channels of out after the layer's own
     image: bool = False
     exact: bool = True
 
@@ -54,7 +54,7 @@ class Case:
 
 
 def arguments(case, device="cpu"):
-    """x ``(N, C, H, W)``, weight and bias in float32, x as it is stored.
+    """x ``(N, C, H, W)``, weight and bias in float32; x is rounded to its storage dtype.
 
     ``exact``: small whole numbers, with which every sum, folded weight and result is exact in all storages but for tanh.
     """
@@ -64,7 +64,7 @@ def arguments(case, device="cpu"):
     taps = (case.c_out, case.c_in, 3, 3)
     if case.exact:
         x, weight = torch.randint(-2, 3, sides, **options).float(), torch.randint(-1, 2, taps, **options).float()
-        if case.c_in > 32:  # most weights are zero, or sums would be too large for bfloat16
+        if case.c_in > 32:  # most weights are zero, else sums would be too large for bfloat16
             weight *= torch.rand(taps, **options) < 32 / case.c_in
         return x, weight, torch.randint(-3, 4, (case.c_out,), **options).float()
     weight = torch.randn(taps, **options) / (9 * case.c_in) ** 0.5
@@ -88,8 +88,8 @@ def convolve(x, weight, upsample):
 def oracle(case, x, weight, bias):
     """The result, and the largest error that rounding allows.
 
-    Rounded are the factors, the sum's terms, each of which tensor cores may cut off, what bias and activation make of it
-    (tanhf's own two units), and the result to its storage.
+    Roundings are those of the factors, the sum's terms, each of which tensor cores may truncate, bias and activation
+    (tanhf's own two units), and the result in storage.
     """
     y = convolve(x, weight, case.upsample) + bias.double()[None, :, None, None]
     size = convolve(x.abs(), weight.abs(), case.upsample) + bias.abs()[None, :, None, None]
@@ -110,7 +110,7 @@ def stored(x, dtype):
 
 
 def run(case, launchers, device="cpu", calls=2):
-    """The result ``(N, C, H', W')`` in storage; all that must not be written is checked, and that a second call repeats it."""
+    """The result ``(N, C, H', W')`` in storage; checks that nothing else is written and that a second call repeats it."""
     x, weight, bias = arguments(case, device)
     dtype, layer, product = DTYPES[case.product], case.layer(), PRODUCTS.index(case.product)
     taps, wide_bias = pad_layer(weight, bias, layer)
@@ -155,7 +155,7 @@ def check(case, launchers, device="cpu", calls=2):
 
 
 def plan_sizes(case, multiprocessors=132, shared_limit=227 * 1024):
-    """What a layer's plan depends on."""
+    """The arguments that a layer's plan depends on."""
     layer, element = case.layer(), DTYPES[case.product].itemsize
     steps, columns = input_channels(layer) * element // 32, padded(layer.c_out) // 16
     side, phases = (2, 4) if case.upsample else (3, 1)
@@ -165,7 +165,7 @@ def plan_sizes(case, multiprocessors=132, shared_limit=227 * 1024):
 
 
 def force(monkeypatch, candidate, **limits):
-    """Every layer takes this plan."""
+    """Make every layer take this plan."""
 
     def plan(**sizes):
         found = cupy_conv_block.layer_try({**sizes, **HOST, **limits}, candidate)
@@ -194,7 +194,7 @@ def test_sizes(size, upsample, cupy_on_host):
     check(Case(*size, 16, 40, upsample, extra=16), cupy_conv_block)
 
 
-# Layers whose channels give the warps' sums every width, 1 to 4 units; 5 and 7 units leave blocks of channels not full.
+# Layers whose channels give the warps' sums every width, 1 to 4 units; 5 and 7 units leave blocks of channels partly full.
 WIDTHS = (16, 32, 80, 112)
 ALL_PLANS = [
     pytest.param(c_out, candidate, id="-".join(map(str, (c_out, *candidate))))
@@ -203,7 +203,7 @@ ALL_PLANS = [
 ]
 
 
-# Tiles of several images of which some are not there; tiles that an image does not fill. Blocks take several tiles.
+# Tiles of several images, some of them beyond the last; tiles that an image does not fill. Blocks take several tiles.
 SEVERAL, RAGGED = Case(5, 6, 7, extra=16), Case(1, 18, 33, upsample=True)
 
 
@@ -217,14 +217,14 @@ def test_every_plan(c_out, candidate, cupy_on_host, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
 def test_every_plan_with_every_size(c_out, candidate, cupy_on_host, monkeypatch):
-    """With three steps as well; weights that stay need more shared memory then."""
+    """Plans with three steps are included; resident weights need more shared memory then."""
     force(monkeypatch, candidate, shared_limit=227 * 1024)
     for size, c_in, upsample in itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)):
         check(replace(size, c_in=c_in, c_out=c_out, upsample=upsample), cupy_conv_block, calls=1)
 
 
 def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
-    """Chunks of 1 to 4 steps, weights that stay and that come with the chunks, 2 to 4 stages."""
+    """Chunks of 1 to 4 steps, weights that stay resident or arrive with the chunks, 2 to 4 stages."""
     found = set()
     # 3 steps are chunks of 3 and 1, 4 steps of 4, 2 and 1; the smallest sums, in parts of K and whole.
     for c_in, upsample, candidate in ((48, False, (5, 2, 2)), (64, True, (5, 1, 1)), (48, True, (5, 2, 1))):
@@ -252,7 +252,7 @@ def test_large_sums_of_every_product(product, cupy_on_host, monkeypatch):
 
 
 def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
-    """A NaN in x spoils the outputs that read it, and no other: what is outside the image is zero, not a neighbour."""
+    """A NaN in x spoils the outputs that read it, and no other: pixels outside the image are zero, not a neighbour."""
     for upsample in (False, True):
         case = Case(2, 5, 6, 16, 16, upsample)
         x, weight, bias = arguments(case)
@@ -268,7 +268,7 @@ def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
 
 @pytest.mark.parametrize("upsample", [False, True])
 def test_places_count_beyond_32_bits(upsample, cupy_on_host, monkeypatch):
-    """The last of 2^20 images of 16x16: x and out end 2^33 and more bytes behind their beginnings."""
+    """The last of 2^20 images of 16x16: x and out end at least 2^33 bytes after they begin."""
     n, case = 2**20, Case(1, 16, 16, 32, 32, upsample)
     plan = cupy_conv_block.layer_try(plan_sizes(replace(case, n=n), 2**22), (4, 1, 1, 1))[1]
     assert plan["tiles"] == plan["walkers"] == n
@@ -300,13 +300,13 @@ IMAGE = Case(2, 11, 45, 29, 3, activation=TANH, image=True, exact=False)
 @pytest.mark.parametrize("activation", [NONE, LEAKY, TANH])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_image(product, activation, cupy_on_host):
-    """Two images of two rows and two columns of tiles that are not whole."""
+    """Two images of two rows and two columns of partial tiles."""
     check(replace(IMAGE, product=product, activation=activation), cupy_conv_block)
 
 
 @pytest.mark.parametrize("c_out", [1, 2, 3, 4])
 def test_image_sizes(c_out, cupy_on_host, monkeypatch):
-    """A pixel, a row, a column, tiles that are just whole; blocks that take several tiles."""
+    """A pixel, a row, a column, tiles that exactly fit; blocks that take several tiles."""
     monkeypatch.setattr(cupy_conv_block, "MULTIPROCESSORS", 1)
     for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32)):
         check(Case(n, height, width, 48, c_out, activation=LEAKY, image=True), cupy_conv_block, calls=1)
@@ -353,7 +353,7 @@ def test_empty_batch():
 
 
 def tensors(image=False, dtype=torch.bfloat16):
-    """Arguments that fit, by name."""
+    """Valid arguments by name."""
     x = torch.zeros(2, 4, 4, 32, dtype=dtype)
     weights, bias = (
         torch.zeros(1, 32 // (32 // x.element_size()), 9, 3, 32, 16 // x.element_size(), dtype=dtype),
@@ -454,7 +454,7 @@ def every_plan_input():
 
 
 def test_plans_of_the_presets_fit():
-    """Within a block's shared memory, all tiles taken, and blocks for many multiprocessors where a layer has work for them."""
+    """Plans fit a block's shared memory, take all tiles, and fill many multiprocessors where a layer has work for them."""
     for kind, sizes in every_plan_input():
         plan = getattr(cupy_conv_block, f"{kind}_plan")(**sizes)
         assert plan["shared_bytes"] <= sizes["shared_limit"] and plan["chunk"] * plan["chunks"] == sizes["steps"]
@@ -533,7 +533,7 @@ INSTRUCTIONS = {
 
 @functools.cache
 def machine_code(folder, architecture):
-    """Of one architecture, what nvcc left in ``folder``: by entry point, if there is a disassembler (Triton brings one)."""
+    """One architecture's machine code by entry point, from nvcc's output in ``folder``, if Triton's disassembler is there."""
     spec = importlib.util.find_spec("triton")
     tool = Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm" if spec else None
     if architecture != "sm_90a" or tool is None or not tool.is_file():
@@ -545,7 +545,7 @@ def machine_code(folder, architecture):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("architecture, product", COMPILED)
 def test_nvcc(architecture, product, tmp_path):
-    """Nothing spills, as many blocks fit as plans count on, products are on tensor cores and copies asynchronous."""
+    """Nothing spills, as many blocks fit as plans assume, products run on tensor cores, copies are asynchronous."""
     known_to_nvcc(architecture)
     source = tmp_path / "one_product.cu"
     source.write_text(f'#define ADVKD_PRODUCTS(EACH) EACH({product})\n#include "cuda/conv_block.cu"\n')

@@ -49,7 +49,7 @@ class Case:
 
 
 LAYERS = [
-    # One pixel: of the nine taps one lies in the image, of four one.
+    # One pixel: one of the nine taps, or of the four, lies in the image.
     Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), activation="none"),
     Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), F16, upsample=True),
     # Two images smaller than a tile, which ends beyond the last one; fewer channels than a block has columns.
@@ -76,7 +76,7 @@ DESCRIPTORS = [
     # Two images smaller than a tile; fewer channels than a block has columns, which are rows of the product from 64 on.
     Case((2, 16, 16, 3, 5), (4, 8, 32, 16, 4, 3), F16, activation="tanh"),
     Case((2, 16, 16, 3, 5), (4, 8, 64, 16, 4, 3), BF16, upsample=True, activation="tanh"),
-    # Tiles that stand out below and on the right; channels that fill neither their last step nor their last block of columns;
+    # Tiles that overhang below and on the right; channels that fill neither their last step nor their last block of columns;
     # a result among other channels.
     Case((3, 40, 44, 5, 7), (2, 8, 32, 32, 4, 3), F16, more=16),
     Case((3, 40, 84, 5, 7), (2, 8, 64, 32, 4, 3), F16, upsample=True, more=16),
@@ -91,7 +91,7 @@ DESCRIPTORS = [
     Case((2, 32, 128, 4, 8), (2, 8, 64, 16, 4, 3), F16, upsample=True, activation="none"),
 ]
 IMAGES = [
-    # One pixel; tiles that stand out below and on the right; tiles that do not, and none of an image's borders in the middle.
+    # One pixel; tiles that overhang below and on the right; tiles that do not, and whose interior meets no border.
     Case((1, 5, 1, 1, 1), (4, 8, 16, 2), activation="tanh"),
     Case((2, 40, 3, 5, 11), (4, 8, 32, 2), activation="tanh"),
     Case((1, 16, 4, 9, 12), (4, 4, 16, 1), F16),
@@ -125,7 +125,7 @@ def inputs(case):
 
 
 def stored_input(x, case):
-    """x as a GPU keeps it."""
+    """x in a GPU's storage layout."""
     own = case.layer.c_in - case.detail
     parts = [x[:, :own], x[:, own:]] if case.detail else [x]
     stored = [torch.zeros(len(x), *x.shape[2:], padded(part.shape[1]), dtype=x.dtype) for part in parts]
@@ -137,9 +137,9 @@ def stored_input(x, case):
 def bound(case, x, weight, bias, wanted, interpreted):
     """Largest error that rounding allows, element by element.
 
-    Sums: one rounding for each of their terms, by cutting off as tensor cores do. Folded weights are rounded once. A factor of
-    TensorFloat-32 keeps 11 bits, cut off or (weights) rounded; of three products the fourth and two factors' last bits are left
-    out, 2^-20 each. The result is rounded once; the interpreter cuts bfloat16 off.
+    Sums: one rounding per term, by truncation as in tensor cores. Folded weights are rounded once. A factor of TensorFloat-32
+    keeps 11 bits, truncated or (weights) rounded; three products leave out the fourth and two factors' last bits, 2^-20 each.
+    The result is rounded once; the interpreter truncates bfloat16.
     """
     size = oracle(x.abs(), weight.abs(), bias.abs(), 1.0, case.upsample, "none")
     narrow = case.dtype != F32
@@ -154,8 +154,8 @@ def bound(case, x, weight, bias, wanted, interpreted):
 
 
 def check(case, launch, expected, device):
-    """What a launcher makes of guarded tensors, what it should, and the bound: nothing else is written, on a GPU twice the same
-    bits (the interpreter has one order)."""
+    """A launcher's result on guarded tensors, the expected one, and the bound; checks that nothing else is written and that two
+    calls on a GPU give the same bits (the interpreter has one order)."""
     x, weight, bias = inputs(case)
     taps, padded_bias = pad_layer(weight, bias, case.layer)
     kernels = launchers()
@@ -167,7 +167,7 @@ def check(case, launch, expected, device):
         launch(kernels, *tensors, out)
         results.append(out.clone())
         out.fill_(torch.nan)
-        # What is not the result has the bits it had.
+        # Everything but the result keeps its bits.
         number = {2: torch.int16, 4: torch.int32}[buffer.element_size()]
         assert (buffer.view(number) == torch.full_like(buffer, torch.nan).view(number)).all()
     assert torch.equal(results[0].nan_to_num(7), results[-1].nan_to_num(7))
@@ -243,7 +243,7 @@ def check_values(device):
         arguments = [tensor.to(device) for tensor in (x, weights, bias)]
         kernels.conv_image(*arguments, out, activation, 0.25, "ieee", tile)
         found = out.flatten().cpu()
-        # Of a value of 0.25, where it is worst: two units of exp and of a quotient, three times as much of their difference.
+        # Worst at a value of 0.25: two units each of exp and of a quotient, three times as much of their difference.
         assert ((found - expected).abs() <= 2.0**-20 * expected.abs())[:-2].all()
         assert found[-2:].isnan().all()
 
@@ -260,7 +260,7 @@ def interpret():
 
 
 def traced():
-    """The ops under torch's compilers, as a whole in the interpreter."""
+    """Check the ops under torch's compilers; in the interpreter they stay whole."""
     kernels = launchers()
     weights = kernels.pack_weights(torch.randn(4, 4, 16, 16), F32, "tf32x3")
     x, bias = torch.randn(2, 3, 3, 16), torch.randn(16)
@@ -279,7 +279,7 @@ def traced():
 
 
 def export_with_any_batch():
-    """An exported program keeps the ops and any number of images."""
+    """Check that an exported program keeps the ops and takes any number of images."""
     arguments = (torch.randn(2, 3, 3, 16), torch.randn(4, 4, 16, 16), torch.randn(1, 9, 16, 16), torch.randn(16))
     sizes = {"x": {0: torch.export.Dim("images", min=1, max=2**24)}, "layer": None, "image": None, "bias": None}
     exported = torch.export.export(Ops(), arguments, dynamic_shapes=sizes)
@@ -303,7 +303,7 @@ class Ops(torch.nn.Module):
 
 
 def see_through():
-    """What Inductor would be given: the kernels themselves, of whose tensors only the results are written."""
+    """Check the graph that Inductor would get: the kernels themselves, of whose tensors only the results are written."""
     import triton
     from torch._dynamo.backends.common import aot_autograd
     from triton.backends.compiler import GPUTarget
@@ -329,7 +329,7 @@ def see_through():
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what a launcher gives it."""
+    """Stand-in for a kernel: keeps the arguments of a launch."""
 
     def __getitem__(self, grid):
         return lambda *arguments, **constants: setattr(self, "call", (arguments, constants))
@@ -373,7 +373,7 @@ def jobs(architecture, part):
             ]
     if part == "whole":
         return list(dict.fromkeys(layers)) + images + list(dict.fromkeys(boxes))
-    # On one architecture every tile, in the dtype that matters most; else the largest tiles, which need most registers.
+    # On one architecture every tile, in the most important dtype; else the largest tiles, which need most registers.
     usual = [job for job in layers if job[1] == BF16 and job[3] == 128 and not job[5]]
     large = [next(job for job in layers if job[1:3] == kind and job[5]) for kind in kinds[2:]]
     tiles = kernels.DESCRIPTOR[:: 1 if architecture == 90 else 7]
@@ -382,7 +382,7 @@ def jobs(architecture, part):
 
 
 def compile_ahead(architecture, part):
-    """Compile variants and print, for each, what the test asks about."""
+    """Compile variants and print, for each, the figures that the test checks."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -396,7 +396,7 @@ def compile_ahead(architecture, part):
         signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
         for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):
             tensor = isinstance(value, torch.Tensor)
-            # The types that the launcher's arguments would be compiled for; a number may be larger than this one.
+            # The types for which the launcher's arguments would be compiled; numbers may exceed the present ones.
             signature[name] = "i32" if isinstance(value, int) else mangle_type(value)
             if tensor or name == "pitch":
                 aligned[i,] = [["tt.divisibility", 16]]
@@ -411,7 +411,7 @@ def compile_ahead(architecture, part):
 
 
 def main(calls):
-    """Call functions of this file, ``name argument ...`` each, and say when one has come to its end."""
+    """Call functions of this file, each given as ``name argument ...``, and print when one has finished."""
     for call in calls:
         name, *arguments = call.split()
         globals()[name](*arguments)
@@ -440,7 +440,7 @@ COMPILED = [*(f"compile_ahead {architecture} part" for architecture in ARCHITECT
 
 @pytest.fixture(scope="module")
 def output_of(tmp_path_factory):
-    """What a call has printed; the interpreter and the compiler run at the same time, each in one process."""
+    """A function that returns a call's output; the interpreter and the compiler run concurrently, in one process each."""
     pytest.importorskip("triton")
     folders = [tmp_path_factory.mktemp(name) for name in ("interpreter", "compiler")]
     interpreter = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
@@ -470,7 +470,7 @@ LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def require_compiled(output, architecture):
-    """Whole blocks of channels spill nothing, shared memory is as the choice reckons, tensor cores are used where meant."""
+    """Whole blocks of channels spill nothing, shared memory is as estimated, tensor cores are used where intended."""
     rows = [json.loads(line) for line in re.findall(r"^KERNEL (.*)$", output, re.M)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", output)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
@@ -478,7 +478,7 @@ def require_compiled(output, architecture):
     for row, spilled in zip(rows, spills[::2]):
         name, config, dtype, precision, c_in, c_out, upsample, shared, reckoned, units, copies = row
         box = "channels" in config
-        # Where masks take a few registers more, ptxas may give up as many for one more block on a multiprocessor.
+        # Where masks take a few more registers, ptxas may spill as many to fit one more block on a multiprocessor.
         assert spilled <= (16 if c_in == 144 and not box else 0), (row, spilled)
         assert shared <= LIMITS[architecture], row
         if box:
@@ -490,7 +490,7 @@ def require_compiled(output, architecture):
         else:
             assert units, row
         if reckoned is not None:
-            # The result's way to the order of memory may take a little more than a small pipeline.
+            # Reordering the result for memory may take a little more than a small pipeline.
             assert copies == ["cp.async.bulk.tensor" if box else "cp.async.cg"], row
             assert shared <= max(reckoned + 1024, 48 * 1024), row
     return list(zip(registers, rows))
@@ -520,7 +520,7 @@ def preset_layers():
     ("dtype", "precision"), [(BF16, "tf32"), (F16, "tf32"), *((F32, p) for p in ("ieee", "tf32", "tf32x3"))]
 )
 def test_configurations_of_the_presets(dtype, precision):
-    """A few for every layer, all of which fit the device; the default is one of them and fits every device."""
+    """Every layer has a few, which all fit the device; the default is one of them and fits every device."""
     pytest.importorskip("triton")
     kernels = launchers()
     for layer, batch in itertools.product(preset_layers(), (1, 8, 64)):
@@ -539,7 +539,7 @@ def test_configurations_of_the_presets(dtype, precision):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_descriptor_configurations_of_the_presets(dtype):
-    """A few for every layer with an image as large as a tile, all fitting the device; none where there are no descriptors."""
+    """Every layer with an image as large as a tile has a few, which fit the device; without descriptors there are none."""
     pytest.importorskip("triton")
     kernels = launchers()
     for layer, batch, shared in itertools.product(preset_layers(), (1, 8, 64), (99 * 1024, 227 * 1024)):
@@ -556,7 +556,7 @@ def test_descriptor_configurations_of_the_presets(dtype):
 
 
 def test_packed_weights():
-    """The same numbers in every layout; TensorFloat-32 rounded to nearest, which a tensor core would cut off."""
+    """Every layout holds the same numbers; TensorFloat-32 is rounded to nearest, where a tensor core would truncate."""
     pytest.importorskip("triton")
     pack, taps = launchers().pack_weights, torch.randn(4, 4, 32, 16)
     assert torch.equal(pack(taps, F16, "tf32"), taps.half()) and pack(taps, BF16, "ieee").is_contiguous()
@@ -618,7 +618,7 @@ def test_the_descriptor_launcher_refuses(changes, message):
 
 
 def test_descriptors_are_refused_on_older_gpus(monkeypatch):
-    """A plan from another card says so, before Triton replaces the descriptors by slow pointers."""
+    """A plan from another card is refused before Triton replaces the descriptors by slow pointers."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     x = SimpleNamespace(is_cuda=True, device="cuda", dtype=BF16)
@@ -643,7 +643,7 @@ def test_layers_on_a_gpu(case):
 
 
 def require_descriptors():
-    """Skip where the device has no tensor descriptors, which the launcher says, too."""
+    """Skip where the device has no tensor descriptors, after checking that the launcher refuses them, too."""
     pytest.importorskip("triton")
     reason = launchers().descriptor_gap(BF16, torch.cuda.get_device_capability())
     if reason:

@@ -70,7 +70,7 @@ PLAIN = [
     # Whole tiles, several images.
     Case(2, 16, 32, 16, 16, 16),
     Case(3, 8, 16, 16, 16, 16, limits=SMALL),
-    # Three columns of 16 channels in one turn of a warp, and in two that overlap (of the first, the second convolution).
+    # Three columns of 16 channels in one turn of a warp, and in two that overlap (in the first convolution, in the second).
     Case(1, 16, 17, 48, 48, 48),
     Case(1, 8, 10, 48, 48, 48, limits=PART),
     Case(1, 5, 18, 16, 32, 48),
@@ -78,7 +78,7 @@ PLAIN = [
     Case(1, 16, 18, 64, 64, 64),
     Case(1, 7, 8, 32, 48, 32),
     Case(1, 4, 4, 48, 16, 64),
-    # Large inputs and little else: what surplus lanes read must not lie behind them either.
+    # Large inputs and little else: surplus lanes must not read past their end either.
     Case(1, 9, 16, 64, 16, 16),
     Case(1, 8, 7, 64, 16, 16, limits=SMALL),
 ]
@@ -110,7 +110,7 @@ IMAGE = [
 ]
 ALL = [*PLAIN, *UP, *IMAGE]
 FEW = [ALL[i] for i in (0, 2, 4, 7, 8, 16, 17, 19, 22, 27, 28, 31, 33, 35)]
-"""Of products that take longer to emulate: tiles of each size, ragged ones, up-sampled ones, images."""
+"""Cases for products that take longer to emulate: tiles of each size, ragged ones, up-sampled ones, images."""
 
 
 def limits_of(case, product):
@@ -123,7 +123,7 @@ def limits_of(case, product):
 
 
 class Guarded:
-    """Memory between two pages that nobody may touch: what reads or writes past its end stops the process."""
+    """Memory between two inaccessible pages: a read or write past its end stops the process."""
 
     device = "cpu"
 
@@ -146,7 +146,7 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Plain:
-    """Ordinary memory of a device."""
+    """Ordinary device memory."""
 
     device: str
 
@@ -170,12 +170,12 @@ def activated(y, activation):
 
 
 def stored(x, product):
-    """Rounded as it is stored."""
+    """``x`` rounded to its storage dtype."""
     return x.to(STORAGE[product]).double()
 
 
 def multiplied(x, product):
-    """Rounded as it is multiplied: TensorFloat-32 has 11 bits, ties go away from zero."""
+    """``x`` rounded as a factor: TensorFloat-32 has 11 bits, ties go away from zero."""
     if product != "tf32":
         return x
     mantissa, exponent = torch.frexp(x)
@@ -183,7 +183,7 @@ def multiplied(x, product):
 
 
 def integers(case, seed=0):
-    """Numbers with which every sum is exact in float32, in whatever order, and every weight in bfloat16, folded or not."""
+    """Numbers that make every sum exact in float32, in any order, and every weight in bfloat16, folded or not."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(most, *shape):
@@ -204,7 +204,7 @@ def normals(case, product):
 
 
 def launch(case, product, numbers, launcher, place):
-    """The outputs as ``(N, C, H, W)``, after everything that a call must leave alone has been checked, and a second call."""
+    """The outputs as ``(N, C, H, W)``; checks that a call leaves everything else alone and that a second one repeats it."""
     x, weight1, bias1, weight2, bias2 = numbers
     first, second = case.layers
     taps1, bias1 = gpu_storage.pad_layer(weight1, bias1, first)
@@ -231,7 +231,7 @@ def launch(case, product, numbers, launcher, place):
 
 
 def compare(errors, allowed):
-    """Borders and what is inside them each for itself."""
+    """Compare borders and interior separately."""
     assert not errors.isnan().any()
     border = torch.ones_like(errors, dtype=torch.bool)
     border[:, :, 1:-1, 1:-1] = False
@@ -241,11 +241,11 @@ def compare(errors, allowed):
 
 
 def check_exact(case, product, launcher, place):
-    """Integers: bit for bit what two kernels would give, the tensor between them rounded to storage."""
+    """Integers: bit for bit the result of two kernels, with the tensor between them rounded to storage."""
     x, weight1, bias1, weight2, bias2 = numbers = tuple(t.to(place.device) for t in integers(case))
     mid = stored(activated(oracle(multiplied(x, product), weight1, bias1, case.upsample), "leaky_relu"), product)
     sums = oracle(mid.abs(), weight2.abs(), bias2.abs(), False)
-    # In units of a product's last place.
+    # In units of the last place.
     assert sums.max() * 64 / SLOPE < 2**24
     expected = stored(activated(oracle(multiplied(mid, product), weight2, bias2, False), case.activation), product)
     assert expected.isfinite().all()
@@ -253,7 +253,7 @@ def check_exact(case, product, launcher, place):
 
 
 def check_bound(case, product, launcher, place):
-    """Normal numbers: within what roundings allow, by the number of terms.
+    """Normal numbers: within a rounding bound that grows with the number of terms.
 
     A sum's terms are rounded to 24 bits, by tensor cores towards zero: 2^-23 each. Operands: weights once to storage (bf16,
     f16), both to TensorFloat-32 (tf32), or each to 22 bits, the product of the rests left out, and weights once (f32).
@@ -293,7 +293,7 @@ def named(pairs):
 
 @pytest.fixture
 def on_host(cupy_on_host, monkeypatch):
-    """A function that runs a check on the host with a case's limits."""
+    """A function that runs a check on the host within a case's limits."""
 
     def run(check, case, product):
         monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", limits_of(case, product))
@@ -313,7 +313,7 @@ def test_rounding_on_the_host(case, product, on_host):
 
 
 def test_cases_take_every_tile_and_kernel():
-    """The cases reach what they are meant to: tiles of each size, one to three columns."""
+    """The cases cover tiles of each size and one to three columns."""
     tiles, columns = set(), set()
     for case, product in EXACT:
         plan = plan_of(case, product, *limits_of(case, product))
@@ -328,14 +328,14 @@ def test_cases_take_every_tile_and_kernel():
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("case", [PLAIN[2], UP[0], IMAGE[1]], ids=str)
 def test_warps_in_any_order(case, order, on_host):
-    """Warps wait for each other wherever one needs what another has done."""
+    """Warps wait for each other wherever one needs another's result."""
     with in_order(order, "conv_pair"):
         on_host(check_exact, case, "bf16")
 
 
 @pytest.mark.parametrize("upsample, image", list(itertools.product((False, True), repeat=2)))
 def test_a_block_writes_its_tile_alone(upsample, image, cupy_on_host, monkeypatch):
-    """Of 3 x 3 tiles only the first is computed."""
+    """Only the first of 3 x 3 tiles is computed."""
     side = 10 if upsample else 20
     case = Case(1, side, side, 16, 16, 3 if image else 16, upsample, image)
     whole = cupy_conv_pair.pair_plan
@@ -443,8 +443,8 @@ def test_what_does_not_fit_is_refused(cupy_on_host, monkeypatch):
         cupy_conv_pair.conv_pair(**{**good_arguments(), "x": wide})
 
 
-# Sizes of x, channels, whether up-sampled, whether an image, bytes of an element, multiprocessors, shared memory: cards of each
-# kind, one image and many, every tile, and what does not fit.
+# Sizes of x, channels, up-sampled or not, image or not, bytes of an element, multiprocessors, shared memory: cards of each
+# kind, one image and many, every tile, and sizes that do not fit.
 PLANS = [
     (n, side, side + 3 * ragged, *channels, up, image, element, multiprocessors, kilobytes * 1024)
     for n, side, ragged in ((1, 1, 1), (1, 32, 0), (64, 128, 1), (7, 9, 0))
@@ -495,7 +495,7 @@ def test_python_and_cpp_launchers_agree(tmp_path):
 
 
 def test_plans():
-    """Tiles cover the image, shared memory is within the limit, quotients are exact for all that is divided."""
+    """Tiles cover the image, shared memory is within the limit, quotients are exact for every dividend."""
     found = set()
     for numbers in PLANS:
         plan = cupy_conv_pair.pair_plan(*numbers)
@@ -519,7 +519,7 @@ def test_plans():
             numerators = torch.arange(most)
             assert torch.equal(numerators * plan[name] >> 20, numerators // divisor) and most * plan[name] < 2**32
     assert found == {(16, 16), (8, 16), (8, 8)}
-    # The smaller tile where there are more multiprocessors than blocks, and where it covers the image as well.
+    # The smaller tile where there are more multiprocessors than blocks, and where it suffices for the image.
     plan = cupy_conv_pair.pair_plan
     assert plan(1, 64, 64, 32, 32, 32, 0, 0, 2, 16, 2**17)["blocks"] == 16
     assert plan(1, 64, 64, 32, 32, 32, 0, 0, 2, 32, 2**17)["blocks"] == 32
@@ -540,7 +540,7 @@ def test_fits():
 
 
 def preset_pairs():
-    """Every pair of a preset's convolutions that the kernel takes, with its products' names and its plan's arguments."""
+    """Every pair of a preset's convolutions that the kernel supports, with its products' names and its plan's arguments."""
     for name, config in PRESETS.items():
         layers = convolutions(config)
         for i, (first, second) in enumerate(zip(layers, layers[1:])):
@@ -571,7 +571,7 @@ def test_shared_memory_of_the_presets(first, channels, upsample, image):
     "architecture", ["sm_80", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_90a", "sm_100"))]
 )
 def test_nvcc(architecture, tmp_path):
-    """Nothing spills, as many blocks fit on a multiprocessor as is meant, products are tensor cores', copies are vectors."""
+    """Nothing spills, as many blocks fit on a multiprocessor as intended, products use tensor cores, copies are vectors."""
     known_to_nvcc(architecture)
     kernels = {name: rest for name, *rest in cuda_kernels("conv_pair.cu", tmp_path, architecture)}
     names = itertools.product("123", PRODUCTS)
@@ -580,7 +580,7 @@ def test_nvcc(architecture, tmp_path):
         columns, product = re.fullmatch(r"advkd_conv_pair_columns(\d)_(\w+)", name).groups()
         narrow = STORAGE[product].itemsize == 2
         blocks = 3 if narrow and columns == "1" else 2 if narrow or columns != "3" else 1
-        # A multiprocessor's 65536 registers, given out to warps in units of 8 per thread.
+        # A multiprocessor's 65536 registers, allocated to warps in units of 8 per thread.
         assert spilled == 0 and ".local" not in ptx and -(-registers // 8) * 8 * 256 * blocks <= 65536, (name, registers)
         shape = {"bf16": "m16n8k16.row.col.f32.bf16", "f16": "m16n8k16.row.col.f32.f16"}.get(
             product, "m16n8k8.row.col.f32.tf32"

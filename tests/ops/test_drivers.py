@@ -83,7 +83,7 @@ def test_the_portable_code_is_right_on_64_bit_arm(name, tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
-    # What is emulated is slow to compile as the extension is, and no faster to run.
+    # The extension's own options compile slowly and gain nothing under emulation.
     driver = build(name, tmp_path / "driver", "-static", "-O2", CXX=compiler)
     done = run([emulator, driver])
     assert done.returncode == 0 and done.stdout.strip() == f"baseline: {CASES[name]}", (done.stdout + done.stderr)[-2000:]

@@ -35,7 +35,7 @@ def points(n=3, size=8, dtype=torch.float64):
 
 
 def gradients(model, x, backend, **options):
-    """The penalty, and its gradients by the parameters that are trained."""
+    """The penalty, and its gradients with respect to the trainable parameters."""
     penalty = gradient_penalty(model, x, backend=backend, **options)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return penalty.detach(), torch.autograd.grad(penalty, parameters, allow_unused=True)
@@ -253,7 +253,7 @@ def test_critics_inside_of_wrappers(name, conditional):
 
 
 class Holder(nn.Module):
-    """A wrapper of somebody's own; ``looks`` at values, as no traced forward can."""
+    """A user's own wrapper; with ``looks`` it branches on values, as no traced forward can."""
 
     def __init__(self, module, looks):
         super().__init__()
@@ -271,7 +271,7 @@ def test_a_wrapper_that_is_not_known():
 
 
 class Mixed(Critic):
-    """As accelerate prepares a module for mixed precision: with a forward of its own, and the old one beside it."""
+    """A module as accelerate prepares it for mixed precision: with a new forward, and the old one beside it."""
 
     def prepared(self):
         self._original_forward = self.forward
@@ -304,7 +304,7 @@ def test_torch_defaults_change_nothing(backend, other):
 
 
 def test_a_loss_scale_beyond_float16():
-    """65536, the scale that a GradScaler begins with, meets the gradients in float32."""
+    """65536, a GradScaler's initial scale, multiplies the gradients in float32."""
     model, x = critic(size=16, dtype=torch.float32), points(4, 16, torch.float32)
     with torch.autocast("cpu", torch.float16):
         ours, theirs = (gradient_penalty(model, x, weight=0.1, backend=name) for name in ("auto", "autograd"))
@@ -361,7 +361,7 @@ def test_a_gradient_of_zero_norm():
 
 
 def test_pre_activations_of_exactly_zero():
-    """The slope's side, as torch has it; no NaN, and a penalty that sees the slope."""
+    """Zero takes the slope's side, as in torch; no NaN, and the penalty sees the slope."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.LeakyReLU(0.3), nn.Flatten(), nn.Linear(72, 1)).double()
     zeros = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
     for name in ENGINES:
@@ -396,7 +396,7 @@ def test_it_scales_with_the_incoming_gradient_and_repeats():
 def test_its_gradients_have_no_gradient(through):
     model = critic()
     weight = model.trunk[0].weight
-    # Of a layer above and a layer below: nothing that the penalty depends on may be differentiated by in silence.
+    # A layer above and a layer below: no dependence of the penalty may silently lack a derivative.
     for other in (model.tail[0].weight, weight):
         (gradient,) = torch.autograd.grad(gradient_penalty(model, points()), other, create_graph=True)
         with pytest.raises(RuntimeError, match="gradient_penalty is differentiable once"):
@@ -434,7 +434,7 @@ def test_compiled_whole():
 
 
 def test_strides_of_one_pixel_have_no_meaning():
-    """torch's own grouped convolutions read other numbers by them."""
+    """Such strides make torch's own grouped convolutions read wrong numbers."""
     model = nn.Sequential(nn.Conv2d(4, 4, (4, 1), padding=1, groups=2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(72, 1))
     x = torch.randn(3, 4, 4, 4).contiguous(memory_format=torch.channels_last)
     wanted = gradient_penalty(model, x)
@@ -505,7 +505,7 @@ WRITES = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_changed_weights_and_options_are_seen(name):
-    """However they were changed: the plan that is kept holds neither."""
+    """The cached plan holds neither, however they were changed."""
     if name == "average":
         pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -518,7 +518,7 @@ def test_changed_weights_and_options_are_seen(name):
 
 
 class Blended(nn.Module):
-    """A number that the forward reads from a buffer: a network that grows fades its new layers in so."""
+    """A number that the forward reads from a buffer, as a growing network does to fade in new layers."""
 
     def __init__(self, read):
         super().__init__()

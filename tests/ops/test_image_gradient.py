@@ -8,8 +8,8 @@ from advkd.errors import InputError
 from advkd.ops import image_gradient, registry
 
 ENGINES = [b for b in ("cpu", "reference") if registry.gap("image_gradient", b, torch.device("cpu")) is None]
-# Image, features, kernel, stride, padding, dilation: DCGAN's layers; lanes with a rest and without; pixels that no group of
-# four covers; strides beyond the kernel (pixels without a tap); kernels wider than the image; dilation; one pixel.
+# Image, features, kernel, stride, padding, dilation: DCGAN's layers; lanes with a remainder and without; pixels that no group
+# of four covers; strides beyond the kernel (pixels without a tap); kernels wider than the image; dilation; one pixel.
 CASES = [
     ((3, 16, 16), 32, (4, 4), 2, 1, 1),
     ((1, 8, 8), 64, (4, 4), 2, 1, 1),
@@ -41,7 +41,7 @@ def test_parity(case, backend):
     found = image_gradient(d, weight, shape, backend=backend, **options)
     assert found.shape == shape and found.is_contiguous(memory_format=torch.channels_last)
     theirs = image_gradient(d, weight, shape, backend="reference", **options).double()
-    # Twice the reference's error, and one rounding of the sum's terms: their number's square root, at the size of a term.
+    # Twice the reference's error, and the rounding of the sum's terms: the square root of their number, at the size of a term.
     terms = case[1] * case[2][0] * case[2][1]
     floor = 4 * torch.finfo(torch.float32).eps * terms**0.5
     assert (found.double() - wanted).abs().max() <= 2 * (theirs - wanted).abs().max() + floor
@@ -61,7 +61,7 @@ def test_other_dtypes_groups_and_channels_take_the_reference():
 
 
 def test_neighbours_do_not_leak():
-    """What is not finite in one sample stays there."""
+    """Non-finite values in one sample stay there."""
     d, weight, shape, options, _ = problem(CASES[0], dtype=torch.float32)
     clean = image_gradient(d, weight, shape, **options)
     d[0] = float("nan")

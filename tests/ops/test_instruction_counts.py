@@ -33,7 +33,7 @@ def test_each_form_has_its_own_count():
     found = [entry(), entry(instructions=600, form="avx2")]
     failures, notes = counts.compare(found, [entry(), entry(instructions=500, form="avx2")])
     assert len(failures) == 1 and "avx2" in failures[0] and not notes
-    # A processor without AVX2 has nothing to say of it.
+    # A processor without AVX2 cannot count that form.
     assert counts.compare([entry()], [entry(), entry(form="avx2")]) == ([], [])
 
 

@@ -1,4 +1,4 @@
-"""Parity of every backend of the points between samples, the weights it draws, merging, and what it refuses."""
+"""Parity of every backend of the points between samples, the weights it draws, merging, and refusals."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_parity(case, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_drawn_weights_are_the_stream_of_interpolation(device):
-    """Between ones and zeros the point is the weight itself: it depends on seed, index and step alone."""
+    """Between ones and zeros the point equals the weight, which depends on seed, index and step alone."""
     indices = torch.tensor([0, 7, 2**33 + 1, 2**62], device=device)
     real, fake = torch.ones(4, 3, 5, device=device), torch.zeros(4, 3, 5, device=device)
     uniform = philox_uniform(SEED, indices, stream="interpolation", step=STEP)

@@ -1,4 +1,4 @@
-"""Parity of every backend of the product with a mask, its layouts, what it refuses; and bits of all kernels of its kind."""
+"""Parity of every backend of the product with a mask, its layouts and refusals; and bits of all kernels of its kind."""
 
 import subprocess
 import sys
@@ -144,7 +144,7 @@ def test_threads_and_repetition_do_not_change_bits(name):
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(level):
-    """Of all kernels of a critic's update."""
+    """Covers all kernels of a critic's update."""
     environment = process_environment({"ADVKD_ISA": level})
     code = "from tests.ops.each_backend import digest; print(digest())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

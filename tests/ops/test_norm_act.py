@@ -1,4 +1,4 @@
-"""Batch norm, LeakyReLU and up-sampling: parity of values and gradients, statistics, what is saved, and what is refused."""
+"""Batch norm, LeakyReLU and up-sampling: parity of values and gradients, statistics, saved tensors, and refusals."""
 
 import functools
 import hashlib
@@ -24,8 +24,8 @@ from .training_cases import BF16, CASES, F16, UNIT, Case, check
 
 EPS, SLOPE = 1e-5, 0.2
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-# What the CPU's kernels cut: planes of several runs, rows longer than a run and shorter than a vector, several pieces of work;
-# channels that no vector divides, more of them than are repeated side by side, and more than a run has elements.
+# Sizes that the CPU's kernels cut: planes of several runs, rows longer than a run and shorter than a vector, several pieces
+# of work; channels that no vector divides, more of them than are repeated side by side, and more than a run has elements.
 RUNS = [
     Case((3, 5, 64, 74)),
     Case((3, 24, 48, 33), last=True),
@@ -86,7 +86,7 @@ def with_gradients(function, tensors, gradient):
 
 
 def floors(x, gamma, beta, mean, variance, training, gradient):
-    """What rounding alone may do to y, dx, dgamma and dbeta: a few units of the terms, 64 of those of a sum."""
+    """Rounding bounds of y, dx, dgamma and dbeta: a few units of the terms, 64 units of a sum's terms."""
     deviation = (variance + EPS).sqrt()
     if training:
         variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
@@ -134,7 +134,7 @@ def test_parity(shape, layout, upsample, training, device):
             assert found[0].is_contiguous(memory_format=layout)
             for value, twice, same, right, least in zip(found, again, eager, wanted, floor, strict=True):
                 assert torch.equal(value, twice) and value.dtype == same.dtype
-                # Storage rounds what is off by the floor already.
+                # Storage adds a rounding to the floor.
                 narrow = torch.finfo(value.dtype).eps / 2 * right.abs() if value.dtype != torch.float32 else 0
                 bound = torch.maximum(2 * (same.double() - right).abs().max(), least + narrow)
                 assert ((value.double() - right).abs() <= bound).all(), (backend, dtype)
@@ -161,7 +161,7 @@ def test_running_statistics(momentum, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 def test_a_mean_far_from_zero(layout, device):
-    """mean 1e4, deviation 1; and the same where a piece's first values are no sample of the rest."""
+    """Mean 1e4, deviation 1; also where a piece's first values are not representative of the rest."""
     x, _, _ = make((4, 6, 40, 48), layout=layout, device=device, mean=1e4)
     jump = x.clone()
     jump[:, :, :2] = 0
@@ -169,7 +169,7 @@ def test_a_mean_far_from_zero(layout, device):
         variance, mean = torch.var_mean(values.double(), dim=(0, 2, 3), correction=0)
         found = moments(values, backend)
         assert ((found[0] - mean).abs() <= 16 * UNIT * mean).all()
-        # A difference from the mean is off by no more than a mean is; sums of 64 roundings.
+        # Differences from the mean carry the mean's error; sums have 64 roundings.
         assert ((found[1] - variance).abs() <= 64 * UNIT * variance + (16 * UNIT * mean) * variance.sqrt()).all()
 
 
@@ -205,7 +205,7 @@ def test_stores_past_the_caches_change_nothing():
 
 
 def results():
-    """What the CPU's kernels make of some shapes, in all dtypes and layouts."""
+    """Results of the CPU's kernels for some shapes, in all dtypes and layouts."""
     for shape, dtype, layout, upsample in itertools.product([(3, 17, 45, 50), (2, 64, 40, 48)], DTYPES, LAYOUTS, (False, True)):
         tensors = make(shape, dtype, layout)
         generator = torch.Generator().manual_seed(1)
@@ -260,7 +260,7 @@ def test_gradcheck(upsample, training):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("upsample", [False, True], ids=["same", "up"])
 def test_only_the_gradients_asked_for(upsample, training, device):
-    """Each alone is what it is among all of them; strided inputs and gradients are read right."""
+    """Each gradient alone equals the one computed with all others; strided inputs and gradients are read correctly."""
     tensors = make((2, 3, 6, 5), device=device)
     for backend in ("reference", *fast_backends("norm_act", device)):
 
@@ -275,14 +275,14 @@ def test_only_the_gradients_asked_for(upsample, training, device):
             assert all(torch.equal(value, together[name]) for name, value in gradients(wanted).items())
         strided = gradients("xgb", lambda x: torch.stack((x, x), -1)[..., 0])
         assert all(torch.equal(strided[name], together[name]) for name in "xgb")
-        # The gradient of a sum is one number, expanded.
+        # The gradient of a sum is an expanded scalar.
         ones = gradients("xgb", of=lambda y: y.sum()), gradients("xgb", of=lambda y: (y * torch.ones_like(y)).sum())
         assert all(torch.equal(ones[0][name], ones[1][name]) for name in "xgb")
 
 
 @pytest.mark.parametrize("place", ["before", "inside", "after"])
 def test_double_backward_raises(place):
-    """For weights before the op, its own, and those after it; through ``backward()`` and through ``torch.autograd.grad``."""
+    """Holds for weights before the op, its own, and those after it; via ``backward()`` and via ``torch.autograd.grad``."""
     for backend in ("reference", "cpu"):
         x, gamma, beta = make((2, 3, 4, 4))
         x.requires_grad_()
@@ -400,7 +400,7 @@ dist.destroy_process_group()
 
 
 def share(rows, synchronize):
-    """Values, gradients and running statistics of some samples of a batch of four, in two layers, by every backend."""
+    """Values, gradients and running statistics of some samples of a batch of four, in two layers, for every backend."""
     found = []
     for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
         x, gamma, beta = (t.to(dtype) for t in make((4, 3, 5, 6)))
@@ -439,7 +439,7 @@ def test_two_processes_with_unequal_batches_are_one_with_the_whole(tmp_path):
 
 
 def test_the_module_is_torchs():
-    """State, counting and values of ``nn.BatchNorm2d``; without gradients too."""
+    """State, batch count and values equal those of ``nn.BatchNorm2d``, with and without gradients."""
     ours, theirs = BatchNorm2d(5), nn.BatchNorm2d(5)
     with torch.no_grad():
         for module in (ours, theirs):
@@ -471,10 +471,10 @@ def test_the_module_is_torchs():
     ids=str,
 )
 def test_the_modules_options_are_torchs(options, grad):
-    """A cumulative average, no weights, no running statistics: values, gradients and state of ``nn.BatchNorm2d``."""
+    """Cumulative average, no weights, no running statistics: values, gradients and state equal ``nn.BatchNorm2d``'s."""
     ours, theirs = BatchNorm2d(5, **options), nn.BatchNorm2d(5, **options)
     generator = torch.Generator().manual_seed(0)
-    # Five batches: a cumulative average is then no longer near to one with a fixed weight.
+    # After five batches a cumulative average is far from one with a fixed weight.
     for training in (True, True, False, True, True, True, False):
         x = 1 + torch.randn(3, 5, 6, 4, generator=generator)
         leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -511,7 +511,7 @@ def test_normalize_takes_any_module(norm):
 
 
 def test_folding_is_normalising():
-    """In float64, with and without a bias of the convolution and weights of the norm."""
+    """Checked in float64, with and without a bias of the convolution and weights of the norm."""
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     for bias, affine, kind in itertools.product((False, True), (False, True), (BatchNorm2d, nn.SyncBatchNorm)):
         convolution, norm = nn.Conv2d(3, 4, 3, bias=bias).double(), kind(4, affine=affine, eps=0.1).double().eval()
@@ -525,7 +525,7 @@ def test_folding_is_normalising():
 
 
 def test_what_folding_reads():
-    """Every tensor of which a change changes the folded weights, no other, and the norm's kind and options."""
+    """Folding reads exactly the tensors that determine the folded weights, and the norm's kind and options."""
     convolution, norm = nn.Conv2d(3, 4, 3), BatchNorm2d(4)
     described, tensors = read_by_fold(convolution, norm)
     state = {**convolution.state_dict(prefix="c."), **norm.state_dict(prefix="n.")}

@@ -1,4 +1,4 @@
-"""Parity of every backend of the penalty's reduction, its accuracy, its three modes, and what it refuses."""
+"""Parity of every backend of the penalty's reduction, its accuracy, its three modes, and refusals."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_parity(case, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 def test_it_is_the_penalty_and_its_derivative(mode, device):
-    """Of autograd in float64; the first sample is below the target, the last ones above."""
+    """Compared with autograd in float64; the first sample is below the target, the last ones above."""
     g = (make((3, 2, 4, 5)) * torch.tensor([0.01, 1.0, 5.0]).view(3, 1, 1, 1)).to(device)
     leaf = g.double().requires_grad_()
     norm = leaf.flatten(1).norm(dim=1)
@@ -61,7 +61,7 @@ def test_one_sided_below_the_target(device):
 
 
 def test_accurate_for_millions_of_elements():
-    """Twelve million small squares and a large one, to which float32 could not add them: rounding does not grow."""
+    """Twelve million small squares and a large one that would absorb each in float32: rounding does not grow."""
     g = torch.full((1, 3, 2000, 2001), 0.1)
     g[0, 0, 0, 0] = 300.0
     exact = g.double().square().sum()
@@ -89,7 +89,7 @@ def test_layouts(device):
         assert torch.equal(strided[0], penalties) and torch.equal(strided[1], v) and strided[1].is_contiguous()
         found = penalty_reduce(last, backend=backend)
         assert found[1].stride() == last.stride()
-        # The order of the sum is another one.
+        # The order of the sum differs.
         torch.testing.assert_close(found[0], penalties, rtol=1e-5, atol=0)
         torch.testing.assert_close(found[1], v, rtol=1e-5, atol=0)
 

@@ -159,7 +159,7 @@ def test_bad_arguments_are_named(changes, name):
 @pytest.mark.parametrize("other", DEFAULTS, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_torch_defaults_change_nothing(backend, other):
-    """The numbers of a range are on the CPU; those of a tensor where it is."""
+    """Draws for a range are on the CPU; those for a tensor are on its device."""
     given, options = torch.tensor([3, 2**33]), {"stream": "z", "step": 2, "backend": backend}
 
     def draws(indices):

@@ -1,4 +1,4 @@
-"""Parity of every backend of the sampler step with its reference, its noise, and what it refuses."""
+"""Parity of every backend of the sampler step with its reference, its noise, and refusals."""
 
 import hashlib
 import itertools
@@ -62,7 +62,7 @@ def launch(backend, tensors, table, noise=None, pool=0, history=True, flags=Fals
 
 
 def assert_parity(backend, tensors, table, **options):
-    """At most twice the error of the reference in the same dtype; normals may differ by 2e-6, sums of a pool in their order."""
+    """Allow twice the error of the reference in the same dtype; normals may differ by 2e-6, sums of a pool in their order."""
     found = launch(backend, tensors, table, **options)
     again = launch(backend, tensors, table, **options)
     eager = launch("reference", tensors, table, **options)
@@ -211,7 +211,7 @@ def test_layouts(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 def test_noise_is_the_stream_of_steps(last, device):
-    """A sample's noise depends on nothing but (seed, index, step), whatever the batch and the layout."""
+    """A sample's noise depends only on (seed, index, step), whatever the batch and the layout."""
     x, m, _, _ = make((4, 3, 7, 9), last=last, device=device)
     indices = torch.tensor([3, 0, 2**33, 12], device=device)
     for backend in fast_backends(device):
@@ -261,7 +261,7 @@ def step_digest():
         m[2] *= 1e5
         options = {"previous_x0": previous, "noise": (9, range(3), 4), "pool": 2, "return_x0": True, "backend": "cpu"}
         for tensor in sampler_step(x, m, COEFFICIENTS, **options):
-            # A NaN's bits are the processor's own.
+            # A NaN's bits depend on the processor.
             digest.update(torch.nan_to_num(tensor.float(), nan=7.0).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -475,7 +475,7 @@ def test_rows_are_kept_by_their_step_alone():
 @pytest.mark.parametrize("other", DEFAULTS, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_torch_defaults_change_nothing(backend, other):
-    """Neither the results nor the row that a first step under them leaves behind."""
+    """Neither the results nor the cached row that a first step under them leaves behind."""
     x, m, previous, _ = make((2, 3, 8, 8))
     options = {"previous_x0": previous, "noise": (3, range(2), 5), "pool": 2, "return_x0": True, "backend": backend}
 

@@ -116,7 +116,7 @@ CUDA_CASES = [
 
 
 class Guarded:
-    """A tensor inside a larger one of NaN: `untouched` tells whether the rest still is."""
+    """A tensor inside a larger one of NaN: `untouched` is true while the rest is still NaN."""
 
     def __init__(self, shape, dtype, last, offset, device, values=None):
         size = torch.Size(shape).numel()
@@ -172,7 +172,7 @@ def run(case, launch, device="cpu"):
 
 
 def check(case, launch, device="cpu", truncates=False):
-    """``launch`` against the reference: bit for bit where nothing but rounding in the stated order happens."""
+    """Compare ``launch`` with the reference, bit for bit where only rounding in the stated order happens."""
     expected = run(case, sampler_step_reference)
     for name, ours in run(case, launch, device).items():
         if name == "flags":
@@ -225,7 +225,7 @@ def test_on_a_gpu(case, compiled_by):
 
 
 def check_rounding(dtype, launch, device="cpu"):
-    """Every upper half of a float32, with lower halves below, at and above the middle; ties go to even, NaN stays NaN."""
+    """Check every upper half of a float32, with lower halves below, at and above the middle; ties to even, NaN stays NaN."""
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     bits = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16).unsqueeze(1) | lower
     m = bits.reshape(1, -1).view(F32)
@@ -238,7 +238,7 @@ def check_rounding(dtype, launch, device="cpu"):
         launch(*arguments, out, None, None, None)
         finite = m[:, :count].isfinite()
         assert torch.equal(out.cpu()[finite], m[:, :count][finite].to(dtype))
-        # Coefficients that are zero make NaN of an infinity.
+        # A coefficient of zero turns an infinity into NaN.
         assert out.cpu()[~finite].isnan().all()
 
 
@@ -265,7 +265,7 @@ def normals(index, seed, step, first_block, blocks):
 
 @contextlib.contextmanager
 def last_block_of(monkeypatch, before, pooled_before=0, **changes):
-    """The launcher's tensors begin ``before`` elements (float32) before the memory that is there; only the last block runs.
+    """Make the launcher's tensors begin ``before`` float32 elements before the actual memory; only the last block runs.
 
     ``changes``: sizes of the whole, and pointers.
     """
@@ -373,7 +373,7 @@ def test_products_with_the_inverse_are_quotients(d):
 
 @pytest.mark.parametrize("dtype, count", [(F32, 256), (F32, 252), (F32, 255), (BF16, 512), (BF16, 504), (BF16, 511)])
 def test_cuda_kernels_flag_one_offender(dtype, count, cupy_on_host):
-    """Wherever it is: in the first vector or the second, at their ends, or among single elements."""
+    """The offender may be in the first vector or the second, at their ends, or among single elements."""
     for place in (0, 3, 7, count // 2 - 1, count // 2, count - 1):
         x, flags = torch.zeros(3, count, dtype=dtype), torch.zeros(3, dtype=torch.int32)
         x[1, place] = float("inf")
@@ -484,7 +484,7 @@ def test_vectors_only_where_they_are_aligned():
     assert vectors(torch.zeros(2, 1, 2, 6)) == 1 and vectors(torch.zeros(2, 1, 2, 6).half()) == 0
     last = x.contiguous(memory_format=torch.channels_last)
     assert (vectors(last), vectors(last, **drawn), vectors(last, pool=2)) == (1, 0, 0)
-    # Two per thread where warps are full, and nothing is drawn.
+    # Two per thread where warps are full and nothing is drawn.
     large = torch.zeros(2, 1, 16, 16)
     assert [vectors(y, name="vectors_each") for y in (x, large, large.half(), torch.zeros(2, 512).half())] == [1, 2, 1, 2]
     assert vectors(large, name="vectors_each", **drawn) == 1 and vectors(torch.zeros(2, 255), name="vectors_each") == 0

@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def a_student(name):
-    """Weights as trained ones are: batch-norm statistics of what the student sees."""
+    """Weights like trained ones: batch-norm statistics come from the student's own activations."""
     torch.manual_seed(0)
     student = Student(CONFIGS[name]).train()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def two_threads():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """New tensors are full of NaN: an image that is not written whole shows."""
+    """New tensors are full of NaN, which exposes an image that is only partly written."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -108,7 +108,7 @@ def test_bits_depend_on_neither_batch_nor_threads(name, dtype):
 
 @CPU
 def test_threads_may_share_an_engine():
-    """Four threads, two engines, other batch sizes: everyone gets the images that one thread alone gets."""
+    """Four threads, two engines, different batch sizes: each gets the images that a single thread gets."""
     engines = [a_student(name).fuse("cpu", tune=False) for name in ("large", "small")]
     wanted = [engine.sample(6, seed=3) for engine in engines]
     wrong = []
@@ -183,7 +183,7 @@ def test_bad_plans_are_named():
     count = range(len(fused.layers))
     weights, biases = ([getattr(fused, f"{kind}{i}") for i in count] for kind in ("weight", "bias"))
     options = {"slope": 0.2, "dtype": torch.float32, "backend": "cpu"}
-    # Weights alone are packed on the spot.
+    # Plain weights are packed on the fly.
     z = fused.latents(2)
     assert torch.equal(student_forward(z, weights, biases, fused.layers, **options), fused(z))
     with pytest.raises(InputError, match="as many algorithms and packed weights"):
@@ -198,7 +198,7 @@ def test_bad_plans_are_named():
         replace(fused.config, algorithms=("direct",))
     with pytest.raises(InputError, match="convolution 0 takes direct, winograd2, winograd4, not 'winograd6'"):
         replace(fused.config, algorithms=("winograd6",) * 17)
-    # The op's own launcher, which no public function protects.
+    # The op's own launcher, which is called without the public function's checks.
     numbers, own = encode(fused.layers, torch.float32, fused.config.algorithms), fused.engine.packed
     op = torch.ops.advkd_cpu.student_forward
     z = fused.latents(1)
@@ -234,7 +234,7 @@ def test_memory_is_bounded(name, dtype, two_threads):
 
 @CPU
 def test_memory_is_what_a_process_takes(two_threads):
-    """A first image's peak above the loaded engine, as the system counts it, is the workspace and a little."""
+    """A first image's peak above the loaded engine, as the system counts it, is little more than the workspace."""
     code = """
 import re, torch, advkd
 def memory(name):
@@ -250,7 +250,7 @@ print(memory("VmHWM") - before, fused.memory(1)["workspace"])
 """
     done = subprocess.run([sys.executable, "-c", code], env=process_environment(), capture_output=True, text=True, check=True)
     taken, said = map(int, done.stdout.split())
-    # The image, its float32 copy and the latent; the other engine's workspace was there before.
+    # The image, its float32 copy and the latent; the other engine's workspace existed before.
     assert 0.5 * said <= taken <= said + 6 * 2**20
 
 
@@ -283,7 +283,7 @@ def test_an_engine_moves_to_a_gpu_and_back():
 
 @CPU
 def test_weights_packed_for_another_processor_are_refused(tmp_path):
-    """Sixteen channels take as many bytes on every instruction set: the header tells them apart."""
+    """Sixteen channels take as many bytes on every instruction set: only the header distinguishes them."""
     layer = ConvLayer(16, 16, 8, 8)
     weight, bias = torch.randn(16, 16, 3, 3), torch.zeros(16)
     save_file({"packed": pack(weight, bias, layer, torch.float32, "winograd2")}, tmp_path / "packed.safetensors")

@@ -1,4 +1,4 @@
-"""How a network runs on a GPU's kernels, on plain PyTorch in their place: storage, packing, chains of launches, plans."""
+"""A network on a GPU's kernels, with plain PyTorch in their place: storage, packing, chains of launches, plans."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from advkd.ops.student_forward import student_forward_reference
 from advkd.ops.student_steps import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
 
 F32 = torch.float32
-# Channels that are no unit's multiple, and detail bands behind them.
+# Channels that are no multiple of a unit, and detail bands after them.
 CONFIGS = {
     "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
     "detail": StudentConfig(32, 3, channels=(16, 33, 20, 20, 24, 8, 5, 9), latent_size=1, detail_noise=True),
@@ -160,7 +160,7 @@ def test_image_columns():
 
 
 def test_rounding_to_tensor_float():
-    """To nearest on ten bits of mantissa, ties away from zero; what is not finite stays."""
+    """Rounds to nearest on ten bits of mantissa, ties away from zero; non-finite values stay."""
     x = torch.tensor([1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 2**-11, 1 + 2**-10, 0.0, float("inf"), 3.4028234e38])
     wanted = torch.tensor([1 + 2**-10, 1.0, -1 - 2**-10, 1 + 2**-10, 0.0, float("inf"), float("inf")])
     assert torch.equal(round_tf32(x), wanted) and round_tf32(torch.tensor([float("nan")])).isnan()
@@ -198,7 +198,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("name, chain", [(name, i) for name, chains in CHAINS.items() for i in range(len(chains))])
 def test_chains_of_launches_are_the_network(name, chain, launchers):
-    """Another network has just left NaN where the workspace will be."""
+    """The workspace holds NaN that another network left behind."""
     layers, weights, biases, z = network(name)
     steps = CHAINS[name][chain]
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_engines_and_the_op_agree(backend, launchers, monkeypatch):
 
 
 def test_plans_of_other_versions_are_refused():
-    """Kernels keep their numbers; one that this version lacks is said, not started as another."""
+    """Kernels keep their numbers; one that this version lacks is refused, not started as another."""
     assert student_steps.KERNELS[:6] == ("triton_conv", "triton_image", "conv", "image", "pair", "stem")
     for number in (-1, len(student_steps.KERNELS)):
         with pytest.raises(InputError, match=f"kernel number {number}, of another version"):
@@ -294,6 +294,6 @@ def test_networks_on_the_cuda_kernels(name, dtype, cluster, cupy_on_host):
     found = engine(z)
     wanted = student_forward_reference(z.double(), [w.double() for w in weights], [b.double() for b in biases], layers, 0.2)
     plain = student_forward_reference(z.to(dtype), [w.to(dtype) for w in weights], [b.to(dtype) for b in biases], layers, 0.2)
-    # Not further off than PyTorch in the same dtype; TensorFloat-32 is off (tests/conftest.py).
+    # At most twice PyTorch's error in the same dtype; TensorFloat-32 is disabled (tests/conftest.py).
     assert (found - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-5
     assert torch.equal(engine(z), found)

@@ -39,7 +39,7 @@ def chain(*shapes):
 
 
 CHAINS = {
-    # In 16 bits nine units for eight parts of a sum.
+    # In 16 bits, nine units for eight parts of a sum.
     "smallest": chain((16, 16, 0)),
     # Nine columns: no cluster divides them, and one of its blocks has an odd one left.
     "columns": chain((48, 144, 0), (144, 16, 1)),
@@ -81,7 +81,7 @@ class Network:
         return F.pad(x, (0, padded(layer.c_in) - layer.c_in)).to(dtype_of(self.product)).to(self.device)
 
     def run(self, x, cluster=1, images=1, count=None, launch=student_stem):
-        """The first `count` layers' result `(N, R, R, C_out)`. All that must not be written is checked."""
+        """The first `count` layers' result `(N, R, R, C_out)`; checks that nothing else is written."""
         layers = self.layers[:count]
         last = layers[-1]
         side, channels = last.height * (2 if last.upsample else 1), padded(last.c_out)
@@ -138,13 +138,13 @@ def expected(x, weight, bias, layer, product):
     operands = {"tf32": 2 * 2.0**-11 + 2.0**-21, "f32": 3 * 2.0**-22}.get(product, unit if layer.upsample else 0.0)
     error = (9 * layer.c_in + 10) * 2.0**-23 * (size + bias.abs()) + operands * size
     y = torch.where(y > 0, y, SLOPE * y)
-    # Two roundings to float32 on the way: of the sum with the bias, and of the slope's product.
+    # Two intermediate roundings to float32: of the sum with the bias, and of the slope's product.
     allowed = error + (unit + 3 * 2.0**-24) * (y.abs() + error) + 2.0**-24
     return y.permute(0, 2, 3, 1), allowed.permute(0, 2, 3, 1)
 
 
 def check_layers(net, n, **options):
-    """Each layer against float64, its input being what the kernel made of the layers before; the whole repeats bit for bit."""
+    """Check each layer against float64, given the kernel's result for the layers before; the whole repeats bit for bit."""
     x = stored = net.input(n)
     for i, layer in enumerate(net.layers):
         y = net.run(x, count=i + 1, **options)
@@ -164,7 +164,7 @@ def test_every_layer(product, name, cupy_on_host):
     check_layers(network(name, product), 2)
 
 
-# Whole groups, and a last one that is not: a cluster's blocks alone, with columns each, with shares of pixels.
+# Whole groups and a partial last one: a cluster's blocks alone, with columns each, with shares of pixels.
 SHARES = [(1, 3), (2, 2), (4, 1), (8, 3), (4, 4)]
 
 
@@ -181,7 +181,7 @@ def test_bits_depend_on_the_image_alone(product, name, cupy_on_host):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name, cluster, images", [("kinds", 1, 2), ("kinds", 4, 2), ("large", 1, 1), ("large", 4, 1)])
 def test_warps_far_ahead_of_others(name, cluster, images, order, cupy_on_host):
-    """Whatever may run before its turn finds what it needs, and spoils nothing."""
+    """Work that runs ahead finds its inputs ready and overwrites nothing still in use."""
     net = network(name, "bf16")
     x = net.input(2)
     wanted = net.run(x)
@@ -201,14 +201,14 @@ def test_images_of_a_group_do_not_meet(cluster, cupy_on_host):
 
 @pytest.mark.parametrize("name, cluster", [("smallest", 8), ("large", 8), ("large", 2), ("up", 8)])
 def test_more_blocks_than_work(name, cluster, cupy_on_host):
-    """Blocks without columns or pixels wait with the others and get what those compute."""
+    """Blocks without columns or pixels wait with the others and receive their results."""
     net = network(name, "bf16")
     x = net.input(2)
     assert torch.equal(net.run(x, cluster, 1), net.run(x))
 
 
-# Who computes what of plain layers that follow each other at one side: log2 of the sets of blocks with pixels of their own, in
-# each of which every block has columns of its own. A block gets only its pixels and their neighbours from the others.
+# Division of work in consecutive plain layers of one side: log2 of the sets of blocks with pixels of their own, in each of
+# which every block has columns of its own. A block gets only its pixels and their neighbours from the others.
 SHARED = [
     (chain((16, 48, 1), (48, 144, 0), (144, 32, 0), (32, 32, 0)), 8, (1, 1, 1, 1)),
     (chain((16, 16, 1), (16, 16, 1), (16, 144, 0), (144, 48, 0)), 8, (2, 1, 3, 3)),
@@ -298,7 +298,7 @@ def test_python_and_cpp_launchers_agree(tmp_path):
 
 
 def test_places_in_shared_memory():
-    """No two things meet, what the kernel takes as vectors is aligned, the limit is kept and used."""
+    """Regions do not overlap, those read as vectors are aligned, the limit is kept and used."""
     for layers, product, cluster, images, limit in plans():
         plan = stem_plan(layers, product, cluster, images, limit)
         element, fit = (2 if product in ("bf16", "f16") else 4), layers[: plan["layers"]]
@@ -316,8 +316,8 @@ def test_places_in_shared_memory():
             assert stem_plan(layers[: len(fit) + 1], product, cluster, images, 2**31 - 1)["bytes"] > limit
 
 
-# How many layers go in one launch at batch 1, in 16 and in 32 bits. What 227 KB hold in 16 bits: pyramid-256 up to the layer
-# that makes 32x32 pixels of 16x16, paper-256 with 64 channels at 32x32, and all of digits but the image's layer.
+# Layers in one launch at batch 1, in 16 and in 32 bits. In 16 bits 227 KB hold pyramid-256 up to the layer from 16x16 to
+# 32x32 pixels, paper-256 with 64 channels at 32x32, and all of digits but the image's layer.
 COUNTS = {
     "paper-256": {"sm_80": (11, 10), "sm_86": (10, 8), "sm_90": (12, 11)},
     "pyramid-256": {"sm_80": (8, 7), "sm_86": (7, 4), "sm_90": (11, 7)},

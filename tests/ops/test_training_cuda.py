@@ -28,8 +28,8 @@ def test_kernels_on_the_host(name, case, cupy_on_host):
     check(name, case, getattr(cupy_kernels, name))
 
 
-# What threads come to in their second and later turns, which only large tensors take otherwise: planes of one row and of
-# several, steps of whole samples and of a part of a row; channels last with lanes that do not fill a block.
+# Cases for threads' second and later turns, which otherwise only large tensors need: planes of one row and of several, steps
+# of whole samples and of a part of a row; channels last with lanes that do not fill a block.
 TURNS = [
     Case((40, 2, 2, 2)),
     Case((3, 3, 21, 60)),
@@ -45,7 +45,7 @@ def test_threads_take_turns(case, blocks, cupy_on_host, monkeypatch):
     monkeypatch.setattr(cupy_training, "BLOCKS", blocks)
     for name, upsample in itertools.product(PIECES, (False, True)):
         check(name, dataclasses.replace(case, upsample=upsample), getattr(cupy_kernels, name))
-    # In place an element that two threads take shows.
+    # In place, an element that two threads process gives a wrong result.
     check("norm_act_backward", dataclasses.replace(case, masked=True, in_place=True), cupy_kernels.norm_act_backward)
 
 
@@ -56,7 +56,7 @@ def test_more_channels_than_threads(name, cupy_on_host):
 
 @pytest.mark.parametrize("name", ["norm_act_moments", "norm_act_sums"])
 def test_more_parts_than_threads(name, cupy_on_host):
-    """130 channels leave room for one pixel in a block: 300 partial results are joined by 256 threads."""
+    """130 channels leave room for one pixel in a block: 256 threads join 300 partial results."""
     check(name, Case((3, 130, 10, 10), last=True), getattr(cupy_kernels, name))
 
 
@@ -70,13 +70,13 @@ def test_samples_of_several_blocks(cupy_on_host):
     assert torch.equal(alone, penalties[1:])
     theirs, expected = torch.empty_like(g).double(), torch.empty(2).double()
     penalty_reduce_reference(g.double(), 1.0, 10.0, 0, theirs, expected)
-    # Norms of about 1.02: half of float32's seven digits remain of what is beyond 1.
+    # Norms of about 1.02: half of float32's seven digits remain in the excess over 1.
     assert ((penalties - expected) / expected).abs().max() <= 1e-4
     assert (v - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_moments_far_from_zero(cupy_on_host):
-    """A mean of 2^14 standard deviations in one of two halves, so that blocks' means differ: what joins them counts."""
+    """A mean of 2^14 standard deviations in one of two halves, so that blocks' means differ and joining them matters."""
     x = torch.randn(2, 8, 40, 64, generator=torch.Generator().manual_seed(0))
     x[0] += 2.0**14
     for last in (False, True):
@@ -202,7 +202,7 @@ def test_plans_cover_every_position():
         assert step == plan["parts"] * plan["rows"] and plan["lanes"] * plan["rows"] <= cupy_modules.THREADS
         assert plan["tiles"] * plan["lanes"] * (group if last else 1) >= channels
         blocks = plan["tiles"] * plan["parts"]
-        # Partial results stay few; a thread's turns as well where there are none.
+        # Partial results stay few, and so do a thread's turns where there are none.
         assert blocks <= max(2 * cupy_training.BLOCKS, plan["tiles"]) if reduces else samples * height * columns <= 8 * step
 
 

@@ -33,7 +33,7 @@ LOOPS = ("penalty_reduce", "norm_act_moments", "norm_act_sums")
 
 
 def public_functions(backend, device, layouts=LAYOUTS):
-    """What the public functions give through ``backend``, layouts and options in turn."""
+    """Results of the public functions through ``backend``, for all layouts and options in turn."""
     generator = torch.Generator().manual_seed(0)
     for layout in layouts:
 
@@ -64,7 +64,7 @@ def check_public_functions(device, layouts=LAYOUTS):
 
 
 def check_loops(device="cpu", names=LOOPS, **options):
-    """The first stages with so few programs that each goes through several tiles, as otherwise on large tensors alone."""
+    """Run the first stages with so few programs that each takes several tiles, as otherwise only on large tensors."""
     from advkd.kernels import norm_act, penalty_reduce
 
     with mock.patch.object(norm_act, "PROGRAMS", 2), mock.patch.object(penalty_reduce, "PARTS", 2):
@@ -84,7 +84,7 @@ def interpret():
 
 
 def compile_ahead(architecture):
-    """Compile the kernels' main variants and print, for each, what the test asks about."""
+    """Compile the kernels' main variants and print, for each, the figures that the test checks."""
     import triton
     import triton.language as tl
     from advkd.kernels import conv_bias_act_mask, mask_mul, norm_act, penalty_reduce
@@ -98,7 +98,7 @@ def compile_ahead(architecture):
     types |= {"indices": "*i64", "steps": "*i64", "mask": "*u8", "key": "i64"}
 
     def variant(kernel, element, loads=0, stores=0, aligned=True, **constants):
-        """Pointers and sizes are aligned as usual tensors are; a tensor that a variant lacks is a constant None."""
+        """Compile one variant: pointers and sizes are aligned as usual tensors are; a tensor it lacks is a constant None."""
         fusion = constants.pop("enable_fp_fusion", True)
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         known = types | dict.fromkeys(elements, f"*{element}") | dict.fromkeys(constants, "constexpr")
@@ -117,7 +117,7 @@ def compile_ahead(architecture):
         variant(kernel, *arguments, BLOCK=2048, enable_fp_fusion=False, **{"INDEX": tl.int32, **constants})
 
     def normalized(kernel, *arguments, shape=(64, 128, 32, 32), last=False, upsample=False, moments=False, **constants):
-        """Lengths that are one are compile-time constants."""
+        """Compile a variant of a norm's kernel; lengths of 1 are compile-time constants."""
         x = torch.empty(shape, device="meta")
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         tile = norm_act.MOMENTS_TILE if moments else norm_act.REPEATED_TILE if upsample else norm_act.TILE
@@ -139,8 +139,8 @@ def compile_ahead(architecture):
     elementwise(penalty_reduce.squares_kernel, "bf16", 2, 2)
     elementwise(penalty_reduce.penalty_kernel, "fp32", 4, 4, MODE=1, PARTS=128)
     elementwise(penalty_reduce.penalty_kernel, "bf16", 2, 2, MODE=0, PARTS=512, INDEX=tl.int64)
-    # Twice as large where a tile is reduced at once; half as large, with two, four and eight times as much beside it, where
-    # a pixel stands for four.
+    # Twice as large where a tile is reduced at once; half as large, with two, four and eight times as much beside it,
+    # where a pixel stands for four.
     normalized(norm_act.moments_kernel, "fp32", 8, 0, moments=True)
     normalized(norm_act.moments_kernel, "bf16", 4, 0, moments=True, last=True)
     normalized(norm_act.norm_act_kernel, "fp32", 4, 4)
@@ -184,7 +184,7 @@ def run(call, folder, environment):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """The interpreter's and the compilers' processes, all at once; their output goes to files, of which no one has to wait."""
+    """The interpreter's and the compilers' processes, run concurrently; their output goes to files, so that none blocks."""
     started = {}
     for name in ("interpreter", *ARCHITECTURES):
         folder = tmp_path_factory.mktemp(str(name))

@@ -1,7 +1,7 @@
-"""What the kernels of the training ops are tested on, whatever made them: cases, and a check of a launcher.
+"""Tests shared by all backends' kernels of the training ops: cases, and a check of a launcher.
 
 ``check`` gives a launcher NaN-poisoned outputs with guards around every tensor, and compares with the ``*_reference`` of the
-op: bit for bit where nothing but rounding in the stated order happens, else in float64 within a derived bound.
+op: bit for bit where only rounding in the stated order happens, else in float64 within a derived bound.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 UNIT = 2.0**-24
 """Half of float32's epsilon: the largest relative error of one rounding."""
 TREE = 64 * UNIT
-"""Of a sum of terms of one sign: no term of a case passes through 64 additions, in a thread, a block and the last stage."""
+"""Error of a sum of terms of one sign: no term passes through 64 additions, in a thread, a block and the last stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ ELEMENTS = [
     # A view whose base no vector fits.
     Case((2, 3, 8, 8), offset=1),
     Case((2, 3, 8, 8), F16, last=True, offset=3),
-    # The result in the place of the input.
+    # The result overwrites the input.
     Case((2, 3, 8, 8), in_place=True, planted=True),
     Case((2, 3, 5, 7), BF16, last=True, in_place=True),
 ]
@@ -110,7 +110,7 @@ CASES = {
         Case((2, 3, 5, 7), mode="r1", planted=True),
         # No target, so that the penalty of a sample of zeros is zero too.
         Case((3, 7), target=0.0),
-        # Samples of more than one block beside a sample of zeros of as many.
+        # Samples of more than one block beside an equally large sample of zeros.
         Case((3, 3, 40, 41), F16, last=True, mode="one-sided"),
     ],
     "interpolate": [
@@ -137,7 +137,7 @@ CASES = {
     "norm_act_sums": [
         *NORMALIZED,
         dataclasses.replace(MANY_CHANNELS, upsample=True),
-        # As the backward pass has it: what is kept is kept in float32.
+        # As in the backward pass: kept values are float32.
         *(dataclasses.replace(case, upsample=True, kept=case.dtype == F32) for case in NORMALIZED),
         Case((2, 3, 5, 7), upsample=True),
         Case((2, 3, 5, 7), BF16, kept=True),
@@ -157,7 +157,7 @@ CASES = {
 
 
 class Guarded:
-    """A tensor inside a larger one of NaN, or of 0xA5 in a mask: `untouched` tells whether the rest still is."""
+    """A tensor inside a larger one of NaN, or of 0xA5 in a mask: `untouched` is true while the rest is unchanged."""
 
     def __init__(self, shape, dtype, last=False, offset=0, device="cpu", values=None):
         size = torch.Size(shape).numel()
@@ -303,7 +303,7 @@ def _norm_act_backward(case, make):
 
 
 def _penalty_bounds(case, arguments, expected):
-    """The norm is off by half of TREE and a root, which reaches the excess undiminished."""
+    """The norm's error is half of TREE and a root, and passes to the excess undiminished."""
     g, share = arguments[0].flatten(1), 10.0 / len(arguments[0])
     norm = g.norm(dim=1)
     off = TREE * norm + 4 * UNIT * case.target
@@ -316,7 +316,7 @@ def _penalty_bounds(case, arguments, expected):
 
 
 def _moments_bounds(case, arguments, expected):
-    """Of blocks' means, each off by TREE, and of what is left of a mean in the squares around it."""
+    """Errors of blocks' means, each TREE, and of the part of a mean that remains in the squares around it."""
     mean, variance = expected["statistics"]
     size = mean.abs() + variance.sqrt()
     return {"statistics": torch.stack((TREE * size, TREE * variance.sqrt() * size + (TREE * size).square()))}
@@ -341,7 +341,7 @@ def _norm_act_bounds(case, arguments, expected):
 def _gradient_sizes(case, gradient, x, weights, statistics):
     """|d| with the four pixels' sizes added up, and |x'|."""
     normalized, before, size = _terms(weights, x, statistics)
-    # No sign hangs on rounding, but for exact zeros, which have none.
+    # No sign depends on rounding, except for exact zeros, which have none.
     assert ((before == 0) | before.isnan() | (before.abs() > 16 * UNIT * size)).all(), f"{case}: choose another seed"
     d = gradient.abs()
     if case.upsample and not case.masked:
@@ -363,7 +363,7 @@ def _backward_bounds(case, arguments, expected):
     return {"dx": 16 * UNIT * scale[:, None, None] * (d + mean_d + normalized * mean_dx)}
 
 
-# Reference, arguments and results, and the bounds of the results; no bounds: bit for bit.
+# Reference, arguments and results, and the bounds of the results; None means bit for bit.
 _OPS = {
     "conv_bias_act_mask": (conv_bias_act_mask_reference, _conv_bias_act_mask, None),
     "mask_mul": (mask_mul_reference, _mask_mul, None),
@@ -385,7 +385,7 @@ def prepare(name, case, device="cpu"):
 def check(name, case, launch, device="cpu", truncates=False):
     """``launch``, in the signature of launcher ``name``, against the reference on ``case``.
 
-    ``truncates``: what stores bfloat16 drops the lower half instead of rounding, as Triton's interpreter does.
+    ``truncates``: stores of bfloat16 drop the lower half instead of rounding, as in Triton's interpreter.
     """
     make, arguments, results = prepare(name, case, device)
     before = [a.cpu().clone() if isinstance(a, torch.Tensor) else None for a in arguments]
@@ -403,14 +403,14 @@ def check(name, case, launch, device="cpu", truncates=False):
 
 
 def _expected(name, case):
-    """The reference's results, in float64 and with what ours may be off before they are stored where that is bounded."""
+    """The reference's results; in float64 with the error allowed to ours before they are stored, where that is bounded."""
     reference, _, bounds = _OPS[name]
     _, arguments, results = prepare(name, case)
     if bounds is None:
         reference(*arguments)
         return results, None
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    # In place, an input comes before the result that it is: here they are two tensors.
+    # In place, a result appears twice among the arguments; the last one is the result, and here they are two tensors.
     places = {key: max(i for i, a in enumerate(arguments) if a is result) for key, result in results.items()}
     reference(*wide)
     expected = {key: wide[place] for key, place in places.items()}
@@ -431,5 +431,5 @@ def _compare(what, ours, wanted, slack, rounded):
 
 
 def _bits(tensor):
-    """What is compared where NaN equals NaN."""
+    """A tensor's bits, for comparisons in which NaN equals NaN."""
     return tensor if not tensor.is_floating_point() else tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])

@@ -39,7 +39,7 @@ if __name__ == "__main__":
         torch.distributed.init_process_group("gloo")
     config = recipe(overrides.pop("recipe"), **overrides)
     data = Trajectories(folder)
-    # Every process brings other weights: those of the main process count.
+    # Every process starts from different weights: those of the main process count.
     student = tiny_student(seed=int(os.environ.get("RANK", 0)))
     dtype = torch.float64 if config.mixed_precision == "no" else torch.float32
     teacher = tiny_teacher() if config.grow else None

@@ -60,7 +60,7 @@ def test_sample_to_a_picture_and_to_a_folder(capsys, tmp_path):
 
 
 def test_sampling_goes_on_where_it_stopped(capsys, tmp_path):
-    """Pictures that are there are kept, those of anything else are not touched."""
+    """Existing pictures are kept, and pictures of other origin are not touched."""
     out = tmp_path / "many"
     assert run(capsys, "sample", "-n", 7, "--batch-size", 3, "--out", out)[0] == 0
     before = {path.name: path.read_bytes() for path in out.glob("*.png")}
@@ -79,7 +79,7 @@ def test_sampling_goes_on_where_it_stopped(capsys, tmp_path):
 
 
 def test_several_processes_share_the_work(tmp_path):
-    """Two processes of a launcher draw what one does."""
+    """Two processes of a launcher draw the same pictures as one."""
     whole = run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "one")
     parts = [
         run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "two", environment={"RANK": r, "WORLD_SIZE": "2"})
@@ -146,7 +146,7 @@ def test_configuration_files(capsys, tmp_path, trajectories):
     assert "d.json is not readable JSON or TOML (the key 'ema'" in refused(capsys, *arguments, tmp_path / "d.json")
     (tmp_path / "c.toml").write_text("updates = [3]\nbatch_sizes = [8]\nema = 2.0")
     assert "ema" in refused(capsys, *arguments, tmp_path / "c.toml")
-    # The file is right and overridden by an option: now only the student does not fit.
+    # The file is valid and overridden by an option: now only the student does not fit.
     assert "image_size" in refused(capsys, *arguments, tmp_path / "c.toml", "--ema", "0.5")
     (tmp_path / "student.json").write_text(json.dumps({"image_size": 8, "chanels": [8]}))
     arguments[4] = tmp_path / "student.json"
@@ -224,7 +224,7 @@ def test_a_fresh_process_refuses_without_a_traceback(tmp_path):
 def test_small_demo(capsys, tmp_path, monkeypatch):
     from PIL import Image
 
-    # The times of the last line are not what is tested.
+    # The times in the last line are not tested.
     monkeypatch.setattr(evaluate, "measure", lambda calls, repeats, device: timing.measure(calls, 1, 0, device))
     code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 64, "--updates", 2)
     assert code == 0 and "50 evaluations" in out and "1 evaluation" in out

@@ -100,7 +100,7 @@ def test_is_pure():
 
 
 def test_philox_weights_are_the_global_rows():
-    """x_hat of (seed, index, step) does not hang on how a batch was cut."""
+    """x_hat for (seed, index, step) does not depend on how a batch was split."""
     critic, real, fake, _ = problem(n=6)
     indices = torch.arange(100, 106)
     whole = critic_gradients(critic, real, fake, a=(7, indices, 3))
@@ -172,7 +172,7 @@ def test_step_accumulates_micro_batches():
 
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
 def test_mixed_precision(dtype, scale):
-    """Under autocast, in float16 with a loss scale as GradScaler's: at most twice the error of autograd there."""
+    """Under autocast, in float16 with a loss scale like GradScaler's: at most twice the error of autograd there."""
     critic, real, fake, options = problem(dtype=torch.float32, n=16)
     exact = critic_gradients(critic, real, fake, backend="autograd", **options).gradients
     with torch.autocast("cpu", dtype):
@@ -197,7 +197,7 @@ def test_with_a_gradient_scaler():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_whole(compiler, tmp_path, monkeypatch):
-    # Inductor's cache on disk hands code for another ATEN_CPU_CAPABILITY out, which then does not compile or computes NaN.
+    # Inductor's cache on disk returns code for another ATEN_CPU_CAPABILITY, which then fails to compile or computes NaN.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     critic, real, fake, options = problem("conditional", torch.float32)
     a, condition = options["a"], options["condition"]
@@ -341,7 +341,7 @@ def test_torch_defaults_change_nothing(backend, other):
 
 
 def test_in_inference_mode_and_after_it():
-    """A first call there leaves behind only what serves a call outside, and the reverse."""
+    """A first call inside caches only state that serves calls outside, and the reverse."""
     critic, real, fake, options = problem("conditional", torch.float32)
     with torch.inference_mode():
         inside = critic_gradients(critic, real.clone(), fake.clone(), **options)

@@ -110,7 +110,7 @@ def test_links_to_folders_and_files_are_followed_and_cycles_end(tmp_path):
     os.symlink(data, data / "own" / "cycle")
     os.symlink(data, tmp_path / "elsewhere" / "deep" / "back")
     os.symlink("itself", data / "itself")
-    os.symlink("own", data / "first")  # by path before what it leads to, which keeps its name
+    os.symlink("own", data / "first")  # sorts before its target, which keeps its name
     for reader in READERS:
         assert values(reader(data)) == [1, 2, 4, 3]
     os.symlink(data, tmp_path / "entry")
@@ -151,7 +151,7 @@ def test_folders_with_a_pictures_suffix_are_folders(tmp_path):
 
 @pytest.mark.parametrize("blocked", ("data", "a"))
 def test_a_folder_that_cannot_be_read_is_named(blocked, tmp_path, monkeypatch):
-    """Root may read all, so the system's answer is played."""
+    """Root may read everything, so the system's answer is simulated."""
     save_values(tmp_path / "data" / "a", 1)
     save_values(tmp_path / "data" / "b", 2)
     scandir = os.scandir

@@ -51,7 +51,7 @@ MODES = {
     "inference": torch.inference_mode,
 }
 TRAINING = ("train a teacher", "train a classifier", "distil", "critic")
-"""The pieces that need gradients, which inference mode has not."""
+"""Pieces of work that need gradients, which inference mode cannot give."""
 
 
 def numbers(n=200, d=6, seed=0):
@@ -280,7 +280,7 @@ def comparable(value):
 def test_defaults_of_the_user_change_nothing(name, mode, place, tmp_path, monkeypatch):
     if mode == "inference" and name in TRAINING:
         pytest.skip("gradients are wanted")
-    # How long models take is not what is tested.
+    # The models' times are not tested.
     monkeypatch.setattr(evaluate, "measure", lambda calls, repeats, device: timing.measure(calls, 1, 0, device))
     if name not in RESULTS:
         RESULTS[name] = [comparable(value) for value in WORK[name](place, tmp_path / "plain")]

@@ -1,4 +1,4 @@
-"""The main job at a size that shows whether it works: does the student learn what the teacher draws?"""
+"""The main job at a size large enough to test: does the student learn to draw the teacher's images?"""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_short_demo_learns_the_teachers_images(tmp_path):
             *_, (_, images) = teacher.path(x_T)
             drawn = student(student.project(x_T))
             assert correlation(drawn, images) > least
-            # The same images in another order are another matter: the student follows the noise.
+            # The same images in another order do not match: the student follows the noise.
             assert correlation(drawn.roll(1, dims=0), images) < correlation(drawn, images) - 0.1
 
 

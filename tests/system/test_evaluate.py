@@ -1,4 +1,4 @@
-"""The evaluator: what its figures do, what it keeps, what it refuses."""
+"""The evaluator: its figures, its caches, its refusals."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_kept_features_that_cannot_be_those_are_made_anew(digits, tmp_path, wron
         path.unlink()
         os.mkfifo(path) if wrong == "a pipe" else path.write_text("text")
     assert torch.equal(first, extract(extractor, images, cache=tmp_path))
-    # Mended, too.
+    # The cached file is repaired, too.
     kept, _ = files.read_tensors(path, "features")
     assert torch.equal(first, kept["features"])
 
@@ -186,7 +186,7 @@ def test_defaults_of_torch_do_not_change_features(digits, default):
 
 
 def test_classifiers_are_float32(digits):
-    """Whatever torch's default dtype is, and with the weights that a seed gives."""
+    """Weights are float32, and those of their seed, whatever torch's default dtype is."""
     torch.manual_seed(3)
     expected = Classifier(ClassifierConfig()).state_dict()
     with other_default(torch.float64):
@@ -196,7 +196,7 @@ def test_classifiers_are_float32(digits):
 
 
 def test_a_classifier_looks_at_a_batch_at_a_time(digits, monkeypatch):
-    """Accuracy and scale of 700 images, in [-1, 1] or of 8 bits, are those of one pass; no pass has more pixels than said."""
+    """Accuracy and scale of 700 images, in [-1, 1] or of 8 bits, are those of one pass; no pass exceeds the limit of pixels."""
     monkeypatch.setattr(classifier_module, "BATCH_PIXELS", 256 * 32 * 32 + 1)
     images, labels = digits[0][:700], digits[1][:700]
     wide = images.float() / 127.5 - 1
@@ -218,7 +218,7 @@ def test_a_classifier_looks_at_a_batch_at_a_time(digits, monkeypatch):
 
 
 def test_kept_features_follow_the_classifier(tmp_path, digits):
-    """Weights written in a way that PyTorch does not count, after features were kept."""
+    """After features were kept, weights change in a way that bypasses PyTorch's version counters."""
     extractor, images = build_extractor("digits"), digits[0][:4]
     before = extract(extractor, images, cache=tmp_path)
     extractor.classifier.head.weight.data.mul_(2)
@@ -235,7 +235,7 @@ def test_classifier_configurations_that_cannot_work(channels):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_images_are_gathered_as_eight_bits(tiny, dtype):
-    """Those of a student and of a recording are what :func:`to_uint8` makes of them, in one tensor."""
+    """Images of a student and of a recording become one tensor, equal to the result of :func:`to_uint8`."""
     fused = Student.from_pretrained(tiny / "student").fuse(dtype=evaluate.DTYPES[dtype], tune=False)
     config = EvaluationConfig(num=150, seed=5)
     drawn = evaluate._draw_student(fused, config)
@@ -246,7 +246,7 @@ def test_images_are_gathered_as_eight_bits(tiny, dtype):
 
 
 def test_students_images_are_never_floats_together(tiny, teacher_folder, tmp_path, monkeypatch):
-    """An evaluation asks its engine for no more than a batch of images in [-1, 1]."""
+    """An evaluation holds no more than one batch of an engine's images in [-1, 1]."""
 
     def refuse(*_, **__):
         raise AssertionError("all images at once")
@@ -258,7 +258,7 @@ def test_students_images_are_never_floats_together(tiny, teacher_folder, tmp_pat
 
 
 def test_kept_samples_of_another_seed_are_refused(tiny, teacher_folder, tmp_path):
-    """A folder of the cache's is believed no more than its manifest."""
+    """A folder of the cache is trusted only as far as its manifest."""
     config = EvaluationConfig(extractor=str(tiny / "classifier"), **{**QUICK, "num": 12})
     arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out")
     evaluate_student(*arguments, cache=tmp_path, progress=False)
@@ -461,7 +461,7 @@ def test_inception_weights(tmp_path, monkeypatch):
 
 
 class Network(torch.nn.Module):
-    """A network in the place of Inception-v3, with its constructor."""
+    """Stand-in for the Inception-v3 network, with its constructor."""
 
     def __init__(self, name, features_list, path):
         super().__init__()
@@ -474,7 +474,7 @@ class Network(torch.nn.Module):
 
 @pytest.fixture
 def inception(tmp_path, monkeypatch):
-    """A function that builds the extractor with what ``write`` writes to a path, as if its hash were the right one."""
+    """A function that builds the extractor from the file that ``write`` writes, as if its hash were right."""
     from torchmetrics.image import fid
 
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: True)
@@ -538,7 +538,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_inception_weights_that_are_something_else_are_refused(name, inception, capsys):
-    """The known digits of the hash are few enough to be met on purpose: nothing in the file may run or grow."""
+    """The known digits of the hash are few enough to forge: nothing in the file may run or grow."""
     write, message = HOSTILE[name]
     with pytest.raises(InputError, match=message) as refused:
         inception(write)

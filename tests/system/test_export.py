@@ -1,4 +1,4 @@
-"""Students as programs for elsewhere: torch.export, ONNX and onnxruntime."""
+"""Students exported as programs: torch.export, ONNX and onnxruntime."""
 
 import copy
 
@@ -16,7 +16,7 @@ BATCHES = (1, 2, 5)
 
 @pytest.fixture(params=["blocks", "pyramid"])
 def student(request):
-    """Both forms of latents; statistics of batch norm as after training."""
+    """A student of either form of latents, with batch-norm statistics as after training."""
     detail = request.param == "pyramid"
     torch.manual_seed(0)
     shape = StudentConfig(16, 3, channels=(8, 4, 8, 8, 16, 4), latent_size=1 if detail else 2, detail_noise=detail)
@@ -32,7 +32,7 @@ def dynamic():
 
 
 def test_a_program_of_the_student(student):
-    """In eval mode, with gradients on: torch's own operations, for every batch size."""
+    """In eval mode, with gradients enabled, the program has torch's own operations and takes every batch size."""
     assert torch.is_grad_enabled()
     program = torch.export.export(student, (student.latents(3),), dynamic_shapes=dynamic())
     assert "advkd" not in str(program.graph_module.code)
@@ -88,7 +88,7 @@ def test_an_onnx_file_draws_the_students_images(student, kind, run, tmp_path):
 
 
 def test_dtypes_of_an_onnx_file(student, run, tmp_path):
-    """Latents in a student's own dtype; float32 for a fused one, whose images have its dtype."""
+    """A student takes latents in its own dtype; a fused one takes float32 and returns images in its dtype."""
     import onnx
 
     kinds = onnx.TensorProto

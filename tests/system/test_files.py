@@ -1,4 +1,4 @@
-"""Files: links, locks, names, limits, and what is said of those that cannot be read."""
+"""Files: links, locks, names, limits, and errors about files that cannot be read."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path):
     link.symlink_to(target)
     files.write_json(link, {"a": 1})
     assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
-    # A chain of relative links, and one whose target is not there yet.
+    # A chain of relative links, and one whose target does not exist yet.
     (tmp_path / "chain.json").symlink_to("link.json")
     (tmp_path / "new.json").symlink_to("disk/new.json")
     files.write_json(tmp_path / "chain.json", {"b": 2})
@@ -49,7 +49,7 @@ def test_a_failure_leaves_the_target_as_it_was(tmp_path):
 
 def test_an_interrupt_of_the_command_line_removes_temporary_files(tmp_path):
     lines = ["import os, signal, sys", "from advkd.runtime import files, launcher"]
-    # A shell may have had this process, and with it that one, ignore interrupts.
+    # A shell may have made this process, and with it the child, ignore interrupts.
     lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "launcher.end_at_interrupt()"]
     lines += ["with files.replacing(sys.argv[1]):", "    os.kill(os.getpid(), signal.SIGINT)", "    signal.pause()"]
     command = [sys.executable, "-c", "\n".join(lines), str(tmp_path / "a.png")]
@@ -114,7 +114,7 @@ def test_an_error_of_any_class_names_the_file(tmp_path):
 
     with pytest.raises(Unusual, match=f"{tmp_path}/a.json"), folders.writing(tmp_path / "a.json"):
         raise Unusual
-    # A renaming has two names, of which the user knows one.
+    # Renaming involves two names, only one of them the user's.
     temporary = folders.temporary_path(tmp_path / "a.json")
     with pytest.raises(OSError, match="a.json'$") as raised, folders.writing(tmp_path / "a.json", temporary):
         raise OSError(errno.EIO, "Input/output error", str(temporary), None, str(tmp_path / "a.json"))

@@ -1,4 +1,4 @@
-"""The fused student as its users meet it: plans that are searched, kept, printed and saved; streaming; a quick start."""
+"""The fused student in use: plans that are searched, kept, printed and saved; streaming; a quick start."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ DAMAGED = [
     '{"version": ' + "9" * 5000 + "}",
     '{"version": {"version": 1}, "algorithms": {"a": 1}, "torch": [], "triton": 0, "seconds": {"a": 1.0}}',
 ]
-"""No kept file is like these: empty, no JSON, no object, no text, a pointer, deeply nested, endless numbers, other types."""
+"""Damaged cache files: empty, no JSON, no object, no text, a pointer, deeply nested, endless numbers, other types."""
 
 
 def stored(cache):
@@ -62,7 +62,7 @@ def test_a_search_is_kept_by_layer_and_processor(cache, monkeypatch):
     assert set(measured) == distinct and len(measured) == len(kept["algorithms"]) == len(distinct)
     isa = torch.ops.advkd_cpu.isa()
     assert all(key.endswith(f"float32, {isa}") for key in kept["algorithms"])
-    # The second time nothing is measured, by another number of threads neither; bfloat16 has layers of its own.
+    # The second time nothing is measured, nor with another number of threads; bfloat16 has entries of its own.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -72,7 +72,7 @@ def test_a_search_is_kept_by_layer_and_processor(cache, monkeypatch):
     assert len(measured) == len(distinct)
     tiny_student().fuse("cpu", torch.bfloat16)
     assert len(measured) == 2 * len(distinct) and len(stored(cache)[1]["algorithms"]) == 2 * len(distinct)
-    # Kept choices are what is used, a senseless one is measured anew.
+    # Kept choices are used; an invalid one is measured anew.
     key = planning._key(first.layers[2], torch.float32)
     for word, expected in (("direct", "direct"), ("winograd9", None), (["direct"], None)):
         path.write_text(json.dumps({**kept, "algorithms": {**kept["algorithms"], key: word}}))
@@ -101,7 +101,7 @@ def test_a_damaged_cache_is_measured_anew(cache, content):
 
 @CPU
 def test_a_pipe_in_the_place_of_the_cache_is_not_read(cache):
-    """Reading it would wait for ever."""
+    """Reading it would block forever."""
     fused = tiny_student().fuse("cpu")
     path, _ = stored(cache)
     path.unlink()
@@ -112,7 +112,7 @@ def test_a_pipe_in_the_place_of_the_cache_is_not_read(cache):
 @CPU
 @pytest.mark.parametrize("name", ["write_json", "cache_folder"])
 def test_a_cache_that_refuses_does_not_stop_a_run(monkeypatch, caplog, cache, name):
-    """A file system that is read-only, or a folder that belongs to somebody else."""
+    """A read-only file system, or a folder that belongs to another user."""
 
     def refuse(*arguments):
         raise OSError(30, "Read-only file system") if name == "write_json" else InputError("others may write to it")
@@ -249,7 +249,7 @@ def test_an_engine_is_saved_and_loaded(tmp_path, dtype):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
 def test_a_pickle_of_an_older_version(backend):
-    """It has an engine's parts in the place of the engine."""
+    """Such a pickle has an engine's parts in place of the engine."""
     fused = tiny_student().fuse(backend, tune=False)
     state = {**fused.__getstate__(), "_packed": [], "_engine": None}
     del state["engine"]
@@ -260,7 +260,7 @@ def test_a_pickle_of_an_older_version(backend):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
 def test_a_fused_student_without_memory(backend):
-    """On meta it has shapes; back on a device it is loaded anew."""
+    """On meta it computes shapes only; back on a device its weights are loaded again."""
     fused = tiny_student().fuse(backend, tune=False)
     wanted, state = fused.sample(2), copy.deepcopy(fused.state_dict())
     z = fused.latents(2)
@@ -309,7 +309,7 @@ def test_streaming_is_sampling():
 
 
 def test_parts_are_taken_when_they_are_drawn():
-    """From an iterator without an end, one at a time."""
+    """Parts come from an endless iterator, one at a time."""
     fused, asked = tiny_student().fuse(tune=False), []
 
     def parts():
@@ -349,7 +349,7 @@ def test_a_batch_that_does_not_fit_is_halved_once(monkeypatch):
 
 @CPU
 def test_streaming_takes_bounded_memory():
-    """Ten thousand digits in a process of their own: it grows by some slack of the allocator, not by 41 MB of images."""
+    """Ten thousand digits in a process of their own: it grows by the allocator's slack, not by 41 MB of images."""
     code = (
         "import re, advkd\n"
         "fused = advkd.Student.from_pretrained('digits').fuse('cpu', tune=False)\n"
@@ -365,7 +365,7 @@ def test_streaming_takes_bounded_memory():
 
 @CPU
 def test_bfloat16_keeps_the_digits():
-    """At least 40 dB against float32."""
+    """The images have at least 40 dB against float32."""
     student = Student.from_pretrained("digits")
     single, narrow = student.fuse("cpu"), student.fuse("cpu", torch.bfloat16)
     z = single.latents(64, seed=1)
@@ -374,7 +374,7 @@ def test_bfloat16_keeps_the_digits():
 
 
 def test_a_first_image_needs_no_search_and_no_compiler():
-    """From the import on: nothing that the image does not need is imported or started."""
+    """Counted from the import: nothing is imported or started that the image does not need."""
     code = (
         "import sys, torch; import advkd; f = advkd.Student.from_pretrained('digits').fuse(tune=False); f.sample(1);"
         "print([m for m in sys.modules if m.startswith(('torch._inductor', 'torch._dynamo', 'diffusers'))])"

@@ -1,5 +1,5 @@
 """The fused student on a GPU's engine: plans that are measured and kept, streaming, memory that runs out, graphs. Without a GPU
-its kernels are plain PyTorch (the fixture ``on_gpu_kernels``); what needs a device is marked."""
+its kernels are plain PyTorch (the fixture ``on_gpu_kernels``); tests that need a device are marked."""
 
 import copy
 import json
@@ -97,7 +97,7 @@ def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
 
 
 def test_an_engine_belongs_to_its_weights(on_gpu_kernels, monkeypatch):
-    """New weights, another backend: another engine or none."""
+    """New weights or another backend replace the engine or drop it."""
     fused = tiny_student().fuse("cuda", tune=False)
     before = fused.sample(2)
     fused.load_state_dict(tiny_student(1).fuse("cuda", tune=False).state_dict())
@@ -140,7 +140,7 @@ def test_streams_of_pictures():
 
 
 class Small:
-    """A device that has memory for so many images."""
+    """A device with memory for ``most`` images."""
 
     def __init__(self, fused, most):
         self.fused, self.most, self.asked = fused, most, []
@@ -170,7 +170,7 @@ def test_a_batch_too_large_is_halved_once(monkeypatch):
 
 
 def measured(monkeypatch, costs):
-    """Times by kernel in the place of a device's; a list of what was measured."""
+    """Replace a device's times by ``costs`` per kernel; returns the list of measured steps."""
     asked = []
 
     def seconds(engine, step, n):
@@ -262,7 +262,7 @@ def test_plans_are_shown(on_gpu_kernels):
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("n", [1, 64])
 def test_fixed_plans_of_the_presets(preset, capability, n, monkeypatch):
-    """With the kernels' own predicates: a way through every preset, a stem in front where clusters are."""
+    """The kernels' own predicates leave a way through every preset, with a stem first where there are clusters."""
     limits = Limits(132 if capability == (9, 0) else 108, (227 if capability == (9, 0) else 163) * 1024, capability)
     monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: limits))
     student = Student.from_preset(preset).eval()

@@ -24,7 +24,7 @@ def dry_run(*arguments):
 
 
 def test_every_gpu_test_is_entered(tmp_path):
-    """One case of each function: shares of them side by side, chosen as on a GPU."""
+    """One case of each function, in concurrent shares, chosen as on a GPU."""
     pytest.importorskip("triton")
     log = ["-p", "profiling.gpu.tests", "--gpu-most=1", "--tb=short"]
     shares = [dry_run(*log, f"--gpu-log={tmp_path / str(i)}", f"--gpu-shard={i}/{SHARDS}", "tests") for i in range(SHARDS)]
@@ -33,7 +33,7 @@ def test_every_gpu_test_is_entered(tmp_path):
     assert [share.returncode for share in shares] == [0] * SHARDS, "\n".join(outputs)[-8000:]
     entered = sum(int(n) for text in outputs for n in re.findall(r"^gpu dry run: (\d+) started a kernel", text, re.M))
     passed = sum(int(n) for text in outputs for n in re.findall(r"(\d+) passed", text))
-    # Those without a kernel have nothing to launch, or stop at a tensor of gigabytes.
+    # The others have nothing to launch, or stop at a tensor of gigabytes.
     assert entered >= 0.85 * passed > 0
 
 
@@ -133,7 +133,7 @@ PROJECT = ("advkd", "kernels", "profiling", "tests")
 
 
 class Reads(ast.NodeVisitor):
-    """Finds names of the project's modules that a file reads and that do not exist.
+    """Finds names that a file reads from the project's modules and that do not exist.
 
     Follows imports, also inside functions, assignments, and functions of the file that return a module.
     """
@@ -195,7 +195,7 @@ class Reads(ast.NodeVisitor):
     def visit_With(self, node):
         before = len(self.missing)
         self.generic_visit(node)
-        # What is expected to be missing.
+        # Names that are expected to be missing.
         if any(re.match(r"pytest\.raises\((AttributeError|ImportError)", ast.unparse(item)) for item in node.items):
             del self.missing[before:]
 

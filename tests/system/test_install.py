@@ -1,4 +1,4 @@
-"""How the package is imported and installed."""
+"""Import and installation of the package."""
 
 import os
 import runpy
@@ -36,7 +36,7 @@ def test_public_names_exist():
     import advkd
 
     assert all(callable(getattr(advkd, name)) for name in advkd.__all__)
-    # A name that is also a submodule would be the one or the other, depending on what was imported first.
+    # A name that is also a submodule would depend on the order of imports.
     assert not [name for name in advkd.__all__ if (ROOT / "advkd" / f"{name}.py").exists()]
     with pytest.raises(AttributeError, match="no_such_name"):
         advkd.no_such_name
@@ -55,7 +55,7 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     ignored = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    # What is fast is not asked here: optimising less compiles sooner.
+    # Speed does not matter here: less optimisation compiles sooner.
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} $(echo "$@" | sed "s/-O3/-O1/g")\n')
     compiler.chmod(0o755)
@@ -69,7 +69,7 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
     expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
     expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
-    # What CuPy compiles, and nothing else of the sources.
+    # The sources that CuPy compiles, and no others.
     device = [path.name for path in (ROOT / "csrc" / "cuda").iterdir() if not path.name.startswith("register")]
     sources = {f"advkd/csrc/cuda/{name}" for name in device}
     assert {n for n in names if n.startswith("advkd/csrc/c") and "." in n} == sources | {"advkd/csrc/common/philox.h"}
@@ -97,7 +97,7 @@ def test_without_the_extension_the_reference_remains(tmp_path):
         "import torch; from advkd.ops import registry as b; d = torch.device('cpu');"
         "print(b.choose('philox', 'auto', d)); print(b.gap('philox', 'cpu', d).replace(' ', '_'))"
     )
-    # The folder is copied by links to files: only the modules' own folder must be the bare one.
+    # The folder's entries are links: only the modules' own folder must be bare.
     chosen, gap = python(code, env=process_environment({"PYTHONPATH": str(tmp_path)}), cwd=tmp_path)
     assert (chosen, gap) == ("reference", "the_cpu_extension_is_not_built_(python_setup.py_build_ext_--inplace)")
 

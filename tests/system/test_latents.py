@@ -50,7 +50,7 @@ def test_bad_latents_are_refused(latent_size, detail_noise):
 
 
 def test_a_projection_depends_on_nothing_but_its_arguments():
-    """Whatever torch's defaults and the mode of autograd were when a size was first projected."""
+    """The projection of a size is the same whatever torch's defaults and autograd's mode were when it was first made."""
     x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     with torch.device("meta"):
         first = project(x, 3)

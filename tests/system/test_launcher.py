@@ -81,7 +81,7 @@ def test_a_processs_own_device(monkeypatch):
 
 
 def test_every_command_runs_with_empty_variables(tmp_path, teacher_folder):
-    """Those of every launcher that a library knows, and a local rank that is left over."""
+    """The variables of every launcher that a library reads are empty, and a local rank is left over."""
     empty = {**dict.fromkeys(launcher.ACCELERATE_READS, ""), "LOCAL_RANK": "0"}
     record = ["trajectories", "--teacher", teacher_folder, "--num", 16, "--depth", 4, "--steps", 2, "--batch-size", 4]
     done = run_cli(*record, "--shard-size", 8, "--out", tmp_path / "t", environment=empty)
@@ -169,7 +169,7 @@ def test_defaults_are_plain_within_and_restored():
 
 
 class Broken:
-    """A standard error whose reader has gone, now or after some words."""
+    """A standard error whose reader has gone, at once or after some words."""
 
     def __init__(self, error, words=0):
         self.error, self.words = error, words

@@ -111,7 +111,7 @@ def test_a_case_is_the_same_in_every_run():
 
 
 def test_a_call_that_ends_its_process_is_one_finding(monkeypatch):
-    """The cases behind it are judged all the same."""
+    """The cases after it are judged all the same."""
     real = calls.judge
 
     def judge(call, mode, draw):

@@ -57,13 +57,13 @@ def test_a_damaged_file_says_something_else():
     ("said", "outcome"), (("{case}/tables/preset.json is bad", "refused"), ("--out {case}/out is bad", "crashed"))
 )
 def test_a_refusal_names_the_file(said, outcome, tmp_path):
-    """The folder that all cases write to is no name."""
+    """The folder that all cases write to does not count as a name."""
     refused = damaged_files.Refused(2, f"advkd: {said.format(case=tmp_path)}")
     assert damaged_files._refusal(KINDS["preset"], refused, SimpleNamespace(case=tmp_path))[0] == outcome
 
 
 def test_a_resumed_run_equals_a_whole_one(monkeypatch, tmp_path):
-    """A resumption that gives nothing but zeros would always equal itself."""
+    """A resumption that gives only zeros would always equal itself."""
     for weights, fault in ((torch.ones(2), None), (torch.zeros(2), "though nothing is damaged")):
         kind = Kind("tables/preset.json", lambda case, weights=weights: weights, expected=lambda samples: torch.ones(2))
         monkeypatch.setitem(KINDS, "preset", kind)
@@ -87,7 +87,7 @@ Path(sys.argv[1], "found.json").write_text(json.dumps([read, campaign.rows(), ca
 
 
 def test_damaged_files_are_refused_or_read_as_they_stand(tmp_path):
-    """In a process of its own: forked ones must not have been left by threads. All undamaged files but Inception's are read."""
+    """Run in a process of its own, as a process with threads must not fork. All undamaged files but Inception's are read."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(len(CASES))]
     ended = subprocess.run(command, capture_output=True, text=True, env=process_environment({"OMP_NUM_THREADS": "1"}))
     assert ended.returncode == 0, ended.stderr[-2000:]

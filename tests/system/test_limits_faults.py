@@ -70,7 +70,7 @@ with contextlib.ExitStack() as unlocked:
 
 
 def test_kills_and_faults_lose_nothing(tmp_path):
-    """Runs that are killed or meet a fault end by a line or a signal; repeated, they equal runs that were left alone."""
+    """Runs that are killed or meet a fault end with a line or a signal; repeated, they equal undisturbed runs."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tmp_path / "out")]
@@ -81,7 +81,7 @@ def test_kills_and_faults_lose_nothing(tmp_path):
     assert result["failures"][:2] == [[], []]
     killed, faulty = result["rows"]["kills"], result["rows"]["faults"]
     assert sum(row["tried"] for row in killed if not row["kind"].startswith("ended before")) == 5
-    # Mounts need rights that are not always there. A case whose fault met nothing would be of another kind.
+    # Mounts need rights that a process may lack. A case whose fault hit nothing would be of another kind.
     tried, kinds = {row["kind"].rpartition(", ")[0] for row in faulty}, {name for name, _, _ in faults.KINDS}
     assert tried <= kinds and kinds - tried <= {"full tmpfs", "read-only mount"}
     assert sum(row["refused"] for row in faulty) >= 6
@@ -107,7 +107,7 @@ def test_a_kill_lands_or_is_counted_apart(tmp_path):
 
 
 def test_names_before_bytes_are_found():
-    """A file that is renamed before it is on the disk, alone or in its folder, or that is written under its own name."""
+    """Detects a file renamed before it is on the disk, alone or in its folder, or written under its final name."""
     out, synced = Path("/out"), [["make", "/out/.a.tmp", ""], ["write", "/out/.a.tmp", ""], ["sync", "/out/.a.tmp", ""]]
     renamed = ["rename", "/out/.a.tmp", "/out/a"]
     assert not faults.unsynchronized([*synced, renamed], out, {"a": b""})

@@ -1,4 +1,4 @@
-"""The measures of two sets, where the answer is known."""
+"""Measures of two sets for which the answer is known."""
 
 import inspect
 import math
@@ -113,7 +113,7 @@ def test_frechet_distance_takes_no_matrix_of_all_samples():
 
 
 def test_float_features_are_taken_as_they_are():
-    """Features are no images that would be scaled or cast: a shift of 2 is a distance of 4 per feature."""
+    """Features, unlike images, are neither scaled nor cast: a shift of 2 is a distance of 4 per feature."""
     a = gaussian(500)
     assert math.isclose(metrics.frechet_distance((a + 2).float(), a.float()), 4 * a.shape[1], rel_tol=1e-5)
 
@@ -195,7 +195,7 @@ def test_nearest_and_diversity_by_hand():
 
 @pytest.mark.parametrize("name", ["precision", "recall", "nearest", "diversity"])
 def test_neighbour_intervals_have_the_measures_spread(name):
-    """As wide as the spread over fresh pairs of sets (within a factor), and about the measured value."""
+    """Intervals are as wide as the spread over fresh pairs of sets (within a factor), and lie about the measured value."""
     pairs = [(gaussian(150, seed=i, mean=0.6), gaussian(150, seed=900 + i)) for i in range(60)]
     fresh = torch.tensor([metrics.neighbour_measures(*pair, resamples=1)[name] for pair in pairs])
     found = [metrics.neighbour_measures(*pair, resamples=200) for pair in pairs[:10]]
@@ -206,7 +206,7 @@ def test_neighbour_intervals_have_the_measures_spread(name):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor, by dtype, that is made meanwhile."""
+    """Records the number of elements of the largest tensor of each dtype made within its context."""
 
     def __init__(self):
         super().__init__()
@@ -353,7 +353,7 @@ def test_kernel_distance_is_seeded_and_leaves_the_generator_alone():
 
 
 def test_subsets_of_small_sets_differ():
-    """Subsets as large as the set would all be the set: no spread at all."""
+    """Subsets as large as the set would all equal it, without any spread."""
     assert metrics.kernel_distance(gaussian(100, seed=1), gaussian(100, seed=2), subsets=10)[1] > 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Beside other processes: nothing changes but where threads run, and that is given back."""
+"""Sharing with other processes: nothing changes but where threads run, and that is restored."""
 
 import errno
 import json
@@ -61,7 +61,7 @@ def test_companions_change_no_bit():
 
 
 def test_kernels_do_not_depend_on_threads_beside_others():
-    """But for the critic's, whose convolutions are torch's."""
+    """The critic is left out: its convolutions are torch's."""
     found = [run_script(BITS.replace("THREADS", str(threads)), ADVKD_SHARE="1")[1] for threads in (1, 3)]
     assert all(found[0][name] == found[1][name] for name in ("latents", "student", "sampler_step", "norm_act"))
 
@@ -238,7 +238,7 @@ def test_work_goes_on_where_no_thread_can_be_started(monkeypatch):
 
 
 def test_processors_that_are_taken_away_do_not_end_the_watch(monkeypatch):
-    """Affinities that the system refuses are left as they are; those of other threads are set all the same."""
+    """Affinities that the system refuses stay as they are; those of other threads are still set."""
     before, real = os.sched_getaffinity(0), os.sched_setaffinity
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     watch, refused = neighbours._Watch(), threading.get_native_id()
@@ -286,7 +286,7 @@ print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 
 @pytest.mark.parametrize("share", ["0", "auto"])
 def test_a_forked_child_draws(share):
-    """OpenMP waits for threads that a forked child has not."""
+    """Without care, OpenMP would wait for threads that a forked child lacks."""
     assert run_script(FORKED, ADVKD_SHARE=share) == 0
 
 

@@ -1,4 +1,4 @@
-"""How one picture is read: formats, orientation, transparency, gray or colour, and what is refused."""
+"""Reading one picture: formats, orientation, transparency, gray or colour, and refusals."""
 
 import io
 import os
@@ -68,7 +68,7 @@ def saved(image, format, **options):
 
 
 def read(folder, contents, name="picture.png"):
-    """The picture by both readers, which must agree, as ``(H, W)`` or ``(H, W, 3)``."""
+    """The picture as both readers, which must agree, return it: ``(H, W)`` or ``(H, W, 3)``."""
     (folder / name).write_bytes(contents)
     square, as_it_is = load_images(folder, 16)[0], read_pictures(folder, "--images")[0]
     if as_it_is.shape[1:] == (16, 16):
@@ -97,7 +97,7 @@ def test_pictures_are_turned_as_their_metadata_say(suffix, orientation, tmp_path
     exif[274] = orientation
     image = Image.fromarray(COLOURS[:12])
     contents = saved(image, exif=exif, **EXIF_FORMATS[suffix])
-    # The first Pillow that is allowed turns a TIFF twice here.
+    # The oldest supported Pillow turns a TIFF twice here.
     plain = contents if suffix == "jpg" else saved(image, "PNG", exif=exif)
     with Image.open(io.BytesIO(plain)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
@@ -262,7 +262,7 @@ TRANSPARENT = {
         None,
     ),
 }
-"""Contents, colours and alpha of what is read over white (None: as Pillow's RGBA)."""
+"""Contents, colours and alpha of pictures that are blended over white (None: as Pillow's RGBA)."""
 
 
 def with_colour_map(contents):
@@ -461,7 +461,7 @@ def test_a_strip_whose_place_is_a_fraction(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format", ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "MPO"))
 def test_damaged_files_are_named_whatever_is_damaged(format, tmp_path):
-    """Bytes changed, taken away or put in anywhere: an image, or the error that names the file."""
+    """Bytes changed, removed or inserted anywhere give an image or the error that names the file."""
     exif = Image.Exif()
     exif[274] = 6
     image = Image.fromarray(RAMP if format in ("GIF", "BMP") else COLOURS)
@@ -503,7 +503,7 @@ def test_any_error_while_a_picture_is_read_names_it(error, tmp_path, monkeypatch
     "error, passed, said", [(KeyboardInterrupt, KeyboardInterrupt, ""), (MemoryError, InputError, "a.png cannot .*memory")]
 )
 def test_errors_that_are_not_the_pictures_pass(error, passed, said, tmp_path, monkeypatch):
-    """Memory may be what the picture asks for: its name is said."""
+    """The picture may be the cause of a lack of memory, so its name is given."""
 
     def broken(image):
         raise error

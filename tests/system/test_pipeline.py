@@ -68,7 +68,7 @@ def test_saving_and_loading(pipe, tmp_path):
     again = AdvKDPipeline.from_pretrained(tmp_path)
     images = [p(batch_size=2, generator=seeded(0), output_type="pt").images for p in (pipe, again)]
     assert torch.equal(*images)
-    # The student's folder is a student's folder, and so is the pipeline's.
+    # The subfolder loads as a student, and so does the pipeline's folder.
     assert Student.from_pretrained(tmp_path).config == Student.from_pretrained(tmp_path / "student").config
     student = Student.from_pretrained(tmp_path / "student")
     assert torch.equal(student(student.latents(1)), pipe.student(student.latents(1)))
@@ -79,7 +79,7 @@ def drawn(pipe):
 
 
 def altered(student, by=0.5):
-    """A student (or its model) of other weights and statistics."""
+    """A copy of a student (or its model) with other weights and statistics."""
     other = copy.deepcopy(student)
     with torch.no_grad():
         for tensor in (*other.parameters(), *(b for b in other.buffers() if b.is_floating_point())):
@@ -301,7 +301,7 @@ def test_options_of_diffusers_reach_the_student(pipe, tmp_path):
 
 
 def test_a_pipeline_comes_from_the_hub(pipe, tmp_path, monkeypatch):
-    """Only what a student needs is fetched, with the options that the hub's client takes."""
+    """Only the files that a student needs are fetched, with the options of the hub's client."""
     import huggingface_hub
 
     pipe.save_pretrained(tmp_path)
@@ -347,7 +347,7 @@ def test_an_index_of_anything_else_is_refused_before_it_is_imported(pipe, tmp_pa
     with pytest.raises(InputError, match="model_index.json is of another pipeline"):
         AdvKDPipeline.from_pretrained(folder)
     assert not trace.exists() and "advkd_spy" not in sys.modules
-    # The trap works: who imports it leaves the trace.
+    # The trap works: importing it leaves the trace.
     __import__("advkd_spy")
     del sys.modules["advkd_spy"]
     assert trace.exists()
@@ -366,7 +366,7 @@ def test_code_in_a_pipelines_folder_is_not_run(pipe, tmp_path, monkeypatch, name
 
 
 class Trap:
-    """Leaves a file where it is unpickled."""
+    """Leaves a file behind when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -463,7 +463,7 @@ def test_bad_calls_are_named(pipe):
 
 
 def plain_images(pipe, seed=0):
-    """The images that the student's own modules draw of a pipeline's noise."""
+    """The images that the student's own modules draw from a pipeline's noise."""
     modes = {module: module.training for module in pipe.student.student.modules()}
     student = pipe.student.student.eval()
     with torch.no_grad():
@@ -474,7 +474,7 @@ def plain_images(pipe, seed=0):
 
 
 class Adapter(torch.nn.Module):
-    """A layer and what is learned beside it; its weight is the layer's."""
+    """A layer and a learned addition; its weight is the layer's."""
 
     def __init__(self, base):
         super().__init__()
@@ -628,7 +628,7 @@ LAYERS += [convolved_otherwise, narrowed, halved, called, wrapped, with_another_
 @pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
 @pytest.mark.parametrize("prepare", LAYERS)
 def test_layers_that_do_more_than_their_weights_say_are_drawn(prepare, monkeypatch):
-    """Pruned or adapted layers cannot be folded: the student draws itself, and is not silently taken for another."""
+    """Pruned or adapted layers cannot be folded: the student's own modules draw, and no engine silently ignores the change."""
     torch.manual_seed(0)
     pipe = AdvKDPipeline(tiny_student().eval())
     change = prepare(pipe.student.student)
@@ -657,7 +657,7 @@ def test_hooks_of_all_modules_are_run(pipe):
 
 
 def test_looking_at_a_student_in_training_does_not_change_it():
-    """Spectral norm takes a step of its power iteration whenever its weight is asked for in training mode."""
+    """Spectral norm takes a step of its power iteration whenever its weight is read in training mode."""
     pipe = AdvKDPipeline(tiny_student())
     student = pipe.student.student.train()
     torch.nn.utils.parametrizations.spectral_norm(student.submodules[0].convolution1)
@@ -686,7 +686,7 @@ class Merging(torch.nn.Conv2d):
 
 @pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
 def test_several_threads_may_draw_from_a_student_in_training():
-    """Adapters are merged and taken out again by train(); what one thread does to the modes is not seen by another."""
+    """train() merges adapters and takes them out again; one thread's changes of the modes are invisible to another."""
     pipe = AdvKDPipeline(tiny_student())
     block = pipe.student.student.train().submodules[0]
     block.convolution1.__class__ = Merging
@@ -701,7 +701,7 @@ def test_several_threads_may_draw_from_a_student_in_training():
 
 
 def test_compiled_and_unwrapped_students_are_fused():
-    """Wrappers that compute the same, and what libraries leave behind, hinder no engine."""
+    """Wrappers that compute the same, and attributes that libraries leave behind, do not prevent an engine."""
     student = tiny_student().eval()
     wanted, z = student.fuse(tune=False), student.latents(2)
     student.forward = MethodType(Student.forward, student)

@@ -1,4 +1,4 @@
-"""The harness refuses what is wrong before it times anything; the tables are what the results say."""
+"""The harness refuses wrong results before it times anything; the tables agree with the results."""
 
 import contextlib
 import importlib.util
@@ -118,10 +118,10 @@ def test_ours_may_lack_an_optional_package_and_nothing_else(monkeypatch):
     result = harness.run_case(case)
     assert result["contestants"][1]["absent"] == "no_such_package" and harness.is_green(result)
     assert "No module named" in result["contestants"][1]["missing"]
-    # Where nothing of ours runs there is no result.
+    # If nothing of ours runs there is no result.
     case.contestants = case.contestants[1:]
     assert not harness.is_green(harness.run_case(case))
-    # A name that is gone, a module of our own, a part of an installed package: faults.
+    # A missing name, module of our own or part of an installed package is a fault.
     for broken in (missing, no_package("advkd.nothing"), no_package("torch.nothing"), no_package(None)):
         case.contestants, case.keep_going = [exact, Contestant("pipeline", broken, "ours")], False
         with pytest.raises(ImportError):
@@ -168,7 +168,7 @@ def test_differences_are_found_in_any_piece(monkeypatch):
 
 
 class OnHost:
-    """In the place of a captured graph."""
+    """Stand-in for a captured graph."""
 
     def __init__(self, function, units=1, grad=False):
         self.function, self.grad = function, grad
@@ -181,14 +181,14 @@ class OnHost:
 
 @pytest.fixture
 def graphs_on_host(monkeypatch):
-    """Every contestant's graph is there on a CPU, too, as calls."""
+    """Makes every contestant's graph available on a CPU, as calls."""
     monkeypatch.setattr(gpu_timing, "Replay", OnHost)
     for module in (gpu_timing, bench_gradient_penalty, bench_norm_act):
         monkeypatch.setattr(module, "captures", lambda device: True)
     for module in (gpu_peers, bench_conv_block):
         monkeypatch.setattr(module, "Replay", OnHost)
     monkeypatch.setattr(harness, "SETTLE", 0.0)
-    # The cases set the switch, each for itself.
+    # Each case sets the switch for itself.
     before = torch.backends.cudnn.allow_tf32
     gpu_timing.set_tf32(False)
     yield
@@ -239,11 +239,11 @@ def test_red_gates_fail_and_leave_nothing(tmp_path):
     for gate in (failing, skipping):
         assert not harness.run("sums", [lambda: built.append(1)], [str(gate)], tmp_path / "out")
     assert not built and not (tmp_path / "out").exists()
-    # A contestant that is off makes the run fail, but the other figures are kept.
+    # A contestant that fails parity makes the run fail, but the other figures are kept.
     assert not harness.run("sums", [a_case], [str(passing)], tmp_path / "out")
     stored = harness.read("sums", tmp_path / "out")
     assert stored["cases"][0]["case"] == "sum" and stored["parity_tests"] == [str(passing)]
-    # Another case joins those that are there.
+    # Another case joins the stored ones.
     assert harness.run(
         "sums", [lambda: Case("other", lambda: ONES, 1, a_case().contestants[:1])], [str(passing)], tmp_path / "out"
     )
@@ -301,7 +301,7 @@ def test_every_row_of_the_ablation_is_a_recipe(name):
 
 
 def test_pages_hold_the_results():
-    """README.md, profiling/RESULTS.md and docs/billion.md are what the generator makes of the results."""
+    """README.md, profiling/RESULTS.md and docs/billion.md equal the generator's output for the results."""
     texts = [page.read_text() for page in tables.PAGES]
     marked = [name for text in texts for name in re.findall(r"<!-- (?:table|figure): (\w+) -->", text)]
     assert {*tables.TABLES, *tables.FIGURES} == set(marked) and len(marked) == len(set(marked))
@@ -318,7 +318,7 @@ def test_pages_hold_the_results():
 
 
 def test_a_figure_without_evidence_is_refused():
-    """Commit, device, versions, unchanged sources and a spread, of the result and of every case of it."""
+    """Evidence is commit, device, versions, unchanged sources and a spread, for the result and each of its cases."""
     result = {"path": "profiling/results/a/b.json", "provenance": PLACE}
     first, _ = evidence.source(result, [time(1.0), [1.0, 2.0, 3.0]])
     assert first.startswith("[`b.json`](profiling/results/a/b.json): a processor, 2 threads, torch 2; commit 01234567; ")
@@ -396,7 +396,7 @@ def test_results_have_provenance_and_green_gates():
             assert where["commit"] and where["device"] and where["dirty"] is False
         for case in result.get("cases", []) if path.stem != "roofline" else ():
             if path.stem == "bench_student":
-                # A peer that could not run, or was off, would make the ratio to the fastest one worthless.
+                # A peer that could not run, or failed parity, would make the ratio to the fastest one worthless.
                 assert len(case["contestants"]) >= 6 and all("seconds" in entry for entry in case["contestants"])
             ours = [entry for entry in case["contestants"] if entry["kind"] == "ours"]
             assert ours and all(entry["parity"]["error"] <= entry["parity"]["tolerance"] and entry["seconds"] for entry in ours)
@@ -424,7 +424,7 @@ def test_a_result_of_older_kernels_is_stale():
     assert evidence.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
     stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
     assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
-    # On a GPU other kernels do the work; a part of a whole run keeps their digests beside its provenance.
+    # On a GPU other kernels run; a part of a whole run keeps their digests beside its provenance.
     now = evidence.gpu_digests()
     part = {"provenance": {"device": "a card"}, "kernels": now, "result": {}}
     assert evidence.changed("gpu_bench_student", part) == []
@@ -466,7 +466,7 @@ def test_the_roofline_of_stored_results(tmp_path):
 
 
 def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
-    """A GPU's cases come from its own command and from the whole run's part; who measured other kernels says so."""
+    """A GPU's cases come from its own command and from the whole run's part; points of other kernels are labelled."""
     entry = {"name": "advkd", "kind": "ours", "seconds": time(0.5)}
     case = {"case": "digits, bfloat16", "flop": 8, "moved_bytes": 2, "contestants": [entry], "provenance": PLACE}
     alone = {"cases": [case], "provenance": {**PLACE, "driver": "1"}}
@@ -482,7 +482,7 @@ def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
 
 
 def test_copies_and_ops_have_times(monkeypatch):
-    """Small ones: every copy and every op that stands alone under the roofline runs."""
+    """Every copy and every op with a point of its own under the roofline runs, at small sizes."""
     monkeypatch.setattr(roofline, "STREAM_BYTES", (2**20,))
     found = roofline.streams()
     assert found["copy of 1 MiB"][0] == 2**21
@@ -532,7 +532,7 @@ def test_the_work_bound_of_the_penalty_is_what_torch_runs(update):
             else:
                 bench.penalty_only(critic, real)(backend)
         found.append(counted.total / 2)
-    # Of the last linear map's passes some have no one who needs them.
+    # Some of the last linear map's passes are not needed.
     slack = 3 * critic.tail[3].weight.numel()
     assert all(abs(count - stated) <= slack for count, stated in zip(found, bench.work(critic, 16, update)))
 
@@ -573,7 +573,7 @@ GPU_CASES = {
 
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkeypatch):  # noqa: F811
-    """Every benchmark's contestants for a GPU, in small: right, green, and the missing ones miss packages; TF32 is recorded."""
+    """Every benchmark's contestants for a GPU at small sizes: all are green or lack a package; TF32 is recorded."""
     monkeypatch.setattr(bench_sampler_step, "SHAPE", (2, 3, 8, 8))
     monkeypatch.setattr(bench_norm_act, "SHAPE", (2, 4, 8, 8))
     monkeypatch.setitem(bench_gradient_penalty.WIDTHS, "tiny", {"channels": 4, "max_channels": 8})
@@ -582,7 +582,7 @@ def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkey
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
     build, argument = GPU_CASES[name]
     case = build(argument)
-    # Contestants that a compiler takes long for have tests of their own.
+    # Contestants that compile slowly have tests of their own.
     case.contestants, case.repeats = [c for c in case.contestants if "compile" not in c.name], 1
     result = harness.run_case(case)
     entries = result["contestants"]
@@ -607,7 +607,7 @@ sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 
 def test_gpu_benchmarks_and_tests_without_diffusers():
-    """A bare machine with a GPU can run cases of every benchmark, and the tests of a recording."""
+    """A machine without diffusers can run cases of every benchmark, and the tests of a recording."""
     chosen = ["tests/system/test_profiling.py::test_cases_of_a_gpu_on_the_host"]
     chosen += ["tests/system/test_teacher.py::test_a_recording_keeps_averages_of_the_path"]
     command = [sys.executable, "-c", WITHOUT, "-m", "not slow", *chosen]
@@ -642,7 +642,7 @@ def test_costly_peers_come_last():
 
 
 class CudnnTensor:
-    """A tensor of the graphs that :class:`CudnnGraph` makes."""
+    """A tensor in a :class:`CudnnGraph`."""
 
     def __init__(self, compute=None, dim=None, stride=None):
         self.compute, self.dim, self.stride, self.output = compute, dim, stride, False
@@ -664,7 +664,7 @@ class CudnnTensor:
 
 
 class CudnnGraph:
-    """cuDNN's graphs by PyTorch: a tensor is a function of what the given ones hold."""
+    """Stand-in for cuDNN's graphs in PyTorch: a tensor is a function of the inputs' values."""
 
     made = []
 
@@ -733,7 +733,7 @@ class CudnnGraph:
 
 @pytest.fixture
 def cudnn_on_host(monkeypatch):
-    """The package's module with PyTorch behind it; plan 2 is the fastest."""
+    """Stand-in for cuDNN's module, with PyTorch behind it; plan 2 is the fastest."""
     module, streams = types.ModuleType("cudnn"), []
     module.data_type = types.SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float")
     module.heur_mode = types.SimpleNamespace(A="A", FALLBACK="fallback")
@@ -787,7 +787,7 @@ def test_graphs_of_gradients():
 
 
 class Stream:
-    """In the place of ``torch.cuda.Stream``."""
+    """Stand-in for ``torch.cuda.Stream``."""
 
     current = None
 
@@ -797,7 +797,7 @@ class Stream:
 
 @contextlib.contextmanager
 def failing_capture(graph, stream):
-    """As ``torch.cuda.graph`` where the capture cannot be ended: its own stream stays the current one."""
+    """Stand-in for ``torch.cuda.graph`` whose capture cannot end: its own stream stays the current one."""
     Stream.current = stream
     yield
     raise RuntimeError("operation failed due to a previous error during capture")

@@ -1,4 +1,4 @@
-"""Where the demo's time goes: the arithmetic of its parts, its summary line, the rule about what is not a network, the plot."""
+"""The demo's profile: the arithmetic of its parts, its summary line, the limit on parts outside the networks, the plot."""
 
 import json
 import sys
@@ -113,7 +113,7 @@ def test_the_plot_is_a_picture(tmp_path):
 
 
 def demonstration(monkeypatch, clocks, pictures=demo.PICTURES, returncode=0):
-    """Instead of the demo's process: its files and its output."""
+    """Stand-in for the demo's process: its files and its output."""
 
     def run(words, env, **options):
         folder = demo.Path(words[words.index("--out") + 1])
@@ -155,7 +155,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path), "--repeats", "3"])
     with pytest.raises(SystemExit) as ended:
         demo.main()
-    # The main process waits without a recorder that would say what for.
+    # The main process waits without a recorder that would explain why.
     assert (
         ended.value.code.startswith("trajectories: 50 %")
         and "| trajectories | 10.0 (10.0 to 10.0) | 50.0 |" in capsys.readouterr().out

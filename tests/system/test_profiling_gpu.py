@@ -1,4 +1,4 @@
-"""The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run on the CPU in small."""
+"""The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run small cases on the CPU."""
 
 import dataclasses
 import importlib
@@ -41,7 +41,7 @@ from ..conftest import ROOT, process_environment
 from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
 
 PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "threads": 2, "versions": {"torch": "2"}}
-# A part in the form of the command line that a run starts; its name says how it ends.
+# A part in the form of the command line that a run starts; its name decides how it ends.
 FAKE = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_parts_do_not_take_each_other_along(run, capsys):
     good, hang = run.stored("good"), run.stored("hang")
     assert good["result"]["value"] == 7 and good["key"]["commit"] == "c0ffee" and good["log_tail"] == ""
     assert good["kernels"] == evidence.gpu_digests()
-    # What a process without git did not know is the run's.
+    # Provenance that a process without git lacks comes from the run.
     assert good["result"]["provenance"] == {"commit": "c0ffee", "dirty": False}
     assert hang["result"]["items"] == {"first": {"state": "done"}} and hang["seconds"] < 10
     assert "no such thing" in run.stored("raises")["log_tail"]
@@ -127,7 +127,7 @@ def test_parts_do_not_take_each_other_along(run, capsys):
     page = (run.out / "SUMMARY.md").read_text()
     assert "a card, driver 1, commit c0ffee, torch 2." in page and "| hang | unfinished |" in page
     assert not list(run.out.glob("*.tmp")) and not list(run.out.glob(".*.tmp"))
-    # The part's own children are ended too, though it would not listen.
+    # The part's own children are ended too, although it ignores the signal.
     child = int((run.out / "child.txt").read_text())
     for _ in range(50):
         if not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text():
@@ -147,7 +147,7 @@ def test_finished_parts_are_not_run_again(run, capsys):
     # Another commit or device, or all cases instead of some: another run.
     assert run(("good",), place={**PLACE, "commit": "beef"}) == 0 and run.starts()[5:] == ["good"]
     assert run(("good",), "--full", place={**PLACE, "commit": "beef"}) == 0 and run.starts()[6:] == ["good"]
-    # What is unfinished goes on, in another tree it begins anew; nothing is left of a result that could not be repeated.
+    # An unfinished part resumes, but begins anew in another tree; a result that could not be repeated is dropped.
     assert [run(("late",)) and run.stored("late")["result"]["again"] for _ in range(2)] == [True, True]
     assert run(("late",), place={**PLACE, "commit": "beef"}) == 1 and not run.stored("late")["result"]["again"]
     assert run(("flaky",)) == 1 and run.stored("flaky")["result"]["value"] == 7
@@ -206,7 +206,7 @@ bench_norm_act bench_sampler_step ncu ahead""".split()
 
 
 def test_modes_fit_their_minutes():
-    """Steps one after the other, a step as long as its longest part."""
+    """Steps run one after the other, and a step takes as long as its longest part."""
     for name, seconds in (("parity", 270), ("bench", 330)):
         mode = gpu_modes.MODES[name]
         built = sum(max(part.seconds for part in step) for step in mode.steps if step[0].name != "build")
@@ -224,7 +224,7 @@ THREE = {"tests.json", "results.tgz", "SUMMARY.md"}
 
 
 def test_a_mode_leaves_three_files(run, tmp_path, monkeypatch):
-    """Parts side by side; what is in the archive is passed over by the next call."""
+    """Parts run concurrently; the next call skips parts in the archive."""
     monkeypatch.setattr(gpu, "device_folder", lambda device: tmp_path / "nothing")
     modes = {"parity": mode_of(("good",), ("bad", "segfault")), "bench": mode_of(("good",), ("after",))}
     given = {"missing": lambda device: None, "place": lambda device, commit: dict(PLACE), "modes": modes}
@@ -325,7 +325,7 @@ def test_what_is_kept_stands_for_its_sources(tmp_path):
 
 
 def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
-    """Fewer cases must not make it green on the sources for which all cases were red."""
+    """With fewer cases it must not turn green on sources for which it was red with all of them."""
     known = {"passed": {"a": {"outcome": "passed"}}, "failed": {"b": {"outcome": "failed"}}}
     stored = lambda folder, outcomes: {t: e for outcome in outcomes for t, e in known.get(outcome, {}).items()}  # noqa: E731
     monkeypatch.setattr(gpu_kept, "known_tests", stored)
@@ -362,7 +362,7 @@ def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
 
 
 def test_a_rehearsed_case_says_how_far_it_went():
-    """In a process of its own, as it puts a stand-in in the place of the device."""
+    """Runs in a process of its own, as it replaces the device by a stand-in."""
     code = """
 import torch
 from profiling.gpu.bench import rehearsed
@@ -443,7 +443,7 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     result, code = gpu_part.run(work, part)
     assert code == 1 and done == [1] and result["extra"] == 5 and result["failed_items"] == ["two", "three"]
     assert result["items"]["two"]["error"] == "ValueError: off"
-    # A process that died in the middle: by itself, or stopped from outside.
+    # A process that died midway: by itself, or stopped from outside.
     (tmp_path / "journal.json").write_text(json.dumps({"four": {"state": "begun"}}))
     part = part_of(tmp_path)
     assert part.journal.run("four", lambda: {})["state"] == "died"
@@ -533,7 +533,7 @@ def test_the_sanitizers_verdict():
     assert sanitizers.sanitizer_verdict(hazards, 99, log)["errors"] == 2
     reds = ((hazards, 99, log), ("", 0, log), (clean, 1, log), (clean, 0, {}), (clean + clean.replace("0", "1"), 0, log))
     assert all(sanitizers.sanitizer_verdict(*case)["red"] for case in reds)
-    # Stopped at its limit: what it has printed until then counts.
+    # Stopped at its limit: its output until then counts.
     assert not sanitizers.sanitizer_verdict("", None, log)["red"]
     cut = sanitizers.sanitizer_verdict("========= Invalid __global__ write of size 4 bytes\n", None, log)
     assert cut["red"] and cut["errors"] == 1
@@ -720,7 +720,7 @@ def test_predictions_are_what_the_model_says():
     step = {name: predictions.predict_step_of_the_sampler(element) for name, element in predictions.STEP_CASES.items()}
     assert stored["sampler_step"] == step and set(step) <= set(bench_sampler_step.cases("cuda"))
     for case, prediction in (*cases.items(), *wide.items()):
-        # The plans are those of the day; what they cost is the model's.
+        # The plans are current; their cost comes from the model.
         again = predictions.predict(*case, steps=predictions.stored_steps(prediction))
         assert again == prediction and again["microseconds"] > again["roofline_microseconds"] / 2
         assert [row["first"] for row in again["steps"]][0] == 0 and sum(row["count"] for row in again["steps"]) in (25,)
@@ -733,7 +733,7 @@ def test_predictions_are_what_the_model_says():
 
 
 def test_resident_blocks():
-    # By registers, by threads, by shared memory (with what the system takes), by blocks.
+    # Limits by registers, by threads, by shared memory (with the system's share), by blocks.
     assert ahead.resident_blocks("sm_90a", 128, 256, 0) == 2 and ahead.resident_blocks("sm_90a", 129, 256, 0) == 1
     assert ahead.resident_blocks("sm_90a", 32, 256, 0) == 8 and ahead.resident_blocks("sm_80", 16, 32, 0) == 32
     # Sixteen warps of 104 registers, four in each part of the file, though nineteen would fit in the whole.
@@ -809,7 +809,7 @@ def test_plans_know_their_entry_points():
 
 
 class OnHost:
-    """In the place of a captured graph."""
+    """Stand-in for a captured graph."""
 
     def __init__(self, function, units=1):
         self.function, self.units = function, units
@@ -822,7 +822,7 @@ class OnHost:
 
 @pytest.fixture
 def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
-    """Benchmarks for a GPU on the CPU: plain PyTorch in the place of the kernels, function calls in that of graphs."""
+    """Benchmarks for a GPU on the CPU: plain PyTorch in place of the kernels, function calls in place of graphs."""
     for module in (bench_conv_block, gpu_peers):
         monkeypatch.setattr(module, "Replay", OnHost)
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
@@ -834,7 +834,7 @@ def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
 
 
 def prepared_parity(case):
-    """Every contestant's result, compared with the oracle; who cannot run is left out."""
+    """Every contestant's parity with the oracle; contestants that cannot run are left out."""
     wanted, errors = case.oracle(), {}
     for contestant in case.contestants:
         if contestant.kind == "floor":
@@ -927,7 +927,7 @@ GOOD = {"case": "good", "moved_bytes": 10**9, "ratio": 2.0, "contestants": [entr
 
 
 def test_a_benchmark_part(tmp_path, monkeypatch):
-    """Cases one by one into the journal and the result, costly contestants last; a case that fails does not end the part."""
+    """Cases enter the journal and the result one by one, costly contestants last; a failing case does not end the part."""
     ran, calls = [], []
 
     def measured(case, costly):

@@ -1,4 +1,4 @@
-"""The profilers' drivers: what they start, what they read, what they refuse; the workloads agree with each other."""
+"""The profilers' drivers: their commands, their readers, their refusals; the workloads agree with each other."""
 
 import gzip
 import json
@@ -41,13 +41,13 @@ def fixture(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["nsys", "torch"])
 def test_both_tools_recordings_give_the_same_figures(kind, tmp_path):
     found = summary(fixture(kind, tmp_path))
-    # Two units of 10 us. First: kernels of 3 and 2 us that overlap by 1, a copy of 0.5; second: a kernel of 3, a set of 0.2.
+    # Two units of 10 us. First: kernels of 3 and 2 us that overlap by 1, a copy of 0.5; second: a kernel of 3, a memset of 0.2.
     assert (found["units"], found["launches"], found["launched"], found["copies"]) == (2, 1.5, "kernels", 0.5)
     assert found["seconds"] == pytest.approx(10e-6) and found["copied_bytes"] == 2048
     assert found["busy"] == pytest.approx((4000 + 500 + 3000 + 200) / 20000)
     rows = {row["range"]: row for row in found["ranges"]}
     assert list(rows) == [UNIT, "student", "block"]
-    # The step's kernel was launched from another thread while the block was open, the set near the end of a range.
+    # The step's kernel was launched from another thread while the block was open, the memset near the end of a range.
     assert rows["student"]["seconds"] == pytest.approx((3000 + 2000 + 3000 + 200) / 2 * 1e-9)
     assert rows["student"]["own_seconds"] == pytest.approx((3000 + 3000 + 200) / 2 * 1e-9)
     assert rows["student"]["host_seconds"] == pytest.approx((6000 + 5000) / 2 * 1e-9)
@@ -89,7 +89,7 @@ def test_operators_of_a_cpu():
     rows = {row["range"]: (row["own_launches"], row["own_seconds"]) for row in found["ranges"]}
     assert rows[UNIT] == (1, pytest.approx(50e-9)) and rows["outer"] == (2, pytest.approx(40e-9))
     assert rows["inner"] == (1, pytest.approx(10e-9))
-    # 36 less the 4 of the addition inside; 4 and 10; 40 less 36.
+    # 36 minus the 4 of the addition inside; 4 plus 10; 40 minus 36.
     assert [(row["name"], round(1e9 * row["seconds"])) for row in found["top"]] == [("kernel", 32), ("add", 14), ("conv", 4)]
 
 
@@ -103,7 +103,7 @@ def test_other_versions_of_nsys(tmp_path):
     older = "ALTER TABLE NVTX_EVENTS DROP COLUMN domainId; ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN demangledName;"
     older += "DROP TABLE CUPTI_ACTIVITY_KIND_MEMSET;"
     found = summary(nsys.read(export(tmp_path / "older.sqlite", older)))
-    # Without domains every library's ranges are there.
+    # Without domains every library's ranges appear.
     assert "cudnnConvolutionForward" in {row["range"] for row in found["ranges"]}
     assert found["top"][0]["name"] == "conv_kernel"
     whole = "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INTEGER, end INTEGER);"
@@ -181,7 +181,7 @@ def test_a_recording_by_nsys(tmp_path):
 
     trace = nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, run)
     assert summary(trace)["launches"] == 1.5 and (tmp_path / "trace-student-fused.json.gz").exists()
-    # A report of before is none of now.
+    # An earlier report does not count.
     silent = lambda words, **options: SimpleNamespace(returncode=0, stdout="", stderr="nothing was captured")  # noqa: E731
     with pytest.raises(InputError, match="student, fused: nsys ended with 0: nothing was captured"):
         nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, silent)
@@ -235,7 +235,7 @@ def test_counts_are_positive_and_a_gpu_is_there(monkeypatch, capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A size of every workload that takes no time."""
+    """A size that makes every workload quick."""
     monkeypatch.setitem(shape.PRESETS, "tiny", TINY_STUDENT)
     monkeypatch.setitem(workloads.SIZES, "tiny", Size("tiny", 3, 2, 8, steps=5))
     monkeypatch.setattr(workloads, "teacher_of", lambda size, device: tiny_teacher())
@@ -272,7 +272,7 @@ def test_a_recording_by_torch(name, tiny, tmp_path):
         assert set(found) == {UNIT, *wanted}
         assert sum(part["own_seconds"] for part in row["ranges"]) == pytest.approx(row["seconds"])
         assert sum(part["own_launches"] for part in row["ranges"]) == row["launches"]
-    # Ranges are off again.
+    # Ranges are disabled again.
     with named("a"):
         assert named("a") is named("b")
     if name == "teacher":
@@ -291,7 +291,7 @@ def test_a_process_of_its_own(tmp_path):
 
 
 def run_main(module, monkeypatch, out, *arguments):
-    """A driver's command line; returns what it ends with."""
+    """Run a driver's command line; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", "--size", "tiny", "--out", str(out), *arguments])
     with pytest.raises(SystemExit) as ended:
         module.main()
@@ -326,13 +326,13 @@ def test_ncu_without_ncu(tiny, tmp_path, monkeypatch, capsys):
 
 def test_operations_of_an_update(tiny):
     plain, without = ncu.counted(workloads.prepare("update", "baseline", size="tiny"))
-    # The hand-written passes leave the zeros of a second derivative out.
+    # The hand-written passes skip the zeros of a second derivative.
     ours, named_ops = ncu.counted(workloads.prepare("update", "fused", size="tiny"))
     assert 0 < ours < plain and "advkd.norm_act" in set(named_ops) - set(without)
 
 
 def pair(monkeypatch, baseline=1.0, fused=1.0, error=0.0):
-    """A workload whose variants take so many seconds by a clock that only they move; the fused one is off by ``error``."""
+    """A workload whose variants advance a fake clock by the given seconds; the fused one's result has ``error``."""
     now = [0.0]
 
     def prepare(variant, device, size):
@@ -371,7 +371,7 @@ def test_compare_ends_with_what_it_found(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workloads, "WORKLOADS", {"student": (None, lambda *_: 1 / 0)})
     code, said, _ = ends()
     assert code == 1 and "student, tiny: cannot run: ZeroDivisionError" in said
-    # A profiler that is there and fails is something else.
+    # A profiler that exists and fails has a code of its own.
     pair(monkeypatch, baseline=2.0)
     monkeypatch.setattr(compare, "beside", lambda *_: {"not_recorded": ["fused: killed"]})
     code, said, shown = ends()
@@ -394,7 +394,7 @@ def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypa
     assert "| student, tiny | 2, 1 | 2.00 x | 9, - operators | 3 | - | 0, 0 | - | 0.0e+00, 1.0e-06 |" in text
     assert "student, tiny, baseline in channels_last: 1.5 ms, 1.50 x." in text
     assert "Joules: no counter." in text and "Not recorded: student, tiny, fused: no." in text
-    # Without ncu there are no bytes; where ncu is and fails, the command does, too.
+    # Without ncu there are no bytes; if ncu exists and fails, so does the command.
     assert compare.tool_failures([row]) == ["student, tiny: fused: no"]
     monkeypatch.setattr(ncu, "missing", lambda device: None)
     monkeypatch.setattr(ncu, "count", lambda *_: {"dram_bytes": 6, "steps": 2})
@@ -427,7 +427,7 @@ print(workloads.peak("student", sys.argv[1], "cpu", "tiny"))
 
 
 def test_peak_memory_counts_what_a_unit_takes():
-    """In processes of their own: one that has freed memory before would take it again."""
+    """Each runs in a process of its own, as a process would reuse memory that it has freed."""
     commands = [[sys.executable, "-c", PEAK, variant] for variant in VARIANTS]
     peaks = [int(subprocess.run(c, capture_output=True, text=True, check=True, cwd=ROOT).stdout) for c in commands]
     assert peaks[0] > 4 * 2**24 and peaks[0] - peaks[1] > 2 * 2**24
@@ -441,7 +441,7 @@ def test_energy_of_packages(tmp_path):
     joules, why = power.rapl(tmp_path)
     before = joules()
     assert why is None and before == pytest.approx(5.9)
-    # The first one begins anew, the second goes on; parts of a package are in it.
+    # The first counter wraps around, the second goes on; a package includes its parts.
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000\n")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("5500000\n")
     assert joules() - before == pytest.approx(0.2 + 0.5)
@@ -510,7 +510,7 @@ def test_a_missing_tool_ends_with_3_and_leaves_what_there_was(module, tool, stor
 
 def test_a_device_without_counters():
     launches = ncu.read((DATA / "raw.csv").read_text())
-    # A launch without a time has no part in rates, and does not break a table.
+    # A launch without a time does not count in rates, and does not break a table.
     one, *others = launches
     found = ncu.totals([{**one, "seconds": None}, *others])
     rest = ncu.totals(others)

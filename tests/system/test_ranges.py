@@ -1,4 +1,4 @@
-"""Stages named for profilers: what each workload names, and that nothing happens when they are off."""
+"""Stages named for profilers: the names of each workload, and no effect when disabled."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ STAGES = ("data", "student forward", "critic update", "student update", "average
 
 @pytest.fixture
 def names(monkeypatch):
-    """What is opened, in order."""
+    """The names of opened ranges, in order."""
     found = []
 
     class Range:
@@ -96,13 +96,13 @@ def test_the_environment_switches_them_on():
 
 
 def clocks(folder):
-    """What each process wrote."""
+    """The clocks that each process wrote."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 @pytest.fixture
 def ticking(tmp_path, monkeypatch):
-    """A clock that goes on by one with every look, and its folder."""
+    """A clock that advances by one with every reading; yields its folder."""
     times = iter(range(1000))
     monkeypatch.setattr(ranges, "perf_counter", lambda: next(times))
     name_ranges(f"clock:{tmp_path / 'clocks'}")
@@ -125,7 +125,7 @@ def test_a_clock_sums_own_seconds_by_path(ticking):
     spent = {path: (figures["seconds"], figures["calls"]) for path, figures in found["ranges"].items()}
     assert spent.pop("part") == (1, 1)
     assert spent == {"whole": (4, 1), "whole / part": (4, 2), "whole / part / inner": (2, 2), "whole / failing": (1, 1)}
-    # Twelve looks are eleven steps: own times leave nothing out and count nothing twice.
+    # Twelve readings are eleven steps: own times leave nothing out and count nothing twice.
     assert found["process"] == "MainProcess" and sum(seconds for seconds, _ in spent.values()) == 11
     assert ranges._open is None
 

@@ -1,4 +1,4 @@
-"""What the README states as a number is what the code counts; its Python examples run."""
+"""Numbers in the README agree with the code; its Python examples run."""
 
 import re
 

@@ -112,7 +112,7 @@ def screenshot(page, path, profile):
 
 
 def shows(screen, picture):
-    """Whether a picture stands somewhere on the screen, pixel by pixel, as far as its most detailed 32x32 patch tells."""
+    """True if the picture's most detailed 32x32 patch appears somewhere on the screen, pixel by pixel."""
     patches = [(y, x) for y in range(0, picture.shape[0] - 32, 16) for x in range(0, picture.shape[1] - 32, 16)]
     y, x = max(patches, key=lambda corner: picture[corner[0] : corner[0] + 32, corner[1] : corner[1] + 32].std())
     patch = picture[y : y + 32, x : x + 32]
@@ -128,7 +128,7 @@ def test_a_browser_shows_the_pictures(report, tmp_path):
     screen = screenshot(page, tmp_path / "page.png", tmp_path / "profile")
     pictures = embedded(page.read_text())
     assert all(shows(screen, picture) for picture in pictures)
-    # The same check on a page whose pictures are gone: it can fail.
+    # The check can fail: it does on a page whose pictures are gone.
     blind = tmp_path / "blind.html"
     blind.write_text(re.sub(r'src="data:[^"]+"', 'src=""', page.read_text()))
     assert not any(shows(screenshot(blind, tmp_path / "blind.png", tmp_path / "profile"), picture) for picture in pictures)
@@ -172,7 +172,7 @@ def test_bad_files_are_refused_before_anything_is_written(evaluation, tmp_path, 
 
 @pytest.mark.parametrize("value", [None, "x", -1, [[8]], [None], {}], ids=str)
 def test_evaluations_of_other_values_are_refused(value, evaluation, tmp_path, monkeypatch):
-    """Or shown, where any text will do; nothing ends in another error."""
+    """Where any text will do, the value may be shown; nothing ends in another error."""
     monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
     student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
     whole, refused = json.loads(evaluation.read_text()), []
@@ -204,7 +204,7 @@ def replaced(value, path, other):
 
 @pytest.mark.parametrize("value", ["<script>$\\frac$", "\ud800", 0, 1e308], ids=["markup", "surrogate", "zero", "large"])
 def test_nothing_of_an_evaluation_is_markup_or_a_formula(value, evaluation, tmp_path, monkeypatch):
-    """Whatever stands in any place is shown as text, or refused before anything is drawn."""
+    """Any value in any place is shown as text, or refused before anything is drawn."""
     monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
     student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
     whole, shown = json.loads(evaluation.read_text()), 0
@@ -240,7 +240,7 @@ def test_a_torn_row_of_a_running_training_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,\n1,2,0.")
     assert read_metrics(path)["loss"] == [0.5]
-    # A number may be torn where no comma is missing.
+    # A number may be torn although no comma is missing.
     path.write_text("stage,update,loss,wasserstein,critic,penalty\n1,1,0.5,,,2\n1,2,0.7,,,1")
     assert read_metrics(path)["loss"] == [0.5]
 

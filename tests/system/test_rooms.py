@@ -11,10 +11,10 @@ ORDER = "roof cli export evaluation training methods diffusion models engines da
 """Rooms from top to bottom."""
 
 SPECIAL = {"advkd": "roof", "kernels": "ops", "config": "ground", "errors": "ground"}
-"""Rooms of what lies beside the folders. ``advkd/__init__.py`` and programs (``__main__.py``) are the roof."""
+"""Rooms of modules outside the folders. ``advkd/__init__.py`` and programs (``__main__.py``) are the roof."""
 
 LONGEST = 400
-"""Lines of a file of the package."""
+"""Most lines that a file of the package may have."""
 
 
 def modules(root):
@@ -61,7 +61,7 @@ def is_private(name):
 
 
 def faults(module, text, tree, taken):
-    """What one module does against the rules."""
+    """Messages about one module's violations."""
     if room(module) not in ORDER:
         yield f"{module}: the room {room(module)} has no place in the order"
         return

@@ -58,12 +58,12 @@ def test_a_perfect_dpdm_gives_the_data():
     x = sample_dpdm(lambda x, s: affine(x, linear(lambda v: gain(v, s))), sigmas, (N, 3, 1, 1), seed=1)
     wanted = moments(gain, sigmas, sigmas)
     assert_moments(x, *wanted)
-    # All that is missing is the data's mean in the first state.
+    # Only the data's mean in the first state is missing.
     assert (wanted[0] - MEAN).norm() <= MEAN.norm() * 1.5**0.5 / 80 and (wanted[1] - COVARIANCE).abs().max() < 1e-4
 
 
 def test_dpdm_with_the_posterior_mean_shrinks_as_computed():
-    """x_0 = E[x_0 | x] loses variance."""
+    """Taking x_0 = E[x_0 | x] loses variance."""
     sigmas, gain = [2.0, 1.0, 0.5], lambda v, s: v / (v + s**2)
     x = sample_dpdm(lambda x, s: affine(x, linear(lambda v: gain(v, s))), sigmas, (N, 3, 1, 1), seed=2)
     wanted = moments(gain, sigmas, sigmas)
@@ -187,11 +187,11 @@ def test_ancestral_samples_have_the_computed_moments():
     assert_moments(x.reshape(-1, 1), torch.tensor([m]).double(), torch.tensor([[v]]).double())
 
 
-# Results that torch's default dtype, default device and inference mode may not change.
+# Torch's default dtype, default device and inference mode must not change the results below.
 
 
 def looped(run=None, make=None):
-    """Two steps of the teacher's loop with noise and averages, and what the network was given."""
+    """Results of two steps of the teacher's loop with noise and averages, and the network's inputs."""
     steps, seen = [ddpm_coefficients(0.3, 0.6, "epsilon"), ddpm_coefficients(0.6, 0.9, "epsilon")], []
     x_T = torch.linspace(-1, 1, 32, dtype=torch.float32, device="cpu").reshape(2, 1, 4, 4)
 

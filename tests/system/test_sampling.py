@@ -39,7 +39,7 @@ def test_names_that_could_be_either(name, tmp_path):
 
 
 def test_links_of_the_user_stay(tmp_path):
-    """A picture, a folder and a picture in a folder that are symbolic links are written where they point to."""
+    """A picture, a folder and a picture in a folder that are symbolic links are written to their targets."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link.png").symlink_to("disk/target.png")
     (tmp_path / "folder").symlink_to("disk")
@@ -57,7 +57,7 @@ def test_a_picture_that_would_be_too_large(tmp_path):
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
 def test_memory_does_not_grow_with_the_number_of_images(rank, world, tmp_path, monkeypatch):
-    """The first pictures of 10^12 take no more than those of 10^3."""
+    """The first pictures of 10^12 take no more memory than those of 10^3."""
 
     class Enough(Exception):
         pass
@@ -80,7 +80,7 @@ def test_memory_does_not_grow_with_the_number_of_images(rank, world, tmp_path, m
 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    first_batches(100)  # what the first call imports
+    first_batches(100)  # imports happen in the first call
     few, many = first_batches(1000), first_batches(10**12)
     numbers = itertools.chain(range(4 * rank, 4 * rank + 4), range(4 * (rank + world), 4 * (rank + world) + 4))
     assert many[1] == few[1] == [f"{i:06d}.png" for i in numbers]

@@ -3,10 +3,10 @@
 Tolerances are rounding bounds, which :mod:`tests.rounding` derives from each step's own arithmetic and operands: ours is within
 the bound of its pass of the formula, which is diffusers' own code in float64, and within both sides' bounds of diffusers'.
 
-Which side is far: neither in an epsilon prediction's x0, where 1 / sqrt(alpha_bar) = 97 magnifies the roundings of ours to
-3.4e-5 and of diffusers' to 1.9e-5 (bounds 7e-5 and 6e-5); whether they add up is decided by MKL's square root, whose last bit
-differs between processors of two vendors. For a v or x0 prediction both are within 3e-7. diffusers is far in DDPM's next state
-between neighbouring timesteps, by 1.7e-4 against our 4e-7: its 1 - a_t / a_s cancels.
+Sizes of both sides' errors: they are alike in an epsilon prediction's x0, where 1 / sqrt(alpha_bar) = 97 magnifies ours to
+3.4e-5 and diffusers' to 1.9e-5 (bounds 7e-5 and 6e-5); MKL's square root, whose last bit differs between processors of two
+vendors, decides whether they add up. For a v or x0 prediction both are within 3e-7. diffusers has the larger error in DDPM's
+next state between neighbouring timesteps, 1.7e-4 against our 4e-7: its 1 - a_t / a_s cancels.
 """
 
 import copy
@@ -128,7 +128,7 @@ TABLES = ("alphas_cumprod", "final_alpha_cumprod", "one", "sigmas")
 """The tables that diffusers' schedulers keep in float32 and compute their steps from."""
 
 NORMALS = 2e-6
-"""Difference of the normals that two backends make of one counter."""
+"""Largest difference of two backends' normals for one counter."""
 
 FLOAT64 = 2.0**-29
 """A rounding of float64 relative to one of float32."""
@@ -201,7 +201,7 @@ class Compared(NamedTuple):
 
 @torch.no_grad()
 def compare(theirs, ours, output, t, x, generator=None, **options):
-    """Step both and hold ours against the formula in float64 and against diffusers', which advances ``generator``."""
+    """Step both and compare ours with the formula in float64 and with diffusers', which advances ``generator``."""
     if hasattr(ours, "model_outputs"):
         ours.model_outputs = list(theirs.model_outputs)
     formula = diffusers_bound(theirs, output, t, x, generator=copied(generator), **options)
@@ -296,7 +296,7 @@ def test_zero_terminal_snr(prediction):
 
 
 def test_any_ddim_timestep():
-    """diffusers' DDIM steps from any t to t - T // steps; the schedule is not asked."""
+    """diffusers' DDIM steps from any t to t - T // steps, whatever the schedule."""
     theirs, ours = pair("ddim", 7)
     for t in (999, 333, 141, 5, 0):
         for timestep in (t, torch.tensor(t), torch.tensor([t]), numpy.int64(t)):
@@ -436,11 +436,11 @@ def run(scheduler, x, prediction="epsilon", begin=0, **arguments):
 
 @torch.enable_grad()
 def run_bound(theirs, ours, x, prediction="epsilon", begin=0, generator=None, **arguments):
-    """How far two runs from one state may end from each other: every rounding times the derivative of the rest of the run.
+    """Bound on the distance between the ends of two runs from one state: each rounding times the derivative of the rest.
 
-    To first order. A step is rounded as :func:`compare` has it, in the next state and in the x0 that is kept for the next step,
-    and the network's output once a run. Steps and network work element by element, so one backward pass through diffusers' own
-    code in float64, along its float32 path, gives all derivatives.
+    The bound is of first order. A step is rounded as in :func:`compare`, in the next state and in the x0 that is kept for the
+    next step, and the network's output once a run. Steps and network work element by element, so one backward pass through
+    diffusers' own code in float64, along its float32 path, gives all derivatives.
     """
     roundings, smooth = [], with_tables(theirs, torch.Tensor.double)
 
@@ -527,7 +527,7 @@ def repeated(name, config, arguments):
 
 
 def walk(theirs, ours, timesteps):
-    """Hold every step of ours against diffusers', along diffusers' path; the operands and our results."""
+    """Compare every step of ours with diffusers', along diffusers' path; returns the operands and our results."""
     x, steps = normal(0) * float(theirs.init_noise_sigma), []
     for i, t in enumerate(timesteps):
         for scheduler in (theirs, ours):
@@ -541,7 +541,7 @@ def walk(theirs, ours, timesteps):
 
 @pytest.mark.parametrize(("name", "config", "arguments"), REPEATED, ids=str)
 def test_a_loop_over_repeated_timesteps_takes_all_steps(name, config, arguments):
-    """Those that diffusers takes from a begin index of 0, and bit for bit ours from there; a second run, too."""
+    """The steps are those of diffusers from a begin index of 0, and bit for bit ours from there; a second run, too."""
     theirs, ours = repeated(name, config, arguments)
     given, count = copy.deepcopy(ours), len(ours.timesteps)
     assert ours.timesteps.tolist().count(ours.timesteps[0]) > 1
@@ -564,7 +564,7 @@ def test_a_loop_over_repeated_timesteps_takes_all_steps(name, config, arguments)
 
 @pytest.mark.parametrize(("name", "config", "arguments"), REPEATED, ids=str)
 def test_repeated_timesteps_given_by_value_are_diffusers(name, config, arguments):
-    """They begin at the second; what ends before the loop does names the timestep and the begin index, which mends it."""
+    """The run begins at the second; an early end names the timestep and the begin index that cures it."""
     theirs, ours = repeated(name, config, arguments)
     number, count, values = ours.timesteps[0].item(), len(ours.timesteps), [t.clone() for t in ours.timesteps]
     walk(theirs, ours, values[:-1])
@@ -581,7 +581,7 @@ def test_repeated_timesteps_given_by_value_are_diffusers(name, config, arguments
 @pytest.mark.parametrize(("first", "begins"), [(1, 1), (2, 1), (3, 4), (4, 4), (5, 5)])
 @pytest.mark.parametrize("name", ["euler", "dpmsolver"])
 def test_a_start_in_the_middle_of_repeated_timesteps(name, first, begins):
-    """Where diffusers begins: at the noise level of add_noise. A warning says so where that is not the loop's position."""
+    """It is where diffusers starts: at the noise level of add_noise. A warning appears where the loop's position differs."""
     config = {} if name == "euler" else {"solver_order": 1}
     theirs, ours = repeated(name, config, {"timesteps": [900, 900, 900, 500, 500, 3]})
     with mock.patch.object(common._LOGGER, "warning") as warned:
@@ -643,7 +643,7 @@ def storage(size, dtype):
 
 
 def test_noise_wider_than_the_state():
-    """diffusers promotes the next state to the noise's dtype, and x0 not."""
+    """diffusers promotes the next state to the noise's dtype, but not x0."""
     theirs, ours = pair("ddim", 10)
     x, output, noise = normal(0, dtype=torch.float16), normal(1, dtype=torch.float16), normal(2)
     expected, result = (s.step(output, 900, x, eta=1.0, variance_noise=noise, return_dict=False) for s in (theirs, ours))
@@ -654,7 +654,7 @@ def test_noise_wider_than_the_state():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_euler_without_x0_is_the_same(dtype):
-    """Where x0 is not wanted, half-precision states are not widened in memory; the arithmetic is float32 either way."""
+    """Without x0, half-precision states are not widened in memory; the arithmetic is float32 either way."""
     results = []
     for wanted in (True, False):
         _, ours = pair("euler", 10)
@@ -723,7 +723,7 @@ def test_outputs_and_signatures_are_diffusers(name):
     assert isinstance(result, tuple) and len(result) == len(expected)
 
 
-# What the kernel does not cover: scheduler, configuration, arguments of step, and a word of the reason.
+# Cases that the kernel does not cover: scheduler, configuration, arguments of step, and a word of the reason.
 FALLBACKS = [
     ("ddim", {"thresholding": True}, {}, "thresholding"),
     ("ddim", {}, {"eta": -0.5}, "eta"),
@@ -742,7 +742,7 @@ FALLBACKS = [
 
 @pytest.mark.parametrize(("name", "config", "arguments", "word"), FALLBACKS)
 def test_uncovered_configurations_run_diffusers_code(name, config, arguments, word):
-    """Bit for bit, the generators included, and one warning in all."""
+    """Results equal bit for bit, as do the generators' states, and there is one warning in all."""
     theirs, ours = pair(name, 6, **config)
     learned = str(config.get("variance_type")).startswith("learned")
     results, states = [], []
@@ -754,7 +754,7 @@ def test_uncovered_configurations_run_diffusers_code(name, config, arguments, wo
                 scheduler.scale_model_input(x, t)
                 output = normal(50 + i)
                 if learned:
-                    # The variance comes as more channels; a learned one is positive.
+                    # The variance comes as extra channels; a learned one is positive.
                     output = torch.cat([output, output.abs()], 1)
                 x = scheduler.step(output, t, x, generator=generator, **arguments).prev_sample
             results.append(x)
@@ -801,7 +801,7 @@ def test_undefined_steps_run_diffusers_code(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_and_a_change_of_path_within_a_run(name):
-    """A step whose inputs want a gradient is diffusers', differentiable, between fused ones; the histories fit together."""
+    """A step whose inputs require a gradient runs diffusers' code between fused ones; the histories fit together."""
     theirs, ours = pair(name, 6)
     results, gradients = [], []
     for scheduler in (theirs, ours):
@@ -879,7 +879,7 @@ def test_derivatives_in_forward_mode_are_diffusers(name):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.float32])
 @pytest.mark.usefixtures("fallbacks")
 def test_timesteps_of_every_width(name, dtype):
-    """In diffusers' own code, which would index with them, too."""
+    """They work in diffusers' own code, too, which would index with them."""
     for config in ({}, {"thresholding": True, "prediction_type": "v_prediction"}):
         results = []
         for kind in (torch.int64, dtype):
@@ -911,7 +911,7 @@ PHILOX = {"ddim": {"eta": 0.8}, "ddpm": {}}
 
 @pytest.mark.parametrize("name", sorted(PHILOX))
 def test_noise_from_counters(name, monkeypatch):
-    """Noise of (seed, index, position in the schedule) instead of a generator's, equal to 2e-6 on every backend."""
+    """Noise is a function of (seed, index, position in the schedule) instead of a generator, to 2e-6 on every backend."""
     _, ours = pair(name, 5)
     other = copy.deepcopy(ours)
     indices = torch.tensor([7, 2**33])
@@ -1009,7 +1009,7 @@ def test_timesteps_outside_the_schedule(name):
 @pytest.mark.parametrize("steps", [20, 1000])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_schedule_that_an_offset_moves_beyond_training(name, steps):
-    """As many steps as training had, and an offset: the message names both, and each remedy mends it."""
+    """With as many steps as training and an offset, the message names both, and each remedy works."""
     config, x = {"num_train_timesteps": steps, "timestep_spacing": "leading"}, normal(0)
     _, ours = pair(name, steps, steps_offset=1, **config)
     for t in (ours.timesteps[0], ours.timesteps[0].clone(), torch.tensor([steps]), steps, numpy.int64(steps)):
@@ -1020,7 +1020,7 @@ def test_a_schedule_that_an_offset_moves_beyond_training(name, steps):
         assert "must be an element" not in message
         assert f"steps_offset=1 with num_inference_steps={steps}" in message
         assert f"take steps_offset=0 or num_inference_steps={steps - 1}" in message
-    # The rest of the schedule can be stepped from, and a timestep that is in neither is told the bounds of its own schedule.
+    # The rest of the schedule works, and for a timestep in neither the message gives the bounds of its own schedule.
     assert torch.isfinite(ours.step(x, ours.timesteps[1], x).prev_sample).all()
     with pytest.raises(InputError, match=f"must be an element of scheduler.timesteps, got {steps + 7}"):
         ours.step(x, steps + 7, x)
@@ -1043,7 +1043,7 @@ def test_a_schedule_outside_training_without_an_offset():
     "bad", [float("nan"), torch.tensor(float("nan")), "500", None, True, torch.tensor(True), torch.tensor([1, 2, 3]), [900], 5j]
 )
 def test_what_is_no_timestep(name, bad):
-    """Refused by every scheduler; integers, and with them True, by Euler in diffusers' words."""
+    """Every scheduler refuses these; Euler refuses integers, and with them True, in diffusers' words."""
     _, ours = pair(name, 10)
     with pytest.raises(ValueError if name == "euler" else InputError, match="timestep"):
         ours.step(normal(0), bad, normal(0))
@@ -1058,7 +1058,7 @@ def test_a_message_names_no_range_that_the_schedule_leaves():
 
 
 def test_a_schedule_may_leave_the_range():
-    """Euler's timesteps may be log sigmas, or reach T by an offset: what is in the schedule is accepted."""
+    """Euler's timesteps may be log sigmas, or reach T by an offset: any element of the schedule is accepted."""
     for config in (
         {"timestep_type": "continuous", "prediction_type": "v_prediction"},
         {"timestep_spacing": "leading", "steps_offset": 1},
@@ -1083,7 +1083,7 @@ def test_errors_of_diffusers_stay():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_do_not_read_tensors(name, monkeypatch):
-    """After the first step of a run nothing is read from a tensor on the host: on a GPU that would wait for the device."""
+    """After the first step of a run the host reads no tensor: on a GPU that would synchronize with the device."""
     _, ours = pair(name, 6)
     ours.set_step_options(seed=0)
     x, timesteps = normal(0), list(ours.timesteps)
@@ -1120,7 +1120,7 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_follow_what_they_come_from(name, write, made_in_inference_mode):
-    """A schedule or configuration that is replaced, or written to in any way, is seen."""
+    """A schedule or configuration that is replaced, or written to in any way, takes effect."""
     if made_in_inference_mode and write == "in place":
         pytest.skip("PyTorch refuses it outside inference mode")
     with torch.inference_mode(made_in_inference_mode):
@@ -1151,7 +1151,7 @@ def test_tables_follow_what_they_come_from(name, write, made_in_inference_mode):
 
 
 def test_tables_do_not_pile_up():
-    """An eta of its own for every step makes a table each; old ones go."""
+    """A different eta for every step needs a table each; old ones are dropped."""
     _, ours = pair("ddim", 5)
     for i in range(50):
         ours.step(normal(1), 800, normal(0), eta=i / 50)
@@ -1161,7 +1161,7 @@ def test_tables_do_not_pile_up():
 @pytest.mark.parametrize("write", [lambda t: t.add_(-7), lambda t: t.data.add_(-7), lambda t: t.numpy().__isub__(7)])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_written_timesteps_are_followed(name, write):
-    """The list that an element's position stands for, and the noise's place in it."""
+    """An element's position refers to the written list, and so does the noise's."""
     theirs, ours = pair(name, 10)
     x, output = normal(0), normal(1)
     for scheduler in (theirs, ours):
@@ -1183,7 +1183,7 @@ def test_a_written_final_alpha_is_followed():
 @pytest.mark.parametrize("other", [*DEFAULTS, "inference mode"], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_first_step_elsewhere_changes_no_step(name, other):
-    """Under another default dtype or device, or in inference mode: equal states, and tables that serve everywhere after it."""
+    """Under another default dtype or device, or in inference mode, it gives equal states and tables that serve everywhere."""
     options, start, output = {"eta": 1.0} if name == "ddim" else {}, normal(0), normal(1)
 
     def last_state(scheduler):
@@ -1207,7 +1207,7 @@ def test_a_first_step_elsewhere_changes_no_step(name, other):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_mode(name):
-    """Schedulers that are made and stepped there, through two schedules."""
+    """Schedulers are made and stepped in inference mode, through two schedules."""
     bounds = []
     for steps in (5, 4):
         theirs, ours = pair(name, steps)
@@ -1226,7 +1226,7 @@ def test_inference_mode(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_name_diffusers_class(name, tmp_path):
-    """What is saved loads without advkd, and back into the fused class; objects can be pickled and copied."""
+    """A saved scheduler loads without advkd, and back into the fused class; objects can be pickled and copied."""
     published, fused = PAIRS[name]
     ours = fused(beta_schedule="scaled_linear", prediction_type="v_prediction")
     ours.save_pretrained(tmp_path)
@@ -1262,7 +1262,7 @@ def test_users_subclasses_keep_their_names():
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_in_a_pipeline(name, tmp_path):
-    """The drop-in line, a run, a saved pipeline that anyone loads, and the fused scheduler put back."""
+    """The drop-in line, a run, a saved pipeline that plain diffusers loads, and the fused scheduler put back."""
     published, fused = PAIRS[name]
     kind = {"ddim": DDIMPipeline, "ddpm": DDPMPipeline}[name]
     pipe = kind(tiny_unet(), published())
@@ -1291,7 +1291,7 @@ def test_import_is_not_paid_for_by_others():
 
 
 def test_coefficients_by_hand():
-    """Simple numbers: alpha_bar 0.64 to 0.8 (signal 0.8, noise 0.6), sigma 2 to 1."""
+    """The numbers are simple: alpha_bar 0.64 to 0.8 (signal 0.8, noise 0.6), sigma 2 to 1."""
     # A few roundings of 2^-53, and differences that are at least a tenth of their terms.
     close = functools.partial(pytest.approx, rel=1e-14, abs=1e-15)
     assert x0_coefficients(0.64, "epsilon") == close((1.25, -0.75))

@@ -1,4 +1,4 @@
-"""Files from elsewhere: nothing that is read runs code, leaves its folder, or takes more memory than its size.
+"""Files of unknown origin: reading runs no code, stays in the folder, and takes no more memory than a file's size.
 
 Every reader is given a file of each hostile kind in the place of each of its own.
 """
@@ -54,9 +54,9 @@ class Payload:
 
 
 def hostile(kind, trace, beside=None):
-    """Bytes that run code where they are unpickled, by plain pickle or by torch's archive.
+    """Bytes that run code when they are unpickled, as a plain pickle or in torch's archive.
 
-    ``beside``: a file of weights, for a payload among what the reader expects, of no less bytes.
+    ``beside``: a file of weights, to hide the payload among tensors that the reader expects, in no fewer bytes.
     """
     state = torch.load(beside, weights_only=True) if beside is not None else {}
     if kind == "pickle":
@@ -68,7 +68,7 @@ def hostile(kind, trace, beside=None):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, teacher_folder, trajectories):
-    """One folder of every kind that is read."""
+    """One folder of each kind that has a reader."""
     folder = tmp_path_factory.mktemp("models")
     student = tiny_student()
     student.training_record = {"samples": [], "runs": []}
@@ -133,7 +133,7 @@ KINDS = ("pickle", "archive", "legacy")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_payload_is_one(kind, tmp_path):
-    """The contents that the tests below put into files do run code when they are read without care."""
+    """The contents that the tests below put into files do run code when read without care."""
     (tmp_path / "file").write_bytes(hostile(kind, tmp_path / "trace"))
     if kind == "pickle":
         pickle.loads((tmp_path / "file").read_bytes())
@@ -188,7 +188,7 @@ def test_files_of_options_and_caches_are_no_pickles(models, tmp_path, capsys, mo
         assert ended.value.code == 2 and str(bad.parent) in capsys.readouterr().err
     with pytest.raises(InputError, match="metrics.csv"):
         metrics(tmp_path)
-    # Kept files count as none.
+    # Hostile cached files count as missing.
     monkeypatch.setenv("ADVKD_CACHE", str(tmp_path / "cache"))
     extractor, images = build_extractor(str(models / "classifier")), torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     wanted = extract(extractor, images, cache=cache_folder())
@@ -245,7 +245,7 @@ def test_names_that_are_no_hub_ids(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "file"), PLACES)
 def test_links_are_followed_to_what_is_a_file_and_nothing_else(name, file, models, tmp_path):
-    """A hub's cache and larger disks are links. A device or a pipe in a file's place would be read for ever."""
+    """A hub's cache and larger disks are links. Reading a device or a pipe in a file's place would never end."""
     shutil.copytree(models, tmp_path / "models")
     shutil.copytree(models, tmp_path / "elsewhere")
     place = tmp_path / "models" / name / file
@@ -265,12 +265,12 @@ def test_links_are_followed_to_what_is_a_file_and_nothing_else(name, file, model
 
 
 def without_digest(path):
-    """A JSON file's value without what tells that it was changed."""
+    """A JSON file's value without the digest that would reveal a change."""
     return {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}
 
 
 def rewrite(path, **changes):
-    """Write a checkpoint anew, as one of other metadata."""
+    """Write a checkpoint again with other metadata."""
     tensors, metadata = read_tensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     metadata.pop("digest")
@@ -293,7 +293,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_configuration_takes_no_more_memory_than_its_weights(name, models, tmp_path):
-    """Gigabytes that a few bytes ask for are refused before they are taken."""
+    """A few bytes that imply gigabytes are refused before any allocation."""
     shutil.copytree(models / name, tmp_path / name)
     file, changes = LARGE[name]
     change(tmp_path / name / file, **changes)
@@ -362,7 +362,7 @@ def test_values_of_any_kind_are_read_or_refused(name, file, models, tmp_path):
                     assert read.sample(1, steps=2).isfinite().all()
             except InputError:
                 refused += 1
-    # A teacher's index is read for the names in it alone.
+    # A teacher's index is read only for the names in it.
     assert refused > 0 or (name, file) == ("teacher", "model_index.json")
 
 
@@ -426,7 +426,7 @@ def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
 
 
 class Bloated:
-    """Unpickles to zeros, of as many bytes as its number says; weights_only allows that."""
+    """Unpickles to as many zero bytes as its number gives; weights_only allows that."""
 
     def __reduce__(self):
         return bytearray, (10**9,)
@@ -434,7 +434,7 @@ class Bloated:
 
 @pytest.mark.parametrize("archive", [True, False])
 def test_weights_that_ask_for_memory_are_refused(archive, models, tmp_path):
-    """Files of tensors alone are read, in torch's older format too."""
+    """Only files of plain tensors are read, in torch's older format, too."""
     shutil.copytree(models, tmp_path / "models")
     weights = tmp_path / "models" / "older" / "unet" / "diffusion_pytorch_model.bin"
     state = torch.load(weights, weights_only=True)
@@ -446,7 +446,7 @@ def test_weights_that_ask_for_memory_are_refused(archive, models, tmp_path):
 
 
 def renamed(path):
-    """Records are found in any case by torch."""
+    """Rename a record: torch finds records whatever their letters' case."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -455,7 +455,7 @@ def renamed(path):
 
 
 def appended(path):
-    """A file in torch's older format with an archive behind it."""
+    """Put a file in torch's older format before the archive."""
     archive = path.read_bytes()
     torch.save({"payload": Bloated()}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes() + archive)
@@ -471,7 +471,7 @@ def commented(path):
 
 
 def doubled(path):
-    """Tuples of the same tuple twice: the time to hash the outermost, a key, doubles with each."""
+    """Nest pairs of the same tuple: each level doubles the time to hash the outermost, a key."""
     levels = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
     pickled = b"\x80\x02})q\x00" + levels + b"K\x01s."
     with zipfile.ZipFile(path) as archive:
@@ -541,7 +541,7 @@ def test_archives_that_unpack_to_more_than_they_hold_are_refused(models, tmp_pat
 
 
 def test_records_that_are_not_those_of_their_checksums_are_refused(models, tmp_path):
-    """torch reads them without a look at the checksums that it has written."""
+    """torch ignores the checksums that it has written."""
     shutil.copytree(models / "older", tmp_path / "older")
     weights = tmp_path / "older" / "unet" / "diffusion_pytorch_model.bin"
     place = weights.read_bytes().index(torch.load(weights, weights_only=True)["conv_in.weight"].numpy().tobytes())
@@ -585,7 +585,7 @@ def test_safetensors_that_claim_more_than_they_hold_are_refused(models, tmp_path
     ("name", "file"), [(name, file) for name, file in PLACES if file.endswith(".safetensors")], ids=lambda part: part
 )
 def test_headers_without_end_are_refused(name, file, models, tmp_path):
-    """Values of JSON take many times their text; a header has no limit of its own but 100 MB."""
+    """Parsed JSON takes many times its text's memory, and the format limits a header only to 100 MB."""
     shutil.copytree(models, tmp_path / "models")
     place = tmp_path / "models" / name / file
     header = json.dumps({"__metadata__": {"advkd": "[" + "{}," * 2**21 + "{}]"}}).encode()
@@ -595,14 +595,14 @@ def test_headers_without_end_are_refused(name, file, models, tmp_path):
 
 
 def test_jpegs_of_very_many_scans_are_refused(tmp_path):
-    """Every scan takes the time of a whole picture, and two hundred bytes."""
+    """Every scan takes a whole picture's time but only two hundred bytes."""
     path = tmp_path / "a.jpg"
     Image.new("L", (64, 64), 128).save(path, progressive=True)
     whole = path.read_bytes()
     scan, end = whole.rindex(b"\xff\xc4"), whole.rindex(b"\xff\xd9")
     behind = b"\xff\xda" * 200
     for count, refused in ((90, False), (100, True)):
-        # Neither comments nor what stands behind the picture (films, further frames) are scans.
+        # Neither comments nor data after the picture (films, further frames) count as scans.
         path.write_bytes(
             whole[:2] + b"\xff\xfe\x01\x92" + behind + whole[2:end] + whole[scan:end] * count + whole[end:] + behind
         )
@@ -614,7 +614,7 @@ def test_jpegs_of_very_many_scans_are_refused(tmp_path):
 
 
 def test_pictures_of_a_thousand_million_pixels_are_refused(models, tmp_path, monkeypatch):
-    """By a limit of our own: Pillow's can be switched off, and warns below it."""
+    """The limit is our own: Pillow's can be disabled, and warns below it."""
     import zlib
 
     def chunk(kind, data):
@@ -663,7 +663,7 @@ def test_metrics_of_a_run_that_goes_on(contents, models, tmp_path):
 
 @pytest.mark.parametrize("rows", [[2, 1], [1, 1, 2], [1, None, 2], [1, "x", 2], [1, "x"]], ids=str)
 def test_metrics_that_are_not_whole_lose_no_row(rows, models, tmp_path):
-    """Rows up to the checkpoint are kept, later ones are made anew: where that cannot be told, nothing is."""
+    """Rows up to the checkpoint are kept and later ones made anew; where they cannot be told apart, nothing is touched."""
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "run" / "metrics.csv"
     titles = path.read_text().splitlines()[0]
@@ -693,7 +693,7 @@ def test_every_dependency_of_a_plain_installation_is_pinned():
 
 
 def test_tables_of_any_size_are_not_read(tmp_path):
-    """A sparse file of a terabyte, and one that takes a hundred times its size as lists of words."""
+    """A sparse file of a terabyte, and one that takes a hundred times its size as lists of strings."""
     with open(tmp_path / "metrics.csv", "wb") as file:
         file.truncate(2**40)
     with pytest.raises(InputError, match="more than the 268,435,456"):
@@ -715,7 +715,7 @@ def test_steps_that_a_teachers_training_does_not_have(step, models, tmp_path):
 
 
 def test_a_planted_link_is_not_written_through(models, tmp_path, monkeypatch):
-    """The folder in which a teacher is put together has a name that others can know."""
+    """The folder in which a teacher is assembled has a predictable name."""
     shutil.copytree(models / "unfinished", tmp_path / "unfinished")
     planted = temporary_path(tmp_path / "unfinished" / "pipeline")
     (tmp_path / "elsewhere").mkdir()

@@ -133,13 +133,13 @@ def test_equal_weights_give_equal_files(make, tmp_path):
 
 
 def test_a_digest_under_another_name_is_refused(tmp_path):
-    """Flipped bits in the key would make the file one of an older version, whose weights nothing checks."""
+    """Flipped bits in the key would make the file look like one of an older version, whose weights are not checked."""
     tiny_student().save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"digest"', b'"dygest"', 1))
     with pytest.raises(InputError, match="its header has the unknown entry 'dygest'"):
         Student.from_pretrained(tmp_path)
-    # Other programs say other things of their files.
+    # Other programs write other entries.
     for metadata in ({"format": "pt"}, None, {"format": "pt", "license": "MIT", "commit": "d" * 40}):
         save_file(tiny_student().state_dict(), path, metadata)
         Student.from_pretrained(tmp_path)
@@ -318,7 +318,7 @@ def test_update_bn_gives_every_norm_torchs_statistics(averaged):
         assert ours.momentum == theirs.momentum == 0.1 and ours.num_batches_tracked == theirs.num_batches_tracked == 3
         for name in ("running_mean", "running_var"):
             a, b = getattr(ours, name), getattr(theirs, name)
-            # Rounding of eight layers before.
+            # The rounding of the eight layers before.
             assert (a - b).abs().max() <= 256 * torch.finfo(torch.float32).eps * (1 + b.abs().max())
 
 
@@ -331,7 +331,7 @@ def test_a_converted_student_draws_the_same_images():
         for found, wanted in zip(converted.levels(z), student.levels(z), strict=True):
             assert (found - wanted).abs().max() <= 1e-6
     assert torch.equal(converted.fuse("reference")(z), student.fuse("reference")(z))
-    # Without processes torch's synchronised batch norm trains as its plain one does.
+    # Without a process group torch's synchronised batch norm trains like its plain one.
     plain = with_norms(student, plain_norm)
     gradients = []
     for model in (converted.train(), plain.train()):
@@ -354,7 +354,7 @@ def test_norms_that_convolutions_have_swallowed():
 
 
 def test_norms_without_running_statistics():
-    """They take each batch's, as torch's do; that is no convolution, and cannot be fused."""
+    """They use each batch's statistics, as torch's do; that is no convolution, and cannot be fused."""
     student = trained_like(tiny_student())
     z = student.latents(4)
     found, wanted = copy.deepcopy(student), with_norms(student, plain_norm)
@@ -422,7 +422,7 @@ def drawn_before():
 
 @pytest.mark.parametrize("other_defaults", ["float64", "bfloat16", "float16", "meta"], indirect=True)
 def test_torchs_defaults_do_not_change_what_is_drawn(drawn_before, other_defaults):
-    """Neither another default dtype nor another default device (``meta`` stands for a GPU) reaches documented results."""
+    """Neither another default dtype nor another default device (``meta`` stands for a GPU) affects documented results."""
     student, fused, wanted = drawn_before
     found = list(everything_drawn(student, fused))
     for ours, right in zip(found, wanted, strict=True):
@@ -474,7 +474,7 @@ class Levels(torch.nn.Module):
 
 
 def exported(model, z):
-    """A program of a model for one to 64 latents, through a file; it has no ops but torch's where it needs none."""
+    """A program of a model for one to 64 latents, through a file; it has only torch's ops where it needs no others."""
     program = torch.export.export(model, (z,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     file = io.BytesIO()
     torch.export.save(program, file)

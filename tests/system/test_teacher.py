@@ -129,7 +129,7 @@ SAVED = {
 
 @pytest.mark.parametrize("kind", SAVED)
 def test_parts_hold_what_their_index_says(kind, teacher_folder, tmp_path):
-    """A tensor that no part holds would keep the number that it was drawn with."""
+    """A tensor that no part holds would keep its random initial values."""
     shutil.copytree(teacher_folder, tmp_path / "teacher")
     unet, save, suffix = tmp_path / "teacher" / "unet", SAVED[kind], kind.split()[-1]
     state = load_file(unet / "diffusion_pytorch_model.safetensors")
@@ -178,7 +178,7 @@ def test_missing_and_damaged_teachers_are_named(teacher_folder, tmp_path):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_ddim_path_is_diffusers_pipeline(prediction):
-    """Every step of a run against diffusers' own, each from our state: a random network amplifies differences."""
+    """Compare every step of a run with diffusers' own, each from our state: a random network amplifies differences."""
     from diffusers import DDIMScheduler
 
     teacher = tiny_teacher(prediction_type=prediction)
@@ -203,7 +203,7 @@ def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
 
 
 class Network(torch.nn.Module):
-    """A teacher's network as a recording needs it, without diffusers: a configuration, and an output of state and timestep."""
+    """Stand-in for a teacher's network, without diffusers: a configuration, and an output from state and timestep."""
 
     config = SimpleNamespace(in_channels=3, out_channels=3, sample_size=8)
 
@@ -227,7 +227,7 @@ def networks_teacher():
 
 
 class Configuration(dict):
-    """Keys that are attributes, too, as those of diffusers are."""
+    """A dict whose keys are attributes, too, like diffusers'."""
 
     __getattr__ = dict.__getitem__
 
@@ -282,7 +282,7 @@ def test_mixed_precision_is_another_teacher():
 
 
 def test_the_loop_follows_its_teacher():
-    """Another network, a copy, a pickle and other modes of autograd: the buffers of an earlier run do not show."""
+    """The buffers of an earlier run do not affect another network, a copy, a pickle or other modes of autograd."""
     teacher = tiny_teacher(20)
     first = teacher.sample(2, seed=1, steps=5)
     teacher.unet = tiny_unet(seed=9).eval()
@@ -412,7 +412,7 @@ def test_other_files_and_links_survive_training(tmp_path):
 
 
 def test_a_linked_part_is_refused_before_training(tmp_path):
-    """A folder cannot take a link's place, and what the link leads to is not emptied."""
+    """A folder cannot take a link's place, and the link's target is not emptied."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "notes.txt").write_text("mine")
     (tmp_path / "out").mkdir()

@@ -75,7 +75,7 @@ def test_unpaired_data(unpaired):
 
 
 def test_last_batch_is_padded(tmp_path, teacher):
-    """Sample i does not depend on how many samples are asked for."""
+    """Sample i does not depend on the number of samples."""
     few = record_trajectories(teacher, tiny_recording(num=6), tmp_path / "few", progress=False)
     many = record_trajectories(teacher, tiny_recording(num=8), tmp_path / "many", progress=False)
     a, b = (Trajectories(folder).batch([4, 5], [4])[1][4] for folder in (few, many))
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "shard-00004.safetensors").exists(), "the run ended before it was killed"
-    # What a process killed while writing leaves; process numbers end far below this one.
+    # Leftovers of a process killed while writing; process numbers end far below this one.
     (tmp_path / "killed" / f".shard-00003.safetensors.{folders._HOST}.4194999.tmp").write_bytes(b"torn")
     assert run_cli(*arguments, tmp_path / "killed").returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -101,7 +101,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def by_one_thread(teacher_folder, tmp_path_factory):
-    """What one process of one thread records."""
+    """The files that one process with one thread records."""
     folder = tmp_path_factory.mktemp("recorded") / "one"
     assert run_cli("trajectories", "--teacher", teacher_folder, *CLI, "--out", folder, environment=ONE_THREAD).returncode == 0
     return contents(folder)
@@ -139,7 +139,7 @@ def test_local_processes_refuse_in_one_line(teacher_folder, trajectories, tmp_pa
 
 
 def test_local_processes_die_with_their_parent(teacher_folder, by_one_thread, tmp_path):
-    """Killed in the middle and started again: nothing of the first run writes on, and the result is the same."""
+    """After a kill midway no process of the first run goes on writing, and a new start gives the same result."""
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out"]
     process = start_cli(*arguments, tmp_path / "killed")
     wait_for(tmp_path / "killed" / "shard-00000.safetensors", process)
@@ -154,7 +154,7 @@ def test_local_processes_die_with_their_parent(teacher_folder, by_one_thread, tm
 
 
 def test_two_runs_into_one_folder(teacher_folder, tmp_path):
-    """The second one is refused before it computes; it would mix its shards with the first one's."""
+    """The second run is refused before it computes; it would mix its shards with the first one's."""
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out", tmp_path / "t", "--seed"]
     runs = {seed: start_cli(*arguments, seed) for seed in (0, 7)}
     codes = {process.wait(timeout=240): seed for seed, process in runs.items()}
@@ -298,7 +298,7 @@ def test_mixed_precision_from_the_command_line(teacher_folder, tmp_path):
     assert "autocast" in json.loads((tmp_path / "t" / "manifest.json").read_text())["recipe"]["teacher"]
     result = run_cli(*arguments)
     assert result.returncode == 2 and "another teacher" in result.stderr
-    # A teacher that goes on from such data takes their precision.
+    # A teacher that continues such data adopts their precision.
     teacher = Teacher.from_pretrained(str(teacher_folder))
     recorded = Trajectories(tmp_path / "t").info.teacher
     assert not same_teacher(teacher.identity(), recorded) and same_teacher(teacher.match(recorded).identity(), recorded)
@@ -323,7 +323,7 @@ def test_another_recipe_or_an_unfinished_run_is_refused(trajectories, teacher, t
 
 
 def test_an_earlier_versions_manifest_stays(trajectories, teacher, tmp_path):
-    """Unfinished runs know their data by the bytes of its manifest."""
+    """Unfinished runs identify their data by the bytes of its manifest."""
     shutil.copytree(trajectories, tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
     now = path.read_bytes()
@@ -349,7 +349,7 @@ def in_the_older_form(folder):
 
 @pytest.mark.parametrize("lost", [("shard-00000",), ("shard-00002",), ("shard-00000", "shard-00001", "shard-00002")])
 def test_shards_that_an_earlier_version_lost_come_back_as_they_were(lost, trajectories, teacher, tmp_path):
-    """Its manifest says their bytes, and runs know their data by its."""
+    """The manifest records the shards' bytes, and runs identify their data by its own."""
     folder = tmp_path / "data"
     shutil.copytree(trajectories, folder)
     in_the_older_form(folder)
@@ -370,7 +370,7 @@ def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
         path.write_text(json.dumps({**whole, **altered}))
         with pytest.raises(InputError, match="manifest.json is damaged"):
             Trajectories(tmp_path / "data")
-        # An older one has no digest, but the shards have its recipe.
+        # An older manifest has no digest, but the shards hold its recipe.
         path.write_text(json.dumps({**older, **altered}))
         data = Trajectories(tmp_path / "data")
         if "recipe" in altered:
@@ -408,7 +408,7 @@ def test_a_disk_too_small_is_refused_before_work(monkeypatch, tmp_path):
 
 
 def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
-    """A file-size limit stands in for the full disk: the shard in work is not left as a torn file."""
+    """A file-size limit stands in for the full disk: the current shard is not left as a torn file."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
