@@ -1,4 +1,4 @@
-"""What ``advkd info`` prints: versions, devices, and which backend runs which op."""
+"""Text of ``advkd info``: versions, devices, and which backend runs which op."""
 
 import importlib.metadata
 import platform

@@ -1,4 +1,4 @@
-"""What commands share: options made of a configuration's fields, the device, fair sharing of the processors."""
+"""Parts that commands share: options made of a configuration's fields, the device, fair sharing of the processors."""
 
 import dataclasses
 import functools

@@ -90,7 +90,7 @@ def sample(
 
 
 def _is_folder(out):
-    """Whether ``--out`` names a folder, not a picture.
+    """True if ``--out`` names a folder, not a picture.
 
     One that is there, a name that ends in a slash, one without a suffix, or with a number for one (``run-0.5``, ``v1.2``).
     """

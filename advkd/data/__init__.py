@@ -1,1 +1,1 @@
-"""What is trained on: images, recorded trajectories, the order of both and every random draw."""
+"""Training data: images, recorded trajectories, the order of both and every random draw."""

@@ -176,7 +176,7 @@ class Trajectories:
 
     @property
     def paired(self) -> bool:
-        """Whether x_0 is a function of the x_T that z comes from (DDIM), so that pairs (z, x_0) can be learned."""
+        """True if x_0 is a function of the x_T that z comes from (DDIM), so that pairs (z, x_0) can be learned."""
         return self.info.sampler == "ddim"
 
     def verify(self) -> None:
@@ -255,7 +255,7 @@ def _read_manifest(folder: Path, option: str) -> dict:
 
 
 def _is_consistent(manifest: dict) -> bool:
-    """Whether a manifest's parts fit each other: shards that cover the samples, one deviation per level.
+    """True if a manifest's parts fit each other: shards that cover the samples, one deviation per level.
 
     It may come from elsewhere: shards are files of its own folder, and nothing is made that is as large as it says.
     """
@@ -269,7 +269,7 @@ def _is_consistent(manifest: dict) -> bool:
 
 
 def _is_possible(info: DatasetInfo) -> bool:
-    """Whether a data set can be as described; may also raise ``TypeError`` or ``ValueError``."""
+    """True if a data set can be as described; may also raise ``TypeError`` or ``ValueError``."""
     build_config(TrajectoryConfig, vars(info.config()), "").validate()
     check_latent(info.image_size, info.latent_size, info.detail_noise)
     shape = (info.image_size, info.image_channels, info.latent_size, info.depth)
@@ -279,7 +279,7 @@ def _is_possible(info: DatasetInfo) -> bool:
 
 
 def _are_shards(entries: list[dict], info: DatasetInfo) -> bool:
-    """Whether a manifest's entries are the shards of a data set."""
+    """True if a manifest's entries are the shards of a data set."""
     starts = range(0, info.num, info.shard_size)
     return len(entries) == len(starts) and all(
         _are_whole(entry["start"], entry["count"])
@@ -310,10 +310,10 @@ def differences(described: dict, other: dict, ignored: tuple[str, ...] = ()) -> 
 
 
 def samples_overlap(a: dict, b: dict) -> bool:
-    """Whether two parts (seed, start, num) share a sample."""
+    """True if two parts (seed, start, num) share a sample."""
     return a["seed"] == b["seed"] and a["start"] < b["start"] + b["num"] and b["start"] < a["start"] + a["num"]
 
 
 def same_teacher(a: dict, b: dict) -> bool:
-    """Whether two :meth:`Teacher.identity` are of one teacher, whatever it was called."""
+    """True if two :meth:`Teacher.identity` are of one teacher, whatever it was called."""
     return {**a, "name": None} == {**b, "name": None}

@@ -177,10 +177,10 @@ class FusedStep:
         return x_next, x0
 
     _moves_noise = False
-    """Whether diffusers' step takes noise from another device."""
+    """True if diffusers' step takes noise from another device."""
 
     def _learns_variance(self):
-        """Whether the network's output has further channels, of the variance."""
+        """True if the network's output has further channels, of the variance."""
         return False
 
     def _require(self, model_output, sample, generator=None, variance_noise=None):

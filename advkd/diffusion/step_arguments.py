@@ -67,7 +67,7 @@ def why_unfit(model_output: torch.Tensor, sample: torch.Tensor, *others: torch.T
 
 
 def are_plain(output: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Whether two tensors need no further checks. A step takes as long as a few dozen checks, and this is the usual case."""
+    """True if two tensors need no further checks. A step takes as long as a few dozen checks, and this is the usual case."""
     for tensor in (output, sample):
         if type(tensor) is not torch.Tensor or tensor.is_nested or tensor.layout is not torch.strided:
             return False

@@ -53,7 +53,7 @@ def remembered(source: object) -> object:
 
 
 def unchanged(kept: object, source: object) -> bool:
-    """Whether ``source`` is as it was when :func:`remembered` gave ``kept``."""
+    """True if ``source`` is as it was when :func:`remembered` gave ``kept``."""
     if not isinstance(source, torch.Tensor):
         return kept is source
     if source.device.type != "cpu":

@@ -1,1 +1,1 @@
-"""What computes a fused student: one module an engine."""
+"""Engines that compute a fused student, one a module."""

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Kept:
-    """What was measured on one piece of hardware, by a text that says what was measured.
+    """Measurements on one piece of hardware, by a text that describes each.
 
     A file that is damaged, or of other kernels, counts as none; one that cannot be written costs a warning.
 

@@ -1,1 +1,1 @@
-"""What leaves the package: diffusers' pipelines and exchange formats."""
+"""Exports: diffusers' pipelines and exchange formats."""

@@ -371,7 +371,7 @@ class AdvKD(Method):
         step.log(loss=loss.detach(), **metrics)
 
     def _seen(self, image, draw, level, kind):
-        """What a critic is shown of an image."""
+        """An image as a critic sees it."""
         return shift(image, draw.seed, draw.start, level, kind) if self.config.augment else image
 
     def _condition(self, z):

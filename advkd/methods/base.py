@@ -1,4 +1,4 @@
-"""What a distillation method is: its numbers, its stages, the modules it trains, and one update of them.
+"""Interface of a distillation method: its numbers, its stages, the modules it trains, and one update of them.
 
 The trainer (:mod:`advkd.training.trainer`) owns the rest: order of the data, random draws, optimisers, averages, checkpoints,
 processes, devices and files.
@@ -17,7 +17,7 @@ from ..data.sources import Batch
 
 @dataclass(frozen=True)
 class Needs:
-    """What a configuration of a method runs on.
+    """Requirements of a method's configuration.
 
     Attributes:
         data: ``levels`` (the teacher's recorded states), ``pairs`` (its start noise and final image), ``images`` or ``none``.
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the trainer reads of a method's configuration.
+    """The trainer's part of a method's configuration.
 
     Attributes:
         seed: of all draws.
@@ -121,7 +121,7 @@ class Kept:
 
 
 class Step(Protocol):
-    """What an update may do; the trainer provides it."""
+    """Actions of an update; the trainer provides them."""
 
     def __call__(self, name: str, loss: Tensor) -> None:
         """Move the module ``name`` down the gradient of ``loss``."""

@@ -63,7 +63,7 @@ class FusedStudent(PretrainedModule):
     engine: Engine
     weight0: torch.Tensor
     tune, mixed = False, True
-    """Whether plans for GPUs are measured, and may then take kernels of both GPU backends."""
+    """True if plans for GPUs are measured, and if they may take kernels of both GPU backends."""
 
     def __init__(self, config: FusedStudentConfig, backend: str = "auto"):
         super().__init__()

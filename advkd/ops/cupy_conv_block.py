@@ -35,7 +35,7 @@ TANH = 2
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 MULTIPROCESSORS, SHARED_LIMIT = 108, 163 * 1024
-"""Of the device that is planned for where kernels run without one."""
+"""Numbers of the device that plans assume where kernels run without one."""
 
 
 def conv_layer(
@@ -162,7 +162,7 @@ def _check(name, tensor, shape, dtype, x, whole=True):
 
 
 def plan_device(device: torch.device) -> dict[str, int]:
-    """What plans ask of a device: its multiprocessors, and bytes of shared memory that a block may have."""
+    """Limits of a device that plans use: its multiprocessors, and bytes of shared memory that a block may have."""
     limits = device_limits(device) if device.type == "cuda" else (MULTIPROCESSORS, SHARED_LIMIT)
     return dict(zip(("multiprocessors", "shared_limit"), limits))
 

@@ -95,7 +95,7 @@ def conv_pair(
 
 
 def fits(c_in: int, c_mid: int, c_out: int, upsample: bool, image: bool, product: str, shared_limit: int) -> bool:
-    """Whether a block of ``shared_limit`` bytes of shared memory can do a pair.
+    """True if a block of ``shared_limit`` bytes of shared memory can do a pair.
 
     Args:
         c_in, c_mid, c_out: channels in whole units; with ``image`` ``c_out`` is the image's own, 1 to 4.

@@ -103,7 +103,7 @@ def sampler_step(
 
 
 def step_parameters(tensors: Mapping[str, Any], seed: int, step: int, pool: int) -> numpy.ndarray:
-    """What the kernel takes, as an array of one :data:`STEP`."""
+    """The kernel's parameters, an array of one :data:`STEP`."""
     x, table, steps = tensors["x"], tensors["table"], tensors["steps"]
     # Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
     split = not x.is_contiguous() and (pool > 0 or tensors["indices"] is not None)

@@ -115,7 +115,7 @@ class _Stream:
 
 
 def struct(dtype: numpy.dtype, fields: Mapping[str, Any]) -> numpy.ndarray:
-    """What a kernel takes by value: an array of one ``dtype``."""
+    """Parameters of a kernel, passed by value: an array of one ``dtype``."""
     return numpy.array(tuple(fields[name] for name in dtype.names or ()), dtype)
 
 

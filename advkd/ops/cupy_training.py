@@ -240,5 +240,5 @@ def _length(x):
 
 
 def _blocks(x):
-    """Of a thread per eight elements of a sample."""
+    """Grid of a thread per eight elements of a sample."""
     return cover(len(x) * cover(_length(x), 8), THREADS)

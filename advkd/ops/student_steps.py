@@ -245,7 +245,7 @@ def gpu_arguments(
     dtype: torch.dtype,
     steps: Sequence[Step],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
-    """What op ``student_forward`` takes for its ``biases``, ``packed`` and ``steps`` on a GPU."""
+    """Arguments ``biases``, ``packed`` and ``steps`` of the op ``student_forward`` on a GPU."""
     product = product_of(dtype)
     forms = [step.form(i, len(layers) - 1) for step in steps for i in range(step.first, step.first + step.count)]
     pairs = [pack_gpu(w, b, i, dtype, form, product) for w, b, i, form in zip(weights, biases, layers, forms, strict=True)]

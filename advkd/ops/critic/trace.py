@@ -28,7 +28,7 @@ def plan_of(critic: nn.Module, conditional: bool) -> Plan:
     if not isinstance(critic, nn.Module):
         raise InputError(f"critic must be a torch.nn.Module for the tangent pass, got {type(critic).__name__}: {ADVICE}")
     if torch.compiler.is_compiling():
-        # What is read here is guarded: compiled code is made again where it changes. (Slopes are read with the options.)
+        # Reads here are guarded: compiled code is made again where they change. (Slopes are read with the options.)
         for module in critic.modules():
             if module.training and isinstance(module, (nn.Dropout, nn.Dropout2d)) or any(_hooks(module)):
                 raise InputError(f"layer {type(module).__name__} drops at random or has hooks: {ADVICE}")
@@ -105,7 +105,7 @@ def _constant_plan(identity, conditional):
     return _kept_plan(critic, conditional, constant=True)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with this module.
+# As torch.compiler.assume_constant_result does, which would import the compiler with this module.
 vars(_constant_plan)["_dynamo_marked_constant"] = True
 
 
