@@ -1,4 +1,4 @@
-"""Choice of the kernels that compute a fused student on a GPU: the chain of launches that takes least time, predicted or measured.
+"""Choice of a fused student's kernels on a GPU: the chain of launches that takes least time, predicted or measured.
 
 Every launch that can stand for one convolution or several is a candidate; a plan is the cheapest way through the network. The
 fixed plan counts bytes and launches, a tuned one measures each candidate once and keeps the seconds on disk.

@@ -110,7 +110,7 @@ class Distiller(Trainer):
         student.save_pretrained(out)
 
     def _provenance(self, out):
-        """Record of the data and the configurations of a student's training; evaluation refuses reference samples that are among ``samples``."""
+        """Record of a student's training; evaluation refuses reference samples that are among its ``samples``."""
         info, before = self._recorded.info, self.student.training_record or {"samples": [], "runs": []}
         # A finished run that is resumed has not opened the folders that it grew.
         grown = [Trajectories(path.parent).parts[0] for path in sorted(out.glob("trajectories/*/manifest.json"))]
