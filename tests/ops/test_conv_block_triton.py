@@ -154,8 +154,10 @@ def bound(case, x, weight, bias, wanted, interpreted):
 
 
 def check(case, launch, expected, device):
-    """What a launcher makes of guarded tensors, what it should, and the bound: nothing else is written, on a GPU twice the same
-    bits (the interpreter has one order)."""
+    """A launcher's result of guarded tensors, the expected one, and the bound.
+
+    Nothing else is written; on a GPU the bits are the same twice (the interpreter has one order).
+    """
     x, weight, bias = inputs(case)
     taps, padded_bias = pad_layer(weight, bias, case.layer)
     kernels = launchers()
