@@ -186,9 +186,9 @@ KERNELS = {
 }
 
 
-def cpu_units(files, machine=platform.machine()):
+def cpu_units(files, machine=None):
     """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once."""
-    x86 = machine.lower() in ("x86_64", "amd64")
+    x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     for source in files:
         levels = KERNELS.get(Path(source).name)
         if levels is None:

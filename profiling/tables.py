@@ -1,7 +1,7 @@
-"""Write the tables of README.md, profiling/RESULTS.md and docs/guarantees.md, and docs/billion.md, from the JSON under
-``profiling/results``: python -m profiling.tables
+"""Write the tables of README and docs from the JSON under ``profiling/results``: python -m profiling.tables.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
+They go into README.md, profiling/RESULTS.md, docs/guarantees.md and docs/billion.md. A table stands between
+``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
 """
 
 import os

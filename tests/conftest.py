@@ -19,7 +19,7 @@ if WORKERS > 1:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // WORKERS))
 
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,10 +30,10 @@ atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 # Results that are compared with float32 arithmetic must not come from TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-from advkd.data.trajectories import TrajectoryConfig  # noqa: E402
-from advkd.diffusion.recorder import record_trajectories  # noqa: E402
-from advkd.diffusion.teacher import Teacher  # noqa: E402
-from advkd.models.shape import StudentConfig  # noqa: E402
+from advkd.data.trajectories import TrajectoryConfig
+from advkd.diffusion.recorder import record_trajectories
+from advkd.diffusion.teacher import Teacher
+from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)

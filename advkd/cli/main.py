@@ -1,5 +1,7 @@
-"""The command line: ``advkd info | teacher train | classifier train | trajectories | distill | sample | evaluate |
-report | warmup | demo``."""
+"""The command line ``advkd``.
+
+Commands: info, teacher train, classifier train, trajectories, distill, sample, evaluate, report, warmup, demo.
+"""
 
 from pathlib import Path
 

@@ -61,6 +61,7 @@ class ClassifierFeatures(Extractor):
         return hashlib.sha256(f"{shape} {digest(self.classifier.state_dict())}".encode()).hexdigest()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of uint8 images."""
         return self.classifier.features(normalize(images))
 
 
@@ -92,6 +93,7 @@ class InceptionFeatures(Extractor):
         self.network = _inception(_weights_alone(data, what), what)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of uint8 images."""
         return self.network(images.expand(-1, 3, -1, -1))
 
 

@@ -123,8 +123,10 @@ def distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(points, others):
-    """Both sets, moved near the origin, where squares lose least, by the medians of ``others``: their coordinates are among
-    the data's own, so that the differences of float32 or whole numbers stay exact."""
+    """Both sets, moved by the medians of ``others`` near the origin, where squares lose least.
+
+    The medians' coordinates are among the data's own, so that differences of float32 or whole numbers stay exact.
+    """
     centre = others.median(dim=0).values
     return points - centre, others - centre
 

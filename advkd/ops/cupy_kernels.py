@@ -65,11 +65,13 @@ STEP = numpy.dtype(
 
 
 def philox_words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int) -> torch.Tensor:
+    """Launcher of ``advkd::philox_words``."""
     out = torch.empty((len(indices), count), dtype=torch.int64, device=indices.device)
     return _draw("advkd_philox_words", indices, seed, count, stream, step, out)
 
 
 def philox_normal(indices: torch.Tensor, seed: int, shape: Sequence[int], stream: int, step: int) -> torch.Tensor:
+    """Launcher of ``advkd::philox_normal``."""
     out = torch.empty((len(indices), *shape), dtype=torch.float32, device=indices.device)
     return _draw("advkd_philox_normal", indices, seed, out[:1].numel(), stream, step, out)
 
@@ -90,6 +92,7 @@ def sampler_step(
     pooled: torch.Tensor | None,
     flags: torch.Tensor | None,
 ) -> None:
+    """Launcher of ``advkd::sampler_step``."""
     tensors = dict(zip(_POINTERS, (x, m, table, previous_x0, noise, indices, steps, out, x0, pooled, flags)))
     parameters = step_parameters(tensors, seed, step, pool)
     tiles = int(parameters["tiles"])
@@ -158,7 +161,7 @@ def _flat_plan(samples, length, channels, group, vectors, draw):
 
 
 def step_inverse(d: int) -> int:
-    """``step_inverse`` of ``csrc/cuda/sampler_step.h``: ``n // d == (n + 1) * step_inverse(d) >> 64``."""
+    """``step_inverse`` of ``csrc/cuda/sampler_step.h``, i: ``n // d == (n + 1) * i >> 64``."""
     return (2**64 - 1) // d
 
 

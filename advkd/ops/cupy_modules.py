@@ -120,6 +120,7 @@ def struct(dtype: numpy.dtype, fields: Mapping[str, Any]) -> numpy.ndarray:
 
 
 def address(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's memory, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -129,8 +130,10 @@ def key(seed: int) -> dict[str, int]:
 
 
 def cover(n: int, part: int) -> int:
+    """How many pieces of ``part`` cover ``n``."""
     return -(-n // part)
 
 
 def clamp(n: int, most: int) -> int:
+    """``n``, but at least 1 and at most ``most``."""
     return max(1, min(n, most))

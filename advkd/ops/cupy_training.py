@@ -51,6 +51,7 @@ MOST_TURNS = 8
 
 
 def conv_bias_act_mask(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor) -> None:
+    """Launcher of ``advkd::conv_bias_act_mask``."""
     channels = p.shape[1] if p.ndim > 1 else 1
     inner = 1 if memory_format(p) == torch.channels_last else _length(p) // channels
     fields = {
@@ -63,6 +64,7 @@ def conv_bias_act_mask(p: torch.Tensor, bias: torch.Tensor | None, slope: float,
 
 
 def mask_mul(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
+    """Launcher of ``advkd::mask_mul``."""
     fields = {**_addresses(x=x, mask=mask, out=out), **_samples(x, out), "slope": slope}
     _start("mask_mul", "advkd_mask_mul", _blocks(x), struct(MASK_MUL, fields), x)
 
@@ -77,6 +79,7 @@ def interpolate(
     steps: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
+    """Launcher of ``advkd::interpolate``."""
     fields = {
         **_addresses(real=real, fake=fake, a=a, indices=indices, steps=steps, out=out),
         **_samples(real, fake, out),
@@ -91,6 +94,7 @@ def interpolate(
 def penalty_reduce(
     g: torch.Tensor, target: float, weight: float, mode: int, out: torch.Tensor, penalties: torch.Tensor
 ) -> None:
+    """Launcher of ``advkd::penalty_reduce``."""
     parts = penalty_parts(_length(g))
     partials = torch.empty((len(g), parts), dtype=torch.float32, device=g.device)
     fields = {
@@ -108,6 +112,7 @@ def penalty_parts(length: int) -> int:
 
 
 def norm_act_moments(x: torch.Tensor, statistics: torch.Tensor) -> None:
+    """Launcher of ``advkd::norm_act_moments``."""
     _reduce_norm("moments", statistics, norm_fields(x, reduces=True), x)
 
 
@@ -120,6 +125,7 @@ def norm_act(
     upsample: bool,
     out: torch.Tensor,
 ) -> None:
+    """Launcher of ``advkd::norm_act``."""
     fields = norm_fields(x, weights=weights, statistics=statistics, out=out, eps=eps, slope=slope, upsample=upsample)
     _start_norm("act", fields, x)
 
@@ -135,6 +141,7 @@ def norm_act_sums(
     kept: torch.Tensor | None,
     sums: torch.Tensor,
 ) -> None:
+    """Launcher of ``advkd::norm_act_sums``."""
     tensors = dict(gradient=gradient, weights=weights, statistics=statistics, out=kept)
     fields = norm_fields(x, **tensors, eps=eps, slope=slope, upsample=upsample, reduces=True)
     _reduce_norm("sums", sums, fields, x)
@@ -152,6 +159,7 @@ def norm_act_backward(
     masked: bool,
     dx: torch.Tensor,
 ) -> None:
+    """Launcher of ``advkd::norm_act_backward``."""
     tensors: dict[str, Any] = dict(gradient=gradient, weights=weights, statistics=statistics, means=means, out=dx)
     fields = norm_fields(x, **tensors, eps=eps, slope=slope, upsample=upsample and not masked)
     _start_norm("backward", {**fields, "masked": masked}, x)

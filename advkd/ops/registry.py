@@ -61,11 +61,11 @@ def refuse_gradients(library: torch.library.Library, name: str) -> None:
 
 
 def refuse_order_0(name: str, *tensors: object) -> None:
-    """Raise where a derivative through op ``name`` is asked for; an op with outputs among its arguments has no autograd formula
-    that would.
+    """Raise where a derivative through op ``name`` is asked for.
 
-    Public functions call it first: the transforms of ``torch.func`` can be seen only there. Inside the op their tensors are
-    plain ones, and a derivative would silently be zero. The op calls it again for direct callers.
+    An op with outputs among its arguments has no autograd formula that would. Public functions call this first: the transforms
+    of ``torch.func`` can be seen only there. Inside the op their tensors are plain ones, and a derivative would silently be
+    zero. The op calls it again for direct callers.
     """
     refuse_forward_mode(name, *tensors)
     if not torch.is_grad_enabled():

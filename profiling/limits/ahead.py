@@ -1,4 +1,6 @@
-"""Compilers' figures of the GPU kernels, on a machine without a GPU: python -m profiling.limits.ahead [--out FOLDER]
+"""Compilers' figures of the GPU kernels, on a machine without a GPU.
+
+python -m profiling.limits.ahead [--out FOLDER]
 
 Every CUDA source is compiled by nvcc and every configuration of the convolutions' Triton kernels by Triton, for each
 architecture; of each kernel the registers, local memory, shared memory, tensor-core instructions and resident blocks are kept,

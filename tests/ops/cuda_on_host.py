@@ -1,5 +1,7 @@
-"""CUDA kernels without a GPU: compiled for the host with ``cuda_on_host.h``, started by the CuPy launchers through a stand-in
-for CuPy, the fixture ``cupy_on_host``.
+"""CUDA kernels without a GPU.
+
+They are compiled for the host with ``cuda_on_host.h``, and started by the CuPy launchers through a stand-in for CuPy, the
+fixture ``cupy_on_host``.
 """
 
 import contextlib

@@ -123,8 +123,9 @@ def test_nvcc_spills_nothing(architecture, tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 def test_nvcc_sampler_step(architecture, tmp_path):
-    """Nothing spills, four blocks of 256 threads (pooled: three) fit on a multiprocessor, aligned tensors are read and written
-    in vectors, and without a pooled copy nothing is divided.
+    """Nothing spills, and four blocks of 256 threads (pooled: three) fit on a multiprocessor.
+
+    Aligned tensors are read and written in vectors; without a pooled copy nothing is divided.
     """
     known_to_nvcc(architecture)
     kernels = list(cuda_kernels("sampler_step.cu", tmp_path, architecture))

@@ -149,8 +149,11 @@ def test_parity(backend, dtype, shape, upsample, activation):
 
 
 def gpu_bound(x, weight, bias, upsample, wanted):
-    """:func:`bound` of the GPU's kernels: float32 products are three of TensorFloat-32, each factor kept to 22 bits; 16-bit
-    storage rounds phases' weights once and results once."""
+    """:func:`bound` of the GPU's kernels.
+
+    float32 products are three of TensorFloat-32, each factor kept to 22 bits; 16-bit storage rounds phases' weights once and
+    results once.
+    """
     terms = 9 * x.shape[1] + 12
     if x.dtype == torch.float32:
         return bound(x, weight, bias, upsample, "direct", wanted) * (1 + 3 * 2.0**-22 / (terms * 2.0**-24))

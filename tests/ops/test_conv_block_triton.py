@@ -154,8 +154,10 @@ def bound(case, x, weight, bias, wanted, interpreted):
 
 
 def check(case, launch, expected, device):
-    """A launcher's result on guarded tensors, the expected one, and the bound; checks that nothing else is written and that two
-    calls on a GPU give the same bits (the interpreter has one order)."""
+    """A launcher's result of guarded tensors, the expected one, and the bound.
+
+    Nothing else is written; on a GPU the bits are the same twice (the interpreter has one order).
+    """
     x, weight, bias = inputs(case)
     taps, padded_bias = pad_layer(weight, bias, case.layer)
     kernels = launchers()

@@ -1,5 +1,7 @@
-"""The GPU sources of the sampler step without a GPU: the Triton kernels in the interpreter; the CUDA kernels compiled for the
-host, started by the CuPy launchers through a stand-in for CuPy.
+"""The GPU sources of the sampler step without a GPU.
+
+The Triton kernels run in the interpreter; the CUDA kernels are compiled for the host, and started by the CuPy launchers through
+a stand-in for CuPy.
 """
 
 import contextlib
@@ -457,7 +459,7 @@ def test_python_and_cpp_launchers_agree(tmp_path):
     most = [cupy_kernels.step_most_tiles(pool) for _, _, _, _, pool, *_ in PLANS]
     expected = [[limit, *(plan[name] for name in order)] for limit, plan in zip(most, ours)]
     assert [list(map(int, line.split())) for line in lines[len(fields) + 1 :]] == expected
-    for (samples, length, channels, width, pool, group, vectors, _), plan in zip(PLANS, ours):
+    for (samples, length, channels, width, pool, group, *_), plan in zip(PLANS, ours):
         if pool:
             assert plan["lanes"] * plan["rows"] * plan["strips"] <= cupy_modules.THREADS
             assert (

@@ -69,8 +69,11 @@ def test_new_memory_is_poisoned():
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parity(backend, name):
-    """float32 within 1e-4 of the range whatever the plan (F(6x6) everywhere is the worst); bfloat16 to 35 dB on random weights,
-    as eager bfloat16 is to within a few decibels (trained digits keep 40: tests/system/test_fused_student.py)."""
+    """float32 is within 1e-4 of the range whatever the plan (F(6x6) everywhere is the worst).
+
+    bfloat16 keeps 35 dB on random weights, as eager bfloat16 does to within a few decibels (trained digits keep 40:
+    tests/system/test_fused_student.py).
+    """
     student = a_student(name)
     z = student.latents(5, seed=1)
     wanted = exact(student, z)

@@ -1,5 +1,6 @@
-"""The student's first layers in one launch: the CUDA kernel on the host, clusters and all, against float64; on a GPU where
-there is one; compiled ahead of time.
+"""The student's first layers in one launch.
+
+The CUDA kernel on the host, clusters and all, against float64; on a GPU where there is one; compiled ahead of time.
 """
 
 import functools

@@ -1,5 +1,7 @@
-"""The CUDA kernels of the training ops: compiled for the host and started by the CuPy launchers' own marshalling, bit for bit
-against the reference wherever that is defined; on a GPU where there is one.
+"""The CUDA kernels of the training ops.
+
+They are compiled for the host and started by the CuPy launchers' own marshalling, bit for bit against the reference wherever
+that is defined; on a GPU where there is one.
 """
 
 import dataclasses

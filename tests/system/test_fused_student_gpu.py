@@ -1,5 +1,7 @@
-"""The fused student on a GPU's engine: plans that are measured and kept, streaming, memory that runs out, graphs. Without a GPU
-its kernels are plain PyTorch (the fixture ``on_gpu_kernels``); tests that need a device are marked."""
+"""The fused student on a GPU's engine: plans that are measured and kept, streaming, memory that runs out, graphs.
+
+Without a GPU its kernels are plain PyTorch (the fixture ``on_gpu_kernels``); what needs a device is marked.
+"""
 
 import copy
 import json
@@ -351,8 +353,10 @@ def test_threads_and_streams_share_an_engine():
 
 @GPU
 def test_modes_and_captures_of_the_caller():
-    """The first call under inference_mode, the next outside; a caller's own graph only of what has been drawn before. A refusal
-    leaves torch's stream and the engine as they were."""
+    """The first call under inference_mode, the next outside; a caller's own graph only of what has been drawn before.
+
+    A refusal leaves torch's stream and the engine as they were.
+    """
     fused = tiny_student().cuda().fuse(tune=False)
     z = fused.latents(5, seed=1)
     with torch.inference_mode():

@@ -29,7 +29,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -38,9 +38,9 @@ from diffusers import (  # noqa: E402
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm  # noqa: E402
+from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 
-from advkd.diffusion import fused_step as common  # noqa: E402
+from advkd.diffusion import fused_step as common
 from advkd.diffusion import step_tables
 from advkd.diffusion.coefficients import (
     ddim_coefficients,
@@ -56,15 +56,15 @@ from advkd.diffusion.schedulers import (
     FusedDPMSolverMultistepScheduler,
     FusedEulerDiscreteScheduler,
 )
-from advkd.errors import BackendUnavailableError, InputError  # noqa: E402
+from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import (
     coefficient_table,
     philox_normal,
-    sampler_step,  # noqa: E402
+    sampler_step,
 )
 
-from ..conftest import DEFAULTS, other_default, process_environment, tiny_unet  # noqa: E402
-from ..rounding import UNIT, Rounded  # noqa: E402
+from ..conftest import DEFAULTS, other_default, process_environment, tiny_unet
+from ..rounding import UNIT, Rounded
 
 PAIRS = {
     "ddim": (DDIMScheduler, FusedDDIMScheduler),

@@ -61,8 +61,9 @@ def critic_gradients(
     backend: str = "auto",
     check_finite: bool | None = None,
 ) -> CriticGradients:
-    """Gradients of a critic's loss and gradient penalty. Pure: nothing is accumulated, and ``torch.compile`` and CUDA graphs
-    take it whole.
+    """Gradients of a critic's loss and gradient penalty.
+
+    Pure: nothing is accumulated, and ``torch.compile`` and CUDA graphs take it whole.
 
     Args:
         critic: as in :func:`advkd.ops.gradient_penalty`; its weights must be its own parameters.
