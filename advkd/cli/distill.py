@@ -37,7 +37,10 @@ class _Methods(click.Group):
 @click.group(cls=_Methods, invoke_without_command=True)
 @click.pass_context
 def distill(context):
-    """Train a student; without a method, list the methods and what each needs."""
+    """Train a student by a method; without one, list the methods and what each needs.
+
+    Options without a method are those of adv-kd: see 'advkd distill adv-kd --help'.
+    """
     if context.invoked_subcommand is None:
         for name in context.command.list_commands(context):
             kind = method_class(name)
@@ -71,14 +74,15 @@ def method_command(name: str) -> click.Command:
         device = local_device(device)
         require_device(device)
         torch.manual_seed(config.seed % 2**63)
-        teacher = None
+        student = _build_student(preset, init)
+        needs, teacher = kind(config, student).needs(), None
         if teacher_source:
             from ..diffusion.teacher import Teacher
 
-            if not getattr(config, "grow", 0):
+            if not needs.grow and not needs.teacher:
                 raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
             teacher = Teacher.from_pretrained(teacher_source, device)
-        run(data, _build_student(preset, init), config, out, resume, device, teacher=teacher, method=name)
+        run(data, student, config, out, resume, device, teacher=teacher, method=name)
         click.echo(f"student saved in {out}")
 
     return command
@@ -89,8 +93,8 @@ def _configuration(kind, config_file, values):
     from_file = _read_config(config_file) if config_file else {}
     config = kind.Config()
     if kind.recipes:
-        in_file = from_file.pop("recipe", "joint")
-        name = values.pop("recipe") or in_file
+        in_file = from_file.pop("recipe", next(iter(kind.recipes)))
+        name = values.pop("recipe", None) or in_file
         if not isinstance(name, str) or name not in kind.recipes:
             raise InputError(f"--recipe must be one of {', '.join(kind.recipes)}, got {name!r}")
         config = kind.recipes[name]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..runtime.files import digest
 from .images import normalize
 from .trajectories import Trajectories
 
@@ -49,21 +50,36 @@ class Source(Protocol):
 
 
 class Tensors:
-    """Tensors in memory: z, images, labels, each with one row a sample, of any shape and device."""
+    """Tensors in memory, each with one row a sample, of any shape and device; without any, a method's batches are empty.
 
-    def __init__(self, z: Tensor | None = None, images: Tensor | None = None, labels: Tensor | None = None):
+    Args:
+        z, images, labels: see :class:`Batch`; images of 8 bits become floating point in [-1, 1].
+        rows: numbers of the rows that are used (None: all).
+    """
+
+    def __init__(
+        self,
+        z: Tensor | None = None,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        rows: Tensor | None = None,
+    ):
         self.tensors = {name: t for name, t in (("z", z), ("images", images), ("labels", labels)) if t is not None}
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        used = [self._rows] if self._rows is not None else list(self.tensors.values())
+        return len(used[0]) if used else 0
 
     def identity(self) -> dict[str, Any]:
-        """Shapes of the tensors."""
-        return {"data": {name: list(tensor.shape) for name, tensor in self.tensors.items()}}
+        """Digest of the tensors."""
+        rows = {} if self._rows is None else {"rows": self._rows}
+        return {"tensors": digest({**self.tensors, **rows})}
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """See :class:`Source`; images of 8 bits become floating point in [-1, 1]."""
+        """See :class:`Source`."""
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+        index = index if self._rows is None else self._rows[index]
         picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
         if "images" in picked:
             picked["images"] = normalize(picked["images"])

@@ -9,18 +9,24 @@ import dataclasses
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.draws import shift, training_latents
+from ..data.draws import Draw, shift, training_latents
+from ..data.sources import Batch
 from ..errors import InputError
 from ..models.critic import Critic, CriticConfig
+from ..models.student import Student
 from ..ops.critic.update import critic_gradients
 from ..ops.latents import split_latent
 from ..ops.registry import BACKENDS
 from ..runtime.ranges import named
-from .base import Kept, Method, Needs, Settings, Stage, Trained
+from .base import Kept, Method, Needs, Settings, Stage, Step, Trained
+
+Images = dict[int, torch.Tensor]
+"""Images by level."""
 
 
 @dataclass
@@ -130,8 +136,6 @@ class DistillConfig:
             not (self.fresh and self.conditional), "fresh latents have no teacher's image: use fresh or conditional, not both"
         )
         _require(not self.fresh or self.wasserstein, "fresh latents are for the critics: wasserstein must be positive")
-        every = self.checkpoint_every % self.log_every
-        _require(not every, f"checkpoint_every must be a multiple of log_every {self.log_every}, got {self.checkpoint_every}")
         bad = [k for k in (*self.critic_levels, *self.regression_levels) if not 1 <= k <= depth]
         _require(not bad, f"critic_levels and regression_levels must be between 1 and the student's depth {depth}, got {bad}")
         for stage in self.stages(depth):
@@ -202,7 +206,7 @@ RECIPES = {
 }
 
 
-def recipe(name: str, **overrides) -> DistillConfig:
+def recipe(name: str, **overrides: Any) -> DistillConfig:
     """The recipe ``name`` with some fields changed."""
     if name not in RECIPES:
         raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
@@ -235,12 +239,12 @@ class AdvKD(Method):
     Config = DistillConfig
     recipes = RECIPES
 
-    def __init__(self, config: DistillConfig, student):
+    def __init__(self, config: DistillConfig, student: Student):
         self.config, self.student = config, student
         self.scales, self.critics = Scales(student.depth), nn.ModuleDict()
         self.columns = ("loss", "wasserstein", "critic", "penalty", *(f"mse_{k:02d}" for k in range(1, student.depth + 1)))
 
-    def check(self, data) -> None:
+    def check(self, data: Any) -> None:
         """Refuse trajectories that the configuration cannot be trained on."""
         self.config.validate(self.student.depth, data.paired, len(data))
 
@@ -304,7 +308,7 @@ class AdvKD(Method):
             torch.manual_seed((config.seed * 2**16 + stage.number * 2**8 + k) % 2**63)
             return Critic(shape)
 
-    def update(self, step, batch, draw) -> None:
+    def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """Critic updates, each on a batch of its own but the last, which shares the student's; then the student."""
         rounds = self.config.critic_updates if self.critics else 1
         for i in range(rounds):
@@ -330,7 +334,7 @@ class AdvKD(Method):
         judged = {k: images[k][-n:] for k in self.stage.critic_levels}
         return {k: image[:n] for k, image in images.items()}, judged
 
-    def update_critics(self, step, batch, draw, judged) -> None:
+    def update_critics(self, step: Step, batch: Batch, draw: Draw, judged: Images) -> None:
         """One update of the critics on the batch's levels and the judged images."""
         # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
         config, condition, updates = self.config, self._condition(batch.z), []
@@ -346,7 +350,7 @@ class AdvKD(Method):
             penalty=torch.stack([update.penalty for update in updates]).mean(),
         )
 
-    def update_student(self, step, batch, draw, images, judged) -> None:
+    def update_student(self, step: Step, batch: Batch, draw: Draw, images: Images, judged: Images) -> None:
         """One update of the student by the distances of its images and the critics' scores."""
         config, depth = self.config, self.student.depth
         metrics, terms = {}, []
@@ -380,7 +384,7 @@ class AdvKD(Method):
         parts = zip(split_latent(z, self.student.latent_parts), self.student.latent_parts, strict=True)
         return torch.cat([piece for piece, (_, side) in parts if side == 4], dim=1)
 
-    def samples(self, student, stage: Stage) -> torch.Tensor:
+    def samples(self, student: Any, stage: Stage) -> torch.Tensor:
         """36 images of the stage's last level; earlier levels than the image are shown at a third of their contrast."""
         k = stage.levels[-1]
         z = student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype)

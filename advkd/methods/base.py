@@ -151,6 +151,9 @@ class Method(Protocol):
         parallel: True if several processes may share a batch.
         distils: True if ``advkd distill`` offers the method.
         requires: what it needs, for people.
+        teacher: the run's teacher; the trainer sets it before the first stage.
+        averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
+            the checkpoint's state comes after it), in :meth:`update` the stage's.
     """
 
     name: ClassVar[str]
@@ -162,6 +165,11 @@ class Method(Protocol):
     distils: ClassVar[bool] = True
     requires: ClassVar[str] = "trajectories of a teacher (advkd trajectories)"
     config: Any
+    teacher: Any = None
+    averages: Mapping[str, nn.Module] = {}
+
+    def check(self, data: Any) -> None:
+        """Raise :class:`advkd.InputError` where recorded trajectories do not suit the configuration."""
 
     def needs(self) -> Needs:
         """Requirements of this configuration."""

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.draws import Draw
+from ..data.sources import Batch
 from ..errors import InputError
-from .base import Method, Needs, Settings, Stage, Trained
+from .base import Method, Needs, Settings, Stage, Step, Trained
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Classification(Method):
         """The run's one generator, wherever it is: a checkpoint keeps its state."""
         return self._generator
 
-    def update(self, step, batch, draw) -> None:
+    def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """Cross-entropy of distorted images."""
         images = distort(batch.images.float(), draw.host.normal(4, len(batch.images), dim=1)).to(batch.images.dtype)
         loss = F.cross_entropy(self.classifier(images), batch.labels)

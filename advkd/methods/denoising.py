@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.draws import Draw
+from ..data.sources import Batch
 from ..errors import InputError
-from .base import Method, Needs, Settings, Stage, Trained
+from .base import Method, Needs, Settings, Stage, Step, Trained
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Denoising(Method):
     distils = False
     requires = "images (advkd teacher train)"
 
-    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler):
+    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler: Any):
         self.config, self.network, self.scheduler = config, network, scheduler
 
     def needs(self) -> Needs:
@@ -110,7 +113,7 @@ class Denoising(Method):
         # torch's generator keeps 32 bits of its seed: the factor spreads the run's seed over all of them.
         return torch.Generator("cpu").manual_seed((self.config.seed * 2654435761 + update) % 2**32)
 
-    def update(self, step, batch, draw) -> None:
+    def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """Output of the network against its target at x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
         x0 = batch.images
         noise = draw.host.normal(*x0.shape).to(x0)

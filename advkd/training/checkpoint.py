@@ -79,7 +79,7 @@ def _under(prefix, tensors):
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def claim(out, resume: bool, finished: Sequence[str], what: str) -> Path:
+def claim(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> Path:
     """The output folder; one that holds a result, or an unfinished run without ``resume``, is refused.
 
     Args:
@@ -99,9 +99,10 @@ def claim(out, resume: bool, finished: Sequence[str], what: str) -> Path:
     return out
 
 
-def require_room(out: Path, modules: Sequence[torch.nn.Module]) -> None:
-    """Refuse a disk without room for a run that trains ``modules``."""
-    require_space(out, 40 * sum(p.numel() for module in modules for p in module.parameters()) + 2**26, "the run")
+def require_room(out: Path, modules: Sequence[torch.nn.Module], logged: bool) -> None:
+    """Refuse a disk without room for a run that trains ``modules``; ``logged``: with metrics and pictures."""
+    parameters = sum(p.numel() for module in modules for p in module.parameters())
+    require_space(out, 40 * parameters + (2**26 if logged else 2**22), "the run")
 
 
 def file_state(path: Path) -> tuple[int, int] | None:
@@ -110,7 +111,7 @@ def file_state(path: Path) -> tuple[int, int] | None:
 
 
 def write_checkpoint(
-    path: Path, running: dict[str, Running], place: dict[str, int], identity: dict[str, Any], generator
+    path: Path, running: dict[str, Running], place: dict[str, int], identity: dict[str, Any], generator: torch.Generator | None
 ) -> None:
     """Write the state of a run at ``place`` (stage, update, cursor)."""
     tensors = {"rng": torch.get_rng_state()}

@@ -40,18 +40,18 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
     test, train = order[:held_out], order[held_out:]
     torch.manual_seed(config.seed)
     method = Classification(config, Classifier(_shape(config, images, len(names))), generator)
-    parts = {"held_out": (images[test], labels[test]), "trained": (images[train], labels[train])}
+    parts = {"held_out": test, "trained": train}
     record: dict[str, Any] = {"config": asdict(config), "classes": names, "images": len(images)}
-    source = Tensors(images=images[train], labels=labels[train])
-    save = partial(_save, parts=parts, record=record)
+    source = Tensors(images=images, labels=labels, rows=train)
+    save = partial(_save, images=images, labels=labels, parts=parts, record=record)
     Trainer(method, source, None, out, resume=resume, progress=progress, save=save, what="model").run()
     return record["accuracy"]["held_out"]
 
 
-def _save(classifier, out, parts, record):
+def _save(classifier, out, images, labels, parts, record):
     """Calibrate, measure and write a classifier; its checkpoint has served then."""
-    classifier.calibrate(parts["trained"][0])
-    record["accuracy"] = {name: classifier.accuracy(*part) for name, part in parts.items()}
+    classifier.calibrate(images[parts["trained"]])
+    record["accuracy"] = {name: classifier.accuracy(images[rows], labels[rows]) for name, rows in parts.items()}
     classifier.training_record = record
     classifier.save_pretrained(out)
     (out / CHECKPOINT).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ..diffusion.recorder import record_trajectories
 from ..errors import InputError
 from ..methods import method_class
 from ..models.student import Student
+from ..runtime.devices import plain_defaults
 from .processes import barrier
 from .trainer import Trainer
 
@@ -62,6 +63,7 @@ def distill(
 class Distiller(Trainer):
     """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
 
+    @plain_defaults()
     def __init__(
         self,
         data: Trajectories,

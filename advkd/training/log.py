@@ -50,7 +50,8 @@ class Log:
         self.updates += 1
         if not last and update % self.every:
             return
-        means = {name: statistics.fmean(row[name] for row in self.pending) for name in metrics}
+        names = dict.fromkeys(name for row in self.pending for name in row)
+        means = {name: statistics.fmean(row[name] for row in self.pending if name in row) for name in names}
         self.pending = []
         with writing(self.path):
             self.writer.writerow({"stage": stage, "update": update} | {k: f"{v:.9g}" for k, v in means.items()})

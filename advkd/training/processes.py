@@ -6,6 +6,8 @@ import gc
 import sys
 import traceback
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,18 +18,38 @@ from ..runtime.devices import require_device
 from ..runtime.hub import reason
 
 
-def accelerator(mixed_precision: str, device):
-    """accelerate's ``Accelerator`` of a run; a process group that it starts is destroyed at exit.
+class SingleProcess:
+    """A run in one process, by the names of accelerate's ``Accelerator``, which keeps one precision and device a process."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, mixed_precision: str, device: torch.device):
+        self.device, self._narrow = device, mixed_precision == "bf16"
+
+    def autocast(self) -> torch.autocast:
+        """Context manager of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow)
+
+    def wait_for_everyone(self) -> None:
+        """Nothing: there is nobody else."""
+
+
+def processes_of(mixed_precision: str, device: str | torch.device) -> Any:
+    """Processes of a run: a :class:`SingleProcess`, or under a launcher accelerate's ``Accelerator``.
+
+    A process group that accelerate starts is destroyed at exit.
 
     Raises:
         InputError: a precision or a device that this process cannot have.
     """
-    from accelerate import Accelerator
-
-    launcher.processes()  # refuses variables that accelerate would stumble over
+    _, world = launcher.processes()  # refuses variables that accelerate would stumble over
     device = require_device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    if world == 1 and process_group() is None:
+        return SingleProcess(mixed_precision, device)
+    from accelerate import Accelerator
+
     try:
         with launcher.without_empty_variables(), GROUP.started_here():
             return Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
@@ -64,7 +86,7 @@ class OwnGroup:
         self.in_step = False
 
     @contextlib.contextmanager
-    def started_here(self):
+    def started_here(self) -> Iterator[None]:
         """A group that is new after the block is ours to end."""
         self.in_step = False
         before = process_group()
@@ -95,7 +117,7 @@ class OwnGroup:
 GROUP = OwnGroup()
 
 
-def process_group():
+def process_group() -> Any:
     """The default process group, or None."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..data.images import load_images
 from ..data.sources import Tensors
@@ -62,7 +63,7 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     return trainer.out
 
 
-def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = ()):
+def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = ()) -> nn.Module:
     """A small ``UNet2DModel``: one resnet per block, attention at the lowest resolution only.
 
     With the default channels it has 1.09 M parameters at 32x32.

@@ -19,7 +19,7 @@ from ..data.draws import DataOrder, Draw, HostDraws
 from ..data.pictures import save_grid
 from ..data.sources import Batch, Source
 from ..errors import InputError, TrainingError
-from ..methods.base import Method, Trained
+from ..methods.base import Method, Stage, Trained
 from ..models.batch_norm import evaluating
 from ..ops.critic.update import average_gradients
 from ..runtime.devices import plain_defaults
@@ -29,7 +29,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 from .checkpoint import CHECKPOINT, Running, claim, file_state, read_checkpoint, require_room, write_checkpoint
 from .log import Log
-from .processes import GROUP, accelerator, share
+from .processes import GROUP, processes_of, share
 
 
 class Trainer:
@@ -75,15 +75,17 @@ class Trainer:
     ):
         if method.needs().teacher and teacher is None:
             raise InputError(f"{method.name} needs a teacher: --teacher")
-        self.method, self.data, self.teacher, self.dtype = method, data, teacher, dtype
+        method.teacher = teacher
+        self.method, self.data, self.dtype = method, data, dtype
         self.settings, self.stages = method.settings(), method.stages()
-        self.accelerator = accelerator(self.settings.mixed_precision, device)
+        self._require_intervals()
+        self.accelerator = processes_of(self.settings.mixed_precision, device)
         self._require_divisible()
         self.out = claim(out, resume, finished, what)
         self.checkpoint = self.out / CHECKPOINT
         self._watched = [self.out / name for name in (CHECKPOINT, *finished)]
         self._found = [file_state(path) for path in self._watched]
-        self._save, self._shown = save, progress
+        self._save, self._shown, self._what = save, progress, what
         self.identity = self._identity()
         self.running: dict[str, Running] = {}
         self.cursor = self.stage_index = self.update = 0
@@ -91,18 +93,28 @@ class Trainer:
         self._order: DataOrder | None = None
         self._start(resume)
 
+    def _require_intervals(self):
+        every, rows = self.settings.checkpoint_every, self.settings.log_every
+        if every % rows:
+            raise InputError(f"checkpoint_every must be a multiple of log_every {rows}, got {every}")
+        if any(stage.updates < 1 for stage in self.stages):
+            raise InputError(f"every stage must have an update, got {[stage.updates for stage in self.stages]}")
+
     def _require_divisible(self):
         world = self.accelerator.num_processes
         if world > 1 and not self.method.parallel:
             raise InputError(f"{self.method.name} runs in one process: start it without a launcher")
         if any(stage.batch_size % world for stage in self.stages):
-            sizes = tuple(dict.fromkeys(stage.batch_size for stage in self.stages))
-            raise InputError(f"batch_sizes {sizes} must be divisible by the {world} processes")
+            sizes = ", ".join(map(str, dict.fromkeys(stage.batch_size for stage in self.stages)))
+            raise InputError(f"batches of {sizes} samples must be divisible by the {world} processes")
 
     def _identity(self):
         """Settings and inputs that must not change between a run and its resumption."""
         config = {k: v for k, v in dataclasses.asdict(self.method.config).items() if k not in self.settings.free}
-        return json.loads(json.dumps({"method": self.method.name, **config, **self.method.identity(), **self.data.identity()}))
+        parts = ({"method": self.method.name}, config, self.method.identity(), self.data.identity())
+        identity = {key: value for part in parts for key, value in part.items()}
+        assert len(identity) == sum(map(len, parts)), "two parts of the identity have one name"
+        return json.loads(json.dumps(identity))
 
     def _start(self, resume):
         """Build the modules of the run's place, and bring them to the checkpoint's state."""
@@ -111,7 +123,7 @@ class Trainer:
             tensors, place = read_checkpoint(self.checkpoint, self.identity, self.stages)
             self.stage_index, self.update, self.cursor = place
         self._build()
-        require_room(self.out, [part.part.module for part in self.running.values()])
+        require_room(self.out, [part.part.module for part in self.running.values()], bool(self.method.columns))
         if tensors is not None:
             with restoring("checkpoint", self.checkpoint):
                 self._restore(tensors)
@@ -125,7 +137,7 @@ class Trainer:
             self._generator.set_state(tensors["generator"].clone())
 
     @property
-    def stage(self):
+    def stage(self) -> Stage:
         """The current stage; the last one of a finished run."""
         return self.stages[min(self.stage_index, len(self.stages) - 1)]
 
@@ -143,11 +155,13 @@ class Trainer:
     def _build(self):
         """Start the current stage: the method's modules on the device, equal on all processes; fresh optimisers."""
         before, self.running = self.running, {}
+        self.method.averages = _averages(before)
         for name, part in self.method.build(self.stage).items():
             self._place(part.module, part.memory_format)
             if self.accelerator.num_processes > 1:
                 share(part.module)
             self.running[name] = Running.of(part, before.get(name))
+        self.method.averages = _averages(self.running)
 
     def _place(self, module, memory_format):
         # diffusers' networks warn where they are given a dtype, even their own.
@@ -187,34 +201,38 @@ class Trainer:
         return Log(self.out, self.method.columns, reached, self.done, self.settings.log_every)
 
     def _run_update(self, log, bar):
-        stage, metrics = self.stage, self.step()
-        last = self.update == stage.updates
+        stage, number, metrics = self.stage, self.update + 1, self.step()
+        last = number == stage.updates
         if log:
-            log.write(stage.number, self.update, metrics, last=last)
+            log.write(stage.number, number, metrics, last=last)
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "critic") if name in metrics}
         bar.set_postfix(stage=stage.number, **shown, refresh=False)
         bar.update()
-        if last:
-            if self.accelerator.is_main_process:
-                self._draw_samples(stage)
-            self._next_stage()
-        if last or self.update % self.settings.checkpoint_every == 0:
+        if last or number % self.settings.checkpoint_every == 0:
             self._write_checkpoint(log)
 
     def step(self) -> dict[str, float]:
-        """One update; returns what the method logged, as means over the processes."""
-        if self.update == self.stage.updates:
-            self._next_stage()
+        """One update, and the beginning of the next stage behind a stage's last one.
+
+        Returns what the method logged, as means over the processes.
+        """
+        if self.stage_index == len(self.stages):
+            raise RuntimeError("the run is complete")
         self.data.grow(self.done)
+        self._generator = self.method.generator(self.done)
         self._set_learning_rates()
         actions = _Actions(self)
         self.method.update(actions, *actions.next_batch())
         with named("average"):
             self._update_averages()
         self.update += 1
+        if self.update == self.stage.updates:
+            self._end_stage()
         return actions.means()
 
-    def _next_stage(self):
+    def _end_stage(self):
+        if self.accelerator.is_main_process:
+            self._draw_samples(self.stage)
         self.stage_index, self.update = self.stage_index + 1, 0
         if self.stage_index < len(self.stages):
             self._build()
@@ -224,15 +242,26 @@ class Trainer:
         stage, rank, world = self.stage, self.accelerator.process_index, self.accelerator.num_processes
         local = stage.batch_size // world
         start, device = self.cursor + rank * local, self.accelerator.device
-        self._generator = self.method.generator(self.done)
-        host = HostDraws(self._generator, stage.batch_size, rank * local, local) if self._generator else None
+        generator = self._generator or self.method.generator(self.done)
+        host = HostDraws(generator, stage.batch_size, rank * local, local) if generator else None
         rows = host.integers(len(self.data)).tolist() if host else self.rows(start, local)
         batch = self.data.batch(rows, stage.levels, device, self.dtype)
+        self._require_parts(batch)
         self.cursor += stage.batch_size
         return batch, Draw(self.settings.seed, start, local, device, self.dtype, host)
 
+    def _require_parts(self, batch):
+        needs = self.method.needs()
+        wanted = {"levels": ("z", "levels"), "pairs": ("z", "images"), "images": ("images",), "none": ()}[needs.data]
+        wanted += ("labels",) if needs.labels else ()
+        missing = [name for name in wanted if getattr(batch, name) is None or name == "levels" and not batch.levels]
+        if missing:
+            raise InputError(f"{self.method.name} needs {' and '.join(missing)}, and the data has none")
+
     def rows(self, start: int, count: int) -> list[int]:
-        """Rows of global draws; data that has grown has another order."""
+        """Rows of global draws; data that has grown has another order, and empty data has none."""
+        if not len(self.data):
+            return []
         if self._order is None or self._order.num != len(self.data):
             self._order = DataOrder(len(self.data), self.settings.seed)
         return self._order.rows(start, count)
@@ -284,7 +313,8 @@ class Trainer:
         if not math.isfinite(float(norm)):
             where = f"stage {self.stage.number}, update {self.update}"
             kept = f"the last checkpoint is kept in {self.out}" if self.checkpoint.exists() else "no checkpoint yet"
-            raise TrainingError(f"the {name}'s loss or gradient is not finite at {where}; {kept}: lower the learning rate")
+            whose = self._what if name == "student" else name
+            raise TrainingError(f"the {whose}'s loss or gradient is not finite at {where}; {kept}: lower the learning rate")
         for parameter, gradient in zip(part.parameters, gradients, strict=True):
             parameter.grad = gradient
         if part.part.clip:
@@ -300,6 +330,10 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             stacked = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def _averages(running):
+    return {name: part.average for name, part in running.items() if part.average is not None}
 
 
 def _laid_out_as(parameter, gradient):

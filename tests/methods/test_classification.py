@@ -8,7 +8,7 @@ from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.training.trainer import Trainer
 
 
-def tiny_run(data, out, seed=0, **options):
+def tiny_run(data, out, seed=0, weights=0, **options):
     """Six updates on random pictures of three classes."""
     config = ClassifierTrainingConfig(steps=6, batch_size=8, checkpoint_every=2, seed=seed)
     generator = torch.Generator("cpu").manual_seed(seed)

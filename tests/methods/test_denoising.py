@@ -27,11 +27,12 @@ def points(count=16, seed=0):
     return noise * torch.tensor([0.5, 2.0]) + torch.tensor([1.0, -1.0])
 
 
-def tiny_run(data, out, seed=0, **options):
+def tiny_run(data, out, seed=0, weights=0, **options):
     """Six updates of an affine network on points of a plane."""
     config = TeacherTrainingConfig(steps=6, batch_size=8, checkpoint_every=2, warmup=2, seed=seed)
-    scheduler = DDPMScheduler(num_train_timesteps=10)
-    return Trainer(Denoising(config, Affine(10), scheduler), Tensors(images=points()), None, out, **options)
+    scheduler, network = DDPMScheduler(num_train_timesteps=10), Affine(10)
+    network.scale.data += weights
+    return Trainer(Denoising(config, network, scheduler), Tensors(images=points()), None, out, **options)
 
 
 def test_an_affine_network_becomes_the_best_denoiser(tmp_path):

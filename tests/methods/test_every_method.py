@@ -87,6 +87,17 @@ def test_a_method_describes_itself(name):
         assert name in CliRunner().invoke(main, ["distill"]).output
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_complete_run_does_not_go_on(name, trajectories, tmp_path):
+    run = tiny_run(name, trajectories, tmp_path)
+    for number in range(UPDATES):
+        assert run.done == number
+        run.step()
+    with pytest.raises(RuntimeError, match="the run is complete"):
+        run.step()
+    assert run.done == UPDATES and run.stage_index == len(run.stages)
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="method must be one of adv-kd, "):
         method_class("no-such")

@@ -17,9 +17,10 @@ from advkd.runtime.files import digest
 
 
 def tiny_run(name, data, out, **options):
-    """A trainer of the tiny run that the method's own test file describes."""
+    """A trainer of the tiny run that the method's own test file describes; every process brings weights of its own."""
     module = importlib.import_module(f"tests.methods.test_{METHODS[name].partition('.')[0]}")
-    return module.tiny_run(data, out, dtype=torch.float64, progress=False, **options)
+    options = {"dtype": torch.float64, "progress": False, **options}
+    return module.tiny_run(data, out, weights=int(os.environ.get("RANK", 0)), **options)
 
 
 def follow(trainer, kill_at=None):
