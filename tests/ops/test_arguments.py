@@ -57,7 +57,7 @@ def differentiable(op):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_what_is_no_dense_tensor_is_refused_by_name(op):
+def test_arguments_that_are_no_dense_tensors_are_refused_by_name(op):
     for name, value in CALLS[op].items():
         if not isinstance(value, torch.Tensor):
             continue
@@ -69,7 +69,7 @@ def test_what_is_no_dense_tensor_is_refused_by_name(op):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_what_is_no_number_no_flag_and_no_backend_is_refused_by_name(op):
+def test_arguments_that_are_no_numbers_flags_or_backends_are_refused_by_name(op):
     bad = [None, "text", b"0.2", [], object(), 1j, torch.zeros(2), torch.tensor(0.5, device="meta")]
     for name, value in CALLS[op].items():
         if isinstance(value, torch.Tensor) or name in OPTIONAL or name == "coefficients":
@@ -257,7 +257,7 @@ def test_constants_within_nested_transforms_are_taken(inner):
 
 
 @pytest.mark.parametrize("op", ["mask_mul", "penalty_reduce", "norm_act", "conv_block", "conv_bias_act_mask"])
-def test_numbers_by_which_a_derivative_is_wanted_are_refused(op):
+def test_numbers_that_require_a_gradient_are_refused(op):
     """The op takes a float: a derivative would silently be zero, or missing."""
     numbers = {name: value for name, value in CALLS[op].items() if isinstance(value, float)}
     numbers |= {"eps": 1e-5, "momentum": 0.1} if op == "norm_act" else {}

@@ -478,7 +478,7 @@ def require_compiled(output, architecture):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
     assert len(registers) == len(rows) == len(spills) // 2 and rows
     for row, spilled in zip(rows, spills[::2]):
-        name, config, dtype, precision, c_in, c_out, upsample, shared, reckoned, units, copies = row
+        name, config, dtype, precision, c_in, c_out, upsample, shared, estimated, units, copies = row
         box = "channels" in config
         # Where masks take a few more registers, ptxas may spill as many to fit one more block on a multiprocessor.
         assert spilled <= (16 if c_in == 144 and not box else 0), (row, spilled)
@@ -487,14 +487,14 @@ def require_compiled(output, architecture):
             assert units == {90: ["wgmma.mma_async"], 100: ["tcgen05.mma"]}[architecture], row
         elif precision == "ieee" and dtype == "fp32":
             assert not units, row
-        elif architecture == 90 and reckoned is not None and config["pixels"] >= 64 and config["warps"] % 4 == 0:
+        elif architecture == 90 and estimated is not None and config["pixels"] >= 64 and config["warps"] % 4 == 0:
             assert units == ["wgmma.mma_async"], row
         else:
             assert units, row
-        if reckoned is not None:
+        if estimated is not None:
             # Reordering the result for memory may take a little more than a small pipeline.
             assert copies == ["cp.async.bulk.tensor" if box else "cp.async.cg"], row
-            assert shared <= max(reckoned + 1024, 48 * 1024), row
+            assert shared <= max(estimated + 1024, 48 * 1024), row
     return list(zip(registers, rows))
 
 

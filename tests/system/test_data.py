@@ -210,7 +210,7 @@ def test_pictures_of_other_sizes_are_named(tmp_path):
         read_pictures(tmp_path, "--images")
 
 
-def test_more_than_fits_into_memory_is_said(tmp_path, monkeypatch):
+def test_images_beyond_memory_are_refused(tmp_path, monkeypatch):
     def full(*_, **__):
         raise MemoryError
 

@@ -68,7 +68,7 @@ def distances(sets, reference, cache):
     return [frechet_distance(extract(extractor, images, cache=cache), wanted) for images in sets]
 
 
-def test_the_classifier_knows_the_digits(digits):
+def test_the_classifier_recognises_the_digits(digits):
     images, labels = digits
     classifier = Classifier.from_pretrained("digits")
     assert classifier.accuracy(images.float() / 127.5 - 1, labels) > 0.98
@@ -331,7 +331,7 @@ def test_samples_that_the_student_was_trained_on_are_refused(tiny, teacher_folde
         evaluate_student(*arguments, cache=tmp_path, progress=False)
 
 
-def test_the_shipped_student_says_what_it_was_trained_on():
+def test_the_shipped_student_records_its_training():
     record = Student.from_pretrained("digits").training_record
     assert record["samples"] and all(part["seed"] != EvaluationConfig().seed for part in record["samples"])
 

@@ -157,11 +157,11 @@ def test_leftovers_are_removed_and_what_they_link_to_is_not(tmp_path):
     (out / f".a.{folders._HOST}.4194999.tmp").symlink_to(tmp_path / "mine")
     (out / f".b.{folders._HOST}.4194999.tmp").mkdir()
     (out / f".b.{folders._HOST}.4194999-4195001.tmp").write_text("torn")
-    at_work = [f".c.{folders._HOST}.{os.getpid()}.tmp", folders.temporary_path(out / "d").name]
-    for name in at_work:
+    in_use = [f".c.{folders._HOST}.{os.getpid()}.tmp", folders.temporary_path(out / "d").name]
+    for name in in_use:
         (out / name).write_text("at work")
     folders.remove_leftovers(out)
-    assert sorted(path.name for path in out.iterdir()) == at_work
+    assert sorted(path.name for path in out.iterdir()) == in_use
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 

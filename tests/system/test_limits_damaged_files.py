@@ -41,7 +41,7 @@ def test_nothing_does_not_equal_an_undamaged_file_that_was_not_read(whole, monke
     assert outcome == "wrong"
 
 
-def test_a_damaged_file_says_something_else():
+def test_damage_changes_the_contents():
     """An equal file in its place, or the same JSON laid out another way, is no damage."""
     for number in range(300):
         draw = random.Random(number)

@@ -413,13 +413,13 @@ def test_files_of_other_formats_are_refused_and_run_nothing(suffix, tmp_path, mo
         "empty": b"",
         "short": b"II",
     }
-    whys = {"pointer": "git lfs pull", "empty": "it is empty", "short": ""}
+    reasons = {"pointer": "git lfs pull", "empty": "it is empty", "short": ""}
     for name, contents in others.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / f"a{suffix}").write_bytes(contents)
         for reader in (load_images, lambda folder: read_pictures(folder, "--images")):
-            with pytest.raises(InputError, match=f"a{suffix} cannot be read .*{whys.get(name, 'it is no PNG, JPEG')}"):
+            with pytest.raises(InputError, match=f"a{suffix} cannot be read .*{reasons.get(name, 'it is no PNG, JPEG')}"):
                 reader(folder)
     assert not started and not (tmp_path / "harmed").exists()
 

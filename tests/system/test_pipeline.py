@@ -627,7 +627,7 @@ LAYERS += [convolved_otherwise, narrowed, halved, called, wrapped, with_another_
 
 @pytest.mark.filterwarnings("ignore:the pipeline draws with the student's own modules")
 @pytest.mark.parametrize("prepare", LAYERS)
-def test_layers_that_do_more_than_their_weights_say_are_drawn(prepare, monkeypatch):
+def test_layers_that_do_more_than_their_weights_run_as_they_are(prepare, monkeypatch):
     """Pruned or adapted layers cannot be folded: the student's own modules draw, and no engine silently ignores the change."""
     torch.manual_seed(0)
     pipe = AdvKDPipeline(tiny_student().eval())

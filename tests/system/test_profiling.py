@@ -521,7 +521,7 @@ class CountedProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_the_work_bound_of_the_penalty_is_what_torch_runs(update):
+def test_the_work_bound_of_the_penalty_matches_torch(update):
     bench = bench_gradient_penalty
     critic, real, fake, a = bench.problem("narrow", 16, 2)
     found = []
@@ -770,7 +770,7 @@ def test_the_graph_of_cudnn_is_the_network(dtype, transposed, graphs_on_host, cu
     assert all(bool(graph.notes) == (dtype == torch.float32) for graph in graphs)
 
 
-def test_a_layer_without_a_plan_says_so(graphs_on_host, cudnn_on_host, monkeypatch):
+def test_a_layer_without_a_plan_is_reported(graphs_on_host, cudnn_on_host, monkeypatch):
     monkeypatch.setattr(CudnnGraph, "get_execution_plan_count", lambda graph: 1)
     layer = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"no plan for \(8, 8, 3, 3\) at \(1, 8, 4, 4\): Deselecting"):

@@ -156,7 +156,7 @@ def test_finished_parts_are_not_run_again(run, capsys):
     assert run(("good",)) == 0 and run.starts()[7:] == ["late", "late", "late", "flaky", "flaky", "good"]
 
 
-def test_what_has_no_time_is_said_and_done_next_time(run):
+def test_parts_without_time_are_reported_and_run_next_time(run):
     assert run(("good", "after"), "--minutes", "0") == 1 and not (run.out / "starts.txt").exists()
     assert run.stored("good")["state"] == "unfinished"
     assert run(("good", "after")) == 0 and run.starts() == ["good", "after"]
@@ -361,7 +361,7 @@ def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
     assert gpu_modes.MODES["bench"].slower(3).seconds == 990 and gpu_modes.MODES["bench"].slower(3).parts()[0].seconds == 300
 
 
-def test_a_rehearsed_case_says_how_far_it_went():
+def test_a_rehearsed_case_reports_how_far_it_went():
     """Runs in a process of its own, as it replaces the device by a stand-in."""
     code = """
 import torch
@@ -455,7 +455,7 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     assert code == 1 and result["error"].startswith("ZeroDivisionError")
 
 
-def test_a_broken_device_wants_another_process(tmp_path, monkeypatch):
+def test_a_broken_device_ends_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_part, "broken", lambda: True)
     with pytest.raises(SystemExit) as ended:
         part_of(tmp_path).journal.run("one", lambda: 1 / 0)
@@ -496,7 +496,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
     assert len(read_log(tmp_path / "log.jsonl")) == 5
 
 
-def test_tests_that_are_stopped_for_want_of_time_are_no_failures(tmp_path, monkeypatch):
+def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
     monkeypatch.setattr(parity, "gpu_test_files", lambda: ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")])
     monkeypatch.setattr(parity, "test_digest", lambda file: "digest")
@@ -576,7 +576,7 @@ NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
 """
 
 
-def test_what_nsight_compute_says():
+def test_output_of_nsight_compute():
     first, second = counters.ncu_rows(NCU)
     assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
@@ -633,8 +633,8 @@ def test_tables_of_gpu_results(monkeypatch):
         "ratio": 2.5,
     }
     case |= {"floor": {"seconds": 1e-4}, "cudnn_error": 1e-3}
-    nobody = {"case": "digits, batch 2", "contestants": [{"name": "advkd", "kind": "ours", "missing": "no"}], "ratio": None}
-    stored = {"result": {"cases": [case, nobody], "gate": {"state": "green"}}, "provenance": PLACE, "path": "a/b.json"}
+    unmeasured = {"case": "digits, batch 2", "contestants": [{"name": "advkd", "kind": "ours", "missing": "no"}], "ratio": None}
+    stored = {"result": {"cases": [case, unmeasured], "gate": {"state": "green"}}, "provenance": PLACE, "path": "a/b.json"}
     kernel = {"registers": 40, "local_accesses": 0, "tensor": {"HMMA": 3}, "dtype": "bf16", "precision": "tf32"}
     spilled = {**kernel, "registers": 255, "local_accesses": 7, "tensor": {}}
     plan = {"preset": "digits", "batch": 8, "dtype": "bfloat16", "layers": ["a", "b"], "entry": "advkd_conv_pair_columns2_bf16"}
@@ -659,7 +659,7 @@ def test_tables_of_gpu_results(monkeypatch):
     assert tables.gpu_benchmarks() == ["Nothing has been measured on a GPU yet."]
 
 
-def test_kernels_know_their_tests_and_when_they_are_stale(tmp_path):
+def test_kernels_have_tests_and_become_stale(tmp_path):
     known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
         known
@@ -707,7 +707,7 @@ def test_floors_are_those_of_the_definition():
     assert predictions.layer_roofline(last, "bf16", 64, predictions.H200) == pytest.approx(64 * 4.0e-6, rel=0.05)
 
 
-def test_predictions_are_what_the_model_says():
+def test_predictions_follow_the_model():
     stored = json.loads(predictions.PREDICTIONS.read_text())
     assert stored["kind"] == "prediction, not a measurement" and stored["assumptions"] == predictions.assumptions()
     cases = {(p["preset"], p["batch"], p["dtype"]): p for p in stored["predictions"]}
@@ -760,7 +760,7 @@ Resource usage:
 """
 
 
-def test_what_the_disassembler_shows():
+def test_output_of_the_disassembler():
     (kernel,) = ahead.read_kernels(SHOWN)
     assert kernel == {
         **{"entry": "advkd_a_bf16", "registers": 40, "stack": 8, "local": 0, "shared": 1024, "threads": 128},
@@ -793,7 +793,7 @@ def test_a_source_is_compiled_ahead_of_time(tmp_path):
     assert found["provenance"]["device"] and re.match(r"\d+\.\d+", found["versions"]["nvcc"])
 
 
-def test_plans_know_their_entry_points():
+def test_plans_name_their_entry_points():
     limits = predictions.H200.limits
     for prediction in predictions.read_predictions().values():
         layers, product = convolutions(PRESETS[prediction["preset"]]), predictions.PRODUCTS[prediction["dtype"]]

@@ -760,8 +760,8 @@ def test_uncovered_configurations_run_diffusers_code(name, config, arguments, wo
             results.append(x)
             states.append(generator.get_state())
     assert torch.equal(results[0].nan_to_num(7), results[1].nan_to_num(7)) and torch.equal(*states)
-    ours_said = [str(w.message) for w in caught if "runs diffusers' own code" in str(w.message)]
-    assert len(ours_said) == 1 and word in ours_said[0] and type(ours).__qualname__ in ours_said[0]
+    own_warnings = [str(w.message) for w in caught if "runs diffusers' own code" in str(w.message)]
+    assert len(own_warnings) == 1 and word in own_warnings[0] and type(ours).__qualname__ in own_warnings[0]
     assert all(w.filename == __file__ for w in caught if "runs diffusers' own code" in str(w.message))
 
 
@@ -841,7 +841,7 @@ def test_gradient_warning_names_the_remedy():
     ],
 )
 @pytest.mark.usefixtures("fallbacks")
-def test_gradients_by_a_step_s_numbers(name, argument, value, others):
+def test_gradients_with_respect_to_a_steps_numbers(name, argument, value, others):
     gradients, tangents = [], []
     for scheduler in pair(name, 6):
         start = (scheduler.timesteps[1], scheduler.scale_model_input(normal(0), scheduler.timesteps[1]))
@@ -893,7 +893,7 @@ def test_timesteps_of_every_width(name, dtype):
             scheduler.step(normal(0), timestep, normal(1))
 
 
-def test_a_history_that_wants_a_gradient():
+def test_a_history_that_requires_a_gradient():
     """DPM-Solver++'s x0 of the step before carries its graph into the next step, as in diffusers."""
     gradients = []
     for scheduler in pair("dpmsolver", 6):
@@ -1042,7 +1042,7 @@ def test_a_schedule_outside_training_without_an_offset():
 @pytest.mark.parametrize(
     "bad", [float("nan"), torch.tensor(float("nan")), "500", None, True, torch.tensor(True), torch.tensor([1, 2, 3]), [900], 5j]
 )
-def test_what_is_no_timestep(name, bad):
+def test_values_that_are_no_timesteps(name, bad):
     """Every scheduler refuses these; Euler refuses integers, and with them True, in diffusers' words."""
     _, ours = pair(name, 10)
     with pytest.raises(ValueError if name == "euler" else InputError, match="timestep"):

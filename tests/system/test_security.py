@@ -410,7 +410,7 @@ def test_deviations_that_cannot_be_are_refused(value, models, tmp_path):
         Trajectories(tmp_path / "data")
 
 
-def test_a_shard_holds_what_its_recipe_says(models, tmp_path):
+def test_a_shard_agrees_with_its_recipe(models, tmp_path):
     from safetensors.torch import save_file
 
     from advkd.runtime.files import sha256

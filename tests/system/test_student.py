@@ -38,7 +38,7 @@ def trained_like(student):
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("paper-256", 1_878_275), ("pyramid-256", 2_297_827), ("digits", 727_665)])
-def test_presets_have_the_sizes_the_readme_says(preset, parameters):
+def test_presets_have_the_sizes_in_the_readme(preset, parameters):
     student = Student.from_preset(preset)
     assert student.num_parameters(terminals=False) == parameters
     assert sum(p.numel() for p in student.parameters()) == student.num_parameters()

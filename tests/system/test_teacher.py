@@ -128,7 +128,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("kind", SAVED)
-def test_parts_hold_what_their_index_says(kind, teacher_folder, tmp_path):
+def test_parts_hold_the_tensors_of_their_index(kind, teacher_folder, tmp_path):
     """A tensor that no part holds would keep its random initial values."""
     shutil.copytree(teacher_folder, tmp_path / "teacher")
     unet, save, suffix = tmp_path / "teacher" / "unet", SAVED[kind], kind.split()[-1]
