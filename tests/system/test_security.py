@@ -98,7 +98,7 @@ TINY_TRAINING = teacher_training.TeacherTrainingConfig(size=8, channels=(8,), st
 TINY_RUN = recipe("joint", updates=(2,), batch_sizes=(4,), critic_channels=8, checkpoint_every=1)
 
 
-def interrupt(*arguments):
+def interrupt(*arguments, **options):
     raise KeyboardInterrupt
 
 
