@@ -95,15 +95,20 @@ class Draw:
         seed: of the run.
         start: number of this process's first global draw.
         indices: ``(count,)`` int64, numbers of its global draws.
-        host: a :class:`HostDraws` where the method draws from torch's generator, else None.
     """
 
     def __init__(
         self, seed: int, start: int, count: int, device: str | torch.device, dtype: torch.dtype, host: HostDraws | None = None
     ):
-        self.seed, self.start, self.host = seed, start, host
+        self.seed, self.start, self._host = seed, start, host
         self.indices = torch.arange(start, start + count, dtype=torch.int64, device=device)
         self._dtype = dtype
+
+    @property
+    def host(self) -> HostDraws:
+        """Draws from torch's generator, for a method that has one."""
+        assert self._host is not None, "the method has no generator"
+        return self._host
 
     def normal(self, purpose: str, *shape: int) -> torch.Tensor:
         """Standard normal numbers ``(count, *shape)``."""

@@ -14,7 +14,7 @@ from .trajectories import Trajectories
 
 @dataclass
 class Batch:
-    """Rows of a data set on the run's device; what a data set does not hold is None.
+    """Rows of a data set on the run's device, tensors; a part that the data set lacks is None.
 
     Attributes:
         z: latents, or start states of the teacher, ``(N, ...)``.
@@ -23,9 +23,9 @@ class Batch:
         levels: standardised states of the teacher by submodule; the last one is ``images``.
     """
 
-    z: Tensor | None = None
-    images: Tensor | None = None
-    labels: Tensor | None = None
+    z: Any = None
+    images: Any = None
+    labels: Any = None
     levels: dict[int, Tensor] = field(default_factory=dict)
 
 

@@ -170,6 +170,7 @@ class Method(Protocol):
 
     def check(self, data: Any) -> None:
         """Raise :class:`advkd.InputError` where recorded trajectories do not suit the configuration."""
+        return None
 
     def needs(self) -> Needs:
         """Requirements of this configuration."""
