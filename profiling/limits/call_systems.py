@@ -298,7 +298,11 @@ def sample_again(draw):
     def wanted(arguments):
         sigmas, low = arguments["sigmas"], arguments.get("sigma_min", 0.0)
         indices = torch.arange(arguments["start"], arguments["start"] + arguments["shape"][0], dtype=torch.int64, device="cpu")
-        normal = functools.partial(philox_normal, arguments["seed"], indices, arguments["shape"][1:], backend="reference")
+
+        def normal(stream, step):
+            shape = arguments["shape"][1:]
+            return philox_normal(arguments["seed"], indices, shape, stream=stream, step=step, backend="reference")
+
         x = sigmas[0] * normal("x_T", 0).double()
         for k, sigma in enumerate(sigmas[1:], 1):
             x_0 = arguments["denoiser"](x.float(), sigmas[k - 1]).double()

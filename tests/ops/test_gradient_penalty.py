@@ -712,6 +712,8 @@ def test_bad_conditions_and_weights_are_named():
     with pytest.raises(InputError, match="parameter tail.0.weight holds numbers that are not finite"):
         gradient_penalty(model, points(), condition=condition)
     assert not torch.isfinite(gradient_penalty(model, points(), condition=condition, check_finite=False))
+    with pytest.raises(InputError, match="x_hat holds numbers that are not finite"):
+        gradient_penalty(lambda x: x.square().sum((1, 2, 3)), points() * float("nan"), backend="autograd")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
