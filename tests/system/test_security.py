@@ -705,12 +705,12 @@ def test_tables_of_any_size_are_not_read(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("step", [-1, 10**30, 1.5, None, TINY_TRAINING.steps + 1])
-def test_steps_that_a_teachers_training_does_not_have(step, models, tmp_path):
+@pytest.mark.parametrize("update", [-1, 10**30, 1.5, None, TINY_TRAINING.steps + 1])
+def test_updates_that_a_teachers_training_does_not_have(update, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     path = tmp_path / "models" / "unfinished" / "checkpoint.safetensors"
-    rewrite(path, step=step)
-    with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no step"):
+    rewrite(path, stage=0, update=update)
+    with pytest.raises(InputError, match="checkpoint.safetensors is damaged .*the run has no stage 0, update"):
         READERS["unfinished"][0](path.parent)
 
 
