@@ -102,8 +102,13 @@ class DistillConfig:
     log_every: int = 1
 
     def validate(self, depth: int, paired: bool, num: int) -> None:
-        """Raise :class:`InputError` that names the field that cannot work with a student of ``depth`` submodules and a data
-        set of ``num`` samples."""
+        """Raise :class:`InputError` that names the field that cannot work.
+
+        Args:
+            depth: submodules of the student.
+            paired: True if x_0 of the data set is a function of x_T.
+            num: samples of the data set.
+        """
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
