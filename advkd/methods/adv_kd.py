@@ -102,13 +102,7 @@ class DistillConfig:
     log_every: int = 1
 
     def validate(self, depth: int, paired: bool, num: int) -> None:
-        """Raise :class:`InputError` that names the field that cannot work.
-
-        Args:
-            depth: submodules of the student.
-            paired: True if x_0 of the data set is a function of x_T.
-            num: samples of the data set.
-        """
+        """Raise :class:`InputError` for a field that cannot work with ``depth`` submodules and ``num`` samples."""
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
