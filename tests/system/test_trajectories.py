@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -205,6 +206,8 @@ def test_an_interrupt_leaves_no_workers(caller, teacher_folder, tmp_path):
         command = [sys.executable, "-m", "advkd", "trajectories", "--teacher", teacher_folder, *CLI, "--num", 40000]
         command += ["--processes", 2, "--out", tmp_path / "t"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    streams["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(list(map(str, command)), env=process_environment(), **streams)
     wait_for(tmp_path / "t" / "shard-00000.safetensors", process)
     os.killpg(process.pid, signal.SIGINT)
