@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "adv-kd": "adv_kd.AdvKD",
+    "pairs": "pairs.Pairs",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

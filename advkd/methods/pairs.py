@@ -1,0 +1,125 @@
+"""One-step distillation by regression on recorded pairs of start noise and image (Luhman and Luhman 2021)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data.draws import Draw
+from ..data.sources import Batch
+from ..errors import InputError
+from .base import Method, Needs, Settings, Stage, Step, Trained
+
+
+@dataclass
+class PairsConfig:
+    """How ``advkd distill pairs`` trains.
+
+    Attributes:
+        updates: student updates.
+        batch_size: global batch.
+        learning_rate: of Adam.
+        final_learning_rate: fraction of the learning rate left at the end (cosine decay; 1 keeps it constant).
+        ema: decay of the average that is saved (0: none).
+        pairs: only the first so many trajectories are used (0: all).
+        grow: trajectories that the teacher adds to the data after every ``grow_every`` updates (0: none).
+        grow_every: see ``grow``.
+        mixed_precision: ``no`` or ``bf16``.
+        seed: of weights and all draws.
+        checkpoint_every: updates between checkpoints.
+        log_every: updates that one row of ``metrics.csv`` averages.
+    """
+
+    updates: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 0.05
+    ema: float = 0.99
+    pairs: int = 0
+    grow: int = 0
+    grow_every: int = 100
+    mixed_precision: str = "no"
+    seed: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 1
+
+    def validate(self, num: int) -> None:
+        """Raise :class:`InputError` that names the field that cannot work with ``num`` trajectories."""
+        for name in ("updates", "grow_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pairs < 0 or self.grow < 0:
+            raise InputError(f"pairs and grow must not be negative, got {self.pairs}, {self.grow}")
+        if self.pairs > num:
+            raise InputError(f"pairs must be at most the {num} trajectories, got {self.pairs}")
+        if not 2 <= self.batch_size <= (self.pairs or num):
+            raise InputError(f"batch_size must be from 2 to the {self.pairs or num} trajectories, got {self.batch_size}")
+        if not self.learning_rate > 0 or not 0 <= self.final_learning_rate <= 1 or not 0 <= self.ema < 1:
+            values = f"{self.learning_rate}, {self.final_learning_rate}, {self.ema}"
+            raise InputError(f"learning_rate must be positive, final_learning_rate in [0, 1], ema in [0, 1), got {values}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise InputError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
+
+
+class Pairs(Method):
+    """Regression on the teacher's image of the same noise, in one pass.
+
+    Args:
+        config: a :class:`PairsConfig`.
+        student: module from z to images; of a :class:`advkd.Student` the submodules and the head are trained.
+    """
+
+    name = "pairs"
+    reference = "Luhman and Luhman 2021, Knowledge distillation in iterative generative models for improved sampling speed"
+    Config = PairsConfig
+
+    def __init__(self, config: PairsConfig, student: nn.Module):
+        self.config, self.student = config, student
+
+    def check(self, data: Any) -> None:
+        """Refuse trajectories that the configuration cannot be trained on."""
+        self.config.validate(len(data))
+
+    def needs(self) -> Needs:
+        """Start noise and image of deterministic paths."""
+        config = self.config
+        return Needs("pairs", paired=True, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
+
+    def settings(self) -> Settings:
+        """The trainer's part of the configuration."""
+        config = self.config
+        return Settings(config.seed, config.checkpoint_every, config.log_every, config.mixed_precision)
+
+    def stages(self) -> list[Stage]:
+        """One stage, on the last level: the image."""
+        depth: Any = getattr(self.student, "depth", None)
+        levels = (depth,) if depth else ()
+        return [Stage(1, self.config.updates, self.config.batch_size, levels)]
+
+    def build(self, stage: Stage) -> dict[str, Trained]:
+        """The student."""
+        student, config = self.student.train(), self.config
+        if hasattr(student, "terminals"):
+            student.terminals.requires_grad_(False)
+        return {"student": Trained(student, config.learning_rate, schedule=self._schedule, average=config.ema)}
+
+    def _schedule(self, update):
+        final = self.config.final_learning_rate
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / self.config.updates))
+
+    def update(self, step: Step, batch: Batch, draw: Draw) -> None:
+        """|f(z) - x|^2 / 2 for pairs (z, x) = (x_T, sampler(x_T)): the divergence of unit normals around them."""
+        with step.autocast():
+            images = self.student(batch.z)
+        loss = 0.5 * (images.to(batch.images) - batch.images).square().mean()
+        step("student", loss)
+        step.log(loss=loss.detach())
+
+    def samples(self, student: Any, stage: Stage) -> Tensor | None:
+        """36 images."""
+        if not hasattr(student, "latents"):
+            return None
+        return student(student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype))

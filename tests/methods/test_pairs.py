@@ -1,0 +1,81 @@
+"""Regression on pairs: an affine student of Gaussian data becomes the sampler's map; the pyramid student learns pictures."""
+
+import math
+
+import pytest
+import torch
+
+from advkd import Student, Trajectories
+from advkd.data.sources import Tensors
+from advkd.errors import InputError
+from advkd.methods.pairs import Pairs, PairsConfig
+from advkd.training.distillation import Distiller, distill
+from advkd.training.trainer import Trainer
+
+from ..conftest import tiny_student
+
+MEAN, VARIANCE = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([0.25, 4.0], dtype=torch.float64)
+LEVELS = torch.cos(torch.linspace(1.4, 0.1, 11, dtype=torch.float64)).square().tolist()
+"""alpha_bar of ten steps of DDIM, and of their end."""
+
+
+def tiny_run(data, out, seed=0, weights=0, **options):
+    """Six updates of the tiny student."""
+    config = PairsConfig(updates=6, batch_size=8, checkpoint_every=2, seed=seed)
+    return Distiller(Trajectories(data), tiny_student(seed + weights), config, out, method="pairs", **options)
+
+
+def sampled(x):
+    """DDIM with the exact noise prediction of N(mean, diag(variance)), step by step."""
+    for a, b in zip(LEVELS, LEVELS[1:]):
+        eps = math.sqrt(1 - a) * (x - math.sqrt(a) * MEAN) / (a * VARIANCE + 1 - a)
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = math.sqrt(b) * x0 + math.sqrt(1 - b) * eps
+    return x
+
+
+def ddim_map():
+    """Gain and shift: each step multiplies x - sqrt(a) mean by (sqrt(a b) v + sqrt((1 - a)(1 - b))) / (a v + 1 - a)."""
+    gain = torch.ones(2, dtype=torch.float64)
+    for a, b in zip(LEVELS, LEVELS[1:]):
+        gain *= (math.sqrt(a * b) * VARIANCE + math.sqrt((1 - a) * (1 - b))) / (a * VARIANCE + 1 - a)
+    return gain, math.sqrt(LEVELS[-1]) * MEAN - gain * math.sqrt(LEVELS[0]) * MEAN
+
+
+def test_an_affine_student_becomes_the_samplers_map(tmp_path):
+    gain, shift = ddim_map()
+    z = torch.randn(256, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = sampled(z)
+    assert torch.allclose(images, gain * z + shift, atol=1e-12)
+    config = PairsConfig(updates=3000, batch_size=64, learning_rate=0.03, final_learning_rate=0.0, ema=0.0)
+    student = torch.nn.Linear(2, 2, dtype=torch.float64)
+    run = Trainer(Pairs(config, student), Tensors(z=z, images=images), None, tmp_path, dtype=torch.float64, progress=False)
+    found = run.run()
+    assert torch.allclose(found.weight, torch.diag(gain), atol=1e-9), (found.weight, gain)
+    assert torch.allclose(found.bias, shift, atol=1e-9)
+
+
+def test_the_pyramid_student_learns_the_recorded_images(trajectories, tmp_path):
+    config = PairsConfig(updates=60, batch_size=8, learning_rate=5e-3)
+    student = tiny_student()
+    data = Trajectories(trajectories)
+    z, levels = data.batch(list(range(24)), [4])
+    before = (student.eval()(z) - levels[4]).square().mean()
+    trained = distill(trajectories, student, config, tmp_path, progress=False, method="pairs")
+    after = (trained(z) - levels[4]).square().mean()
+    assert after < 0.7 * before
+    loaded = Student.from_pretrained(tmp_path)
+    assert torch.equal(loaded(z), trained(z))
+    assert loaded.training_record["runs"][0]["method"] == "pairs"
+    assert (tmp_path / "samples-stage-01.png").exists() and (tmp_path / "metrics.csv").read_text().count("\n") == 61
+
+
+def test_unpaired_data_and_bad_numbers_are_refused(trajectories, unpaired, tmp_path):
+    with pytest.raises(InputError, match="unpaired"):
+        distill(unpaired, tiny_student(), PairsConfig(batch_size=8), tmp_path / "out", method="pairs")
+    for changes, name in (({"updates": 0}, "updates"), ({"batch_size": 25}, "batch_size"), ({"pairs": 25}, "pairs")):
+        with pytest.raises(InputError, match=name):
+            distill(trajectories, tiny_student(), PairsConfig(**changes), tmp_path / "out", method="pairs")
+    with pytest.raises(InputError, match="must be a PairsConfig"):
+        distill(trajectories, tiny_student(), object(), tmp_path / "out", method="pairs")
+    assert not (tmp_path / "out").exists()
