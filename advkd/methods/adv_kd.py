@@ -23,7 +23,7 @@ from ..ops.critic.update import critic_gradients
 from ..ops.latents import split_latent
 from ..ops.registry import BACKENDS
 from ..runtime.ranges import named
-from .base import Kept, Method, Needs, Settings, Stage, Step, Trained
+from .base import Kept, Method, Needs, Settings, Stage, Step, Trained, cosine
 
 Images = dict[int, torch.Tensor]
 """Images by level."""
@@ -271,7 +271,7 @@ class AdvKD(Method):
         """The student with the stage's submodules in training, and fresh critics."""
         assert isinstance(stage, SubmoduleStage)
         config, student = self.config, self.student
-        self.stage, self.updates = stage, stage.updates
+        self.stage = stage
         student.requires_grad_(False)
         student.eval()
         trained = [student.submodules[k - 1] for k in stage.trained]
@@ -289,9 +289,7 @@ class AdvKD(Method):
         return parts
 
     def _schedule(self, update):
-        """Cosine decay to ``final_learning_rate`` of the rate at the stage's end."""
-        final = self.config.final_learning_rate
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / self.updates))
+        return cosine(update, self.stage.updates, self.config.final_learning_rate)
 
     def _critic(self, stage, k):
         config, student = self.config, self.student

@@ -4,6 +4,7 @@ The trainer (:mod:`advkd.training.trainer`) owns the rest: order of the data, ra
 processes, devices and files.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -72,6 +73,11 @@ class Settings:
     log_every: int = 1
     mixed_precision: str = "no"
     free: tuple[str, ...] = ("checkpoint_every",)
+
+
+def cosine(update: int, updates: int, final: float = 0.0) -> float:
+    """Cosine decay of a learning rate from 1 to ``final`` over ``updates`` updates."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
 def constant(update: int) -> float:

@@ -1,6 +1,5 @@
 """Training of the classifier whose features measure images of a small data set."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from ..data.draws import Draw
 from ..data.sources import Batch
 from ..errors import InputError
-from .base import Method, Needs, Settings, Stage, Step, Trained
+from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
 
 @dataclass
@@ -92,7 +91,7 @@ class Classification(Method):
         return {"student": Trained(self.classifier.train(), rate, weight_decay=weight_decay, schedule=self._schedule)}
 
     def _schedule(self, update):
-        return 0.5 * (1 + math.cos(math.pi * update / self.config.steps))
+        return cosine(update, self.config.steps)
 
     def generator(self, update: int) -> torch.Generator:
         """The run's one generator, wherever it is: a checkpoint keeps its state."""

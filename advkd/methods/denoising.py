@@ -1,6 +1,5 @@
 """Training of a diffusion teacher by DDPM's simple objective (Ho et al. 2020, eq. 14)."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from ..data.draws import Draw
 from ..data.sources import Batch
 from ..errors import InputError
-from .base import Method, Needs, Settings, Stage, Step, Trained
+from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
 
 @dataclass
@@ -106,7 +105,7 @@ class Denoising(Method):
     def _schedule(self, update):
         """Linear warm-up times cosine decay."""
         rate = min(1.0, (update + 1) / self.config.warmup) if self.config.warmup else 1.0
-        return rate * (0.5 * (1 + math.cos(math.pi * update / self.config.steps)))
+        return rate * cosine(update, self.config.steps)
 
     def generator(self, update: int) -> torch.Generator:
         """Generator keyed by (seed, update): rows, noise and timesteps come from it, in this order."""

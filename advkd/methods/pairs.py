@@ -1,6 +1,5 @@
 """One-step distillation by regression on recorded pairs of start noise and image (Luhman and Luhman 2021)."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from ..data.draws import Draw
 from ..data.sources import Batch
 from ..errors import InputError
-from .base import Method, Needs, Settings, Stage, Step, Trained
+from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
 
 @dataclass
@@ -107,8 +106,7 @@ class Pairs(Method):
         return {"student": Trained(student, config.learning_rate, schedule=self._schedule, average=config.ema)}
 
     def _schedule(self, update):
-        final = self.config.final_learning_rate
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / self.config.updates))
+        return cosine(update, self.config.updates, self.config.final_learning_rate)
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """|f(z) - x|^2 / 2 for pairs (z, x) = (x_T, sampler(x_T)): the divergence of unit normals around them."""
