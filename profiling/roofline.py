@@ -171,7 +171,7 @@ def op_points(device):
 def plot(found, limits, paths, title):
     """Log-log: operations per second by operations per byte.
 
-    What has no operations stands at the left edge, by its bytes; what has no bytes at the right one.
+    Points without operations stand at the left edge, by their bytes; those without bytes at the right one.
     """
     with panels(*paths, size=(9, 5.5)) as (axes,):
         edge = 0.05

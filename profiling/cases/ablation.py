@@ -104,7 +104,7 @@ def run_row(name, trajectories, samples, folder, num):
     line, resumed = command(name, trajectories, out), (out / "checkpoint.safetensors").exists()
     before = _cpu_seconds()
     subprocess.run([sys.executable, "-m", "advkd.cli", *line[1:], *(["--resume"] if resumed else [])], check=True)
-    # Of a run that was killed, only the last part's time is known.
+    # Only the last part's time of a killed run is known.
     spent = None if resumed else _cpu_seconds() - before
     result = evaluate_student(out, "digits", EvaluationConfig(num=num, real="none", resamples=100), out / "evaluation", samples)
     write_json(record, {**what, "cpu_seconds": spent, **_figures(result), "provenance": provenance()})

@@ -4,8 +4,8 @@ python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--ou
 
 Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
 kept by the process (advkd.runtime.devices), for all. Beside each case stands its work bound: multiply-adds of autograd's
-convolutions by those of ours. Whoever writes LeakyReLU as a product with slopes that autograd takes for constants saves it the
-zeros of a second derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
+convolutions by those of ours. LeakyReLU as a product with slopes that autograd takes for constants saves it the zeros of a second
+derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
 there twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
 """
 
@@ -157,7 +157,7 @@ def case(update, width, size, batch, device, tf32=False):
     scale = float(vector.norm())
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
-    # Of millions of activations rounding turns the sign of some: float32 is off from float64 then, whoever differentiates.
+    # Rounding turns the sign of some of millions of activations: every float32 contestant then differs from float64.
     plain = [float((c.prepare()().double() - vector / scale).abs().max()) for c in contestants if c.kind == "baseline"]
     tolerance = max(TOLERANCE, 2 * max(plain))
     notes = {"work_bound": theirs / ours, "keeps_freed_memory": True, "tf32": tf32}

@@ -168,7 +168,7 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     """The case of one preset, batch size and dtype on a GPU; ``peers``: a key of :data:`GPU_PEERS`."""
     kind, product = GPU_DTYPES[dtype], predictions.PRODUCTS[dtype]
     set_tf32(product == "tf32")
-    # What was compiled for other cases would be looked through on every call.
+    # Code compiled for other cases would be looked through on every call.
     torch._dynamo.reset()
     student, (z, wanted) = copy.deepcopy(_plausible_once(preset)), _oracle_once(preset, batch, device)
     fused = student.fuse("reference", tune=False)

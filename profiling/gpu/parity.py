@@ -106,7 +106,7 @@ def _told(part, known, workers, seen):
 def _seen(part):
     """``{test: entry}``: what has passed on these sources in an earlier run, and what the first tests of this run gave.
 
-    Of a gate also what has failed: a few other cases must not make it green.
+    Failures count too in a gate: a few other cases must not make it green.
     """
     outcomes = ("passed", "failed", "died") if part.name == "gate" else ("passed",)
     found = kept.known_tests(part.kept, outcomes) if part.kept else {}

@@ -126,7 +126,7 @@ def compile_cuda(family, architecture):
         )
         kernels = kernels_of(target)
     for kernel in kernels:
-        # What the system takes is counted apart; what a plan asks for at the launch is not in the file (see the plans).
+        # The system's share is counted apart; the part that a plan asks for at the launch is not in the file (see the plans).
         kernel["shared"] = max(0, kernel["shared"] - RESERVED)
         kernel["blocks"] = resident_blocks(architecture, kernel["registers"], kernel["threads"] or 256, kernel["shared"])
     return kernels

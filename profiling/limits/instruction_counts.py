@@ -4,8 +4,8 @@ python -m profiling.limits.instruction_counts [--update]      (a minute and a ha
 
 The Torch-free drivers are built with the extension's flags; each of their kernels runs once, on one thread, at a small size, in
 its portable form and in that for AVX2 (valgrind knows no AVX-512). Counts depend on the compiler: the committed baseline has a
-list for each. A test compares with it: under the same compiler no count may be more than 5 % above the baseline. Whoever means
-a kernel to take more, or adds or removes one, commits a new baseline with it (--update).
+list for each. A test compares with it: under the same compiler no count may be more than 5 % above the baseline. A commit
+that makes a kernel take more on purpose, or adds or removes one, brings a new baseline (--update).
 """
 
 import argparse

@@ -4,7 +4,7 @@ python -m profiling.trace.ncu [--device cuda] [--only student] [--most 4000] [--
 python -m profiling.trace.ncu --report FILE.csv       # the figures of ncu's --csv --page raw
 
 Writes ``counters.json``. Nsight Compute runs every kernel of one unit of work several times, each time from cold caches: bytes
-are those of a kernel on its own. Of the teacher's trajectory two steps stand for all. Without it the unit's direct count of
+are those of a kernel on its own. Two steps of the teacher's trajectory stand for all. Without it the unit's direct count of
 operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu. The command ends
 with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
 """

@@ -107,7 +107,7 @@ def _open_ranges(trace, items):
     starts = [_launched_at(trace, item) for item in items]
     order = sorted((i for i, start in enumerate(starts) if start is not None), key=lambda i: starts[i])
     found = [()] * len(items)
-    # Of ranges that start together the longer one is outside.
+    # The longer one of ranges that start together is outside.
     waiting = sorted(trace.ranges, key=lambda span: (-span.start, span.end))
     opened = []
     for i in order:

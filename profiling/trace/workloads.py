@@ -175,7 +175,7 @@ def distiller(variant, device, size, dtype=torch.float32):
     """A run of the joint recipe, a critic on every level, whose every update is a first one."""
     root = tempfile.TemporaryDirectory()
     own = teacher_of(size, device).optimize(compiled=False)
-    # What is in the images does not matter here, so that as few steps as levels are enough.
+    # The images' contents do not matter here, so that as few steps as levels are enough.
     depth = len(PRESETS[size.preset].channels)
     recording = TrajectoryConfig(num=size.batch, depth=depth, steps=depth, batch_size=size.batch, shard_size=size.batch)
     data = Trajectories(record_trajectories(own, recording, Path(root.name) / "paths", progress=False))

@@ -1,4 +1,4 @@
-"""What holds for every registered method: a killed run goes on bit for bit, two processes do what one does, pages of help."""
+"""Properties of every registered method: a killed run goes on bit for bit, two processes do what one does, pages of help."""
 
 import json
 import subprocess

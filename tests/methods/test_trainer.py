@@ -170,8 +170,10 @@ def test_an_unfinished_training_does_not_go_on_with_other_data(kind, tmp_path, m
 
 
 def test_one_process_trains_in_several_precisions(trajectories, tmp_path):
-    small = {"batch_sizes": (8,), "updates": (1,), "critic_channels": 4}
+    small, heads, accuracies = {"batch_sizes": (8,), "updates": (1,), "critic_channels": 4}, [], []
     for i, precision in enumerate(("bf16", "no", "bf16")):
         config = recipe("joint", mixed_precision=precision, **small)
-        distill(trajectories, tiny_student(), config, tmp_path / str(i), progress=False)
-        train_classifier(ClassifierTrainingConfig(steps=1, size=8), tmp_path / f"classifier-{i}", progress=False)
+        heads.append(distill(trajectories, tiny_student(), config, tmp_path / str(i), progress=False).head.weight)
+        accuracies.append(train_classifier(ClassifierTrainingConfig(steps=1, size=8), tmp_path / f"c{i}", progress=False))
+    assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
+    assert accuracies[0] == accuracies[1] == accuracies[2]
