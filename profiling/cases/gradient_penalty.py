@@ -4,9 +4,9 @@ python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--ou
 
 Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
 kept by the process (advkd.runtime.devices), for all. Beside each case stands its work bound: multiply-adds of autograd's
-convolutions by those of ours. LeakyReLU as a product with slopes that autograd takes for constants saves it the zeros of a second
-derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is
-there twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
+convolutions by those of ours. LeakyReLU as a product with slopes that autograd takes for constants saves it the zeros of a
+second derivative, and has our count of multiply-adds: that is a contestant of its own. On a GPU every contestant is there
+twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
 """
 
 import functools

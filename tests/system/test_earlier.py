@@ -1,5 +1,6 @@
 """Training gives the numbers that it gave before its loops became one, and files of that time are read or refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -22,6 +23,9 @@ from advkd.training.trainer import Trainer
 from ..conftest import ROOT, tiny_student, tiny_teacher
 
 EARLIER = ROOT / "tests" / "data" / "earlier"
+NORMALS = "443a9fa4ffb0e2221dbc5b56bec0b8ccb4510a8a94a903e8321dfa3b2d99d55b"
+"""Digest of the numbers by :func:`normals` where ``updates.json`` was made: with AVX2 or AVX-512."""
+
 UPDATES = json.loads((EARLIER / "updates.json").read_text())
 SMALL = {"batch_sizes": (8,), "critic_channels": 4, "critic_max_channels": 8}
 OPTIONS = {"kl": 0.1, "conditional": True, "final_learning_rate": 0.1, "augment": True, "critic_updates": 2}
@@ -59,16 +63,25 @@ def classifier(name, data, out, dtype):
     return Trainer(Classification(config, network, generator), source, None, out, dtype=dtype, progress=False)
 
 
+def normals():
+    """Digest of torch's normal numbers, whose last bits depend on the processor's vector instructions."""
+    numbers = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+
+
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_are_those_of_before(name, trajectories, tmp_path):
+def test_updates_are_those_of_before(name, tmp_path):
+    """Weights moved by two units in the last place before every update move these numbers by at most 3e-14."""
+    if normals() != NORMALS:
+        pytest.skip("torch draws other normal numbers on this processor, so that weights and noise are others from the start")
     make = {"teacher": teacher, "classifier": classifier}.get(name.partition("/")[0], distillation)
-    run = make(name, trajectories, tmp_path, torch.float64)
+    run = make(name, EARLIER / "paths", tmp_path, torch.float64)
     expected = UPDATES[name]
     assert len(expected) == 20
     for i, before in enumerate(expected):
         now = run.step()
         assert now.keys() == before.keys()
-        assert all(abs(now[key] - before[key]) <= 1e-7 * max(1.0, abs(before[key])) for key in now), (i, now, before)
+        assert all(abs(now[key] - before[key]) <= 1e-10 * max(1.0, abs(before[key])) for key in now), (i, now, before)
 
 
 def test_students_and_engines_draw_what_they_drew():
