@@ -170,7 +170,7 @@ def test_an_unfinished_training_does_not_go_on_with_other_data(kind, tmp_path, m
 
 
 def test_one_process_trains_in_several_precisions(trajectories, tmp_path):
-    small, heads, accuracies = {"batch_sizes": (8,), "updates": (1,), "critic_channels": 4}, [], []
+    small, heads, accuracies = {"batch_sizes": (8,), "updates": (3,), "critic_channels": 4}, [], []
     for i, precision in enumerate(("bf16", "no", "bf16")):
         config = recipe("joint", mixed_precision=precision, **small)
         heads.append(distill(trajectories, tiny_student(), config, tmp_path / str(i), progress=False).head.weight)
