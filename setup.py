@@ -42,19 +42,27 @@ def _is_new(torch):
 TORCH = find_torch()
 
 
-def sources(kind, suffixes):
-    """Paths relative to the root, as setuptools wants them."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / kind).iterdir() if p.suffix in suffixes)
+FOLDERS = {"cpu": ("cpu", "cpu/torch", "cuda/host"), "cuda": ("cuda", "cuda/host")}
+"""Folders of ``csrc`` whose units an object is built from."""
 
 
-CODE = (".cpp", ".cu", ".cuh", ".h")
+def files(folders, suffixes):
+    """Files of folders of ``csrc`` with one of these suffixes."""
+    found = [path for folder in folders for path in (ROOT / "csrc" / folder).glob("*") if path.suffix in suffixes]
+    return sorted(found)
+
+
+def units(kind, suffix):
+    """An object's units, as paths relative to the root, as setuptools takes them."""
+    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], (suffix,))]
 
 
 def source_identity(kind):
     """SHA-1 of all that an object is built from, 40 hexadecimal digits: the build ID that its linker writes into it."""
     sha = hashlib.sha1(usedforsecurity=False)
-    sources = [path for folder in (kind, "common") for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in CODE]
-    for path in sorted([ROOT / "setup.py", *sources]):
+    code = files((*FOLDERS[kind], "common"), (".cpp", ".cu", ".cuh", ".h"))
+    # The host side of the CUDA kernels reads their headers.
+    for path in sorted({ROOT / "setup.py", *code, *files(("cuda",), (".h",))}):
         sha.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return sha.hexdigest()
 
@@ -133,7 +141,7 @@ class BuildExtensions(build_ext):
         self._link([compiler, "-shared", *objects], target, "cpu")
 
     def _compile_unit(self, compiler, source, suffix, flags):
-        return self._compile([compiler, *host_flags(), *flags], source, f"{Path(source).stem}{suffix}.o")
+        return self._compile([compiler, *host_flags(), *flags], source, f"{object_name(source)}{suffix}.o")
 
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
@@ -141,7 +149,7 @@ class BuildExtensions(build_ext):
         flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
         # nvcc itself takes a core per architecture.
         with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
-            objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, Path(s).stem + ".cuda.o"), files))
+            objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, object_name(s) + ".cuda.o"), files))
         self._link([nvcc, "-shared", "-cudart=static", *objects], target, "cuda")
 
     def _compile(self, command, source, name):
@@ -158,6 +166,11 @@ class BuildExtensions(build_ext):
         identity = ["-Xlinker", f"--build-id=0x{source_identity(kind)}"]
         self.spawn([*command, *libraries, *identity, "-o", str(temporary)])
         os.replace(temporary, target)
+
+
+def object_name(source):
+    """``cpu.torch.philox`` for ``csrc/cpu/torch/philox.cpp``: units of several folders share their names."""
+    return ".".join(Path(source).with_suffix("").parts[1:])
 
 
 def includes():
@@ -200,11 +213,11 @@ def cpu_units(files, machine=None):
 
 def extensions():
     """The CPU object, and the CUDA one where there is a compiler for it."""
-    found = [Extension("advkd._cpu", sources("cpu", {".cpp"}), py_limited_api=True)]
+    found = [Extension("advkd._cpu", units("cpu", ".cpp"), py_limited_api=True)]
     if cuda_compiler():
         # Registration units include their kernels: device code of one unit needs no separate linking.
-        units = [source for source in sources("cuda", {".cu"}) if Path(source).name.startswith("register")]
-        found.append(Extension("advkd._cuda", units, py_limited_api=True))
+        launchers = [source for source in units("cuda", ".cu") if Path(source).name.startswith("register")]
+        found.append(Extension("advkd._cuda", launchers, py_limited_api=True))
     return found
 
 

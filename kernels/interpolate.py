@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..runtime.sources import STREAMS
 from .philox import draw
 
 BLOCK = 2048
-STREAM = 3  # "interpolation"
 # A seed or a step that happens to be 1 must not become a compile-time constant. The size may: it carries the alignment.
 SCALARS = ["key", "stream_step", "step_stride", "samples", "tiles"]
 
@@ -63,7 +63,7 @@ def launch(
     tiles = triton.cdiv(count, BLOCK)
     index = tl.int32 if tiles * BLOCK < 2**31 else tl.int64
     step_stride = int(steps is not None and steps.numel() > 1)
-    scalars = (seed, STREAM << 24 | (step if steps is None else 0), step_stride, len(real), count, tiles)
+    scalars = (seed, STREAMS["interpolation"] << 24 | (step if steps is None else 0), step_stride, len(real), count, tiles)
     options = {"MERGE": len(out) > len(real), "INDEX": index, "BLOCK": BLOCK, "enable_fp_fusion": False}
     with torch.cuda.device_of(real):
         interpolate_kernel[(len(real) * tiles,)](real, fake, a, indices, steps, out, *scalars, **options)

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..runtime.sources import STREAMS
 from .philox import box_muller, draw
 
 BLOCK = 256
-STREAM = 1  # "step"
 # A seed or a step that happens to be 1 must not become a compile-time constant. The sizes may: they carry the alignment.
 SCALARS = ["key", "stream_step", "row_stride", "step_stride"]
 
@@ -166,7 +166,7 @@ def launch(
     """Launcher of ``advkd::sampler_step``."""
     channels_last = not x.is_contiguous()
     strides = (table.shape[1] if len(table) > 1 else 0, int(steps is not None and steps.numel() > 1))
-    scalars = (seed, STREAM << 24 | (step if steps is None else 0), *strides)
+    scalars = (seed, STREAMS["step"] << 24 | (step if steps is None else 0), *strides)
     with torch.cuda.device_of(x):
         if pool:
             tensors = (x, m, table, previous_x0, noise, indices, steps, out, x0, pooled, flags)

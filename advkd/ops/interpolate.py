@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import InputError
+from ..runtime.sources import STREAMS
 from . import philox, registry
 from .arguments import flag, require_dense
 from .layout import arithmetic_dtype, memory_format, require_like, require_samples
@@ -75,7 +76,7 @@ def interpolate_reference(
 
 def _drawn(indices, seed, step, dtype):
     """Uniform numbers in [0, 1), one for each sample."""
-    words = philox.words_reference(indices, seed, 1, philox.STREAMS["interpolation"], step)
+    words = philox.words_reference(indices, seed, 1, STREAMS["interpolation"], step)
     return (words[:, 0] >> 8).to(dtype) * 2.0**-24
 
 

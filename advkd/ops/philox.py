@@ -13,13 +13,11 @@ import torch
 
 from ..errors import InputError
 from ..runtime.hub import reason
+from ..runtime.sources import STREAMS
 from . import registry
 from .arguments import device as known_device
 from .arguments import require_dense, sizes, whole
 from .layout import has_values
-
-STREAMS = {"x_T": 0, "step": 1, "z": 2, "interpolation": 3, "order": 4, "draw": 5}
-"""Purposes of numbers; streams never share a counter."""
 
 _MASK = 0xFFFFFFFF
 _MOST = 2**34
@@ -36,7 +34,7 @@ def philox_words(
         indices: ``(N,)`` int64 tensor or a range: the samples' indices. Those of a range are on the CPU, whatever torch's
             default device is.
         count: words per sample, at most 2^34.
-        stream: one of :data:`STREAMS`.
+        stream: one of :data:`advkd.runtime.sources.STREAMS`.
         step: int in [0, 2^24).
         backend: see :func:`advkd.ops.registry.choose`.
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import InputError
+from ..runtime.sources import STREAMS
 from . import philox, registry
 from .arguments import device as known_device
 from .arguments import flag, real, require_dense, whole
@@ -202,7 +203,7 @@ def sampler_step_reference(
     if previous_x0 is not None:
         x_next = x_next + c_h * previous_x0.to(arithmetic)
     if indices is not None:
-        noise = philox.normal_reference(indices, seed, x.shape[1:], philox.STREAMS["step"], step if steps is None else steps)
+        noise = philox.normal_reference(indices, seed, x.shape[1:], STREAMS["step"], step if steps is None else steps)
     if noise is not None:
         x_next = x_next + c_z * noise.to(arithmetic)
     out.copy_(x_next)

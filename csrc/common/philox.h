@@ -13,6 +13,9 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
+// Purposes of numbers: streams never share a counter. Python reads this list.
+enum class PhiloxStream : int { x_T = 0, step = 1, z = 2, interpolation = 3, order = 4, draw = 5 };
+
 // What one call draws: `count` elements per sample under a key; counter word 3 is stream << 24 | step.
 struct PhiloxParameters {
   u32 key0;
@@ -40,6 +43,10 @@ inline PhiloxParameters philox_parameters(i64 seed, i64 stream, i64 step, i64 co
   const u64 key = static_cast<u64>(seed);
   const u32 stream_step = static_cast<u32>(stream) << 24 | static_cast<u32>(step);
   return {static_cast<u32>(key), static_cast<u32>(key >> 32), stream_step, count};
+}
+
+inline PhiloxParameters philox_parameters(i64 seed, PhiloxStream stream, i64 step, i64 count) {
+  return philox_parameters(seed, static_cast<i64>(stream), step, count);
 }
 #endif
 

@@ -127,8 +127,7 @@ void sampler_step(
   s.indices = static_cast<const std::int64_t*>(pointer(indices));
   s.steps = static_cast<const std::int64_t*>(pointer(steps));
   s.step_count = steps ? steps->numel() : 0;
-  constexpr i64 kStream = 1;  // "step"
-  s.philox = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  s.philox = philox_parameters(seed, PhiloxStream::step, steps ? 0 : step, 0);
   s.pool = pool;
   s.dtype = step_dtype(x);
   s.model_dtype = step_dtype(model_output);

@@ -181,8 +181,7 @@ void interpolate(
   s.indices = static_cast<const std::int64_t*>(checked_pointer(indices, ScalarType::Long, "indices must be contiguous int64"));
   s.steps = static_cast<const std::int64_t*>(checked_pointer(steps, ScalarType::Long, "steps must be contiguous int64"));
   s.step_count = steps ? steps->numel() : 0;
-  constexpr i64 kStream = 3;  // "interpolation"
-  s.philox = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  s.philox = philox_parameters(seed, PhiloxStream::interpolation, steps ? 0 : step, 0);
   s.out = out.mutable_data_ptr();
   s.dtype = dtype_of(real);
   launch(ADVKD_DISPATCH(interpolate), s);

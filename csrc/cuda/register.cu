@@ -116,8 +116,7 @@ void sampler_step(
   STD_TORCH_CHECK(!indices || x.numel() / x.size(0) <= i64{1} << 34, "a sample has at most 2^34 elements");
   const bool fits = !steps || (steps->is_contiguous() && (steps->numel() == 1 || steps->numel() == x.size(0)));
   STD_TORCH_CHECK(fits, "steps must be contiguous, one or one per sample");
-  constexpr i64 kStream = 1;  // "step"
-  const PhiloxParameters key = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  const PhiloxParameters key = philox_parameters(seed, PhiloxStream::step, steps ? 0 : step, 0);
   StepParameters p{};
   p.x = x.const_data_ptr();
   p.m = m.const_data_ptr();

@@ -116,7 +116,6 @@ void interpolate(
     std::optional<Tensor> steps,
     Tensor out) {
   constexpr const char* kName = "interpolate";
-  constexpr i64 kStream = 3;  // "interpolation"
   if (real.numel() == 0) return;
   const int dtype = dtype_of(kName, real);
   const bool last = last_of(kName, real);
@@ -136,7 +135,7 @@ void interpolate(
   p.indices = static_cast<const i64*>(pointer(indices));
   p.steps = static_cast<const i64*>(pointer(steps));
   p.out = out.mutable_data_ptr();
-  const PhiloxParameters key = philox_parameters(seed, kStream, steps ? 0 : step, 0);
+  const PhiloxParameters key = philox_parameters(seed, PhiloxStream::interpolation, steps ? 0 : step, 0);
   p.key0 = key.key0;
   p.key1 = key.key1;
   p.stream_step = key.stream_step;

@@ -28,10 +28,10 @@ from .student import GPU_DTYPES, Folded, gpu_rates
 
 PARITY_TESTS = [
     "tests/ops/test_conv_block.py",
-    "tests/ops/test_conv_block_cuda.py",
-    "tests/ops/test_conv_block_triton.py",
-    "tests/ops/test_conv_pair.py",
-    "tests/ops/test_student_stem.py",
+    "tests/kernels/test_conv_block_cuda.py",
+    "tests/kernels/test_conv_block_triton.py",
+    "tests/kernels/test_conv_pair.py",
+    "tests/kernels/test_student_stem.py",
 ]
 SLOPE = 0.2
 CHAINS = {

@@ -22,12 +22,14 @@ from .parent import as_parent
 from .part import NEEDS_DEVICE
 from .tests import COLLECTED, forget, read_log
 
-STUDENT_TESTS = [f"tests/ops/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")]
-TRAINING_TESTS = ["tests/ops/test_training_cuda.py", "tests/ops/test_training_triton.py"]
+STUDENT_TESTS = [
+    f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
+]
+TRAINING_TESTS = ["tests/kernels/test_training_cuda.py", "tests/kernels/test_training_triton.py"]
 GATES = {
-    "bench_student": [*student.PARITY_TESTS, *STUDENT_TESTS, "tests/system/test_fused_student_gpu.py"],
+    "bench_student": [*student.PARITY_TESTS, *STUDENT_TESTS, "tests/kernels/test_fused_student_gpu.py"],
     "bench_conv_block": conv_block.PARITY_TESTS,
-    "bench_sampler_step": [*sampler_step.PARITY_TESTS, "tests/ops/test_sampler_step_gpu_sources.py"],
+    "bench_sampler_step": [*sampler_step.PARITY_TESTS, "tests/kernels/test_sampler_step_gpu_sources.py"],
     "bench_gradient_penalty": [*gradient_penalty.PARITY_TESTS, *TRAINING_TESTS],
     "bench_norm_act": [*norm_act.PARITY_TESTS, *TRAINING_TESTS],
 }

@@ -11,12 +11,12 @@ from .parity import DRY
 from .tests import COLLECTED, read_log
 
 SANITIZED = (
-    "tests/ops/test_conv_block_cuda.py",
-    "tests/ops/test_conv_pair.py",
-    "tests/ops/test_student_stem.py",
-    "tests/ops/test_training_cuda.py",
+    "tests/kernels/test_conv_block_cuda.py",
+    "tests/kernels/test_conv_pair.py",
+    "tests/kernels/test_student_stem.py",
+    "tests/kernels/test_training_cuda.py",
 )
-SANITIZED_TOO = ("tests/ops/test_conv_block_triton.py", "tests/ops/test_sampler_step.py")
+SANITIZED_TOO = ("tests/kernels/test_conv_block_triton.py", "tests/ops/test_sampler_step.py")
 """Files of a short run, and those that a long one adds: Triton compiles for minutes under the tool."""
 SELECTED = {False: "nvcc and not capt", True: "not captured and not graph and not beyond and not launch and not every"}
 """pytest's selection by whether the run is long: nothing is captured, profiled or gigabytes large under the tool."""

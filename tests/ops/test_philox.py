@@ -10,7 +10,8 @@ import torch
 
 from advkd.errors import InputError
 from advkd.ops import philox_normal, philox_uniform, philox_words, registry
-from advkd.ops.philox import STREAMS, counters, rounds_reference
+from advkd.ops.philox import counters, rounds_reference
+from advkd.runtime.sources import STREAMS
 
 from ..conftest import DEFAULTS, other_default, process_environment
 

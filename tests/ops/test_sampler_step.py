@@ -12,8 +12,9 @@ import torch
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import StepCoefficients, coefficient_table, philox_normal, registry, sampler_step
 from advkd.ops.layout import memory_format
-from advkd.ops.philox import STREAMS, rounds_reference
+from advkd.ops.philox import rounds_reference
 from advkd.ops.sampler_step import _LAUNCH, sampler_step_reference
+from advkd.runtime.sources import STREAMS
 
 from ..conftest import DEFAULTS, other_default, process_environment
 

@@ -17,7 +17,7 @@ from advkd.ops.conv_layer import ACTIVATIONS, ConvLayer
 from advkd.ops.gpu_storage import device_limits, pad_layer, padded
 
 from ..conftest import ROOT, process_environment
-from .test_conv_block import oracle
+from ..ops.test_conv_block import oracle
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 GUARD = 64
@@ -422,7 +422,7 @@ def main(calls):
 
 def run(calls, folder, environment):
     """:func:`main` in a process of its own: Triton's compiler and its interpreter exclude each other."""
-    code = "import sys; from tests.ops import test_conv_block_triton as t; t.main(sys.argv[1:])"
+    code = "import sys; from tests.kernels import test_conv_block_triton as t; t.main(sys.argv[1:])"
     environment = process_environment({**environment, "OMP_NUM_THREADS": "1", "ADVKD_CACHE": str(folder)})
     path = folder / "output"
     with path.open("w") as output:

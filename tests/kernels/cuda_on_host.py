@@ -63,13 +63,13 @@ class HostModule:
     def compile(self, code, stem):
         struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
         for device, host in STAND_INS.items():
-            code = code.replace((ROOT / device).read_text(), (ROOT / "tests/ops" / host).read_text())
+            code = code.replace((ROOT / device).read_text(), (ROOT / "tests/kernels" / host).read_text())
         for device, host in HOST_CODE.items():
             assert struct == "PhiloxParameters" or code.count(device) == 1
             code = code.replace(device, host)
         entry = PHILOX_ENTRY if struct == "PhiloxParameters" else ENTRY.replace("STRUCT", struct)
         source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-        source.write_text(f'#include "{ROOT}/tests/ops/cuda_on_host.h"\n{code}{entry}')
+        source.write_text(f'#include "{ROOT}/tests/kernels/cuda_on_host.h"\n{code}{entry}')
         command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(library)]
         # A vector that is not aligned stops a GPU; here it stops the process.
         command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]

@@ -199,7 +199,7 @@ def interpret():
 
 def test_triton_interpreter_parity():
     # The interpreter truncates where a GPU rounds to bfloat16: one unit is allowed there.
-    code = "from tests.ops.test_sampler_step_gpu_sources import interpret; interpret(); print('parity')"
+    code = "from tests.kernels.test_sampler_step_gpu_sources import interpret; interpret(); print('parity')"
     environment = process_environment({"TRITON_INTERPRET": "1"})
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.stdout.strip() == "parity", result.stderr
@@ -493,7 +493,7 @@ def test_vectors_only_where_they_are_aligned():
 
 
 STORE = """
-#include "{root}/tests/ops/cuda_on_host.h"
+#include "{root}/tests/kernels/cuda_on_host.h"
 #include "cuda/storage.cuh"
 void keep(void* to, const advkd::Group<advkd::{dtype}, {count}>& group) {{
   advkd::store_bits<advkd::{dtype}>(to, advkd::Span{{0, {count}, true}}, group);

@@ -27,7 +27,7 @@ from advkd.ops import registry
 from advkd.runtime import extension
 
 from ..conftest import ROOT, process_environment, run_cli, tiny_student
-from ..ops.test_student_gpu import launchers  # noqa: F401
+from .test_student_gpu import launchers  # noqa: F401
 
 GPU = pytest.mark.gpu
 ENGINES = [pytest.param(b, d, marks=GPU, id=f"{b}-{d}") for b in ("cuda", "triton") for d in (torch.float32, torch.bfloat16)]

@@ -38,7 +38,7 @@ from profiling.limits import ahead, predictions
 from profiling.trace import counters
 
 from ..conftest import ROOT, process_environment
-from .test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
+from ..kernels.test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
 
 PLACE = {"commit": "c0ffee", "dirty": False, "device": "a card", "driver": "1", "threads": 2, "versions": {"torch": "2"}}
 # A part in the form of the command line that a run starts; its name decides how it ends.
@@ -248,7 +248,7 @@ MODE = """
 import sys, time
 from pathlib import Path
 from profiling.gpu import main, modes, run
-from tests.system.test_profiling_gpu import PLACE, mode_of
+from tests.profiling.test_profiling_gpu import PLACE, mode_of
 modes.SAVE = 0.05
 run.source_digest = lambda: "unchanged"
 main.device_folder = lambda device: Path("nothing")
@@ -521,8 +521,8 @@ def test_a_spread_of_cases():
 
 def test_only_files_with_gpu_tests_are_collected():
     files = parity.gpu_test_files()
-    assert "tests/ops/test_training_cuda.py" in files and "tests/ops/test_norm_act.py" in files
-    assert "tests/system/test_readme.py" not in files and "tests/system/test_profiling_gpu.py" in files
+    assert "tests/kernels/test_training_cuda.py" in files and "tests/ops/test_norm_act.py" in files
+    assert "tests/system/test_readme.py" not in files and "tests/profiling/test_profiling_gpu.py" in files
 
 
 def test_the_sanitizers_verdict():
@@ -666,7 +666,7 @@ def test_kernels_have_tests_and_become_stale(tmp_path):
     )
     assert all((ROOT / family.source).exists() for family in known.values())
     cuda, triton = known["cuda mask_mul"], known["triton mask_mul"]
-    node = "tests/ops/test_training_{}.py::test_on_a_gpu[mask_mul-Case0]"
+    node = "tests/kernels/test_training_{}.py::test_on_a_gpu[mask_mul-Case0]"
     assert cuda.tested_by(node.format("cuda")) and not triton.tested_by(node.format("cuda"))
     assert triton.tested_by(node.format("triton")) and not triton.tested_by(
         node.format("triton").replace("mask_mul", "norm_act")
@@ -674,8 +674,8 @@ def test_kernels_have_tests_and_become_stale(tmp_path):
     assert cuda.tested_by("tests/ops/test_mask_mul.py::test_a[cuda]") and triton.tested_by(
         "tests/ops/test_mask_mul.py::test_a[cuda]"
     )
-    assert not known["triton conv_block"].tested_by("tests/ops/test_conv_block_cuda.py::test_a")
-    assert not known["triton sampler_step"].tested_by("tests/ops/test_sampler_step_gpu_sources.py::test_on_a_gpu[1]")
+    assert not known["triton conv_block"].tested_by("tests/kernels/test_conv_block_cuda.py::test_a")
+    assert not known["triton sampler_step"].tested_by("tests/kernels/test_sampler_step_gpu_sources.py::test_on_a_gpu[1]")
     stored = {"date": "2026-01-02 03:04", "kernels": evidence.gpu_digests(), "provenance": PLACE}
     outcomes = {node.format("cuda"): "passed", node.format("cuda") + "2": "failed", node.format("triton"): "passed"}
     tests = {test: {"outcome": outcome} for test, outcome in outcomes.items()}

@@ -19,8 +19,8 @@ from advkd.ops.penalty_reduce import penalty_reduce_reference
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
+from ..ops.training_cases import BF16, CASES, F32, Case, check
 from .cuda_on_host import only_last_block
-from .training_cases import BF16, CASES, F32, Case, check
 
 ALL = [pytest.param(name, case, id=f"{name}-{case}") for name, cases in CASES.items() for case in cases]
 

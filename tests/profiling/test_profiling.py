@@ -36,8 +36,8 @@ from profiling.limits import instruction_counts as counts
 from profiling.trace import demo
 
 from ..conftest import ROOT, process_environment
-from ..ops.test_student_gpu import launchers  # noqa: F401
-from .test_fused_student_gpu import on_gpu_kernels  # noqa: F401
+from ..kernels.test_fused_student_gpu import on_gpu_kernels  # noqa: F401
+from ..kernels.test_student_gpu import launchers  # noqa: F401
 
 ONES = torch.ones(3, dtype=torch.float64)
 
@@ -608,7 +608,7 @@ sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 def test_gpu_benchmarks_and_tests_without_diffusers():
     """A machine without diffusers can run cases of every benchmark, and the tests of a recording."""
-    chosen = ["tests/system/test_profiling.py::test_cases_of_a_gpu_on_the_host"]
+    chosen = ["tests/profiling/test_profiling.py::test_cases_of_a_gpu_on_the_host"]
     chosen += ["tests/system/test_teacher.py::test_a_recording_keeps_averages_of_the_path"]
     command = [sys.executable, "-c", WITHOUT, "-m", "not slow", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=600)

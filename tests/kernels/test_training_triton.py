@@ -17,7 +17,7 @@ from advkd.ops.norm_act import norm_act
 from advkd.ops.penalty_reduce import MODES, penalty_reduce
 
 from ..conftest import ROOT, process_environment
-from .training_cases import CASES, check, prepare
+from ..ops.training_cases import CASES, check, prepare
 
 ARCHITECTURES = [80, 90, 100]
 
@@ -174,7 +174,7 @@ def compile_ahead(architecture):
 
 def run(call, folder, environment):
     """A function of this file in a process of its own: Triton's compiler and its interpreter exclude each other."""
-    code = f"from tests.ops import test_training_triton as t; t.{call}; print('END')"
+    code = f"from tests.kernels import test_training_triton as t; t.{call}; print('END')"
     path = folder / "output"
     with path.open("w") as output:
         streams = {"stdout": output, "stderr": subprocess.STDOUT}
