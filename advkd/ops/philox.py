@@ -216,15 +216,27 @@ def _triton_launcher(name):
     return getattr(philox, name)
 
 
+def _cpu_words(indices, seed, count, stream, step):
+    out = indices.new_empty((len(indices), count))
+    torch.ops.advkd_cpu.philox_words(indices, seed, stream, step, out)
+    return out
+
+
+def _cpu_normal(indices, seed, shape, stream, step):
+    out = indices.new_empty((len(indices), *shape), dtype=torch.float32)
+    torch.ops.advkd_cpu.philox_normal(indices, seed, stream, step, out)
+    return out
+
+
 _WORDS = {
     "reference": words_reference,
-    "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
+    "cpu": _cpu_words,
     "cuda": lambda *args: registry.cuda_launcher("philox_words")(*args),
     "triton": lambda *args: _triton_launcher("words")(*args),
 }
 _NORMAL = {
     "reference": normal_reference,
-    "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
+    "cpu": _cpu_normal,
     "cuda": lambda *args: registry.cuda_launcher("philox_normal")(*args),
     "triton": lambda *args: _triton_launcher("normal")(*args),
 }
