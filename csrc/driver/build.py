@@ -1,12 +1,13 @@
-"""Builds a Torch-free driver of CPU kernels: python csrc/driver/build.py conv|step|critic|norm|threads OUTPUT [FLAGS...]
+"""Builds a Torch-free driver of CPU kernels: conv, step, critic, norm or threads.
+
+python csrc/driver/build.py DRIVER OUTPUT [FLAGS...]
 
 Without flags the driver links the extension's own objects, which are compiled where they are missing; with flags everything is
-compiled anew:
+compiled anew. ISAS chooses the instruction sets to compile for: "baseline avx2", or "native" for those of this processor.
 
     python csrc/driver/build.py step driver -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
     CXX=aarch64-linux-gnu-g++ python csrc/driver/build.py conv driver -static && qemu-aarch64 ./driver
-    ISAS="baseline avx2" python csrc/driver/build.py conv driver && ADVKD_ISA=avx2 ./driver    no other instruction set is compiled
-    ISAS=native python csrc/driver/build.py conv driver -g                                     those of this processor
+    ISAS="baseline avx2" python csrc/driver/build.py conv driver && ADVKD_ISA=avx2 ./driver
 """
 
 import os
