@@ -224,7 +224,7 @@ def cpu_units(files, machine=None):
 
 
 OBJECTS = ROOT / "build" / "objects"
-"""Compiled units of the CPU object. A name holds the digest of all that its object is made of: what is there need not be built."""
+"""Compiled units of the CPU object, each with the digest of all that it is made of in its name: what is there is not built anew."""
 
 
 def cpu_objects(units):
