@@ -224,7 +224,7 @@ def cpu_units(files, machine=None):
 
 
 OBJECTS = ROOT / "build" / "objects"
-"""Compiled units of the CPU object, each with the digest of all that it is made of in its name: what is there is not built anew."""
+"""Compiled units of the CPU object, named after a digest of all that they are made of: what is there is not built anew."""
 
 
 def cpu_objects(units):
