@@ -51,15 +51,6 @@ def implement(
     STORED[name] = {**dict.fromkeys(backends, DTYPES), **dtypes}
 
 
-def refuse_gradients(library: torch.library.Library, name: str) -> None:
-    """Declare op ``name`` of order 0: a gradient through it raises instead of being silently wrong."""
-
-    def backward(ctx, *gradients):
-        raise RuntimeError(f"{name} has no gradient (order of differentiability 0)")
-
-    torch.library.register_autograd(f"advkd::{name}", backward, lib=library)
-
-
 def refuse_order_0(name: str, *tensors: object) -> None:
     """Raise where a derivative through op ``name`` is asked for.
 
