@@ -268,7 +268,7 @@ class Family:
 def families():
     """Every family, from the files that are there."""
     cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if not path.stem.startswith("register"))
-    triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+    triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text())
     return [*(Family("cuda", name) for name in cuda), *(Family("triton", name) for name in triton)]
 
 

@@ -441,7 +441,7 @@ def launcher(name):
     """A launcher of the CUDA object that starts nothing; noise comes from the reference."""
     from advkd.ops import philox
 
-    references = {"philox_words": philox.words_reference, "philox_normal": philox.normal_reference}
+    references = {op.name: op.launchers["reference"] for op in (philox.WORDS, philox.NORMAL)}
 
     def launch(*arguments, **options):
         STATE.start(name)
@@ -495,9 +495,10 @@ def use_cupy():
 
 def use_triton():
     """Reduce Triton's launches to checks of their arguments; the ops around them are not traced through."""
-    from advkd.kernels import conv_block
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
+
+    from advkd.ops import triton_conv
 
     def start(self, *arguments, grid, warmup=False, **options):
         own = {name: value for name, value in options.items() if name in self.arg_names}
@@ -511,7 +512,7 @@ def use_triton():
         STATE.start(self.__name__)
 
     JITFunction.run = start
-    conv_block.wrap_triton = lambda kernel: kernel
+    triton_conv.wrap_triton = lambda kernel: kernel
 
 
 def pytest_addoption(parser):

@@ -91,7 +91,8 @@ def _check_weights(a, real):
 
 
 OP = declare(
-    "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, Tensor(a!) out) -> ()",
+    "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, "
+    "Tensor(a!) out) -> ()",
     reference=interpolate_reference,
     backends=("cpu", "triton", "cuda"),
 )

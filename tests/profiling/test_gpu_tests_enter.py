@@ -253,7 +253,7 @@ def launchers():
 def test(kernels):
     kernels.anything()
     kernels = launchers()
-    kernels.table(layers.UNIT, registry.gap)
+    kernels.launch_layer(layers.UNIT, registry.gap)
     kernels.shared_memory("cuda")
     from advkd import no_module
     with pytest.raises(AttributeError, match="layers"):
