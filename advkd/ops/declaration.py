@@ -5,6 +5,7 @@ over such ops, as :mod:`advkd.ops.norm_act`.
 """
 
 import importlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -71,37 +72,42 @@ def declare(
     place = next((i for i, argument in enumerate(given) if "!" in argument), len(given))
     _LIBRARY.define(f"{name}({', '.join([*given[:place], 'str backend', *given[place:]])}) -> {result}")
 
-    def select(args):
+    def launcher(args):
         return found[choose(group, args[0], args[place])]
 
-    register = _register_writer if fake is None else _register_maker
-    register(name, select, place, empty if fake is None else fake)
+    if fake is None:
+        read = [i for i, argument in enumerate(given) if argument.startswith("Tensor")]
+        _register_writer(name, launcher, place, operator.itemgetter(*(i + (i >= place) for i in read)), empty)
+    else:
+        _register_maker(name, launcher, place, fake)
     return Op(name, found)
 
 
-def _register_writer(name, select, place, empty):
-    """An op that writes some of its arguments and returns nothing."""
+def _register_writer(name, launcher, place, tensors, empty):
+    """An op that writes some of its arguments and returns nothing; ``tensors`` takes those that are tensors, or None."""
 
     def run(*args):
-        registry.refuse_order_0(name, *args)
-        launch = select(args)
+        registry.refuse_order_0(name, *tensors(args))
+        launch = launcher(args)
         if not args[0].numel():
             launch = empty or _nothing
         launch(*args[:place], *args[place + 1 :])
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"advkd::{name}", lambda *args: registry.refuse_order_0(name, *args), lib=_LIBRARY)
+    torch.library.register_fake(
+        f"advkd::{name}", lambda *args: registry.refuse_order_0(name, *tensors(args)), lib=_LIBRARY
+    )
 
 
 def _nothing(*args):
     pass
 
 
-def _register_maker(name, select, place, fake):
+def _register_maker(name, launcher, place, fake):
     """An op that returns a tensor."""
 
     def run(*args):
-        return select(args)(*args[:place], *args[place + 1 :])
+        return launcher(args)(*args[:place], *args[place + 1 :])
 
     def backward(ctx, *gradients):
         raise RuntimeError(f"{name} has no gradient (order of differentiability 0)")
@@ -112,7 +118,8 @@ def _register_maker(name, select, place, fake):
 
 
 def _cpu(group, name):
-    return lambda *args: getattr(torch.ops.advkd_cpu, name).default(*args)
+    namespace = torch.ops.advkd_cpu
+    return lambda *args: getattr(namespace, name).default(*args)
 
 
 def _cuda(group, name):
