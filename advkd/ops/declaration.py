@@ -94,9 +94,7 @@ def _register_writer(name, launcher, place, tensors, empty):
         launch(*args[:place], *args[place + 1 :])
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"advkd::{name}", lambda *args: registry.refuse_order_0(name, *tensors(args)), lib=_LIBRARY
-    )
+    torch.library.register_fake(f"advkd::{name}", lambda *args: registry.refuse_order_0(name, *tensors(args)), lib=_LIBRARY)
 
 
 def _nothing(*args):
