@@ -162,8 +162,7 @@ def sampler_step(
     layout = memory_format(x)
     x_next = torch.empty_like(x, memory_format=layout) if given is None else given
     x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
-    read = (t if t is None else t.contiguous(memory_format=layout) for t in (x, model_output, previous_x0, noise))
-    x, model_output, previous_x0, noise = read
+    x, model_output, previous_x0, noise = _laid_out(layout, x, model_output, previous_x0, noise)
     OP(x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags)
     for written in (given, average):
         if written is not None:
@@ -292,6 +291,10 @@ def _table(coefficients, x, history, noisy):
     if not single or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return coefficient_table(steps, x.device, dtype)
     return coefficients.row(x.device, dtype)
+
+
+def _laid_out(layout, *tensors):
+    return [t if t is None else t.contiguous(memory_format=layout) for t in tensors]
 
 
 def _mark_written(out):

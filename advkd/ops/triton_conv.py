@@ -55,7 +55,7 @@ def conv_block(
     ``precision``: arithmetic of float32 products, one of :data:`PRECISIONS`; by default TensorFloat-32 where torch's switch
     for convolutions allows it, else three products in it.
     """
-    layer = ConvLayer(weight.shape[1], weight.shape[0], *x.shape[2:], upsample, activation)
+    layer = ConvLayer(weight.shape[1], weight.shape[0], x.shape[2], x.shape[3], upsample, activation)
     if precision is None:
         precision = "tf32" if product_of(x.dtype) == "tf32" else "tf32x3"
     taps, bias = pad_layer(weight, bias, layer)
@@ -227,9 +227,8 @@ def configs(
     c_in = input_channels(layer)
     if has_few_channels(layer):
         return tuple(sorted(image_table(dtype, precision, c_in), key=lambda tile: _image_cost(tile, layer, batch)))
-    tiles = dict.fromkeys(table(dtype, precision, c_in))
     # Barriers and the like take a few bytes more.
-    tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
+    tiles = [tile for tile in dict.fromkeys(table(dtype, precision, c_in)) if tile.shared(dtype) + 1024 <= shared]
     return tuple(sorted(tiles, key=lambda tile: _cost(tile, layer, batch))[:8])
 
 
@@ -242,9 +241,9 @@ def descriptor_configs(
     """
     if has_few_channels(layer) or descriptor_gap(dtype, capability):
         return ()
-    tiles = dict.fromkeys(descriptor_table(input_channels(layer)))
+    known = dict.fromkeys(descriptor_table(input_channels(layer)))
     # A tile larger than an image computes pixels that do not exist; barriers and the like take a few bytes more.
-    tiles = [tile for tile in tiles if tile.rows <= layer.height and tile.columns <= layer.width]
+    tiles = [tile for tile in known if tile.rows <= layer.height and tile.columns <= layer.width]
     tiles = [tile for tile in tiles if tile.shared(dtype) + 1024 <= shared]
     return tuple(sorted(tiles, key=lambda tile: _descriptor_cost(tile, layer, batch))[:4])
 
