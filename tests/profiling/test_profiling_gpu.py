@@ -659,12 +659,26 @@ def test_tables_of_gpu_results(monkeypatch):
     assert tables.gpu_benchmarks() == ["Nothing has been measured on a GPU yet."]
 
 
+def test_a_digest_covers_what_a_triton_kernel_imports(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    families = {name: evidence.Family("triton", name) for name in ("conv_block", "mask_mul", "conv_bias_act_mask")}
+    before = {name: family.digest() for name, family in families.items()}
+    for file, changed in (("conv_tiles", {"conv_block"}), ("mask_mul", {"mask_mul", "conv_bias_act_mask"})):
+        with (tmp_path / "kernels" / f"{file}.py").open("a") as out:
+            out.write("# one more line\n")
+        now = {name: family.digest() for name, family in families.items()}
+        assert {name for name in now if now[name] != before[name]} == changed
+        before = now
+
+
 def test_kernels_have_tests_and_become_stale(tmp_path):
     known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
         known
     )
     assert all((ROOT / family.source).exists() for family in known.values())
+    assert "triton conv_tiles" not in known, "tables, which belong to the kernels that import them"
     cuda, triton = known["cuda mask_mul"], known["triton mask_mul"]
     node = "tests/kernels/test_training_{}.py::test_on_a_gpu[mask_mul-Case0]"
     assert cuda.tested_by(node.format("cuda")) and not triton.tested_by(node.format("cuda"))
