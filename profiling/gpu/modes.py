@@ -198,11 +198,7 @@ def tests_so_far(work):
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""
-        entries = list(read_log(log).items())
-        found |= {kind + test: entry for test, entry in entries if test != COLLECTED}
-        if entries and entries[-1][1]["outcome"] == "died":
-            # The last one may still run.
-            found[kind + entries[-1][0]] = {**entries[-1][1], "outcome": "begun"}
+        found |= {kind + test: entry for test, entry in read_log(log).items() if test != COLLECTED}
     return found
 
 

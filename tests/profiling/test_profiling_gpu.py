@@ -32,7 +32,7 @@ from profiling.gpu import modes as gpu_modes
 from profiling.gpu import part as gpu_part
 from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
-from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
+from profiling.gpu.tests import BROKEN, COLLECTED, read_log, settle, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
 from profiling.trace import counters
@@ -339,8 +339,8 @@ def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
 def test_tests_that_still_run_have_begun(tmp_path):
     folder = tmp_path / "parts/tests"
     folder.mkdir(parents=True)
-    lines = [{"test": "a", "outcome": "died"}, {"test": "b", "outcome": "passed"}, {"test": "c", "outcome": "died", "begun": 1}]
-    (folder / "tests-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"test": "a", "outcome": "died"}, {"test": "b", "outcome": "passed"}, {"test": "c", "outcome": "begun"}]
+    (folder / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "seen.json").write_text(json.dumps({"d": {"outcome": "passed"}}))
     outcomes = {test: entry["outcome"] for test, entry in gpu_modes.tests_so_far(tmp_path).items()}
     assert outcomes == {"a": "died", "b": "passed", "c": "begun", "d": "passed"}
@@ -477,23 +477,57 @@ def test_case(i):
 """
 
 
-def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("absent", [(), ("xdist",)], ids=["with xdist", "without"])
+def test_tests_that_die_or_hang_cost_themselves_alone(absent, tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
     monkeypatch.setenv("STEP", "die")
-    arguments = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")]
-    worker = parity.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
-    try:
-        while worker.poll():
-            time.sleep(0.05)
-    finally:
-        worker.stop()
-    found = read_log(tmp_path / "log.jsonl")
-    assert len(found.pop(COLLECTED)["tests"]) == 6 and worker.starts == 3
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "HANG", 0.5)
+    find = parity.importlib.util.find_spec
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
+    assert parity.run_pytest(part_of(tmp_path), log, words) == 1
+    found = read_log(log)
+    found.pop(COLLECTED)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
-    forget(tmp_path / "log.jsonl")
-    assert len(read_log(tmp_path / "log.jsonl")) == 5
+    # What is in the log is not run again.
+    assert parity.run_pytest(part_of(tmp_path), log, words) == 5 and read_log(log)[COLLECTED]["tests"] == []
+
+
+BREAKS = """
+import os, pathlib, pytest
+from profiling.gpu import tests
+tests.broken = lambda: True
+
+@pytest.mark.parametrize("i", range(3))
+def test_case(i):
+    with open(pathlib.Path(__file__).parent / "pids.txt", "a") as file:
+        file.write(f"{os.getpid()} ")
+    assert i != 1
+"""
+
+
+def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(BREAKS)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(gpu_part.Part, "processes", lambda part, most: 1)
+    assert parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path]) == 1
+    found = read_log(tmp_path / "log.jsonl")
+    found.pop(COLLECTED)
+    assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
+    assert "assert 1 != 1" in found[sorted(found)[1]]["message"]
+    first, second, third = (tmp_path / "pids.txt").read_text().split()
+    assert first == second != third
+
+
+def test_a_log_without_its_process_is_settled(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for died, outcomes in ((True, {"a": "passed", "b": "died"}), (False, {"a": "passed"})):
+        log.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outcome": "begun"}\n{"test": "a')
+        settle(log, died)
+        assert {test: entry["outcome"] for test, entry in read_log(log).items()} == outcomes
 
 
 def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
@@ -506,7 +540,7 @@ def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
 
     class Late(gpu_part.Part):
         def left(self):
-            log = read_log(self.folder / "tests-0.jsonl")
+            log = read_log(self.folder / "tests.jsonl")
             return 0.0 if any("[2]" in test for test in log) else 60.0
 
     result, code = gpu_part.run(parity.tests, Late(tmp_path, tmp_path, 60.0, False))
