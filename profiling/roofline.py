@@ -189,10 +189,10 @@ def plot(found, limits, paths, title):
 
 
 def rows(result):
-    """``[(name, bound, intensity, fraction), ...]`` of a stored result, as its table has them."""
-    found = [Point(**point) for point in result["points"]]
-    limits = result["ceilings"]
-    return [(p.name, p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
+    """Rows of a stored result's table; ``intensity``: operations per byte, None without bytes."""
+    limits, found = result["ceilings"], [Point(**point) for point in result["points"]]
+    figures = [(p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
+    return [dict(name=p.name, bound=a, intensity=b, fraction=c) for p, (a, b, c) in zip(found, figures, strict=True)]
 
 
 def main():
@@ -211,8 +211,8 @@ def main():
     out = Path(options.out or folder)
     write_json(out / "roofline.json", result)
     plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")
-    for name, bound, intensity, fraction in rows(result):
-        print(f"{name:60} {bound:9} {intensity or 0:9.1f} FLOP/B {100 * fraction:6.1f} %")
+    for row in rows(result):
+        print(f"{row['name']:60} {row['bound']:9} {row['intensity'] or 0:9.1f} FLOP/B {100 * row['fraction']:6.1f} %")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.neighbours import sharing, unconfined
 from advkd.runtime.timing import percentiles
 
-from ..evidence import source, stored
+from ..evidence import Table, scaled
 from ..harness import device_folder, largest_difference, passes, provenance
 from ..plots import panels
 from ..trace import workloads
@@ -159,23 +159,30 @@ def plot(result, path):
         found[0].set_ylabel("mean time over the fair share")
 
 
-def table():
-    """Markdown of the stored results."""
-    lines = []
-    for result in stored("neighbours"):
-        timed = [row for row in result["rows"] if row.get("seconds")]
-        titles = ("work", "contestant", "alone, ms", *(f"beside {n}" for n in NEIGHBOURS[1:]))
-        spread = [row["seconds"]["0"] for row in timed]
-        lines += [*source(result, spread), "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        for row in timed:
-            beside = [row["seconds"][str(n)] for n in NEIGHBOURS]
-            ratios = [
-                f"{1e3 * s['mean']:.1f} ({s['mean'] / fair(row, n):.2f} x)" for n, s in zip(NEIGHBOURS, beside, strict=True)
-            ]
-            cells = (row["case"], row["name"], f"{1e3 * beside[0]['median']:.1f}", *ratios[1:])
-            lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)", ""]
-    return lines[:-1] or ["Nothing has been measured yet."]
+def _beside(processes):
+    def cell(row):
+        mean = row["seconds"][str(processes)]["mean"]
+        return f"{1e3 * mean:.1f} ({mean / fair(row, processes):.2f} x)"
+
+    return cell
+
+
+def _timed(result):
+    return [row for row in result["rows"] if row.get("seconds")]
+
+
+TABLE = Table(
+    "neighbours",
+    {
+        "work": "{case}",
+        "contestant": "{name}",
+        "alone, ms": scaled("seconds/0/median", 1e3, "{:.1f}"),
+        **{f"beside {n}": _beside(n) for n in NEIGHBOURS[1:]},
+    },
+    _timed,
+    lambda result: [row["seconds"]["0"] for row in _timed(result)],
+    below=lambda result: ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)"],
+)
 
 
 def main():

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.neighbours import sharing
 from advkd.runtime.timing import percentiles
 
-from ..evidence import source, stored
+from ..evidence import Table, scaled
 from ..harness import device_folder, passes, provenance
 from .neighbours import OURS, PARITY_TESTS, contestants, prepared
 
@@ -62,18 +63,17 @@ def _with_error(ratios):
     return {"median": statistics.median(ratios), "half_width": width, "turns": len(ratios)}
 
 
-def table():
-    """Markdown of the stored results."""
-    lines = []
-    for result in stored("neighbours-idle"):
-        lines += source(result, [row["seconds"][name] for row in result["rows"] for name in SETTINGS])
-        lines += ["| work | `ADVKD_SHARE=0`, ms | shared, ms | ratio, in turns |", "|---|---|---|---|"]
-        for row in result["rows"]:
-            off, shared = (1e3 * row["seconds"][name]["median"] for name in ("off", "shared"))
-            ratio = f"{row['ratio']['median']:.3f} ± {row['ratio']['half_width']:.3f}"
-            lines.append(f"| {row['case']} | {off:.2f} | {shared:.2f} | {ratio} |")
-        lines.append("")
-    return lines[:-1] or ["Nothing has been measured yet."]
+TABLE = Table(
+    "neighbours-idle",
+    {
+        "work": "{case}",
+        "`ADVKD_SHARE=0`, ms": scaled("seconds/off/median", 1e3, "{:.2f}"),
+        "shared, ms": scaled("seconds/shared/median", 1e3, "{:.2f}"),
+        "ratio, in turns": "{ratio[median]:.3f} ± {ratio[half_width]:.3f}",
+    },
+    itemgetter("rows"),
+    lambda result: [row["seconds"][name] for row in result["rows"] for name in SETTINGS],
+)
 
 
 def main():

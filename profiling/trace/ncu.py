@@ -26,11 +26,11 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, source, stored
+from ..evidence import ROOT, source, spaced_markdown
 from ..harness import provenance
 from .counters import METRICS, ncu_rows
 from .nsys import finish, given, options, show
-from .timeline import TOP, failures, label, markdown
+from .timeline import TOP, failures, label
 from .torch_trace import LIMIT, last_line
 from .workloads import VARIANTS, command, gate, positive, prepare
 
@@ -275,11 +275,11 @@ def lines(results, above=source):
 def tables_of(rows):
     """Markdown of units of work, and below them of their largest kernels."""
     titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
-    found = [*markdown(titles, map(_unit_cells, rows)), ""]
+    found = [*spaced_markdown(titles, map(_unit_cells, rows)), ""]
     kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
     if kernels:
         titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
-        found += [*markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
+        found += [*spaced_markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
     return found
 
 
@@ -314,11 +314,6 @@ def _scaled(value):
 
 def _percent(value):
     return "-" if value is None else f"{value:.0f} %"
-
-
-def table():
-    """Markdown of the stored counts."""
-    return lines(stored("counters"))
 
 
 if __name__ == "__main__":

@@ -339,47 +339,6 @@ def test_a_figure_without_evidence_is_refused():
             evidence.figure(result, times, "3 ms")
 
 
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "It takes 3.5 ms.",
-        "It is 12 times the rate.",
-        "a\n2.4 x b",
-        "One is faster.",
-        "It reaches 70 to 95 % of it.",
-        "It is three times as fast.",
-        "It takes half the time.",
-        "It takes two seconds.",
-        "Draws 100 images/s.",
-        "At 2.5 ms/image.",
-        "At 20 TFLOP/s.",
-        "Better by 3.2×.",
-        "A factor of 4.",
-        "Ours outpaces every peer.",
-    ],
-)
-def test_a_sentence_about_performance_needs_a_link(sentence, tmp_path):
-    table = "<!-- table: a -->\n| 3 ms |\n<!-- end -->\n```sh\nsleep 3 s\n```\n"
-    assert evidence.unsupported(f"Before. {sentence} Behind.\n\n{table}")
-    there, gone = (tmp_path / "results" / f"{name}.json" for name in ("there", "gone"))
-    there.parent.mkdir()
-    there.touch()
-    for path, missing in ((there, False), (gone, True)):
-        linked = f"Before.\n\n[Here](results/{path.name}): {sentence[0].lower()}{sentence[1:]}\n\n{table}"
-        assert bool(evidence.unsupported(linked, tmp_path)) == missing
-    assert not evidence.unsupported(
-        f"Four of `3 ms` and 256x256 in 12 levels of 3x3; two of them. Seconds are seconds.\n\n{table}"
-    )
-
-
-def test_pages_with_unsupported_sentences_are_not_written(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
-    page.write_text("It is faster.\n")
-    monkeypatch.setattr(tables, "PAGES", (page,))
-    with pytest.raises(InputError, match="README.md: performance without a link to its result: It is faster"):
-        tables.pages()
-
-
 def test_the_evaluation_is_of_the_shipped_student():
     (result,) = evidence.stored("evaluation")
     assert result["student"]["weights_sha256"] == digest(Student.from_pretrained("digits").state_dict())
