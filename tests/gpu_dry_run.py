@@ -7,7 +7,8 @@ wrong numbers cannot explain (all but :data:`EXCUSED`), such as a missing attrib
 graph that is captured twice.
 
 With ``profiling.gpu.tests`` beside it (``--gpu-most=1``) one case of each function is entered, with pytest-xdist (``-n 2``) in
-several processes. The summary says how many tests reached a kernel, how many needed none, where a body ended early, and what was skipped.
+several processes. The summary says how many tests reached a kernel, how many needed none, where a body ended early, and what
+was skipped.
 """
 
 import ast
