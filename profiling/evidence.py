@@ -192,6 +192,9 @@ MEASURED = {
 }
 """Result's name -> the kernels in C++ that it measures."""
 ELSEWHERE = {
+    **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
+    "step_scaling": "cases.sampler_step",
+    "penalty_scaling": "cases.gradient_penalty",
     "sample_scaling": "cases.sampling",
     "demo": "trace.demo",
     "traces": "trace.nsys",

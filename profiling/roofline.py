@@ -34,8 +34,8 @@ from advkd.runtime.timing import measure, percentiles
 
 from .evidence import changed
 from .gpu import summary as gpu_summary
-from .harness import device_folder, provenance, read, timed
-from .plots import panels
+from .harness import device_folder, peaks, provenance, read, timed
+from .sweep import panels
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
@@ -76,8 +76,6 @@ class Point:
 def ceilings(device):
     """``{"flops": {dtype: per second}, "bandwidth": bytes per second}``, each the best of its ``samples``."""
     if device != "cpu":
-        from .gpu_timing import peaks
-
         found = peaks(device)
         names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "TF32": "tf32"}
         return {**found, "flops": {name: found["flops"][kind] for name, kind in names.items()}}

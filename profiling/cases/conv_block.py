@@ -20,9 +20,8 @@ from advkd.ops.conv_layer import is_image, output_sides
 from advkd.ops.gpu_storage import input_channels, padded
 from advkd.ops.student_steps import pack_gpu, run_step
 
-from .. import gpu_peers
-from ..gpu_timing import Replay, measure_events, set_tf32, sets_beyond_cache
-from ..harness import Case, Contestant, main
+from .. import peers
+from ..harness import Case, Contestant, Replay, main, measure_events, set_tf32, sets_beyond_cache
 from ..limits import predictions
 from .student import GPU_DTYPES, Folded, gpu_rates
 
@@ -174,12 +173,12 @@ def _stored(x, layer):
 
 
 def _peer(module, inputs, kind, compiled=False):
-    module, _ = gpu_peers.prepared(module, inputs[0], kind)
+    module, _ = peers.prepared(module, inputs[0], kind)
     inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     if compiled:
         # Its own graphs would copy their inputs; ours captures what it has found.
         module = torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    with gpu_peers.many_networks():
+    with peers.many_networks():
         return Replay(lambda i: module(inputs[i]), len(inputs))
 
 
@@ -201,7 +200,8 @@ def cases(device):
     """Every chain at batch 8 in each dtype, and at batch 1 and 64 in bfloat16."""
     if device == "cpu":
         sys.exit(
-            "conv_block measures kernels for NVIDIA GPUs: --device cuda (layers on a CPU: python -m profiling.cases.layers)"
+            "conv_block measures kernels for NVIDIA GPUs: --device cuda "
+            "(layers on a CPU: python -m profiling.cases.student --only layers)"
         )
     shapes = [(name, 8, dtype) for dtype in GPU_DTYPES for name in CHAINS]
     shapes += [(name, batch, "bfloat16") for batch in (1, 64) for name in CHAINS]

@@ -26,7 +26,7 @@ from advkd.runtime.timing import percentiles
 
 from ..evidence import Table, scaled
 from ..harness import device_folder, largest_difference, passes, provenance
-from ..plots import panels
+from ..sweep import panels
 from ..trace import workloads
 from . import student as bench_student
 from . import teacher as bench_teacher

@@ -20,10 +20,9 @@ from advkd import Teacher
 from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.errors import InputError
 from advkd.ops.latents import project
-from advkd.runtime.files import write_json
 
 from ..evidence import ROOT
-from ..harness import gated_folder, provenance
+from ..sweep import Sweep
 from .teacher import PARITY_TESTS
 
 CONFIG = TrajectoryConfig(num=512)
@@ -90,8 +89,8 @@ def run(command, environment, folder):
     return time.perf_counter() - begin
 
 
-def main():
-    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
+def measure():
+    """Seconds of every contestant, and how far ours are from the plain loop."""
     rows = {name: {"seconds": []} for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as root:
         # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
@@ -108,8 +107,7 @@ def main():
                     # Halves of values below 8, after fifty steps that amplify rounding.
                     if rows[name]["difference"] > 2**-6:
                         raise InputError(f"{name} is off by {rows[name]['difference']}")
-    result = {"num": CONFIG.num, "rows": rows, "parity_tests": PARITY_TESTS, "provenance": provenance()}
-    write_json(out / "recording.json", result)
+    return {"num": CONFIG.num, "rows": rows}
 
 
 def _with(contestant, more):
@@ -118,4 +116,4 @@ def _with(contestant, more):
 
 
 if __name__ == "__main__":
-    main()
+    Sweep("recording", measure, PARITY_TESTS).main(__doc__.splitlines()[0])

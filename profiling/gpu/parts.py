@@ -9,7 +9,7 @@ import torch
 
 from advkd.runtime.files import write_json
 
-from ..gpu_timing import peaks
+from ..harness import peaks
 from .bench import QUICK, bench
 from .build import architecture, build
 from .first_image import first_image

@@ -23,7 +23,7 @@ from advkd.models.student import Student
 from advkd.runtime import timing
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
-from profiling import billion, evidence, gpu_peers, gpu_timing, harness, roofline, tables
+from profiling import billion, evidence, harness, peers, roofline, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
@@ -182,17 +182,17 @@ class OnHost:
 @pytest.fixture
 def graphs_on_host(monkeypatch):
     """Makes every contestant's graph available on a CPU, as calls."""
-    monkeypatch.setattr(gpu_timing, "Replay", OnHost)
-    for module in (gpu_timing, bench_gradient_penalty, bench_norm_act):
+    monkeypatch.setattr(harness, "Replay", OnHost)
+    for module in (harness, bench_gradient_penalty, bench_norm_act):
         monkeypatch.setattr(module, "captures", lambda device: True)
-    for module in (gpu_peers, bench_conv_block):
+    for module in (peers, bench_conv_block, bench_student):
         monkeypatch.setattr(module, "Replay", OnHost)
     monkeypatch.setattr(harness, "SETTLE", 0.0)
     # Each case sets the switch for itself.
     before = torch.backends.cudnn.allow_tf32
-    gpu_timing.set_tf32(False)
+    harness.set_tf32(False)
     yield
-    gpu_timing.set_tf32(before)
+    harness.set_tf32(before)
 
 
 def test_captured_contestants_stand_beside_calls(graphs_on_host):
@@ -221,12 +221,12 @@ def test_captured_contestants_stand_beside_calls(graphs_on_host):
 def test_a_cpu_captures_nothing():
     contestants = a_case().contestants
     assert harness.with_captured(contestants, "cpu") is contestants and "ratios" not in harness.run_case(a_case())
-    assert gpu_timing.captures("cuda:1") and not gpu_timing.captures("cpu")
+    assert harness.captures("cuda:1") and not harness.captures("cpu")
 
 
 def test_results_of_graphs_are_poisoned():
     whole, part, count = torch.ones(2), torch.ones(2, requires_grad=True) * 2, torch.ones(2, dtype=torch.int64)
-    gpu_timing.poison([whole, (part, None), count])
+    harness.poison([whole, (part, None), count])
     assert whole.isnan().all() and part.isnan().all() and (count == 1).all()
 
 
@@ -593,9 +593,9 @@ def test_oracles_are_shared_by_the_cases_of_a_batch(on_gpu_kernels, monkeypatch)
 
 
 def test_costly_peers_come_last():
-    for peers, chosen in bench_student.GPU_PEERS.items():
+    for selection, chosen in bench_student.GPU_PEERS.items():
         costly = [pair in bench_student.COSTLY for pair in chosen]
-        assert costly == sorted(costly) and {name for name, _ in chosen} <= set(bench_student.GPU_ENGINES), peers
+        assert costly == sorted(costly) and {name for name, _ in chosen} <= set(bench_student.GPU_ENGINES), selection
     assert bench_student.COSTLY <= {pair for chosen in bench_student.GPU_PEERS.values() for pair in chosen}
     assert set(bench_student.GRAPHS) <= set(bench_student.GPU_ENGINES)
 
@@ -699,15 +699,15 @@ def cudnn_on_host(monkeypatch):
     module.numerical_note = types.SimpleNamespace(TENSOR_CORE="tensor core", DOWN_CONVERT_INPUTS="narrow")
     module.pygraph, module.set_stream = CudnnGraph, lambda handle, stream: streams.append(stream)
     monkeypatch.setitem(sys.modules, "cudnn", module)
-    monkeypatch.setattr(gpu_peers, "_cudnn_handle", lambda device: "handle")
-    monkeypatch.setattr(gpu_peers, "_stream", lambda device: 7)
+    monkeypatch.setattr(peers, "_cudnn_handle", lambda device: "handle")
+    monkeypatch.setattr(peers, "_stream", lambda device: 7)
     monkeypatch.setattr(CudnnGraph, "made", [])
 
     def measured(calls, repeats, device):
         assert list(calls) == [1, 2, 3]
         return {plan: {"median": abs(plan - 2), "value": call()} for plan, call in calls.items()}
 
-    monkeypatch.setattr(gpu_peers, "measure_events", measured)
+    monkeypatch.setattr(peers, "measure_events", measured)
     return streams
 
 
@@ -719,7 +719,7 @@ def test_the_graph_of_cudnn_is_the_network(dtype, transposed, graphs_on_host, cu
     folded = bench_student.Folded(student.fuse("reference", tune=False), transposed, inplace=True)
     x = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(0))
     wanted = folded.double()(x.double())
-    replay = gpu_peers.cudnn_graph(folded.float(), x, dtype)
+    replay = peers.cudnn_graph(folded.float(), x, dtype)
     found = replay()
     assert found.dtype == dtype and set(cudnn_on_host) == {7}
     # Weights and every layer's result are rounded.
@@ -733,14 +733,14 @@ def test_a_layer_without_a_plan_is_reported(graphs_on_host, cudnn_on_host, monke
     monkeypatch.setattr(CudnnGraph, "get_execution_plan_count", lambda graph: 1)
     layer = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"no plan for \(8, 8, 3, 3\) at \(1, 8, 4, 4\): Deselecting"):
-        gpu_peers.CudnnLayer(layer, torch.zeros(1, 8, 4, 4), 0.2)
+        peers.CudnnLayer(layer, torch.zeros(1, 8, 4, 4), 0.2)
 
 
 @pytest.mark.gpu
 def test_graphs_of_gradients():
     """A replay gives what the calls give, and writes it."""
     x = torch.randn(64, device="cuda", requires_grad=True)
-    replay = gpu_timing.Replay(lambda i: torch.autograd.grad((x**3).sum(), x)[0], grad=True)
+    replay = harness.Replay(lambda i: torch.autograd.grad((x**3).sum(), x)[0], grad=True)
     assert replay.results[0].isnan().all()
     assert torch.allclose(replay(), 3 * x.detach() ** 2)
 
@@ -771,5 +771,5 @@ def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch):
     monkeypatch.setattr(Stream, "current", caller)
     for grad in (False, True):
         with pytest.raises(RuntimeError, match="previous error"):
-            gpu_timing.Replay(lambda i: modes.append(torch.is_grad_enabled()), grad=grad)
+            harness.Replay(lambda i: modes.append(torch.is_grad_enabled()), grad=grad)
         assert Stream.current is caller and modes[-4:] == [grad] * 4

@@ -20,7 +20,7 @@ import torch
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
 from advkd.ops import registry
-from profiling import evidence, gpu_peers, gpu_timing
+from profiling import evidence, harness, peers
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
@@ -857,13 +857,13 @@ class OnHost:
 @pytest.fixture
 def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
     """Benchmarks for a GPU on the CPU: plain PyTorch in place of the kernels, function calls in place of graphs."""
-    for module in (bench_conv_block, gpu_peers):
+    for module in (bench_conv_block, bench_student, peers):
         monkeypatch.setattr(module, "Replay", OnHost)
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
     for name in bench_student.GPU_ENGINES:
         if name.startswith("torch.compile"):
-            monkeypatch.setitem(bench_student.GPU_ENGINES, name, gpu_peers.eager)
+            monkeypatch.setitem(bench_student.GPU_ENGINES, name, peers.eager)
     return on_gpu_kernels
 
 
@@ -1010,12 +1010,12 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
 def test_times_on_a_gpu():
     """A replay's results are the function's; a longer kernel takes longer; a case runs from end to end."""
     x = torch.randn(1 << 24, device="cuda")
-    replay = gpu_timing.Replay(lambda i: x * (i + 2), 3)
+    replay = harness.Replay(lambda i: x * (i + 2), 3)
     assert torch.equal(replay(), 2 * x)
     small = x[: 1 << 16]
-    times = gpu_timing.measure_events({"long": lambda: x * 2, "short": lambda: small * 2, "graph": replay}, repeats=5)
+    times = harness.measure_events({"long": lambda: x * 2, "short": lambda: small * 2, "graph": replay}, repeats=5)
     assert times["short"]["median"] < times["long"]["median"] and times["graph"]["median"] < 2 * times["long"]["median"]
-    assert gpu_timing.sets_beyond_cache(1) == 64
+    assert harness.sets_beyond_cache(1) == 64
     case = bench_conv_block.case("144 to 144 at 8", 1, "bfloat16")
     case.contestants = [c for c in case.contestants if "compile" not in c.name]
     result = run_case(dataclasses.replace(case, repeats=3))
