@@ -319,10 +319,8 @@ def plot(result, path):
 
 
 def said(result):
-    sizes = [
-        (row["case"], {n: f"{size['median'] / 1e6:.0f} MB" for n, size in row["bytes"].items()}) for row in result["peaks"]
-    ]
-    return [f"{case} {figures}" for case, figures in sizes]
+    sizes = ", ".join(f"{name} {{bytes[{name}][median]:,.0f}} bytes" for name in BACKENDS)
+    return [f"{row['case']}: {sizes.format_map(row)}" for row in result["peaks"]]
 
 
 SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, said, plot)}

@@ -358,9 +358,7 @@ JUDGED, KEPT = 2000, ("frechet", "frechet_interval", "times_floor", "precision",
 
 
 def precision():
-    """Cost of bfloat16 for the shipped student: PSNR against float32, and the Frechet distance of both, on the same noise and
-    the same teacher's samples.
-    """
+    """Cost of bfloat16 for the shipped student: PSNR against float32 on the same noise, and the Frechet distance of both."""
     student, rows = Student.from_pretrained("digits"), {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in DTYPES:
