@@ -200,7 +200,7 @@ ELSEWHERE = {
     "traces": "trace.nsys",
     "counters": "trace.ncu",
     "compare": "trace.compare",
-    "ncu": "gpu.ncu",
+    "ncu": "trace.ncu",
     "first_image": "gpu.first_image",
     "ahead": "limits.ahead",
     "roofline": "roofline",

@@ -9,6 +9,7 @@ after initialisation, and everybody reads inputs of the case's dtype; the oracle
 
 import copy
 import functools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -194,6 +195,31 @@ def _peers(chain, inputs, kind):
         compiled = functools.partial(lambda m: _peer(m(), inputs, kind, True), module)
         found.append(Contestant(f"torch.compile, max-autotune{suffix}", compiled, costly=True))
     return found
+
+
+PROFILED = (
+    "128 to 128 at 256",
+    "128 to 128 up to 256",
+    "128 to 3 at 256",
+    "48 to 48 up to 128, and at 128",
+    "32 to 32 at 256, to 3",
+    "the stem of pyramid-256 up to 16",
+)
+"""The chains of layers whose kernels Nsight Compute looks at, one process each."""
+PROFILED_BATCH = 8
+
+
+def launch(name):
+    """Launch each way to compute a chain once, for a profiler; prints ``LAUNCH {json}`` per launch, in their order."""
+    chain = Chain(*CHAINS[name])
+    first, flop = chain.layers[0], PROFILED_BATCH * sum(map(predictions.flop, chain.layers))
+    x = torch.randn(PROFILED_BATCH, first.c_in, first.height, first.width, device="cuda").bfloat16()
+    for way, steps in ways(chain, "bf16", torch.bfloat16, Limits.of(x.device), PROFILED_BATCH).items():
+        step = steps[-1]
+        stored, packed, biases, out = tensors(chain, x, torch.bfloat16, "bf16", step)
+        run_step(step, chain.network, stored, packed, biases, out, SLOPE, "bf16")
+        torch.cuda.synchronize()
+        print("LAUNCH " + json.dumps({"way": way, "config": step.config, "flop": flop}), flush=True)
 
 
 def cases(device):

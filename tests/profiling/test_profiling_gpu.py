@@ -25,7 +25,7 @@ from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
-from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers, tables
+from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
@@ -35,7 +35,7 @@ from profiling.gpu import summary as gpu_summary
 from profiling.gpu.tests import BROKEN, COLLECTED, read_log, settle, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
-from profiling.trace import counters
+from profiling.trace import ncu
 
 from ..conftest import ROOT, process_environment
 from ..kernels.test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
@@ -577,7 +577,7 @@ def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
     result, code = gpu_part.run(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
     assert code == 1 and "compute-sanitizer is not on PATH" in result["error"]
-    result, code = gpu_part.run(ncu.ncu, part_of(tmp_path))
+    result, code = gpu_part.run(parts.ncu, part_of(tmp_path))
     assert code == 0 and result["ncu"] == "not installed"
 
 
@@ -611,11 +611,11 @@ NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
 
 
 def test_output_of_nsight_compute():
-    first, second = counters.ncu_rows(NCU)
+    first, second = ncu.read(NCU)
     assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
     assert second["seconds"] is None and second["top_stall"] == "wait"
-    assert counters.ncu_rows("") == []
+    assert ncu.read("") == []
 
 
 def test_architectures_of_cards():

@@ -164,7 +164,7 @@ def test_command_lines(tmp_path):
     assert words[:2] == ["nsys", "profile"] and words[-8:] == [sys.executable, *work, "--repeats=3"]
     for option in ("--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--cuda-graph-trace=node", "--export=sqlite"):
         assert option in words
-    words = ncu.ncu_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
+    words = ncu.unit_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
     assert words[0] == "ncu" and words[-2:] == ["--repeats=1", "--steps=2"]
     text = " ".join(words)
     for option in ("--csv --page raw", "--metrics a,b", "--profile-from-start off", "--launch-count 50"):
