@@ -15,7 +15,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -321,12 +320,18 @@ def _warm():
 
 def _batch(campaign, numbers):
     """Judge cases in one process until it ends; returns how many it began."""
+    # Here, as a process that dies removes nothing. Names of folders that cases draw may be anything.
+    with tempfile.TemporaryDirectory(prefix="advkd-calls-", ignore_cleanup_errors=True) as folder:
+        return _judged(campaign, numbers, folder)
+
+
+def _judged(campaign, numbers, folder):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         # OpenMP would wait for the threads of the one that forked; a new one begins without any.
-        judging = threading.Thread(target=_judge_all, args=(campaign.seed, numbers, writing))
+        judging = threading.Thread(target=_judge_all, args=(campaign.seed, numbers, writing, folder))
         judging.start()
         judging.join()
         os._exit(1)
@@ -347,12 +352,11 @@ def _batch(campaign, numbers):
     return begun
 
 
-def _judge_all(seed, numbers, writing):
+def _judge_all(seed, numbers, writing, folder):
     resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
     os.close(2)
     os.open(os.devnull, os.O_WRONLY)
-    tempfile.tempdir = folder = tempfile.mkdtemp(prefix="advkd-calls-")
-    # Names of folders may be anything.
+    tempfile.tempdir = folder
     os.chdir(folder)
     with os.fdopen(writing, "w", buffering=1) as answers:
         for number in numbers:
@@ -365,7 +369,6 @@ def _judge_all(seed, numbers, writing):
             spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
             detail = f"{mode}{spoilt}: {detail}" if outcome not in ("right", "refused") else ""
             print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)
-    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 

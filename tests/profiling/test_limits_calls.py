@@ -19,6 +19,12 @@ from profiling.limits.record import Campaign  # noqa: E402
 CASES = 700
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Folders that cases draw go with the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def test_random_calls_are_right_or_refused():
     campaign = Campaign("calls", seed=0)
     calls.run(campaign, range(CASES))
@@ -29,9 +35,8 @@ def test_random_calls_are_right_or_refused():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_has_cases_that_are_right_or_refused(mode, tmp_path, monkeypatch):
+def test_every_mode_has_cases_that_are_right_or_refused(mode):
     """The first case in which the mode has a meaning."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for number in range(CASES, 2 * CASES):
         call, _, _, draw = calls.case(0, number)
         if call.spoilt or not has_meaning(mode, call):
