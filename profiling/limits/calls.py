@@ -29,8 +29,9 @@ import torch
 from advkd.data.images import load_images
 from advkd.errors import BackendUnavailableError, InputError
 
-from . import call_measures, call_ops, call_oracles, call_systems
-from .call_modes import MODES, QUOTAS, SHARES, Wrong, equal_bits, flat, has_meaning, mapped
+from . import call_measures, call_ops, call_oracles, call_steps, call_students, call_systems
+from .call import Wrong, equal_bits, flat, mapped, narrow, plain_number
+from .call_modes import MODES, QUOTAS, SHARES, has_meaning
 from .draw import Draw, spoiled
 from .record import main
 
@@ -43,18 +44,18 @@ CALLS = {
     call_ops.norm_act: 2.5,
     call_ops.image_gradient: 1.5,
     call_ops.gradient_penalty: 1.0,
-    call_ops.philox_words: 1.0,
-    call_ops.philox_normal: 1.0,
-    call_ops.philox_uniform: 0.5,
-    call_ops.sampler_step: 3.0,
-    call_ops.coefficient_table: 0.3,
-    call_ops.step_coefficients: 0.3,
-    call_systems.fused_student: 2.0,
-    call_systems.forward_of_student: 0.7,
-    call_systems.latents_of_student: 0.7,
-    call_systems.sample_of_student: 0.5,
-    call_systems.stream_of_student: 0.4,
-    call_systems.save_and_load: 0.2,
+    call_steps.philox_words: 1.0,
+    call_steps.philox_normal: 1.0,
+    call_steps.philox_uniform: 0.5,
+    call_steps.sampler_step: 3.0,
+    call_steps.coefficient_table: 0.3,
+    call_steps.step_coefficients: 0.3,
+    call_students.fused_student: 2.0,
+    call_students.forward_of_student: 0.7,
+    call_students.latents_of_student: 0.7,
+    call_students.sample_of_student: 0.5,
+    call_students.stream_of_student: 0.4,
+    call_students.save_and_load: 0.2,
     call_systems.project: 0.7,
     call_systems.sample_again: 0.7,
     call_systems.scheduler_step: 3.0,
@@ -224,7 +225,7 @@ def _not_moved(call, wide):
         return None
     for name, (wanted, bound) in call.after(wide).items():
         found = call.arguments[name]
-        if detail := _off(found, wanted, wanted, bound + 4 * call_ops.narrow(found.dtype) * wanted.abs(), True):
+        if detail := _off(found, wanted, wanted, bound + 4 * narrow(found.dtype) * wanted.abs(), True):
             return f"{name} afterwards: {detail}"
     return None
 
@@ -255,7 +256,7 @@ def _same_bits(value, before):
 
 def _expected(call, before):
     """Arguments in float64, their results, those of the arguments as they are, and how far off ours may be (None: bits)."""
-    before = {name: value if name == "seed" else call_ops.plain_number(value) for name, value in before.items()}
+    before = {name: value if name == "seed" else plain_number(value) for name, value in before.items()}
     wide = {name: mapped(lambda t: t.double() if t.is_floating_point() else t, value) for name, value in before.items()}
     if call.name == "gradient_penalty":
         wide["critic"] = deepcopy(before["critic"]).double()
@@ -312,10 +313,10 @@ def _warm():
 
     load_images("digits")
     call_oracles.table_of_digits()
-    for i in range(len(call_systems.CONFIGS)):
-        call_systems.exact(i)
-        for backend, dtype in call_systems.ENGINES:
-            call_systems.engine(i, backend, dtype)
+    for i in range(len(call_students.CONFIGS)):
+        call_students.exact(i)
+        for backend, dtype in call_students.ENGINES:
+            call_students.engine(i, backend, dtype)
 
 
 def _batch(campaign, numbers):

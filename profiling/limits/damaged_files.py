@@ -26,7 +26,8 @@ from tqdm import tqdm
 from advkd.errors import InputError
 
 from .damage import OTHERS, damage, mutations
-from .file_kinds import KINDS, Anything
+from .file_kinds import KINDS
+from .file_readers import Anything
 from .record import main
 from .samples import Refused, make_samples
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -23,7 +24,7 @@ from advkd.models.student import Student
 from advkd.runtime import timing
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
-from profiling import billion, evidence, harness, peers, roofline, tables
+from profiling import billion, evidence, harness, peers, roofline, sweep, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
@@ -280,10 +281,43 @@ def test_small_benchmark_runs(tmp_path):
     assert result["flop"] == sum(18 * a * b * side * side for a, b, side in maps)
 
 
-def test_unknown_case_is_refused():
-    command = [sys.executable, "-m", "profiling.cases.student", "--only", "no-such"]
-    done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "no such case" in done.stderr
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_unknown_case_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--only", "no-such"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("profiling.cases.student", run_name="__main__")
+    assert ended.value.code == 2 and "no such case" in capsys.readouterr().err
+
+
+SMALL_SWEEPS = {
+    "layers": (bench_student, {"SHAPES": {"digits": (1,)}, "PLANS": 1}),
+    "scaling": (bench_student, {"SHAPES": {"digits": (1,)}, "BATCHES": (1, 2), "SIZES": (32, 64), "FIRST_IMAGES": 1}),
+    "step_scaling": (bench_sampler_step, {"BATCHES": (1, 2), "SIZES": (8, 16)}),
+    "penalty_scaling": (bench_gradient_penalty, {"BATCHES": (1, 2), "RESOLUTIONS": (8, 16), "DEPTHS": (1, 2), "PROCESSES": 1}),
+}
+"""Name of a sweep -> its module, and what makes it small."""
+
+
+@pytest.mark.skipif(extension_gap("cpu") is not None, reason="the extension is not built")
+@pytest.mark.parametrize("name", SMALL_SWEEPS)
+def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
+    module, small = SMALL_SWEEPS[name]
+    for key, value in small.items():
+        monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(bench_student, "THREADED", (("digits", 1),))
+    monkeypatch.setattr(bench_gradient_penalty, "SIZES", [("narrow", 8, 2)])
+    plain = lambda calls, repeats, warmup=0: timing.measure(calls, 2, warmup=1)  # noqa: E731
+    for measured in (bench_student, bench_sampler_step, bench_gradient_penalty):
+        monkeypatch.setattr(measured, "measure", plain)
+    monkeypatch.setattr(sweep, "passes", lambda tests: False)
+    (chosen,) = [found for found in module.SWEEPS.values() if found.name == name]
+    assert not chosen.run(tmp_path) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sweep, "passes", lambda tests: all((ROOT / test).exists() for test in tests))
+    assert chosen.run(tmp_path)
+    stored = json.loads((tmp_path / f"{name}.json").read_text())
+    (known,) = evidence.stored(name)
+    assert set(stored) == set(known) - {"path", "changed"} and stored["provenance"]["kernels"]
+    assert (tmp_path / f"{name}.png").exists() == (chosen.plot is not None)
 
 
 @pytest.mark.parametrize("name", list(ablation.ROWS))

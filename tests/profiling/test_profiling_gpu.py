@@ -1,6 +1,7 @@
 """The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run small cases on the CPU."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -859,6 +860,8 @@ def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
     """Benchmarks for a GPU on the CPU: plain PyTorch in place of the kernels, function calls in place of graphs."""
     for module in (bench_conv_block, bench_student, peers):
         monkeypatch.setattr(module, "Replay", OnHost)
+    # Inductor's code for a CPU says nothing about that for a GPU.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
     for name in bench_student.GPU_ENGINES:
