@@ -376,7 +376,7 @@ def judged(result):
     return [f"PSNR {result['psnr']:.1f} dB, Frechet distance {result['ratio']:.4f} times that of float32"]
 
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+GROWN, BATCHES = ("digits", "pyramid-256"), (1, 2, 4, 8, 16, 32, 64)
 SIZES = (32, 64, 128, 256, 512)
 FIRST_IMAGES = 5
 THREADED = (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8))
@@ -413,7 +413,7 @@ def seconds(fused, batch, repeats):
 def batches(dtype):
     """The shipped student and the pyramid, by batch."""
     rows = []
-    for preset in ("digits", "pyramid-256"):
+    for preset in GROWN:
         fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
         work = direct_products(fused.config)
         for batch in BATCHES:
@@ -477,7 +477,7 @@ def plot(result, path):
         return [row for row in result[part] if wanted.items() <= row.items()]
 
     with panels(path, size=(13, 4), count=3) as (left, middle, right):
-        found = {(p, d): rows("batches", preset=p, dtype=d) for p in ("digits", "pyramid-256") for d in DTYPES}
+        found = {(p, d): rows("batches", preset=p, dtype=d) for p in GROWN for d in DTYPES}
         times = {", ".join(names): medians(chosen, "seconds") for names, chosen in found.items()}
         expected = [growth(values, BATCHES, 0) for values in times.values()]
         words = {"ylabel": "ms per call", "title": "batch (dotted: proportional)"}

@@ -11,45 +11,7 @@ from pathlib import Path
 
 from advkd.methods.adv_kd import RECIPES
 
-from .file_readers import (
-    classes_read,
-    distilled,
-    evaluated_by_inception,
-    evaluated_from_kept,
-    evaluated_samples,
-    extracted,
-    extracted_meaning,
-    fused,
-    fused_meaning,
-    looked_at,
-    looked_at_meaning,
-    metrics_meaning,
-    older,
-    older_meaning,
-    page_meaning,
-    piped,
-    piped_meaning,
-    planned,
-    preset_meaning,
-    read_back,
-    read_back_meaning,
-    recipe_meaning,
-    recorded,
-    recorded_meaning,
-    recorded_on,
-    reported,
-    resumed,
-    resumed_meaning,
-    sampled,
-    sampled_meaning,
-    sampled_on,
-    taught,
-    taught_meaning,
-    told,
-    trained_on,
-    whole_run,
-    whole_training,
-)
+from . import file_readers as read
 from .samples import FORMATS, WEIGHTS, evaluate_pictures
 
 
@@ -106,7 +68,7 @@ SHARD, CHECKPOINT = "shard-00001.safetensors", "checkpoint.safetensors"
 PART = "diffusion_pytorch_model-00001-of-00003.safetensors"
 OLDER = "older/unet/diffusion_pytorch_model.bin"
 RESUMED = {"beside": ("student", "data"), "written": ("run/metrics.csv", f"run/{CHECKPOINT}"), "costly": True}
-RESUMED |= {"expected": whole_run, "named": ("{folder} holds a run with another",)}
+RESUMED |= {"expected": read.whole_run, "named": ("{folder} holds a run with another",)}
 RECORDED = {"beside": ("teacher",), "written": ("data/manifest.json",), "costly": True}
 MODELS = {"beside": ("student", "teacher"), "costly": True}
 SETS = {"beside": ("pictures", "classes", "classifier"), "costly": True}
@@ -120,25 +82,30 @@ TEACHER, SHARDED, PICKLED = (
 INDEX = {**SHARDED, "named": (*SHARDED["named"], "the teacher's weights {folder}/")}
 SHARDS = {"named": ("shard {folder}/shard-",)}
 FIELDS = tuple(field.name for field in dataclasses.fields(RECIPES["joint"]))
-TAUGHT, PARTS = (taught("teacher"), taught_meaning("teacher")), (taught("sharded"), taught_meaning("sharded"))
+TAUGHT, PARTS = (
+    (read.taught("teacher"), read.taught_meaning("teacher")),
+    (read.taught("sharded"), read.taught_meaning("sharded")),
+)
 
 KINDS = {
-    "student's configuration": Kind("student/config.json", sampled, sampled_meaning, **MODEL),
-    "student's weights": Kind(f"student/{WEIGHTS}", sampled, sampled_meaning, sealed=True),
+    "student's configuration": Kind("student/config.json", read.sampled, read.sampled_meaning, **MODEL),
+    "student's weights": Kind(f"student/{WEIGHTS}", read.sampled, read.sampled_meaning, sealed=True),
     "student's weights without a digest": Kind(
-        f"bare-student/{WEIGHTS}", partial(sampled, name="bare-student"), partial(sampled_meaning, name="bare-student")
+        f"bare-student/{WEIGHTS}",
+        partial(read.sampled, name="bare-student"),
+        partial(read.sampled_meaning, name="bare-student"),
     ),
-    "student's training record": Kind("student/training.json", recorded, recorded_meaning),
-    "engine's configuration": Kind("fused/config.json", fused, fused_meaning, **MODEL),
-    "engine's weights": Kind(f"fused/{WEIGHTS}", fused, fused_meaning, sealed=True),
+    "student's training record": Kind("student/training.json", read.recorded, read.recorded_meaning),
+    "engine's configuration": Kind("fused/config.json", read.fused, read.fused_meaning, **MODEL),
+    "engine's weights": Kind(f"fused/{WEIGHTS}", read.fused, read.fused_meaning, sealed=True),
     "engine's weights without a digest": Kind(
-        f"bare-fused/{WEIGHTS}", partial(fused, name="bare-fused"), partial(fused_meaning, name="bare-fused")
+        f"bare-fused/{WEIGHTS}", partial(read.fused, name="bare-fused"), partial(read.fused_meaning, name="bare-fused")
     ),
-    "pipeline's index": Kind("pipeline/model_index.json", piped, piped_meaning),
-    "pipeline's configuration": Kind("pipeline/student/config.json", piped, piped_meaning, **MODEL),
-    "pipeline's weights": Kind(f"pipeline/student/{WEIGHTS}", piped, piped_meaning, **MODEL),
+    "pipeline's index": Kind("pipeline/model_index.json", read.piped, read.piped_meaning),
+    "pipeline's configuration": Kind("pipeline/student/config.json", read.piped, read.piped_meaning, **MODEL),
+    "pipeline's weights": Kind(f"pipeline/student/{WEIGHTS}", read.piped, read.piped_meaning, **MODEL),
     "record of samples": Kind(
-        "samples/samples.json", sampled_on, beside=("student",), named=("{folder} holds pictures of another",)
+        "samples/samples.json", read.sampled_on, beside=("student",), named=("{folder} holds pictures of another",)
     ),
     "teacher's index": Kind("teacher/model_index.json", *TAUGHT, **TEACHER),
     "teacher's configuration": Kind("teacher/unet/config.json", *TAUGHT, **TEACHER),
@@ -146,56 +113,69 @@ KINDS = {
     "teacher's weights": Kind(f"teacher/unet/{WEIGHTS}", *TAUGHT, **TEACHER),
     "teacher's index of weights": Kind(f"sharded/unet/{WEIGHTS}.index.json", *PARTS, **INDEX),
     "teacher's part of the weights": Kind(f"sharded/unet/{PART}", *PARTS, **SHARDED),
-    "teacher's pickled weights": Kind(OLDER, older, older_meaning, sealed=True, **PICKLED),
-    "manifest, distilled": Kind("data/manifest.json", distilled, beside=("student",), costly=True, **SHARDS),
-    "manifest, evaluated": Kind("data/manifest.json", evaluated_samples, **EVALUATED, **SHARDS),
+    "teacher's pickled weights": Kind(OLDER, read.older, read.older_meaning, sealed=True, **PICKLED),
+    "manifest, distilled": Kind("data/manifest.json", read.distilled, beside=("student",), costly=True, **SHARDS),
+    "manifest, evaluated": Kind("data/manifest.json", read.evaluated_samples, **EVALUATED, **SHARDS),
     "manifest without a digest": Kind(
         "bare-data/manifest.json",
-        partial(read_back, name="bare-data"),
-        partial(read_back_meaning, name="bare-data"),
+        partial(read.read_back, name="bare-data"),
+        partial(read.read_back_meaning, name="bare-data"),
         **SHARDS,
     ),
-    "manifest of a recording that goes on": Kind("data/manifest.json", recorded_on, **RECORDED),
-    "shard, distilled": Kind(f"data/{SHARD}", distilled, beside=("student",), costly=True),
-    "shard, read": Kind(f"data/{SHARD}", read_back),
+    "manifest of a recording that goes on": Kind("data/manifest.json", read.recorded_on, **RECORDED),
+    "shard, distilled": Kind(f"data/{SHARD}", read.distilled, beside=("student",), costly=True),
+    "shard, read": Kind(f"data/{SHARD}", read.read_back),
     "shard of a recording that goes on": Kind(
-        f"data/{SHARD}", recorded_on, named=("{folder} holds trajectories made with another",), **RECORDED
+        f"data/{SHARD}", read.recorded_on, named=("{folder} holds trajectories made with another",), **RECORDED
     ),
-    "checkpoint of a distillation": Kind(f"run/{CHECKPOINT}", resumed, **RESUMED),
-    "metrics of a distillation that goes on": Kind("run/metrics.csv", resumed, resumed_meaning, **RESUMED),
+    "checkpoint of a distillation": Kind(f"run/{CHECKPOINT}", read.resumed, **RESUMED),
+    "metrics of a distillation that goes on": Kind("run/metrics.csv", read.resumed, read.resumed_meaning, **RESUMED),
     "checkpoint of a teacher": Kind(
         f"training/{CHECKPOINT}",
-        trained_on,
+        read.trained_on,
         beside=("pictures",),
         written=(f"training/{CHECKPOINT}",),
         costly=True,
         named=("differ from the unfinished run in {folder}",),
-        expected=whole_training,
+        expected=read.whole_training,
     ),
-    "evaluation": Kind("tables/evaluation.json", reported(), page_meaning(), **MODELS),
-    "table of an ablation": Kind("tables/ablation.json", reported("ablation"), page_meaning("ablation"), **MODELS),
-    "metrics": Kind("tables/metrics.csv", reported("metrics"), metrics_meaning, **MODELS),
-    "preset": Kind("tables/preset.json", told("preset", "preset.json"), preset_meaning, named=("not enough memory",)),
+    "evaluation": Kind("tables/evaluation.json", read.reported(), read.page_meaning(), **MODELS),
+    "table of an ablation": Kind("tables/ablation.json", read.reported("ablation"), read.page_meaning("ablation"), **MODELS),
+    "metrics": Kind("tables/metrics.csv", read.reported("metrics"), read.metrics_meaning, **MODELS),
+    "preset": Kind("tables/preset.json", read.told("preset", "preset.json"), read.preset_meaning, named=("not enough memory",)),
     # A field that cannot work is named alone: an option of the same name may have given it.
-    "recipe in JSON": Kind("tables/recipe.json", told("config", "recipe.json"), recipe_meaning("recipe.json"), named=FIELDS),
-    "recipe in TOML": Kind("tables/recipe.toml", told("config", "recipe.toml"), recipe_meaning("recipe.toml"), named=FIELDS),
+    "recipe in JSON": Kind(
+        "tables/recipe.json", read.told("config", "recipe.json"), read.recipe_meaning("recipe.json"), named=FIELDS
+    ),
+    "recipe in TOML": Kind(
+        "tables/recipe.toml", read.told("config", "recipe.toml"), read.recipe_meaning("recipe.toml"), named=FIELDS
+    ),
     # Inception's own weights are not here: the sample is a whole file of a smaller network.
-    "Inception's weights": Kind("tables/inception.pth", evaluated_by_inception, beside=("pictures",), readable=False),
-    "classifier's configuration": Kind("classifier/config.json", extracted, extracted_meaning, beside=("pictures",), **MODEL),
-    "classifier's training record": Kind("classifier/training.json", extracted, extracted_meaning, beside=("pictures",)),
-    "classifier's weights": Kind(f"classifier/{WEIGHTS}", extracted, extracted_meaning, sealed=True, beside=("pictures",)),
+    "Inception's weights": Kind("tables/inception.pth", read.evaluated_by_inception, beside=("pictures",), readable=False),
+    "classifier's configuration": Kind(
+        "classifier/config.json", read.extracted, read.extracted_meaning, beside=("pictures",), **MODEL
+    ),
+    "classifier's training record": Kind(
+        "classifier/training.json", read.extracted, read.extracted_meaning, beside=("pictures",)
+    ),
+    "classifier's weights": Kind(
+        f"classifier/{WEIGHTS}", read.extracted, read.extracted_meaning, sealed=True, beside=("pictures",)
+    ),
     "classifier's weights, evaluated": Kind(
         f"classifier/{WEIGHTS}", partial(evaluate_pictures, extractor="classifier"), has_other=False, **SETS
     ),
     "classifier's weights without a digest": Kind(
         f"bare-classifier/{WEIGHTS}",
-        partial(extracted, name="bare-classifier"),
-        partial(extracted_meaning, name="bare-classifier"),
+        partial(read.extracted, name="bare-classifier"),
+        partial(read.extracted_meaning, name="bare-classifier"),
         beside=("pictures",),
     ),
-    "kept features": Kind("cache/features.safetensors", evaluated_from_kept, written=("cache",), **SETS),
-    "kept plan": Kind("cache/plans/plan.json", planned, written=("cache",), beside=("student",)),
-    **{f"picture {name}": Kind(f"picture-{name}/{name}", looked_at(name), looked_at_meaning(name)) for name in FORMATS},
-    "picture of a classifier's": Kind("classes/a/00.png", classes_read, has_other=False),
+    "kept features": Kind("cache/features.safetensors", read.evaluated_from_kept, written=("cache",), **SETS),
+    "kept plan": Kind("cache/plans/plan.json", read.planned, written=("cache",), beside=("student",)),
+    **{
+        f"picture {name}": Kind(f"picture-{name}/{name}", read.looked_at(name), read.looked_at_meaning(name))
+        for name in FORMATS
+    },
+    "picture of a classifier's": Kind("classes/a/00.png", read.classes_read, has_other=False),
 }
 """Every kind by its name."""

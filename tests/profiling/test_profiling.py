@@ -291,7 +291,10 @@ def test_unknown_case_is_refused(monkeypatch, capsys):
 
 SMALL_SWEEPS = {
     "layers": (bench_student, {"SHAPES": {"digits": (1,)}, "PLANS": 1}),
-    "scaling": (bench_student, {"SHAPES": {"digits": (1,)}, "BATCHES": (1, 2), "SIZES": (32, 64), "FIRST_IMAGES": 1}),
+    "scaling": (
+        bench_student,
+        {"SHAPES": {"digits": (1,)}, "GROWN": ("digits",), "BATCHES": (1, 2), "SIZES": (32, 64), "FIRST_IMAGES": 1},
+    ),
     "step_scaling": (bench_sampler_step, {"BATCHES": (1, 2), "SIZES": (8, 16)}),
     "penalty_scaling": (bench_gradient_penalty, {"BATCHES": (1, 2), "RESOLUTIONS": (8, 16), "DEPTHS": (1, 2), "PROCESSES": 1}),
 }
@@ -305,6 +308,7 @@ def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
     for key, value in small.items():
         monkeypatch.setattr(module, key, value)
     monkeypatch.setattr(bench_student, "THREADED", (("digits", 1),))
+    monkeypatch.setattr(bench_student, "GROWN", ("digits",))
     monkeypatch.setattr(bench_gradient_penalty, "SIZES", [("narrow", 8, 2)])
     plain = lambda calls, repeats, warmup=0: timing.measure(calls, 2, warmup=1)  # noqa: E731
     for measured in (bench_student, bench_sampler_step, bench_gradient_penalty):
