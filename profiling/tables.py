@@ -13,7 +13,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, roofline
-from .cases import neighbours, neighbours_idle
+from .cases import neighbours
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, Table, checked, figure, link, module_of, scaled, source, stale, stored
 from .gpu import tables as gpu
@@ -115,7 +115,7 @@ TABLES = {
     "roofline": ROOFLINE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,
-    "neighbours_idle": neighbours_idle.TABLE.lines,
+    "neighbours_idle": neighbours.IDLE_TABLE.lines,
     **{f"limits_{name}": guarantees.table(name) for name in guarantees.CAMPAIGNS},
     "demo": demo_parts,
     **{f"{name}_plot": plots(name, caption) for name, caption in PLOTS.items()},

@@ -23,7 +23,7 @@ from advkd.ops.latents import project
 
 from ..evidence import ROOT
 from ..sweep import Sweep
-from .teacher import PARITY_TESTS
+from .teacher import PARITY_TESTS, ddim_scheduler
 
 CONFIG = TrajectoryConfig(num=512)
 ROUNDS = 2
@@ -42,12 +42,9 @@ CONTESTANTS = {
 
 def plain(folder):
     """The loop that a diffusers user writes: eager network, DDIMScheduler, average pooling, one file per batch."""
-    from diffusers import DDIMScheduler
-
     teacher = Teacher.from_pretrained("digits")
     unet = teacher.unet.to(memory_format=torch.contiguous_format)
-    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
-    scheduler.set_timesteps(50)
+    scheduler = ddim_scheduler(teacher)
     wanted = list(zip(*levels()))
     for start in range(0, CONFIG.num, CONFIG.batch_size):
         x = teacher.noise(CONFIG.batch_size, CONFIG.seed, start)
