@@ -6,8 +6,8 @@ python -m profiling.cases.neighbours --idle [--out FOLDER] [--turns 40]
 Every contestant runs in a process of its own, alone and beside 1, 2 and 4 processes of the same priority with two busy threads
 each. The fair share is the time alone, times all threads that are ready, over the processors. "ADVKD_SHARE=0" is ours without
 what this page is about: threads that spin in barriers for others that do not run. With ``--idle`` ours alone runs on an idle
-machine, in one process: a turn is about a second of calls with ``ADVKD_SHARE=0``, and one with what every command has; the result
-is the ratio of their times, a turn at a time, which is what looking at the load costs.
+machine, in one process: a turn is about a second of calls with ``ADVKD_SHARE=0``, and one with what every command has; the
+result is the ratio of their times, a turn at a time: what looking at the load costs. Without options both are measured.
 """
 
 import argparse
@@ -263,18 +263,16 @@ def main():
     parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed calls of each load")
-    parser.add_argument(
-        "--idle", action="store_true", help="instead: ours on an idle machine, with sharing and without in turns"
-    )
+    parser.add_argument("--idle", action="store_true", help="only ours on an idle machine, with sharing and without in turns")
     parser.add_argument("--turns", type=int, default=40, help="of each setting with --idle (default 40)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         return print(json.dumps(measure(*json.loads(options.row), options.seconds)))
-    sweep = Sweep("neighbours", lambda: beside(options.only, options.seconds), PARITY_TESTS, plot=plot)
-    if options.idle:
-        sweep = Sweep("neighbours-idle", lambda: idle(options.turns), PARITY_TESTS)
-    sys.exit(0 if sweep.run(options.out) else 1)
+    sweeps = [Sweep("neighbours", lambda: beside(options.only, options.seconds), PARITY_TESTS, plot=plot)]
+    sweeps += [Sweep("neighbours-idle", lambda: idle(options.turns), PARITY_TESTS)]
+    chosen = sweeps[1:] if options.idle else sweeps[:1] if options.only else sweeps
+    sys.exit(0 if all([sweep.run(options.out) for sweep in chosen]) else 1)
 
 
 def described(row):
