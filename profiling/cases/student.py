@@ -294,21 +294,22 @@ def _plausible_once(preset):
     return plausible_student(preset)
 
 
-def gpu_cases():
-    """Every case on a GPU by name, those that take the compiler minutes last."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in predictions.BATCHES.items() for n in batches]
-    found = {predictions.case_name(*shape): functools.partial(gpu_case, *shape) for shape in shapes}
-    slow = {predictions.case_name(*shape) + SEARCHED: functools.partial(gpu_case, *shape, "searched") for shape in shapes}
+def gpu_cases(quick=False):
+    """Every case on a GPU by name, those that take the compiler minutes last.
+
+    ``quick``: with the peers that compile fastest, but for those in :data:`WHOLE`.
+    """
+    found, slow = {}, {}
+    for dtype, preset in itertools.product(GPU_DTYPES, predictions.BATCHES):
+        for n in predictions.BATCHES[preset]:
+            name = predictions.case_name(preset, n, dtype)
+            peers = "few" if quick and name not in WHOLE else "all"
+            found[name] = functools.partial(gpu_case, preset, n, dtype, peers)
+            slow[name + SEARCHED] = functools.partial(gpu_case, preset, n, dtype, "searched")
     return {**found, **slow}
 
 
-def quick_cases():
-    """The same cases with the peers that compile fastest, but for those in :data:`WHOLE`."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in predictions.BATCHES.items() for n in batches]
-    few = {predictions.case_name(*shape): functools.partial(gpu_case, *shape, "few") for shape in shapes}
-    return {**gpu_cases(), **{name: build for name, build in few.items() if name not in WHOLE}}
-
-
+quick_cases = functools.partial(gpu_cases, quick=True)
 WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
 
 

@@ -10,15 +10,12 @@ hangs is a finding and not the end.
 """
 
 import contextlib
-import json
+import functools
 import math
 import os
 import re
-import resource
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
 from copy import deepcopy
@@ -33,7 +30,7 @@ from . import call_measures, call_ops, call_oracles, call_steps, call_students, 
 from .call import Wrong, equal_bits, flat, mapped, narrow, plain_number
 from .call_modes import MODES, QUOTAS, SHARES, has_meaning
 from .draw import Draw, spoiled
-from .record import main
+from .record import GOOD, judge_in_processes, main
 
 CALLS = {
     call_ops.mask_mul: 2.0,
@@ -300,11 +297,10 @@ def run(campaign, cases):
     """Judge the cases in forked processes, a batch in each."""
     warnings.filterwarnings("ignore")
     _warm()
-    left = list(cases)
-    while left:
-        done = _batch(campaign, left[:BATCH])
-        left = left[done:]
-        campaign.reach(len(cases) - len(left))
+    # Here, as a process that dies removes nothing. Names of folders that cases draw may be anything.
+    with tempfile.TemporaryDirectory(prefix="advkd-calls-", ignore_cleanup_errors=True) as folder:
+        judged = functools.partial(_judged, campaign.seed, folder)
+        judge_in_processes(campaign, cases, judged, BATCH, PATIENCE, MEMORY, threaded=True)
 
 
 def _warm():
@@ -319,64 +315,19 @@ def _warm():
             call_students.engine(i, backend, dtype)
 
 
-def _batch(campaign, numbers):
-    """Judge cases in one process until it ends; returns how many it began."""
-    # Here, as a process that dies removes nothing. Names of folders that cases draw may be anything.
-    with tempfile.TemporaryDirectory(prefix="advkd-calls-", ignore_cleanup_errors=True) as folder:
-        return _judged(campaign, numbers, folder)
-
-
-def _judged(campaign, numbers, folder):
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        # OpenMP would wait for the threads of the one that forked; a new one begins without any.
-        judging = threading.Thread(target=_judge_all, args=(campaign.seed, numbers, writing, folder))
-        judging.start()
-        judging.join()
-        os._exit(1)
-    os.close(writing)
-    begun, open_case = 0, None
-    with os.fdopen(reading) as lines:
-        for line in lines:
-            row = json.loads(line)
-            if "outcome" not in row:
-                begun, open_case = begun + ("drawn" not in row), row
-                continue
-            campaign.add(row["kind"], row["outcome"], row["case"], row["detail"], row["mode"])
-            open_case = None
-    _, status = os.waitpid(child, 0)
-    if open_case is not None:
-        end = "a hang" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else f"status {status}"
-        campaign.add(open_case["kind"], "crashed", open_case["case"], end, open_case["mode"])
-    return begun
-
-
-def _judge_all(seed, numbers, writing, folder):
-    resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
-    os.close(2)
-    os.open(os.devnull, os.O_WRONLY)
+def _judged(seed, folder, number):
+    """What is known of a case, in a process that has no error output and works in a folder of the campaign's."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
     tempfile.tempdir = folder
     os.chdir(folder)
-    with os.fdopen(writing, "w", buffering=1) as answers:
-        for number in numbers:
-            signal.alarm(PATIENCE)
-            print(json.dumps({"kind": "a draw", "case": number, "mode": "plain"}), file=answers)
-            call, mode, _, draw = case(seed, number)
-            begun = {"kind": call.name, "case": number, "mode": mode}
-            print(json.dumps({**begun, "drawn": True}), file=answers)
-            outcome, detail, mode = judge(call, mode, draw)
-            spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
-            detail = f"{mode}{spoilt}: {detail}" if outcome not in ("right", "refused") else ""
-            print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)
-    os._exit(0)
-
-
-def _size():
-    """Bytes of address space that this process has."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    yield {"kind": "a draw", "mode": "plain"}
+    call, mode, _, draw = case(seed, number)
+    yield {"kind": call.name, "mode": mode}
+    outcome, detail, mode = judge(call, mode, draw)
+    spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
+    detail = f"{mode}{spoilt}: {detail}" if outcome not in GOOD else ""
+    yield {"kind": call.name, "mode": mode, "outcome": outcome, "detail": detail}
 
 
 if __name__ == "__main__":

@@ -12,22 +12,19 @@ import pytest
 
 from ..conftest import ROOT, process_environment
 
-PROCESSES = 2
-
 
 def dry_run(*arguments):
     """pytest's finished process on the stand-in for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.gpu_dry_run", "--gpu-dry"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-p", "tests.gpu_dry_run", "--gpu-dry"]
     environment = process_environment({"OMP_NUM_THREADS": "1"})
     command += ["-m", "gpu", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_every_gpu_test_is_entered():
-    """One case of each function, in concurrent processes, chosen as on a GPU."""
+    """One case of each function, chosen as on a GPU."""
     pytest.importorskip("triton")
-    words = ["-p", "profiling.gpu.tests", "--gpu-most=1", f"-n{PROCESSES}", "--maxschedchunk=1", "--tb=short", "tests"]
-    done = dry_run(*words)
+    done = dry_run("-p", "profiling.gpu.tests", "--gpu-most=1", "--tb=short", "tests")
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-8000:]
     entered = sum(int(n) for n in re.findall(r"^gpu dry run: (\d+) started a kernel", done.stdout, re.M))
@@ -120,7 +117,7 @@ def test_planted_faults_are_found(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "test_planted.py"
     path.write_text(PLANTED)
-    done = dry_run("-n0", "-rA", "--tb=line", "-c", ROOT / "pyproject.toml", f"--rootdir={tmp_path}", path)
+    done = dry_run("-rA", "--tb=line", "-c", ROOT / "pyproject.toml", f"--rootdir={tmp_path}", path)
     found = dict(reversed(line) for line in re.findall(r"^(PASSED|FAILED) \S*::(\w+)", done.stdout, re.M))
     names = re.findall(r"^def (test_\w+)", PLANTED, re.M)
     good = ("test_good", "test_wrong_number_behind_a_kernel", "test_captured")
