@@ -152,14 +152,9 @@ def case(update, width, size, batch, device, tf32=False):
     exact = problem(width, size, batch, device, dtype=torch.float64)
     ours, theirs = work(exact[0], size, update)
     name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}{TF32 if tf32 else ''}"
-    contestants = (_update_contestants if update else _penalty_contestants)(width, size, batch, device)
+    contestants = _contestants(update, width, size, batch, device)
     # The oracle: autograd in float64, as a unit vector.
-    critic, real, fake, a = exact
-    if update:
-        gradients = critic_gradients(critic, real, fake, a=a.double(), weight=WEIGHT, backend="autograd").gradients
-    else:
-        gradients = penalty_only(critic, _x_hat(real, fake, a))("autograd")
-    vector = flat(gradients, 1.0)
+    vector = flat((updates if update else penalties)("autograd", *exact)(), 1.0)
     scale = float(vector.norm())
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
@@ -192,39 +187,33 @@ def _x_hat(real, fake, a):
     return a * real + (1 - a) * fake
 
 
-def _penalty_contestants(width, size, batch, device):
-    found = []
-    for layout in LAYOUTS:
-        critic, real, fake, a = problem(width, size, batch, device, layout)
-        x = _x_hat(real, fake, a)
-        found.append(
-            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline")
-        )
-    signs = constant_signs(critic)
-    return [
-        *found,
-        Contestant(SIGNS, lambda: lambda: penalty_only(signs, x)("autograd")),
-        Contestant(FUNCTIONAL, lambda: compiled_functional(critic, x)),
-        Contestant("advkd", lambda: lambda: penalty_only(critic, x)("auto"), "ours"),
-        Contestant("advkd compiled", lambda: compiled_penalty(critic, x), "ours"),
-    ]
+def penalties(backend, critic, real, fake, a):
+    """A call of the penalty with its gradients."""
+    call = penalty_only(critic, _x_hat(real, fake, a))
+    return lambda: call(backend)
 
 
-def _update_contestants(width, size, batch, device):
-    def eager(backend, critic, real, fake, a):
-        return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+def updates(backend, critic, real, fake, a):
+    """A call of the whole update."""
+    a = a.to(real.dtype)
+    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
 
-    found = []
+
+def _contestants(update, width, size, batch, device):
+    """Autograd in both layouts, everyone else in the last one."""
+    eager, found = updates if update else penalties, []
     for layout in LAYOUTS:
         given = problem(width, size, batch, device, layout)
         found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
-    signs = constant_signs(given[0])
+    signs, (critic, *samples) = constant_signs(given[0]), given
+    compiled = (compiled_functional_update, compiled_update) if update else (compiled_functional, compiled_penalty)
+    arguments = given if update else (critic, _x_hat(*samples))
     return [
         *found,
-        Contestant(SIGNS, lambda: eager("autograd", signs, *given[1:])),
-        Contestant(FUNCTIONAL, lambda: compiled_functional_update(*given)),
+        Contestant(SIGNS, lambda: eager("autograd", signs, *samples)),
+        Contestant(FUNCTIONAL, lambda: compiled[0](*arguments)),
         Contestant("advkd", lambda: eager("auto", *given), "ours"),
-        Contestant("advkd compiled", lambda: compiled_update(*given), "ours"),
+        Contestant("advkd compiled", lambda: compiled[1](*arguments), "ours"),
     ]
 
 

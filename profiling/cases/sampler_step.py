@@ -64,10 +64,14 @@ def problem(device, dtype, last=False, eta=0.0):
     return x, m, torch.empty_like(x), ddim_coefficients(a_t, a_s, "epsilon", eta=eta, clip=1.0)
 
 
+def formula(x, m, c):
+    """The step without its noise."""
+    return c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+
+
 def oracle(x, m, c, z=None):
     """The step in float64."""
-    x, m = x.double(), m.double()
-    x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+    x_next = formula(x.double(), m.double(), c)
     return x_next if z is None else x_next + c.c_z * z.double()
 
 
@@ -105,7 +109,7 @@ def compiled_formula(c, y, pooled=None):
     """torch.compile of the formula with constant coefficients, into tensors that are there: the best that a user can write."""
 
     def step(x, m, z=None):
-        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+        x_next = formula(x, m, c)
         y.copy_(x_next if z is None else x_next + c.c_z * z)
         return y if pooled is None else pooled.copy_(F.avg_pool2d(x_next, x.shape[-1] // pooled.shape[-1]))
 
@@ -116,8 +120,7 @@ def compiled_formula_and_noise(c, y, compiler=None):
     """The same with numbers that the compiled code draws."""
 
     def step(x, m):
-        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
-        return y.copy_(x_next + c.c_z * torch.randn_like(x))
+        return y.copy_(formula(x, m, c) + c.c_z * torch.randn_like(x))
 
     return torch.compile(step, dynamic=False, options=compiler)
 
