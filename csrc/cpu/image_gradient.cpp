@@ -96,10 +96,10 @@ class Row {
       if (first < -columns_[i].source) first = -columns_[i].source;
       if (last > s_.columns - columns_[i].source) last = s_.columns - columns_[i].source;
     }
-    i64 j = 0;
-    for (; j < count && j < first; ++j) make_pixels<1>(phase, j, j + 1);
-    if (j + kPixels <= last) j = make_pixels<kPixels>(phase, j, last);
-    for (; j < count; ++j) make_pixels<1>(phase, j, j + 1);
+    for (i64 j = 0; j < count;) {
+      const bool group = j >= first && j + kPixels <= last;
+      j = group ? make_pixels<kPixels>(phase, j, last) : make_pixels<1>(phase, j, j + 1);
+    }
   }
 
   // Groups of kCount pixels from `j` on while they end before `last`; the first pixel that is left.
@@ -138,12 +138,11 @@ void make_rows(const ImageGradient& s, i64 begin, i64 end) {
   }
 }
 
-constexpr ImageGradientKernel kKernels[] = {make_rows<1>, make_rows<2>, make_rows<3>, make_rows<4>};
-
 }  // namespace
 
 void image_gradient(const ImageGradient& s, i64 begin, i64 end) {
-  kKernels[s.channels - 1](s, begin, end);
+  static constexpr ImageGradientKernel kernels[] = {make_rows<1>, make_rows<2>, make_rows<3>, make_rows<4>};
+  kernels[s.channels - 1](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA
