@@ -52,9 +52,9 @@ def files(folders, suffixes):
     return sorted(found)
 
 
-def units(kind, suffix):
+def units(kind, *suffixes):
     """An object's units, as paths relative to the root, as setuptools takes them."""
-    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], (suffix,))]
+    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], suffixes)]
 
 
 def source_identity(kind):
@@ -146,7 +146,7 @@ class BuildExtensions(build_ext):
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
         host = ",".join(host_flags(include=False))
-        flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
+        flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", "-DADVKD_CUDA_OBJECT", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
         # nvcc itself takes a core per architecture.
         with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
             objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, object_name(s) + ".cuda.o"), files))
@@ -203,7 +203,7 @@ def cpu_units(files, machine=None):
     """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once."""
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     for source in files:
-        levels = KERNELS.get(Path(source).name)
+        levels = KERNELS.get(Path(source).name) if Path(source).parent.name == "cpu" else None
         if levels is None:
             yield source, "", []
             continue
@@ -215,9 +215,8 @@ def extensions():
     """The CPU object, and the CUDA one where there is a compiler for it."""
     found = [Extension("advkd._cpu", units("cpu", ".cpp"), py_limited_api=True)]
     if cuda_compiler():
-        # Registration units include their kernels: device code of one unit needs no separate linking.
-        launchers = [source for source in units("cuda", ".cu") if Path(source).name.startswith("register")]
-        found.append(Extension("advkd._cuda", launchers, py_limited_api=True))
+        # A unit has all the device code that its kernels call: none needs to be linked with another's.
+        found.append(Extension("advkd._cuda", units("cuda", ".cu", ".cpp"), py_limited_api=True))
     return found
 
 

@@ -216,16 +216,22 @@ def _triton_launcher(name):
     return getattr(philox, name)
 
 
+def _cuda(name, indices, seed, shape, dtype, stream, step):
+    out = indices.new_empty((len(indices), *shape), dtype=dtype)
+    registry.cuda_launcher(name)(indices, seed, stream, step, out)
+    return out
+
+
 _WORDS = {
     "reference": words_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
-    "cuda": lambda *args: registry.cuda_launcher("philox_words")(*args),
+    "cuda": lambda indices, seed, count, *rest: _cuda("philox_words", indices, seed, (count,), torch.int64, *rest),
     "triton": lambda *args: _triton_launcher("words")(*args),
 }
 _NORMAL = {
     "reference": normal_reference,
     "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
-    "cuda": lambda *args: registry.cuda_launcher("philox_normal")(*args),
+    "cuda": lambda indices, seed, shape, *rest: _cuda("philox_normal", indices, seed, shape, torch.float32, *rest),
     "triton": lambda *args: _triton_launcher("normal")(*args),
 }
 registry.implement("philox", "cpu", "triton", "cuda")
