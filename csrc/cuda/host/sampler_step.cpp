@@ -17,8 +17,8 @@ i64 step_most_tiles(const StepParameters& p) {
 }
 
 // Two vectors per thread where every warp of a sample is then full. Threads that draw normals have enough work with one.
-void step_plan_flat(StepParameters& p, int group) {
-  const bool two = !p.indices && p.length % (2 * kStepLanes * group) == 0;
+void step_plan_flat(StepParameters& p, int group, bool draws) {
+  const bool two = !draws && p.length % (2 * kStepLanes * group) == 0;
   p.vectors_each = p.vectors ? 1 + two : 0;
   const i64 groups = p.channels * cover(p.length, p.vectors ? group : 4);
   const i64 warps = cover(groups, p.vectors_each == 2 ? 2 * kStepLanes : kStepLanes);
@@ -28,9 +28,9 @@ void step_plan_flat(StepParameters& p, int group) {
   p.tiles = cover(p.samples * warps, kStepThreads / kStepLanes);
 }
 
-// `group`: elements of a vector of 16 bytes (with `pool`, four). The other fields are filled before.
-void step_plan(StepParameters& p, int group) {
-  if (p.pool == 0) return step_plan_flat(p, group);
+// `group`: elements of a vector of 16 bytes (with `pool`, four); `draws`: whether the kernel makes the noise. The other fields are filled before.
+void step_plan(StepParameters& p, int group, bool draws) {
+  if (p.pool == 0) return step_plan_flat(p, group, draws);
   const int outputs = p.width / p.pool;
   p.tile_channels = clamp(kStepThreads / cover(p.pool, group), p.channels);
   p.outputs = clamp(kStepThreads / p.tile_channels * group / p.pool, outputs);
@@ -46,8 +46,8 @@ void step_plan(StepParameters& p, int group) {
 }
 
 // Sizes, and the share of every thread. Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
-void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i64 pool) {
-  const i64 channels = samples.last && (pool || p.indices) ? x.size(1) : 1, width = pool ? x.size(x.dims - 1) : 0;
+void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i64 pool, bool draws) {
+  const i64 channels = samples.last && (pool || draws) ? x.size(1) : 1, width = pool ? x.size(x.dims - 1) : 0;
   constexpr i64 kMost = (i64{1} << 31) - 1;
   require(channels <= kMost && width <= kMost, "x must have at most 2^31 - 1 channels and columns, got ", x);
   const int group = pool || x.dtype == DType::f32 ? 4 : 8;
@@ -58,7 +58,7 @@ void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i
   p.pool = static_cast<int>(pool);
   const bool whole = aligned({p.x, p.m, p.table, p.previous_x0, p.noise, p.out, p.x0});
   p.vectors = whole && channels == 1 && (pool ? width : p.length) % group == 0;
-  step_plan(p, group);
+  step_plan(p, group, draws);
   require_launch(p.tiles, "x", x, step_most_tiles(p));
 }
 
@@ -119,7 +119,7 @@ Plan sampler_step(
   p.stream_step = key.stream_step;
   p.row_stride = table.numel() > 8 ? 8 : 0;
   p.step_stride = steps && steps->numel() > 1;
-  set_sizes(p, x, samples, pool);
+  set_sizes(p, x, samples, pool, indices.has_value());
   const std::string kernel = std::string("advkd_step_") + (pool ? "pool_" : "flat_") + (indices ? "draw_" : "tensor_");
   return plan_of("sampler_step", own + ", " + model, p, {{kernel + own + "_" + model, p.tiles, kStepThreads}});
 }
