@@ -41,12 +41,11 @@ def gap() -> str | None:
 
 
 def launcher(name: str) -> Callable[..., None]:
-    """Launcher ``name``, with the signature of the CUDA extension's."""
+    """Launcher ``name``, with the signature of the CUDA extension's; its first argument is positional."""
     plan = getattr(torch.ops.advkd_cpu, f"cuda_{name}").default
 
-    def launch(*arguments: Any, **named: Any) -> None:
-        device = next(iter((*arguments, *named.values()))).device
-        start(device, *plan(*arguments, **named, device=limits(device)))
+    def launch(first: torch.Tensor, /, *others: Any, **named: Any) -> None:
+        start(first.device, *plan(first, *others, **named, device=limits(first.device)))
 
     return launch
 
