@@ -146,7 +146,17 @@ class BuildExtensions(build_ext):
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
         host = ",".join(host_flags(include=False))
-        flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", "-DADVKD_CUDA_OBJECT", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "--threads=0",
+            "-DUSE_CUDA",
+            "-DADVKD_CUDA_OBJECT",
+            *includes(),
+            *architecture_flags(nvcc),
+            "-Xcompiler",
+            host,
+        ]
         # nvcc itself takes a core per architecture.
         with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
             objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, object_name(s) + ".cuda.o"), files))

@@ -1,8 +1,8 @@
 """The CUDA kernels through CuPy, for a GPU user without a compiled CUDA extension.
 
-The CPU extension has the host side of every kernel: its op ``cuda_<name>`` checks the arguments of launcher ``name`` and plans the
-launches. CuPy compiles a source with NVRTC on first use, keeps the binary in its cache on disk, and starts the kernels. One
-difference from the extension: CuPy always asks for ``-ftz=true``, float32 subnormals count as zero.
+The CPU extension has the host side of every kernel: its op ``cuda_<name>`` checks the arguments of launcher ``name`` and plans
+the launches. CuPy compiles a source with NVRTC on first use, keeps the binary in its cache on disk, and starts the kernels. One
+difference from the CUDA extension: CuPy always asks for ``-ftz=true``, float32 subnormals count as zero.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def start(device: torch.device, parameters: torch.Tensor, names: Sequence[str], 
         blocks, threads, shared = launches[3 * i : 3 * i + 3]
         with _current(device):
             function = compiled(source, variant).get_function(kernel)
-            # Above 48 KB it must be asked for: as much as there is, so that no launch finds a limit that another one has lowered.
+            # Above 48 KB it must be asked for: all there is, so that no launch finds a limit that another one has lowered.
             if shared > 48 * 1024:
                 function.max_dynamic_shared_size_bytes = limits(device)[1]
             function((blocks,), (threads,), (argument,), shared_mem=shared)

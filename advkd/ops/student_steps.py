@@ -209,7 +209,9 @@ def cuda_launch(
         tensors = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
         return "conv_pair", (*tensors, layers[i].upsample, i + 2 == len(layers), *numbers)
     tensors = (x, packed[i], biases[i], out)
-    return ("conv_image", (*tensors, *numbers)) if step.kernel == "image" else ("conv_layer", (*tensors, last.upsample, *numbers))
+    return (
+        ("conv_image", (*tensors, *numbers)) if step.kernel == "image" else ("conv_layer", (*tensors, last.upsample, *numbers))
+    )
 
 
 def _cuda(*arguments):

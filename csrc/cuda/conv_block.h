@@ -1,5 +1,5 @@
-// Parameters of the student's convolutions on NVIDIA GPUs: what the launchers fill and the kernels read, and the plan of their
-// tiles. No Torch, no standard library.
+// Parameters of the student's convolutions on NVIDIA GPUs: what the host fills and the kernels read. No Torch, no
+// standard library.
 #pragma once
 
 #include "common/philox.h"

@@ -1,4 +1,4 @@
-// Parameters of two convolutions in one kernel on NVIDIA GPUs: what the launchers fill and the kernel reads. No Torch, no
+// Parameters of two convolutions in one kernel on NVIDIA GPUs: what the host fills and the kernel reads. No Torch, no
 // standard library.
 #pragma once
 

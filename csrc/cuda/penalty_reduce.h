@@ -1,4 +1,4 @@
-// Parameters of penalty_reduce on NVIDIA GPUs: what the launchers fill and the kernels read. No Torch, no standard library.
+// Parameters of penalty_reduce on NVIDIA GPUs: what the host fills and the kernels read. No Torch, no standard library.
 #pragma once
 
 #include "common/philox.h"

@@ -429,7 +429,7 @@ ADVKD_CALLED void student_stem(const StemParameters& p, int cluster_shift) {
 #ifndef ADVKD_VARIANTS
 #define ADVKD_VARIANTS ADVKD_PRODUCTS
 #endif
-// Before sm_90 only clusters of one block have code; the launchers refuse the others.
+// Before sm_90 only clusters of one block have code; the host side refuses the others.
 #define ADVKD_STUDENT_STEM(PRODUCT, BLOCKS, SHIFT, DIMENSIONS)                                  \
   extern "C" __global__ void DIMENSIONS __launch_bounds__(kThreads)                             \
       advkd_student_stem_cluster##BLOCKS##_##PRODUCT(ADVKD_IN_PLACE StemParameters p) {         \

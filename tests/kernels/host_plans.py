@@ -39,7 +39,13 @@ def struct(source: str, name: str) -> numpy.dtype:
 
 @dataclass
 class Plan:
-    """A plan as the CPU extension's op gives it; ``fields`` are the parameters, ``launches`` lists of ``[kernel, blocks, threads, shared]``."""
+    """A plan as the CPU extension's op gives it.
+
+    Attributes:
+        fields: the kernels' parameters.
+        launches: a list ``[kernel, blocks, threads, shared]`` each.
+        scratch, place: float32 elements that the kernels need, and the byte of the parameters for their address.
+    """
 
     source: str
     variant: str

@@ -189,6 +189,15 @@ DEVICE_SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
 @pytest.mark.parametrize("source", DEVICE_SOURCES)
+def test_every_kernel_is_in_the_object_s_list(source):
+    """The CUDA object finds its kernels by name."""
+    command = ["g++", "-E", "-P", "-DADVKD_CUDA_OBJECT", "-x", "c++", f"-I{ROOT / 'csrc'}", ROOT / "csrc/cuda" / source]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernels = re.findall(r"\b(advkd_\w+)\([^()]*\bp\w*\) \{", text)
+    assert kernels == re.findall(r"\bkernel_(\w+)\(", text) and len(set(kernels)) == len(kernels) > 0
+
+
+@pytest.mark.parametrize("source", DEVICE_SOURCES)
 def test_nvrtc_compiles_every_device_source(source):
     """The device sources need neither Torch nor the standard library: CuPy compiles them as they are."""
     path = nvrtc_library()
@@ -200,7 +209,13 @@ def test_nvrtc_compiles_every_device_source(source):
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
     # Options that the launchers pass, and those that CuPy adds.
     variant = "bf16, f32" if source == "sampler_step.cu" else "bf16"
-    options = [*cuda.OPTIONS, f"-DADVKD_VARIANTS(EACH)=EACH({variant})", "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
+    options = [
+        *cuda.OPTIONS,
+        f"-DADVKD_VARIANTS(EACH)=EACH({variant})",
+        "-ftz=true",
+        "--device-as-default-execution-space",
+        "-arch=sm_80",
+    ]
     options = [option.encode() for option in options]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()

@@ -237,7 +237,7 @@ def test_products_and_activations(product, upsample, activation, cupy_on_host):
         check(case, LAUNCHERS)
 
 
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("upsample", [False, pytest.param(True, marks=pytest.mark.core)])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, upsample, cupy_on_host):
     check(Case(*size, 16, 40, upsample, extra=16), LAUNCHERS)
@@ -336,7 +336,7 @@ def test_image(product, activation, cupy_on_host):
     check(replace(IMAGE, product=product, activation=activation), LAUNCHERS)
 
 
-@pytest.mark.parametrize("c_out", [1, 2, 3, 4])
+@pytest.mark.parametrize("c_out", [1, 2, pytest.param(3, marks=pytest.mark.core), 4])
 def test_image_sizes(c_out, cupy_on_host, monkeypatch):
     """A pixel, a row, a column, tiles that exactly fit; blocks that take several tiles."""
     plan_for(monkeypatch, (1, *A100[1:]))

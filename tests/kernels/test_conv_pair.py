@@ -295,7 +295,11 @@ BOUND = [
 
 
 def named(pairs):
-    return [pytest.param(case, product, id=f"{product}-{case}") for case, product in pairs]
+    core = [pytest.mark.core]
+    return [
+        pytest.param(case, product, id=f"{product}-{case}", marks=core if case is UP[2] and product == "bf16" else [])
+        for case, product in pairs
+    ]
 
 
 @pytest.fixture
@@ -431,7 +435,10 @@ def odd(*shape):
         (dict(x=torch.zeros(1, 8, 8, 32).bfloat16()), "weights1 must be"),
         (dict(x=torch.zeros(1, 8, 8, 16)), "x must be torch.bfloat16"),
         (dict(x=torch.zeros(1, 8, 16, 8).bfloat16().transpose(2, 3)), "contiguous"),
-        (dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "bf16").to("meta")), "weights1 must be on x's device"),
+        (
+            dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "bf16").to("meta")),
+            "weights1 must be on x's device",
+        ),
         (dict(x=odd(1, 8, 8, 16)), "x must begin at a multiple of 16"),
         (dict(bias1=torch.zeros(16).bfloat16()), "bias1 must be torch.float32"),
         (dict(bias1=torch.zeros(32)), "weights1 must be"),

@@ -158,7 +158,7 @@ def check_layers(net, n, **options):
     assert torch.equal(net.run(x, **options), stored)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.core if name == "up" else ()) for name in CHAINS])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_layer(product, name, cupy_on_host):
     check_layers(network(name, product), 2)

@@ -20,7 +20,11 @@ from ..ops.training_cases import BF16, CASES, F32, Case, check
 from .cuda_on_host import only_last_block
 from .host_plans import LAUNCHERS, change_plans, plan, start
 
-ALL = [pytest.param(name, case, id=f"{name}-{case}") for name, cases in CASES.items() for case in cases]
+ALL = [
+    pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.core] if case is cases[0] else [])
+    for name, cases in CASES.items()
+    for case in cases
+]
 
 
 @pytest.mark.parametrize("name, case", ALL)
@@ -119,7 +123,9 @@ def test_up_sampling_counts_beyond_32_bits(last, cupy_on_host):
     """The last block, 2^10 elements, of one channel of 2^16 x 2^16 or of 8 of 2^14 x 2^15; its results are 2^34 elements on."""
     channels, h, w = (8, 2**14, 2**15) if last else (1, 2**16, 2**16)
     layout = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(1, channels, 1, 2**10 // channels, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    x = torch.randn(1, channels, 1, 2**10 // channels, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=layout
+    )
     pitch = 2 * w * channels
     out = torch.full((pitch + 2**11,), torch.nan)
     weights, statistics = torch.randn(2, channels), torch.rand(2, channels) + 0.5
@@ -233,7 +239,17 @@ REFUSED = {
     "penalty_reduce: mode must be 0, 1 or 2": ("penalty_reduce", X, 1.0, 1.0, 3, X, torch.zeros(2)),
     "penalty_reduce: penalties must be torch.float32 with 2": ("penalty_reduce", X, 1.0, 1.0, 0, X, torch.zeros(3)),
     "interpolate: one of a and indices": ("interpolate", X, X, None, None, 0, 0, None, X),
-    "interpolate: steps must be torch.int64 with 2": ("interpolate", X, X, torch.zeros(2), None, 0, 0, torch.zeros(3).long(), X),
+    "interpolate: steps must be torch.int64 with 2": (
+        "interpolate",
+        X,
+        X,
+        torch.zeros(2),
+        None,
+        0,
+        0,
+        torch.zeros(3).long(),
+        X,
+    ),
     "norm_act_moments: x must have shape": ("norm_act_moments", X[0], TWO),
     "norm_act_moments: statistics must be torch.float32 with 16": ("norm_act_moments", X, TWO[0]),
     "norm_act: out must have 1024 elements": ("norm_act", X, TWO, TWO, 1e-5, 0.2, True, X),

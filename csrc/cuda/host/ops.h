@@ -106,6 +106,10 @@ Plan sampler_step(
     const std::optional<TensorView>& pooled,
     const std::optional<TensorView>& flags);
 
+// A 3x3 convolution, of the up-sampled input or of the input, with bias and activation (0 none, 1 LeakyReLU, 2 tanh). x: contiguous
+// (N, H, W, C_in), channels in whole units, in the storage of `product`, an index into kProducts. weights: fragments, as
+// advkd/ops/gpu_storage.py packs them. bias: float32 (C_out,). out: contiguous (N, H', W', P >= C_out), of whose channels C_out are
+// written; H' and W' are twice H and W where x is up-sampled.
 Plan conv_layer(
     const Device& device,
     const TensorView& x,
@@ -117,6 +121,7 @@ Plan conv_layer(
     double slope,
     std::int64_t product);
 
+// The student's last convolution, 3x3 of C_in to 1 to 4 channels. weights: as pack_image makes them. out: (N, C_out, H, W).
 Plan conv_image(
     const Device& device,
     const TensorView& x,
@@ -127,6 +132,8 @@ Plan conv_image(
     double slope,
     std::int64_t product);
 
+// out = activation(conv3x3(leaky_relu(conv3x3(up(x)) + bias1)) + bias2), both with zeros around the image, of up to 64 channels.
+// With `image` the second convolution is that of conv_image, with weights and out as there.
 Plan conv_pair(
     const Device& device,
     const TensorView& x,
@@ -141,6 +148,9 @@ Plan conv_pair(
     double slope,
     std::int64_t product);
 
+// 3x3 convolutions with LeakyReLU one after the other, on 4x4 to 32x32 pixels. x: contiguous (N, 4, 4, C). layers: five numbers for
+// each, channels in and out in whole units, height and width of the input, whether it is up-sampled first. cluster: 1, 2, 4 or 8
+// blocks compute a group of `images` together; an image's bits depend on neither. out: (N, R, R, P) like conv_layer's.
 Plan student_stem(
     const Device& device,
     const TensorView& x,

@@ -28,7 +28,8 @@ void step_plan_flat(StepParameters& p, int group, bool draws) {
   p.tiles = cover(p.samples * warps, kStepThreads / kStepLanes);
 }
 
-// `group`: elements of a vector of 16 bytes (with `pool`, four); `draws`: whether the kernel makes the noise. The other fields are filled before.
+// `group`: elements of a vector of 16 bytes (with `pool`, four); `draws`: whether the kernel makes the noise. The other fields are
+// filled before.
 void step_plan(StepParameters& p, int group, bool draws) {
   if (p.pool == 0) return step_plan_flat(p, group, draws);
   const int outputs = p.width / p.pool;
