@@ -27,7 +27,9 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 void check(const char* what, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call that looks for errors would report this one
+  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
 }
 
 const void* kernel_of(std::string_view name) {
