@@ -206,8 +206,8 @@ def cuda_launch(
         plan = (stem_numbers(layers[own]), slope, PRODUCTS.index(product), *step.config)
         return "student_stem", (x, list(packed[own]), list(biases[own]), out, *plan)
     if step.kernel == "pair":
-        tensors = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
-        return "conv_pair", (*tensors, layers[i].upsample, i + 2 == len(layers), *numbers)
+        pair = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
+        return "conv_pair", (*pair, layers[i].upsample, i + 2 == len(layers), *numbers)
     tensors = (x, packed[i], biases[i], out)
     return (
         ("conv_image", (*tensors, *numbers)) if step.kernel == "image" else ("conv_layer", (*tensors, last.upsample, *numbers))
