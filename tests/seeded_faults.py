@@ -50,7 +50,7 @@ zero-counts-as-positive | advkd/ops/conv_bias_act_mask.py | tests/ops/test_conv_
 - positive = values > 0
 + positive = values >= 0
 
-details-from-fine-to-coarse | advkd/ops/latents.py | tests/system/test_latents.py tests/system/test_earlier.py
+details-from-fine-to-coarse | advkd/ops/latents.py | tests/system/test_latents.py tests/methods/test_pairs.py
 - *reversed(details)
 + *details
 
@@ -91,15 +91,15 @@ cuda-padding-between-convolutions | csrc/cuda/conv_pair.cu | tests/kernels/test_
 - inside[r][lower] = pair_inside(row, column, place.height, place.width);
 + inside[r][lower] = row + column + place.height + place.width >= 0;
 
-cpu-largest-float16 | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py
+cpu-largest-float16 | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py -k "parity or not_finite"
 - return 65520.0f;
 + return 65504.0f;
 
-cpu-noise-within-a-block | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py
+cpu-noise-within-a-block | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py -k "parity or not_finite"
 - return logical_.data() + skipped;
 + return logical_.data();
 
-cpu-moments-around-zero | csrc/cpu/norm_act.cpp | tests/ops/test_norm_act.py
+cpu-moments-around-zero | csrc/cpu/norm_act.cpp | tests/ops/test_norm_act.py -k "kernels_of_the_cpu or mean_far"
 - pivot[i] = static_cast<float>(partials[i % n.channels] / (first.rows * first.pixels));
 + pivot[i] = 0.0f;
 
@@ -107,15 +107,15 @@ cpu-gradient-of-a-neighbours-row | csrc/cpu/image_gradient.cpp | tests/ops/test_
 - source >= s_.columns) continue;
 + source > s_.columns) continue;
 
-cpu-spare-bits-of-a-mask | csrc/cpu/conv_bias_act_mask.cpp | tests/ops/test_conv_bias_act_mask.py
+cpu-spare-bits-of-a-mask | csrc/cpu/conv_bias_act_mask.cpp | tests/ops/test_conv_bias_act_mask.py -k "zero_and_nan or parity"
 - group(rest, bias, i, slope, rest) & static_cast<MaskBits>((MaskBits{1} << (count - i)) - 1);
 + group(rest, bias, i, slope, rest);
 
-cpu-last-line-of-the-halo | csrc/cpu | tests/ops/test_conv_block.py tests/ops/test_student_forward.py
+cpu-last-line-of-the-halo | csrc/cpu | tests/ops/test_student_forward.py -k "parity or depend or dirty"
 - for (i64 y = 1; y < a.height; ++y)
 + for (i64 y = 1; y < a.height - 1; ++y)
 
-cpu-details-of-the-first-image | csrc/cpu/student_forward.cpp | tests/ops/test_student_forward.py
+cpu-details-of-the-first-image | csrc/cpu/student_forward.cpp | tests/ops/test_student_forward.py -k "parity or depend or dirty"
 - run.import(z + first * numel + offsets[i + 1],
 + run.import(z + offsets[i + 1],
 
@@ -159,7 +159,7 @@ real-images-by-class | advkd/evaluation/evaluate.py | tests/system/test_evaluate
 - _shuffled(extract(extractor, real, cache=cache))
 + extract(extractor, real, cache=cache)
 
-multistep-ratio-inverted | advkd/diffusion/coefficients.py | tests/system/test_samplers.py
+multistep-ratio-inverted | advkd/diffusion/coefficients.py | tests/system/test_schedulers.py -k "dpmsolver or by_hand"
 - second = first * h / h_0 / 2
 + second = first * h_0 / h / 2
 
