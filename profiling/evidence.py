@@ -191,6 +191,8 @@ MEASURED = {
     **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
 }
 """Result's name -> the kernels in C++ that it measures."""
+UNITS = {"conv_block": ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")}
+"""Kernel in C++ for CPUs -> the source files that it consists of, where there are several."""
 ELSEWHERE = {
     **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
     "step_scaling": "cases.sampler_step",
@@ -222,11 +224,11 @@ def cpu_digests(read=lambda path: (ROOT / path).read_text()):
     ``read``: the text of a path below the root, of this tree or of another commit.
     """
     names = sorted({name for kernels in MEASURED.values() for name in kernels})
-    return {name: _digest(f"csrc/cpu/{name}.cpp", read) for name in names}
+    return {name: _digest([f"csrc/cpu/{unit}.cpp" for unit in UNITS.get(name, (name,))], read) for name in names}
 
 
-def _digest(path, read):
-    seen, left = {}, [path]
+def _digest(paths, read):
+    seen, left = {}, list(paths)
     while left:
         name = left.pop()
         if name not in seen:
