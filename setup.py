@@ -54,9 +54,9 @@ def files(folders, suffixes):
     return sorted(found)
 
 
-def units(kind, suffix):
+def units(kind, *suffixes):
     """An object's units, as paths relative to the root, as setuptools takes them."""
-    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], (suffix,))]
+    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], suffixes)]
 
 
 def source_identity(kind):
@@ -147,6 +147,7 @@ class BuildExtensions(build_ext):
             "-O3",
             "--threads=0",
             "-DUSE_CUDA",
+            "-DADVKD_CUDA_OBJECT",
             f"-I{ROOT / 'csrc'}",
             *torch_flags(),
             *architecture_flags(nvcc),
@@ -294,9 +295,8 @@ def extensions():
     """The CPU object, and the CUDA one where there is a compiler for it."""
     found = [Extension("advkd._cpu", units("cpu", ".cpp"), py_limited_api=True)]
     if cuda_compiler():
-        # Registration units include their kernels: device code of one unit needs no separate linking.
-        launchers = [source for source in units("cuda", ".cu") if Path(source).name.startswith("register")]
-        found.append(Extension("advkd._cuda", launchers, py_limited_api=True))
+        # A unit has all the device code that its kernels call: none needs to be linked with another's.
+        found.append(Extension("advkd._cuda", units("cuda", ".cu", ".cpp"), py_limited_api=True))
     return found
 
 

@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from advkd.errors import InputError
-from advkd.ops import cupy_modules
+from advkd.ops import cuda as cuda_kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
@@ -281,7 +281,7 @@ class Family:
 
     def digest(self):
         """Digest of the device code: the source with its headers, or the Triton file and those beside it that it imports."""
-        text = cupy_modules.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
+        text = cuda_kernels.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def tested_by(self, test):
@@ -298,7 +298,7 @@ class Family:
 
 def families():
     """Every family, from the files that are there."""
-    cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if not path.stem.startswith("register"))
+    cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
     triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text())
     return [*(Family("cuda", name) for name in cuda), *(Family("triton", name) for name in triton)]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from ..conftest import ROOT
+from ..seeded_faults import FAULTS, Fault
 
 
 def is_public(name):
@@ -121,3 +122,16 @@ def test_tools_find_nothing(command, tmp_path):
     called = [sys.executable, "-m", *command, "--cache-dir", str(tmp_path)]
     result = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_fault_of_the_list_can_be_seeded():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == 40
+    for fault in FAULTS:
+        file, text = fault.seeded(ROOT)
+        assert text != file.read_text() and all((ROOT / tests).exists() for tests in fault.files), fault.name
+
+
+@pytest.mark.parametrize("old", ["import torch", "no such text"])
+def test_a_fault_without_one_place_is_an_error(old):
+    with pytest.raises(LookupError, match="a fault: its text is found [^1] times in kernels"):
+        Fault("a fault", "kernels", old, "", "").seeded(ROOT)
