@@ -142,11 +142,12 @@ void transform_outputs(const ConvJob& job, Phase phase, i64 begin, i64 end, cons
   }
 }
 
-// All points of one phase and panel, of n by n: products[point][tile][channel of the panel].
-template <typename P, int N>
-void multiply_points(const ConvLayer& layer, Phase phase, int n, i64 tiles, const P* in, i64 in_stride, const P* weights, float* out, i64 out_stride) {
+// All points of one phase and panel: products[point][tile][channel of the panel].
+template <int m, typename P, int N>
+void multiply_points(const ConvLayer& layer, Phase phase, i64 tiles, const P* in, i64 in_stride, const P* weights, float* out, i64 out_stride) {
   const i64 channels = product_channels(layer), stride = padded(layer.c_in), zero = 0;
   const Segments whole{&zero, 1, channels};
+  constexpr int n = m + 2;
   const Range rows = axis(phase.vertical, n), columns = axis(phase.horizontal, n);
   for (int y = 0; y < rows.count; ++y)
     for (int x = 0; x < columns.count; ++x) {
@@ -187,7 +188,7 @@ void run_tiles(const ConvJob& job, const ConvSchedule& schedule, i64 task, void*
     const Panel panel = panel_of(total, pair % panels);
     const P* weights = packed_weights<P>(job) + ((pair / panels) * total + panel.first) * kLanes * matrices(layer) * channels;
     for_panel(panel.width, [&]<int N>() {
-      multiply_points<P, N>(layer, phase, m + 2, end - begin, transformed, in_stride, weights, products, out_stride);
+      multiply_points<m, P, N>(layer, phase, end - begin, transformed, in_stride, weights, products, out_stride);
     });
     transform_outputs<m, S>(job, phase, begin, end, panel, products, out_stride);
   }

@@ -96,10 +96,10 @@ class Row {
       if (first < -columns_[i].source) first = -columns_[i].source;
       if (last > s_.columns - columns_[i].source) last = s_.columns - columns_[i].source;
     }
-    for (i64 j = 0; j < count;) {
-      const bool group = j >= first && j + kPixels <= last;
-      j = group ? make_pixels<kPixels>(phase, j, last) : make_pixels<1>(phase, j, j + 1);
-    }
+    i64 j = 0;
+    for (; j < count && j < first; ++j) make_pixels<1>(phase, j, j + 1);
+    if (j + kPixels <= last) j = make_pixels<kPixels>(phase, j, last);
+    for (; j < count; ++j) make_pixels<1>(phase, j, j + 1);
   }
 
   // Groups of kCount pixels from `j` on while they end before `last`; the first pixel that is left.

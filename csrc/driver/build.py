@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 UNITS = {
     "conv": ("conv", "dot", "cpu"),
-    "step": ("step",),
+    "step": ("step", "critic"),
     "critic": ("critic",),
     "norm": ("norm",),
     "threads": ("cpu",),
