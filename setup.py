@@ -193,9 +193,8 @@ AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfm
 LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
 AVX, BFLOAT16 = (".avx2", ".avx512"), (".avx2", ".avx512", ".avx512bf16")
 KERNELS = {
-    "conv": (BFLOAT16, ("conv_block", "conv_direct", "conv_winograd")),
+    "conv": (BFLOAT16, ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")),
     "critic": (AVX, ("conv_bias_act_mask", "image_gradient", "interpolate", "mask_mul", "penalty_reduce", "philox")),
-    "dot": (AVX, ("conv_dot", "conv_pack")),
     "norm": (AVX, ("norm_act",)),
     "step": (AVX, ("sampler_step",)),
 }
@@ -237,7 +236,8 @@ def cpu_units(files, machine=None):
 def _unit_flags(name, suffix):
     if name in KERNELS:
         return [*LEVELS[suffix], f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
-    return torch_flags() if name == "cpu.torch" else []
+    # No loops over elements here: what -O3 does more is not worth its time.
+    return ["-O2", *(torch_flags() if name == "cpu.torch" else [])]
 
 
 OBJECTS = ROOT / "build" / "objects"

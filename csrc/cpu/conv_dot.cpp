@@ -5,6 +5,8 @@
 
 #include "cpu/conv_units.h"
 
+#if !defined(__AVX512BF16__)
+
 namespace advkd::ADVKD_ISA {
 namespace {
 
@@ -84,3 +86,5 @@ void run_dot(const ConvJob& job, const ConvSchedule& schedule, i64 task, void* s
 }
 
 }  // namespace advkd::ADVKD_ISA
+
+#endif

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 UNITS = {
-    "conv": ("conv", "dot", "cpu"),
+    "conv": ("conv", "cpu"),
     "step": ("step", "critic"),
     "critic": ("critic",),
     "norm": ("norm",),
@@ -35,12 +35,13 @@ def main(name, output, *flags):
     kernels = units(name, compiler)
     driver = SETUP["Unit"](f"{name}_driver", "", [f"csrc/driver/{name}_driver.cpp"], [])
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, *SETUP["CPU_FLAGS"], "-Wextra", *flags]
+        command = [compiler, *SETUP["CPU_FLAGS"], "-Wextra"]
         # Kernels of an instruction set that was left out are never called.
         link = ["-Wl,--unresolved-symbols=ignore-all"] if os.environ.get("ISAS") else []
         objects = SETUP["cpu_objects"](kernels) if not flags else []
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            own = threads.map(lambda unit: compile_into(folder, command, unit), [driver, *(kernels if flags else ())])
+            left = [driver, *(kernels if flags else ())]
+            own = threads.map(lambda unit: compile_into(folder, [*command, *unit.flags, *flags], unit), left)
             subprocess.run([compiler, "-pthread", *flags, *own, *objects, *link, "-o", output], check=True)
 
 
@@ -55,7 +56,7 @@ def units(name, compiler):
         return [
             unit for unit in found if all(f"__{flag[2:].upper()}__ " in known for flag in unit.flags if flag.startswith("-m"))
         ]
-    return [unit for unit in found if not isas or not unit.flags or (unit.suffix[1:] or "baseline") in isas]
+    return [unit for unit in found if not isas or unit.name not in SETUP["KERNELS"] or (unit.suffix[1:] or "baseline") in isas]
 
 
 def run(*command):
@@ -64,7 +65,7 @@ def run(*command):
 
 def compile_into(folder, command, unit):
     output = f"{folder}/{unit.name}{unit.suffix}.o"
-    SETUP["compile_unit"]([*command, *unit.flags], unit, output)
+    SETUP["compile_unit"](command, unit, output)
     return output
 
 
