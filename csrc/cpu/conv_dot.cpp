@@ -47,7 +47,7 @@ void dot_row(const ConvJob& job, i64 image, i64 y, float* scratch) {
     dot_pixels<S, O>(job, in + x * job.in.channels, sums);
     for (int o = 0; o < O; ++o) std::memcpy(scratch + o * stride + x, sums + 4 * o, 4 * sizeof(float));
   }
-  const Epilogue epilogue{layer.activation, layer.slope};
+  const Epilogue<tanh> epilogue{layer.activation, layer.slope};
   const float* bias = packed_bias(job.packed);
   for (int o = 0; o < O; ++o) {
     float* row = scratch + o * stride;
