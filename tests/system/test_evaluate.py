@@ -303,16 +303,20 @@ def test_teacher_samples_are_drawn_and_kept(tiny, teacher_folder, tmp_path):
 
 
 def test_real_images_of_a_folder(tiny, teacher_folder, tmp_path):
-    noise = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # Sorted by brightness, as real sets are sorted by class: their halves are alike all the same.
+    noise = torch.randint(0, 64, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise[20:] += 190
     folder = save_pictures(noise, tmp_path / "real")
     config = EvaluationConfig(extractor=str(tiny / "classifier"), seed=77, **{**QUICK, "real": str(folder)})
     arguments = (tiny / "student", str(teacher_folder), config, tmp_path / "out", tiny / "samples")
     result = evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
-    assert [(r["images"], r["samples"][0]) for r in result["rows"] if r["against"] == "real"] == [
+    rows = [row for row in result["rows"] if row["against"] == "real"]
+    assert [(row["images"], row["samples"][0]) for row in rows] == [
         ("student", 20),
         ("teacher", 20),
         ("other real images", 20),
     ]
+    assert rows[2]["times_floor"] < 3
 
 
 def test_samples_that_the_student_was_trained_on_are_refused(tiny, teacher_folder, tmp_path):
