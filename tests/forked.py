@@ -158,8 +158,8 @@ def main(number):
     # What an interpreter does at its end, except for freeing every object, which takes a second.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 

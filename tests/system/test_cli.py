@@ -223,7 +223,7 @@ def test_small_demo(capsys, tmp_path, monkeypatch):
 
     # The times in the last line are not tested.
     monkeypatch.setattr(evaluate, "measure", lambda calls, repeats, device: timing.measure(calls, 1, 0, device))
-    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 64, "--updates", 2)
+    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 32, "--updates", 2)
     assert code == 0 and "50 evaluations" in out and "1 evaluation" in out
     for name in ("teacher_and_student", "levels", "loss_curves", "student_samples"):
         with Image.open(tmp_path / "demo" / f"{name}.png") as picture:

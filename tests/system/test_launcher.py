@@ -23,7 +23,7 @@ from advkd.runtime.devices import plain_defaults, require_device
 from advkd.runtime.progress import can_be_shown, progress_bar
 from advkd.training.teacher import train_teacher
 
-from ..conftest import ROOT, fork_cli, other_default, process_environment, tiny_recording, tiny_teacher
+from ..conftest import ROOT, fork, fork_cli, other_default, process_environment, tiny_recording, tiny_teacher
 
 
 def set_variables(monkeypatch, **values):
@@ -206,13 +206,27 @@ def test_output_that_nobody_reads_is_no_error():
     assert process.returncode == 1
 
 
-def closed_streams(*arguments):
-    """The exit code of the command line without standard output and standard error."""
+def fresh_without_streams(*arguments):
+    """The exit code of a fresh command line without standard output and standard error."""
     return subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "advkd", *map(str, arguments)],
         env=process_environment(),
         timeout=300,
     ).returncode
+
+
+WITHOUT_STREAMS = """
+import os, runpy, sys
+os.close(1)
+os.close(2)
+sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None
+runpy.run_module("advkd", run_name="__main__", alter_sys=True)
+"""
+
+
+def closed_streams(*arguments):
+    """The same of a forked one, whose streams are as those of an interpreter that starts without."""
+    return fork("-c", WITHOUT_STREAMS, *arguments).wait(300)
 
 
 def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
@@ -225,8 +239,11 @@ def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
     assert closed_streams(*train, "--batch-sizes", 4, "--critic-channels", 8, "--out", tmp_path / "s") == 0
     assert closed_streams("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images") == 0
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
-    assert closed_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher") == 0
-    assert closed_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
+    assert (
+        fresh_without_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher")
+        == 0
+    )
+    assert fresh_without_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
     # A mistake is still an exit code.
     assert closed_streams("sample", "-n", 0, "--out", tmp_path / "x.png") == 2
 
