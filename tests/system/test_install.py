@@ -51,6 +51,7 @@ def test_without_the_extension_the_reference_remains(tmp_path):
     for path in (ROOT / "advkd").iterdir():
         if path.suffix != ".so":
             (tmp_path / "advkd" / path.name).symlink_to(path)
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
     code = (
         "import torch; from advkd.ops import registry as b; d = torch.device('cpu');"
         "print(b.choose('philox', 'auto', d)); print(b.gap('philox', 'cpu', d).replace(' ', '_'))"
