@@ -110,8 +110,7 @@ build/%/.ready: $(SOURCES) $(shell git ls-files '*.py' 2> /dev/null)
 	@touch $@
 
 # Everything that this machine can measure, on a clean tree: hours on two cores. DEVICE=cuda for the GPU's benchmarks too.
-BENCHMARKS := $(addprefix cases.,student sampler_step gradient_penalty norm_act teacher scaling layers precision step_scaling \
-	penalty_scaling distillation recording sampling neighbours neighbours_idle) trace.demo \
+BENCHMARKS := $(addprefix cases.,student sampler_step gradient_penalty norm_act teacher distillation recording sampling neighbours) trace.demo \
 	$(if $(shell command -v valgrind),limits.instruction_counts) $(if $(shell command -v nvcc),limits.ahead)
 BY_DEVICE := billion trace.nsys trace.ncu trace.compare roofline
 

@@ -46,7 +46,7 @@ def bias_act_mask_kernel(
     tl.store(out + sample * count + element, values.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor) -> None:
+def conv_bias_act_mask(p: torch.Tensor, bias: torch.Tensor | None, slope: float, out: torch.Tensor, mask: torch.Tensor) -> None:
     """Launcher of ``advkd::conv_bias_act_mask``."""
     grid, tiling = blocks(p)
     with torch.cuda.device_of(p):

@@ -48,7 +48,7 @@ def interpolate_kernel(
     tl.store(out + sample * count + element, between.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(
+def interpolate(
     real: torch.Tensor,
     fake: torch.Tensor,
     a: torch.Tensor | None,

@@ -38,7 +38,7 @@ def mask_mul_kernel(x, mask, out, slope, count, tiles, INDEX: tl.constexpr, BLOC
     tl.store(out + sample * count + element, values.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
+def mask_mul(x: torch.Tensor, mask: torch.Tensor, slope: float, out: torch.Tensor) -> None:
     """Launcher of ``advkd::mask_mul``."""
     grid, tiling = blocks(x)
     with torch.cuda.device_of(x):

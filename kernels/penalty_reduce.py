@@ -62,7 +62,9 @@ def penalty_kernel(
         tl.store(out + sample * count + element, (factor * values).to(out.dtype.element_ty), mask=inside)
 
 
-def launch(g: torch.Tensor, target: float, weight: float, mode: int, out: torch.Tensor, penalties: torch.Tensor) -> None:
+def penalty_reduce(
+    g: torch.Tensor, target: float, weight: float, mode: int, out: torch.Tensor, penalties: torch.Tensor
+) -> None:
     """Launcher of ``advkd::penalty_reduce``."""
     samples, count = len(g), g.numel() // len(g)
     tiles = triton.cdiv(count, BLOCK)

@@ -5,8 +5,6 @@ One program draws BLOCK blocks of four elements of one sample (programs run over
 Philox call per four elements. The rounds are written out rather than taken from ``tl.philox``: the counter's layout is ours.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -104,22 +102,18 @@ def normal_kernel(indices, out, key, stream_step, count, tiles, BLOCK: tl.conste
     _store(out, sample * count + 4 * block, count - 4 * block, n0, n1, n2, n3)
 
 
-def words(indices: torch.Tensor, seed: int, count: int, stream: int, step: int) -> torch.Tensor:
-    """Launcher of ``advkd::philox_words``."""
-    return _launch(words_kernel, indices, seed, (count,), count, stream, step, torch.int64)
+def philox_words(indices: torch.Tensor, seed: int, stream: int, step: int, out: torch.Tensor) -> None:
+    """Launcher of ``advkd::philox_words``: fills ``out``, int64."""
+    _launch(words_kernel, indices, seed, stream, step, out)
 
 
-def normal(indices: torch.Tensor, seed: int, shape: Sequence[int], stream: int, step: int) -> torch.Tensor:
-    """Launcher of ``advkd::philox_normal``."""
-    count = 1
-    for side in shape:
-        count *= side
-    return _launch(normal_kernel, indices, seed, shape, count, stream, step, torch.float32)
+def philox_normal(indices: torch.Tensor, seed: int, stream: int, step: int, out: torch.Tensor) -> None:
+    """Launcher of ``advkd::philox_normal``: fills ``out``, float32."""
+    _launch(normal_kernel, indices, seed, stream, step, out)
 
 
-def _launch(kernel, indices, seed, shape, count, stream, step, dtype):
-    out = torch.empty((len(indices), *shape), dtype=dtype, device=indices.device)
-    tiles = triton.cdiv(count, 4 * BLOCK)
+def _launch(kernel, indices, seed, stream, step, out):
     if out.numel():
-        kernel[(len(indices) * tiles,)](indices, out, seed, stream << 24 | step, count, tiles, BLOCK=BLOCK)
-    return out
+        count = out.numel() // len(out)
+        tiles = triton.cdiv(count, 4 * BLOCK)
+        kernel[(len(out) * tiles,)](indices, out, seed, stream << 24 | step, count, tiles, BLOCK=BLOCK)

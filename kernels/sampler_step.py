@@ -147,7 +147,7 @@ def pool_kernel(
     tl.store(pooled + place, mean.to(pooled.dtype.element_ty), mask=output < width // POOL)
 
 
-def launch(
+def sampler_step(
     x: torch.Tensor,
     m: torch.Tensor,
     table: torch.Tensor,

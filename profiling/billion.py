@@ -56,10 +56,8 @@ def engines(device):
     """Engines to be compared on a network, by name; the fastest counts."""
     if device == "cpu":
         return {"eager": peers.eager, "torch.compile": peers.compiled, "OpenVINO": peers.openvino}
-    from . import gpu_peers
-
-    tuned = functools.partial(gpu_peers.compiled, mode="max-autotune")
-    return {"cuDNN, graph": gpu_peers.graphed, "torch.compile, max-autotune": tuned, "TensorRT": gpu_peers.tensorrt}
+    tuned = functools.partial(peers.compiled, mode="max-autotune")
+    return {"cuDNN, graph": peers.graphed, "torch.compile, max-autotune": tuned, "TensorRT": peers.tensorrt}
 
 
 def student_seconds(device, batch):

@@ -5,11 +5,13 @@ A result also holds digests of the kernels that it has measured: a table of kern
 """
 
 import ast
+import functools
 import hashlib
 import json
 import re
 import statistics
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from advkd.errors import InputError
@@ -61,17 +63,69 @@ def source(result, times, sure=""):
     return [*stale(result), *lines]
 
 
-def table_row(*cells):
-    """A line of a table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
+def markdown(titles, rows, rule="---"):
+    """Lines of a table; ``rule``: what stands below each title."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (titles, *rows)]
+    return [lines[0], "|" + f"{rule}|" * len(titles), *lines[1:]]
 
 
-def table_rule(columns):
-    """The line between a table's titles and its rows."""
-    return "|" + "---|" * columns
-
-
+spaced_markdown = functools.partial(markdown, rule=" --- ")
 NOTHING = ["Nothing has been measured yet."]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Specification of a page's tables: one of each stored result of a name, under its source.
+
+    Attributes:
+        name: of the results.
+        columns: ``{title: cell}``, or a function of a result that gives that. A cell is a format of a row's values, such as
+            ``"{batch} images"``, or a function of the row.
+        rows: function of a result that gives the rows, as dictionaries.
+        times: function of a result that gives the times whose spread stands in its source.
+        sure: as in :func:`source`, for figures that are no times.
+        above, below: functions of a result that give further lines.
+        nothing: lines for no result.
+    """
+
+    name: str
+    columns: object
+    rows: object = itemgetter("cases")
+    times: object = lambda result: [entry["seconds"] for entry in contestants(result) if "seconds" in entry]
+    sure: str = ""
+    above: object = lambda result: []
+    below: object = lambda result: []
+    nothing: tuple = tuple(NOTHING)
+
+    def lines(self):
+        """The tables in Markdown."""
+        found = []
+        for result in stored(self.name):
+            columns = self.columns(result) if callable(self.columns) else self.columns
+            rows = [[_cell(cell, row) for cell in columns.values()] for row in self.rows(result)]
+            found += [*source(result, list(self.times(result)), self.sure), *self.above(result)]
+            found += [*markdown(columns, rows), *self.below(result), ""]
+        return found[:-1] or list(self.nothing)
+
+
+def _cell(cell, row):
+    return cell.format_map(row) if isinstance(cell, str) else cell(row)
+
+
+def contestants(result):
+    """Rows of every case's contestants, with the case's own values."""
+    return [{**case, **entry} for case in result["cases"] for entry in case["contestants"]]
+
+
+def scaled(path, factor, form, nothing="-"):
+    """A cell: the value at a path such as ``"seconds/median"``, times a factor, in a format; ``nothing`` where it is None."""
+
+    def cell(row):
+        for key in path.split("/"):
+            row = row[key]
+        return nothing if row is None else form.format(factor * row)
+
+    return cell
 
 
 def stale(result):
@@ -126,34 +180,6 @@ def figure(result, times, text):
     return link(result, text) + (" (of earlier kernels)" if result.get("changed") else "")
 
 
-NUMBERS = "one|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|fifty|(a )?hundred|a|an|several|some"
-UNITS = (
-    r"(ms|us|s|min|h|x|%|×|(micro|milli)?seconds?|minutes?|hours?|times|percent|fps|[GMKT]?(B|FLOP|FLOPS|OP)/s|/s|"
-    r"images?(/s| per second| a second)|(ms|us|s|seconds?|joules?)(/| per | an? )image)(?![\w])"
-)
-FIGURE = re.compile(
-    rf"(?<![\w.])(\d[\d,.]*\s?{UNITS}|({NUMBERS}) {UNITS})"
-    r"|\b(faster|slower|quicker|fastest|outpaces?|speed-?ups?|gains?|twice|half the|double the|factor of"
-    r"|as (fast|quick|slow)|(a|one|two) (half|thirds?|quarters?|fifths?|sixths?|tenths?)|minutes|at the speed of)\b"
-)
-"""A figure of performance, or a comparison, also in words."""
-LINK = re.compile(r"\]\(([^)]*results/[^)]*\.json)\)")
-
-
-def unsupported(text, folder=ROOT):
-    """Sentences of a page in ``folder`` that state performance and link to no result; tables are the generator's own."""
-    text = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->|^```.*?^```", "", text, flags=re.S | re.M)
-    text = re.sub(r"<!--.*?-->", "", text)
-    blocks = [re.sub(r"\s+", " ", re.sub(r"^> ?", "", block, flags=re.M)) for block in re.split(r"\n\s*\n", text)]
-    sentences = [s for block in blocks for s in re.split(r"(?<=[.:;!?])\s+(?=[A-Z`*\[])", block)]
-    return [s for s in sentences if FIGURE.search(re.sub(r"`[^`]*`|\]\([^)]*\)", "", s)) and not _is_linked(s, folder)]
-
-
-def _is_linked(sentence, folder):
-    links = LINK.findall(sentence)
-    return bool(links) and all((folder / path).is_file() for path in links)
-
-
 STUDENT, STEP = ("conv_block", "student_forward"), ("sampler_step", "philox")
 CRITIC = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "image_gradient")
 MEASURED = {
@@ -166,12 +192,15 @@ MEASURED = {
 }
 """Result's name -> the kernels in C++ that it measures."""
 ELSEWHERE = {
+    **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
+    "step_scaling": "cases.sampler_step",
+    "penalty_scaling": "cases.gradient_penalty",
     "sample_scaling": "cases.sampling",
     "demo": "trace.demo",
     "traces": "trace.nsys",
     "counters": "trace.ncu",
     "compare": "trace.compare",
-    "ncu": "gpu.ncu",
+    "ncu": "trace.ncu",
     "first_image": "gpu.first_image",
     "ahead": "limits.ahead",
     "roofline": "roofline",
@@ -268,7 +297,7 @@ class Family:
 def families():
     """Every family, from the files that are there."""
     cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if not path.stem.startswith("register"))
-    triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+    triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text())
     return [*(Family("cuda", name) for name in cuda), *(Family("triton", name) for name in triton)]
 
 

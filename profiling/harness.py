@@ -10,7 +10,9 @@ import argparse
 import functools
 import importlib.util
 import json
+import random
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,6 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from . import gpu_timing
 from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests
 
 SETTLE = 0.1
@@ -54,6 +55,140 @@ class Contestant:
     costly: bool = False
 
 
+SAMPLE = 2e-3
+"""Seconds that one sample takes at least: so many calls in a row that an event's resolution and the host do not count."""
+MOST = 200
+"""Calls of a sample at most."""
+
+
+def measure_events(calls, repeats=20, warmup=3, device="cuda"):
+    """Time functions in turn, in a new random order each round: seconds per call of calls in a row.
+
+    Args:
+        calls: ``{name: function}``; a function's attribute ``units`` says how many calls one is (a graph of several, say).
+        repeats: timed rounds.
+        warmup: calls of each before them.
+        device: whose current stream they run on.
+
+    Returns:
+        As :func:`advkd.runtime.timing.measure`, with ``calls``: how many a sample holds.
+    """
+    counts = {name: _calls_per_sample(call, warmup, device) for name, call in calls.items()}
+    times, shuffler = {name: [] for name in calls}, random.Random(0)
+    for _ in range(repeats):
+        for name in shuffler.sample(list(calls), len(calls)):
+            times[name].append(_sample(calls[name], counts[name], device) / getattr(calls[name], "units", 1))
+    return {name: {**_summary(values), "calls": counts[name]} for name, values in times.items()}
+
+
+def _summary(values):
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "repeats": len(values)}
+
+
+def _calls_per_sample(call, warmup, device):
+    _sample(call, max(warmup, 1), device)
+    return max(1, min(MOST, round(SAMPLE / max(_sample(call, 3, device), 1e-7))))
+
+
+def _sample(call, count, device):
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+class Replay:
+    """``function(i)`` for i = 0 .. units - 1, captured as one CUDA graph; a call replays it and returns the first result.
+
+    With inputs that together exceed the second-level cache, no call finds its own there.
+
+    Args:
+        function: whatever it reads stays where it is; what it draws from torch's default generator is new in every replay.
+        units: calls in the graph.
+        grad: record gradients inside, for functions that differentiate.
+
+    Raises:
+        RuntimeError: something inside cannot be captured.
+    """
+
+    def __init__(self, function, units=1, grad=False):
+        self.units = units
+        caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream), torch.set_grad_enabled(grad):
+            # Algorithms are chosen, kernels compiled and loaded before anything is captured.
+            for _ in range(3):
+                function(0)
+        caller.wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=stream), torch.set_grad_enabled(grad):
+                self.results = [function(i) for i in range(units)]
+        finally:
+            # A capture that fails leaves its own stream behind as the current one.
+            torch.cuda.set_stream(caller)
+        # Numbers that a replay does not write are not mistaken for its result.
+        poison(self.results)
+
+    def __call__(self):
+        self.graph.replay()
+        return self.results[0]
+
+
+def poison(results):
+    """Fill tensors of floating-point numbers, and those in lists and tuples, with NaN."""
+    if isinstance(results, (list, tuple)):
+        for result in results:
+            poison(result)
+    elif isinstance(results, torch.Tensor) and results.is_floating_point():
+        with torch.no_grad():
+            results.fill_(float("nan"))
+
+
+def captures(device):
+    """True if work on the device can be captured as a CUDA graph."""
+    return torch.device(device).type == "cuda"
+
+
+def sets_beyond_cache(moved_bytes, device="cuda", most=64):
+    """Number of sets of inputs and outputs, of so many bytes each, that exceed the second-level cache three times."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(most, -(-3 * cache // moved_bytes)))
+
+
+def peaks(device="cuda"):
+    """Rates of the card on random numbers, a matrix product's and a copy's.
+
+    Returns:
+        ``{"flops": {product: per second}, "bandwidth": bytes per second, "samples": {what: seconds}}``.
+    """
+    flops, samples = {}, {}
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("f16", torch.float16, False), ("tf32", torch.float32, True)):
+        set_tf32(tf32)
+        n = 8192 if dtype.itemsize == 2 else 4096
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        samples |= measure_events({f"product, {name}": lambda a=a, b=b: a @ b}, 10)
+        flops[name] = 2 * n**3 / samples[f"product, {name}"]["median"]
+    set_tf32(False)
+    # Full float32 on tensor cores is three products of TensorFloat-32.
+    flops["f32"] = flops["tf32"] / 3
+    x = torch.randn(2**29, device=device)
+    y = torch.empty_like(x)
+    samples |= measure_events({"copy": lambda: y.copy_(x)}, 10)
+    return {"flops": flops, "bandwidth": 2 * x.nbytes / samples["copy"]["median"], "samples": samples}
+
+
+def set_tf32(allowed):
+    """torch's switches, for everyone: TensorFloat-32 or full float32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 CAPTURED = ", captured"
 """Ends the name of a contestant that is another one's work as a CUDA graph."""
 
@@ -67,7 +202,7 @@ def with_captured(contestants, device, grad=False, leave=()):
         grad: they differentiate.
         leave: names of those whose work is not captured: it depends on the host.
     """
-    if not gpu_timing.captures(device):
+    if not captures(device):
         return contestants
     found = []
     for contestant in contestants:
@@ -79,7 +214,7 @@ def with_captured(contestants, device, grad=False, leave=()):
 def _captured(contestant, grad):
     def prepare():
         call = contestant.prepare()
-        return gpu_timing.Replay(lambda i: call(), grad=grad)
+        return Replay(lambda i: call(), grad=grad)
 
     kind = "peer" if contestant.kind == "baseline" else contestant.kind
     return replace(contestant, name=contestant.name + CAPTURED, prepare=prepare, kind=kind, captured=True)
@@ -258,7 +393,7 @@ def _result(case, entries, calls):
 def timed(calls, repeats, device):
     """Times of functions in turn, by events on a GPU: :func:`advkd.runtime.timing.measure`'s figures by name."""
     if torch.device(device).type == "cuda":
-        return gpu_timing.measure_events(calls, repeats, device=device)
+        return measure_events(calls, repeats, device=device)
     return measure(calls, repeats, warmup=3, device=device, settle=SETTLE)
 
 
@@ -288,30 +423,31 @@ def format_case(result):
     return "\n".join(lines)
 
 
-def main(name, cases, parity_tests):
-    """The command line of a benchmark; ``cases`` is a dict, or a function of the device that gives one."""
+def main(name, cases, parity_tests, sweeps=None):
+    """The command line of a benchmark.
+
+    Args:
+        name: of the benchmark.
+        cases: a dict, or a function of the device that gives one.
+        parity_tests: of the cases.
+        sweeps: ``{name: }`` :class:`profiling.sweep.Sweep` that follow the cases on a CPU.
+    """
     parser = argparse.ArgumentParser(description=f"Benchmark {name}: parity first, then times, as JSON.")
     parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
-    parser.add_argument("--only", help="cases whose name holds this text")
+    parser.add_argument("--only", help="cases, or sweeps, whose name holds this text")
     if callable(cases):
         parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     device = getattr(options, "device", "cpu")
-    cases = cases(device) if callable(cases) else cases
-    chosen = {case: build for case, build in cases.items() if not options.only or options.only in case}
+    known = {**(cases(device) if callable(cases) else cases), **(sweeps or {} if device == "cpu" else {})}
+    chosen = {key: work for key, work in known.items() if not options.only or options.only in key}
     if not chosen:
-        parser.error(f"--only {options.only}: no such case (known: {', '.join(cases)})")
-    sys.exit(0 if run(name, list(chosen.values()), parity_tests, options.out, device) else 1)
-
-
-def gated_folder(description, parity_tests):
-    """The command line of a script that measures without contestants: the folder of ``--out``, once the parity tests passed."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", help="folder for the results (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    if not passes(parity_tests):
-        sys.exit("the parity tests failed or none ran, nothing was timed")
-    return Path(options.out or device_folder())
+        parser.error(f"--only {options.only}: no such case (known: {', '.join(known)})")
+    builds = [work for key, work in chosen.items() if key not in (sweeps or {})]
+    green = run(name, builds, parity_tests, options.out, device) if builds else True
+    for sweep in [work for key, work in chosen.items() if key in (sweeps or {})]:
+        green &= sweep.run(options.out)
+    sys.exit(0 if green else 1)
 
 
 def read(name, folder=None):

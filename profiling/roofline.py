@@ -34,8 +34,8 @@ from advkd.runtime.timing import measure, percentiles
 
 from .evidence import changed
 from .gpu import summary as gpu_summary
-from .harness import device_folder, provenance, read, timed
-from .plots import panels
+from .harness import device_folder, peaks, provenance, read, timed
+from .sweep import panels
 
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
@@ -76,8 +76,6 @@ class Point:
 def ceilings(device):
     """``{"flops": {dtype: per second}, "bandwidth": bytes per second}``, each the best of its ``samples``."""
     if device != "cpu":
-        from .gpu_timing import peaks
-
         found = peaks(device)
         names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "TF32": "tf32"}
         return {**found, "flops": {name: found["flops"][kind] for name, kind in names.items()}}
@@ -189,10 +187,10 @@ def plot(found, limits, paths, title):
 
 
 def rows(result):
-    """``[(name, bound, intensity, fraction), ...]`` of a stored result, as its table has them."""
-    found = [Point(**point) for point in result["points"]]
-    limits = result["ceilings"]
-    return [(p.name, p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
+    """Rows of a stored result's table; ``intensity``: operations per byte, None without bytes."""
+    limits, found = result["ceilings"], [Point(**point) for point in result["points"]]
+    figures = [(p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
+    return [dict(name=p.name, bound=a, intensity=b, fraction=c) for p, (a, b, c) in zip(found, figures, strict=True)]
 
 
 def main():
@@ -211,8 +209,8 @@ def main():
     out = Path(options.out or folder)
     write_json(out / "roofline.json", result)
     plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")
-    for name, bound, intensity, fraction in rows(result):
-        print(f"{name:60} {bound:9} {intensity or 0:9.1f} FLOP/B {100 * fraction:6.1f} %")
+    for row in rows(result):
+        print(f"{row['name']:60} {row['bound']:9} {row['intensity'] or 0:9.1f} FLOP/B {100 * row['fraction']:6.1f} %")
 
 
 if __name__ == "__main__":

@@ -13,43 +13,35 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, roofline
-from .cases import neighbours, neighbours_idle
+from .cases import neighbours
 from .cases import tables as cases
-from .evidence import (
-    NOTHING,
-    ROOT,
-    checked,
-    figure,
-    link,
-    module_of,
-    source,
-    stale,
-    stored,
-    table_row,
-    table_rule,
-    unsupported,
-)
+from .evidence import NOTHING, ROOT, Table, checked, figure, link, module_of, scaled, source, stale, stored
 from .gpu import tables as gpu
 from .limits import guarantees, instruction_counts
-from .trace import compare, demo, ncu, nsys
+from .trace import compare, demo, ncu, timeline
 
 PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md", ROOT / "docs" / "guarantees.md")
 BILLION = ROOT / "docs" / "billion.md"
 
 
-def roofline_table():
-    """Every measured case beside the machine's ceilings."""
-    lines = []
-    for result in stored("roofline"):
-        limits = result["ceilings"]
-        rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
-        times = [*limits["samples"].values(), *(point["seconds"] for point in result["points"])]
-        lines += [*source(result, times), f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
-        lines += [table_row("case", "bound by", "FLOP per byte", "of the limit"), table_rule(4)]
-        for name, bound, intensity, fraction in roofline.rows(result):
-            lines.append(table_row(name, bound, "-" if intensity is None else f"{intensity:.1f}", f"{100 * fraction:.0f} %"))
-        lines.append("")
-    return lines[:-1] or NOTHING
+def _ceilings(result):
+    limits = result["ceilings"]
+    rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
+    return [f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
+
+
+ROOFLINE = Table(
+    "roofline",
+    {
+        "case": "{name}",
+        "bound by": "{bound}",
+        "FLOP per byte": scaled("intensity", 1, "{:.1f}"),
+        "of the limit": scaled("fraction", 100, "{:.0f} %"),
+    },
+    roofline.rows,
+    lambda result: [*result["ceilings"]["samples"].values(), *(point["seconds"] for point in result["points"])],
+    above=_ceilings,
+)
 
 
 def counts():
@@ -70,6 +62,21 @@ def plots(name, caption):
         return found[:-1] or NOTHING
 
     return lines
+
+
+PLOTS = {
+    "demo": "time of a demo by part",
+    "roofline": "every op under the machine's ceilings",
+    "scaling": "time by batch, resolution and threads",
+    "step_scaling": "time of a step by batch and resolution",
+    "penalty_scaling": "time of a penalty by batch, resolution and depth",
+}
+"""Name of results -> caption of their plots."""
+
+
+def recorded(name, lines):
+    """The lines that a profiler's module makes of its stored results."""
+    return lambda: lines(stored(name)) or NOTHING
 
 
 def demo_parts():
@@ -104,34 +111,15 @@ FIGURES = {
 }
 """Name of a figure in a sentence -> what makes its link."""
 TABLES = {
-    "roofline": roofline_table,
+    **{name: table.lines for name, table in cases.TABLES.items()},
+    "roofline": ROOFLINE.lines,
     "counts": counts,
-    "sample_scaling": cases.sample_scaling,
-    "neighbours": neighbours.table,
-    "neighbours_idle": neighbours_idle.table,
+    "neighbours": neighbours.TABLE.lines,
+    "neighbours_idle": neighbours.IDLE_TABLE.lines,
     **{f"limits_{name}": guarantees.table(name) for name in guarantees.CAMPAIGNS},
     "demo": demo_parts,
-    "demo_plot": plots("demo", "time of a demo by part"),
-    "roofline_plot": plots("roofline", "every op under the machine's ceilings"),
-    "scaling_plot": plots("scaling", "time by batch, resolution and threads"),
-    "step_scaling_plot": plots("step_scaling", "time of a step by batch and resolution"),
-    "penalty_scaling_plot": plots("penalty_scaling", "time of a penalty by batch, resolution and depth"),
-    "traces": lambda: nsys.table() or NOTHING,
-    "counters": lambda: ncu.table() or NOTHING,
-    "compare": lambda: compare.table() or NOTHING,
-    "evaluation": cases.evaluation,
-    "ablation": cases.ablation,
-    "student": cases.student,
-    "sampler_step": cases.sampler_step,
-    "gradient_penalty": cases.gradient_penalty,
-    "penalty_memory": cases.penalty_memory,
-    "norm_act": cases.norm_act,
-    "distillation": cases.distillation,
-    "recording": cases.recording,
-    "layers": cases.layers,
-    "footprint": cases.footprint,
-    "precision": cases.precision,
-    "teacher": cases.teacher,
+    **{f"{name}_plot": plots(name, caption) for name, caption in PLOTS.items()},
+    **{name: recorded(name, module.lines) for name, module in (("traces", timeline), ("counters", ncu), ("compare", compare))},
     "gpu_benchmarks": gpu.gpu_benchmarks,
     "gpu_kernels": gpu.gpu_kernels_state,
     "predictions": gpu.predictions,
@@ -159,15 +147,8 @@ def placed(text, page):
 
 
 def pages():
-    """``{path: text}`` of every generated page.
-
-    Raises:
-        InputError: a sentence states performance without a link to its result.
-    """
+    """``{path: text}`` of every generated page."""
     found = {path: filled(path.read_text(), path) for path in PAGES}
-    for path, text in found.items():
-        if bare := unsupported(text, path.parent):
-            raise InputError(f"{path.name}: performance without a link to its result: {'; '.join(bare)}")
     if measured := stored("billion"):
         found[BILLION] = placed(billion.page(measured), BILLION)
     return found

@@ -6,8 +6,9 @@ comparison may then fail and the body goes on. A test fails on any error before 
 wrong numbers cannot explain (all but :data:`EXCUSED`), such as a missing attribute, wrong arguments, tensors of two devices, a
 graph that is captured twice.
 
-With ``profiling.gpu.tests`` beside it (``--gpu-most=1``) one case of each function is entered. The summary says how many
-tests reached a kernel, how many needed none, where a body ended early, and what was skipped.
+With ``profiling.gpu.tests`` beside it (``--gpu-most=1``) one case of each function is entered, with pytest-xdist (``-n 2``) in
+several processes. The summary says how many tests reached a kernel, how many needed none, where a body ended early, and what
+was skipped.
 """
 
 import ast
@@ -441,7 +442,7 @@ def launcher(name):
     """A launcher of the CUDA object that starts nothing; noise comes from the reference."""
     from advkd.ops import philox
 
-    references = {"philox_words": philox.words_reference, "philox_normal": philox.normal_reference}
+    references = {op.name: op.launchers["reference"] for op in (philox.WORDS, philox.NORMAL)}
 
     def launch(*arguments, **options):
         STATE.start(name)
@@ -495,9 +496,10 @@ def use_cupy():
 
 def use_triton():
     """Reduce Triton's launches to checks of their arguments; the ops around them are not traced through."""
-    from advkd.kernels import conv_block
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.runtime.jit import JITFunction
+
+    from advkd.ops import triton_conv
 
     def start(self, *arguments, grid, warmup=False, **options):
         own = {name: value for name, value in options.items() if name in self.arg_names}
@@ -511,7 +513,7 @@ def use_triton():
         STATE.start(self.__name__)
 
     JITFunction.run = start
-    conv_block.wrap_triton = lambda kernel: kernel
+    triton_conv.wrap_triton = lambda kernel: kernel
 
 
 def pytest_addoption(parser):
@@ -573,6 +575,8 @@ def how_far(function):
 
 
 TO_THE_END = "started a kernel, ran to its end"
+WAY = "gpu dry run"
+"""Name of the property of a report that says how far its test came."""
 
 
 class PassedOver(logging.Handler):
@@ -608,10 +612,12 @@ class DryRun:
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         way = f"{'started a kernel' if STATE.kernels else 'started none'}, ran {way}"
-        self.ways.setdefault(way, []).append(pyfuncitem.nodeid)
+        pyfuncitem.user_properties.append((WAY, way))
         return result
 
     def pytest_runtest_logreport(self, report):
+        if report.when == "call" and WAY in (properties := dict(report.user_properties)):
+            self.ways.setdefault(properties[WAY], []).append(report.nodeid)
         if report.skipped:
             self.skipped[f"{report.nodeid.partition('[')[0]}: {report.longrepr[2]}"] += 1
 

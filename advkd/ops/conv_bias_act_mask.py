@@ -7,6 +7,7 @@ import torch
 from ..errors import InputError
 from . import registry
 from .arguments import finite, require_dense, whole
+from .declaration import declare
 from .layout import (
     arithmetic_dtype,
     dense,
@@ -93,7 +94,7 @@ def bias_act_mask(
     elif out is not p:
         require_out(out, "p", p)
     mask = torch.empty((p.shape[0], mask_bytes(p)), dtype=torch.uint8, device=p.device)
-    torch.ops.advkd.conv_bias_act_mask(p, bias, float(slope), backend, out, mask)
+    OP(p, bias, float(slope), backend, out, mask)
     return out, mask
 
 
@@ -109,37 +110,8 @@ def conv_bias_act_mask_reference(
     mask.copy_(pack(in_memory_order(positive.contiguous(memory_format=memory_format(p)))))
 
 
-def _cpu(*args):
-    torch.ops.advkd_cpu.conv_bias_act_mask.default(*args)
-
-
-def _cuda(*args):
-    registry.cuda_launcher("conv_bias_act_mask")(*args)
-
-
-def _triton(*args):
-    from advkd.kernels import conv_bias_act_mask
-
-    conv_bias_act_mask.launch(*args)
-
-
-_LAUNCH = {"reference": conv_bias_act_mask_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-registry.implement("conv_bias_act_mask", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define("conv_bias_act_mask(Tensor p, Tensor? bias, float slope, str backend, Tensor(a!) out, Tensor(b!) mask) -> ()")
-
-
-def _conv_bias_act_mask(p, bias, slope, backend, out, mask):
-    registry.refuse_order_0("conv_bias_act_mask", p, bias, out)
-    launch = _LAUNCH[registry.choose_for("conv_bias_act_mask", p, backend)]
-    if p.numel():
-        launch(p, bias, slope, out, mask)
-
-
-_LIBRARY.impl("conv_bias_act_mask", _conv_bias_act_mask, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::conv_bias_act_mask", lib=_LIBRARY)
-def _(p, bias, slope, backend, out, mask):
-    registry.refuse_order_0("conv_bias_act_mask", p, bias, out)
+OP = declare(
+    "conv_bias_act_mask(Tensor p, Tensor? bias, float slope, Tensor(a!) out, Tensor(b!) mask) -> ()",
+    reference=conv_bias_act_mask_reference,
+    backends=("cpu", "triton", "cuda"),
+)

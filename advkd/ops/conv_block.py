@@ -8,6 +8,7 @@ from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, flag, require_dense
 from .conv_layer import ACTIVATIONS, CPU_DTYPES, ConvLayer, is_image, output_sides, pack
+from .declaration import declare
 from .gpu_storage import padded, product_of
 from .layout import has_values
 from .student_steps import Step, pack_gpu, run_step, triton_launcher
@@ -58,7 +59,7 @@ def conv_block(
     registry.refuse_order_0("conv_block", x, weight, bias)
     require_finite(weight=weight, bias=bias)
     backend = registry.choose_for_dtype("conv_block", x.dtype, backend, x.device)
-    return torch.ops.advkd.conv_block(x, weight, bias, slope, upsample, activation, backend)
+    return OP(x, weight, bias, slope, upsample, activation, backend)
 
 
 def _check_tensors(x, weight, bias):
@@ -142,33 +143,22 @@ def conv_block_triton(
     return triton_launcher("conv_block")(x, weight, bias, slope, upsample, activation)
 
 
-_LAUNCH = {
-    "reference": conv_block_reference,
-    "cpu": conv_block_cpu,
-    "triton": conv_block_triton,
-    "cuda": conv_block_cuda,
-}
-registry.implement(
-    "conv_block", "cpu", "triton", "cuda", by_name=("cpu", "triton", "cuda"), capability=(8, 0), dtypes={"cpu": CPU_DTYPES}
-)
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "conv_block(Tensor x, Tensor weight, Tensor bias, float slope, bool upsample, str activation, str backend) -> Tensor"
-)
+def _reference(*args):
+    return conv_block_reference(*args).contiguous()
 
 
-def _conv_block(x, weight, bias, slope, upsample, activation, backend):
-    return _LAUNCH[backend](x, weight, bias, slope, upsample, activation).contiguous()
-
-
-_LIBRARY.impl("conv_block", _conv_block, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::conv_block", lib=_LIBRARY)
-def _(x, weight, bias, slope, upsample, activation, backend):
+def _fake(x, weight, bias, slope, upsample, activation, backend):
     scale = 2 if upsample else 1
     return x.new_empty((x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3]))
 
 
-registry.refuse_gradients(_LIBRARY, "conv_block")
+OP = declare(
+    "conv_block(Tensor x, Tensor weight, Tensor bias, float slope, bool upsample, str activation) -> Tensor",
+    reference=_reference,
+    backends=("cpu", "triton", "cuda"),
+    launchers={"cpu": conv_block_cpu, "triton": conv_block_triton, "cuda": conv_block_cuda},
+    fake=_fake,
+    by_name=("cpu", "triton", "cuda"),
+    capability=(8, 0),
+    dtypes={"cpu": CPU_DTYPES},
+)

@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from . import registry
 from .arguments import sizes, whole
+from .declaration import declare
 from .layout import memory_format, require_floating, windows, with_usual_strides
 
 CHANNELS, TAPS = 4, 64
@@ -62,7 +63,7 @@ def image_gradient(
     if backend == "cpu" and not thin:
         raise InputError("backend 'cpu' of image_gradient takes float32, one group, at most 4 channels and 64 taps")
     wish = backend if thin else "reference"
-    return torch.ops.advkd.image_gradient(d, weight, list(shape), *pairs, groups, wish)
+    return OP(d, weight, list(shape), *pairs, groups, wish)
 
 
 def image_gradient_reference(
@@ -77,7 +78,8 @@ def image_gradient_reference(
     """The specification of :func:`image_gradient`."""
     x = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=memory_format(d))
     args = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
-    return torch.ops.aten.convolution_backward(d, x, with_usual_strides(weight, groups), None, *args)[0]
+    found = torch.ops.aten.convolution_backward(d, x, with_usual_strides(weight, groups), None, *args)[0]
+    return found.contiguous(memory_format=torch.channels_last)
 
 
 def image_gradient_cpu(
@@ -97,27 +99,15 @@ def image_gradient_cpu(
     return out.permute(0, 3, 1, 2)
 
 
-_LAUNCH = {"reference": image_gradient_reference, "cpu": image_gradient_cpu}
-registry.implement("image_gradient", "cpu")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "image_gradient(Tensor d, Tensor weight, int[] shape, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str backend) -> Tensor"
-)
-
-
-def _image_gradient(d, weight, shape, stride, padding, dilation, groups, backend):
-    found = _LAUNCH[registry.choose("image_gradient", backend, d.device)](d, weight, shape, stride, padding, dilation, groups)
-    return found.contiguous(memory_format=torch.channels_last)
-
-
-_LIBRARY.impl("image_gradient", _image_gradient, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::image_gradient", lib=_LIBRARY)
-def _(d, weight, shape, stride, padding, dilation, groups, backend):
+def _fake(d, weight, shape, stride, padding, dilation, groups, backend):
     return torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=torch.channels_last)
 
 
-registry.refuse_gradients(_LIBRARY, "image_gradient")
+OP = declare(
+    "image_gradient(Tensor d, Tensor weight, int[] shape, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    reference=image_gradient_reference,
+    backends=("cpu",),
+    launchers={"cpu": image_gradient_cpu},
+    fake=_fake,
+    dtypes={"cpu": (torch.float32,)},
+)

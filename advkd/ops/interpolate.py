@@ -6,6 +6,7 @@ from ..errors import InputError
 from ..runtime.sources import STREAMS
 from . import philox, registry
 from .arguments import flag, require_dense
+from .declaration import declare
 from .layout import arithmetic_dtype, memory_format, require_like, require_samples
 
 
@@ -50,7 +51,7 @@ def interpolate(
         weights = a.contiguous()
     shape = ((3 if merge else 1) * real.shape[0], *real.shape[1:])
     out = torch.empty(shape, dtype=real.dtype, device=real.device, memory_format=layout)
-    torch.ops.advkd.interpolate(real, fake, weights, indices, seed, step, steps, backend, out)
+    OP(real, fake, weights, indices, seed, step, steps, backend, out)
     return out
 
 
@@ -89,40 +90,9 @@ def _check_weights(a, real):
         )
 
 
-def _cpu(*args):
-    torch.ops.advkd_cpu.interpolate.default(*args)
-
-
-def _cuda(*args):
-    registry.cuda_launcher("interpolate")(*args)
-
-
-def _triton(*args):
-    from advkd.kernels import interpolate
-
-    interpolate.launch(*args)
-
-
-_LAUNCH = {"reference": interpolate_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-registry.implement("interpolate", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, str backend, "
-    "Tensor(a!) out) -> ()"
+OP = declare(
+    "interpolate(Tensor real, Tensor fake, Tensor? a, Tensor? indices, int seed, int step, Tensor? steps, "
+    "Tensor(a!) out) -> ()",
+    reference=interpolate_reference,
+    backends=("cpu", "triton", "cuda"),
 )
-
-
-def _interpolate(real, fake, a, indices, seed, step, steps, backend, out):
-    registry.refuse_order_0("interpolate", real, fake, a)
-    launch = _LAUNCH[registry.choose_for("interpolate", real, backend)]
-    if real.numel():
-        launch(real, fake, a, indices, seed, step, steps, out)
-
-
-_LIBRARY.impl("interpolate", _interpolate, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::interpolate", lib=_LIBRARY)
-def _(real, fake, a, indices, seed, step, steps, backend, out):
-    registry.refuse_order_0("interpolate", real, fake, a)

@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from . import registry
 from .arguments import finite, require_dense
+from .declaration import declare
 from .layout import (
     arithmetic_dtype,
     dense,
@@ -54,7 +55,7 @@ def mask_mul(
         require_out(out, "x", x)
         if has_memory(out):
             require_apart("out", out, "mask", mask)
-    torch.ops.advkd.mask_mul(x, mask, finite("slope", slope), backend, out)
+    OP(x, mask, finite("slope", slope), backend, out)
     return out
 
 
@@ -93,37 +94,8 @@ def unpack(mask: torch.Tensor, count: int) -> torch.Tensor:
     return ((mask[:, :, None] >> places) & 1).flatten(1)[:, :count].bool()
 
 
-def _cpu(*args):
-    torch.ops.advkd_cpu.mask_mul.default(*args)
-
-
-def _cuda(*args):
-    registry.cuda_launcher("mask_mul")(*args)
-
-
-def _triton(*args):
-    from advkd.kernels import mask_mul
-
-    mask_mul.launch(*args)
-
-
-_LAUNCH = {"reference": mask_mul_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-registry.implement("mask_mul", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define("mask_mul(Tensor x, Tensor mask, float slope, str backend, Tensor(a!) out) -> ()")
-
-
-def _mask_mul(x, mask, slope, backend, out):
-    registry.refuse_order_0("mask_mul", x, out)
-    launch = _LAUNCH[registry.choose_for("mask_mul", x, backend)]
-    if x.numel():
-        launch(x, mask, slope, out)
-
-
-_LIBRARY.impl("mask_mul", _mask_mul, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::mask_mul", lib=_LIBRARY)
-def _(x, mask, slope, backend, out):
-    registry.refuse_order_0("mask_mul", x, out)
+OP = declare(
+    "mask_mul(Tensor x, Tensor mask, float slope, Tensor(a!) out) -> ()",
+    reference=mask_mul_reference,
+    backends=("cpu", "triton", "cuda"),
+)

@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..runtime.devices import without_autocast
 from . import registry
 from .arguments import finite, flag
-from .layout import arithmetic_dtype, dense, has_memory, memory_format, require_floating, span
+from .declaration import declare
+from .layout import arithmetic_dtype, dense, has_memory, memory_format, overlap, require_floating
 from .order import once
 
 
@@ -87,7 +88,7 @@ def norm_act(
 def _normalize(x, weights, statistics, eps, slope, upsample, backend):
     shape = (*x.shape[:2], *(2 * side if upsample else side for side in x.shape[2:]))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    torch.ops.advkd.norm_act(x, weights, statistics, eps, slope, upsample, backend, out)
+    NORMALIZE(x, weights, statistics, eps, slope, upsample, backend, out)
     return out
 
 
@@ -120,17 +121,17 @@ def _gradients(ctx, gradient, x, gamma, beta, statistics):
         # The sum of four pixels' gradients is needed twice: kept in the later dx, where its dtype loses nothing.
         masked = needs_dx and upsample and x.dtype == statistics.dtype
         kept = dx if masked else None
-        torch.ops.advkd.norm_act_sums(gradient, *given, eps, slope, upsample, backend, kept, sums)
+        SUMS(gradient, *given, eps, slope, upsample, backend, kept, sums)
     if needs_dx:
         gradient, means = dx if masked else gradient, _means(sums, ctx.count, ctx.synchronize)
-        torch.ops.advkd.norm_act_backward(gradient, *given, means, eps, slope, upsample, masked, backend, dx)
+        BACKWARD(gradient, *given, means, eps, slope, upsample, masked, backend, dx)
     return dx, sums[1].to(gamma.dtype) if needs_dgamma else None, sums[0].to(beta.dtype) if needs_dbeta else None
 
 
 def moments(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """``(2, C)`` mean and biased variance over (N, H, W), in the arithmetic's dtype. Order of differentiability 0."""
     statistics = torch.empty((2, x.shape[1]), dtype=arithmetic_dtype(x), device=x.device)
-    torch.ops.advkd.norm_act_moments(x, backend, statistics)
+    MOMENTS(x, backend, statistics)
     return statistics
 
 
@@ -286,85 +287,30 @@ def _check(x, gamma, beta, running_mean, running_var, training, synchronize):
 
 def _check_apart(named):
     """Refuse running statistics, which are written before the rest is read, that share memory with another tensor."""
-    spans = {name: span(tensor) for name, tensor in named.items()}
+    others = dict(named)
     for name in ("running_mean", "running_var"):
-        first, last = spans.pop(name)
-        for other, (begin, end) in spans.items():
-            if begin < last and first < end:
+        written = others.pop(name)
+        for other, tensor in others.items():
+            if overlap(written, tensor):
                 raise InputError(f"{name} overlaps {other}, which is read after it is written; give it memory of its own")
 
 
-def _cpu(name):
-    return lambda *args: getattr(torch.ops.advkd_cpu, name).default(*args)
+def _declared(schema, reference, empty=None):
+    return declare(schema, reference=reference, backends=("cpu", "triton", "cuda"), group="norm_act", empty=empty)
 
 
-def _cuda(name):
-    return lambda *args: registry.cuda_launcher(name)(*args)
-
-
-def _triton(name):
-    def launch(*args):
-        from advkd.kernels import norm_act
-
-        getattr(norm_act, name)(*args)
-
-    return launch
-
-
-_REFERENCES = {
-    "norm_act_moments": moments_reference,
-    "norm_act": norm_act_reference,
-    "norm_act_sums": norm_act_sums_reference,
-    "norm_act_backward": norm_act_backward_reference,
-}
-_LAUNCH = {
-    name: {"reference": reference, "cpu": _cpu(name), "cuda": _cuda(name), "triton": _triton(name)}
-    for name, reference in _REFERENCES.items()
-}
-registry.implement("norm_act", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define("norm_act_moments(Tensor x, str backend, Tensor(a!) statistics) -> ()")
-_LIBRARY.define(
-    "norm_act(Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, str backend, "
-    "Tensor(a!) out) -> ()"
+MOMENTS = _declared("norm_act_moments(Tensor x, Tensor(a!) statistics) -> ()", moments_reference, empty=moments_reference)
+NORMALIZE = _declared(
+    "norm_act(Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, Tensor(a!) out) -> ()",
+    norm_act_reference,
 )
-_LIBRARY.define(
+SUMS = _declared(
     "norm_act_sums(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, float eps, float slope, bool upsample, "
-    "str backend, Tensor(a!)? kept, Tensor(b!) sums) -> ()"
+    "Tensor(a!)? kept, Tensor(b!) sums) -> ()",
+    norm_act_sums_reference,
 )
-_LIBRARY.define(
+BACKWARD = _declared(
     "norm_act_backward(Tensor gradient, Tensor x, Tensor weights, Tensor statistics, Tensor means, float eps, float slope, "
-    "bool upsample, bool masked, str backend, Tensor(a!) dx) -> ()"
+    "bool upsample, bool masked, Tensor(a!) dx) -> ()",
+    norm_act_backward_reference,
 )
-
-
-def _launcher(name, backend, x):
-    """The launcher of piece ``name``; on an empty tensor it does nothing."""
-    chosen = registry.choose_for("norm_act", x, backend)
-    if not x.numel() and name != "norm_act_moments":
-        return lambda *args: None
-    return _LAUNCH[name][chosen if x.numel() else "reference"]
-
-
-def _moments(x, backend, statistics):
-    _launcher("norm_act_moments", backend, x)(x, statistics)
-
-
-def _norm_act(x, weights, statistics, eps, slope, upsample, backend, out):
-    _launcher("norm_act", backend, x)(x, weights, statistics, eps, slope, upsample, out)
-
-
-def _sums(gradient, x, weights, statistics, eps, slope, upsample, backend, kept, sums):
-    _launcher("norm_act_sums", backend, x)(gradient, x, weights, statistics, eps, slope, upsample, kept, sums)
-
-
-def _backward(gradient, x, weights, statistics, means, eps, slope, upsample, masked, backend, dx):
-    launch = _launcher("norm_act_backward", backend, x)
-    launch(gradient, x, weights, statistics, means, eps, slope, upsample, masked, dx)
-
-
-_PIECES = {"norm_act_moments": _moments, "norm_act": _norm_act, "norm_act_sums": _sums, "norm_act_backward": _backward}
-for _name, _piece in _PIECES.items():
-    _LIBRARY.impl(_name, _piece, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"advkd::{_name}", lambda *args: None, lib=_LIBRARY)

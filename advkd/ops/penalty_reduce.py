@@ -5,6 +5,7 @@ import torch
 from ..errors import InputError
 from . import registry
 from .arguments import finite
+from .declaration import declare
 from .layout import arithmetic_dtype, dense, in_memory_order, require_out, require_samples
 
 MODES = ("two-sided", "one-sided", "r1")
@@ -55,7 +56,7 @@ def penalty_reduce(
     else:
         require_out(out, "g", g)
     penalties = torch.empty(g.shape[:1], dtype=arithmetic_dtype(g), device=g.device)
-    torch.ops.advkd.penalty_reduce(g, target, weight, MODES.index(mode), backend, out, penalties)
+    OP(g, target, weight, MODES.index(mode), backend, out, penalties)
     return penalties, out
 
 
@@ -78,41 +79,15 @@ def penalty_reduce_reference(
     in_memory_order(out).copy_(factor[:, None] * values)
 
 
-def _cpu(*args):
-    torch.ops.advkd_cpu.penalty_reduce.default(*args)
-
-
-def _cuda(*args):
-    registry.cuda_launcher("penalty_reduce")(*args)
-
-
-def _triton(*args):
-    from advkd.kernels import penalty_reduce
-
-    penalty_reduce.launch(*args)
-
-
-_LAUNCH = {"reference": penalty_reduce_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-registry.implement("penalty_reduce", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "penalty_reduce(Tensor g, float target, float weight, int kind, str backend, Tensor(a!) out, Tensor(b!) penalties) -> ()"
-)
-
-
-def _penalty_reduce(g, target, weight, mode, backend, out, penalties):
-    registry.refuse_order_0("penalty_reduce", g, out)
-    launch = _LAUNCH[registry.choose_for("penalty_reduce", g, backend)]
-    if g.numel():
-        launch(g, target, weight, mode, out, penalties)
-    elif g.shape[0]:
+def _without_elements(g, target, weight, mode, out, penalties):
+    """Samples without elements have penalties, too."""
+    if len(g):
         penalty_reduce_reference(g, target, weight, mode, out, penalties)
 
 
-_LIBRARY.impl("penalty_reduce", _penalty_reduce, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::penalty_reduce", lib=_LIBRARY)
-def _(g, target, weight, mode, backend, out, penalties):
-    registry.refuse_order_0("penalty_reduce", g, out)
+OP = declare(
+    "penalty_reduce(Tensor g, float target, float weight, int kind, Tensor(a!) out, Tensor(b!) penalties) -> ()",
+    reference=penalty_reduce_reference,
+    backends=("cpu", "triton", "cuda"),
+    empty=_without_elements,
+)

@@ -17,6 +17,7 @@ from ..runtime.sources import STREAMS
 from . import registry
 from .arguments import device as known_device
 from .arguments import require_dense, sizes, whole
+from .declaration import declare
 from .layout import has_values
 
 _MASK = 0xFFFFFFFF
@@ -46,7 +47,9 @@ def philox_words(
     seed, indices, code = validated(seed, indices, stream, step)
     count = whole("count", count, 0, _MOST + 1)
     registry.require_known(backend)
-    return torch.ops.advkd.philox_words(indices, seed, count, code, step, backend)
+    out = indices.new_empty((indices.shape[0], count))
+    WORDS(indices, seed, code, step, backend, out)
+    return out
 
 
 def philox_normal(
@@ -70,7 +73,9 @@ def philox_normal(
     if math.prod(shape) > _MOST:
         raise InputError(f"shape must hold at most 2^34 numbers, got {shape}")
     registry.require_known(backend)
-    return torch.ops.advkd.philox_normal(indices, seed, shape, code, step, backend)
+    out = indices.new_empty((indices.shape[0], *shape), dtype=torch.float32)
+    NORMAL(indices, seed, code, step, backend, out)
+    return out
 
 
 def philox_uniform(
@@ -210,50 +215,18 @@ def normal_reference(
     return normals.reshape(len(indices), 2 * pairs)[:, :count].reshape(len(indices), *shape).contiguous()
 
 
-def _triton_launcher(name):
-    from advkd.kernels import philox
-
-    return getattr(philox, name)
+def _write_words(indices, seed, stream, step, out):
+    out.copy_(words_reference(indices, seed, out.shape[1], stream, step))
 
 
-_WORDS = {
-    "reference": words_reference,
-    "cpu": lambda *args: torch.ops.advkd_cpu.philox_words(*args),
-    "cuda": lambda *args: registry.cuda_launcher("philox_words")(*args),
-    "triton": lambda *args: _triton_launcher("words")(*args),
-}
-_NORMAL = {
-    "reference": normal_reference,
-    "cpu": lambda *args: torch.ops.advkd_cpu.philox_normal(*args),
-    "cuda": lambda *args: registry.cuda_launcher("philox_normal")(*args),
-    "triton": lambda *args: _triton_launcher("normal")(*args),
-}
-registry.implement("philox", "cpu", "triton", "cuda")
+def _write_normal(indices, seed, stream, step, out):
+    out.copy_(normal_reference(indices, seed, out.shape[1:], stream, step))
 
 
-# Library rather than custom_op: that one imports torch._dynamo on the first call, a second of a sampler's start.
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define("philox_words(Tensor indices, int seed, int count, int stream, int step, str backend) -> Tensor")
-_LIBRARY.define("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step, str backend) -> Tensor")
+def _declared(schema, reference):
+    options = {"group": "philox", "dtypes": dict.fromkeys(("cpu", "triton", "cuda"), (torch.int64,))}
+    return declare(schema, reference=reference, backends=("cpu", "triton", "cuda"), **options)
 
 
-def _words(indices, seed, count, stream, step, backend):
-    return _WORDS[registry.choose("philox", backend, indices.device)](indices, seed, count, stream, step)
-
-
-def _normal(indices, seed, shape, stream, step, backend):
-    return _NORMAL[registry.choose("philox", backend, indices.device)](indices, seed, shape, stream, step)
-
-
-_LIBRARY.impl("philox_words", _words, "CompositeExplicitAutograd")
-_LIBRARY.impl("philox_normal", _normal, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::philox_words", lib=_LIBRARY)
-def _(indices, seed, count, stream, step, backend):
-    return indices.new_empty((indices.shape[0], count))
-
-
-@torch.library.register_fake("advkd::philox_normal", lib=_LIBRARY)
-def _(indices, seed, shape, stream, step, backend):
-    return indices.new_empty((indices.shape[0], *shape), dtype=torch.float32)
+WORDS = _declared("philox_words(Tensor indices, int seed, int stream, int step, Tensor(a!) out) -> ()", _write_words)
+NORMAL = _declared("philox_normal(Tensor indices, int seed, int stream, int step, Tensor(a!) out) -> ()", _write_normal)

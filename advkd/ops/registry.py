@@ -17,6 +17,8 @@ from .layout import DTYPES
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """Fastest first; ``auto`` takes the first one that an op has and that can run on the tensor's device."""
 
+_NAMES = (*BACKENDS, "auto")
+
 IMPLEMENTED = {}
 """Op name -> backends it is written for; each op's file adds its own."""
 
@@ -51,15 +53,6 @@ def implement(
     STORED[name] = {**dict.fromkeys(backends, DTYPES), **dtypes}
 
 
-def refuse_gradients(library: torch.library.Library, name: str) -> None:
-    """Declare op ``name`` of order 0: a gradient through it raises instead of being silently wrong."""
-
-    def backward(ctx, *gradients):
-        raise RuntimeError(f"{name} has no gradient (order of differentiability 0)")
-
-    torch.library.register_autograd(f"advkd::{name}", backward, lib=library)
-
-
 def refuse_order_0(name: str, *tensors: object) -> None:
     """Raise where a derivative through op ``name`` is asked for.
 
@@ -67,7 +60,8 @@ def refuse_order_0(name: str, *tensors: object) -> None:
     of ``torch.func`` can be seen only there. Inside the op their tensors are plain ones, and a derivative would silently be
     zero. The op calls it again for direct callers.
     """
-    refuse_forward_mode(name, *tensors)
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(name, *tensors)
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:
@@ -86,7 +80,7 @@ def refuse_forward_mode(name: str, *tensors: object) -> None:
 
 def require_known(backend: object) -> None:
     """Raise :class:`InputError` unless ``backend`` is a backend's name or ``auto``."""
-    if not isinstance(backend, str) or backend not in (*BACKENDS, "auto"):
+    if not isinstance(backend, str) or backend not in _NAMES:
         raise InputError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
 
 
@@ -114,7 +108,7 @@ def choose(name: str, backend: str, device: torch.device) -> str:
         BackendUnavailableError: the backend asked for cannot run; the message gives the reason.
     """
     require_known(backend)
-    return _choose(name, backend, device, os.environ.get("ADVKD_BACKEND", "auto"))
+    return _choose(name, backend, device, os.environ.get("ADVKD_BACKEND", "auto") if backend == "auto" else "")
 
 
 @functools.cache
@@ -124,7 +118,7 @@ def _choose(name, backend, device, preferred):
         if reason := gap(name, backend, device):
             raise BackendUnavailableError(f"backend {backend!r} cannot run {name} on {device}: {reason}")
         return backend
-    if preferred not in (*BACKENDS, "auto"):
+    if preferred not in _NAMES:
         raise InputError(f"ADVKD_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {preferred!r}")
     order = BACKENDS if preferred == "auto" else (preferred, *BACKENDS)
     order = [b for b in order if b not in BY_NAME[name] or b == preferred]

@@ -20,6 +20,7 @@ from ..runtime.sources import STREAMS
 from . import philox, registry
 from .arguments import device as known_device
 from .arguments import flag, real, require_dense, whole
+from .declaration import declare
 from .layout import (
     DTYPES,
     arithmetic_dtype,
@@ -147,16 +148,10 @@ def sampler_step(
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)
     registry.require_known(backend)
     given, average = _split(out)
-    tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": given}
-    seed, indices, step, steps = 0, None, 0, None
-    if isinstance(noise, (tuple, list)):
-        seed, indices, step, steps = philox.counters("noise", noise, x.shape[0], x.device)
-        if x.numel() > 2**34 * max(x.shape[0], 1):
-            raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // x.shape[0]}")
-    else:
-        tensors["noise"] = noise
+    noise, (seed, indices, step, steps) = _split_noise(noise, x)
+    tensors = {"model_output": model_output, "previous_x0": previous_x0, "out": given, "noise": noise}
     _check_tensors(x, tensors)
-    table = _table(coefficients, x, previous_x0 is not None, noise is not None)
+    table = _table(coefficients, x, previous_x0 is not None, noise is not None or indices is not None)
     if (given is not None or average is not None) and not torch.compiler.is_compiling():
         read = {"x": x, **tensors, "coefficients": coefficients, "noise's indices": indices, "noise's step": steps}
         _check_results(x, given, average, {name: t for name, t in read.items() if isinstance(t, torch.Tensor)})
@@ -164,12 +159,11 @@ def sampler_step(
     if pool is not None and (x.ndim != 4 or x.shape[-1] % pool or x.shape[-2] % pool):
         raise InputError(f"pool must divide the height and width of (N, C, H, W), got {pool} for {tuple(x.shape)}")
     registry.refuse_order_0("sampler_step", x, model_output, table, previous_x0, noise, given, average)
-    x_next = torch.empty_like(x, memory_format=memory_format(x)) if given is None else given
+    layout = memory_format(x)
+    x_next = torch.empty_like(x, memory_format=layout) if given is None else given
     x0, pooled, flags = _outputs(x, pool, return_x0, check_finite, average)
-    noise = None if indices is not None else noise
-    torch.ops.advkd.sampler_step.default(
-        x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags
-    )
+    x, model_output, previous_x0, noise = _laid_out(layout, x, model_output, previous_x0, noise)
+    OP(x, model_output, table, previous_x0, noise, indices, seed, step, steps, pool or 0, backend, x_next, x0, pooled, flags)
     for written in (given, average):
         if written is not None:
             _mark_written(written)
@@ -221,6 +215,16 @@ def _split(out):
     if isinstance(out, tuple) or not (average is None or isinstance(average, torch.Tensor)):
         raise InputError("out must be a tensor, or with pool a pair of tensors")
     return out, average
+
+
+def _split_noise(noise, x):
+    """``noise`` as a tensor or None, and the seed, indices, step and steps of noise that is to be drawn."""
+    if not isinstance(noise, (tuple, list)):
+        return noise, (0, None, 0, None)
+    drawn = philox.counters("noise", noise, x.shape[0], x.device)
+    if x.numel() > 2**34 * max(x.shape[0], 1):
+        raise InputError(f"noise has 2^34 numbers per sample (2^32 blocks of four), x has {x.numel() // x.shape[0]}")
+    return None, drawn
 
 
 def _check_tensors(x, tensors):
@@ -289,6 +293,10 @@ def _table(coefficients, x, history, noisy):
     return coefficients.row(x.device, dtype)
 
 
+def _laid_out(layout, *tensors):
+    return [t if t is None else t.contiguous(memory_format=layout) for t in tensors]
+
+
 def _mark_written(out):
     """Tell autograd of the write, as torch's in-place ops do: a backward pass that has saved ``out`` then raises."""
     if not torch.compiler.is_compiling() and not out.is_inference():
@@ -299,40 +307,6 @@ def _refuse_infinite(flags):
     wrong = flags.nonzero().flatten().tolist()
     if wrong:
         raise InputError(f"the next state of sample {', '.join(map(str, wrong[:8]))} is not finite: check x and model_output")
-
-
-def _cpu(*args):
-    torch.ops.advkd_cpu.sampler_step.default(*args)
-
-
-def _cuda(*args):
-    registry.cuda_launcher("sampler_step")(*args)
-
-
-def _triton(*args):
-    from advkd.kernels import sampler_step
-
-    sampler_step.launch(*args)
-
-
-_LAUNCH = {"reference": sampler_step_reference, "cpu": _cpu, "cuda": _cuda, "triton": _triton}
-registry.implement("sampler_step", "cpu", "triton", "cuda")
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "sampler_step(Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, "
-    "int seed, int step, Tensor? steps, int pool, str backend, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, "
-    "Tensor(d!)? flags) -> ()"
-)
-
-
-def _sampler_step(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    registry.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
-    launch = _LAUNCH[registry.choose_for("sampler_step", x, backend)]
-    if x.numel():
-        layout = memory_format(x)
-        x, m, previous_x0, noise = (t if t is None else t.contiguous(memory_format=layout) for t in (x, m, previous_x0, noise))
-        launch(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, *outputs)
 
 
 def _outputs(x, pool, return_x0, check_finite, average):
@@ -355,9 +329,9 @@ def _average(x, pool, given):
     return given
 
 
-_LIBRARY.impl("sampler_step", _sampler_step, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::sampler_step", lib=_LIBRARY)
-def _(x, m, table, previous_x0, noise, indices, seed, step, steps, pool, backend, *outputs):
-    registry.refuse_order_0("sampler_step", x, m, table, previous_x0, noise, *outputs)
+OP = declare(
+    "sampler_step(Tensor x, Tensor model_output, Tensor coefficients, Tensor? previous_x0, Tensor? noise, Tensor? indices, "
+    "int seed, int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()",
+    reference=sampler_step_reference,
+    backends=("cpu", "triton", "cuda"),
+)

@@ -10,6 +10,7 @@ from . import registry
 from .arguments import finite, require_dense
 from .conv_block import conv_block_reference
 from .conv_layer import CPU_DTYPES, DTYPES, STORAGE, ConvLayer, decode, encode, is_image, pack
+from .declaration import declare
 from .latents import split_latent
 from .layout import require_floating
 from .student_steps import gpu_arguments, plain_steps, student_forward_gpu
@@ -61,16 +62,16 @@ def student_forward(
             raise InputError(f"the last layer must make 1 to 4 channels by tanh without up-sampling on {backend!r}")
         biases, packed, steps = gpu_arguments(weights, biases, layers, dtype, plain_steps(layers, len(z), dtype, backend))
         numbers = encode(layers, dtype)
-        return torch.ops.advkd.student_forward(z.contiguous(), [], biases, packed, numbers, steps, slope, backend)
+        return OP(z.contiguous(), [], biases, packed, numbers, steps, slope, backend)
     if backend != "cpu":
         narrow = ([tensor.to(dtype) for tensor in group] for group in (weights, biases))
-        return torch.ops.advkd.student_forward(z.to(dtype), *narrow, [], encode(layers), [], slope, backend)
+        return OP(z.to(dtype), *narrow, [], encode(layers), [], slope, backend)
     algorithms = algorithms or [layer.default(dtype) for layer in layers]
     if len(algorithms) != len(layers) or packed and len(packed) != len(layers):
         raise InputError(f"{len(layers)} layers need as many algorithms and packed weights")
     packed = packed or [pack(w, b, i, dtype, a) for w, b, i, a in zip(weights, biases, layers, algorithms, strict=True)]
     z, numbers = z.float().contiguous(), encode(layers, dtype, algorithms)
-    return torch.ops.advkd.student_forward(z, list(weights), list(biases), list(packed), numbers, [], slope, backend)
+    return OP(z, list(weights), list(biases), list(packed), numbers, [], slope, backend)
 
 
 def latent_numel(layers: Sequence[ConvLayer]) -> int:
@@ -126,15 +127,6 @@ def _images(z, weights, biases, layers, slope):
     return x
 
 
-registry.implement("student_forward", "cpu", "triton", "cuda", capability=(8, 0), dtypes={"cpu": CPU_DTYPES})
-
-_LIBRARY = torch.library.Library("advkd", "FRAGMENT")
-_LIBRARY.define(
-    "student_forward(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] layers, int[] steps, float slope, "
-    "str backend) -> Tensor"
-)
-
-
 def _reference(z, weights, biases, packed, layers, steps, slope):
     return student_forward_reference(z, weights, biases, decode(layers), slope).contiguous()
 
@@ -147,18 +139,7 @@ def _gpu(z, weights, biases, packed, layers, steps, slope):
     return student_forward_gpu(z, biases, packed, decode(layers), DTYPES[layers[STORAGE]], steps, slope)
 
 
-_LAUNCH = {"reference": _reference, "cpu": _cpu, "triton": _gpu, "cuda": _gpu}
-
-
-def _student_forward(z, weights, biases, packed, layers, steps, slope, backend):
-    return _LAUNCH[backend](z, weights, biases, packed, layers, steps, slope)
-
-
-_LIBRARY.impl("student_forward", _student_forward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advkd::student_forward", lib=_LIBRARY)
-def _(z, weights, biases, packed, layers, steps, slope, backend):
+def _fake(z, weights, biases, packed, layers, steps, slope, backend):
     image = decode(layers)[-1]
     scale = 2 if image.upsample else 1
     # The reference computes in z's dtype; the kernels' launchers take float32 latents and say theirs with each layer.
@@ -166,4 +147,15 @@ def _(z, weights, biases, packed, layers, steps, slope, backend):
     return z.new_empty((z.shape[0], image.c_out, scale * image.height, scale * image.width), dtype=dtype)
 
 
-registry.refuse_gradients(_LIBRARY, "student_forward")
+OP = declare(
+    "student_forward(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] layers, int[] steps, float slope)"
+    " -> Tensor",
+    reference=_reference,
+    backends=("cpu", "triton", "cuda"),
+    launchers={"cpu": _cpu, "triton": _gpu, "cuda": _gpu},
+    fake=_fake,
+    # The dtype of the images chose the backend for which the weights were packed; the latents may have any.
+    choose=lambda name, z, backend: backend,
+    capability=(8, 0),
+    dtypes={"cpu": CPU_DTYPES},
+)

@@ -27,7 +27,7 @@ CUDA C++."""
 class Step:
     """One launch: convolutions ``first .. first + count - 1`` by one of :data:`KERNELS`.
 
-    ``config``: integers; Triton's tile (``Config``, ``ImageConfig`` or ``DescriptorConfig`` of ``kernels/conv_block.py``), of
+    ``config``: integers; Triton's tile (``Config``, ``ImageConfig`` or ``DescriptorConfig`` of ``kernels/conv_tiles.py``), of
     ``stem`` blocks per cluster and images per cluster, of the others none.
     """
 
@@ -164,8 +164,8 @@ def _enter(out, detail):
 
 
 def triton_launcher(name: str) -> Callable:
-    """Function ``name`` of the Triton kernels of the student's convolutions."""
-    return getattr(importlib.import_module("advkd.kernels.conv_block"), name)
+    """Function ``name`` of :mod:`advkd.ops.triton_conv`, which imports Triton."""
+    return getattr(importlib.import_module("advkd.ops.triton_conv"), name)
 
 
 def triton_precision(product: str) -> str:

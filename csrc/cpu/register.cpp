@@ -23,9 +23,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// out: (samples, ...), each sample's numbers one run of memory.
 template <typename Element, typename Kernel>
-void launch(const Tensor& indices, const PhiloxParameters& p, Kernel kernel, Tensor& out) {
+void launch(const Tensor& indices, int64_t seed, int64_t stream, int64_t step, ScalarType dtype, Kernel kernel, Tensor& out) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_contiguous(), "indices must be contiguous int64");
+  STD_TORCH_CHECK(
+      out.scalar_type() == dtype && out.is_contiguous() && out.dim() > 0 && out.size(0) == indices.numel(),
+      "out must be contiguous, a row of numbers for each index");
+  if (out.numel() == 0) return;
+  const PhiloxParameters p = philox_parameters(seed, stream, step, out.numel() / indices.numel());
   STD_TORCH_CHECK(p.count <= i64{1} << 34, "a sample has at most 2^34 elements");
   const i64 tiles = (p.count + 4 * kPhiloxTile - 1) / (4 * kPhiloxTile);
   const auto* index = static_cast<const std::int64_t*>(indices.const_data_ptr());
@@ -39,28 +45,12 @@ void launch(const Tensor& indices, const PhiloxParameters& p, Kernel kernel, Ten
   });
 }
 
-Tensor philox_words(const Tensor& indices, int64_t seed, int64_t count, int64_t stream, int64_t step) {
-  const std::vector<int64_t> shape{indices.numel(), count};
-  Tensor out = torch::stable::new_empty(indices, shape, ScalarType::Long);
-  launch<std::int64_t>(indices, philox_parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_words), out);
-  return out;
+void philox_words(const Tensor& indices, int64_t seed, int64_t stream, int64_t step, Tensor out) {
+  launch<std::int64_t>(indices, seed, stream, step, ScalarType::Long, ADVKD_DISPATCH(philox_words), out);
 }
 
-Tensor philox_normal(
-    const Tensor& indices,
-    int64_t seed,
-    torch::headeronly::IntHeaderOnlyArrayRef shape,
-    int64_t stream,
-    int64_t step) {
-  std::vector<int64_t> full{indices.numel()};
-  i64 count = 1;
-  for (const int64_t side : shape) {
-    full.push_back(side);
-    count *= side;
-  }
-  Tensor out = torch::stable::new_empty(indices, full, ScalarType::Float);
-  launch<float>(indices, philox_parameters(seed, stream, step, count), ADVKD_DISPATCH(philox_normal), out);
-  return out;
+void philox_normal(const Tensor& indices, int64_t seed, int64_t stream, int64_t step, Tensor out) {
+  launch<float>(indices, seed, stream, step, ScalarType::Float, ADVKD_DISPATCH(philox_normal), out);
 }
 
 StepDtype step_dtype(const Tensor& t) {
@@ -298,8 +288,8 @@ std::string isa() {
 }  // namespace advkd
 
 STABLE_TORCH_LIBRARY(advkd_cpu, m) {
-  m.def("philox_words(Tensor indices, int seed, int count, int stream, int step) -> Tensor");
-  m.def("philox_normal(Tensor indices, int seed, int[] shape, int stream, int step) -> Tensor");
+  m.def("philox_words(Tensor indices, int seed, int stream, int step, Tensor(a!) out) -> ()");
+  m.def("philox_normal(Tensor indices, int seed, int stream, int step, Tensor(a!) out) -> ()");
   m.def(
       "sampler_step(Tensor x, Tensor model_output, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, "
       "int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");

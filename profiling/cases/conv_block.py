@@ -9,6 +9,7 @@ after initialisation, and everybody reads inputs of the case's dtype; the oracle
 
 import copy
 import functools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -20,9 +21,8 @@ from advkd.ops.conv_layer import is_image, output_sides
 from advkd.ops.gpu_storage import input_channels, padded
 from advkd.ops.student_steps import pack_gpu, run_step
 
-from .. import gpu_peers
-from ..gpu_timing import Replay, measure_events, set_tf32, sets_beyond_cache
-from ..harness import Case, Contestant, main
+from .. import peers
+from ..harness import Case, Contestant, Replay, main, measure_events, set_tf32, sets_beyond_cache
 from ..limits import predictions
 from .student import GPU_DTYPES, Folded, gpu_rates
 
@@ -174,12 +174,12 @@ def _stored(x, layer):
 
 
 def _peer(module, inputs, kind, compiled=False):
-    module, _ = gpu_peers.prepared(module, inputs[0], kind)
+    module, _ = peers.prepared(module, inputs[0], kind)
     inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     if compiled:
         # Its own graphs would copy their inputs; ours captures what it has found.
         module = torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    with gpu_peers.many_networks():
+    with peers.many_networks():
         return Replay(lambda i: module(inputs[i]), len(inputs))
 
 
@@ -197,11 +197,37 @@ def _peers(chain, inputs, kind):
     return found
 
 
+PROFILED = (
+    "128 to 128 at 256",
+    "128 to 128 up to 256",
+    "128 to 3 at 256",
+    "48 to 48 up to 128, and at 128",
+    "32 to 32 at 256, to 3",
+    "the stem of pyramid-256 up to 16",
+)
+"""The chains of layers whose kernels Nsight Compute looks at, one process each."""
+PROFILED_BATCH = 8
+
+
+def launch(name):
+    """Launch each way to compute a chain once, for a profiler; prints ``LAUNCH {json}`` per launch, in their order."""
+    chain = Chain(*CHAINS[name])
+    first, flop = chain.layers[0], PROFILED_BATCH * sum(map(predictions.flop, chain.layers))
+    x = torch.randn(PROFILED_BATCH, first.c_in, first.height, first.width, device="cuda").bfloat16()
+    for way, steps in ways(chain, "bf16", torch.bfloat16, Limits.of(x.device), PROFILED_BATCH).items():
+        step = steps[-1]
+        stored, packed, biases, out = tensors(chain, x, torch.bfloat16, "bf16", step)
+        run_step(step, chain.network, stored, packed, biases, out, SLOPE, "bf16")
+        torch.cuda.synchronize()
+        print("LAUNCH " + json.dumps({"way": way, "config": step.config, "flop": flop}), flush=True)
+
+
 def cases(device):
     """Every chain at batch 8 in each dtype, and at batch 1 and 64 in bfloat16."""
     if device == "cpu":
         sys.exit(
-            "conv_block measures kernels for NVIDIA GPUs: --device cuda (layers on a CPU: python -m profiling.cases.layers)"
+            "conv_block measures kernels for NVIDIA GPUs: --device cuda "
+            "(layers on a CPU: python -m profiling.cases.student --only layers)"
         )
     shapes = [(name, 8, dtype) for dtype in GPU_DTYPES for name in CHAINS]
     shapes += [(name, batch, "bfloat16") for batch in (1, 64) for name in CHAINS]

@@ -22,11 +22,10 @@ from advkd.models.batch_norm import BatchNorm2d
 from advkd.models.shape import PRESETS
 from advkd.models.student import Student
 from advkd.runtime.devices import keep_freed_memory
-from advkd.runtime.files import write_json
 from advkd.runtime.timing import percentiles
 from advkd.training.distillation import Distiller
 
-from ..harness import gated_folder, provenance
+from ..sweep import Sweep
 
 PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
 UPDATES, WARMUP = 40, 4
@@ -103,22 +102,22 @@ def amdahl(rows):
     return plain["seconds"]["median"] / plain["rest"]["median"]
 
 
-def main():
-    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
+def compared():
+    """Rows of every method, and Amdahl's bound."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as root:
         teacher = Teacher.from_pretrained("digits")
         data = Trajectories(record_trajectories(teacher, TrajectoryConfig(num=64), Path(root) / "paths"))
         rows = measure(data, root)
-    bound = amdahl(rows)
-    write_json(
-        out / "distillation.json",
-        {"rows": rows, "amdahl_critic": bound, "parity_tests": PARITY_TESTS, "provenance": provenance()},
-    )
-    for name, row in rows.items():
-        print(f"{name:32} {1e3 * row['seconds']['median']:7.1f} ms, critic {1e3 * row['critic']['median']:.1f}")
-    print(f"bound if the critic cost nothing: {bound:.2f} x")
+    return {"rows": rows, "amdahl_critic": amdahl(rows)}
+
+
+def said(result):
+    rows = result["rows"].items()
+    parts = [(name, 1e3 * row["seconds"]["median"], 1e3 * row["critic"]["median"]) for name, row in rows]
+    lines = [f"{name:32} {whole:7.1f} ms, critic {critic:.1f}" for name, whole, critic in parts]
+    return [*lines, f"bound if the critic cost nothing: {result['amdahl_critic']:.2f} x"]
 
 
 if __name__ == "__main__":
-    main()
+    Sweep("distillation", compared, PARITY_TESTS, said).main(__doc__.splitlines()[0])

@@ -1,6 +1,6 @@
 """The gradient penalty with its gradients, and a critic's whole update: hand-written passes, autograd, torch.func compiled.
 
-python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--out FOLDER]
+python -m profiling.cases.gradient_penalty [--device cuda] [--only update] [--out FOLDER]    # scaling: --only scaling
 
 Every contestant gives the gradients by all parameters; tensors are channels_last, autograd's also contiguous. Freed memory is
 kept by the process (advkd.runtime.devices), for all. Beside each case stands its work bound: multiply-adds of autograd's
@@ -11,17 +11,23 @@ twice, as a call and as a captured CUDA graph, and everyone computes in full flo
 
 import functools
 import itertools
+import json
+import subprocess
+import sys
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import gradient_penalty
 from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
 from advkd.runtime.devices import keep_freed_memory
+from advkd.runtime.timing import measure, percentiles
 
-from ..gpu_timing import captures, set_tf32
-from ..harness import CAPTURED, Case, Contestant, main, with_captured
+from ..evidence import ROOT
+from ..harness import CAPTURED, Case, Contestant, captures, main, set_tf32, with_captured
+from ..sweep import Sweep, curves, forget_peak, medians, memory, panels
 
 WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
 """The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
@@ -146,14 +152,9 @@ def case(update, width, size, batch, device, tf32=False):
     exact = problem(width, size, batch, device, dtype=torch.float64)
     ours, theirs = work(exact[0], size, update)
     name = f"{'update' if update else 'penalty'}, {width} critic, {size}x{size}, batch {batch}{TF32 if tf32 else ''}"
-    contestants = (_update_contestants if update else _penalty_contestants)(width, size, batch, device)
+    contestants = _contestants(update, width, size, batch, device)
     # The oracle: autograd in float64, as a unit vector.
-    critic, real, fake, a = exact
-    if update:
-        gradients = critic_gradients(critic, real, fake, a=a.double(), weight=WEIGHT, backend="autograd").gradients
-    else:
-        gradients = penalty_only(critic, _x_hat(real, fake, a))("autograd")
-    vector = flat(gradients, 1.0)
+    vector = flat((updates if update else penalties)("autograd", *exact)(), 1.0)
     scale = float(vector.norm())
     for contestant in contestants:
         contestant.prepare = _scaled(contestant.prepare, scale)
@@ -186,39 +187,33 @@ def _x_hat(real, fake, a):
     return a * real + (1 - a) * fake
 
 
-def _penalty_contestants(width, size, batch, device):
-    found = []
-    for layout in LAYOUTS:
-        critic, real, fake, a = problem(width, size, batch, device, layout)
-        x = _x_hat(real, fake, a)
-        found.append(
-            Contestant(f"autograd, {layout}", lambda c=critic, x=x: lambda: penalty_only(c, x)("autograd"), "baseline")
-        )
-    signs = constant_signs(critic)
-    return [
-        *found,
-        Contestant(SIGNS, lambda: lambda: penalty_only(signs, x)("autograd")),
-        Contestant(FUNCTIONAL, lambda: compiled_functional(critic, x)),
-        Contestant("advkd", lambda: lambda: penalty_only(critic, x)("auto"), "ours"),
-        Contestant("advkd compiled", lambda: compiled_penalty(critic, x), "ours"),
-    ]
+def penalties(backend, critic, real, fake, a):
+    """A call of the penalty with its gradients."""
+    call = penalty_only(critic, _x_hat(real, fake, a))
+    return lambda: call(backend)
 
 
-def _update_contestants(width, size, batch, device):
-    def eager(backend, critic, real, fake, a):
-        return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+def updates(backend, critic, real, fake, a):
+    """A call of the whole update."""
+    a = a.to(real.dtype)
+    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
 
-    found = []
+
+def _contestants(update, width, size, batch, device):
+    """Autograd in both layouts, everyone else in the last one."""
+    eager, found = updates if update else penalties, []
     for layout in LAYOUTS:
         given = problem(width, size, batch, device, layout)
         found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
-    signs = constant_signs(given[0])
+    signs, (critic, *samples) = constant_signs(given[0]), given
+    compiled = (compiled_functional_update, compiled_update) if update else (compiled_functional, compiled_penalty)
+    arguments = given if update else (critic, _x_hat(*samples))
     return [
         *found,
-        Contestant(SIGNS, lambda: eager("autograd", signs, *given[1:])),
-        Contestant(FUNCTIONAL, lambda: compiled_functional_update(*given)),
+        Contestant(SIGNS, lambda: eager("autograd", signs, *samples)),
+        Contestant(FUNCTIONAL, lambda: compiled[0](*arguments)),
         Contestant("advkd", lambda: eager("auto", *given), "ours"),
-        Contestant("advkd compiled", lambda: compiled_update(*given), "ours"),
+        Contestant("advkd compiled", lambda: compiled[1](*arguments), "ours"),
     ]
 
 
@@ -237,6 +232,88 @@ def cases(device):
     return found
 
 
+BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
+BACKENDS = {"advkd": "auto", "autograd": "autograd"}
+PROCESSES = 3
+PEAK = "import json, sys; from profiling.cases.gradient_penalty import peak; print(peak(*json.loads(sys.argv[1])))"
+
+
+def critic_of(size):
+    return Critic(CriticConfig(size, 3)).to(memory_format=torch.channels_last)
+
+
+def chain(depth):
+    """A critic of so many convolutions of one size."""
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.LeakyReLU(0.2)]
+    for _ in range(depth - 1):
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.AvgPool2d(32), nn.Flatten(), nn.Linear(32, 1)).to(memory_format=torch.channels_last)
+
+
+def seconds(critic, batch, size):
+    """Seconds of the penalty with its gradients by method."""
+    torch.manual_seed(0)
+    call = penalty_only(critic, torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last))
+    return measure({name: lambda b=backend: call(b) for name, backend in BACKENDS.items()}, repeats=9, warmup=2)
+
+
+def peaks():
+    """Bytes that a penalty with its gradients adds to the peak of a process, by case and method."""
+    found = []
+    for width, size, batch in SIZES:
+        row = {"case": f"{width} critic, {size}x{size}, batch {batch}", "bytes": {}}
+        for name, backend in BACKENDS.items():
+            command = [sys.executable, "-c", PEAK, json.dumps([width, size, batch, backend])]
+            runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(PROCESSES)]
+            row["bytes"][name] = percentiles([int(done.stdout) for done in runs])
+        found.append(row)
+    return found
+
+
+def peak(width, size, batch, backend):
+    """Bytes that one call adds to this process's peak; a small one before it has loaded what is needed."""
+    critic, real, _, _ = problem(width, size, batch)
+    penalty_only(critic, real[:1])(backend)
+    forget_peak()
+    before = memory("VmRSS")
+    gradients = penalty_only(critic, real)(backend)
+    assert all(torch.isfinite(g).all() for g in gradients)
+    return memory("VmHWM") - before
+
+
+def scaling():
+    """Growth of the penalty's cost with batch, resolution and depth, and its peak memory."""
+    return {
+        "batch": [{"batch": n, "seconds": seconds(critic_of(64), n, 64)} for n in BATCHES],
+        "resolution": [{"resolution": s, "seconds": seconds(critic_of(s), 16, s)} for s in RESOLUTIONS],
+        "depth": [{"depth": d, "seconds": seconds(chain(d), 16, 32)} for d in DEPTHS],
+        "peaks": peaks(),
+    }
+
+
+def plot(result, path):
+    """Three panels: milliseconds by batch, resolution and depth."""
+    titles = {
+        "batch": "critic of 64x64, by batch",
+        "resolution": "critic, batch 16, by resolution",
+        "depth": "chain of 3x3 convolutions at 32x32, by depth",
+    }
+    with panels(path, size=(13, 4), count=3) as found:
+        for panel, (axis, title) in zip(found, titles.items(), strict=True):
+            rows = result[axis]
+            times = {name: medians(rows, "seconds", name) for name in BACKENDS}
+            words = {"xlabel": axis, "ylabel": "ms, penalty and gradients", "title": title}
+            curves(panel, [row[axis] for row in rows], times, **words)
+            panel.title.set_fontsize(10)
+
+
+def said(result):
+    sizes = ", ".join(f"{name} {{bytes[{name}][median]:,.0f}} bytes" for name in BACKENDS)
+    return [f"{row['case']}: {sizes.format_map(row)}" for row in result["peaks"]]
+
+
+SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, said, plot)}
+
 if __name__ == "__main__":
     keep_freed_memory()
-    main("bench_gradient_penalty", cases, PARITY_TESTS)
+    main("bench_gradient_penalty", cases, PARITY_TESTS, SWEEPS)

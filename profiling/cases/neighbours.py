@@ -1,10 +1,13 @@
 """The cost of busy processes beside us: the engine and its peers, the teacher's network, a distillation update.
 
 python -m profiling.cases.neighbours [--out FOLDER] [--only digits] [--seconds 5]
+python -m profiling.cases.neighbours --idle [--out FOLDER] [--turns 40]
 
 Every contestant runs in a process of its own, alone and beside 1, 2 and 4 processes of the same priority with two busy threads
 each. The fair share is the time alone, times all threads that are ready, over the processors. "ADVKD_SHARE=0" is ours without
-what this page is about: threads that spin in barriers for others that do not run.
+what this page is about: threads that spin in barriers for others that do not run. With ``--idle`` ours alone runs on an idle
+machine, in one process: a turn is about a second of calls with ``ADVKD_SHARE=0``, and one with what every command has; the
+result is the ratio of their times, a turn at a time: what looking at the load costs. Without options both are measured.
 """
 
 import argparse
@@ -15,18 +18,17 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from operator import itemgetter
 
 import torch
 
 from advkd.runtime.devices import keep_freed_memory
-from advkd.runtime.files import write_json
 from advkd.runtime.neighbours import sharing, unconfined
 from advkd.runtime.timing import percentiles
 
-from ..evidence import source, stored
-from ..harness import device_folder, largest_difference, passes, provenance
-from ..plots import panels
+from ..evidence import Table, scaled
+from ..harness import largest_difference
+from ..sweep import Sweep, panels
 from ..trace import workloads
 from . import student as bench_student
 from . import teacher as bench_teacher
@@ -159,23 +161,101 @@ def plot(result, path):
         found[0].set_ylabel("mean time over the fair share")
 
 
-def table():
-    """Markdown of the stored results."""
-    lines = []
-    for result in stored("neighbours"):
-        timed = [row for row in result["rows"] if row.get("seconds")]
-        titles = ("work", "contestant", "alone, ms", *(f"beside {n}" for n in NEIGHBOURS[1:]))
-        spread = [row["seconds"]["0"] for row in timed]
-        lines += [*source(result, spread), "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-        for row in timed:
-            beside = [row["seconds"][str(n)] for n in NEIGHBOURS]
-            ratios = [
-                f"{1e3 * s['mean']:.1f} ({s['mean'] / fair(row, n):.2f} x)" for n, s in zip(NEIGHBOURS, beside, strict=True)
-            ]
-            cells = (row["case"], row["name"], f"{1e3 * beside[0]['median']:.1f}", *ratios[1:])
-            lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)", ""]
-    return lines[:-1] or ["Nothing has been measured yet."]
+def _beside(processes):
+    def cell(row):
+        mean = row["seconds"][str(processes)]["mean"]
+        return f"{1e3 * mean:.1f} ({mean / fair(row, processes):.2f} x)"
+
+    return cell
+
+
+def _timed(result):
+    return [row for row in result["rows"] if row.get("seconds")]
+
+
+TABLE = Table(
+    "neighbours",
+    {
+        "work": "{case}",
+        "contestant": "{name}",
+        "alone, ms": scaled("seconds/0/median", 1e3, "{:.1f}"),
+        **{f"beside {n}": _beside(n) for n in NEIGHBOURS[1:]},
+    },
+    _timed,
+    lambda result: [row["seconds"]["0"] for row in _timed(result)],
+    below=lambda result: ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)"],
+)
+
+
+TURN = 1.0
+"""Seconds of calls of one turn."""
+SETTINGS = {"shared": "auto", "off": "0"}
+
+
+def compared(case, turns):
+    """A case's row: seconds of a call with each setting, and the ratios of the turns."""
+    call, parity = prepared(case, OURS[0])
+    if not parity["error"] <= parity["tolerance"]:
+        sys.exit(f"{case} differs by {parity['error']:.2e}, nothing was timed")
+    call()
+    count = max(1, round(TURN / _seconds(call, 3, "0")))
+    found = {name: [] for name in SETTINGS}
+    for turn in range(turns):
+        for name in sorted(SETTINGS, reverse=bool(turn % 2)):
+            found[name].append(_seconds(call, count, SETTINGS[name]))
+    ratios = [shared / off for shared, off in zip(found["shared"], found["off"], strict=True)]
+    seconds = {name: percentiles(times) for name, times in found.items()}
+    return {"case": case, **parity, "calls": count, "seconds": seconds, "ratio": _with_error(ratios)}
+
+
+def _seconds(call, count, setting):
+    """Seconds of one of ``count`` calls."""
+    os.environ["ADVKD_SHARE"] = setting
+    with sharing() if setting != "0" else ExitStack():
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - begin) / count
+
+
+def _with_error(ratios):
+    """The median of the ratios, and the half width of its 95 % interval (the median's, for ratios that are about normal)."""
+    width = 1.96 * 1.2533 * statistics.stdev(ratios) / len(ratios) ** 0.5
+    return {"median": statistics.median(ratios), "half_width": width, "turns": len(ratios)}
+
+
+IDLE_TABLE = Table(
+    "neighbours-idle",
+    {
+        "work": "{case}",
+        "`ADVKD_SHARE=0`, ms": scaled("seconds/off/median", 1e3, "{:.2f}"),
+        "shared, ms": scaled("seconds/shared/median", 1e3, "{:.2f}"),
+        "ratio, in turns": "{ratio[median]:.3f} ± {ratio[half_width]:.3f}",
+    },
+    itemgetter("rows"),
+    lambda result: [row["seconds"][name] for row in result["rows"] for name in SETTINGS],
+)
+
+
+def idle(turns):
+    """The result of ours alone on an idle machine, with sharing and without."""
+    keep_freed_memory()
+    rows = []
+    for case in contestants():
+        rows.append({"threads": torch.get_num_threads(), **compared(case, turns)})
+        print(f"{case:22} {rows[-1]['ratio']}", flush=True)
+    return {"benchmark": "neighbours-idle", "rows": rows}
+
+
+def beside(only, seconds):
+    """The result of every contestant, alone and beside neighbours."""
+    rows = []
+    for case, names in contestants().items():
+        for name in names if only in case else ():
+            row = {"threads": torch.get_num_threads(), "processors": len(os.sched_getaffinity(0))}
+            rows.append(row | measured_alone(case, name, seconds))
+            print(described(rows[-1]), flush=True)
+    return {"benchmark": "neighbours", "rows": rows, "neighbour_threads": THREADS}
 
 
 def main():
@@ -183,21 +263,16 @@ def main():
     parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed calls of each load")
+    parser.add_argument("--idle", action="store_true", help="only ours on an idle machine, with sharing and without in turns")
+    parser.add_argument("--turns", type=int, default=40, help="of each setting with --idle (default 40)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         return print(json.dumps(measure(*json.loads(options.row), options.seconds)))
-    if not passes(PARITY_TESTS):
-        sys.exit("the parity tests failed or none ran, nothing was timed")
-    rows, out = [], Path(options.out or device_folder())
-    for case, names in contestants().items():
-        for name in names if options.only in case else ():
-            row = {"threads": torch.get_num_threads(), "processors": len(os.sched_getaffinity(0))}
-            rows.append(row | measured_alone(case, name, options.seconds))
-            print(described(rows[-1]), flush=True)
-    result = {"benchmark": "neighbours", "rows": rows, "neighbour_threads": THREADS, "parity_tests": PARITY_TESTS}
-    write_json(out / "neighbours.json", {**result, "provenance": provenance()})
-    plot(result, out / "neighbours.png")
+    sweeps = [Sweep("neighbours", lambda: beside(options.only, options.seconds), PARITY_TESTS, plot=plot)]
+    sweeps += [Sweep("neighbours-idle", lambda: idle(options.turns), PARITY_TESTS)]
+    chosen = sweeps[1:] if options.idle else sweeps[:1] if options.only else sweeps
+    sys.exit(0 if all([sweep.run(options.out) for sweep in chosen]) else 1)
 
 
 def described(row):

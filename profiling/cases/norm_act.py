@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from advkd.ops import norm_act
 from advkd.runtime.devices import keep_freed_memory
 
-from ..gpu_timing import captures, set_tf32
-from ..harness import Case, Contestant, main, with_captured
+from ..harness import Case, Contestant, captures, main, set_tf32, with_captured
 
 SHAPE = (16, 64, 128, 128)
 EPS, SLOPE = 1e-5, 0.2

@@ -20,11 +20,10 @@ from advkd import Teacher
 from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.errors import InputError
 from advkd.ops.latents import project
-from advkd.runtime.files import write_json
 
 from ..evidence import ROOT
-from ..harness import gated_folder, provenance
-from .teacher import PARITY_TESTS
+from ..sweep import Sweep
+from .teacher import PARITY_TESTS, ddim_scheduler
 
 CONFIG = TrajectoryConfig(num=512)
 ROUNDS = 2
@@ -43,12 +42,9 @@ CONTESTANTS = {
 
 def plain(folder):
     """The loop that a diffusers user writes: eager network, DDIMScheduler, average pooling, one file per batch."""
-    from diffusers import DDIMScheduler
-
     teacher = Teacher.from_pretrained("digits")
     unet = teacher.unet.to(memory_format=torch.contiguous_format)
-    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
-    scheduler.set_timesteps(50)
+    scheduler = ddim_scheduler(teacher)
     wanted = list(zip(*levels()))
     for start in range(0, CONFIG.num, CONFIG.batch_size):
         x = teacher.noise(CONFIG.batch_size, CONFIG.seed, start)
@@ -90,8 +86,8 @@ def run(command, environment, folder):
     return time.perf_counter() - begin
 
 
-def main():
-    out = gated_folder(__doc__.splitlines()[0], PARITY_TESTS)
+def measure():
+    """Seconds of every contestant, and how far ours are from the plain loop."""
     rows = {name: {"seconds": []} for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as root:
         # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
@@ -108,8 +104,7 @@ def main():
                     # Halves of values below 8, after fifty steps that amplify rounding.
                     if rows[name]["difference"] > 2**-6:
                         raise InputError(f"{name} is off by {rows[name]['difference']}")
-    result = {"num": CONFIG.num, "rows": rows, "parity_tests": PARITY_TESTS, "provenance": provenance()}
-    write_json(out / "recording.json", result)
+    return {"num": CONFIG.num, "rows": rows}
 
 
 def _with(contestant, more):
@@ -118,4 +113,4 @@ def _with(contestant, more):
 
 
 if __name__ == "__main__":
-    main()
+    Sweep("recording", measure, PARITY_TESTS).main(__doc__.splitlines()[0])

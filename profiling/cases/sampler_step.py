@@ -1,6 +1,6 @@
 """One step of the teacher's sampler: 64 images of 3x256x256, DDIM from t = 500 to 480.
 
-python -m profiling.cases.sampler_step [--device cuda] [--only noise] [--out FOLDER]
+python -m profiling.cases.sampler_step [--device cuda] [--only noise] [--out FOLDER]      # scaling: --only scaling
 
 "copy" and "add" move the bytes of the step and compute next to nothing: the floor. A scheduler's step makes new tensors for the
 state and for x_0, as its interface says; the op is timed into a tensor that is there. On a GPU calls, the same work as captured
@@ -8,15 +8,18 @@ graphs, and both forms of the floor stand side by side; without diffusers its co
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from advkd.diffusion.coefficients import ddim_coefficients
-from advkd.ops import philox_normal, sampler_step
+from advkd.ops import StepCoefficients, philox_normal, sampler_step
+from advkd.runtime.timing import measure
 
-from .. import gpu_timing
+from .. import harness
 from ..harness import CAPTURED, Case, Contestant, main, with_captured
+from ..sweep import Sweep, curves, growth, medians, panels
 
 SHAPE = (64, 3, 256, 256)
 T, FOLLOWING, STEPS, SEED = 500, 480, 50, 3
@@ -61,10 +64,14 @@ def problem(device, dtype, last=False, eta=0.0):
     return x, m, torch.empty_like(x), ddim_coefficients(a_t, a_s, "epsilon", eta=eta, clip=1.0)
 
 
+def formula(x, m, c):
+    """The step without its noise."""
+    return c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+
+
 def oracle(x, m, c, z=None):
     """The step in float64."""
-    x, m = x.double(), m.double()
-    x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+    x_next = formula(x.double(), m.double(), c)
     return x_next if z is None else x_next + c.c_z * z.double()
 
 
@@ -102,7 +109,7 @@ def compiled_formula(c, y, pooled=None):
     """torch.compile of the formula with constant coefficients, into tensors that are there: the best that a user can write."""
 
     def step(x, m, z=None):
-        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
+        x_next = formula(x, m, c)
         y.copy_(x_next if z is None else x_next + c.c_z * z)
         return y if pooled is None else pooled.copy_(F.avg_pool2d(x_next, x.shape[-1] // pooled.shape[-1]))
 
@@ -113,8 +120,7 @@ def compiled_formula_and_noise(c, y, compiler=None):
     """The same with numbers that the compiled code draws."""
 
     def step(x, m):
-        x_next = c.c_0 * (c.k_x * x + c.k_m * m).clamp(-c.clip, c.clip) + c.c_x * x + c.c_m * m
-        return y.copy_(x_next + c.c_z * torch.randn_like(x))
+        return y.copy_(formula(x, m, c) + c.c_z * torch.randn_like(x))
 
     return torch.compile(step, dynamic=False, options=compiler)
 
@@ -166,7 +172,7 @@ def noisy(device, dtype=torch.float32):
         *_drawn_inside(COMPILED, _noisy_step, x, m, c),
         Contestant(APART, drawn_apart, "peer", their_noise),
         *with_captured(floors(x, m, y), device),
-        *(_noise_on_a_gpu(x, m, y, c) if gpu_timing.captures(device) else []),
+        *(_noise_on_a_gpu(x, m, y, c) if harness.captures(device) else []),
     ]
     return case("with noise", x, lambda: oracle(x, m, c), contestants, bytes_of(x, m, y), device)
 
@@ -203,7 +209,7 @@ def _drawn_inside(name, compile_step, x, m, c):
 
     def prepare(captured):
         first, step = compiled()
-        checked, run = [first], gpu_timing.Replay(lambda i: step(x, m)) if captured else functools.partial(step, x, m)
+        checked, run = [first], harness.Replay(lambda i: step(x, m)) if captured else functools.partial(step, x, m)
         return lambda: checked.pop() if checked else run()
 
     def noise():
@@ -211,7 +217,7 @@ def _drawn_inside(name, compile_step, x, m, c):
 
     call = Contestant(name, lambda: prepare(False), "peer", noise)
     graph = Contestant(name + CAPTURED, lambda: prepare(True), "peer", noise, captured=True)
-    return [call, graph] if gpu_timing.captures(x.device) else [call]
+    return [call, graph] if harness.captures(x.device) else [call]
 
 
 def _noisy_step(compiler):
@@ -226,7 +232,7 @@ def _global_noise(x, m, c):
 
 def _replayed(function):
     """A graph that draws; its first replay, which is checked, begins with seed 1."""
-    replay = gpu_timing.Replay(lambda i: function())
+    replay = harness.Replay(lambda i: function())
     torch.manual_seed(1)
     return replay
 
@@ -263,7 +269,7 @@ def pooled(device, r, dtype=torch.float32):
 def case(name, x, wanted, contestants, moved, device, last=False):
     layout = ", channels_last" if last else ""
     title = f"{name}, {str(x.dtype)[6:]}{layout}"
-    figures = {"moved_bytes": moved, "repeats": 20, "device": device, "keep_going": gpu_timing.captures(device)}
+    figures = {"moved_bytes": moved, "repeats": 20, "device": device, "keep_going": harness.captures(device)}
     return Case(title, wanted, tolerance(x.dtype), contestants, len(x), **figures)
 
 
@@ -280,5 +286,58 @@ def cases(device):
     }
 
 
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+STEP = StepCoefficients(1.2, -0.5, 0.8, 0.1, 0.2, c_z=0.3, clip=1.0)
+QUIET = replace(STEP, c_z=0.0)
+
+
+def growing(batch, size):
+    """Seconds of a call by kind, 3 channels of float32, into a tensor that is there."""
+    x, m = torch.randn(batch, 3, size, size), torch.randn(batch, 3, size, size)
+    y, indices = torch.empty_like(x), torch.arange(batch)
+    calls = {
+        "deterministic": lambda: sampler_step(x, m, QUIET, out=y),
+        "with noise": lambda: sampler_step(x, m, STEP, noise=(0, indices, 1), out=y),
+        "torch.add": lambda: torch.add(x, m, out=y),
+    }
+    return {"batch": batch, "size": size, "seconds": measure(calls, repeats=25, warmup=5)}
+
+
+def overhead(repeats=2000):
+    """Seconds of a call on 16 numbers: what a call costs at least."""
+    x, m = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    indices = torch.arange(1)
+    calls = {
+        "deterministic": lambda: sampler_step(x, m, QUIET),
+        "with noise": lambda: sampler_step(x, m, STEP, noise=(0, indices, 1)),
+    }
+    return measure(calls, repeats, warmup=100)
+
+
+def scaling():
+    """Growth of the step's cost with batch and resolution, and the least cost of a call."""
+    rows = {"batches": [growing(batch, 256) for batch in BATCHES], "sizes": [growing(4, size) for size in SIZES]}
+    return {**rows, "overhead": overhead()}
+
+
+def plot(result, path):
+    """Two panels: time by batch and by resolution, beside proportional growth."""
+    axes = {"batches": ("batch", "images of 3x256x256"), "sizes": ("size", "image side, 4 images of 3 channels")}
+    with panels(path, size=(10, 4), count=2) as found:
+        for panel, (key, (axis, label)) in zip(found, axes.items(), strict=True):
+            rows = result[key]
+            times = {name: medians(rows, "seconds", name) for name in rows[0]["seconds"]}
+            expected = growth(times["deterministic"], [row["batch"] * row["size"] ** 2 for row in rows], -1)
+            title = f"{'resolution' if axis == 'size' else axis} (dotted: proportional)"
+            curves(panel, [row[axis] for row in rows], times, [expected], xlabel=label, ylabel="ms per call", title=title)
+
+
+def said(result):
+    return [f"{name}: {1e6 * seconds['median']:.1f} us" for name, seconds in result["overhead"].items()]
+
+
+SWEEPS = {"scaling": Sweep("step_scaling", scaling, PARITY_TESTS, said, plot)}
+
 if __name__ == "__main__":
-    main("bench_sampler_step", cases, PARITY_TESTS)
+    main("bench_sampler_step", cases, PARITY_TESTS, SWEEPS)

@@ -14,11 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from advkd.runtime.files import write_json
 from advkd.runtime.timing import percentiles
 
 from ..evidence import ROOT
-from ..harness import gated_folder, provenance
+from ..sweep import Sweep
 
 FEW, MANY, REPEATS = 64, 4160, 3
 """Images per process of the two commands."""
@@ -51,11 +50,19 @@ def rates(counts):
     return {str(processes): percentiles(values) for processes, values in found.items()}
 
 
-if __name__ == "__main__":
-    out = gated_folder("Measure weak scaling of sampling over processes.", ["tests/system/test_fused_student.py"])
+def scaling():
+    """Images per second and efficiency by processes."""
     rows = rates([1, 2] if len(os.sched_getaffinity(0)) >= 2 else [1])
     efficiency = {processes: value["median"] / int(processes) / rows["1"]["median"] for processes, value in rows.items()}
-    for processes, value in rows.items():
-        print(f"{processes} processes: {value['median']:.0f} images per second, efficiency {efficiency[processes]:.2f}")
-    result = {"benchmark": "sample_scaling", "images_per_second": rows, "efficiency": efficiency}
-    write_json(out / "sample_scaling.json", {**result, "images_per_process": MANY, "provenance": provenance()})
+    return {"images_per_second": rows, "efficiency": efficiency, "images_per_process": MANY}
+
+
+def said(result):
+    return [
+        f"{processes} processes: {rate['median']:.0f} images per second, efficiency {result['efficiency'][processes]:.2f}"
+        for processes, rate in result["images_per_second"].items()
+    ]
+
+
+if __name__ == "__main__":
+    Sweep("sample_scaling", scaling, ["tests/system/test_fused_student.py"], said).main(__doc__.splitlines()[0])

@@ -1,6 +1,6 @@
 """The student's one pass: plain module, fused student, and other engines on the folded network.
 
-python -m profiling.cases.student [--device cuda] [--only digits] [--out FOLDER]
+python -m profiling.cases.student [--device cuda] [--only digits] [--out FOLDER]     # or --only layers, precision, scaling
 
 On a GPU every contestant's weights and activations have the case's dtype; "float32" is full float32 for everyone, "float32 with
 TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream. "advkd, auto" is a
@@ -11,18 +11,26 @@ are, as the peers' graphs are timed. The floor is a copy that moves as many byte
 import copy
 import functools
 import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advkd import Student
+from advkd import EvaluationConfig, Student, StudentConfig, evaluate_student
 from advkd.models.shape import convolutions
+from advkd.runtime.timing import measure, percentiles
 
-from .. import gpu_peers, peers
-from ..gpu_timing import set_tf32
-from ..harness import CAPTURED, Case, Contestant, main
+from .. import peers as engines
+from ..harness import CAPTURED, Case, Contestant, Replay, main, set_tf32
 from ..limits import predictions
+from ..sweep import Sweep, curves, growth, medians, panels
 
 SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
@@ -82,14 +90,14 @@ def case(preset, batch, dtype="float32"):
     folded = Folded(student.fuse(tune=False))
     wanted = _oracle(copy.deepcopy(student).double(), z)
     # float32: 1e-4 of the output's range. bfloat16: four times eager's error, so that no engine is left out by a single pixel.
-    error = (peers.eager(copy.deepcopy(folded), x, kind)().double() - wanted).abs().max().item()
+    error = (engines.eager(copy.deepcopy(folded), x, kind)().double() - wanted).abs().max().item()
     tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if kind == torch.float32 else 4 * error
     contestants = [Contestant(f"advkd, FusedStudent {dtype}", lambda: lambda: fused(z), "ours"), *_peers(folded, x, kind)]
     if kind == torch.float32:
         contestants.insert(1, Contestant("PyTorch eager", lambda: _plain(student, z), "baseline"))
     transposed = Folded(student.fuse(tune=False), transposed=True)
     contestants.append(
-        Contestant("torch.compile, freezing, conv_transpose2d", lambda: peers.compiled(copy.deepcopy(transposed), x, kind))
+        Contestant("torch.compile, freezing, conv_transpose2d", lambda: engines.compiled(copy.deepcopy(transposed), x, kind))
     )
     flop = 2 * batch * direct_products(student.config)
     parameters = sum(p.numel() for p in folded.parameters())
@@ -117,14 +125,14 @@ def _plain(student, z):
 def _peers(folded, x, dtype):
     """Every engine that computes in this dtype."""
     names = {
-        "PyTorch eager, folded": peers.eager,
-        "torch.compile, folded, freezing": peers.compiled,
-        "OpenVINO": peers.openvino,
-        "ncnn": peers.ncnn,
+        "PyTorch eager, folded": engines.eager,
+        "torch.compile, folded, freezing": engines.compiled,
+        "OpenVINO": engines.openvino,
+        "ncnn": engines.ncnn,
     }
     found = [Contestant(n, lambda peer=peer: peer(copy.deepcopy(folded), x, dtype)) for n, peer in names.items()]
     if dtype == torch.float32:
-        found.append(Contestant("ONNX Runtime", lambda: peers.onnx_runtime(copy.deepcopy(folded), x)))
+        found.append(Contestant("ONNX Runtime", lambda: engines.onnx_runtime(copy.deepcopy(folded), x)))
     return found
 
 
@@ -176,7 +184,7 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     x = z.reshape(batch, channels, side, side)
     folded = {transposed: Folded(fused, transposed, inplace=True) for transposed in (False, True)}
     # As on a CPU: float32 1e-4 of the output's range; where operands are rounded, four times cuDNN's error.
-    error = (gpu_peers.eager(copy.deepcopy(folded[False]), x, kind)().double() - wanted).abs().max().item()
+    error = (engines.eager(copy.deepcopy(folded[False]), x, kind)().double() - wanted).abs().max().item()
     tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if product == "f32" else 4 * error
     layers = convolutions(student.config)
     notes = {
@@ -220,7 +228,7 @@ def _bare_graph(call):
     """An engine's launches in a graph of our own, where it neither copies nor records events: latents and images stay."""
     # The plan is measured and the weights are packed before anything is captured.
     call()
-    return gpu_peers.Replay(lambda i: call())
+    return Replay(lambda i: call())
 
 
 def _gpu_floors(moved, device):
@@ -232,20 +240,20 @@ def _gpu_floors(moved, device):
 
     return [
         Contestant(COPY, lambda: copied, "floor"),
-        Contestant(COPY + CAPTURED, lambda: gpu_peers.Replay(lambda i: copied()), "floor", captured=True),
+        Contestant(COPY + CAPTURED, lambda: Replay(lambda i: copied()), "floor", captured=True),
     ]
 
 
 COPY = "a copy that moves as many bytes"
 FOLDED_BY_HAND = {False: "", True: ", conv_transpose2d"}
 GPU_ENGINES = {
-    "cuDNN eager": gpu_peers.eager,
-    "cuDNN, CUDA graph": gpu_peers.graphed,
-    "cuDNN graph API": gpu_peers.cudnn_graph,
-    "torch.compile, reduce-overhead": gpu_peers.compiled,
-    "torch.compile, CUDA graph": gpu_peers.compiled_graph,
-    "torch.compile, max-autotune": functools.partial(gpu_peers.compiled, mode="max-autotune"),
-    "TensorRT": gpu_peers.tensorrt,
+    "cuDNN eager": engines.eager,
+    "cuDNN, CUDA graph": engines.graphed,
+    "cuDNN graph API": engines.cudnn_graph,
+    "torch.compile, reduce-overhead": engines.compiled,
+    "torch.compile, CUDA graph": engines.compiled_graph,
+    "torch.compile, max-autotune": functools.partial(engines.compiled, mode="max-autotune"),
+    "TensorRT": engines.tensorrt,
 }
 GRAPHS = ("cuDNN, CUDA graph", "cuDNN graph API", "torch.compile, CUDA graph", "TensorRT")
 """The engines whose calls replay one captured graph over tensors that stay where they are."""
@@ -286,21 +294,22 @@ def _plausible_once(preset):
     return plausible_student(preset)
 
 
-def gpu_cases():
-    """Every case on a GPU by name, those that take the compiler minutes last."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in predictions.BATCHES.items() for n in batches]
-    found = {predictions.case_name(*shape): functools.partial(gpu_case, *shape) for shape in shapes}
-    slow = {predictions.case_name(*shape) + SEARCHED: functools.partial(gpu_case, *shape, "searched") for shape in shapes}
+def gpu_cases(quick=False):
+    """Every case on a GPU by name, those that take the compiler minutes last.
+
+    ``quick``: with the peers that compile fastest, but for those in :data:`WHOLE`.
+    """
+    found, slow = {}, {}
+    for dtype, preset in itertools.product(GPU_DTYPES, predictions.BATCHES):
+        for n in predictions.BATCHES[preset]:
+            name = predictions.case_name(preset, n, dtype)
+            peers = "few" if quick and name not in WHOLE else "all"
+            found[name] = functools.partial(gpu_case, preset, n, dtype, peers)
+            slow[name + SEARCHED] = functools.partial(gpu_case, preset, n, dtype, "searched")
     return {**found, **slow}
 
 
-def quick_cases():
-    """The same cases with the peers that compile fastest, but for those in :data:`WHOLE`."""
-    shapes = [(preset, n, dtype) for dtype in GPU_DTYPES for preset, batches in predictions.BATCHES.items() for n in batches]
-    few = {predictions.case_name(*shape): functools.partial(gpu_case, *shape, "few") for shape in shapes}
-    return {**gpu_cases(), **{name: build for name, build in few.items() if name not in WHOLE}}
-
-
+quick_cases = functools.partial(gpu_cases, quick=True)
 WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
 
 
@@ -317,5 +326,183 @@ def cases(device):
     return CASES if device == "cpu" else gpu_cases()
 
 
+PLANS = 5
+"""Plans measured of each student."""
+
+
+def measured_plan(preset, dtype):
+    """One preset's plan with measured times, as JSON values."""
+    fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
+    plans = [fused.plan() for _ in range(PLANS)]
+    plan = plans[0]
+    peak = plan.rate[DTYPES[dtype]]
+    rows = []
+    for same in zip(*(plan.rows for plan in plans)):
+        row, seconds = same[0], percentiles([other.measured for other in same])
+        figures = {k: v for k, v in asdict(row).items() if k not in ("layer", "measured")}
+        rate = row.direct_products / seconds["median"]
+        rows.append({**asdict(row.layer), **figures, "seconds": seconds, "gflops": 2e-9 * rate, "of_peak": rate / peak})
+    rate = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}
+    return {"preset": preset, "dtype": dtype, "isa": plan.isa, "products_per_second": rate, "layers": rows}
+
+
+def plans():
+    """Every layer of the fused students on this processor: algorithm, useful rate, share of the rate in registers."""
+    return {
+        "students": [measured_plan(preset, dtype) for preset in SHAPES for dtype in DTYPES],
+        "threads": torch.get_num_threads(),
+    }
+
+
+JUDGED, KEPT = 2000, ("frechet", "frechet_interval", "times_floor", "precision", "recall")
+"""Images of an evaluation, and the figures of it that are kept."""
+
+
+def precision():
+    """Cost of bfloat16 for the shipped student: PSNR against float32 on the same noise, and the Frechet distance of both."""
+    student, rows = Student.from_pretrained("digits"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in DTYPES:
+            config = EvaluationConfig(num=JUDGED, dtype=dtype, real="none")
+            row = evaluate_student("digits", "digits", config, Path(folder) / dtype)["rows"][0]
+            rows[dtype] = {name: row[name] for name in KEPT}
+    z = student.latents(256, seed=1)
+    single, narrow = (student.fuse(dtype=dtype)(z).double() for dtype in DTYPES.values())
+    psnr = 10 * math.log10(4 / (single - narrow).square().mean().item())
+    ratio = rows["bfloat16"]["frechet"] / rows["float32"]["frechet"]
+    return {"student": "digits", "num": JUDGED, "psnr": psnr, "rows": rows, "ratio": ratio}
+
+
+def judged(result):
+    return [f"PSNR {result['psnr']:.1f} dB, Frechet distance {result['ratio']:.4f} times that of float32"]
+
+
+GROWN, BATCHES = ("digits", "pyramid-256"), (1, 2, 4, 8, 16, 32, 64)
+SIZES = (32, 64, 128, 256, 512)
+FIRST_IMAGES = 5
+THREADED = (("digits", 1), ("digits", 8), ("pyramid-256", 1), ("pyramid-256", 8))
+"""Preset and images of a call that is measured by threads."""
+
+FIRST_IMAGE = """
+import json, re, sys, time, torch
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+torch.ones(1) + 1
+begin, before = time.perf_counter(), memory("VmRSS")
+import advkd
+fused = advkd.Student.from_pretrained(sys.argv[1]).fuse(dtype=getattr(torch, sys.argv[2]), tune=False)
+fused.sample(1)
+seconds = time.perf_counter() - begin
+# The peak from here on is the image's: loading has a peak of its own.
+torch.ops.advkd_cpu.clear_workspaces()
+open("/proc/self/clear_refs", "w").write("5")
+loaded = memory("VmRSS")
+fused.sample(1)
+figures = {"seconds": seconds, "loading_bytes": loaded - before, "image_bytes": memory("VmHWM") - loaded}
+print(json.dumps(figures))
+"""
+
+
+def seconds(fused, batch, repeats):
+    """Seconds of a call."""
+    z = fused.latents(batch, seed=1)
+    return measure({"call": lambda: fused(z)}, repeats, warmup=2)["call"]
+
+
+def batches(dtype):
+    """The shipped student and the pyramid, by batch."""
+    rows = []
+    for preset in GROWN:
+        fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
+        work = direct_products(fused.config)
+        for batch in BATCHES:
+            call = seconds(fused, batch, 30 if preset == "digits" else max(3, 40 // batch))
+            rows.append({"preset": preset, "dtype": dtype, "batch": batch, "seconds": call, "products": batch * work})
+    return rows
+
+
+def sizes(dtype):
+    """Students of 32 channels throughout, by image size."""
+    rows = []
+    for size in SIZES:
+        depth = 2 * (size.bit_length() - 3)
+        config = StudentConfig(size, 3, channels=(32,) * max(4, depth))
+        torch.manual_seed(0)
+        fused = Student(config).eval().fuse("cpu", DTYPES[dtype])
+        rows.append({"size": size, "dtype": dtype, "seconds": seconds(fused, 1, 20), "products": direct_products(config)})
+    return rows
+
+
+def threads(dtype):
+    """One image and eight on one thread and on all."""
+    rows, most = [], torch.get_num_threads()
+    for preset, batch in THREADED:
+        fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
+        for count in sorted({1, *(2**i for i in range(1, 7) if 2**i <= most), most}):
+            torch.set_num_threads(count)
+            rows.append(
+                {"preset": preset, "dtype": dtype, "batch": batch, "threads": count, "seconds": seconds(fused, batch, 15)}
+            )
+        torch.set_num_threads(most)
+    return rows
+
+
+def footprint(preset, dtype, folder):
+    """Seconds and memory of a first image in a fresh process, beside what the engine says it takes."""
+    student = plausible_student(preset)
+    student.save_pretrained(Path(folder) / preset)
+    fused = student.fuse("cpu", DTYPES[dtype], tune=False)
+    element = 4 if dtype == "float32" else 2
+    pixels = [i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in fused.layers[:-1]]
+    command = [sys.executable, "-c", FIRST_IMAGE, str(Path(folder) / preset), dtype]
+    runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(FIRST_IMAGES)]
+    measured = {key: percentiles([run[key] for run in runs]) for key in runs[0]}
+    two = element * sum(sorted(pixels)[-2:])
+    return {"preset": preset, "dtype": dtype, **fused.memory(1), "two_largest_activations": two, "first_image": measured}
+
+
+def scaling():
+    """Growth of the cost with batch, resolution and threads, and the memory of a first image."""
+    with tempfile.TemporaryDirectory() as folder:
+        footprints = [footprint(preset, dtype, folder) for preset in SHAPES for dtype in DTYPES]
+    parts = {"batches": batches, "sizes": sizes, "threads": threads}
+    return {**{name: [r for dtype in DTYPES for r in part(dtype)] for name, part in parts.items()}, "footprints": footprints}
+
+
+def plot(result, path):
+    """Three panels: time by batch, by resolution, by threads, each beside proportional growth."""
+
+    def rows(part, **wanted):
+        return [row for row in result[part] if wanted.items() <= row.items()]
+
+    with panels(path, size=(13, 4), count=3) as (left, middle, right):
+        found = {(p, d): rows("batches", preset=p, dtype=d) for p in GROWN for d in DTYPES}
+        times = {", ".join(names): medians(chosen, "seconds") for names, chosen in found.items()}
+        expected = [growth(values, BATCHES, 0) for values in times.values()]
+        words = {"ylabel": "ms per call", "title": "batch (dotted: proportional)"}
+        curves(left, BATCHES, times, expected, xlabel="images per call", **words)
+        times = {dtype: medians(rows("sizes", dtype=dtype), "seconds") for dtype in DTYPES}
+        works = [row["products"] for row in rows("sizes", dtype="float32")]
+        words = {"ylabel": "ms per image", "title": "resolution (dotted: proportional to work)"}
+        expected = [growth(values, works, -1) for values in times.values()]
+        curves(middle, SIZES, times, expected, xlabel="image side, 32 channels throughout", **words)
+        for preset, batch in THREADED:
+            chosen = rows("threads", preset=preset, batch=batch, dtype="float32")
+            speedups = [chosen[0]["seconds"]["median"] / row["seconds"]["median"] for row in chosen]
+            right.plot([row["threads"] for row in chosen], speedups, "o-", label=f"{preset}, batch {batch}")
+        counts = sorted({row["threads"] for row in result["threads"]})
+        right.plot(counts, counts, ":", color="gray")
+        right.set(xlabel="threads", ylabel="times one thread's speed", title="threads, float32", xticks=counts)
+        right.legend()
+
+
+SWEEPS = {
+    "layers": Sweep("layers", plans, PARITY_TESTS),
+    "precision": Sweep("precision", precision, PARITY_TESTS, judged),
+    "scaling": Sweep("scaling", scaling, PARITY_TESTS, plot=plot),
+}
+
 if __name__ == "__main__":
-    main("bench_student", cases, PARITY_TESTS)
+    main("bench_student", cases, PARITY_TESTS, SWEEPS)

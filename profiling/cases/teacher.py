@@ -4,12 +4,14 @@ python -m profiling.cases.teacher [--only trajectory] [--out FOLDER]
 """
 
 import copy
+import functools
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd import Teacher
 from advkd.diffusion.loop import network_of
+from advkd.runtime.ranges import named
 
 from .. import peers
 from ..harness import Case, Contestant, main
@@ -66,24 +68,34 @@ def count(network, x):
     return counter.get_total_flops(), 4 * (weights + x.numel() + output.numel())
 
 
-def trajectory(batch):
-    """The case of whole trajectories: ours against diffusers' own DDIM loop."""
+def ddim_scheduler(own, steps=50):
+    """diffusers' DDIM as our teacher samples with it."""
     from diffusers import DDIMScheduler
 
+    scheduler = DDIMScheduler.from_config(own.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def ddim_loop(unet, scheduler, x):
+    """The loop that a diffusers user writes."""
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            with named("network"):
+                output = unet(x, t).sample
+            with named("step"):
+                x = scheduler.step(output, t, x).prev_sample
+    return x.clamp(-1, 1)
+
+
+def trajectory(batch):
+    """The case of whole trajectories: ours against diffusers' own DDIM loop."""
     teacher, compiled = Teacher.from_pretrained("digits"), Teacher.from_pretrained("digits").optimize(compiled=True)
     x_T = teacher.noise(batch, seed=1)
-    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
-    scheduler.set_timesteps(50)
-    plain = copy.deepcopy(teacher.unet).to(memory_format=torch.contiguous_format)
-
-    def diffusers_loop(unet=plain, x=x_T):
-        with torch.inference_mode():
-            for t in scheduler.timesteps:
-                x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-        return x.clamp(-1, 1)
-
+    scheduler, plain = ddim_scheduler(teacher), copy.deepcopy(teacher.unet).to(memory_format=torch.contiguous_format)
+    diffusers_loop = functools.partial(ddim_loop, plain, scheduler, x_T)
     # Fifty float32 steps drift: the oracle is diffusers' loop in float64, the bound twice its own float32 drift.
-    wanted = diffusers_loop(copy.deepcopy(teacher.unet).double(), x_T.double())
+    wanted = ddim_loop(copy.deepcopy(teacher.unet).double(), scheduler, x_T.double())
     tolerance = 2 * (diffusers_loop().double() - wanted).abs().max().item() + 1e-4
     contestants = [
         Contestant("advkd, Teacher.sample", lambda: lambda: teacher.sample(batch, seed=1), "ours"),

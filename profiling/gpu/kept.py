@@ -42,7 +42,7 @@ def test_digest(file):
 
 def measured_digest(name):
     """SHA-256 of the code that a part's measurements depend on, in short."""
-    modules = (module_of(name), "profiling.harness", "profiling.gpu_peers", "profiling.gpu_timing")
+    modules = (module_of(name), "profiling.harness", "profiling.peers")
     files = [module.replace(".", "/") + ".py" for module in modules]
     return tree_digest(("advkd", "kernels", "csrc", "setup.py", *(file for file in files if (ROOT / file).exists())))
 

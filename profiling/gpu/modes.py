@@ -11,7 +11,8 @@ journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"
 
 Packages that the machine lacks and cannot fetch are unpacked into a folder on ``PYTHONPATH`` before; without diffusers its
-contestants, and our schedulers, are missing.
+contestants, and our schedulers, are missing. So are pytest-xdist, execnet and pytest-timeout, which are pure Python: without
+xdist tests run in one process, and without pytest-timeout one that hangs lasts until its part's limit.
 """
 
 import contextlib
@@ -198,11 +199,7 @@ def tests_so_far(work):
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""
-        entries = list(read_log(log).items())
-        found |= {kind + test: entry for test, entry in entries if test != COLLECTED}
-        if entries and entries[-1][1]["outcome"] == "died":
-            # The last one may still run.
-            found[kind + entries[-1][0]] = {**entries[-1][1], "outcome": "begun"}
+        found |= {kind + test: entry for test, entry in read_log(log).items() if test != COLLECTED}
     return found
 
 

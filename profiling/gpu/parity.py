@@ -1,4 +1,9 @@
-"""The parts that run GPU tests, in a few pytest processes side by side, and the gate of the benchmarks."""
+"""The parts that run GPU tests, in a few processes side by side, and the gate of the benchmarks.
+
+pytest-xdist shares the tests out and replaces a process that one has taken along; pytest-timeout ends a test that hangs. A
+machine without the first runs them in one process, which is started again after such a test; without the second a test that
+hangs lasts until the part's limit.
+"""
 
 import importlib.util
 import json
@@ -20,7 +25,7 @@ from . import kept
 from .kept import test_digest
 from .parent import as_parent
 from .part import NEEDS_DEVICE
-from .tests import COLLECTED, forget, read_log
+from .tests import COLLECTED, read_log, settle
 
 STUDENT_TESTS = [
     f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
@@ -40,6 +45,8 @@ GATE = ["-m", "gpu"]
 """pytest's selection of the tests that need a GPU."""
 HANG = 90.0
 """Seconds after which a test that has not ended is taken to hang."""
+STARTS = 40
+"""Number of processes that tests may take along."""
 DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
 """pytest's words for a run of GPU tests up to the first launch of a kernel, without a GPU."""
 
@@ -59,50 +66,79 @@ def gate(part):
 
 def run_tests(part, files):
     """The GPU tests of some files as a part's result."""
-    shards = part.processes(12)
-    logs = [part.folder / f"tests-{i}.jsonl" for i in range(shards)]
-    seen = _seen(part)
-    write_json(part.folder / "seen.json", seen)
-    words = [*GATE, f"--gpu-seen={part.folder / 'seen.json'}", f"--gpu-most={part.most}", *(DRY if part.rehearse else [])]
-    words += ["--continue-on-collection-errors", *files]
-    threads = str(max(1, (os.cpu_count() or 1) // shards))
-    workers = [TestWorker(logs[i], [*words, f"--gpu-shard={i}/{shards}"], threads) for i in range(shards)]
-    for log in logs:
-        forget(log)
+    log, seen = part.folder / "tests.jsonl", _seen(part)
+    code = run_pytest(part, log, [f"--gpu-most={part.most}", "--continue-on-collection-errors", *files], seen)
+    return _told(part, read_log(log), code, seen)
+
+
+def run_pytest(part, log, words, seen=()):
+    """Run GPU tests that are neither seen nor in the log; returns pytest's code, None at the part's limit.
+
+    Tests that are stopped at the limit are dropped from the log.
+    """
+    environment = {**os.environ, **as_parent(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *GATE, "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
+    command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", *_workers(part)]
+    command += [*(DRY if part.rehearse else []), *words]
+    settle(log, died=False)
+    for _ in range(STARTS):
+        own = {test: entry for test, entry in read_log(log).items() if test != COLLECTED}
+        write_json(part.folder / "seen.json", {**dict(seen), **own})
+        code = _run(part, command, environment, log.with_suffix(".txt"))
+        died = any(entry["outcome"] == "begun" for entry in read_log(log).values())
+        settle(log, died=code is not None)
+        if code is None or not died:
+            break
+    return code
+
+
+def _run(part, command, environment, output):
+    """Run a command in a session of its own; its code, None where it was ended at the part's limit."""
+    with open(output, "a") as file:
+        options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=ROOT, **options)
     try:
-        while any([worker.poll() for worker in workers]) and part.left() > 3:
-            time.sleep(0.5)
+        while process.poll() is None and part.left() > 3:
+            time.sleep(0.2)
+        return process.poll()
     finally:
-        # Tests that are stopped here for want of time are not yet run.
-        for worker in workers:
-            running = worker.running()
-            worker.stop()
-            if running:
-                forget(worker.log, running)
-    return _told(part, [read_log(log) for log in logs], workers, seen)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _told(part, known, workers, seen):
-    """A part's result from the logs of its pytest processes."""
-    own = {test: entry for log in known for test, entry in log.items() if test != COLLECTED}
-    # A process that had no time to collect, or could not, has named none.
-    late = sum(COLLECTED not in log for log in known)
-    left = sorted({test for log in known for test in log.get(COLLECTED, {"tests": []})["tests"]} - set(own))
-    if left or late:
-        part.unfinished = f"no time for {len(left)} of {len(left) + len(own)} tests" + bool(late) * ", nor to collect a share"
-    broken_off = [worker.log.with_suffix(".txt").name for worker in workers if worker.process.returncode in (2, 3, 4)]
-    if broken_off:
-        part.unfinished = f"pytest could not run: see {broken_off[0]}"
-    found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in own.items()}}
+def _workers(part):
+    """pytest's words for processes side by side and for a test's limit, of the packages that are there."""
+    found = {
+        "xdist": ["-n", str(processes(part)), "--maxschedchunk=1", f"--max-worker-restart={STARTS}"],
+        "pytest_timeout": [f"--timeout={HANG}", "--timeout-method=thread"],
+    }
+    return [word for name, words in found.items() if importlib.util.find_spec(name) for word in words]
+
+
+def processes(part):
+    """Number of processes that run tests side by side."""
+    return part.processes(12) if importlib.util.find_spec("xdist") else 1
+
+
+def _told(part, log, code, seen):
+    """A part's result from the log of its tests."""
+    chosen = log.pop(COLLECTED, None)
+    left = sorted(set(chosen["tests"] if chosen else ()) - set(log))
+    if left or not chosen:
+        part.unfinished = f"no time for {len(left)} of {len(left) + len(log)} tests" + (not chosen) * ", nor to collect them"
+    if stopped := code in (2, 3, 4):
+        part.unfinished = "pytest could not run: see tests.txt"
+    found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in log.items()}}
     outcomes = [entry["outcome"] for entry in found.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
     print(f"tests: {counts}, {len(seen)} of them before", flush=True)
     device, kinds = torch.device("cuda"), ("cuda", "triton")
     gaps = {kind: NEEDS_DEVICE if part.rehearse else registry.gap("sampler_step", kind, device) for kind in kinds}
     failures = sorted(test for test, entry in found.items() if entry["outcome"] in ("failed", "died"))
-    part.red = bool(failures) or not counts.get("passed") or bool(broken_off)
-    result = {"tests": found, "counts": counts, "failures": failures, "gaps": gaps, "processes": len(known)}
-    return {**result, "left": left, "late": late}
+    part.red = bool(failures) or not counts.get("passed") or stopped
+    result = {"tests": found, "counts": counts, "failures": failures, "gaps": gaps, "processes": processes(part)}
+    return {**result, "left": left, "late": int(not chosen)}
 
 
 def _seen(part):
@@ -130,11 +166,9 @@ def parity_gate(files, part):
     found = json.loads(stored[0].read_text()) if stored else None
     if found is None or found["kernels"] != gpu_digests() or "tests" not in found["result"]:
         log = part.folder / "gate.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
-        command += [*(DRY if part.rehearse else []), "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"]
-        command += [file for file in files if (ROOT / file).exists()]
-        subprocess.run(command, cwd=ROOT, timeout=part.left())
-        known, through = {test: entry for test, entry in read_log(log).items() if test != COLLECTED}, True
+        most = "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"
+        through = run_pytest(part, log, [most, *(file for file in files if (ROOT / file).exists())]) is not None
+        known = {test: entry for test, entry in read_log(log).items() if test != COLLECTED}
     else:
         known = found["result"]["tests"]
         left = [test for test in found["result"]["left"] if test.partition("::")[0] in files]
@@ -143,67 +177,3 @@ def parity_gate(files, part):
     bad = sum(outcome in ("failed", "died") for outcome in outcomes)
     state = "red" if bad else "none ran" if "passed" not in outcomes else "green" if through else "incomplete"
     return {"state": state, "passed": outcomes.count("passed"), "failed": bad}
-
-
-class TestWorker:
-    """pytest over one share of the tests, started again after a test that took its process along."""
-
-    __test__ = False
-
-    def __init__(self, log, arguments, threads="1", hang=HANG):
-        self.log, self.hang, self.starts = log, hang, 0
-        self.environment = {**os.environ, **as_parent(), "OMP_NUM_THREADS": threads}
-        plugin = ["-p", "profiling.gpu.tests", f"--gpu-log={log}", "--gpu-end-with-parent"]
-        self.command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--no-header", *plugin, *arguments]
-        if not has_xdist():
-            self.command = [word for word in self.command if word not in ("-n", "0")]
-        self.process = None
-
-    def poll(self):
-        """Keep it going; whether there is anything left to wait for."""
-        if self.process is None:
-            return self._start()
-        code = self.process.poll()
-        if code is None:
-            if self._hangs():
-                print(f"a test hangs, its process is ended: {self.running()}", flush=True)
-                self.stop()
-            return True
-        # pytest's own codes are 0 to 5; all others are deaths, and the rest of the tests needs another process.
-        return False if 0 <= code <= 5 else self._start()
-
-    def _start(self):
-        if self.starts > 40:
-            return False
-        self.starts, self.started = self.starts + 1, time.time()
-        with open(self.log.with_suffix(".txt"), "a") as output:
-            options = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
-            self.process = subprocess.Popen(self.command, cwd=ROOT, **options)
-        return True
-
-    def running(self):
-        """The test that the process is at, or None."""
-        return self._running()[0]
-
-    def _running(self):
-        entries = read_log(self.log)
-        test, entry = next(reversed(entries.items()), (None, {}))
-        # The last line may still be of the test that the process before this one has died of.
-        alive = self.process is not None and self.process.poll() is None
-        begun = entry.get("begun", 0.0)
-        return (test, begun) if alive and begun >= self.started else (None, None)
-
-    def _hangs(self):
-        test, begun = self._running()
-        return test is not None and time.time() - begun > self.hang
-
-    def stop(self):
-        """End the process, which has a session of its own, and its children."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def has_xdist():
-    """True if pytest knows ``-n``."""
-    return importlib.util.find_spec("xdist") is not None

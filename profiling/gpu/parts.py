@@ -1,6 +1,8 @@
 """The parts of ``python -m profiling.gpu``, each in a process of its own: python -m profiling.gpu.parts NAME ..."""
 
 import argparse
+import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,11 +11,12 @@ import torch
 
 from advkd.runtime.files import write_json
 
-from ..gpu_timing import peaks
+from ..cases.conv_block import PROFILED
+from ..harness import peaks
+from ..trace import ncu as counters
 from .bench import QUICK, bench
 from .build import architecture, build
 from .first_image import first_image
-from .ncu import ncu
 from .parent import end_with_parent
 from .parity import gate, tests
 from .part import NEEDS_DEVICE, Part, logged, run
@@ -32,6 +35,36 @@ def ahead(part):
     command = [sys.executable, "-m", "profiling.limits.ahead", "--out", str(part.folder / "ahead")]
     part.journal.run("compile", lambda: logged([*command, *(["--architectures", name] if name else [])], part))
     return {"file": "ahead/ahead.json"}
+
+
+LAUNCH = "import sys; from profiling.cases.conv_block import launch; launch(sys.argv[1])"
+
+
+def ncu(part):
+    """Nsight Compute on one launch of each kernel: time, traffic, rate, occupancy, what its warps wait for."""
+    tool = shutil.which("ncu")
+    if part.rehearse:
+        return {NEEDS_DEVICE: "ncu"}
+    if tool is None:
+        print("ncu is not installed", flush=True)
+        return {"ncu": "not installed"}
+    for name in PROFILED:
+        part.journal.run(name, lambda name=name: _profiled(part, name))
+    return {"ncu": tool}
+
+
+def _profiled(part, chain):
+    kernels = ["--kernel-name", "regex:advkd|conv_kernel|image_kernel|descriptor_kernel"]
+    words = counters.ncu_command(counters.METRICS.values(), kernels, ["-c", LAUNCH, chain])
+    rows, text = counters.launches_of(words, part.left())
+    marks = [json.loads(line.partition(" ")[2]) for line in text.splitlines() if line.startswith("LAUNCH ")]
+    for i, row in enumerate(rows):
+        if len(marks) == len(rows):
+            row |= marks[i]
+            row["flop_per_second"] = row["flop"] / row["seconds"]
+        figures = f"{1e6 * row['seconds']:.1f} us, {row['dram_bytes'] / 1e6:.1f} MB, {row['top_stall']}"
+        print(f"  {row['kernel'][:60]}: {figures}", flush=True)
+    return {"launches": rows}
 
 
 PARTS = {

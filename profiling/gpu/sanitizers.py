@@ -8,7 +8,7 @@ import sys
 
 from ..evidence import ROOT
 from .parity import DRY
-from .tests import COLLECTED, read_log
+from .tests import COLLECTED, read_log, settle
 
 SANITIZED = (
     "tests/kernels/test_conv_block_cuda.py",
@@ -62,6 +62,7 @@ def _sanitize(part, tool, name, options):
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             part.unfinished, code = f"{name} was stopped at its limit", None
+    settle(log, died=code is not None)
     text = output.read_text(errors="replace")
     if part.rehearse:
         return {"code": code, "red": bool(code), "tail": text[-2000:]}

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ..evidence import spaced_markdown
+
 BENCHMARKS = ("bench_student", "bench_conv_block", "bench_gradient_penalty", "bench_norm_act", "bench_sampler_step")
 ERROR_TARGET = 2.0
 """Largest error of ours beside cuDNN's, where operands are rounded."""
@@ -21,7 +23,7 @@ def summary(folder, names):
         f"{place['device']}, driver {place['driver']}, commit {place['commit']}{dirty}, torch {place['versions']['torch']}.",
         "",
     ]
-    lines += _table(("part", "state", "seconds", "what came of it"), [_part_row(name, stored[name]) for name in names])
+    lines += spaced_markdown(("part", "state", "seconds", "what came of it"), [_part_row(name, stored[name]) for name in names])
     lines += _failures(known)
     for name in BENCHMARKS:
         if name in known:
@@ -128,7 +130,7 @@ def _benchmark(part):
         figures = (_figure(case["ratio"], "{:.2f} x"), _figure(share, "{:.0%}"), _figure(error, "{:.2f} x"))
         rows.append((case["case"], *cells, *figures))
     missing = {f"{e['name']}: {e['missing']}" for case in cases_of(part) for e in case["contestants"] if "missing" in e}
-    return [*said, *_table(titles, rows), *[f"- cannot run: {text}" for text in sorted(missing)]]
+    return [*said, *spaced_markdown(titles, rows), *[f"- cannot run: {text}" for text in sorted(missing)]]
 
 
 def _targets(known):
@@ -157,7 +159,7 @@ def _predictions(known):
             measured = 1e6 * entry["seconds"]["median"]
             rows.append((case["case"], f"{predicted:.1f}", f"{measured:.1f}", f"{measured / predicted:.2f} x"))
     titles = ("case", "predicted, us", "measured, us", "measured by predicted")
-    return ["", "## Predictions against measurements", "", *_table(titles, rows)] if rows else []
+    return ["", "## Predictions against measurements", "", *spaced_markdown(titles, rows)] if rows else []
 
 
 def _figure(value, form):
@@ -166,8 +168,3 @@ def _figure(value, form):
 
 def _bullets(lines):
     return [f"- {line}" for line in lines] or ["- none"]
-
-
-def _table(titles, rows):
-    lines = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]

@@ -2,26 +2,14 @@
 
 import itertools
 
-from ..evidence import (
-    KINDS,
-    ROOT,
-    checked,
-    families,
-    gpu_digests,
-    last_run,
-    link,
-    source,
-    stored,
-    table_row,
-    table_rule,
-)
+from ..evidence import KINDS, ROOT, checked, families, gpu_digests, last_run, link, markdown, source, stored
 from ..limits import predictions as predicted
 from . import summary
 
 
 def gpu_kernels_state():
     """When and where each GPU kernel last ran, and what came of it."""
-    lines = [table_row("kernel", "source", "last ran on", "commit", "GPU tests passed"), table_rule(5)]
+    rows = []
     for family in families():
         run = last_run(family)
         cells = ("has not run on a GPU yet", "", "")
@@ -29,23 +17,21 @@ def gpu_kernels_state():
             stale = ", an earlier source" if run["stale"] else ""
             tests = f"{run['passed']} of {run['passed'] + run['failed']}"
             cells = (f"{run['device']}, {run['date']}{stale}", (run["commit"] or "unknown")[:8], tests)
-        lines.append(table_row(f"{KINDS[family.kind]}, {family.name}", f"`{family.source}`", *cells))
-    return lines
+        rows.append((f"{KINDS[family.kind]}, {family.name}", f"`{family.source}`", *cells))
+    return markdown(("kernel", "source", "last ran on", "commit", "GPU tests passed"), rows)
 
 
 def predictions():
     """Predicted times of the students' plans on one card, beside the floor of any engine."""
     path = predicted.PREDICTIONS.relative_to(ROOT).as_posix()
-    lines = [f"[`{path}`]({path}), no measurement:", ""]
     columns = ("predicted us", "with descriptors, us", "cuDNN's graphs, us", "layer by layer at the card's rates, us")
-    lines += [table_row("student", "launches", *columns, "floor, us"), table_rule(7)]
-    variants = predicted.read_predictions(kind="descriptors")
+    variants, rows = predicted.read_predictions(kind="descriptors"), []
     for name, found in predicted.read_predictions().items():
         if found["dtype"] in ("bfloat16", "float32"):
             others = (variants.get(name, {}).get("microseconds"), found["cudnn_graph_microseconds"])
             figures = (found["microseconds"], *others, found["roofline_microseconds"], 1e6 * found["floor"]["seconds"])
-            lines.append(table_row(name, found["launches"], *("-" if value is None else f"{value:.0f}" for value in figures)))
-    return lines
+            rows.append((name, found["launches"], *("-" if value is None else f"{value:.0f}" for value in figures)))
+    return [f"[`{path}`]({path}), no measurement:", "", *markdown(("student", "launches", *columns, "floor, us"), rows)]
 
 
 def ahead():
@@ -56,20 +42,15 @@ def ahead():
         versions = result["versions"]
         checked(result)
         lines += [f"{link(result)}: nvcc {versions['nvcc']}, Triton {versions['triton']}; all GPU kernels:", ""]
-        lines += [table_row("kernels", *(f"{name}: registers, local accesses, tensor-core instructions" for name in names))]
-        lines += [table_rule(1 + len(names))]
-        for row, parts in _compiled_sources(result["compiled"]).items():
-            lines.append(table_row(row, *(_compiled(parts.get(name, [])) for name in names)))
+        titles = ("kernels", *(f"{name}: registers, local accesses, tensor-core instructions" for name in names))
+        sources = _compiled_sources(result["compiled"]).items()
+        lines += markdown(titles, [(row, *(_compiled(parts.get(name, [])) for name in names)) for row, parts in sources])
         stale = "" if result["kernels"] == gpu_digests() else " (of earlier sources)"
         lines += ["", f"Launches of the predicted plans, batch 8, bfloat16{stale}:", ""]
-        lines += [
-            table_row("student", "kernel", "layers", "registers", "shared KB", "blocks per SM", "FLOP per byte", "us"),
-            table_rule(8),
-        ]
+        titles = ("student", "kernel", "layers", "registers", "shared KB", "blocks per SM", "FLOP per byte", "us")
         shown = [_launch(launch) for launch in result["plans"] if launch["batch"] == 8 and launch["dtype"] == "bfloat16"]
-        for row, same in itertools.groupby(shown):
-            count = len(list(same))
-            lines.append(table_row(row[0], row[1] + (f", {count} times" if count > 1 else ""), *row[2:]))
+        same = [(row, len(list(group))) for row, group in itertools.groupby(shown)]
+        lines += markdown(titles, [(a, b + (f", {count} times" if count > 1 else ""), *rest) for (a, b, *rest), count in same])
         lines.append("")
     return lines[:-1] or ["Nothing is kept yet."]
 
@@ -118,9 +99,7 @@ def gpu_benchmarks():
             titles = ("work", "advkd, us", "fastest other, us", "which", "ratio", "floor reached", "error by cuDNN's")
             cases = summary.cases_of(result)
             times = [entry["seconds"] for case in cases for entry in case["contestants"] if "seconds" in entry]
-            lines += [*source(result, times), table_row(*titles), table_rule(len(titles))]
-            lines += [table_row(case["case"], *_gpu_case(case)) for case in cases]
-            lines.append("")
+            lines += [*source(result, times), *markdown(titles, [(case["case"], *_gpu_case(case)) for case in cases]), ""]
     return lines[:-1] or ["Nothing has been measured on a GPU yet."]
 
 

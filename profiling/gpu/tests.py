@@ -1,38 +1,35 @@
 """A pytest plugin for tests on a GPU: every test's begin and end as a line of JSON, so that a killed run says how far it came.
 
-python -m pytest -p profiling.gpu.tests --gpu-log FILE [--gpu-seen FILE] [--gpu-shard 0/4] [--gpu-most 2] -m gpu tests
+python -m pytest -p profiling.gpu.tests --gpu-log FILE [--gpu-seen FILE] [--gpu-most 2] [-n 4] -m gpu tests
 
-Tests that the log or the file of tests seen before hold are not run again. A failure that leaves the device unusable (every
-later call in the process would fail as well) ends the process with the code :data:`BROKEN`, and it is to be started again.
+Tests in the file of tests seen before are not run again. With pytest-xdist the workers run the tests and the process that they
+report to writes the log; a test that takes its worker along has died there. A failure that leaves the device unusable (every
+later call in the process would fail as well) ends the process with the code :data:`BROKEN`; another one goes on.
 """
 
 import json
 import os
-import time
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from .parent import end_with_parent
 
 BROKEN = 77
-
-
 COLLECTED = "::collected"
-"""The line that names the tests of a share."""
+"""The line that names the chosen tests."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-log", help="where the lines go")
     parser.addoption("--gpu-seen", help="JSON of tests that are not run again")
-    parser.addoption("--gpu-shard", default="0/1", help="the i-th of n shares of the tests")
     parser.addoption("--gpu-end-with-parent", action="store_true", help="end once the process that started this one is gone")
     parser.addoption("--gpu-most", type=int, default=0, help="so many cases of a test function at most, spread evenly")
 
 
 def read_log(path):
-    """``{test: {"outcome": ..., "seconds": ..., "message": ...}}``; of a test that began and did not end: ``died``."""
+    """``{test: {"outcome": ..., "seconds": ..., "message": ...}}``; of a test that began and did not end: ``begun``."""
     found = {}
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
         try:
@@ -43,14 +40,15 @@ def read_log(path):
     return found
 
 
-def forget(path, stopped=None):
-    """Drop a test that was stopped from outside (default: all that began and did not end), so that it runs again."""
+def settle(path, died):
+    """Close a log whose process is gone: tests that did not end have died, or were stopped and are dropped, to run again."""
     known = read_log(path)
-    if not known:
-        return
-    drop = [stopped] if stopped else [test for test, entry in known.items() if entry["outcome"] == "died"]
-    kept = [json.dumps({"test": test, **entry}) + "\n" for test, entry in known.items() if test not in drop]
-    Path(path).write_text("".join(kept))
+    begun = [test for test, entry in known.items() if entry["outcome"] == "begun"]
+    for test in begun:
+        known[test] = {"outcome": "died", "seconds": 0.0}
+    kept = [test for test in known if died or test not in begun]
+    if known:
+        Path(path).write_text("".join(json.dumps({"test": test, **known[test]}) + "\n" for test in kept))
 
 
 def spread(items, most):
@@ -60,58 +58,67 @@ def spread(items, most):
     return [items[i * (len(items) - 1) // max(most - 1, 1)] for i in range(most)]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    functions = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    path, most = config.getoption("--gpu-seen"), config.getoption("--gpu-most")
+    seen = json.loads(Path(path).read_text()) if path else {}
+    own = [item for group in functions.values() for item in spread(group, most) if item.nodeid not in seen]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
+    items[:] = own
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    before = item.session.testsfailed
+    result = yield
+    if item.session.testsfailed > before and broken():
+        os._exit(BROKEN)
+    return result
+
+
 class Log:
-    """Writes the lines of one process."""
+    """Writes the lines of a run."""
 
-    def __init__(self, config):
-        self.path = Path(config.getoption("--gpu-log"))
-        self.seen = read_log(self.path)
-        before = config.getoption("--gpu-seen")
-        self.before = json.loads(Path(before).read_text()) if before else {}
-        self.shard, self.shards = map(int, config.getoption("--gpu-shard").split("/"))
-        self.most = config.getoption("--gpu-most")
-        self.entries = {}
+    def __init__(self, path):
+        self.path, self.entries = Path(path), {}
 
-    def write(self, **entry):
+    def write(self, test, **entry):
         with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"test": test, **entry}) + "\n")
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config, items):
-        functions = {}
-        for item in items:
-            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        chosen = [item for group in functions.values() for item in spread(group, self.most) if item.nodeid not in self.before]
-        share = [item for i, item in enumerate(chosen) if i % self.shards == self.shard]
-        self.write(test=COLLECTED, outcome="collected", tests=[item.nodeid for item in share])
-        own = [item for item in share if item.nodeid not in self.seen]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
-        items[:] = own
+    def pytest_collection_finish(self, session):
+        self.pytest_xdist_node_collection_finished([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.write(COLLECTED, outcome="collected", tests=ids)
 
     def pytest_collectreport(self, report):
-        if report.failed and report.nodeid not in self.seen:
-            self.write(test=report.nodeid, outcome="failed", seconds=0.0, message=str(report.longrepr)[-500:])
+        if report.failed:
+            self.write(report.nodeid, outcome="failed", seconds=0.0, message=str(report.longrepr)[-500:])
 
     def pytest_runtest_logstart(self, nodeid):
-        self.entries[nodeid] = {"outcome": "passed", "seconds": 0.0}
-        self.write(test=nodeid, outcome="died", begun=time.time())
+        self.write(nodeid, outcome="begun")
 
     def pytest_runtest_logreport(self, report):
-        entry = self.entries[report.nodeid]
+        entry = self.entries.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+        crashed = report.when not in ("setup", "call", "teardown")
         entry["seconds"] += report.duration
         if report.outcome != "passed" and entry["outcome"] == "passed":
-            entry["outcome"] = report.outcome
+            entry["outcome"] = "died" if crashed else report.outcome
             entry["message"] = str(report.longrepr)[-500:]
-        if report.when == "teardown":
-            self.write(test=report.nodeid, **entry)
-            if entry["outcome"] == "failed" and broken():
-                os._exit(BROKEN)
+        if crashed or report.when == "teardown":
+            self.write(report.nodeid, **entry)
 
 
 def broken():
     """True if an earlier error has made this process's device unusable."""
+    torch = sys.modules.get("torch")
     try:
-        if torch.cuda.is_available():
+        if torch and torch.cuda.is_available():
             torch.cuda.synchronize()
     except RuntimeError:
         return True
@@ -119,7 +126,9 @@ def broken():
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # a worker reports to the process that started it and ends with it
+        return
     if config.getoption("--gpu-end-with-parent"):
         end_with_parent()
     if config.getoption("--gpu-log"):
-        config.pluginmanager.register(Log(config))
+        config.pluginmanager.register(Log(config.getoption("--gpu-log")))

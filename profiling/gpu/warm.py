@@ -16,7 +16,7 @@ from advkd.ops.student_steps import run_step
 from ..cases.conv_block import SLOPE, Chain, tensors, ways
 from ..cases.student import GPU_DTYPES
 from ..evidence import ROOT
-from ..gpu_timing import set_tf32
+from ..harness import set_tf32
 from ..limits.predictions import PRODUCTS
 from .bench import QUICK
 from .part import NEEDS_DEVICE

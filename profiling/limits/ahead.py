@@ -140,7 +140,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from advkd.kernels import conv_block as kernels
+from advkd.kernels import conv_block as kernels, conv_tiles
 from profiling.limits.ahead import kernels_of
 
 capability = int(sys.argv[1])
@@ -166,7 +166,7 @@ def show(name, config, element, precision, found):
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 for element, precision in (("bf16", "tf32"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")):
-    table = kernels.table(DTYPES[element], precision, 128)
+    table = conv_tiles.table(DTYPES[element], precision, 128)
     common = {"PRECISION": precision, "UPCAST": False, "ACTIVATION": 1}
     for config in table:
         for upsample in (False, True):
@@ -178,15 +178,15 @@ for element, precision in (("bf16", "tf32"), ("fp32", "tf32"), ("fp32", "tf32x3"
             constants = {**common, **steps, **blocks, "C_IN": c_in, "C_OUT": c_out, "UPSAMPLE": upsample}
             found = compiled(kernels.conv_kernel, element, constants, config.warps, config.stages)
             show("conv_kernel, phases" if upsample else "conv_kernel", config, element, precision, found)
-    for config in kernels.image_table(DTYPES[element], precision, 128):
+    for config in conv_tiles.image_table(DTYPES[element], precision, 128):
         swapped = element == "fp32" and precision != "ieee"
         steps = {"IN_STEP": 1, "OUT_STEP": 128} if swapped else {"IN_STEP": 16, "OUT_STEP": 1}
         tile = {"ROWS": config.rows, "COLUMNS": config.columns, "BLOCK_N": 16, "BLOCK_K": config.inner}
         constants = {**common, **steps, **tile, "ACTIVATION": 2, "C_IN": 128, "C_OUT": 16, "CHANNELS": 3}
         show("image_kernel", config, element, precision, compiled(kernels.image_kernel, element, constants, config.warps, 1))
 
-here = not kernels.descriptor_gap(torch.bfloat16, divmod(capability, 10))
-for config in kernels.descriptor_table(128) if here else ():
+here = not conv_tiles.descriptor_gap(torch.bfloat16, divmod(capability, 10))
+for config in conv_tiles.descriptor_table(128) if here else ():
     for upsample in (False, True):
         boxes = {"x": (1, config.rows, config.columns, config.inner), "weights": (1, config.inner, config.channels)}
         boxes = {name: f"tensordesc<bf16[{','.join(map(str, box))}]>" for name, box in boxes.items()}

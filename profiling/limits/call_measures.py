@@ -8,7 +8,7 @@ import torch
 
 from advkd.evaluation import metrics
 
-from .call_ops import Call
+from .call import Call
 from .draw import DTYPES
 
 UNSURE = 1e-6

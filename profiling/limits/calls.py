@@ -10,16 +10,12 @@ hangs is a finding and not the end.
 """
 
 import contextlib
-import json
+import functools
 import math
 import os
 import re
-import resource
-import shutil
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
 from copy import deepcopy
@@ -30,10 +26,11 @@ import torch
 from advkd.data.images import load_images
 from advkd.errors import BackendUnavailableError, InputError
 
-from . import call_measures, call_ops, call_oracles, call_systems
-from .call_modes import MODES, QUOTAS, SHARES, Wrong, equal_bits, flat, has_meaning, mapped
+from . import call_measures, call_ops, call_oracles, call_steps, call_students, call_systems
+from .call import Wrong, equal_bits, flat, mapped, narrow, plain_number
+from .call_modes import MODES, QUOTAS, SHARES, has_meaning
 from .draw import Draw, spoiled
-from .record import main
+from .record import GOOD, judge_in_processes, main
 
 CALLS = {
     call_ops.mask_mul: 2.0,
@@ -44,18 +41,18 @@ CALLS = {
     call_ops.norm_act: 2.5,
     call_ops.image_gradient: 1.5,
     call_ops.gradient_penalty: 1.0,
-    call_ops.philox_words: 1.0,
-    call_ops.philox_normal: 1.0,
-    call_ops.philox_uniform: 0.5,
-    call_ops.sampler_step: 3.0,
-    call_ops.coefficient_table: 0.3,
-    call_ops.step_coefficients: 0.3,
-    call_systems.fused_student: 2.0,
-    call_systems.forward_of_student: 0.7,
-    call_systems.latents_of_student: 0.7,
-    call_systems.sample_of_student: 0.5,
-    call_systems.stream_of_student: 0.4,
-    call_systems.save_and_load: 0.2,
+    call_steps.philox_words: 1.0,
+    call_steps.philox_normal: 1.0,
+    call_steps.philox_uniform: 0.5,
+    call_steps.sampler_step: 3.0,
+    call_steps.coefficient_table: 0.3,
+    call_steps.step_coefficients: 0.3,
+    call_students.fused_student: 2.0,
+    call_students.forward_of_student: 0.7,
+    call_students.latents_of_student: 0.7,
+    call_students.sample_of_student: 0.5,
+    call_students.stream_of_student: 0.4,
+    call_students.save_and_load: 0.2,
     call_systems.project: 0.7,
     call_systems.sample_again: 0.7,
     call_systems.scheduler_step: 3.0,
@@ -225,7 +222,7 @@ def _not_moved(call, wide):
         return None
     for name, (wanted, bound) in call.after(wide).items():
         found = call.arguments[name]
-        if detail := _off(found, wanted, wanted, bound + 4 * call_ops.narrow(found.dtype) * wanted.abs(), True):
+        if detail := _off(found, wanted, wanted, bound + 4 * narrow(found.dtype) * wanted.abs(), True):
             return f"{name} afterwards: {detail}"
     return None
 
@@ -256,7 +253,7 @@ def _same_bits(value, before):
 
 def _expected(call, before):
     """Arguments in float64, their results, those of the arguments as they are, and how far off ours may be (None: bits)."""
-    before = {name: value if name == "seed" else call_ops.plain_number(value) for name, value in before.items()}
+    before = {name: value if name == "seed" else plain_number(value) for name, value in before.items()}
     wide = {name: mapped(lambda t: t.double() if t.is_floating_point() else t, value) for name, value in before.items()}
     if call.name == "gradient_penalty":
         wide["critic"] = deepcopy(before["critic"]).double()
@@ -300,11 +297,10 @@ def run(campaign, cases):
     """Judge the cases in forked processes, a batch in each."""
     warnings.filterwarnings("ignore")
     _warm()
-    left = list(cases)
-    while left:
-        done = _batch(campaign, left[:BATCH])
-        left = left[done:]
-        campaign.reach(len(cases) - len(left))
+    # Here, as a process that dies removes nothing. Names of folders that cases draw may be anything.
+    with tempfile.TemporaryDirectory(prefix="advkd-calls-", ignore_cleanup_errors=True) as folder:
+        judged = functools.partial(_judged, campaign.seed, folder)
+        judge_in_processes(campaign, cases, judged, BATCH, PATIENCE, MEMORY, threaded=True)
 
 
 def _warm():
@@ -313,66 +309,25 @@ def _warm():
 
     load_images("digits")
     call_oracles.table_of_digits()
-    for i in range(len(call_systems.CONFIGS)):
-        call_systems.exact(i)
-        for backend, dtype in call_systems.ENGINES:
-            call_systems.engine(i, backend, dtype)
+    for i in range(len(call_students.CONFIGS)):
+        call_students.exact(i)
+        for backend, dtype in call_students.ENGINES:
+            call_students.engine(i, backend, dtype)
 
 
-def _batch(campaign, numbers):
-    """Judge cases in one process until it ends; returns how many it began."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        # OpenMP would wait for the threads of the one that forked; a new one begins without any.
-        judging = threading.Thread(target=_judge_all, args=(campaign.seed, numbers, writing))
-        judging.start()
-        judging.join()
-        os._exit(1)
-    os.close(writing)
-    begun, open_case = 0, None
-    with os.fdopen(reading) as lines:
-        for line in lines:
-            row = json.loads(line)
-            if "outcome" not in row:
-                begun, open_case = begun + ("drawn" not in row), row
-                continue
-            campaign.add(row["kind"], row["outcome"], row["case"], row["detail"], row["mode"])
-            open_case = None
-    _, status = os.waitpid(child, 0)
-    if open_case is not None:
-        end = "a hang" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else f"status {status}"
-        campaign.add(open_case["kind"], "crashed", open_case["case"], end, open_case["mode"])
-    return begun
-
-
-def _judge_all(seed, numbers, writing):
-    resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
-    os.close(2)
-    os.open(os.devnull, os.O_WRONLY)
-    tempfile.tempdir = folder = tempfile.mkdtemp(prefix="advkd-calls-")
-    # Names of folders may be anything.
+def _judged(seed, folder, number):
+    """What is known of a case, in a process that has no error output and works in a folder of the campaign's."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    tempfile.tempdir = folder
     os.chdir(folder)
-    with os.fdopen(writing, "w", buffering=1) as answers:
-        for number in numbers:
-            signal.alarm(PATIENCE)
-            print(json.dumps({"kind": "a draw", "case": number, "mode": "plain"}), file=answers)
-            call, mode, _, draw = case(seed, number)
-            begun = {"kind": call.name, "case": number, "mode": mode}
-            print(json.dumps({**begun, "drawn": True}), file=answers)
-            outcome, detail, mode = judge(call, mode, draw)
-            spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
-            detail = f"{mode}{spoilt}: {detail}" if outcome not in ("right", "refused") else ""
-            print(json.dumps({**begun, "mode": mode, "outcome": outcome, "detail": detail}), file=answers)
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)
-
-
-def _size():
-    """Bytes of address space that this process has."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    yield {"kind": "a draw", "mode": "plain"}
+    call, mode, _, draw = case(seed, number)
+    yield {"kind": call.name, "mode": mode}
+    outcome, detail, mode = judge(call, mode, draw)
+    spoilt = f", {' and '.join(call.spoilt)} spoilt" if call.spoilt else ""
+    detail = f"{mode}{spoilt}: {detail}" if outcome not in GOOD else ""
+    yield {"kind": call.name, "mode": mode, "outcome": outcome, "detail": detail}
 
 
 if __name__ == "__main__":

@@ -6,15 +6,9 @@ and of memory.
 """
 
 import hashlib
-import json
-import os
 import random
-import resource
 import shutil
-import signal
-import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -26,8 +20,9 @@ from tqdm import tqdm
 from advkd.errors import InputError
 
 from .damage import OTHERS, damage, mutations
-from .file_kinds import KINDS, Anything
-from .record import main
+from .file_kinds import KINDS
+from .file_readers import Anything
+from .record import judge_in_processes, main
 from .samples import Refused, make_samples
 
 BATCH, SECONDS, MEMORY = 50, 20, 2**31
@@ -36,10 +31,6 @@ BATCH, SECONDS, MEMORY = 50, 20, 2**31
 
 ROUND = [name for name, kind in KINDS.items() for _ in range(1 if kind.costly else 6)]
 """The kinds of successive cases, again and again."""
-
-
-class Hanging(BaseException):
-    """A case that takes too long."""
 
 
 class Workplace:
@@ -102,8 +93,6 @@ def judge(place, seed, number):
     before = contents(place.case)
     try:
         outcome, detail = _outcome(place, name, mutation)
-    except Hanging:
-        outcome, detail = "crashed", f"it takes more than {SECONDS} s"
     except Exception:
         outcome, detail = "crashed", traceback.format_exc(limit=-6)
     spared = kind.written if outcome == "right" else ()
@@ -127,8 +116,6 @@ def _outcome(place, name, mutation):
         return "wrong", "something else than was written is read"
     try:
         meant = kind.meaning(place.case)
-    except Hanging:
-        raise
     except Exception as error:
         return "wrong", f"it is read, and means nothing ({type(error).__name__}: {error})"
     if isinstance(meant, Anything) or same(canonical(found), canonical(meant)):
@@ -189,56 +176,14 @@ def run(campaign, cases):
 
 def run_in(place, campaign, cases):
     """:func:`run` in a workplace that is there."""
-    left, results = list(cases), place.case.with_name("results")
-    while left:
-        batch = left[:BATCH]
-        results.write_text("")
-        status = _run_forked(place, campaign.seed, batch, results)
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-        for number, (name, outcome, detail) in zip(batch, lines):
-            campaign.add(name, outcome, number, detail)
-        left = left[len(lines) :]
-        if len(lines) < len(batch):
-            name, mutation, _ = case_of(campaign.seed, left[0])
-            campaign.add(name, "crashed", left.pop(0), f"{mutation}: the process ended with status {status}")
-        campaign.reach(len(cases) - len(left))
 
+    def judged(number):
+        name, mutation, _ = case_of(campaign.seed, number)
+        yield {"kind": name, "detail": f"{mutation}:"}
+        _, outcome, detail = judge(place, campaign.seed, number)
+        yield {"kind": name, "outcome": outcome, "detail": detail}
 
-def _run_forked(place, seed, batch, results):
-    """Judge cases in a child, which writes a line of each; the child is killed where it hangs in code that heeds no signal."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            _judge_all(place, seed, batch, results)
-        finally:
-            os._exit(0)
-    seen, since = 0, time.monotonic()
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.01)
-        if (size := results.stat().st_size) != seen:
-            seen, since = size, time.monotonic()
-        elif time.monotonic() - since > 3 * SECONDS:
-            os.kill(child, signal.SIGKILL)
-
-
-def _judge_all(place, seed, batch, results):
-    def hanging(*_):
-        raise Hanging
-
-    signal.signal(signal.SIGALRM, hanging)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    with open(results, "a") as file:
-        for number in batch:
-            signal.alarm(SECONDS)
-            found = judge(place, seed, number)
-            signal.alarm(0)
-            file.write(json.dumps(found) + "\n")
-            file.flush()
+    judge_in_processes(campaign, cases, judged, BATCH, SECONDS, MEMORY)
 
 
 if __name__ == "__main__":

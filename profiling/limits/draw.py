@@ -60,7 +60,7 @@ class Draw(random.Random):
         return self.choice(_LAYOUTS)(self, values)
 
     def folder(self):
-        """A new folder under ``tempfile.tempdir``, which is the judging process' own and goes with it."""
+        """A new folder under ``tempfile.tempdir``, which whoever judges the cases sets and removes."""
         return tempfile.mkdtemp(prefix="advkd-calls-")
 
     def kept_layout(self, values):

@@ -1,6 +1,6 @@
 """The tables of ``docs/guarantees.md``: what each campaign tried, how often, and how it ended."""
 
-from ..evidence import checked, link, stored
+from ..evidence import checked, link, markdown, stored
 from .record import BAD
 
 CAMPAIGNS = ("kills", "faults", "damaged_files", "calls")
@@ -24,9 +24,8 @@ def table(name):
 def _rows(title, counts):
     """A table of ``(name, counts)``."""
     columns = ("tried", "right", "refused", *BAD)
-    heads = " | ".join((title, "cases", *columns[1:]))
-    cells = (" | ".join((name, *(f"{row[key]:,}" for key in columns))) for name, row in counts)
-    return [f"| {heads} |", "|---" * (1 + len(columns)) + "|", *(f"| {row} |" for row in cells)]
+    rows = [(name, *(f"{row[key]:,}" for key in columns)) for name, row in counts]
+    return markdown((title, "cases", *columns[1:]), rows)
 
 
 def _source(result):

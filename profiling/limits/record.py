@@ -4,8 +4,13 @@ A campaign draws its cases from a seed: case i is the same in every run, so that
 """
 
 import argparse
+import functools
+import json
+import os
+import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -102,6 +107,74 @@ def _by_name(counted):
         counts = {outcome: counted[name, outcome] for outcome in GOOD + BAD}
         found[name] = {"tried": sum(counts.values()), **counts}
     return found
+
+
+def judge_in_processes(campaign, cases, judge, size, seconds, memory, threaded=False):
+    """Judge cases in forked processes, so that one that ends its process or hangs is a finding and not the end.
+
+    Args:
+        campaign: that counts the outcomes.
+        cases: their numbers.
+        judge: function of a number that yields what is known of the case as it goes on: dictionaries with ``kind`` and, where
+            there are some, ``mode`` and ``detail``; the last one has the ``outcome``.
+        size: cases of a process.
+        seconds: until a case hangs.
+        memory: bytes that a process may take beyond its parent's.
+        threaded: judge in a new thread: OpenMP would wait for the threads of the one that forked.
+    """
+    left = list(cases)
+    while left:
+        begun = _judge_some(campaign, left[:size], functools.partial(_judge_all, judge, seconds, memory), threaded)
+        left = left[begun:]
+        campaign.reach(len(cases) - len(left))
+
+
+def _judge_some(campaign, numbers, work, threaded):
+    """Judge cases in one process until it ends; returns how many it began."""
+    sys.stdout.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        try:
+            if threaded:
+                thread = threading.Thread(target=work, args=(numbers, writing))
+                thread.start()
+                thread.join()
+            else:
+                work(numbers, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    begun, row = 0, None
+    with os.fdopen(reading) as lines:
+        for line in lines:
+            row = json.loads(line)
+            begun += row["first"]
+            if "outcome" in row:
+                campaign.add(row["kind"], row["outcome"], row["case"], row["detail"], row.get("mode"))
+                row = None
+    _, status = os.waitpid(child, 0)
+    if row is not None:
+        hangs = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        end = "a hang" if hangs else f"the process ended with status {status}"
+        campaign.add(row["kind"], "crashed", row["case"], f"{row.get('detail', '')} {end}".strip(), row.get("mode"))
+    if not begun:
+        raise RuntimeError(f"a process of the campaign ended with status {status} before it began a case")
+    return begun
+
+
+def _judge_all(judge, seconds, memory, numbers, writing):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+    with os.fdopen(writing, "w", buffering=1) as answers:
+        for number in numbers:
+            signal.alarm(seconds)
+            for i, row in enumerate(judge(number)):
+                print(json.dumps({"case": number, "first": i == 0, **row}), file=answers)
+            signal.alarm(0)
+    os._exit(0)
 
 
 def main(name, description, run, count):

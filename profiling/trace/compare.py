@@ -19,10 +19,10 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, device_alone, source, stored
+from ..evidence import ROOT, device_alone, source, spaced_markdown
 from ..harness import provenance
 from . import ncu, nsys, power
-from .timeline import label, markdown
+from .timeline import label
 from .torch_trace import LIMIT, last_line
 from .workloads import MORE_VARIANTS, SIZES, VARIANTS, command, gate, positive, prepare, synchronize
 
@@ -158,7 +158,7 @@ def lines(results, above=source):
             "",
         ]
         titles = ("workload", "ms", "ratio", "launches", "GFLOP, direct", "DRAM MB", "peak MB", "joules", "largest error")
-        found += [*markdown(titles, map(_cells, result["rows"])), ""]
+        found += [*spaced_markdown(titles, map(_cells, result["rows"])), ""]
         found += [said for row in result["rows"] for said in _beside(row)]
         found += [f"{what}: {why}." for what, why in sorted(_missing(result["rows"]).items())]
         found += [f"Not recorded: {label(row)}, {why}." for row in result["rows"] for why in row.get("not_recorded", [])]
@@ -197,11 +197,6 @@ def _missing(rows):
     """Rows that have a reason instead of figures."""
     names = {"dram_bytes": "DRAM bytes", "joules": "Joules"}
     return {text: row[key]["missing"] for row in rows for key, text in names.items() if "missing" in row.get(key, {})}
-
-
-def table():
-    """Markdown of the stored comparisons."""
-    return lines(stored("compare"))
 
 
 if __name__ == "__main__":

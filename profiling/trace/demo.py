@@ -19,9 +19,8 @@ from pathlib import Path
 from advkd.errors import InputError
 from advkd.runtime.files import read_json, replacing, write_json
 
-from ..evidence import ROOT
+from ..evidence import ROOT, spaced_markdown
 from ..harness import device_folder, provenance
-from .timeline import markdown
 from .torch_trace import last_line
 
 NETWORKS = {"network", "network and step", "student", "student forward", "student update", "critic update"}
@@ -129,7 +128,7 @@ def lines(result):
     cells = [(part, spread(spent), f"{100 * share:.1f}", "network" if net else "") for part, spent, share, net in shown(result)]
     outside = sum(share for _, _, share, network in rows(result) if not network)
     cells.append(("all outside of networks", "", f"{100 * outside:.1f}", ""))
-    return markdown(("part", "seconds", "share, %", ""), cells)
+    return spaced_markdown(("part", "seconds", "share, %", ""), cells)
 
 
 def spread(values):

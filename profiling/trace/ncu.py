@@ -11,6 +11,7 @@ with 3 where the tool, a report or the device's counters fail, and with 1 where 
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,14 +27,39 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, source, stored
+from ..evidence import ROOT, source, spaced_markdown
 from ..harness import provenance
-from .counters import METRICS, ncu_rows
 from .nsys import finish, given, options, show
-from .timeline import TOP, failures, label, markdown
+from .timeline import TOP, failures, label
 from .torch_trace import LIMIT, last_line
 from .workloads import VARIANTS, command, gate, positive, prepare
 
+STALLS = (
+    "long_scoreboard",
+    "short_scoreboard",
+    "barrier",
+    "math_pipe_throttle",
+    "mio_throttle",
+    "lg_throttle",
+    "wait",
+    "not_selected",
+    "no_instruction",
+    "membar",
+    "sleeping",
+    "tex_throttle",
+    "dispatch_stall",
+)
+METRICS = {
+    "seconds": "gpu__time_duration.sum",
+    "dram_bytes": "dram__bytes.sum",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+    "blocks": "launch__grid_size",
+    **{name: f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS},
+}
+UNITS = {"nsecond": 1e-9, "ns": 1e-9, "usecond": 1e-6, "us": 1e-6, "msecond": 1e-3, "ms": 1e-3, "second": 1, "s": 1}
+UNITS |= {"byte": 1, "kbyte": 1e3, "mbyte": 1e6, "gbyte": 1e9}
 _INSTRUCTIONS = "smsp__sass_thread_inst_executed_op_{}_pred_on.sum"
 _TENSOR = "sm__ops_path_tensor_src_{}.sum"
 FLOP = {
@@ -59,57 +85,72 @@ def metrics(known):
     return [*METRICS.values(), *chosen]
 
 
-def ncu_command(name, variant, device, size, names, most):
-    """The command line that counts the kernels of one unit of work."""
+def ncu_command(names, options, work):
+    """The command line that counts what a Python process's words do."""
     wanted = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--target-processes", "all"]
-    wanted += ["--profile-from-start", "off", "--launch-count", str(most), "--metrics", ",".join(names)]
+    return ["ncu", *wanted, *options, "--metrics", ",".join(names), sys.executable, *work]
+
+
+def unit_command(name, variant, device, size, names, most):
+    """The command line that counts the kernels of one unit of work."""
     steps = [f"--steps={TEACHER_STEPS}"] if name == "teacher" else []
-    work = [sys.executable, *command("profiling.trace.workloads", name, variant, device, size), "--repeats=1", *steps]
-    return ["ncu", *wanted, *work]
+    work = [*command("profiling.trace.workloads", name, variant, device, size), "--repeats=1", *steps]
+    return ncu_command(names, ["--profile-from-start", "off", "--launch-count", str(most)], work)
+
+
+def launches_of(words, limit, run=subprocess.run):
+    """Run a command line of :func:`ncu_command`; returns the launches that it counted, and its output.
+
+    Raises:
+        InputError: there are none, in ncu's own words, such as that counters are for administrators alone.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": ""}
+    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    launches = read(done.stdout)
+    if done.returncode or not launches:
+        errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
+        raise InputError(f"ncu ended with {done.returncode}: {errors[0] if errors else last_line(done)}")
+    return launches, done.stdout
 
 
 def count(name, variant, device, size, most, run=subprocess.run):
     """A row of ``counters.json``, by Nsight Compute."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": ""}
     said = run(["ncu", "--query-metrics"], capture_output=True, text=True)
     known = set(said.stdout.split()) if said.returncode == 0 else set()
-    words = ncu_command(name, variant, device, size, metrics(known), most)
-    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    launches = read(done.stdout)
-    if done.returncode or not launches:
-        raise InputError(f"{name}, {variant}: ncu ended with {done.returncode}: {_trouble(done)}")
+    try:
+        launches, _ = launches_of(unit_command(name, variant, device, size, metrics(known), most), LIMIT, run)
+    except InputError as error:
+        raise InputError(f"{name}, {variant}: {error}") from error
     if len(launches) >= most:
         raise InputError(f"{name}, {variant}: more than {most} kernels in a unit: count with a larger --most")
     figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
     return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
 
 
-def _trouble(done):
-    """ncu's own words, such as that counters are for administrators alone."""
-    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
-    return errors[0] if errors else last_line(done)
-
-
 def read(text):
-    """Launches of ``--csv --page raw``: what :func:`~profiling.trace.counters.ncu_rows` reads, and executed operations."""
+    """Launches of ``--csv --page raw``: names of columns, their units, then one line per launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
-    titles, _, *table = [*csv.reader(lines), [], []][: max(len(lines), 2)]
-    short = [cells for cells in table if len(cells) != len(titles)]
-    if short or (table and "Kernel Name" not in titles):
+    titles, units, *table = [*csv.reader(lines), [], []][: max(len(lines), 2)]
+    if any(len(cells) != len(titles) for cells in table) or (table and "Kernel Name" not in titles):
         raise InputError("Nsight Compute's table is cut off or another one: count again with --csv --page raw")
-    found = ncu_rows(text)
-    for row, cells in zip(found, table):
-        counts = {name: _number(cell) for name, cell in zip(titles, cells) if name in FLOP}
-        known = [FLOP[name] * value for name, value in counts.items() if value is not None]
-        row["flop"] = sum(known) if known else None
-    return found
+    return [_launch(dict(zip(titles, zip(cells, units, strict=True), strict=True))) for cells in table]
 
 
-def _number(cell):
-    try:
-        return float(cell.replace(",", ""))
-    except ValueError:
-        return None
+def _launch(cells):
+    """A launch's figures, the reasons why its warps wait, and executed operations where they were counted."""
+    row = {name: _number(*cells.get(metric, ("", ""))) for name, metric in METRICS.items()}
+    waits = {name: row.pop(name) for name in STALLS}
+    counts = [FLOP[name] * value for name in FLOP if (value := _number(*cells.get(name, ("", "")))) is not None]
+    stalls = {name: value for name, value in waits.items() if value}
+    top = max(waits, key=lambda name: waits[name] or 0.0)
+    row = {"kernel": cells["Kernel Name"][0], **row, "top_stall": top, "stalls": stalls}
+    return {**row, "flop": sum(counts) if counts else None}
+
+
+def _number(text, unit):
+    """A cell in units of one; None for what is no number."""
+    number = re.fullmatch(r"[\d.,]+(e[+-]?\d+)?", text)
+    return float(text.replace(",", "")) * UNITS.get(unit.lower(), 1) if number else None
 
 
 def counted_launches(launches):
@@ -275,11 +316,11 @@ def lines(results, above=source):
 def tables_of(rows):
     """Markdown of units of work, and below them of their largest kernels."""
     titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
-    found = [*markdown(titles, map(_unit_cells, rows)), ""]
+    found = [*spaced_markdown(titles, map(_unit_cells, rows)), ""]
     kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
     if kernels:
         titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
-        found += [*markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
+        found += [*spaced_markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
     return found
 
 
@@ -314,11 +355,6 @@ def _scaled(value):
 
 def _percent(value):
     return "-" if value is None else f"{value:.0f} %"
-
-
-def table():
-    """Markdown of the stored counts."""
-    return lines(stored("counters"))
 
 
 if __name__ == "__main__":

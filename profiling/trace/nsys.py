@@ -25,7 +25,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
-from ..evidence import ROOT, device_alone, stored
+from ..evidence import ROOT, device_alone
 from ..harness import device_folder, provenance
 from . import timeline, torch_trace
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
@@ -253,11 +253,6 @@ def _said(row):
     if "error" in row:
         return f"{row['workload']}, {row['variant']}: {row['error']}"
     return f"{row['workload']}, {row['variant']}: {1e3 * row['seconds']:.4g} ms, {row['launches']:.0f} {row['launched']}"
-
-
-def table():
-    """Markdown of the stored recordings."""
-    return timeline.lines(stored("traces"))
 
 
 if __name__ == "__main__":

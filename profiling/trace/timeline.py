@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
-from ..evidence import source
+from ..evidence import source, spaced_markdown
 from .workloads import UNIT
 
 KERNEL, COPY, SET = "kernel", "copy", "set"
@@ -213,7 +213,7 @@ def lines(results, above=source):
         found += unit_table(rows)
         found += [
             "",
-            *markdown(("workload", "range", "baseline ms", "fused ms", "baseline launches", "fused"), _ranges(rows)),
+            *spaced_markdown(("workload", "range", "baseline ms", "fused ms", "baseline launches", "fused"), _ranges(rows)),
             "",
         ]
         found += failures(result, "recorded")
@@ -230,15 +230,9 @@ def failures(result, done):
 
 def unit_table(rows):
     """Markdown of whole units."""
-    return markdown(("workload", "variant", "ms", "launches", "GPU busy", "copied MB", "largest"), map(_unit_cells, rows))
-
-
-def markdown(titles, rows):
-    return [_line(titles), _line(["---"] * len(titles)), *map(_line, rows)]
-
-
-def _line(cells):
-    return f"| {' | '.join(map(str, cells))} |"
+    return spaced_markdown(
+        ("workload", "variant", "ms", "launches", "GPU busy", "copied MB", "largest"), map(_unit_cells, rows)
+    )
 
 
 def _unit_cells(row):

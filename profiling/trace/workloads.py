@@ -13,7 +13,6 @@ of the gain for the loop's and the step's, a variant ``channels_last`` of the ba
 import argparse
 import copy
 import json
-import re
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -33,6 +32,8 @@ from advkd.training.distillation import Distiller
 
 from ..cases.distillation import blocks
 from ..cases.student import plausible_student
+from ..cases.teacher import ddim_loop, ddim_scheduler
+from ..sweep import forget_peak, memory
 
 VARIANTS = ("baseline", "fused")
 UNIT = "unit of work"
@@ -128,25 +129,6 @@ def student_gate(device, size):
     # As bench_student: 1e-4 of the range; where operands are rounded, four times plain PyTorch's error.
     exactly = student_dtype(device) == torch.float32
     return errors, 1e-4 * float(wanted.max() - wanted.min()) if exactly else 4 * errors["baseline"]
-
-
-def ddim_loop(unet, scheduler, x):
-    """The loop that a diffusers user writes."""
-    with torch.inference_mode():
-        for t in scheduler.timesteps:
-            with named("network"):
-                output = unet(x, t).sample
-            with named("step"):
-                x = scheduler.step(output, t, x).prev_sample
-    return x.clamp(-1, 1)
-
-
-def ddim_scheduler(own, steps):
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(own.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True)
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 def teacher(variant, device, size):
@@ -279,16 +261,12 @@ def peak(name, variant, device, size):
         torch.cuda.reset_peak_memory_stats(device)
         run_units(call, WARMUP, device)
         return torch.cuda.max_memory_allocated(device)
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     call = prepare(name, variant, device, size)
     # Loading has a peak of its own, which is not the work's.
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     run_units(call, WARMUP, device)
-    return _status("VmHWM") - before
-
-
-def _status(name):
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return memory("VmHWM") - before
 
 
 def parser(description):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from advkd.kernels import conv_tiles
 
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.shape import PRESETS, convolutions
@@ -102,9 +103,9 @@ IMAGES = [
 
 
 def launchers():
-    from advkd.kernels import conv_block
+    from advkd.ops import triton_conv
 
-    return conv_block
+    return triton_conv
 
 
 def guarded(tensor, device):
@@ -339,46 +340,46 @@ class Recorder:
 
 def recorded(config, dtype, precision, c_in, c_out, upsample):
     """A kernel, and the arguments and compile-time constants with which its launcher starts it."""
-    kernels = launchers()
+    from advkd.kernels import conv_block as kernels
+
     taps = torch.empty(*((4, 4) if upsample else (1, 9)), c_in, padded(c_out))
-    weights = kernels.pack_weights(taps, dtype, precision).to("meta")
+    weights = launchers().pack_weights(taps, dtype, precision).to("meta")
     x, bias = torch.empty(2, 8, 8, c_in, dtype=dtype, device="meta"), torch.empty(padded(c_out), device="meta")
     recorder, last = Recorder(), (precision, config)
-    if isinstance(config, kernels.ImageConfig):
+    if isinstance(config, conv_tiles.ImageConfig):
         out = x.new_empty(2, c_out, 8, 8)
-        kernels._run_image(recorder, x, weights, bias, out, 2, 0.2, *last)
+        kernels.launch_image(recorder, x, weights, bias, out, 2, 0.2, *last)
         return kernels.image_kernel, *recorder.call
     out = x.new_empty(2, 16 if upsample else 8, 16 if upsample else 8, padded(c_out))
-    if isinstance(config, kernels.DescriptorConfig):
-        kernels._run_descriptor(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
+    if isinstance(config, conv_tiles.DescriptorConfig):
+        kernels.launch_descriptor(recorder, x, weights, bias, out, upsample, 1, 0.2, config)
         return kernels.descriptor_kernel, *recorder.call
-    kernels._run_layer(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
+    kernels.launch_layer(recorder, x, weights, bias, out, upsample, 1, 0.2, *last)
     return kernels.conv_kernel, *recorder.call
 
 
 def jobs(architecture, part):
     """(configuration, dtype, precision, channels in, channels out, phases) to compile: ``whole``, or a ``part`` of it."""
-    kernels = launchers()
     kinds = [(BF16, "tf32"), (F16, "tf32"), (F32, "tf32"), (F32, "tf32x3"), (F32, "ieee")]
     layers, images, boxes = [], [], []
-    narrow = [] if kernels.descriptor_gap(BF16, (architecture // 10, 0)) else kinds[:2]
+    narrow = [] if conv_tiles.descriptor_gap(BF16, (architecture // 10, 0)) else kinds[:2]
     for kind, channels, upsample in itertools.product(narrow, (128, 144), (False, True)):
-        boxes += [(config, *kind, channels, channels, upsample) for config in kernels.descriptor_table(channels)]
+        boxes += [(config, *kind, channels, channels, upsample) for config in conv_tiles.descriptor_table(channels)]
     for dtype, precision in kinds:
         # Channels that fill whole blocks, and ones that do not.
         for channels, upsample in itertools.product((128, 144), (False, True)):
-            for config in kernels.table(dtype, precision, channels):
+            for config in conv_tiles.table(dtype, precision, channels):
                 layers.append((config, dtype, precision, channels, channels, upsample))
         for channels in (128, 16):
             images += [
-                (config, dtype, precision, channels, 3, False) for config in kernels.image_table(dtype, precision, channels)
+                (config, dtype, precision, channels, 3, False) for config in conv_tiles.image_table(dtype, precision, channels)
             ]
     if part == "whole":
         return list(dict.fromkeys(layers)) + images + list(dict.fromkeys(boxes))
     # On one architecture every tile, in the most important dtype; else the largest tiles, which need most registers.
     usual = [job for job in layers if job[1] == BF16 and job[3] == 128 and not job[5]]
     large = [next(job for job in layers if job[1:3] == kind and job[5]) for kind in kinds[2:]]
-    tiles = kernels.DESCRIPTOR[:: 1 if architecture == 90 else 7]
+    tiles = conv_tiles.DESCRIPTOR[:: 1 if architecture == 90 else 7]
     boxes = [job for job in boxes if job[0] in tiles and job[1] == BF16 and job[3] == 128]
     return [*(usual if architecture == 90 else usual[:1]), *large, images[0], *boxes]
 
@@ -406,7 +407,7 @@ def compile_ahead(architecture, part):
         compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
         ptx = compiled.asm["ptx"]
         units = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
-        spare = None if isinstance(config, launchers().ImageConfig) else config.shared(dtype)
+        spare = None if isinstance(config, conv_tiles.ImageConfig) else config.shared(dtype)
         copies = [name for name in ("cp.async.cg", "cp.async.bulk.tensor") if name in ptx]
         row = [str(config), config._asdict(), names[dtype], precision, *channels, upsample]
         print("KERNEL " + json.dumps([*row, compiled.metadata.shared, spare, units, copies]), flush=True)
@@ -530,12 +531,12 @@ def test_configurations_of_the_presets(dtype, precision):
         for shared in (99 * 1024, 163 * 1024, 227 * 1024):
             candidates = kernels.configs(layer, batch, dtype, precision, shared)
             assert 3 <= len(candidates) <= 8 and len(set(map(str, candidates))) == len(candidates)
-            if not kernels.is_image(layer):
+            if not kernels.has_few_channels(layer):
                 assert all(config.shared(dtype) < shared for config in candidates)
         assert default == kernels.configs(layer, batch, dtype, precision)[0]
-        if not kernels.is_image(layer) and batch * layer.height * layer.width <= 16:
+        if not kernels.has_few_channels(layer) and batch * layer.height * layer.width <= 16:
             assert default.pixels == 16, "few pixels: as many programs as there are"
-        if not kernels.is_image(layer) and batch * layer.height * layer.width >= 2**20 and layer.c_out == 128:
+        if not kernels.has_few_channels(layer) and batch * layer.height * layer.width >= 2**20 and layer.c_out == 128:
             assert default.pixels * default.columns >= 128 * 64, "many pixels: tiles that read little"
 
 
@@ -547,14 +548,14 @@ def test_descriptor_configurations_of_the_presets(dtype):
     for layer, batch, shared in itertools.product(preset_layers(), (1, 8, 64), (99 * 1024, 227 * 1024)):
         candidates = kernels.descriptor_configs(layer, batch, dtype, (9, 0), shared)
         assert len(candidates) <= 4 and len(set(candidates)) == len(candidates)
-        assert bool(candidates) == (not kernels.is_image(layer) and layer.height >= 8), layer
+        assert bool(candidates) == (not kernels.has_few_channels(layer) and layer.height >= 8), layer
         assert all(config.shared(dtype) < shared and config.rows <= layer.height for config in candidates)
         assert not kernels.descriptor_configs(layer, batch, dtype, (8, 9), shared)
         assert not kernels.descriptor_configs(layer, batch, F32, (9, 0), shared)
         if candidates and batch * layer.height * layer.width >= 2**20 and layer.c_out == 128 and shared > 2**17:
             assert candidates[0].rows * candidates[0].columns * candidates[0].channels == 256 * 128, "tiles that read little"
-    assert kernels.descriptor_gap(dtype, (9, 0)) is None is kernels.descriptor_gap(dtype, (12, 0))
-    assert "need compute capability 9.0, this device has 8.6" in kernels.descriptor_gap(dtype, (8, 6))
+    assert conv_tiles.descriptor_gap(dtype, (9, 0)) is None is conv_tiles.descriptor_gap(dtype, (12, 0))
+    assert "need compute capability 9.0, this device has 8.6" in conv_tiles.descriptor_gap(dtype, (8, 6))
 
 
 def test_packed_weights():
@@ -668,10 +669,9 @@ def test_descriptors_on_a_gpu(case):
 def test_every_descriptor_configuration_on_a_gpu(dtype, warps, upsample):
     """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
     require_descriptors()
-    kernels = launchers()
     _, limit = device_limits("cuda")
     for channels in (128, 72):
-        for config in dict.fromkeys(tile._replace(warps=warps) for tile in kernels.descriptor_table(padded(channels))):
+        for config in dict.fromkeys(tile._replace(warps=warps) for tile in conv_tiles.descriptor_table(padded(channels))):
             # Tiles of eight warps whose sums would not be in the registers of four are tried with eight alone.
             sums = config.rows * config.columns * config.channels // (32 * warps)
             if config.shared(dtype) + 1024 <= limit and sums <= 128:
@@ -729,9 +729,9 @@ PRODUCTS = {"bf16": (BF16, "tf32"), "f16": (F16, "tf32"), **{name: (F32, name) f
 def test_every_configuration_on_a_gpu(product, upsample, channels):
     """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
     pytest.importorskip("triton")
-    (dtype, precision), kernels = PRODUCTS[product], launchers()
+    dtype, precision = PRODUCTS[product]
     _, limit = device_limits("cuda")
-    for config in kernels.table(dtype, precision, padded(channels)):
+    for config in conv_tiles.table(dtype, precision, padded(channels)):
         if config.shared(dtype) + 1024 <= limit:
             check_layer(Case((3, channels, channels, 13, 17), config, dtype, upsample, precision=precision), "cuda")
 
@@ -741,7 +741,7 @@ def test_every_configuration_on_a_gpu(product, upsample, channels):
 def test_every_configuration_of_images_on_a_gpu(product):
     pytest.importorskip("triton")
     dtype, precision = PRODUCTS[product]
-    for config in launchers().image_table(dtype, precision, 128):
+    for config in conv_tiles.image_table(dtype, precision, 128):
         check_image(Case((3, 128, 3, 21, 43), config, dtype, activation="tanh", precision=precision), "cuda")
 
 
@@ -755,7 +755,7 @@ def test_presets_on_a_gpu(preset, dtype):
     for layer in convolutions(PRESETS[preset]):
         case = Case((2, layer.c_in, layer.c_out, layer.height, layer.width), (), dtype, layer.upsample, layer.activation)
         case = dataclasses.replace(case, detail=layer.detail, tile=kernels.default(layer, 2, dtype, case.precision))
-        (check_image if kernels.is_image(layer) else check_layer)(case, "cuda")
+        (check_image if kernels.has_few_channels(layer) else check_layer)(case, "cuda")
 
 
 @pytest.mark.gpu

@@ -191,10 +191,10 @@ def check(case, launch, device="cpu", truncates=False):
 
 
 def interpret():
-    from advkd.kernels.sampler_step import launch
+    from advkd.kernels.sampler_step import sampler_step
 
     for case in CASES:
-        check(case, launch, truncates=True)
+        check(case, sampler_step, truncates=True)
 
 
 def test_triton_interpreter_parity():
@@ -213,7 +213,7 @@ def test_cuda_kernels_on_the_host(case, cupy_on_host):
 def launcher(compiled_by):
     """The kernels on a GPU, or a skip."""
     if compiled_by == "triton":
-        return pytest.importorskip("advkd.kernels.sampler_step").launch
+        return pytest.importorskip("advkd.kernels.sampler_step").sampler_step
     if reason := cupy_kernels.gap() if compiled_by == "cupy" else extension_gap("cuda"):
         pytest.skip(reason)
     return cupy_kernels.sampler_step if compiled_by == "cupy" else torch.ops.advkd_cuda.sampler_step

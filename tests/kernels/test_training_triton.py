@@ -23,9 +23,8 @@ ARCHITECTURES = [80, 90, 100]
 
 
 def launcher(name):
-    if name.startswith("norm_act"):
-        return getattr(importlib.import_module("advkd.kernels.norm_act"), name)
-    return importlib.import_module(f"advkd.kernels.{name}").launch
+    module = "norm_act" if name.startswith("norm_act") else name
+    return getattr(importlib.import_module(f"advkd.kernels.{module}"), name)
 
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

@@ -7,21 +7,16 @@ import pytest
 import torch
 
 from advkd.ops import registry
-from advkd.ops.conv_bias_act_mask import _LAUNCH as CONV_BIAS_ACT_MASK
-from advkd.ops.interpolate import _LAUNCH as INTERPOLATE
-from advkd.ops.mask_mul import _LAUNCH as MASK_MUL
-from advkd.ops.penalty_reduce import _LAUNCH as PENALTY_REDUCE
+from advkd.ops.conv_bias_act_mask import OP as CONV_BIAS_ACT_MASK
+from advkd.ops.interpolate import OP as INTERPOLATE
+from advkd.ops.mask_mul import OP as MASK_MUL
+from advkd.ops.penalty_reduce import OP as PENALTY_REDUCE
 
 from .training_cases import BF16, CASES, F16, Case, prepare
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAUNCH = {
-    "conv_bias_act_mask": CONV_BIAS_ACT_MASK,
-    "mask_mul": MASK_MUL,
-    "penalty_reduce": PENALTY_REDUCE,
-    "interpolate": INTERPOLATE,
-}
+LAUNCH = {op.name: op.launchers for op in (CONV_BIAS_ACT_MASK, MASK_MUL, PENALTY_REDUCE, INTERPOLATE)}
 # Sizes that the CPU's kernels cut into pieces: several pieces and several tasks, whole planes and parts of one; a group of
 # four vectors and a remainder; a pixel of more channels than a piece has elements.
 PIECES = [

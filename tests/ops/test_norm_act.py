@@ -14,13 +14,14 @@ from advkd.errors import InputError
 from advkd.models.batch_norm import BatchNorm2d, fold, read_by_fold
 from advkd.models.batch_norm import normalize as norm_layer
 from advkd.ops import gradient_penalty, norm_act
-from advkd.ops.norm_act import _LAUNCH, moments
+from advkd.ops.norm_act import BACKWARD, MOMENTS, NORMALIZE, SUMS, moments
 
 from ..conftest import fork
 from .each_backend import DEVICES, DTYPES, fast_backends, threads
 from .training_cases import BF16, CASES, F16, UNIT, Case, check
 
 EPS, SLOPE = 1e-5, 0.2
+LAUNCH = {op.name: op.launchers for op in (MOMENTS, NORMALIZE, SUMS, BACKWARD)}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Sizes that the CPU's kernels cut: planes of several runs, rows longer than a run and shorter than a vector, several pieces
 # of work; channels that no vector divides, more of them than are repeated side by side, and more than a run has elements.
@@ -54,7 +55,7 @@ def all_cases():
 def test_kernels_of_the_cpu(name, cases):
     assert "cpu" in fast_backends("norm_act", "cpu"), "the extension is not built"
     for case in cases:
-        check(name, case, _LAUNCH[name]["cpu"])
+        check(name, case, LAUNCH[name]["cpu"])
 
 
 def make(shape, dtype=torch.float32, layout=torch.contiguous_format, device="cpu", mean=0.5, seed=0):
@@ -179,7 +180,7 @@ def test_stores_past_the_caches_change_nothing():
         x, gamma, beta = make(shape, layout=layout)
         gradient = torch.empty(x.numel() + offset)[offset:].as_strided(x.shape, x.stride()).copy_(x.flip(0))
         weights, statistics, means = torch.stack((gamma, beta)), moments(x, "cpu"), torch.randn(2, shape[1])
-        launch = {name: pieces["cpu"] for name, pieces in _LAUNCH.items()}
+        launch = {name: pieces["cpu"] for name, pieces in LAUNCH.items()}
 
         def results(x, gradient, upsample):
             """y; d; dx from the gradient and from d."""

@@ -134,8 +134,9 @@ def test_uniform_is_the_first_word():
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck(backend):
     indices = torch.tensor([1, 2])
-    torch.library.opcheck(torch.ops.advkd.philox_words.default, (indices, 1, 5, 0, 0, backend))
-    torch.library.opcheck(torch.ops.advkd.philox_normal.default, (indices, 1, [2, 3], 0, 0, backend))
+    words, normals = torch.empty(2, 5, dtype=torch.int64), torch.empty(2, 2, 3)
+    torch.library.opcheck(torch.ops.advkd.philox_words.default, (indices, 1, 0, 0, backend, words))
+    torch.library.opcheck(torch.ops.advkd.philox_normal.default, (indices, 1, 0, 0, backend, normals))
 
 
 @pytest.mark.parametrize(

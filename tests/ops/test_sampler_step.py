@@ -11,7 +11,7 @@ from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import StepCoefficients, coefficient_table, philox_normal, registry, sampler_step
 from advkd.ops.layout import memory_format
 from advkd.ops.philox import rounds_reference
-from advkd.ops.sampler_step import _LAUNCH, sampler_step_reference
+from advkd.ops.sampler_step import OP
 from advkd.runtime.sources import STREAMS
 
 from ..conftest import DEFAULTS, fork, other_default
@@ -56,7 +56,7 @@ def launch(backend, tensors, table, noise=None, pool=0, history=True, flags=Fals
     elif noise == "philox, steps":
         drawn = (torch.arange(len(x), device=x.device), SEED, 0, torch.arange(len(x), device=x.device) + 3)
     arguments = (x, m, table, previous if history else None, z if noise == "tensor" else None, *drawn, pool)
-    (_LAUNCH[backend] if backend != "reference" else sampler_step_reference)(*arguments, out, x0, pooled, flagged)
+    OP.launchers[backend](*arguments, out, x0, pooled, flagged)
     return [t for t in (out, x0, pooled, flagged) if t is not None]
 
 

@@ -12,27 +12,23 @@ import pytest
 
 from ..conftest import ROOT, process_environment
 
-SHARDS = 2
-
 
 def dry_run(*arguments):
-    """pytest's process on the stand-in for a GPU."""
+    """pytest's finished process on the stand-in for a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-p", "tests.gpu_dry_run", "--gpu-dry"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = process_environment({"OMP_NUM_THREADS": "1"})
-    return subprocess.Popen([*command, "-m", "gpu", *map(str, arguments)], cwd=ROOT, env=environment, **pipes)
+    command += ["-m", "gpu", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_every_gpu_test_is_entered(tmp_path):
-    """One case of each function, in concurrent shares, chosen as on a GPU."""
+def test_every_gpu_test_is_entered():
+    """One case of each function, chosen as on a GPU."""
     pytest.importorskip("triton")
-    log = ["-p", "profiling.gpu.tests", "--gpu-most=1", "--tb=short"]
-    shares = [dry_run(*log, f"--gpu-log={tmp_path / str(i)}", f"--gpu-shard={i}/{SHARDS}", "tests") for i in range(SHARDS)]
-    outputs = [share.communicate()[0] for share in shares]
-    print(*outputs, sep="\n")
-    assert [share.returncode for share in shares] == [0] * SHARDS, "\n".join(outputs)[-8000:]
-    entered = sum(int(n) for text in outputs for n in re.findall(r"^gpu dry run: (\d+) started a kernel", text, re.M))
-    passed = sum(int(n) for text in outputs for n in re.findall(r"(\d+) passed", text))
+    done = dry_run("-p", "profiling.gpu.tests", "--gpu-most=1", "--tb=short", "tests")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:]
+    entered = sum(int(n) for n in re.findall(r"^gpu dry run: (\d+) started a kernel", done.stdout, re.M))
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     # The others have nothing to launch, or stop at a tensor of gigabytes.
     assert entered >= 0.85 * passed > 0
 
@@ -121,12 +117,11 @@ def test_planted_faults_are_found(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "test_planted.py"
     path.write_text(PLANTED)
-    share = dry_run("-rA", "--tb=line", "-c", ROOT / "pyproject.toml", f"--rootdir={tmp_path}", path)
-    output = share.communicate()[0]
-    found = dict(reversed(line) for line in re.findall(r"^(PASSED|FAILED) \S*::(\w+)", output, re.M))
+    done = dry_run("-rA", "--tb=line", "-c", ROOT / "pyproject.toml", f"--rootdir={tmp_path}", path)
+    found = dict(reversed(line) for line in re.findall(r"^(PASSED|FAILED) \S*::(\w+)", done.stdout, re.M))
     names = re.findall(r"^def (test_\w+)", PLANTED, re.M)
     good = ("test_good", "test_wrong_number_behind_a_kernel", "test_captured")
-    assert found == {name: "PASSED" if name in good else "FAILED" for name in names}, output
+    assert found == {name: "PASSED" if name in good else "FAILED" for name in names}, done.stdout
 
 
 PROJECT = ("advkd", "kernels", "profiling", "tests")
@@ -253,7 +248,7 @@ def launchers():
 def test(kernels):
     kernels.anything()
     kernels = launchers()
-    kernels.table(layers.UNIT, registry.gap)
+    kernels.launch_layer(layers.UNIT, registry.gap)
     kernels.shared_memory("cuda")
     from advkd import no_module
     with pytest.raises(AttributeError, match="layers"):

@@ -2,7 +2,9 @@
 
 import importlib
 import itertools
+import os
 import tempfile
+import time
 
 import pytest
 import torch
@@ -14,9 +16,15 @@ from advkd.errors import InputError  # noqa: E402
 from advkd.models.fused_student import FusedStudent  # noqa: E402
 from profiling.limits import calls  # noqa: E402
 from profiling.limits.call_modes import MODES, QUOTAS, has_meaning  # noqa: E402
-from profiling.limits.record import Campaign  # noqa: E402
+from profiling.limits.record import Campaign, judge_in_processes  # noqa: E402
 
 CASES = 700
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Folders that cases draw go with the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def test_random_calls_are_right_or_refused():
@@ -29,9 +37,8 @@ def test_random_calls_are_right_or_refused():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_has_cases_that_are_right_or_refused(mode, tmp_path, monkeypatch):
+def test_every_mode_has_cases_that_are_right_or_refused(mode):
     """The first case in which the mode has a meaning."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for number in range(CASES, 2 * CASES):
         call, _, _, draw = calls.case(0, number)
         if call.spoilt or not has_meaning(mode, call):
@@ -125,3 +132,19 @@ def test_a_call_that_ends_its_process_is_one_finding(monkeypatch):
     calls.run(campaign, range(5))
     assert [(failure["case"], failure["outcome"]) for failure in campaign.failures] == [(2, "crashed")]
     assert sum(row["tried"] for row in campaign.rows()) == 5
+
+
+def test_cases_that_hang_or_die_are_one_finding_each():
+    def judge(number):
+        yield {"kind": "some", "detail": "so far:"}
+        if number == 1:
+            time.sleep(600)
+        if number == 3:
+            os._exit(7)
+        yield {"kind": "some", "outcome": "right", "detail": ""}
+
+    campaign = Campaign("some", seed=0)
+    judge_in_processes(campaign, range(6), judge, size=3, seconds=2, memory=2**31)
+    found = [(failure["case"], failure["outcome"], failure["detail"]) for failure in campaign.failures]
+    assert found == [(1, "crashed", "so far: a hang"), (3, "crashed", f"so far: the process ended with status {7 << 8}")]
+    assert [(row["tried"], row["right"]) for row in campaign.rows()] == [(6, 4)]

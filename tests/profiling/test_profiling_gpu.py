@@ -1,6 +1,7 @@
 """The GPU profiling command without a GPU: its parts are small programs here, its benchmarks run small cases on the CPU."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -20,22 +21,22 @@ import torch
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
 from advkd.ops import registry
-from profiling import evidence, gpu_peers, gpu_timing
+from profiling import evidence, harness, peers
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
-from profiling.gpu import bench, build, first_image, ncu, parity, parts, rehearsal, sanitizers, tables
+from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
 from profiling.gpu import part as gpu_part
 from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
-from profiling.gpu.tests import BROKEN, COLLECTED, forget, read_log, spread
+from profiling.gpu.tests import BROKEN, COLLECTED, read_log, settle, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
-from profiling.trace import counters
+from profiling.trace import ncu
 
 from ..conftest import ROOT, process_environment
 from ..kernels.test_fused_student_gpu import launchers, on_gpu_kernels  # noqa: F401
@@ -339,8 +340,8 @@ def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
 def test_tests_that_still_run_have_begun(tmp_path):
     folder = tmp_path / "parts/tests"
     folder.mkdir(parents=True)
-    lines = [{"test": "a", "outcome": "died"}, {"test": "b", "outcome": "passed"}, {"test": "c", "outcome": "died", "begun": 1}]
-    (folder / "tests-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"test": "a", "outcome": "died"}, {"test": "b", "outcome": "passed"}, {"test": "c", "outcome": "begun"}]
+    (folder / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "seen.json").write_text(json.dumps({"d": {"outcome": "passed"}}))
     outcomes = {test: entry["outcome"] for test, entry in gpu_modes.tests_so_far(tmp_path).items()}
     assert outcomes == {"a": "died", "b": "passed", "c": "begun", "d": "passed"}
@@ -477,23 +478,57 @@ def test_case(i):
 """
 
 
-def test_tests_that_die_or_hang_cost_themselves_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("absent", [(), ("xdist",)], ids=["with xdist", "without"])
+def test_tests_that_die_or_hang_cost_themselves_alone(absent, tmp_path, monkeypatch):
     (tmp_path / "test_small.py").write_text(TESTS)
     monkeypatch.setenv("STEP", "die")
-    arguments = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")]
-    worker = parity.TestWorker(tmp_path / "log.jsonl", arguments, hang=0.3)
-    try:
-        while worker.poll():
-            time.sleep(0.05)
-    finally:
-        worker.stop()
-    found = read_log(tmp_path / "log.jsonl")
-    assert len(found.pop(COLLECTED)["tests"]) == 6 and worker.starts == 3
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "HANG", 0.5)
+    find = parity.importlib.util.find_spec
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
+    assert parity.run_pytest(part_of(tmp_path), log, words) == 1
+    found = read_log(log)
+    found.pop(COLLECTED)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
-    forget(tmp_path / "log.jsonl")
-    assert len(read_log(tmp_path / "log.jsonl")) == 5
+    # What is in the log is not run again.
+    assert parity.run_pytest(part_of(tmp_path), log, words) == 5 and read_log(log)[COLLECTED]["tests"] == []
+
+
+BREAKS = """
+import os, pathlib, pytest
+from profiling.gpu import tests
+tests.broken = lambda: True
+
+@pytest.mark.parametrize("i", range(3))
+def test_case(i):
+    with open(pathlib.Path(__file__).parent / "pids.txt", "a") as file:
+        file.write(f"{os.getpid()} ")
+    assert i != 1
+"""
+
+
+def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(BREAKS)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(gpu_part.Part, "processes", lambda part, most: 1)
+    assert parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path]) == 1
+    found = read_log(tmp_path / "log.jsonl")
+    found.pop(COLLECTED)
+    assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
+    assert "assert 1 != 1" in found[sorted(found)[1]]["message"]
+    first, second, third = (tmp_path / "pids.txt").read_text().split()
+    assert first == second != third
+
+
+def test_a_log_without_its_process_is_settled(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for died, outcomes in ((True, {"a": "passed", "b": "died"}), (False, {"a": "passed"})):
+        log.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outcome": "begun"}\n{"test": "a')
+        settle(log, died)
+        assert {test: entry["outcome"] for test, entry in read_log(log).items()} == outcomes
 
 
 def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
@@ -506,7 +541,7 @@ def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
 
     class Late(gpu_part.Part):
         def left(self):
-            log = read_log(self.folder / "tests-0.jsonl")
+            log = read_log(self.folder / "tests.jsonl")
             return 0.0 if any("[2]" in test for test in log) else 60.0
 
     result, code = gpu_part.run(parity.tests, Late(tmp_path, tmp_path, 60.0, False))
@@ -543,7 +578,7 @@ def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
     result, code = gpu_part.run(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
     assert code == 1 and "compute-sanitizer is not on PATH" in result["error"]
-    result, code = gpu_part.run(ncu.ncu, part_of(tmp_path))
+    result, code = gpu_part.run(parts.ncu, part_of(tmp_path))
     assert code == 0 and result["ncu"] == "not installed"
 
 
@@ -577,11 +612,11 @@ NCU = """==PROF== Profiling "advkd_conv_layer_4x4_bf16" - 0
 
 
 def test_output_of_nsight_compute():
-    first, second = counters.ncu_rows(NCU)
+    first, second = ncu.read(NCU)
     assert first["seconds"] == pytest.approx(12.345e-6) and first["dram_bytes"] == 1e6 and first["registers"] == 242
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
     assert second["seconds"] is None and second["top_stall"] == "wait"
-    assert counters.ncu_rows("") == []
+    assert ncu.read("") == []
 
 
 def test_architectures_of_cards():
@@ -659,12 +694,26 @@ def test_tables_of_gpu_results(monkeypatch):
     assert tables.gpu_benchmarks() == ["Nothing has been measured on a GPU yet."]
 
 
+def test_a_digest_covers_what_a_triton_kernel_imports(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    families = {name: evidence.Family("triton", name) for name in ("conv_block", "mask_mul", "conv_bias_act_mask")}
+    before = {name: family.digest() for name, family in families.items()}
+    for file, changed in (("conv_tiles", {"conv_block"}), ("mask_mul", {"mask_mul", "conv_bias_act_mask"})):
+        with (tmp_path / "kernels" / f"{file}.py").open("a") as out:
+            out.write("# one more line\n")
+        now = {name: family.digest() for name, family in families.items()}
+        assert {name for name in now if now[name] != before[name]} == changed
+        before = now
+
+
 def test_kernels_have_tests_and_become_stale(tmp_path):
     known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(
         known
     )
     assert all((ROOT / family.source).exists() for family in known.values())
+    assert "triton conv_tiles" not in known, "tables, which belong to the kernels that import them"
     cuda, triton = known["cuda mask_mul"], known["triton mask_mul"]
     node = "tests/kernels/test_training_{}.py::test_on_a_gpu[mask_mul-Case0]"
     assert cuda.tested_by(node.format("cuda")) and not triton.tested_by(node.format("cuda"))
@@ -823,13 +872,15 @@ class OnHost:
 @pytest.fixture
 def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
     """Benchmarks for a GPU on the CPU: plain PyTorch in place of the kernels, function calls in place of graphs."""
-    for module in (bench_conv_block, gpu_peers):
+    for module in (bench_conv_block, bench_student, peers):
         monkeypatch.setattr(module, "Replay", OnHost)
+    # Inductor's code for a CPU says nothing about that for a GPU.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
     for name in bench_student.GPU_ENGINES:
         if name.startswith("torch.compile"):
-            monkeypatch.setitem(bench_student.GPU_ENGINES, name, gpu_peers.eager)
+            monkeypatch.setitem(bench_student.GPU_ENGINES, name, peers.eager)
     return on_gpu_kernels
 
 
@@ -976,12 +1027,12 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
 def test_times_on_a_gpu():
     """A replay's results are the function's; a longer kernel takes longer; a case runs from end to end."""
     x = torch.randn(1 << 24, device="cuda")
-    replay = gpu_timing.Replay(lambda i: x * (i + 2), 3)
+    replay = harness.Replay(lambda i: x * (i + 2), 3)
     assert torch.equal(replay(), 2 * x)
     small = x[: 1 << 16]
-    times = gpu_timing.measure_events({"long": lambda: x * 2, "short": lambda: small * 2, "graph": replay}, repeats=5)
+    times = harness.measure_events({"long": lambda: x * 2, "short": lambda: small * 2, "graph": replay}, repeats=5)
     assert times["short"]["median"] < times["long"]["median"] and times["graph"]["median"] < 2 * times["long"]["median"]
-    assert gpu_timing.sets_beyond_cache(1) == 64
+    assert harness.sets_beyond_cache(1) == 64
     case = bench_conv_block.case("144 to 144 at 8", 1, "bfloat16")
     case.contestants = [c for c in case.contestants if "compile" not in c.name]
     result = run_case(dataclasses.replace(case, repeats=3))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import runpy
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from profiling.trace import compare, ncu, nsys, power, timeline, torch_trace, wo
 from profiling.trace.timeline import KERNEL, Activity, Span, Trace, busy_time, own_times, summary
 from profiling.trace.workloads import UNIT, VARIANTS, Size
 
-from ..conftest import ROOT, TINY_STUDENT, process_environment, tiny_student, tiny_teacher
+from ..conftest import ROOT, TINY_STUDENT, tiny_student, tiny_teacher
 
 DATA = ROOT / "tests" / "data" / "nsight"
 PLACE = {"device": "a GPU", "threads": 2, "commit": "c0ffee", "dirty": False, "versions": {"torch": "2"}}
@@ -164,7 +165,7 @@ def test_command_lines(tmp_path):
     assert words[:2] == ["nsys", "profile"] and words[-8:] == [sys.executable, *work, "--repeats=3"]
     for option in ("--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--cuda-graph-trace=node", "--export=sqlite"):
         assert option in words
-    words = ncu.ncu_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
+    words = ncu.unit_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
     assert words[0] == "ncu" and words[-2:] == ["--repeats=1", "--steps=2"]
     text = " ".join(words)
     for option in ("--csv --page raw", "--metrics a,b", "--profile-from-start off", "--launch-count 50"):
@@ -463,13 +464,13 @@ def test_tables_of_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     monkeypatch.setattr(evidence, "changed", lambda name, result: [])
-    assert nsys.table() == ncu.table() == compare.table() == []
     (tmp_path / "d").mkdir()
-    for name, module in (("traces", nsys), ("counters", ncu), ("compare", compare)):
+    for name, module in (("traces", timeline), ("counters", ncu), ("compare", compare)):
+        assert module.lines(evidence.stored(name)) == []
         (tmp_path / "d" / f"{name}.json").write_text(json.dumps({"provenance": PLACE, "complaints": [], "rows": []}))
         # Without rows there is no spread, and never an empty table.
         with pytest.raises(InputError, match="spread"):
-            module.table()
+            module.lines(evidence.stored(name))
 
 
 @pytest.mark.parametrize(
@@ -533,7 +534,9 @@ def test_a_damaged_chrome_trace(tmp_path):
             torch_trace.read(path)
 
 
-def test_the_module_runs_alone():
-    command = [sys.executable, "-m", "profiling.trace.workloads", "student", "neither"]
-    done = subprocess.run(command, cwd=ROOT, env=process_environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and "invalid choice: 'neither'" in done.stderr
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_module_runs_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "student", "neither"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("profiling.trace.workloads", run_name="__main__")
+    assert ended.value.code == 2 and "invalid choice: 'neither'" in capsys.readouterr().err

@@ -7,11 +7,14 @@ import ast
 
 from ..conftest import ROOT
 
-ORDER = "roof cli export evaluation training methods diffusion models engines data ops runtime ground".split()
+ORDER = "roof cli export evaluation training methods diffusion models engines data ops kernels runtime ground".split()
 """Rooms from top to bottom."""
 
-SPECIAL = {"advkd": "roof", "kernels": "ops", "config": "ground", "errors": "ground"}
+SPECIAL = {"advkd": "roof", "config": "ground", "errors": "ground"}
 """Rooms of modules outside the folders. ``advkd/__init__.py`` and programs (``__main__.py``) are the roof."""
+
+KERNELS = {"ops", "kernels"}, {"kernels", "runtime"}
+"""Rooms that import Triton's kernels, and rooms that those import."""
 
 LONGEST = 400
 """Most lines that a file of the package may have."""
@@ -65,11 +68,15 @@ def faults(module, text, tree, taken):
     if room(module) not in ORDER:
         yield f"{module}: the room {room(module)} has no place in the order"
         return
-    if not module.startswith("advkd.kernels") and len(text.splitlines()) > LONGEST:
+    if len(text.splitlines()) > LONGEST:
         yield f"{module}: {len(text.splitlines())} lines, more than {LONGEST}"
     for line, other, name, _ in taken:
         if room(other) in ORDER[: ORDER.index(room(module))] and name != "__version__":
             yield f"{module}, line {line}: an arrow up, to {other}"
+        elif room(other) == "kernels" and room(module) not in KERNELS[0]:
+            yield f"{module}, line {line}: kernels are imported by ops alone"
+        elif room(module) == "kernels" and room(other) not in KERNELS[1]:
+            yield f"{module}, line {line}: kernels do not import {other}"
         if is_private(name):
             yield f"{module}, line {line}: the private name {name} of {other}"
     yield from (f"{module}, line {line}: the private name {found}" for line, found in private_attributes(tree, taken))
@@ -104,6 +111,7 @@ PLANTED = {
     "advkd/__init__.py": "__version__ = '1'\n",
     "advkd/__main__.py": "from .cli import main\n",
     "advkd/cli/main.py": "from .. import __version__\nfrom ..ops import mask\nfrom ..errors import Bad\n",
+    "advkd/engines/gpu.py": "from advkd.kernels import mask\n",
     "advkd/errors.py": "def f():\n    from .runtime import files\n",
     "advkd/ops/mask.py": "import advkd.kernels.mask as kernel\nkernel._tile\nkernel.__name__\n",
     "advkd/ops/registry.py": "def f():\n    import importlib\n    importlib.import_module('advkd.cli.main')\n",
@@ -111,6 +119,7 @@ PLANTED = {
     "advkd/runtime/locks.py": "def f():\n    import advkd.runtime.files\n    advkd.runtime.files._move()\n",
     "advkd/shed/tools.py": "",
     "kernels/mask.py": "from ..ops import mask as reference\nimport torch\nreference._pack, torch._C\n",
+    "kernels/tiles.py": "from ..errors import Bad\nfrom ..runtime import locks\nfrom .mask import tile\n" + "#\n" * 398,
 }
 
 
@@ -120,6 +129,7 @@ def test_violations_are_found(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert violations(tmp_path) == [
+        "advkd.engines.gpu, line 1: kernels are imported by ops alone",
         "advkd.errors, line 2: an arrow up, to advkd.runtime.files",
         "advkd.ops.mask, line 2: the private name kernel._tile",
         "advkd.ops.registry, line 3: an arrow up, to advkd.cli.main",
@@ -128,7 +138,10 @@ def test_violations_are_found(tmp_path):
         "advkd.runtime.files, line 2: an arrow up, to advkd",
         "advkd.runtime.locks, line 3: the private name advkd.runtime.files._move",
         "advkd.shed.tools: the room shed has no place in the order",
+        "advkd.kernels.mask, line 1: an arrow up, to advkd.ops.mask",
         "advkd.kernels.mask, line 3: the private name reference._pack",
+        "advkd.kernels.tiles: 401 lines, more than 400",
+        "advkd.kernels.tiles, line 1: kernels do not import advkd.errors",
         "circle: advkd.kernels.mask, advkd.ops.mask",
         "circle: advkd.runtime.files, advkd.runtime.locks",
     ]
