@@ -62,9 +62,9 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 test: install
 	$(PYTEST) --ignore tests/profiling -m "not slow and (core or not kernels)"
 
-# What make test leaves out of tests/kernels, so that no test runs twice.
+# What make test leaves out, so that no test runs twice.
 test-kernels: install
-	$(PYTEST) tests/kernels -m "not slow and not core"
+	$(PYTEST) --ignore tests/profiling -m "kernels and not slow and not core"
 	ATEN_CPU_CAPABILITY=default $(PYTEST) $(SCHEDULES)
 
 test-profiling: install lint
