@@ -4,6 +4,7 @@ Environment: ``ADVKD_CPU=1`` demands the CPU object (without it a missing compil
 CUDA object, ``ADVKD_CUDA=0`` skips it, ``TORCH_CUDA_ARCH_LIST`` chooses architectures ("8.0;9.0a+PTX").
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -52,9 +53,9 @@ def files(folders, suffixes):
     return sorted(found)
 
 
-def units(kind, suffix):
+def units(kind, *suffixes):
     """An object's units, as paths relative to the root, as setuptools takes them."""
-    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], (suffix,))]
+    return [str(path.relative_to(ROOT)) for path in files(FOLDERS[kind], suffixes)]
 
 
 def source_identity(kind):
@@ -132,21 +133,26 @@ class BuildExtensions(build_ext):
         return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(extension.name)))
 
     def _build_cpu(self, files, target):
-        compiler = os.environ.get("CXX", "g++")
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            # Baseline code first: of an inline function that several objects hold the linker keeps the first copy, which every
-            # processor must be able to run.
-            units = sorted(cpu_units(files), key=lambda unit: unit[1] != "")
-            objects = list(threads.map(lambda unit: self._compile_unit(compiler, *unit), units))
-        self._link([compiler, "-shared", *objects], target, "cpu")
-
-    def _compile_unit(self, compiler, source, suffix, flags):
-        return self._compile([compiler, *host_flags(), *flags], source, f"{object_name(source)}{suffix}.o")
+        objects = cpu_objects(list(cpu_units(files)))
+        self._link([cpu_compiler(), "-shared", *map(str, objects)], target, "cpu")
+        for path in set(OBJECTS.glob("*.o")) - set(objects):
+            path.unlink()
 
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
-        host = ",".join(host_flags(include=False))
-        flags = ["-std=c++20", "-O3", "--threads=0", "-DUSE_CUDA", *includes(), *architecture_flags(nvcc), "-Xcompiler", host]
+        host = ",".join(HOST_FLAGS)
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "--threads=0",
+            "-DUSE_CUDA",
+            "-DADVKD_CUDA_OBJECT",
+            f"-I{ROOT / 'csrc'}",
+            *torch_flags(),
+            *architecture_flags(nvcc),
+            "-Xcompiler",
+            host,
+        ]
         # nvcc itself takes a core per architecture.
         with ThreadPoolExecutor(max(1, os.cpu_count() // 4)) as threads:
             objects = list(threads.map(lambda s: self._compile([nvcc, *flags], s, object_name(s) + ".cuda.o"), files))
@@ -173,51 +179,102 @@ def object_name(source):
     return ".".join(Path(source).with_suffix("").parts[1:])
 
 
-def includes():
-    return [f"-I{ROOT / 'csrc'}", f"-I{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+def torch_flags():
+    return [f"-I{TORCH / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
 
 
-def host_flags(include=True):
-    # No contraction: every instruction set gives the same bits.
-    flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-O3", "-Wall"]
-    return [*flags, "-std=c++20", "-pthread", *includes()] if include else flags
+# No contraction: every instruction set gives the same bits.
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-O3", "-Wall"]
+CPU_FLAGS = [*HOST_FLAGS, "-std=c++20", "-pthread", f"-I{ROOT / 'csrc'}"]
 
 
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
 LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
-# The levels that a kernel is compiled for beside the baseline; the files not named here know no instruction set.
+AVX, BFLOAT16 = (".avx2", ".avx512"), (".avx2", ".avx512", ".avx512bf16")
 KERNELS = {
-    "philox.cpp": (".avx2", ".avx512"),
-    "sampler_step.cpp": (".avx2", ".avx512"),
-    "conv_bias_act_mask.cpp": (".avx2", ".avx512"),
-    "mask_mul.cpp": (".avx2", ".avx512"),
-    "penalty_reduce.cpp": (".avx2", ".avx512"),
-    "interpolate.cpp": (".avx2", ".avx512"),
-    "image_gradient.cpp": (".avx2", ".avx512"),
-    "norm_act.cpp": (".avx2", ".avx512"),
-    "conv_block.cpp": (".avx2", ".avx512", ".avx512bf16"),
+    "csrc/cpu/conv_bias_act_mask.cpp": AVX,
+    "csrc/cpu/conv_block.cpp": BFLOAT16,
+    "csrc/cpu/conv_direct.cpp": BFLOAT16,
+    "csrc/cpu/conv_dot.cpp": AVX,
+    "csrc/cpu/conv_pack.cpp": AVX,
+    "csrc/cpu/conv_winograd.cpp": BFLOAT16,
+    "csrc/cpu/image_gradient.cpp": AVX,
+    "csrc/cpu/interpolate.cpp": AVX,
+    "csrc/cpu/mask_mul.cpp": AVX,
+    "csrc/cpu/norm_act.cpp": AVX,
+    "csrc/cpu/penalty_reduce.cpp": AVX,
+    "csrc/cpu/philox.cpp": AVX,
+    "csrc/cpu/sampler_step.cpp": AVX,
 }
+"""The levels that a kernel is compiled for beside the baseline; the files not named here know no instruction set."""
 
 
 def cpu_units(files, machine=None):
-    """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once."""
+    """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once.
+
+    Baseline code first: of an inline function that several objects hold the linker keeps the first copy, which every processor
+    must be able to run.
+    """
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
-    for source in files:
-        levels = KERNELS.get(Path(source).name)
-        if levels is None:
-            yield source, "", []
-            continue
-        for suffix in ("", *levels) if x86 else ("",):
-            yield source, suffix, [*LEVELS[suffix], f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
+    for suffix in LEVELS if x86 else ("",):
+        isa = f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"
+        for source in files:
+            if suffix in ("", *KERNELS.get(source, ())):
+                registers = source.startswith("csrc/cpu/torch/")
+                yield source, suffix, [*LEVELS[suffix], isa] if source in KERNELS else torch_flags() if registers else []
+
+
+OBJECTS = ROOT / "build" / "objects"
+"""Compiled units of the CPU object, named after a digest of all that they are made of: what is there is not built anew."""
+
+
+def cpu_objects(units):
+    """Paths of the units' objects, in their order, compiled where they are missing."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        # Long files first, so that none is left alone at the end.
+        by_length = sorted(units, key=lambda unit: (ROOT / unit[0]).stat().st_size, reverse=True)
+        jobs = {unit[:2]: threads.submit(_cpu_object, *unit) for unit in by_length}
+    return [jobs[unit[:2]].result() for unit in units]
+
+
+def cpu_compiler():
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def _compiler_version(compiler):
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _cpu_object(source, suffix, flags):
+    command = [cpu_compiler(), *CPU_FLAGS, *flags]
+    parts = [_compiler_version(cpu_compiler()), *command, *(path.read_text() for path in included(ROOT / source))]
+    digest = hashlib.sha1("\n".join(parts).encode(), usedforsecurity=False).hexdigest()
+    path = OBJECTS / f"{object_name(source)}{suffix}.{digest[:16]}.o"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-c", ROOT / source, "-o", temporary], check=True)
+        os.replace(temporary, path)
+    return path
+
+
+def included(source):
+    """A source and all headers of ``csrc`` that it includes, and that those do."""
+    found, left = set(), {source}
+    while left:
+        found |= left
+        text = "".join(path.read_text() for path in left)
+        left = {ROOT / "csrc" / name for name in re.findall(r'^#include "(.+)"$', text, re.M)} - found
+    return sorted(found)
 
 
 def extensions():
     """The CPU object, and the CUDA one where there is a compiler for it."""
     found = [Extension("advkd._cpu", units("cpu", ".cpp"), py_limited_api=True)]
     if cuda_compiler():
-        # Registration units include their kernels: device code of one unit needs no separate linking.
-        launchers = [source for source in units("cuda", ".cu") if Path(source).name.startswith("register")]
-        found.append(Extension("advkd._cuda", launchers, py_limited_api=True))
+        # A unit has all the device code that its kernels call: none needs to be linked with another's.
+        found.append(Extension("advkd._cuda", units("cuda", ".cu", ".cpp"), py_limited_api=True))
     return found
 
 

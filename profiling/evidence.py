@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from advkd.errors import InputError
-from advkd.ops import cupy_modules
+from advkd.ops import cuda as cuda_kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
@@ -191,6 +191,8 @@ MEASURED = {
     **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),
 }
 """Result's name -> the kernels in C++ that it measures."""
+UNITS = {"conv_block": ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")}
+"""Kernel in C++ for CPUs -> the source files that it consists of, where there are several."""
 ELSEWHERE = {
     **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
     "step_scaling": "cases.sampler_step",
@@ -222,11 +224,11 @@ def cpu_digests(read=lambda path: (ROOT / path).read_text()):
     ``read``: the text of a path below the root, of this tree or of another commit.
     """
     names = sorted({name for kernels in MEASURED.values() for name in kernels})
-    return {name: _digest(f"csrc/cpu/{name}.cpp", read) for name in names}
+    return {name: _digest([f"csrc/cpu/{unit}.cpp" for unit in UNITS.get(name, (name,))], read) for name in names}
 
 
-def _digest(path, read):
-    seen, left = {}, [path]
+def _digest(paths, read):
+    seen, left = {}, list(paths)
     while left:
         name = left.pop()
         if name not in seen:
@@ -279,7 +281,7 @@ class Family:
 
     def digest(self):
         """Digest of the device code: the source with its headers, or the Triton file and those beside it that it imports."""
-        text = cupy_modules.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
+        text = cuda_kernels.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def tested_by(self, test):
@@ -296,7 +298,7 @@ class Family:
 
 def families():
     """Every family, from the files that are there."""
-    cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu") if not path.stem.startswith("register"))
+    cuda = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
     triton = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text())
     return [*(Family("cuda", name) for name in cuda), *(Family("triton", name) for name in triton)]
 

@@ -206,6 +206,11 @@ class DeviceTensor(torch.Tensor):
         return f"{self.inside!r} on {DEVICE}"
 
 
+def numbers_of(value):
+    """The numbers that a tensor on the stand-in holds; anything else as it is."""
+    return value.inside if isinstance(value, DeviceTensor) else value
+
+
 class Ops(TorchDispatchMode):
     """Sends every op that torch runs to :func:`run`."""
 
@@ -272,9 +277,12 @@ def require_small(name, arguments):
 
 
 def run_ours(function, arguments, options, device):
-    if function.namespace == "advkd_cuda":
+    if function._schema.name in LAUNCHERS:
         require(device, f"{function} takes tensors on a GPU")
         return LAUNCHERS[function._schema.name](*arguments, **options)
+    if function.namespace == "advkd_cuda" or function._schema.name.startswith("advkd_cpu::cuda_"):
+        # A question, or a plan: both compute on the CPU.
+        return function(*tree_map(numbers_of, arguments), **tree_map(numbers_of, options))
     require(not device or function.namespace == "advkd", f"{function} takes tensors on the CPU")
     kernel = torch.library.get_kernel(function, "CPU")
     with Names(), Ops():
@@ -429,10 +437,10 @@ CUDA = {
 
 
 def schemas():
-    """Schemas of the CUDA object's launchers, from its sources."""
-    texts = "".join(path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("register*.cu")))
-    found = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', texts)
-    return ["".join(re.findall(r'"([^"]*)"', parts)) for parts in found]
+    """Schemas of the CUDA object's launchers and questions, from those of the CPU object, which plans for them."""
+    own = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("advkd_cpu::cuda_")]
+    found = [str(getattr(torch.ops.advkd_cpu, name.partition("::")[2]).default._schema) for name in own]
+    return [re.sub(r", int\[\] device\) -> \(Tensor.*", ") -> ()", text.partition("::cuda_")[2]) for text in found]
 
 
 LAUNCHERS, STATE = {}, None
@@ -446,8 +454,9 @@ def launcher(name):
 
     def launch(*arguments, **options):
         STATE.start(name)
-        with Names(), Ops():
-            return references[name](*arguments, **options) if name in references else None
+        if name in references:
+            with Names(), Ops():
+                references[name](*arguments, **options)
 
     return launch
 
@@ -459,11 +468,15 @@ def use_cuda_object():
 
     gap = extension.extension_gap
     extension.extension_gap = registry.extension_gap = lambda kind: None if kind == "cuda" else gap(kind)
+    require(gap("cpu") is None, gap("cpu"))
     library = torch.library.Library("advkd_cuda", "DEF")
     for schema in schemas():
         name = schema.partition("(")[0]
         library.define(schema)
-        LAUNCHERS[f"advkd_cuda::{name}"] = launcher(name)
+        if schema.endswith("()"):
+            LAUNCHERS[f"advkd_cuda::{name}"] = launcher(name)
+        else:
+            library.impl(name, getattr(torch.ops.advkd_cpu, f"cuda_{name}").default, "CompositeExplicitAutograd")
     return library
 
 

@@ -4,6 +4,7 @@ Every launch that can stand for one convolution or several is a candidate; a pla
 fixed plan counts bytes and launches, a tuned one measures each candidate once and keeps the seconds on disk.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from typing import Protocol
 import torch
 
 from ..ops.conv_layer import ConvLayer, is_image, output_sides
-from ..ops.gpu_storage import device_limits, input_channels, padded, stem_numbers
+from ..ops.gpu_storage import PRODUCTS, device_limits, input_channels, padded, stem_numbers
+from ..ops.registry import cuda_query
 from ..ops.student_steps import Step, run_step, triton_launcher, triton_layer, triton_precision
 from ..runtime.hub import reason
 from .kept import Kept, device_name, kept_times
@@ -132,21 +134,31 @@ def _descriptor_configs(engine, layer, n):
 
 
 def _pair_fits(engine, i):
-    from ..ops.cupy_conv_pair import fits
-
     first, second = engine.layers[i : i + 2]
     if second.upsample or second.detail or is_image(first):
         return False
     image = is_image(second)
     c_out = second.c_out if image else padded(second.c_out)
     channels = (input_channels(first), padded(first.c_out), c_out)
-    return fits(*channels, first.upsample, image, engine.product, engine.limits.shared)
+    product = PRODUCTS.index(engine.product)
+    return cuda_query("pair_fits")(*channels, first.upsample, image, product, engine.limits.shared)
+
+
+def stem_layers(layers: Sequence[ConvLayer], product: str, images: int, shared: int) -> int:
+    """The number of leading layers that one launch can do with ``shared`` bytes of shared memory.
+
+    These have LeakyReLU and no detail, begin with 4x4 pixels and end with at most 32x32.
+
+    Args:
+        product: one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
+        images: images of a group.
+    """
+    leading = list(itertools.takewhile(lambda layer: not layer.detail and layer.activation == "leaky_relu", layers))
+    return cuda_query("stem_layers")(stem_numbers(leading), PRODUCTS.index(product), images, shared)
 
 
 def _stems(engine, n):
     """Stems that end where the resolution changes, by blocks per cluster and images per cluster."""
-    from ..ops.cupy_student_stem import stem_layers
-
     layers, found = engine.layers, []
     clusters = (1, 2, 4, 8) if engine.limits.capability >= (9, 0) else (1,)
     for images in (1, 2, 4):

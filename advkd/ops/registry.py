@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from ..errors import BackendUnavailableError, InputError
 from ..runtime.extension import extension_gap
+from . import cuda
 from .derivatives import carries_tangent
 from .layout import DTYPES
 
@@ -169,19 +170,26 @@ def cuda_gap() -> str | None:
     missing = extension_gap("cuda")
     if missing is None or not torch.cuda.is_available():
         return missing
-    from . import cupy_kernels
-
-    also = cupy_kernels.gap()
+    also = cuda.gap()
     return also and f"{missing}; {also}"
 
 
 def cuda_launcher(name: str) -> Callable:
     """Launcher ``name`` of the CUDA kernels: the extension's, or CuPy's where that is not built."""
+    return getattr(torch.ops.advkd_cuda, name).default if extension_gap("cuda") is None else cuda.launcher(name)
+
+
+def cuda_query(name: str) -> Callable:
+    """Question ``name`` about the CUDA kernels' plans (``csrc/cuda/host/ops.h``), by either extension.
+
+    Raises:
+        BackendUnavailableError: neither is built.
+    """
     if extension_gap("cuda") is None:
         return getattr(torch.ops.advkd_cuda, name).default
-    from . import cupy_kernels
-
-    return getattr(cupy_kernels, name)
+    if reason := extension_gap("cpu"):
+        raise BackendUnavailableError(f"plans of CUDA kernels need an extension: {reason}")
+    return getattr(torch.ops.advkd_cpu, f"cuda_{name}").default
 
 
 def _triton_gap(device):

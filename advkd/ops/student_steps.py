@@ -188,40 +188,41 @@ def _triton(name):
     return launch
 
 
-def _conv(step, layers, x, packed, biases, out, slope, product):
-    i = step.first
-    code = ACTIVATION_CODES[layers[i].activation]
-    launch = registry.cuda_launcher("conv_layer")
-    launch(x, packed[i], biases[i], out, layers[i].upsample, code, slope, PRODUCTS.index(product))
+def cuda_launch(
+    step: Step,
+    layers: Sequence[ConvLayer],
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    slope: float,
+    product: str,
+) -> tuple[str, tuple]:
+    """Name and arguments of the CUDA launcher that does a step; arguments as of :func:`run_step`."""
+    i, last = step.first, layers[step.first + step.count - 1]
+    numbers = (ACTIVATION_CODES[last.activation], slope, PRODUCTS.index(product))
+    if step.kernel == "stem":
+        own = slice(i, i + step.count)
+        plan = (stem_numbers(layers[own]), slope, PRODUCTS.index(product), *step.config)
+        return "student_stem", (x, list(packed[own]), list(biases[own]), out, *plan)
+    if step.kernel == "pair":
+        pair = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
+        return "conv_pair", (*pair, layers[i].upsample, i + 2 == len(layers), *numbers)
+    tensors = (x, packed[i], biases[i], out)
+    return (
+        ("conv_image", (*tensors, *numbers)) if step.kernel == "image" else ("conv_layer", (*tensors, last.upsample, *numbers))
+    )
 
 
-def _image(step, layers, x, packed, biases, out, slope, product):
-    i = step.first
-    code = ACTIVATION_CODES[layers[i].activation]
-    registry.cuda_launcher("conv_image")(x, packed[i], biases[i], out, code, slope, PRODUCTS.index(product))
-
-
-def _pair(step, layers, x, packed, biases, out, slope, product):
-    i = step.first
-    image, code = i + 2 == len(layers), ACTIVATION_CODES[layers[i + 1].activation]
-    tensors = (x, packed[i], biases[i], packed[i + 1], biases[i + 1], out)
-    registry.cuda_launcher("conv_pair")(*tensors, layers[i].upsample, image, code, slope, PRODUCTS.index(product))
-
-
-def _stem(step, layers, x, packed, biases, out, slope, product):
-    own = slice(step.first, step.first + step.count)
-    launch = registry.cuda_launcher("student_stem")
-    numbers = (slope, PRODUCTS.index(product), *step.config)
-    launch(x, list(packed[own]), list(biases[own]), out, stem_numbers(layers[own]), *numbers)
+def _cuda(*arguments):
+    name, values = cuda_launch(*arguments)
+    registry.cuda_launcher(name)(*values)
 
 
 _LAUNCH = {
     "triton_conv": _triton("conv_layer"),
     "triton_image": _triton("conv_image"),
-    "conv": _conv,
-    "image": _image,
-    "pair": _pair,
-    "stem": _stem,
+    **dict.fromkeys(("conv", "image", "pair", "stem"), _cuda),
     "triton_descriptor": _triton("conv_descriptor"),
 }
 

@@ -100,19 +100,22 @@ struct ConvSchedule {
   i64 tasks() const { return blocks * chunks; }
 };
 
+using ConvScheduler = ConvSchedule(const ConvLayer&, i64 images, i64 threads);
+using ConvRun = void(const ConvJob&, const ConvSchedule&, i64 task, void* scratch);
+
 struct ConvKernels {
   const char* name;
   i64 (*packed_bytes)(const ConvLayer&);
   void (*pack)(const ConvLayer&, const float* weight, const float* bias, void* packed);
   bool (*fits)(const ConvLayer&, const void* packed);
-  ConvSchedule (*schedule)(const ConvLayer&, i64 images, i64 threads);
-  void (*run)(const ConvJob&, const ConvSchedule&, i64 task, void* scratch);
+  ConvScheduler* schedule;
+  ConvRun* run;
   // Channels `first` .. of padded activations from planar float32 rows, `stride` elements from image to image.
   void (*import_planar)(const float* planar, i64 stride, i64 c, const Activations& out, Storage, i64 first, i64 image);
   void (*export_planar)(const Activations& in, Storage, i64 c, i64 image, void* planar);
   void (*clear_halo)(const Activations&, Storage, i64 image, i64 images);
-  // Multiply-adds per second of one thread in registers: the rate that nothing can beat.
-  double (*product_rate)(Storage, double seconds);
+  // So many rounds of products in registers; returns the multiply-adds of a round.
+  i64 (*multiply)(Storage, i64 rounds);
 };
 
 #define ADVKD_DECLARE(isa)        \

@@ -9,6 +9,10 @@ namespace advkd {
 
 enum class Dtype { float32, bfloat16, float16 };
 
+inline i64 element_bytes(Dtype dtype) {
+  return dtype == Dtype::float32 ? 4 : 2;
+}
+
 // `samples` samples of `count` neighbouring elements, each cut into pieces that begin at a byte of a one-bit mask.
 struct Pieces {
   i64 samples, count, piece;

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "common/philox.h"
+#include "cpu/pieces.h"
 
 namespace advkd {
-
-enum class StepDtype { float32, bfloat16, float16 };
 
 // Columns of the table of coefficients.
 struct StepRow {
@@ -34,7 +33,7 @@ struct SamplerStep {
   i64 samples, planes, height, width;
   i64 channels;  // of a pixel: 1 in NCHW
   i64 pool;      // 0: none
-  StepDtype dtype, model_dtype;
+  Dtype dtype, model_dtype;
   bool stream;  // stores pass the caches by
 };
 

@@ -314,4 +314,15 @@ double conv_block_seconds(
   return best;
 }
 
+double product_rate(const ConvKernels& kernels, Storage storage, double seconds) {
+  constexpr i64 kRounds = 4096;
+  const auto start = std::chrono::steady_clock::now();
+  double elapsed = 0, products = 0;
+  do {
+    products += static_cast<double>(kRounds * kernels.multiply(storage, kRounds));
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  } while (elapsed < seconds);
+  return products / elapsed;
+}
+
 }  // namespace advkd

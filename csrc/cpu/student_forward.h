@@ -59,4 +59,7 @@ void conv_block_forward(
 double conv_block_seconds(
     const ConvKernels&, const ConvLayer&, const void* packed, i64 images, i64 repeats, i64 threads, const Parallel&);
 
+// Multiply-adds per second of one thread in registers, measured for so long: the rate that nothing can beat.
+double product_rate(const ConvKernels&, Storage, double seconds);
+
 }  // namespace advkd

@@ -1,4 +1,4 @@
-// The size of a block, which launchers and kernels of the training ops share.
+// The size of a block, which the host side and the kernels of the training ops share.
 #pragma once
 
 namespace advkd {

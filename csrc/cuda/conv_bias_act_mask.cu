@@ -7,6 +7,7 @@
 #include "cuda/conv_bias_act_mask.h"
 
 #include "cuda/block.h"
+#include "cuda/kernel.h"
 #include "cuda/storage.cuh"
 
 namespace advkd {
@@ -55,10 +56,14 @@ ADVKD_INLINE void conv_bias_act_mask(const ConvBiasActMaskParameters& p) {
   p.mask[item] = static_cast<unsigned char>(mask);
 }
 
-#define ADVKD_CONV_BIAS_ACT_MASK(T)                                                                                          \
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_DTYPES
+#endif
+#define ADVKD_CONV_BIAS_ACT_MASK(T)                                                                                        \
   extern "C" __global__ void __launch_bounds__(kThreads) advkd_conv_bias_act_mask_##T(const ConvBiasActMaskParameters p) { \
-    conv_bias_act_mask<T>(p);                                                                                                \
-  }
-ADVKD_DTYPES(ADVKD_CONV_BIAS_ACT_MASK)
+    conv_bias_act_mask<T>(p);                                                                                              \
+  }                                                                                                                        \
+  ADVKD_KERNEL(advkd_conv_bias_act_mask_##T)
+ADVKD_VARIANTS(ADVKD_CONV_BIAS_ACT_MASK)
 
 }  // namespace advkd

@@ -9,6 +9,7 @@
 
 #include "cuda/conv_block.h"
 
+#include "cuda/kernel.h"
 #include "cuda/products.cuh"
 
 namespace advkd {
@@ -372,17 +373,22 @@ ADVKD_INLINE void conv_image(const ConvBlockParameters& p) {
   }
 }
 
-#define ADVKD_CONV_LAYER(P, ROWS, COLUMNS, BLOCKS)                                                             \
-  extern "C" __global__ void __launch_bounds__(kConvThreads, BLOCKS)                                           \
-      advkd_conv_layer_##ROWS##x##COLUMNS##_##P(const ConvBlockParameters p) {                                 \
-    conv_layer<product_##P, ROWS, COLUMNS>(p);                                                                 \
-  }
-#define ADVKD_CONV_IMAGE(P, COLUMNS)                                                                           \
-  extern "C" __global__ void __launch_bounds__(kConvThreads, 2)                                                \
-      advkd_conv_image_##COLUMNS##_##P(const ConvBlockParameters p) {                                          \
-    conv_image<product_##P, COLUMNS>(p);                                                                       \
-  }
-// Shapes as in kConvShapes; products of three parts need more registers.
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_PRODUCTS
+#endif
+#define ADVKD_CONV_LAYER(P, ROWS, COLUMNS, BLOCKS)                             \
+  extern "C" __global__ void __launch_bounds__(kConvThreads, BLOCKS)           \
+      advkd_conv_layer_##ROWS##x##COLUMNS##_##P(const ConvBlockParameters p) { \
+    conv_layer<product_##P, ROWS, COLUMNS>(p);                                 \
+  }                                                                            \
+  ADVKD_KERNEL(advkd_conv_layer_##ROWS##x##COLUMNS##_##P)
+#define ADVKD_CONV_IMAGE(P, COLUMNS)                                  \
+  extern "C" __global__ void __launch_bounds__(kConvThreads, 2)       \
+      advkd_conv_image_##COLUMNS##_##P(const ConvBlockParameters p) { \
+    conv_image<product_##P, COLUMNS>(p);                              \
+  }                                                                   \
+  ADVKD_KERNEL(advkd_conv_image_##COLUMNS##_##P)
+// Shapes as in kConvShapes of the host's plan; products of three parts need more registers.
 #define ADVKD_CONV_BLOCK(P)                                                                                    \
   ADVKD_CONV_LAYER(P, 4, 4, 1)                                                                                 \
   ADVKD_CONV_LAYER(P, 4, 3, 1)                                                                                 \
@@ -393,6 +399,6 @@ ADVKD_INLINE void conv_image(const ConvBlockParameters& p) {
   ADVKD_CONV_IMAGE(P, 1)                                                                                       \
   ADVKD_CONV_IMAGE(P, 2)                                                                                       \
   ADVKD_CONV_IMAGE(P, 3)
-ADVKD_PRODUCTS(ADVKD_CONV_BLOCK)
+ADVKD_VARIANTS(ADVKD_CONV_BLOCK)
 
 }  // namespace advkd

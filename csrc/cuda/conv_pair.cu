@@ -26,6 +26,7 @@
 
 #include "cuda/conv_pair.h"
 
+#include "cuda/kernel.h"
 #include "cuda/products.cuh"
 
 namespace advkd {
@@ -432,12 +433,16 @@ ADVKD_INLINE void conv_pair(const ConvPairParameters& p) {
   }
 }
 
-#define ADVKD_CONV_PAIR(COLUMNS, P)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kPairThreads, PairLimits<product_##P::Storage, COLUMNS>::kBlocks)       \
-      advkd_conv_pair_columns##COLUMNS##_##P(const ConvPairParameters p) {                                             \
-    conv_pair<product_##P, COLUMNS>(p);                                                                                \
-  }
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_PRODUCTS
+#endif
+#define ADVKD_CONV_PAIR(COLUMNS, P)                                                                              \
+  extern "C" __global__ void __launch_bounds__(kPairThreads, PairLimits<product_##P::Storage, COLUMNS>::kBlocks) \
+      advkd_conv_pair_columns##COLUMNS##_##P(const ConvPairParameters p) {                                       \
+    conv_pair<product_##P, COLUMNS>(p);                                                                          \
+  }                                                                                                              \
+  ADVKD_KERNEL(advkd_conv_pair_columns##COLUMNS##_##P)
 #define ADVKD_CONV_PAIRS(P) ADVKD_CONV_PAIR(1, P) ADVKD_CONV_PAIR(2, P) ADVKD_CONV_PAIR(3, P)
-ADVKD_PRODUCTS(ADVKD_CONV_PAIRS)
+ADVKD_VARIANTS(ADVKD_CONV_PAIRS)
 
 }  // namespace advkd

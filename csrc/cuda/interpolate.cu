@@ -8,6 +8,7 @@
 
 #include "cuda/normals.cuh"
 #include "cuda/block.h"
+#include "cuda/kernel.h"
 #include "cuda/storage.cuh"
 
 namespace advkd {
@@ -40,10 +41,14 @@ ADVKD_INLINE void interpolate(const InterpolateParameters& p) {
   store<T>(p.out, at, between);
 }
 
-#define ADVKD_INTERPOLATE(T)                                                                                     \
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_DTYPES
+#endif
+#define ADVKD_INTERPOLATE(T)                                                                                    \
   extern "C" __global__ void __launch_bounds__(kThreads) advkd_interpolate_##T(const InterpolateParameters p) { \
-    interpolate<T>(p);                                                                                           \
-  }
-ADVKD_DTYPES(ADVKD_INTERPOLATE)
+    interpolate<T>(p);                                                                                          \
+  }                                                                                                             \
+  ADVKD_KERNEL(advkd_interpolate_##T)
+ADVKD_VARIANTS(ADVKD_INTERPOLATE)
 
 }  // namespace advkd

@@ -7,6 +7,7 @@
 #include "cuda/mask_mul.h"
 
 #include "cuda/block.h"
+#include "cuda/kernel.h"
 #include "cuda/storage.cuh"
 
 namespace advkd {
@@ -24,8 +25,14 @@ ADVKD_INLINE void mask_mul(const MaskMulParameters& p) {
   store_bits<T>(p.out, at, group);
 }
 
-#define ADVKD_MASK_MUL(T) \
-  extern "C" __global__ void __launch_bounds__(kThreads) advkd_mask_mul_##T(const MaskMulParameters p) { mask_mul<T>(p); }
-ADVKD_DTYPES(ADVKD_MASK_MUL)
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_DTYPES
+#endif
+#define ADVKD_MASK_MUL(T)                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads) advkd_mask_mul_##T(const MaskMulParameters p) { \
+    mask_mul<T>(p);                                                                                      \
+  }                                                                                                      \
+  ADVKD_KERNEL(advkd_mask_mul_##T)
+ADVKD_VARIANTS(ADVKD_MASK_MUL)
 
 }  // namespace advkd

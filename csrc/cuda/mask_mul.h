@@ -1,4 +1,4 @@
-// Parameters of mask_mul on NVIDIA GPUs: what the launchers fill and the kernel reads. No Torch, no standard library.
+// Parameters of mask_mul on NVIDIA GPUs: what the host fills and the kernel reads. No Torch, no standard library.
 #pragma once
 
 #include "common/philox.h"

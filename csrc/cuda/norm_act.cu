@@ -8,6 +8,7 @@
 
 #include "cuda/norm_act.h"
 
+#include "cuda/kernel.h"
 #include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
 
@@ -309,22 +310,28 @@ ADVKD_INLINE void norm_finish(const NormParameters& p) {
 extern "C" __global__ void __launch_bounds__(kThreads) advkd_norm_finish_moments(const NormParameters p) {
   norm_finish<Combine, 0>(p);
 }
+ADVKD_KERNEL(advkd_norm_finish_moments)
 
 extern "C" __global__ void __launch_bounds__(kThreads) advkd_norm_finish_sums(const NormParameters p) {
   norm_finish<Add, 1>(p);
 }
+ADVKD_KERNEL(advkd_norm_finish_sums)
 
 // Entry points by name, advkd_norm_<kind>_<planes or last>_<dtype>. Three blocks to a multiprocessor hide the memory's latency.
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_DTYPES
+#endif
 #define ADVKD_NORM_ENTRY(KIND, LAYOUT, LAST, T)                                                                          \
   extern "C" __global__ void __launch_bounds__(kThreads, 3) advkd_norm_##KIND##_##LAYOUT##_##T(const NormParameters p) { \
     if (p.group == 1)                                                                                                    \
       norm_##KIND<Layout<T, LAST, 1>>(p);                                                                                \
     else                                                                                                                 \
       norm_##KIND<Layout<T, LAST, 16 / sizeof(T::Bits)>>(p);                                                             \
-  }
+  }                                                                                                                      \
+  ADVKD_KERNEL(advkd_norm_##KIND##_##LAYOUT##_##T)
 #define ADVKD_NORM_KIND(KIND, T) ADVKD_NORM_ENTRY(KIND, planes, false, T) ADVKD_NORM_ENTRY(KIND, last, true, T)
 #define ADVKD_NORM_ENTRIES(T) \
   ADVKD_NORM_KIND(moments, T) ADVKD_NORM_KIND(act, T) ADVKD_NORM_KIND(sums, T) ADVKD_NORM_KIND(backward, T)
-ADVKD_DTYPES(ADVKD_NORM_ENTRIES)
+ADVKD_VARIANTS(ADVKD_NORM_ENTRIES)
 
 }  // namespace advkd

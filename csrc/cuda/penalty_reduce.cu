@@ -6,6 +6,7 @@
 
 #include "cuda/penalty_reduce.h"
 
+#include "cuda/kernel.h"
 #include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
 
@@ -74,11 +75,15 @@ ADVKD_INLINE void penalty_apply(const PenaltyParameters& p) {
   }
 }
 
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_DTYPES
+#endif
 #define ADVKD_PENALTY(KIND, T)                                                                                   \
   extern "C" __global__ void __launch_bounds__(kThreads) advkd_penalty_##KIND##_##T(const PenaltyParameters p) { \
     penalty_##KIND<T>(p);                                                                                        \
-  }
+  }                                                                                                              \
+  ADVKD_KERNEL(advkd_penalty_##KIND##_##T)
 #define ADVKD_PENALTY_ENTRIES(T) ADVKD_PENALTY(sums, T) ADVKD_PENALTY(apply, T)
-ADVKD_DTYPES(ADVKD_PENALTY_ENTRIES)
+ADVKD_VARIANTS(ADVKD_PENALTY_ENTRIES)
 
 }  // namespace advkd

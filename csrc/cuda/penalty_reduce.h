@@ -1,4 +1,4 @@
-// Parameters of penalty_reduce on NVIDIA GPUs: what the launchers fill and the kernels read. No Torch, no standard library.
+// Parameters of penalty_reduce on NVIDIA GPUs: what the host fills and the kernels read. No Torch, no standard library.
 #pragma once
 
 #include "common/philox.h"
@@ -17,16 +17,5 @@ struct PenaltyParameters {
   int parts;
   int vectors;  // whether vectors of 16 bytes are aligned in every sample
 };
-
-#ifndef __CUDACC_RTC__
-constexpr int kPenaltyTurns = 8;  // groups of eight elements per thread, more only where a block could not sum so many parts
-
-// Blocks per sample: of its length alone, so that a sample's sum is the same in every batch.
-inline int penalty_parts(i64 length) {
-  constexpr i64 kWork = kThreads * 8 * kPenaltyTurns;
-  const i64 parts = (length + kWork - 1) / kWork;
-  return static_cast<int>(parts < kThreads ? parts : kThreads);
-}
-#endif
 
 }  // namespace advkd

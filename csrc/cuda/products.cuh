@@ -113,7 +113,5 @@ ADVKD_INLINE float activate(float sum, float bias, int activation, float slope) 
 
 }  // namespace advkd
 
-// Entry points by product. Whoever needs one defines the list.
-#ifndef ADVKD_PRODUCTS
+// Entry points by product. A compilation of some of a source's variants defines ADVKD_VARIANTS.
 #define ADVKD_PRODUCTS(EACH) EACH(bf16) EACH(f16) EACH(tf32) EACH(f32)
-#endif

@@ -9,6 +9,7 @@
 
 #include "cuda/sampler_step.h"
 
+#include "cuda/kernel.h"
 #include "cuda/normals.cuh"
 #include "cuda/storage.cuh"
 
@@ -285,24 +286,25 @@ ADVKD_INLINE void pool(const StepParameters& p) {
   if (live) means<X>(p, t, reinterpret_cast<const float*>(shared));
 }
 
-// Entry points by name, advkd_step_<flat or pool>_<tensor or draw>_<x>_<m>. Whoever needs one pair of dtypes defines the list.
-#ifndef ADVKD_STEP_DTYPES
-#define ADVKD_STEP_DTYPES(EACH)                    \
+// Entry points by name, advkd_step_<flat or pool>_<tensor or draw>_<x>_<m>.
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS(EACH)                       \
   EACH(f32, f32) EACH(f32, bf16) EACH(f32, f16)    \
   EACH(bf16, f32) EACH(bf16, bf16) EACH(bf16, f16) \
   EACH(f16, f32) EACH(f16, bf16) EACH(f16, f16)
 #endif
 // Blocks to a multiprocessor: with no number the compiler takes more registers than help, or spills them here and there.
-#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, BLOCKS, X, M)                                                            \
-  extern "C" __global__ void __launch_bounds__(kStepThreads, BLOCKS)                                                 \
-      advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) {                                              \
-    KIND<X, M, DRAW>(p);                                                                                             \
-  }
+#define ADVKD_STEP_ENTRY(KIND, NOISE, DRAW, BLOCKS, X, M)               \
+  extern "C" __global__ void __launch_bounds__(kStepThreads, BLOCKS)    \
+      advkd_step_##KIND##_##NOISE##_##X##_##M(const StepParameters p) { \
+    KIND<X, M, DRAW>(p);                                                \
+  }                                                                     \
+  ADVKD_KERNEL(advkd_step_##KIND##_##NOISE##_##X##_##M)
 #define ADVKD_STEP_ENTRIES(X, M)                 \
   ADVKD_STEP_ENTRY(flat, tensor, false, 4, X, M) \
   ADVKD_STEP_ENTRY(flat, draw, true, 4, X, M)    \
   ADVKD_STEP_ENTRY(pool, tensor, false, 3, X, M) \
   ADVKD_STEP_ENTRY(pool, draw, true, 3, X, M)
-ADVKD_STEP_DTYPES(ADVKD_STEP_ENTRIES)
+ADVKD_VARIANTS(ADVKD_STEP_ENTRIES)
 
 }  // namespace advkd

@@ -141,7 +141,5 @@ ADVKD_INLINE void store(void* tensor, const Span& at, const float (&values)[kGro
 
 }  // namespace advkd
 
-// Entry points by dtype. Whoever needs one dtype defines the list.
-#ifndef ADVKD_DTYPES
+// Entry points by dtype. A compilation of some of a source's variants defines ADVKD_VARIANTS.
 #define ADVKD_DTYPES(EACH) EACH(f32) EACH(bf16) EACH(f16)
-#endif

@@ -20,6 +20,7 @@
 
 #include "cuda/student_stem.h"
 
+#include "cuda/kernel.h"
 #include "cuda/products.cuh"
 
 #include "cuda/cluster.cuh"
@@ -425,15 +426,19 @@ ADVKD_CALLED void student_stem(const StemParameters& p, int cluster_shift) {
   }
 }
 
-// Before sm_90 only clusters of one block have code; the launchers refuse the others.
-#define ADVKD_STUDENT_STEM(PRODUCT, BLOCKS, SHIFT, DIMENSIONS)                                          \
-  extern "C" __global__ void DIMENSIONS __launch_bounds__(kThreads)                                     \
-      advkd_student_stem_cluster##BLOCKS##_##PRODUCT(ADVKD_IN_PLACE StemParameters p) {                 \
-    if constexpr (BLOCKS == 1 || ADVKD_HAS_CLUSTERS) student_stem<product_##PRODUCT>(p, SHIFT);         \
-  }
+#ifndef ADVKD_VARIANTS
+#define ADVKD_VARIANTS ADVKD_PRODUCTS
+#endif
+// Before sm_90 only clusters of one block have code; the host side refuses the others.
+#define ADVKD_STUDENT_STEM(PRODUCT, BLOCKS, SHIFT, DIMENSIONS)                                  \
+  extern "C" __global__ void DIMENSIONS __launch_bounds__(kThreads)                             \
+      advkd_student_stem_cluster##BLOCKS##_##PRODUCT(ADVKD_IN_PLACE StemParameters p) {         \
+    if constexpr (BLOCKS == 1 || ADVKD_HAS_CLUSTERS) student_stem<product_##PRODUCT>(p, SHIFT); \
+  }                                                                                             \
+  ADVKD_KERNEL(advkd_student_stem_cluster##BLOCKS##_##PRODUCT)
 #define ADVKD_STUDENT_STEMS(PRODUCT)                                                                    \
   ADVKD_STUDENT_STEM(PRODUCT, 1, 0, ) ADVKD_STUDENT_STEM(PRODUCT, 2, 1, ADVKD_CLUSTER(2))               \
   ADVKD_STUDENT_STEM(PRODUCT, 4, 2, ADVKD_CLUSTER(4)) ADVKD_STUDENT_STEM(PRODUCT, 8, 3, ADVKD_CLUSTER(8))
-ADVKD_PRODUCTS(ADVKD_STUDENT_STEMS)
+ADVKD_VARIANTS(ADVKD_STUDENT_STEMS)
 
 }  // namespace advkd

@@ -94,7 +94,7 @@ void check_penalty(const Shape& shape, Dtype dtype, PenaltyMode mode, bool in_pl
   Stored g = Stored::random(dtype, shape.all(), 4), out(dtype, shape.all());
   // The last of several samples is zero.
   const i64 zero = shape.samples > 1 ? shape.samples - 1 : shape.samples;
-  std::memset(g.bytes.data() + zero * shape.count() * size_of(dtype), 0, (shape.samples - zero) * shape.count() * size_of(dtype));
+  std::memset(g.bytes.data() + zero * shape.count() * element_bytes(dtype), 0, (shape.samples - zero) * shape.count() * element_bytes(dtype));
   if (in_place) out = g;
   std::vector<float> penalties(shape.samples, NAN), factors(shape.samples, NAN);
   PenaltyReduce s{};

@@ -15,6 +15,7 @@
 #include "cpu/philox.h"
 #include "cpu/sampler_step.h"
 #include "driver/counted.h"
+#include "driver/stored.h"
 
 namespace {
 
@@ -30,33 +31,20 @@ struct Shape {
   i64 place(i64 e) const { return last ? e % (height * width) * channels + e / (height * width) : e; }
 };
 
-int size_of(StepDtype dtype) {
-  return dtype == StepDtype::float32 ? 4 : 2;
-}
-
-double half_value(unsigned bits, int exponent_bits) {
-  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
-  const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = bits & ((1 << mantissa_bits) - 1);
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == (1 << exponent_bits) - 1) return mantissa ? NAN : sign * INFINITY;
-  const int power = std::max(exponent, 1) - bias - mantissa_bits;
-  return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), power);
-}
-
-double read(const std::vector<char>& bytes, StepDtype dtype, i64 i) {
-  if (dtype == StepDtype::float32) {
+double read(const std::vector<char>& bytes, Dtype dtype, i64 i) {
+  if (dtype == Dtype::float32) {
     float x;
     std::memcpy(&x, bytes.data() + 4 * i, 4);
     return x;
   }
   std::uint16_t bits;
   std::memcpy(&bits, bytes.data() + 2 * i, 2);
-  return half_value(bits, dtype == StepDtype::bfloat16 ? 8 : 5);
+  return half_value(bits, dtype == Dtype::bfloat16 ? 8 : 5);
 }
 
 // Numbers in [-2, 2) that every dtype holds exactly.
-std::vector<char> random_bytes(StepDtype dtype, i64 count, u32 state) {
-  std::vector<char> bytes(count * size_of(dtype));
+std::vector<char> random_bytes(Dtype dtype, i64 count, u32 state) {
+  std::vector<char> bytes(count * element_bytes(dtype));
   for (i64 i = 0; i < count; ++i) {
     state = state * 1664525u + 1013904223u;
     const float x = static_cast<float>(static_cast<int>(state >> 26) - 32) / 16;
@@ -64,8 +52,8 @@ std::vector<char> random_bytes(StepDtype dtype, i64 count, u32 state) {
     std::memcpy(&bits, &x, 4);
     const u32 exponent = (bits >> 23 & 0xFF) - 127 + 15, mantissa = bits >> 13 & 0x3FF;
     std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
-    if (dtype == StepDtype::float16) half = static_cast<std::uint16_t>(x == 0 ? 0 : (bits >> 16 & 0x8000) | exponent << 10 | mantissa);
-    std::memcpy(bytes.data() + size_of(dtype) * i, dtype == StepDtype::float32 ? static_cast<void*>(&bits) : &half, size_of(dtype));
+    if (dtype == Dtype::float16) half = static_cast<std::uint16_t>(x == 0 ? 0 : (bits >> 16 & 0x8000) | exponent << 10 | mantissa);
+    std::memcpy(bytes.data() + element_bytes(dtype) * i, dtype == Dtype::float32 ? static_cast<void*>(&bits) : &half, element_bytes(dtype));
   }
   return bytes;
 }
@@ -77,10 +65,6 @@ double normal(u64 index, i64 element, PhiloxParameters p, i64 step) {
   const double radius = std::sqrt(-2 * std::log(((pair[0] >> 8) + 1) * 0x1p-24));
   const double angle = 6.28318530717958647f * static_cast<float>((pair[1] >> 8) * 0x1p-24);
   return radius * (element % 2 ? std::sin(angle) : std::cos(angle));
-}
-
-double rounding(StepDtype dtype) {
-  return dtype == StepDtype::float32 ? 0x1p-24 : dtype == StepDtype::bfloat16 ? 0x1p-8 : 0x1p-11;
 }
 
 void expect(double found, double wanted, double tolerance, const char* what) {
@@ -98,12 +82,12 @@ void run(const SamplerStep& s) {
 }
 
 // Noise: 0 none, 1 a tensor, 2 drawn with one step number, 3 drawn with one per sample.
-void check(const Shape& shape, StepDtype dtype, StepDtype model_dtype, int noise, bool stream) {
+void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool stream) {
   ++cases;
   const i64 count = shape.count(), all = shape.samples * count;
   const auto x = random_bytes(dtype, all, 1), m = random_bytes(model_dtype, all, 2), history = random_bytes(dtype, all, 3), z = random_bytes(dtype, all, 4);
-  std::vector<char> out(all * size_of(dtype), -1), x0(all * size_of(dtype), -1);
-  std::vector<char> pooled(shape.pool ? all / (shape.pool * shape.pool) * size_of(dtype) : 0, -1);
+  std::vector<char> out(all * element_bytes(dtype), -1), x0(all * element_bytes(dtype), -1);
+  std::vector<char> pooled(shape.pool ? all / (shape.pool * shape.pool) * element_bytes(dtype) : 0, -1);
   std::vector<std::int32_t> flags(shape.samples);
   std::vector<std::int64_t> indices(shape.samples), steps(shape.samples);
   std::vector<StepRow> rows(shape.samples);
@@ -162,7 +146,7 @@ void check(const Shape& shape, StepDtype dtype, StepDtype model_dtype, int noise
 }
 
 // x_next = x for every half there is: what is read is written, subnormal numbers and infinities too, and flags see the latter.
-void check_all_halves(StepDtype dtype) {
+void check_all_halves(Dtype dtype) {
   ++cases;
   std::vector<char> x(2 << 16), out(2 << 16);
   for (u32 bits = 0; bits < 1 << 16; ++bits) std::memcpy(x.data() + 2 * bits, &bits, 2);
@@ -192,7 +176,7 @@ int check_everything() {
   // Less than a vector; odd sides; several pieces; rows of more than a vector; pools of one, two, odd, composite and all.
   const Shape shapes[] = {{1, 1, 1, 1, 0}, {2, 3, 5, 7, 0}, {2, 3, 40, 33, 0}, {1, 5, 64, 64, 0},   {2, 2, 4, 6, 1},
                           {2, 3, 8, 34, 2}, {1, 1, 32, 32, 32}, {2, 3, 9, 6, 3}, {1, 2, 12, 90, 6}, {1, 3, 8, 80, 4}};
-  const StepDtype dtypes[] = {StepDtype::float32, StepDtype::bfloat16, StepDtype::float16};
+  const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
   for (Shape shape : shapes)
     for (const bool last : {false, true})
       for (int noise = 0; noise < 4; ++noise)
@@ -200,8 +184,8 @@ int check_everything() {
           shape.last = last;
           check(shape, dtypes[cases % 3], dtypes[cases / 3 % 3], noise, stream);
         }
-  check_all_halves(StepDtype::bfloat16);
-  check_all_halves(StepDtype::float16);
+  check_all_halves(Dtype::bfloat16);
+  check_all_halves(Dtype::float16);
   std::printf("%s: %d cases, %d failures\n", kIsaNames[static_cast<int>(current_isa())], cases, failures);
   return failures;
 }
@@ -230,18 +214,18 @@ void count_philox() {
 }
 
 int count_everything() {
-  const auto count = [](const char* variant, int noise, StepDtype dtype = StepDtype::float32, i64 pool = 0, bool last = false) {
+  const auto count = [](const char* variant, int noise, Dtype dtype = Dtype::float32, i64 pool = 0, bool last = false) {
     counter.variant = variant;
     check({2, 3, 32, 32, pool, last}, dtype, dtype, noise, false);
   };
   count("float32", 0);
   count("float32, noise given", 1);
   count("float32, noise drawn", 2);
-  count("bfloat16, noise drawn", 2, StepDtype::bfloat16);
-  count("float16, noise drawn", 2, StepDtype::float16);
-  count("float32, NHWC, noise drawn", 2, StepDtype::float32, 0, true);
-  count("float32, pooled by 4", 0, StepDtype::float32, 4);
-  count("float32, NHWC, pooled by 4", 0, StepDtype::float32, 4, true);
+  count("bfloat16, noise drawn", 2, Dtype::bfloat16);
+  count("float16, noise drawn", 2, Dtype::float16);
+  count("float32, NHWC, noise drawn", 2, Dtype::float32, 0, true);
+  count("float32, pooled by 4", 0, Dtype::float32, 4);
+  count("float32, NHWC, pooled by 4", 0, Dtype::float32, 4, true);
   count_philox();
   return failures;
 }

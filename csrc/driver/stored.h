@@ -11,10 +11,6 @@
 
 namespace advkd {
 
-inline i64 size_of(Dtype dtype) {
-  return dtype == Dtype::float32 ? 4 : 2;
-}
-
 inline double half_value(unsigned bits, int exponent_bits) {
   const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = bits & ((1 << mantissa_bits) - 1);
@@ -26,7 +22,7 @@ inline double half_value(unsigned bits, int exponent_bits) {
 
 // Exactly as many bytes as `count` elements have: sanitizers see what goes beyond.
 struct Stored {
-  Stored(Dtype kind, i64 count) : dtype(kind), bytes(count * size_of(kind), -1) {}
+  Stored(Dtype kind, i64 count) : dtype(kind), bytes(count * element_bytes(kind), -1) {}
 
   // Multiples of 1/16 in [-2, 2), which every dtype holds exactly.
   static Stored random(Dtype dtype, i64 count, u32 seed) {

@@ -19,6 +19,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
+from advkd.ops.conv_layer import output_sides
+from advkd.ops.gpu_storage import input_channels, padded
+from advkd.ops.student_steps import cuda_launch, pack_gpu
+from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import provenance
 
@@ -41,6 +47,9 @@ RESIDENT = {
 """Per multiprocessor: threads, blocks, KB of shared memory (CUDA C++ programming guide, technical specifications)."""
 RESERVED = 1024
 """Bytes of shared memory that the system takes of each block."""
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
+"""How products store their factors."""
 
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 """Tensor-core instructions: of a warp, of a group of four, and those of sm_100."""
@@ -221,44 +230,23 @@ def known_architectures(wanted):
 
 def entry_of(step, layers, product, batch, limits):
     """The CUDA entry point of a step and the shared memory that its plan asks for: ``{"entry", "shared", "grid"}``."""
-    from advkd.ops import cupy_conv_block, cupy_conv_pair, cupy_student_stem
-    from advkd.ops.conv_layer import ACTIVATION_CODES
-    from advkd.ops.gpu_storage import input_channels, padded, stem_numbers
-
-    own = layers[step.first : step.first + step.count]
-    first, last, element = own[0], own[-1], predictions.itemsize(product)
-    c_in, c_out = input_channels(first), padded(last.c_out)
-    if step.kernel == "stem":
-        cluster, images = step.config
-        table = tuple(tuple(stem_numbers([layer])) for layer in own)
-        plan = cupy_student_stem.stem_plan(table, product, cluster, images, limits.shared)
-        entry = f"advkd_student_stem_cluster{cluster}_{product}"
-        return {"entry": entry, "shared": plan["bytes"], "grid": -(-batch // images) * cluster}
-    if step.kernel == "pair":
-        image = step.first + 2 == len(layers)
-        sizes = (batch, first.height, first.width, c_in, padded(first.c_out), last.c_out if image else c_out)
-        plan = cupy_conv_pair.pair_plan(*sizes, first.upsample, image, element, limits.multiprocessors, limits.shared)
-        return {
-            "entry": f"advkd_conv_pair_columns{plan['columns']}_{product}",
-            "shared": plan["shared"],
-            "grid": plan["blocks"],
-        }
-    image, phases = step.kernel == "image", 4 if first.upsample else 1
-    columns = -(-9 * last.c_out // 16) if image else c_out // 16
-    side = 2 if first.upsample else 3
-    numbers = (batch, first.height, first.width, c_in * element // 32, columns, last.c_out if image else c_out, side, phases)
-    sizes = dict(zip(cupy_conv_block.SIZES, (*numbers, ACTIVATION_CODES[first.activation]), strict=True))
-    sizes |= {
-        "element": element,
-        "split": product == "f32",
-        "multiprocessors": limits.multiprocessors,
-        "shared_limit": limits.shared,
-    }
-    plan = (cupy_conv_block.image_plan if image else cupy_conv_block.layer_plan)(**sizes)
-    rows, width, _ = cupy_conv_block.SHAPES[plan["shape"]]
-    name = f"conv_image_{columns}" if image else f"conv_layer_{rows}x{width}"
-    grid = plan["walkers"] * plan["channel_blocks"] * phases
-    return {"entry": f"advkd_{name}_{product}", "shared": plan["shared_bytes"], "grid": grid}
+    last, dtype, empty = layers[step.first + step.count - 1], DTYPES[product], torch.empty
+    with torch.device("meta"):
+        x = empty(batch, layers[step.first].height, layers[step.first].width, input_channels(layers[step.first]), dtype=dtype)
+        sides = output_sides(last)
+        shape = (last.c_out, *sides) if step.first + step.count == len(layers) else (*sides, padded(last.c_out))
+        out = empty(batch, *shape, dtype=dtype)
+        packed, biases = [None] * len(layers), [None] * len(layers)
+        for i in range(step.first, step.first + step.count):
+            weight, bias = empty(layers[i].c_out, layers[i].c_in, 3, 3), empty(layers[i].c_out)
+            form = step.form(i, len(layers) - 1)
+            packed[i], biases[i] = pack_gpu(weight, bias, layers[i], dtype, form, product)
+    name, arguments = cuda_launch(step, layers, x, packed, biases, out, 0.2, product)
+    if reason := extension_gap("cpu"):
+        raise RuntimeError(f"the CPU extension plans the launches: {reason}")
+    device = [limits.multiprocessors, limits.shared, limits.capability[0]]
+    _, names, numbers = getattr(torch.ops.advkd_cpu, f"cuda_{name}")(*arguments, device=device)
+    return {"entry": names[2], "shared": numbers[4], "grid": numbers[2]}
 
 
 def planned_layers(compiled, device=predictions.H200):

@@ -1,8 +1,8 @@
 """Instructions of every C++ kernel, by valgrind's callgrind: equal from run to run, where times are not.
 
-python -m profiling.limits.instruction_counts [--update]      (a minute and a half of CPU time, most of it in the compiler)
+python -m profiling.limits.instruction_counts [--update]      (about 25 s of CPU time once the extension is built)
 
-The Torch-free drivers are built with the extension's flags; each of their kernels runs once, on one thread, at a small size, in
+The Torch-free drivers link the extension's objects; each of their kernels runs once, on one thread, at a small size, in
 its portable form and in that for AVX2 (valgrind knows no AVX-512). Counts depend on the compiler: the committed baseline has a
 list for each. A test compares with it: under the same compiler no count may be more than 5 % above the baseline. A commit
 that makes a kernel take more on purpose, or adds or removes one, brings a new baseline (--update).
@@ -42,7 +42,7 @@ def measure():
 
 def obstacle():
     """Why nothing can be counted here, or None."""
-    missing = [tool for tool in (_cxx(), "valgrind", "bash") if shutil.which(tool) is None]
+    missing = [tool for tool in (_cxx(), "valgrind") if shutil.which(tool) is None]
     return f"needs {', '.join(missing)}" if missing else None
 
 
@@ -59,9 +59,9 @@ def _cxx():
 def build(folder):
     """Build the drivers into a folder; returns ``{name: path}``."""
     paths = {name: Path(folder) / name for name in DRIVERS}
-    environment = {**os.environ, "PYTHON": sys.executable, "ISAS": " ".join(FORMS.values())}
+    environment = {**os.environ, "ISAS": " ".join(FORMS.values())}
     for name, path in paths.items():
-        _run([ROOT / "csrc" / "driver" / "build.sh", name, path], environment)
+        _run([sys.executable, ROOT / "csrc" / "driver" / "build.py", name, path], environment)
     return paths
 
 

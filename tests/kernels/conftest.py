@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from advkd.ops import cupy_modules
+from advkd.ops import cuda
 
 from .cuda_on_host import HostModule
 
@@ -20,7 +20,8 @@ def host_folder(tmp_path_factory):
 def cupy_on_host(host_folder, monkeypatch):
     stand_in = types.SimpleNamespace(RawModule=lambda code, options: HostModule(code, options, host_folder))
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    monkeypatch.setattr(cupy_modules, "_current", lambda device: contextlib.nullcontext())
-    cupy_modules.compiled.cache_clear()
+    monkeypatch.setattr(cuda, "limits", lambda device: [108, 227 * 1024, 9])
+    monkeypatch.setattr(cuda, "_current", lambda device: contextlib.nullcontext())
+    cuda.compiled.cache_clear()
     yield
-    cupy_modules.compiled.cache_clear()
+    cuda.compiled.cache_clear()

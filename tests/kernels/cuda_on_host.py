@@ -11,7 +11,7 @@ import subprocess
 
 import numpy
 
-from advkd.ops import cupy_modules
+from advkd.ops import cuda
 
 from ..conftest import ROOT
 
@@ -27,19 +27,6 @@ extern "C" void run_on_host(void (*kernel)(advkd::STRUCT), unsigned blocks, unsi
   on_host::run(blocks, threads, [=] { kernel(p); }, shared_bytes, cluster);
 }
 """
-PHILOX_ENTRY = """
-using advkd::i64;
-extern "C" void run_on_host(void (*kernel)(const i64*, i64, advkd::PhiloxParameters, void*), unsigned blocks, unsigned threads,
-                            unsigned, unsigned, void** a) {
-  const auto indices = *static_cast<const i64**>(a[0]);
-  const auto samples = *static_cast<i64*>(a[1]);
-  const auto p = *static_cast<advkd::PhiloxParameters*>(a[2]);
-  const auto out = *static_cast<void**>(a[3]);
-  on_host::run(blocks, threads, [=] { kernel(indices, samples, p, out); });
-}
-"""
-
-
 STAND_INS = {"csrc/cuda/warp.cuh": "warp_on_host.h", "csrc/cuda/cluster.cuh": "cluster_on_host.h"}
 """Sources of instructions that only PTX has, and the file that replaces each as a whole."""
 
@@ -51,11 +38,11 @@ class HostModule:
 
     def __init__(self, code, options, folder):
         assert options[0] == "--std=c++17"
-        # The kernels of all dtypes are compiled at once here, but only those asked for may be called.
-        self.dtypes = ""
+        # The kernels of all variants are compiled at once here, but only those asked for may be called.
+        self.variant = ""
         if options[1:]:
-            names = re.fullmatch(r"-DADVKD_(?:STEP_DTYPES|DTYPES|PRODUCTS)\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
-            self.dtypes = "_" + "_".join(names.split(", "))
+            names = re.fullmatch(r"-DADVKD_VARIANTS\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
+            self.variant = "_" + "_".join(names.split(", "))
         if code not in self.libraries:
             self.libraries[code] = self.compile(code, folder / str(len(self.libraries)))
         self.library = self.libraries[code]
@@ -65,11 +52,10 @@ class HostModule:
         for device, host in STAND_INS.items():
             code = code.replace((ROOT / device).read_text(), (ROOT / "tests/kernels" / host).read_text())
         for device, host in HOST_CODE.items():
-            assert struct == "PhiloxParameters" or code.count(device) == 1
+            assert struct == "DrawParameters" or code.count(device) == 1
             code = code.replace(device, host)
-        entry = PHILOX_ENTRY if struct == "PhiloxParameters" else ENTRY.replace("STRUCT", struct)
         source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-        source.write_text(f'#include "{ROOT}/tests/kernels/cuda_on_host.h"\n{code}{entry}')
+        source.write_text(f'#include "{ROOT}/tests/kernels/cuda_on_host.h"\n{code}{ENTRY.replace("STRUCT", struct)}')
         command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(library)]
         # A vector that is not aligned stops a GPU; here it stops the process.
         command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
@@ -77,16 +63,15 @@ class HostModule:
         return ctypes.CDLL(str(library))
 
     def get_function(self, name):
-        assert name.endswith(self.dtypes) or "_finish_" in name
+        assert name.endswith(self.variant) or "_finish_" in name
         # A kernel's cluster size is fixed when it is compiled.
         cluster = int(match[1]) if (match := re.search(r"_cluster(\d+)_", name)) else 1
 
         def call(grid, block, arguments, shared_mem=0):
             assert shared_mem <= max(48 * 1024, call.max_dynamic_shared_size_bytes) <= 227 * 1024
-            # CuPy's rules: a Python int is 64 bits, an array of one element is its bytes.
-            values = [a if isinstance(a, numpy.ndarray) else numpy.array(a, numpy.int64) for a in arguments]
-            assert all(value.size == 1 for value in values) and len(grid) == len(block) == 1
-            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+            # CuPy's rule: an array of one element is its bytes.
+            assert all(isinstance(a, numpy.ndarray) and a.size == 1 for a in arguments) and len(grid) == len(block) == 1
+            pointers = (ctypes.c_void_p * len(arguments))(*(a.ctypes.data for a in arguments))
             kernel = ctypes.cast(getattr(self.library, name), ctypes.c_void_p)
             self.library.run_on_host(kernel, *grid, *block, shared_mem, cluster, pointers)
 
@@ -95,9 +80,9 @@ class HostModule:
 
 
 @contextlib.contextmanager
-def only_last_block(name, blocks):
+def only_last_block(name, blocks, variant=""):
     """Within this context, the kernels of ``csrc/cuda/<name>.cu`` run only the last of ``blocks`` blocks."""
-    first = ctypes.c_uint.in_dll(cupy_modules.compiled(name).library, "first_block")
+    first = ctypes.c_uint.in_dll(cuda.compiled(name, variant).library, "first_block")
     first.value = blocks - 1
     try:
         yield
@@ -106,9 +91,9 @@ def only_last_block(name, blocks):
 
 
 @contextlib.contextmanager
-def in_order(order, name, *options):
+def in_order(order, name, variant=""):
     """Within this context, ``csrc/cuda/<name>.cu`` runs its warps in another order: see ``order`` in ``cuda_on_host.h``."""
-    value = ctypes.c_uint.in_dll(cupy_modules.compiled(name, *options).library, "order")
+    value = ctypes.c_uint.in_dll(cuda.compiled(name, variant).library, "order")
     value.value = order
     try:
         yield

@@ -31,7 +31,7 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
     expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
     # The sources that CuPy compiles, and no others.
-    device = [path.name for path in (ROOT / "csrc" / "cuda").iterdir() if not path.name.startswith("register")]
+    device = [path.name for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")]
     sources = {f"advkd/csrc/cuda/{name}" for name in device}
     assert {n for n in names if n.startswith("advkd/csrc/c") and "." in n} == sources | {"advkd/csrc/common/philox.h"}
     assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
@@ -39,7 +39,7 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
         "import advkd, advkd.kernels.philox, torch; from advkd.ops import registry;"
         "import importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(advkd.__path__, 'advkd.')"
         " if not m.name.endswith(('__main__', '_cpu', '_cuda')) and 'csrc' not in m.name];"
-        "from advkd.ops import cupy_modules; assert cupy_modules.folder().parent.name == 'advkd', cupy_modules.folder();"
+        "from advkd.runtime import sources; assert sources.folder().parent.name == 'advkd', sources.folder();"
         "print(advkd.__file__, advkd.kernels.philox.__file__, registry.gap('philox', 'cpu', torch.device('cpu')),"
         "len(advkd.Student.from_pretrained('digits').sample(3)))"
     )

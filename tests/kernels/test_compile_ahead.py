@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from advkd.ops import cupy_modules
+from advkd.ops import cuda
 
 from ..conftest import ROOT, process_environment
 
@@ -185,7 +185,16 @@ def nvrtc_library():
     return next((path for folder in folders for path in Path(folder).rglob("libnvrtc.so.*")), None)
 
 
-DEVICE_SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.name.startswith("register"))
+DEVICE_SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+@pytest.mark.parametrize("source", DEVICE_SOURCES)
+def test_every_kernel_is_in_the_object_s_list(source):
+    """The CUDA object finds its kernels by name."""
+    command = ["g++", "-E", "-P", "-DADVKD_CUDA_OBJECT", "-x", "c++", f"-I{ROOT / 'csrc'}", ROOT / "csrc/cuda" / source]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernels = re.findall(r"\b(advkd_\w+)\([^()]*\bp\w*\) \{", text)
+    assert kernels == re.findall(r"\bkernel_(\w+)\(", text) and len(set(kernels)) == len(kernels) > 0
 
 
 @pytest.mark.parametrize("source", DEVICE_SOURCES)
@@ -196,12 +205,17 @@ def test_nvrtc_compiles_every_device_source(source):
         pytest.skip("NVRTC is not installed (the test extra brings it)")
     nvrtc = ctypes.CDLL(str(path))
     program = ctypes.c_void_p()
-    text = cupy_modules.source(source.removesuffix(".cu")).encode()
+    text = cuda.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
     # Options that the launchers pass, and those that CuPy adds.
-    kinds = ["-DADVKD_DTYPES(EACH)=EACH(bf16)", "-DADVKD_PRODUCTS(EACH)=EACH(bf16)"]
-    kinds = ["-DADVKD_STEP_DTYPES(EACH)=EACH(bf16, f32)"] if source == "sampler_step.cu" else kinds
-    options = [*cupy_modules.OPTIONS, *kinds, "-ftz=true", "--device-as-default-execution-space", "-arch=sm_80"]
+    variant = "bf16, f32" if source == "sampler_step.cu" else "bf16"
+    options = [
+        *cuda.OPTIONS,
+        f"-DADVKD_VARIANTS(EACH)=EACH({variant})",
+        "-ftz=true",
+        "--device-as-default-execution-space",
+        "-arch=sm_80",
+    ]
     options = [option.encode() for option in options]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()

@@ -1,11 +1,13 @@
 """The student's CUDA convolutions: the kernels' arithmetic on the host, against float64; on a GPU where there is one."""
 
+import ctypes
 import functools
 import importlib.util
 import itertools
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,15 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
-from advkd.ops import cupy_conv_block, cupy_modules
+from advkd.ops import cuda
 from advkd.ops.conv_layer import ConvLayer
-from advkd.ops.gpu_storage import PRODUCTS, input_channels, pack_fragments, pack_image, pad_layer, padded
+from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pack_image, pad_layer, padded
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT
 from .cuda_on_host import only_last_block
+from .host_plans import A100, B200, CARD, H200, LAUNCHERS, change_plans, plan, plan_for, start
 from .test_compile_ahead import cuda_kernels, known_to_nvcc
 
 NONE, LEAKY, TANH = range(3)
@@ -32,7 +34,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 # both factors. float32: 22 bits of each factor and the product of the small parts.
 OPERANDS = {"bf16": 2**-8, "f16": 2**-11, "tf32": 2**-10 + 2**-21, "f32": 3 * 2**-22 + 2**-24}
 SLOPE = 0.25
-HOST = {"multiprocessors": 3, "shared_limit": 163 * 1024}
+HOST = (3, 163 * 1024, 9)
 
 
 @dataclass(frozen=True)
@@ -154,25 +156,72 @@ def check(case, launchers, device="cpu", calls=2):
     assert (errors <= allowed)[~border].all(), "inside"
 
 
-def plan_sizes(case, multiprocessors=132, shared_limit=227 * 1024):
-    """The arguments that a layer's plan depends on."""
-    layer, element = case.layer(), DTYPES[case.product].itemsize
-    steps, columns = input_channels(layer) * element // 32, padded(layer.c_out) // 16
-    side, phases = (2, 4) if case.upsample else (3, 1)
-    numbers = (case.n, case.height, case.width, steps, columns, 16 * columns + case.extra, side, phases, case.activation)
-    options = dict(element=element, split=case.product == "f32", multiprocessors=multiprocessors, shared_limit=shared_limit)
-    return {**dict(zip(cupy_conv_block.SIZES, numbers, strict=True)), **options}
+def plan_of(case, device=H200, **begins):
+    """The plan of a layer or an image of any size; ``begins``: addresses of its tensors."""
+    dtype, product = DTYPES[case.product], PRODUCTS.index(case.product)
+    c_in, units, scale = padded(case.c_in), padded(case.c_out), 2 if case.upsample else 1
+    sides = (scale * case.height, scale * case.width)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    steps, lanes = c_in * dtype.itemsize // 32, (32, 16 // dtype.itemsize)
+    x, options = empty(case.n, case.height, case.width, c_in), (case.activation, SLOPE, product)
+    if case.image:
+        weights, out = empty(1, steps, 1, -(-9 * case.c_out // 16), *lanes), empty(case.n, case.c_out, *sides)
+        found = plan("conv_image", x, weights, empty(case.c_out, dtype=torch.float32), out, *options, device=device)
+    else:
+        phases, taps = (4, 4) if case.upsample else (1, 9)
+        weights, out = empty(phases, steps, taps, units // 16, *lanes), empty(case.n, *sides, units + case.extra)
+        bias = empty(units, dtype=torch.float32)
+        found = plan("conv_layer", x, weights, bias, out, case.upsample, *options, device=device)
+    found.update(**begins)
+    return found
 
 
-def force(monkeypatch, candidate, **limits):
+@functools.cache
+def planner():
+    """Parts of the planner, compiled by themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [ROOT / "tests/kernels/conv_candidates.cpp", ROOT / "csrc/cuda/host/host.cpp"]
+        library = f"{folder}/planner.so"
+        subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *sources, "-o", library], check=True)
+        return ctypes.CDLL(library)
+
+
+def shapes():
+    """``(rows, columns, blocks)`` of a warp's sums: times 16 pixels, times 16 channels, blocks that registers allow."""
+    numbers, found = (ctypes.c_int * 3)(), []
+    places = [ctypes.byref(numbers, 4 * i) for i in range(3)]
+    while planner().shape_of(len(found), *places):
+        found.append(tuple(numbers))
+    return found
+
+
+def candidates(c_out):
+    """``(shape, channel_warps, parts, resident)`` of every plan that may suit a layer."""
+    every = itertools.product(range(len(shapes())), (1, 2, 4, 8), (1, 2, 4, 8), (1, 0))
+    return [candidate for candidate in every if planner().suits(c_out // 16, *candidate[:3])]
+
+
+def take(planned, candidate, device):
+    """Make a layer's plan that of a candidate. Whether it fits the device."""
+    element, split = 2 if planned.variant in ("bf16", "f16") else 4, planned.variant == "f32"
+    limits = (ctypes.c_int * 4)(element, split, *device[:2])
+    fits = planner().plan_candidate(ctypes.c_void_p(planned.fields.ctypes.data), limits, (ctypes.c_int * 4)(*candidate))
+    rows, columns, _ = shapes()[candidate[0]]
+    blocks = planned["walkers"] * planned["channel_blocks"] * planned["phases"]
+    planned.launches = [[f"advkd_conv_layer_{rows}x{columns}_{planned.variant}", blocks, 256, planned["shared_bytes"]]]
+    return bool(fits)
+
+
+def force(monkeypatch, candidate, device=HOST):
     """Make every layer take this plan."""
 
-    def plan(**sizes):
-        found = cupy_conv_block.layer_try({**sizes, **HOST, **limits}, candidate)
-        assert found, "the plan does not fit"
-        return found[1]
+    def change(planned):
+        assert take(planned, candidate, device), "the plan does not fit"
 
-    monkeypatch.setattr(cupy_conv_block, "layer_plan", plan)
+    change_plans(monkeypatch, change)
 
 
 # Odd sides, so that no tile is whole; one image pixel; more images than a tile has; rows and columns alone.
@@ -185,42 +234,37 @@ SIZES = [(2, 5, 7), (1, 1, 1), (5, 4, 4), (1, 2, 37), (1, 37, 1)]
 def test_products_and_activations(product, upsample, activation, cupy_on_host):
     for n, height, width in SIZES[:2]:
         case = Case(n, height, width, 29, 24, upsample, activation, product, exact=False)
-        check(case, cupy_conv_block)
+        check(case, LAUNCHERS)
 
 
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("upsample", [False, pytest.param(True, marks=pytest.mark.core)])
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, upsample, cupy_on_host):
-    check(Case(*size, 16, 40, upsample, extra=16), cupy_conv_block)
+    check(Case(*size, 16, 40, upsample, extra=16), LAUNCHERS)
 
 
 # Layers whose channels give the warps' sums every width, 1 to 4 units; 5 and 7 units leave blocks of channels partly full.
 WIDTHS = (16, 32, 80, 112)
-ALL_PLANS = [
-    pytest.param(c_out, candidate, id="-".join(map(str, (c_out, *candidate))))
-    for c_out in WIDTHS
-    for candidate in cupy_conv_block.layer_candidates(dict(columns=c_out // 16, activation=LEAKY))
-]
-
-
 # Tiles of several images, some of them beyond the last; tiles that an image does not fill. Blocks take several tiles.
 SEVERAL, RAGGED = Case(5, 6, 7, extra=16), Case(1, 18, 33, upsample=True)
 
 
-@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
-def test_every_plan(c_out, candidate, cupy_on_host, monkeypatch):
-    force(monkeypatch, candidate)
-    resident = candidate[-1]
-    check(replace(SEVERAL if resident else RAGGED, c_out=c_out), cupy_conv_block, calls=1)
+@pytest.mark.parametrize("c_out", WIDTHS)
+def test_every_plan(c_out, cupy_on_host, monkeypatch):
+    for candidate in candidates(c_out):
+        force(monkeypatch, candidate)
+        resident = candidate[-1]
+        check(replace(SEVERAL if resident else RAGGED, c_out=c_out), LAUNCHERS, calls=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
-def test_every_plan_with_every_size(c_out, candidate, cupy_on_host, monkeypatch):
+@pytest.mark.parametrize("c_out", WIDTHS)
+def test_every_plan_with_every_size(c_out, cupy_on_host, monkeypatch):
     """Plans with three steps are included; resident weights need more shared memory then."""
-    force(monkeypatch, candidate, shared_limit=227 * 1024)
-    for size, c_in, upsample in itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)):
-        check(replace(size, c_in=c_in, c_out=c_out, upsample=upsample), cupy_conv_block, calls=1)
+    sizes = list(itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)))
+    for candidate, (size, c_in, upsample) in itertools.product(candidates(c_out), sizes):
+        force(monkeypatch, candidate, (3, *H200[1:]))
+        check(replace(size, c_in=c_in, c_out=c_out, upsample=upsample), LAUNCHERS, calls=1)
 
 
 def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
@@ -231,13 +275,12 @@ def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
         case = Case(2, 9, 10, c_in, 32, upsample)
         ways = {}
         for limit, resident in itertools.product(range(16, 228, 2), (0, 1)):
-            sizes = plan_sizes(case, multiprocessors=2, shared_limit=1024 * limit)
-            if attempt := cupy_conv_block.layer_try(sizes, (*candidate, resident)):
-                way = tuple(attempt[1][name] for name in ("chunk", "stages", "resident"))
-                ways[way] = limit
+            attempt = plan_of(case)
+            if take(attempt, (*candidate, resident), (2, 1024 * limit)):
+                ways[tuple(attempt[name] for name in ("chunk", "stages", "resident"))] = limit
         for way, limit in ways.items():
-            force(monkeypatch, (*candidate, way[2]), multiprocessors=2, shared_limit=1024 * limit)
-            check(case, cupy_conv_block, calls=1)
+            force(monkeypatch, (*candidate, way[2]), (2, 1024 * limit))
+            check(case, LAUNCHERS, calls=1)
         found |= set(ways)
     assert {(chunk, resident) for chunk, _, resident in found} == set(itertools.product((1, 2, 3, 4), (0, 1)))
     assert {stages for _, stages, _ in found} == {2, 3, 4}
@@ -246,9 +289,9 @@ def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_large_sums_of_every_product(product, cupy_on_host, monkeypatch):
     """Two chunks of several images a tile, and up-sampling; the widest sums."""
-    force(monkeypatch, (0, 1, 1, 1), shared_limit=227 * 1024)
-    check(Case(5, 6, 7, 32, 64, product=product), cupy_conv_block)
-    check(Case(1, 9, 17, 16, 64, True, NONE, product), cupy_conv_block)
+    force(monkeypatch, (0, 1, 1, 1), H200)
+    check(Case(5, 6, 7, 32, 64, product=product), LAUNCHERS)
+    check(Case(1, 9, 17, 16, 64, True, NONE, product), LAUNCHERS)
 
 
 def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
@@ -261,35 +304,24 @@ def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
         inputs[0, 0, 5, 3] = inputs[0, 4, 0, 3] = torch.nan
         scale = 2 if upsample else 1
         out = torch.zeros(2, scale * 5, scale * 6, 16, dtype=torch.bfloat16)
-        cupy_conv_block.conv_layer(inputs, pack_fragments(taps, "bf16"), wide, out, upsample, LEAKY, SLOPE, 0)
+        LAUNCHERS.conv_layer(inputs, pack_fragments(taps, "bf16"), wide, out, upsample, LEAKY, SLOPE, 0)
         spoiled = convolve(inputs[..., 3:4].isnan().permute(0, 3, 1, 2).float(), torch.ones(1, 1, 3, 3), upsample) > 0
         assert torch.equal(out.isnan(), spoiled.permute(0, 2, 3, 1).expand(-1, -1, -1, 16))
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-def test_places_count_beyond_32_bits(upsample, cupy_on_host, monkeypatch):
+def test_places_count_beyond_32_bits(upsample, cupy_on_host):
     """The last of 2^20 images of 16x16: x and out end at least 2^33 bytes after they begin."""
     n, case = 2**20, Case(1, 16, 16, 32, 32, upsample)
-    plan = cupy_conv_block.layer_try(plan_sizes(replace(case, n=n), 2**22), (4, 1, 1, 1))[1]
-    assert plan["tiles"] == plan["walkers"] == n
-    small = cupy_conv_block.struct
-
-    def large(dtype, fields):
-        moved = {
-            name: fields[name] - (n - 1) * 2 * 32 * 256 * (4 if name == "out" and upsample else 1) for name in ("x", "out")
-        }
-        return small(dtype, {**fields, **moved, "images": n})
-
-    monkeypatch.setattr(cupy_conv_block, "layer_plan", lambda **sizes: plan)
-    monkeypatch.setattr(cupy_conv_block, "struct", large)
-    blocks = n * (4 if upsample else 1)
     x, weight, bias = arguments(case)
     taps, wide = pad_layer(weight, bias, case.layer())
-    side = 32 if upsample else 16
-    out = torch.full((1, side, side, 32), torch.nan, dtype=torch.bfloat16)
-    packed = pack_fragments(taps, "bf16")
-    with only_last_block("conv_block", blocks - (3 if upsample else 0)):
-        cupy_conv_block.conv_layer(stored(x, torch.bfloat16), packed, wide, out, upsample, LEAKY, SLOPE, 0)
+    side, packed = (32 if upsample else 16), pack_fragments(taps, "bf16")
+    inputs, out = stored(x, torch.bfloat16), torch.full((1, side, side, 32), torch.nan, dtype=torch.bfloat16)
+    before = dict(x=inputs.data_ptr() - (n - 1) * 2 * 32 * 256, out=out.data_ptr() - (n - 1) * 2 * 32 * side**2)
+    planned = plan_of(replace(case, n=n), weights=packed.data_ptr(), bias=wide.data_ptr(), **before)
+    assert take(planned, (4, 1, 1, 1), (2**22, H200[1])) and planned["tiles"] == planned["walkers"] == n
+    with only_last_block("conv_block", planned.blocks - (3 if upsample else 0), "bf16"):
+        start(planned)
     wanted, _ = oracle(case, x, weight, bias)
     assert torch.equal(out.permute(0, 3, 1, 2).double(), wanted)
 
@@ -301,15 +333,15 @@ IMAGE = Case(2, 11, 45, 29, 3, activation=TANH, image=True, exact=False)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_image(product, activation, cupy_on_host):
     """Two images of two rows and two columns of partial tiles."""
-    check(replace(IMAGE, product=product, activation=activation), cupy_conv_block)
+    check(replace(IMAGE, product=product, activation=activation), LAUNCHERS)
 
 
-@pytest.mark.parametrize("c_out", [1, 2, 3, 4])
+@pytest.mark.parametrize("c_out", [1, 2, pytest.param(3, marks=pytest.mark.core), 4])
 def test_image_sizes(c_out, cupy_on_host, monkeypatch):
     """A pixel, a row, a column, tiles that exactly fit; blocks that take several tiles."""
-    monkeypatch.setattr(cupy_conv_block, "MULTIPROCESSORS", 1)
+    plan_for(monkeypatch, (1, *A100[1:]))
     for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32)):
-        check(Case(n, height, width, 48, c_out, activation=LEAKY, image=True), cupy_conv_block, calls=1)
+        check(Case(n, height, width, 48, c_out, activation=LEAKY, image=True), LAUNCHERS, calls=1)
 
 
 def test_image_in_every_shared_memory(cupy_on_host, monkeypatch):
@@ -318,37 +350,34 @@ def test_image_in_every_shared_memory(cupy_on_host, monkeypatch):
     for c_in in (48, 64):
         case, ways = Case(2, 9, 33, c_in, 1, activation=NONE, image=True), {}
         for limit in range(48, 228, 4):
-            sizes = plan_sizes(case, 1, 1024 * limit)
-            plan = cupy_conv_block.image_plan(**{**sizes, "side": 1, "channels": 1})
-            ways[plan["chunk"], plan["stages"]] = limit
-        monkeypatch.setattr(cupy_conv_block, "MULTIPROCESSORS", 1)
+            planned = plan_of(case, (1, 1024 * limit, 9))
+            ways[planned["chunk"], planned["stages"]] = limit
         for limit in ways.values():
-            monkeypatch.setattr(cupy_conv_block, "SHARED_LIMIT", 1024 * limit)
-            check(case, cupy_conv_block, calls=1)
+            plan_for(monkeypatch, (1, 1024 * limit, 9))
+            check(case, LAUNCHERS, calls=1)
         found |= set(ways)
     assert {chunk for chunk, _ in found} == {1, 2} and {stages for _, stages in found} == {2, 3, 4}
 
 
-def test_image_places_count_beyond_32_bits(cupy_on_host, monkeypatch):
+def test_image_places_count_beyond_32_bits(cupy_on_host):
     """The last of 2^22 images of 8x32."""
     n, case = 2**22, Case(1, 8, 32, 16, 3, activation=LEAKY, image=True)
-    sizes = {**plan_sizes(replace(case, n=n), 2**22), "side": 1, "columns": 2, "channels": 3}
-    plan, small = cupy_conv_block.image_plan(**sizes), cupy_conv_block.struct
-    assert plan["tiles"] == plan["walkers"] == n
+    x, weight, bias = arguments(case)
+    taps, _ = pad_layer(weight, bias, case.layer())
+    packed, inputs = pack_image(taps, 3, "bf16"), stored(x, torch.bfloat16)
+    out = torch.full((1, 3, 8, 32), torch.nan, dtype=torch.bfloat16)
+    before = dict(x=inputs.data_ptr() - (n - 1) * 2 * 16 * 256, out=out.data_ptr() - (n - 1) * 2 * 3 * 256)
+    planned = plan_of(replace(case, n=n), (2**22, *H200[1:]), weights=packed.data_ptr(), bias=bias.data_ptr(), **before)
+    assert planned["tiles"] == planned["walkers"] == n
+    with only_last_block("conv_block", n, "bf16"):
+        start(planned)
+    wanted, _ = oracle(case, x, weight, bias)
+    assert torch.equal(out.double(), wanted)
 
-    def large(dtype, fields):
-        moved = {"x": fields["x"] - (n - 1) * 2 * 16 * 256, "out": fields["out"] - (n - 1) * 2 * 3 * 256}
-        return small(dtype, {**fields, **moved, "images": n})
 
-    monkeypatch.setattr(cupy_conv_block, "image_plan", lambda **sizes: plan)
-    monkeypatch.setattr(cupy_conv_block, "struct", large)
-    with only_last_block("conv_block", n):
-        check(case, cupy_conv_block, calls=1)
-
-
-def test_empty_batch():
+def test_empty_batch(cupy_on_host):
     for case in (Case(0, 4, 4), Case(0, 4, 4, c_out=3, image=True)):
-        *_, y = run(case, cupy_conv_block)
+        *_, y = run(case, LAUNCHERS)
         assert y.numel() == 0
 
 
@@ -396,32 +425,30 @@ def moved(tensor, device):
 
 
 @pytest.mark.parametrize("image, name, changes", REFUSED)
-def test_refusals(image, name, changes, launchers=cupy_conv_block, error=InputError, device="cpu"):
+def test_refusals(image, name, changes, cupy_on_host, launchers=LAUNCHERS, device="cpu"):
     options = {**dict(upsample=False, activation=LEAKY, slope=SLOPE, product=0), **tensors(image), **changes}
     options = {key: moved(value, device) if torch.is_tensor(value) else value for key, value in options.items()}
     if image:
         options.pop("upsample")
-    with pytest.raises(error, match=name):
-        getattr(launchers, "conv_image" if image else "conv_layer")(**options)
+    with pytest.raises(RuntimeError, match=name):
+        getattr(launchers, "conv_image" if image else "conv_layer")(options.pop("x"), **options)
 
 
-def test_a_device_too_small_is_refused(monkeypatch):
-    monkeypatch.setattr(cupy_conv_block, "SHARED_LIMIT", 16 * 1024)
-    options = dict(activation=LEAKY, slope=SLOPE, product=0)
-    with pytest.raises(InputError, match="fits"):
-        cupy_conv_block.conv_layer(**tensors(), upsample=False, **options)
-    with pytest.raises(InputError, match="fits"):
-        cupy_conv_block.conv_image(**tensors(image=True), **options)
+def test_a_device_too_small_is_refused():
+    options = dict(activation=LEAKY, slope=SLOPE, product=0, device=(108, 16 * 1024, 9))
+    with pytest.raises(RuntimeError, match="conv_layer: no tile of such a layer fits"):
+        plan("conv_layer", **tensors(), upsample=False, **options)
+    with pytest.raises(RuntimeError, match="conv_image: no tile of such an image fits"):
+        plan("conv_image", **tensors(image=True), **options)
 
 
 def test_source_is_whole_and_self_contained():
-    text = cupy_modules.source("conv_block")
+    text = cuda.source("conv_block")
     assert "#include" not in text and "#pragma once" not in text
     assert all(text.count(part) == 1 for part in ("struct bf16 {", "struct product_f32", "constexpr int kConvWarps"))
 
 
-# Multiprocessors and shared memory: A100, a card of 99 KB, H200, B200.
-DEVICES = [(108, 163), (84, 99), (132, 227), (148, 227)]
+DEVICES = [A100, CARD, H200, B200]
 
 
 def preset_layers():
@@ -446,75 +473,33 @@ def every_plan_input():
         for activation in (LEAKY, TANH)
     ]
     cases = [layer_case(layer, n, product) for layer in wide for n in (1, 64) for product in ("bf16", "f32")]
-    for case, (multiprocessors, limit) in itertools.product([*cases, *odd], DEVICES):
-        yield "layer", plan_sizes(case, multiprocessors, 1024 * limit)
-    for layer, n, product, (multiprocessors, limit) in itertools.product(images, (1, 64), ("bf16", "f32"), DEVICES):
-        sizes = plan_sizes(layer_case(layer, n, product), multiprocessors, 1024 * limit)
-        yield "image", {**sizes, "side": 1, "columns": -(-9 * layer.c_out // 16), "channels": layer.c_out, "split": False}
+    pictures = [
+        Case(n, layer.height, layer.width, layer.c_in, layer.c_out, activation=TANH, product=product, image=True)
+        for layer in images
+        for n in (1, 64)
+        for product in ("bf16", "f32")
+    ]
+    return itertools.product([*cases, *odd, *pictures], DEVICES)
 
 
 def test_plans_of_the_presets_fit():
     """Plans fit a block's shared memory, take all tiles, and fill many multiprocessors where a layer has work for them."""
-    for kind, sizes in every_plan_input():
-        plan = getattr(cupy_conv_block, f"{kind}_plan")(**sizes)
-        assert plan["shared_bytes"] <= sizes["shared_limit"] and plan["chunk"] * plan["chunks"] == sizes["steps"]
-        assert plan["pixel_warps"] * plan["channel_warps"] * plan["parts"] == 8 and plan["walkers"] <= plan["tiles"]
-        pixels = plan["tile_images"] << plan["log_height"] + plan["log_width"]
-        covered = plan["tiles"] * pixels
-        assert covered >= sizes["images"] * sizes["height"] * sizes["width"]
-        if kind == "image":
+    for case, device in every_plan_input():
+        p = plan_of(case, device)
+        assert p["shared_bytes"] == p.launches[0][3] <= device[1]
+        assert p["chunk"] * p["chunks"] == p["steps"] == padded(case.c_in) * DTYPES[case.product].itemsize // 32
+        assert p["pixel_warps"] * p["channel_warps"] * p["parts"] == 8 and p["walkers"] <= p["tiles"]
+        pixels = p["tile_images"] << p["log_height"] + p["log_width"]
+        inputs = case.n * case.height * case.width
+        assert p["tiles"] * pixels >= inputs
+        assert p.blocks == p["walkers"] * p["channel_blocks"] * p["phases"]
+        if case.image:
             continue
-        rows, columns, _ = cupy_conv_block.SHAPES[plan["shape"]]
-        assert pixels == 16 * rows * plan["pixel_warps"]
-        assert plan["channel_blocks"] * columns * plan["channel_warps"] >= sizes["columns"]
-        blocks = plan["walkers"] * plan["channel_blocks"] * sizes["phases"]
-        units = sizes["images"] * sizes["height"] * sizes["width"] // 128 * sizes["columns"] * sizes["phases"]
-        assert blocks >= 0.4 * min(sizes["multiprocessors"], units)
-
-
-LAYOUT = r"""
-#include <cstddef>
-#include <cstdio>
-#include "cuda/conv_block.h"
-using namespace advkd;
-int main() {
-  SIZES
-  ConvBlockParameters p{};
-  ConvDevice device{};
-  int image;
-  while (std::scanf(
-             "%d %d %d %d %d %d %d %d %d %d %d %d %d %d", &image, &p.images, &p.height, &p.width, &p.steps, &p.columns,
-             &p.channels, &p.side, &p.phases, &p.activation, &device.element, &device.split, &device.multiprocessors,
-             &device.shared_limit) == 14) {
-    if (!(image ? conv_image_plan(p, device) : conv_layer_plan(p, device))) return 1;
-    const int plan[] = {PLAN};
-    for (int n : plan) std::printf("%d\n", n);
-  }
-  for (const auto& shape : kConvShapes) std::printf("%d\n%d\n%d\n", shape.rows, shape.columns, shape.blocks);
-  for (int columns = 1; columns <= 4; ++columns)
-    for (int element = 2; element <= 4; element += 2) std::printf("%d\n", conv_store_bytes(columns, element));
-}
-"""
-
-
-def test_python_and_cpp_launchers_agree(tmp_path):
-    """The parameters' layout, and the plans that both launchers make."""
-    dtype = cupy_conv_block.PARAMETERS
-    places = ["sizeof(ConvBlockParameters)", *(f"offsetof(ConvBlockParameters, {name})" for name in dtype.names)]
-    code = LAYOUT.replace("SIZES", "".join(f'std::printf("%zu\\n", {place});' for place in places))
-    (tmp_path / "layout.cpp").write_text(code.replace("PLAN", ", ".join(f"p.{name}" for name in cupy_conv_block.PLAN)))
-    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    inputs = list(every_plan_input())
-    lines = [" ".join(str(int(n)) for n in (kind == "image", *sizes.values())) for kind, sizes in inputs]
-    printed = subprocess.run([tmp_path / "layout"], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-    expected = [dtype.itemsize, *(dtype.fields[name][1] for name in dtype.names)]
-    for kind, sizes in inputs:
-        plan = getattr(cupy_conv_block, f"{kind}_plan")(**sizes)
-        expected += [plan[name] for name in cupy_conv_block.PLAN]
-    expected += [n for shape in cupy_conv_block.SHAPES for n in shape]
-    expected += [cupy_conv_block.store_bytes(columns, element) for columns in range(1, 5) for element in (2, 4)]
-    assert list(map(int, printed.split())) == expected
+        rows, columns, _ = shapes()[p["shape"]]
+        assert pixels == 16 * rows * p["pixel_warps"] and p.launches[0][0].startswith(f"advkd_conv_layer_{rows}x{columns}_")
+        units = padded(case.c_out) // 16
+        assert p["channel_blocks"] * columns * p["channel_warps"] >= units
+        assert p.blocks >= 0.4 * min(device[0], inputs // 128 * units * p["phases"])
 
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -548,12 +533,12 @@ def test_nvcc(architecture, product, tmp_path):
     """Nothing spills, as many blocks fit as plans assume, products run on tensor cores, copies are asynchronous."""
     known_to_nvcc(architecture)
     source = tmp_path / "one_product.cu"
-    source.write_text(f'#define ADVKD_PRODUCTS(EACH) EACH({product})\n#include "cuda/conv_block.cu"\n')
+    source.write_text(f'#define ADVKD_VARIANTS(EACH) EACH({product})\n#include "cuda/conv_block.cu"\n')
     kernels = {name: rest for name, *rest in cuda_kernels(source, tmp_path, architecture)}
-    shapes = {f"layer_{rows}x{columns}": (rows, columns, blocks) for rows, columns, blocks in cupy_conv_block.SHAPES}
-    shapes |= {f"image_{columns}": (3, columns, 2) for columns in (1, 2, 3)}
-    assert sorted(kernels) == sorted(f"advkd_conv_{shape}_{product}" for shape in shapes)
-    for shape, (rows, columns, blocks) in shapes.items():
+    entries = {f"layer_{rows}x{columns}": (rows, columns, blocks) for rows, columns, blocks in shapes()}
+    entries |= {f"image_{columns}": (3, columns, 2) for columns in (1, 2, 3)}
+    assert sorted(kernels) == sorted(f"advkd_conv_{shape}_{product}" for shape in entries)
+    for shape, (rows, columns, blocks) in entries.items():
         spilled, registers, ptx = kernels[f"advkd_conv_{shape}_{product}"]
         if product == "f32" and shape.startswith("layer") and rows * columns >= 8:
             blocks = 1
@@ -571,9 +556,9 @@ def test_nvcc(architecture, product, tmp_path):
 def gpu_launchers(compiled_by):
     """Both launchers on a GPU, of the extension or of CuPy."""
     if compiled_by == "cupy":
-        if reason := cupy_modules.gap():
+        if reason := cuda.gap():
             pytest.skip(reason)
-        return cupy_conv_block
+        return LAUNCHERS
     if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda
@@ -598,14 +583,14 @@ def test_small_on_a_gpu(product, compiled_by):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("c_out, candidate", ALL_PLANS)
-def test_every_plan_on_a_gpu(c_out, candidate, monkeypatch):
+@pytest.mark.parametrize("c_out", WIDTHS)
+def test_every_plan_on_a_gpu(c_out, monkeypatch):
     launchers = gpu_launchers("cupy")
-    limits = cupy_conv_block.plan_device(torch.device("cuda", 0))
-    for case in (SEVERAL, RAGGED):
+    limits = cuda.limits(torch.device("cuda", 0))
+    for candidate, case in itertools.product(candidates(c_out), (SEVERAL, RAGGED)):
         case = replace(case, c_out=c_out)
-        if cupy_conv_block.layer_try(plan_sizes(case, **limits), candidate):
-            force(monkeypatch, candidate, **limits)
+        if take(plan_of(case, limits), candidate, limits):
+            force(monkeypatch, candidate, limits)
             check(case, launchers, "cuda")
 
 
@@ -628,6 +613,4 @@ def test_presets_on_a_gpu(product, exact, compiled_by):
 @GPU
 @pytest.mark.parametrize("image, name, changes", REFUSED)
 def test_refusals_on_a_gpu(image, name, changes, compiled_by):
-    launchers = gpu_launchers(compiled_by)
-    error = InputError if compiled_by == "cupy" else RuntimeError
-    test_refusals(image, name.split()[0], changes, launchers, error, "cuda")
+    test_refusals(image, name, changes, None, gpu_launchers(compiled_by), "cuda")

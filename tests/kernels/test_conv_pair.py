@@ -1,4 +1,4 @@
-"""Two convolutions in one kernel: on the host through the CuPy launcher, compiled ahead of time, and on a GPU."""
+"""Two convolutions in one kernel: on the host as their host side plans them, compiled ahead of time, and on a GPU."""
 
 import ctypes
 import itertools
@@ -12,21 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advkd.errors import InputError
 from advkd.models.shape import PRESETS, convolutions
-from advkd.ops import cupy_conv_pair, cupy_modules, gpu_storage
+from advkd.ops import cuda, gpu_storage, registry
 from advkd.ops.conv_layer import ConvLayer
 from advkd.ops.gpu_storage import PRODUCTS, input_channels, padded
 from advkd.runtime.extension import extension_gap
 
-from ..conftest import ROOT
 from .cuda_on_host import in_order, only_last_block
+from .host_plans import LAUNCHERS, change_plans, plan, plan_for
 from .test_compile_ahead import cuda_kernels, known_to_nvcc
 
 STORAGE = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 CODES = {"none": 0, "leaky_relu": 1, "tanh": 2}
 SLOPE = 0.25
-WHOLE, PART, SMALL = (1, 227 * 1024), (1, 0), (10**6, 227 * 1024)
+WHOLE, PART, SMALL = (1, 227 * 1024, 9), (1, 0, 9), (10**6, 227 * 1024, 9)
 """Multiprocessors and shared memory for which a plan takes 16 x 16, 8 x 16 (the limit is set for each case) and 8 x 8."""
 
 
@@ -117,9 +116,17 @@ def limits_of(case, product):
     """PART: as much shared memory as 8 x 16 outputs need."""
     if case.limits is not PART:
         return case.limits
-    c_out = case.c_out if case.image else padded(case.c_out)
-    sizes = (case.n, case.height, case.width, padded(case.c_in), padded(case.c_mid), c_out, case.upsample, case.image)
-    return 1, cupy_conv_pair._tile_plan(8, 16, *sizes, STORAGE[product].itemsize)["shared"]
+    return 1, shared_bytes((8, 16), case, STORAGE[product].itemsize), 9
+
+
+def shared_bytes(tile, case, element):
+    """Shared memory of a tile: the inputs with their border, or what becomes of them, and the pixels between."""
+    height, width = tile
+    mid = (height + 2) * (width + 2)
+    inputs = (height // 2 + 2) * (width // 2 + 2) if case.upsample else (height + 4) * (width + 4)
+    image = 4 * mid * (9 * case.c_out | 1)
+    outputs = image if case.image else height * width * (padded(case.c_out) * element + 16)
+    return max(inputs * (padded(case.c_in) * element + 16), outputs) + mid * (padded(case.c_mid) * element + 16)
 
 
 class Guarded:
@@ -288,7 +295,11 @@ BOUND = [
 
 
 def named(pairs):
-    return [pytest.param(case, product, id=f"{product}-{case}") for case, product in pairs]
+    core = [pytest.mark.core]
+    return [
+        pytest.param(case, product, id=f"{product}-{case}", marks=core if case is UP[2] and product == "bf16" else [])
+        for case, product in pairs
+    ]
 
 
 @pytest.fixture
@@ -296,8 +307,8 @@ def on_host(cupy_on_host, monkeypatch):
     """A function that runs a check on the host within a case's limits."""
 
     def run(check, case, product):
-        monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", limits_of(case, product))
-        check(case, product, cupy_conv_pair.conv_pair, Guarded())
+        plan_for(monkeypatch, limits_of(case, product))
+        check(case, product, LAUNCHERS.conv_pair, Guarded())
 
     return run
 
@@ -316,7 +327,7 @@ def test_cases_take_every_tile_and_kernel():
     """The cases cover tiles of each size and one to three columns."""
     tiles, columns = set(), set()
     for case, product in EXACT:
-        plan = plan_of(case, product, *limits_of(case, product))
+        plan = plan_of(case, product, limits_of(case, product))
         expected = {WHOLE: (16, 16), PART: (8, 16), SMALL: (8, 8)}[case.limits]
         if case.limits is not WHOLE or 2**case.upsample * min(case.height, case.width) > 8:
             assert (plan["tile_height"], plan["tile_width"]) == expected
@@ -329,7 +340,7 @@ def test_cases_take_every_tile_and_kernel():
 @pytest.mark.parametrize("case", [PLAIN[2], UP[0], IMAGE[1]], ids=str)
 def test_warps_in_any_order(case, order, on_host):
     """Warps wait for each other wherever one needs another's result."""
-    with in_order(order, "conv_pair"):
+    with in_order(order, "conv_pair", "bf16"):
         on_host(check_exact, case, "bf16")
 
 
@@ -338,25 +349,44 @@ def test_a_block_writes_its_tile_alone(upsample, image, cupy_on_host, monkeypatc
     """Only the first of 3 x 3 tiles is computed."""
     side = 10 if upsample else 20
     case = Case(1, side, side, 16, 16, 3 if image else 16, upsample, image)
-    whole = cupy_conv_pair.pair_plan
-    monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", SMALL)
-    monkeypatch.setattr(cupy_conv_pair, "pair_plan", lambda *sizes: {**whole(*sizes), "blocks": 1})
-    y = launch(case, "bf16", integers(case), cupy_conv_pair.conv_pair, Plain("cpu"))
+
+    def first_alone(planned):
+        assert planned.launches[0][1] == 9
+        planned.launches[0][1] = 1
+
+    plan_for(monkeypatch, SMALL)
+    change_plans(monkeypatch, first_alone)
+    y = launch(case, "bf16", integers(case), LAUNCHERS.conv_pair, Plain("cpu"))
     written = torch.zeros(y.shape, dtype=torch.bool)
     written[..., :8, :8] = True
     assert torch.equal(~y.isnan(), written)
 
 
-def plan_of(case, product, multiprocessors, shared):
-    c_out = case.c_out if case.image else padded(case.c_out)
-    sizes = (case.n, case.height, case.width, padded(case.c_in), padded(case.c_mid), c_out, case.upsample, case.image)
-    return cupy_conv_pair.pair_plan(*sizes, STORAGE[product].itemsize, multiprocessors, shared)
+def plan_of(case, product, device):
+    """The plan of a pair of any size."""
+    dtype, scale = STORAGE[product], 2 if case.upsample else 1
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def packed(phases, taps, c_in, c_out):
+        return empty(phases, c_in * dtype.itemsize // 32, taps, padded(c_out) // 16, 32, 16 // dtype.itemsize)
+
+    c_in, c_mid, c_out = padded(case.c_in), padded(case.c_mid), case.c_out if case.image else padded(case.c_out)
+    sides = (scale * case.height, scale * case.width)
+    out = empty(case.n, c_out, *sides) if case.image else empty(case.n, *sides, c_out + case.extra)
+    first = packed(4 if case.upsample else 1, 4 if case.upsample else 9, c_in, c_mid)
+    second = packed(1, 1, c_mid, 9 * c_out) if case.image else packed(1, 9, c_mid, c_out)
+    biases = [empty(c, dtype=torch.float32) for c in (c_mid, c_out)]
+    tensors = (empty(case.n, case.height, case.width, c_in), first, biases[0], second, biases[1], out)
+    options = (case.upsample, case.image, CODES[case.activation], SLOPE, PRODUCTS.index(product))
+    return plan("conv_pair", *tensors, *options, device=device)
 
 
 @pytest.mark.parametrize("image", [False, True])
 def test_empty_batch(image, cupy_on_host):
     case = Case(0, 4, 4, 16, 16, 3 if image else 16, image=image)
-    assert launch(case, "bf16", integers(case), cupy_conv_pair.conv_pair, Plain("cpu")).numel() == 0
+    assert launch(case, "bf16", integers(case), LAUNCHERS.conv_pair, Plain("cpu")).numel() == 0
 
 
 @pytest.mark.parametrize("upsample, image", [(False, False), (True, False), (False, True)])
@@ -365,23 +395,19 @@ def test_elements_count_beyond_32_bits(upsample, image, cupy_on_host, monkeypatc
     n, product = 2**25 + 1, "bf16"
     c_out = 3 if image else 16
     case = Case(1, 4 if upsample else 8, 4 if upsample else 8, 16, 16, c_out, upsample, image)
-    small = cupy_conv_pair.struct
-    monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", SMALL)
+    large = plan_of(replace(case, n=n), product, SMALL)
+    assert large.blocks == n
 
-    def large(dtype, fields):
+    def last_of_many(planned):
         x_bytes, out_bytes = 2 * 16 * case.height * case.width, 2 * c_out * 64
-        moved = {"x": fields["x"] - (n - 1) * x_bytes, "out": fields["out"] - (n - 1) * out_bytes}
-        return small(dtype, {**fields, **moved, "samples": n, "blocks": n})
+        large.update(x=planned["x"] - (n - 1) * x_bytes, out=planned["out"] - (n - 1) * out_bytes)
+        large.update(**{name: planned[name] for name in ("weights1", "weights2", "bias1", "bias2", "activation", "slope")})
+        planned.fields, planned.launches = large.fields, large.launches
 
-    def plan(*arguments):
-        found = real_plan(*arguments)
-        return {**found, "blocks": n}
-
-    real_plan = cupy_conv_pair.pair_plan
-    monkeypatch.setattr(cupy_conv_pair, "struct", large)
-    monkeypatch.setattr(cupy_conv_pair, "pair_plan", plan)
-    with only_last_block("conv_pair", n):
-        check_exact(case, product, cupy_conv_pair.conv_pair, Plain("cpu"))
+    plan_for(monkeypatch, SMALL)
+    change_plans(monkeypatch, last_of_many)
+    with only_last_block("conv_pair", n, product):
+        check_exact(case, product, LAUNCHERS.conv_pair, Plain("cpu"))
 
 
 def good_arguments(product="bf16"):
@@ -392,6 +418,9 @@ def good_arguments(product="bf16"):
     return {**tensors, **dict(upsample=False, image=False, activation=1, slope=0.2, product=PRODUCTS.index(product))}
 
 
+IMAGE_PAIR = dict(image=True, bias2=torch.zeros(3), weights2=gpu_storage.pack_fragments(torch.zeros(1, 1, 16, 32), "bf16"))
+
+
 def odd(*shape):
     """Contiguous, but not aligned."""
     return torch.zeros(torch.Size(shape).numel() + 1, dtype=torch.bfloat16)[1:].view(shape)
@@ -400,135 +429,109 @@ def odd(*shape):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(x=torch.zeros(8, 8, 16).bfloat16()), "four dimensions"),
+        (dict(x=torch.zeros(8, 8, 16).bfloat16()), "x must have shape"),
         (dict(x=torch.zeros(1, 8, 8, 24).bfloat16()), "multiples of 16"),
         (dict(x=torch.zeros(1, 8, 8, 80).bfloat16()), "up to 64"),
-        (dict(x=torch.zeros(1, 8, 8, 32).bfloat16()), "packed weights"),
-        (dict(x=torch.zeros(1, 8, 8, 16)), "must be torch.bfloat16"),
+        (dict(x=torch.zeros(1, 8, 8, 32).bfloat16()), "weights1 must be"),
+        (dict(x=torch.zeros(1, 8, 8, 16)), "x must be torch.bfloat16"),
         (dict(x=torch.zeros(1, 8, 16, 8).bfloat16().transpose(2, 3)), "contiguous"),
-        (dict(x=torch.zeros(1, 8, 8, 16, device="meta").bfloat16()), "one device"),
-        (dict(x=odd(1, 8, 8, 16)), "aligned"),
-        (dict(bias1=torch.zeros(16).bfloat16()), "must be torch.float32"),
-        (dict(bias1=torch.zeros(32)), "packed weights"),
-        (dict(bias2=torch.zeros(32)), "out must be"),
-        (dict(weights2=gpu_storage.pack_fragments(torch.zeros(4, 4, 16, 16), "bf16")), "packed weights"),
-        (dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "f16")), "must be torch.bfloat16"),
+        (
+            dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "bf16").to("meta")),
+            "weights1 must be on x's device",
+        ),
+        (dict(x=odd(1, 8, 8, 16)), "x must begin at a multiple of 16"),
+        (dict(bias1=torch.zeros(16).bfloat16()), "bias1 must be torch.float32"),
+        (dict(bias1=torch.zeros(32)), "weights1 must be"),
+        (dict(bias2=torch.zeros(32)), "weights2 must be"),
+        (dict(weights2=gpu_storage.pack_fragments(torch.zeros(4, 4, 16, 16), "bf16")), "weights2 must be"),
+        (dict(weights1=gpu_storage.pack_fragments(torch.zeros(1, 9, 16, 16), "f16")), "weights1 must be torch.bfloat16"),
         (dict(out=torch.zeros(1, 8, 7, 16).bfloat16()), "out must be"),
-        (dict(out=torch.zeros(1, 8, 8, 24).bfloat16()), "out must be"),
-        (dict(out=odd(1, 8, 8, 16)), "aligned"),
-        (dict(upsample=True), "out must be"),
+        (dict(out=torch.zeros(1, 8, 8, 24).bfloat16()), "out must have channels in units of 16"),
+        (dict(out=odd(1, 8, 8, 16)), "out must begin at a multiple of 16"),
+        (dict(upsample=True), "weights1 must be"),
         (dict(image=True), "1 to 4 channels"),
-        (dict(image=True, bias2=torch.zeros(3), out=torch.zeros(1, 8, 8, 3).bfloat16()), "out must be"),
-        (dict(image=True, bias2=torch.zeros(3), out=torch.zeros(1, 3, 8, 8).bfloat16()), "packed weights"),
+        (dict(**IMAGE_PAIR, out=torch.zeros(1, 8, 8, 3).bfloat16()), "out must be"),
+        (dict(image=True, bias2=torch.zeros(3), out=torch.zeros(1, 3, 8, 8).bfloat16()), "weights2 must be"),
         (dict(activation=3), "activation"),
         (dict(product=4), "product"),
     ],
 )
-def test_refusals(changes, message, cupy_on_host):
-    cupy_conv_pair.conv_pair(**good_arguments())
-    with pytest.raises(InputError, match=message):
-        cupy_conv_pair.conv_pair(**{**good_arguments(), **changes})
+def test_refusals(changes, message):
+    assert plan("conv_pair", **good_arguments()).blocks > 0
+    with pytest.raises(RuntimeError, match=f"conv_pair: .*{message}"):
+        plan("conv_pair", **{**good_arguments(), **changes})
 
 
-def test_what_does_not_fit_is_refused(cupy_on_host, monkeypatch):
-    monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", (108, 4096))
-    with pytest.raises(InputError, match="do not fit"):
-        cupy_conv_pair.conv_pair(**good_arguments())
-    monkeypatch.setattr(cupy_conv_pair, "HOST_LIMITS", (108, 99 * 1024))
-    monkeypatch.setattr(cupy_conv_pair, "MOST_BLOCKS", 0)
-    with pytest.raises(InputError, match="too large"):
-        cupy_conv_pair.conv_pair(**good_arguments())
-    wide = torch.empty(1, device="meta").bfloat16().expand(1, 1, 2**29 + 1, 16)
-    with pytest.raises(InputError, match="2\\^29"):
-        cupy_conv_pair.conv_pair(**{**good_arguments(), "x": wide})
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(RuntimeError, match="16, 16 and 16 channels in torch.bfloat16 do not fit"):
+        plan("conv_pair", **good_arguments(), device=(108, 4096, 9))
+    with pytest.raises(RuntimeError, match="too large"):
+        plan_of(Case(2**28, 64, 64, 16, 16, 16), "bf16", WHOLE)
+    with pytest.raises(RuntimeError, match="2\\^29"):
+        plan_of(Case(1, 1, 2**29 + 1, 16, 16, 16), "bf16", WHOLE)
 
 
 # Sizes of x, channels, up-sampled or not, image or not, bytes of an element, multiprocessors, shared memory: cards of each
 # kind, one image and many, every tile, and sizes that do not fit.
 PLANS = [
-    (n, side, side + 3 * ragged, *channels, up, image, element, multiprocessors, kilobytes * 1024)
+    (Case(n, side, side + 3 * ragged, *channels, up, image), product, (multiprocessors, kilobytes * 1024, 9))
     for n, side, ragged in ((1, 1, 1), (1, 32, 0), (64, 128, 1), (7, 9, 0))
-    for channels, image in (((16, 16, 16), 0), ((48, 48, 48), 0), ((64, 64, 64), 0), ((32, 32, 3), 1), ((64, 16, 4), 1))
-    for up in (0, 1)
-    for element in (2, 4)
+    for channels, image in (
+        ((16, 16, 16), False),
+        ((48, 48, 48), False),
+        ((64, 64, 64), False),
+        ((32, 32, 3), True),
+        ((64, 16, 4), True),
+    )
+    for up in (False, True)
+    for product in ("bf16", "f32")
     for multiprocessors, kilobytes in ((132, 227), (108, 163), (128, 99), (40, 48), (40, 9))
 ]
-PLANS += [(1, 64, 64, 32, 32, 32, 0, 0, 2, blocks, 2**17) for blocks in (16, 17)]  # as many blocks, and one less
-AGREE = r"""
-#include <cstddef>
-#include <cstdio>
-#include "cuda/conv_pair.h"
-using namespace advkd;
-int main() {
-  SIZES
-  ConvPairParameters p{};
-  int element, multiprocessors, shared;
-  while (std::scanf("%lld %d %d %d %d %d %d %d %d %d %d", &p.samples, &p.height, &p.width, &p.c_in, &p.c_mid, &p.c_out,
-                    &p.upsample, &p.image, &element, &multiprocessors, &shared) == 11) {
-    const bool fits = pair_plan(p, element, multiprocessors, shared);
-    std::printf("%d\n", fits);
-    if (!fits) continue;
-    const long long plan[] = {FIELDS};
-    for (const long long n : plan) std::printf("%lld\n", n);
-    // What the last plan left must not matter.
-    p = {};
-  }
-}
-"""
-
-
-def test_python_and_cpp_launchers_agree(tmp_path):
-    """The parameters' layout and the plans, which both launchers have."""
-    dtype = cupy_conv_pair.CONV_PAIR
-    places = ["sizeof(ConvPairParameters)", *(f"offsetof(ConvPairParameters, {name})" for name in dtype.names)]
-    fields = list(cupy_conv_pair.pair_plan(*PLANS[0]))
-    code = AGREE.replace("SIZES", "".join(f'std::printf("%zu\\n", {place});' for place in places))
-    (tmp_path / "agree.cpp").write_text(code.replace("FIELDS", ", ".join(f"p.{name}" for name in fields)))
-    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "agree.cpp", "-o", "agree"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    text = "\n".join(" ".join(map(str, plan)) for plan in PLANS)
-    printed = subprocess.run([tmp_path / "agree"], input=text, capture_output=True, text=True, check=True).stdout
-    expected = [dtype.itemsize, *(dtype.fields[name][1] for name in dtype.names)]
-    for plan in map(lambda numbers: cupy_conv_pair.pair_plan(*numbers), PLANS):
-        expected += [0] if plan is None else [1, *(plan[name] for name in fields)]
-    assert list(map(int, printed.split())) == expected
+# As many blocks as multiprocessors, and one less.
+PLANS += [(Case(1, 64, 64, 32, 32, 32), "bf16", (blocks, 2**17, 9)) for blocks in (16, 17)]
+TILES = [(16, 16), (8, 16), (8, 8)]
 
 
 def test_plans():
-    """Tiles cover the image, shared memory is within the limit, quotients are exact for every dividend."""
+    """Tiles cover the image, shared memory is as needed and within the limit, quotients are exact for every dividend."""
     found = set()
-    for numbers in PLANS:
-        plan = cupy_conv_pair.pair_plan(*numbers)
-        n, height, width, c_in, _, c_out, up, image, element, multiprocessors, limit = numbers
-        if plan is None:
-            assert limit < 99 * 1024
+    for case, product, device in PLANS:
+        element, up, image = STORAGE[product].itemsize, case.upsample, case.image
+        if min(shared_bytes(tile, case, element) for tile in TILES) > device[1]:
+            assert device[1] < 99 * 1024
+            with pytest.raises(RuntimeError, match="do not fit"):
+                plan_of(case, product, device)
             continue
-        th, tw = plan["tile_height"], plan["tile_width"]
+        p = plan_of(case, product, device)
+        th, tw = p["tile_height"], p["tile_width"]
         found.add((th, tw))
-        assert plan["shared"] <= limit and plan["shared"] % 16 == plan["mid_place"] % 16 == 0
-        for count, tile, side in ((plan["down"], th, height << up), (plan["across"], tw, width << up)):
+        assert p["shared"] == p.launches[0][3] == shared_bytes((th, tw), case, element) <= device[1]
+        assert p["shared"] % 16 == p["mid_place"] % 16 == 0
+        for count, tile, side in ((p["down"], th, case.height << up), (p["across"], tw, case.width << up)):
             assert count * tile >= side > (count - 1) * tile
-        assert plan["blocks"] == n * plan["down"] * plan["across"]
+        assert p.blocks == p["blocks"] == case.n * p["down"] * p["across"]
         rows, columns = (th // 2 + 2, tw // 2 + 2) if up else (th + 4, tw + 4)
         grid = (th + 2) * (tw + 2) // (4 if up else 1)
-        divided = [("by_input_chunks", c_in * element // 16, rows * columns * c_in * element // 16)]
+        chunks, out_chunks = case.c_in * element // 16, case.c_out * element // 16
+        divided = [("by_input_chunks", chunks, rows * columns * chunks)]
         divided += [("by_input_width", columns, rows * columns), ("by_grid_width", (tw + 2) // (1 + up), grid + 48)]
         divided += [("by_sets", -(-grid // 48), 4 * 4 * 8)]
-        divided += [] if image else [("by_out_chunks", c_out * element // 16, th * tw * c_out * element // 16)]
+        divided += [] if image else [("by_out_chunks", out_chunks, th * tw * out_chunks)]
         for name, divisor, most in divided:
             numerators = torch.arange(most)
-            assert torch.equal(numerators * plan[name] >> 20, numerators // divisor) and most * plan[name] < 2**32
-    assert found == {(16, 16), (8, 16), (8, 8)}
+            assert torch.equal(numerators * p[name] >> 20, numerators // divisor) and most * p[name] < 2**32
+    assert found == set(TILES)
     # The smaller tile where there are more multiprocessors than blocks, and where it suffices for the image.
-    plan = cupy_conv_pair.pair_plan
-    assert plan(1, 64, 64, 32, 32, 32, 0, 0, 2, 16, 2**17)["blocks"] == 16
-    assert plan(1, 64, 64, 32, 32, 32, 0, 0, 2, 32, 2**17)["blocks"] == 32
-    assert plan(1, 64, 64, 32, 32, 32, 0, 0, 2, 132, 2**17)["blocks"] == 64
-    assert plan(64, 8, 8, 32, 32, 32, 0, 0, 2, 16, 2**17)["tile_height"] == 8
+    case = Case(1, 64, 64, 32, 32, 32)
+    assert [plan_of(case, "bf16", (count, 2**17, 9)).blocks for count in (16, 32, 132)] == [16, 32, 64]
+    assert plan_of(Case(64, 8, 8, 32, 32, 32), "bf16", (16, 2**17, 9))["tile_height"] == 8
+
+
+def fits(c_in, c_mid, c_out, upsample, image, product, limit):
+    return registry.cuda_query("pair_fits")(c_in, c_mid, c_out, upsample, image, PRODUCTS.index(product), limit)
 
 
 def test_fits():
-    fits = cupy_conv_pair.fits
     for channels in itertools.product((16, 32, 48, 64), repeat=3):
         for up, product in itertools.product((False, True), PRODUCTS):
             assert fits(*channels, up, False, product, 99 * 1024)
@@ -548,7 +551,7 @@ def preset_pairs():
             c_out = second.c_out if image else padded(second.c_out)
             channels = input_channels(first), padded(first.c_out), c_out
             kind = first.upsample, image
-            if second.upsample or second.detail or not cupy_conv_pair.fits(*channels, *kind, "bf16", 227 * 1024):
+            if second.upsample or second.detail or not fits(*channels, *kind, "bf16", 227 * 1024):
                 continue
             yield pytest.param(first, channels, *kind, id=f"{name}-{i}")
 
@@ -559,11 +562,11 @@ PAIRS = list(preset_pairs())
 @pytest.mark.parametrize("first, channels, upsample, image", PAIRS)
 def test_shared_memory_of_the_presets(first, channels, upsample, image):
     """Whole tiles of up to 48 channels in 16 bits within 99 KB, of 64 within 163 KB and twice within 227 KB."""
-    plan = cupy_conv_pair.pair_plan(256, first.height, first.width, *channels, upsample, image, 2, 132, 227 * 1024)
+    plan = plan_of(Case(256, first.height, first.width, *channels, upsample, image), "bf16", (132, 227 * 1024, 9))
     assert plan["shared"] <= (99 if max(channels) <= 48 else 113) * 1024
     assert (plan["tile_height"] == 16) == (first.height << upsample > 8)
     for kilobytes in (99, 163, 227):
-        assert cupy_conv_pair.fits(*channels, upsample, image, "f32", kilobytes * 1024)
+        assert fits(*channels, upsample, image, "f32", kilobytes * 1024)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -603,15 +606,15 @@ def sass_of(cubin):
 
 
 def test_source_is_whole_and_self_contained():
-    text = cupy_modules.source("conv_pair")
+    text = cuda.source("conv_pair")
     assert "#include" not in text and "#pragma once" not in text
 
 
 def gpu_launcher(compiled_by):
     if compiled_by == "cupy":
-        if reason := cupy_modules.gap():
+        if reason := cuda.gap():
             pytest.skip(reason)
-        return cupy_conv_pair.conv_pair
+        return LAUNCHERS.conv_pair
     if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda.conv_pair

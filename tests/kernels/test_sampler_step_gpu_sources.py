@@ -1,7 +1,7 @@
 """The GPU sources of the sampler step without a GPU.
 
-The Triton kernels run in the interpreter; the CUDA kernels are compiled for the host, and started by the CuPy launchers through
-a stand-in for CuPy.
+The Triton kernels run in the interpreter; the CUDA kernels are compiled for the host, and started as the CUDA host side plans
+them.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import types
 import pytest
 import torch
 
-from advkd.errors import InputError
-from advkd.ops import cupy_kernels, cupy_modules
+from advkd.ops import cuda
 from advkd.ops.philox import normal_reference, rounds_reference, words_reference
 from advkd.ops.sampler_step import sampler_step_reference
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import ROOT, process_environment
 from .cuda_on_host import only_last_block
+from .host_plans import LAUNCHERS, plan, start
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -205,18 +205,18 @@ def test_triton_interpreter_parity():
     assert result.stdout.strip() == "parity", result.stderr
 
 
-@pytest.mark.parametrize("case", CASES + CUDA_CASES, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(CASES[1], marks=pytest.mark.core), CASES[0], *CASES[2:], *CUDA_CASES], ids=str)
 def test_cuda_kernels_on_the_host(case, cupy_on_host):
-    check(case, cupy_kernels.sampler_step)
+    check(case, LAUNCHERS.sampler_step)
 
 
 def launcher(compiled_by):
     """The kernels on a GPU, or a skip."""
     if compiled_by == "triton":
         return pytest.importorskip("advkd.kernels.sampler_step").sampler_step
-    if reason := cupy_kernels.gap() if compiled_by == "cupy" else extension_gap("cuda"):
+    if reason := cuda.gap() if compiled_by == "cupy" else extension_gap("cuda"):
         pytest.skip(reason)
-    return cupy_kernels.sampler_step if compiled_by == "cupy" else torch.ops.advkd_cuda.sampler_step
+    return LAUNCHERS.sampler_step if compiled_by == "cupy" else torch.ops.advkd_cuda.sampler_step
 
 
 @pytest.mark.gpu
@@ -246,7 +246,7 @@ def check_rounding(dtype, launch, device="cpu"):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_cuda_kernels_round_as_torch_does(dtype, cupy_on_host):
-    check_rounding(dtype, cupy_kernels.sampler_step)
+    check_rounding(dtype, LAUNCHERS.sampler_step)
 
 
 @pytest.mark.gpu
@@ -265,108 +265,98 @@ def normals(index, seed, step, first_block, blocks):
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).flatten()
 
 
-@contextlib.contextmanager
-def last_block_of(monkeypatch, before, pooled_before=0, **changes):
-    """Make the launcher's tensors begin ``before`` float32 elements before the actual memory; only the last block runs.
+def run_last_block(sizes, before, tensors, pool=0, last=False, seed=0, step=0):
+    """Run the last block of a plan for tensors of ``sizes``, which end with those of ``tensors``.
 
-    ``changes``: sizes of the whole, and pointers.
+    ``before``: by name, bytes of the whole tensor before them.
     """
-    small = cupy_kernels.step_parameters
-
-    def large(tensors, seed, step, pool):
-        p = small(tensors, seed, step, pool)
-        for name, value in changes.items():
-            p[name] = int(p[name]) + value
-        sizes = (int(p[name]) for name in ("samples", "length", "channels", "width"))
-        plan = cupy_kernels.step_plan(*sizes, pool, 4, int(p["vectors"]), tensors["indices"] is not None)
-        for name, value in plan.items():
-            p[name] = value
-        for name in ("x", "m", "out"):
-            p[name] -= 4 * before
-        p["pooled"] -= 4 * pooled_before
-        tiles.append(int(p["tiles"]))
-        return p
-
-    def start(program, *arguments):
-        with only_last_block("sampler_step", tiles[-1]):
-            cupy_modules.start(program, *arguments)
-
-    tiles = []
-    monkeypatch.setattr(cupy_kernels, "step_parameters", large)
-    monkeypatch.setattr(cupy_kernels, "start", start)
-    yield
-    monkeypatch.undo()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(sizes, device="meta", memory_format=layout)
+    indices = torch.empty(sizes[0], dtype=torch.int64, device="meta") if "indices" in tensors else None
+    small = torch.empty((*sizes[:-2], sizes[-2] // pool, sizes[-1] // pool), device="meta") if pool else None
+    table = torch.empty(1, 8, device="meta")
+    planned = plan("sampler_step", x, x, table, None, None, indices, seed, step, None, pool, x, None, small, None)
+    for name, tensor in tensors.items():
+        planned.update(**{name: tensor.data_ptr() - before.get(name, 0)})
+    with only_last_block("sampler_step", planned.blocks, "f32, f32"):
+        start(planned)
+    return planned
 
 
 DRAWN = torch.tensor([[0, 0, 1, 0, 0, 0, 0, 1.0]])
 PLAIN = torch.tensor([[0.5, 0.25, 0.7, 1.5, -0.5, 0.125, 0, 0]])
 
 
+def ends(before, x, m, table, out, **others):
+    """Tensors by name, and the bytes before those that are the end of a whole one."""
+    return dict.fromkeys(("x", "m", "out"), 4 * before), dict(x=x, m=m, table=table, out=out, **others)
+
+
 @pytest.mark.parametrize("pool", [0, 2])
-def test_cuda_kernels_count_beyond_32_bits(pool, cupy_on_host, monkeypatch):
+def test_cuda_kernels_count_beyond_32_bits(pool, cupy_on_host):
     """The end of a sample of 2^33 + 16 elements with drawn normals: whole blocks lie before the last one's elements."""
     before = 2**33
     x = torch.zeros(1, 1, 2, 8)
     out, pooled = torch.full_like(x, float("nan")), torch.full((1, 1, 1, 4), float("nan"))
     index, seed = 2**33 + 5, 2**40 + 9
-    with last_block_of(monkeypatch, before, before // 4 if pool else 0, length=before):
-        indices = torch.tensor([index])
-        small = pooled if pool else None
-        cupy_kernels.sampler_step(x, x, DRAWN, None, None, indices, seed, 7, None, pool, out, None, small, None)
+    places, tensors = ends(before, x, x, DRAWN, out, indices=torch.tensor([index]))
+    if pool:
+        places, tensors = {**places, "pooled": before}, {**tensors, "pooled": pooled}
+    run_last_block((1, 1, before // 8 + 2, 8), places, tensors, pool, seed=seed, step=7)
     expected = normals(index, seed, 7, before // 4, 4).reshape(x.shape)
     assert (out - expected).abs().max() <= 2e-6
     assert not pool or (pooled - torch.nn.functional.avg_pool2d(expected, 2)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("count", [256, 252, 255])
-def test_cuda_kernels_count_beyond_32_bits_in_memory_order(count, cupy_on_host, monkeypatch):
+def test_cuda_kernels_count_beyond_32_bits_in_memory_order(count, cupy_on_host):
     """The end of a sample of more than 2^33 elements: two vectors a thread, one, and single elements."""
     before = 2**33
     x, m = torch.randn(2, 1, count, generator=torch.Generator().manual_seed(0))
     out, expected = torch.full_like(x, float("nan")), torch.empty_like(x)
-    with last_block_of(monkeypatch, before, length=before):
-        cupy_kernels.sampler_step(x, m, PLAIN, None, None, None, 0, 0, None, 0, out, None, None, None)
+    planned = run_last_block((1, before + count), *ends(before, x, m, PLAIN, out))
+    assert planned["vectors_each"] == {256: 2, 252: 1, 255: 0}[count]
     sampler_step_reference(x, m, PLAIN, None, None, None, 0, 0, None, 0, expected, None, None, None)
     assert torch.equal(out, expected)
 
 
-def test_cuda_kernels_count_beyond_32_bits_between_channels(cupy_on_host, monkeypatch):
+def test_cuda_kernels_count_beyond_32_bits_between_channels(cupy_on_host):
     """The end of a sample of 15 * 2^30 elements whose three channels alternate in memory: 85 groups of four of each channel."""
     length, index, seed = 5 * 2**30, 5, 9
     x = torch.zeros(1, 3, 4, 88).contiguous(memory_format=torch.channels_last)
     before, out = length - 4 * 88, torch.full_like(x, float("nan"))
-    with last_block_of(monkeypatch, 3 * before, length=before):
-        cupy_kernels.sampler_step(x, x, DRAWN, None, None, torch.tensor([index]), seed, 7, None, 0, out, None, None, None)
+    places, tensors = ends(3 * before, x, x, DRAWN, out, indices=torch.tensor([index]))
+    run_last_block((1, 3, length // 4, 4), places, tensors, last=True, seed=seed, step=7)
     for channel in range(3):
         expected = normals(index, seed, 7, (channel + 1) * length // 4 - 85, 85)
         assert (out[0, channel].flatten()[-4 * 85 :] - expected).abs().max() <= 2e-6
 
 
-def test_cuda_kernels_take_almost_2_to_the_32_samples(cupy_on_host, monkeypatch):
+def test_cuda_kernels_take_almost_2_to_the_32_samples(cupy_on_host):
     """The last block of the largest launch: three of 2^32 - 13 samples of 16 elements, one warp each."""
     before = 2**32 - 16
     x = torch.zeros(3, 16)
     out = torch.full_like(x, float("nan"))
     indices = torch.tensor([3, 2**33, 7])
-    with last_block_of(monkeypatch, 16 * before, samples=before, indices=-8 * before):
-        cupy_kernels.sampler_step(x, x, DRAWN, None, None, indices, 9, 7, None, 0, out, None, None, None)
+    places, tensors = ends(16 * before, x, x, DRAWN, out, indices=indices)
+    run_last_block((before + 3, 16), {**places, "indices": 8 * before}, tensors, seed=9, step=7)
     for row, index in zip(out, indices.tolist()):
         assert (row - normals(index, 9, 7, 0, 4)).abs().max() <= 2e-6
 
 
-def test_more_blocks_than_a_launch_has_are_refused(monkeypatch):
-    x = torch.empty(1, device="meta").expand(2**32, 1)
-    tensors = dict.fromkeys(cupy_kernels._POINTERS) | {"x": x, "m": x, "out": x, "table": torch.zeros(1, 8)}
-    monkeypatch.setattr(cupy_kernels, "address", lambda tensor: 0)
-    arguments = [tensors[name] for name in ("x", "m", "table", "previous_x0", "noise", "indices")]
-    with pytest.raises(InputError, match="too large"):
-        cupy_kernels.sampler_step(*arguments, 0, 0, None, 0, x, None, None, None)
+def test_more_blocks_than_a_launch_has_are_refused():
+    x, table = torch.empty(2**32, 1, device="meta"), torch.empty(1, 8, device="meta")
+    with pytest.raises(RuntimeError, match="sampler_step: x is too large for one launch"):
+        plan("sampler_step", x, x, table, None, None, None, 0, 0, None, 0, x, None, None, None)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 7, 640, 2**31 - 1, 2**31, 2**32 - 1])
 def test_products_with_the_inverse_are_quotients(d):
-    inverse = cupy_kernels.step_inverse(d)
-    assert inverse < 2**64
+    """A sample of so many warps of 128 elements each."""
+    d = min(d, 8 * (2**29 - 1))  # a launch has no more
+    planned = step_plan((1, 128 * d), odd=True)
+    inverse = planned["inverse_warps"]
+    assert planned["warps"] == d and inverse == (2**64 - 1) // d < 2**64
     most = min(2**64 // d, 2**64) - 1
     for n in {n for k in (1, 2, 3, most // d, 2**32 // d, 2**33 // d) for n in (k * d - 1, k * d, k * d + 1)} | {0, most}:
         if 0 <= n <= most:
@@ -379,109 +369,111 @@ def test_cuda_kernels_flag_one_offender(dtype, count, cupy_on_host):
     for place in (0, 3, 7, count // 2 - 1, count // 2, count - 1):
         x, flags = torch.zeros(3, count, dtype=dtype), torch.zeros(3, dtype=torch.int32)
         x[1, place] = float("inf")
-        cupy_kernels.sampler_step(x, x, PLAIN, None, None, None, 0, 0, None, 0, torch.empty_like(x), None, None, flags)
+        LAUNCHERS.sampler_step(x, x, PLAIN, None, None, None, 0, 0, None, 0, torch.empty_like(x), None, None, flags)
         assert flags.tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("seed", [0, 2**40 + 9, -1])
+@pytest.mark.parametrize("seed", [0, pytest.param(2**40 + 9, marks=pytest.mark.core), -1])
 def test_cuda_philox_on_the_host(seed, cupy_on_host):
     indices = torch.tensor([0, 2**33 + 1])
     for shape in [(1,), (3, 5, 7), (4, 16, 17)]:
-        count = torch.Size(shape).numel()
-        assert torch.equal(cupy_kernels.philox_words(indices, seed, count, 4, 5), words_reference(indices, seed, count, 4, 5))
-        normals = cupy_kernels.philox_normal(indices, seed, shape, 2, 7)
-        assert normals.shape == (2, *shape)
+        words = torch.full((2, torch.Size(shape).numel()), -1)
+        LAUNCHERS.philox_words(indices, seed, 4, 5, words)
+        assert torch.equal(words, words_reference(indices, seed, words.shape[1], 4, 5))
+        normals = torch.full((2, *shape), torch.nan)
+        LAUNCHERS.philox_normal(indices, seed, 2, 7, normals)
         assert (normals - normal_reference(indices, seed, shape, 2, 7)).abs().max() <= 2e-6
-    assert cupy_kernels.philox_normal(indices[:0], seed, (3,), 2, 7).shape == (0, 3)
+    LAUNCHERS.philox_normal(indices[:0], seed, 2, 7, torch.empty(0, 3))
+
+
+PHILOX_REFUSED = {
+    "indices must be torch.int64": (torch.zeros(2), torch.zeros(2, 3)),
+    "out must be torch.float32 with 2 samples": (torch.zeros(2).long(), torch.zeros(3, 3)),
+    "out must be torch.float32 with 2 samples, one for each index, got torch.float16": (
+        torch.zeros(2).long(),
+        torch.zeros(2, 3).half(),
+    ),
+    "out must be torch.float32 with 6 contiguous": (torch.zeros(2).long(), torch.zeros(3, 2).T),
+    "out must be on x's device": (torch.zeros(2).long(), torch.zeros(2, 3, device="meta")),
+    "out must have at most 2\\^34": (torch.zeros(1, device="meta").long(), torch.zeros(1, 2**34 + 1, device="meta")),
+}
+
+
+@pytest.mark.parametrize("message", PHILOX_REFUSED)
+def test_philox_refuses(message):
+    indices, out = PHILOX_REFUSED[message]
+    with pytest.raises(RuntimeError, match=f"philox_normal: {message}"):
+        plan("philox_normal", indices, 0, 1, 0, out)
+
+
+def step_plan(shape, dtype=F32, pool=0, last=False, draw=False, odd=False):
+    """The plan for x of any size; ``odd``: m begins where no vector does."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+    m = torch.empty(x.numel() + 1, dtype=dtype, device="meta").as_strided(x.shape, x.stride(), 1) if odd else x
+    indices = torch.empty(shape[0], dtype=torch.int64, device="meta") if draw else None
+    small = (*shape[:-2], shape[-2] // pool, shape[-1] // pool) if pool else None
+    pooled = torch.empty(small, dtype=dtype, device="meta").contiguous(memory_format=layout) if pool else None
+    table = torch.empty(1, 8, device="meta")
+    return plan("sampler_step", x, m, table, None, None, indices, 0, 0, None, pool, x, None, pooled, None)
 
 
 PLANS = [
-    # samples, length, channels, width, pool, group, vectors, draw: flat in single elements, one vector and two, by channel.
-    (2, 105, 1, 0, 0, 4, 0, 0),
-    (2, 105, 1, 0, 0, 4, 0, 1),
-    (2, 252, 1, 0, 0, 4, 1, 0),
-    (2, 256, 1, 0, 0, 4, 1, 0),
-    (2, 256, 1, 0, 0, 4, 0, 0),
-    (2, 256, 1, 0, 0, 4, 1, 1),
-    (2, 256, 1, 0, 0, 8, 1, 0),
-    (64, 3 * 2**16, 1, 0, 0, 8, 1, 0),
-    (3, 2**33, 5, 0, 0, 4, 0, 1),
-    (2**32 - 8, 1, 1, 0, 0, 4, 0, 0),
-    (1, 2**40, 1, 0, 0, 4, 1, 0),
+    # Flat in single elements, one vector and two, by channel.
+    dict(shape=(2, 105)),
+    dict(shape=(2, 105), draw=True),
+    dict(shape=(2, 252)),
+    dict(shape=(2, 256)),
+    dict(shape=(2, 256), odd=True),
+    dict(shape=(2, 256), draw=True),
+    dict(shape=(2, 256), dtype=BF16),
+    dict(shape=(64, 3 * 2**16), dtype=BF16),
+    dict(shape=(3, 5, 2**15, 2**16), last=True, draw=True),
+    dict(shape=(2**32 - 8, 1)),
+    dict(shape=(1, 2**39)),
     # Pooled.
-    (1, 1, 1, 1, 1, 4, 0, 0),
-    (64, 3 * 2**16, 1, 256, 4, 4, 1, 0),
-    (64, 2**16, 3, 256, 4, 4, 0, 1),
-    (64, 2**16, 3, 256, 64, 4, 0, 0),
-    (2, 3 * 85 * 255, 1, 255, 3, 4, 0, 0),
-    (2, 8, 300, 4, 2, 4, 0, 0),
-    (1, 1100 * 1100, 2, 1100, 1100, 4, 0, 0),
-    (3, 2**33, 1, 2**16, 2, 4, 1, 0),
+    dict(shape=(1, 1, 1, 1), pool=1),
+    dict(shape=(64, 3, 256, 256), pool=4),
+    dict(shape=(64, 3, 256, 256), pool=4, last=True, draw=True),
+    dict(shape=(64, 3, 256, 256), pool=64, last=True),
+    dict(shape=(2, 3, 255, 255), pool=3),
+    dict(shape=(2, 300, 2, 4), pool=2, last=True),
+    dict(shape=(1, 2, 1100, 1100), pool=1100, last=True),
+    dict(shape=(3, 1, 2**17, 2**16), pool=2),
 ]
-LAYOUT = r"""
-#include <cstdio>
-#include <cstddef>
-#include "cuda/sampler_step.h"
-using namespace advkd;
-int main() {
-  std::printf("%zu %zu\n", sizeof(PhiloxParameters), sizeof(StepParameters));
-  OFFSETS
-  long long samples, length, index = 0;
-  int channels, width, pool, group, vectors, draw;
-  while (std::scanf("%lld %lld %d %d %d %d %d %d", &samples, &length, &channels, &width, &pool, &group, &vectors, &draw) == 8) {
-    StepParameters p{};
-    p.samples = samples, p.length = length, p.channels = channels, p.width = width, p.pool = pool;
-    p.vectors = vectors, p.indices = draw ? &index : nullptr;
-    step_plan(p, group);
-    std::printf("%lld %lld %llu %llu %u", step_most_tiles(p), p.tiles, p.inverse_warps, p.inverse_channels, p.warps);
-    const int plan[] = {p.vectors_each, p.column_tiles, p.channel_tiles, p.tile_channels, p.outputs, p.lanes, p.rows, p.strips};
-    for (int n : plan) std::printf(" %d", n);
-    std::printf("\n");
-  }
-}
-"""
 
 
-def test_python_and_cpp_launchers_agree(tmp_path):
-    """The parameters' layouts and the plan, which both launchers have."""
-    structures = {"PhiloxParameters": cupy_kernels.PHILOX, "StepParameters": cupy_kernels.STEP}
-    fields = [(name, field) for name, dtype in structures.items() for field in dtype.names]
-    offsets = "".join(f'std::printf("%zu\\n", offsetof({name}, {field}));' for name, field in fields)
-    (tmp_path / "layout.cpp").write_text(LAYOUT.replace("OFFSETS", offsets))
-    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    text = "\n".join(" ".join(map(str, plan)) for plan in PLANS)
-    lines = subprocess.run([tmp_path / "layout"], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[0].split() == [str(dtype.itemsize) for dtype in structures.values()]
-    assert [int(line) for line in lines[1 : len(fields) + 1]] == [structures[name].fields[field][1] for name, field in fields]
-    ours = [cupy_kernels.step_plan(*plan) for plan in PLANS]
-    order = ("tiles", *cupy_kernels._FLAT_PLAN, *cupy_kernels._POOL_PLAN)
-    most = [cupy_kernels.step_most_tiles(pool) for _, _, _, _, pool, *_ in PLANS]
-    expected = [[limit, *(plan[name] for name in order)] for limit, plan in zip(most, ours)]
-    assert [list(map(int, line.split())) for line in lines[len(fields) + 1 :]] == expected
-    for (samples, length, channels, width, pool, group, *_), plan in zip(PLANS, ours):
-        if pool:
-            assert plan["lanes"] * plan["rows"] * plan["strips"] <= cupy_modules.THREADS
-            assert (
-                plan["column_tiles"] * plan["outputs"] >= width // pool
-                and plan["channel_tiles"] * plan["tile_channels"] >= channels
-            )
+def test_plans_cover_every_element():
+    for case in PLANS:
+        p, threads = step_plan(**case), 256
+        assert p.launches[0][2] == threads and p.blocks == p["tiles"]
+        if pool := case.get("pool"):
+            assert p["lanes"] * p["rows"] * p["strips"] <= threads
+            assert p["column_tiles"] * p["outputs"] >= p["width"] // pool
+            assert p["channel_tiles"] * p["tile_channels"] >= p["channels"]
+            strips = p["samples"] * (p["length"] // p["width"] // pool)
+            assert p["tiles"] == -(-strips // p["strips"]) * p["column_tiles"] * p["channel_tiles"]
         else:
-            elements = 32 * (plan["vectors_each"] * group or 4)
-            assert plan["tiles"] * 8 >= samples * plan["warps"]
-            assert plan["warps"] * elements >= length * channels or plan["tiles"] > cupy_kernels.step_most_tiles(0)
-            assert plan["vectors_each"] < 2 or length % elements == 0
+            group = 4 if case.get("dtype", F32) == F32 else 8
+            elements = 32 * (p["vectors_each"] * group or 4)
+            assert p["tiles"] * 8 >= p["samples"] * p["warps"] and p["tiles"] < 2**29
+            assert p["warps"] * elements >= p["length"] * p["channels"]
+            assert p["vectors_each"] < 2 or p["length"] % elements == 0
 
 
 def test_vectors_only_where_they_are_aligned():
-    def vectors(x, pool=0, name="vectors", **others):
-        tensors = dict.fromkeys(cupy_kernels._POINTERS) | {"x": x, "m": x, "out": x, "table": torch.zeros(1, 8), **others}
-        return int(cupy_kernels.step_parameters(tensors, 0, 0, pool)[name])
+    def vectors(x, pool=0, name="vectors", table=None, x0=None, indices=None):
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        small = (*x.shape[:-2], x.shape[-2] // pool, x.shape[-1] // pool) if pool else None
+        pooled = torch.empty(small, memory_format=layout) if pool else None
+        table = torch.zeros(1, 8) if table is None else table
+        return plan("sampler_step", x, x, table, None, None, indices, 0, 0, None, pool, x, x0, pooled, None)[name]
 
     x = torch.zeros(2, 3, 8, 8)
     drawn = {"indices": torch.arange(2)}
     assert vectors(x) == vectors(x, pool=2) == vectors(x, **drawn) == 1
-    assert vectors(x, x0=torch.zeros(2 * 192 + 1)[1:]) == vectors(x, table=torch.zeros(9)[1:].view(1, 8)) == 0
+    odd = torch.zeros(2 * 192 + 1)[1:].view_as(x)
+    assert vectors(x, x0=odd) == vectors(x, table=torch.zeros(9)[1:].view(1, 8)) == 0
     assert vectors(torch.zeros(2, 3, 5, 7)) == vectors(torch.zeros(2, 3, 8, 6), pool=2) == 0
     assert vectors(torch.zeros(2, 1, 2, 6)) == 1 and vectors(torch.zeros(2, 1, 2, 6).half()) == 0
     last = x.contiguous(memory_format=torch.channels_last)
@@ -490,6 +482,39 @@ def test_vectors_only_where_they_are_aligned():
     large = torch.zeros(2, 1, 16, 16)
     assert [vectors(y, name="vectors_each") for y in (x, large, large.half(), torch.zeros(2, 512).half())] == [1, 2, 1, 2]
     assert vectors(large, name="vectors_each", **drawn) == 1 and vectors(torch.zeros(2, 255), name="vectors_each") == 0
+
+
+GOOD = dict(
+    x=torch.zeros(2, 3, 8, 8),
+    m=torch.zeros(2, 3, 8, 8),
+    table=torch.zeros(1, 8),
+    **dict.fromkeys(("previous_x0", "noise", "indices")),
+    **dict(seed=0, step=0, steps=None, pool=0, out=torch.zeros(2, 3, 8, 8)),
+    **dict.fromkeys(("x0", "pooled", "flags")),
+)
+REFUSED = {
+    "x must be contiguous or channels_last": {"x": torch.zeros(3, 2, 8, 8).transpose(0, 1)},
+    "x must be float32": {"x": torch.zeros(2, 3, 8, 8).double()},
+    "m must be float32": {"m": torch.zeros(2, 3, 8, 8).double()},
+    "m must have 384 elements": {"m": torch.zeros(2, 3, 8, 4)},
+    "table must be torch.float32 with 16": {"table": torch.zeros(3, 8)},
+    "previous_x0 must be torch.float32": {"previous_x0": torch.zeros(2, 3, 8, 8).half()},
+    "noise must be contiguous": {"noise": torch.zeros(2, 8, 8, 3).permute(0, 3, 1, 2)},
+    "indices must be torch.int64 with 2": {"indices": torch.arange(3)},
+    "steps must be torch.int64 with 2": {"steps": torch.arange(3)},
+    "pool must be 0, or divide": {"pool": 3},
+    "pooled must be given": {"pool": 2},
+    "pooled must have 96 elements": {"pool": 2, "pooled": torch.zeros(2, 3, 2, 2)},
+    "out must have": {"out": torch.zeros(2, 3, 8, 4)},
+    "flags must be torch.int32 with 2": {"flags": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(message):
+    assert plan("sampler_step", **GOOD).blocks > 0
+    with pytest.raises(RuntimeError, match=f"sampler_step: {message}"):
+        plan("sampler_step", **{**GOOD, **REFUSED[message]})
 
 
 STORE = """
@@ -512,7 +537,7 @@ def test_groups_that_are_not_whole_vectors_do_not_compile(dtype, count, whole, t
 
 def test_sources_are_whole_and_self_contained():
     for name, kernel in [("sampler_step", "advkd_step_"), ("philox", "advkd_philox_normal")]:
-        text = cupy_modules.source(name)
+        text = cuda.source(name)
         assert "#include" not in text and "#pragma once" not in text and kernel in text
         assert text.count("void philox_rounds(") == 1
 
@@ -526,19 +551,19 @@ def test_kernels_run_on_torchs_stream(release, monkeypatch):
             entered.append(self.enter_result)
 
     new = types.SimpleNamespace(from_external=lambda stream: Stream(stream.__cuda_stream__()))
-    cuda = types.SimpleNamespace(Stream=new if release == 14 else object, ExternalStream=lambda handle: Stream((0, handle)))
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    parts = types.SimpleNamespace(Stream=new if release == 14 else object, ExternalStream=lambda handle: Stream((0, handle)))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=parts))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
-    with cupy_modules._current(torch.device("cuda:1")):
+    with cuda._current(torch.device("cuda:1")):
         assert entered == [(0, 77)]
 
 
-def test_gap_names_what_is_missing(monkeypatch):
-    gap = cupy_modules.gap.__wrapped__
-    monkeypatch.setattr(cupy_modules.importlib.util, "find_spec", lambda name: None)
+def test_gap_names_what_is_missing(monkeypatch, tmp_path):
+    gap = cuda.gap.__wrapped__
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
     assert "CuPy is not installed" in gap()
-    monkeypatch.setattr(cupy_modules.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object())
     broken = types.SimpleNamespace(getVersion=lambda: (_ for _ in ()).throw(RuntimeError("no libnvrtc")))
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=broken))
@@ -547,5 +572,30 @@ def test_gap_names_what_is_missing(monkeypatch):
         sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)))
     )
     assert gap() is None
-    monkeypatch.setattr(cupy_modules, "folder", lambda: None)
+    monkeypatch.setattr(cuda, "folder", lambda: tmp_path)
     assert "sources are not installed" in gap()
+    missing = "the cpu extension is not built (python setup.py build_ext --inplace)"
+    monkeypatch.setattr(cuda, "extension_gap", lambda kind: missing if kind == "cpu" else None)
+    assert gap() == f"CuPy needs the CPU extension, which plans the launches: {missing}"
+
+
+def test_info_says_that_cupy_needs_the_cpu_extension(monkeypatch):
+    """Where a GPU is, CuPy, and neither extension."""
+    from click.testing import CliRunner
+
+    from advkd.cli.main import main
+    from advkd.ops import registry
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: object())
+    missing = "the {} extension is not built (python setup.py build_ext --inplace)"
+    for module in (cuda, registry):
+        monkeypatch.setattr(module, "extension_gap", missing.format)
+    caches = (cuda.gap, registry.cuda_gap, registry._choose)
+    for cache in caches:
+        cache.cache_clear()
+    result = CliRunner().invoke(main, ["info"])
+    for cache in caches:
+        cache.cache_clear()
+    assert "CuPy needs the CPU extension, which plans the launches: the cpu extension is not built" in result.output, result

@@ -7,23 +7,21 @@ import functools
 import itertools
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from advkd.errors import InputError
+from advkd.engines.gpu_search import stem_layers
 from advkd.models.shape import PRESETS, FusedStudentConfig, convolutions
-from advkd.ops import cupy_modules, cupy_student_stem
+from advkd.ops import cuda
 from advkd.ops.conv_layer import ConvLayer
-from advkd.ops.cupy_student_stem import stem_layers, stem_plan, student_stem
 from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded, stem_numbers
 from advkd.runtime.extension import extension_gap
 
-from ..conftest import ROOT
 from .cuda_on_host import in_order
+from .host_plans import H200, LAUNCHERS, plan
 from .test_compile_ahead import cuda_kernels, known_to_nvcc
 
 SLOPE = 0.3
@@ -81,7 +79,7 @@ class Network:
         x = torch.randn(n, 4, 4, layer.c_in, generator=torch.Generator().manual_seed(n))
         return F.pad(x, (0, padded(layer.c_in) - layer.c_in)).to(dtype_of(self.product)).to(self.device)
 
-    def run(self, x, cluster=1, images=1, count=None, launch=student_stem):
+    def run(self, x, cluster=1, images=1, count=None, launch=None):
         """The first `count` layers' result `(N, R, R, C_out)`; checks that nothing else is written."""
         layers = self.layers[:count]
         last = layers[-1]
@@ -89,6 +87,7 @@ class Network:
         whole = torch.full((len(x) + 2, side, side, channels + 16), torch.nan, dtype=x.dtype, device=x.device)
         out, weights, biases = whole[1:-1], self.packed[0][: len(layers)], self.packed[1][: len(layers)]
         numbers, product = stem_numbers(layers), PRODUCTS.index(self.product)
+        launch = launch or LAUNCHERS.student_stem
         assert launch(x, weights, biases, out, numbers, SLOPE, product, cluster, images) is None
         assert whole[0].isnan().all() and whole[-1].isnan().all() and out[..., channels:].isnan().all(), "written beyond out"
         assert not out[..., last.c_out : channels].any(), "channels that fill a unit are zeros"
@@ -159,7 +158,7 @@ def check_layers(net, n, **options):
     assert torch.equal(net.run(x, **options), stored)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.core if name == "up" else ()) for name in CHAINS])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_layer(product, name, cupy_on_host):
     check_layers(network(name, product), 2)
@@ -186,7 +185,7 @@ def test_warps_far_ahead_of_others(name, cluster, images, order, cupy_on_host):
     net = network(name, "bf16")
     x = net.input(2)
     wanted = net.run(x)
-    with in_order(order, "student_stem", "-DADVKD_PRODUCTS(EACH)=EACH(bf16)"):
+    with in_order(order, "student_stem", "bf16"):
         assert torch.equal(net.run(x, cluster, images), wanted)
 
 
@@ -219,8 +218,8 @@ SHARED = [
 
 @pytest.mark.parametrize("layers, cluster, shifts", SHARED)
 def test_columns_and_pixels_are_shared(layers, cluster, shifts, cupy_on_host):
-    splits = stem_plan(numbers_of(layers), "bf16", cluster, 1, LIMITS["sm_90"])["splits"]
-    assert tuple(line_shift for *_, line_shift, _ in splits) == shifts
+    planned = stem_plan(layers, "bf16", cluster, 1, LIMITS["sm_90"])
+    assert tuple(planned.fields["layers"]["line_shift"][: len(layers)]) == shifts
     net = Network(layers, "bf16")
     x = net.input(3)
     alone = net.run(x)
@@ -233,9 +232,23 @@ def test_empty_batch(cupy_on_host):
     assert net.run(net.input(0), 4, 2).shape == (0, 4, 4, 16)
 
 
-def numbers_of(layers):
-    numbers = stem_numbers(layers)
-    return tuple(tuple(numbers[i : i + 5]) for i in range(0, len(numbers), 5))
+def stem_plan(layers, product, cluster, images, limit):
+    """The plan of layers that fit, for two images."""
+    dtype, last = dtype_of(product), layers[-1]
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    packed = [
+        empty(4 if i.upsample else 1, padded(i.c_in) * dtype.itemsize // 32, 4 if i.upsample else 9, padded(i.c_out) // 16,
+              32, 16 // dtype.itemsize)
+        for i in layers
+    ]  # fmt: skip
+    biases = [empty(padded(i.c_out), dtype=torch.float32) for i in layers]
+    side = last.height * (2 if last.upsample else 1)
+    x, out = empty(2, 4, 4, padded(layers[0].c_in)), empty(2, side, side, padded(last.c_out))
+    numbers = (SLOPE, PRODUCTS.index(product), cluster, images)
+    return plan("student_stem", x, packed, biases, out, stem_numbers(layers), *numbers, device=(H200[0], limit, H200[2]))
 
 
 @functools.cache
@@ -244,77 +257,37 @@ def preset(name):
     return layers, layers[: stem_layers(layers, "bf16", 1, 2**30)]
 
 
-LAYOUT = r"""
-#include <cstddef>
-#include <cstdio>
-#include "cuda/student_stem.h"
-using namespace advkd;
-int main() {
-  SIZES
-  int product, cluster_shift, limit;
-  StemParameters p{};
-  while (std::scanf("%d %d %d %d %d", &product, &cluster_shift, &p.images, &limit, &p.count) == 5) {
-    for (int i = 0; i < p.count; ++i) {
-      StemLayer& layer = p.layers[i];
-      std::scanf("%d %d %d %*d %d", &layer.c_in, &layer.c_out, &layer.side, &layer.upsample);
-    }
-    p.bias = p.sums = p.buffers[0] = p.buffers[1] = 0;
-    const StemPlan plan = stem_plan(p, product < 2 ? 2 : 4, product == 3 ? 3 : 1, cluster_shift, limit);
-    std::printf("%d %d %d %d %d %d\n", plan.layers, plan.bytes, p.bias, p.sums, p.buffers[0], p.buffers[1]);
-    for (int i = 0; i < plan.layers; ++i) {
-      const StemLayer& layer = p.layers[i];
-      std::printf("%d %d %d %d %d\n", layer.shift, layer.part_shift, layer.rows, layer.line_shift, layer.bias_place);
-    }
-  }
-}
-"""
-
-
 def plans():
-    layers = [numbers_of(preset(name)[1]) for name in PRESETS] + [numbers_of(CHAINS[name]) for name in CHAINS]
+    layers = [preset(name)[1] for name in PRESETS] + list(CHAINS.values())
     limits = (0, 20_000, *LIMITS.values())
     return list(itertools.product(layers, PRODUCTS, (1, 2, 4, 8), (1, 2, 5, 64), limits))
-
-
-def test_python_and_cpp_launchers_agree(tmp_path):
-    """The parameters' layouts, and the plans, which both launchers have."""
-    structs = {"StemLayer": cupy_student_stem.LAYER, "StemParameters": cupy_student_stem.STEM}
-    places = [f"sizeof({name})" for name in structs]
-    places += [f"offsetof({name}, {field})" for name, dtype in structs.items() for field in dtype.names]
-    constants = ["kStemLayers", "kStemWarps", "kStemZeros", "kStemPitch"]
-    code = "".join(f'std::printf("%d\\n", static_cast<int>({place}));' for place in places + constants)
-    (tmp_path / "layout.cpp").write_text(LAYOUT.replace("SIZES", code))
-    command = ["g++", "-std=c++20", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    text, wanted = [], [dtype.itemsize for dtype in structs.values()]
-    wanted += [dtype.fields[field][1] for dtype in structs.values() for field in dtype.names]
-    wanted += [getattr(cupy_student_stem, name) for name in ("LAYERS", "WARPS", "ZEROS", "PITCH")]
-    for layers, product, cluster, images, limit in plans():
-        text += [PRODUCTS.index(product), cluster.bit_length() - 1, images, limit, len(layers), *itertools.chain(*layers)]
-        plan = stem_plan(layers, product, cluster, images, limit)
-        wanted += [plan[name] for name in ("layers", "bytes", "bias", "sums")] + list(plan["buffers"])
-        wanted += itertools.chain(*plan["splits"][: plan["layers"]])
-    printed = subprocess.run([tmp_path / "layout"], input=" ".join(map(str, text)), capture_output=True, text=True, check=True)
-    assert list(map(int, printed.stdout.split())) == wanted
 
 
 def test_places_in_shared_memory():
     """Regions do not overlap, those read as vectors are aligned, the limit is kept and used."""
     for layers, product, cluster, images, limit in plans():
-        plan = stem_plan(layers, product, cluster, images, limit)
-        element, fit = (2 if product in ("bf16", "f16") else 4), layers[: plan["layers"]]
-        if not fit:
-            assert plan["bytes"] == 0
-            continue
-        pixels = [images * side * side * (c_in * element + 16) for c_in, _, side, *_ in fit]
-        buffers = [max(pixels[i::2], default=0) for i in (0, 1)]
-        sums = max(8 * 16 * rows * 40 * 4 for _, _, rows, *_ in plan["splits"][: len(fit)])
-        starts = [plan["bias"], plan["sums"], *plan["buffers"], plan["bytes"]]
-        sizes = [4 * sum(layer[1] for layer in fit), sums, *buffers]
-        assert plan["bias"] == 32 and [b - a for a, b in itertools.pairwise(starts)] == sizes
-        assert not any(start % 16 for start in starts) and plan["bytes"] <= limit
+        fit = layers[: stem_layers(layers, product, images, limit)]
         if len(fit) < len(layers):
-            assert stem_plan(layers[: len(fit) + 1], product, cluster, images, 2**31 - 1)["bytes"] > limit
+            # One layer more fits where there is more memory, and here it is refused.
+            more = layers[: len(fit) + 1]
+            assert stem_plan(more, product, cluster, images, 2**31 - 1).launches[0][3] > limit
+            with pytest.raises(RuntimeError, match=f"{len(fit)} of {len(more)} layers fit in {limit} bytes"):
+                stem_plan(more, product, cluster, images, limit)
+        if not fit:
+            continue
+        p, element = stem_plan(fit, product, cluster, images, limit), dtype_of(product).itemsize
+        splits, needed = p.fields["layers"][: len(fit)], p.launches[0][3]
+        pixels = [images * i.height * i.height * (padded(i.c_in) * element + 16) for i in fit]
+        buffers = [max(pixels[i::2], default=0) for i in (0, 1)]
+        sums = int(max(8 * 16 * splits["rows"] * 40 * 4))
+        widths = [padded(i.c_out) for i in fit]
+        starts = [p["bias"], p["sums"], *p.fields["buffers"].tolist(), needed]
+        assert p["bias"] == 32 and [b - a for a, b in itertools.pairwise(starts)] == [4 * sum(widths), sums, *buffers]
+        assert not any(start % 16 for start in starts) and needed <= limit
+        assert splits["bias_place"].tolist() == [sum(widths[:i]) for i in range(len(fit))]
+        assert (1 << splits["shift"] == splits["side"]).all() and (splits["part_shift"] <= 3).all()
+        assert (1 << splits["line_shift"] <= cluster).all()
+        assert p.blocks == -(-2 // images) * cluster
 
 
 # Layers in one launch at batch 1, in 16 and in 32 bits. In 16 bits 227 KB hold pyramid-256 up to the layer from 16x16 to
@@ -375,7 +348,7 @@ REFUSED = [
     ({"layers": [16, 16, 4, 4, 1, 16, 16, 8, 8, 1, 16, 16, 16, 16, 1, 16, 16, 32, 32, 1]}, "more than 32"),
     ({"x": torch.zeros(2, 4, 4, 32).bfloat16()}, "x must be"),
     ({"x": torch.zeros(2, 4, 4, 32).bfloat16()[..., ::2]}, "x must be"),
-    ({"x": torch.zeros(2 * 4 * 4 * 16 + 1).bfloat16()[1:].view(2, 4, 4, 16)}, "aligned"),
+    ({"x": torch.zeros(2 * 4 * 4 * 16 + 1).bfloat16()[1:].view(2, 4, 4, 16)}, "x must begin at a multiple of 16"),
     ({"x": torch.zeros(())}, "x must be"),
     ({"out": torch.empty(2, 8, 8, 16).bfloat16()}, "out must be"),
     ({"out": torch.empty(2, 16, 16, 8).bfloat16()}, "out must have at least 16"),
@@ -391,16 +364,20 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, message", REFUSED)
 def test_what_does_not_fit_is_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        student_stem(**arguments(**changes))
+    with pytest.raises(RuntimeError, match=f"student_stem: .*{message}"):
+        plan("student_stem", **arguments(**changes))
 
 
-def test_too_little_shared_memory_is_refused(monkeypatch):
-    values = arguments(images=3)
-    needed = stem_plan(numbers_of(CHAINS["up"]), "bf16", 1, 3, LIMITS["sm_90"])["bytes"]
-    monkeypatch.setattr(cupy_student_stem, "HOST_LIMIT", needed - 1)
-    with pytest.raises(InputError, match="1 of 2 layers fit"):
-        student_stem(**values)
+def test_too_little_shared_memory_is_refused():
+    needed = stem_plan(CHAINS["up"], "bf16", 1, 3, LIMITS["sm_90"]).launches[0][3]
+    with pytest.raises(RuntimeError, match="1 of 2 layers fit"):
+        stem_plan(CHAINS["up"], "bf16", 1, 3, needed - 1)
+
+
+def test_clusters_need_their_capability():
+    assert plan("student_stem", **arguments(), device=(108, LIMITS["sm_80"], 8)).blocks == 2
+    with pytest.raises(RuntimeError, match="cluster must be 1 before compute capability 9.0, got 2"):
+        plan("student_stem", **arguments(cluster=2), device=(108, LIMITS["sm_80"], 8))
 
 
 PTX = {"bf16": "bf16.bf16", "f16": "f16.f16", "tf32": "tf32.tf32", "f32": "tf32.tf32"}
@@ -434,9 +411,9 @@ def test_nvcc_student_stem(architecture, tmp_path):
 def launcher(compiled_by):
     """The launcher of the extension or of CuPy, on a GPU."""
     if compiled_by == "cupy":
-        if reason := cupy_modules.gap():
+        if reason := cuda.gap():
             pytest.skip(reason)
-        return student_stem
+        return LAUNCHERS.student_stem
     if reason := extension_gap("cuda"):
         pytest.skip(reason)
     return torch.ops.advkd_cuda.student_stem
@@ -450,8 +427,8 @@ def shared_limit():
     return torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
 
 
-def fits_the_device(net, cluster, images):
-    return stem_plan(numbers_of(net.layers), net.product, cluster, images, shared_limit())["layers"] == len(net.layers)
+def fits_the_device(net, images):
+    return stem_layers(net.layers, net.product, images, shared_limit()) == len(net.layers)
 
 
 @pytest.mark.gpu
@@ -461,7 +438,7 @@ def fits_the_device(net, cluster, images):
 def test_every_layer_on_a_gpu(product, name, compiled_by):
     launch = launcher(compiled_by)
     net = network(name, product, "cuda")
-    shares = [share for share in itertools.product(clusters_of_the_device(), (1, 2, 3)) if fits_the_device(net, *share)]
+    shares = [share for share in itertools.product(clusters_of_the_device(), (1, 2, 3)) if fits_the_device(net, share[1])]
     if (1, 1) not in shares:
         pytest.skip("needs more shared memory than this device has")
     check_layers(net, 2, launch=launch)

@@ -431,8 +431,8 @@ def test_a_result_of_older_kernels_is_stale():
     assert "cuda sampler_step" in evidence.changed("traces", {"provenance": {"driver": "1", "kernels": {}}})
     # A header's change is its kernels' change.
     texts = {"csrc/cpu/a.cpp": '#include "cpu/b.h"\n', "csrc/cpu/b.h": "one"}
-    before = evidence._digest("csrc/cpu/a.cpp", texts.get)
-    assert evidence._digest("csrc/cpu/a.cpp", {**texts, "csrc/cpu/b.h": "two"}.get) != before
+    before = evidence._digest(["csrc/cpu/a.cpp"], texts.get)
+    assert evidence._digest(["csrc/cpu/a.cpp"], {**texts, "csrc/cpu/b.h": "two"}.get) != before
     assert set(evidence.cpu_digests()) == {name for kernels in evidence.MEASURED.values() for name in kernels}
 
 

@@ -2,7 +2,10 @@
 
 import ast
 
+import pytest
+
 from ..conftest import ROOT
+from ..seeded_faults import FAULTS, Fault
 
 
 def is_public(name):
@@ -103,3 +106,16 @@ def test_violations_are_found(tmp_path):
             "Undocumented has no docstring",
         )
     ]
+
+
+def test_every_fault_of_the_list_can_be_seeded():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == 40
+    for fault in FAULTS:
+        file, text = fault.seeded(ROOT)
+        assert text != file.read_text() and all((ROOT / tests).exists() for tests in fault.files), fault.name
+
+
+@pytest.mark.parametrize("old", ["import torch", "no such text"])
+def test_a_fault_without_one_place_is_an_error(old):
+    with pytest.raises(LookupError, match="a fault: its text is found [^1] times in kernels"):
+        Fault("a fault", "kernels", old, "", "").seeded(ROOT)

@@ -1,21 +1,10 @@
-// Registration of the image's gradient with torch, through its stable ABI.
+// Registration of the image's gradient.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <vector>
-
-#include "cpu/dispatch.h"
 #include "cpu/image_gradient.h"
-#include "cpu/threads.h"
+#include "cpu/torch/common.h"
 
 namespace advkd {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void set_pair(i64 (&pair)[2], const std::vector<int64_t>& values, int64_t least) {
   STD_TORCH_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, "stride, padding and dilation must be pairs");
@@ -32,7 +21,7 @@ void image_gradient(
     std::vector<int64_t> dilation,
     Tensor out) {
   for (const Tensor* t : {&d, &weights, static_cast<const Tensor*>(&out)})
-    STD_TORCH_CHECK(t->dim() == 4 && t->is_contiguous() && t->scalar_type() == ScalarType::Float, "tensors must be contiguous float32");
+    STD_TORCH_CHECK(t->dim() == 4 && is_contiguous(*t, ScalarType::Float), "tensors must be contiguous float32");
   ImageGradient s{};
   s.d = static_cast<const float*>(d.const_data_ptr());
   s.weights = static_cast<const float*>(weights.const_data_ptr());

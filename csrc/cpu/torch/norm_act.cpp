@@ -1,43 +1,12 @@
-// Registration of a training step's batch norm, LeakyReLU and up-sampling. Launchers check layout, allocate partial sums, launch.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// Registration of a training step's batch norm, LeakyReLU and up-sampling. Launchers allocate partial sums, too.
 
 #include <algorithm>
-#include <optional>
-#include <vector>
 
-#include "cpu/dispatch.h"
 #include "cpu/norm_act.h"
-#include "cpu/threads.h"
+#include "cpu/torch/common.h"
 
 namespace advkd {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "norm_act takes float32, bfloat16 and float16");
-}
-
-// As torch sees it: the stride of a side of one says nothing.
-bool is_channels_last(const Tensor& x) {
-  i64 stride = 1;
-  for (const int64_t side : {1, 3, 2, 0}) {
-    if (x.size(side) != 1 && x.stride(side) != stride) return false;
-    stride *= x.size(side);
-  }
-  return true;
-}
 
 // The layout that a pass runs over; `upsample` says whether it knows rows.
 NormAct pass_over(const Tensor& x, bool upsample) {
@@ -47,7 +16,7 @@ NormAct pass_over(const Tensor& x, bool upsample) {
   const i64 samples = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   NormAct n{};
   n.x = x.const_data_ptr();
-  n.dtype = dtype_of(x);
+  n.dtype = dtype_of(x, "norm_act takes");
   n.upsample = upsample;
   n.groups = contiguous ? channels : 1;
   n.planes = contiguous ? samples : 1;
@@ -63,7 +32,7 @@ NormAct pass_over(const Tensor& x, bool upsample) {
 
 const float* rows_of_channels(const Tensor& t, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 2 && t.size(0) == 2 && t.size(1) == x.size(1), name,
+      is_contiguous(t, ScalarType::Float) && t.dim() == 2 && t.size(0) == 2 && t.size(1) == x.size(1), name,
       " must be contiguous float32 (2, C)");
   return static_cast<const float*>(t.const_data_ptr());
 }
@@ -86,14 +55,8 @@ void require_like(const Tensor& t, const Tensor& x, i64 scale, const char* name)
       name, " must have x's dtype and layout and its shape, up-sampled or not");
 }
 
-// What is larger than the caches goes past them.
-bool passes_caches(const Tensor& t) {
-  constexpr i64 kCached = i64{4} << 20;
-  return t.numel() * (t.scalar_type() == ScalarType::Float ? 4 : 2) > kCached;
-}
-
 template <typename Kernel>
-void launch(const NormAct& n, Kernel kernel) {
+void run_pieces(const NormAct& n, Kernel kernel) {
   constexpr i64 kElementsPerTask = 1 << 15;
   const i64 grain = std::max<i64>(1, kElementsPerTask / NormTiling(n).elements);
   spread(norm_act_pieces(n), grain, [&](i64 begin, i64 end) { kernel(n, begin, end); });
@@ -104,7 +67,7 @@ void launch_sums(NormAct& n, const Tensor& x, Tensor& results, const char* name,
   n.results = const_cast<float*>(rows_of_channels(results, x, name));
   std::vector<double> partials(norm_act_partials(n));
   n.partials = partials.data();
-  launch(n, kernel);
+  run_pieces(n, kernel);
   finish(n);
 }
 
@@ -127,7 +90,7 @@ void norm_act(
   require_like(out, x, upsample ? 2 : 1, "out");
   n.out = out.mutable_data_ptr();
   n.stream = passes_caches(out);
-  launch(n, ADVKD_DISPATCH(norm_act));
+  run_pieces(n, ADVKD_DISPATCH(norm_act));
 }
 
 void norm_act_sums(
@@ -174,7 +137,7 @@ void norm_act_backward(
   n.out = dx.mutable_data_ptr();
   // In place the lines are in the caches already.
   n.stream = n.out != n.gradient && passes_caches(dx);
-  launch(n, ADVKD_DISPATCH(norm_act_backward));
+  run_pieces(n, ADVKD_DISPATCH(norm_act_backward));
 }
 
 }  // namespace
