@@ -1,8 +1,6 @@
 """The student's convolution: every backend and algorithm against float64, and its refusals."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from advkd.ops.conv_block import conv_block_cpu
 from advkd.ops.conv_layer import ALGORITHMS, ConvLayer
 from advkd.runtime.extension import extension_gap
 
-from ..conftest import ROOT, process_environment
+from ..conftest import fork
 
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
@@ -235,13 +233,13 @@ def test_every_instruction_set(isa):
     """The parity tests again in a process that may use no more than this instruction set."""
     if isa == os.environ.get("ADVKD_ISA"):
         pytest.skip("this is that process")
-    environment = process_environment({"ADVKD_ISA": isa})
+    environment = {"ADVKD_ISA": isa}
     load = "from advkd.runtime.extension import extension_gap; extension_gap('cpu')"
     code = f"import torch; torch.ones(1); {load}; print(torch.ops.advkd_cpu.isa())"
-    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() != isa:
+    if fork("-c", code, environment=environment).finish(60).stdout.strip() != isa:
         pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "every_algorithm or depend_on_neither", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["-m", "pytest", "-q", "-x", "-n0", "-k", "every_algorithm or depend_on_neither", __file__]
+    done = fork(*command, environment=environment).finish(200)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
 
 
