@@ -194,8 +194,9 @@ LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16"
 AVX, BFLOAT16 = (".avx2", ".avx512"), (".avx2", ".avx512", ".avx512bf16")
 KERNELS = {
     "conv": (BFLOAT16, ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")),
-    "critic": (AVX, ("conv_bias_act_mask", "image_gradient", "interpolate", "mask_mul", "penalty_reduce", "philox")),
+    "critic": (AVX, ("conv_bias_act_mask", "image_gradient", "interpolate", "mask_mul", "penalty_reduce")),
     "norm": (AVX, ("norm_act",)),
+    "philox": (AVX, ("philox",)),
     "step": (AVX, ("sampler_step",)),
 }
 """Units of kernels: the levels that each is compiled for beside the baseline, and its files in ``csrc/cpu``."""

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 UNITS = {
     "conv": ("conv", "cpu"),
-    "step": ("step", "critic"),
+    "step": ("step", "philox"),
     "critic": ("critic",),
     "norm": ("norm",),
     "threads": ("cpu",),
