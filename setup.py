@@ -169,9 +169,11 @@ class BuildExtensions(build_ext):
         # (some linkers drop "unused" ones): CUDA symbols are found through libtorch.
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        # Both objects hold the host code of the CUDA kernels: neither may find the other's.
+        local = ["-Xlinker", f"--version-script={ROOT / 'csrc' / 'symbols.map'}"]
         # The object names the sources that it is of.
         identity = ["-Xlinker", f"--build-id=0x{source_identity(kind)}"]
-        self.spawn([*command, *libraries, *identity, "-o", str(temporary)])
+        self.spawn([*command, *libraries, *local, *identity, "-o", str(temporary)])
         os.replace(temporary, target)
 
 
@@ -266,7 +268,9 @@ def _compiler_version(compiler):
 
 def _cpu_object(unit):
     command = [cpu_compiler(), *CPU_FLAGS, *unit.flags]
-    parts = [_compiler_version(cpu_compiler()), *command, unit.text(), *(path.read_text() for path in included(unit.text()))]
+    torch = (TORCH / "version.py").read_text() if TORCH else ""
+    versions = [_compiler_version(cpu_compiler()), torch]
+    parts = [*versions, *command, unit.text(), *(path.read_text() for path in included(unit.text()))]
     digest = hashlib.sha1("\n".join(parts).encode(), usedforsecurity=False).hexdigest()
     path = OBJECTS / f"{unit.name}{unit.suffix}.{digest[:16]}.o"
     if not path.exists():

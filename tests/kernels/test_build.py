@@ -27,6 +27,9 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     identity = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["source_identity"]("cpu")
     assert bytes.fromhex(identity) in (tmp_path / "site/advkd/_cpu.abi3.so").read_bytes()
+    # The CUDA object has the same host code: nothing of one may be found from the other.
+    symbols = ["nm", "--dynamic", "--defined-only", str(tmp_path / "site/advkd/_cpu.abi3.so")]
+    assert subprocess.run(symbols, capture_output=True, text=True, check=True).stdout == ""
     names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
     expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
     expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
