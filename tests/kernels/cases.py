@@ -73,6 +73,11 @@ class Case:
         return found
 
     @property
+    def upsample(self):
+        """True if the first layer up-samples."""
+        return self.layers[0].upsample
+
+    @property
     def dtype(self):
         return {"bf16": BF16, "f16": F16}.get(self.product, F32)
 
@@ -252,8 +257,7 @@ def arguments(case, x, weights, biases, out):
     code, product = ACTIVATIONS.index(case.activation), PRODUCTS.index(case.product)
     if case.launcher == "student_stem":
         return x, weights, biases, out, stem_numbers(case.layers), case.slope, product, *(case.tile or (1, 1))
-    up = case.layers[0].upsample
-    options = {"conv_layer": (up,), "conv_image": (), "conv_pair": (up, case.image)}[case.launcher]
+    options = {"conv_layer": (case.upsample,), "conv_image": (), "conv_pair": (case.upsample, case.image)}[case.launcher]
     return x, *itertools.chain(*zip(weights, biases)), out, *options, code, case.slope, product
 
 

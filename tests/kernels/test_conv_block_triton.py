@@ -97,7 +97,7 @@ def start(case, x, weights, biases, out):
         kernels.conv_image(x, *weights, *biases, out, *options)
     else:
         launch = kernels.conv_descriptor if len(case.tile) == 6 else kernels.conv_layer
-        launch(x, *weights, *biases, out, bool(case.ups), *options)
+        launch(x, *weights, *biases, out, case.upsample, *options)
 
 
 def require(case, device):
@@ -116,7 +116,7 @@ def check_conv_block(device):
     ):
         x, (weight,), (bias,) = draw(case)
         x, weight, bias = (tensor.to(case.dtype) for tensor in (x, weight, bias))
-        on_device = (weight.to(device), bias.to(device), case.slope, bool(case.ups), case.activation, "tf32x3")
+        on_device = (weight.to(device), bias.to(device), case.slope, case.upsample, case.activation, "tf32x3")
         found = kernels.conv_block(x.to(device), *on_device)
         assert found.is_contiguous() and found.dtype == case.dtype
         compare(found.cpu(), *after(case, case.layers[0], x, weight, bias, truncates=device == "cpu"))

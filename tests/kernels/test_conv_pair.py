@@ -85,7 +85,7 @@ def shared_bytes(tile, case):
     """Shared memory of a tile: the inputs with their border, or what becomes of them, and the pixels between."""
     (height, width), element, (c_in, c_mid, c_out) = tile, case.dtype.itemsize, case.channels
     mid = (height + 2) * (width + 2)
-    inputs = (height // 2 + 2) * (width // 2 + 2) if case.ups else (height + 4) * (width + 4)
+    inputs = (height // 2 + 2) * (width // 2 + 2) if case.upsample else (height + 4) * (width + 4)
     image = 4 * mid * (9 * c_out | 1)
     outputs = image if case.image else height * width * (padded(c_out) * element + 16)
     return max(inputs * (padded(c_in) * element + 16), outputs) + mid * (padded(c_mid) * element + 16)
@@ -134,9 +134,9 @@ def test_cases_take_every_tile_and_kernel():
     for case in EXACT:
         plan = plan_of(case, limits_of(case))
         tile = plan["tile_height"], plan["tile_width"]
-        if case.tile or 2 ** bool(case.ups) * min(case.height, case.width) > 8:
+        if case.tile or 2**case.upsample * min(case.height, case.width) > 8:
             assert tile == {"": (16, 16), "part": (8, 16), "small": (8, 8)}[case.tile or ""]
-        tiles.add((*tile, case.ups, case.image))
+        tiles.add((*tile, case.upsample, case.image))
         columns.add((plan["columns"], case.product))
     assert len(tiles) == 12 and len(columns) == 12
 
@@ -282,7 +282,7 @@ def test_plans():
     """Tiles cover the image, shared memory is as needed and within the limit, quotients are exact for every dividend."""
     found = set()
     for case, device in PLANS:
-        element, up, (c_in, _, c_out) = case.dtype.itemsize, bool(case.ups), case.channels
+        element, up, (c_in, _, c_out) = case.dtype.itemsize, case.upsample, case.channels
         if min(shared_bytes(tile, case) for tile in TILES) > device[1]:
             assert device[1] < 99 * 1024
             with pytest.raises(RuntimeError, match="do not fit"):
