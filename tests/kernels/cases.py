@@ -196,7 +196,7 @@ def expected(case, x, weights, biases, truncates=False):
 
 
 def compare(found, wanted, allowed):
-    """Compare the border and the rest separately: in a large image of zeros inside, the border would hardly count."""
+    """Require errors within the bound, and name the border, where most faults of index arithmetic show, apart from the rest."""
     assert found.shape == wanted.shape
     errors = (found.double() - wanted).abs()
     border = torch.ones_like(errors, dtype=torch.bool)

@@ -135,7 +135,7 @@ def test_cases_take_every_tile_and_kernel():
         plan = plan_of(case, limits_of(case))
         tile = plan["tile_height"], plan["tile_width"]
         if case.tile or 2**case.upsample * min(case.height, case.width) > 8:
-            assert tile == {"": (16, 16), "part": (8, 16), "small": (8, 8)}[case.tile or ""]
+            assert tile == {"whole": (16, 16), "part": (8, 16), "small": (8, 8)}[case.tile or "whole"]
         tiles.add((*tile, case.upsample, case.image))
         columns.add((plan["columns"], case.product))
     assert len(tiles) == 12 and len(columns) == 12
