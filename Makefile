@@ -1,4 +1,5 @@
 # make demo: install into .venv, build the extension, run the main job.   make test: the same set-up, then the tests.
+# make test-kernels, make test-profiling: the two further tiers of tests.   make test-all: all of them, the slow ones too.
 # make bench: every benchmark that the machine can run, and the tables made anew.
 #
 # TORCH_BUILD chooses the torch build and TORCH_INDEX the package index that holds it, for example
@@ -23,7 +24,7 @@ SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print(""
 # The oldest torch that pyproject.toml allows, and the one that machines with a GPU are often given.
 TORCHES := 2.10.0 2.11.0
 
-.PHONY: install demo test test-all test-matrix test-torch rehearse bench audit clean
+.PHONY: install demo test test-kernels test-profiling lint test-all test-matrix test-torch rehearse bench audit clean
 .PRECIOUS: build/%/.ready
 
 install: $(VENV)/.installed
@@ -45,8 +46,8 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES)
 demo: install
 	$(BIN)/advkd demo --out $(DEMO) --device $(DEVICE)
 
-# Tests whose numbers depend on the processor's instructions: those that CI runs once more without vector instructions in torch,
-# and all of them. A set that the processor lacks falls back to its best.
+# Tests whose numbers depend on the processor's instructions: those that test-kernels runs once more without vector instructions
+# in torch, and all of them. A set that the processor lacks falls back to its best.
 SCHEDULES := tests/system/test_schedulers.py tests/ops/test_sampler_step.py tests/ops/test_gradient_penalty.py
 NUMERIC := $(SCHEDULES) $(foreach op,conv_block student_forward norm_act interpolate mask_mul penalty_reduce conv_bias_act_mask \
 	image_gradient philox,tests/ops/test_$(op).py) $(foreach part,samplers student fused_student critic_update teacher metrics, \
@@ -55,9 +56,24 @@ SINGLE := OMP_NUM_THREADS=1
 MATRIX := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx512 \
 	ADVKD_ISA=baseline ADVKD_ISA=avx2 ADVKD_ISA=avx512 ADVKD_ISA=avx512bf16 OMP_NUM_THREADS=2
 
+# Every tier shares its tests between the cores; a worker that has none left takes over some of another's.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto --dist load $(SCHEDULES)
+	$(PYTEST) --ignore tests/profiling -m "not slow and (core or not kernels)"
+
+# What make test leaves out, so that no test runs twice.
+test-kernels: install
+	$(PYTEST) --ignore tests/profiling -m "kernels and not slow and not core"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(SCHEDULES)
+
+test-profiling: install lint
+	$(PYTEST) tests/profiling
+
+lint: install
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 
 test-matrix: install
 	for set in $(MATRIX); do echo "$$set"; \
@@ -65,14 +81,15 @@ test-matrix: install
 	env ATEN_CPU_CAPABILITY=default ADVKD_ISA=baseline OMP_NUM_THREADS=2 ADVKD_SHARE=1 $(BIN)/python -m pytest -q -n0 $(NUMERIC) || \
 		failed="$$failed all"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
-test-all: install
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+test-all: install lint
+	$(PYTEST) -m "slow or not slow"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(SCHEDULES)
 
 # Both objects built and the ops tested with each of TORCHES and its own Triton. Needs nvcc; takes 7 GB a torch, and half an hour.
 test-torch: $(TORCHES:%=test-torch-%)
 
 test-torch-%: build/torch-%/.ready
-	cd $(<D)/tree && ../venv/bin/python -m pytest -n auto --dist loadfile tests/ops
+	cd $(<D)/tree && ../venv/bin/python -m pytest -n auto --dist worksteal tests/ops tests/kernels
 
 # A rehearsal of a quarter of an hour on a GPU, without one: packages as on a machine that cannot fetch any.
 rehearse: build/rehearsal-2.11.0/.ready

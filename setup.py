@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -192,36 +193,52 @@ AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfm
 LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
 AVX, BFLOAT16 = (".avx2", ".avx512"), (".avx2", ".avx512", ".avx512bf16")
 KERNELS = {
-    "csrc/cpu/conv_bias_act_mask.cpp": AVX,
-    "csrc/cpu/conv_block.cpp": BFLOAT16,
-    "csrc/cpu/conv_direct.cpp": BFLOAT16,
-    "csrc/cpu/conv_dot.cpp": AVX,
-    "csrc/cpu/conv_pack.cpp": AVX,
-    "csrc/cpu/conv_winograd.cpp": BFLOAT16,
-    "csrc/cpu/image_gradient.cpp": AVX,
-    "csrc/cpu/interpolate.cpp": AVX,
-    "csrc/cpu/mask_mul.cpp": AVX,
-    "csrc/cpu/norm_act.cpp": AVX,
-    "csrc/cpu/penalty_reduce.cpp": AVX,
-    "csrc/cpu/philox.cpp": AVX,
-    "csrc/cpu/sampler_step.cpp": AVX,
+    "conv": (BFLOAT16, ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")),
+    "critic": (AVX, ("conv_bias_act_mask", "image_gradient", "interpolate", "mask_mul", "penalty_reduce")),
+    "norm": (AVX, ("norm_act",)),
+    "philox": (AVX, ("philox",)),
+    "step": (AVX, ("sampler_step",)),
 }
-"""The levels that a kernel is compiled for beside the baseline; the files not named here know no instruction set."""
+"""Units of kernels: the levels that each is compiled for beside the baseline, and its files in ``csrc/cpu``."""
+
+
+class Unit(NamedTuple):
+    """Sources that are compiled as one, so that the headers they share are read once."""
+
+    name: str
+    suffix: str
+    sources: list
+    flags: list
+
+    def text(self):
+        """What the compiler is given; paths are relative to ``csrc``."""
+        return "".join(f'#include "{Path(source).relative_to("csrc")}"\n' for source in self.sources)
+
+
+def unit_of(source):
+    """The name of the unit that a source belongs to: its kernel's, or for code that knows no instruction set its folder's."""
+    folder, stem = ".".join(Path(source).parts[1:-1]), Path(source).stem
+    return next((name for name, (_, stems) in KERNELS.items() if folder == "cpu" and stem in stems), folder)
 
 
 def cpu_units(files, machine=None):
-    """(source, object suffix, flags): kernels are compiled once per instruction set, everything else once.
+    """Kernels are compiled once per instruction set, everything else once.
 
     Baseline code first: of an inline function that several objects hold the linker keeps the first copy, which every processor
     must be able to run.
     """
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     for suffix in LEVELS if x86 else ("",):
-        isa = f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"
-        for source in files:
-            if suffix in ("", *KERNELS.get(source, ())):
-                registers = source.startswith("csrc/cpu/torch/")
-                yield source, suffix, [*LEVELS[suffix], isa] if source in KERNELS else torch_flags() if registers else []
+        for name in dict.fromkeys(map(unit_of, files)):
+            if suffix in ("", *KERNELS.get(name, [()])[0]):
+                yield Unit(name, suffix, [source for source in files if unit_of(source) == name], _unit_flags(name, suffix))
+
+
+def _unit_flags(name, suffix):
+    if name in KERNELS:
+        return [*LEVELS[suffix], f"-DADVKD_ISA=isa_{suffix[1:] or 'baseline'}"]
+    # No loops over elements here: what -O3 does more is not worth its time.
+    return ["-O2", *(torch_flags() if name == "cpu.torch" else [])]
 
 
 OBJECTS = ROOT / "build" / "objects"
@@ -232,9 +249,9 @@ def cpu_objects(units):
     """Paths of the units' objects, in their order, compiled where they are missing."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        # Long files first, so that none is left alone at the end.
-        by_length = sorted(units, key=lambda unit: (ROOT / unit[0]).stat().st_size, reverse=True)
-        jobs = {unit[:2]: threads.submit(_cpu_object, *unit) for unit in by_length}
+        # Long units first, so that none is left alone at the end.
+        by_length = sorted(units, key=lambda unit: sum((ROOT / s).stat().st_size for s in unit.sources), reverse=True)
+        jobs = {unit[:2]: threads.submit(_cpu_object, unit) for unit in by_length}
     return [jobs[unit[:2]].result() for unit in units]
 
 
@@ -247,25 +264,31 @@ def _compiler_version(compiler):
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _cpu_object(source, suffix, flags):
-    command = [cpu_compiler(), *CPU_FLAGS, *flags]
-    parts = [_compiler_version(cpu_compiler()), *command, *(path.read_text() for path in included(ROOT / source))]
+def _cpu_object(unit):
+    command = [cpu_compiler(), *CPU_FLAGS, *unit.flags]
+    parts = [_compiler_version(cpu_compiler()), *command, unit.text(), *(path.read_text() for path in included(unit.text()))]
     digest = hashlib.sha1("\n".join(parts).encode(), usedforsecurity=False).hexdigest()
-    path = OBJECTS / f"{object_name(source)}{suffix}.{digest[:16]}.o"
+    path = OBJECTS / f"{unit.name}{unit.suffix}.{digest[:16]}.o"
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-c", ROOT / source, "-o", temporary], check=True)
+        compile_unit(command, unit, temporary)
         os.replace(temporary, path)
     return path
 
 
-def included(source):
-    """A source and all headers of ``csrc`` that it includes, and that those do."""
-    found, left = set(), {source}
+def compile_unit(command, unit, output):
+    """Compile a unit; its text comes by the standard input, as it is nobody's file."""
+    subprocess.run([*command, "-x", "c++", "-c", "-", "-o", output], input=unit.text(), text=True, check=True)
+
+
+def included(text):
+    """All files of ``csrc`` that a text includes, and that those do."""
+    found, left = set(), {text}
     while left:
-        found |= left
-        text = "".join(path.read_text() for path in left)
-        left = {ROOT / "csrc" / name for name in re.findall(r'^#include "(.+)"$', text, re.M)} - found
+        names = {name for text in left for name in re.findall(r'^#include "(.+)"$', text, re.M)}
+        new = {ROOT / "csrc" / name for name in names} - found
+        found |= new
+        left = {path.read_text() for path in new}
     return sorted(found)
 
 

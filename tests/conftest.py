@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,6 @@ if WORKERS > 1:
 
 import torch
 
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The package keeps its caches apart from the user's here.
 os.environ["ADVKD_CACHE"] = tempfile.mkdtemp(prefix="advkd-tests-")
@@ -35,6 +35,8 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
+
+from .forked import ROOT, Forked
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
 
@@ -130,7 +132,7 @@ def forty_gigabytes():
 
 
 def run_cli(*arguments, environment=None, timeout=300, cwd=None):
-    """Run the command line in a process of its own."""
+    """Run the command line in a fresh process, which imports everything anew."""
     return subprocess.run(
         [sys.executable, "-m", "advkd.cli", *map(str, arguments)],
         capture_output=True,
@@ -141,11 +143,41 @@ def run_cli(*arguments, environment=None, timeout=300, cwd=None):
     )
 
 
+def start_cli(*arguments, environment=None):
+    """Start the command line in a fresh process."""
+    command = [sys.executable, "-m", "advkd.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def fork(*arguments, environment=None):
+    """Start ``python ARGUMENTS`` as a child of the warm process."""
+    return Forked(*arguments, environment=process_environment(environment))
+
+
+def fork_cli(*arguments, environment=None, timeout=300):
+    """Run the command line in a child of the warm process."""
+    return fork("-m", "advkd.cli", *arguments, environment=environment).finish(timeout)
+
+
+def fork_ranks(*arguments, world=2, environment=None, timeout=240):
+    """Run ``python ARGUMENTS`` as so many processes of one group, as ``torchrun`` starts them: the results by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{**group, "RANK": str(i), "LOCAL_RANK": str(i), **(environment or {})} for i in range(world)]
+    processes = [fork(*arguments, environment=rank) for rank in ranks]
+    return [process.finish(timeout) for process in processes]
+
+
 def process_environment(changes=None):
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(changes or {})}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "kernels":
+            item.add_marker("kernels")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -139,7 +139,7 @@ rate-of-the-next-update | advkd/training/trainer.py | tests/system/test_earlier.
 - part.part.schedule(self.update)
 + part.part.schedule(self.update + 1)
 
-every-gradient-clipped-to-one | advkd/training/trainer.py | tests/system -k "every_distance or those_of_before"
+every-gradient-clipped-to-one | advkd/training/trainer.py | tests/methods/test_trainer.py
 - part.part.clip, norm)
 + 1.0, norm)
 

@@ -120,12 +120,11 @@ void make_pieces(const BiasActMask& s, i64 begin, i64 end) {
   });
 }
 
-constexpr BiasActMaskKernel kKernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
-
 }  // namespace
 
 void conv_bias_act_mask(const BiasActMask& s, i64 begin, i64 end) {
-  kKernels[static_cast<int>(s.dtype)](s, begin, end);
+  static constexpr BiasActMaskKernel kernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
+  kernels[static_cast<int>(s.dtype)](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

@@ -5,6 +5,8 @@
 
 #include "cpu/conv_units.h"
 
+#if !defined(__AVX512BF16__)
+
 namespace advkd::ADVKD_ISA {
 namespace {
 
@@ -45,7 +47,7 @@ void dot_row(const ConvJob& job, i64 image, i64 y, float* scratch) {
     dot_pixels<S, O>(job, in + x * job.in.channels, sums);
     for (int o = 0; o < O; ++o) std::memcpy(scratch + o * stride + x, sums + 4 * o, 4 * sizeof(float));
   }
-  const Epilogue epilogue{layer.activation, layer.slope};
+  const Epilogue<tanh> epilogue{layer.activation, layer.slope};
   const float* bias = packed_bias(job.packed);
   for (int o = 0; o < O; ++o) {
     float* row = scratch + o * stride;
@@ -84,3 +86,5 @@ void run_dot(const ConvJob& job, const ConvSchedule& schedule, i64 task, void* s
 }
 
 }  // namespace advkd::ADVKD_ISA
+
+#endif

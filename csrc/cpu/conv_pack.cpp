@@ -6,6 +6,8 @@
 #include "cpu/conv_units.h"
 #include "cpu/winograd.h"
 
+#if !defined(__AVX512BF16__)
+
 namespace advkd::ADVKD_ISA {
 namespace {
 
@@ -123,3 +125,5 @@ bool fits(const ConvLayer& layer, const void* packed) {
 }
 
 }  // namespace advkd::ADVKD_ISA
+
+#endif

@@ -95,13 +95,14 @@ inline V leaky_relu(V x, float slope) {
   return x > 0.0f ? x : x * slope;
 }
 
-// y = activation(x).
+// y = activation(x); kTanh is tanh in line or apart.
+template <V (*kTanh)(V)>
 struct Epilogue {
   Activation activation;
   float slope;
   V operator()(V x) const {
     if (activation == Activation::leaky_relu) return leaky_relu(x, slope);
-    return activation == Activation::tanh ? tanh(x) : x;
+    return activation == Activation::tanh ? kTanh(x) : x;
   }
 };
 

@@ -138,12 +138,11 @@ void make_rows(const ImageGradient& s, i64 begin, i64 end) {
   }
 }
 
-constexpr ImageGradientKernel kKernels[] = {make_rows<1>, make_rows<2>, make_rows<3>, make_rows<4>};
-
 }  // namespace
 
 void image_gradient(const ImageGradient& s, i64 begin, i64 end) {
-  kKernels[s.channels - 1](s, begin, end);
+  static constexpr ImageGradientKernel kernels[] = {make_rows<1>, make_rows<2>, make_rows<3>, make_rows<4>};
+  kernels[s.channels - 1](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

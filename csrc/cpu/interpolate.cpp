@@ -44,12 +44,11 @@ void make_pieces(const Interpolate& s, i64 begin, i64 end) {
   });
 }
 
-constexpr InterpolateKernel kKernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
-
 }  // namespace
 
 void interpolate(const Interpolate& s, i64 begin, i64 end) {
-  kKernels[static_cast<int>(s.dtype)](s, begin, end);
+  static constexpr InterpolateKernel kernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
+  kernels[static_cast<int>(s.dtype)](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

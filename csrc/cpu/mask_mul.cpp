@@ -46,12 +46,11 @@ void make_pieces(const MaskMul& s, i64 begin, i64 end) {
   });
 }
 
-constexpr MaskMulKernel kKernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
-
 }  // namespace
 
 void mask_mul(const MaskMul& s, i64 begin, i64 end) {
-  kKernels[static_cast<int>(s.dtype)](s, begin, end);
+  static constexpr MaskMulKernel kernels[] = {make_pieces<float>, make_pieces<bf16>, make_pieces<f16>};
+  kernels[static_cast<int>(s.dtype)](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

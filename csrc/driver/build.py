@@ -20,19 +20,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-KERNELS = {
-    "conv": "conv_block conv_direct conv_winograd conv_dot conv_pack student_forward",
-    "step": "sampler_step philox",
-    "critic": "conv_bias_act_mask mask_mul penalty_reduce interpolate image_gradient",
-    "norm": "norm_act",
-    "threads": "companions neighbours",
+UNITS = {
+    "conv": ("conv", "cpu"),
+    "step": ("step", "philox"),
+    "critic": ("critic",),
+    "norm": ("norm",),
+    "threads": ("cpu",),
 }
+"""The units that a driver links, by their names in ``setup.py``."""
 
 
 def main(name, output, *flags):
     compiler = SETUP["cpu_compiler"]()
     kernels = units(name, compiler)
-    driver = (f"csrc/driver/{name}_driver.cpp", "", [])
+    driver = SETUP["Unit"](f"{name}_driver", "", [f"csrc/driver/{name}_driver.cpp"], [])
     with tempfile.TemporaryDirectory() as folder:
         command = [compiler, *SETUP["CPU_FLAGS"], "-Wextra"]
         # Kernels of an instruction set that was left out are never called.
@@ -40,7 +41,7 @@ def main(name, output, *flags):
         objects = SETUP["cpu_objects"](kernels) if not flags else []
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             left = [driver, *(kernels if flags else ())]
-            own = threads.map(lambda unit: compile_into(folder, [*command, *unit[2], *flags], *unit[:2]), left)
+            own = threads.map(lambda unit: compile_into(folder, [*command, *unit.flags, *flags], unit), left)
             subprocess.run([compiler, "-pthread", *flags, *own, *objects, *link, "-o", output], check=True)
 
 
@@ -48,20 +49,23 @@ def units(name, compiler):
     """The driver's kernels for the instruction sets in ISAS, or for all."""
     machine = run(compiler, "-dumpmachine").partition("-")[0]
     isas = os.environ.get("ISAS", "").split()
-    found = SETUP["cpu_units"]([f"csrc/cpu/{kernel}.cpp" for kernel in KERNELS[name].split()], machine)
+    files = [source for source in SETUP["units"]("cpu", ".cpp") if SETUP["unit_of"](source) in UNITS[name]]
+    found = SETUP["cpu_units"](files, machine)
     if isas == ["native"]:
         known = run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-        return [unit for unit in found if all(f"__{flag[2:].upper()}__ " in known for flag in unit[2] if flag.startswith("-m"))]
-    return [unit for unit in found if not isas or not unit[2] or (unit[1][1:] or "baseline") in isas]
+        return [
+            unit for unit in found if all(f"__{flag[2:].upper()}__ " in known for flag in unit.flags if flag.startswith("-m"))
+        ]
+    return [unit for unit in found if not isas or unit.name not in SETUP["KERNELS"] or (unit.suffix[1:] or "baseline") in isas]
 
 
 def run(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compile_into(folder, command, source, suffix):
-    output = f"{folder}/{SETUP['object_name'](source)}{suffix}.o"
-    subprocess.run([*command, "-c", ROOT / source, "-o", output], check=True)
+def compile_into(folder, command, unit):
+    output = f"{folder}/{unit.name}{unit.suffix}.o"
+    SETUP["compile_unit"](command, unit, output)
     return output
 
 

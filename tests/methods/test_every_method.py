@@ -1,8 +1,6 @@
 """Properties of every registered method: a killed run goes on bit for bit, two processes do what one does, pages of help."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
@@ -11,19 +9,15 @@ from advkd.cli.main import main
 from advkd.errors import InputError
 from advkd.methods import METHODS, method_class
 
-from ..conftest import ROOT, process_environment
+from ..conftest import fork, fork_ranks
 from .worker import follow, tiny_run
 
 UPDATES, KILL_AT = 6, 5
 """Updates of a tiny run, which writes a checkpoint every second one, and the one before which it is killed."""
 
 
-def work(name, data, out, how, world=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    command = [sys.executable, *launcher, "-m", "tests.methods.worker", name, data, out, how]
-    return subprocess.run(
-        list(map(str, command)), env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+def work(name, data, out, how):
+    return fork("-m", "tests.methods.worker", name, data, out, how).finish(240)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +52,11 @@ def test_a_killed_run_goes_on_bit_for_bit(name, whole, trajectories, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_do_what_one_does(name, whole, trajectories, tmp_path):
-    done = work(name, trajectories, tmp_path / "run", "-", world=2)
+    ranks = fork_ranks("-m", "tests.methods.worker", name, trajectories, tmp_path / "run", "-")
     if not method_class(name).parallel:
-        assert done.returncode and "runs in one process" in done.stderr
+        assert all(done.returncode and "runs in one process" in done.stderr for done in ranks)
         return
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(done.returncode == 0 for done in ranks), ranks[0].stderr[-3000:]
     both = json.loads((tmp_path / "run.json").read_text())["history"]
     for one, two in zip(whole(name)["history"], both, strict=True):
         assert one.keys() == two.keys()

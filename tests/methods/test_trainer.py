@@ -1,7 +1,7 @@
 """The trainer with methods made for it: averages, kept modules, empty data, missing data, other data, rows of the log."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -108,6 +108,16 @@ def test_what_is_kept_is_resumed(tmp_path):
             assert torch.equal(tensor, again.running[name].tensors(name)[key]), key
     assert not torch.equal(whole.running["round"].part.module.weight, whole.result.weight)
     assert torch.equal(whole.method.averages["student"].weight, whole.result.weight)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])
+def test_gradients_are_clipped_to_the_given_norm(tmp_path, clip):
+    trainer, seen = run(tmp_path), []
+    part = trainer.running["student"]
+    part.part = replace(part.part, clip=clip)
+    part.optimizer.register_step_pre_hook(lambda *_: seen.append(float(trainer.method.line.weight.grad.norm())))
+    trainer.step()
+    assert seen == [pytest.approx(1e-3, rel=1e-4)] if clip == 1e-3 else 1e-2 < seen[0] < 1e2
 
 
 def test_rows_of_the_log_hold_what_some_updates_log(tmp_path):

@@ -1,8 +1,6 @@
 """The student's convolution: every backend and algorithm against float64, and its refusals."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from advkd.ops.conv_block import conv_block_cpu
 from advkd.ops.conv_layer import ALGORITHMS, ConvLayer
 from advkd.runtime.extension import extension_gap
 
-from ..conftest import ROOT, process_environment
+from ..conftest import fork
 from ..kernels.cases import Case, compare, convolve, draw, oracle, phase_filters, sizes
 
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
@@ -196,28 +194,23 @@ def test_larger_tiles_cost_accuracy_within_reason():
     assert error["winograd4"] < error["winograd6"], "the plan prefers the smaller tile at equal speed"
 
 
-NARROWER = """
-import sys, pytest, torch
-from advkd.runtime.extension import extension_gap
-assert extension_gap("cpu") is None
-sys.exit(pytest.main(sys.argv[2:]) if torch.ops.advkd_cpu.isa() == sys.argv[1] else 77)
-"""
-"""Runs pytest where an instruction set is the one in use."""
 OTHERS = [
     isa for isa in ("baseline", "avx2", "avx512", "avx512bf16") if extension_gap("cpu") or isa != torch.ops.advkd_cpu.isa()
 ]
-"""Instruction sets that the tests of this process leave out."""
+"""Instruction sets that this process does not use."""
 
 
 @CPU
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set(isa):
     """The algorithms' tests again in a process that may use no more than this instruction set."""
-    command = [sys.executable, "-c", NARROWER, isa, "-q", "-x", "-k", "every_algorithm or depend_on_neither", __file__]
-    environment = process_environment({"ADVKD_ISA": isa})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode == 77:
+    environment = {"ADVKD_ISA": isa}
+    load = "from advkd.runtime.extension import extension_gap; extension_gap('cpu')"
+    code = f"import torch; torch.ones(1); {load}; print(torch.ops.advkd_cpu.isa())"
+    if fork("-c", code, environment=environment).finish(60).stdout.strip() != isa:
         pytest.skip(f"this processor has no {isa}")
+    command = ["-m", "pytest", "-q", "-x", "-n0", "-k", "every_algorithm or depend_on_neither", __file__]
+    done = fork(*command, environment=environment).finish(200)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
 
 

@@ -1,8 +1,5 @@
 """Parity of every backend of the product with a mask, its layouts and refusals; and bits of all kernels of its kind."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,7 +7,7 @@ from advkd.errors import InputError
 from advkd.ops import mask_mul
 from advkd.ops.mask_mul import mask_bytes, pack, unpack
 
-from ..conftest import process_environment
+from ..conftest import fork
 from .each_backend import DEVICES, DTYPES, LAUNCH, cases, digest, fast_backends, results, threads
 from .training_cases import check
 
@@ -145,10 +142,9 @@ def test_threads_and_repetition_do_not_change_bits(name):
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(level):
     """Covers all kernels of a critic's update."""
-    environment = process_environment({"ADVKD_ISA": level})
     code = "from tests.ops.each_backend import digest; print(digest())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert result.stdout.strip() == digest()
+    result = fork("-c", code, environment={"ADVKD_ISA": level}).finish(60)
+    assert result.stdout.strip() == digest(), result.stderr
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from advkd.models.batch_norm import normalize as norm_layer
 from advkd.ops import gradient_penalty, norm_act
 from advkd.ops.norm_act import BACKWARD, MOMENTS, NORMALIZE, SUMS, moments
 
-from ..conftest import ROOT, process_environment
+from ..conftest import fork
 from .each_backend import DEVICES, DTYPES, fast_backends, threads
 from .training_cases import BF16, CASES, F16, UNIT, Case, check
 
@@ -237,13 +235,8 @@ def test_threads_do_not_change_bits(number):
 
 def test_every_instruction_set_gives_the_same_bits():
     code = "from tests.ops.test_norm_act import digest; print(digest())"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=process_environment({"ADVKD_ISA": isa})
-        )
-        for isa in ("baseline", "avx2", "avx512")
-    ]
-    assert [process.communicate()[0].strip() for process in processes] == [digest()] * 3
+    processes = [fork("-c", code, environment={"ADVKD_ISA": isa}) for isa in ("baseline", "avx2", "avx512")]
+    assert [process.finish(60).stdout.strip() for process in processes] == [digest()] * 3
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -419,10 +412,8 @@ def share(rows, synchronize):
 
 
 def test_two_processes_with_unequal_batches_are_one_with_the_whole(tmp_path):
-    environment = process_environment()
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(tmp_path)] for rank in range(2)]
-    processes = [subprocess.Popen(command, env=environment, cwd=ROOT) for command in commands]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes = [fork("-c", WORKER, rank, tmp_path) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     for n, whole in enumerate(share(slice(None), False)):
         first, second = ([part[f"{n} {i}"] for i in range(len(whole))] for part in parts)

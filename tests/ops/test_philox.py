@@ -13,7 +13,7 @@ from advkd.ops import philox_normal, philox_uniform, philox_words, registry
 from advkd.ops.philox import counters, rounds_reference
 from advkd.runtime.sources import STREAMS
 
-from ..conftest import DEFAULTS, other_default, process_environment
+from ..conftest import DEFAULTS, fork, other_default, process_environment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Elements per sample: one, not a multiple of four, one tile of the C++ kernel (256) and its neighbours, several tiles.
@@ -99,8 +99,7 @@ def test_every_instruction_set_gives_the_same_bits(level):
         "import hashlib; from advkd.ops import philox_normal as f;"
         "print(hashlib.sha256(f(9, range(50), (3, 33, 7), stream='z', backend='cpu').numpy().tobytes()).hexdigest())"
     )
-    environment = process_environment({"ADVKD_ISA": level})
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    result = fork("-c", code, environment={"ADVKD_ISA": level}).finish(60)
     import hashlib
 
     ours = philox_normal(9, range(50), (3, 33, 7), stream="z", backend="cpu").numpy().tobytes()
@@ -209,7 +208,6 @@ def test_backend_variable_steers_auto_only():
         "import torch; from advkd.ops import registry as b; d = torch.device('cpu');"
         "print(b.choose('philox', 'auto', d), b.choose('philox', 'cpu', d))"
     )
-    environment = process_environment({"ADVKD_BACKEND": "reference"})
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    result = fork("-c", code, environment={"ADVKD_BACKEND": "reference"}).finish(60)
     assert result.stdout.split() == ["reference", "cpu"]
     assert os.environ.get("ADVKD_BACKEND") is None and registry.choose("philox", "auto", torch.device("cpu")) == "cpu"

@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from advkd.ops.philox import rounds_reference
 from advkd.ops.sampler_step import OP
 from advkd.runtime.sources import STREAMS
 
-from ..conftest import DEFAULTS, other_default, process_environment
+from ..conftest import DEFAULTS, fork, other_default
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COEFFICIENTS = StepCoefficients(k_x=1.3, k_m=-0.6, c_0=0.8, c_x=0.15, c_m=0.2, c_h=-0.3, c_z=0.4, clip=0.9)
@@ -155,6 +153,14 @@ def test_not_finite_is_seen_in_the_pass(value, device):
                 sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), check_finite=True, backend=backend)
             found, _, _ = sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), backend=backend)
             assert torch.isfinite(found[[0, 2]]).all() and not torch.isfinite(found[1]).all()
+    # 65519 is rounded to float16's largest number, 65504; 65521 to infinity.
+    largest = torch.full((1, 1, 5, 7), 65504.0, dtype=torch.float16, device=device)
+    for backend in ("reference", *fast_backends(device)):
+        same = StepCoefficients(1, 0, 0, c_x=65519 / 65504)
+        found, _, _ = sampler_step(largest, largest, same, check_finite=True, backend=backend)
+        assert torch.equal(found, largest)
+        with pytest.raises(InputError, match="sample 0 is not finite"):
+            sampler_step(largest, largest, StepCoefficients(1, 0, 0, c_x=65521 / 65504), check_finite=True, backend=backend)
     overflowing = torch.full((2, 1, 4, 4), 60000.0, dtype=torch.float16, device=device)
     for backend in ("reference", *fast_backends(device)):
         with pytest.raises(InputError, match="sample 0, 1 is not finite"):
@@ -270,9 +276,8 @@ def step_digest():
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(level):
     code = "from tests.ops.test_sampler_step import step_digest; print(step_digest())"
-    environment = process_environment({"ADVKD_ISA": level})
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert result.stdout.strip() == step_digest()
+    result = fork("-c", code, environment={"ADVKD_ISA": level}).finish(60)
+    assert result.stdout.strip() == step_digest(), result.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -18,7 +18,7 @@ from advkd.ops import student_forward
 from advkd.ops.conv_layer import ConvLayer, decode, encode, pack
 from advkd.runtime.extension import extension_gap
 
-from ..conftest import process_environment
+from ..conftest import fork, process_environment
 
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
@@ -296,14 +296,14 @@ def test_weights_packed_for_another_processor_are_refused(tmp_path):
         "numbers = [16, 16, 8, 8, 0, 1, 0, 2, 0]; print(torch.ops.advkd_cpu.isa());"
         "torch.ops.advkd_cpu.conv_block(torch.zeros(1, 16, 8, 8), packed, numbers, 0.2)"
     )
-    command = [sys.executable, "-c", code, tmp_path / "packed.safetensors"]
+    command = ["-c", code, tmp_path / "packed.safetensors"]
     isa = torch.ops.advkd_cpu.isa()
     other = "avx2" if isa == "baseline" else "baseline"
     for name in (isa, other):
-        done = subprocess.run(command, env=process_environment({"ADVKD_ISA": name}), capture_output=True, text=True)
+        done = fork(*command, environment={"ADVKD_ISA": name}).finish(60)
         # A processor that lacks the other set takes its own.
         works = done.stdout.split() == [isa]
         assert works or name == other, done.stderr
         assert (done.returncode == 0) == works and (works or "of another processor" in done.stderr)
-    done = subprocess.run(command, env=process_environment({"ADVKD_ISA": "avx-2"}), capture_output=True, text=True)
+    done = fork(*command, environment={"ADVKD_ISA": "avx-2"}).finish(60)
     assert done.returncode != 0 and "ADVKD_ISA must be baseline" in done.stderr

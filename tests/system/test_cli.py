@@ -11,7 +11,7 @@ from advkd.evaluation import evaluate
 from advkd.methods.adv_kd import RECIPES
 from advkd.runtime import timing
 
-from ..conftest import run_cli
+from ..conftest import fork_cli, fork_ranks, run_cli
 
 
 def run(capsys, *arguments):
@@ -80,15 +80,12 @@ def test_sampling_goes_on_where_it_stopped(capsys, tmp_path):
 
 def test_several_processes_share_the_work(tmp_path):
     """Two processes of a launcher draw the same pictures as one."""
-    whole = run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "one")
-    parts = [
-        run_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "two", environment={"RANK": r, "WORLD_SIZE": "2"})
-        for r in "01"
-    ]
+    whole = fork_cli("sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "one")
+    parts = fork_ranks("-m", "advkd.cli", "sample", "-n", 10, "--batch-size", 2, "--out", tmp_path / "two")
     assert [done.returncode for done in (whole, *parts)] == [0, 0, 0]
     for name in os.listdir(tmp_path / "one"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    done = run_cli("sample", "--out", tmp_path / "x.png", environment={"RANK": "0", "WORLD_SIZE": "2"})
+    done = fork_cli("sample", "--out", tmp_path / "x.png", environment={"RANK": "0", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and "several processes draw into a folder" in done.stderr
 
 
@@ -226,7 +223,7 @@ def test_small_demo(capsys, tmp_path, monkeypatch):
 
     # The times in the last line are not tested.
     monkeypatch.setattr(evaluate, "measure", lambda calls, repeats, device: timing.measure(calls, 1, 0, device))
-    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 64, "--updates", 2)
+    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 32, "--updates", 2)
     assert code == 0 and "50 evaluations" in out and "1 evaluation" in out
     for name in ("teacher_and_student", "levels", "loss_curves", "student_samples"):
         with Image.open(tmp_path / "demo" / f"{name}.png") as picture:

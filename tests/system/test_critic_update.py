@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import advkd
 from advkd import Critic, CriticConfig, InputError, critic_gradients, critic_step
 from advkd.ops import registry
 
-from ..conftest import DEFAULTS, ROOT, other_default, process_environment
+from ..conftest import DEFAULTS, fork, fork_ranks, other_default
 from ..ops.random_critics import relative
 from ..ops.test_gradient_penalty import WRAPPERS
 
@@ -195,7 +193,7 @@ def test_with_a_gradient_scaler():
     assert relative(list(critic.parameters()), [w.detach() for w in wanted]) < 1e-6
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.kernels)])
 def test_compiled_whole(compiler, tmp_path, monkeypatch):
     # Inductor's cache on disk returns code for another ATEN_CPU_CAPABILITY, which then fails to compile or computes NaN.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -263,11 +261,8 @@ dist.destroy_process_group()
 
 
 def test_processes_average_once_per_step():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command += [sys.executable, "-c", WORKER]
-    environment = process_environment({"OMP_NUM_THREADS": "1"})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-3000:]
+    for done in fork_ranks("-c", WORKER):
+        assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kind", ["plain", "conditional"])
@@ -317,9 +312,7 @@ dist.destroy_process_group()
 
 
 def test_sharded_critics_are_refused_with_the_remedy(tmp_path):
-    environment = process_environment({"OMP_NUM_THREADS": "1"})
-    command = [sys.executable, "-c", SHARDED, str(tmp_path / "group")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = fork("-c", SHARDED, tmp_path / "group").finish(240)
     counts = [done.stdout.count(word) for word in ("refused", "equal")]
     assert done.returncode == 0 and counts == [12, 1], done.stderr[-3000:]
 

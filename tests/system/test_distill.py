@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,19 @@ from advkd.models.student import Student
 from advkd.training.distillation import Distiller, distill
 from advkd.training.log import Board
 
-from ..conftest import ROOT, TINY_STUDENT, process_environment, run_cli, tiny_recording, tiny_student, tiny_teacher
+from ..conftest import (
+    ROOT,
+    TINY_STUDENT,
+    fork,
+    fork_cli,
+    fork_ranks,
+    process_environment,
+    run_cli,
+    start_cli,
+    tiny_recording,
+    tiny_student,
+    tiny_teacher,
+)
 
 SMALL = {"batch_sizes": (8,), "critic_channels": 4, "critic_max_channels": 8, "checkpoint_every": 2}
 JOINT = recipe("joint", updates=(6,), **SMALL)
@@ -152,11 +165,12 @@ def test_a_killed_run_resumes_bit_for_bit(trajectories, tmp_path, name):
     arguments = ["distill", "--trajectories", trajectories, "--preset", preset, "--recipe", name, "--batch-sizes", 8]
     arguments += ["--updates", 12 if name == "joint" else 3, "--checkpoint-every", 2]
     arguments += ["--critic-channels", 4, "--critic-max-channels", 8, "--ema", 0.9, "--out"]
-    result = run_cli(*arguments, tmp_path / "whole")
+    result = fork_cli(*arguments, tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "advkd.cli", *map(str, arguments), str(killed)]
-    process = subprocess.Popen(command, env=process_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Of one recipe in fresh processes, the killed one and the one that goes on.
+    start, run = (start_cli, run_cli) if name == "joint" else (partial(fork, "-m", "advkd.cli"), fork_cli)
+    process = start(*arguments, killed)
     deadline = time.monotonic() + 120
     while not (killed / "metrics.csv").exists() or len((killed / "metrics.csv").read_text().splitlines()) < 6:
         assert process.poll() is None and time.monotonic() < deadline
@@ -164,13 +178,18 @@ def test_a_killed_run_resumes_bit_for_bit(trajectories, tmp_path, name):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "config.json").exists(), "the run ended before it was killed"
-    refused = run_cli(*arguments, killed)
+    refused = fork_cli(*arguments, killed)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    assert run_cli(*arguments, killed, "--resume").returncode == 0
+    assert run(*arguments, killed, "--resume").returncode == 0
     assert weights(killed) == weights(tmp_path / "whole")
     assert (killed / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
-    changed = run_cli(*arguments, killed, "--resume", "--mse", 3)
+    changed = fork_cli(*arguments, killed, "--resume", "--mse", 3)
     assert changed.returncode == 2 and "mse" in changed.stderr
+
+
+def train_together(trajectories, out, overrides, world=2):
+    for done in fork_ranks("-m", "tests.system.distill_worker", trajectories, out, json.dumps(overrides), world=world):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -185,11 +204,7 @@ def test_two_processes_give_the_losses_of_one(trajectories, tmp_path, overrides)
     overrides = {**overrides, "critic_channels": 4, "critic_max_channels": 8}
     histories = []
     for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-        command = [sys.executable, *launcher, "-m", "tests.system.distill_worker"]
-        command += [str(trajectories), str(out), json.dumps(overrides)]
-        result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr[-3000:]
+        train_together(trajectories, out, overrides, world)
         histories.append(rows(out))
     assert len(histories[0]) == len(histories[1]) == 20
     for one, two in zip(*histories):
@@ -200,23 +215,17 @@ def test_two_processes_give_the_losses_of_one(trajectories, tmp_path, overrides)
 
 def test_two_processes_train_in_bfloat16(trajectories, tmp_path):
     overrides = {"recipe": "joint", "updates": [2], "batch_sizes": [8], "mixed_precision": "bf16", "critic_channels": 4}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.system.distill_worker", str(trajectories), str(tmp_path), json.dumps(overrides)]
-    result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    train_together(trajectories, tmp_path, overrides)
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path))
 
 
 def test_two_processes_record_growing_data_together(trajectories, tmp_path):
     overrides = {"recipe": "joint", "updates": [2], "batch_sizes": [8], "grow": 16, "grow_every": 1, "critic_channels": 4}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.system.distill_worker", str(trajectories), str(tmp_path), json.dumps(overrides)]
-    result = subprocess.run(command, env=process_environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    train_together(trajectories, tmp_path, overrides)
     assert len(Trajectories(trajectories, tmp_path / "trajectories" / "0001")) == 40
 
 
-# Registered before anything is imported, this exit handler runs last: it notes what is left of the process group.
+# Registered before anything else, this exit handler runs last: it notes what is left of the process group.
 LAST_HANDLER = """
 import atexit, json, os, sys
 from pathlib import Path
@@ -236,34 +245,35 @@ if "RANK" in os.environ:
     atexit.register(report)
 """
 
+RUN_MODULE = f"""{LAST_HANDLER}
+import runpy
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
-def run_two_processes(tmp_path, *arguments):
-    """Run a module under ``torchrun`` with two processes: the result, and what each had left of its process group."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "endings").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(LAST_HANDLER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    changes = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "ENDINGS": str(tmp_path / "endings")}
-    command += map(str, arguments)
-    environment = process_environment(changes)
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    return result, {int(path.stem): json.loads(path.read_text()) for path in (tmp_path / "endings").glob("*.json")}
+
+@pytest.fixture
+def endings(tmp_path):
+    """Call for what each of two processes had left of its process group."""
+    folder = tmp_path / "endings"
+    folder.mkdir()
+    return lambda: {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 GONE = {"group": False, "threads": []}
 
 
 @pytest.mark.parametrize("ending", ["twice", "caller", "error", "interrupt"])
-def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_path, ending):
+def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_path, endings, ending):
     """On every way out, without waiting for a process that failed; a group that existed before stays the caller's."""
     overrides = {"recipe": "joint", "updates": [3], "batch_sizes": [8], "critic_channels": 4, "ending": ending}
     worker = ("tests.system.distill_worker", trajectories, tmp_path / "out", json.dumps(overrides))
-    result, left = run_two_processes(tmp_path, *worker)
+    results = fork_ranks("-c", RUN_MODULE, *worker, environment={"ENDINGS": str(tmp_path / "endings")})
+    errors, left = [done.stderr[-3000:] for done in results], endings()
     if ending in ("error", "interrupt"):
-        # The launcher may have stopped the other process before its end.
-        assert result.returncode == 1 and left[1] == GONE and left.get(0, GONE) == GONE, result.stderr[-3000:]
+        assert all(done.returncode for done in results) and left == {0: GONE, 1: GONE}, errors
         return
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert [done.returncode for done in results] == [0, 0], errors
     if ending == "caller":
         assert left[0]["group"] and left[1]["group"]
     else:
@@ -272,14 +282,20 @@ def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_p
 
 
 @pytest.mark.parametrize(("options", "code", "message"), [((), 0, ""), (("--learning-rate", 1e30), 1, "not finite")])
-def test_the_command_ends_its_process_group(trajectories, tmp_path, options, code, message):
+def test_the_command_ends_its_process_group(trajectories, tmp_path, endings, options, code, message):
+    """Under ``torchrun``."""
     preset = tmp_path / "student.json"
     preset.write_text(json.dumps(asdict(TINY_STUDENT)))
     arguments = ["--trajectories", trajectories, "--preset", preset, "--updates", 4, "--batch-sizes", 8, "--critic-channels", 4]
     arguments += ["--critic-max-channels", 8, *options, "--out", tmp_path / "out"]
-    result, left = run_two_processes(tmp_path, "advkd.cli", "distill", *arguments)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(LAST_HANDLER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "advkd.cli"]
+    changes = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "ENDINGS": str(tmp_path / "endings")}
+    command += map(str, ("distill", *arguments))
+    result = subprocess.run(command, env=process_environment(changes), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == code and message in result.stderr, result.stderr[-3000:]
-    assert left == {0: GONE, 1: GONE}
+    assert endings() == {0: GONE, 1: GONE}
 
 
 def test_a_finished_run_resumes_to_itself(trajectories, tmp_path):
@@ -600,7 +616,7 @@ def test_a_run_can_start_from_a_student(teacher, trajectories, tmp_path):
     distill(trajectories, tiny_student(), first, tmp_path / "first", progress=False)
     more = record_trajectories(teacher, tiny_recording(num=8, seed=5), tmp_path / "more", progress=False)
     options = ["--updates", 1, "--batch-sizes", 8, "--learning-rate", 1e-12, "--ema", 0, "--wasserstein", 0]
-    done = run_cli("distill", "--trajectories", more, "--init", tmp_path / "first", "--out", tmp_path / "second", *options)
+    done = fork_cli("distill", "--trajectories", more, "--init", tmp_path / "first", "--out", tmp_path / "second", *options)
     assert done.returncode == 0, done.stderr
     one, two = (Student.from_pretrained(tmp_path / name) for name in ("first", "second"))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
@@ -612,10 +628,10 @@ def test_a_run_can_start_from_a_student(teacher, trajectories, tmp_path):
     assert Student.from_pretrained(tmp_path / "copy").training_record == record
     options = [*options, "--resume", "--preset", str(tmp_path / "preset.json")]
     (tmp_path / "preset.json").write_text((tmp_path / "first" / "config.json").read_text())
-    done = run_cli("distill", "--trajectories", more, "--out", tmp_path / "second", *options)
+    done = fork_cli("distill", "--trajectories", more, "--out", tmp_path / "second", *options)
     assert done.returncode == 2 and "a run with another init" in done.stderr
     for wrong in ([], ["--init", "digits", "--preset", "digits"]):
-        done = run_cli("distill", "--trajectories", more, "--out", tmp_path / "no", *wrong)
+        done = fork_cli("distill", "--trajectories", more, "--out", tmp_path / "no", *wrong)
         assert done.returncode == 2 and "either a --preset or a student" in done.stderr
 
 

@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import stat
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from advkd.errors import InputError
 from advkd.runtime import files, folders
 
-from ..conftest import process_environment
+from ..conftest import fork
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2910660\n"
 
@@ -52,8 +50,7 @@ def test_an_interrupt_of_the_command_line_removes_temporary_files(tmp_path):
     # A shell may have made this process, and with it the child, ignore interrupts.
     lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "launcher.end_at_interrupt()"]
     lines += ["with files.replacing(sys.argv[1]):", "    os.kill(os.getpid(), signal.SIGINT)", "    signal.pause()"]
-    command = [sys.executable, "-c", "\n".join(lines), str(tmp_path / "a.png")]
-    assert subprocess.run(command, env=process_environment(), timeout=100).returncode == 130
+    assert fork("-c", "\n".join(lines), tmp_path / "a.png").wait(100) == 130
     assert not list(tmp_path.iterdir())
 
 

@@ -1,11 +1,7 @@
 """Import and installation of the package."""
 
-import os
-import runpy
-import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
@@ -50,44 +46,6 @@ def test_kernels_are_mapped_in_a_bare_checkout(tmp_path):
     assert python(code, env=environment, cwd=tmp_path)[0] == "advkd.kernels.philox"
 
 
-def test_wheel_holds_everything_and_works_alone(tmp_path):
-    """Built from the sources, unpacked far from them: kernels inside the package, pretrained weights, the extension."""
-    ignored = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    # Speed does not matter here: less optimisation compiles sooner.
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} $(echo "$@" | sed "s/-O3/-O1/g")\n')
-    compiler.chmod(0o755)
-    environment = process_environment({"ADVKD_CUDA": "0", "ADVKD_CPU": "1", "CXX": str(compiler)})
-    subprocess.run(command, cwd=tmp_path / "sources", env=environment, capture_output=True, text=True, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "cp311-abi3" in wheel.name
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    identity = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["source_identity"]("cpu")
-    assert bytes.fromhex(identity) in (tmp_path / "site/advkd/_cpu.abi3.so").read_bytes()
-    names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
-    expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
-    expected |= {"advkd/pretrained/digits-teacher/unet/diffusion_pytorch_model.safetensors"}
-    # The sources that CuPy compiles, and no others.
-    device = [path.name for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")]
-    sources = {f"advkd/csrc/cuda/{name}" for name in device}
-    assert {n for n in names if n.startswith("advkd/csrc/c") and "." in n} == sources | {"advkd/csrc/common/philox.h"}
-    assert expected <= names and not any(name.startswith(("kernels", "tests", "profiling")) for name in names)
-    code = (
-        "import advkd, advkd.kernels.philox, torch; from advkd.ops import registry;"
-        "import importlib, pkgutil; [importlib.import_module(m.name) for m in pkgutil.walk_packages(advkd.__path__, 'advkd.')"
-        " if not m.name.endswith(('__main__', '_cpu', '_cuda')) and 'csrc' not in m.name];"
-        "from advkd.runtime import sources; assert sources.folder().parent.name == 'advkd', sources.folder();"
-        "print(advkd.__file__, advkd.kernels.philox.__file__, registry.gap('philox', 'cpu', torch.device('cpu')),"
-        "len(advkd.Student.from_pretrained('digits').sample(3)))"
-    )
-    environment = process_environment({"PYTHONPATH": str(tmp_path / "site")})
-    package, kernel, gap, images = python(code, env=environment, cwd=tmp_path)
-    assert package.startswith(str(tmp_path)) and kernel.startswith(str(tmp_path / "site" / "advkd"))
-    assert (gap, images) == ("None", "3")
-
-
 def test_without_the_extension_the_reference_remains(tmp_path):
     (tmp_path / "advkd").mkdir()
     for path in (ROOT / "advkd").iterdir():
@@ -101,38 +59,3 @@ def test_without_the_extension_the_reference_remains(tmp_path):
     # The folder's entries are links: only the modules' own folder must be bare.
     chosen, gap = python(code, env=process_environment({"PYTHONPATH": str(tmp_path)}), cwd=tmp_path)
     assert (chosen, gap) == ("reference", "the_cpu_extension_is_not_built_(python_setup.py_build_ext_--inplace)")
-
-
-def test_a_missing_compiler_is_a_warning_unless_the_build_is_demanded(tmp_path):
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")]
-    environment = {"CXX": "no-such-compiler", "ADVKD_CUDA": "0"}
-    result = subprocess.run(command, cwd=ROOT, env=process_environment(environment), capture_output=True, text=True)
-    assert (
-        result.returncode == 0 and "the cpu extension was not built, the other backends remain" in result.stdout + result.stderr
-    )
-    demanded = process_environment({**environment, "ADVKD_CPU": "1"})
-    assert subprocess.run(command, cwd=ROOT, env=demanded, capture_output=True, text=True).returncode != 0
-
-
-def program(path, *lines):
-    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_failed_cuda_build_leaves_the_cpu_object_in_place(tmp_path):
-    """Compilers that touch their output stand in for g++; nvcc fails."""
-    sources = tmp_path / "sources"
-    ignored = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info", "__pycache__", "profiling", "tests", "docs")
-    shutil.copytree(ROOT, sources, ignore=ignored)
-    (tmp_path / "bin").mkdir()
-    program(tmp_path / "bin/nvcc", '[ "$1" = --list-gpu-code ] && echo sm_90 && exit 0', "echo no such macro >&2", "exit 1")
-    compiler = program(tmp_path / "compiler", 'while [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done')
-    environment = {"CXX": compiler, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ADVKD_CPU": "1"}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    for demanded, code in (("1", 1), ("", 0)):
-        changed = process_environment({**environment, "ADVKD_CUDA": demanded})
-        result = subprocess.run(command, cwd=sources, env=changed, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr[-2000:]
-        assert {path.name for path in (sources / "advkd").glob("*.so")} == {"_cpu.abi3.so"}
-        (sources / "advkd/_cpu.abi3.so").unlink()

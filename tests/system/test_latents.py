@@ -33,6 +33,14 @@ def test_one_coefficient_is_the_scaled_block_mean():
     assert (project(x, 1, detail_noise=True)[:, :48].reshape(2, 3, 4, 4) - expected).abs().max() < 1e-12
 
 
+def test_bands_go_from_coarse_to_fine():
+    # Neighbours of opposite signs are in the finest bands alone, pairs of them in the ones before.
+    for side, band in ((1, 2), (2, 1)):
+        line = torch.tensor([1.0, -1.0]).repeat_interleave(side).repeat(8 // side)
+        pieces = split_latent(project(line.expand(1, 1, 16, 16).contiguous(), 1, True), latent_parts(1, 16, 1, True))
+        assert [bool(piece.abs().max() > 0.5) for piece in pieces] == [i == band for i in range(3)]
+
+
 def test_split_gives_the_parts():
     parts = latent_parts(3, 16, 1, True)
     assert parts == [(3, 4), (9, 4), (9, 8)]

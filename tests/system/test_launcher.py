@@ -23,7 +23,7 @@ from advkd.runtime.devices import plain_defaults, require_device
 from advkd.runtime.progress import can_be_shown, progress_bar
 from advkd.training.teacher import train_teacher
 
-from ..conftest import ROOT, other_default, process_environment, run_cli, tiny_recording, tiny_teacher
+from ..conftest import ROOT, fork, fork_cli, other_default, process_environment, tiny_recording, tiny_teacher
 
 
 def set_variables(monkeypatch, **values):
@@ -84,7 +84,7 @@ def test_every_command_runs_with_empty_variables(tmp_path, teacher_folder):
     """The variables of every launcher that a library reads are empty, and a local rank is left over."""
     empty = {**dict.fromkeys(launcher.ACCELERATE_READS, ""), "LOCAL_RANK": "0"}
     record = ["trajectories", "--teacher", teacher_folder, "--num", 16, "--depth", 4, "--steps", 2, "--batch-size", 4]
-    done = run_cli(*record, "--shard-size", 8, "--out", tmp_path / "t", environment=empty)
+    done = fork_cli(*record, "--shard-size", 8, "--out", tmp_path / "t", environment=empty)
     assert done.returncode == 0, done.stderr
     (tmp_path / "student.json").write_text('{"image_size": 8, "image_channels": 1, "channels": [8, 8, 8, 8], "latent_size": 2}')
     train = [
@@ -98,9 +98,9 @@ def test_every_command_runs_with_empty_variables(tmp_path, teacher_folder):
         "--batch-sizes",
         4,
     ]
-    done = run_cli(*train, "--critic-channels", 8, "--out", tmp_path / "s", environment=empty)
+    done = fork_cli(*train, "--critic-channels", 8, "--out", tmp_path / "s", environment=empty)
     assert done.returncode == 0, done.stderr
-    done = run_cli("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images", environment=empty)
+    done = fork_cli("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images", environment=empty)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
 
@@ -206,13 +206,27 @@ def test_output_that_nobody_reads_is_no_error():
     assert process.returncode == 1
 
 
-def closed_streams(*arguments):
-    """The exit code of the command line without standard output and standard error."""
+def fresh_without_streams(*arguments):
+    """The exit code of a fresh command line without standard output and standard error."""
     return subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "advkd", *map(str, arguments)],
         env=process_environment(),
         timeout=300,
     ).returncode
+
+
+WITHOUT_STREAMS = """
+import os, runpy, sys
+os.close(1)
+os.close(2)
+sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None
+runpy.run_module("advkd", run_name="__main__", alter_sys=True)
+"""
+
+
+def closed_streams(*arguments):
+    """The same of a forked one, whose streams are as those of an interpreter that starts without."""
+    return fork("-c", WITHOUT_STREAMS, *arguments).wait(300)
 
 
 def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
@@ -225,8 +239,11 @@ def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
     assert closed_streams(*train, "--batch-sizes", 4, "--critic-channels", 8, "--out", tmp_path / "s") == 0
     assert closed_streams("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images") == 0
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
-    assert closed_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher") == 0
-    assert closed_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
+    assert (
+        fresh_without_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher")
+        == 0
+    )
+    assert fresh_without_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
     # A mistake is still an exit code.
     assert closed_streams("sample", "-n", 0, "--out", tmp_path / "x.png") == 2
 
@@ -256,16 +273,18 @@ from advkd.diffusion.recorder import record_in_processes
 """
 
 
-@pytest.mark.parametrize(("guard", "code"), [("if __name__ == '__main__':", 0), ("if True:", 1)])
-@pytest.mark.parametrize("from_file", [True, False])
-def test_a_script_that_records_needs_a_guard_and_a_file(guard, code, from_file, tmp_path, teacher_folder):
+GUARD = "if __name__ == '__main__':"
+
+
+@pytest.mark.parametrize(("guard", "from_file", "code"), [(GUARD, True, 0), ("if True:", True, 1), (GUARD, False, 1)])
+def test_a_script_that_records_needs_a_guard_and_a_file(guard, from_file, code, tmp_path, teacher_folder):
     text = SCRIPT.format(guard=guard)
     (tmp_path / "script.py").write_text(text)
     command = [sys.executable, tmp_path / "script.py" if from_file else "-", teacher_folder, tmp_path / "out"]
     options = {"capture_output": True, "text": True, "timeout": 200, "cwd": ROOT, "env": process_environment()}
     done = subprocess.run(list(map(str, command)), input=None if from_file else text, **options)
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    assert done.returncode == (code if from_file else 1), done.stderr
+    assert done.returncode == code, done.stderr
     if done.returncode:
         assert "InputError" in last and "__main__" in last and "from a file" in last
     else:

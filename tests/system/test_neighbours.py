@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 import sys
 import threading
 
@@ -13,7 +12,7 @@ import torch
 from advkd import InputError, sharing
 from advkd.runtime import neighbours
 
-from ..conftest import process_environment
+from ..conftest import fork
 
 BITS = """
 import hashlib, json, torch, advkd
@@ -46,9 +45,7 @@ print(json.dumps([bool(torch.ops.advkd_cpu.crowded(2, [0, 1], [])), found]))
 
 
 def run_script(script, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=process_environment(environment)
-    )
+    done = fork("-c", script, environment=environment).finish(300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

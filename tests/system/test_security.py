@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import tomllib
 import tracemalloc
@@ -38,7 +37,7 @@ from advkd.runtime.folders import cache_folder, temporary_path
 from advkd.training import teacher as teacher_training
 from advkd.training.distillation import distill
 
-from ..conftest import process_environment, tiny_recording, tiny_student
+from ..conftest import fork, tiny_recording, tiny_student
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -306,8 +305,7 @@ def test_a_configuration_takes_no_more_memory_than_its_weights(name, models, tmp
         f"try: {kind}.from_pretrained(sys.argv[2])\n"
         "except InputError: print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
-    command = [sys.executable, "-c", code, str(models / name), str(tmp_path / name)]
-    done = subprocess.run(command, capture_output=True, text=True, env=process_environment())
+    done = fork("-c", code, models / name, tmp_path / name).finish(100)
     assert done.returncode == 0 and done.stdout, done.stderr
     assert int(done.stdout) < 100
 

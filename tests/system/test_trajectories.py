@@ -22,18 +22,13 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 from advkd.runtime import files, folders
 
-from ..conftest import process_environment, run_cli, tiny_recording, tiny_teacher
+from ..conftest import fork, fork_cli, fork_ranks, process_environment, run_cli, start_cli, tiny_recording, tiny_teacher
 
 CLI = ["--num", 40, "--depth", 4, "--steps", 10, "--batch-size", 4, "--shard-size", 8, "--seed", 3]
 
 
 def contents(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-def start_cli(*arguments, launcher=(), environment=None):
-    command = [sys.executable, *(launcher or ["-m"]), "advkd.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for(path, process, seconds=120):
@@ -85,7 +80,7 @@ def test_last_batch_is_padded(tmp_path, teacher):
 
 def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out"]
-    assert run_cli(*arguments, tmp_path / "whole").returncode == 0
+    assert fork_cli(*arguments, tmp_path / "whole").returncode == 0
     process = start_cli(*arguments, tmp_path / "killed")
     wait_for(tmp_path / "killed" / "shard-00001.safetensors", process)
     process.send_signal(signal.SIGKILL)
@@ -104,16 +99,15 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 def by_one_thread(teacher_folder, tmp_path_factory):
     """The files that one process with one thread records."""
     folder = tmp_path_factory.mktemp("recorded") / "one"
-    assert run_cli("trajectories", "--teacher", teacher_folder, *CLI, "--out", folder, environment=ONE_THREAD).returncode == 0
+    assert fork_cli("trajectories", "--teacher", teacher_folder, *CLI, "--out", folder, environment=ONE_THREAD).returncode == 0
     return contents(folder)
 
 
 def test_processes_share_the_work(teacher_folder, by_one_thread, tmp_path):
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    process = start_cli(*arguments, tmp_path / "two", launcher=launcher, environment=ONE_THREAD)
-    assert process.wait(timeout=240) == 0
-    assert run_cli(*arguments, tmp_path / "local", "--processes", 3).returncode == 0
+    for done in fork_ranks("-m", "advkd.cli", *arguments, tmp_path / "two", environment=ONE_THREAD):
+        assert done.returncode == 0, done.stderr
+    assert fork_cli(*arguments, tmp_path / "local", "--processes", 3).returncode == 0
     assert by_one_thread == contents(tmp_path / "two") == contents(tmp_path / "local")
 
 
@@ -133,16 +127,16 @@ def test_another_batch_size_and_thread_count_stay_within_the_stated_tolerance(tr
 def test_local_processes_refuse_in_one_line(teacher_folder, trajectories, tmp_path):
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out"]
     for more, word in ((["--depth", 5], "depth"), (["--batch-size", 3], "shard_size"), (["--num", 10**15], "MiB are free")):
-        result = run_cli(*arguments, tmp_path / "t", *more)
+        result = fork_cli(*arguments, tmp_path / "t", *more)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1) and word in result.stderr
-    result = run_cli(*arguments, trajectories)
+    result = fork_cli(*arguments, trajectories)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "another" in result.stderr
 
 
 def test_local_processes_die_with_their_parent(teacher_folder, by_one_thread, tmp_path):
     """After a kill midway no process of the first run goes on writing, and a new start gives the same result."""
-    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out"]
-    process = start_cli(*arguments, tmp_path / "killed")
+    arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out", tmp_path / "killed"]
+    process = fork("-m", "advkd.cli", *arguments, "--processes", 2)
     wait_for(tmp_path / "killed" / "shard-00000.safetensors", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -150,15 +144,15 @@ def test_local_processes_die_with_their_parent(teacher_folder, by_one_thread, tm
     state = contents(tmp_path / "killed")
     time.sleep(2)
     assert contents(tmp_path / "killed") == state
-    assert run_cli(*arguments, tmp_path / "killed").returncode == 0
+    assert fork_cli(*arguments).returncode == 0
     assert contents(tmp_path / "killed") == by_one_thread
 
 
 def test_two_runs_into_one_folder(teacher_folder, tmp_path):
     """The second run is refused before it computes; it would mix its shards with the first one's."""
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--processes", 2, "--out", tmp_path / "t", "--seed"]
-    runs = {seed: start_cli(*arguments, seed) for seed in (0, 7)}
-    codes = {process.wait(timeout=240): seed for seed, process in runs.items()}
+    runs = {seed: fork("-m", "advkd.cli", *arguments, seed) for seed in (0, 7)}
+    codes = {process.wait(240): seed for seed, process in runs.items()}
     assert sorted(codes) == [0, 2]
     assert Trajectories(tmp_path / "t").info.seed == codes[0]
 
@@ -297,9 +291,9 @@ def test_a_shard_is_written_while_the_next_one_is_made(teacher, tmp_path, monkey
 
 def test_mixed_precision_from_the_command_line(teacher_folder, tmp_path):
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out", tmp_path / "t"]
-    assert run_cli(*arguments, "--autocast", "--processes", 2).returncode == 0
+    assert fork_cli(*arguments, "--autocast", "--processes", 2).returncode == 0
     assert "autocast" in json.loads((tmp_path / "t" / "manifest.json").read_text())["recipe"]["teacher"]
-    result = run_cli(*arguments)
+    result = fork_cli(*arguments)
     assert result.returncode == 2 and "another teacher" in result.stderr
     # A teacher that continues such data adopts their precision.
     teacher = Teacher.from_pretrained(str(teacher_folder))
@@ -420,8 +414,6 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
         "try: write_tensors(sys.argv[1] + '/large.safetensors', {'x': torch.zeros(10000)})\n"
         "except ValueError as error: print(error)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=process_environment()
-    )
+    result = fork("-c", code, tmp_path).finish(60)
     assert "no space left to write" in result.stdout and "large.safetensors" in result.stdout, result.stderr
     assert os.listdir(tmp_path) == ["small.safetensors"]

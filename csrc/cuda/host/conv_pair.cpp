@@ -5,7 +5,6 @@
 namespace advkd::host {
 namespace {
 
-constexpr i64 kMostSide = i64{1} << 29;
 
 // For pair_quotient(n, divisor), exact while n * divisor < 2^20 and n / divisor < 2^12.
 u32 pair_divisor(int divisor) {

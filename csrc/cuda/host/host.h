@@ -15,6 +15,8 @@
 
 namespace advkd::host {
 
+constexpr i64 kMostSide = i64{1} << 29;  // of tensors whose elements' places along a side are counted in 32 bits
+
 // The first three are those that kernels compute with.
 enum class DType { f32, bf16, f16, i32, i64, u8, other };
 

@@ -5,9 +5,8 @@
 namespace advkd::host {
 namespace {
 
-constexpr i64 kMostSide = i64{1} << 29;  // of what is counted in 32 bits
-constexpr i64 kBlocks = 1024;            // enough for every multiprocessor: with more work than that, threads take turns
-constexpr i64 kMostTurns = 8;            // enough for what a thread does once
+constexpr i64 kBlocks = 1024;  // enough for every multiprocessor: with more work than that, threads take turns
+constexpr i64 kMostTurns = 8;  // enough for what a thread does once
 
 // `last`: channels last; `reduces`: whether each block leaves a partial result, so that fewer blocks are better.
 void norm_plan(NormParameters& p, bool last, bool reduces) {

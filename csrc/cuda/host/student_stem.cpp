@@ -8,7 +8,7 @@
 namespace advkd::host {
 namespace {
 
-constexpr int kFullProduct = 3, kMostSide = 32, kMostImages = 4096, kMostChannels = 1 << 16;
+constexpr int kFullProduct = 3, kMostPixels = 32, kMostImages = 4096, kMostChannels = 1 << 16;
 
 // How many of the leading layers fit, and the bytes of shared memory that they need.
 struct StemPlan {
@@ -101,7 +101,7 @@ void set_layer(StemParameters& p, int i, const std::int64_t* row, i64& side, i64
   layer.upsample = static_cast<int>(upsample);
   side *= 1 + upsample;
   channels = c_out;
-  require(side <= kMostSide, "layer ", i, " makes images of ", side, " pixels to a side, more than ", kMostSide);
+  require(side <= kMostPixels, "layer ", i, " makes images of ", side, " pixels to a side, more than ", kMostPixels);
 }
 
 void set_layers(StemParameters& p, const std::vector<std::int64_t>& numbers) {
@@ -191,7 +191,7 @@ std::int64_t stem_layers(
   i64 side = 4, channels = layers.empty() ? 0 : layers[0];
   for (size_t i = 0; i < layers.size() / 5 && i < kStemLayers; ++i) {
     const std::int64_t* row = &layers[5 * i];
-    if (row[2] != side || row[3] != side || side * (1 + row[4]) > kMostSide) break;
+    if (row[2] != side || row[3] != side || side * (1 + row[4]) > kMostPixels) break;
     set_layer(p, p.count++, row, side, channels);
   }
   return stem_plan(p, product, 0, shared_limit).layers;

@@ -1,0 +1,167 @@
+"""Processes without the imports' seconds: forked children of one warm process per test process.
+
+For a test that needs a process, not a fresh interpreter. Variables that imports read (``OMP_NUM_THREADS``), signals during
+imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`.
+"""
+
+import atexit
+import functools
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 2**17
+"""Bytes of a request: arguments, environment, folder."""
+
+
+class Forked:
+    """A running ``python ARGUMENTS`` in a forked child, with those methods of ``subprocess.Popen`` that tests use.
+
+    Args:
+        arguments: ``-m MODULE ...`` or ``-c CODE ...``, as for ``python``.
+        environment: the whole environment.
+        cwd: folder to run in.
+    """
+
+    def __init__(self, *arguments, environment, cwd=ROOT):
+        self.args, self.returncode = list(map(str, arguments)), None
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = json.dumps({"arguments": self.args, "environment": environment, "cwd": str(cwd)}).encode()
+        assert len(request) <= LIMIT
+        socket.send_fds(_server(), [request], [theirs.fileno(), *(file.fileno() for file in self._files)])
+        theirs.close()
+        self.pid = int(self._connection.recv(32))
+
+    def poll(self):
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = int(self._connection.recv(32))
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if not select.select([self._connection] if self.returncode is None else [], [], [], timeout)[0]:
+            if self.returncode is None:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.poll()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def finish(self, timeout):
+        """Wait for the end: what ``subprocess.run`` returns."""
+        self.wait(timeout)
+        for file in self._files:
+            file.seek(0)
+        return subprocess.CompletedProcess(self.args, self.returncode, *(file.read() for file in self._files))
+
+
+@functools.cache
+def _server():
+    """A socket to the warm process, which ends when this process closes the socket or ends."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # A process that has used OpenMP's threads must not fork; one thread is none but its own.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
+    subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    theirs.close()
+    return ours
+
+
+def warm_up():
+    """Import what the commands import."""
+    import accelerate
+    import diffusers
+    import torch.utils.tensorboard
+
+    import advkd
+
+    for module in pkgutil.walk_packages(advkd.__path__, "advkd."):
+        if not module.name.startswith("advkd.csrc") and not module.name.endswith(("__main__", "_cpu", "_cuda")):
+            importlib.import_module(module.name)
+    # So that a child chooses the instruction set that its environment names.
+    assert not hasattr(torch.ops.advkd_cpu, "isa"), "an import has loaded the extension"
+    diffusers.UNet2DModel, diffusers.DDPMPipeline, accelerate.Accelerator, torch.utils.tensorboard.SummaryWriter
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started threads, which a forked child lacks"
+
+
+def serve(requests):
+    """Answer requests until their socket closes; a child returns the request that it is to run."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        data, descriptors, *_ = socket.recv_fds(requests, LIMIT, 3)
+        if not data:
+            sys.exit(0)
+        if not os.fork():
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            child = os.fork()
+            if not child:
+                return json.loads(data), descriptors
+            watch(child, socket.socket(fileno=descriptors[0]))
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def watch(child, connection):
+    """Report a child's number, then how it ended."""
+    connection.send(str(child).encode())
+    _, status = os.waitpid(child, 0)
+    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def become(request, descriptors):
+    """Run a request as if the interpreter had been started for it."""
+    connection, *streams = descriptors
+    os.close(connection)
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    option, what, *arguments = request["arguments"]
+    sys.argv, sys.path[0] = [option, *arguments], request["cwd"]
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def main(number):
+    code = 1
+    try:
+        warm_up()
+        become(*serve(socket.socket(fileno=number)))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    # What an interpreter does at its end, except for freeing every object, which takes a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
