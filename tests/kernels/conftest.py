@@ -12,8 +12,12 @@ from .cuda_on_host import HostModule
 
 
 @pytest.fixture(scope="session")
-def host_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cuda")
+def host_folder(tmp_path_factory, request):
+    """Libraries of the session; the workers of pytest-xdist share them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "cuda"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ fixture ``cupy_on_host``.
 
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import re
 import subprocess
 
@@ -27,6 +29,10 @@ extern "C" void run_on_host(void (*kernel)(advkd::STRUCT), unsigned blocks, unsi
   on_host::run(blocks, threads, [=] { kernel(p); }, shared_bytes, cluster);
 }
 """
+HEADER = ROOT / "tests/kernels/cuda_on_host.h"
+# A vector that is not aligned stops a GPU; here it stops the process.
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+COMPILE = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", *ALIGNED)
 STAND_INS = {"csrc/cuda/warp.cuh": "warp_on_host.h", "csrc/cuda/cluster.cuh": "cluster_on_host.h"}
 """Sources of instructions that only PTX has, and the file that replaces each as a whole."""
 
@@ -44,23 +50,8 @@ class HostModule:
             names = re.fullmatch(r"-DADVKD_VARIANTS\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
             self.variant = "_" + "_".join(names.split(", "))
         if code not in self.libraries:
-            self.libraries[code] = self.compile(code, folder / str(len(self.libraries)))
+            self.libraries[code] = ctypes.CDLL(str(compiled(code, folder)))
         self.library = self.libraries[code]
-
-    def compile(self, code, stem):
-        struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
-        for device, host in STAND_INS.items():
-            code = code.replace((ROOT / device).read_text(), (ROOT / "tests/kernels" / host).read_text())
-        for device, host in HOST_CODE.items():
-            assert struct == "DrawParameters" or code.count(device) == 1
-            code = code.replace(device, host)
-        source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-        source.write_text(f'#include "{ROOT}/tests/kernels/cuda_on_host.h"\n{code}{ENTRY.replace("STRUCT", struct)}')
-        command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(library)]
-        # A vector that is not aligned stops a GPU; here it stops the process.
-        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return ctypes.CDLL(str(library))
 
     def get_function(self, name):
         assert name.endswith(self.variant) or "_finish_" in name
@@ -77,6 +68,28 @@ class HostModule:
 
         call.max_dynamic_shared_size_bytes = 0
         return call
+
+
+def compiled(code, folder):
+    """The library of a device source; processes that share ``folder`` compile it once."""
+    struct = re.findall(r"^struct (\w+Parameters)", code, re.M)[-1]
+    for device, host in STAND_INS.items():
+        code = code.replace((ROOT / device).read_text(), (ROOT / "tests/kernels" / host).read_text())
+    for device, host in HOST_CODE.items():
+        assert struct == "DrawParameters" or code.count(device) == 1
+        code = code.replace(device, host)
+    text = f'#include "{HEADER}"\n{code}{ENTRY.replace("STRUCT", struct)}'
+    digest = hashlib.sha256("\n".join((HEADER.read_text(), text, *COMPILE)).encode()).hexdigest()
+    stem = folder / digest[:16]
+    source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    with open(stem, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            source.write_text(text)
+            part = stem.with_suffix(".part")
+            subprocess.run([*COMPILE, str(source), "-o", str(part)], check=True, capture_output=True, text=True)
+            part.rename(library)
+    return library
 
 
 @contextlib.contextmanager

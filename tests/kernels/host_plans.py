@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
+import pytest
 import torch
 
 from advkd.ops import cuda
@@ -119,3 +120,10 @@ class Launchers:
 
 
 LAUNCHERS = Launchers()
+
+
+def gpu_launchers(compiled_by: str) -> object:
+    """The launchers on a GPU, of the extension ("nvcc") or of CuPy ("cupy"); skips where they are missing."""
+    if reason := cuda.gap() if compiled_by == "cupy" else extension_gap("cuda"):
+        pytest.skip(reason)
+    return LAUNCHERS if compiled_by == "cupy" else torch.ops.advkd_cuda

@@ -8,173 +8,30 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from advkd.models.shape import PRESETS, convolutions
 from advkd.ops import cuda
-from advkd.ops.conv_layer import ConvLayer
-from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pack_image, pad_layer, padded
-from advkd.runtime.extension import extension_gap
+from advkd.ops.conv_layer import ACTIVATIONS
+from advkd.ops.gpu_storage import PRODUCTS, padded
 
 from ..conftest import ROOT
+from .cases import UP, Case, arguments, case_of, check, convolve, draw, expected, meta, pack, run, starter, store
 from .cuda_on_host import only_last_block
-from .host_plans import A100, B200, CARD, H200, LAUNCHERS, change_plans, plan, plan_for, start
+from .host_plans import A100, B200, CARD, H200, LAUNCHERS, change_plans, gpu_launchers, plan, plan_for, start
 from .test_compile_ahead import cuda_kernels, known_to_nvcc
 
-NONE, LEAKY, TANH = range(3)
-NAMES = ("none", "leaky_relu", "tanh")
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-# By product: rounding of the factors, relative to a term of the sum. 16 bits: the weight's rounding. TensorFloat-32: that of
-# both factors. float32: 22 bits of each factor and the product of the small parts.
-OPERANDS = {"bf16": 2**-8, "f16": 2**-11, "tf32": 2**-10 + 2**-21, "f32": 3 * 2**-22 + 2**-24}
-SLOPE = 0.25
 HOST = (3, 163 * 1024, 9)
-
-
-@dataclass(frozen=True)
-class Case:
-    n: int
-    height: int
-    width: int
-    c_in: int = 16
-    c_out: int = 16
-    upsample: bool = False
-    activation: int = LEAKY
-    product: str = "bf16"
-    extra: int = 0  # channels of out after the layer's own
-    image: bool = False
-    exact: bool = True
-
-    def layer(self):
-        return ConvLayer(self.c_in, self.c_out, self.height, self.width, self.upsample, NAMES[self.activation])
-
-
-def arguments(case, device="cpu"):
-    """x ``(N, C, H, W)``, weight and bias in float32; x is rounded to its storage dtype.
-
-    ``exact``: small whole numbers, with which every sum, folded weight and result is exact in all storages but for tanh.
-    """
-    generator = torch.Generator(device).manual_seed(case.n * case.height + case.width)
-    options = dict(generator=generator, device=device)
-    sides = (case.n, case.c_in, case.height, case.width)
-    taps = (case.c_out, case.c_in, 3, 3)
-    if case.exact:
-        x, weight = torch.randint(-2, 3, sides, **options).float(), torch.randint(-1, 2, taps, **options).float()
-        if case.c_in > 32:  # most weights are zero, else sums would be too large for bfloat16
-            weight *= torch.rand(taps, **options) < 32 / case.c_in
-        return x, weight, torch.randint(-3, 4, (case.c_out,), **options).float()
-    weight = torch.randn(taps, **options) / (9 * case.c_in) ** 0.5
-    x = torch.randn(sides, **options).to(DTYPES[case.product]).float()
-    return x, weight, torch.randn(case.c_out, **options)
-
-
-def convolve(x, weight, upsample):
-    """Written out by taps, in float64."""
-    x, weight = x.double(), weight.double()
-    if upsample:
-        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    around = F.pad(x, (1, 1, 1, 1))
-    y = 0
-    for i, j in itertools.product(range(3), range(3)):
-        window = around[:, :, i : i + x.shape[2], j : j + x.shape[3]]
-        y = y + torch.einsum("nchw,oc->nohw", window, weight[:, :, i, j])
-    return y
-
-
-def oracle(case, x, weight, bias):
-    """The result, and the largest error that rounding allows.
-
-    Roundings are those of the factors, the sum's terms, each of which tensor cores may truncate, bias and activation
-    (tanhf's own two units), and the result in storage.
-    """
-    y = convolve(x, weight, case.upsample) + bias.double()[None, :, None, None]
-    size = convolve(x.abs(), weight.abs(), case.upsample) + bias.abs()[None, :, None, None]
-    y = {NONE: y, LEAKY: torch.where(y > 0, y, SLOPE * y), TANH: y.tanh()}[case.activation]
-    terms = 9 * padded(case.c_in) * (3 if case.product == "f32" else 1) + 12
-    allowed = (OPERANDS[case.product] + terms * 2**-23) * size + ROUNDING[DTYPES[case.product]] * y.abs()
-    return y, allowed + 2**-22
-
-
-def stored(x, dtype):
-    """NHWC in whole units, between numbers that must not be read."""
-    n, c, height, width = x.shape
-    count = n * height * width * padded(c)
-    memory = x.new_full((count + 512,), torch.nan, dtype=dtype)
-    inside = memory[256 : 256 + count].view(n, height, width, padded(c))
-    inside.zero_()[..., :c] = x.permute(0, 2, 3, 1)
-    return inside
-
-
-def run(case, launchers, device="cpu", calls=2):
-    """The result ``(N, C, H', W')`` in storage; checks that nothing else is written and that a second call repeats it."""
-    x, weight, bias = arguments(case, device)
-    dtype, layer, product = DTYPES[case.product], case.layer(), PRODUCTS.index(case.product)
-    taps, wide_bias = pad_layer(weight, bias, layer)
-    scale = 2 if case.upsample else 1
-    sides = (scale * case.height, scale * case.width)
-    units = padded(case.c_out)
-    shape = (case.n, case.c_out, *sides) if case.image else (case.n, *sides, units + case.extra)
-    count = torch.Size(shape).numel()
-    results = []
-    for _ in range(calls):
-        memory = torch.full((count + 512,), torch.nan, dtype=dtype, device=device)
-        out = memory[256 : 256 + count].view(shape)
-        inputs = stored(x, dtype)
-        if case.image:
-            packed = pack_image(taps, case.c_out, case.product)
-            launchers.conv_image(inputs, packed, bias, out, case.activation, SLOPE, product)
-        else:
-            packed = pack_fragments(taps, case.product)
-            launchers.conv_layer(inputs, packed, wide_bias, out, case.upsample, case.activation, SLOPE, product)
-        assert memory[:256].isnan().all() and memory[256 + count :].isnan().all()
-        results.append(out)
-    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-    assert all(torch.equal(result.view(bits), results[0].view(bits)) for result in results)
-    if case.image:
-        return x, weight, bias, results[0]
-    assert results[0][..., units:].isnan().all() and (results[0][..., case.c_out : units] == 0).all()
-    return x, weight, bias, results[0][..., : case.c_out].permute(0, 3, 1, 2)
-
-
-def check(case, launchers, device="cpu", calls=2):
-    x, weight, bias, y = run(case, launchers, device, calls)
-    wanted, allowed = oracle(case, x, weight, bias)
-    assert y.shape == wanted.shape
-    if case.exact and case.activation != TANH:
-        assert wanted.abs().max() <= 256
-        allowed = torch.zeros_like(wanted)
-    errors = (y.double() - wanted).abs()
-    border = torch.ones_like(errors, dtype=torch.bool)
-    border[:, :, 1:-1, 1:-1] = False
-    assert (errors <= allowed)[border].all(), "border"
-    assert (errors <= allowed)[~border].all(), "inside"
+ON_HOST = starter(LAUNCHERS)
 
 
 def plan_of(case, device=H200, **begins):
     """The plan of a layer or an image of any size; ``begins``: addresses of its tensors."""
-    dtype, product = DTYPES[case.product], PRODUCTS.index(case.product)
-    c_in, units, scale = padded(case.c_in), padded(case.c_out), 2 if case.upsample else 1
-    sides = (scale * case.height, scale * case.width)
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    steps, lanes = c_in * dtype.itemsize // 32, (32, 16 // dtype.itemsize)
-    x, options = empty(case.n, case.height, case.width, c_in), (case.activation, SLOPE, product)
-    if case.image:
-        weights, out = empty(1, steps, 1, -(-9 * case.c_out // 16), *lanes), empty(case.n, case.c_out, *sides)
-        found = plan("conv_image", x, weights, empty(case.c_out, dtype=torch.float32), out, *options, device=device)
-    else:
-        phases, taps = (4, 4) if case.upsample else (1, 9)
-        weights, out = empty(phases, steps, taps, units // 16, *lanes), empty(case.n, *sides, units + case.extra)
-        bias = empty(units, dtype=torch.float32)
-        found = plan("conv_layer", x, weights, bias, out, case.upsample, *options, device=device)
+    found = plan(case.launcher, *arguments(case, *meta(case)), device=device)
     found.update(**begins)
     return found
 
@@ -228,25 +85,24 @@ def force(monkeypatch, candidate, device=HOST):
 SIZES = [(2, 5, 7), (1, 1, 1), (5, 4, 4), (1, 2, 37), (1, 37, 1)]
 
 
-@pytest.mark.parametrize("activation", [NONE, LEAKY, TANH])
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("ups", [(), UP])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_products_and_activations(product, upsample, activation, cupy_on_host):
-    for n, height, width in SIZES[:2]:
-        case = Case(n, height, width, 29, 24, upsample, activation, product, exact=False)
-        check(case, LAUNCHERS)
+def test_products_and_activations(product, ups, activation, cupy_on_host):
+    for size in SIZES[:2]:
+        check(Case(*size, (29, 24), ups, activation, product), ON_HOST)
 
 
-@pytest.mark.parametrize("upsample", [False, pytest.param(True, marks=pytest.mark.core)])
+@pytest.mark.parametrize("ups", [(), pytest.param(UP, marks=pytest.mark.core)])
 @pytest.mark.parametrize("size", SIZES)
-def test_sizes(size, upsample, cupy_on_host):
-    check(Case(*size, 16, 40, upsample, extra=16), LAUNCHERS)
+def test_sizes(size, ups, cupy_on_host):
+    check(Case(*size, (16, 40), ups, exact=True, more=16), ON_HOST)
 
 
 # Layers whose channels give the warps' sums every width, 1 to 4 units; 5 and 7 units leave blocks of channels partly full.
 WIDTHS = (16, 32, 80, 112)
 # Tiles of several images, some of them beyond the last; tiles that an image does not fill. Blocks take several tiles.
-SEVERAL, RAGGED = Case(5, 6, 7, extra=16), Case(1, 18, 33, upsample=True)
+SEVERAL, RAGGED = Case(5, 6, 7, exact=True, more=16), Case(1, 18, 33, ups=UP, exact=True)
 
 
 @pytest.mark.parametrize("c_out", WIDTHS)
@@ -254,25 +110,25 @@ def test_every_plan(c_out, cupy_on_host, monkeypatch):
     for candidate in candidates(c_out):
         force(monkeypatch, candidate)
         resident = candidate[-1]
-        check(replace(SEVERAL if resident else RAGGED, c_out=c_out), LAUNCHERS, calls=1)
+        check(replace(SEVERAL if resident else RAGGED, channels=(16, c_out)), ON_HOST, calls=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("c_out", WIDTHS)
 def test_every_plan_with_every_size(c_out, cupy_on_host, monkeypatch):
     """Plans with three steps are included; resident weights need more shared memory then."""
-    sizes = list(itertools.product((SEVERAL, RAGGED), (16, 48), (False, True)))
-    for candidate, (size, c_in, upsample) in itertools.product(candidates(c_out), sizes):
+    sizes = list(itertools.product((SEVERAL, RAGGED), (16, 48), ((), UP)))
+    for candidate, (size, c_in, ups) in itertools.product(candidates(c_out), sizes):
         force(monkeypatch, candidate, (3, *H200[1:]))
-        check(replace(size, c_in=c_in, c_out=c_out, upsample=upsample), LAUNCHERS, calls=1)
+        check(replace(size, channels=(c_in, c_out), ups=ups), ON_HOST, calls=1)
 
 
 def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
     """Chunks of 1 to 4 steps, weights that stay resident or arrive with the chunks, 2 to 4 stages."""
     found = set()
     # 3 steps are chunks of 3 and 1, 4 steps of 4, 2 and 1; the smallest sums, in parts of K and whole.
-    for c_in, upsample, candidate in ((48, False, (5, 2, 2)), (64, True, (5, 1, 1)), (48, True, (5, 2, 1))):
-        case = Case(2, 9, 10, c_in, 32, upsample)
+    for c_in, ups, candidate in ((48, (), (5, 2, 2)), (64, UP, (5, 1, 1)), (48, UP, (5, 2, 1))):
+        case = Case(2, 9, 10, (c_in, 32), ups, exact=True)
         ways = {}
         for limit, resident in itertools.product(range(16, 228, 2), (0, 1)):
             attempt = plan_of(case)
@@ -280,7 +136,7 @@ def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
                 ways[tuple(attempt[name] for name in ("chunk", "stages", "resident"))] = limit
         for way, limit in ways.items():
             force(monkeypatch, (*candidate, way[2]), (2, 1024 * limit))
-            check(case, LAUNCHERS, calls=1)
+            check(case, ON_HOST, calls=1)
         found |= set(ways)
     assert {(chunk, resident) for chunk, _, resident in found} == set(itertools.product((1, 2, 3, 4), (0, 1)))
     assert {stages for _, stages, _ in found} == {2, 3, 4}
@@ -290,95 +146,87 @@ def test_every_way_to_share_shared_memory(cupy_on_host, monkeypatch):
 def test_large_sums_of_every_product(product, cupy_on_host, monkeypatch):
     """Two chunks of several images a tile, and up-sampling; the widest sums."""
     force(monkeypatch, (0, 1, 1, 1), H200)
-    check(Case(5, 6, 7, 32, 64, product=product), LAUNCHERS)
-    check(Case(1, 9, 17, 16, 64, True, NONE, product), LAUNCHERS)
+    check(Case(5, 6, 7, (32, 64), product=product, exact=True), ON_HOST)
+    check(Case(1, 9, 17, (16, 64), UP, "none", product, exact=True), ON_HOST)
 
 
-def test_a_number_that_is_not_finite_stays_where_it_is(cupy_on_host):
+@pytest.mark.parametrize("ups", [(), UP])
+def test_a_number_that_is_not_finite_stays_where_it_is(ups, cupy_on_host):
     """A NaN in x spoils the outputs that read it, and no other: pixels outside the image are zero, not a neighbour."""
-    for upsample in (False, True):
-        case = Case(2, 5, 6, 16, 16, upsample)
-        x, weight, bias = arguments(case)
-        taps, wide = pad_layer(torch.ones_like(weight), bias, case.layer())
-        inputs = stored(x, torch.bfloat16)
-        inputs[0, 0, 5, 3] = inputs[0, 4, 0, 3] = torch.nan
-        scale = 2 if upsample else 1
-        out = torch.zeros(2, scale * 5, scale * 6, 16, dtype=torch.bfloat16)
-        LAUNCHERS.conv_layer(inputs, pack_fragments(taps, "bf16"), wide, out, upsample, LEAKY, SLOPE, 0)
-        spoiled = convolve(inputs[..., 3:4].isnan().permute(0, 3, 1, 2).float(), torch.ones(1, 1, 3, 3), upsample) > 0
-        assert torch.equal(out.isnan(), spoiled.permute(0, 2, 3, 1).expand(-1, -1, -1, 16))
+    case = Case(2, 5, 6, ups=ups)
+    x, (weight,), biases = draw(case)
+    x[0, 3, 0, 5] = x[0, 3, 4, 0] = torch.nan
+    found = run(case, ON_HOST, x, *pack(case, [torch.ones_like(weight)], biases))
+    spoiled = convolve(x[:, 3:4].isnan().float(), torch.ones(1, 1, 3, 3), bool(ups)) > 0
+    assert torch.equal(found.isnan(), spoiled.expand(-1, 16, -1, -1))
 
 
-@pytest.mark.parametrize("upsample", [False, True])
-def test_places_count_beyond_32_bits(upsample, cupy_on_host):
-    """The last of 2^20 images of 16x16: x and out end at least 2^33 bytes after they begin."""
-    n, case = 2**20, Case(1, 16, 16, 32, 32, upsample)
-    x, weight, bias = arguments(case)
-    taps, wide = pad_layer(weight, bias, case.layer())
-    side, packed = (32 if upsample else 16), pack_fragments(taps, "bf16")
-    inputs, out = stored(x, torch.bfloat16), torch.full((1, side, side, 32), torch.nan, dtype=torch.bfloat16)
-    before = dict(x=inputs.data_ptr() - (n - 1) * 2 * 32 * 256, out=out.data_ptr() - (n - 1) * 2 * 32 * side**2)
-    planned = plan_of(replace(case, n=n), weights=packed.data_ptr(), bias=wide.data_ptr(), **before)
-    assert take(planned, (4, 1, 1, 1), (2**22, H200[1])) and planned["tiles"] == planned["walkers"] == n
-    with only_last_block("conv_block", planned.blocks - (3 if upsample else 0), "bf16"):
+def last_image(case, n, limits, forced=None, blocks_after=0):
+    """Run the last of ``n`` such images, before whose tensors there is no memory."""
+    x, weights, biases = draw(case)
+    tensors = [store(case, x), *(t[0] for t in pack(case, weights, biases))]
+    _, _, _, out = meta(case)
+    out = torch.full(out.shape, torch.nan, dtype=case.dtype)
+    before = [t.data_ptr() - (n - 1) * t.numel() * t.element_size() for t in (tensors[0], out)]
+    places = dict(weights=tensors[1].data_ptr(), bias=tensors[2].data_ptr())
+    planned = plan_of(replace(case, n=n), limits, x=before[0], out=before[1], **places)
+    assert forced is None or take(planned, forced, limits)
+    assert planned["tiles"] == planned["walkers"] == n
+    with only_last_block("conv_block", planned.blocks - blocks_after, "bf16"):
         start(planned)
-    wanted, _ = oracle(case, x, weight, bias)
-    assert torch.equal(out.permute(0, 3, 1, 2).double(), wanted)
+    wanted, _ = expected(case, x, weights, biases)
+    assert torch.equal((out if case.image else out.permute(0, 3, 1, 2)).double(), wanted)
 
 
-IMAGE = Case(2, 11, 45, 29, 3, activation=TANH, image=True, exact=False)
+@pytest.mark.parametrize("ups", [(), UP])
+def test_places_count_beyond_32_bits(ups, cupy_on_host):
+    """The last of 2^20 images of 16x16: x and out end at least 2^33 bytes after they begin."""
+    case = Case(1, 16, 16, (32, 32), ups, exact=True)
+    last_image(case, 2**20, (2**22, H200[1], 9), (4, 1, 1, 1), 3 if ups else 0)
 
 
-@pytest.mark.parametrize("activation", [NONE, LEAKY, TANH])
+IMAGE = Case(2, 11, 45, (29, 3), activation="tanh", image=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_image(product, activation, cupy_on_host):
     """Two images of two rows and two columns of partial tiles."""
-    check(replace(IMAGE, product=product, activation=activation), LAUNCHERS)
+    check(replace(IMAGE, product=product, activation=activation), ON_HOST)
 
 
 @pytest.mark.parametrize("c_out", [1, 2, pytest.param(3, marks=pytest.mark.core), 4])
 def test_image_sizes(c_out, cupy_on_host, monkeypatch):
     """A pixel, a row, a column, tiles that exactly fit; blocks that take several tiles."""
     plan_for(monkeypatch, (1, *A100[1:]))
-    for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32)):
-        check(Case(n, height, width, 48, c_out, activation=LEAKY, image=True), LAUNCHERS, calls=1)
+    for size in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32)):
+        check(Case(*size, (48, c_out), image=True, exact=True), ON_HOST, calls=1)
 
 
 def test_image_in_every_shared_memory(cupy_on_host, monkeypatch):
     """Chunks of one step and of two, 2 to 4 stages."""
     found = set()
     for c_in in (48, 64):
-        case, ways = Case(2, 9, 33, c_in, 1, activation=NONE, image=True), {}
+        case, ways = Case(2, 9, 33, (c_in, 1), activation="none", image=True, exact=True), {}
         for limit in range(48, 228, 4):
             planned = plan_of(case, (1, 1024 * limit, 9))
             ways[planned["chunk"], planned["stages"]] = limit
         for limit in ways.values():
             plan_for(monkeypatch, (1, 1024 * limit, 9))
-            check(case, LAUNCHERS, calls=1)
+            check(case, ON_HOST, calls=1)
         found |= set(ways)
     assert {chunk for chunk, _ in found} == {1, 2} and {stages for _, stages in found} == {2, 3, 4}
 
 
 def test_image_places_count_beyond_32_bits(cupy_on_host):
     """The last of 2^22 images of 8x32."""
-    n, case = 2**22, Case(1, 8, 32, 16, 3, activation=LEAKY, image=True)
-    x, weight, bias = arguments(case)
-    taps, _ = pad_layer(weight, bias, case.layer())
-    packed, inputs = pack_image(taps, 3, "bf16"), stored(x, torch.bfloat16)
-    out = torch.full((1, 3, 8, 32), torch.nan, dtype=torch.bfloat16)
-    before = dict(x=inputs.data_ptr() - (n - 1) * 2 * 16 * 256, out=out.data_ptr() - (n - 1) * 2 * 3 * 256)
-    planned = plan_of(replace(case, n=n), (2**22, *H200[1:]), weights=packed.data_ptr(), bias=bias.data_ptr(), **before)
-    assert planned["tiles"] == planned["walkers"] == n
-    with only_last_block("conv_block", n, "bf16"):
-        start(planned)
-    wanted, _ = oracle(case, x, weight, bias)
-    assert torch.equal(out.double(), wanted)
+    last_image(Case(1, 8, 32, (16, 3), image=True, exact=True), 2**22, (2**22, *H200[1:]))
 
 
-def test_empty_batch(cupy_on_host):
-    for case in (Case(0, 4, 4), Case(0, 4, 4, c_out=3, image=True)):
-        *_, y = run(case, LAUNCHERS)
-        assert y.numel() == 0
+@pytest.mark.parametrize("case", [Case(0, 4, 4), Case(0, 4, 4, (16, 3), image=True)], ids=str)
+def test_empty_batch(case, cupy_on_host):
+    x, *layers = draw(case)
+    assert run(case, ON_HOST, x, *pack(case, *layers)).numel() == 0
 
 
 def tensors(image=False, dtype=torch.bfloat16):
@@ -426,7 +274,7 @@ def moved(tensor, device):
 
 @pytest.mark.parametrize("image, name, changes", REFUSED)
 def test_refusals(image, name, changes, cupy_on_host, launchers=LAUNCHERS, device="cpu"):
-    options = {**dict(upsample=False, activation=LEAKY, slope=SLOPE, product=0), **tensors(image), **changes}
+    options = {**dict(upsample=False, activation=1, slope=0.2, product=0), **tensors(image), **changes}
     options = {key: moved(value, device) if torch.is_tensor(value) else value for key, value in options.items()}
     if image:
         options.pop("upsample")
@@ -435,7 +283,7 @@ def test_refusals(image, name, changes, cupy_on_host, launchers=LAUNCHERS, devic
 
 
 def test_a_device_too_small_is_refused():
-    options = dict(activation=LEAKY, slope=SLOPE, product=0, device=(108, 16 * 1024, 9))
+    options = dict(activation=1, slope=0.2, product=0, device=(108, 16 * 1024, 9))
     with pytest.raises(RuntimeError, match="conv_layer: no tile of such a layer fits"):
         plan("conv_layer", **tensors(), upsample=False, **options)
     with pytest.raises(RuntimeError, match="conv_image: no tile of such an image fits"):
@@ -454,32 +302,27 @@ DEVICES = [A100, CARD, H200, B200]
 def preset_layers():
     """The presets' layers, each once, and the image's apart."""
     layers = {layer for config in PRESETS.values() for layer in convolutions(config)}
-    wide = [layer for layer in layers if layer.activation != "tanh"]
+    wide = [replace(layer, detail=0) for layer in layers if layer.activation != "tanh"]
     return wide, [layer for layer in layers if layer.activation == "tanh"]
-
-
-def layer_case(layer, n, product):
-    return Case(n, layer.height, layer.width, layer.c_in, layer.c_out, layer.upsample, LEAKY, product)
 
 
 def every_plan_input():
     """Presets at batches of 1 and 64, and sizes that are odd in every way."""
     wide, images = preset_layers()
-    odd = [
-        Case(n, h, w, c_in, c_out, up, activation)
-        for n, h, w in ((7, 3, 50), (100, 1, 1))
-        for c_in, c_out in ((80, 176), (16, 48))
-        for up in (False, True)
-        for activation in (LEAKY, TANH)
-    ]
-    cases = [layer_case(layer, n, product) for layer in wide for n in (1, 64) for product in ("bf16", "f32")]
-    pictures = [
-        Case(n, layer.height, layer.width, layer.c_in, layer.c_out, activation=TANH, product=product, image=True)
-        for layer in images
+    cases = [
+        case_of([layer], n, product=product, image=layer in images)
+        for layer in (*wide, *images)
         for n in (1, 64)
         for product in ("bf16", "f32")
     ]
-    return itertools.product([*cases, *odd, *pictures], DEVICES)
+    cases += [
+        Case(*size, channels, ups, activation)
+        for size in ((7, 3, 50), (100, 1, 1))
+        for channels in ((80, 176), (16, 48))
+        for ups in ((), UP)
+        for activation in ("leaky_relu", "tanh")
+    ]
+    return itertools.product(cases, DEVICES)
 
 
 def test_plans_of_the_presets_fit():
@@ -487,7 +330,7 @@ def test_plans_of_the_presets_fit():
     for case, device in every_plan_input():
         p = plan_of(case, device)
         assert p["shared_bytes"] == p.launches[0][3] <= device[1]
-        assert p["chunk"] * p["chunks"] == p["steps"] == padded(case.c_in) * DTYPES[case.product].itemsize // 32
+        assert p["chunk"] * p["chunks"] == p["steps"] == padded(case.channels[0]) * case.dtype.itemsize // 32
         assert p["pixel_warps"] * p["channel_warps"] * p["parts"] == 8 and p["walkers"] <= p["tiles"]
         pixels = p["tile_images"] << p["log_height"] + p["log_width"]
         inputs = case.n * case.height * case.width
@@ -497,7 +340,7 @@ def test_plans_of_the_presets_fit():
             continue
         rows, columns, _ = shapes()[p["shape"]]
         assert pixels == 16 * rows * p["pixel_warps"] and p.launches[0][0].startswith(f"advkd_conv_layer_{rows}x{columns}_")
-        units = padded(case.c_out) // 16
+        units = padded(case.channels[1]) // 16
         assert p["channel_blocks"] * columns * p["channel_warps"] >= units
         assert p.blocks >= 0.4 * min(device[0], inputs // 128 * units * p["phases"])
 
@@ -553,17 +396,6 @@ def test_nvcc(architecture, product, tmp_path):
             assert re.search(r"st\.global\S*\.v4\.", ptx), shape
 
 
-def gpu_launchers(compiled_by):
-    """Both launchers on a GPU, of the extension or of CuPy."""
-    if compiled_by == "cupy":
-        if reason := cuda.gap():
-            pytest.skip(reason)
-        return LAUNCHERS
-    if reason := extension_gap("cuda"):
-        pytest.skip(reason)
-    return torch.ops.advkd_cuda
-
-
 GPU = pytest.mark.parametrize("compiled_by", ["nvcc", "cupy"])
 
 
@@ -571,27 +403,27 @@ GPU = pytest.mark.parametrize("compiled_by", ["nvcc", "cupy"])
 @GPU
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_small_on_a_gpu(product, compiled_by):
-    launchers = gpu_launchers(compiled_by)
-    for activation, upsample in itertools.product((NONE, LEAKY, TANH), (False, True)):
-        for size in SIZES:
-            check(Case(*size, 29, 24, upsample, activation, product, exact=False), launchers, "cuda")
-            check(Case(*size, 16, 40, upsample, activation, product, extra=16), launchers, "cuda")
-        check(replace(IMAGE, product=product, activation=activation), launchers, "cuda")
+    start = starter(gpu_launchers(compiled_by))
+    for activation in ACTIVATIONS:
+        for ups, size in itertools.product(((), UP), SIZES):
+            check(Case(*size, (29, 24), ups, activation, product), start, "cuda")
+            check(Case(*size, (16, 40), ups, activation, product, exact=activation != "tanh", more=16), start, "cuda")
+        check(replace(IMAGE, product=product, activation=activation), start, "cuda")
     for c_out in (1, 2, 3, 4):
-        for n, height, width in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32), (2, 33, 65)):
-            check(Case(n, height, width, 48, c_out, product=product, image=True), launchers, "cuda")
+        for size in ((1, 1, 1), (1, 2, 70), (1, 20, 2), (3, 8, 32), (2, 33, 65)):
+            check(Case(*size, (48, c_out), product=product, image=True, exact=True), start, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("c_out", WIDTHS)
 def test_every_plan_on_a_gpu(c_out, monkeypatch):
-    launchers = gpu_launchers("cupy")
+    launch = starter(gpu_launchers("cupy"))
     limits = cuda.limits(torch.device("cuda", 0))
     for candidate, case in itertools.product(candidates(c_out), (SEVERAL, RAGGED)):
-        case = replace(case, c_out=c_out)
+        case = replace(case, channels=(16, c_out))
         if take(plan_of(case, limits), candidate, limits):
             force(monkeypatch, candidate, limits)
-            check(case, launchers, "cuda")
+            check(case, launch, "cuda")
 
 
 @pytest.mark.gpu
@@ -600,13 +432,12 @@ def test_every_plan_on_a_gpu(c_out, monkeypatch):
 @pytest.mark.parametrize("product", ["bf16", "f32"])
 def test_presets_on_a_gpu(product, exact, compiled_by):
     """Every layer of the presets for one image and, where it is small, for many: all that plans choose there."""
-    launchers, (wide, images) = gpu_launchers(compiled_by), preset_layers()
+    start, (wide, images) = starter(gpu_launchers(compiled_by)), preset_layers()
     for layer in wide:
         for n in (1, 3 if layer.height > 64 else 40):
-            check(replace(layer_case(layer, n, product), exact=exact), launchers, "cuda")
+            check(case_of([layer], n, product=product, exact=exact), start, "cuda")
     for layer in images:
-        case = Case(3, layer.height, layer.width, layer.c_in, layer.c_out, False, TANH, product, image=True, exact=False)
-        check(case, launchers, "cuda")
+        check(case_of([layer], 3, product=product, image=True), start, "cuda")
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The student's convolutions in Triton: in its interpreter, compiled ahead of time, seen by torch's compilers, on a GPU."""
 
-import dataclasses
 import itertools
 import json
 import re
@@ -14,92 +13,68 @@ from advkd.kernels import conv_tiles
 
 from advkd.errors import BackendUnavailableError, InputError
 from advkd.models.shape import PRESETS, convolutions
-from advkd.ops.conv_layer import ACTIVATIONS, ConvLayer
+from advkd.ops.conv_layer import ACTIVATIONS
 from advkd.ops.gpu_storage import device_limits, pad_layer, padded
 
 from ..conftest import ROOT, process_environment
-from ..ops.test_conv_block import oracle
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-GUARD = 64
-"""Elements before and after every tensor that hold NaN, which a kernel neither reads nor changes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Images, channels in and out, height, width; the tile: a Config, a DescriptorConfig or an ImageConfig."""
-
-    shape: tuple
-    tile: tuple
-    dtype: torch.dtype = F32
-    upsample: bool = False
-    activation: str = "leaky_relu"
-    precision: str = "tf32x3"
-    detail: int = 0
-    more: int = 0
-
-    def __str__(self):
-        changed = [f for f in dataclasses.fields(self)[2:] if getattr(self, f.name) != f.default]
-        values = [f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed]
-        return ",".join(["x".join(map(str, self.shape)), "x".join(map(str, self.tile)), *values])
-
-    @property
-    def layer(self):
-        _, c_in, c_out, height, width = self.shape
-        return ConvLayer(c_in, c_out, height, width, self.upsample, self.activation, self.detail)
-
+from .cases import BF16, F16, F32, UP, Case, after, case_of, check, check_captured, compare, draw
 
 LAYERS = [
     # One pixel: one of the nine taps, or of the four, lies in the image.
-    Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), activation="none"),
-    Case((1, 5, 3, 1, 1), (16, 16, 16, 1, 2), F16, upsample=True),
+    Case(1, 1, 1, (5, 3), activation="none", product="tf32x3", tile=(16, 16, 16, 1, 2)),
+    Case(1, 1, 1, (5, 3), UP, product="f16", tile=(16, 16, 16, 1, 2)),
     # Two images smaller than a tile, which ends beyond the last one; fewer channels than a block has columns.
-    Case((2, 16, 16, 3, 5), (64, 32, 16, 4, 3), activation="tanh"),
-    Case((2, 16, 16, 3, 5), (64, 32, 16, 4, 3), BF16, upsample=True, activation="tanh"),
+    Case(2, 3, 5, (16, 16), activation="tanh", product="tf32x3", tile=(64, 32, 16, 4, 3)),
+    Case(2, 3, 5, (16, 16), UP, activation="tanh", product="bf16", tile=(64, 32, 16, 4, 3)),
     # Tiles that begin and end within lines and images; channels that fill neither their last step nor their last block of
     # columns; a result among other channels.
-    Case((3, 40, 44, 5, 7), (64, 32, 32, 4, 3), more=16),
-    Case((3, 40, 44, 5, 7), (64, 32, 32, 4, 3), F16, upsample=True, more=16),
+    Case(3, 5, 7, (40, 44), product="tf32x3", more=16, tile=(64, 32, 32, 4, 3)),
+    Case(3, 5, 7, (40, 44), UP, product="f16", more=16, tile=(64, 32, 32, 4, 3)),
     # Lines longer than a tile, two lines; one column.
-    Case((1, 16, 16, 2, 19), (16, 16, 16, 1, 4), BF16),
-    Case((1, 16, 16, 2, 19), (16, 16, 16, 1, 4), BF16, upsample=True, more=32),
-    Case((2, 16, 16, 11, 1), (16, 16, 16, 1, 4), F16),
+    Case(1, 2, 19, (16, 16), product="bf16", tile=(16, 16, 16, 1, 4)),
+    Case(1, 2, 19, (16, 16), UP, product="bf16", more=32, tile=(16, 16, 16, 1, 4)),
+    Case(2, 11, 1, (16, 16), product="f16", tile=(16, 16, 16, 1, 4)),
     # Whole blocks: several steps, several blocks of columns, channels of the latent after those of the layer before.
-    Case((1, 68, 32, 4, 4), (16, 16, 32, 2, 3), detail=4, upsample=True, precision="ieee"),
-    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="ieee"),
-    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32", upsample=True),
-    Case((2, 32, 64, 4, 4), (32, 32, 16, 2, 3), precision="tf32"),
+    Case(1, 4, 4, (68, 32), UP, product="ieee", detail=4, tile=(16, 16, 32, 2, 3)),
+    Case(2, 4, 4, (32, 64), product="ieee", tile=(32, 32, 16, 2, 3)),
+    Case(2, 4, 4, (32, 64), UP, product="truncated", tile=(32, 32, 16, 2, 3)),
+    Case(2, 4, 4, (32, 64), product="truncated", tile=(32, 32, 16, 2, 3)),
 ]
 DESCRIPTORS = [
     # One pixel: boxes hold more of the border than of the image.
-    Case((1, 5, 3, 1, 1), (4, 4, 16, 16, 4, 2), F16, activation="none"),
-    Case((1, 5, 3, 1, 1), (4, 4, 64, 16, 4, 2), F16, upsample=True),
+    Case(1, 1, 1, (5, 3), activation="none", product="f16", tile=(4, 4, 16, 16, 4, 2)),
+    Case(1, 1, 1, (5, 3), UP, product="f16", tile=(4, 4, 64, 16, 4, 2)),
     # Two images smaller than a tile; fewer channels than a block has columns, which are rows of the product from 64 on.
-    Case((2, 16, 16, 3, 5), (4, 8, 32, 16, 4, 3), F16, activation="tanh"),
-    Case((2, 16, 16, 3, 5), (4, 8, 64, 16, 4, 3), BF16, upsample=True, activation="tanh"),
+    Case(2, 3, 5, (16, 16), activation="tanh", product="f16", tile=(4, 8, 32, 16, 4, 3)),
+    Case(2, 3, 5, (16, 16), UP, activation="tanh", product="bf16", tile=(4, 8, 64, 16, 4, 3)),
     # Tiles that overhang below and on the right; channels that fill neither their last step nor their last block of columns;
     # a result among other channels.
-    Case((3, 40, 44, 5, 7), (2, 8, 32, 32, 4, 3), F16, more=16),
-    Case((3, 40, 84, 5, 7), (2, 8, 64, 32, 4, 3), F16, upsample=True, more=16),
-    Case((3, 40, 84, 5, 7), (4, 4, 64, 64, 8, 3), BF16, more=32),
+    Case(3, 5, 7, (40, 44), product="f16", more=16, tile=(2, 8, 32, 32, 4, 3)),
+    Case(3, 5, 7, (40, 84), UP, product="f16", more=16, tile=(2, 8, 64, 32, 4, 3)),
+    Case(3, 5, 7, (40, 84), product="bf16", more=32, tile=(4, 4, 64, 64, 8, 3)),
     # Tiles of one row, one column and two; one image beside the next.
-    Case((1, 16, 16, 2, 19), (1, 16, 16, 16, 4, 4), BF16),
-    Case((1, 16, 16, 2, 19), (1, 32, 16, 16, 4, 4), BF16, upsample=True, more=32),
-    Case((2, 16, 16, 11, 1), (16, 1, 16, 16, 4, 4), F16),
+    Case(1, 2, 19, (16, 16), product="bf16", tile=(1, 16, 16, 16, 4, 4)),
+    Case(1, 2, 19, (16, 16), UP, product="bf16", more=32, tile=(1, 32, 16, 16, 4, 4)),
+    Case(2, 11, 1, (16, 16), product="f16", tile=(16, 1, 16, 16, 4, 4)),
     # Whole blocks: several steps, several blocks of columns, channels of the latent after those of the layer before.
-    Case((1, 68, 32, 4, 4), (2, 8, 16, 32, 4, 3), F16, detail=4, upsample=True),
-    Case((2, 32, 128, 4, 8), (4, 8, 64, 16, 8, 3), F16),
-    Case((2, 32, 128, 4, 8), (2, 8, 64, 16, 4, 3), F16, upsample=True, activation="none"),
+    Case(1, 4, 4, (68, 32), UP, product="f16", detail=4, tile=(2, 8, 16, 32, 4, 3)),
+    Case(2, 4, 8, (32, 128), product="f16", tile=(4, 8, 64, 16, 8, 3)),
+    Case(2, 4, 8, (32, 128), UP, activation="none", product="f16", tile=(2, 8, 64, 16, 4, 3)),
 ]
 IMAGES = [
     # One pixel; tiles that overhang below and on the right; tiles that do not, and whose interior meets no border.
-    Case((1, 5, 1, 1, 1), (4, 8, 16, 2), activation="tanh"),
-    Case((2, 40, 3, 5, 11), (4, 8, 32, 2), activation="tanh"),
-    Case((1, 16, 4, 9, 12), (4, 4, 16, 1), F16),
-    Case((1, 16, 3, 3, 11), (2, 8, 16, 1), BF16, activation="tanh"),
-    Case((1, 32, 2, 8, 8), (4, 8, 16, 2), precision="ieee", activation="none"),
-    Case((1, 32, 3, 8, 8), (4, 8, 16, 2), precision="tf32", activation="tanh"),
+    Case(1, 1, 1, (5, 1), activation="tanh", product="tf32x3", image=True, tile=(4, 8, 16, 2)),
+    Case(2, 5, 11, (40, 3), activation="tanh", product="tf32x3", image=True, tile=(4, 8, 32, 2)),
+    Case(1, 9, 12, (16, 4), product="f16", image=True, tile=(4, 4, 16, 1)),
+    Case(1, 3, 11, (16, 3), activation="tanh", product="bf16", image=True, tile=(2, 8, 16, 1)),
+    Case(1, 8, 8, (32, 2), activation="none", product="ieee", image=True, tile=(4, 8, 16, 2)),
+    Case(1, 8, 8, (32, 3), activation="tanh", product="truncated", image=True, tile=(4, 8, 16, 2)),
 ]
+
+
+PRODUCTS = {"bf16": (BF16, "tf32"), "f16": (F16, "tf32"), "truncated": (F32, "tf32")}
+PRODUCTS |= {precision: (F32, precision) for precision in ("ieee", "tf32x3")}
+"""Dtype and precision, as the kernels' tables of tiles take them, by a case's product."""
 
 
 def launchers():
@@ -108,125 +83,43 @@ def launchers():
     return triton_conv
 
 
-def guarded(tensor, device):
-    """A copy of ``tensor`` between NaN, in the same order of memory."""
-    buffer = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype, device=device)
-    copy = buffer[GUARD : GUARD + tensor.numel()].as_strided(tensor.shape, tensor.stride())
-    copy.copy_(tensor)
-    return copy, buffer
+def pack(case, weights, biases):
+    """The layer's weights and bias as the kernels take them."""
+    taps, bias = pad_layer(weights[0], biases[0], case.layers[0])
+    return [launchers().pack_weights(taps, *PRODUCTS[case.product])], [bias]
 
 
-def inputs(case):
-    """x, weight and bias of a case as ordinary tensors; the first two rounded to its dtype."""
-    n, c_in, c_out, height, width = case.shape
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, c_in, height, width, generator=generator).to(case.dtype)
-    weight = torch.randn(c_out, c_in, 3, 3, generator=generator) / (9 * c_in) ** 0.5
-    return x, weight.to(case.dtype), torch.randn(c_out, generator=generator)
+def start(case, x, weights, biases, out):
+    """Start the kernel that a case's tile is for."""
+    kernels, code = launchers(), ACTIVATIONS.index(case.activation)
+    options = (code, case.slope, PRODUCTS[case.product][1], case.tile)
+    if case.image:
+        kernels.conv_image(x, *weights, *biases, out, *options)
+    else:
+        launch = kernels.conv_descriptor if len(case.tile) == 6 else kernels.conv_layer
+        launch(x, *weights, *biases, out, case.upsample, *options)
 
 
-def stored_input(x, case):
-    """x in a GPU's storage layout."""
-    own = case.layer.c_in - case.detail
-    parts = [x[:, :own], x[:, own:]] if case.detail else [x]
-    stored = [torch.zeros(len(x), *x.shape[2:], padded(part.shape[1]), dtype=x.dtype) for part in parts]
-    for whole, part in zip(stored, parts):
-        whole[..., : part.shape[1]] = part.permute(0, 2, 3, 1)
-    return torch.cat(stored, 3)
-
-
-def bound(case, x, weight, bias, wanted, interpreted):
-    """Largest error that rounding allows, element by element.
-
-    Sums: one rounding per term, by truncation as in tensor cores. Folded weights are rounded once. A factor of TensorFloat-32
-    keeps 11 bits, truncated or (weights) rounded; three products leave out the fourth and two factors' last bits, 2^-20 each.
-    The result is rounded once; the interpreter truncates bfloat16.
-    """
-    size = oracle(x.abs(), weight.abs(), bias.abs(), 1.0, case.upsample, "none")
-    narrow = case.dtype != F32
-    unit = torch.finfo(case.dtype).eps / 2
-    relative = (9 * case.layer.c_in + 4) * 2.0**-23
-    relative += unit if case.upsample else 0
-    if not narrow:
-        relative += {"ieee": 0, "tf32": 2.0**-10 + 2.0**-11, "tf32x3": 3 * 2.0**-20}[case.precision]
-    error = relative * size + (2.0**-21 if case.activation == "tanh" else 0)
-    last = 2 * unit if interpreted and case.dtype == BF16 else unit
-    return error + (last * (wanted.abs() + error) + 2.0**-25 if narrow else 0)
-
-
-def check(case, launch, expected, device):
-    """A launcher's result of guarded tensors, the expected one, and the bound.
-
-    Nothing else is written; on a GPU the bits are the same twice (the interpreter has one order).
-    """
-    x, weight, bias = inputs(case)
-    taps, padded_bias = pad_layer(weight, bias, case.layer)
-    kernels = launchers()
-    weights = kernels.pack_weights(taps, case.dtype, case.precision)
-    tensors = [guarded(tensor, device)[0] for tensor in (stored_input(x, case), weights, padded_bias)]
-    results = []
-    for _ in range(1 if device == "cpu" else 2):
-        out, buffer = guarded(torch.full(expected, torch.nan, dtype=case.dtype), device)
-        launch(kernels, *tensors, out)
-        results.append(out.clone())
-        out.fill_(torch.nan)
-        # Everything but the result keeps its bits.
-        number = {2: torch.int16, 4: torch.int32}[buffer.element_size()]
-        assert (buffer.view(number) == torch.full_like(buffer, torch.nan).view(number)).all()
-    assert torch.equal(results[0].nan_to_num(7), results[-1].nan_to_num(7))
-    wanted = oracle(x, weight, bias, 0.2, case.upsample, case.activation)
-    return results[0].cpu(), wanted, bound(case, x, weight, bias, wanted, device == "cpu")
-
-
-def require_close(found, wanted, allowed):
-    errors = (found.double() - wanted).abs()
-    border = torch.ones_like(errors, dtype=torch.bool)
-    border[:, :, 1:-1, 1:-1] = False
-    assert (errors <= allowed)[border].all(), "border"
-    assert (errors <= allowed)[~border].all(), "inside"
-
-
-def check_layer(case, device, launcher="conv_layer"):
-    n, _, c_out, height, width = case.shape
-    scale, channels = 2 if case.upsample else 1, padded(c_out)
-    code = ACTIVATIONS.index(case.activation)
-
-    def launch(kernels, x, weights, bias, out):
-        getattr(kernels, launcher)(x, weights, bias, out, case.upsample, code, 0.2, case.precision, case.tile)
-
-    expected = (n, scale * height, scale * width, channels + case.more)
-    found, wanted, allowed = check(case, launch, expected, device)
-    assert found[..., channels:].isnan().all() and (found[..., c_out:channels] == 0).all()
-    require_close(found[..., :c_out].permute(0, 3, 1, 2), wanted, allowed)
-
-
-def check_image(case, device):
-    n, _, c_out, height, width = case.shape
-    code = ACTIVATIONS.index(case.activation)
-
-    def launch(kernels, x, weights, bias, out):
-        kernels.conv_image(x, weights, bias, out, code, 0.2, case.precision, case.tile)
-
-    require_close(*check(case, launch, (n, c_out, height, width), device))
+def require(case, device):
+    """The interpreter has one order, a GPU repeats its bits."""
+    check(case, start, device, 1 if device == "cpu" else 2, pack, truncates=device == "cpu")
 
 
 def check_conv_block(device):
     """Ordinary tensors of any strides and channels, both kernels, through the ops."""
     kernels = launchers()
-    for c_out, upsample, activation, dtype in (
-        (3, False, "tanh", F32),
-        (3, True, "tanh", F16),
-        (20, True, "leaky_relu", BF16),
-        (20, False, "none", F32),
+    for case in (
+        Case(2, 3, 2, (7, 3), activation="tanh", product="tf32x3"),
+        Case(2, 3, 2, (7, 3), UP, "tanh", "f16"),
+        Case(2, 3, 2, (7, 20), UP, "leaky_relu", "bf16"),
+        Case(2, 3, 2, (7, 20), activation="none", product="tf32x3"),
     ):
-        case = Case((2, 7, c_out, 3, 2), (), dtype, upsample, activation)
-        x, weight, bias = (tensor.to(dtype) for tensor in inputs(case))
-        wanted = oracle(x, weight, bias.double(), 0.2, upsample, activation)
-        allowed = bound(case, x, weight, bias.double(), wanted, device == "cpu")
-        on_device = (weight.to(device), bias.to(device), 0.2, upsample, activation, case.precision)
+        x, (weight,), (bias,) = draw(case)
+        x, weight, bias = (tensor.to(case.dtype) for tensor in (x, weight, bias))
+        on_device = (weight.to(device), bias.to(device), case.slope, case.upsample, case.activation, "tf32x3")
         found = kernels.conv_block(x.to(device), *on_device)
-        assert found.is_contiguous() and found.dtype == dtype
-        require_close(found.cpu(), wanted, allowed)
+        assert found.is_contiguous() and found.dtype == case.dtype
+        compare(found.cpu(), *after(case, case.layers[0], x, weight, bias, truncates=device == "cpu"))
         for strided in (x.to(memory_format=torch.channels_last), x.repeat_interleave(2, dim=3)[..., ::2]):
             assert torch.equal(kernels.conv_block(strided.to(device), *on_device), found)
         assert kernels.conv_block(x[:0].to(device), *on_device).shape == (0, *found.shape[1:])
@@ -252,12 +145,8 @@ def check_values(device):
 
 
 def interpret():
-    for case in LAYERS:
-        check_layer(case, "cpu")
-    for case in DESCRIPTORS:
-        check_layer(case, "cpu", "conv_descriptor")
-    for case in IMAGES:
-        check_image(case, "cpu")
+    for case in (*LAYERS, *DESCRIPTORS, *IMAGES):
+        require(case, "cpu")
     check_values("cpu")
     check_conv_block("cpu")
 
@@ -639,10 +528,10 @@ def test_the_image_launcher_refuses():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("case", [*LAYERS, *IMAGES], ids=str)
 def test_layers_on_a_gpu(case):
     pytest.importorskip("triton")
-    check_layer(case, "cuda")
+    require(case, "cuda")
 
 
 def require_descriptors():
@@ -651,7 +540,7 @@ def require_descriptors():
     reason = launchers().descriptor_gap(BF16, torch.cuda.get_device_capability())
     if reason:
         with pytest.raises(BackendUnavailableError, match="compute capability"):
-            check_layer(DESCRIPTORS[0], "cuda", "conv_descriptor")
+            require(DESCRIPTORS[0], "cuda")
         pytest.skip(reason)
 
 
@@ -659,14 +548,14 @@ def require_descriptors():
 @pytest.mark.parametrize("case", DESCRIPTORS, ids=str)
 def test_descriptors_on_a_gpu(case):
     require_descriptors()
-    check_layer(case, "cuda", "conv_descriptor")
+    require(case, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("upsample", [False, True], ids=["plain", "phases"])
+@pytest.mark.parametrize("ups", [(), UP], ids=["plain", "phases"])
 @pytest.mark.parametrize("warps", [4, 8])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_every_descriptor_configuration_on_a_gpu(dtype, warps, upsample):
+@pytest.mark.parametrize("product", ["bf16", "f16"])
+def test_every_descriptor_configuration_on_a_gpu(product, warps, ups):
     """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
     require_descriptors()
     _, limit = device_limits("cuda")
@@ -674,42 +563,15 @@ def test_every_descriptor_configuration_on_a_gpu(dtype, warps, upsample):
         for config in dict.fromkeys(tile._replace(warps=warps) for tile in conv_tiles.descriptor_table(padded(channels))):
             # Tiles of eight warps whose sums would not be in the registers of four are tried with eight alone.
             sums = config.rows * config.columns * config.channels // (32 * warps)
-            if config.shared(dtype) + 1024 <= limit and sums <= 128:
-                case = Case((3, channels, channels, 13, 17), config, dtype, upsample)
-                check_layer(case, "cuda", "conv_descriptor")
+            if config.shared(PRODUCTS[product][0]) + 1024 <= limit and sums <= 128:
+                require(Case(3, 13, 17, (channels, channels), ups, product=product, tile=config), "cuda")
 
 
 @pytest.mark.gpu
 def test_descriptors_in_a_graph_on_a_gpu():
     """A graph keeps its own copy of the descriptors: it reads what its tensors hold later."""
     require_descriptors()
-    kernels, case = launchers(), DESCRIPTORS[-2]
-    x, weight, bias = inputs(case)
-    taps, padded_bias = pad_layer(weight, bias, case.layer)
-    tensors = [t.cuda() for t in (stored_input(x, case), kernels.pack_weights(taps, F16, "tf32"), padded_bias)]
-    out = torch.empty(2, 4, 8, 128, dtype=F16, device="cuda")
-
-    def launch():
-        kernels.conv_descriptor(*tensors, out, False, 1, 0.2, "tf32", case.tile)
-
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    tensors[0].copy_(tensors[0].flip(0) / 2)
-    launch()
-    wanted = out.clone()
-    out.fill_(torch.nan)
-    graph.replay()
-    assert torch.equal(out, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", IMAGES, ids=str)
-def test_images_on_a_gpu(case):
-    pytest.importorskip("triton")
-    check_image(case, "cuda")
+    check_captured(DESCRIPTORS[-2], start, pack)
 
 
 @pytest.mark.gpu
@@ -719,21 +581,18 @@ def test_values_and_public_layout_on_a_gpu():
     check_conv_block("cuda")
 
 
-PRODUCTS = {"bf16": (BF16, "tf32"), "f16": (F16, "tf32"), **{name: (F32, name) for name in ("ieee", "tf32", "tf32x3")}}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [128, 72])
-@pytest.mark.parametrize("upsample", [False, True], ids=["plain", "phases"])
+@pytest.mark.parametrize("ups", [(), UP], ids=["plain", "phases"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_every_configuration_on_a_gpu(product, upsample, channels):
+def test_every_configuration_on_a_gpu(product, ups, channels):
     """Where a compiler is wrong for a number of warps or stages, it shows here; for whole blocks of channels, and others."""
     pytest.importorskip("triton")
     dtype, precision = PRODUCTS[product]
     _, limit = device_limits("cuda")
     for config in conv_tiles.table(dtype, precision, padded(channels)):
         if config.shared(dtype) + 1024 <= limit:
-            check_layer(Case((3, channels, channels, 13, 17), config, dtype, upsample, precision=precision), "cuda")
+            require(Case(3, 13, 17, (channels, channels), ups, product=product, tile=config), "cuda")
 
 
 @pytest.mark.gpu
@@ -742,20 +601,19 @@ def test_every_configuration_of_images_on_a_gpu(product):
     pytest.importorskip("triton")
     dtype, precision = PRODUCTS[product]
     for config in conv_tiles.image_table(dtype, precision, 128):
-        check_image(Case((3, 128, 3, 21, 43), config, dtype, activation="tanh", precision=precision), "cuda")
+        require(Case(3, 21, 43, (128, 3), activation="tanh", product=product, image=True, tile=config), "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("product", ["bf16", "tf32x3"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_on_a_gpu(preset, dtype):
+def test_presets_on_a_gpu(preset, product):
     """Every layer of a student with its default configuration, at its own size."""
     pytest.importorskip("triton")
     kernels = launchers()
     for layer in convolutions(PRESETS[preset]):
-        case = Case((2, layer.c_in, layer.c_out, layer.height, layer.width), (), dtype, layer.upsample, layer.activation)
-        case = dataclasses.replace(case, detail=layer.detail, tile=kernels.default(layer, 2, dtype, case.precision))
-        (check_image if kernels.has_few_channels(layer) else check_layer)(case, "cuda")
+        tile = kernels.default(layer, 2, *PRODUCTS[product])
+        require(case_of([layer], 2, product=product, image=kernels.has_few_channels(layer), tile=tile), "cuda")
 
 
 @pytest.mark.gpu
@@ -765,24 +623,18 @@ def test_beyond_32_bits_on_a_gpu(launcher, forty_gigabytes):
     pytest.importorskip("triton")
     if launcher == "conv_descriptor":
         require_descriptors()
-    kernels, image = launchers(), launcher == "conv_image"
+    image = launcher == "conv_image"
     tile = {"conv_layer": (128, 64, 64, 8, 3), "conv_descriptor": (8, 16, 64, 64, 4, 4), "conv_image": (8, 16, 64, 4)}[launcher]
     x = torch.zeros(1, 4100, 8200, 64, dtype=BF16, device="cuda")
     for upsample in [False] if image else [False, True]:
-        case = Case((1, 64, 3 if image else 64, 8, 8), tile, BF16, upsample, "none")
-        small, weight, bias = inputs(case)
+        case = Case(1, 8, 8, (64, 3 if image else 64), (upsample,), "none", image=image, tile=tile)
+        small, weights, biases = draw(case)
         # Around the corner there are zeros, as around an image.
         x[0, -8:, -8:] = small[0].permute(1, 2, 0).cuda()
-        taps, wide = (tensor.cuda() for tensor in pad_layer(weight, bias, case.layer))
-        weights, scale = kernels.pack_weights(taps, BF16, "tf32"), 2 if upsample else 1
-        if image:
-            out = torch.empty(1, 3, 4100, 8200, dtype=BF16, device="cuda")
-            kernels.conv_image(x, weights, wide, out, 0, 0.2, "tf32", tile)
-        else:
-            out = torch.empty(1, scale * 4100, scale * 8200, 64, dtype=BF16, device="cuda")
-            getattr(kernels, launcher)(x, weights, wide, out, upsample, 0, 0.2, "tf32", tile)
-            out = out.permute(0, 3, 1, 2)
-        wanted = oracle(small, weight, bias, 0.2, upsample, "none")
-        allowed = bound(case, small, weight, bias, wanted, False)
-        require_close(out[:, :, -8 * scale :, -8 * scale :].cpu(), wanted, allowed)
-        del out
+        scale = 2 if upsample else 1
+        sides = (scale * 4100, scale * 8200)
+        out = torch.empty((1, 3, *sides) if image else (1, *sides, 64), dtype=BF16, device="cuda")
+        start(case, x, *([tensor.cuda() for tensor in part] for part in pack(case, weights, biases)), out)
+        found = (out if image else out.permute(0, 3, 1, 2))[:, :, -8 * scale :, -8 * scale :]
+        compare(found.cpu(), *after(case, case.layers[0], small, weights[0], biases[0]))
+        del out, found

@@ -14,9 +14,12 @@ from advkd.engines.gpu_search import cheapest
 from advkd.errors import InputError
 from advkd.models.shape import PRESETS, StudentConfig, convolutions
 from advkd.ops import registry, student_steps
+from advkd.ops.conv_layer import ACTIVATIONS
 from advkd.ops.gpu_storage import PRODUCTS, fold_taps, pack_fragments, pack_image, pad_layer, product_of, round_tf32
 from advkd.ops.student_forward import student_forward_reference
 from advkd.ops.student_steps import Step, decode_steps, encode_steps, pack_gpu, plain_steps, student_forward_gpu
+
+from .cases import activated, convolve
 
 F32 = torch.float32
 # Channels that are no multiple of a unit, and detail bands after them.
@@ -59,7 +62,7 @@ def conv_layer(x, taps, bias, out, upsample, activation, slope):
         for tap in range(taps.shape[1]):
             i, j = (tap // 2 + a, tap % 2 + b) if upsample else divmod(tap, 3)
             y += bordered[:, i : i + height, j : j + width] @ taps[phase, tap].double()
-        y = torch.where(y > 0, y, slope * y) if activation == 1 else y.tanh() if activation == 2 else y
+        y = activated(y, ACTIVATIONS[activation], slope)
         out[:, a::side, b::side, : taps.shape[3]] = y.to(out.dtype)
 
 
@@ -170,8 +173,7 @@ def test_folded_taps_are_the_up_sampled_convolution():
     x, weight = torch.randn(2, 3, 4, 5).double(), torch.randn(6, 3, 3, 3).double()
     out = torch.empty(2, 8, 10, 6).double()
     conv_layer(x.permute(0, 2, 3, 1), fold_taps(weight, True), torch.zeros(6), out, True, 0, 0.2)
-    wanted = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
-    assert (out.permute(0, 3, 1, 2) - wanted).abs().max() < 1e-13
+    assert (out.permute(0, 3, 1, 2) - convolve(x, weight, upsample=True)).abs().max() < 1e-13
 
 
 CHAINS = {

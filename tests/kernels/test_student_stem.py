@@ -7,34 +7,28 @@ import functools
 import itertools
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from advkd.engines.gpu_search import stem_layers
 from advkd.models.shape import PRESETS, FusedStudentConfig, convolutions
-from advkd.ops import cuda
 from advkd.ops.conv_layer import ConvLayer
-from advkd.ops.gpu_storage import PRODUCTS, pack_fragments, pad_layer, padded, stem_numbers
-from advkd.runtime.extension import extension_gap
+from advkd.ops.gpu_storage import PRODUCTS, padded
 
+from .cases import Case, after, arguments, case_of, check_captured, compare, draw, meta, pack, run, starter, store
 from .cuda_on_host import in_order
-from .host_plans import H200, LAUNCHERS, plan
+from .host_plans import H200, LAUNCHERS, gpu_launchers, plan
 from .test_compile_ahead import cuda_kernels, known_to_nvcc
 
-SLOPE = 0.3
 LIMITS = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
 
 def chain(*shapes):
     """Layers (c_in, c_out, upsample) from 4x4 on."""
-    layers, side = [], 4
-    for c_in, c_out, upsample in shapes:
-        layers.append(ConvLayer(c_in, c_out, side, side, bool(upsample)))
-        side *= 2 if upsample else 1
-    return layers
+    channels = (shapes[0][0], *(c_out for _, c_out, _ in shapes))
+    return Case(2, 4, 4, channels, tuple(up for *_, up in shapes), more=16, op="student_stem")
 
 
 CHAINS = {
@@ -51,117 +45,39 @@ CHAINS = {
 }
 
 
-def dtype_of(product):
-    return {"bf16": torch.bfloat16, "f16": torch.float16}.get(product, torch.float32)
+@functools.lru_cache(4)
+def numbers(case):
+    """Images, and the layers' weights and biases as given and as the kernel takes them."""
+    x, *layers = draw(case)
+    return x, layers, pack(case, *layers)
 
 
-@dataclass
-class Network:
-    """Layers with their weights as given, `(C_out, C_in, 3, 3)` in the storage dtype, and as the kernel takes them."""
-
-    layers: list
-    product: str
-    device: str = "cpu"
-
-    def __post_init__(self):
-        generator = torch.Generator().manual_seed(1)
-        self.weights, self.biases, packed = [], [], []
-        for layer in self.layers:
-            weight = torch.randn(layer.c_out, layer.c_in, 3, 3, generator=generator) / (9 * layer.c_in) ** 0.5
-            self.weights.append(weight.to(dtype_of(self.product)).float())
-            self.biases.append(torch.randn(layer.c_out, generator=generator) / 4)
-            taps, bias = pad_layer(self.weights[-1], self.biases[-1], layer)
-            packed.append((pack_fragments(taps, self.product).to(self.device), bias.to(self.device)))
-        self.packed = [list(parts) for parts in zip(*packed)]
-
-    def input(self, n):
-        layer = self.layers[0]
-        x = torch.randn(n, 4, 4, layer.c_in, generator=torch.Generator().manual_seed(n))
-        return F.pad(x, (0, padded(layer.c_in) - layer.c_in)).to(dtype_of(self.product)).to(self.device)
-
-    def run(self, x, cluster=1, images=1, count=None, launch=None):
-        """The first `count` layers' result `(N, R, R, C_out)`; checks that nothing else is written."""
-        layers = self.layers[:count]
-        last = layers[-1]
-        side, channels = last.height * (2 if last.upsample else 1), padded(last.c_out)
-        whole = torch.full((len(x) + 2, side, side, channels + 16), torch.nan, dtype=x.dtype, device=x.device)
-        out, weights, biases = whole[1:-1], self.packed[0][: len(layers)], self.packed[1][: len(layers)]
-        numbers, product = stem_numbers(layers), PRODUCTS.index(self.product)
-        launch = launch or LAUNCHERS.student_stem
-        assert launch(x, weights, biases, out, numbers, SLOPE, product, cluster, images) is None
-        assert whole[0].isnan().all() and whole[-1].isnan().all() and out[..., channels:].isnan().all(), "written beyond out"
-        assert not out[..., last.c_out : channels].any(), "channels that fill a unit are zeros"
-        return out[..., : last.c_out].clone()
+def result(case, share=(1, 1), launchers=LAUNCHERS, images=slice(None), count=None, device="cpu"):
+    """The first ``count`` layers' result of some of the case's images, with clusters and groups of images that ``share``."""
+    x, _, packed = numbers(case)
+    part = case_of(case.layers[:count], case.n, product=case.product, more=16, op="student_stem", tile=share)
+    return run(part, starter(launchers), x[images], *(p[:count] for p in packed), device, calls=1)
 
 
-@functools.cache
-def network(name, product, device="cpu"):
-    return Network(CHAINS[name], product, device)
-
-
-def filters(weight, upsample):
-    """The 3x3 filters on the low-resolution input by place in the output; one where nothing is up-sampled."""
-    if not upsample:
-        return {(0, 0): weight}
-    fold = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
-    return {(a, b): torch.einsum("ocij,ui,vj->ocuv", weight, fold[a], fold[b]) for a in (0, 1) for b in (0, 1)}
-
-
-def convolve(x, weight, upsample, positive):
-    """The sums of nine taps, float64, `(N, C, H, W)`; `positive`: of all terms' sizes, after the phases' folding."""
-    step = 2 if upsample else 1
-    out = x.new_empty(len(x), len(weight), step * x.shape[2], step * x.shape[3])
-    edged = F.pad(x.abs() if positive else x, (1, 1, 1, 1))
-    for (a, b), taps in filters(weight, upsample).items():
-        taps = taps.abs() if positive else taps
-        windows = [
-            torch.einsum("nchw,oc->nohw", edged[:, :, i : i + x.shape[2], j : j + x.shape[3]], taps[:, :, i, j])
-            for i in range(3)
-            for j in range(3)
-        ]
-        out[:, :, a::step, b::step] = sum(windows)
-    return out
-
-
-def expected(x, weight, bias, layer, product):
-    """A layer's result in float64 of its stored input `(N, H, W, C)`, and the largest error that rounding allows.
-
-    Sums are float32 of at most 9 C terms, eight parts and a bias, each step off by 2^-23 where a tensor core cuts off. bfloat16
-    and float16: phases' weights are rounded once, the result once. TensorFloat-32: both operands are rounded to 11 bits.
-    float32 from three of its products: each operand's rest and the product of rests are lost, 2^-22 each.
-    """
-    x = x[..., : layer.c_in].double().cpu().permute(0, 3, 1, 2)
-    weight, bias = weight.double(), bias.double()[None, :, None, None]
-    y = convolve(x, weight, layer.upsample, False) + bias
-    size = convolve(x, weight, layer.upsample, True)
-    unit = {"bf16": 2.0**-8, "f16": 2.0**-11}.get(product, 2.0**-24)
-    operands = {"tf32": 2 * 2.0**-11 + 2.0**-21, "f32": 3 * 2.0**-22}.get(product, unit if layer.upsample else 0.0)
-    error = (9 * layer.c_in + 10) * 2.0**-23 * (size + bias.abs()) + operands * size
-    y = torch.where(y > 0, y, SLOPE * y)
-    # Two intermediate roundings to float32: of the sum with the bias, and of the slope's product.
-    allowed = error + (unit + 3 * 2.0**-24) * (y.abs() + error) + 2.0**-24
-    return y.permute(0, 2, 3, 1), allowed.permute(0, 2, 3, 1)
-
-
-def check_layers(net, n, **options):
+def check_layers(case, **options):
     """Check each layer against float64, given the kernel's result for the layers before; the whole repeats bit for bit."""
-    x = stored = net.input(n)
-    for i, layer in enumerate(net.layers):
-        y = net.run(x, count=i + 1, **options)
-        wanted, allowed = expected(stored, net.weights[i], net.biases[i], layer, net.product)
-        errors = (y.double().cpu() - wanted).abs()
-        border = torch.ones_like(errors, dtype=torch.bool)
-        border[:, 1:-1, 1:-1] = False
-        assert (errors <= allowed)[border].all(), f"layer {i}, border"
-        assert (errors <= allowed)[~border].all(), f"layer {i}, inside"
-        stored = y
-    assert torch.equal(net.run(x, **options), stored)
+    x, (weights, biases), _ = numbers(case)
+    before = x.to(options.get("device", "cpu"))
+    for i, (layer, weight, bias) in enumerate(zip(case.layers, weights, biases)):
+        found = result(case, count=i + 1, **options)
+        compare(found, *after(case, layer, before, weight.to(before.device), bias.to(before.device)))
+        before = found
+    assert torch.equal(result(case, **options), before)
+
+
+def chained(name, product="bf16", n=2):
+    return replace(CHAINS[name], product=product, n=n)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.core if name == "up" else ()) for name in CHAINS])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_layer(product, name, cupy_on_host):
-    check_layers(network(name, product), 2)
+    check_layers(chained(name, product))
 
 
 # Whole groups and a partial last one: a cluster's blocks alone, with columns each, with shares of pixels.
@@ -171,40 +87,40 @@ SHARES = [(1, 3), (2, 2), (4, 1), (8, 3), (4, 4)]
 @pytest.mark.parametrize("name", ["smallest", "columns", "kinds"])
 @pytest.mark.parametrize("product", ["bf16", "f32"])
 def test_bits_depend_on_the_image_alone(product, name, cupy_on_host):
-    net = network(name, product)
-    x = net.input(3)
-    alone = torch.cat([net.run(x[i : i + 1]) for i in range(3)])
-    for cluster, images in SHARES:
-        assert torch.equal(net.run(x, cluster, images), alone), (cluster, images)
+    check_shares(chained(name, product, 3), SHARES)
+
+
+def check_shares(case, shares, **options):
+    """Each way to share the work, clusters and groups of images, gives the bits of every image alone."""
+    alone = torch.cat([result(case, images=slice(i, i + 1), **options) for i in range(case.n)])
+    for share in shares:
+        assert torch.equal(result(case, share, **options), alone), share
 
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name, cluster, images", [("kinds", 1, 2), ("kinds", 4, 2), ("large", 1, 1), ("large", 4, 1)])
 def test_warps_far_ahead_of_others(name, cluster, images, order, cupy_on_host):
     """Work that runs ahead finds its inputs ready and overwrites nothing still in use."""
-    net = network(name, "bf16")
-    x = net.input(2)
-    wanted = net.run(x)
+    wanted = result(chained(name))
     with in_order(order, "student_stem", "bf16"):
-        assert torch.equal(net.run(x, cluster, images), wanted)
+        assert torch.equal(result(chained(name), (cluster, images)), wanted)
 
 
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_images_of_a_group_do_not_meet(cluster, cupy_on_host):
-    net = network("kinds", "f16")
-    x = net.input(3)
-    clean = net.run(x, cluster, 3)
+    case = replace(chained("kinds", "f16", 3), tile=(cluster, 3))
+    x, _, packed = numbers(case)
+    clean = run(case, starter(LAUNCHERS), x, *packed)
+    x = x.clone()
     x[1] = torch.nan
-    spoilt = net.run(x, cluster, 3)
+    spoilt = run(case, starter(LAUNCHERS), x, *packed)
     assert torch.equal(spoilt[::2], clean[::2]) and spoilt[1].isnan().all()
 
 
 @pytest.mark.parametrize("name, cluster", [("smallest", 8), ("large", 8), ("large", 2), ("up", 8)])
 def test_more_blocks_than_work(name, cluster, cupy_on_host):
     """Blocks without columns or pixels wait with the others and receive their results."""
-    net = network(name, "bf16")
-    x = net.input(2)
-    assert torch.equal(net.run(x, cluster, 1), net.run(x))
+    assert torch.equal(result(chained(name), (cluster, 1)), result(chained(name)))
 
 
 # Division of work in consecutive plain layers of one side: log2 of the sets of blocks with pixels of their own, in each of
@@ -216,39 +132,21 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("layers, cluster, shifts", SHARED)
-def test_columns_and_pixels_are_shared(layers, cluster, shifts, cupy_on_host):
-    planned = stem_plan(layers, "bf16", cluster, 1, LIMITS["sm_90"])
-    assert tuple(planned.fields["layers"]["line_shift"][: len(layers)]) == shifts
-    net = Network(layers, "bf16")
-    x = net.input(3)
-    alone = net.run(x)
-    for images in (1, 2):
-        assert torch.equal(net.run(x, cluster, images), alone)
+@pytest.mark.parametrize("case, cluster, shifts", SHARED)
+def test_columns_and_pixels_are_shared(case, cluster, shifts, cupy_on_host):
+    planned = stem_plan(case.layers, "bf16", cluster, 1, LIMITS["sm_90"])
+    assert tuple(planned.fields["layers"]["line_shift"][: len(shifts)]) == shifts
+    check_shares(replace(case, n=3), [(cluster, 1), (cluster, 2)])
 
 
 def test_empty_batch(cupy_on_host):
-    net = network("smallest", "bf16")
-    assert net.run(net.input(0), 4, 2).shape == (0, 4, 4, 16)
+    assert result(chained("smallest", n=0), (4, 2)).shape == (0, 16, 4, 4)
 
 
 def stem_plan(layers, product, cluster, images, limit):
     """The plan of layers that fit, for two images."""
-    dtype, last = dtype_of(product), layers[-1]
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    packed = [
-        empty(4 if i.upsample else 1, padded(i.c_in) * dtype.itemsize // 32, 4 if i.upsample else 9, padded(i.c_out) // 16,
-              32, 16 // dtype.itemsize)
-        for i in layers
-    ]  # fmt: skip
-    biases = [empty(padded(i.c_out), dtype=torch.float32) for i in layers]
-    side = last.height * (2 if last.upsample else 1)
-    x, out = empty(2, 4, 4, padded(layers[0].c_in)), empty(2, side, side, padded(last.c_out))
-    numbers = (SLOPE, PRODUCTS.index(product), cluster, images)
-    return plan("student_stem", x, packed, biases, out, stem_numbers(layers), *numbers, device=(H200[0], limit, H200[2]))
+    case = case_of(layers, 2, product=product, op="student_stem", tile=(cluster, images))
+    return plan("student_stem", *arguments(case, *meta(case)), device=(H200[0], limit, H200[2]))
 
 
 @functools.cache
@@ -258,7 +156,7 @@ def preset(name):
 
 
 def plans():
-    layers = [preset(name)[1] for name in PRESETS] + list(CHAINS.values())
+    layers = [preset(name)[1] for name in PRESETS] + [case.layers for case in CHAINS.values()]
     limits = (0, 20_000, *LIMITS.values())
     return list(itertools.product(layers, PRODUCTS, (1, 2, 4, 8), (1, 2, 5, 64), limits))
 
@@ -275,7 +173,7 @@ def test_places_in_shared_memory():
                 stem_plan(more, product, cluster, images, limit)
         if not fit:
             continue
-        p, element = stem_plan(fit, product, cluster, images, limit), dtype_of(product).itemsize
+        p, element = stem_plan(fit, product, cluster, images, limit), 2 if product in ("bf16", "f16") else 4
         splits, needed = p.fields["layers"][: len(fit)], p.launches[0][3]
         pixels = [images * i.height * i.height * (padded(i.c_in) * element + 16) for i in fit]
         buffers = [max(pixels[i::2], default=0) for i in (0, 1)]
@@ -311,7 +209,9 @@ def test_layers_of_the_presets(name):
 
 
 def test_where_the_layers_end():
-    layers = chain((48, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1))
+    layers = chain(
+        (48, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1), (16, 16, 0), (16, 16, 1)
+    ).layers
     assert stem_layers(layers, "bf16", 1, LIMITS["sm_90"]) == 7, "the last makes 64x64"
     assert stem_layers([], "bf16", 1, LIMITS["sm_90"]) == stem_layers(layers, "bf16", 1, 1000) == 0
     detail = ConvLayer(28, 16, 8, 8, True, detail=12)
@@ -319,16 +219,16 @@ def test_where_the_layers_end():
     image = ConvLayer(16, 3, 8, 8, activation="tanh")
     assert stem_layers([*layers[:3], image], "bf16", 1, LIMITS["sm_90"]) == 3
     assert stem_layers(layers[2:], "bf16", 1, LIMITS["sm_90"]) == 0, "the first is not 4x4"
-    many = chain(*[(16, 16, 0)] * 40)
+    many = chain(*[(16, 16, 0)] * 40).layers
     assert stem_layers(many, "bf16", 1, LIMITS["sm_90"]) == 32
 
 
-def arguments(**changes):
-    layers, product = CHAINS["up"], changes.pop("of", "bf16")
-    net = network("up", product)
-    values = dict(x=net.input(2), weights=net.packed[0], biases=net.packed[1])
-    values |= dict(out=torch.empty(2, 16, 16, 16, dtype=dtype_of(product)), layers=stem_numbers(layers), slope=SLOPE)
-    return {**values, "product": PRODUCTS.index(product), "cluster": 1, "images": 1, **changes}
+def good_arguments(**changes):
+    case = chained("up", changes.pop("of", "bf16"))
+    x, _, packed = numbers(case)
+    names = ("x", "weights", "biases", "out", "layers", "slope", "product", "cluster", "images")
+    out = torch.empty(2, 16, 16, 16, dtype=case.dtype)
+    return {**dict(zip(names, arguments(case, store(case, x), *packed, out))), **changes}
 
 
 REFUSED = [
@@ -365,19 +265,19 @@ REFUSED = [
 @pytest.mark.parametrize("changes, message", REFUSED)
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(RuntimeError, match=f"student_stem: .*{message}"):
-        plan("student_stem", **arguments(**changes))
+        plan("student_stem", **good_arguments(**changes))
 
 
 def test_too_little_shared_memory_is_refused():
-    needed = stem_plan(CHAINS["up"], "bf16", 1, 3, LIMITS["sm_90"]).launches[0][3]
+    needed = stem_plan(CHAINS["up"].layers, "bf16", 1, 3, LIMITS["sm_90"]).launches[0][3]
     with pytest.raises(RuntimeError, match="1 of 2 layers fit"):
-        stem_plan(CHAINS["up"], "bf16", 1, 3, needed - 1)
+        stem_plan(CHAINS["up"].layers, "bf16", 1, 3, needed - 1)
 
 
 def test_clusters_need_their_capability():
-    assert plan("student_stem", **arguments(), device=(108, LIMITS["sm_80"], 8)).blocks == 2
+    assert plan("student_stem", **good_arguments(), device=(108, LIMITS["sm_80"], 8)).blocks == 2
     with pytest.raises(RuntimeError, match="cluster must be 1 before compute capability 9.0, got 2"):
-        plan("student_stem", **arguments(cluster=2), device=(108, LIMITS["sm_80"], 8))
+        plan("student_stem", **good_arguments(cluster=2), device=(108, LIMITS["sm_80"], 8))
 
 
 PTX = {"bf16": "bf16.bf16", "f16": "f16.f16", "tf32": "tf32.tf32", "f32": "tf32.tf32"}
@@ -408,17 +308,6 @@ def test_nvcc_student_stem(architecture, tmp_path):
         assert ("st.shared::cluster.v4" in body and "barrier.cluster.arrive.release" in body) == clusters
 
 
-def launcher(compiled_by):
-    """The launcher of the extension or of CuPy, on a GPU."""
-    if compiled_by == "cupy":
-        if reason := cuda.gap():
-            pytest.skip(reason)
-        return LAUNCHERS.student_stem
-    if reason := extension_gap("cuda"):
-        pytest.skip(reason)
-    return torch.ops.advkd_cuda.student_stem
-
-
 def clusters_of_the_device():
     return (1, 2, 4, 8) if torch.cuda.get_device_capability()[0] >= 9 else (1,)
 
@@ -427,8 +316,8 @@ def shared_limit():
     return torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
 
 
-def fits_the_device(net, images):
-    return stem_layers(net.layers, net.product, images, shared_limit()) == len(net.layers)
+def fits_the_device(case, images):
+    return stem_layers(case.layers, case.product, images, shared_limit()) == len(case.layers)
 
 
 @pytest.mark.gpu
@@ -436,16 +325,12 @@ def fits_the_device(net, images):
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_layer_on_a_gpu(product, name, compiled_by):
-    launch = launcher(compiled_by)
-    net = network(name, product, "cuda")
-    shares = [share for share in itertools.product(clusters_of_the_device(), (1, 2, 3)) if fits_the_device(net, share[1])]
+    case, options = chained(name, product, 3), dict(launchers=gpu_launchers(compiled_by), device="cuda")
+    shares = [share for share in itertools.product(clusters_of_the_device(), (1, 2, 3)) if fits_the_device(case, share[1])]
     if (1, 1) not in shares:
         pytest.skip("needs more shared memory than this device has")
-    check_layers(net, 2, launch=launch)
-    x = net.input(3)
-    alone = torch.cat([net.run(x[i : i + 1], launch=launch) for i in range(3)])
-    for cluster, images in shares:
-        assert torch.equal(net.run(x, cluster, images, launch=launch), alone), (cluster, images)
+    check_layers(case, **options)
+    check_shares(case, shares, **options)
 
 
 @pytest.mark.gpu
@@ -453,26 +338,13 @@ def test_every_layer_on_a_gpu(product, name, compiled_by):
 @pytest.mark.parametrize("product", ["bf16", "f32"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_on_a_gpu(name, product, compiled_by):
-    launch = launcher(compiled_by)
     layers = preset(name)[0][: stem_layers(preset(name)[0], product, 1, shared_limit())]
-    net = Network(layers, product, "cuda")
+    case = case_of(layers, 5, product=product, op="student_stem")
     for cluster in clusters_of_the_device():
-        check_layers(net, 5, cluster=cluster, launch=launch)
+        check_layers(case, share=(cluster, 1), launchers=gpu_launchers(compiled_by), device="cuda")
 
 
 @pytest.mark.gpu
 def test_is_captured():
-    """A CUDA graph's replay on other values."""
-    launch, net = launcher("nvcc"), network("kinds", "bf16", "cuda")
-    cluster = clusters_of_the_device()[-1]
-    x, other = net.input(1), net.input(2)[:1]
-    wanted = [net.run(values, cluster, launch=launch) for values in (x, other)]
-    out = torch.empty(1, 16, 16, 16, dtype=x.dtype, device="cuda")
-    values = (net.packed[0], net.packed[1], out, stem_numbers(net.layers), SLOPE, 0, cluster, 1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch(x, *values)
-    for source, result in zip((x.clone(), other), wanted):
-        x.copy_(source)
-        graph.replay()
-        assert torch.equal(out, result)
+    case = replace(chained("kinds", n=1), more=0, tile=(clusters_of_the_device()[-1], 1))
+    check_captured(case, starter(gpu_launchers("nvcc")))

@@ -1,6 +1,6 @@
 """The student's convolution: every backend and algorithm against float64, and its refusals."""
 
-import os
+import functools
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from advkd.ops.conv_layer import ALGORITHMS, ConvLayer
 from advkd.runtime.extension import extension_gap
 
 from ..conftest import fork
+from ..kernels.cases import Case, compare, convolve, draw, oracle, phase_filters, sizes
 
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
@@ -32,30 +33,8 @@ def poisoned_memory():
 
 
 def arguments(n, c_in, c_out, height, width, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, c_in, height, width, generator=generator)
-    weight = torch.randn(c_out, c_in, 3, 3, generator=generator) / (9 * c_in) ** 0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(c_out, generator=generator).to(dtype)
-
-
-def oracle(x, weight, bias, slope, upsample, activation):
-    """Written out by taps, in float64."""
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    if upsample:
-        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    padded = F.pad(x, (1, 1, 1, 1))
-    y = bias[None, :, None, None].expand(len(x), -1, *x.shape[2:]).clone()
-    for i in range(3):
-        for j in range(3):
-            window = padded[:, :, i : i + x.shape[2], j : j + x.shape[3]]
-            y += torch.einsum("nchw,oc->nohw", window, weight[:, :, i, j])
-    return {"leaky_relu": torch.where(y > 0, y, slope * y), "tanh": y.tanh(), "none": y}[activation]
-
-
-def phase_filters(weight):
-    """The four phases' 3x3 filters on the low-resolution input, by (vertical, horizontal)."""
-    fold = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
-    return {(a, b): torch.einsum("ocij,ui,vj->ocuv", weight.double(), fold[a], fold[b]) for a in (0, 1) for b in (0, 1)}
+    x, weights, biases = draw(Case(n, height, width, (c_in, c_out), product="f32"))
+    return x.to(dtype), weights[0].to(dtype), biases[0].to(dtype)
 
 
 def winograd_matrices(m):
@@ -80,10 +59,8 @@ def polynomial(roots):
     return coefficients
 
 
-def sizes(x, weight, m):
-    """Magnitudes that an algorithm's roundings scale with: its sums with every number, matrices included, made positive."""
-    if not m:
-        return F.conv2d(x.double().abs(), weight.double().abs(), padding=1)
+def transformed_sizes(x, weight, m):
+    """Winograd's sums with every number, matrices included, made positive."""
     a, b, g = (matrix.abs() for matrix in winograd_matrices(m))
     n, _, height, width = x.shape
     down, across = -(-height // m), -(-width // m)
@@ -104,12 +81,7 @@ def bound(x, weight, bias, upsample, algorithm, wanted):
     """
     m = int(algorithm[-1]) if algorithm.startswith("winograd") else 0
     single = (9 * x.shape[1] + 3 * m + 12) * 2.0**-24
-    if upsample:
-        size = torch.zeros_like(wanted)
-        for (a, b), filters in phase_filters(weight).items():
-            size[:, :, a::2, b::2] = sizes(x, filters, m)
-    else:
-        size = sizes(x, weight, m)
+    size = sizes(x, weight, upsample, *([functools.partial(transformed_sizes, m=m)] if m else []))
     size = size + bias.double().abs()[None, :, None, None]
     if x.dtype == torch.float32:
         # tanh adds its own error.
@@ -136,11 +108,7 @@ def test_parity(backend, dtype, shape, upsample, activation):
     if backend == "reference" and dtype == torch.bfloat16:
         # oneDNN rounds between bias and activation.
         allowed = allowed + 2**-8 * (oracle(x, weight, bias, 0.1, upsample, "none").abs() + 1)
-    errors = (y - wanted).abs()
-    border = torch.ones_like(errors, dtype=torch.bool)
-    border[:, :, 1:-1, 1:-1] = False
-    assert (errors <= allowed)[border].all(), "border"
-    assert (errors <= allowed)[~border].all(), "inside"
+    compare(y, wanted, allowed)
     for strided in (x.to(memory_format=torch.channels_last), x.repeat_interleave(2, dim=3)[..., ::2]):
         z = conv_block(strided, weight, bias, slope=0.1, upsample=upsample, activation=activation, backend=backend)
         assert torch.equal(z, y) if backend == "cpu" else ((z - y).abs() <= 2 * allowed).all()
@@ -156,8 +124,7 @@ def gpu_bound(x, weight, bias, upsample, wanted):
     if x.dtype == torch.float32:
         return bound(x, weight, bias, upsample, "direct", wanted) * (1 + 3 * 2.0**-22 / (terms * 2.0**-24))
     unit = torch.finfo(x.dtype).eps / 2
-    size = F.conv2d(F.interpolate(x.double().abs(), scale_factor=2 if upsample else 1), weight.double().abs(), padding=1)
-    size = size + bias.double().abs()[None, :, None, None]
+    size = convolve(x.abs(), weight.abs(), upsample) + bias.double().abs()[None, :, None, None]
     # Numbers below float16's smallest normal one are rounded to a step of 2^-24.
     return (terms * 2.0**-24 + (unit if upsample else 0)) * size + 2 * unit * wanted.abs() + 2**-20
 
@@ -175,7 +142,7 @@ def test_parity_on_a_gpu(backend, dtype, shape, upsample, activation):
     y = conv_block(*tensors, **options)
     assert y.dtype == dtype and y.is_contiguous() and torch.equal(y, conv_block(*tensors, **options))
     wanted = oracle(x, weight, bias, 0.1, upsample, activation)
-    assert ((y.cpu() - wanted).abs() <= gpu_bound(x, weight, bias, upsample, wanted)).all()
+    compare(y.cpu(), wanted, gpu_bound(x, weight, bias, upsample, wanted))
     strided = tensors[0].repeat_interleave(2, dim=3)[..., ::2]
     assert torch.equal(conv_block(strided, *tensors[1:], **options), y)
 
@@ -191,7 +158,7 @@ def test_every_algorithm(dtype, algorithm, upsample):
         x, weight, bias = arguments(n, c_in, min(c_out, 4) if algorithm == "dot" else c_out, height, width, dtype)
         wanted = oracle(x, weight, bias, 0.3, upsample, "leaky_relu")
         y = conv_block_cpu(x, weight, bias, 0.3, upsample, "leaky_relu", algorithm)
-        assert ((y - wanted).abs() <= bound(x, weight, bias, upsample, algorithm, wanted)).all()
+        compare(y, wanted, bound(x, weight, bias, upsample, algorithm, wanted))
         assert torch.equal(y, conv_block_cpu(x, weight, bias, 0.3, upsample, "leaky_relu", algorithm))
 
 
@@ -227,12 +194,16 @@ def test_larger_tiles_cost_accuracy_within_reason():
     assert error["winograd4"] < error["winograd6"], "the plan prefers the smaller tile at equal speed"
 
 
+OTHERS = [
+    isa for isa in ("baseline", "avx2", "avx512", "avx512bf16") if extension_gap("cpu") or isa != torch.ops.advkd_cpu.isa()
+]
+"""Instruction sets that this process does not use."""
+
+
 @CPU
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", OTHERS)
 def test_every_instruction_set(isa):
-    """The parity tests again in a process that may use no more than this instruction set."""
-    if isa == os.environ.get("ADVKD_ISA"):
-        pytest.skip("this is that process")
+    """The algorithms' tests again in a process that may use no more than this instruction set."""
     environment = {"ADVKD_ISA": isa}
     load = "from advkd.runtime.extension import extension_gap; extension_gap('cpu')"
     code = f"import torch; torch.ones(1); {load}; print(torch.ops.advkd_cpu.isa())"
