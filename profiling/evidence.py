@@ -60,7 +60,7 @@ def source(result, times, sure=""):
         "",
     ]
     lines[0] = f"{link(result)}: {lines[0]}"
-    return [*stale(result), *lines]
+    return [stale(result) + lines[0], *lines[1:]]
 
 
 def markdown(titles, rows, rule="---"):
@@ -129,9 +129,9 @@ def scaled(path, factor, form, nothing="-"):
 
 
 def stale(result):
-    """A line that says so, where kernels have changed since."""
+    """The beginning of a line that says so, where kernels have changed since."""
     kernels = result.get("changed")
-    return [f"**Stale**: measured before the last change of {', '.join(kernels)}.", ""] if kernels else []
+    return f"**Stale**, measured before the last change of {', '.join(kernels)}: " if kernels else ""
 
 
 def device_alone(result, times, sure=""):

@@ -58,7 +58,7 @@ def plots(name, caption):
         for result in stored(name):
             checked(result)
             path = result["path"].removesuffix(".json") + ".png"
-            found += [*stale(result), f"![{caption}]({path})", "", f"{link(result)}: {result['provenance']['device']}.", ""]
+            found += [f"![{caption}]({path})", "", f"{stale(result)}{link(result)}: {result['provenance']['device']}.", ""]
         return found[:-1] or NOTHING
 
     return lines

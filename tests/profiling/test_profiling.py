@@ -420,7 +420,7 @@ def test_a_result_of_older_kernels_is_stale():
     assert evidence.changed("bench_norm_act", result) == ["norm_act"] and not evidence.changed("layers", result)
     assert evidence.changed("bench_norm_act", {"provenance": {}}) == ["norm_act"]
     stale = {"path": "a/b.json", "provenance": PLACE, "changed": ["norm_act"]}
-    assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**: measured before")
+    assert evidence.source(stale, [time(1.0)])[0].startswith("**Stale**, measured before")
     # On a GPU other kernels run; a part of a whole run keeps their digests beside its provenance.
     now = evidence.gpu_digests()
     part = {"provenance": {"device": "a card"}, "kernels": now, "result": {}}
