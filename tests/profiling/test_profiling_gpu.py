@@ -470,6 +470,9 @@ import os, pytest, time
 def test_case(i):
     if os.environ.get("STEP") == "die" and i == 1:
         os._exit(11)
+    if os.environ.get("STEP") == "kill" and i == 1:
+        time.sleep(0.2)  # until the process that is killed knows which test runs
+        os.kill(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid(), 9)
     if i == 2:
         time.sleep(600)
     assert i != 3
@@ -478,16 +481,25 @@ def test_case(i):
 """
 
 
-@pytest.mark.parametrize("absent", [(), ("xdist",)], ids=["with xdist", "without"])
-def test_tests_that_die_or_hang_cost_themselves_alone(absent, tmp_path, monkeypatch):
-    (tmp_path / "test_small.py").write_text(TESTS)
-    monkeypatch.setenv("STEP", "die")
-    monkeypatch.setattr(parity, "GATE", ["-m", ""])
-    monkeypatch.setattr(parity, "HANG", 0.5)
+def lack(absent, monkeypatch):
+    """A machine without these packages."""
     find = parity.importlib.util.find_spec
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+
+
+ABSENT = [(), ("xdist",), ("pytest_timeout",), ("xdist", "pytest_timeout")]
+
+
+@pytest.mark.parametrize(("step", "absent"), [*(("die", absent) for absent in ABSENT), ("kill", ())])
+def test_tests_that_die_or_hang_cost_themselves_alone(step, absent, tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(TESTS)
+    monkeypatch.setenv("STEP", step)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "HANG", 0.5)
+    lack(absent, monkeypatch)
     words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
-    assert parity.run_pytest(part_of(tmp_path), log, words) == 1
+    # Where a hanging test was the last one nothing is left for the next process.
+    assert parity.run_pytest(part_of(tmp_path), log, words) in ((1, 5) if absent == ("pytest_timeout",) else (1,))
     found = read_log(log)
     found.pop(COLLECTED)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
@@ -510,11 +522,15 @@ def test_case(i):
 """
 
 
-def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch):
+@pytest.mark.parametrize("absent", [(), ("xdist",)], ids="without {}".format)
+def test_a_failure_that_breaks_the_device_ends_its_worker(absent, tmp_path, monkeypatch):
+    lack(absent, monkeypatch)
     (tmp_path / "test_small.py").write_text(BREAKS)
     monkeypatch.setattr(parity, "GATE", ["-m", ""])
     monkeypatch.setattr(gpu_part.Part, "processes", lambda part, most: 1)
-    assert parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path]) == 1
+    # The code of the last process: without pytest-xdist another one runs what is left.
+    code = parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path])
+    assert code == (0 if absent else 1)
     found = read_log(tmp_path / "log.jsonl")
     found.pop(COLLECTED)
     assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
@@ -524,11 +540,28 @@ def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch)
 
 
 def test_a_log_without_its_process_is_settled(tmp_path):
-    log = tmp_path / "log.jsonl"
-    for died, outcomes in ((True, {"a": "passed", "b": "died"}), (False, {"a": "passed"})):
-        log.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outcome": "begun"}\n{"test": "a')
-        settle(log, died)
-        assert {test: entry["outcome"] for test, entry in read_log(log).items()} == outcomes
+    log, now, begun = tmp_path / "log.jsonl", time.time(), {}
+    passed = '{"test": "a", "outcome": "passed"}\n'
+    for test, seconds in {"b": 100, "c": 3}.items():
+        begun[test] = json.dumps({"test": test, "outcome": "begun", "begun": now - seconds}) + "\n"
+    late, unknown = "had not ended after 100 s", "the process ended with code -9, in one of 2 tests"
+    for code, hang, died in (
+        (-9, 1000, {"b": unknown, "c": unknown}),
+        (-9, 50, {"b": late}),
+        (None, 50, {"b": late}),
+        (None, 1000, {}),
+    ):
+        log.write_text(passed + begun["b"] + begun["c"] + '{"test": "a')
+        settle(log, code, hang)
+        found = read_log(log)
+        assert found.pop("a") == {"outcome": "passed"} and {entry["outcome"] for entry in found.values()} <= {"died"}
+        assert {test: entry["message"] for test, entry in found.items()} == died
+    log.write_text(passed + begun["c"])
+    settle(log, 11, 1000)
+    assert read_log(log)["c"]["message"] == "the process ended with code 11"
+    log.write_text(begun["c"])
+    settle(log, None)
+    assert read_log(log) == {}
 
 
 def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
