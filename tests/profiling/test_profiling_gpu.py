@@ -325,6 +325,13 @@ def test_what_is_kept_stands_for_its_sources(tmp_path):
     assert gpu_kept.cases(tmp_path, "bench_norm_act") == {}
 
 
+def test_counters_stand_for_the_launches_that_were_counted(monkeypatch):
+    monkeypatch.setattr(gpu_kept, "tree_digest", set)
+    files = {f"profiling/{name}.py" for name in ("trace/ncu", "cases/conv_block", "gpu/parts", "harness", "peers")}
+    assert files < gpu_kept.measured_digest("ncu") and all((ROOT / file).exists() for file in files)
+    assert "profiling/gpu/parts.py" not in gpu_kept.measured_digest("bench_norm_act")
+
+
 def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
     """With fewer cases it must not turn green on sources for which it was red with all of them."""
     known = {"passed": {"a": {"outcome": "passed"}}, "failed": {"b": {"outcome": "failed"}}}
@@ -652,6 +659,20 @@ def test_output_of_nsight_compute():
     assert ncu.read("") == []
 
 
+def test_processes_find_packages_of_the_path(monkeypatch):
+    """Those that a machine without a network has unpacked."""
+    seen, text = [], "\n".join(['"Kernel Name"', '""', '"a"'])
+
+    def run(words, env, **options):
+        seen.append(env["PYTHONPATH"])
+        return subprocess.CompletedProcess(words, 0, text, "")
+
+    for path in ("unpacked", ""):
+        monkeypatch.setenv("PYTHONPATH", path)
+        ncu.launches_of(["ncu"], 1.0, run)
+    assert seen == [f"{ROOT}:unpacked", str(ROOT)]
+
+
 def test_architectures_of_cards():
     names = {(8, 0): "8.0", (8, 9): "8.9", (9, 0): "9.0a", (10, 0): "10.0a", (12, 0): "12.0a"}
     assert {capability: build.architecture(capability) for capability in names} == names
@@ -967,6 +988,21 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
     assert ("advkd, Triton" in errors) == (SMALL[name][2] == 1)
     assert all(error <= case.tolerance for error in errors.values()), errors
     assert case.notes["sets"] == 2 and case.flop == case.notes["floor"]["flop"]
+
+
+def test_peers_of_the_compiler(monkeypatch):
+    """What every other test leaves to eager: Inductor takes both folded networks whole, with freezing and with its search."""
+    monkeypatch.setattr(bench_conv_block, "Replay", OnHost)
+    chain = bench_conv_block.Chain("digits", 6, 1)
+    first = chain.layers[0]
+    x = torch.randn(1, first.c_in, first.height, first.width, generator=torch.Generator().manual_seed(1))
+    modules = [chain.module(transposed) for transposed in (False, True)]
+    wanted = modules[0](x)
+    found = [
+        peers.compiled(modules[0], x.clone())(),
+        bench_conv_block._peer(modules[1], x[None], torch.float32, compiled=True)(),
+    ]
+    assert first.upsample and all((one - wanted).abs().max() < 1e-5 * wanted.abs().max() for one in found)
 
 
 def test_chains_are_what_their_names_say():
