@@ -8,7 +8,7 @@ import sys
 
 from ..evidence import ROOT
 from .parity import DRY, HANG, LATE
-from .tests import COLLECTED, read_log, settle
+from .tests import settle, tests_in
 
 SANITIZED = (
     "tests/kernels/test_conv_block_cuda.py",
@@ -66,7 +66,7 @@ def _sanitize(part, tool, name, options):
     text = output.read_text(errors="replace")
     if part.rehearse:
         return {"code": code, "red": bool(code), "tail": text[-2000:]}
-    return {"code": code, **sanitizer_verdict(text, code, read_log(log))}
+    return {"code": code, **sanitizer_verdict(text, code, tests_in(log))}
 
 
 FINDINGS = r"========= (?:Invalid|Misaligned|Race reported|Error: |Program hit)"
@@ -79,7 +79,7 @@ def sanitizer_verdict(text, code, log):
     """
     summary = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
     errors = sum(int(a or b) for a, b in summary) if summary else len(re.findall(FINDINGS, text))
-    outcomes = [entry["outcome"] for test, entry in log.items() if test != COLLECTED]
+    outcomes = [entry["outcome"] for entry in log.values()]
     bad = [test for test, entry in log.items() if entry["outcome"] in ("failed", "died")]
     told = code is None or (code == 0 and summary)
     red = not told or errors > 0 or "passed" not in outcomes or "failed" in outcomes

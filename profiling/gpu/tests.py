@@ -41,6 +41,11 @@ def read_log(path):
     return found
 
 
+def tests_in(path):
+    """:func:`read_log` of the tests alone."""
+    return {test: entry for test, entry in read_log(path).items() if test != COLLECTED}
+
+
 def running(path, longer=0.0):
     """``{test: seconds}`` of the tests in a log that have not ended, of those that have run for longer than so many seconds."""
     begun = {test: entry["begun"] for test, entry in read_log(path).items() if entry["outcome"] == "begun"}

@@ -319,12 +319,17 @@ def is_complete(folder, expected):
     return all(found.get(name) == data for name, data in expected.items())
 
 
-def message_fault(code, said, path=None):
-    """The fault of the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
+def crash_fault(code, said):
+    """The fault of a process that hung (code None) or said a traceback; empty for others."""
     if code is None:
         return "it hangs"
-    if "Traceback" in said or "Exception" in said:
-        return f"a traceback: {said[-1500:]}"
+    return f"a traceback: {said[-1500:]}" if "Traceback" in said or "Exception" in said else ""
+
+
+def message_fault(code, said, path=None):
+    """The fault of the end of a command that failed; empty for one line ``advkd: ...`` and exit code 2."""
+    if fault := crash_fault(code, said):
+        return fault
     if code != 2:
         return f"exit status {code}: {said[-500:]}"
     last = said.rstrip().splitlines()[-1] if said.strip() else ""

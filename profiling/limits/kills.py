@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from .commands import FINISHED, Events, Process, difference, finish, measure, prepare
+from .commands import FINISHED, Events, Process, crash_fault, difference, finish, measure, prepare
 from .record import main
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
@@ -141,10 +141,8 @@ def _ends_by(number, fresh):
 
 def _end_fault(code, said, number, landed):
     """The fault of a process's end; ``landed``: the signal ``number`` ended it."""
-    if code is None:
-        return "it hangs"
-    if "Traceback" in said or "Exception" in said:
-        return f"a traceback: {said[-1500:]}"
+    if fault := crash_fault(code, said):
+        return fault
     if landed and code == 130 and "advkd: interrupted; run the same command again" not in said:
         return f"no message: {said[-500:]}"
     complete = code == 0 or (code == 2 and any(words in said for words in FINISHED))
