@@ -176,7 +176,7 @@ def test_a_launcher_refuses_another_layout(name):
     model_output, previous_x0, noise, out, x0 = given.values()
     arguments = (x, model_output, torch.zeros(1, 8), previous_x0, noise, None, 0, 0, None, 0)
     with pytest.raises(RuntimeError, match="one shape and layout"):
-        torch.ops.advkd_cpu.sampler_step(*arguments, out, x0, None, None)
+        OP(*arguments, "cpu", out, x0, None, None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
