@@ -41,7 +41,7 @@ void sampler_step(
   set_layout(s, x);
   check_layout(model_output, x);
   check_layout(out, x);
-  for (const auto* t : {&previous_x0, &noise, static_cast<const std::optional<Tensor>*>(&x0)})
+  for (const std::optional<Tensor>* t : {&previous_x0, &noise, &x0})
     if (*t) check_layout(**t, x);
   STD_TORCH_CHECK(is_contiguous(table, ScalarType::Float) && table.size(1) == 8, "table must be float32 (rows, 8)");
   STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == s.samples), "one index per sample");
