@@ -8,6 +8,7 @@ import ast
 import functools
 import hashlib
 import json
+import os
 import re
 import statistics
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from advkd.ops import cuda as cuda_kernels
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
 REQUIRED = ("commit", "device", "versions")
+
+
+def environment(**changes):
+    """The environment of another process: this one's, with the project before the folders on its ``PYTHONPATH``."""
+    folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **changes}
 
 
 def stored(name):

@@ -437,16 +437,20 @@ def main(name, cases, parity_tests, sweeps=None):
     parser.add_argument("--only", help="cases, or sweeps, whose name holds this text")
     if callable(cases):
         parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    sweeps = sweeps or {}
+    for sweep in sweeps.values():
+        for option, default in sweep.options.items():
+            parser.add_argument(f"--{option}", type=int, default=default, help=f"of {sweep.name} (default: {default})")
     options = parser.parse_args()
     device = getattr(options, "device", "cpu")
-    known = {**(cases(device) if callable(cases) else cases), **(sweeps or {} if device == "cpu" else {})}
+    known = {**(cases(device) if callable(cases) else cases), **(sweeps if device == "cpu" else {})}
     chosen = {key: work for key, work in known.items() if not options.only or options.only in key}
     if not chosen:
         parser.error(f"--only {options.only}: no such case (known: {', '.join(known)})")
-    builds = [work for key, work in chosen.items() if key not in (sweeps or {})]
+    builds = [work for key, work in chosen.items() if key not in sweeps]
     green = run(name, builds, parity_tests, options.out, device) if builds else True
-    for sweep in [work for key, work in chosen.items() if key in (sweeps or {})]:
-        green &= sweep.run(options.out)
+    for sweep in [work for key, work in chosen.items() if key in sweeps]:
+        green &= sweep.run(options.out, **{option: getattr(options, option) for option in sweep.options})
     sys.exit(0 if green else 1)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from advkd.runtime.files import replacing, write_json
@@ -19,10 +19,11 @@ class Sweep:
 
     Attributes:
         name: of ``<name>.json``, and of its plot.
-        measure: function without arguments that gives the result.
+        measure: function that gives the result.
         parity_tests: pytest arguments; they must pass before anything is timed.
         said: function of the result that gives lines for the terminal.
         plot: function of the result and a path, or None.
+        options: ``{name: default}`` of the numbers that ``measure`` takes, which a benchmark's command line takes too.
     """
 
     name: str
@@ -30,14 +31,20 @@ class Sweep:
     parity_tests: list
     said: Callable = lambda result: ()
     plot: Callable | None = None
+    options: dict = field(default_factory=dict)
 
-    def run(self, out=None):
-        """Measure and store; returns whether the parity tests were green. ``out``: folder, default :func:`device_folder`."""
+    def run(self, out=None, **options):
+        """Measure and store; returns whether the parity tests were green.
+
+        Args:
+            out: folder, default :func:`device_folder`.
+            options: those that differ from their defaults.
+        """
         if not passes(self.parity_tests):
             print(f"{self.name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
             return False
         out = Path(out or device_folder())
-        result = {**self.measure(), "parity_tests": self.parity_tests, "provenance": provenance()}
+        result = {**self.measure(**{**self.options, **options}), "parity_tests": self.parity_tests, "provenance": provenance()}
         write_json(out / f"{self.name}.json", result)
         if self.plot:
             self.plot(result, out / f"{self.name}.png")

@@ -5,7 +5,6 @@ python -m profiling.cases.recording [--out FOLDER]
 Every contestant is a process of its own, timed from its start to its end.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.errors import InputError
 from advkd.ops.latents import project
 
-from ..evidence import ROOT
+from ..evidence import ROOT, environment
 from ..sweep import Sweep
 from .teacher import PARITY_TESTS, ddim_scheduler
 
@@ -77,12 +76,11 @@ def difference(ours, theirs):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def run(command, environment, folder):
+def run(command, changes, folder):
     """Seconds of a contestant's process."""
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     begin = time.perf_counter()
-    subprocess.run([*command, str(folder)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([*command, str(folder)], cwd=ROOT, env=environment(**changes), check=True, capture_output=True)
     return time.perf_counter() - begin
 
 

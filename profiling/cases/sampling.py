@@ -16,7 +16,7 @@ from pathlib import Path
 
 from advkd.runtime.timing import percentiles
 
-from ..evidence import ROOT
+from ..evidence import environment
 from ..sweep import Sweep
 
 FEW, MANY, REPEATS = 64, 4160, 3
@@ -28,9 +28,9 @@ def seconds(processes, images):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*launcher, "advkd.cli", "sample", "-n", str(processes * images), "--out", f"{folder}/images"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        alone = environment(OMP_NUM_THREADS="1")
         begin = time.perf_counter()
-        subprocess.run(["taskset", "--cpu-list", cores(processes), *command], check=True, capture_output=True, env=environment)
+        subprocess.run(["taskset", "--cpu-list", cores(processes), *command], check=True, capture_output=True, env=alone)
         spent = time.perf_counter() - begin
         assert len(list(Path(folder, "images").glob("*.png"))) == processes * images
         return spent

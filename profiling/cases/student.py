@@ -1,6 +1,7 @@
 """The student's one pass: plain module, fused student, and other engines on the folded network.
 
-python -m profiling.cases.student [--device cuda] [--only digits] [--out FOLDER]     # or --only layers, precision, scaling
+python -m profiling.cases.student [--device cuda] [--only digits] [--out FOLDER]     # or --only layers, scaling
+python -m profiling.cases.student --only precision [--num 2000] [--processes 2] [--out FOLDER]
 
 On a GPU every contestant's weights and activations have the case's dtype; "float32" is full float32 for everyone, "float32 with
 TF32" lets everyone round to TensorFloat-32. Times are of calls in a row, between events on the stream. "advkd, auto" is a
@@ -354,23 +355,26 @@ def plans():
     }
 
 
-JUDGED, KEPT = 2000, ("frechet", "frechet_interval", "times_floor", "precision", "recall")
-"""Images of an evaluation, and the figures of it that are kept."""
+KEPT = ("frechet", "frechet_interval", "times_floor", "precision", "recall")
+"""The figures of an evaluation that are kept."""
 
 
-def precision():
-    """Cost of bfloat16 for the shipped student: PSNR against float32 on the same noise, and the Frechet distance of both."""
+def precision(num, processes):
+    """Cost of bfloat16 for the shipped student: PSNR against float32 on the same noise, and the Frechet distance of both.
+
+    ``num``: images of each dtype; ``processes`` draw the teacher's, twice as many and once.
+    """
     student, rows = Student.from_pretrained("digits"), {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in DTYPES:
-            config = EvaluationConfig(num=JUDGED, dtype=dtype, real="none")
+            config = EvaluationConfig(num=num, processes=processes, dtype=dtype, real="none")
             row = evaluate_student("digits", "digits", config, Path(folder) / dtype)["rows"][0]
             rows[dtype] = {name: row[name] for name in KEPT}
     z = student.latents(256, seed=1)
     single, narrow = (student.fuse(dtype=dtype)(z).double() for dtype in DTYPES.values())
     psnr = 10 * math.log10(4 / (single - narrow).square().mean().item())
     ratio = rows["bfloat16"]["frechet"] / rows["float32"]["frechet"]
-    return {"student": "digits", "num": JUDGED, "psnr": psnr, "rows": rows, "ratio": ratio}
+    return {"student": "digits", "num": num, "psnr": psnr, "rows": rows, "ratio": ratio}
 
 
 def judged(result):
@@ -500,7 +504,7 @@ def plot(result, path):
 
 SWEEPS = {
     "layers": Sweep("layers", plans, PARITY_TESTS),
-    "precision": Sweep("precision", precision, PARITY_TESTS, judged),
+    "precision": Sweep("precision", precision, PARITY_TESTS, judged, options={"num": 2000, "processes": 1}),
     "scaling": Sweep("scaling", scaling, PARITY_TESTS, plot=plot),
 }
 

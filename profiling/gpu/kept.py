@@ -40,9 +40,13 @@ def test_digest(file):
     return hashlib.sha256(path.read_bytes() + _shared_digest().encode()).hexdigest()[:16] if path.exists() else None
 
 
+LAUNCHED = {"ncu": ("profiling.cases.conv_block", "profiling.gpu.parts")}
+"""Part -> the modules that hold what it measures, beside the one that measures."""
+
+
 def measured_digest(name):
     """SHA-256 of the code that a part's measurements depend on, in short."""
-    modules = (module_of(name), "profiling.harness", "profiling.peers")
+    modules = (module_of(name), "profiling.harness", "profiling.peers", *LAUNCHED.get(name, ()))
     files = [module.replace(".", "/") + ".py" for module in modules]
     return tree_digest(("advkd", "kernels", "csrc", "setup.py", *(file for file in files if (ROOT / file).exists())))
 

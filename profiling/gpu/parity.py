@@ -1,10 +1,11 @@
 """The parts that run GPU tests, in a few processes side by side, and the gate of the benchmarks.
 
 pytest-xdist shares the tests out and replaces a process that one has taken along; pytest-timeout ends a test that hangs. A
-machine without the first runs them in one process, which is started again after such a test; without the second a test that
-hangs lasts until the part's limit.
+machine without the first runs them in one process, which is started again after such a test; without the second, or where a
+test lets no thread of Python run, all processes are ended and started again without it.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import torch
 
@@ -25,7 +25,7 @@ from . import kept
 from .kept import test_digest
 from .parent import as_parent
 from .part import NEEDS_DEVICE
-from .tests import COLLECTED, read_log, settle
+from .tests import COLLECTED, read_log, running, settle
 
 STUDENT_TESTS = [
     f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
@@ -43,8 +43,8 @@ GATE_CASES = 2
 """Cases of a test function that a benchmark runs before it measures, where part ``tests`` has not been through."""
 GATE = ["-m", "gpu"]
 """pytest's selection of the tests that need a GPU."""
-HANG = 90.0
-"""Seconds after which a test that has not ended is taken to hang."""
+HANG, LATE = 90.0, 1.5
+"""Seconds after which a test that has not ended is taken to hang, and times those after which it is ended from outside."""
 STARTS = 40
 """Number of processes that tests may take along."""
 DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
@@ -80,31 +80,36 @@ def run_pytest(part, log, words, seen=()):
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *GATE, "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
     command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", *_workers(part)]
     command += [*(DRY if part.rehearse else []), *words]
-    settle(log, died=False)
+    settle(log, None)
     for _ in range(STARTS):
         own = {test: entry for test, entry in read_log(log).items() if test != COLLECTED}
         write_json(part.folder / "seen.json", {**dict(seen), **own})
-        code = _run(part, command, environment, log.with_suffix(".txt"))
-        died = any(entry["outcome"] == "begun" for entry in read_log(log).values())
-        settle(log, died=code is not None)
-        if code is None or not died:
+        code = _run(part, command, environment, log)
+        # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
+        again = running(log) or (code not in range(6) and COLLECTED in read_log(log))
+        settle(log, code, LATE * HANG)
+        if code is None or not again:
             break
     return code
 
 
-def _run(part, command, environment, output):
-    """Run a command in a session of its own; its code, None where it was ended at the part's limit."""
-    with open(output, "a") as file:
+def _run(part, command, environment, log):
+    """Run pytest in a session of its own; its code, that of a kill where a test hangs, None at the part's limit."""
+    with open(log.with_suffix(".txt"), "a") as file:
         options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
         process = subprocess.Popen(command, cwd=ROOT, **options)
     try:
         while process.poll() is None and part.left() > 3:
-            time.sleep(0.2)
+            if running(log, LATE * HANG):
+                return -signal.SIGKILL
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
         return process.poll()
     finally:
-        if process.poll() is None:
+        # Processes of tests may outlive a pytest that was killed.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def _workers(part):

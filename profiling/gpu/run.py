@@ -14,7 +14,7 @@ from pathlib import Path
 
 from advkd.runtime.files import write_json
 
-from ..evidence import ROOT, gpu_digests
+from ..evidence import ROOT, environment, gpu_digests
 from . import kept as gpu_kept
 from .parent import as_parent
 from .tests import BROKEN
@@ -178,13 +178,7 @@ def run_process(command, log, seconds, name, live):
         text=True,
         errors="replace",
         start_new_session=True,
-        env={
-            **os.environ,
-            **as_parent(),
-            "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
+        env=environment(**as_parent(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1"),
     )
     reader = threading.Thread(target=_copy, args=(process.stdout, log, name), daemon=True)
     reader.start()

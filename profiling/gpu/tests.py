@@ -10,6 +10,7 @@ later call in the process would fail as well) ends the process with the code :da
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def pytest_addoption(parser):
 
 
 def read_log(path):
-    """``{test: {"outcome": ..., "seconds": ..., "message": ...}}``; of a test that began and did not end: ``begun``."""
+    """``{test: {"outcome": ..., "seconds": ..., "message": ...}}``; one that did not end: ``begun``, and when."""
     found = {}
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
         try:
@@ -40,15 +41,33 @@ def read_log(path):
     return found
 
 
-def settle(path, died):
-    """Close a log whose process is gone: tests that did not end have died, or were stopped and are dropped, to run again."""
-    known = read_log(path)
-    begun = [test for test, entry in known.items() if entry["outcome"] == "begun"]
-    for test in begun:
-        known[test] = {"outcome": "died", "seconds": 0.0}
-    kept = [test for test in known if died or test not in begun]
-    if known:
-        Path(path).write_text("".join(json.dumps({"test": test, **known[test]}) + "\n" for test in kept))
+def running(path, longer=0.0):
+    """``{test: seconds}`` of the tests in a log that have not ended, of those that have run for longer than so many seconds."""
+    begun = {test: entry["begun"] for test, entry in read_log(path).items() if entry["outcome"] == "begun"}
+    now = time.time()
+    return {test: now - start for test, start in begun.items() if now - start >= longer}
+
+
+def settle(path, code, hang=float("inf")):
+    """Close a log whose process is gone. Tests that did not end have died, or were stopped and are dropped, to run again.
+
+    Args:
+        path: of the log.
+        code: of a process that ended by itself, and took all of them along if none of them hung; else None.
+        hang: seconds after which a test that has not ended hangs: it has died however the process ended.
+    """
+    known, begun, hung = read_log(path), running(path), running(path, hang)
+    for test, seconds in begun.items():
+        del known[test]
+        if test in hung:
+            said = f"had not ended after {seconds:.0f} s"
+        elif code is not None and not hung:
+            said = f"the process ended with code {code}" + f", in one of {len(begun)} tests" * (len(begun) > 1)
+        else:
+            continue
+        known[test] = {"outcome": "died", "seconds": seconds, "message": said}
+    if known or begun:
+        Path(path).write_text("".join(json.dumps({"test": test, **entry}) + "\n" for test, entry in known.items()))
 
 
 def spread(items, most):
@@ -101,7 +120,7 @@ class Log:
             self.write(report.nodeid, outcome="failed", seconds=0.0, message=str(report.longrepr)[-500:])
 
     def pytest_runtest_logstart(self, nodeid):
-        self.write(nodeid, outcome="begun")
+        self.write(nodeid, outcome="begun", begun=time.time())
 
     def pytest_runtest_logreport(self, report):
         entry = self.entries.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})

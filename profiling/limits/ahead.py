@@ -28,7 +28,7 @@ from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import provenance
 
-from ..evidence import RESULTS, ROOT, Family, families, gpu_digests
+from ..evidence import RESULTS, ROOT, Family, environment, families, gpu_digests
 from . import predictions
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -210,10 +210,10 @@ def compile_triton(architecture):
     """Every configuration of the convolutions' Triton kernels for one architecture that it has, on 128 channels."""
     number = re.sub(r"\D", "", architecture)
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": folder}
-        environment.pop("TRITON_INTERPRET", None)
+        changed = environment(TRITON_CACHE_DIR=folder)
+        changed.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-c", COMPILE_TRITON, number]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, env=changed, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"profiling.limits.ahead: Triton does not compile for {architecture}:\n{done.stderr[-2000:]}")
     kernels = [json.loads(line) for line in re.findall(r"^KERNEL (.*)$", done.stdout, re.M)]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..evidence import ROOT
+from ..evidence import ROOT, environment
 
 LIMIT = 300
 """Seconds after which a process counts as one that hangs."""
@@ -152,7 +152,7 @@ class Process:
         if fresh:
             command = [sys.executable, "-m", "advkd", *line]
             said = {"stdout": end, "stderr": end, "stdin": subprocess.DEVNULL, "process_group": 0}
-            self._popen = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, **said)
+            self._popen = subprocess.Popen(command, env=environment(), cwd=ROOT, **said)
             self.pid = self._popen.pid
         else:
             # A Ctrl-C that comes before the command line heeds it is kept until then.

@@ -8,7 +8,6 @@ process's, bytes are Nsight Compute's.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, device_alone, source, spaced_markdown
+from ..evidence import ROOT, device_alone, environment, source, spaced_markdown
 from ..harness import provenance
 from . import ncu, nsys, power
 from .timeline import label
@@ -76,8 +75,7 @@ def beside(name, device, size, folder):
 
 def _peak(name, variant, device, size):
     words = [sys.executable, *command("profiling.trace.workloads", name, variant, device, size), "--peak"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     if done.returncode:
         raise InputError(f"{name}, {variant}: its memory could not be measured: {last_line(done)}")
     return json.loads(done.stdout)

@@ -10,7 +10,6 @@ with 3 where the tool, a report or the device's counters fail, and with 1 where 
 """
 
 import csv
-import os
 import re
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, source, spaced_markdown
+from ..evidence import ROOT, environment, source, spaced_markdown
 from ..harness import provenance
 from .nsys import finish, given, options, show
 from .timeline import TOP, failures, label
@@ -104,8 +103,7 @@ def launches_of(words, limit, run=subprocess.run):
     Raises:
         InputError: there are none, in ncu's own words, such as that counters are for administrators alone.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": ""}
-    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    done = run(words, cwd=ROOT, env=environment(ADVKD_RANGES=""), capture_output=True, text=True, timeout=limit)
     launches = read(done.stdout)
     if done.returncode or not launches:
         errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]

@@ -10,7 +10,6 @@ The command ends with 3 where the tool, a report or the device's counters fail, 
 """
 
 import argparse
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -25,7 +24,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
-from ..evidence import ROOT, device_alone
+from ..evidence import ROOT, device_alone, environment
 from ..harness import device_folder, provenance
 from . import timeline, torch_trace
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
@@ -64,9 +63,9 @@ def record(name, variant, device, size, repeats, folder, run=subprocess.run):
     # A report of before must not pass for one of now.
     for end in (".nsys-rep", ".sqlite"):
         report.with_name(report.name + end).unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": "nvtx"}
+    ranges = environment(ADVKD_RANGES="nvtx")
     words = nsys_command(name, variant, device, size, repeats, report)
-    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=torch_trace.LIMIT)
+    done = run(words, cwd=ROOT, env=ranges, capture_output=True, text=True, timeout=torch_trace.LIMIT)
     database = report.with_name(report.name + ".sqlite")
     if done.returncode or not database.exists():
         raise InputError(f"{name}, {variant}: nsys ended with {done.returncode}: {torch_trace.last_line(done)}")

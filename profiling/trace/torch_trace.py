@@ -7,7 +7,6 @@ writes a Chrome trace (chrome://tracing, ui.perfetto.dev), which :func:`read` re
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -20,7 +19,7 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import replacing
 from advkd.runtime.ranges import name_ranges
 
-from ..evidence import ROOT
+from ..evidence import ROOT, environment
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace
 from .workloads import WARMUP, command, parser, prepare, run_units, synchronize
 
@@ -43,8 +42,7 @@ def record(name, variant, device, size, repeats, path, run=subprocess.run):
     """One workload in a process of its own; returns its :class:`Trace`, whose file stays at ``path``."""
     words = [sys.executable, *command("profiling.trace.torch_trace", name, variant, device, size)]
     words += [f"--repeats={repeats}", f"--out={path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADVKD_RANGES": ""}
-    done = run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done = run(words, cwd=ROOT, env=environment(ADVKD_RANGES=""), capture_output=True, text=True, timeout=LIMIT)
     if done.returncode:
         raise InputError(f"{name}, {variant}: torch.profiler ended with {done.returncode}: {last_line(done)}")
     trace = read(path)

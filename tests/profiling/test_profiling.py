@@ -289,6 +289,19 @@ def test_unknown_case_is_refused(monkeypatch, capsys):
     assert ended.value.code == 2 and "no such case" in capsys.readouterr().err
 
 
+def test_a_sweep_takes_its_own_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "passes", lambda tests: True)
+    plain, other = {"num": 3, "processes": 1}, {"num": 12, "processes": 1}
+    for words, wanted in (([], plain), (["--num", "12"], other)):
+        sweeps = {"one": sweep.Sweep("one", lambda **found: found, [], options=plain)}
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *words])
+        with pytest.raises(SystemExit) as ended:
+            harness.main("bench", {}, [], sweeps)
+        stored = json.loads((tmp_path / "one.json").read_text())
+        assert ended.value.code == 0 and {key: stored[key] for key in plain} == wanted
+    assert bench_student.SWEEPS["precision"].options == {"num": 2000, "processes": 1}
+
+
 SMALL_SWEEPS = {
     "layers": (bench_student, {"SHAPES": {"digits": (1,)}, "PLANS": 1}),
     "scaling": (

@@ -325,6 +325,13 @@ def test_what_is_kept_stands_for_its_sources(tmp_path):
     assert gpu_kept.cases(tmp_path, "bench_norm_act") == {}
 
 
+def test_counters_stand_for_the_launches_that_were_counted(monkeypatch):
+    monkeypatch.setattr(gpu_kept, "tree_digest", set)
+    files = {f"profiling/{name}.py" for name in ("trace/ncu", "cases/conv_block", "gpu/parts", "harness", "peers")}
+    assert files < gpu_kept.measured_digest("ncu") and all((ROOT / file).exists() for file in files)
+    assert "profiling/gpu/parts.py" not in gpu_kept.measured_digest("bench_norm_act")
+
+
 def test_a_gate_counts_what_has_failed_before(tmp_path, monkeypatch):
     """With fewer cases it must not turn green on sources for which it was red with all of them."""
     known = {"passed": {"a": {"outcome": "passed"}}, "failed": {"b": {"outcome": "failed"}}}
@@ -470,6 +477,9 @@ import os, pytest, time
 def test_case(i):
     if os.environ.get("STEP") == "die" and i == 1:
         os._exit(11)
+    if os.environ.get("STEP") == "kill" and i == 1:
+        time.sleep(0.2)  # until the process that is killed knows which test runs
+        os.kill(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid(), 9)
     if i == 2:
         time.sleep(600)
     assert i != 3
@@ -478,16 +488,25 @@ def test_case(i):
 """
 
 
-@pytest.mark.parametrize("absent", [(), ("xdist",)], ids=["with xdist", "without"])
-def test_tests_that_die_or_hang_cost_themselves_alone(absent, tmp_path, monkeypatch):
-    (tmp_path / "test_small.py").write_text(TESTS)
-    monkeypatch.setenv("STEP", "die")
-    monkeypatch.setattr(parity, "GATE", ["-m", ""])
-    monkeypatch.setattr(parity, "HANG", 0.5)
+def lack(absent, monkeypatch):
+    """A machine without these packages."""
     find = parity.importlib.util.find_spec
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+
+
+ABSENT = [(), ("xdist",), ("pytest_timeout",), ("xdist", "pytest_timeout")]
+
+
+@pytest.mark.parametrize(("step", "absent"), [*(("die", absent) for absent in ABSENT), ("kill", ())])
+def test_tests_that_die_or_hang_cost_themselves_alone(step, absent, tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(TESTS)
+    monkeypatch.setenv("STEP", step)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    monkeypatch.setattr(parity, "HANG", 0.5)
+    lack(absent, monkeypatch)
     words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
-    assert parity.run_pytest(part_of(tmp_path), log, words) == 1
+    # Where a hanging test was the last one nothing is left for the next process.
+    assert parity.run_pytest(part_of(tmp_path), log, words) in ((1, 5) if absent == ("pytest_timeout",) else (1,))
     found = read_log(log)
     found.pop(COLLECTED)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
@@ -510,11 +529,15 @@ def test_case(i):
 """
 
 
-def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch):
+@pytest.mark.parametrize("absent", [(), ("xdist",)], ids="without {}".format)
+def test_a_failure_that_breaks_the_device_ends_its_worker(absent, tmp_path, monkeypatch):
+    lack(absent, monkeypatch)
     (tmp_path / "test_small.py").write_text(BREAKS)
     monkeypatch.setattr(parity, "GATE", ["-m", ""])
     monkeypatch.setattr(gpu_part.Part, "processes", lambda part, most: 1)
-    assert parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path]) == 1
+    # The code of the last process: without pytest-xdist another one runs what is left.
+    code = parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path])
+    assert code == (0 if absent else 1)
     found = read_log(tmp_path / "log.jsonl")
     found.pop(COLLECTED)
     assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
@@ -524,11 +547,28 @@ def test_a_failure_that_breaks_the_device_ends_its_worker(tmp_path, monkeypatch)
 
 
 def test_a_log_without_its_process_is_settled(tmp_path):
-    log = tmp_path / "log.jsonl"
-    for died, outcomes in ((True, {"a": "passed", "b": "died"}), (False, {"a": "passed"})):
-        log.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outcome": "begun"}\n{"test": "a')
-        settle(log, died)
-        assert {test: entry["outcome"] for test, entry in read_log(log).items()} == outcomes
+    log, now, begun = tmp_path / "log.jsonl", time.time(), {}
+    passed = '{"test": "a", "outcome": "passed"}\n'
+    for test, seconds in {"b": 100, "c": 3}.items():
+        begun[test] = json.dumps({"test": test, "outcome": "begun", "begun": now - seconds}) + "\n"
+    late, unknown = "had not ended after 100 s", "the process ended with code -9, in one of 2 tests"
+    for code, hang, died in (
+        (-9, 1000, {"b": unknown, "c": unknown}),
+        (-9, 50, {"b": late}),
+        (None, 50, {"b": late}),
+        (None, 1000, {}),
+    ):
+        log.write_text(passed + begun["b"] + begun["c"] + '{"test": "a')
+        settle(log, code, hang)
+        found = read_log(log)
+        assert found.pop("a") == {"outcome": "passed"} and {entry["outcome"] for entry in found.values()} <= {"died"}
+        assert {test: entry["message"] for test, entry in found.items()} == died
+    log.write_text(passed + begun["c"])
+    settle(log, 11, 1000)
+    assert read_log(log)["c"]["message"] == "the process ended with code 11"
+    log.write_text(begun["c"])
+    settle(log, None)
+    assert read_log(log) == {}
 
 
 def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
@@ -617,6 +657,20 @@ def test_output_of_nsight_compute():
     assert first["top_stall"] == "barrier" and first["stalls"] == {"barrier": 2.5, "wait": 0.5}
     assert second["seconds"] is None and second["top_stall"] == "wait"
     assert ncu.read("") == []
+
+
+def test_processes_find_packages_of_the_path(monkeypatch):
+    """Those that a machine without a network has unpacked."""
+    seen, text = [], "\n".join(['"Kernel Name"', '""', '"a"'])
+
+    def run(words, env, **options):
+        seen.append(env["PYTHONPATH"])
+        return subprocess.CompletedProcess(words, 0, text, "")
+
+    for path in ("unpacked", ""):
+        monkeypatch.setenv("PYTHONPATH", path)
+        ncu.launches_of(["ncu"], 1.0, run)
+    assert seen == [f"{ROOT}:unpacked", str(ROOT)]
 
 
 def test_architectures_of_cards():
@@ -949,6 +1003,21 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
     assert ("advkd, Triton" in errors) == (SMALL[name][2] == 1)
     assert all(error <= case.tolerance for error in errors.values()), errors
     assert case.notes["sets"] == 2 and case.flop == case.notes["floor"]["flop"]
+
+
+def test_peers_of_the_compiler(monkeypatch):
+    """What every other test leaves to eager: Inductor takes both folded networks whole, with freezing and with its search."""
+    monkeypatch.setattr(bench_conv_block, "Replay", OnHost)
+    chain = bench_conv_block.Chain("digits", 6, 1)
+    first = chain.layers[0]
+    x = torch.randn(1, first.c_in, first.height, first.width, generator=torch.Generator().manual_seed(1))
+    modules = [chain.module(transposed) for transposed in (False, True)]
+    wanted = modules[0](x)
+    found = [
+        peers.compiled(modules[0], x.clone())(),
+        bench_conv_block._peer(modules[1], x[None], torch.float32, compiled=True)(),
+    ]
+    assert first.upsample and all((one - wanted).abs().max() < 1e-5 * wanted.abs().max() for one in found)
 
 
 def test_chains_are_what_their_names_say():
