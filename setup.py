@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -136,8 +137,10 @@ class BuildExtensions(build_ext):
     def _build_cpu(self, files, target):
         objects = cpu_objects(list(cpu_units(files)))
         self._link([cpu_compiler(), "-shared", *map(str, objects)], target, "cpu")
-        for path in set(OBJECTS.glob("*.o")) - set(objects):
-            path.unlink()
+        # Those of a day ago or more: another build may be about to link what is newer.
+        for path in set(OBJECTS.iterdir()) - set(objects):
+            if path.stat().st_mtime < time.time() - 86400:
+                path.unlink(missing_ok=True)
 
     def _build_cuda(self, files, target):
         nvcc = cuda_compiler()
@@ -170,7 +173,10 @@ class BuildExtensions(build_ext):
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
         # Both objects hold the host code of the CUDA kernels: neither may find the other's.
-        local = ["-Xlinker", f"--version-script={ROOT / 'csrc' / 'symbols.map'}"]
+        symbols = Path(self.build_temp, "symbols.map")
+        symbols.parent.mkdir(parents=True, exist_ok=True)
+        symbols.write_text("{ local: *; };")
+        local = ["-Xlinker", f"--version-script={symbols}"]
         # The object names the sources that it is of.
         identity = ["-Xlinker", f"--build-id=0x{source_identity(kind)}"]
         self.spawn([*command, *libraries, *local, *identity, "-o", str(temporary)])
@@ -192,16 +198,24 @@ CPU_FLAGS = [*HOST_FLAGS, "-std=c++20", "-pthread", f"-I{ROOT / 'csrc'}"]
 
 
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"]
-LEVELS = {"": [], ".avx2": ["-mavx2", "-mfma"], ".avx512": AVX512, ".avx512bf16": [*AVX512, "-mavx512bf16"]}
+LEVELS = {
+    "": [],
+    ".avx2": ["-mavx2", "-mfma"],
+    ".avx512": AVX512,
+    ".avx512bf16": [*AVX512, "-mavx512bf16", "-DADVKD_BFLOAT16_ALONE"],
+}
 AVX, BFLOAT16 = (".avx2", ".avx512"), (".avx2", ".avx512", ".avx512bf16")
 KERNELS = {
     "conv": (BFLOAT16, ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")),
-    "critic": (AVX, ("conv_bias_act_mask", "image_gradient", "interpolate", "mask_mul", "penalty_reduce")),
+    "critic": (AVX, ()),
     "norm": (AVX, ("norm_act",)),
     "philox": (AVX, ("philox",)),
     "step": (AVX, ("sampler_step",)),
 }
-"""Units of kernels: the levels that each is compiled for beside the baseline, and its files in ``csrc/cpu``."""
+"""Units of kernels: the levels that each is compiled for beside the baseline, and its files in ``csrc/cpu``.
+
+``critic`` has all kernels that are not named here: those of a critic's update, and new ones.
+"""
 
 
 class Unit(NamedTuple):
@@ -220,7 +234,10 @@ class Unit(NamedTuple):
 def unit_of(source):
     """The name of the unit that a source belongs to: its kernel's, or for code that knows no instruction set its folder's."""
     folder, stem = ".".join(Path(source).parts[1:-1]), Path(source).stem
-    return next((name for name, (_, stems) in KERNELS.items() if folder == "cpu" and stem in stems), folder)
+    if folder != "cpu":
+        return folder
+    named = next((name for name, (_, stems) in KERNELS.items() if stem in stems), None)
+    return named or ("critic" if "namespace advkd::ADVKD_ISA" in (ROOT / source).read_text() else folder)
 
 
 def cpu_units(files, machine=None):

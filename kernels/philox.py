@@ -116,4 +116,5 @@ def _launch(kernel, indices, seed, stream, step, out):
     if out.numel():
         count = out.numel() // len(out)
         tiles = triton.cdiv(count, 4 * BLOCK)
-        kernel[(len(out) * tiles,)](indices, out, seed, stream << 24 | step, count, tiles, BLOCK=BLOCK)
+        with torch.cuda.device_of(out):
+            kernel[(len(out) * tiles,)](indices, out, seed, stream << 24 | step, count, tiles, BLOCK=BLOCK)

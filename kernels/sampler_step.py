@@ -165,6 +165,10 @@ def sampler_step(
 ) -> None:
     """Launcher of ``advkd::sampler_step``."""
     channels_last = not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for tensor in (m, previous_x0, noise, out, x0):
+        if tensor is not None and not tensor.is_contiguous(memory_format=layout):
+            raise ValueError(f"tensors must be laid out like x ({layout}), got strides {tensor.stride()}")
     strides = (table.shape[1] if len(table) > 1 else 0, int(steps is not None and steps.numel() > 1))
     scalars = (seed, STREAMS["step"] << 24 | (step if steps is None else 0), *strides)
     with torch.cuda.device_of(x):

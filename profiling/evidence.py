@@ -287,9 +287,16 @@ class Family:
         return f"csrc/cuda/{self.name}.cu" if self.kind == "cuda" else f"kernels/{self.name}.py"
 
     def digest(self):
-        """Digest of the device code: the source with its headers, or the Triton file and those beside it that it imports."""
+        """Digest of device code and plans: the source with its headers or the kernels that it imports, and its host side."""
         text = cuda_kernels.source(self.name) if self.kind == "cuda" else "".join(_triton_sources(self.name))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        host = [path.read_text() for path in map(ROOT.joinpath, self.host_side()) if path.exists()]
+        return hashlib.sha256("".join((text, *host)).encode()).hexdigest()[:16]
+
+    def host_side(self):
+        """Files that choose tiles and launches, as paths below the root."""
+        if self.kind == "cuda":
+            return [f"csrc/cuda/host/{name}" for name in (f"{self.name}.cpp", "host.h", "host.cpp")]
+        return ["advkd/ops/triton_conv.py"] if self.name == "conv_block" else []
 
     def tested_by(self, test):
         """True if a GPU test, as pytest names it, runs these kernels."""

@@ -3,12 +3,13 @@
 import atexit
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from advkd.diffusion.teacher import Teacher
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
 
-from .forked import ROOT, Forked
+from .forked import ROOT, SEEDS, Forked, Fresh
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
 
@@ -143,29 +144,63 @@ def run_cli(*arguments, environment=None, timeout=300, cwd=None):
     )
 
 
-def start_cli(*arguments, environment=None):
+def start(*arguments, environment=None):
+    """Start ``python ARGUMENTS`` as a fresh process."""
+    return Fresh(*arguments, environment=process_environment(environment))
+
+
+def start_cli(*arguments):
     """Start the command line in a fresh process."""
-    command = [sys.executable, "-m", "advkd.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=process_environment(environment), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return start("-m", "advkd.cli", *arguments)
+
+
+def run_torchrun(*arguments, environment=None):
+    """Run the module ``ARGUMENTS`` as two processes under ``torchrun``: the launcher's result."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "--"]
+    return start(*launcher, *arguments, environment=environment).finish(240)
+
+
+TURNS = itertools.cycle(SEEDS)
 
 
 def fork(*arguments, environment=None):
-    """Start ``python ARGUMENTS`` as a child of the warm process."""
-    return Forked(*arguments, environment=process_environment(environment))
+    """Start ``python ARGUMENTS`` as a child of the two warm processes in turn, or of that with ``PYTHONHASHSEED``."""
+    changes = {"PYTHONHASHSEED": next(TURNS), **(environment or {})}
+    assert changes.get("OMP_NUM_THREADS", "1") == "1", "a forked child has one thread: start a fresh process"
+    return Forked(*arguments, environment=process_environment(changes))
 
 
 def fork_cli(*arguments, environment=None, timeout=300):
-    """Run the command line in a child of the warm process."""
+    """Run the command line in a child of a warm process."""
     return fork("-m", "advkd.cli", *arguments, environment=environment).finish(timeout)
 
 
-def fork_ranks(*arguments, world=2, environment=None, timeout=240):
-    """Run ``python ARGUMENTS`` as so many processes of one group, as ``torchrun`` starts them: the results by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [{**group, "RANK": str(i), "LOCAL_RANK": str(i), **(environment or {})} for i in range(world)]
-    processes = [fork(*arguments, environment=rank) for rank in ranks]
+GRACE = 10
+"""Seconds that the other processes of a group have to end by themselves once one has failed."""
+
+
+def fork_ranks(*arguments, world=2, environment=None, timeout=240, by=fork):
+    """Run ``python ARGUMENTS`` as so many processes of one group, as ``torchrun`` starts them: the results by rank.
+
+    All are killed at the end of the time, or :data:`GRACE` after the first has failed. ``by`` is :func:`fork` or :func:`start`.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {**dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(world)), "GROUP_WORLD_SIZE": "1"}
+    group |= {"GROUP_RANK": "0", "ROLE_NAME": "default", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    elastic = {"RUN_ID": "tests", "RESTART_COUNT": "0", "MAX_RESTARTS": "0", "USE_AGENT_STORE": "True"}
+    group |= {f"TORCHELASTIC_{name}": value for name, value in elastic.items()}
+    processes, deadline = [], time.monotonic() + timeout
+    try:
+        for i in range(world):
+            rank = {**dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(i)), "PYTHONHASHSEED": SEEDS[i % len(SEEDS)]}
+            processes.append(by(*arguments, environment={**group, **rank, **(environment or {})}))
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            process.kill()
     return [process.finish(timeout) for process in processes]
 
 

@@ -1,10 +1,11 @@
-"""Processes without the imports' seconds: forked children of one warm process per test process.
+"""Processes without the imports' seconds: forked children of two warm processes per test process.
 
 For a test that needs a process, not a fresh interpreter. Variables that imports read (``OMP_NUM_THREADS``), signals during
 imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -24,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT = 2**17
 """Bytes of a request: arguments, environment, folder."""
+SEEDS = ("1", "2")
+"""The warm processes' hash seeds: an order of a set that reaches a result must not go unnoticed."""
 
 
 class Forked:
@@ -31,7 +34,7 @@ class Forked:
 
     Args:
         arguments: ``-m MODULE ...`` or ``-c CODE ...``, as for ``python``.
-        environment: the whole environment.
+        environment: the whole environment; its ``PYTHONHASHSEED``, one of :data:`SEEDS`, chooses the warm process.
         cwd: folder to run in.
     """
 
@@ -41,7 +44,8 @@ class Forked:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"arguments": self.args, "environment": environment, "cwd": str(cwd)}).encode()
         assert len(request) <= LIMIT
-        socket.send_fds(_server(), [request], [theirs.fileno(), *(file.fileno() for file in self._files)])
+        server = _servers()[environment["PYTHONHASHSEED"]]
+        socket.send_fds(server, [request], [theirs.fileno(), *(file.fileno() for file in self._files)])
         theirs.close()
         self.pid = int(self._connection.recv(32))
 
@@ -51,33 +55,52 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout=None):
-        if not select.select([self._connection] if self.returncode is None else [], [], [], timeout)[0]:
-            if self.returncode is None:
-                self.kill()
-                raise subprocess.TimeoutExpired(self.args, timeout)
+        if self.returncode is None and not select.select([self._connection], [], [], timeout)[0]:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
         return self.poll()
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the report is on its way
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
     def finish(self, timeout):
         """Wait for the end: what ``subprocess.run`` returns."""
-        self.wait(timeout)
+        try:
+            self.wait(timeout)
+        finally:
+            self.kill()
         for file in self._files:
             file.seek(0)
         return subprocess.CompletedProcess(self.args, self.returncode, *(file.read() for file in self._files))
 
 
+class Fresh(subprocess.Popen):
+    """A running ``python ARGUMENTS`` in a fresh interpreter: the arguments and the end are those of :class:`Forked`."""
+
+    def __init__(self, *arguments, environment, cwd=ROOT):
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        out, err = self._files
+        super().__init__([sys.executable, *map(str, arguments)], env=environment, cwd=cwd, stdout=out, stderr=err)
+
+    finish = Forked.finish
+
+
 @functools.cache
-def _server():
-    """A socket to the warm process, which ends when this process closes the socket or ends."""
+def _servers():
+    """Sockets to the warm processes by seed. They warm up side by side."""
+    return {seed: _server(seed) for seed in SEEDS}
+
+
+def _server(seed):
+    """A socket to a warm process, which ends when this process closes the socket or ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # A process that has used OpenMP's threads must not fork; one thread is none but its own.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
     command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
     subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
@@ -152,7 +175,13 @@ def main(number):
         become(*serve(socket.socket(fileno=number)))
         code = 0
     except SystemExit as ended:
-        code = ended.code
+        if isinstance(ended.code, int | None):
+            code = ended.code or 0
+        else:
+            print(ended.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
     # What an interpreter does at its end, except for freeing every object, which takes a second.
@@ -160,6 +189,9 @@ def main(number):
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)
 
 

@@ -87,7 +87,8 @@ def compiled(name: str, variant: str) -> Any:
     """The program of ``csrc/cuda/<name>.cu``, with the kernels of one variant where there are several."""
     import cupy
 
-    logging.getLogger(__name__).warning("CuPy compiles %s %s (seconds, once: its cache keeps the binary)", name, variant)
+    what = " ".join(filter(None, (name, variant)))
+    logging.getLogger(__name__).warning("CuPy compiles %s (seconds, once: its cache keeps the binary)", what)
     variants = (f"-DADVKD_VARIANTS(EACH)=EACH({variant})",) if variant else ()
     return cupy.RawModule(code=source(name), options=(*OPTIONS, *variants))
 

@@ -134,8 +134,14 @@ def choose_for(name: str, x: torch.Tensor, backend: str) -> str:
     if chosen == "reference" or x.dtype in STORED[name][chosen]:
         return chosen
     if backend != "auto":
-        raise InputError(f"backend {backend!r} of {name} takes float32, bfloat16 and float16, got {x.dtype}")
+        raise InputError(f"backend {backend!r} of {name} takes {_dtypes(name, chosen, ' and ')}, got {x.dtype}")
     return "reference"
+
+
+def _dtypes(name, backend, last):
+    """The dtypes that a backend stores, in words."""
+    *others, final = (str(dtype).removeprefix("torch.") for dtype in STORED[name][backend])
+    return f"{', '.join(others)}{last}{final}" if others else final
 
 
 def choose_for_dtype(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> str:
@@ -146,8 +152,7 @@ def choose_for_dtype(name: str, dtype: torch.dtype, backend: str, device: torch.
     if chosen == "reference" or dtype in STORED[name][chosen]:
         return chosen
     if backend != "auto":
-        names = " or ".join(str(kind).removeprefix("torch.") for kind in STORED[name][chosen])
-        raise InputError(f"the dtype must be {names} for backend {backend!r}, got {dtype}")
+        raise InputError(f"the dtype must be {_dtypes(name, chosen, ' or ')} for backend {backend!r}, got {dtype}")
     return "reference"
 
 

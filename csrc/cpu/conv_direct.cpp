@@ -75,7 +75,7 @@ void run_groups(const ConvJob& job, const ConvSchedule& schedule, i64 task, void
 
 }  // namespace
 
-#if !defined(__AVX512BF16__)
+#if !defined(ADVKD_BFLOAT16_ALONE)
 ConvSchedule direct_schedule(const ConvLayer& layer, i64 images, i64 threads) {
   const i64 units = images * layer.height * ((layer.width + 3) / 4);
   ConvSchedule result = cut(units, 96, 6, phase_panels(layer), threads);

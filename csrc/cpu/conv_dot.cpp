@@ -5,7 +5,7 @@
 
 #include "cpu/conv_units.h"
 
-#if !defined(__AVX512BF16__)
+#if !defined(ADVKD_BFLOAT16_ALONE)
 
 namespace advkd::ADVKD_ISA {
 namespace {

@@ -123,7 +123,7 @@ ConvRun direct_bfloat16, winograd_bfloat16;
 }  // namespace advkd::ADVKD_ISA
 
 // What bfloat16's instructions do not serve exists up to AVX-512.
-#if defined(__AVX512BF16__)
+#if defined(ADVKD_BFLOAT16_ALONE)
 #define ADVKD_PLAIN_ISA isa_avx512
 #else
 #define ADVKD_PLAIN_ISA ADVKD_ISA

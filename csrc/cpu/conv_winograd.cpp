@@ -196,7 +196,7 @@ void run_tiles(const ConvJob& job, const ConvSchedule& schedule, i64 task, void*
 
 }  // namespace
 
-#if !defined(__AVX512BF16__)
+#if !defined(ADVKD_BFLOAT16_ALONE)
 static i64 cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const i64 size = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -104,9 +104,11 @@ void start(Plan plan, const Tensor& first) {
 }
 
 template <typename Function>
-void run(const char* name, Function function, StableIValue* stack) {
+void run(const char* name, Function function, StableIValue* stack, uint64_t arguments, uint64_t outputs) {
+  host::require_counts<Function>(name, arguments, outputs, 0, 0);
   const auto held = host::Signature<Function>::take(stack);
   const Tensor& first = std::get<0>(held);
+  STD_TORCH_CHECK(first.get_device_index() >= 0, name, ": the first argument must be on a CUDA device");
   start(host::plan_op(name, function, limits(first.get_device_index()), held), first);
 }
 
@@ -134,9 +136,9 @@ STABLE_TORCH_LIBRARY(advkd_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(advkd_cuda, CUDA, m) {
   m.impl("missing_code", TORCH_BOX(&advkd::missing_code));
-#define ADVKD_IMPLEMENT(NAME, ARGUMENTS)                         \
-  m.impl(#NAME, [](StableIValue* stack, uint64_t, uint64_t) {    \
-    advkd::run(#NAME, advkd::host::NAME, stack);                 \
+#define ADVKD_IMPLEMENT(NAME, ARGUMENTS)                                        \
+  m.impl(#NAME, [](StableIValue* stack, uint64_t arguments, uint64_t outputs) { \
+    advkd::run(#NAME, advkd::host::NAME, stack, arguments, outputs);            \
   });
   ADVKD_CUDA_OPS(ADVKD_IMPLEMENT)
 #undef ADVKD_IMPLEMENT

@@ -145,14 +145,15 @@ void check_interpolate(const Shape& shape, Dtype dtype, int weights, bool merge)
   s.indices = weights ? indices.data() : nullptr;
   s.steps = weights > 1 ? steps.data() : nullptr;
   s.step_count = steps.size();
-  s.philox = philox_parameters(-3, 3, weights > 1 ? 0 : 9, 0);
+  s.philox = philox_parameters(-3, PhiloxStream::interpolation, weights > 1 ? 0 : 9, 0);
   s.out = out.data();
   s.merge = merge;
   s.pieces = {shape.samples, shape.count(), kPiece};
   s.dtype = dtype;
   for (i64 n = 0; n < shape.samples; ++n) {
     const i64 step = weights == 1 ? 9 : steps[weights == 2 ? 0 : n];
-    u32 c[4] = {0, static_cast<u32>(indices[n]), static_cast<u32>(indices[n] >> 32), 3u << 24 | static_cast<u32>(step)};
+    const u32 stream = static_cast<u32>(PhiloxStream::interpolation) << 24;
+    u32 c[4] = {0, static_cast<u32>(indices[n]), static_cast<u32>(indices[n] >> 32), stream | static_cast<u32>(step)};
     philox_rounds(c, s.philox.key0, s.philox.key1);
     a[n] = static_cast<float>((c[0] >> 8) * 0x1p-24);
   }

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from advkd.ops import cuda
+from advkd.runtime.extension import extension_gap
 
 from .cuda_on_host import HostModule
 
@@ -22,6 +23,7 @@ def host_folder(tmp_path_factory, request):
 
 @pytest.fixture
 def cupy_on_host(host_folder, monkeypatch):
+    assert extension_gap("cpu") is None, "the CPU object plans the launches"
     stand_in = types.SimpleNamespace(RawModule=lambda code, options: HostModule(code, options, host_folder))
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(cuda, "limits", lambda device: [108, 227 * 1024, 9])

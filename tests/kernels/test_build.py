@@ -7,8 +7,17 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
+
+from advkd.runtime.extension import extension_gap
+
 from ..conftest import ROOT, process_environment
 from ..system.test_install import python
+
+
+@pytest.mark.core
+def test_the_cpu_object_is_there():
+    assert extension_gap("cpu") is None
 
 
 def test_wheel_holds_everything_and_works_alone(tmp_path):

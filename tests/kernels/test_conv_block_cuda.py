@@ -56,9 +56,11 @@ def shapes():
 
 
 def candidates(c_out):
-    """``(shape, channel_warps, parts, resident)`` of every plan that may suit a layer."""
+    """``(shape, channel_warps, parts, resident)`` of every plan that may suit a layer: at least a dozen."""
     every = itertools.product(range(len(shapes())), (1, 2, 4, 8), (1, 2, 4, 8), (1, 0))
-    return [candidate for candidate in every if planner().suits(c_out // 16, *candidate[:3])]
+    found = [candidate for candidate in every if planner().suits(c_out // 16, *candidate[:3])]
+    assert len(found) >= 12
+    return found
 
 
 def take(planned, candidate, device):
@@ -103,6 +105,10 @@ def test_sizes(size, ups, cupy_on_host):
 WIDTHS = (16, 32, 80, 112)
 # Tiles of several images, some of them beyond the last; tiles that an image does not fill. Blocks take several tiles.
 SEVERAL, RAGGED = Case(5, 6, 7, exact=True, more=16), Case(1, 18, 33, ups=UP, exact=True)
+
+
+def test_widths_reach_every_shape():
+    assert {shape for c_out in WIDTHS for shape, *_ in candidates(c_out)} == set(range(len(shapes()))) != set()
 
 
 @pytest.mark.parametrize("c_out", WIDTHS)
@@ -419,11 +425,14 @@ def test_small_on_a_gpu(product, compiled_by):
 def test_every_plan_on_a_gpu(c_out, monkeypatch):
     launch = starter(gpu_launchers("cupy"))
     limits = cuda.limits(torch.device("cuda", 0))
+    fits = 0
     for candidate, case in itertools.product(candidates(c_out), (SEVERAL, RAGGED)):
         case = replace(case, channels=(16, c_out))
         if take(plan_of(case, limits), candidate, limits):
             force(monkeypatch, candidate, limits)
             check(case, launch, "cuda")
+            fits += 1
+    assert fits >= 12
 
 
 @pytest.mark.gpu

@@ -302,59 +302,32 @@ def compile_ahead(architecture, part):
         print("KERNEL " + json.dumps([*row, compiled.metadata.shared, spare, units, copies]), flush=True)
 
 
-def main(calls):
-    """Call functions of this file, each given as ``name argument ...``, and print when one has finished."""
-    for call in calls:
-        name, *arguments = call.split()
-        globals()[name](*arguments)
-        print(f"END {call}", flush=True)
+def output_of(call, folder, **environment):
+    """What a function of this file prints in a process of its own: Triton's compiler and its interpreter exclude each other.
 
-
-def run(calls, folder, environment):
-    """:func:`main` in a process of its own: Triton's compiler and its interpreter exclude each other."""
-    code = "import sys; from tests.kernels import test_conv_block_triton as t; t.main(sys.argv[1:])"
-    environment = process_environment({**environment, "OMP_NUM_THREADS": "1", "ADVKD_CACHE": str(folder)})
-    path = folder / "output"
-    with path.open("w") as output:
-        streams = {"stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([sys.executable, "-c", code, *calls], env=environment, cwd=ROOT, **streams)
-    return process, path
-
-
-def compiler(folder):
-    return {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
+    ``call``: its name and arguments, with spaces between.
+    """
+    pytest.importorskip("triton")
+    code = "import sys; from tests.kernels import test_conv_block_triton as t; name, *arguments = sys.argv[1:]; "
+    code += "getattr(t, name)(*arguments); print('END')"
+    environment = {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", "ADVKD_CACHE": str(folder), **environment}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", code, *call.split()]
+    text = subprocess.run(command, env=process_environment(environment), cwd=ROOT, **streams).stdout
+    assert text.endswith("END\n"), text
+    return text
 
 
 ARCHITECTURES = [80, 90, 100]
-INTERPRETED = ["interpret", "traced"]
-COMPILED = [*(f"compile_ahead {architecture} part" for architecture in ARCHITECTURES), "see_through"]
 
 
-@pytest.fixture(scope="module")
-def output_of(tmp_path_factory):
-    """A function that returns a call's output; the interpreter and the compiler run concurrently, in one process each."""
-    pytest.importorskip("triton")
-    folders = [tmp_path_factory.mktemp(name) for name in ("interpreter", "compiler")]
-    interpreter = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-    processes = [run(INTERPRETED, folders[0], interpreter), run(COMPILED, folders[1], compiler(folders[1]))]
-
-    def output_of(call):
-        process, path = processes[call in COMPILED]
-        process.wait()
-        text = path.read_text()
-        assert f"END {call}\n" in text, text
-        before, _, _ = text.partition(f"END {call}\n")
-        return re.split(r"^END .*$", before, flags=re.M)[-1]
-
-    yield output_of
-    for process, _ in processes:
-        process.kill()
-        process.wait()
+@pytest.mark.parametrize("call", ["interpret", "traced"])
+def test_in_the_interpreter(call, tmp_path):
+    output_of(call, tmp_path, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("call", [*INTERPRETED, "see_through"])
-def test_in_a_process(call, output_of):
-    output_of(call)
+def test_torchs_compilers_see_through(tmp_path):
+    output_of("see_through", tmp_path)
 
 
 # Shared memory of a block.
@@ -388,20 +361,19 @@ def require_compiled(output, architecture):
     return list(zip(registers, rows))
 
 
+def compiled(architecture, part, folder):
+    return output_of(f"compile_ahead {architecture} {part}", folder, TRITON_DUMP_PTXAS_LOG="1")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiled_ahead(architecture, output_of):
-    require_compiled(output_of(f"compile_ahead {architecture} part"), architecture)
+def test_compiled_ahead(architecture, tmp_path):
+    require_compiled(compiled(architecture, "part", tmp_path), architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_everything_compiled_ahead(architecture, tmp_path):
-    pytest.importorskip("triton")
-    process, path = run([f"compile_ahead {architecture} whole"], tmp_path, compiler(tmp_path))
-    process.wait()
-    output = path.read_text()
-    assert "END compile_ahead" in output, output
-    require_compiled(output, architecture)
+    require_compiled(compiled(architecture, "whole", tmp_path), architecture)
 
 
 def preset_layers():

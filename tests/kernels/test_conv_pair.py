@@ -328,17 +328,18 @@ def test_fits():
     assert not fits(64, 64, 64, False, False, "f32", 48 * 1024) and fits(16, 16, 16, False, False, "bf16", 48 * 1024)
 
 
-def preset_pairs():
+def preset_pairs(preset):
     """Every pair of a preset's convolutions that the kernel supports."""
-    for name, config in PRESETS.items():
-        layers = convolutions(config)
-        for i, (first, second) in enumerate(zip(layers, layers[1:])):
-            image = i + 2 == len(layers)
-            if not image:
-                second = replace(second, c_out=padded(second.c_out))
-            case = case_of([first, second], 2, image=image)
-            if not second.upsample and not second.detail and fits(*fitted(case), "bf16", 227 * 1024):
-                yield pytest.param(case, id=f"{name}-{i}")
+    found, layers = [], convolutions(PRESETS[preset])
+    for first, second in itertools.pairwise(layers):
+        image = second is layers[-1]
+        if not image:
+            second = replace(second, c_out=padded(second.c_out))
+        case = case_of([first, second], 2, image=image)
+        if not second.upsample and not second.detail and fits(*fitted(case), "bf16", 227 * 1024):
+            found.append(case)
+    assert found
+    return found
 
 
 def fitted(case):
@@ -347,17 +348,15 @@ def fitted(case):
     return input_channels(first), padded(first.c_out), second.c_out, first.upsample, case.image
 
 
-PAIRS = list(preset_pairs())
-
-
-@pytest.mark.parametrize("case", PAIRS)
-def test_shared_memory_of_the_presets(case):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_shared_memory_of_the_presets(preset):
     """Whole tiles of up to 48 channels in 16 bits within 99 KB, of 64 within 163 KB and twice within 227 KB."""
-    plan, first = plan_of(replace(case, n=256), (132, 227 * 1024, 9)), case.layers[0]
-    assert plan["shared"] <= (99 if max(fitted(case)[:3]) <= 48 else 113) * 1024
-    assert (plan["tile_height"] == 16) == (first.height << first.upsample > 8)
-    for kilobytes in (99, 163, 227):
-        assert fits(*fitted(case), "f32", kilobytes * 1024)
+    for case in preset_pairs(preset):
+        plan, first = plan_of(replace(case, n=256), (132, 227 * 1024, 9)), case.layers[0]
+        assert plan["shared"] <= (99 if max(fitted(case)[:3]) <= 48 else 113) * 1024
+        assert (plan["tile_height"] == 16) == (first.height << first.upsample > 8)
+        for kilobytes in (99, 163, 227):
+            assert fits(*fitted(case), "f32", kilobytes * 1024)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -414,10 +413,10 @@ def test_on_a_gpu(case, compiled_by):
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("product", ["bf16", "f32"])
-@pytest.mark.parametrize("case", PAIRS)
-def test_presets_on_a_gpu(case, product, compiled_by):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_on_a_gpu(preset, product, compiled_by):
     start = starter(gpu_launchers(compiled_by))
-    for changes in ({}, {"activation": "none", "exact": True}):
+    for case, changes in itertools.product(preset_pairs(preset), ({}, {"activation": "none", "exact": True})):
         check(replace(case, product=product, **changes), start, "cuda")
 
 

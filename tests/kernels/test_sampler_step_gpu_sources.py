@@ -205,7 +205,11 @@ def test_triton_interpreter_parity():
     assert result.stdout.strip() == "parity", result.stderr
 
 
-@pytest.mark.parametrize("case", [pytest.param(CASES[1], marks=pytest.mark.core), CASES[0], *CASES[2:], *CUDA_CASES], ids=str)
+CORE = (CASES[1], next(case for case in CASES if case.pool == 3))
+HOSTED = [pytest.param(case, id=str(case), marks=pytest.mark.core if case in CORE else ()) for case in CASES + CUDA_CASES]
+
+
+@pytest.mark.parametrize("case", HOSTED)
 def test_cuda_kernels_on_the_host(case, cupy_on_host):
     check(case, LAUNCHERS.sampler_step)
 

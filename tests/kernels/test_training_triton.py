@@ -171,47 +171,23 @@ def compile_ahead(architecture):
     normalized(norm_act.backward_kernel, "fp16", upsample=True, last=True, aligned=False, shape=(64, 3, 32, 1), MASKED=False)
 
 
-def run(call, folder, environment):
-    """A function of this file in a process of its own: Triton's compiler and its interpreter exclude each other."""
+def output_of(call, environment):
+    """What a function of this file prints in a process of its own: Triton's compiler and its interpreter exclude each other."""
     code = f"from tests.kernels import test_training_triton as t; t.{call}; print('END')"
-    path = folder / "output"
-    with path.open("w") as output:
-        streams = {"stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([sys.executable, "-c", code], env=process_environment(environment), cwd=ROOT, **streams)
-    return process, path
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run([sys.executable, "-c", code], env=process_environment(environment), cwd=ROOT, **streams).stdout
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """The interpreter's and the compilers' processes, run concurrently; their output goes to files, so that none blocks."""
-    started = {}
-    for name in ("interpreter", *ARCHITECTURES):
-        folder = tmp_path_factory.mktemp(str(name))
-        if name == "interpreter":
-            started[name] = run("interpret()", folder, {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"})
-        else:
-            environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_DUMP_PTXAS_LOG": "1"}
-            started[name] = run(f"compile_ahead({name})", folder, environment)
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
-
-
-def output_of(process, path):
-    process.wait()
-    return path.read_text()
-
-
-def test_interpreter_parity(processes):
-    output = output_of(*processes["interpreter"])
+def test_interpreter_parity():
+    output = output_of("interpret()", {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"})
     assert output.strip() == "END", output
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiled_ahead(architecture, processes):
+def test_compiled_ahead(architecture, tmp_path):
     """Nothing spills, four blocks of 128 threads fit on a multiprocessor, aligned tensors are read and written in vectors."""
-    output = output_of(*processes[architecture])
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"}
+    output = output_of(f"compile_ahead({architecture})", environment)
     assert output.rstrip().endswith("END"), output
     kernels = [json.loads(line) for line in re.findall(r"^KERNEL (.*)$", output, re.M)]
     assert len(kernels) > 30

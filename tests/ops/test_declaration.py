@@ -34,13 +34,16 @@ TIMES = declare(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forgotten():
-    """The registry lists the package's own ops alone for other tests."""
-    yield
-    for known in (registry.IMPLEMENTED, registry.BY_NAME, registry.CAPABILITY, registry.STORED):
-        for name in ("declared", "declared_times"):
-            del known[name]
+TABLES = (registry.IMPLEMENTED, registry.BY_NAME, registry.CAPABILITY, registry.STORED)
+ENTRIES = [{name: table.pop(name) for name in ("declared", "declared_times")} for table in TABLES]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """These ops are in the registry for these tests alone."""
+    for table, entries in zip(TABLES, ENTRIES):
+        for name, entry in entries.items():
+            monkeypatch.setitem(table, name, entry)
 
 
 def test_the_backend_stands_before_what_is_written_or_at_the_end():

@@ -167,6 +167,18 @@ def test_not_finite_is_seen_in_the_pass(value, device):
             sampler_step(overflowing, overflowing, StepCoefficients(1, 0, 1.1), check_finite=True, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["model_output", "previous_x0", "noise", "out", "x0"])
+def test_a_launcher_refuses_another_layout(name):
+    """The public function lays tensors out like x; whoever calls the op itself must do so."""
+    x = torch.zeros(2, 3, 4, 4)
+    given = dict.fromkeys(("model_output", "previous_x0", "noise", "out", "x0"), x)
+    given[name] = x.contiguous(memory_format=torch.channels_last)
+    model_output, previous_x0, noise, out, x0 = given.values()
+    arguments = (x, model_output, torch.zeros(1, 8), previous_x0, noise, None, 0, 0, None, 0)
+    with pytest.raises(RuntimeError, match="one shape and layout"):
+        OP(*arguments, "cpu", out, x0, None, None)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 def test_in_place(last, device):

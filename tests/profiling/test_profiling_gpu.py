@@ -759,6 +759,21 @@ def test_a_digest_covers_what_a_triton_kernel_imports(tmp_path, monkeypatch):
         before = now
 
 
+def test_a_digest_covers_the_plans_of_launches(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    for folder in ("kernels", "advkd/ops", "csrc/cuda"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    known = [evidence.Family(*pair) for pair in (("cuda", "conv_block"), ("cuda", "norm_act"), ("triton", "conv_block"))]
+    before = [family.digest() for family in known]
+    files = (("csrc/cuda/host/conv_block.cpp", [0]), ("csrc/cuda/host/host.h", [0, 1]), ("advkd/ops/triton_conv.py", [2]))
+    for file, changed in files:
+        with (tmp_path / file).open("a") as out:
+            out.write("\n")
+        now = [family.digest() for family in known]
+        assert [i for i in range(3) if now[i] != before[i]] == changed
+        before = now
+
+
 def test_kernels_have_tests_and_become_stale(tmp_path):
     known = {family.key: family for family in evidence.families()}
     assert {"cuda sampler_step", "triton sampler_step", "cuda conv_block", "triton conv_block", "cuda student_stem"} <= set(

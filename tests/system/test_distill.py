@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,8 +28,9 @@ from ..conftest import (
     fork,
     fork_cli,
     fork_ranks,
-    process_environment,
     run_cli,
+    run_torchrun,
+    start,
     start_cli,
     tiny_recording,
     tiny_student,
@@ -169,8 +168,8 @@ def test_a_killed_run_resumes_bit_for_bit(trajectories, tmp_path, name):
     assert result.returncode == 0, result.stderr
     killed = tmp_path / "killed"
     # Of one recipe in fresh processes, the killed one and the one that goes on.
-    start, run = (start_cli, run_cli) if name == "joint" else (partial(fork, "-m", "advkd.cli"), fork_cli)
-    process = start(*arguments, killed)
+    begin, run = (start_cli, run_cli) if name == "joint" else (partial(fork, "-m", "advkd.cli"), fork_cli)
+    process = begin(*arguments, killed)
     deadline = time.monotonic() + 120
     while not (killed / "metrics.csv").exists() or len((killed / "metrics.csv").read_text().splitlines()) < 6:
         assert process.poll() is None and time.monotonic() < deadline
@@ -225,7 +224,8 @@ def test_two_processes_record_growing_data_together(trajectories, tmp_path):
     assert len(Trajectories(trajectories, tmp_path / "trajectories" / "0001")) == 40
 
 
-# Registered before anything else, this exit handler runs last: it notes what is left of the process group.
+# An exit handler that notes what is left of the process group. In a fresh interpreter it is registered before all others and
+# runs last; in a forked child, whose imports are done, it runs after those of the run and before those of the imports.
 LAST_HANDLER = """
 import atexit, json, os, sys
 from pathlib import Path
@@ -268,7 +268,9 @@ def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_p
     """On every way out, without waiting for a process that failed; a group that existed before stays the caller's."""
     overrides = {"recipe": "joint", "updates": [3], "batch_sizes": [8], "critic_channels": 4, "ending": ending}
     worker = ("tests.system.distill_worker", trajectories, tmp_path / "out", json.dumps(overrides))
-    results = fork_ranks("-c", RUN_MODULE, *worker, environment={"ENDINGS": str(tmp_path / "endings")})
+    # A forked child leaves out the interpreter's own end, so one good and one bad end are those of fresh processes.
+    by = start if ending in ("twice", "error") else fork
+    results = fork_ranks("-c", RUN_MODULE, *worker, environment={"ENDINGS": str(tmp_path / "endings")}, by=by)
     errors, left = [done.stderr[-3000:] for done in results], endings()
     if ending in ("error", "interrupt"):
         assert all(done.returncode for done in results) and left == {0: GONE, 1: GONE}, errors
@@ -290,10 +292,8 @@ def test_the_command_ends_its_process_group(trajectories, tmp_path, endings, opt
     arguments += ["--critic-max-channels", 8, *options, "--out", tmp_path / "out"]
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(LAST_HANDLER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "advkd.cli"]
     changes = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "ENDINGS": str(tmp_path / "endings")}
-    command += map(str, ("distill", *arguments))
-    result = subprocess.run(command, env=process_environment(changes), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = run_torchrun("advkd.cli", "distill", *arguments, environment=changes)
     assert result.returncode == code and message in result.stderr, result.stderr[-3000:]
     assert endings() == {0: GONE, 1: GONE}
 

@@ -22,7 +22,7 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 from advkd.runtime import files, folders
 
-from ..conftest import fork, fork_cli, fork_ranks, process_environment, run_cli, start_cli, tiny_recording, tiny_teacher
+from ..conftest import fork, fork_cli, process_environment, run_cli, run_torchrun, start_cli, tiny_recording, tiny_teacher
 
 CLI = ["--num", 40, "--depth", 4, "--steps", 10, "--batch-size", 4, "--shard-size", 8, "--seed", 3]
 
@@ -92,21 +92,18 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def by_one_thread(teacher_folder, tmp_path_factory):
-    """The files that one process with one thread records."""
+    """The files that one process records: a forked child, which has one thread."""
     folder = tmp_path_factory.mktemp("recorded") / "one"
-    assert fork_cli("trajectories", "--teacher", teacher_folder, *CLI, "--out", folder, environment=ONE_THREAD).returncode == 0
+    assert fork_cli("trajectories", "--teacher", teacher_folder, *CLI, "--out", folder).returncode == 0
     return contents(folder)
 
 
 def test_processes_share_the_work(teacher_folder, by_one_thread, tmp_path):
     arguments = ["trajectories", "--teacher", teacher_folder, *CLI, "--out"]
-    for done in fork_ranks("-m", "advkd.cli", *arguments, tmp_path / "two", environment=ONE_THREAD):
-        assert done.returncode == 0, done.stderr
+    done = run_torchrun("advkd.cli", *arguments, tmp_path / "two", environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
     assert fork_cli(*arguments, tmp_path / "local", "--processes", 3).returncode == 0
     assert by_one_thread == contents(tmp_path / "two") == contents(tmp_path / "local")
 

@@ -60,11 +60,16 @@ inline Pieces pieces_of(const Tensor& t, i64 piece) {
   return {t.size(0), t.numel() / t.size(0), piece};
 }
 
-inline void check_like(const Tensor& t, const Tensor& other, i64 times = 1) {
+inline void check_layout(const Tensor& t, const Tensor& other, i64 times = 1) {
   STD_TORCH_CHECK(
-      t.scalar_type() == other.scalar_type() && t.dim() == other.dim() && t.numel() == times * other.numel() &&
+      t.dim() == other.dim() && t.numel() == times * other.numel() &&
           (other.is_contiguous() ? t.is_contiguous() : is_channels_last(t)),
-      "tensors must have one shape, dtype and layout");
+      "tensors must have one shape and layout");
+}
+
+inline void check_like(const Tensor& t, const Tensor& other, i64 times = 1) {
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), "tensors must have one dtype");
+  check_layout(t, other, times);
 }
 
 // Samples that fill their masks' bytes follow each other in the mask as they do in memory: they are one.

@@ -39,8 +39,9 @@ void put_results(StableIValue* stack, const Plan& plan) {
 }
 
 template <typename Function>
-void plan_boxed(const char* name, Function function, StableIValue* stack) {
+void plan_boxed(const char* name, Function function, StableIValue* stack, uint64_t arguments, uint64_t outputs) {
   using Called = Signature<Function>;
+  require_counts<Function>(name, arguments, outputs, 1, 3);
   const auto held = Called::take(stack);
   put_results(stack, plan_op(name, function, device_of(stack[Called::kCount]), held));
 }
@@ -59,9 +60,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CompositeExplicitAutograd, m) {
-#define ADVKD_IMPLEMENT(NAME, ARGUMENTS)                                 \
-  m.impl("cuda_" #NAME, [](StableIValue* stack, uint64_t, uint64_t) {    \
-    advkd::host::plan_boxed(#NAME, advkd::host::NAME, stack);            \
+#define ADVKD_IMPLEMENT(NAME, ARGUMENTS)                                                \
+  m.impl("cuda_" #NAME, [](StableIValue* stack, uint64_t arguments, uint64_t outputs) { \
+    advkd::host::plan_boxed(#NAME, advkd::host::NAME, stack, arguments, outputs);       \
   });
   ADVKD_CUDA_OPS(ADVKD_IMPLEMENT)
 #undef ADVKD_IMPLEMENT

@@ -39,6 +39,10 @@ void sampler_step(
   if (x.numel() == 0) return;
   SamplerStep s{};
   set_layout(s, x);
+  check_layout(model_output, x);
+  check_layout(out, x);
+  for (const std::optional<Tensor>* t : {&previous_x0, &noise, &x0})
+    if (*t) check_layout(**t, x);
   STD_TORCH_CHECK(is_contiguous(table, ScalarType::Float) && table.size(1) == 8, "table must be float32 (rows, 8)");
   STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == s.samples), "one index per sample");
   STD_TORCH_CHECK(!indices || x.numel() / s.samples <= i64{1} << 34, "a sample has at most 2^34 elements");

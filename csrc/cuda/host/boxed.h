@@ -93,6 +93,13 @@ struct Signature<Plan (*)(const Device&, Parameters...)> {
   }
 };
 
+// The schema and the host function of an op are written apart: their numbers of arguments and of results must agree.
+template <typename Function>
+void require_counts(const char* name, std::uint64_t arguments, std::uint64_t outputs, std::uint64_t more, std::uint64_t results) {
+  if (arguments != Signature<Function>::kCount + more || outputs != results)
+    throw std::runtime_error(std::string(name) + ": its schema has other arguments than its host function");
+}
+
 // An op's plan; an error's message begins with its name.
 template <typename Function>
 Plan plan_op(const char* name, Function function, const Device& device, const typename Signature<Function>::Held& held) {

@@ -5,7 +5,6 @@
 namespace advkd::host {
 namespace {
 
-
 // For pair_quotient(n, divisor), exact while n * divisor < 2^20 and n / divisor < 2^12.
 u32 pair_divisor(int divisor) {
   return (1u << 20) / static_cast<u32>(divisor) + 1;
