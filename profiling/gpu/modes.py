@@ -37,7 +37,7 @@ from advkd.runtime.folders import locked, require_output_folder
 
 from . import summary as gpu_summary
 from .run import Part
-from .tests import tests_in
+from .tests import entries_of
 
 SAVE = 10.0
 """Seconds between two savings."""
@@ -199,7 +199,7 @@ def tests_so_far(work):
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""
-        found |= {kind + test: entry for test, entry in tests_in(log).items()}
+        found |= {kind + test: entry for test, entry in entries_of(log).items()}
     return found
 
 

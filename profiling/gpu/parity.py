@@ -25,7 +25,7 @@ from . import kept
 from .kept import test_digest
 from .parent import as_parent
 from .part import NEEDS_DEVICE
-from .tests import COLLECTED, read_log, running, settle, tests_in
+from .tests import COLLECTED, entries_of, read_log, running, settle
 
 STUDENT_TESTS = [
     f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
@@ -82,7 +82,7 @@ def run_pytest(part, log, words, seen=()):
     command += [*(DRY if part.rehearse else []), *words]
     settle(log, None)
     for _ in range(STARTS):
-        own = tests_in(log)
+        own = entries_of(log)
         write_json(part.folder / "seen.json", {**dict(seen), **own})
         code = _run(part, command, environment, log)
         # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
@@ -173,7 +173,7 @@ def parity_gate(files, part):
         log = part.folder / "gate.jsonl"
         most = "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"
         through = run_pytest(part, log, [most, *(file for file in files if (ROOT / file).exists())]) is not None
-        known = tests_in(log)
+        known = entries_of(log)
     else:
         known = found["result"]["tests"]
         left = [test for test in found["result"]["left"] if test.partition("::")[0] in files]

@@ -41,7 +41,7 @@ def read_log(path):
     return found
 
 
-def tests_in(path):
+def entries_of(path):
     """:func:`read_log` of the tests alone."""
     return {test: entry for test, entry in read_log(path).items() if test != COLLECTED}
 

@@ -33,7 +33,7 @@ from profiling.gpu import modes as gpu_modes
 from profiling.gpu import part as gpu_part
 from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
-from profiling.gpu.tests import BROKEN, COLLECTED, read_log, settle, spread, tests_in
+from profiling.gpu.tests import BROKEN, COLLECTED, entries_of, read_log, settle, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
 from profiling.trace import ncu
@@ -507,7 +507,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(step, absent, tmp_path, mo
     words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
     # Where a hanging test was the last one nothing is left for the next process.
     assert parity.run_pytest(part_of(tmp_path), log, words) in ((1, 5) if absent == ("pytest_timeout",) else (1,))
-    found = tests_in(log)
+    found = entries_of(log)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
@@ -537,7 +537,7 @@ def test_a_failure_that_breaks_the_device_ends_its_worker(absent, tmp_path, monk
     # The code of the last process: without pytest-xdist another one runs what is left.
     code = parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path])
     assert code == (0 if absent else 1)
-    found = tests_in(tmp_path / "log.jsonl")
+    found = entries_of(tmp_path / "log.jsonl")
     assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
     assert "assert 1 != 1" in found[sorted(found)[1]]["message"]
     first, second, third = (tmp_path / "pids.txt").read_text().split()
