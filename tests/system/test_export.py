@@ -87,6 +87,7 @@ def test_an_onnx_file_draws_the_students_images(student, kind, run, tmp_path):
         assert (run(path, z) - student(z)).abs().max() <= 1e-5
 
 
+@pytest.mark.kernels
 def test_dtypes_of_an_onnx_file(student, run, tmp_path):
     """A student takes latents in its own dtype; a fused one takes float32 and returns images in its dtype."""
     import onnx

@@ -122,6 +122,7 @@ def shows(screen, picture):
     return any(np.array_equal(screen[a : a + 32, b : b + 32], patch) for a, b in np.argwhere(likely))
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 def test_a_browser_shows_the_pictures(report, tmp_path):
     page = report / "report.html"

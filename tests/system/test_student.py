@@ -518,13 +518,8 @@ def test_a_traced_student_takes_every_batch_size(either_latent):
         assert (traced(z) - either_latent(z)).abs().max() <= 1e-5
 
 
-# What training changes comes after the latent: either of both is compiled once in make test.
-@pytest.mark.parametrize(
-    ("either_latent", "training"),
-    [("blocks", True), ("pyramid", False)]
-    + [pytest.param(*case, marks=pytest.mark.kernels) for case in (("blocks", False), ("pyramid", True))],
-    indirect=["either_latent"],
-)
+@pytest.mark.kernels
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_a_student_is_compiled_for_every_batch_size(either_latent, training):
     torch._dynamo.reset()
     right = copy.deepcopy(either_latent.train(training))
