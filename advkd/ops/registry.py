@@ -134,14 +134,15 @@ def choose_for(name: str, x: torch.Tensor, backend: str) -> str:
     if chosen == "reference" or x.dtype in STORED[name][chosen]:
         return chosen
     if backend != "auto":
-        raise InputError(f"backend {backend!r} of {name} takes {_dtypes(name, chosen, ' and ')}, got {x.dtype}")
+        *others, last = _stored(name, chosen)
+        names = f"{', '.join(others)} and {last}" if others else last
+        raise InputError(f"backend {backend!r} of {name} takes {names}, got {x.dtype}")
     return "reference"
 
 
-def _dtypes(name, backend, last):
-    """The dtypes that a backend stores, in words."""
-    *others, final = (str(dtype).removeprefix("torch.") for dtype in STORED[name][backend])
-    return f"{', '.join(others)}{last}{final}" if others else final
+def _stored(name, backend):
+    """Names of the dtypes that a backend stores."""
+    return [str(dtype).removeprefix("torch.") for dtype in STORED[name][backend]]
 
 
 def choose_for_dtype(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> str:
@@ -152,7 +153,7 @@ def choose_for_dtype(name: str, dtype: torch.dtype, backend: str, device: torch.
     if chosen == "reference" or dtype in STORED[name][chosen]:
         return chosen
     if backend != "auto":
-        raise InputError(f"the dtype must be {_dtypes(name, chosen, ' or ')} for backend {backend!r}, got {dtype}")
+        raise InputError(f"the dtype must be {' or '.join(_stored(name, chosen))} for backend {backend!r}, got {dtype}")
     return "reference"
 
 
