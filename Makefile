@@ -63,7 +63,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: install
 	$(PYTEST) --ignore tests/profiling -m "not slow and (core or not kernels)"
 
-# What make test leaves out, so that no test runs twice.
+# The tests that make test leaves out, so that none runs twice.
 test-kernels: install
 	$(PYTEST) --ignore tests/profiling -m "kernels and not slow and not core"
 	ATEN_CPU_CAPABILITY=default $(PYTEST) $(SCHEDULES)

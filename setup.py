@@ -227,7 +227,7 @@ class Unit(NamedTuple):
     flags: list
 
     def text(self):
-        """What the compiler is given; paths are relative to ``csrc``."""
+        """Text given to the compiler; paths are relative to ``csrc``."""
         return "".join(f'#include "{Path(source).relative_to("csrc")}"\n' for source in self.sources)
 
 

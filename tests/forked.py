@@ -184,7 +184,7 @@ def main(number):
         code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
-    # What an interpreter does at its end, except for freeing every object, which takes a second.
+    # As an interpreter does at its end, except for freeing every object, which takes a second.
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -303,7 +303,7 @@ def compile_ahead(architecture, part):
 
 
 def output_of(call, folder, **environment):
-    """What a function of this file prints in a process of its own: Triton's compiler and its interpreter exclude each other.
+    """Output of a function of this file in a process of its own: Triton's compiler and its interpreter exclude each other.
 
     ``call``: its name and arguments, with spaces between.
     """

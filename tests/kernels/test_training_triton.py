@@ -172,7 +172,7 @@ def compile_ahead(architecture):
 
 
 def output_of(call, environment):
-    """What a function of this file prints in a process of its own: Triton's compiler and its interpreter exclude each other."""
+    """Output of a function of this file in a process of its own: Triton's compiler and its interpreter exclude each other."""
     code = f"from tests.kernels import test_training_triton as t; t.{call}; print('END')"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run([sys.executable, "-c", code], env=process_environment(environment), cwd=ROOT, **streams).stdout

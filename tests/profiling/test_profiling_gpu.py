@@ -1004,7 +1004,7 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 
 
 def test_peers_of_the_compiler(monkeypatch):
-    """What every other test leaves to eager: Inductor takes both folded networks whole, with freezing and with its search."""
+    """Other tests leave it to eager: here Inductor takes both folded networks whole, with freezing and with its search."""
     monkeypatch.setattr(bench_conv_block, "Replay", OnHost)
     chain = bench_conv_block.Chain("digits", 6, 1)
     first = chain.layers[0]

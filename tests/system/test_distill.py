@@ -167,7 +167,7 @@ def test_a_killed_run_resumes_bit_for_bit(trajectories, tmp_path, name):
     result = fork_cli(*arguments, tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     killed = tmp_path / "killed"
-    # Of one recipe in fresh processes, the killed one and the one that goes on.
+    # One recipe in fresh processes, the killed one and the one that goes on.
     begin, run = (start_cli, run_cli) if name == "joint" else (partial(fork, "-m", "advkd.cli"), fork_cli)
     process = begin(*arguments, killed)
     deadline = time.monotonic() + 120
