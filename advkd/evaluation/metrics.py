@@ -20,6 +20,9 @@ from ..ops.arguments import real, require_dense, whole
 NEIGHBOUR = 3
 """k of the manifolds behind precision and recall."""
 
+TIE = 1e-9
+"""Part of itself by which a point may lie beyond a radius: the same distance is rounded differently within a matrix product."""
+
 BLOCK = 2**21
 """Distances held in memory at a time."""
 
@@ -145,7 +148,7 @@ def _blocks(points, others):
 
 
 def _radii(manifold, k):
-    """Distance of each point to its k-th neighbour."""
+    """Radius of each point's ball: the distance to its k-th neighbour, and :data:`TIE`."""
     radii = torch.empty(len(manifold), dtype=torch.float64, device="cpu")
     for rows, block in _blocks(manifold, manifold):
         radii[rows] = _radius(block, k)
@@ -154,7 +157,7 @@ def _radii(manifold, k):
 
 def _radius(block, k):
     # The closest one is the point itself.
-    return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1)
+    return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1).mul_(1 + TIE)
 
 
 def frechet_interval(

@@ -306,6 +306,20 @@ def test_neighbour_measures_are_the_definitions(name, block, monkeypatch):
     assert list(found) == list(expected)
 
 
+@pytest.mark.parametrize("name", ["ties", "copies", "far from the origin"])
+def test_ties_are_covered_however_a_product_rounds(name, monkeypatch):
+    """A matrix product may round one pair's distance differently from place to place."""
+    blocks, generator = metrics._blocks, torch.Generator().manual_seed(0)
+
+    def rounded(points, others):
+        for rows, block in blocks(points, others):
+            yield rows, block * (1 + 1e-13 * torch.randn(block.shape, generator=generator, dtype=block.dtype))
+
+    monkeypatch.setattr(metrics, "_blocks", rounded)
+    generated, reference = SETS[name]()
+    assert torch.equal(metrics.covers(reference, generated, 2), dense_covers(reference, generated, 2))
+
+
 @pytest.mark.parametrize("closest", [1, 2, 5])
 def test_a_resample_without_the_closest_points_is_searched_whole(closest, monkeypatch):
     generated, reference = SETS["ordinary"]()
