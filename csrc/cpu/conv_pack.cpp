@@ -38,11 +38,10 @@ void pack_dot(const ConvLayer& layer, const float* weight, float* out) {
   for (int dy = 0; dy < 3; ++dy)
     for (i64 c = 0; c < vectors(layer.c_in); ++c)
       for (i64 o = 0; o < layer.c_out; ++o)
-        for (int dx = 0; dx < 3; ++dx)
-          for (i64 lane = 0; lane < kLanes; ++lane) {
-            const i64 channel = c * kLanes + lane;
-            *out++ = channel < layer.c_in ? weight[(o * layer.c_in + channel) * 9 + 3 * dy + dx] : 0.0f;
-          }
+        for (int dx = 0; dx < 3; ++dx) {
+          const float* taps = weight + (o * layer.c_in + c * kLanes) * 9 + 3 * dy + dx;
+          for (i64 lane = 0; lane < kLanes; ++lane) *out++ = c * kLanes + lane < layer.c_in ? taps[9 * lane] : 0.0f;
+        }
 }
 
 // The matrices of one phase and one pair of channels: its taps, or its points.
@@ -77,7 +76,7 @@ void pack_products(const ConvLayer& layer, const float* weight, P* out) {
       const i64 width = panel_width(total - first) * kLanes;
       for (i64 o = 0; o < width; ++o)
         for (i64 c = 0; c < channels; ++c) {
-          double values[64] = {};
+          double values[64];
           const i64 output = first * kLanes + o;
           if (output < layer.c_out && c < layer.c_in) {
             double g[3][3];
@@ -89,6 +88,8 @@ void pack_products(const ConvLayer& layer, const float* weight, P* out) {
               case 6: filter_matrices<6>(phase, g, values); break;
               default: direct_matrices(phase, g, values);
             }
+          } else {
+            std::fill_n(values, count, 0.0);
           }
           for (i64 matrix = 0; matrix < count; ++matrix)
             from_float(static_cast<float>(values[matrix]), out[(matrix * channels + c / step * step) * width + o * step + c % step]);

@@ -23,6 +23,15 @@ Tile tile_of(const ConvLayer& layer, i64 unit) {
   return {unit / (across * down), m * (unit / across % down), m * (unit % across)};
 }
 
+template <int m>
+void advance(const ConvLayer& layer, Tile& tile) {
+  if ((tile.x += m) < layer.width) return;
+  tile.x = 0;
+  if ((tile.y += m) < layer.height) return;
+  tile.y = 0;
+  ++tile.image;
+}
+
 // A line of padding between points: without it all points of a channel fall into one set of the first-level cache.
 template <typename T>
 constexpr i64 kPointPadding = 64 / sizeof(T);
@@ -59,18 +68,19 @@ void copy_pixels(const S* in, i64 row, i64 pixel, i64 rows, i64 columns, S* out)
 template <int m, typename S, typename P>
 void transform_inputs(const ConvJob& job, i64 begin, i64 end, P* out, i64 point_stride) {
   constexpr int n = m + 2;
-  const i64 channels = padded(job.layer.c_in);
-  for (i64 unit = begin; unit < end; ++unit, out += channels) {
-    const Tile tile = tile_of<m>(job.layer, unit);
+  // By value: a store might change what a reference names.
+  const ConvLayer layer = job.layer;
+  const i64 channels = padded(layer.c_in), used = vectors(layer.c_in) * kLanes, row = job.in.row(), pixel = job.in.channels;
+  Tile tile = tile_of<m>(layer, begin);
+  for (i64 unit = begin; unit < end; ++unit, out += channels, advance<m>(layer, tile)) {
     // The tile's halo begins at output pixel (y - 1, x - 1), which is memory pixel (y, x).
-    const S* in = static_cast<const S*>(job.in.data) + tile.image * job.in.image() + tile.y * job.in.row() + tile.x * job.in.channels;
-    const i64 rows = job.layer.height + 2 - tile.y, columns = job.layer.width + 2 - tile.x;
+    const S* in = static_cast<const S*>(job.in.data) + tile.image * job.in.image() + tile.y * row + tile.x * pixel;
+    const i64 rows = layer.height + 2 - tile.y, columns = layer.width + 2 - tile.x;
     const bool whole = rows >= n && columns >= n;
-    for (i64 c = 0; c < vectors(job.layer.c_in) * kLanes; c += kLanes) {
+    for (i64 c = 0; c < used; c += kLanes) {
       S pixels[n * n * kLanes];
-      if (!whole) copy_pixels<n>(in + c, job.in.row(), job.in.channels, rows, columns, pixels);
-      transform_input<m>(
-          whole ? in + c : pixels, whole ? job.in.row() : n * kLanes, whole ? job.in.channels : kLanes, out + c, point_stride);
+      if (!whole) copy_pixels<n>(in + c, row, pixel, rows, columns, pixels);
+      transform_input<m>(whole ? in + c : pixels, whole ? row : n * kLanes, whole ? pixel : kLanes, out + c, point_stride);
     }
   }
 }
@@ -107,19 +117,20 @@ void transform_output(const float* in, i64 point_stride, V bias, Activation acti
 }
 
 template <int m, typename S, int pv, int ph>
-void transform_outputs(const ConvJob& job, i64 begin, i64 end, const Panel& panel, const float* in, i64 point_stride) {
-  const ConvLayer& layer = job.layer;
+void transform_outputs(const ConvJob& job, i64 begin, i64 end, Panel panel, const float* in, i64 point_stride) {
+  // By value: a store might change what a reference names.
+  const ConvLayer layer = job.layer;
   const i64 s = layer.scale(), row = s * job.out.row(), pixel = s * job.out.channels;
-  for (i64 unit = begin; unit < end; ++unit, in += panel.width * kLanes) {
-    const Tile tile = tile_of<m>(layer, unit);
+  const float* bias = packed_bias(job.packed) + panel.first * kLanes;
+  Tile tile = tile_of<m>(layer, begin);
+  for (i64 unit = begin; unit < end; ++unit, in += panel.width * kLanes, advance<m>(layer, tile)) {
     S* out = static_cast<S*>(job.out.data) + tile.image * job.out.image() + panel.first * kLanes;
     const i64 rows = std::min<i64>(layer.height - tile.y, m), columns = std::min<i64>(layer.width - tile.x, m);
     const bool whole = rows == m && columns == m;
     out += (s * tile.y + 1 + (pv > 0)) * job.out.row() + (s * tile.x + 1 + (ph > 0)) * job.out.channels;
     for (int j = 0; j < panel.width; ++j) {
-      const V bias = load(packed_bias(job.packed) + (panel.first + j) * kLanes);
       V pixels[m][m];
-      transform_output<m, pv, ph>(in + j * kLanes, point_stride, bias, layer.activation, layer.slope, pixels);
+      transform_output<m, pv, ph>(in + j * kLanes, point_stride, load(bias + j * kLanes), layer.activation, layer.slope, pixels);
       if (whole) {
         for (int y = 0; y < m; ++y)
           for (int x = 0; x < m; ++x) store(out + j * kLanes + y * row + x * pixel, pixels[y][x]);
