@@ -1,7 +1,8 @@
 """Processes without the imports' seconds: forked children of two warm processes per test process.
 
 For a test that needs a process, not a fresh interpreter. Variables that imports read (``OMP_NUM_THREADS``), signals during
-imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`.
+imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`. Processes that such a child spawns by
+``multiprocessing`` are forked as well.
 """
 
 import atexit
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import json
+import multiprocessing.util
 import os
 import pkgutil
 import runpy
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +36,7 @@ class Forked:
     """A running ``python ARGUMENTS`` in a forked child, with those methods of ``subprocess.Popen`` that tests use.
 
     Args:
-        arguments: ``-m MODULE ...`` or ``-c CODE ...``, as for ``python``.
+        arguments: ``-m MODULE ...``, ``-c CODE ...`` or ``SCRIPT ...``, as for ``python``.
         environment: the whole environment; its ``PYTHONHASHSEED``, one of :data:`SEEDS`, chooses the warm process.
         cwd: folder to run in.
     """
@@ -160,19 +163,48 @@ def become(request, descriptors):
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    option, what, *arguments = request["arguments"]
-    sys.argv, sys.path[0] = [option, *arguments], request["cwd"]
-    if option == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    multiprocessing.util.spawnv_passfds = forking(multiprocessing.util.spawnv_passfds)
+    first, *others = request["arguments"]
+    sys.argv, sys.path[0] = [first, *others[first in ("-m", "-c") :]], request["cwd"]
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    if first == "-m":
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(compile(others[0], "<string>", "exec"), vars(module))
     else:
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        sys.path[0] = str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
 
 
-def main(number):
+def forking(spawnv_passfds):
+    """A function that starts the processes of "spawn" as forks, without the imports; the rest is as "spawn" has it.
+
+    Their work comes pickled through a pipe, they import the main module anew, and handlers of signals are those of the start.
+    """
+
+    def forked(path, arguments, passed):
+        if "--multiprocessing-fork" not in arguments:
+            return spawnv_passfds(path, arguments, passed)  # the tracker of resources, which imports little
+        if child := os.fork():
+            return child
+        atexit._clear()
+        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        sys.modules["__main__"], sys.argv = types.ModuleType("__main__"), ["-c", *arguments[-1:]]
+        end(exec, arguments[-2], {})
+
+    return forked
+
+
+def end(function, *arguments):
+    """Call a function and end the process as an interpreter does, except for freeing every object, which takes a second."""
     code = 1
     try:
-        warm_up()
-        become(*serve(socket.socket(fileno=number)))
+        function(*arguments)
         code = 0
     except SystemExit as ended:
         if isinstance(ended.code, int | None):
@@ -184,7 +216,6 @@ def main(number):
         code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
-    # As an interpreter does at its end, except for freeing every object, which takes a second.
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -195,5 +226,10 @@ def main(number):
     os._exit(code)
 
 
+def main(number):
+    warm_up()
+    become(*serve(socket.socket(fileno=number)))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    end(main, int(sys.argv[1]))

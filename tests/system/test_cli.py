@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from advkd.cli.main import main
-from advkd.evaluation import evaluate
 from advkd.methods.adv_kd import RECIPES
-from advkd.runtime import timing
 
-from ..conftest import fork_cli, fork_ranks, run_cli
+from ..conftest import fork, fork_cli, fork_ranks, run_cli
 
 
 def run(capsys, *arguments):
@@ -218,13 +216,22 @@ def test_a_fresh_process_refuses_without_a_traceback(tmp_path):
     assert result.stderr.startswith("advkd: ") and result.stderr.count("\n") == 1
 
 
-def test_small_demo(capsys, tmp_path, monkeypatch):
+# The times in the last line are not tested.
+DEMO = """
+import sys
+from advkd.cli.main import main
+from advkd.evaluation import evaluate
+from advkd.runtime import timing
+evaluate.measure = lambda calls, repeats, device: timing.measure(calls, 1, 0, device)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_small_demo(tmp_path):
     from PIL import Image
 
-    # The times in the last line are not tested.
-    monkeypatch.setattr(evaluate, "measure", lambda calls, repeats, device: timing.measure(calls, 1, 0, device))
-    code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--num", 32, "--updates", 2)
-    assert code == 0 and "50 evaluations" in out and "1 evaluation" in out
+    done = fork("-c", DEMO, "demo", "--out", tmp_path / "demo", "--num", 32, "--updates", 2).finish(300)
+    assert done.returncode == 0 and "50 evaluations" in done.stdout and "1 evaluation" in done.stdout, done.stderr
     for name in ("teacher_and_student", "levels", "loss_curves", "student_samples"):
         with Image.open(tmp_path / "demo" / f"{name}.png") as picture:
             assert picture.width > 300 and len(picture.convert("L").getcolors(1 << 16)) > 10

@@ -27,6 +27,10 @@ def student(request):
     return student.eval()
 
 
+# Each of them takes seconds.
+EITHER = pytest.mark.parametrize("student", ["pyramid", pytest.param("blocks", marks=pytest.mark.kernels)], indirect=True)
+
+
 def dynamic():
     return ({0: torch.export.Dim("batch")},)
 
@@ -64,6 +68,7 @@ def run():
     return run
 
 
+@EITHER
 def test_torchs_own_onnx_export(student, run, tmp_path):
     path = tmp_path / "student.onnx"
     names = {"input_names": ["z"], "output_names": ["images"]}
@@ -106,6 +111,7 @@ def test_dtypes_of_an_onnx_file(student, run, tmp_path):
     assert (run(advkd.export_onnx(half, tmp_path / "b.onnx"), z) - student(z)).abs().max() <= 1e-2
 
 
+@EITHER
 def test_an_onnx_file_names_no_place_of_this_machine(student, run, tmp_path):
     files = [advkd.export_onnx(student, tmp_path / name).read_bytes() for name in ("a", "b")]
     assert files[0] == files[1] and b"student.py" not in files[0]

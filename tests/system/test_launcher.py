@@ -23,7 +23,7 @@ from advkd.runtime.devices import plain_defaults, require_device
 from advkd.runtime.progress import can_be_shown, progress_bar
 from advkd.training.teacher import train_teacher
 
-from ..conftest import ROOT, fork, fork_cli, other_default, process_environment, tiny_recording, tiny_teacher
+from ..conftest import fork, fork_cli, other_default, process_environment, start, tiny_recording, tiny_teacher
 
 
 def set_variables(monkeypatch, **values):
@@ -239,11 +239,9 @@ def test_every_command_runs_without_standard_streams(tmp_path, teacher_folder):
     assert closed_streams(*train, "--batch-sizes", 4, "--critic-channels", 8, "--out", tmp_path / "s") == 0
     assert closed_streams("sample", "--student", tmp_path / "s", "-n", 2, "--out", tmp_path / "images") == 0
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
-    assert (
-        fresh_without_streams("teacher", "train", "--size", 8, "--channels", 8, "--steps", 1, "--out", tmp_path / "teacher")
-        == 0
-    )
-    assert fresh_without_streams("classifier", "train", "--size", 8, "--steps", 1, "--out", tmp_path / "classifier") == 0
+    small = ["train", "--size", 8, "--steps", 1, "--out"]
+    assert fresh_without_streams("classifier", *small, tmp_path / "classifier") == 0
+    assert closed_streams("teacher", *small, tmp_path / "teacher", "--channels", 8) == 0
     # A mistake is still an exit code.
     assert closed_streams("sample", "-n", 0, "--out", tmp_path / "x.png") == 2
 
@@ -273,22 +271,18 @@ from advkd.diffusion.recorder import record_in_processes
 """
 
 
-GUARD = "if __name__ == '__main__':"
-
-
-@pytest.mark.parametrize(("guard", "from_file", "code"), [(GUARD, True, 0), ("if True:", True, 1), (GUARD, False, 1)])
-def test_a_script_that_records_needs_a_guard_and_a_file(guard, from_file, code, tmp_path, teacher_folder):
-    text = SCRIPT.format(guard=guard)
-    (tmp_path / "script.py").write_text(text)
-    command = [sys.executable, tmp_path / "script.py" if from_file else "-", teacher_folder, tmp_path / "out"]
-    options = {"capture_output": True, "text": True, "timeout": 200, "cwd": ROOT, "env": process_environment()}
-    done = subprocess.run(list(map(str, command)), input=None if from_file else text, **options)
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    assert done.returncode == code, done.stderr
-    if done.returncode:
-        assert "InputError" in last and "__main__" in last and "from a file" in last
-    else:
-        assert len(Trajectories(tmp_path / "out")) == 4
+def test_a_script_that_records_needs_a_guard_and_a_file(tmp_path, teacher_folder):
+    """The script that has both runs in fresh interpreters."""
+    good, unguarded = tmp_path / "good.py", tmp_path / "unguarded.py"
+    good.write_text(SCRIPT.format(guard="if __name__ == '__main__':"))
+    unguarded.write_text(SCRIPT.format(guard="if True:"))
+    from_standard_input = "__file__ = '<stdin>'" + good.read_text()
+    for script in ((unguarded,), ("-c", from_standard_input)):
+        done = fork(*script, teacher_folder, tmp_path / "out").finish(200)
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        assert done.returncode == 1 and "InputError" in last and "__main__" in last and "from a file" in last, done.stderr
+    done = start(good, teacher_folder, tmp_path / "out").finish(200)
+    assert done.returncode == 0 and len(Trajectories(tmp_path / "out")) == 4, done.stderr
 
 
 def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, teacher_folder):

@@ -144,6 +144,7 @@ def test_a_clock_leaves_other_threads_out(ticking):
 
 
 def test_recording_processes_write_their_clocks(teacher_folder, tmp_path, monkeypatch):
+    """In fresh interpreters, which read the variable while they start."""
     monkeypatch.setenv("ADVKD_RANGES", f"clock:{tmp_path / 'clocks'}")
     record_in_processes(teacher_folder, tiny_recording(num=16), tmp_path / "paths", 2, progress=False)
     found = clocks(tmp_path / "clocks")

@@ -21,7 +21,7 @@ from advkd.evaluation.report import write_report
 from advkd.models.student import Student
 from advkd.runtime.files import digest, write_json
 
-from ..conftest import run_cli
+from ..conftest import fork_cli
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = ["teacher_and_student.png", "levels.png", "student_samples.png", "loss_curves.png", "extrapolation.png"]
@@ -136,7 +136,7 @@ def test_a_browser_shows_the_pictures(report, tmp_path):
 
 
 def test_command_line(evaluation, tmp_path):
-    done = run_cli("report", "--evaluation", evaluation, "--out", tmp_path / "out")
+    done = fork_cli("report", "--evaluation", evaluation, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout and (tmp_path / "out" / "report.html").exists()
 
@@ -206,7 +206,15 @@ def replaced(value, path, other):
 @pytest.mark.parametrize("value", ["<script>$\\frac$", "\ud800", 0, 1e308], ids=["markup", "surrogate", "zero", "large"])
 def test_nothing_of_an_evaluation_is_markup_or_a_formula(value, evaluation, tmp_path, monkeypatch):
     """Any value in any place is shown as text, or refused before anything is drawn."""
+    draw, drawn = report_module.save_extrapolation, set()
+
+    def draw_once(curves, score, path):
+        if repr((curves, score)) not in drawn:
+            draw(curves, score, path)
+        drawn.add(repr((curves, score)))
+
     monkeypatch.setattr(report_module, "save_pictures", lambda *arguments: {})
+    monkeypatch.setattr(report_module, "save_extrapolation", draw_once)
     student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
     whole, shown = json.loads(evaluation.read_text()), 0
     for path in places(whole):

@@ -486,7 +486,7 @@ def as_tuple(found):
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.kernels)], ids=["grad", "no grad"])
 def test_a_student_is_exported_for_every_batch_size(either_latent, grad):
     for model in (either_latent, Levels(either_latent)):
         with torch.set_grad_enabled(grad):

@@ -5,11 +5,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
-from functools import partial
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 from advkd.runtime import files, folders
 
-from ..conftest import fork, fork_cli, process_environment, run_cli, run_torchrun, start_cli, tiny_recording, tiny_teacher
+from ..conftest import fork, fork_cli, run_torchrun, start, start_cli, tiny_recording, tiny_teacher
 
 CLI = ["--num", 40, "--depth", 4, "--steps", 10, "--batch-size", 4, "--shard-size", 8, "--seed", 3]
 
@@ -88,7 +85,7 @@ def test_a_killed_run_goes_on_and_is_byte_identical(teacher_folder, tmp_path):
     assert not (tmp_path / "killed" / "shard-00004.safetensors").exists(), "the run ended before it was killed"
     # Leftovers of a process killed while writing; process numbers end far below this one.
     (tmp_path / "killed" / f".shard-00003.safetensors.{folders._HOST}.4194999.tmp").write_bytes(b"torn")
-    assert run_cli(*arguments, tmp_path / "killed").returncode == 0
+    assert fork_cli(*arguments, tmp_path / "killed").returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -189,28 +186,35 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("caller", ["script", "command"])
-def test_an_interrupt_leaves_no_workers(caller, teacher_folder, tmp_path):
-    (tmp_path / "script.py").write_text(INTERRUPTED)
-    command = [sys.executable, tmp_path / "script.py", teacher_folder, tmp_path / "t"]
-    if caller == "command":
-        command = [sys.executable, "-m", "advkd", "trajectories", "--teacher", teacher_folder, *CLI, "--num", 40000]
-        command += ["--processes", 2, "--out", tmp_path / "t"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    # A shell's background jobs ignore interrupts, and so would what they start.
-    streams["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(list(map(str, command)), env=process_environment(), **streams)
-    wait_for(tmp_path / "t" / "shard-00000.safetensors", process)
+def interrupted(process, folder):
+    """Interrupt a process group once it has recorded something; returns its end. Nothing writes there afterwards."""
+    wait_for(folder / "shard-00000.safetensors", process)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)  # until no worker holds the pipes
-    assert "resource_tracker" not in err and "Traceback" not in err
-    if caller == "script":
-        assert (process.returncode, out) == (0, "0\n")
-    else:
-        assert process.returncode == 130 and err.endswith("(with --resume where it has one) to go on\n")
-    state = contents(tmp_path / "t")
+    done = process.finish(60)
+    assert "resource_tracker" not in done.stderr and "Traceback" not in done.stderr
+    state = contents(folder)
     time.sleep(1)
-    assert contents(tmp_path / "t") == state
+    assert contents(folder) == state
+    return done
+
+
+# A shell's background jobs ignore interrupts, and so would what they start.
+LISTENING = "import os, runpy, signal, sys; os.setsid(); signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
+def test_an_interrupted_script_has_no_workers_left(teacher_folder, tmp_path):
+    """In fresh interpreters."""
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    run = "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = interrupted(start("-c", LISTENING + run, tmp_path / "script.py", teacher_folder, tmp_path / "t"), tmp_path / "t")
+    assert (done.returncode, done.stdout) == (0, "0\n")
+
+
+def test_an_interrupted_command_leaves_no_workers(teacher_folder, tmp_path):
+    command = ["trajectories", "--teacher", teacher_folder, *CLI, "--num", 40000, "--processes", 2, "--out", tmp_path / "t"]
+    run = "runpy.run_module('advkd', run_name='__main__', alter_sys=True)"
+    done = interrupted(fork("-c", LISTENING + run, *command), tmp_path / "t")
+    assert done.returncode == 130 and done.stderr.endswith("(with --resume where it has one) to go on\n")
 
 
 def test_each_process_writes_its_own_shards(teacher, tmp_path, monkeypatch):
