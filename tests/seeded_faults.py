@@ -1,7 +1,8 @@
 """Forty faults to seed, one at a time, and the tests that see them: a proof that a change of the tests loses none of them.
 
-``python -m tests.seeded_faults [--only NAME ...] [--tier TIER] [--out FILE.json]`` works on a copy of the tree. A fault is
-``caught`` if its tests, which pass without it, fail or hang; those of ``--out`` that are not run keep their results.
+``python -m tests.seeded_faults [--only NAME ...] [--out FILE.json]`` works on a copy of the tree. A fault is ``caught`` by a
+target of the Makefile if its tests there, which pass without it, fail or hang; those of ``--out`` that are not run keep their
+results.
 """
 
 import argparse
@@ -18,12 +19,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from advkd.runtime.files import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
-TIERS = {"kernels": "test-kernels", "profiling": "test-profiling"}
-"""Targets of the Makefile by folder of tests; ``test`` runs the others."""
+TARGETS = ("test", "test-kernels")
+"""Targets of the Makefile that share the tests by marks; ``test-profiling`` has a folder."""
+
+NONE_RAN = "no test ran"
 
 LIST = """
 flag-of-a-wider-state | advkd/ops/sampler_step.py | tests/ops/test_sampler_step.py -k not_finite
@@ -232,9 +237,9 @@ class Fault:
         return [word.partition("::")[0] for word in shlex.split(self.tests) if word.startswith("tests/")]
 
     @property
-    def tier(self) -> str:
-        """Target of the Makefile that runs the tests."""
-        return TIERS.get(Path(self.files[0]).parts[1], "test")
+    def targets(self) -> tuple[str, ...]:
+        """Targets of the Makefile that run tests of these files."""
+        return ("test-profiling",) if Path(self.files[0]).parts[1] == "profiling" else TARGETS
 
     @property
     def is_compiled(self) -> bool:
@@ -253,6 +258,13 @@ class Fault:
 
 
 FAULTS = [Fault.parse(paragraph) for paragraph in LIST.strip().split("\n\n")]
+
+
+def marks(target: str) -> list[str]:
+    """Options by which a target of the Makefile chooses among its tests."""
+    recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    found = re.search(r'-m "(.*?)"', recipe)
+    return ["-m", found[1]] if found else []
 
 
 class Copy:
@@ -275,9 +287,12 @@ class Copy:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(command, cwd=self.root, env=environment, check=True, capture_output=True)
 
-    def failure(self, tests: str, limit: float) -> tuple[str | None, float]:
-        """The test that fails, or the way in which pytest ends, None where some pass and none fails; and the seconds."""
-        command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", *shlex.split(tests)]
+    def failure(self, tests: str, target: str, limit: float) -> tuple[str | None, float]:
+        """The test that fails, or the way in which pytest ends, None where some pass and none fails; and the seconds.
+
+        :data:`NONE_RAN` where the target leaves all of them out, or they are skipped.
+        """
+        command = [sys.executable, "-m", "pytest", "-xq", "-n0", "-p", "no:cacheprovider", *shlex.split(tests), *marks(target)]
         environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
         options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         start = time.monotonic()
@@ -290,19 +305,30 @@ class Copy:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         seconds = round(time.monotonic() - start, 1)
-        if process.returncode == 0 and re.search(r"\b[1-9]\d* passed", output):
-            return None, seconds
+        if process.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return None if re.search(r"\b[1-9]\d* passed", output) else NONE_RAN, seconds
         failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", output, re.M)
         return failed[1] if failed else f"pytest ends with {process.returncode}: {output[-200:]}", seconds
 
-    def without_faults(self, faults: list[Fault]) -> dict[str, tuple[str | None, float]]:
-        """:meth:`failure` of each selection of tests; then the tree, with all that was built, is kept for :meth:`attempt`."""
-        found = {tests: self.failure(tests, 600) for tests in dict.fromkeys(fault.tests for fault in faults)}
+    def without_faults(self, faults: list[Fault]) -> dict[tuple[str, str], tuple[str | None, float]]:
+        """:meth:`failure` of each selection of tests by target; then the tree, as it was built, is kept for :meth:`attempt`."""
+        pairs = dict.fromkeys((fault.tests, target) for fault in faults for target in fault.targets)
+        found = {pair: self.failure(*pair, 600) for pair in pairs}
         shutil.copytree(self.root, self.clean)
         return found
 
-    def attempt(self, fault: Fault, limit: float) -> dict:
-        """Seed a fault into the tree as it was kept, and run its tests."""
+    def attempt(self, fault: Fault, clean: dict[str, tuple[str | None, float]]) -> dict:
+        """Seed a fault into the tree as it was kept, and run its tests, target by target until one of them catches it.
+
+        Args:
+            fault: the fault.
+            clean: what :meth:`failure` found without it, by target. A target without any of the tests is passed over.
+        """
+        clean = {target: found for target, found in clean.items() if found[0] != NONE_RAN}
+        if not clean:
+            return {"result": NONE_RAN}
+        if failed := [by for by, _ in clean.values() if by]:
+            return {"result": "fails without it", "by": failed[0]}
         shutil.rmtree(self.root)
         shutil.copytree(self.clean, self.root)
         try:
@@ -312,27 +338,28 @@ class Copy:
                 self.build()
         except (LookupError, subprocess.CalledProcessError) as error:
             return {"result": "not seeded", "by": str(error)}
-        by, seconds = self.failure(fault.tests, limit)
-        return {"result": "caught" if by else "survived", "by": by, "seconds": seconds}
+        for target, (_, without) in clean.items():
+            by, seconds = self.failure(fault.tests, target, 60 + 5 * without)
+            if by and by != NONE_RAN:
+                return {"result": "caught", "target": target, "by": by, "seconds": seconds}
+        return {"result": "survived"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; ends with 1 unless every fault that was run is caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[fault.name for fault in FAULTS])
-    parser.add_argument("--tier", choices=["test", *TIERS.values()])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    chosen = [f for f in FAULTS if (not options.only or f.name in options.only) and options.tier in (None, f.tier)]
+    chosen = [fault for fault in FAULTS if not options.only or fault.name in options.only]
     results = read_json(options.out) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="advkd-faults-") as folder:
         copy = Copy(Path(folder), chosen)
         clean = copy.without_faults(chosen)
         for fault in chosen:
-            failed, seconds = clean[fault.tests]
-            found = {"result": "fails without it", "by": failed} if failed else copy.attempt(fault, 60 + 5 * seconds)
-            results[fault.name] = {"tier": fault.tier, **found}
-            print(f"{fault.name}: {found['result']} ({found['by']})", flush=True)
+            found = copy.attempt(fault, {target: clean[fault.tests, target] for target in fault.targets})
+            results[fault.name] = found
+            print(f"{fault.name}: {found['result']} {found.get('target', '')} ({found.get('by')})", flush=True)
             if options.out:
                 write_json(options.out, results)
     missed = [fault.name for fault in chosen if results[fault.name]["result"] != "caught"]
