@@ -16,7 +16,7 @@ using i64 = long long;
 // Purposes of numbers: streams never share a counter. Python reads this list.
 enum class PhiloxStream : int { x_T = 0, step = 1, z = 2, interpolation = 3, order = 4, draw = 5 };
 
-// What one call draws: `count` elements per sample under a key; counter word 3 is stream << 24 | step.
+// One call's draw: `count` elements per sample under a key; counter word 3 is stream << 24 | step.
 struct PhiloxParameters {
   u32 key0;
   u32 key1;

@@ -1,4 +1,4 @@
-// What the units of the student's convolution share, for one instruction set: how they see a layer and its packed weights, the
+// Parts that the units of the student's convolution share, for one instruction set: how they see a layer and its packed weights, the
 // epilogue, and each unit's functions.
 //
 // Weights are packed panel by panel in the order in which the product reads them, so they stream. A task owns a block of rows
@@ -122,7 +122,7 @@ ConvRun direct_bfloat16, winograd_bfloat16;
 
 }  // namespace advkd::ADVKD_ISA
 
-// What bfloat16's instructions do not serve exists up to AVX-512.
+// Kernels that bfloat16's instructions do not serve exist up to AVX-512.
 #if defined(ADVKD_BFLOAT16_ALONE)
 #define ADVKD_PLAIN_ISA isa_avx512
 #else

@@ -1,4 +1,4 @@
-// What elementwise kernels share: the dtypes that they store, and samples cut into pieces of work.
+// Parts that elementwise kernels share: the dtypes that they store, and samples cut into pieces of work.
 #pragma once
 
 #include <algorithm>

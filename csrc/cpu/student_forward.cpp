@@ -142,7 +142,7 @@ Workspace::Workspace(i64 bytes) : bytes_(rounded(bytes)) {
   data_ = static_cast<char*>(std::aligned_alloc(bytes < kPage ? 4096 : kPage, bytes_));
   if (!data_) throw std::bad_alloc();
 #if defined(__SANITIZE_ADDRESS__)
-  // What is read before it is written is a NaN, in either storage.
+  // Memory that is read before it is written is a NaN, in either storage.
   std::memset(data_, 0xFF, bytes_);
 #endif
 #if defined(MADV_HUGEPAGE)

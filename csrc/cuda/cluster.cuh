@@ -1,4 +1,4 @@
-// What a cluster of blocks leaves to PTX: blocks that run at the same time, wait for each other and write to each other's
+// Instructions of a cluster that CUDA C++ leaves to PTX: blocks that run at the same time, wait for each other and write to each other's
 // shared memory. From sm_90 on; before that only clusters of one block have code. Tests replace this file as a whole by
 // functions for the host. Needs cuda/warp.cuh.
 

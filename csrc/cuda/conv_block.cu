@@ -14,7 +14,7 @@
 
 namespace advkd {
 
-// What a block keeps: its phase, 2 down + across, its first 16 output channels, and the first of its tiles.
+// A block's place: its phase, 2 down + across, its first 16 output channels, and the first of its tiles.
 struct ConvRole {
   int phase, column, walker;
 };
@@ -123,7 +123,7 @@ ADVKD_INLINE void add(
     const unsigned char* weights,
     int next,
     int) {
-  // Of these sums two blocks just fit in the registers, and more warps wait for each other's loads.
+  // Two blocks of these sums just fit in the registers, and more warps wait for each other's loads.
   constexpr int kUnroll = kRows * kColumns == 8 ? 1 : kSide;
   const int pitch = pixel_pitch(p), line = p.halo_width * pitch;
   #pragma unroll 1
@@ -160,7 +160,7 @@ ADVKD_INLINE void add(
   }
 }
 
-// What a warp has of its block's tile.
+// A warp's part of its block's tile.
 struct ConvWarp {
   int pixel, channel, part;
 };

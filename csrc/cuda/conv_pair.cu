@@ -67,7 +67,7 @@ ADVKD_INLINE void pair_copy(
   copy_wait<0>();
 }
 
-// What registers allow of kColumns times 16 channels a warp: blocks that share a multiprocessor (three of 16 channels and two
+// The most of kColumns times 16 channels a warp that registers allow: blocks that share a multiprocessor (three of 16 channels and two
 // of more in 16 bits); whether weights are read a tap ahead of their use, loops over two taps unrolled, and rows taken as
 // strips.
 template <typename T, int kColumns>
@@ -79,7 +79,7 @@ struct PairLimits {
   static constexpr bool kStrips = kNarrow && kColumns < 3;
 };
 
-// What a warp's sums run over: `steps` of K, and taps whose pixels lie `down` and `across` bytes apart.
+// The range of a warp's sums: `steps` of K, and taps whose pixels lie `down` and `across` bytes apart.
 struct PairTaps {
   int steps, down, across;
 };

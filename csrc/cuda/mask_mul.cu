@@ -1,7 +1,7 @@
 // LeakyReLU's derivative from a one-bit mask on NVIDIA GPUs. A thread takes one byte of the mask and its eight elements, read
 // and written in vectors of 16 bytes where alignment allows it. Threads run over samples x bytes with 64-bit arithmetic: every
 // sample begins a byte of its own, and its last thread may have fewer than eight elements.
-// What the mask lets pass keeps its bits; the rest is scaled in float32 and rounded once.
+// Numbers that the mask lets pass keep their bits; the rest is scaled in float32 and rounded once.
 // No Torch and no standard library here: NVRTC compiles this file as it is.
 
 #include "cuda/mask_mul.h"

@@ -14,7 +14,7 @@
 
 namespace advkd {
 
-// What kernels are written for: a dtype, whether channels are neighbours in memory, and how many elements a position has.
+// A kernel's form: a dtype, whether channels are neighbours in memory, and how many elements a position has.
 template <typename T, bool kIsLast, int kElements>
 struct Layout {
   using Type = T;
@@ -115,7 +115,7 @@ ADVKD_INLINE void sum_four(const NormParameters& p, const Place& place, float (&
   }
 }
 
-// What a thread's channels have in common.
+// The numbers that a thread's channels share.
 template <int kSets>
 struct Channels {
   float gamma[kSets], beta[kSets], mean[kSets], inverse[kSets];  // inverse: of the standard deviation

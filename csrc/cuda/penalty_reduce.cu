@@ -12,7 +12,7 @@
 
 namespace advkd {
 
-// What a block works on: its threads' first group of elements, and the distance to their next.
+// A block's work: its threads' first group of elements, and the distance to their next.
 struct Part {
   i64 sample, offset, stride;
   int number;

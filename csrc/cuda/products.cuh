@@ -102,7 +102,7 @@ struct WarpSums {
   }
 };
 
-// What stands between a sum and memory.
+// The way of a sum to memory.
 enum Activation { kNone, kLeakyRelu, kTanh };
 
 ADVKD_INLINE float activate(float sum, float bias, int activation, float slope) {

@@ -58,7 +58,7 @@ ADVKD_INLINE bool finite(const Group<T, kGroup>& group, int left) {
   return all;
 }
 
-// What the elements of a sample have in common.
+// The numbers that a sample's elements share.
 struct Sample {
   i64 number;
   float k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z;

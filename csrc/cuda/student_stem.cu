@@ -8,7 +8,7 @@
 // block: whoever has passed the last one knows that nobody writes to another block any more. Pixels in shared memory are their
 // channels and 16 bytes apart; taps outside an image read zeros that stand for it.
 //
-// What a layer costs, in cycles of a multiprocessor: products at 1024 multiply-adds (mma.sync in 16 bits; each of its quarters
+// The cost of a layer in cycles of a multiprocessor: products at 1024 multiply-adds (mma.sync in 16 bits; each of its quarters
 // has whole tiles) or weights from the L2 cache at 48 bytes, whichever takes longer, then the input from other blocks at 16
 // bytes, and 900 for a barrier, the sums' way through shared memory and what latency is left. These rates are assumed, at 1.7
 // GHz. Predicted for pyramid-256 at batch 1 in bfloat16 on one cluster of 8 of an H200, not measured:
@@ -37,7 +37,7 @@
 
 namespace advkd {
 
-// Which block of a cluster of 1 << `cluster_shift` this is, and the cluster's images.
+// This block's number in its cluster of 1 << `cluster_shift`, and the cluster's images.
 struct StemBlock {
   int block, cluster_shift, images;
   i64 first_image;

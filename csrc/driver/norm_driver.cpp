@@ -45,7 +45,7 @@ void expect(double found, double wanted, double tolerance, const char* what) {
   if (failures++ < 10) std::printf("case %d, %s: %g, expected %g\n", cases, what, found, wanted);
 }
 
-// What storing a number may change; half precision's subnormal numbers are multiples of 2^-24.
+// The error that storing a number may add; half precision's subnormal numbers are multiples of 2^-24.
 double storing(Dtype dtype, double value) {
   return rounding(dtype) * std::abs(value) + (dtype == Dtype::float16 ? 0x1p-25 : 0);
 }

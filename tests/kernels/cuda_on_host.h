@@ -173,7 +173,7 @@ static void run_cluster(unsigned size, unsigned threads, unsigned shared_bytes) 
   for (Barrier& block : blocks) block.members = threads;
   cluster = {};
   cluster.members = all;
-  // What nobody has written is NaN; one allocation each, so that a sanitizer sees its end.
+  // Memory that nobody has written is NaN; one allocation each, so that a sanitizer sees its end.
   shared.assign(size, std::vector<unsigned char>(shared_bytes + 128, 0xFF));
   unsigned left = all;
   const auto moves = [&left](unsigned i) {

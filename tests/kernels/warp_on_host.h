@@ -3,7 +3,7 @@
 
 namespace on_host {
 
-// What the lanes of a warp show each other; two sets, as a fast lane may be one instruction ahead.
+// Numbers that the lanes of a warp show each other; two sets, as a fast lane may be one instruction ahead.
 struct Exchange {
   unsigned a[kWarp][4], b[kWarp][2];
   const unsigned char* row[kWarp];

@@ -511,7 +511,7 @@ def test_tests_that_die_or_hang_cost_themselves_alone(step, absent, tmp_path, mo
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
-    # What is in the log is not run again.
+    # Tests in the log are not run again.
     assert parity.run_pytest(part_of(tmp_path), log, words) == 5 and read_log(log)[COLLECTED]["tests"] == []
 
 

@@ -17,7 +17,7 @@ constexpr ConvShape kConvShapes[] = {{4, 4, 1}, {4, 3, 1}, {4, 2, 2}, {4, 1, 2},
 constexpr int kConvShapeCount = 6;
 constexpr i64 kMostConvTiles = i64{1} << 30;
 
-// What a plan depends on beside the sizes: bytes of an element, whether a product is three, and the device.
+// The inputs of a plan beside the sizes: bytes of an element, whether a product is three, and the device.
 struct ConvDevice {
   int element, split;
   int multiprocessors, shared_limit;  // bytes of shared memory that a block may have
@@ -96,7 +96,7 @@ i64 conv_cost(const ConvBlockParameters& p, const ConvDevice& device, const Conv
   i64 busiest = products > reads ? products : reads;
   busiest = active * (busiest > bytes / 16 ? busiest : bytes / 16);
   const i64 chain = work * 40;
-  // What does not overlap: a part of the copies, the begin and the end of a tile, weights that come first.
+  // Time that does not overlap: a part of the copies, the begin and the end of a tile, weights that come first.
   const i64 rest = active * bytes / 64 + 600, first = p.resident ? active * weights / 16 : 0;
   return rounds * ((busiest > chain ? busiest : chain) + rest) + first;
 }
@@ -110,7 +110,7 @@ bool conv_suits(const ConvBlockParameters& p, const ConvShape& shape, int best, 
   return (channel_warps == 1 || shape.columns * channel_warps / 2 < p.columns) && parts * channel_warps <= kConvWarps;
 }
 
-// Of 16 x 1 to 4 channels that with the least reads of shared memory.
+// The one of 16 x 1 to 4 channels with the least reads of shared memory.
 int conv_best_columns(int columns) {
   int best = 4;
   for (int c = 3; c >= 1; --c)
@@ -169,7 +169,7 @@ bool conv_image_plan(ConvBlockParameters& p, const ConvDevice& device) {
   p.shape = p.columns - 1;
   p.pixel_warps = kConvWarps;
   p.channel_warps = p.parts = p.channel_blocks = 1;
-  // What the nine taps make of a tile with its halo: planes of float32, see conv_image.
+  // The nine taps' results for a tile with its halo: planes of float32, see conv_image.
   const int before = 9 * p.channels * kImagePlane * 4;
   const int blocks = conv_fit(p, device, 2, 0, p.columns * 512, before);
   if (blocks == 0) return false;
