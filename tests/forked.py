@@ -1,4 +1,4 @@
-"""Processes without the imports' seconds: forked children of two warm processes per test process.
+"""Processes without the imports' seconds: forked children of two warm processes, which a run's test processes share.
 
 For a test that needs a process, not a fresh interpreter. Variables that imports read (``OMP_NUM_THREADS``), signals during
 imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`. Processes that such a child spawns by
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT = 2**17
 """Bytes of a request: arguments, environment, folder."""
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
 SEEDS = ("1", "2")
 """The warm processes' hash seeds: an order of a set that reaches a result must not go unnoticed."""
 
@@ -100,14 +102,22 @@ def _servers():
 
 
 def _server(seed):
-    """A socket to a warm process, which ends when this process closes the socket or ends."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # A process that has used OpenMP's threads must not fork; one thread is none but its own.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
-    command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
-    subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    theirs.close()
-    return ours
+    """A socket to a warm process, which the first of the run's test processes starts, and which ends with their last socket."""
+    address = f"\0advkd-tests-{RUN}-{seed}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.suppress(OSError):  # it has been started
+        listener.bind(address)
+        listener.listen()
+        # A process that has used OpenMP's threads must not fork; one thread is none but its own.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-m", "tests.forked", str(listener.fileno())]
+        subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):  # bound, but not yet listened at
+            connection.connect(address)
+            return connection
+        time.sleep(0.1)
+    raise ConnectionError(f"no process listens at {address}")
 
 
 def warm_up():
@@ -127,22 +137,31 @@ def warm_up():
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started threads, which a forked child lacks"
 
 
-def serve(requests):
-    """Answer requests until their socket closes; a child returns the request that it is to run."""
+def serve(listener):
+    """Answer the test processes' requests until the last of them ends; a child returns the request that it is to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    open_sockets = [listener]
     while True:
-        data, descriptors, *_ = socket.recv_fds(requests, LIMIT, 3)
-        if not data:
-            sys.exit(0)
-        if not os.fork():
-            requests.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            child = os.fork()
-            if not child:
-                return json.loads(data), descriptors
-            watch(child, socket.socket(fileno=descriptors[0]))
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for ready in select.select(open_sockets, [], [])[0]:
+            if ready is listener:
+                open_sockets.append(listener.accept()[0])
+                continue
+            data, descriptors, *_ = socket.recv_fds(ready, LIMIT, 3)
+            if not data:
+                open_sockets.remove(ready)
+                ready.close()
+                if open_sockets == [listener]:
+                    sys.exit(0)
+            elif not os.fork():
+                for each in open_sockets:
+                    each.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                child = os.fork()
+                if not child:
+                    return json.loads(data), descriptors
+                watch(child, socket.socket(fileno=descriptors[0]))
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 def watch(child, connection):
