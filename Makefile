@@ -56,6 +56,9 @@ SINGLE := OMP_NUM_THREADS=1
 MATRIX := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx512 \
 	ADVKD_ISA=baseline ADVKD_ISA=avx2 ADVKD_ISA=avx512 ADVKD_ISA=avx512bf16 OMP_NUM_THREADS=2
 
+# Without their compiled files, each process of the tests would compile the modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A worker more than there are cores, as some tests wait; one that has no tests left takes over some of another's.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
