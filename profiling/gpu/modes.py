@@ -11,8 +11,8 @@ journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"
 
 Packages that the machine lacks and cannot fetch are unpacked into a folder on ``PYTHONPATH`` before; without diffusers its
-contestants, and our schedulers, are missing. So are pytest-xdist, execnet and pytest-timeout, which are pure Python: without
-xdist tests run in one process, and without pytest-timeout one that hangs lasts until its part's limit.
+contestants, and our schedulers, are missing. So are pytest-xdist and execnet, which are pure Python: without them tests run in
+one process.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
 """The parts that run GPU tests, in a few processes side by side, and the gate of the benchmarks.
 
-pytest-xdist shares the tests out and replaces a process that one has taken along; pytest-timeout ends a test that hangs. A
-machine without the first runs them in one process, which is started again after such a test; without the second, or where a
-test lets no thread of Python run, all processes are ended and started again without it.
+pytest-xdist shares the tests out and replaces a process that one has taken along, such as one that hung. A machine without it
+runs them in one process, which is started again after such a test.
 """
 
 import contextlib
@@ -43,8 +42,8 @@ GATE_CASES = 2
 """Cases of a test function that a benchmark runs before it measures, where part ``tests`` has not been through."""
 GATE = ["-m", "gpu"]
 """pytest's selection of the tests that need a GPU."""
-HANG, LATE = 90.0, 1.5
-"""Seconds after which a test that has not ended is taken to hang, and times those after which it is ended from outside."""
+HANG = 90.0
+"""Seconds after which a test that has not ended is taken to hang."""
 STARTS = 40
 """Number of processes that tests may take along."""
 DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
@@ -78,8 +77,8 @@ def run_pytest(part, log, words, seen=()):
     """
     environment = {**os.environ, **as_parent(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *GATE, "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
-    command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", *_workers(part)]
-    command += [*(DRY if part.rehearse else []), *words]
+    command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", f"--gpu-hang={HANG}"]
+    command += [*_workers(part), *(DRY if part.rehearse else []), *words]
     settle(log, None)
     for _ in range(STARTS):
         own = entries_of(log)
@@ -87,24 +86,21 @@ def run_pytest(part, log, words, seen=()):
         code = _run(part, command, environment, log)
         # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
         again = running(log) or (code not in range(6) and COLLECTED in read_log(log))
-        settle(log, code, LATE * HANG)
+        settle(log, code)
         if code is None or not again:
             break
     return code
 
 
 def _run(part, command, environment, log):
-    """Run pytest in a session of its own; its code, that of a kill where a test hangs, None at the part's limit."""
+    """Run pytest in a session of its own; its code, None at the part's limit."""
     with open(log.with_suffix(".txt"), "a") as file:
         options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
         process = subprocess.Popen(command, cwd=ROOT, **options)
     try:
-        while process.poll() is None and part.left() > 3:
-            if running(log, LATE * HANG):
-                return -signal.SIGKILL
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)
-        return process.poll()
+        return process.wait(max(part.left() - 3, 0.0))
+    except subprocess.TimeoutExpired:
+        return None
     finally:
         # Processes of tests may outlive a pytest that was killed.
         with contextlib.suppress(ProcessLookupError):
@@ -113,12 +109,9 @@ def _run(part, command, environment, log):
 
 
 def _workers(part):
-    """pytest's words for processes side by side and for a test's limit, of the packages that are there."""
-    found = {
-        "xdist": ["-n", str(processes(part)), "--maxschedchunk=1", f"--max-worker-restart={STARTS}"],
-        "pytest_timeout": [f"--timeout={HANG}", "--timeout-method=thread"],
-    }
-    return [word for name, words in found.items() if importlib.util.find_spec(name) for word in words]
+    """pytest's words for processes side by side, where the package for them is there."""
+    words = ["-n", str(processes(part)), "--maxschedchunk=1", f"--max-worker-restart={STARTS}"]
+    return words if importlib.util.find_spec("xdist") else []
 
 
 def processes(part):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from ..evidence import ROOT
-from .parity import DRY, HANG, LATE
+from .parity import DRY
 from .tests import entries_of, settle
 
 SANITIZED = (
@@ -62,7 +62,7 @@ def _sanitize(part, tool, name, options):
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             part.unfinished, code = f"{name} was stopped at its limit", None
-    settle(log, code, LATE * HANG)
+    settle(log, code)
     text = output.read_text(errors="replace")
     if part.rehearse:
         return {"code": code, "red": bool(code), "tail": text[-2000:]}
