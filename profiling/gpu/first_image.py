@@ -35,7 +35,7 @@ def first_image(part):
     """
     for preset in ("digits", "pyramid-256"):
         for backend in ("auto", "cuda"):
-            part.journal.run(f"{preset}, {backend}", lambda p=preset, b=backend: _first(part, p, b))
+            part.run(f"{preset}, {backend}", lambda p=preset, b=backend: _first(part, p, b))
     return {"caches": list(map(str, caches()))}
 
 

@@ -13,6 +13,7 @@ from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT, module_of
 from ..harness import is_green
+from .summary import cases_of
 
 CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
 
@@ -64,7 +65,7 @@ def cases(folder, name):
     stored = _stored(folder, name)
     if not stored or not _same(stored, name) or stored["result"].get("gate", {}).get("state") != "green":
         return {}
-    return {case["case"]: case for case in stored["result"].get("cases", []) if is_green(case)}
+    return {case["case"]: case for case in cases_of(stored) if is_green(case)}
 
 
 def whole_part(folder, name):

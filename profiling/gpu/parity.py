@@ -4,13 +4,10 @@ pytest-xdist shares the tests out and replaces a process that one has taken alon
 runs them in one process, which is started again after such a test.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 
 import torch
@@ -22,8 +19,8 @@ from ..cases import conv_block, gradient_penalty, norm_act, sampler_step, studen
 from ..evidence import ROOT, gpu_digests
 from . import kept
 from .kept import test_digest
-from .parent import as_parent
 from .part import NEEDS_DEVICE
+from .processes import run_session
 from .tests import COLLECTED, entries_of, read_log, running, settle
 
 STUDENT_TESTS = [
@@ -38,8 +35,6 @@ GATES = {
     "bench_norm_act": [*norm_act.PARITY_TESTS, *TRAINING_TESTS],
 }
 """The test files whose GPU tests must pass before a benchmark's times count."""
-GATE_CASES = 2
-"""Cases of a test function that a benchmark runs before it measures, where part ``tests`` has not been through."""
 GATE = ["-m", "gpu"]
 """pytest's selection of the tests that need a GPU."""
 HANG = 90.0
@@ -75,37 +70,21 @@ def run_pytest(part, log, words, seen=()):
 
     Tests that are stopped at the limit are dropped from the log.
     """
-    environment = {**os.environ, **as_parent(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *GATE, "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
-    command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", f"--gpu-hang={HANG}"]
+    command += [f"--gpu-seen={part.folder / 'seen.json'}", f"--gpu-parent={os.getpid()}", f"--gpu-hang={HANG}"]
     command += [*_workers(part), *(DRY if part.rehearse else []), *words]
     settle(log, None)
     for _ in range(STARTS):
         own = entries_of(log)
         write_json(part.folder / "seen.json", {**dict(seen), **own})
-        code = _run(part, command, environment, log)
+        code = run_session(command, log.with_suffix(".txt"), part.left() - 3, environment)
         # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
         again = running(log) or (code not in range(6) and COLLECTED in read_log(log))
         settle(log, code)
         if code is None or not again:
             break
     return code
-
-
-def _run(part, command, environment, log):
-    """Run pytest in a session of its own; its code, None at the part's limit."""
-    with open(log.with_suffix(".txt"), "a") as file:
-        options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=ROOT, **options)
-    try:
-        return process.wait(max(part.left() - 3, 0.0))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        # Processes of tests may outlive a pytest that was killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _workers(part):
@@ -124,9 +103,10 @@ def _told(part, log, code, seen):
     chosen = log.pop(COLLECTED, None)
     left = sorted(set(chosen["tests"] if chosen else ()) - set(log))
     if left or not chosen:
-        part.unfinished = f"no time for {len(left)} of {len(left) + len(log)} tests" + (not chosen) * ", nor to collect them"
+        said = f"no time for {len(left)} of {len(left) + len(log)} tests"
+        part.result["unfinished"] = said + (not chosen) * ", nor to collect them"
     if stopped := code in (2, 3, 4):
-        part.unfinished = "pytest could not run: see tests.txt"
+        part.result["unfinished"] = "pytest could not run: see tests.txt"
     found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in log.items()}}
     outcomes = [entry["outcome"] for entry in found.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
@@ -159,19 +139,13 @@ def gpu_test_files():
 
 
 def parity_gate(files, part):
-    """State of the GPU tests of these files: what ``gate`` or ``tests`` has found in the same tree, else a few of each now."""
-    stored = [path for path in (part.out / "gpu_gate.json", part.out / "gpu_tests.json") if path.exists()]
-    found = json.loads(stored[0].read_text()) if stored else None
-    if found is None or found["kernels"] != gpu_digests() or "tests" not in found["result"]:
-        log = part.folder / "gate.jsonl"
-        most = "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"
-        through = run_pytest(part, log, [most, *(file for file in files if (ROOT / file).exists())]) is not None
-        known = entries_of(log)
-    else:
-        known = found["result"]["tests"]
-        left = [test for test in found["result"]["left"] if test.partition("::")[0] in files]
-        through = not left and not found["result"]["late"]
-    outcomes = [entry["outcome"] for test, entry in known.items() if test.partition("::")[0] in files]
+    """State of the GPU tests of these files, as part ``gate`` or ``tests`` has found it for these kernels."""
+    paths = [part.out / f"gpu_{name}.json" for name in ("gate", "tests")]
+    stored = next((json.loads(path.read_text()) for path in paths if path.exists()), {"kernels": None})
+    found = stored["result"] if stored["kernels"] == gpu_digests() else {}
+    tests, left = ([test for test in found.get(name, ()) if test.partition("::")[0] in files] for name in ("tests", "left"))
+    outcomes = [found["tests"][test]["outcome"] for test in tests]
     bad = sum(outcome in ("failed", "died") for outcome in outcomes)
-    state = "red" if bad else "none ran" if "passed" not in outcomes else "green" if through else "incomplete"
+    through = "green" if not left and not found.get("late") else "incomplete"
+    state = "red" if bad else through if "passed" in outcomes else "none ran"
     return {"state": state, "passed": outcomes.count("passed"), "failed": bad}

@@ -33,7 +33,7 @@ def sanitizer(name):
             raise RuntimeError(
                 "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (its bin folder, or compute-sanitizer/)"
             )
-        part.journal.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
+        part.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
         said = f"{part.most} cases of every GPU test function of {', '.join(sanitized(part))}"
         return {"selection": f"{said}; {SELECTED[part.full]}"}
 
@@ -61,7 +61,7 @@ def _sanitize(part, tool, name, options):
             limit = max(part.left() - 2, 1)
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            part.unfinished, code = f"{name} was stopped at its limit", None
+            part.result["unfinished"], code = f"{name} was stopped at its limit", None
     settle(log, code)
     text = output.read_text(errors="replace")
     if part.rehearse:

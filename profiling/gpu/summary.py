@@ -34,15 +34,17 @@ def summary(folder, names):
 
 
 def cases_of(part):
-    """The cases that a benchmark's part has measured, also where it was ended before it could say so."""
-    result = part["result"]
-    return result.get("cases", [value for value in result.get("items", {}).values() if "contestants" in value])
+    """The cases that a benchmark has measured, in order: as a part of a run, or by its own command."""
+    if "cases" in part:
+        return part["cases"]
+    items = part["result"]["items"]
+    return [items[name] for name in part["result"].get("wanted", ()) if "contestants" in items.get(name, {})]
 
 
 def green(name, stored):
     """A benchmark's stored results of GPUs whose parity tests were green: of the whole run, and of its own command."""
     runs = [result for result in stored(f"gpu_{name}") if result["result"].get("gate", {}).get("state") == "green"]
-    return [*runs, *({**result, "result": {"cases": result["cases"]}} for result in stored(f"{name}_cuda"))]
+    return [*runs, *stored(f"{name}_cuda")]
 
 
 def best(case, ours):
@@ -109,7 +111,7 @@ def _failures(known):
         items = {**part["result"].get("items", {}), **part["result"].get("tests", {})}
         for item in bad[:30]:
             about = items.get(item, {})
-            said = about.get("message") or about.get("error") or part["result"].get("errors", {}).get(item, "")
+            said = about.get("message") or about.get("error") or ""
             lines.append(f"- {name}: {item}: {said.strip().splitlines()[-1] if said.strip() else 'failed'}")
         if len(bad) > 30:
             lines.append(f"- {name}: and {len(bad) - 30} more")

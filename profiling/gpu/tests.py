@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from .parent import end_with_parent
+from .processes import end_with_parent
 
 BROKEN = 77
 COLLECTED = "::collected"
@@ -29,7 +29,7 @@ STDERR = os.dup(2)
 def pytest_addoption(parser):
     parser.addoption("--gpu-log", help="where the lines go")
     parser.addoption("--gpu-seen", help="JSON of tests that are not run again")
-    parser.addoption("--gpu-end-with-parent", action="store_true", help="end once the process that started this one is gone")
+    parser.addoption("--gpu-parent", type=int, help="number of the process that started this one: end once it has gone")
     parser.addoption("--gpu-hang", type=float, default=3600.0, help="seconds after which a test ends its process")
     parser.addoption("--gpu-most", type=int, default=0, help="so many cases of a test function at most, spread evenly")
 
@@ -157,7 +157,7 @@ def broken():
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # a worker reports to the process that started it and ends with it
         return
-    if config.getoption("--gpu-end-with-parent"):
-        end_with_parent()
+    if parent := config.getoption("--gpu-parent"):
+        end_with_parent(parent)
     if config.getoption("--gpu-log"):
         config.pluginmanager.register(Log(config.getoption("--gpu-log")))

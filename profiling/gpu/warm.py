@@ -34,7 +34,7 @@ def warm(part):
         for process in processes:
             codes.append(process.wait(max(part.left() - 1, 0.1)))
     except subprocess.TimeoutExpired:
-        part.unfinished = "not everything is compiled yet"
+        part.result["unfinished"] = "not everything is compiled yet"
     finally:
         for process in processes:
             if process.poll() is None:
