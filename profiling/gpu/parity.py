@@ -103,20 +103,20 @@ def _told(part, log, code, seen):
     chosen = log.pop(COLLECTED, None)
     left = sorted(set(chosen["tests"] if chosen else ()) - set(log))
     if left or not chosen:
-        said = f"no time for {len(left)} of {len(left) + len(log)} tests"
-        part.result["unfinished"] = said + (not chosen) * ", nor to collect them"
+        late = f"no time for {len(left)} of {len(left) + len(log)} tests"
+        part.result["unfinished"] = late + (not chosen) * ", nor to collect them"
     if stopped := code in (2, 3, 4):
         part.result["unfinished"] = "pytest could not run: see tests.txt"
     found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in log.items()}}
     outcomes = [entry["outcome"] for entry in found.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-    print(f"tests: {counts}, {len(seen)} of them before", flush=True)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + f", {len(seen)} of them before" * bool(seen)
     device, kinds = torch.device("cuda"), ("cuda", "triton")
     gaps = {kind: NEEDS_DEVICE if part.rehearse else registry.gap("sampler_step", kind, device) for kind in kinds}
     failures = sorted(test for test, entry in found.items() if entry["outcome"] in ("failed", "died"))
     part.red = bool(failures) or not counts.get("passed") or stopped
-    result = {"tests": found, "counts": counts, "failures": failures, "gaps": gaps, "processes": processes(part)}
-    return {**result, "left": left, "late": int(not chosen)}
+    result = {"tests": found, "failures": failures, "gaps": gaps, "processes": processes(part)}
+    return {**result, "left": left, "late": int(not chosen), "said": said}
 
 
 def _seen(part):

@@ -19,7 +19,10 @@ from .warm import warm
 
 def rates(part):
     """The card's own rates, which floors are counted with."""
-    part.run("rates", peaks if not part.rehearse else lambda: {NEEDS_DEVICE: "rates"})
+    found = part.run("rates", peaks if not part.rehearse else lambda: {NEEDS_DEVICE: "rates"})
+    if "flops" in found:
+        flops = ", ".join(f"{product} {value / 1e12:.0f}" for product, value in found["flops"].items())
+        return {"said": f"TFLOP/s: {flops}; copy {found['bandwidth'] / 1e12:.2f} TB/s"}
 
 
 LAUNCH = "import sys; from profiling.cases.conv_block import launch; launch(sys.argv[1])"
@@ -31,11 +34,9 @@ def ncu(part):
     if part.rehearse:
         return {NEEDS_DEVICE: "ncu"}
     if tool is None:
-        print("ncu is not installed", flush=True)
-        return {"ncu": "not installed"}
+        return {"said": "ncu is not installed"}
     for name in PROFILED:
         part.run(name, lambda name=name: _profiled(part, name))
-    return {"ncu": tool}
 
 
 def _profiled(part, chain):

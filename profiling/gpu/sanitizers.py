@@ -33,9 +33,10 @@ def sanitizer(name):
             raise RuntimeError(
                 "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (its bin folder, or compute-sanitizer/)"
             )
-        part.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
-        said = f"{part.most} cases of every GPU test function of {', '.join(sanitized(part))}"
-        return {"selection": f"{said}; {SELECTED[part.full]}"}
+        found = part.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
+        selection = f"{part.most} cases of every GPU test function of {', '.join(sanitized(part))}; {SELECTED[part.full]}"
+        said = {"said": f"{found['errors']} errors in {found['tests']} tests"} if "errors" in found else {}
+        return {"selection": selection, **said}
 
     return run
 
@@ -83,5 +84,4 @@ def sanitizer_verdict(text, code, log):
     bad = [test for test, entry in log.items() if entry["outcome"] in ("failed", "died")]
     told = code is None or (code == 0 and summary)
     red = not told or errors > 0 or "passed" not in outcomes or "failed" in outcomes
-    print(f"{errors} errors in {len(outcomes)} tests, {len(bad)} of which failed", flush=True)
     return {"errors": errors, "tests": len(outcomes), "failures": bad, "red": red, "tail": text[-2000:] if red else ""}
