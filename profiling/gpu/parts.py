@@ -41,8 +41,8 @@ def ncu(part):
 
 def _profiled(part, chain):
     kernels = ["--kernel-name", "regex:advkd|conv_kernel|image_kernel|descriptor_kernel"]
-    words = counters.ncu_command(counters.METRICS.values(), kernels, ["-c", LAUNCH, chain])
-    rows, text = counters.launches_of(words, part.left())
+    words = counters.ncu_command(counters.METRICS.values(), kernels, [sys.executable, "-c", LAUNCH, chain])
+    rows, text = counters.launches_of(words, "ncu", part.left())
     marks = [json.loads(line.partition(" ")[2]) for line in text.splitlines() if line.startswith("LAUNCH ")]
     for i, row in enumerate(rows):
         if len(marks) == len(rows):

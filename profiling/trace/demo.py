@@ -7,10 +7,8 @@ not a network's takes more than a tenth of the whole.
 """
 
 import argparse
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,9 +17,9 @@ from pathlib import Path
 from advkd.errors import InputError
 from advkd.runtime.files import read_json, replacing, write_json
 
-from ..evidence import ROOT, spaced_markdown
+from ..evidence import spaced_markdown
 from ..harness import device_folder, provenance
-from .torch_trace import last_line
+from .workloads import finished
 
 NETWORKS = {"network", "network and step", "student", "student forward", "student update", "critic update"}
 """Last names of the paths that are networks' work."""
@@ -47,10 +45,8 @@ def run_once(folder):
     changes = {"ADVKD_RANGES": f"clock:{clocks}", "ADVKD_CACHE": str(Path(folder) / "cache")}
     command = [sys.executable, "-m", "advkd.cli", "demo", "--out", str(out)]
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | changes)
+    done = finished(command, "the demo", None, **changes)
     seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise InputError(f"the demo ended with {done.returncode}: {last_line(done)}")
     missing = [name for name in PICTURES if not (out / name).exists()]
     if missing:
         raise InputError(f"the demo has not made {', '.join(missing)}")

@@ -1,21 +1,18 @@
 """DRAM bytes, achieved FLOP/s and bandwidth, occupancy and what the warps of the largest kernels wait for, by Nsight Compute.
 
-python -m profiling.trace.ncu [--device cuda] [--only student] [--most 4000] [--tool ncu] [--out FOLDER]
-python -m profiling.trace.ncu --report FILE.csv       # the figures of ncu's --csv --page raw
+python -m profiling.trace.ncu [--device cuda] [--only student] [--out FOLDER]
 
 Writes ``counters.json``. Nsight Compute runs every kernel of one unit of work several times, each time from cold caches: bytes
 are those of a kernel on its own. Two steps of the teacher's trajectory stand for all. Without it the unit's direct count of
 operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu. The command ends
-with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
+with 3 where the tool or the device's counters fail, and with 1 where the variants differ.
 """
 
 import csv
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,12 +23,11 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, environment, source, spaced_markdown
+from ..evidence import source, spaced_markdown
 from ..harness import provenance
-from .nsys import finish, given, options, show
+from .nsys import finish, given, options
 from .timeline import TOP, failures, label
-from .torch_trace import LIMIT, last_line
-from .workloads import VARIANTS, command, gate, positive, prepare
+from .workloads import FAILURES, LIMIT, VARIANTS, command, finished, gate, last_words, prepare
 
 STALLS = (
     "long_scoreboard",
@@ -69,6 +65,8 @@ FLOP = {
 }
 """Counters of executed operations by what one counts; architectures have different ones of tensor cores."""
 NCU = "Nsight Compute"
+MOST = 4000
+"""Kernels of a unit that are counted at most."""
 TEACHER_STEPS = 2
 REPEATS = 5
 
@@ -85,44 +83,43 @@ def metrics(known):
 
 
 def ncu_command(names, options, work):
-    """The command line that counts what a Python process's words do."""
+    """The command line that counts what a process's command line does."""
     wanted = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--target-processes", "all"]
-    return ["ncu", *wanted, *options, "--metrics", ",".join(names), sys.executable, *work]
+    return ["ncu", *wanted, *options, "--metrics", ",".join(names), *work]
 
 
-def unit_command(name, variant, device, size, names, most):
+def unit_command(name, variant, device, size, names):
     """The command line that counts the kernels of one unit of work."""
     steps = [f"--steps={TEACHER_STEPS}"] if name == "teacher" else []
-    work = [*command("profiling.trace.workloads", name, variant, device, size), "--repeats=1", *steps]
-    return ncu_command(names, ["--profile-from-start", "off", "--launch-count", str(most)], work)
+    work = command(name, variant, device, size, "--repeats=1", *steps)
+    return ncu_command(names, ["--profile-from-start", "off", "--launch-count", str(MOST)], work)
 
 
-def launches_of(words, limit, run=subprocess.run):
+def launches_of(words, what, limit=LIMIT):
     """Run a command line of :func:`ncu_command`; returns the launches that it counted, and its output.
 
     Raises:
         InputError: there are none, in ncu's own words, such as that counters are for administrators alone.
     """
-    done = run(words, cwd=ROOT, env=environment(ADVKD_RANGES=""), capture_output=True, text=True, timeout=limit)
-    launches = read(done.stdout)
-    if done.returncode or not launches:
-        errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
-        raise InputError(f"ncu ended with {done.returncode}: {errors[0] if errors else last_line(done)}")
-    return launches, done.stdout
+    done = finished(words, what, limit, ADVKD_RANGES="")
+    if launches := read(done.stdout):
+        return launches, done.stdout
+    raise InputError(f"{what} has counted nothing: {last_words(done)}")
 
 
-def count(name, variant, device, size, most, run=subprocess.run):
+def count(name, variant, device, size):
     """A row of ``counters.json``, by Nsight Compute."""
-    said = run(["ncu", "--query-metrics"], capture_output=True, text=True)
+    said, what = subprocess.run(["ncu", "--query-metrics"], capture_output=True, text=True), f"{name}, {variant}: ncu"
     known = set(said.stdout.split()) if said.returncode == 0 else set()
+    row = {"workload": name, "size": size, "device": str(device), "variant": variant, "tool": NCU}
     try:
-        launches, _ = launches_of(unit_command(name, variant, device, size, metrics(known), most), LIMIT, run)
-    except InputError as error:
-        raise InputError(f"{name}, {variant}: {error}") from error
-    if len(launches) >= most:
-        raise InputError(f"{name}, {variant}: more than {most} kernels in a unit: count with a larger --most")
-    figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
-    return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
+        launches, _ = launches_of(unit_command(name, variant, device, size, metrics(known)), what)
+        if len(launches) >= MOST:
+            raise InputError(f"{what}: more than {MOST} kernels in a unit")
+        figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
+    except FAILURES as error:
+        return {**row, "error": reason(error)}
+    return {**row, **figures, **({"steps": TEACHER_STEPS} if name == "teacher" else {})}
 
 
 def read(text):
@@ -250,52 +247,23 @@ def missing(device):
     return None if shutil.which("ncu") else "ncu is not on PATH"
 
 
-def rows_of(name, device, size, most, tool="auto"):
+def rows_of(name, device, size):
     """Both variants' rows of a workload; a variant that ncu cannot count has its error."""
-    why = "torch's formulas were asked for" if tool == "formulas" else missing(device)
-    place = {"workload": name, "size": size, "device": str(device)}
-    if why and tool == "ncu":
-        return [
-            {**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why} (--tool formulas counts without it)"}
-            for variant in VARIANTS
-        ]
-    if why:
-        found = direct(name, device, size)
+    if why := missing(device):
+        place = {"workload": name, "size": size, "device": str(device)}
         note = {"tool": f"torch's formulas ({torch.__version__})", "not_ncu": why}
-        return [{**place, "variant": variant, **note, **row} for variant, row in found.items()]
-    rows = []
-    for variant in VARIANTS:
-        try:
-            row = count(name, variant, device, size, most)
-        except (InputError, OSError, subprocess.TimeoutExpired) as error:
-            row = {"error": reason(error)}
-        rows.append({**place, "variant": variant, "tool": NCU, **row})
-    return rows
+        return [{**place, "variant": variant, **note, **row} for variant, row in direct(name, device, size).items()]
+    return [count(name, variant, device, size) for variant in VARIANTS]
 
 
 def main():
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--most", type=positive, default=4000, help="kernels of a unit that are counted at most")
-    parser.add_argument("--tool", choices=("auto", "ncu", "formulas"), default="auto", help="auto: ncu where it is installed")
-    parser.add_argument("--report", help="a table of ncu --csv --page raw to read instead of counting")
-    values = given(parser)
-    if values.report:
-        show(read_report, values.report, lambda row: tables_of([row]))
+    values = given(options(__doc__.splitlines()[0]))
     keep_freed_memory()
     rows, gates = [], {}
     for name, size in values.work:
         gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        rows += rows_of(name, values.device, size, values.most, values.tool) if found["passed"] else []
+        rows += rows_of(name, values.device, size) if found["passed"] else []
     finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder, "counters.json", lines)
-
-
-def read_report(path):
-    """Figures of a stored table, as a row of ``counters.json``."""
-    launches = read(Path(path).read_text())
-    if not launches:
-        raise InputError(f"{path} holds no launches of ncu --csv --page raw")
-    place = {"workload": "report", "size": Path(path).name, "variant": "-", "tool": NCU}
-    return {**place, **counted_launches(launches), "kernels": by_kernel(launches)}
 
 
 def lines(results, above=source):

@@ -665,7 +665,8 @@ def test_processes_find_packages_of_the_path(monkeypatch):
 
     for path in ("unpacked", ""):
         monkeypatch.setenv("PYTHONPATH", path)
-        ncu.launches_of(["ncu"], 1.0, run)
+        monkeypatch.setattr(subprocess, "run", run)
+        ncu.launches_of(["ncu"], "ncu", 1.0)
     assert seen == [f"{ROOT}:unpacked", str(ROOT)]
 
 

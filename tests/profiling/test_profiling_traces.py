@@ -165,46 +165,56 @@ def test_command_lines(tmp_path):
     assert words[:2] == ["nsys", "profile"] and words[-8:] == [sys.executable, *work, "--repeats=3"]
     for option in ("--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--cuda-graph-trace=node", "--export=sqlite"):
         assert option in words
-    words = ncu.unit_command("teacher", "baseline", "cuda", "digits", ["a", "b"], 50)
+    words = ncu.unit_command("teacher", "baseline", "cuda", "digits", ["a", "b"])
     assert words[0] == "ncu" and words[-2:] == ["--repeats=1", "--steps=2"]
     text = " ".join(words)
-    for option in ("--csv --page raw", "--metrics a,b", "--profile-from-start off", "--launch-count 50"):
+    for option in ("--csv --page raw", "--metrics a,b", "--profile-from-start off", "--launch-count 4000"):
         assert option in text
     assert nsys.chrome_path("folder", "student", "fused", "digits").name == "trace-student-fused.json.gz"
     assert nsys.chrome_path("folder", "student", "fused", "paper-256").name == "trace-student-fused-paper-256.json.gz"
 
 
-def test_a_recording_by_nsys(tmp_path):
-    def run(words, **options):
-        assert options["env"]["ADVKD_RANGES"] == "nvtx"
-        export(next(word for word in words if word.startswith("--output=")).removeprefix("--output=") + ".sqlite")
-        return SimpleNamespace(returncode=0, stdout="", stderr="")
+def process(monkeypatch, stdout="", stderr="", returncode=0, made=lambda words: None):
+    """Every process ends like this; returns the environments that they had."""
+    environments = []
 
-    trace = nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, run)
+    def run(words, **options):
+        environments.append(options.get("env"))
+        made(words)
+        said = stdout(words) if callable(stdout) else stdout
+        return SimpleNamespace(returncode=returncode, stdout=said, stderr=stderr)
+
+    monkeypatch.setattr(workloads.subprocess, "run", run)
+    return environments
+
+
+def test_a_recording_by_nsys(tmp_path, monkeypatch):
+    output = lambda words: next(w for w in words if w.startswith("--output=")).removeprefix("--output=")  # noqa: E731
+    environments = process(monkeypatch, made=lambda words: export(output(words) + ".sqlite"))
+    trace = nsys.record("student", "fused", "cuda", "digits", 2, tmp_path)
     assert summary(trace)["launches"] == 1.5 and (tmp_path / "trace-student-fused.json.gz").exists()
+    assert [variables["ADVKD_RANGES"] for variables in environments] == ["nvtx"]
     # An earlier report does not count.
-    silent = lambda words, **options: SimpleNamespace(returncode=0, stdout="", stderr="nothing was captured")  # noqa: E731
-    with pytest.raises(InputError, match="student, fused: nsys ended with 0: nothing was captured"):
-        nsys.record("student", "fused", "cuda", "digits", 2, tmp_path, silent)
-    failing = lambda words, **options: SimpleNamespace(returncode=1, stdout="", stderr="first\nno rights\n")  # noqa: E731
+    process(monkeypatch, stderr="nothing was captured")
+    with pytest.raises(InputError, match="student, fused: nsys has recorded nothing: nothing was captured"):
+        nsys.record("student", "fused", "cuda", "digits", 2, tmp_path)
+    process(monkeypatch, stderr="first\nno rights\n", returncode=1)
     with pytest.raises(InputError, match="student, baseline: nsys ended with 1: no rights"):
-        nsys.record("student", "baseline", "cuda", "digits", 2, tmp_path, failing)
+        nsys.record("student", "baseline", "cuda", "digits", 2, tmp_path)
 
 
-def test_counting_by_ncu_and_its_refusal():
-    def run(words, **options):
-        text = (DATA / "raw.csv").read_text() if "--csv" in words else "\n".join(sorted(ncu.FLOP))
-        return SimpleNamespace(returncode=0, stdout=text, stderr="")
-
-    found = ncu.count("teacher", "fused", "cuda", "digits", 4, run)
-    assert (found["flop"], found["steps"], len(found["kernels"])) == (6.8e6, 2, 2)
-    with pytest.raises(InputError, match="more than 3 kernels in a unit: count with a larger --most"):
-        ncu.count("teacher", "fused", "cuda", "digits", 3, run)
+def test_counting_by_ncu_and_its_refusal(monkeypatch):
+    table, known = (DATA / "raw.csv").read_text(), "\n".join(sorted(ncu.FLOP))
+    process(monkeypatch, lambda words: table if "--csv" in words else known)
+    found = ncu.count("teacher", "fused", "cuda", "digits")
+    assert (found["flop"], found["steps"], len(found["kernels"]), found["tool"]) == (6.8e6, 2, 2, ncu.NCU)
+    monkeypatch.setattr(ncu, "MOST", 3)
+    assert ncu.count("teacher", "fused", "cuda", "digits")["error"] == "teacher, fused: ncu: more than 3 kernels in a unit"
     said = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\n==PROF== Disconnected\n"
-    with pytest.raises(InputError, match="ncu ended with 0: ==ERROR== ERR_NVGPUCTRPERM"):
-        ncu.count(
-            "student", "fused", "cuda", "digits", 3, lambda *_, **__: SimpleNamespace(returncode=0, stdout=said, stderr="")
-        )
+    for code, wanted in ((0, "has counted nothing"), (1, "ended with 1")):
+        process(monkeypatch, said, returncode=code)
+        error = ncu.count("student", "fused", "cuda", "digits")["error"]
+        assert error == f"student, fused: ncu {wanted}: ==ERROR== ERR_NVGPUCTRPERM - no permission"
 
 
 def test_missing_tools_have_a_reason(monkeypatch):
@@ -281,14 +291,14 @@ def test_a_recording_by_torch(name, tiny, tmp_path):
         assert all(part["calls"] == 5 for part in steps.values())
 
 
-def test_a_process_of_its_own(tmp_path):
+def test_a_process_of_its_own(tmp_path, monkeypatch):
     trace = torch_trace.record("student", "fused", "cpu", "digits", 1, tmp_path / "trace.json.gz")
     found = summary(trace)
     assert found["units"] == 1 and {"latents", "student"} < {row["range"] for row in found["ranges"]}
     assert not list(tmp_path.glob(".*"))
-    refusing = lambda words, **options: SimpleNamespace(returncode=3, stdout="", stderr="")  # noqa: E731
+    process(monkeypatch, returncode=3)
     with pytest.raises(InputError, match="torch.profiler ended with 3: nothing was said"):
-        torch_trace.record("student", "fused", "cpu", "digits", 1, tmp_path / "trace.json.gz", refusing)
+        torch_trace.record("student", "fused", "cpu", "digits", 1, tmp_path / "trace.json.gz")
 
 
 def run_main(module, monkeypatch, out, *arguments):
@@ -380,7 +390,7 @@ def test_compare_ends_with_what_it_found(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="1000\n", stderr=""))
+    process(monkeypatch, "1000\n")
     recordings = {"baseline": {"launches": 9.0, "launched": "operators"}, "fused": {"error": "no"}}
     monkeypatch.setattr(nsys, "recorded", lambda name, variant, *_: recordings[variant])
     found = compare.beside("student", "cpu", "tiny", tmp_path)
@@ -400,17 +410,12 @@ def test_compare_measures_memory_and_launches_elsewhere(tiny, tmp_path, monkeypa
     monkeypatch.setattr(ncu, "missing", lambda device: None)
     monkeypatch.setattr(ncu, "count", lambda *_: {"dram_bytes": 6, "steps": 2})
     assert compare._bytes("teacher", "cuda", "digits")["dram_bytes"] == {"baseline": 150, "fused": 150}
-    monkeypatch.setattr(ncu, "count", lambda *_: refuse("no rights"))
+    monkeypatch.setattr(ncu, "count", lambda *_: {"error": "no rights"})
     row |= {"not_recorded": [], **compare._bytes("student", "cuda", "tiny")}
     assert compare.tool_failures([row]) == ["student, tiny: ncu: no rights"]
-    failing = SimpleNamespace(returncode=1, stdout="", stderr="killed")
-    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: failing)
+    process(monkeypatch, stderr="killed", returncode=1)
     with pytest.raises(InputError, match="killed"):
         compare.beside("student", "cpu", "tiny", tmp_path)
-
-
-def refuse(why):
-    raise InputError(why)
 
 
 PEAK = """
@@ -479,33 +484,34 @@ def test_tables_of_nothing(tmp_path, monkeypatch):
         (nsys, lambda data: b"", "unit of work"),
         (nsys, lambda data: data[: len(data) // 2], "whole SQLite export"),
         (nsys, lambda data: b"no database" * 200, "whole SQLite export"),
-        (ncu, lambda data: b"", "no launches"),
         (ncu, lambda data: data[: len(data) - 40], "cut off"),
-        (ncu, lambda data: b"\n".join(line for line in data.splitlines() if line[:1] != b'"'), "no launches"),
         (ncu, lambda data: b'"a","b"\n"","s"\n"1","2"\n', "another one"),
     ],
 )
-def test_a_damaged_report_ends_with_3(module, damage, said, tiny, tmp_path, monkeypatch, capsys):
+def test_a_damaged_report_is_refused(module, damage, said, tmp_path):
+    read = (lambda path: summary(nsys.read(path))) if module is nsys else lambda path: ncu.read(path.read_text())
     path = tmp_path / "report"
     if module is nsys:
         export(path)
     else:
         path.write_bytes((DATA / "raw.csv").read_bytes())
-    assert run_main(module, monkeypatch, tmp_path, "--report", str(path)) == 0 and "| report, " in capsys.readouterr().out
+    assert read(path)
     path.write_bytes(damage(path.read_bytes()))
-    assert run_main(module, monkeypatch, tmp_path, "--report", str(path)) == 3
-    caught = capsys.readouterr()
-    assert said in caught.err and not caught.out
-    assert run_main(module, monkeypatch, tmp_path, "--report", str(tmp_path / "nowhere")) == 3
+    with pytest.raises(InputError, match=said):
+        read(path)
 
 
-@pytest.mark.parametrize(("module", "tool", "stored"), [(nsys, "nsys", "traces.json"), (ncu, "ncu", "counters.json")])
-def test_a_missing_tool_ends_with_3_and_leaves_what_there_was(module, tool, stored, tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("module", "stored"), [(nsys, "traces.json"), (ncu, "counters.json")])
+def test_a_failing_tool_ends_with_3_and_leaves_what_there_was(module, stored, tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / stored).write_text("kept")
-    arguments = ["--only", "student", "--tool", tool, *(["--traces", str(tmp_path)] if module is nsys else [])]
-    assert run_main(module, monkeypatch, tmp_path, *arguments) == 3
+    monkeypatch.setattr(module, "missing", lambda device: None)
+    process(monkeypatch, stderr="no rights", returncode=1)
+    more = ["--traces", str(tmp_path)] if module is nsys else []
+    assert run_main(module, monkeypatch, tmp_path, "--only", "student", *more) == 3
     caught = capsys.readouterr()
-    assert f"--tool {tool}: the work is on a CPU" in caught.err and "|" not in caught.out
+    assert (
+        f"student, fused: {module.__name__.rpartition('.')[2]} ended with 1: no rights" in caught.err and "|" not in caught.out
+    )
     assert (tmp_path / stored).read_text() == "kept"
 
 
