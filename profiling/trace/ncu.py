@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from operator import itemgetter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,10 +24,10 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import source, spaced_markdown
+from ..evidence import source
 from ..harness import provenance
 from .nsys import finish, given, options
-from .timeline import TOP, failures, label
+from .timeline import TOP, failures, label, number, short, table
 from .workloads import FAILURES, LIMIT, VARIANTS, command, finished, gate, last_words, prepare
 
 STALLS = (
@@ -281,46 +282,34 @@ def lines(results, above=source):
 
 def tables_of(rows):
     """Markdown of units of work, and below them of their largest kernels."""
-    titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
-    found = [*spaced_markdown(titles, map(_unit_cells, rows)), ""]
-    kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
-    if kernels:
-        titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
-        found += [*spaced_markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
-    return found
+    kernels = [{**row, **kernel} for row in rows for kernel in row.get("kernels", [])]
+    return [*table(UNIT_COLUMNS, rows), "", *([*table(KERNEL_COLUMNS, kernels), ""] if kernels else [])]
 
 
-def _unit_cells(row):
-    moved = "needs ncu" if row["dram_bytes"] is None else f"{1e-6 * row['dram_bytes']:.4g}"
-    name = label(row) + (f", {row['steps']} steps" if "steps" in row else "")
-    return (
-        name,
-        row["variant"],
-        f"{1e3 * row['seconds']:.4g}",
-        _scaled(row["flop"]),
-        _scaled(row["flop_per_second"]),
-        moved,
-        *((_scaled(row.get("bytes_per_second")), _percent(row.get("occupancy_percent")))),
-    )
-
-
-def _kernel_cells(row, kernel):
-    waits = ", ".join(f"{name} {value:.1f}" for name, value in kernel["stalls"].items())
-    name = f"`{kernel['kernel'].removeprefix('void ').partition('<')[0][:48]}`"
-    rates = _scaled(kernel["flop_per_second"]), _scaled(kernel["bytes_per_second"]), _percent(kernel["occupancy_percent"])
-    return label(row), row["variant"], name, kernel["launches"], _milliseconds(kernel["seconds"]), *rates, waits
-
-
-def _milliseconds(seconds):
-    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
-
-
-def _scaled(value):
-    return "-" if value is None else f"{1e-9 * value:.4g}"
-
-
-def _percent(value):
-    return "-" if value is None else f"{value:.0f} %"
+PLACE = {
+    "workload": lambda row: label(row) + (f", {row['steps']} steps" if "steps" in row else ""),
+    "variant": itemgetter("variant"),
+}
+RATES = {"GFLOP/s": number("flop_per_second", 1e-9), "GB/s": number("bytes_per_second", 1e-9)}
+OCCUPANCY = {"occupancy": number("occupancy_percent", 1, "{:.0f} %")}
+UNIT_COLUMNS = {
+    **PLACE,
+    "ms": number("seconds", 1e3),
+    "GFLOP": number("flop", 1e-9),
+    "GFLOP/s": RATES["GFLOP/s"],
+    "DRAM MB": number("dram_bytes", 1e-6, nothing="needs ncu"),
+    "GB/s": RATES["GB/s"],
+    **OCCUPANCY,
+}
+KERNEL_COLUMNS = {
+    **PLACE,
+    "kernel": lambda row: short(row["kernel"]),
+    "launches": itemgetter("launches"),
+    "ms": number("seconds", 1e3, "{:.3g}"),
+    **RATES,
+    **OCCUPANCY,
+    "waits for": lambda row: ", ".join(f"{name} {value:.1f}" for name, value in row["stalls"].items()),
+}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python -m profiling.trace.nsys [--device cuda] [--only student] [--repeats 3] [--traces FOLDER] [--out FOLDER]
 
 Every workload and variant runs in a process of its own. ``traces.json`` goes to the results' folder (``--out``); to look at,
-there are a Chrome trace each and Nsight's own reports (``--traces``, by default build/traces). Nsight's documentation describes
-its SQLite export ("SQLite Schema Reference"): tables without rows are not in the file, and columns differ between versions.
+there are Nsight's own reports or Chrome traces (``--traces``, by default build/traces). Nsight's documentation describes its
+SQLite export ("SQLite Schema Reference"): tables without rows are not in the file, and columns differ between versions.
 The command ends with 3 where the tool or the device's counters fail, and with 1 where the variants differ.
 """
 
@@ -26,7 +26,7 @@ from advkd.runtime.hub import reason
 from ..evidence import ROOT, device_alone
 from ..harness import device_folder, provenance
 from . import timeline, torch_trace
-from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
+from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary
 from .workloads import FAILURES, SIZES, VARIANTS, WORKLOADS, command, finished, gate, last_words, positive, sizes
 
 FAILED = 3
@@ -56,7 +56,7 @@ def nsys_command(name, variant, device, size, repeats, report):
 
 
 def record(name, variant, device, size, repeats, folder):
-    """One workload under Nsight Systems; returns its :class:`Trace`. The Chrome trace is made of the same records."""
+    """One workload under Nsight Systems; returns its :class:`Trace`, whose report stays in the folder."""
     report = Path(folder) / file_name(name, variant, size)
     # A report of before must not pass for one of now.
     for end in (".nsys-rep", ".sqlite"):
@@ -65,19 +65,12 @@ def record(name, variant, device, size, repeats, folder):
     done, database = finished(words, what, ADVKD_RANGES="nvtx"), report.with_name(report.name + ".sqlite")
     if not database.exists():
         raise InputError(f"{what} has recorded nothing: {last_words(done)}")
-    trace = read(database)
-    write_chrome(trace, chrome_path(folder, name, variant, size))
-    return trace
+    return read(database)
 
 
 def file_name(name, variant, size):
     """Name of a recording's file, without its ending."""
     return f"trace-{name}-{variant}" + ("" if size == "digits" else f"-{size}")
-
-
-def chrome_path(folder, name, variant, size):
-    """Path of the Chrome trace."""
-    return Path(folder) / (file_name(name, variant, size) + ".json.gz")
 
 
 def read(path):
@@ -151,7 +144,8 @@ def recorded(name, variant, device, size, repeats, folder):
     try:
         if why is None:
             return {**row, "tool": version(), **summary(record(name, variant, device, size, repeats, folder))}
-        trace = torch_trace.record(name, variant, device, size, repeats, chrome_path(folder, name, variant, size))
+        path = Path(folder) / (file_name(name, variant, size) + ".json.gz")
+        trace = torch_trace.record(name, variant, device, size, repeats, path)
         return {**row, "tool": torch_trace.tool(device), "not_nsys": why, **summary(trace)}
     except FAILURES as error:
         return {**row, "tool": "none", "error": reason(error)}

@@ -5,13 +5,10 @@ It writes a Chrome trace (chrome://tracing, ui.perfetto.dev), which :func:`read`
 
 import gzip
 import json
-import zlib
-from pathlib import Path
 
 import torch
 
 from advkd.errors import InputError
-from advkd.runtime.files import replacing
 from advkd.runtime.ranges import name_ranges
 
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace
@@ -53,25 +50,16 @@ def profile(call, repeats, device, path):
             run_units(call, repeats, device)
     finally:
         name_ranges("")
-    with replacing(path) as temporary:
-        # The profiler compresses by the name's end.
-        raw = temporary.with_name(temporary.name + ".json")
-        recorded.export_chrome_trace(str(raw))
-        temporary.write_bytes(gzip.compress(raw.read_bytes()))
-        raw.unlink()
+    recorded.export_chrome_trace(str(path))
 
 
 def read(path):
     """The :class:`~profiling.trace.timeline.Trace` of a Chrome trace, compressed or not."""
-    path = Path(path)
-    try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        trace = Trace()
-        for event in json.loads(text)["traceEvents"]:
+    trace = Trace()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+        for event in json.load(file)["traceEvents"]:
             if event.get("ph") == "X":
                 _add(trace, event, event.get("cat", "").lower())
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a whole Chrome trace ({error}): record it again") from error
     trace.on_gpu = bool(trace.activities)
     return trace
 
