@@ -94,28 +94,15 @@ def main(arguments=None, parts=PARTS, missing=gpu_missing, place=place_of, modes
         return 2
     where = place("cpu" if gap else options.device, options.commit)
     if options.mode:
-        return _run_mode(modes[options.mode], options, where)
+        # A rehearsal must not pass over what a card has measured.
+        kept = None if options.rehearse else device_folder(options.device)
+        return _code(run_mode(modes[options.mode], options.out, where, kept=kept, rehearse=options.rehearse))
     out = require_output_folder(options.out or device_folder(options.device))
     run = Run(out, where, 60 * options.minutes, options.full)
     found = [run.do(part) for part in parts if part.name in options.parts]
     write_bytes(out / "SUMMARY.md", gpu_summary.summary(out, [part.name for part in parts]).encode())
     print(f"{out / 'SUMMARY.md'}", flush=True)
     return _code(found)
-
-
-def _run_mode(mode, options, place):
-    # A rehearsal must not pass over what a card has measured, and has fewer cores.
-    kept = None if options.rehearse else device_folder(options.device)
-    mode = mode.slower(REHEARSAL) if options.rehearse else mode
-
-    def run_of(folder):
-        return Run(folder, place, mode.seconds, kept=kept, rehearse=options.rehearse)
-
-    return _code(run_mode(mode, run_of, options.out))
-
-
-REHEARSAL = 12
-"""Factor by which the limits of a rehearsal are longer."""
 
 
 def _code(found):

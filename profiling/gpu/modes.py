@@ -30,14 +30,14 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from advkd.runtime.folders import locked, require_output_folder
 
 from . import summary as gpu_summary
-from .run import Part
-from .tests import entries_of
+from .run import Part, Run
+from .tests import read_log
 
 SAVE = 10.0
 """Seconds between two savings."""
@@ -59,11 +59,6 @@ class Mode:
     def parts(self):
         """All parts in order."""
         return [part for step in self.steps for part in step]
-
-    def slower(self, times):
-        """The same with so many times the limits, for a machine of few cores."""
-        steps = (tuple(replace(part, seconds=times * part.seconds) for part in step) for step in self.steps)
-        return Mode(times * self.seconds, tuple(steps))
 
 
 BUILD = Part("build", 100)
@@ -94,18 +89,12 @@ MODES = {
 }
 
 
-def run_mode(mode, run_of, out):
-    """Run a mode; returns the stored results of its parts.
-
-    Args:
-        mode: a :class:`Mode`.
-        run_of: function of a folder that gives a :class:`profiling.gpu.run.Run` there.
-        out: folder of the three files.
-    """
+def run_mode(mode, out, place, **options):
+    """Run a :class:`Mode` with a run's options, its three files in ``out``; returns the stored results of its parts."""
     out, names = require_output_folder(out), [part.name for part in mode.parts()]
     with work_folder(out) as work, saving(work, out, names):
         describe_machine(work / "machine.txt")
-        run, found = run_of(work), []
+        run, found = Run(work, place, mode.seconds, **options), []
         with stopped_by_signal(run):
             for step in mode.steps:
                 with ThreadPoolExecutor(len(step)) as threads:
@@ -199,7 +188,7 @@ def tests_so_far(work):
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""
-        found |= {kind + test: entry for test, entry in entries_of(log).items()}
+        found |= {kind + test: entry for test, entry in read_log(log).items()}
     return found
 
 

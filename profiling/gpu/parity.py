@@ -21,7 +21,7 @@ from . import kept
 from .kept import test_digest
 from .part import NEEDS_DEVICE
 from .processes import run_session
-from .tests import COLLECTED, entries_of, read_log, running, settle
+from .tests import collected, read_log, running, settle
 
 STUDENT_TESTS = [
     f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
@@ -62,7 +62,7 @@ def run_tests(part, files):
     """The GPU tests of some files as a part's result."""
     log, seen = part.folder / "tests.jsonl", _seen(part)
     code = run_pytest(part, log, [f"--gpu-most={part.most}", "--continue-on-collection-errors", *files], seen)
-    return _told(part, read_log(log), code, seen)
+    return _told(part, read_log(log), collected(log), code, seen)
 
 
 def run_pytest(part, log, words, seen=()):
@@ -76,11 +76,10 @@ def run_pytest(part, log, words, seen=()):
     command += [*_workers(part), *(DRY if part.rehearse else []), *words]
     settle(log, None)
     for _ in range(STARTS):
-        own = entries_of(log)
-        write_json(part.folder / "seen.json", {**dict(seen), **own})
+        write_json(part.folder / "seen.json", {**dict(seen), **read_log(log)})
         code = run_session(command, log.with_suffix(".txt"), part.left() - 3, environment)
         # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
-        again = running(log) or (code not in range(6) and COLLECTED in read_log(log))
+        again = running(log) or (code not in range(6) and collected(log) is not None)
         settle(log, code)
         if code is None or not again:
             break
@@ -98,13 +97,11 @@ def processes(part):
     return part.processes(12) if importlib.util.find_spec("xdist") else 1
 
 
-def _told(part, log, code, seen):
-    """A part's result from the log of its tests."""
-    chosen = log.pop(COLLECTED, None)
-    left = sorted(set(chosen["tests"] if chosen else ()) - set(log))
-    if left or not chosen:
-        late = f"no time for {len(left)} of {len(left) + len(log)} tests"
-        part.result["unfinished"] = late + (not chosen) * ", nor to collect them"
+def _told(part, log, chosen, code, seen):
+    """A part's result from the log of its tests and those that were chosen."""
+    left = None if chosen is None else sorted(set(chosen) - set(log))
+    if left != []:
+        part.result["unfinished"] = f"no time for {len(left)} of {len(left) + len(log)} tests" if left else "no time to collect"
     if stopped := code in (2, 3, 4):
         part.result["unfinished"] = "pytest could not run: see tests.txt"
     found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in log.items()}}
@@ -116,7 +113,7 @@ def _told(part, log, code, seen):
     failures = sorted(test for test, entry in found.items() if entry["outcome"] in ("failed", "died"))
     part.red = bool(failures) or not counts.get("passed") or stopped
     result = {"tests": found, "failures": failures, "gaps": gaps, "processes": processes(part)}
-    return {**result, "left": left, "late": int(not chosen), "said": said}
+    return {**result, "left": left, "said": said}
 
 
 def _seen(part):
@@ -143,9 +140,9 @@ def parity_gate(files, part):
     paths = [part.out / f"gpu_{name}.json" for name in ("gate", "tests")]
     stored = next((json.loads(path.read_text()) for path in paths if path.exists()), {"kernels": None})
     found = stored["result"] if stored["kernels"] == gpu_digests() else {}
-    tests, left = ([test for test in found.get(name, ()) if test.partition("::")[0] in files] for name in ("tests", "left"))
-    outcomes = [found["tests"][test]["outcome"] for test in tests]
+    own, left = (lambda test: test.partition("::")[0] in files), found.get("left")
+    outcomes = [entry["outcome"] for test, entry in found.get("tests", {}).items() if own(test)]
     bad = sum(outcome in ("failed", "died") for outcome in outcomes)
-    through = "green" if not left and not found.get("late") else "incomplete"
+    through = "incomplete" if left is None or any(map(own, left)) else "green"
     state = "red" if bad else through if "passed" in outcomes else "none ran"
     return {"state": state, "passed": outcomes.count("passed"), "failed": bad}

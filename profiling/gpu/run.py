@@ -20,6 +20,8 @@ from .tests import BROKEN
 
 STARTS = 8
 """A part whose process dies is started so often: every time without what the last one died of."""
+REHEARSAL = 12
+"""Factor by which the limits of a rehearsal are longer, for a machine of few cores."""
 GRACE = 3.0
 """Seconds that a part has to end by itself at its limit."""
 
@@ -59,21 +61,23 @@ class Run:
     """
 
     def __init__(self, out, place, seconds, full=False, kept=None, rehearse=False):
-        self.out, self.kept, self.end, self.live = Path(out), kept, time.monotonic() + seconds, set()
+        self.slower = REHEARSAL if rehearse else 1
+        self.out, self.kept, self.end, self.live = Path(out), kept, time.monotonic() + self.slower * seconds, set()
         self.options = {"out": str(out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
         self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest(), "full": full}
 
     def do(self, part):
         """Run a part unless it is finished; returns its stored result."""
-        known = self.stored(part)
-        same = known is not None and known["key"] == self.key
+        path = self.out / f"gpu_{part.name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        same = known.get("key") == self.key
         if same and known["state"] in ("passed", "failed"):
-            print(f"{part.name}: {known['state']} before, not run again (unless gpu_{part.name}.json is removed)", flush=True)
+            print(f"{part.name}: {known['state']} before, not run again (unless {path.name} is removed)", flush=True)
             return known
         if self.kept and (known := gpu_kept.whole_part(self.kept, part.name)):
             print(f"{part.name}: there is a result for these sources, not run again", flush=True)
-            write_json(self.out / f"gpu_{part.name}.json", known)
+            write_json(path, known)
             return known
         folder = self.out / "parts" / part.name
         if not same:
@@ -81,17 +85,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         # Logs and items are for this machine alone.
         (self.out / "parts" / ".gitignore").write_text("*\n")
-        seconds, begin = min(part.seconds, self.end - time.monotonic()), time.monotonic()
+        seconds, begin = min(self.slower * part.seconds, self.end - time.monotonic()), time.monotonic()
         state = "unfinished" if seconds < 2 * GRACE else self._processes(part, folder, seconds)
         return self._store(part, folder, state, time.monotonic() - begin, seconds)
-
-    def stored(self, part):
-        """Stored result of a part, or None."""
-        try:
-            found = json.loads((self.out / f"gpu_{part.name}.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return None
-        return found if isinstance(found, dict) and {"key", "state"} <= set(found) else None
 
     def stop(self):
         """End all parts now; what they have finished stays."""

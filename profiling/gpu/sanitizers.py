@@ -8,7 +8,7 @@ import sys
 
 from ..evidence import ROOT
 from .parity import DRY
-from .tests import entries_of, settle
+from .tests import read_log, settle
 
 SANITIZED = (
     "tests/kernels/test_conv_block_cuda.py",
@@ -67,7 +67,7 @@ def _sanitize(part, tool, name, options):
     text = output.read_text(errors="replace")
     if part.rehearse:
         return {"code": code, "red": bool(code), "tail": text[-2000:]}
-    return {"code": code, **sanitizer_verdict(text, code, entries_of(log))}
+    return {"code": code, **sanitizer_verdict(text, code, read_log(log))}
 
 
 FINDINGS = r"========= (?:Invalid|Misaligned|Race reported|Error: |Program hit)"

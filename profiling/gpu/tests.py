@@ -20,8 +20,6 @@ import pytest
 from .processes import end_with_parent
 
 BROKEN = 77
-COLLECTED = "::collected"
-"""The line that names the chosen tests."""
 STDERR = os.dup(2)
 """Standard error before pytest captures it."""
 
@@ -46,9 +44,10 @@ def read_log(path):
     return found
 
 
-def entries_of(path):
-    """:func:`read_log` of the tests alone."""
-    return {test: entry for test, entry in read_log(path).items() if test != COLLECTED}
+def collected(path):
+    """The tests that a run with this log has chosen, or None where it did not come that far."""
+    chosen = Path(path).with_suffix(".collected.json")
+    return json.loads(chosen.read_text()) if chosen.exists() else None
 
 
 def running(path):
@@ -123,7 +122,7 @@ class Log:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids):
-        self.write(COLLECTED, outcome="collected", tests=ids)
+        self.path.with_suffix(".collected.json").write_text(json.dumps(ids))
 
     def pytest_collectreport(self, report):
         if report.failed:

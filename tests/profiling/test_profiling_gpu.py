@@ -33,7 +33,7 @@ from profiling.gpu import modes as gpu_modes
 from profiling.gpu import part as gpu_part
 from profiling.gpu import run as gpu_run
 from profiling.gpu import summary as gpu_summary
-from profiling.gpu.tests import BROKEN, COLLECTED, entries_of, read_log, settle, spread
+from profiling.gpu.tests import BROKEN, collected, read_log, settle, spread
 from profiling.harness import run_case
 from profiling.limits import ahead, predictions
 from profiling.trace import ncu
@@ -143,8 +143,7 @@ def test_finished_parts_are_not_run_again(run, capsys):
     assert run(("late",), place={**PLACE, "commit": "beef"}) == 1 and not run.stored("late")["result"]["again"]
     assert run(("flaky",)) == 1 and run.stored("flaky")["result"]["value"] == 7
     assert run(("flaky",)) == 1 and "value" not in run.stored("flaky")["result"] and run.stored("flaky")["state"] == "died"
-    (run.out / "gpu_good.json").write_text('{"state": ')
-    assert run(("good",)) == 0 and run.starts()[7:] == ["late", "late", "late", "flaky", "flaky", "good"]
+    assert run.starts()[7:] == ["late", "late", "late", "flaky", "flaky"]
 
 
 def test_parts_without_time_are_reported_and_run_next_time(run):
@@ -352,7 +351,8 @@ def test_a_rehearsal_reads_what_a_run_has_left(run, tmp_path, monkeypatch):
     assert rehearsal.state_of(run.out) == ({}, 1)
     (run.out / "SUMMARY.md").unlink()
     assert rehearsal.state_of(run.out) == (None, 0)
-    assert gpu_modes.MODES["bench"].slower(3).seconds == 990 and gpu_modes.MODES["bench"].slower(3).parts()[0].seconds == 300
+    run = gpu_run.Run(tmp_path, PLACE, 330, rehearse=True)
+    assert run.slower == gpu_run.REHEARSAL and run.end - time.monotonic() == pytest.approx(330 * run.slower, abs=60)
 
 
 def test_a_rehearsed_case_reports_how_far_it_went():
@@ -487,12 +487,12 @@ def test_tests_that_die_or_hang_cost_themselves_alone(step, absent, tmp_path, mo
     lack(absent, monkeypatch)
     words, log = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")], tmp_path / "log.jsonl"
     assert parity.run_pytest(part_of(tmp_path), log, words) == 1
-    found = entries_of(log)
+    found = read_log(log)
     outcomes = [found[name]["outcome"] for name in sorted(found)]
     assert outcomes == ["passed", "died", "died", "failed", "skipped", "passed"]
     assert "assert 3 != 3" in found[sorted(found)[3]]["message"]
     # What is in the log is not run again.
-    assert parity.run_pytest(part_of(tmp_path), log, words) == 5 and read_log(log)[COLLECTED]["tests"] == []
+    assert parity.run_pytest(part_of(tmp_path), log, words) == 5 and collected(log) == []
 
 
 BREAKS = """
@@ -517,7 +517,7 @@ def test_a_failure_that_breaks_the_device_ends_its_worker(absent, tmp_path, monk
     # The code of the last process: without pytest-xdist another one runs what is left.
     code = parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", ["--rootdir", tmp_path, tmp_path])
     assert code == (0 if absent else 1)
-    found = entries_of(tmp_path / "log.jsonl")
+    found = read_log(tmp_path / "log.jsonl")
     assert [found[name]["outcome"] for name in sorted(found)] == ["passed", "failed", "passed"]
     assert "assert 1 != 1" in found[sorted(found)[1]]["message"]
     first, second, third = (tmp_path / "pids.txt").read_text().split()
@@ -567,7 +567,7 @@ def test_a_failed_test_that_hangs_afterwards_is_ended(tmp_path, monkeypatch):
     lack(("xdist",), monkeypatch)
     words = ["--rootdir", str(tmp_path), str(tmp_path / "test_small.py")]
     assert parity.run_pytest(part_of(tmp_path), tmp_path / "log.jsonl", words) == 0
-    found = entries_of(tmp_path / "log.jsonl")
+    found = read_log(tmp_path / "log.jsonl")
     assert [found[name]["outcome"] for name in sorted(found)] == ["died", "passed"]
     assert "in hanging" in (tmp_path / "log.txt").read_text()
 
@@ -1035,7 +1035,7 @@ def test_chains_are_what_their_names_say():
 
 def test_the_parity_gate(tmp_path):
     files = ["tests/ops/test_mask_mul.py"]
-    stored = {"kernels": evidence.gpu_digests(), "result": {"tests": {}, "left": [], "late": 0}}
+    stored = {"kernels": evidence.gpu_digests(), "result": {"tests": {}, "left": []}}
     tests = stored["result"]["tests"]
     part = part_of(tmp_path)
 
@@ -1055,7 +1055,7 @@ def test_the_parity_gate(tmp_path):
     assert gate()["state"] == "green", "tests of another kernel"
     stored["result"]["left"] = ["tests/ops/test_mask_mul.py::test_c"]
     assert gate()["state"] == "incomplete"
-    stored["result"] |= {"left": [], "late": 1}
+    stored["result"]["left"] = None
     assert gate()["state"] == "incomplete"
     stored["kernels"] = {}
     assert gate()["state"] == "none ran", "tests of other kernels"
