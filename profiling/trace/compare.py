@@ -11,6 +11,7 @@ import json
 import sys
 import time
 
+from advkd.errors import InputError
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
@@ -42,10 +43,11 @@ def compared(name, device, size, repeats):
 
 def joules(calls, device, seconds):
     """Joules of a unit by variant, or the reason why there are none."""
-    read, why = power.meter(device)
-    if read is None:
-        return {"missing": why}
-    return {variant: _energy(call, device, read, seconds[variant]["median"]) for variant, call in calls.items()}
+    try:
+        read = power.meter(device)
+        return {variant: _energy(call, device, read, seconds[variant]["median"]) for variant, call in calls.items()}
+    except InputError as error:
+        return {"missing": str(error)}
 
 
 def _energy(call, device, read, seconds):

@@ -20,15 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from advkd.errors import InputError
-from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
 from ..evidence import source
-from ..harness import provenance
-from .nsys import finish, given, options
+from .nsys import drive, given, options
 from .timeline import TOP, failures, label, number, short, table
-from .workloads import FAILURES, LIMIT, VARIANTS, command, finished, gate, last_words, prepare
+from .workloads import FAILURES, LIMIT, VARIANTS, command, finished, last_words, prepare
 
 STALLS = (
     "long_scoreboard",
@@ -258,13 +256,7 @@ def rows_of(name, device, size):
 
 
 def main():
-    values = given(options(__doc__.splitlines()[0]))
-    keep_freed_memory()
-    rows, gates = [], {}
-    for name, size in values.work:
-        gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        rows += rows_of(name, values.device, size) if found["passed"] else []
-    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder, "counters.json", lines)
+    drive(given(options(__doc__.splitlines()[0])), rows_of, "counters.json", lines)
 
 
 def lines(results, above=source):

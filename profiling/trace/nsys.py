@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
@@ -191,34 +192,32 @@ def main():
     parser.add_argument("--repeats", type=positive, default=3, help="units of work in each recording")
     parser.add_argument("--traces", default=str(ROOT / "build" / "traces"), help="folder for traces to look at")
     values = given(parser)
-    folder, rows, gates = made(values.traces), [], {}
-    for name, size in values.work:
-        gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        for variant in VARIANTS if found["passed"] else ():
-            rows.append(recorded(name, variant, values.device, size, values.repeats, folder))
-            print(_said(rows[-1]), flush=True)
-    print(f"traces to look at: {values.traces}")
-    result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
-    finish(result, values.folder, "traces.json", timeline.lines)
+    folder = made(values.traces)
+    print(f"traces to look at: {folder}", flush=True)
+
+    def rows_of(name, device, size):
+        return [recorded(name, variant, device, size, values.repeats, folder) for variant in VARIANTS]
+
+    drive(values, rows_of, "traces.json", timeline.lines)
 
 
-def finish(result, folder, name, lines):
-    """Store what was recorded, unless nothing was; show it, say what failed, and end the command."""
-    rows = result["rows"]
+def drive(values, rows_of, name, lines):
+    """Record every workload whose variants agree; store it, unless nothing was recorded, show it, and end the command."""
+    keep_freed_memory()
+    rows, gates = [], {}
+    for work, size in values.work:
+        gates[f"{work}, {size}"] = found = gate(work, values.device, size)
+        rows += rows_of(work, values.device, size) if found["passed"] else []
+        print(f"{work}, {size}: done", file=sys.stderr, flush=True)
     failed = [f"{row['workload']}, {row['variant']}: {row['error']}" for row in rows if "error" in row]
-    off = [f"{work}: the variants differ, not recorded" for work, found in result["parity"].items() if not found["passed"]]
+    off = [f"{work}: the variants differ, not recorded" for work, found in gates.items() if not found["passed"]]
     if len(failed) < len(rows):
-        if folder:
-            write_json(folder / name, result)
+        result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
+        if values.folder:
+            write_json(values.folder / name, result)
         print("\n".join(lines([result], device_alone)))
     print("\n".join([*off, *failed]), file=sys.stderr)
     sys.exit(FAILED if failed else 1 if off else 0)
-
-
-def _said(row):
-    if "error" in row:
-        return f"{row['workload']}, {row['variant']}: {row['error']}"
-    return f"{row['workload']}, {row['variant']}: {1e3 * row['seconds']:.4g} ms, {row['launches']:.0f} {row['launched']}"
 
 
 if __name__ == "__main__":

@@ -431,25 +431,26 @@ def test_energy_of_packages(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{energy}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("1000000\n" if name.endswith("0") else "9000000\n")
-    joules, why = power.rapl(tmp_path)
+    joules = power.rapl(tmp_path)
     before = joules()
-    assert why is None and before == pytest.approx(5.9)
+    assert before == pytest.approx(5.9)
     # The first counter wraps around, the second goes on; a package includes its parts.
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100000\n")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("5500000\n")
     assert joules() - before == pytest.approx(0.2 + 0.5)
-    assert power.rapl(tmp_path / "nowhere")[0] is None and "no energy counter" in power.rapl(tmp_path / "nowhere")[1]
+    with pytest.raises(InputError, match="no energy counter"):
+        power.rapl(tmp_path / "nowhere")
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    read, why = power.rapl(tmp_path)
-    assert read is None and "cannot be read" in why
+    with pytest.raises(InputError, match="cannot be read"):
+        power.rapl(tmp_path)
 
 
 def test_energy_without_nvml():
     def load(name):
         raise OSError(f"{name}: no such file")
 
-    read, why = power.nvml(load)
-    assert read is None and "libnvidia-ml.so.1" in why
+    with pytest.raises(InputError, match=r"libnvidia-ml\.so\.1"):
+        power.nvml(load)
 
 
 def test_tables_of_nothing(tmp_path, monkeypatch):
