@@ -2,9 +2,9 @@
 
 python -m profiling.gpu.rehearsal --out FOLDER        # ``make rehearse`` does that with the versions of a GPU's machine
 
-Both objects are built, ``parity`` is killed once while it runs and goes on to its end, then ``bench``: every GPU test and
-benchmark goes as far as it can on a stand-in (tests/gpu_dry_run.py). Steps that need a device say so and are counted. The log
-names every step with its time, and holds the summary of each mode; the code is 0 where nothing failed that needs no device.
+``parity`` builds both objects, is killed once while its tests run and goes on to its end, then comes ``bench``: every GPU test
+and benchmark goes as far as it can on a stand-in (tests/gpu_dry_run.py). Steps that need a device say so and are counted. The
+log names every step with its time, and holds the summary of each mode; the code is 0 where nothing failed that needs no device.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import logging
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -25,12 +24,9 @@ from advkd.runtime.folders import require_output_folder
 from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT
-from .build import BUILD, REHEARSED, build_environment, stale_objects
 from .modes import ARCHIVE, MODES, SUMMARY, TESTS
 from .part import NEEDS_DEVICE
 
-KILLED_AFTER = 45.0
-"""Seconds that the run that is killed has."""
 say = logging.getLogger(__name__).info
 
 
@@ -38,19 +34,9 @@ def rehearse(out):
     """All steps; returns whether nothing failed."""
     known = {name: version for name, version in provenance()["versions"].items() if version}
     say(f"Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in known.items())}; CUDA: {torch.version.cuda}")
-    steps = [build(), killed(out / "parity"), *[whole(mode, out / mode) for mode in MODES]]
+    steps = [killed(out / "parity"), *[whole(mode, out / mode) for mode in MODES]]
     say("nothing failed that needs no device" if all(steps) else "something failed that needs no device: see above")
     return all(steps)
-
-
-def build():
-    """Both objects for the architecture of the first cards, unless they are there."""
-    if not stale_objects():
-        say("both objects are there, of these sources")
-        return True
-    done = subprocess.run(BUILD, cwd=ROOT, env=build_environment(REHEARSED), capture_output=True, text=True)
-    say(f"both objects built for {REHEARSED}: {'yes' if done.returncode == 0 else done.stderr[-2000:]}")
-    return done.returncode == 0
 
 
 def start(mode, out):
@@ -60,13 +46,14 @@ def start(mode, out):
 
 
 def killed(out):
-    """``parity``, killed while it runs: what it has left is whole."""
+    """``parity``, killed while its tests run: what it has left is whole."""
     process = start("parity", out)
-    time.sleep(KILLED_AFTER)
-    process.send_signal(signal.SIGKILL)
+    while process.poll() is None and not state_of(out)[0]:
+        time.sleep(1.0)
+    process.kill()
     process.wait()
     tests, _ = state_of(out)
-    say(f"parity, killed after {KILLED_AFTER:.0f} s: {len(tests or ())} tests in {TESTS}")
+    say(f"parity, killed while it ran: {len(tests or ())} tests in {TESTS}")
     return bool(tests)
 
 

@@ -43,7 +43,7 @@ def sanitizer(name):
 
 def sanitized(part):
     """The files that a part's tool runs over."""
-    return [file for file in (*SANITIZED, *(SANITIZED_TOO if part.full else ())) if (ROOT / file).exists()]
+    return [*SANITIZED, *(SANITIZED_TOO if part.full else ())]
 
 
 def _sanitize(part, tool, name, options):
