@@ -2,7 +2,7 @@
 
 python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 
-``parity`` takes 270 s: one case of every GPU test, then more of each with memcheck and racecheck beside them, then the card's
+``parity`` takes 270 s: one case of every GPU test, then more of each, with memcheck and racecheck beside them, then the card's
 rates. ``bench`` takes 330 s: a gate of tests, the rates, then the benchmarks, the most telling cases first. ``FOLDER`` holds
 three files, written anew every ten seconds, each whole at any time: ``tests.json``, ``results.tgz`` (everything else: results,
 journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
@@ -67,8 +67,7 @@ MODES = {
         270,
         (
             (BUILD,),
-            (Part("first_tests", 70, most=1),),
-            (Part("tests", 90, most=16), Part("memcheck", 85, most=1), Part("racecheck", 85, most=1)),
+            (Part("tests", 160, most=16), Part("memcheck", 85, most=1), Part("racecheck", 85, most=1)),
             (Part("rates", 25),),
         ),
     ),

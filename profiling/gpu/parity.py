@@ -46,10 +46,7 @@ DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
 
 
 def tests(part):
-    """Every test that needs a GPU, in a few processes at a time; one that dies or hangs costs its own process alone.
-
-    Tests that have passed on these sources before are not run again, nor those that the part before this one has run.
-    """
+    """Every test that needs a GPU, in a few processes at a time; one that dies or hangs costs its own process alone."""
     return run_tests(part, gpu_test_files())
 
 
@@ -117,16 +114,12 @@ def _told(part, log, chosen, code, seen):
 
 
 def _seen(part):
-    """``{test: entry}``: what has passed on these sources in an earlier run, and what the first tests of this run gave.
+    """``{test: entry}`` of what has passed on these sources in an earlier run, and is not run again.
 
     Failures count too in a gate: a few other cases must not make it green.
     """
     outcomes = ("passed", "failed", "died") if part.name == "gate" else ("passed",)
-    found = kept.known_tests(part.kept, outcomes) if part.kept else {}
-    first = part.out / "gpu_first_tests.json"
-    if part.name == "tests" and first.exists():
-        found |= json.loads(first.read_text())["result"].get("tests", {})
-    return found
+    return kept.known_tests(part.kept, outcomes) if part.kept else {}
 
 
 def gpu_test_files():

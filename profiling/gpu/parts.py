@@ -57,7 +57,6 @@ PARTS = {
     "build": build,
     "rates": rates,
     "warm": warm,
-    "first_tests": tests,
     "tests": tests,
     "gate": gate,
     **{name: sanitizer(name) for name in SANITIZERS},

@@ -81,7 +81,10 @@ def pytest_collection_modifyitems(config, items):
         functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     path, most = config.getoption("--gpu-seen"), config.getoption("--gpu-most")
     seen = json.loads(Path(path).read_text()) if path else {}
-    own = [item for group in functions.values() for item in spread(group, most) if item.nodeid not in seen]
+    groups = [spread(group, most) for group in functions.values()]
+    # The first case of every function comes before the others: a fault of a kernel is found early.
+    chosen = [*(group[0] for group in groups), *(item for group in groups for item in group[1:])]
+    own = [item for item in chosen if item.nodeid not in seen]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
     items[:] = own
 

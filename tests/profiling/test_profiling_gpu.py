@@ -199,8 +199,8 @@ def test_modes_fit_their_minutes():
         mode = gpu_modes.MODES[name]
         built = sum(max(part.seconds for part in step) for step in mode.steps if step[0].name != "build")
         assert mode.seconds == seconds and built <= seconds
-    first, following = (gpu_modes.MODES["parity"].steps[i] for i in (1, 2))
-    assert first[0].most == 1 and [part.name for part in following] == ["tests", "memcheck", "racecheck"]
+    following = gpu_modes.MODES["parity"].steps[1]
+    assert [part.name for part in following] == ["tests", "memcheck", "racecheck"]
     assert following[0].most == 16 and gpu_modes.MODES["parity"].steps[-1][0].name == "rates"
 
 
@@ -588,6 +588,29 @@ def test_tests_stopped_for_lack_of_time_are_no_failures(tmp_path, monkeypatch):
 def test_a_spread_of_cases():
     assert spread(list(range(10)), 0) == list(range(10)) and spread([1, 2], 3) == [1, 2]
     assert spread(list(range(10)), 3) == [0, 4, 9] and spread(list(range(10)), 1) == [0]
+
+
+ORDER = """
+import pytest
+
+@pytest.mark.parametrize("i", range(5))
+def test_a(i):
+    pass
+
+@pytest.mark.parametrize("i", range(2))
+def test_b(i):
+    pass
+"""
+
+
+def test_the_first_case_of_every_function_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "test_small.py").write_text(ORDER)
+    monkeypatch.setattr(parity, "GATE", ["-m", ""])
+    lack(("xdist",), monkeypatch)
+    log = tmp_path / "log.jsonl"
+    assert parity.run_pytest(part_of(tmp_path), log, ["--gpu-most=3", "--rootdir", tmp_path, tmp_path]) == 0
+    names = [test.partition("::")[2] for test in collected(log)]
+    assert names == ["test_a[0]", "test_b[0]", "test_a[2]", "test_a[4]", "test_b[1]"] and len(read_log(log)) == 5
 
 
 def test_only_files_with_gpu_tests_are_collected():
