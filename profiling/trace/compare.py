@@ -34,7 +34,7 @@ def compared(name, device, size, repeats):
         variants = (*VARIANTS, *MORE_VARIANTS.get(name, ()))
         calls = {variant: prepare(name, variant, device, size) for variant in variants}
         row["seconds"] = measure(calls, repeats, warmup=2, device=device)
-        row["flop"], _ = ncu.counted(calls["baseline"])
+        row["flop"] = ncu.counted(calls["baseline"])
         row["joules"] = joules({v: calls[v] for v in VARIANTS}, device, row["seconds"])
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {reason(error)}"

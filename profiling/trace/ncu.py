@@ -194,14 +194,14 @@ def by_kernel(launches):
 
 
 class _Counted(TorchDispatchMode):
-    """Operations of what torch has formulas for, and the names of this project's ops, which have none.
+    """Operations of what torch has formulas for.
 
     torch's own FlopCounterMode also names modules, by hooks that autograd's double backward refuses.
     """
 
     def __init__(self):
         super().__init__()
-        self.total, self.without = 0, set()
+        self.total = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords, formula = keywords or {}, flop_registry.get(function._overloadpacket)
@@ -210,33 +210,27 @@ class _Counted(TorchDispatchMode):
                 result = function.decompose(*arguments, **keywords)
             if result is not NotImplemented:
                 return result
-            if function.namespace.startswith("advkd"):
-                self.without.add(str(function._overloadpacket))
         result = function(*arguments, **keywords)
         self.total += formula(*arguments, **keywords, out_val=result) if formula else 0
         return result
 
 
 def counted(call):
-    """Operations of a call by torch's formulas, and the ops of this project that it has none for."""
+    """Operations of a call by torch's formulas; this project's own ops have none."""
     call()
     with _Counted() as counter:
         call()
-    return counter.total, sorted(counter.without)
+    return counter.total
 
 
 def direct(name, device, size):
-    """Rows without Nsight Compute: the direct count of the plain variant over each variant's measured time."""
+    """Figures without Nsight Compute: the direct count of the plain variant over each variant's measured time."""
     calls = {variant: prepare(name, variant, device, size) for variant in VARIANTS}
-    work, _ = counted(calls["baseline"])
-    times = measure(calls, REPEATS, warmup=1, device=device)
-    rows = {}
-    for variant, call in calls.items():
-        own, without = counted(call)
-        seconds = times[variant]["median"]
-        rates = {"seconds": seconds, "times": times[variant], "flop": work, "flop_per_second": work / seconds}
-        rows[variant] = {**rates, "counted_flop": own, "not_counted": without, "dram_bytes": None}
-    return rows
+    flop, times = counted(calls["baseline"]), measure(calls, REPEATS, warmup=1, device=device)
+    return {
+        variant: {"seconds": t["median"], "times": t, "flop": flop, "flop_per_second": flop / t["median"], "dram_bytes": None}
+        for variant, t in times.items()
+    }
 
 
 def missing(device):

@@ -318,15 +318,14 @@ def test_ncu_without_ncu(tiny, tmp_path, monkeypatch, capsys):
     maps = [(4, 8, 4), (8, 8, 4), *[(8, 8, 8)] * 6, (8, 1, 8)]
     assert baseline["flop"] == fused["flop"] == 3 * sum(18 * a * b * side * side for a, b, side in maps)
     assert fused["dram_bytes"] is None and fused["flop_per_second"] == fused["flop"] / fused["seconds"]
-    assert fused["counted_flop"] < baseline["counted_flop"] and fused["not_counted"]
     assert "needs ncu" in capsys.readouterr().out
 
 
 def test_operations_of_an_update(tiny):
-    plain, without = ncu.counted(workloads.prepare("update", "baseline", size="tiny"))
-    # The hand-written passes skip the zeros of a second derivative.
-    ours, named_ops = ncu.counted(workloads.prepare("update", "fused", size="tiny"))
-    assert 0 < ours < plain and "advkd.norm_act" in set(named_ops) - set(without)
+    plain = ncu.counted(workloads.prepare("update", "baseline", size="tiny"))
+    # The hand-written passes skip the zeros of a second derivative, and torch has no formula for our ops.
+    assert 0 < ncu.counted(workloads.prepare("update", "fused", size="tiny")) < plain
+    assert ncu.counted(workloads.prepare("student", "fused", size="tiny")) == 0
 
 
 def pair(monkeypatch, baseline=1.0, fused=1.0, error=0.0):
