@@ -62,8 +62,9 @@ class Run:
 
     def __init__(self, out, place, seconds, full=False, kept=None, rehearse=False):
         self.slower = REHEARSAL if rehearse else 1
-        self.out, self.kept, self.end, self.live = Path(out), kept, time.monotonic() + self.slower * seconds, set()
-        self.options = {"out": str(out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
+        self.out, self.kept = Path(out).absolute(), kept
+        self.end, self.live = time.monotonic() + self.slower * seconds, set()
+        self.options = {"out": str(self.out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
         self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest(), "full": full}
 
@@ -85,8 +86,11 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         # Logs and items are for this machine alone.
         (self.out / "parts" / ".gitignore").write_text("*\n")
+        if (result := folder / "result.json").exists():
+            # What cannot be repeated is dropped; items stay.
+            write_json(result, {"items": json.loads(result.read_text())["items"]})
         seconds, begin = min(self.slower * part.seconds, self.end - time.monotonic()), time.monotonic()
-        state = "unfinished" if seconds < 2 * GRACE else self._processes(part, folder, seconds)
+        state = None if seconds < 2 * GRACE else self._processes(part, folder, seconds)
         return self._store(part, folder, state, time.monotonic() - begin, seconds)
 
     def stop(self):
@@ -96,18 +100,19 @@ class Run:
             end(process)
 
     def _processes(self, part, folder, seconds):
+        """State of a part when it has ended; None where it was ended from outside."""
         limit, restarted = min(time.monotonic() + seconds, self.end), False
         own = {"name": part.name, "folder": str(folder), "most": part.most, "parent": os.getpid()}
         for _ in range(STARTS):
             left = min(limit, self.end) - time.monotonic()
             if left < GRACE:
-                return "unfinished"
+                return None
             options = {**self.options, **own, "seconds": left - GRACE, "restarted": restarted}
             command = [sys.executable, "-m", part.module, json.dumps(options)]
             variables = environment(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
             code = run_session(command, folder / "log.txt", left, variables, self.live)
             if code is None or self.end == 0.0:
-                return "ended"
+                return None
             if code in STATES:
                 return STATES[code]
             if code != BROKEN and code >= 0:
@@ -120,9 +125,9 @@ class Run:
     def _store(self, part, folder, state, spent, limit):
         path, log = folder / "result.json", folder / "log.txt"
         result = json.loads(path.read_text()) if path.exists() else {"items": {}}
-        if state not in STATES.values():
+        if state in (None, "died"):
             result["unfinished"] = "ended from outside"
-        state = "unfinished" if state == "ended" else state
+        state = state or "unfinished"
         tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
         print(f"{textwrap.indent(tail, f'[{part.name}] ')}{part.name}: {state} after {spent:.0f} s", flush=True)
         stored = {
