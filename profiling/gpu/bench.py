@@ -7,16 +7,12 @@ import time
 
 import torch
 
-from advkd.runtime.files import write_json
-from advkd.runtime.timing import provenance
-
 from ..cases import student
 from ..evidence import module_of
 from ..harness import absent_package, format_case, is_green, run_case
 from ..limits import predictions
 from . import kept
 from .parity import GATES, parity_gate
-from .part import result_of
 
 QUICK = {
     "bench_student": [
@@ -50,7 +46,9 @@ QUICK = {
 REHEARSED_CASES = {"bench_student": ["digits, batch 1, bfloat16", "digits, batch 64, bfloat16"]}
 """Cases that a rehearsal enters, where the others take a processor minutes."""
 ALL = ", with costly peers"
-"""Ends the journal's name of a case that is measured once more with all contestants."""
+"""Ends the name of a case that is measured once more with all contestants, until it stands for the one with fewer."""
+LEAST = 5.0
+"""Seconds that must be left for a case to begin."""
 
 
 def bench(name):
@@ -64,41 +62,31 @@ def bench(name):
         _use_measured_rates(part)
         gate = parity_gate(GATES[name], part)
         print(f"parity tests: {gate}", flush=True)
+        part.red = gate["state"] in ("red", "none ran")
+        part.result |= {"benchmark": name, "gate": gate, "parity_tests": GATES[name], "wanted": wanted}
         known = kept.cases(part.kept, name) if part.kept else {}
         for case in wanted:
-            work = functools.partial(_measured, part, cases[case], False)
-            _run_case(part, case, lambda case=case, work=work: known[case] if case in known else work())
-            # A part that is ended from outside has its gate and its cases all the same.
-            write_json(part.folder / "result.json", result_of(_benchmark(part, name, gate, wanted), part))
-        for case in wanted:
-            if any("pending" in entry for entry in part.journal.items.get(case, {}).get("contestants", ())):
-                _run_case(part, case + ALL, functools.partial(_measured, part, cases[case], True))
-                write_json(part.folder / "result.json", result_of(_benchmark(part, name, gate, wanted), part))
-        return _benchmark(part, name, gate, wanted)
+            if part.left() > LEAST:
+                work = functools.partial(_measured, part, cases[case], False)
+                part.run(case, lambda case=case, work=work: known[case] if case in known else work())
+        for case in filter(functools.partial(_is_pending, part), wanted):
+            if part.left() > LEAST:
+                found = part.run(case + ALL, functools.partial(_measured, part, cases[case], True))
+                if found["state"] == "done":
+                    part.keep(case, part.items.pop(case + ALL))
+        missing, pending = ([c for c in wanted if c not in part.items], [c for c in wanted if _is_pending(part, c)])
+        notes = [f"no time for {len(missing)} cases: {', '.join(missing)}"] if missing else []
+        notes += [f"no time for the costly peers of {', '.join(pending)}"] if pending else []
+        notes += ["the parity tests are not through yet"] if gate["state"] == "incomplete" else []
+        if notes:
+            part.result["unfinished"] = "; ".join(notes)
+        return {"said": f"{sum('contestants' in item for item in part.items.values())} cases, parity tests {gate['state']}"}
 
     return run
 
 
-def _run_case(part, name, work):
-    if part.left() > 5:
-        part.journal.run(name, work)
-
-
-def _benchmark(part, name, gate, wanted):
-    """A benchmark's result so far; a case with all its contestants stands for the one with fewer."""
-    items = part.journal.items
-    done = {case: value for case, value in items.items() if value["state"] == "done"}
-    best = {case.removesuffix(ALL): value for case, value in sorted(done.items(), key=lambda item: item[0].endswith(ALL))}
-    own = ("state", "red", "item_seconds")
-    found = [{k: v for k, v in best[case].items() if k not in own} for case in wanted if case in best]
-    pending = [case for case, value in best.items() if any("pending" in entry for entry in value.get("contestants", ()))]
-    missing = [case for case in wanted if case not in items]
-    notes = [f"no time for {len(missing)} cases: {', '.join(missing)}"] if missing else []
-    notes += [f"no time for the costly peers of {', '.join(pending)}"] if pending else []
-    notes += ["the parity tests are not through yet"] if gate["state"] == "incomplete" else []
-    part.unfinished = "; ".join(notes) or None
-    part.red = gate["state"] in ("red", "none ran")
-    return {"benchmark": name, "cases": found, "gate": gate, "parity_tests": GATES[name], "wanted": wanted}
+def _is_pending(part, case):
+    return any("pending" in entry for entry in part.items.get(case, {}).get("contestants", ()))
 
 
 def _use_measured_rates(part):
@@ -116,7 +104,7 @@ def _measured(part, build_case, costly):
 
         with gpu_dry_run.stand_in(most_bytes=2**30):
             return rehearsed(build_case())
-    result = _described(run_case(build_case(), costly=costly or part.full))
+    result = _described(run_case(build_case(), costly=costly or part.full), part.place)
     print(format_case(result) + f"\n  ({time.monotonic() - begin:.0f} s)", flush=True)
     torch.cuda.empty_cache()
     return {**result, "red": not is_green(result)}
@@ -137,9 +125,9 @@ def rehearsed(case):
     return {"case": case.name, "moved_bytes": None, "ratio": None, "contestants": entries, "red": red}
 
 
-def _described(result):
+def _described(result, place):
     """A case's result with its provenance and a floor."""
-    result = {**result, "provenance": provenance("cuda")}
+    result = {**result, "provenance": place}
     if "floor" not in result and result["moved_bytes"]:
         seconds = result["moved_bytes"] / student.gpu_rates().bandwidth
         result["floor"] = {"seconds": seconds, "bytes": result["moved_bytes"]}

@@ -18,14 +18,14 @@ def build(part):
     """Objects of these sources that load are used; else both are built, for this card's architecture alone."""
     flag = architecture(torch.cuda.get_device_capability()) if torch.cuda.is_available() else REHEARSED
     stale = stale_objects()
-    if not stale and part.journal.run("prebuilt", lambda: _load(part))["state"] == "done":
+    if not stale and part.run("prebuilt", lambda: _load(part))["state"] == "done":
         return {"prebuilt": True}
-    part.journal.items.pop("prebuilt", None)
+    part.items.pop("prebuilt", None)
     # Where no new one can be built, none is better than one whose tests would stand for other sources.
     for path in stale:
         path.unlink(missing_ok=True)
-    part.journal.run("compile", lambda: logged(BUILD, part, build_environment(flag)))
-    part.journal.run("load", lambda: _load(part))
+    part.run("compile", lambda: logged(BUILD, part, build_environment(flag)))
+    part.run("load", lambda: _load(part))
     return {"prebuilt": False, "architectures": flag}
 
 

@@ -35,8 +35,10 @@ def first_image(part):
     """
     for preset in ("digits", "pyramid-256"):
         for backend in ("auto", "cuda"):
-            part.journal.run(f"{preset}, {backend}", lambda p=preset, b=backend: _first(part, p, b))
-    return {"caches": list(map(str, caches()))}
+            part.run(f"{preset}, {backend}", lambda p=preset, b=backend: _first(part, p, b))
+    done = {name: item for name, item in part.items.items() if "kept_seconds" in item}
+    said = [f"{name}: {item['first_seconds']:.1f} s, then {item['kept_seconds']:.1f} s" for name, item in done.items()]
+    return {"caches": list(map(str, caches())), "said": "; ".join(said)}
 
 
 def caches():
@@ -64,7 +66,6 @@ def _first(part, preset, backend):
         seconds.append(float(re.search(r"SECONDS (\S+)", done.stdout)[1]))
         kept.append(_kept())
     again = sorted(path for path, _ in kept[1] - kept[0])
-    print(f"{preset}, {backend}: {seconds[0]:.2f} s, then {seconds[1]:.2f} s, {len(again)} files written then", flush=True)
     return {
         "first_seconds": seconds[0],
         "kept_seconds": seconds[1],

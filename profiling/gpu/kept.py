@@ -13,6 +13,7 @@ from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT, module_of
 from ..harness import is_green
+from .summary import cases_of
 
 CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
 
@@ -53,42 +54,38 @@ def measured_digest(name):
 
 def known_tests(folder, outcomes=("passed",)):
     """``{test: entry}`` of tests with these outcomes on the sources as they are."""
-    stored = _stored(folder, "tests")
-    found = stored["result"].get("tests", {}) if stored and _same_versions(stored) else {}
+    found = _stored(folder, "tests")["result"].get("tests", {})
     wanted = {test: entry for test, entry in found.items() if entry["outcome"] in outcomes}
     return {test: entry for test, entry in wanted.items() if entry.get("of") == test_digest(test.partition("::")[0])}
 
 
 def cases(folder, name):
     """``{case: result}`` of a benchmark's green cases behind a green gate, of the sources as they are."""
-    stored = _stored(folder, name)
-    if not stored or not _same(stored, name) or stored["result"].get("gate", {}).get("state") != "green":
-        return {}
-    return {case["case"]: case for case in stored["result"].get("cases", []) if is_green(case)}
+    found = _stored(folder, name, measured_digest(name))
+    green = found["result"].get("gate", {}).get("state") == "green"
+    return {case["case"]: case for case in cases_of(found) if is_green(case)} if green else {}
 
 
 def whole_part(folder, name):
-    """The stored result of a part that has neither tests nor cases, or None where it must run."""
-    stored = _stored(folder, name)
-    if name in ("build", "tests", "first_tests", "gate", "warm") or name.startswith("bench_") or not stored:
-        return None
-    return stored if stored["state"] == "passed" and _same(stored, name) else None
+    """The stored file of a part that has neither tests nor cases and has passed, or None where it must run."""
+    found = _stored(folder, name, measured_digest(name)) if name in WHOLE else NOTHING
+    return found if found["state"] == "passed" else None
 
 
-def _same(stored, name):
-    return stored.get("sources") == measured_digest(name) and _same_versions(stored)
+WHOLE = ("rates", "memcheck", "racecheck", "first_image", "ncu")
+"""Parts that one result of the sources as they are stands for."""
+NOTHING = {"state": None, "result": {}}
 
 
-def _same_versions(stored):
-    known, now = stored["provenance"]["versions"], _versions()
-    return all(known.get(name) == now[name] for name in ("torch", "triton"))
+def _stored(folder, name, sources=None):
+    """What a part has stored by these versions (and of these sources)."""
+    path = Path(folder) / f"gpu_{name}.json"
+    found, now = json.loads(path.read_text()) if path.exists() else NOTHING, _versions()
+    known = found.get("provenance", {}).get("versions", {})
+    same = all(known.get(version, "none") == now[version] for version in ("torch", "triton"))
+    return found if same and sources in (None, found.get("sources")) else NOTHING
 
 
 @functools.cache
 def _versions():
     return provenance()["versions"]
-
-
-def _stored(folder, name):
-    path = Path(folder) / f"gpu_{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None

@@ -1,18 +1,18 @@
 """Every measurement of this tree on a machine with an NVIDIA GPU.
 
 python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
-python -m profiling.gpu --parts build,tests,... | --full [--out FOLDER] [--again PART] [--minutes 8] [--commit SHA]
+python -m profiling.gpu --parts build,tests,... | --full [--out FOLDER] [--minutes 8] [--commit SHA]
 
 ``parity`` (270 s: is it right?) and ``bench`` (330 s: how fast?) are for a machine that is there for a quarter of an hour; see
 :mod:`profiling.gpu.modes`. The second form runs parts one after the other: each in a process with a limit of its own,
-so that one that dies or hangs takes no other with it. A finished part leaves ``gpu_<part>.json``; run again, finished parts of
-the same tree and device are passed over and the others go on where they stopped. ``SUMMARY.md`` says what came of it. The code
-is 0 where every part passed, 1 where one failed or had no time, 2 where there is no GPU.
+so that one that dies or hangs takes no other with it; benchmarks count behind the part ``tests``. A finished part leaves
+``gpu_<part>.json``; run again, finished parts of the same tree and device are passed over and the others go on where they
+stopped. ``SUMMARY.md`` says what came of it. The code is 0 where every part passed, 1 where one failed or had no time, 2 where
+there is no GPU.
 """
 
 import argparse
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -39,7 +39,6 @@ PARTS = (
     Part("bench_norm_act", 30),
     Part("bench_sampler_step", 40),
     Part("ncu", 90),
-    Part("ahead", 200, needs_gpu=False),
 )
 """Parts in order. Their limits add up to more than a run's minutes: time that one does not need is left to those after it."""
 
@@ -67,7 +66,6 @@ def options_of(arguments, parts):
     parser.add_argument("mode", nargs="?", choices=MODES, help="a run of some minutes, three files in --out")
     parser.add_argument("--out", help="folder for the results (default without a mode: profiling/results/<device>)")
     parser.add_argument("--parts", help=f"instead of a mode: some of {', '.join(names)}")
-    parser.add_argument("--again", action="append", default=[], metavar="PART", help="run it although it is finished (or: all)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of wall time for all parts together")
     parser.add_argument("--full", action="store_true", help="every case of every benchmark: an hour, give it --minutes")
     parser.add_argument("--commit", help="of which commit the tree is a clean copy, where there is no git to ask")
@@ -81,7 +79,7 @@ def options_of(arguments, parts):
     if options.rehearse and not options.mode:
         parser.error("--rehearse needs a mode (parity or bench)")
     options.parts = [name for name in (options.parts or ",".join(names)).split(",") if name]
-    for name in (*options.parts, *(name for name in options.again if name != "all")):
+    for name in options.parts:
         if name not in names:
             parser.error(f"there is no part {name!r} (known: {', '.join(names)})")
     return options
@@ -91,40 +89,20 @@ def main(arguments=None, parts=PARTS, missing=gpu_missing, place=place_of, modes
     """The command line; returns the code. Everything but ``arguments`` is for tests."""
     options = options_of(arguments, parts)
     gap = missing(options.device)
-    if options.mode and not (gap and not options.rehearse):
-        return _run_mode(modes[options.mode], options, place("cpu" if gap else options.device, options.commit))
-    chosen = [part for part in parts if part.name in options.parts]
-    if gap and (options.mode or any(part.needs_gpu for part in chosen)):
-        advice = f"{options.mode} --rehearse goes as far as it can" if options.mode else "only --parts ahead runs here"
-        print(f"profiling.gpu: {gap}; {advice}", file=sys.stderr)
-        return 2
-    if gap and not options.out:
-        print("profiling.gpu: without a GPU --out must name the folder", file=sys.stderr)
+    if gap and not options.rehearse:
+        print(f"profiling.gpu: {gap}; parity and bench go as far as they can with --rehearse", file=sys.stderr)
         return 2
     where = place("cpu" if gap else options.device, options.commit)
+    if options.mode:
+        # A rehearsal must not pass over what a card has measured.
+        kept = None if options.rehearse else device_folder(options.device)
+        return _code(run_mode(modes[options.mode], options.out, where, kept=kept, rehearse=options.rehearse))
     out = require_output_folder(options.out or device_folder(options.device))
-    if gap:
-        chosen = [replace(part, seconds=60 * options.minutes) for part in chosen]
     run = Run(out, where, 60 * options.minutes, options.full)
-    found = [run.do(part, part.name in options.again or "all" in options.again) for part in chosen]
+    found = [run.do(part) for part in parts if part.name in options.parts]
     write_bytes(out / "SUMMARY.md", gpu_summary.summary(out, [part.name for part in parts]).encode())
     print(f"{out / 'SUMMARY.md'}", flush=True)
     return _code(found)
-
-
-def _run_mode(mode, options, place):
-    # A rehearsal must not pass over what a card has measured, and has fewer cores.
-    kept = None if options.rehearse else device_folder(options.device)
-    mode, words = (mode.slower(REHEARSAL), ["--rehearse"]) if options.rehearse else (mode, [])
-
-    def run_of(folder):
-        return Run(folder, place, mode.seconds, kept=kept, options=words)
-
-    return _code(run_mode(mode, run_of, options.out))
-
-
-REHEARSAL = 12
-"""Factor by which the limits of a rehearsal are longer."""
 
 
 def _code(found):

@@ -2,7 +2,7 @@
 
 python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 
-``parity`` takes 270 s: one case of every GPU test, then more of each with memcheck and racecheck beside them, then the card's
+``parity`` takes 270 s: one case of every GPU test, then more of each, with memcheck and racecheck beside them, then the card's
 rates. ``bench`` takes 330 s: a gate of tests, the rates, then the benchmarks, the most telling cases first. ``FOLDER`` holds
 three files, written anew every ten seconds, each whole at any time: ``tests.json``, ``results.tgz`` (everything else: results,
 journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
@@ -11,8 +11,8 @@ journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"
 
 Packages that the machine lacks and cannot fetch are unpacked into a folder on ``PYTHONPATH`` before; without diffusers its
-contestants, and our schedulers, are missing. So are pytest-xdist, execnet and pytest-timeout, which are pure Python: without
-xdist tests run in one process, and without pytest-timeout one that hangs lasts until its part's limit.
+contestants, and our schedulers, are missing. So are pytest-xdist and execnet, which are pure Python: without them tests run in
+one process.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from advkd.runtime.folders import locked, require_output_folder
 
 from . import summary as gpu_summary
-from .run import Part
-from .tests import entries_of
+from .run import Part, Run
+from .tests import read_log
 
 SAVE = 10.0
 """Seconds between two savings."""
@@ -60,11 +60,6 @@ class Mode:
         """All parts in order."""
         return [part for step in self.steps for part in step]
 
-    def slower(self, times):
-        """The same with so many times the limits, for a machine of few cores."""
-        steps = (tuple(replace(part, seconds=times * part.seconds) for part in step) for step in self.steps)
-        return Mode(times * self.seconds, tuple(steps))
-
 
 BUILD = Part("build", 100)
 MODES = {
@@ -72,8 +67,7 @@ MODES = {
         270,
         (
             (BUILD,),
-            (Part("first_tests", 70, most=1),),
-            (Part("tests", 90, most=16), Part("memcheck", 85, most=1), Part("racecheck", 85, most=1)),
+            (Part("tests", 160, most=16), Part("memcheck", 85, most=1), Part("racecheck", 85, most=1)),
             (Part("rates", 25),),
         ),
     ),
@@ -94,18 +88,12 @@ MODES = {
 }
 
 
-def run_mode(mode, run_of, out):
-    """Run a mode; returns the stored results of its parts.
-
-    Args:
-        mode: a :class:`Mode`.
-        run_of: function of a folder that gives a :class:`profiling.gpu.run.Run` there.
-        out: folder of the three files.
-    """
+def run_mode(mode, out, place, **options):
+    """Run a :class:`Mode` with a run's options, its three files in ``out``; returns the stored results of its parts."""
     out, names = require_output_folder(out), [part.name for part in mode.parts()]
     with work_folder(out) as work, saving(work, out, names):
         describe_machine(work / "machine.txt")
-        run, found = run_of(work), []
+        run, found = Run(work, place, mode.seconds, **options), []
         with stopped_by_signal(run):
             for step in mode.steps:
                 with ThreadPoolExecutor(len(step)) as threads:
@@ -199,7 +187,7 @@ def tests_so_far(work):
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""
-        found |= {kind + test: entry for test, entry in entries_of(log).items()}
+        found |= {kind + test: entry for test, entry in read_log(log).items()}
     return found
 
 

@@ -1,17 +1,13 @@
 """The parts that run GPU tests, in a few processes side by side, and the gate of the benchmarks.
 
-pytest-xdist shares the tests out and replaces a process that one has taken along; pytest-timeout ends a test that hangs. A
-machine without the first runs them in one process, which is started again after such a test; without the second, or where a
-test lets no thread of Python run, all processes are ended and started again without it.
+pytest-xdist shares the tests out and replaces a process that one has taken along, such as one that hung. A machine without it
+runs them in one process, which is started again after such a test.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 
 import torch
@@ -23,9 +19,9 @@ from ..cases import conv_block, gradient_penalty, norm_act, sampler_step, studen
 from ..evidence import ROOT, gpu_digests
 from . import kept
 from .kept import test_digest
-from .parent import as_parent
 from .part import NEEDS_DEVICE
-from .tests import COLLECTED, entries_of, read_log, running, settle
+from .processes import run_session
+from .tests import collected, read_log, running, settle
 
 STUDENT_TESTS = [
     f"tests/kernels/test_{name}.py" for name in ("conv_block_cuda", "conv_block_triton", "conv_pair", "student_stem")
@@ -39,12 +35,10 @@ GATES = {
     "bench_norm_act": [*norm_act.PARITY_TESTS, *TRAINING_TESTS],
 }
 """The test files whose GPU tests must pass before a benchmark's times count."""
-GATE_CASES = 2
-"""Cases of a test function that a benchmark runs before it measures, where part ``tests`` has not been through."""
 GATE = ["-m", "gpu"]
 """pytest's selection of the tests that need a GPU."""
-HANG, LATE = 90.0, 1.5
-"""Seconds after which a test that has not ended is taken to hang, and times those after which it is ended from outside."""
+HANG = 90.0
+"""Seconds after which a test that has not ended is taken to hang."""
 STARTS = 40
 """Number of processes that tests may take along."""
 DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
@@ -52,10 +46,7 @@ DRY = ["-p", "tests.gpu_dry_run", "--gpu-dry"]
 
 
 def tests(part):
-    """Every test that needs a GPU, in a few processes at a time; one that dies or hangs costs its own process alone.
-
-    Tests that have passed on these sources before are not run again, nor those that the part before this one has run.
-    """
+    """Every test that needs a GPU, in a few processes at a time; one that dies or hangs costs its own process alone."""
     return run_tests(part, gpu_test_files())
 
 
@@ -68,7 +59,7 @@ def run_tests(part, files):
     """The GPU tests of some files as a part's result."""
     log, seen = part.folder / "tests.jsonl", _seen(part)
     code = run_pytest(part, log, [f"--gpu-most={part.most}", "--continue-on-collection-errors", *files], seen)
-    return _told(part, read_log(log), code, seen)
+    return _told(part, read_log(log), collected(log), code, seen)
 
 
 def run_pytest(part, log, words, seen=()):
@@ -76,49 +67,26 @@ def run_pytest(part, log, words, seen=()):
 
     Tests that are stopped at the limit are dropped from the log.
     """
-    environment = {**os.environ, **as_parent(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes(part)))}
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *GATE, "-p", "profiling.gpu.tests", f"--gpu-log={log}"]
-    command += [f"--gpu-seen={part.folder / 'seen.json'}", "--gpu-end-with-parent", *_workers(part)]
-    command += [*(DRY if part.rehearse else []), *words]
+    command += [f"--gpu-seen={part.folder / 'seen.json'}", f"--gpu-parent={os.getpid()}", f"--gpu-hang={HANG}"]
+    command += [*_workers(part), *(DRY if part.rehearse else []), *words]
     settle(log, None)
     for _ in range(STARTS):
-        own = entries_of(log)
-        write_json(part.folder / "seen.json", {**dict(seen), **own})
-        code = _run(part, command, environment, log)
+        write_json(part.folder / "seen.json", {**dict(seen), **read_log(log)})
+        code = run_session(command, log.with_suffix(".txt"), part.left() - 3, environment)
         # pytest's own codes are 0 to 5; a process that dies before it has collected does so again.
-        again = running(log) or (code not in range(6) and COLLECTED in read_log(log))
-        settle(log, code, LATE * HANG)
+        again = running(log) or (code not in range(6) and collected(log) is not None)
+        settle(log, code)
         if code is None or not again:
             break
     return code
 
 
-def _run(part, command, environment, log):
-    """Run pytest in a session of its own; its code, that of a kill where a test hangs, None at the part's limit."""
-    with open(log.with_suffix(".txt"), "a") as file:
-        options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=ROOT, **options)
-    try:
-        while process.poll() is None and part.left() > 3:
-            if running(log, LATE * HANG):
-                return -signal.SIGKILL
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)
-        return process.poll()
-    finally:
-        # Processes of tests may outlive a pytest that was killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def _workers(part):
-    """pytest's words for processes side by side and for a test's limit, of the packages that are there."""
-    found = {
-        "xdist": ["-n", str(processes(part)), "--maxschedchunk=1", f"--max-worker-restart={STARTS}"],
-        "pytest_timeout": [f"--timeout={HANG}", "--timeout-method=thread"],
-    }
-    return [word for name, words in found.items() if importlib.util.find_spec(name) for word in words]
+    """pytest's words for processes side by side, where the package for them is there."""
+    words = ["-n", str(processes(part)), "--maxschedchunk=1", f"--max-worker-restart={STARTS}"]
+    return words if importlib.util.find_spec("xdist") else []
 
 
 def processes(part):
@@ -126,37 +94,32 @@ def processes(part):
     return part.processes(12) if importlib.util.find_spec("xdist") else 1
 
 
-def _told(part, log, code, seen):
-    """A part's result from the log of its tests."""
-    chosen = log.pop(COLLECTED, None)
-    left = sorted(set(chosen["tests"] if chosen else ()) - set(log))
-    if left or not chosen:
-        part.unfinished = f"no time for {len(left)} of {len(left) + len(log)} tests" + (not chosen) * ", nor to collect them"
+def _told(part, log, chosen, code, seen):
+    """A part's result from the log of its tests and those that were chosen."""
+    left = None if chosen is None else sorted(set(chosen) - set(log))
+    if left != []:
+        part.result["unfinished"] = f"no time for {len(left)} of {len(left) + len(log)} tests" if left else "no time to collect"
     if stopped := code in (2, 3, 4):
-        part.unfinished = "pytest could not run: see tests.txt"
+        part.result["unfinished"] = "pytest could not run: see tests.txt"
     found = {**seen, **{test: {**entry, "of": test_digest(test.partition("::")[0])} for test, entry in log.items()}}
     outcomes = [entry["outcome"] for entry in found.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-    print(f"tests: {counts}, {len(seen)} of them before", flush=True)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + f", {len(seen)} of them before" * bool(seen)
     device, kinds = torch.device("cuda"), ("cuda", "triton")
     gaps = {kind: NEEDS_DEVICE if part.rehearse else registry.gap("sampler_step", kind, device) for kind in kinds}
     failures = sorted(test for test, entry in found.items() if entry["outcome"] in ("failed", "died"))
     part.red = bool(failures) or not counts.get("passed") or stopped
-    result = {"tests": found, "counts": counts, "failures": failures, "gaps": gaps, "processes": processes(part)}
-    return {**result, "left": left, "late": int(not chosen)}
+    result = {"tests": found, "failures": failures, "gaps": gaps, "processes": processes(part)}
+    return {**result, "left": left, "said": said}
 
 
 def _seen(part):
-    """``{test: entry}``: what has passed on these sources in an earlier run, and what the first tests of this run gave.
+    """``{test: entry}`` of what has passed on these sources in an earlier run, and is not run again.
 
     Failures count too in a gate: a few other cases must not make it green.
     """
     outcomes = ("passed", "failed", "died") if part.name == "gate" else ("passed",)
-    found = kept.known_tests(part.kept, outcomes) if part.kept else {}
-    first = part.out / "gpu_first_tests.json"
-    if part.name == "tests" and first.exists():
-        found |= json.loads(first.read_text())["result"].get("tests", {})
-    return found
+    return kept.known_tests(part.kept, outcomes) if part.kept else {}
 
 
 def gpu_test_files():
@@ -166,19 +129,13 @@ def gpu_test_files():
 
 
 def parity_gate(files, part):
-    """State of the GPU tests of these files: what ``gate`` or ``tests`` has found in the same tree, else a few of each now."""
-    stored = [path for path in (part.out / "gpu_gate.json", part.out / "gpu_tests.json") if path.exists()]
-    found = json.loads(stored[0].read_text()) if stored else None
-    if found is None or found["kernels"] != gpu_digests() or "tests" not in found["result"]:
-        log = part.folder / "gate.jsonl"
-        most = "--gpu-most=0" if part.full else f"--gpu-most={GATE_CASES}"
-        through = run_pytest(part, log, [most, *(file for file in files if (ROOT / file).exists())]) is not None
-        known = entries_of(log)
-    else:
-        known = found["result"]["tests"]
-        left = [test for test in found["result"]["left"] if test.partition("::")[0] in files]
-        through = not left and not found["result"]["late"]
-    outcomes = [entry["outcome"] for test, entry in known.items() if test.partition("::")[0] in files]
+    """State of the GPU tests of these files, as part ``gate`` or ``tests`` has found it for these kernels."""
+    paths = [part.out / f"gpu_{name}.json" for name in ("gate", "tests")]
+    stored = next((json.loads(path.read_text()) for path in paths if path.exists()), {"kernels": None})
+    found = stored["result"] if stored["kernels"] == gpu_digests() else {}
+    own, left = (lambda test: test.partition("::")[0] in files), found.get("left")
+    outcomes = [entry["outcome"] for test, entry in found.get("tests", {}).items() if own(test)]
     bad = sum(outcome in ("failed", "died") for outcome in outcomes)
-    state = "red" if bad else "none ran" if "passed" not in outcomes else "green" if through else "incomplete"
+    through = "incomplete" if left is None or any(map(own, left)) else "green"
+    state = "red" if bad else through if "passed" in outcomes else "none ran"
     return {"state": state, "passed": outcomes.count("passed"), "failed": bad}

@@ -1,8 +1,8 @@
-"""One part of a run in its own process: its folders and its time, its journal, and its end.
+"""One part of a run in its own process: its folders and its time, its items, and its end.
 
-A part keeps a journal of its items (benchmark cases, sanitizer tools, ...): what is finished is not done again, and what a
-process died of is not tried a second time. It ends with 0, with 1 where something failed, with :data:`BROKEN` where the
-device's context is unusable and the rest needs a fresh process.
+What is finished of a part's items (benchmark cases, chains under a profiler, ...) is not done again, and what a process died of
+is not tried a second time. The process ends with a code of :data:`STATES`, or with that of a broken device where the rest needs
+a fresh process.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from advkd.runtime.files import write_json
@@ -20,72 +21,74 @@ from .tests import BROKEN, broken
 
 NEEDS_DEVICE = "needs a device"
 """Key, or text, of a step that a rehearsal cannot do."""
+STATES = {0: "passed", 3: "unfinished", 4: "failed"}
+"""Codes of a part that came to its end."""
 
 
 class OutOfTime(Exception):
     """The item that it names was stopped at the part's limit, and is done again next time."""
 
 
-class Journal:
-    """Items of a part with their results, in a file that is whole at any time."""
+@dataclass
+class Part:
+    """The argument of a part's function: its folders, its time, and its result, a file that is whole at any time.
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.items = json.loads(self.path.read_text()) if self.path.exists() else {}
+    Attributes:
+        name: of the part.
+        out, folder: folders of all results, and of this part's own files.
+        seconds: until the part is ended from outside.
+        place: provenance of everything measured.
+        full: measure all cases.
+        most: cases of a test function at most; 0 for all.
+        kept: folder of results that stand for their sources, or None.
+        rehearse: there is no GPU: do all that needs none.
+        restarted: what the last process did not end has killed it.
+    """
+
+    name: str
+    out: Path
+    folder: Path
+    seconds: float
+    place: dict
+    full: bool = False
+    most: int = 0
+    kept: str | None = None
+    rehearse: bool = False
+    restarted: bool = False
+
+    def __post_init__(self):
+        self.out, self.folder, self.red = Path(self.out), Path(self.folder), False
+        self.path, self.end = self.folder / "result.json", time.monotonic() + self.seconds
+        self.items = json.loads(self.path.read_text())["items"] if self.path.exists() else {}
+        for name in [name for name, item in self.items.items() if item["state"] == "begun"]:
+            if self.restarted:
+                self.items[name] = {"state": "died", "error": "the process died"}
+            else:
+                del self.items[name]
+        self.result = {"items": self.items}
 
     def run(self, name, work):
         """Do an item and keep its result, unless it is kept already; returns the result. An error is a result."""
         if name in self.items:
-            known = self.items[name]
-            return known if known.get("state") != "begun" else self._keep(name, {"state": "died", "error": "the process died"})
-        self._keep(name, {"state": "begun"})
+            return self.items[name]
+        self.keep(name, {"state": "begun"})
         begin = time.monotonic()
         try:
             found = {"state": "done", **work()}
         except subprocess.TimeoutExpired:
-            self.forget_begun()
+            del self.items[name]
             raise OutOfTime(name) from None
         except Exception as error:
             found = {"state": "error", "error": f"{type(error).__name__}: {reason(error)}"}
-        found["item_seconds"] = round(time.monotonic() - begin, 2)
-        self._keep(name, found)
+        self.keep(name, {**found, "item_seconds": round(time.monotonic() - begin, 2)})
         if found["state"] == "error" and broken():
             sys.exit(BROKEN)
-        return found
+        return self.items[name]
 
-    def _keep(self, name, value):
-        self.items[name] = value
-        write_json(self.path, self.items)
-        return value
-
-    def forget_begun(self):
-        """An item that was stopped from outside is done again."""
-        self.items = {name: value for name, value in self.items.items() if value.get("state") != "begun"}
-        write_json(self.path, self.items)
-
-    def failed(self):
-        """Items that did not end well."""
-        return [name for name, value in self.items.items() if value.get("state") != "done" or value.get("red")]
-
-
-class Part:
-    """The argument of a part's function: its folders, its journal, its time.
-
-    Attributes:
-        out, folder: folders of all results, and of this part's own files.
-        full: measure all cases.
-        name: of the part.
-        most: cases of a test function at most; 0 for all.
-        kept: folder of results that stand for their sources, or None.
-        rehearse: there is no GPU: do all that needs none.
-    """
-
-    def __init__(self, out, folder, seconds, full=False, name="", most=0, kept=None, rehearse=False):
-        self.out, self.folder, self.full = Path(out), Path(folder), full
-        self.name, self.most, self.kept, self.rehearse = name, most, kept, rehearse
-        self.end = time.monotonic() + seconds
-        self.journal = Journal(self.folder / "journal.json")
-        self.red, self.unfinished = False, None
+    def keep(self, name, item):
+        """Store an item's result."""
+        self.items[name] = item
+        write_json(self.path, self.result)
 
     def left(self):
         """Seconds until the part is ended from outside."""
@@ -97,28 +100,18 @@ class Part:
 
 
 def run(function, part):
-    """Do a part; returns its JSON for ``result.json`` and the process's code."""
+    """Do a part, whose function may return more of its result; returns the process's code."""
     try:
-        found = function(part)
+        part.result |= function(part) or {}
     except OutOfTime as item:
-        found, part.unfinished = {}, f"no time for {item}"
+        part.result["unfinished"] = f"no time for {item}"
     except Exception as error:
-        found, part.red = {"error": f"{type(error).__name__}: {reason(error)}"}, True
-        print(found["error"], file=sys.stderr, flush=True)
-    return result_of(found, part), 3 if part.unfinished else int(bool(part.journal.failed() or part.red))
-
-
-def result_of(found, part):
-    """A part's JSON: its function's result, and the items that did not end well or were not begun."""
-    failed = part.journal.failed()
-    result = {**found, "failed_items": failed}
-    if "cases" not in result and "tests" not in result:
-        result["items"] = part.journal.items
-    elif failed:
-        result["errors"] = {name: part.journal.items[name].get("error", "red") for name in failed}
-    if part.unfinished:
-        result["unfinished"] = part.unfinished
-    return result
+        part.result["error"], part.red = f"{type(error).__name__}: {reason(error)}", True
+        print(part.result["error"], file=sys.stderr, flush=True)
+    failed = [name for name, item in part.items.items() if item["state"] != "done" or item.get("red")]
+    part.result["failed_items"] = failed
+    write_json(part.path, part.result)
+    return 3 if "unfinished" in part.result else 4 if failed or part.red else 0
 
 
 def logged(command, part, environment=None):

@@ -1,40 +1,28 @@
-"""The parts of ``python -m profiling.gpu``, each in a process of its own: python -m profiling.gpu.parts NAME ..."""
+"""The parts of ``python -m profiling.gpu``, each in a process of its own, whose argument is a :class:`Part` as JSON."""
 
-import argparse
 import json
 import shutil
-import signal
 import sys
-from pathlib import Path
-
-import torch
-
-from advkd.runtime.files import write_json
 
 from ..cases.conv_block import PROFILED
 from ..harness import peaks
 from ..trace import ncu as counters
 from .bench import QUICK, bench
-from .build import architecture, build
+from .build import build
 from .first_image import first_image
-from .parent import end_with_parent
 from .parity import gate, tests
-from .part import NEEDS_DEVICE, Part, logged, run
+from .part import NEEDS_DEVICE, Part, run
+from .processes import end_with_parent
 from .sanitizers import SANITIZERS, sanitizer
 from .warm import warm
 
 
 def rates(part):
     """The card's own rates, which floors are counted with."""
-    return part.journal.run("rates", peaks if not part.rehearse else lambda: {NEEDS_DEVICE: "rates"})
-
-
-def ahead(part):
-    """Compilers' figures of the kernels for this card's architecture."""
-    name = "sm_" + architecture(torch.cuda.get_device_capability()).replace(".", "") if torch.cuda.is_available() else None
-    command = [sys.executable, "-m", "profiling.limits.ahead", "--out", str(part.folder / "ahead")]
-    part.journal.run("compile", lambda: logged([*command, *(["--architectures", name] if name else [])], part))
-    return {"file": "ahead/ahead.json"}
+    found = part.run("rates", peaks if not part.rehearse else lambda: {NEEDS_DEVICE: "rates"})
+    if "flops" in found:
+        flops = ", ".join(f"{product} {value / 1e12:.0f}" for product, value in found["flops"].items())
+        return {"said": f"TFLOP/s: {flops}; copy {found['bandwidth'] / 1e12:.2f} TB/s"}
 
 
 LAUNCH = "import sys; from profiling.cases.conv_block import launch; launch(sys.argv[1])"
@@ -46,17 +34,15 @@ def ncu(part):
     if part.rehearse:
         return {NEEDS_DEVICE: "ncu"}
     if tool is None:
-        print("ncu is not installed", flush=True)
-        return {"ncu": "not installed"}
+        return {"said": "ncu is not installed"}
     for name in PROFILED:
-        part.journal.run(name, lambda name=name: _profiled(part, name))
-    return {"ncu": tool}
+        part.run(name, lambda name=name: _profiled(part, name))
 
 
 def _profiled(part, chain):
     kernels = ["--kernel-name", "regex:advkd|conv_kernel|image_kernel|descriptor_kernel"]
-    words = counters.ncu_command(counters.METRICS.values(), kernels, ["-c", LAUNCH, chain])
-    rows, text = counters.launches_of(words, part.left())
+    words = counters.ncu_command(counters.METRICS.values(), kernels, [sys.executable, "-c", LAUNCH, chain])
+    rows, text = counters.launches_of(words, "ncu", part.left())
     marks = [json.loads(line.partition(" ")[2]) for line in text.splitlines() if line.startswith("LAUNCH ")]
     for i, row in enumerate(rows):
         if len(marks) == len(rows):
@@ -71,41 +57,16 @@ PARTS = {
     "build": build,
     "rates": rates,
     "warm": warm,
-    "first_tests": tests,
     "tests": tests,
     "gate": gate,
     **{name: sanitizer(name) for name in SANITIZERS},
     "first_image": first_image,
     **{name: bench(name) for name in QUICK},
     "ncu": ncu,
-    "ahead": ahead,
 }
 
 
-def main(known=None):
-    known = PARTS if known is None else known
-    parser = argparse.ArgumentParser(description="One part of python -m profiling.gpu.")
-    parser.add_argument("name", choices=known)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--most", type=int, default=0)
-    parser.add_argument("--kept")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--restarted", action="store_true", help="what the last process did not end has killed it")
-    options = parser.parse_args()
-    end_with_parent()
-    # Whatever was started is ended on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    words = {name: getattr(options, name) for name in ("full", "name", "most", "kept", "rehearse")}
-    part = Part(options.out, options.folder, options.seconds, **words)
-    if not options.restarted:
-        part.journal.forget_begun()
-    result, code = run(known[options.name], part)
-    write_json(Path(options.folder) / "result.json", result)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    main()
+    options = json.loads(sys.argv[1])
+    end_with_parent(options.pop("parent"))
+    sys.exit(run(PARTS[options["name"]], Part(**options)))

@@ -4,26 +4,26 @@ import datetime
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from advkd.runtime.files import write_json
 
-from ..evidence import ROOT, environment, gpu_digests
+from ..evidence import environment, gpu_digests
 from . import kept as gpu_kept
-from .parent import as_parent
+from .part import STATES
+from .processes import end, run_session
 from .tests import BROKEN
 
 STARTS = 8
 """A part whose process dies is started so often: every time without what the last one died of."""
+REHEARSAL = 12
+"""Factor by which the limits of a rehearsal are longer, for a machine of few cores."""
 GRACE = 3.0
-"""Seconds that a part has to end by itself at its limit, and again when it is asked to."""
-STATES = {0: "passed", 1: "failed", 3: "unfinished"}
+"""Seconds that a part has to end by itself at its limit."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,17 @@ class Part:
     Attributes:
         name: of ``gpu_<name>.json``.
         seconds: that it may take.
-        module: whose command line does it.
-        needs_gpu: True if it runs nowhere else.
         most: cases of a test function that it runs at most; 0 for all.
+        module: that does it, with its options as JSON.
     """
 
     name: str
     seconds: float
-    module: str = "profiling.gpu.parts"
-    needs_gpu: bool = True
     most: int = 0
+    module: str = "profiling.gpu.parts"
 
 
-def source_digest(root=ROOT):
+def source_digest(root=gpu_kept.ROOT):
     """SHA-256 of all code and tests of the tree, in short: results of another tree are not passed over."""
     return gpu_kept.tree_digest(("advkd", "kernels", "csrc", "profiling", "tests", "setup.py"), root)
 
@@ -59,157 +57,91 @@ class Run:
         seconds: wall time of all parts together.
         full: measure all cases.
         kept: folder of results that stand for their sources (:mod:`profiling.gpu.kept`), or None.
-        options: further words of every part's command line.
+        rehearse: there is no GPU.
     """
 
-    def __init__(self, out, place, seconds, full=False, kept=None, options=()):
-        self.out, self.place, self.full, self.kept, self.options = Path(out), place, full, kept, list(options)
-        self.end, self.live = time.monotonic() + seconds, set()
+    def __init__(self, out, place, seconds, full=False, kept=None, rehearse=False):
+        self.slower = REHEARSAL if rehearse else 1
+        self.out, self.kept = Path(out).absolute(), kept
+        self.end, self.live = time.monotonic() + self.slower * seconds, set()
+        self.options = {"out": str(self.out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
         self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
-        self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest()}
+        self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest(), "full": full}
 
-    def do(self, part, again=False):
+    def do(self, part):
         """Run a part unless it is finished; returns its stored result."""
-        known = self.stored(part)
-        same = known is not None and known["key"] == self.key and known["full"] == self.full
-        if same and not again and known["state"] in ("passed", "failed"):
-            print(f"{part.name}: {known['state']} before, not run again (--again {part.name})", flush=True)
+        path = self.out / f"gpu_{part.name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        same = known.get("key") == self.key
+        if same and known["state"] in ("passed", "failed"):
+            print(f"{part.name}: {known['state']} before, not run again (unless {path.name} is removed)", flush=True)
             return known
-        if not again and self.kept and (known := gpu_kept.whole_part(self.kept, part.name)):
+        if self.kept and (known := gpu_kept.whole_part(self.kept, part.name)):
             print(f"{part.name}: there is a result for these sources, not run again", flush=True)
-            write_json(self.out / f"gpu_{part.name}.json", known)
+            write_json(path, known)
             return known
         folder = self.out / "parts" / part.name
-        if again or not same:
+        if not same:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        # Logs and journals are for this machine alone.
+        # Logs and items are for this machine alone.
         (self.out / "parts" / ".gitignore").write_text("*\n")
-        (folder / "result.json").unlink(missing_ok=True)
-        seconds = min(part.seconds, self.end - time.monotonic())
-        begin = time.monotonic()
-        state = "unfinished" if seconds < 2 * GRACE else self._processes(part, folder, seconds)
-        spent = time.monotonic() - begin
-        print(f"{part.name}: {state} after {spent:.0f} s", flush=True)
-        return self._store(part, folder, state, spent, seconds)
-
-    def stored(self, part):
-        """Stored result of a part, or None."""
-        path = self.out / f"gpu_{part.name}.json"
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            return None
-        return found if isinstance(found, dict) and {"key", "full", "state"} <= set(found) else None
+        if (result := folder / "result.json").exists():
+            # What cannot be repeated is dropped; items stay.
+            write_json(result, {"items": json.loads(result.read_text())["items"]})
+        seconds, begin = min(self.slower * part.seconds, self.end - time.monotonic()), time.monotonic()
+        state = None if seconds < 2 * GRACE else self._processes(part, folder, seconds)
+        return self._store(part, folder, state, time.monotonic() - begin, seconds)
 
     def stop(self):
         """End all parts now; what they have finished stays."""
         self.end = 0.0
         for process in list(self.live):
-            _end(process)
+            end(process)
 
     def _processes(self, part, folder, seconds):
-        end, restarted = time.monotonic() + seconds, []
+        """State of a part when it has ended; None where it was ended from outside."""
+        limit, restarted = min(time.monotonic() + seconds, self.end), False
+        own = {"name": part.name, "folder": str(folder), "most": part.most, "parent": os.getpid()}
         for _ in range(STARTS):
-            left = min(end, self.end) - time.monotonic()
+            left = min(limit, self.end) - time.monotonic()
             if left < GRACE:
-                return "unfinished"
-            command = [sys.executable, "-m", part.module, part.name, "--out", str(self.out), "--folder", str(folder)]
-            command += ["--seconds", f"{left - GRACE:.1f}", *(["--full"] if self.full else []), *restarted, *self.options]
-            command += [*(["--most", str(part.most)] if part.most else []), *(["--kept", str(self.kept)] if self.kept else [])]
-            code = run_process(command, folder / "log.txt", left, part.name, self.live)
+                return None
+            options = {**self.options, **own, "seconds": left - GRACE, "restarted": restarted}
+            command = [sys.executable, "-m", part.module, json.dumps(options)]
+            variables = environment(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
+            code = run_session(command, folder / "log.txt", left, variables, self.live)
             if code is None or self.end == 0.0:
-                return "unfinished"
-            if code in STATES and (folder / "result.json").exists():
+                return None
+            if code in STATES:
                 return STATES[code]
             if code != BROKEN and code >= 0:
                 # A process that ended by itself without a result would do so again.
                 break
             print(f"{part.name}: the process died ({code}); what it was at is left out", flush=True)
-            restarted = ["--restarted"]
+            restarted = True
         return "died"
 
     def _store(self, part, folder, state, spent, limit):
-        found = folder / "result.json"
-        journal = folder / "journal.json"
-        if found.exists():
-            result = json.loads(found.read_text())
-        else:
-            result = {"items": json.loads(journal.read_text()) if journal.exists() else {}, "unfinished": "ended from outside"}
-        log = folder / "log.txt"
+        path, log = folder / "result.json", folder / "log.txt"
+        result = json.loads(path.read_text()) if path.exists() else {"items": {}}
+        if state in (None, "died"):
+            result["unfinished"] = "ended from outside"
+        state = state or "unfinished"
+        tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+        print(f"{textwrap.indent(tail, f'[{part.name}] ')}{part.name}: {state} after {spent:.0f} s", flush=True)
         stored = {
             "part": part.name,
             "state": state,
             "key": self.key,
-            "full": self.full,
             "kernels": self.kernels,
             "sources": gpu_kept.measured_digest(part.name),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
             "seconds": round(spent, 1),
             "limit": round(limit, 1),
             "result": result,
-            "log_tail": log.read_text(errors="replace")[-3000:] if state != "passed" and log.exists() else "",
-            "provenance": self.place,
+            "log_tail": "" if state == "passed" else tail,
+            "provenance": self.options["place"],
         }
-        write_json(self.out / f"gpu_{part.name}.json", with_commit(stored, self.place))
+        write_json(self.out / f"gpu_{part.name}.json", stored)
         return stored
-
-
-def with_commit(value, place):
-    """Every provenance inside with the commit that the whole run has, where its process could not ask git."""
-    if isinstance(value, dict):
-        known = {k: with_commit(v, place) for k, v in value.items()}
-        if {"commit", "dirty"} <= set(known) and known["commit"] is None:
-            known |= {"commit": place["commit"], "dirty": place["dirty"]}
-        return known
-    return [with_commit(item, place) for item in value] if isinstance(value, list) else value
-
-
-def run_process(command, log, seconds, name, live):
-    """Run a command whose output goes to a log and, line by line, to the terminal; its code, None where it was ended.
-
-    The process is in the set ``live`` while it runs.
-    """
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env=environment(**as_parent(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1"),
-    )
-    reader = threading.Thread(target=_copy, args=(process.stdout, log, name), daemon=True)
-    reader.start()
-    live.add(process)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"{name}: {seconds:.0f} s are over, the part is ended", flush=True)
-        return None
-    finally:
-        live.discard(process)
-        _end(process)
-        reader.join(GRACE)
-    return process.returncode
-
-
-def _end(process):
-    """Ask a process group to end, then end it; what a dead leader left behind as well."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(GRACE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _copy(stream, log, name):
-    with open(log, "a") as file:
-        for line in stream:
-            file.write(line)
-            file.flush()
-            print(f"[{name}] {line}", end="", flush=True)

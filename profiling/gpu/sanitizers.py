@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 from ..evidence import ROOT
-from .parity import DRY, HANG, LATE
-from .tests import entries_of, settle
+from .parity import DRY
+from .tests import read_log, settle
 
 SANITIZED = (
     "tests/kernels/test_conv_block_cuda.py",
@@ -33,16 +33,17 @@ def sanitizer(name):
             raise RuntimeError(
                 "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (its bin folder, or compute-sanitizer/)"
             )
-        part.journal.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
-        said = f"{part.most} cases of every GPU test function of {', '.join(sanitized(part))}"
-        return {"selection": f"{said}; {SELECTED[part.full]}"}
+        found = part.run(name, lambda: _sanitize(part, tool, name, SANITIZERS[name]))
+        selection = f"{part.most} cases of every GPU test function of {', '.join(sanitized(part))}; {SELECTED[part.full]}"
+        said = {"said": f"{found['errors']} errors in {found['tests']} tests"} if "errors" in found else {}
+        return {"selection": selection, **said}
 
     return run
 
 
 def sanitized(part):
     """The files that a part's tool runs over."""
-    return [file for file in (*SANITIZED, *(SANITIZED_TOO if part.full else ())) if (ROOT / file).exists()]
+    return [*SANITIZED, *(SANITIZED_TOO if part.full else ())]
 
 
 def _sanitize(part, tool, name, options):
@@ -61,12 +62,12 @@ def _sanitize(part, tool, name, options):
             limit = max(part.left() - 2, 1)
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            part.unfinished, code = f"{name} was stopped at its limit", None
-    settle(log, code, LATE * HANG)
+            part.result["unfinished"], code = f"{name} was stopped at its limit", None
+    settle(log, code)
     text = output.read_text(errors="replace")
     if part.rehearse:
         return {"code": code, "red": bool(code), "tail": text[-2000:]}
-    return {"code": code, **sanitizer_verdict(text, code, entries_of(log))}
+    return {"code": code, **sanitizer_verdict(text, code, read_log(log))}
 
 
 FINDINGS = r"========= (?:Invalid|Misaligned|Race reported|Error: |Program hit)"
@@ -83,5 +84,4 @@ def sanitizer_verdict(text, code, log):
     bad = [test for test, entry in log.items() if entry["outcome"] in ("failed", "died")]
     told = code is None or (code == 0 and summary)
     red = not told or errors > 0 or "passed" not in outcomes or "failed" in outcomes
-    print(f"{errors} errors in {len(outcomes)} tests, {len(bad)} of which failed", flush=True)
     return {"errors": errors, "tests": len(outcomes), "failures": bad, "red": red, "tail": text[-2000:] if red else ""}

@@ -96,18 +96,7 @@ def gpu_benchmarks():
     lines = []
     for name in summary.BENCHMARKS:
         for result in summary.green(name, stored):
-            titles = ("work", "advkd, us", "fastest other, us", "which", "ratio", "floor reached", "error by cuDNN's")
             cases = summary.cases_of(result)
             times = [entry["seconds"] for case in cases for entry in case["contestants"] if "seconds" in entry]
-            lines += [*source(result, times), *markdown(titles, [(case["case"], *_gpu_case(case)) for case in cases]), ""]
+            lines += [*source(result, times), *summary.case_table(cases), ""]
     return lines[:-1] or ["Nothing has been measured on a GPU yet."]
-
-
-def _gpu_case(case):
-    ours, other = summary.best(case, True), summary.best(case, False)
-    if ours is None or other is None:
-        return ("off or cannot run", "", "", "", "", "")
-    times = [f"{1e6 * entry['seconds']['median']:.1f}" for entry in (ours, other)]
-    share, error = summary.reached(case), summary.error_ratio(case)
-    figures = ("-" if share is None else f"{100 * share:.0f} %", "-" if error is None else f"{error:.2f} x")
-    return *times, other["name"], f"{case['ratio']:.2f} x", *figures

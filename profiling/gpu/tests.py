@@ -3,10 +3,12 @@
 python -m pytest -p profiling.gpu.tests --gpu-log FILE [--gpu-seen FILE] [--gpu-most 2] [-n 4] -m gpu tests
 
 Tests in the file of tests seen before are not run again. With pytest-xdist the workers run the tests and the process that they
-report to writes the log; a test that takes its worker along has died there. A failure that leaves the device unusable (every
-later call in the process would fail as well) ends the process with the code :data:`BROKEN`; another one goes on.
+report to writes the log; a test that takes its worker along has died there. A test that hangs ends its process: faulthandler's
+thread needs no turn of Python's. A failure that leaves the device unusable (every later call in the process would fail as well)
+ends the process with the code :data:`BROKEN`; another one goes on.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -15,17 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from .parent import end_with_parent
+from .processes import end_with_parent
 
 BROKEN = 77
-COLLECTED = "::collected"
-"""The line that names the chosen tests."""
+STDERR = os.dup(2)
+"""Standard error before pytest captures it."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--gpu-log", help="where the lines go")
     parser.addoption("--gpu-seen", help="JSON of tests that are not run again")
-    parser.addoption("--gpu-end-with-parent", action="store_true", help="end once the process that started this one is gone")
+    parser.addoption("--gpu-parent", type=int, help="number of the process that started this one: end once it has gone")
+    parser.addoption("--gpu-hang", type=float, default=3600.0, help="seconds after which a test ends its process")
     parser.addoption("--gpu-most", type=int, default=0, help="so many cases of a test function at most, spread evenly")
 
 
@@ -41,36 +44,25 @@ def read_log(path):
     return found
 
 
-def entries_of(path):
-    """:func:`read_log` of the tests alone."""
-    return {test: entry for test, entry in read_log(path).items() if test != COLLECTED}
+def collected(path):
+    """The tests that a run with this log has chosen, or None where it did not come that far."""
+    chosen = Path(path).with_suffix(".collected.json")
+    return json.loads(chosen.read_text()) if chosen.exists() else None
 
 
-def running(path, longer=0.0):
-    """``{test: seconds}`` of the tests in a log that have not ended, of those that have run for longer than so many seconds."""
-    begun = {test: entry["begun"] for test, entry in read_log(path).items() if entry["outcome"] == "begun"}
-    now = time.time()
-    return {test: now - start for test, start in begun.items() if now - start >= longer}
+def running(path):
+    """Tests in a log that have not ended."""
+    return [test for test, entry in read_log(path).items() if entry["outcome"] == "begun"]
 
 
-def settle(path, code, hang=float("inf")):
-    """Close a log whose process is gone. Tests that did not end have died, or were stopped and are dropped, to run again.
-
-    Args:
-        path: of the log.
-        code: of a process that ended by itself, and took all of them along if none of them hung; else None.
-        hang: seconds after which a test that has not ended hangs: it has died however the process ended.
-    """
-    known, begun, hung = read_log(path), running(path), running(path, hang)
-    for test, seconds in begun.items():
-        del known[test]
-        if test in hung:
-            said = f"had not ended after {seconds:.0f} s"
-        elif code is not None and not hung:
+def settle(path, code):
+    """Close a log whose process is gone: tests that did not end are dropped, to run again, or died with a code of its own."""
+    known, begun = read_log(path), running(path)
+    for test in begun:
+        start = known.pop(test)["begun"]
+        if code is not None:
             said = f"the process ended with code {code}" + f", in one of {len(begun)} tests" * (len(begun) > 1)
-        else:
-            continue
-        known[test] = {"outcome": "died", "seconds": seconds, "message": said}
+            known[test] = {"outcome": "died", "seconds": time.time() - start, "message": said}
     if known or begun:
         Path(path).write_text("".join(json.dumps({"test": test, **entry}) + "\n" for test, entry in known.items()))
 
@@ -89,7 +81,10 @@ def pytest_collection_modifyitems(config, items):
         functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     path, most = config.getoption("--gpu-seen"), config.getoption("--gpu-most")
     seen = json.loads(Path(path).read_text()) if path else {}
-    own = [item for group in functions.values() for item in spread(group, most) if item.nodeid not in seen]
+    groups = [spread(group, most) for group in functions.values()]
+    # The first case of every function comes before the others: a fault of a kernel is found early.
+    chosen = [*(group[0] for group in groups), *(item for group in groups for item in group[1:])]
+    own = [item for item in chosen if item.nodeid not in seen]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
     items[:] = own
 
@@ -97,10 +92,22 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     before = item.session.testsfailed
+    watch(item)
     result = yield
     if item.session.testsfailed > before and broken():
         os._exit(BROKEN)
+    faulthandler.cancel_dump_traceback_later()
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item):
+    watch(item)  # again, as pytest stops the watch at a failure
+
+
+def watch(item):
+    """Print where all threads are and end the process, unless the test has ended by then."""
+    faulthandler.dump_traceback_later(item.config.getoption("--gpu-hang"), exit=True, file=STDERR)
 
 
 class Log:
@@ -118,7 +125,7 @@ class Log:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids):
-        self.write(COLLECTED, outcome="collected", tests=ids)
+        self.path.with_suffix(".collected.json").write_text(json.dumps(ids))
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -152,7 +159,7 @@ def broken():
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # a worker reports to the process that started it and ends with it
         return
-    if config.getoption("--gpu-end-with-parent"):
-        end_with_parent()
+    if parent := config.getoption("--gpu-parent"):
+        end_with_parent(parent)
     if config.getoption("--gpu-log"):
         config.pluginmanager.register(Log(config.getoption("--gpu-log")))

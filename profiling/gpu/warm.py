@@ -1,10 +1,9 @@
-"""The part that compiles the Triton convolutions that a plan may measure: python -m profiling.gpu.warm 0/12 compiles a share.
+"""The part that compiles the Triton convolutions that a plan may measure.
 
 Triton compiles one kernel at a time, and a tuned plan takes hundreds; processes side by side fill its cache on disk first.
 """
 
-import subprocess
-import sys
+import multiprocessing
 
 import torch
 
@@ -15,7 +14,6 @@ from advkd.ops.student_steps import run_step
 
 from ..cases.conv_block import SLOPE, Chain, tensors, ways
 from ..cases.student import GPU_DTYPES
-from ..evidence import ROOT
 from ..harness import set_tf32
 from ..limits.predictions import PRODUCTS
 from .bench import QUICK
@@ -26,21 +24,12 @@ def warm(part):
     """Triton's kernels compiled by many processes at a time, so that no plan has to wait for them one by one."""
     if part.rehearse:
         return {NEEDS_DEVICE: "warm"}
-    count = part.processes(12)
-    commands = [[sys.executable, "-m", "profiling.gpu.warm", f"{i}/{count}"] for i in range(count)]
-    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    codes = []
-    try:
-        for process in processes:
-            codes.append(process.wait(max(part.left() - 1, 0.1)))
-    except subprocess.TimeoutExpired:
-        part.unfinished = "not everything is compiled yet"
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    part.red = any(codes)
-    return {"processes": count}
+    kernels = list(wanted(Limits.of(torch.device("cuda"))).values())
+    with multiprocessing.get_context("spawn").Pool(part.processes(12), set_tf32, (False,)) as pool:
+        try:
+            pool.map_async(compile_kernel, kernels, chunksize=1).get(max(part.left() - 1, 0.1))
+        except multiprocessing.TimeoutError:
+            part.result["unfinished"] = "not everything is compiled yet"
 
 
 def networks():
@@ -67,17 +56,11 @@ def triton_steps(chain, product, dtype, limits, batch):
     return [step for steps in found for step in steps if step.kernel.startswith("triton")]
 
 
-def compile_share(share):
-    """Launch, and so compile, the i-th of n shares of the kernels; ``share``: ``i/n``."""
-    index, count = map(int, share.split("/"))
-    set_tf32(False)
-    for preset, i, dtype, product, step in list(wanted(Limits.of(torch.device("cuda"))).values())[index::count]:
-        chain = Chain(preset, i, 1)
-        layer = chain.layers[0]
-        x = torch.randn(1, layer.c_in, layer.height, layer.width, device="cuda").to(dtype)
-        stored, packed, biases, out = tensors(chain, x, dtype, product, step)
-        run_step(step, chain.network, stored, packed, biases, out, SLOPE, product)
-
-
-if __name__ == "__main__":
-    compile_share(sys.argv[1])
+def compile_kernel(kernel):
+    """Launch, and so compile, one of :func:`wanted`."""
+    preset, i, dtype, product, step = kernel
+    chain = Chain(preset, i, 1)
+    layer = chain.layers[0]
+    x = torch.randn(1, layer.c_in, layer.height, layer.width, device="cuda").to(dtype)
+    stored, packed, biases, out = tensors(chain, x, dtype, product, step)
+    run_step(step, chain.network, stored, packed, biases, out, SLOPE, product)

@@ -8,7 +8,6 @@ process's, bytes are Nsight Compute's.
 """
 
 import json
-import subprocess
 import sys
 import time
 
@@ -18,15 +17,11 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, device_alone, environment, source, spaced_markdown
+from ..evidence import ROOT, device_alone, source, spaced_markdown
 from ..harness import provenance
 from . import ncu, nsys, power
 from .timeline import label
-from .torch_trace import LIMIT, last_line
-from .workloads import MORE_VARIANTS, SIZES, VARIANTS, command, gate, positive, prepare, synchronize
-
-MOST = 4000
-"""Kernels of a unit that are counted at most."""
+from .workloads import FAILURES, MORE_VARIANTS, SIZES, VARIANTS, command, finished, gate, positive, prepare, synchronize
 
 
 def compared(name, device, size, repeats):
@@ -39,7 +34,7 @@ def compared(name, device, size, repeats):
         variants = (*VARIANTS, *MORE_VARIANTS.get(name, ()))
         calls = {variant: prepare(name, variant, device, size) for variant in variants}
         row["seconds"] = measure(calls, repeats, warmup=2, device=device)
-        row["flop"], _ = ncu.counted(calls["baseline"])
+        row["flop"] = ncu.counted(calls["baseline"])
         row["joules"] = joules({v: calls[v] for v in VARIANTS}, device, row["seconds"])
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {reason(error)}"
@@ -48,10 +43,11 @@ def compared(name, device, size, repeats):
 
 def joules(calls, device, seconds):
     """Joules of a unit by variant, or the reason why there are none."""
-    read, why = power.meter(device)
-    if read is None:
-        return {"missing": why}
-    return {variant: _energy(call, device, read, seconds[variant]["median"]) for variant, call in calls.items()}
+    try:
+        read = power.meter(device)
+        return {variant: _energy(call, device, read, seconds[variant]["median"]) for variant, call in calls.items()}
+    except InputError as error:
+        return {"missing": str(error)}
 
 
 def _energy(call, device, read, seconds):
@@ -74,21 +70,17 @@ def beside(name, device, size, folder):
 
 
 def _peak(name, variant, device, size):
-    words = [sys.executable, *command("profiling.trace.workloads", name, variant, device, size), "--peak"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    if done.returncode:
-        raise InputError(f"{name}, {variant}: its memory could not be measured: {last_line(done)}")
-    return json.loads(done.stdout)
+    return json.loads(finished(command(name, variant, device, size, "--peak"), f"{name}, {variant}: its memory").stdout)
 
 
 def _bytes(name, device, size):
     why = ncu.missing(device)
     if why:
         return {"dram_bytes": {"missing": f"needs ncu: {why}"}}
-    try:
-        return {"dram_bytes": {v: _dram_bytes(ncu.count(name, v, device, size, MOST), size) for v in VARIANTS}}
-    except (InputError, OSError, subprocess.TimeoutExpired) as error:
-        return {"dram_bytes": {"missing": reason(error), "failed": True}}
+    rows = {variant: ncu.count(name, variant, device, size) for variant in VARIANTS}
+    if errors := [row["error"] for row in rows.values() if "error" in row]:
+        return {"dram_bytes": {"missing": errors[0], "failed": True}}
+    return {"dram_bytes": {variant: _dram_bytes(row, size) for variant, row in rows.items()}}
 
 
 def _dram_bytes(counted, size):
@@ -131,7 +123,7 @@ def main():
         if "seconds" in row and "error" not in row:
             try:
                 row |= beside(name, values.device, size, nsys.made(values.traces))
-            except (InputError, subprocess.TimeoutExpired) as error:
+            except FAILURES as error:
                 row["error"] = reason(error)
         rows.append(row)
         print(f"{label(row)}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)

@@ -7,21 +7,20 @@ not a network's takes more than a tenth of the whole.
 """
 
 import argparse
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from advkd.errors import InputError
-from advkd.runtime.files import read_json, replacing, write_json
+from advkd.runtime.files import read_json, write_json
 
-from ..evidence import ROOT, spaced_markdown
+from ..evidence import spaced_markdown
 from ..harness import device_folder, provenance
-from .torch_trace import last_line
+from ..sweep import panels
+from .workloads import finished
 
 NETWORKS = {"network", "network and step", "student", "student forward", "student update", "critic update"}
 """Last names of the paths that are networks' work."""
@@ -47,10 +46,8 @@ def run_once(folder):
     changes = {"ADVKD_RANGES": f"clock:{clocks}", "ADVKD_CACHE": str(Path(folder) / "cache")}
     command = [sys.executable, "-m", "advkd.cli", "demo", "--out", str(out)]
     begin = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | changes)
+    done = finished(command, "the demo", None, **changes)
     seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise InputError(f"the demo ended with {done.returncode}: {last_line(done)}")
     missing = [name for name in PICTURES if not (out / name).exists()]
     if missing:
         raise InputError(f"the demo has not made {', '.join(missing)}")
@@ -155,25 +152,19 @@ def complaints(result):
 
 def plot(result, path):
     """A bar for every part, the largest on top: networks in one colour, everything else in another."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names, seconds, shares, networks = zip(*shown(result))
     means, colours = [statistics.mean(spent) for spent in seconds], {True: "tab:blue", False: "tab:orange"}
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    bars = axis.barh(names, means, color=[colours[network] for network in networks])
-    axis.bar_label(bars, [f"{100 * share:.1f} %" for share in shares], padding=3)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.12 * max(means))
     whole, total = statistics.mean(result["seconds"]), sum(share for _, _, share, network in rows(result) if network)
-    axis.set(xlabel="seconds", title=f"advkd demo: {whole:.0f} s, {100 * total:.0f} % of them in networks")
-    axis.legend([Patch(color=colours[True]), Patch(color=colours[False])], ["networks", "everything else"], loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    with panels(path, size=(9, 1.2 + 0.3 * len(names))) as (axis,):
+        bars = axis.barh(names, means, color=[colours[network] for network in networks])
+        axis.bar_label(bars, [f"{100 * share:.1f} %" for share in shares], padding=3)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.12 * max(means))
+        axis.set(xlabel="seconds", title=f"advkd demo: {whole:.0f} s, {100 * total:.0f} % of them in networks")
+        axis.legend([Patch(color=colours[kind]) for kind in colours], ["networks", "everything else"], loc="lower right")
+        axis.spines[["top", "right"]].set_visible(False)
 
 
 def main():

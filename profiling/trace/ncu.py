@@ -1,37 +1,32 @@
 """DRAM bytes, achieved FLOP/s and bandwidth, occupancy and what the warps of the largest kernels wait for, by Nsight Compute.
 
-python -m profiling.trace.ncu [--device cuda] [--only student] [--most 4000] [--tool ncu] [--out FOLDER]
-python -m profiling.trace.ncu --report FILE.csv       # the figures of ncu's --csv --page raw
+python -m profiling.trace.ncu [--device cuda] [--only student] [--out FOLDER]
 
 Writes ``counters.json``. Nsight Compute runs every kernel of one unit of work several times, each time from cold caches: bytes
 are those of a kernel on its own. Two steps of the teacher's trajectory stand for all. Without it the unit's direct count of
 operations (by torch's formulas, of the plain variant) over its measured time is all there is: bytes need ncu. The command ends
-with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
+with 3 where the tool or the device's counters fail, and with 1 where the variants differ.
 """
 
 import csv
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
+from operator import itemgetter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from advkd.errors import InputError
-from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from ..evidence import ROOT, environment, source, spaced_markdown
-from ..harness import provenance
-from .nsys import finish, given, options, show
-from .timeline import TOP, failures, label
-from .torch_trace import LIMIT, last_line
-from .workloads import VARIANTS, command, gate, positive, prepare
+from ..evidence import source
+from .nsys import drive, given, options
+from .timeline import TOP, failures, label, number, short, table
+from .workloads import FAILURES, LIMIT, VARIANTS, command, finished, last_words, prepare
 
 STALLS = (
     "long_scoreboard",
@@ -69,6 +64,8 @@ FLOP = {
 }
 """Counters of executed operations by what one counts; architectures have different ones of tensor cores."""
 NCU = "Nsight Compute"
+MOST = 4000
+"""Kernels of a unit that are counted at most."""
 TEACHER_STEPS = 2
 REPEATS = 5
 
@@ -85,44 +82,43 @@ def metrics(known):
 
 
 def ncu_command(names, options, work):
-    """The command line that counts what a Python process's words do."""
+    """The command line that counts what a process's command line does."""
     wanted = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--target-processes", "all"]
-    return ["ncu", *wanted, *options, "--metrics", ",".join(names), sys.executable, *work]
+    return ["ncu", *wanted, *options, "--metrics", ",".join(names), *work]
 
 
-def unit_command(name, variant, device, size, names, most):
+def unit_command(name, variant, device, size, names):
     """The command line that counts the kernels of one unit of work."""
     steps = [f"--steps={TEACHER_STEPS}"] if name == "teacher" else []
-    work = [*command("profiling.trace.workloads", name, variant, device, size), "--repeats=1", *steps]
-    return ncu_command(names, ["--profile-from-start", "off", "--launch-count", str(most)], work)
+    work = command(name, variant, device, size, "--repeats=1", *steps)
+    return ncu_command(names, ["--profile-from-start", "off", "--launch-count", str(MOST)], work)
 
 
-def launches_of(words, limit, run=subprocess.run):
+def launches_of(words, what, limit=LIMIT):
     """Run a command line of :func:`ncu_command`; returns the launches that it counted, and its output.
 
     Raises:
         InputError: there are none, in ncu's own words, such as that counters are for administrators alone.
     """
-    done = run(words, cwd=ROOT, env=environment(ADVKD_RANGES=""), capture_output=True, text=True, timeout=limit)
-    launches = read(done.stdout)
-    if done.returncode or not launches:
-        errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("==ERROR==")]
-        raise InputError(f"ncu ended with {done.returncode}: {errors[0] if errors else last_line(done)}")
-    return launches, done.stdout
+    done = finished(words, what, limit, ADVKD_RANGES="")
+    if launches := read(done.stdout):
+        return launches, done.stdout
+    raise InputError(f"{what} has counted nothing: {last_words(done)}")
 
 
-def count(name, variant, device, size, most, run=subprocess.run):
+def count(name, variant, device, size):
     """A row of ``counters.json``, by Nsight Compute."""
-    said = run(["ncu", "--query-metrics"], capture_output=True, text=True)
+    said, what = subprocess.run(["ncu", "--query-metrics"], capture_output=True, text=True), f"{name}, {variant}: ncu"
     known = set(said.stdout.split()) if said.returncode == 0 else set()
+    row = {"workload": name, "size": size, "device": str(device), "variant": variant, "tool": NCU}
     try:
-        launches, _ = launches_of(unit_command(name, variant, device, size, metrics(known), most), LIMIT, run)
-    except InputError as error:
-        raise InputError(f"{name}, {variant}: {error}") from error
-    if len(launches) >= most:
-        raise InputError(f"{name}, {variant}: more than {most} kernels in a unit: count with a larger --most")
-    figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
-    return figures | ({"steps": TEACHER_STEPS} if name == "teacher" else {})
+        launches, _ = launches_of(unit_command(name, variant, device, size, metrics(known)), what)
+        if len(launches) >= MOST:
+            raise InputError(f"{what}: more than {MOST} kernels in a unit")
+        figures = {**counted_launches(launches), "kernels": by_kernel(launches)}
+    except FAILURES as error:
+        return {**row, "error": reason(error)}
+    return {**row, **figures, **({"steps": TEACHER_STEPS} if name == "teacher" else {})}
 
 
 def read(text):
@@ -198,14 +194,14 @@ def by_kernel(launches):
 
 
 class _Counted(TorchDispatchMode):
-    """Operations of what torch has formulas for, and the names of this project's ops, which have none.
+    """Operations of what torch has formulas for.
 
     torch's own FlopCounterMode also names modules, by hooks that autograd's double backward refuses.
     """
 
     def __init__(self):
         super().__init__()
-        self.total, self.without = 0, set()
+        self.total = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords, formula = keywords or {}, flop_registry.get(function._overloadpacket)
@@ -214,33 +210,27 @@ class _Counted(TorchDispatchMode):
                 result = function.decompose(*arguments, **keywords)
             if result is not NotImplemented:
                 return result
-            if function.namespace.startswith("advkd"):
-                self.without.add(str(function._overloadpacket))
         result = function(*arguments, **keywords)
         self.total += formula(*arguments, **keywords, out_val=result) if formula else 0
         return result
 
 
 def counted(call):
-    """Operations of a call by torch's formulas, and the ops of this project that it has none for."""
+    """Operations of a call by torch's formulas; this project's own ops have none."""
     call()
     with _Counted() as counter:
         call()
-    return counter.total, sorted(counter.without)
+    return counter.total
 
 
 def direct(name, device, size):
-    """Rows without Nsight Compute: the direct count of the plain variant over each variant's measured time."""
+    """Figures without Nsight Compute: the direct count of the plain variant over each variant's measured time."""
     calls = {variant: prepare(name, variant, device, size) for variant in VARIANTS}
-    work, _ = counted(calls["baseline"])
-    times = measure(calls, REPEATS, warmup=1, device=device)
-    rows = {}
-    for variant, call in calls.items():
-        own, without = counted(call)
-        seconds = times[variant]["median"]
-        rates = {"seconds": seconds, "times": times[variant], "flop": work, "flop_per_second": work / seconds}
-        rows[variant] = {**rates, "counted_flop": own, "not_counted": without, "dram_bytes": None}
-    return rows
+    flop, times = counted(calls["baseline"]), measure(calls, REPEATS, warmup=1, device=device)
+    return {
+        variant: {"seconds": t["median"], "times": t, "flop": flop, "flop_per_second": flop / t["median"], "dram_bytes": None}
+        for variant, t in times.items()
+    }
 
 
 def missing(device):
@@ -250,52 +240,17 @@ def missing(device):
     return None if shutil.which("ncu") else "ncu is not on PATH"
 
 
-def rows_of(name, device, size, most, tool="auto"):
+def rows_of(name, device, size):
     """Both variants' rows of a workload; a variant that ncu cannot count has its error."""
-    why = "torch's formulas were asked for" if tool == "formulas" else missing(device)
-    place = {"workload": name, "size": size, "device": str(device)}
-    if why and tool == "ncu":
-        return [
-            {**place, "variant": variant, "tool": "none", "error": f"--tool ncu: {why} (--tool formulas counts without it)"}
-            for variant in VARIANTS
-        ]
-    if why:
-        found = direct(name, device, size)
+    if why := missing(device):
+        place = {"workload": name, "size": size, "device": str(device)}
         note = {"tool": f"torch's formulas ({torch.__version__})", "not_ncu": why}
-        return [{**place, "variant": variant, **note, **row} for variant, row in found.items()]
-    rows = []
-    for variant in VARIANTS:
-        try:
-            row = count(name, variant, device, size, most)
-        except (InputError, OSError, subprocess.TimeoutExpired) as error:
-            row = {"error": reason(error)}
-        rows.append({**place, "variant": variant, "tool": NCU, **row})
-    return rows
+        return [{**place, "variant": variant, **note, **row} for variant, row in direct(name, device, size).items()]
+    return [count(name, variant, device, size) for variant in VARIANTS]
 
 
 def main():
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--most", type=positive, default=4000, help="kernels of a unit that are counted at most")
-    parser.add_argument("--tool", choices=("auto", "ncu", "formulas"), default="auto", help="auto: ncu where it is installed")
-    parser.add_argument("--report", help="a table of ncu --csv --page raw to read instead of counting")
-    values = given(parser)
-    if values.report:
-        show(read_report, values.report, lambda row: tables_of([row]))
-    keep_freed_memory()
-    rows, gates = [], {}
-    for name, size in values.work:
-        gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        rows += rows_of(name, values.device, size, values.most, values.tool) if found["passed"] else []
-    finish({"rows": rows, "parity": gates, "provenance": provenance(values.device)}, values.folder, "counters.json", lines)
-
-
-def read_report(path):
-    """Figures of a stored table, as a row of ``counters.json``."""
-    launches = read(Path(path).read_text())
-    if not launches:
-        raise InputError(f"{path} holds no launches of ncu --csv --page raw")
-    place = {"workload": "report", "size": Path(path).name, "variant": "-", "tool": NCU}
-    return {**place, **counted_launches(launches), "kernels": by_kernel(launches)}
+    drive(given(options(__doc__.splitlines()[0])), rows_of, "counters.json", lines)
 
 
 def lines(results, above=source):
@@ -313,46 +268,34 @@ def lines(results, above=source):
 
 def tables_of(rows):
     """Markdown of units of work, and below them of their largest kernels."""
-    titles = ("workload", "variant", "ms", "GFLOP", "GFLOP/s", "DRAM MB", "GB/s", "occupancy")
-    found = [*spaced_markdown(titles, map(_unit_cells, rows)), ""]
-    kernels = [(row, kernel) for row in rows for kernel in row.get("kernels", [])]
-    if kernels:
-        titles = ("workload", "variant", "kernel", "launches", "ms", "GFLOP/s", "GB/s", "occupancy", "waits for")
-        found += [*spaced_markdown(titles, [_kernel_cells(*pair) for pair in kernels]), ""]
-    return found
+    kernels = [{**row, **kernel} for row in rows for kernel in row.get("kernels", [])]
+    return [*table(UNIT_COLUMNS, rows), "", *([*table(KERNEL_COLUMNS, kernels), ""] if kernels else [])]
 
 
-def _unit_cells(row):
-    moved = "needs ncu" if row["dram_bytes"] is None else f"{1e-6 * row['dram_bytes']:.4g}"
-    name = label(row) + (f", {row['steps']} steps" if "steps" in row else "")
-    return (
-        name,
-        row["variant"],
-        f"{1e3 * row['seconds']:.4g}",
-        _scaled(row["flop"]),
-        _scaled(row["flop_per_second"]),
-        moved,
-        *((_scaled(row.get("bytes_per_second")), _percent(row.get("occupancy_percent")))),
-    )
-
-
-def _kernel_cells(row, kernel):
-    waits = ", ".join(f"{name} {value:.1f}" for name, value in kernel["stalls"].items())
-    name = f"`{kernel['kernel'].removeprefix('void ').partition('<')[0][:48]}`"
-    rates = _scaled(kernel["flop_per_second"]), _scaled(kernel["bytes_per_second"]), _percent(kernel["occupancy_percent"])
-    return label(row), row["variant"], name, kernel["launches"], _milliseconds(kernel["seconds"]), *rates, waits
-
-
-def _milliseconds(seconds):
-    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
-
-
-def _scaled(value):
-    return "-" if value is None else f"{1e-9 * value:.4g}"
-
-
-def _percent(value):
-    return "-" if value is None else f"{value:.0f} %"
+PLACE = {
+    "workload": lambda row: label(row) + (f", {row['steps']} steps" if "steps" in row else ""),
+    "variant": itemgetter("variant"),
+}
+RATES = {"GFLOP/s": number("flop_per_second", 1e-9), "GB/s": number("bytes_per_second", 1e-9)}
+OCCUPANCY = {"occupancy": number("occupancy_percent", 1, "{:.0f} %")}
+UNIT_COLUMNS = {
+    **PLACE,
+    "ms": number("seconds", 1e3),
+    "GFLOP": number("flop", 1e-9),
+    "GFLOP/s": RATES["GFLOP/s"],
+    "DRAM MB": number("dram_bytes", 1e-6, nothing="needs ncu"),
+    "GB/s": RATES["GB/s"],
+    **OCCUPANCY,
+}
+KERNEL_COLUMNS = {
+    **PLACE,
+    "kernel": lambda row: short(row["kernel"]),
+    "launches": itemgetter("launches"),
+    "ms": number("seconds", 1e3, "{:.3g}"),
+    **RATES,
+    **OCCUPANCY,
+    "waits for": lambda row: ", ".join(f"{name} {value:.1f}" for name, value in row["stalls"].items()),
+}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Launches, the GPU's busy fraction and time by range of the workloads: by Nsight Systems, or by torch.profiler without it.
 
-python -m profiling.trace.nsys [--device cuda] [--only student] [--repeats 3] [--tool nsys] [--traces FOLDER] [--out FOLDER]
-python -m profiling.trace.nsys --report FILE.sqlite       # the figures of a report that is there
+python -m profiling.trace.nsys [--device cuda] [--only student] [--repeats 3] [--traces FOLDER] [--out FOLDER]
 
 Every workload and variant runs in a process of its own. ``traces.json`` goes to the results' folder (``--out``); to look at,
-there are a Chrome trace each and Nsight's own reports (``--traces``, by default build/traces). Nsight's documentation describes
-its SQLite export ("SQLite Schema Reference"): tables without rows are not in the file, and columns differ between versions.
-The command ends with 3 where the tool, a report or the device's counters fail, and with 1 where the variants differ.
+there are Nsight's own reports or Chrome traces (``--traces``, by default build/traces). Nsight's documentation describes its
+SQLite export ("SQLite Schema Reference"): tables without rows are not in the file, and columns differ between versions.
+The command ends with 3 where the tool or the device's counters fail, and with 1 where the variants differ.
 """
 
 import argparse
@@ -21,17 +20,18 @@ from pathlib import Path
 import torch
 
 from advkd.errors import InputError
+from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
-from ..evidence import ROOT, device_alone, environment
+from ..evidence import ROOT, device_alone
 from ..harness import device_folder, provenance
 from . import timeline, torch_trace
-from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary, write_chrome
-from .workloads import SIZES, VARIANTS, WORKLOADS, command, gate, positive, sizes
+from .timeline import COPY, KERNEL, SET, Activity, Span, Trace, summary
+from .workloads import FAILURES, SIZES, VARIANTS, WORKLOADS, command, finished, gate, last_words, positive, sizes
 
 FAILED = 3
-"""Exit code where a tool, a report or the device's counters fail."""
+"""Exit code where a tool or the device's counters fail."""
 DOMAIN = "advkd"
 """Domain of the ranges that :mod:`advkd.runtime.ranges` names for NVTX; libraries name ranges of their own."""
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75
@@ -53,35 +53,25 @@ def nsys_command(name, variant, device, size, repeats, report):
     """The command line that records one workload into ``report`` + ``.nsys-rep`` and ``.sqlite``."""
     options = ["--trace=cuda,nvtx", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node"]
     options += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--export=sqlite", "--force-overwrite=true"]
-    work = [sys.executable, *command("profiling.trace.workloads", name, variant, device, size), f"--repeats={repeats}"]
-    return ["nsys", "profile", *options, f"--output={report}", *work]
+    return ["nsys", "profile", *options, f"--output={report}", *command(name, variant, device, size, f"--repeats={repeats}")]
 
 
-def record(name, variant, device, size, repeats, folder, run=subprocess.run):
-    """One workload under Nsight Systems; returns its :class:`Trace`. The Chrome trace is made of the same records."""
+def record(name, variant, device, size, repeats, folder):
+    """One workload under Nsight Systems; returns its :class:`Trace`, whose report stays in the folder."""
     report = Path(folder) / file_name(name, variant, size)
     # A report of before must not pass for one of now.
     for end in (".nsys-rep", ".sqlite"):
         report.with_name(report.name + end).unlink(missing_ok=True)
-    ranges = environment(ADVKD_RANGES="nvtx")
-    words = nsys_command(name, variant, device, size, repeats, report)
-    done = run(words, cwd=ROOT, env=ranges, capture_output=True, text=True, timeout=torch_trace.LIMIT)
-    database = report.with_name(report.name + ".sqlite")
-    if done.returncode or not database.exists():
-        raise InputError(f"{name}, {variant}: nsys ended with {done.returncode}: {torch_trace.last_line(done)}")
-    trace = read(database)
-    write_chrome(trace, chrome_path(folder, name, variant, size))
-    return trace
+    what, words = f"{name}, {variant}: nsys", nsys_command(name, variant, device, size, repeats, report)
+    done, database = finished(words, what, ADVKD_RANGES="nvtx"), report.with_name(report.name + ".sqlite")
+    if not database.exists():
+        raise InputError(f"{what} has recorded nothing: {last_words(done)}")
+    return read(database)
 
 
 def file_name(name, variant, size):
     """Name of a recording's file, without its ending."""
     return f"trace-{name}-{variant}" + ("" if size == "digits" else f"-{size}")
-
-
-def chrome_path(folder, name, variant, size):
-    """Path of the Chrome trace."""
-    return Path(folder) / (file_name(name, variant, size) + ".json.gz")
 
 
 def read(path):
@@ -149,20 +139,17 @@ def _activities(database, strings, table, kind, names):
     return found
 
 
-def recorded(name, variant, device, size, repeats, folder, tool="auto"):
-    """A row of ``traces.json``: by Nsight Systems where it can, else by torch.profiler; or by the tool that is named."""
-    place = {"workload": name, "variant": variant, "size": size, "device": str(device)}
-    why = "torch.profiler was asked for" if tool == "torch" else missing(device)
+def recorded(name, variant, device, size, repeats, folder):
+    """A row of ``traces.json``: by Nsight Systems where it can, else by torch.profiler."""
+    row, why = {"workload": name, "variant": variant, "size": size, "device": str(device)}, missing(device)
     try:
-        if tool == "nsys" and why:
-            raise InputError(f"--tool nsys: {why} (--tool torch records without it)")
         if why is None:
-            return {**place, "tool": version(), **summary(record(name, variant, device, size, repeats, folder))}
-        path = chrome_path(folder, name, variant, size)
+            return {**row, "tool": version(), **summary(record(name, variant, device, size, repeats, folder))}
+        path = Path(folder) / (file_name(name, variant, size) + ".json.gz")
         trace = torch_trace.record(name, variant, device, size, repeats, path)
-        return {**place, "tool": torch_trace.tool(device), "not_nsys": why, **summary(trace)}
-    except (InputError, OSError, subprocess.TimeoutExpired) as error:
-        return {**place, "tool": "none", "error": reason(error)}
+        return {**row, "tool": torch_trace.tool(device), "not_nsys": why, **summary(trace)}
+    except FAILURES as error:
+        return {**row, "tool": "none", "error": reason(error)}
 
 
 def version():
@@ -204,54 +191,33 @@ def main():
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=positive, default=3, help="units of work in each recording")
     parser.add_argument("--traces", default=str(ROOT / "build" / "traces"), help="folder for traces to look at")
-    parser.add_argument("--tool", choices=("auto", "nsys", "torch"), default="auto", help="auto: nsys where it is installed")
-    parser.add_argument("--report", help="an SQLite export to read instead of recording")
     values = given(parser)
-    if values.report:
-        show(read_report, values.report, lambda row: timeline.unit_table([row]))
-    folder, rows, gates = made(values.traces), [], {}
-    for name, size in values.work:
-        gates[f"{name}, {size}"] = found = gate(name, values.device, size)
-        for variant in VARIANTS if found["passed"] else ():
-            rows.append(recorded(name, variant, values.device, size, values.repeats, folder, values.tool))
-            print(_said(rows[-1]), flush=True)
-    print(f"traces to look at: {values.traces}")
-    result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
-    finish(result, values.folder, "traces.json", timeline.lines)
+    folder = made(values.traces)
+    print(f"traces to look at: {folder}", flush=True)
+
+    def rows_of(name, device, size):
+        return [recorded(name, variant, device, size, values.repeats, folder) for variant in VARIANTS]
+
+    drive(values, rows_of, "traces.json", timeline.lines)
 
 
-def finish(result, folder, name, lines):
-    """Store what was recorded, unless nothing was; show it, say what failed, and end the command."""
-    rows = result["rows"]
+def drive(values, rows_of, name, lines):
+    """Record every workload whose variants agree; store it, unless nothing was recorded, show it, and end the command."""
+    keep_freed_memory()
+    rows, gates = [], {}
+    for work, size in values.work:
+        gates[f"{work}, {size}"] = found = gate(work, values.device, size)
+        rows += rows_of(work, values.device, size) if found["passed"] else []
+        print(f"{work}, {size}: done", file=sys.stderr, flush=True)
     failed = [f"{row['workload']}, {row['variant']}: {row['error']}" for row in rows if "error" in row]
-    off = [f"{work}: the variants differ, not recorded" for work, found in result["parity"].items() if not found["passed"]]
+    off = [f"{work}: the variants differ, not recorded" for work, found in gates.items() if not found["passed"]]
     if len(failed) < len(rows):
-        if folder:
-            write_json(folder / name, result)
+        result = {"rows": rows, "parity": gates, "provenance": provenance(values.device)}
+        if values.folder:
+            write_json(values.folder / name, result)
         print("\n".join(lines([result], device_alone)))
     print("\n".join([*off, *failed]), file=sys.stderr)
     sys.exit(FAILED if failed else 1 if off else 0)
-
-
-def read_report(path):
-    """Figures of a stored export, as a row of ``traces.json``."""
-    return {"workload": "report", "size": Path(path).name, "variant": "-", "tool": "Nsight Systems", **summary(read(path))}
-
-
-def show(read, path, lines):
-    """Print the table of a stored report and end the command, with :data:`FAILED` where it holds none."""
-    try:
-        print("\n".join(lines(read(path))))
-    except (InputError, OSError) as error:
-        print(reason(error), file=sys.stderr)
-        sys.exit(FAILED)
-    sys.exit(0)
-
-
-def _said(row):
-    if "error" in row:
-        return f"{row['workload']}, {row['variant']}: {row['error']}"
-    return f"{row['workload']}, {row['variant']}: {1e3 * row['seconds']:.4g} ms, {row['launches']:.0f} {row['launched']}"
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ from pathlib import Path
 
 import torch
 
+from advkd.errors import InputError
+
 POWERCAP = Path("/sys/class/powercap")
 SHORTEST = 1.0
 """Seconds that work is repeated for at least: the counters go on tens of milliseconds at a time."""
 
 
 def meter(device):
-    """``(function, None)`` that gives the joules since some moment, or ``(None, reason)``."""
+    """A function that gives the joules since some moment.
+
+    Raises:
+        InputError: there is no such counter.
+    """
     return nvml() if torch.device(device).type == "cuda" else rapl()
 
 
@@ -22,27 +28,22 @@ def rapl(folder=POWERCAP):
     """All processor packages."""
     packages = sorted(path for path in Path(folder).glob("*-rapl:*") if path.name.count(":") == 1)
     if not packages:
-        return None, f"no energy counter below {folder}"
+        raise InputError(f"no energy counter below {folder}")
+    last, total = dict.fromkeys(packages, 0), 0
+
+    def joules():
+        nonlocal total
+        for path, before in last.items():
+            last[path] = int((path / "energy_uj").read_text())
+            # A counter begins anew at its range.
+            total += (last[path] - before) % int((path / "max_energy_range_uj").read_text())
+        return 1e-6 * total
+
     try:
-        counters = [_Counter(path) for path in packages]
+        joules()
     except OSError as error:
-        return None, f"{error.filename} cannot be read ({error.strerror})"
-    return lambda: sum(counter.joules() for counter in counters), None
-
-
-class _Counter:
-    """One package's counter, which begins anew at its range."""
-
-    def __init__(self, path):
-        self.path, self.turns = path / "energy_uj", 0
-        self.range = int((path / "max_energy_range_uj").read_text())
-        self.last = int(self.path.read_text())
-
-    def joules(self):
-        now = int(self.path.read_text())
-        self.turns += now < self.last
-        self.last = now
-        return 1e-6 * (now + self.turns * self.range)
+        raise InputError(f"{error.filename} cannot be read ({error.strerror})") from error
+    return joules
 
 
 def nvml(load=ctypes.CDLL):
@@ -50,20 +51,16 @@ def nvml(load=ctypes.CDLL):
     try:
         library = load("libnvidia-ml.so.1")
     except OSError as error:
-        return None, f"NVML cannot be loaded ({error})"
+        raise InputError(f"NVML cannot be loaded ({error})") from error
     handle, name = ctypes.c_void_p(), f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     # An index would be another one under CUDA_VISIBLE_DEVICES.
     if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)):
-        return None, "NVML does not know the device"
+        raise InputError("NVML does not know the device")
     millijoules = ctypes.c_ulonglong()
 
     def joules():
         if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-            raise OSError("the device reports no energy")
+            raise InputError("the device reports no energy")
         return 1e-3 * millijoules.value
 
-    try:
-        joules()
-    except OSError as error:
-        return None, str(error)
-    return joules, None
+    return joules

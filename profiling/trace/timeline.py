@@ -4,13 +4,11 @@
 nanoseconds.
 """
 
-import gzip
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from advkd.errors import InputError
-from advkd.runtime.files import write_bytes
 
 from ..evidence import source, spaced_markdown
 from .workloads import UNIT
@@ -191,18 +189,6 @@ def _top(trace, inside, units):
     return [{"name": name, **figures} for name, figures in largest]
 
 
-def write_chrome(trace, path):
-    """Write a trace for chrome://tracing and ui.perfetto.dev: ranges of the host, and below them the GPU's work."""
-    events = [_chrome_event(span, "host", "range") for span in trace.ranges]
-    events += [_chrome_event(item, "GPU", item.kind) for item in trace.activities]
-    write_bytes(path, gzip.compress(json.dumps({"traceEvents": events}).encode()))
-
-
-def _chrome_event(item, place, category):
-    microseconds = {"ts": 1e-3 * item.start, "dur": 1e-3 * (item.end - item.start)}
-    return {"ph": "X", "name": item.name, "cat": category, "pid": place, "tid": category, **microseconds}
-
-
 def lines(results, above=source):
     """Markdown of stored recordings: one table of whole units, one of ranges; which tool made them stands above."""
     found = []
@@ -210,8 +196,8 @@ def lines(results, above=source):
         rows = [row for row in result["rows"] if "seconds" in row]
         tools = sorted({row["tool"] for row in rows})
         found += [*above(result, [row["unit_seconds"] for row in rows]), f"Recorded by {' and '.join(tools)}.", ""]
-        found += unit_table(rows)
         found += [
+            *table(UNITS, rows),
             "",
             *spaced_markdown(("workload", "range", "baseline ms", "fused ms", "baseline launches", "fused"), _ranges(rows)),
             "",
@@ -228,20 +214,14 @@ def failures(result, done):
     return [*errors, *off, ""] if errors or off else []
 
 
-def unit_table(rows):
-    """Markdown of whole units."""
-    return spaced_markdown(
-        ("workload", "variant", "ms", "launches", "GPU busy", "copied MB", "largest"), map(_unit_cells, rows)
-    )
+def table(columns, rows):
+    """Markdown of rows; ``columns``: functions of a row, by title."""
+    return spaced_markdown(columns, [[cell(row) for cell in columns.values()] for row in rows])
 
 
-def _unit_cells(row):
-    busy = "n/a" if row["busy"] is None else f"{100 * row['busy']:.0f} %"
-    copied = f"{1e-6 * row['copied_bytes']:.3g}" if "copied_bytes" in row else "n/a"
-    top = row["top"][0] if row["top"] else None
-    largest = f"`{_short(top['name'])}` {1e3 * top['seconds']:.3g} ms" if top else ""
-    launches = f"{row['launches']:.0f} {row['launched']}"
-    return label(row), row["variant"], f"{1e3 * row['seconds']:.4g}", launches, busy, copied, largest
+def number(key, factor, form="{:.4g}", nothing="-"):
+    """A cell: a figure times a factor, in a format; ``nothing`` where there is none."""
+    return lambda row: nothing if row.get(key) is None else form.format(factor * row[key])
 
 
 def label(row):
@@ -249,10 +229,23 @@ def label(row):
     return f"{row['workload']}, {row['size']}"
 
 
-def _short(name, most=48):
+def short(name, most=48):
+    """A kernel's name in a table."""
     # A template's arguments would make columns of hundreds of letters.
     name = name.partition("<")[0].removeprefix("void ")
-    return name if len(name) <= most else name[: most - 3] + "..."
+    return f"`{name if len(name) <= most else name[: most - 3] + '...'}`"
+
+
+UNITS = {
+    "workload": label,
+    "variant": itemgetter("variant"),
+    "ms": number("seconds", 1e3),
+    "launches": lambda row: f"{row['launches']:.0f} {row['launched']}",
+    "GPU busy": number("busy", 100, "{:.0f} %", "n/a"),
+    "copied MB": number("copied_bytes", 1e-6, "{:.3g}", "n/a"),
+    "largest": lambda row: "".join(f"{short(top['name'])} {1e3 * top['seconds']:.3g} ms" for top in row["top"][:1]),
+}
+"""Columns of whole units."""
 
 
 def _ranges(rows):

@@ -1,35 +1,24 @@
 """A workload under torch.profiler, where Nsight Systems is missing: CUPTI's records on a GPU, dispatched operators on a CPU.
 
-python -m profiling.trace.torch_trace {student,teacher,update} {baseline,fused} --out FILE.json.gz [--device cuda] [--repeats 3]
-
-writes a Chrome trace (chrome://tracing, ui.perfetto.dev), which :func:`read` reads.
+It writes a Chrome trace (chrome://tracing, ui.perfetto.dev), which :func:`read` reads.
 """
 
 import gzip
 import json
-import subprocess
-import sys
-import zlib
-from pathlib import Path
 
 import torch
 
 from advkd.errors import InputError
-from advkd.runtime.devices import keep_freed_memory
-from advkd.runtime.files import replacing
 from advkd.runtime.ranges import name_ranges
 
-from ..evidence import ROOT, environment
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace
-from .workloads import WARMUP, command, parser, prepare, run_units, synchronize
+from .workloads import WARMUP, command, finished, run_units, synchronize
 
 PREFIX = "advkd: "
 """Prefix of the ranges that :mod:`advkd.runtime.ranges` names for torch.profiler."""
 KINDS = {"kernel": KERNEL, "gpu_memcpy": COPY, "gpu_memset": SET}
 """Categories of a GPU's work in the trace."""
 CALLS = ("cuda_runtime", "cuda_driver")
-LIMIT = 1800.0
-"""Seconds after which a recorded process is taken to hang."""
 
 
 def tool(device):
@@ -38,23 +27,14 @@ def tool(device):
     return f"torch.profiler {torch.__version__} ({recorder})"
 
 
-def record(name, variant, device, size, repeats, path, run=subprocess.run):
+def record(name, variant, device, size, repeats, path):
     """One workload in a process of its own; returns its :class:`Trace`, whose file stays at ``path``."""
-    words = [sys.executable, *command("profiling.trace.torch_trace", name, variant, device, size)]
-    words += [f"--repeats={repeats}", f"--out={path}"]
-    done = run(words, cwd=ROOT, env=environment(ADVKD_RANGES=""), capture_output=True, text=True, timeout=LIMIT)
-    if done.returncode:
-        raise InputError(f"{name}, {variant}: torch.profiler ended with {done.returncode}: {last_line(done)}")
+    words = command(name, variant, device, size, f"--repeats={repeats}", f"--trace={path}")
+    finished(words, f"{name}, {variant}: torch.profiler", ADVKD_RANGES="")
     trace = read(path)
     if torch.device(device).type == "cuda" and not trace.on_gpu:
         raise InputError(f"{name}, {variant}: torch.profiler recorded no work of the GPU (CUPTI may not be allowed to)")
     return trace
-
-
-def last_line(done):
-    """Last line of a process's output."""
-    said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return said[-1] if said else "nothing was said"
 
 
 def profile(call, repeats, device, path):
@@ -70,25 +50,16 @@ def profile(call, repeats, device, path):
             run_units(call, repeats, device)
     finally:
         name_ranges("")
-    with replacing(path) as temporary:
-        # The profiler compresses by the name's end.
-        raw = temporary.with_name(temporary.name + ".json")
-        recorded.export_chrome_trace(str(raw))
-        temporary.write_bytes(gzip.compress(raw.read_bytes()))
-        raw.unlink()
+    recorded.export_chrome_trace(str(path))
 
 
 def read(path):
     """The :class:`~profiling.trace.timeline.Trace` of a Chrome trace, compressed or not."""
-    path = Path(path)
-    try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        trace = Trace()
-        for event in json.loads(text)["traceEvents"]:
+    trace = Trace()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+        for event in json.load(file)["traceEvents"]:
             if event.get("ph") == "X":
                 _add(trace, event, event.get("cat", "").lower())
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a whole Chrome trace ({error}): record it again") from error
     trace.on_gpu = bool(trace.activities)
     return trace
 
@@ -106,16 +77,3 @@ def _add(trace, event, category):
     elif category in KINDS:
         kind, size = KINDS[category], more.get("bytes", 0)
         trace.activities.append(Activity(start, end, name, kind, more.get("correlation", -1), bytes=size))
-
-
-def main():
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--out", required=True, help="the trace's file")
-    given = options.parse_args()
-    keep_freed_memory()
-    call = prepare(given.name, given.variant, given.device, given.size, given.steps)
-    profile(call, given.repeats, given.device, Path(given.out))
-
-
-if __name__ == "__main__":
-    main()

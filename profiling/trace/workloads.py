@@ -3,16 +3,19 @@
 python -m profiling.trace.workloads {student,teacher,update} {baseline,fused} [--device cuda] [--size paper-256] [--repeats 3]
 
 runs one of them between cudaProfilerStart and cudaProfilerStop, for ``nsys`` and ``ncu`` to wrap; with ``--peak`` it prints the
-bytes that it takes instead. A unit of work is one call: images of a batch of latents, a batch's trajectory, or an update of the
-critics and one of the student. Both variants begin with the same weights and random numbers; :func:`gate` compares what they
-give with float64. Each is as it is used best: without gradients where none are needed, in channels_last but for diffusers' own
-loop, whose network stays as it was loaded. That network is PyTorch's in both variants; so that nobody takes the layout's part
-of the gain for the loop's and the step's, a variant ``channels_last`` of the baseline stands beside them.
+bytes that it takes instead, with ``--trace FILE.json.gz`` torch.profiler records it. A unit of work is one call: images of a
+batch of latents, a batch's trajectory, or an update of the critics and one of the student. Both variants begin with the same
+weights and random numbers; :func:`gate` compares what they give with float64. Each is as it is used best: without gradients
+where none are needed, in channels_last but for diffusers' own loop, whose network stays as it was loaded. That network is
+PyTorch's in both variants; so that nobody takes the layout's part of the gain for the loop's and the step's, a variant
+``channels_last`` of the baseline stands beside them.
 """
 
 import argparse
 import copy
 import json
+import subprocess
+import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ import torch
 from advkd.data.trajectories import Trajectories, TrajectoryConfig
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
+from advkd.errors import InputError
 from advkd.methods.adv_kd import recipe
 from advkd.models.shape import PRESETS
 from advkd.models.student import Student
@@ -33,6 +37,7 @@ from advkd.training.distillation import Distiller
 from ..cases.distillation import blocks
 from ..cases.student import plausible_student
 from ..cases.teacher import ddim_loop, ddim_scheduler
+from ..evidence import ROOT, environment
 from ..sweep import forget_peak, memory
 
 VARIANTS = ("baseline", "fused")
@@ -40,6 +45,10 @@ UNIT = "unit of work"
 """The range around each call, with its wait for the device."""
 MORE_VARIANTS = {"teacher": ("channels_last",)}
 """Baselines beside the baseline, by workload."""
+LIMIT = 1800.0
+"""Seconds after which a process is taken to hang."""
+FAILURES = (InputError, OSError, subprocess.TimeoutExpired)
+"""Errors of a process of its own."""
 WARMUP = 2
 """Calls before anything is recorded: kernels are compiled, algorithms chosen and graphs captured in them."""
 
@@ -269,18 +278,6 @@ def peak(name, variant, device, size):
     return memory("VmHWM") - before
 
 
-def parser(description):
-    """The options that name one workload and variant."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("name", choices=WORKLOADS)
-    options.add_argument("variant", choices=VARIANTS)
-    options.add_argument("--device", default="cpu", help="cpu or cuda")
-    options.add_argument("--size", default="digits", choices=SIZES)
-    options.add_argument("--repeats", type=positive, default=3, help="units of work")
-    options.add_argument("--steps", type=positive, help="of the teacher, other than the size's")
-    return options
-
-
 def positive(text):
     """An option's count, at least 1."""
     if int(text) < 1:
@@ -288,21 +285,54 @@ def positive(text):
     return int(text)
 
 
-def command(module, name, variant, device, size, *more):
-    """The words after the interpreter's: one workload in a process of its own."""
-    return ["-m", module, name, variant, f"--device={device}", f"--size={size}", *more]
+def command(name, variant, device, size, *more):
+    """The command line of one workload in a process of its own."""
+    words = [sys.executable, "-m", "profiling.trace.workloads", name, variant]
+    return [*words, f"--device={device}", f"--size={size}", *more]
+
+
+def finished(words, what, limit=LIMIT, **variables):
+    """A process that has ended well, with its output; ``variables``: of its environment.
+
+    Raises:
+        InputError: it failed, in its own words.
+        subprocess.TimeoutExpired: it hangs.
+    """
+    done = subprocess.run(words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise InputError(f"{what} ended with {done.returncode}: {last_words(done)}")
+    return done
+
+
+def last_words(done):
+    """A profiler's error, else the last line of a process's output."""
+    lines = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()]
+    errors = [line for line in lines if line.startswith("==ERROR==")]
+    return (errors or lines[-1:] or ["nothing was said"])[0]
 
 
 def main():
-    options = parser(__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("name", choices=WORKLOADS)
+    options.add_argument("variant", choices=VARIANTS)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--size", default="digits", choices=SIZES)
+    options.add_argument("--repeats", type=positive, default=3, help="units of work")
+    options.add_argument("--steps", type=positive, help="of the teacher, other than the size's")
     options.add_argument("--peak", action="store_true", help="print the bytes that the work takes")
+    options.add_argument("--trace", type=Path, help="file for a recording by torch.profiler")
     given = options.parse_args()
     if given.peak:
         print(json.dumps(peak(given.name, given.variant, given.device, given.size)))
         return
     keep_freed_memory()
     call = prepare(given.name, given.variant, given.device, given.size, given.steps)
-    run_profiled(call, given.repeats, given.device)
+    if given.trace:
+        from .torch_trace import profile
+
+        profile(call, given.repeats, given.device, given.trace)
+    else:
+        run_profiled(call, given.repeats, given.device)
 
 
 if __name__ == "__main__":

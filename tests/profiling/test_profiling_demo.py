@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from advkd.errors import InputError
-from profiling.trace import demo
+from profiling.trace import demo, workloads
 
 SUMMARY = (
     "teacher: 1,234 parameters, 50 evaluations, 93.5 ms per image; student: 567 parameters, 1 evaluation, 0.43 ms per image "
@@ -127,7 +127,7 @@ def demonstration(monkeypatch, clocks, pictures=demo.PICTURES, returncode=0):
             (clock_folder / f"{i}.json").write_text(json.dumps(found))
         return SimpleNamespace(returncode=returncode, stdout=SUMMARY, stderr="first\nadvkd: no\n")
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(workloads.subprocess, "run", run)
 
 
 def test_a_run(monkeypatch, tmp_path):
