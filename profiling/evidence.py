@@ -92,7 +92,6 @@ class Table:
         times: function of a result that gives the times whose spread stands in its source.
         sure: as in :func:`source`, for figures that are no times.
         above, below: functions of a result that give further lines.
-        nothing: lines for no result.
     """
 
     name: str
@@ -102,17 +101,19 @@ class Table:
     sure: str = ""
     above: object = lambda result: []
     below: object = lambda result: []
-    nothing: tuple = tuple(NOTHING)
 
     def lines(self):
         """The tables in Markdown."""
         found = []
         for result in stored(self.name):
-            columns = self.columns(result) if callable(self.columns) else self.columns
-            rows = [[_cell(cell, row) for cell in columns.values()] for row in self.rows(result)]
-            found += [*source(result, list(self.times(result)), self.sure), *self.above(result)]
-            found += [*markdown(columns, rows), *self.below(result), ""]
-        return found[:-1] or list(self.nothing)
+            found += [*source(result, list(self.times(result)), self.sure), *self.of(result), ""]
+        return found[:-1] or NOTHING
+
+    def of(self, result):
+        """One result's table, without its source."""
+        columns = self.columns(result) if callable(self.columns) else self.columns
+        rows = [[_cell(cell, row) for cell in columns.values()] for row in self.rows(result)]
+        return [*self.above(result), *markdown(columns, rows), *self.below(result)]
 
 
 def _cell(cell, row):

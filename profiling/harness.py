@@ -12,9 +12,9 @@ import importlib.util
 import json
 import random
 import re
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -78,12 +78,7 @@ def measure_events(calls, repeats=20, warmup=3, device="cuda"):
     for _ in range(repeats):
         for name in shuffler.sample(list(calls), len(calls)):
             times[name].append(_sample(calls[name], counts[name], device) / getattr(calls[name], "units", 1))
-    return {name: {**_summary(values), "calls": counts[name]} for name, values in times.items()}
-
-
-def _summary(values):
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "repeats": len(values)}
+    return {name: {**timing.percentiles(values), "calls": counts[name]} for name, values in times.items()}
 
 
 def _calls_per_sample(call, warmup, device):
@@ -273,8 +268,7 @@ def run(name, cases, parity_tests, out=None, device="cpu"):
         out: folder, default :func:`device_folder`.
         device: where the cases run.
     """
-    if not passes(parity_tests):
-        print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
+    if not gate(name, parity_tests):
         return False
     name += "" if torch.device(device).type == "cpu" else "_cuda"
     green, path = True, Path(out or device_folder(device)) / f"{name}.json"
@@ -302,12 +296,15 @@ EXCUSES = ("absent", "pending")
 """Keys of an entry without a time that is no failure: the optional package that is not installed, or no time as yet."""
 
 
-def passes(parity_tests):
-    """True if pytest passes on these arguments, with at least one test that ran."""
+def gate(name, parity_tests):
+    """True if pytest passes on these arguments, with at least one test that ran; otherwise it says so."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print("\n".join(done.stdout.splitlines()[-1:]), flush=True)
-    return done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
+    green = done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
+    if not green:
+        print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
+    return green
 
 
 def run_case(case, costly=True):
@@ -346,8 +343,7 @@ def _prepare(case, contestant, entry, wanted, calls):
             entry["absent"] = absent
         return
     if contestant.kind != "floor":
-        whole = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
-        error = largest_difference(whole, contestant.oracle() if contestant.oracle else wanted)
+        error = largest_difference(found, contestant.oracle() if contestant.oracle else wanted)
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if not entry["parity"]["passed"]:
             return
@@ -362,17 +358,9 @@ def absent_package(error):
 
 
 def largest_difference(found, wanted):
-    """Largest absolute difference, infinite where shapes differ; in float64 on ``found``'s device, some samples at a time."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    found, wanted = torch.atleast_1d(found), torch.atleast_1d(wanted)
-    rows = max(1, PIECE * max(len(found), 1) // max(found.numel(), 1))
-    pieces = zip(found.split(rows), wanted.split(rows), strict=True)
-    return torch.stack([(a.double() - b.to(a.device).double()).abs().max().cpu() for a, b in pieces]).max().item()
-
-
-PIECE = 2**24
-"""About how many numbers are compared at a time."""
+    """Largest absolute difference on ``found``'s device, which may be a list of images; infinite where shapes differ."""
+    found = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
+    return float("inf") if found.shape != wanted.shape else (found - wanted.to(found.device)).abs().max().item()
 
 
 def _result(case, entries, calls):
@@ -423,34 +411,76 @@ def format_case(result):
     return "\n".join(lines)
 
 
-def main(name, cases, parity_tests, sweeps=None):
-    """The command line of a benchmark.
+@dataclass(frozen=True)
+class Sweep:
+    """Figures without contestants: of one piece of work by batch, size, threads, processes or engine.
+
+    Attributes:
+        name: of ``<name>.json``, and of its plot.
+        measure: function of the options that gives the result.
+        parity_tests: pytest arguments; they must pass before anything is timed.
+        tables: :class:`profiling.evidence.Table` of the result, for the terminal.
+        plot: function of the result and a path, or None.
+        options: ``{name: default}`` of the values that ``measure`` takes, which the command line takes too; ``device`` is that
+            of the result.
+    """
+
+    name: str
+    measure: Callable
+    parity_tests: list
+    tables: tuple = ()
+    plot: Callable | None = None
+    options: dict = field(default_factory=dict)
+
+    def run(self, out=None, **options):
+        """Measure and store; returns whether the parity tests were green.
+
+        Args:
+            out: folder, default :func:`device_folder`.
+            options: those that differ from their defaults.
+        """
+        if not gate(self.name, self.parity_tests):
+            return False
+        options = {**self.options, **options}
+        device = options.get("device", "cpu")
+        path = Path(out or device_folder(device)) / f"{self.name}.json"
+        result = {**self.measure(**options), "parity_tests": self.parity_tests, "provenance": provenance(device)}
+        write_json(path, result)
+        if self.plot:
+            self.plot(result, path.with_suffix(".png"))
+        print(path, *(line for table in self.tables for line in table.of(result)), sep="\n", flush=True)
+        return True
+
+
+def main(sweeps=None, name="", cases=None, parity_tests=()):
+    """The command line of what is measured: a benchmark's cases and, on a CPU, the sweeps that follow them.
 
     Args:
+        sweeps: ``{name: }`` :class:`Sweep`.
         name: of the benchmark.
         cases: a dict, or a function of the device that gives one.
         parity_tests: of the cases.
-        sweeps: ``{name: }`` :class:`profiling.sweep.Sweep` that follow the cases on a CPU.
     """
-    parser = argparse.ArgumentParser(description=f"Benchmark {name}: parity first, then times, as JSON.")
+    sweeps, cases = sweeps or {}, cases or {}
+    options = {key: value for sweep in sweeps.values() for key, value in sweep.options.items()}
+    options |= {"device": "cpu"} if callable(cases) else {}
+    parser = argparse.ArgumentParser(description="Parity first, then times, as JSON.")
     parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
-    parser.add_argument("--only", help="cases, or sweeps, whose name holds this text")
-    if callable(cases):
-        parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    sweeps = sweeps or {}
-    for sweep in sweeps.values():
-        for option, default in sweep.options.items():
-            parser.add_argument(f"--{option}", type=int, default=default, help=f"of {sweep.name} (default: {default})")
-    options = parser.parse_args()
-    device = getattr(options, "device", "cpu")
-    known = {**(cases(device) if callable(cases) else cases), **(sweeps if device == "cpu" else {})}
-    chosen = {key: work for key, work in known.items() if not options.only or options.only in key}
-    if not chosen:
-        parser.error(f"--only {options.only}: no such case (known: {', '.join(known)})")
-    builds = [work for key, work in chosen.items() if key not in sweeps]
-    green = run(name, builds, parity_tests, options.out, device) if builds else True
-    for sweep in [work for key, work in chosen.items() if key in sweeps]:
-        green &= sweep.run(options.out, **{option: getattr(options, option) for option in sweep.options})
+    parser.add_argument("--only", default="", help="what is measured: cases and sweeps whose name holds this text")
+    for key in sweeps:
+        parser.add_argument(f"--{key}", dest="only", action="store_const", const=key, help=f"the same as --only {key}")
+    for option, default in options.items():
+        parser.add_argument(f"--{option}", type=type(default), default=default, help=f"default: {default}")
+    given = parser.parse_args()
+    device = getattr(given, "device", "cpu")
+    known = cases(device) if callable(cases) else cases
+    behind = {key: sweep for key, sweep in sweeps.items() if device == "cpu" or "device" in sweep.options}
+    builds, chosen = ({key: work for key, work in works.items() if given.only in key} for works in (known, behind))
+    if not builds and not chosen:
+        parser.error(f"--only {given.only}: no such case on {device} (known: {', '.join([*known, *behind])})")
+    green = not builds or run(name, builds.values(), parity_tests, given.out, device)
+    for sweep in chosen.values():
+        green &= sweep.run(given.out, **{option: getattr(given, option) for option in sweep.options})
     sys.exit(0 if green else 1)
 
 

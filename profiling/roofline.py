@@ -8,11 +8,9 @@ this device, with the count of operations that defines the work; a kernel that m
 100 %. The ops that no benchmark times alone are timed here, on 64 images of 64 channels and 64x64.
 """
 
-import argparse
 import functools
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 
@@ -29,14 +27,15 @@ from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.extension import extension_gap
-from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure, percentiles
 
-from .evidence import changed
+from .evidence import Table, changed, scaled
 from .gpu import summary as gpu_summary
-from .harness import device_folder, peaks, provenance, read, timed
+from .harness import Sweep, device_folder, main, peaks, provenance, read, timed
 from .sweep import panels
 
+OPS = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "philox", "image_gradient")
+PARITY_TESTS = [f"tests/ops/test_{name}.py" for name in OPS]
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
 """Bytes of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
@@ -166,12 +165,14 @@ def op_points(device):
     return [Point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
 
 
-def plot(found, limits, paths, title):
+def plot(result, path):
     """Log-log: operations per second by operations per byte.
 
     Points without operations stand at the left edge, by their bytes; those without bytes at the right one.
     """
-    with panels(*paths, size=(9, 5.5)) as (axes,):
+    found, limits, place = [Point(**point) for point in result["points"]], result["ceilings"], result["provenance"]
+    title = f"{place['device']}, {place['threads']} threads"
+    with panels(path, path.with_suffix(".svg"), size=(9, 5.5)) as (axes,):
         edge = 0.05
         right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
         for dtype, rate in limits["flops"].items():
@@ -193,25 +194,37 @@ def rows(result):
     return [dict(name=p.name, bound=a, intensity=b, fraction=c) for p, (a, b, c) in zip(found, figures, strict=True)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", help="folder for the results (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    folder = device_folder(options.device)
-    limits = ceilings(options.device)
-    keep_freed_memory()
-    found, places = points(folder, limits["flops"])
-    found += op_points(options.device)
-    place = provenance(options.device)
-    cases = [{"provenance": other} for other in (place, *places)]
-    result = {"ceilings": limits, "points": [vars(p) for p in found], "cases": cases, "provenance": place}
-    out = Path(options.out or folder)
-    write_json(out / "roofline.json", result)
-    plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")
-    for row in rows(result):
-        print(f"{row['name']:60} {row['bound']:9} {row['intensity'] or 0:9.1f} FLOP/B {100 * row['fraction']:6.1f} %")
+def _ceilings(result):
+    limits = result["ceilings"]
+    rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
+    return [f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
 
+
+TABLE = Table(
+    "roofline",
+    {
+        "case": "{name}",
+        "bound by": "{bound}",
+        "FLOP per byte": scaled("intensity", 1, "{:.1f}"),
+        "of the limit": scaled("fraction", 100, "{:.0f} %"),
+    },
+    rows,
+    lambda result: [*result["ceilings"]["samples"].values(), *(point["seconds"] for point in result["points"])],
+    above=_ceilings,
+)
+
+
+def measured(device):
+    """Ceilings, and the points of stored benchmarks and of ops timed here; ``cases`` names the commits of all points."""
+    limits = ceilings(device)
+    keep_freed_memory()
+    found, places = points(device_folder(device), limits["flops"])
+    found += op_points(device)
+    cases = [{"provenance": place} for place in (provenance(device), *places)]
+    return {"ceilings": limits, "points": [vars(p) for p in found], "cases": cases}
+
+
+SWEEPS = {"roofline": Sweep("roofline", measured, PARITY_TESTS, [TABLE], plot, {"device": "cpu"})}
 
 if __name__ == "__main__":
-    main()
+    main(SWEEPS)

@@ -235,4 +235,4 @@ def cases(device):
 
 
 if __name__ == "__main__":
-    main("bench_conv_block", cases, PARITY_TESTS)
+    main(name="bench_conv_block", cases=cases, parity_tests=PARITY_TESTS)

@@ -11,9 +11,6 @@ twice, as a call and as a captured CUDA graph, and everyone computes in full flo
 
 import functools
 import itertools
-import json
-import subprocess
-import sys
 
 import torch
 from torch import nn
@@ -25,9 +22,9 @@ from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
-from ..evidence import ROOT
-from ..harness import CAPTURED, Case, Contestant, captures, main, set_tf32, with_captured
-from ..sweep import Sweep, curves, forget_peak, medians, memory, panels
+from ..harness import CAPTURED, Case, Contestant, Sweep, captures, main, set_tf32, with_captured
+from ..sweep import apart, curves, forget_peak, medians, memory, panels
+from .tables import TABLES
 
 WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
 """The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
@@ -235,7 +232,6 @@ def cases(device):
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
 BACKENDS = {"advkd": "auto", "autograd": "autograd"}
 PROCESSES = 3
-PEAK = "import json, sys; from profiling.cases.gradient_penalty import peak; print(peak(*json.loads(sys.argv[1])))"
 
 
 def critic_of(size):
@@ -263,9 +259,7 @@ def peaks():
     for width, size, batch in SIZES:
         row = {"case": f"{width} critic, {size}x{size}, batch {batch}", "bytes": {}}
         for name, backend in BACKENDS.items():
-            command = [sys.executable, "-c", PEAK, json.dumps([width, size, batch, backend])]
-            runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(PROCESSES)]
-            row["bytes"][name] = percentiles([int(done.stdout) for done in runs])
+            row["bytes"][name] = percentiles([apart(peak, width, size, batch, backend) for _ in range(PROCESSES)])
         found.append(row)
     return found
 
@@ -307,13 +301,8 @@ def plot(result, path):
             panel.title.set_fontsize(10)
 
 
-def said(result):
-    sizes = ", ".join(f"{name} {{bytes[{name}][median]:,.0f}} bytes" for name in BACKENDS)
-    return [f"{row['case']}: {sizes.format_map(row)}" for row in result["peaks"]]
-
-
-SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, said, plot)}
+SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, [TABLES["penalty_memory"]], plot)}
 
 if __name__ == "__main__":
     keep_freed_memory()
-    main("bench_gradient_penalty", cases, PARITY_TESTS, SWEEPS)
+    main(SWEEPS, "bench_gradient_penalty", cases, PARITY_TESTS)

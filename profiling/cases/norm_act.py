@@ -142,4 +142,4 @@ def cases(device):
 
 
 if __name__ == "__main__":
-    main("bench_norm_act", cases, PARITY_TESTS)
+    main(name="bench_norm_act", cases=cases, parity_tests=PARITY_TESTS)

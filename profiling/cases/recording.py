@@ -21,7 +21,8 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 
 from ..evidence import ROOT, environment
-from ..sweep import Sweep
+from ..harness import Sweep, main
+from .tables import TABLES
 from .teacher import PARITY_TESTS, ddim_scheduler
 
 CONFIG = TrajectoryConfig(num=512)
@@ -111,4 +112,4 @@ def _with(contestant, more):
 
 
 if __name__ == "__main__":
-    Sweep("recording", measure, PARITY_TESTS).main(__doc__.splitlines()[0])
+    main({"recording": Sweep("recording", measure, PARITY_TESTS, [TABLES["recording"]])})

@@ -18,8 +18,8 @@ from advkd.ops import StepCoefficients, philox_normal, sampler_step
 from advkd.runtime.timing import measure
 
 from .. import harness
-from ..harness import CAPTURED, Case, Contestant, main, with_captured
-from ..sweep import Sweep, curves, growth, medians, panels
+from ..harness import CAPTURED, Case, Contestant, Sweep, main, with_captured
+from ..sweep import curves, growth, medians, panels
 
 SHAPE = (64, 3, 256, 256)
 T, FOLLOWING, STEPS, SEED = 500, 480, 50, 3
@@ -333,11 +333,7 @@ def plot(result, path):
             curves(panel, [row[axis] for row in rows], times, [expected], xlabel=label, ylabel="ms per call", title=title)
 
 
-def said(result):
-    return [f"{name}: {1e6 * seconds['median']:.1f} us" for name, seconds in result["overhead"].items()]
-
-
-SWEEPS = {"scaling": Sweep("step_scaling", scaling, PARITY_TESTS, said, plot)}
+SWEEPS = {"scaling": Sweep("step_scaling", scaling, PARITY_TESTS, plot=plot)}
 
 if __name__ == "__main__":
-    main("bench_sampler_step", cases, PARITY_TESTS, SWEEPS)
+    main(SWEEPS, "bench_sampler_step", cases, PARITY_TESTS)

@@ -29,9 +29,10 @@ from advkd.models.shape import convolutions
 from advkd.runtime.timing import measure, percentiles
 
 from .. import peers as engines
-from ..harness import CAPTURED, Case, Contestant, Replay, main, set_tf32
+from ..harness import CAPTURED, Case, Contestant, Replay, Sweep, main, set_tf32
 from ..limits import predictions
-from ..sweep import Sweep, curves, growth, medians, panels
+from ..sweep import curves, growth, medians, panels
+from .tables import TABLES
 
 SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
@@ -377,10 +378,6 @@ def precision(num, processes):
     return {"student": "digits", "num": num, "psnr": psnr, "rows": rows, "ratio": ratio}
 
 
-def judged(result):
-    return [f"PSNR {result['psnr']:.1f} dB, Frechet distance {result['ratio']:.4f} times that of float32"]
-
-
 GROWN, BATCHES = ("digits", "pyramid-256"), (1, 2, 4, 8, 16, 32, 64)
 SIZES = (32, 64, 128, 256, 512)
 FIRST_IMAGES = 5
@@ -503,10 +500,10 @@ def plot(result, path):
 
 
 SWEEPS = {
-    "layers": Sweep("layers", plans, PARITY_TESTS),
-    "precision": Sweep("precision", precision, PARITY_TESTS, judged, options={"num": 2000, "processes": 1}),
-    "scaling": Sweep("scaling", scaling, PARITY_TESTS, plot=plot),
+    "layers": Sweep("layers", plans, PARITY_TESTS, [TABLES["layers"]]),
+    "precision": Sweep("precision", precision, PARITY_TESTS, [TABLES["precision"]], options={"num": 2000, "processes": 1}),
+    "scaling": Sweep("scaling", scaling, PARITY_TESTS, [TABLES["footprint"]], plot),
 }
 
 if __name__ == "__main__":
-    main("bench_student", cases, PARITY_TESTS, SWEEPS)
+    main(SWEEPS, "bench_student", cases, PARITY_TESTS)

@@ -115,4 +115,4 @@ CASES = {
 PARITY_TESTS = ["tests/ops/test_sampler_step.py", "tests/system/test_teacher.py"]
 
 if __name__ == "__main__":
-    main("bench_teacher", CASES, PARITY_TESTS)
+    main(name="bench_teacher", cases=CASES, parity_tests=PARITY_TESTS)

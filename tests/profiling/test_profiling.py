@@ -24,7 +24,7 @@ from advkd.models.student import Student
 from advkd.runtime import timing
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
-from profiling import billion, evidence, harness, peers, roofline, sweep, tables
+from profiling import billion, evidence, harness, peers, roofline, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
@@ -153,8 +153,7 @@ def test_costly_contestants_come_last_or_not_at_all(monkeypatch):
     assert all(entry["seconds"] and "pending" not in entry for entry in result["contestants"])
 
 
-def test_differences_are_found_in_any_piece(monkeypatch):
-    monkeypatch.setattr(harness, "PIECE", 10)
+def test_differences_are_found_anywhere():
     found = torch.zeros(7, 4)
     wanted = torch.zeros(7, 4, dtype=torch.float64)
     assert harness.largest_difference(found, wanted) == 0
@@ -290,18 +289,19 @@ def test_unknown_case_is_refused(monkeypatch, capsys):
 
 
 def test_a_sweep_takes_its_own_options(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "passes", lambda tests: True)
+    monkeypatch.setattr(harness, "gate", lambda name, tests: True)
     plain, other = {"num": 3, "processes": 1}, {"num": 12, "processes": 1}
     for words, wanted in (([], plain), (["--num", "12"], other)):
-        sweeps = {"one": sweep.Sweep("one", lambda **found: found, [], options=plain)}
+        sweeps = {"one": harness.Sweep("one", lambda **found: found, [], options=plain)}
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *words])
         with pytest.raises(SystemExit) as ended:
-            harness.main("bench", {}, [], sweeps)
+            harness.main(sweeps)
         stored = json.loads((tmp_path / "one.json").read_text())
         assert ended.value.code == 0 and {key: stored[key] for key in plain} == wanted
     assert bench_student.SWEEPS["precision"].options == {"num": 2000, "processes": 1}
 
 
+RATED = {"batch": 1, "rows": {"engine": time(0.36)}}
 SMALL_SWEEPS = {
     "layers": (bench_student, {"SHAPES": {"digits": (1,)}, "PLANS": 1}),
     "scaling": (
@@ -310,6 +310,8 @@ SMALL_SWEEPS = {
     ),
     "step_scaling": (bench_sampler_step, {"BATCHES": (1, 2), "SIZES": (8, 16)}),
     "penalty_scaling": (bench_gradient_penalty, {"BATCHES": (1, 2), "RESOLUTIONS": (8, 16), "DEPTHS": (1, 2), "PROCESSES": 1}),
+    "roofline": (roofline, {"STREAM_BYTES": (2**20,), "SIDE": 8, "MATRIX": 16}),
+    "billion": (billion, {"student_seconds": lambda *given: RATED, "teacher_seconds": lambda *given: {**RATED, "missing": {}}}),
 }
 """Name of a sweep -> its module, and what makes it small."""
 
@@ -320,20 +322,21 @@ def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
     module, small = SMALL_SWEEPS[name]
     for key, value in small.items():
         monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(roofline, "device_folder", lambda device: evidence.RESULTS / "amd-epyc")
     monkeypatch.setattr(bench_student, "THREADED", (("digits", 1),))
     monkeypatch.setattr(bench_student, "GROWN", ("digits",))
     monkeypatch.setattr(bench_gradient_penalty, "SIZES", [("narrow", 8, 2)])
     plain = lambda calls, repeats, warmup=0: timing.measure(calls, 2, warmup=1)  # noqa: E731
     for measured in (bench_student, bench_sampler_step, bench_gradient_penalty):
         monkeypatch.setattr(measured, "measure", plain)
-    monkeypatch.setattr(sweep, "passes", lambda tests: False)
+    monkeypatch.setattr(harness, "gate", lambda name, tests: False)
     (chosen,) = [found for found in module.SWEEPS.values() if found.name == name]
     assert not chosen.run(tmp_path) and not list(tmp_path.iterdir())
-    monkeypatch.setattr(sweep, "passes", lambda tests: all((ROOT / test).exists() for test in tests))
+    monkeypatch.setattr(harness, "gate", lambda name, tests: all((ROOT / test).exists() for test in tests))
     assert chosen.run(tmp_path)
     stored = json.loads((tmp_path / f"{name}.json").read_text())
     (known,) = evidence.stored(name)
-    assert set(stored) == set(known) - {"path", "changed"} and stored["provenance"]["kernels"]
+    assert set(stored) == set(known) - {"path", "changed"} | {"parity_tests"} and stored["provenance"]["kernels"]
     assert (tmp_path / f"{name}.png").exists() == (chosen.plot is not None)
 
 
@@ -471,7 +474,7 @@ def test_the_roofline_of_stored_results(tmp_path):
     assert places and all(place["commit"] for place in places)
     assert {p.dtype for p in found} == {"float32", "bfloat16"} and len(found) > 20
     paths = [tmp_path / "roofline.png", tmp_path / "roofline.svg"]
-    roofline.plot(found, limits, paths, "a device")
+    roofline.plot({"points": [vars(p) for p in found], "ceilings": limits, "provenance": PLACE}, paths[0])
     assert paths[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in paths[1].read_bytes()
 
 
