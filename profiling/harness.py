@@ -215,6 +215,12 @@ def _captured(contestant, grad):
     return replace(contestant, name=contestant.name + CAPTURED, prepare=prepare, kind=kind, captured=True)
 
 
+def copying(name, moved_bytes, device):
+    """A floor: a copy that reads and writes so many bytes together."""
+    source, target = (torch.ones(-(-moved_bytes // 8), device=device) for _ in range(2))
+    return Contestant(name, lambda: lambda: target.copy_(source), "floor")
+
+
 @dataclass
 class Case:
     """One piece of work.

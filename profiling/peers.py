@@ -64,7 +64,7 @@ def many_networks():
     return dynamo.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
 
 
-def onnx_runtime(module, x):
+def onnx_runtime(module, x, dtype=torch.float32):
     """ONNX Runtime with all graph optimisations, as many threads as torch."""
     import onnx  # noqa: F401
     import onnxruntime

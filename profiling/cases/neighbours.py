@@ -68,7 +68,7 @@ def prepared(case, name):
         variant = "fused" if name in OURS else "baseline"
         gate = workloads.gate("update")
         return workloads.prepare("update", variant), {"error": gate["errors"][variant], "tolerance": gate["tolerance"]}
-    found = bench_student.CASES[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
+    found = bench_student.cases("cpu")[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
     ours = next(c.name for c in found.contestants if c.kind == "ours")
     call = next(c for c in found.contestants if c.name == (ours if name in OURS else name)).prepare()
     return call, {"error": largest_difference(call(), found.oracle()), "tolerance": found.tolerance}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from advkd.ops import norm_act
 from advkd.runtime.devices import keep_freed_memory
 
-from ..harness import Case, Contestant, captures, main, set_tf32, with_captured
+from ..harness import Case, Contestant, captures, copying, main, set_tf32, with_captured
 
 SHAPE = (16, 64, 128, 128)
 EPS, SLOPE = 1e-5, 0.2
@@ -114,9 +114,7 @@ def case(dtype, upsample, device):
         contestant("advkd, norm_act", ours, layout, "ours")
         contestant("torch, LeakyReLU in place", torch_ops, layout, "baseline")
         contestant("torch.compile of the three", torch.compile(torch_ops, dynamic=False), layout, "peer")
-    source = torch.ones(passes_bytes(tensors[0], upsample) // 8, device=device)
-    target = torch.zeros_like(source)
-    contestants.append(Contestant("a copy that moves as many bytes as ours", lambda: lambda: target.copy_(source), "floor"))
+    contestants.append(copying("a copy that moves as many bytes as ours", passes_bytes(tensors[0], upsample), device))
     contestants = with_captured(contestants, device, grad=True)
 
     def oracle():

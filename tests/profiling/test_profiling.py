@@ -570,7 +570,7 @@ def penalty_case(update):
 
 
 def student_case(peers):
-    return bench_student.gpu_case("digits", 1, "bfloat16", peers, device="cpu")
+    return bench_student.case("digits", 1, "bfloat16", peers, device="cpu")
 
 
 GPU_CASES = {
@@ -639,7 +639,7 @@ def test_oracles_are_shared_by_the_cases_of_a_batch(on_gpu_kernels, monkeypatch)
     asked, oracle = [], bench_student._oracle
     monkeypatch.setattr(bench_student, "_oracle", lambda *given, **words: asked.append(1) or oracle(*given, **words))
     bench_student._oracle_once.cache_clear()
-    cases = [bench_student.gpu_case("digits", 3, dtype, device="cpu") for dtype in ("bfloat16", "float32")]
+    cases = [bench_student.case("digits", 3, dtype, "all", device="cpu") for dtype in ("bfloat16", "float32")]
     assert len(asked) == 1 and torch.equal(cases[0].oracle(), cases[1].oracle()) and cases[0].oracle().dtype == torch.float64
     z = torch.randn(5, 7, dtype=torch.float64)
     assert torch.equal(oracle(torch.sin, z, images=2), z.sin())
@@ -647,11 +647,9 @@ def test_oracles_are_shared_by_the_cases_of_a_batch(on_gpu_kernels, monkeypatch)
 
 
 def test_costly_peers_come_last():
-    for selection, chosen in bench_student.GPU_PEERS.items():
-        costly = [pair in bench_student.COSTLY for pair in chosen]
-        assert costly == sorted(costly) and {name for name, _ in chosen} <= set(bench_student.GPU_ENGINES), selection
-    assert bench_student.COSTLY <= {pair for chosen in bench_student.GPU_PEERS.values() for pair in chosen}
-    assert set(bench_student.GRAPHS) <= set(bench_student.GPU_ENGINES)
+    for selection, chosen in bench_student.PEERS.items():
+        costly = [peer.costly for peer in chosen]
+        assert costly == sorted(costly) and len({peer.name for peer in chosen}) == len(chosen), selection
 
 
 class CudnnTensor:

@@ -945,9 +945,9 @@ def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
-    for name in bench_student.GPU_ENGINES:
-        if name.startswith("torch.compile"):
-            monkeypatch.setitem(bench_student.GPU_ENGINES, name, peers.eager)
+    for selection, chosen in bench_student.PEERS.items():
+        plain = [dataclasses.replace(p, prepare=peers.eager) if p.name.startswith("torch.compile") else p for p in chosen]
+        monkeypatch.setitem(bench_student.PEERS, selection, plain)
     return on_gpu_kernels
 
 
@@ -966,7 +966,7 @@ def prepared_parity(case):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
-    case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
+    case = bench_student.case("digits", 1, dtype, "all", device="cpu")
     assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
     assert case.notes["predicted_microseconds"] == predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
@@ -974,9 +974,9 @@ def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
     assert all(error <= case.tolerance for error in errors.values())
     missing = {c.name for c in case.contestants if c.kind != "floor"} - set(errors)
     assert missing <= {engine + way for engine in ("TensorRT", "cuDNN graph API") for way in ("", ", conv_transpose2d")}
-    searched = bench_student.gpu_case("digits", 1, dtype, "searched", device="cpu")
-    assert searched.name.endswith(", max-autotune") and len(searched.contestants) == 8
-    quick, every = bench_student.quick_cases(), bench_student.gpu_cases()
+    searched = bench_student.case("digits", 1, dtype, "searched", device="cpu")
+    assert searched.name.endswith(", max-autotune") and [c.kind for c in searched.contestants].count("peer") == 2
+    quick, every = bench_student.quick_cases(), bench_student.cases("cuda")
     assert set(quick) == set(every) and all(quick[name].args == every[name].args for name in bench_student.WHOLE)
     assert quick["digits, batch 64, bfloat16"].args == ("digits", 64, "bfloat16", "few")
 
