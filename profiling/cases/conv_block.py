@@ -113,7 +113,7 @@ def case(name, batch, dtype, device="cuda"):
     }
     contestants = [*_ours(chain, inputs, kind, product), *_peers(chain, inputs, kind)]
     title = f"{name}, batch {batch}, {dtype}"
-    figures = {"flop": work, "moved_bytes": moved, "repeats": 20, "notes": notes, "keep_going": True}
+    figures = {"flop": work, "moved_bytes": moved, "repeats": 20, "notes": notes}
     return Case(title, lambda: wanted, tolerance, contestants, batch, device=device, **figures)
 
 

@@ -76,43 +76,50 @@ def penalty_only(critic, x):
     return lambda backend: torch.autograd.grad(gradient_penalty(critic, x, weight=WEIGHT, backend=backend), weights)
 
 
+def penalties(backend, critic, real, fake, a):
+    """A call of the penalty with its gradients."""
+    call = penalty_only(critic, interpolated(real, fake, a))
+    return lambda: call(backend)
+
+
+def updates(backend, critic, real, fake, a):
+    """A call of the whole update."""
+    a = a.to(real.dtype)
+    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+
+
+def interpolated(real, fake, a):
+    a = a.to(real.dtype)[:, None, None, None]
+    return a * real + (1 - a) * fake
+
+
 def compiled_penalty(critic, x):
     weights = [p for p in critic.parameters() if p.ndim > 1]
     penalty = torch.compile(lambda x: gradient_penalty(critic, x, weight=WEIGHT), fullgraph=True, dynamic=False)
     return lambda: torch.autograd.grad(penalty(x), weights)
 
 
-def functional_penalty(critic, parameters, x):
-    """The penalty as a function of the parameters; the inner gradient is torch.func's too, so that it compiles."""
-    g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
-    return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-def compiled_functional(critic, x):
-    parameters = dict(critic.named_parameters())
-    detached = {name: p.detach() for name, p in parameters.items()}
-    gradient = torch.compile(torch.func.grad(lambda p, x: functional_penalty(critic, p, x)), dynamic=False)
-    return lambda: [g for name, g in gradient(detached, x).items() if parameters[name].ndim > 1]
-
-
 def compiled_update(critic, real, fake, a):
-    update = torch.compile(
-        lambda real, fake, a: critic_gradients(critic, real, fake, a=a, weight=WEIGHT).gradients, fullgraph=True, dynamic=False
-    )
+    update = torch.compile(lambda *given: updates("auto", critic, *given)(), fullgraph=True, dynamic=False)
     return lambda: update(real, fake, a)
 
 
-def compiled_functional_update(critic, real, fake, a):
-    """The best that torch.func and a compiler make of the update: loss and penalty as one function of the parameters."""
-    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+def compiled_functional(critic, *given):
+    """The best that torch.func and a compiler make of the penalty at x or, of real, fake and a, of the update.
 
-    def loss(parameters, real, fake, a):
-        x_hat = a[:, None, None, None] * real + (1 - a[:, None, None, None]) * fake
-        scores = [functional_call(critic, parameters, (x,)) for x in (real, fake)]
-        return LOSS_FORMULAS["wasserstein"](*scores) + functional_penalty(critic, parameters, x_hat)
+    The inner gradient is torch.func's too, so that it compiles.
+    """
+    parameters, update = {name: p.detach() for name, p in critic.named_parameters()}, len(given) == 3
+
+    def loss(parameters, *given):
+        x = interpolated(*given) if update else given[0]
+        g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
+        penalty = WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
+        scores = [functional_call(critic, parameters, (x,)) for x in given[:2]] if update else ()
+        return penalty + LOSS_FORMULAS["wasserstein"](*scores) if update else penalty
 
     gradient = torch.compile(torch.func.grad(loss), dynamic=False)
-    return lambda: list(gradient(parameters, real, fake, a).values())
+    return lambda: [g for g in gradient(parameters, *given).values() if update or g.ndim > 1]
 
 
 def multiply_adds(critic, size):
@@ -163,7 +170,7 @@ def case(update, width, size, batch, device, tf32=False):
     contestants = with_captured(contestants, device, grad=True)
     for contestant in contestants:
         contestant.costly = contestant.name.removesuffix(CAPTURED) == FUNCTIONAL
-    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes, "keep_going": captures(device)}
+    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes}
     return Case(name, lambda: vector / scale, tolerance, contestants, batch, **figures)
 
 
@@ -179,23 +186,6 @@ def _scaled(prepare, scale):
     return prepared
 
 
-def _x_hat(real, fake, a):
-    a = a.to(real.dtype)[:, None, None, None]
-    return a * real + (1 - a) * fake
-
-
-def penalties(backend, critic, real, fake, a):
-    """A call of the penalty with its gradients."""
-    call = penalty_only(critic, _x_hat(real, fake, a))
-    return lambda: call(backend)
-
-
-def updates(backend, critic, real, fake, a):
-    """A call of the whole update."""
-    a = a.to(real.dtype)
-    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
-
-
 def _contestants(update, width, size, batch, device):
     """Autograd in both layouts, everyone else in the last one."""
     eager, found = updates if update else penalties, []
@@ -203,14 +193,13 @@ def _contestants(update, width, size, batch, device):
         given = problem(width, size, batch, device, layout)
         found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
     signs, (critic, *samples) = constant_signs(given[0]), given
-    compiled = (compiled_functional_update, compiled_update) if update else (compiled_functional, compiled_penalty)
-    arguments = given if update else (critic, _x_hat(*samples))
+    arguments = given if update else (critic, interpolated(*samples))
     return [
         *found,
         Contestant(SIGNS, lambda: eager("autograd", signs, *samples)),
-        Contestant(FUNCTIONAL, lambda: compiled[0](*arguments)),
+        Contestant(FUNCTIONAL, lambda: compiled_functional(*arguments)),
         Contestant("advkd", lambda: eager("auto", *given), "ours"),
-        Contestant("advkd compiled", lambda: compiled[1](*arguments), "ours"),
+        Contestant("advkd compiled", lambda: (compiled_update if update else compiled_penalty)(*arguments), "ours"),
     ]
 
 

@@ -178,7 +178,7 @@ def case(preset, batch, dtype="float32", peers="cpu", device=None):
     else:
         floor = predictions.floor(convolutions(student.config), product, batch, gpu_rates())
         found.name += SEARCHED if peers == "searched" else ""
-        found.flop, found.moved_bytes, found.keep_going = floor["flop"], floor["bytes"], True
+        found.flop, found.moved_bytes = floor["flop"], floor["bytes"]
         found.notes = {"floor": floor, "cudnn_error": error, "tf32": product == "tf32", "peers": peers}
         found.notes["predicted_microseconds"] = predictions.predicted_microseconds(preset, batch, dtype)
         floors = [copying("a copy that moves as many bytes", floor["bytes"], device)]

@@ -124,11 +124,13 @@ def test_ours_may_lack_an_optional_package_and_nothing_else(monkeypatch):
     assert not harness.is_green(harness.run_case(case))
     # A missing name, module of our own or part of an installed package is a fault.
     for broken in (missing, no_package("advkd.nothing"), no_package("torch.nothing"), no_package(None)):
-        case.contestants, case.keep_going = [exact, Contestant("pipeline", broken, "ours")], False
+        case.contestants = [exact, Contestant("pipeline", broken, "ours")]
         with pytest.raises(ImportError):
             harness.run_case(case)
-        case.keep_going = True
-        assert not harness.is_green(harness.run_case(case))
+        # On a GPU the others are timed all the same.
+        with monkeypatch.context() as on_gpu:
+            on_gpu.setattr(harness, "captures", lambda device: True)
+            assert not harness.is_green(harness.run_case(case))
 
 
 def test_costly_contestants_come_last_or_not_at_all(monkeypatch):
@@ -183,7 +185,7 @@ class OnHost:
 def graphs_on_host(monkeypatch):
     """Makes every contestant's graph available on a CPU, as calls."""
     monkeypatch.setattr(harness, "Replay", OnHost)
-    for module in (harness, bench_gradient_penalty, bench_norm_act):
+    for module in (harness, bench_gradient_penalty):
         monkeypatch.setattr(module, "captures", lambda device: True)
     for module in (peers, bench_conv_block, bench_student):
         monkeypatch.setattr(module, "Replay", OnHost)
@@ -599,7 +601,7 @@ def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkey
     case.contestants, case.repeats = [c for c in case.contestants if "compile" not in c.name], 1
     result = harness.run_case(case)
     entries = result["contestants"]
-    assert harness.is_green(result) and case.keep_going
+    assert harness.is_green(result)
     absent = {entry["absent"] for entry in entries if "missing" in entry}
     assert absent <= {"diffusers", "cudnn", "tensorrt"} and all("absent" in e for e in entries if "missing" in e)
     assert ("diffusers" in absent) == (name.startswith("sampler_step") and importlib.util.find_spec("diffusers") is None)

@@ -967,7 +967,7 @@ def prepared_parity(case):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
     case = bench_student.case("digits", 1, dtype, "all", device="cpu")
-    assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
+    assert case.name == f"digits, batch 1, {dtype}" and case.notes["floor"]["seconds"] > 0
     assert case.notes["predicted_microseconds"] == predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
     assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
