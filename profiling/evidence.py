@@ -62,12 +62,8 @@ def source(result, times, sure=""):
         raise InputError(f"{result['path']}: figures without spread are not shown; measure again with repeats")
     commits = list(dict.fromkeys(p["commit"][:8] for p in places(result)))
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items() if version)
-    lines = [
-        f"{place['device']}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}:",
-        "",
-    ]
-    lines[0] = f"{link(result)}: {lines[0]}"
-    return [stale(result) + lines[0], *lines[1:]]
+    where = f"{place['device']}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}"
+    return [f"{stale(result)}{link(result)}: {where}:", ""]
 
 
 def markdown(titles, rows, rule="---"):
@@ -201,28 +197,14 @@ MEASURED = {
 """Result's name -> the kernels in C++ that it measures."""
 UNITS = {"conv_block": ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")}
 """Kernel in C++ for CPUs -> the source files that it consists of, where there are several."""
-ELSEWHERE = {
-    **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
-    "step_scaling": "cases.sampler_step",
-    "penalty_scaling": "cases.gradient_penalty",
-    "sample_scaling": "cases.sampling",
-    "demo": "trace.demo",
-    "traces": "trace.nsys",
-    "counters": "trace.ncu",
-    "compare": "trace.compare",
-    "ncu": "trace.ncu",
-    "first_image": "gpu.first_image",
-    "ahead": "limits.ahead",
-    "roofline": "roofline",
-    "billion": "billion",
-}
-"""Result's name -> the module that measures it, where :func:`module_of` has no rule."""
+ELSEWHERE = {"ncu": "trace.ncu", "first_image": "gpu.first_image", "ahead": "limits.ahead"}
+"""Part of a GPU's run -> the module that measures it, where :func:`module_of` has no rule."""
 ON_GPUS = {"conv_block": ("conv_block", "conv_pair", "student_stem"), "student_forward": ()}
 """Kernel in C++ for CPUs -> those that do its work on GPUs, where names differ."""
 
 
 def module_of(name):
-    """The module that measures the results of this name; ``python -m`` runs it."""
+    """The module that measures a benchmark or another part of a GPU's run."""
     return "profiling." + ELSEWHERE.get(name, f"cases.{name.removeprefix('bench_')}")
 
 

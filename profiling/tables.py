@@ -15,7 +15,7 @@ from advkd.runtime.files import write_bytes
 from . import billion, roofline
 from .cases import neighbours
 from .cases import tables as cases
-from .evidence import NOTHING, ROOT, checked, figure, link, module_of, source, stale, stored
+from .evidence import NOTHING, ROOT, checked, figure, link, source, stale, stored
 from .gpu import tables as gpu
 from .limits import guarantees, instruction_counts
 from .trace import compare, demo, ncu, timeline
@@ -73,7 +73,7 @@ def _figures(name, value, text):
     def linked():
         results = stored(name)
         if not results:
-            raise InputError(f"no result {name}.json holds a figure that a page states: python -m {module_of(name)}")
+            raise InputError(f"no result {name}.json holds a figure that a page states")
         found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
         return " and ".join(f"{made} ({device})" for made, device in found)
 

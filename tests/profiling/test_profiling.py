@@ -32,6 +32,7 @@ from profiling.cases import norm_act as bench_norm_act
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.cases import teacher as bench_teacher
+from profiling.gpu import bench
 from profiling.harness import Case, Contestant
 from profiling.limits import instruction_counts as counts
 from profiling.trace import demo
@@ -344,14 +345,15 @@ def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(ablation.ROWS))
 def test_every_row_of_the_ablation_is_a_recipe(name):
-    program, command, *arguments = ablation.command(name, "paths", "out")
+    program, command, *arguments = ablation.command(name, ["paths"], "out")
     assert (program, command) == ("advkd", "distill")
     values = method_command("adv-kd").make_context("distill", arguments).params
     for key in ("data", "teacher_source", "preset", "out", "config_file", "resume", "device"):
         values.pop(key)
     config = overlay(RECIPES[values.pop("recipe") or "joint"], values, "distill")
     config.validate(12, True, 8192)
-    StudentConfig(**ablation.student_shape({k: v for k, v in ablation.ROWS[name].items() if k in ablation.STUDENT_FIELDS}))
+    if shape := ablation.student_shape(name):
+        StudentConfig(**shape)
     if config.recipe == "joint":
         assert (config.updates, config.batch_sizes) == ((400,), (32,))
 
@@ -454,9 +456,9 @@ def test_a_result_of_older_kernels_is_stale():
     assert set(evidence.cpu_digests()) == {name for kernels in evidence.MEASURED.values() for name in kernels}
 
 
-def test_results_name_the_modules_that_measure_them():
-    known = {name: evidence.module_of(name) for name in (*evidence.MEASURED, *evidence.ELSEWHERE)}
-    assert known["bench_student"] == "profiling.cases.student" and known["demo"] == "profiling.trace.demo"
+def test_parts_name_the_modules_that_measure_them():
+    known = {name: evidence.module_of(name) for name in (*bench.QUICK, *evidence.ELSEWHERE)}
+    assert known["bench_student"] == "profiling.cases.student" and known["ncu"] == "profiling.trace.ncu"
     assert all(map(importlib.util.find_spec, known.values()))
 
 
