@@ -127,7 +127,7 @@ PEERS = {
         Contestant("cuDNN, CUDA graph", engines.graphed, captured=True),
         Contestant("cuDNN, CUDA graph" + BY_HAND, engines.graphed, captured=True),
         Contestant("torch.compile, reduce-overhead" + BY_HAND, engines.compiled),
-        Contestant("torch.compile, CUDA graph" + BY_HAND, engines.compiled_graph, captured=True),
+        Contestant("torch.compile, CUDA graph" + BY_HAND, functools.partial(engines.graphed, mode="default"), captured=True),
         Contestant("cuDNN graph API" + BY_HAND, engines.cudnn_graph, captured=True, costly=True),
         Contestant("cuDNN graph API", engines.cudnn_graph, captured=True, costly=True),
         Contestant("TensorRT" + BY_HAND, engines.tensorrt, captured=True, costly=True),

@@ -581,8 +581,8 @@ GPU_CASES = {
     **{f"sampler_step, {name}": (sampler_step_case, name) for name in ("deterministic", "noisy", "pooled")},
     "penalty": (penalty_case, False),
     "update": (penalty_case, True),
-    "norm_act": (lambda upsample: bench_norm_act.case(torch.float32, upsample, "cpu"), False),
-    "norm_act, up-sampling": (lambda upsample: bench_norm_act.case(torch.bfloat16, upsample, "cpu"), True),
+    "norm_act": (lambda upsample: bench_norm_act.case(upsample, torch.float32, "cpu"), False),
+    "norm_act, up-sampling": (lambda upsample: bench_norm_act.case(upsample, torch.bfloat16, "cpu"), True),
     "student": (student_case, "all"),
     "conv_block": (lambda name: bench_conv_block.case(name, 1, "bfloat16", device="cpu"), "one layer"),
 }

@@ -1005,7 +1005,7 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 
 def test_peers_of_the_compiler(monkeypatch):
     """Other tests leave it to eager: here Inductor takes both folded networks whole, with freezing and with its search."""
-    monkeypatch.setattr(bench_conv_block, "Replay", OnHost)
+    monkeypatch.setattr(peers, "Replay", OnHost)
     chain = bench_conv_block.Chain("digits", 6, 1)
     first = chain.layers[0]
     x = torch.randn(1, first.c_in, first.height, first.width, generator=torch.Generator().manual_seed(1))
@@ -1013,7 +1013,7 @@ def test_peers_of_the_compiler(monkeypatch):
     wanted = modules[0](x)
     found = [
         peers.compiled(modules[0], x.clone())(),
-        bench_conv_block._peer(modules[1], x[None], torch.float32, compiled=True)(),
+        peers.graphed(modules[1], x, torch.float32, "max-autotune-no-cudagraphs")(),
     ]
     assert first.upsample and all((one - wanted).abs().max() < 1e-5 * wanted.abs().max() for one in found)
 
