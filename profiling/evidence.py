@@ -121,6 +121,16 @@ def contestants(result):
     return [{**case, **entry} for case in result["cases"] for entry in case["contestants"]]
 
 
+def time_of(entry):
+    """A cell: a contestant's milliseconds with their spread, or why there are none."""
+    if "missing" in entry:
+        return "cannot run here"
+    if "seconds" not in entry:
+        return f"off by {entry['parity']['error']:.1e}, not timed"
+    median, p20, p80 = (1e3 * entry["seconds"][key] for key in ("median", "p20", "p80"))
+    return f"{median:.2f} ({p20:.2f} to {p80:.2f})"
+
+
 def scaled(path, factor, form, nothing="-"):
     """A cell: the value at a path such as ``"seconds/median"``, times a factor, in a format; ``nothing`` where it is None."""
 

@@ -25,7 +25,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests
+from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests, time_of
 
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
@@ -409,16 +409,8 @@ def _ratio(entries):
 
 def format_case(result):
     """A case's result as text."""
-    lines = [f"{result['case']} ({result['images']} images)"]
-    for entry in result["contestants"]:
-        if "missing" in entry:
-            lines.append(f"  {entry['name']:32} cannot run: {entry['missing']}")
-        elif "seconds" not in entry:
-            lines.append(f"  {entry['name']:32} off by {entry['parity']['error']:.2e}, not timed")
-        else:
-            median, p20, p80 = (1e3 * entry["seconds"][k] for k in ("median", "p20", "p80"))
-            lines.append(f"  {entry['name']:32} {median:9.3f} ms  ({p20:.3f} .. {p80:.3f})")
-    return "\n".join(lines)
+    entries = [(e["name"], f"cannot run: {e['missing']}" if "missing" in e else time_of(e)) for e in result["contestants"]]
+    return "\n".join([f"{result['case']} ({result['images']} images), ms", *(f"  {name:32} {said}" for name, said in entries)])
 
 
 @dataclass(frozen=True)
@@ -458,7 +450,8 @@ class Sweep:
         write_json(path, result)
         if self.plot:
             self.plot(result, path.with_suffix(".png"))
-        print(path, *(line for table in self.tables for line in table.of(result)), sep="\n", flush=True)
+        shown = {**result, "path": str(path)}
+        print(path, *(line for table in self.tables for line in table.of(shown)), sep="\n", flush=True)
         return True
 
 

@@ -92,11 +92,11 @@ def measure():
         # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
         compiled = "advkd trajectories --compiled"
         cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(root) / "inductor")}
-        run(*_with(CONTESTANTS[compiled], cold), Path(root) / "first")
+        run(CONTESTANTS[compiled][0], cold, Path(root) / "first")
         for i in range(ROUNDS):
-            for name, contestant in CONTESTANTS.items():
+            for name, (command, changes) in CONTESTANTS.items():
                 folder = Path(root) / f"{i} {name}"
-                rows[name]["seconds"].append(run(*_with(contestant, cold), folder))
+                rows[name]["seconds"].append(run(command, {**changes, **cold}, folder))
                 print(f"{name:42} {rows[name]['seconds'][-1]:7.1f} s", flush=True)
                 if name.startswith("advkd"):
                     rows[name]["difference"] = difference(folder, Path(root) / "0 diffusers, plain loop")
@@ -104,11 +104,6 @@ def measure():
                     if rows[name]["difference"] > 2**-6:
                         raise InputError(f"{name} is off by {rows[name]['difference']}")
     return {"num": CONFIG.num, "rows": rows}
-
-
-def _with(contestant, more):
-    command, environment = contestant
-    return command, {**environment, **more}
 
 
 if __name__ == "__main__":

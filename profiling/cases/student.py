@@ -264,10 +264,8 @@ def measured_plan(preset, dtype):
     plan, *others = [fused.plan() for _ in range(PLANS)]
     rate, rows = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}, []
     for row, *same in zip(plan.rows, *(other.rows for other in others)):
-        seconds = percentiles([one.measured for one in (row, *same)])
         figures = {k: v for k, v in asdict(row).items() if k not in ("layer", "measured")}
-        made = row.direct_products / seconds["median"]
-        rows.append({**asdict(row.layer), **figures, "seconds": seconds, "gflops": 2e-9 * made, "of_peak": made / rate[dtype]})
+        rows.append({**asdict(row.layer), **figures, "seconds": percentiles([one.measured for one in (row, *same)])})
     return {"preset": preset, "dtype": dtype, "isa": plan.isa, "products_per_second": rate, "layers": rows}
 
 

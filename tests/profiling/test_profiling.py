@@ -28,6 +28,7 @@ from profiling import billion, evidence, harness, peers, roofline, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
+from profiling.cases import neighbours as bench_neighbours
 from profiling.cases import norm_act as bench_norm_act
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
@@ -83,7 +84,7 @@ def test_a_case_checks_before_it_times():
     assert "fast" in absent["missing"] and "seconds" not in absent
     assert result["ratio"] == slow["seconds"]["median"] / exact["seconds"]["median"] > 1
     text = harness.format_case(result)
-    assert "off by 1.00e-01, not timed" in text and "cannot run: ImportError" in text
+    assert "off by 1.0e-01, not timed" in text and "cannot run: ImportError" in text
     ours = Case("ours", lambda: ONES, 1, [Contestant("broken", missing, "ours")])
     with pytest.raises(ImportError):
         harness.run_case(ours)
@@ -341,6 +342,20 @@ def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
     (known,) = evidence.stored(name)
     assert set(stored) == set(known) - {"path", "changed"} | {"parity_tests"} and stored["provenance"]["kernels"]
     assert (tmp_path / f"{name}.png").exists() == (chosen.plot is not None)
+
+
+def test_a_sweep_shows_its_pages_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "gate", lambda name, tests: True)
+    modules = (bench_student, bench_gradient_penalty, bench_neighbours, roofline, billion)
+    sweeps = [sweep for module in modules for sweep in module.SWEEPS.values()]
+    assert all(sweep.tables for sweep in sweeps)
+    for sweep in sweeps:
+        (known,) = evidence.stored(sweep.name)
+        monkeypatch.setattr(harness, "provenance", lambda device, place=known["provenance"]: place)
+        assert harness.Sweep(sweep.name, lambda: known, [], sweep.tables).run(tmp_path)
+        shown, page = capsys.readouterr().out, "\n".join(path.read_text() for path in [*tables.PAGES, tables.BILLION])
+        rows = [line for line in shown.splitlines() if line.startswith("| ")]
+        assert len(rows) > 1 and all(row in page for row in rows[1:]), sweep.name
 
 
 @pytest.mark.parametrize("name", list(ablation.ROWS))
