@@ -396,15 +396,14 @@ def timed(calls, repeats, device):
 
 
 def _ratio(entries):
-    """Time of the fastest that is not ours by the time of our fastest."""
-    fastest = {}
-    for entry in entries:
-        if "seconds" in entry:
-            if entry["kind"] == "floor":
-                continue
-            side = "ours" if entry["kind"] == "ours" else "others"
-            fastest[side] = min(fastest.get(side, float("inf")), entry["seconds"]["median"])
-    return fastest["others"] / fastest["ours"] if len(fastest) == 2 else None
+    """Time of the fastest that is not ours by the time of our fastest; a floor counts for neither."""
+    timed = [
+        (entry["kind"] == "ours", entry["seconds"]["median"])
+        for entry in entries
+        if "seconds" in entry and entry["kind"] != "floor"
+    ]
+    ours, others = ([seconds for own, seconds in timed if own == side] for side in (True, False))
+    return min(others) / min(ours) if ours and others else None
 
 
 def format_case(result):

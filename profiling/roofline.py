@@ -9,7 +9,6 @@ this device, with the count of operations that defines the work; a kernel that m
 """
 
 import functools
-from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
@@ -44,32 +43,23 @@ SIDE = 64
 """Side of the images that single ops are timed on."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One benchmark's case: its work, and what our fastest contestant made of it.
+def limited(point, limits):
+    """A point with its tighter ceiling, the share of the speed that it allows, and operations per byte, None without bytes.
 
-    Attributes:
-        name: of the case.
-        dtype: whose ceiling holds.
-        flop, moved_bytes: that the work needs by definition; either may be 0: none, or not counted beside so many operations.
-        seconds: of a call, as :func:`advkd.runtime.timing.measure` gives them.
+    A point is a benchmark's case and what our fastest contestant made of it: ``name``; ``dtype``, whose ceiling holds; ``flop``
+    and ``moved_bytes`` that the work needs by definition, either 0 where there is none, or not counted beside so many
+    operations; ``seconds`` of a call, as :func:`advkd.runtime.timing.measure` gives them.
     """
+    products, memory = point["flop"] / limits["flops"][point["dtype"]], point["moved_bytes"] / limits["bandwidth"]
+    figures = {
+        "bound": "products" if products > memory else "memory",
+        "fraction": max(products, memory) / point["seconds"]["median"],
+    }
+    return {**point, **figures, "intensity": point["flop"] / point["moved_bytes"] if point["moved_bytes"] else None}
 
-    name: str
-    dtype: str
-    flop: float
-    moved_bytes: float
-    seconds: dict
 
-    def fraction(self, ceilings):
-        """Share of the speed that the tighter of the two ceilings allows."""
-        limit = max(self.flop / ceilings["flops"][self.dtype], self.moved_bytes / ceilings["bandwidth"])
-        return limit / self.seconds["median"]
-
-    def bound(self, ceilings):
-        """The tighter ceiling."""
-        wide = self.flop / ceilings["flops"][self.dtype] > self.moved_bytes / ceilings["bandwidth"]
-        return "products" if wide else "memory"
+def _point(name, dtype, flop, moved_bytes, seconds):
+    return {"name": name, "dtype": dtype, "flop": flop, "moved_bytes": moved_bytes, "seconds": seconds}
 
 
 def ceilings(device):
@@ -110,13 +100,9 @@ def streams():
 
 
 def points(folder, known):
-    """Every stored case of the device whose work is counted, ours alone, and where those were measured.
+    """Points of the device's stored cases whose work is counted (see :func:`limited`), ours alone, and their provenances.
 
-    Args:
-        known: dtypes with a ceiling.
-
-    Returns:
-        A list of :class:`Point`, and a list of provenances. Cases of kernels that have changed since say so in their names.
+    ``known``: dtypes with a ceiling. Cases of kernels that have changed since say so in their names.
     """
     found, places = [], []
     for benchmark in BENCHMARKS:
@@ -129,7 +115,7 @@ def points(folder, known):
                 if ours and (case["moved_bytes"] or case["flop"]):
                     name = f"{benchmark.removeprefix('bench_')}: {case['case']}{old}"
                     work = case["flop"] or 0, case["moved_bytes"] or 0
-                    found.append(Point(name, dtype, *work, min(ours, key=itemgetter("median"))))
+                    found.append(_point(name, dtype, *work, min(ours, key=itemgetter("median"))))
                     places.append(case.get("provenance", result["provenance"]))
     return found, list({place["commit"]: place for place in places}.values())
 
@@ -162,7 +148,7 @@ def op_points(device):
         "image_gradient": (2 * d.numel() * 48, size + gradient, lambda: image_gradient(d, weight, images, stride=2, padding=1)),
     }
     times = timed({name: call for name, (_, _, call) in ops.items()}, 15, device)
-    return [Point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
+    return [_point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
 
 
 def plot(result, path):
@@ -170,28 +156,21 @@ def plot(result, path):
 
     Points without operations stand at the left edge, by their bytes; those without bytes at the right one.
     """
-    found, limits, place = [Point(**point) for point in result["points"]], result["ceilings"], result["provenance"]
+    found, limits, place = result["points"], result["ceilings"], result["provenance"]
     title = f"{place['device']}, {place['threads']} threads"
     with panels(path, path.with_suffix(".svg"), size=(9, 5.5)) as (axes,):
         edge = 0.05
-        right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
+        right = max([10.0, *(2 * p["flop"] / p["moved_bytes"] for p in found if p["moved_bytes"])])
         for dtype, rate in limits["flops"].items():
             ridge = rate / limits["bandwidth"]
             axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
-        for benchmark in sorted({p.name.partition(":")[0] for p in found}):
-            mine = [p for p in found if p.name.startswith(benchmark + ":")]
-            x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
-            y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
+        for benchmark in sorted({p["name"].partition(":")[0] for p in found}):
+            mine = [p for p in found if p["name"].startswith(benchmark + ":")]
+            x = [max(p["flop"] / p["moved_bytes"], edge) if p["moved_bytes"] else right for p in mine]
+            y = [(p["flop"] or edge * p["moved_bytes"]) / p["seconds"]["median"] for p in mine]
             axes.loglog(x, y, "o", label=benchmark, ms=5)
         axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
         axes.legend(fontsize=8)
-
-
-def rows(result):
-    """Rows of a stored result's table; ``intensity``: operations per byte, None without bytes."""
-    limits, found = result["ceilings"], [Point(**point) for point in result["points"]]
-    figures = [(p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
-    return [dict(name=p.name, bound=a, intensity=b, fraction=c) for p, (a, b, c) in zip(found, figures, strict=True)]
 
 
 def _ceilings(result):
@@ -208,7 +187,7 @@ TABLE = Table(
         "FLOP per byte": scaled("intensity", 1, "{:.1f}"),
         "of the limit": scaled("fraction", 100, "{:.0f} %"),
     },
-    rows,
+    lambda result: [limited(point, result["ceilings"]) for point in result["points"]],
     lambda result: [*result["ceilings"]["samples"].values(), *(point["seconds"] for point in result["points"])],
     above=_ceilings,
 )
@@ -221,7 +200,7 @@ def measured(device):
     found, places = points(device_folder(device), limits["flops"])
     found += op_points(device)
     cases = [{"provenance": place} for place in (provenance(device), *places)]
-    return {"ceilings": limits, "points": [vars(p) for p in found], "cases": cases}
+    return {"ceilings": limits, "points": found, "cases": cases}
 
 
 SWEEPS = {"roofline": Sweep("roofline", measured, PARITY_TESTS, [TABLE], plot, {"device": "cpu"})}

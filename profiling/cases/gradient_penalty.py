@@ -9,6 +9,7 @@ second derivative, and has our count of multiply-adds: that is a contestant of i
 twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
 """
 
+import copy
 import functools
 import itertools
 
@@ -41,26 +42,21 @@ def problem(width, size, batch, device="cpu", layout="channels_last", dtype=torc
     return critic, real, fake, torch.rand(batch).to(device)
 
 
-class ConstantSlopes(torch.nn.Module):
+class ConstantSlopes(nn.LeakyReLU):
     """LeakyReLU as a product with slopes that are constants to autograd."""
-
-    def __init__(self, slope):
-        super().__init__()
-        self.slope = slope
 
     def forward(self, x):
         with torch.no_grad():
-            slopes = torch.where(x > 0, 1.0, self.slope)
+            slopes = torch.where(x > 0, 1.0, self.negative_slope)
         return x * slopes
 
 
 def constant_signs(critic):
     """A critic with the same weights, its activations written as :class:`ConstantSlopes`."""
-    other = Critic(critic.config)
-    other.load_state_dict(critic.state_dict(), assign=True)
+    other = copy.deepcopy(critic)
     for part in (other.trunk, other.tail):
         for i, layer in enumerate(part):
-            if isinstance(layer, torch.nn.LeakyReLU):
+            if isinstance(layer, nn.LeakyReLU):
                 part[i] = ConstantSlopes(layer.negative_slope)
     return other
 
@@ -126,10 +122,10 @@ def multiply_adds(critic, size):
     """Per sample and layer, from the image on: convolutions and the last linear map."""
     counts, side = [], size
     for layer in (*critic.trunk, *critic.tail):
-        if isinstance(layer, torch.nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):
             side = (side + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
             counts.append(layer.weight.numel() * side * side)
-        elif isinstance(layer, torch.nn.Linear):
+        elif isinstance(layer, nn.Linear):
             counts.append(layer.weight.numel())
     return counts
 

@@ -479,10 +479,11 @@ def test_parts_name_the_modules_that_measure_them():
 
 def test_a_point_stands_below_the_tighter_ceiling():
     limits = {"flops": {"float32": 1e12}, "bandwidth": 1e11}
-    point = roofline.Point("a: b", "float32", flop=1e12, moved_bytes=1e9, seconds={"median": 2.0})
-    assert point.bound(limits) == "products" and point.fraction(limits) == 0.5
-    point = roofline.Point("a: b", "float32", flop=0, moved_bytes=1e11, seconds={"median": 4.0})
-    assert point.bound(limits) == "memory" and point.fraction(limits) == 0.25
+    point = {"name": "a: b", "dtype": "float32", "flop": 1e12, "moved_bytes": 1e9, "seconds": {"median": 2.0}}
+    figures = {"bound": "products", "fraction": 0.5, "intensity": 1000}
+    assert roofline.limited(point, limits) == {**point, **figures}
+    point |= {"flop": 0, "moved_bytes": 1e11, "seconds": {"median": 4.0}}
+    assert roofline.limited(point, limits) == {**point, "bound": "memory", "fraction": 0.25, "intensity": 0}
 
 
 def test_the_roofline_of_stored_results(tmp_path):
@@ -491,9 +492,9 @@ def test_the_roofline_of_stored_results(tmp_path):
     limits = {"flops": {"float32": 2e11, "bfloat16": 4e11}, "bandwidth": 2e10}
     found, places = roofline.points(folder, limits["flops"])
     assert places and all(place["commit"] for place in places)
-    assert {p.dtype for p in found} == {"float32", "bfloat16"} and len(found) > 20
+    assert {p["dtype"] for p in found} == {"float32", "bfloat16"} and len(found) > 20
     paths = [tmp_path / "roofline.png", tmp_path / "roofline.svg"]
-    roofline.plot({"points": [vars(p) for p in found], "ceilings": limits, "provenance": PLACE}, paths[0])
+    roofline.plot({"points": found, "ceilings": limits, "provenance": PLACE}, paths[0])
     assert paths[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in paths[1].read_bytes()
 
 
@@ -506,7 +507,7 @@ def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
     for name, stored in (("bench_student_cuda", alone), ("gpu_bench_norm_act", part)):
         (tmp_path / f"{name}.json").write_text(json.dumps(stored))
     found, places = roofline.points(tmp_path, ["float32", "bfloat16"])
-    assert [(p.name, p.dtype, p.flop, p.moved_bytes) for p in found] == [
+    assert [tuple(p[key] for key in ("name", "dtype", "flop", "moved_bytes")) for p in found] == [
         ("student: digits, bfloat16, earlier kernels", "bfloat16", 8, 2),
         ("norm_act: digits, bfloat16", "bfloat16", 0, 2),
     ]
@@ -525,7 +526,7 @@ def test_copies_and_ops_have_times(monkeypatch):
         assert moved == 3 * 2**20 and torch.equal(y, x + m)
     monkeypatch.setattr(roofline, "SIDE", 8)
     found = roofline.op_points("cpu")
-    assert len(found) == 6 and all(p.moved_bytes > 0 and p.seconds["median"] > 0 for p in found)
+    assert len(found) == 6 and all(p["moved_bytes"] > 0 and p["seconds"]["median"] > 0 for p in found)
     monkeypatch.setattr(roofline, "MATRIX", 16)
     limits = roofline.ceilings("cpu")
     assert set(limits["flops"]) == {"float32", "bfloat16"} and limits["bandwidth"] > 0 and len(limits["samples"]) >= 3
