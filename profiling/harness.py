@@ -460,12 +460,12 @@ def main(sweeps=None, name="", cases=None, parity_tests=()):
     Args:
         sweeps: ``{name: }`` :class:`Sweep`.
         name: of the benchmark.
-        cases: a dict, or a function of the device that gives one.
+        cases: function of the device that gives a dict.
         parity_tests: of the cases.
     """
-    sweeps, cases = sweeps or {}, cases or {}
-    options = {key: value for sweep in sweeps.values() for key, value in sweep.options.items()}
-    options |= {"device": "cpu"} if callable(cases) else {}
+    sweeps, options = sweeps or {}, {"device": "cpu"}
+    for sweep in sweeps.values():
+        options |= sweep.options
     parser = argparse.ArgumentParser(description="Parity first, then times, as JSON.")
     parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
     parser.add_argument("--only", default="", help="what is measured: cases and sweeps whose name holds this text")
@@ -474,13 +474,13 @@ def main(sweeps=None, name="", cases=None, parity_tests=()):
     for option, default in options.items():
         parser.add_argument(f"--{option}", type=type(default), default=default, help=f"default: {default}")
     given = parser.parse_args()
-    device = getattr(given, "device", "cpu")
-    known = cases(device) if callable(cases) else cases
-    behind = {key: sweep for key, sweep in sweeps.items() if device == "cpu" or "device" in sweep.options}
+    known = cases(given.device) if cases else {}
+    behind = {key: sweep for key, sweep in sweeps.items() if given.device == "cpu" or "device" in sweep.options}
     builds, chosen = ({key: work for key, work in works.items() if given.only in key} for works in (known, behind))
     if not builds and not chosen:
-        parser.error(f"--only {given.only}: no such case on {device} (known: {', '.join([*known, *behind])})")
-    green = not builds or run(name, builds.values(), parity_tests, given.out, device)
+        names = ", ".join([*known, *behind]) or "none, see --device"
+        parser.error(f"--only {given.only}: no such case on {given.device} (known: {names})")
+    green = not builds or run(name, builds.values(), parity_tests, given.out, given.device)
     for sweep in chosen.values():
         green &= sweep.run(given.out, **{option: getattr(given, option) for option in sweep.options})
     sys.exit(0 if green else 1)
