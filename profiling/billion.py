@@ -8,23 +8,20 @@ runs it in every batch and dtype, and the fastest is what counts. The student is
 host.
 """
 
-import argparse
 import copy
 import functools
 import itertools
-from pathlib import Path
 
 import torch
 
-from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
 from . import peers
 from .cases.student import PARITY_TESTS, plausible_student
 from .cases.teacher import Evaluation
-from .evidence import device_alone, source
-from .harness import device_folder, passes, provenance
+from .evidence import Table, source
+from .harness import Sweep, main
 from .trace.workloads import TEACHER
 
 IMAGES = 10**9
@@ -77,57 +74,68 @@ def _per_image(time, images):
     return {key: time[key] / images for key in ("median", "p20", "p80")}
 
 
-def page(results, above=source):
+def costs(result):
+    """A row of every sampler of the teacher, by its fastest engine, and of every student."""
+    student, teacher = ({name: row["median"] for name, row in result[part]["rows"].items()} for part in ("student", "teacher"))
+    fastest = min(teacher, key=teacher.get)
+    rows = {f"teacher, {name} ({fastest})": n * teacher[fastest] for name, n in SAMPLERS.items()}
+    for name, seconds in {**rows, **{f"student, {name}": seconds for name, seconds in student.items()}}.items():
+        hours = IMAGES * seconds / 3600
+        dollars, times = hours * PRICES[result["kind"]][0] * cores(result), seconds / min(student.values())
+        yield {"name": name, "seconds": seconds, "hours": hours, "dollars": dollars, "times": times}
+
+
+def cores(result):
+    """Number of cores that are paid for; a GPU counts as one."""
+    return result["provenance"]["threads"] if result["kind"] == "cpu" else 1
+
+
+def evaluations(result):
+    """A row of every engine of the teacher, by time, and of those that cannot run."""
+    rows = sorted(((row["median"], name) for name, row in result["teacher"]["rows"].items()))
+    found = [{"name": name, "seconds": f"{seconds:.4g}"} for seconds, name in rows]
+    missing = result["teacher"].get("missing", {}).items()
+    return [*found, *({"name": name, "seconds": f"cannot run here: {why}"} for name, why in missing)]
+
+
+COSTS = Table(
+    "billion",
+    {
+        "": "{name}",
+        "seconds per image": "{seconds:.4g}",
+        "device hours": "{hours:,.0f}",
+        "dollars": "{dollars:,.0f}",
+        "against the fastest student": "{times:,.1f} x",
+    },
+    costs,
+    below=lambda r: ["", f"The student draws batches of {r['student']['batch']}. One evaluation of the teacher:", ""],
+)
+EVALUATIONS = Table("billion", {"engine": "{name}", "seconds per image": "{seconds}"}, evaluations)
+
+
+def page(results):
     """The page as text, of stored results."""
     lines = ["# A billion images of 256x256", "", *__doc__.split("\n\n")[2].replace("\n", " ").split("\n"), ""]
     lines += ["Device hours are seconds per image times a billion over 3600. Assumed prices, in dollars per hour: "]
     lines[-1] += ", ".join(f"{price:g} for {what}" for price, what in PRICES.values())
     lines[-1] += ". Energy, storage and the host's writing of pictures are left out on both sides."
     for result in results:
-        place, kind = result["provenance"], result["kind"]
-        units = place["threads"] if kind == "cpu" else 1
-        rate = PRICES[kind][0] * units
         times = [time for part in ("student", "teacher") for time in result[part]["rows"].values()]
-        lines += ["", f"## {place['device']}" + (f", {units} cores" if kind == "cpu" else ""), "", *above(result, times)]
-        lines += ["| | seconds per image | device hours | dollars | against the fastest student |", "|---|---|---|---|---|"]
-        student, teacher = (
-            {name: row["median"] for name, row in result[part]["rows"].items()} for part in ("student", "teacher")
-        )
-        best = min(student.values())
-        fastest = min(teacher, key=teacher.get)
-        rows = {f"teacher, {name} ({fastest})": n * teacher[fastest] for name, n in SAMPLERS.items()}
-        rows |= {f"student, {name}": seconds for name, seconds in student.items()}
-        for name, seconds in rows.items():
-            hours = IMAGES * seconds / 3600
-            figures = (f"{seconds:.4g}", f"{hours:,.0f}", f"{hours * rate:,.0f}", f"{seconds / best:,.1f} x")
-            lines.append("| " + " | ".join((name, *figures)) + " |")
-        lines += [
-            "",
-            f"The student draws batches of {result['student']['batch']}. One evaluation of the teacher:",
-            "",
-        ]
-        lines += ["| engine | seconds per image |", "|---|---|"]
-        lines += [f"| {name} | {seconds:.4g} |" for name, seconds in sorted(teacher.items(), key=lambda row: row[1])]
-        lines += [f"| {name} | cannot run here: {why} |" for name, why in result["teacher"].get("missing", {}).items()]
+        where = result["provenance"]["device"] + (f", {cores(result)} cores" if result["kind"] == "cpu" else "")
+        lines += ["", f"## {where}", "", *source(result, times), *COSTS.of(result), *EVALUATIONS.of(result)]
     if not any(result["kind"] == "cuda" for result in results):
         lines += ["", "No GPU has been measured yet."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("|  |", "| |") + "\n"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Measure what an image of 256x256 costs, teacher's and student's.")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    if not passes(PARITY_TESTS):
-        raise SystemExit("the parity tests failed or none ran, nothing was timed")
-    gpu = options.device != "cpu"
-    result = {"benchmark": "billion", "kind": "cuda" if gpu else "cpu", "provenance": provenance(options.device)}
-    result["student"] = student_seconds(options.device, 64 if gpu else 8)
-    result["teacher"] = teacher_seconds(options.device, (1, 16) if gpu else (1,))
-    write_json(Path(options.out or device_folder(options.device)) / "billion.json", result)
-    print(page([result], device_alone))
+def measured(device):
+    """Seconds per image of both students and of the teacher's evaluation."""
+    gpu = device != "cpu"
+    found = {"benchmark": "billion", "kind": "cuda" if gpu else "cpu", "student": student_seconds(device, 64 if gpu else 8)}
+    return {**found, "teacher": teacher_seconds(device, (1, 16) if gpu else (1,))}
 
+
+SWEEPS = {"billion": Sweep("billion", measured, PARITY_TESTS, [COSTS, EVALUATIONS], options={"device": "cpu"})}
 
 if __name__ == "__main__":
-    main()
+    main(SWEEPS)

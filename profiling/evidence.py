@@ -62,12 +62,8 @@ def source(result, times, sure=""):
         raise InputError(f"{result['path']}: figures without spread are not shown; measure again with repeats")
     commits = list(dict.fromkeys(p["commit"][:8] for p in places(result)))
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items() if version)
-    lines = [
-        f"{place['device']}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}:",
-        "",
-    ]
-    lines[0] = f"{link(result)}: {lines[0]}"
-    return [stale(result) + lines[0], *lines[1:]]
+    where = f"{place['device']}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}"
+    return [f"{stale(result)}{link(result)}: {where}:", ""]
 
 
 def markdown(titles, rows, rule="---"):
@@ -92,7 +88,6 @@ class Table:
         times: function of a result that gives the times whose spread stands in its source.
         sure: as in :func:`source`, for figures that are no times.
         above, below: functions of a result that give further lines.
-        nothing: lines for no result.
     """
 
     name: str
@@ -102,17 +97,19 @@ class Table:
     sure: str = ""
     above: object = lambda result: []
     below: object = lambda result: []
-    nothing: tuple = tuple(NOTHING)
 
     def lines(self):
         """The tables in Markdown."""
         found = []
         for result in stored(self.name):
-            columns = self.columns(result) if callable(self.columns) else self.columns
-            rows = [[_cell(cell, row) for cell in columns.values()] for row in self.rows(result)]
-            found += [*source(result, list(self.times(result)), self.sure), *self.above(result)]
-            found += [*markdown(columns, rows), *self.below(result), ""]
-        return found[:-1] or list(self.nothing)
+            found += [*source(result, list(self.times(result)), self.sure), *self.of(result), ""]
+        return found[:-1] or NOTHING
+
+    def of(self, result):
+        """One result's table, without its source."""
+        columns = self.columns(result) if callable(self.columns) else self.columns
+        rows = [[_cell(cell, row) for cell in columns.values()] for row in self.rows(result)]
+        return [*self.above(result), *markdown(columns, rows), *self.below(result)]
 
 
 def _cell(cell, row):
@@ -122,6 +119,16 @@ def _cell(cell, row):
 def contestants(result):
     """Rows of every case's contestants, with the case's own values."""
     return [{**case, **entry} for case in result["cases"] for entry in case["contestants"]]
+
+
+def time_of(entry):
+    """A cell: a contestant's milliseconds with their spread, or why there are none."""
+    if "missing" in entry:
+        return "cannot run here"
+    if "seconds" not in entry:
+        return f"off by {entry['parity']['error']:.1e}, not timed"
+    median, p20, p80 = (1e3 * entry["seconds"][key] for key in ("median", "p20", "p80"))
+    return f"{median:.2f} ({p20:.2f} to {p80:.2f})"
 
 
 def scaled(path, factor, form, nothing="-"):
@@ -200,28 +207,14 @@ MEASURED = {
 """Result's name -> the kernels in C++ that it measures."""
 UNITS = {"conv_block": ("conv_block", "conv_direct", "conv_dot", "conv_pack", "conv_winograd")}
 """Kernel in C++ for CPUs -> the source files that it consists of, where there are several."""
-ELSEWHERE = {
-    **dict.fromkeys(("layers", "precision", "scaling"), "cases.student"),
-    "step_scaling": "cases.sampler_step",
-    "penalty_scaling": "cases.gradient_penalty",
-    "sample_scaling": "cases.sampling",
-    "demo": "trace.demo",
-    "traces": "trace.nsys",
-    "counters": "trace.ncu",
-    "compare": "trace.compare",
-    "ncu": "trace.ncu",
-    "first_image": "gpu.first_image",
-    "ahead": "limits.ahead",
-    "roofline": "roofline",
-    "billion": "billion",
-}
-"""Result's name -> the module that measures it, where :func:`module_of` has no rule."""
+ELSEWHERE = {"ncu": "trace.ncu", "first_image": "gpu.first_image", "ahead": "limits.ahead"}
+"""Part of a GPU's run -> the module that measures it, where :func:`module_of` has no rule."""
 ON_GPUS = {"conv_block": ("conv_block", "conv_pair", "student_stem"), "student_forward": ()}
 """Kernel in C++ for CPUs -> those that do its work on GPUs, where names differ."""
 
 
 def module_of(name):
-    """The module that measures the results of this name; ``python -m`` runs it."""
+    """The module that measures a benchmark or another part of a GPU's run."""
     return "profiling." + ELSEWHERE.get(name, f"cases.{name.removeprefix('bench_')}")
 
 

@@ -12,9 +12,9 @@ import importlib.util
 import json
 import random
 import re
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,10 +25,14 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests
+from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests, time_of
 
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
+
+
+SEED = 1
+"""Seed of torch's generator at the beginning of a call that is checked."""
 
 
 @dataclass
@@ -78,12 +82,7 @@ def measure_events(calls, repeats=20, warmup=3, device="cuda"):
     for _ in range(repeats):
         for name in shuffler.sample(list(calls), len(calls)):
             times[name].append(_sample(calls[name], counts[name], device) / getattr(calls[name], "units", 1))
-    return {name: {**_summary(values), "calls": counts[name]} for name, values in times.items()}
-
-
-def _summary(values):
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p20": deciles[1], "p80": deciles[7], "repeats": len(values)}
+    return {name: {**timing.percentiles(values), "calls": counts[name]} for name, values in times.items()}
 
 
 def _calls_per_sample(call, warmup, device):
@@ -220,6 +219,12 @@ def _captured(contestant, grad):
     return replace(contestant, name=contestant.name + CAPTURED, prepare=prepare, kind=kind, captured=True)
 
 
+def copying(name, moved_bytes, device):
+    """A floor: a copy that reads and writes so many bytes together."""
+    source, target = (torch.ones(-(-moved_bytes // 8), device=device) for _ in range(2))
+    return Contestant(name, lambda: lambda: target.copy_(source), "floor")
+
+
 @dataclass
 class Case:
     """One piece of work.
@@ -233,9 +238,9 @@ class Case:
         flop: floating-point operations per call (direct count), or None.
         moved_bytes: bytes that a call must at least read and write, or None.
         repeats: timed calls of each contestant.
-        device: where the work is done.
+        device: where the work is done. On a GPU ours that cannot run is recorded instead of raised, and the others are timed;
+            the gate is red all the same.
         notes: other figures of the case, for its JSON.
-        keep_going: record that ours cannot run instead of raising, and time the others; the gate is red all the same.
     """
 
     name: str
@@ -248,7 +253,6 @@ class Case:
     repeats: int = 20
     device: str = "cpu"
     notes: dict = field(default_factory=dict)
-    keep_going: bool = False
 
 
 def provenance(device="cpu"):
@@ -273,8 +277,7 @@ def run(name, cases, parity_tests, out=None, device="cpu"):
         out: folder, default :func:`device_folder`.
         device: where the cases run.
     """
-    if not passes(parity_tests):
-        print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
+    if not gate(name, parity_tests):
         return False
     name += "" if torch.device(device).type == "cpu" else "_cuda"
     green, path = True, Path(out or device_folder(device)) / f"{name}.json"
@@ -302,12 +305,15 @@ EXCUSES = ("absent", "pending")
 """Keys of an entry without a time that is no failure: the optional package that is not installed, or no time as yet."""
 
 
-def passes(parity_tests):
-    """True if pytest passes on these arguments, with at least one test that ran."""
+def gate(name, parity_tests):
+    """True if pytest passes on these arguments, with at least one test that ran; otherwise it says so."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print("\n".join(done.stdout.splitlines()[-1:]), flush=True)
-    return done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
+    green = done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
+    if not green:
+        print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
+    return green
 
 
 def run_case(case, costly=True):
@@ -336,18 +342,18 @@ def _prepare(case, contestant, entry, wanted, calls):
     del entry["missing"], entry["pending"]
     try:
         call = contestant.prepare()
+        torch.manual_seed(SEED)
         found = call()
     except Exception as error:
         absent = absent_package(error)
-        if contestant.kind == "ours" and not case.keep_going and not absent:
+        if contestant.kind == "ours" and not captures(case.device) and not absent:
             raise
         entry["missing"] = f"{type(error).__name__}: {reason(error)}"
         if absent:
             entry["absent"] = absent
         return
     if contestant.kind != "floor":
-        whole = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
-        error = largest_difference(whole, contestant.oracle() if contestant.oracle else wanted)
+        error = largest_difference(found, contestant.oracle() if contestant.oracle else wanted)
         entry["parity"] = {"error": error, "tolerance": case.tolerance, "passed": bool(error <= case.tolerance)}
         if not entry["parity"]["passed"]:
             return
@@ -362,17 +368,9 @@ def absent_package(error):
 
 
 def largest_difference(found, wanted):
-    """Largest absolute difference, infinite where shapes differ; in float64 on ``found``'s device, some samples at a time."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    found, wanted = torch.atleast_1d(found), torch.atleast_1d(wanted)
-    rows = max(1, PIECE * max(len(found), 1) // max(found.numel(), 1))
-    pieces = zip(found.split(rows), wanted.split(rows), strict=True)
-    return torch.stack([(a.double() - b.to(a.device).double()).abs().max().cpu() for a, b in pieces]).max().item()
-
-
-PIECE = 2**24
-"""About how many numbers are compared at a time."""
+    """Largest absolute difference on ``found``'s device, which may be a list of images; infinite where shapes differ."""
+    found = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
+    return float("inf") if found.shape != wanted.shape else (found - wanted.to(found.device)).abs().max().item()
 
 
 def _result(case, entries, calls):
@@ -398,59 +396,93 @@ def timed(calls, repeats, device):
 
 
 def _ratio(entries):
-    """Time of the fastest that is not ours by the time of our fastest."""
-    fastest = {}
-    for entry in entries:
-        if "seconds" in entry:
-            if entry["kind"] == "floor":
-                continue
-            side = "ours" if entry["kind"] == "ours" else "others"
-            fastest[side] = min(fastest.get(side, float("inf")), entry["seconds"]["median"])
-    return fastest["others"] / fastest["ours"] if len(fastest) == 2 else None
+    """Time of the fastest that is not ours by the time of our fastest; a floor counts for neither."""
+    timed = [
+        (entry["kind"] == "ours", entry["seconds"]["median"])
+        for entry in entries
+        if "seconds" in entry and entry["kind"] != "floor"
+    ]
+    ours, others = ([seconds for own, seconds in timed if own == side] for side in (True, False))
+    return min(others) / min(ours) if ours and others else None
 
 
 def format_case(result):
     """A case's result as text."""
-    lines = [f"{result['case']} ({result['images']} images)"]
-    for entry in result["contestants"]:
-        if "missing" in entry:
-            lines.append(f"  {entry['name']:32} cannot run: {entry['missing']}")
-        elif "seconds" not in entry:
-            lines.append(f"  {entry['name']:32} off by {entry['parity']['error']:.2e}, not timed")
-        else:
-            median, p20, p80 = (1e3 * entry["seconds"][k] for k in ("median", "p20", "p80"))
-            lines.append(f"  {entry['name']:32} {median:9.3f} ms  ({p20:.3f} .. {p80:.3f})")
-    return "\n".join(lines)
+    entries = [(e["name"], f"cannot run: {e['missing']}" if "missing" in e else time_of(e)) for e in result["contestants"]]
+    return "\n".join([f"{result['case']} ({result['images']} images), ms", *(f"  {name:32} {said}" for name, said in entries)])
 
 
-def main(name, cases, parity_tests, sweeps=None):
-    """The command line of a benchmark.
+@dataclass(frozen=True)
+class Sweep:
+    """Figures without contestants: of one piece of work by batch, size, threads, processes or engine.
+
+    Attributes:
+        name: of ``<name>.json``, and of its plot.
+        measure: function of the options that gives the result.
+        parity_tests: pytest arguments; they must pass before anything is timed.
+        tables: :class:`profiling.evidence.Table` of the result, for the terminal.
+        plot: function of the result and a path, or None.
+        options: ``{name: default}`` of the values that ``measure`` takes, which the command line takes too; ``device`` is that
+            of the result.
+    """
+
+    name: str
+    measure: Callable
+    parity_tests: list
+    tables: tuple = ()
+    plot: Callable | None = None
+    options: dict = field(default_factory=dict)
+
+    def run(self, out=None, **options):
+        """Measure and store; returns whether the parity tests were green.
+
+        Args:
+            out: folder, default :func:`device_folder`.
+            options: those that differ from their defaults.
+        """
+        if not gate(self.name, self.parity_tests):
+            return False
+        options = {**self.options, **options}
+        device = options.get("device", "cpu")
+        path = Path(out or device_folder(device)) / f"{self.name}.json"
+        result = {**self.measure(**options), "parity_tests": self.parity_tests, "provenance": provenance(device)}
+        write_json(path, result)
+        if self.plot:
+            self.plot(result, path.with_suffix(".png"))
+        shown = {**result, "path": str(path)}
+        print(path, *(line for table in self.tables for line in table.of(shown)), sep="\n", flush=True)
+        return True
+
+
+def main(sweeps=None, name="", cases=None, parity_tests=()):
+    """The command line of what is measured: a benchmark's cases and, on a CPU, the sweeps that follow them.
 
     Args:
+        sweeps: ``{name: }`` :class:`Sweep`.
         name: of the benchmark.
-        cases: a dict, or a function of the device that gives one.
+        cases: function of the device that gives a dict.
         parity_tests: of the cases.
-        sweeps: ``{name: }`` :class:`profiling.sweep.Sweep` that follow the cases on a CPU.
     """
-    parser = argparse.ArgumentParser(description=f"Benchmark {name}: parity first, then times, as JSON.")
-    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
-    parser.add_argument("--only", help="cases, or sweeps, whose name holds this text")
-    if callable(cases):
-        parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    sweeps = sweeps or {}
+    sweeps, options = sweeps or {}, {"device": "cpu"}
     for sweep in sweeps.values():
-        for option, default in sweep.options.items():
-            parser.add_argument(f"--{option}", type=int, default=default, help=f"of {sweep.name} (default: {default})")
-    options = parser.parse_args()
-    device = getattr(options, "device", "cpu")
-    known = {**(cases(device) if callable(cases) else cases), **(sweeps if device == "cpu" else {})}
-    chosen = {key: work for key, work in known.items() if not options.only or options.only in key}
-    if not chosen:
-        parser.error(f"--only {options.only}: no such case (known: {', '.join(known)})")
-    builds = [work for key, work in chosen.items() if key not in sweeps]
-    green = run(name, builds, parity_tests, options.out, device) if builds else True
-    for sweep in [work for key, work in chosen.items() if key in sweeps]:
-        green &= sweep.run(options.out, **{option: getattr(options, option) for option in sweep.options})
+        options |= sweep.options
+    parser = argparse.ArgumentParser(description="Parity first, then times, as JSON.")
+    parser.add_argument("--out", help="folder for the JSON (default: profiling/results/<device>)")
+    parser.add_argument("--only", default="", help="what is measured: cases and sweeps whose name holds this text")
+    for key in sweeps:
+        parser.add_argument(f"--{key}", dest="only", action="store_const", const=key, help=f"the same as --only {key}")
+    for option, default in options.items():
+        parser.add_argument(f"--{option}", type=type(default), default=default, help=f"default: {default}")
+    given = parser.parse_args()
+    known = cases(given.device) if cases else {}
+    behind = {key: sweep for key, sweep in sweeps.items() if given.device == "cpu" or "device" in sweep.options}
+    builds, chosen = ({key: work for key, work in works.items() if given.only in key} for works in (known, behind))
+    if not builds and not chosen:
+        names = ", ".join([*known, *behind]) or "none, see --device"
+        parser.error(f"--only {given.only}: no such case on {given.device} (known: {names})")
+    green = not builds or run(name, builds.values(), parity_tests, given.out, given.device)
+    for sweep in chosen.values():
+        green &= sweep.run(given.out, **{option: getattr(given, option) for option in sweep.options})
     sys.exit(0 if green else 1)
 
 

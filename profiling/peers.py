@@ -64,7 +64,7 @@ def many_networks():
     return dynamo.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
 
 
-def onnx_runtime(module, x):
+def onnx_runtime(module, x, dtype=torch.float32):
     """ONNX Runtime with all graph optimisations, as many threads as torch."""
     import onnx  # noqa: F401
     import onnxruntime
@@ -145,18 +145,13 @@ def _quiet():
             os.close(copy)
 
 
-def graphed(module, x, dtype):
-    """The same launches as one CUDA graph."""
+def graphed(module, x, dtype, mode=None, more=()):
+    """The same launches as one CUDA graph, on x and more inputs in turn; with a mode, torch.compile's without its guards."""
     module, x = prepared(module, x, dtype)
-    return Replay(lambda i: module(x))
-
-
-def compiled_graph(module, x, dtype, mode="default"):
-    """torch.compile's kernels as a CUDA graph of ours, replayed without torch.compile's guards."""
-    module, x = prepared(module, x, dtype)
+    inputs = [x, *(other.to(dtype).contiguous(memory_format=torch.channels_last) for other in more)]
     with many_networks():
-        function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
-        return Replay(lambda i: function(x))
+        function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode) if mode else module
+        return Replay(lambda i: function(inputs[i]), len(inputs))
 
 
 def cudnn_graph(module, x, dtype):
@@ -305,23 +300,10 @@ def _stream(device):
 
 
 def tensorrt(module, x, dtype):
-    """TensorRT, strongly typed, its optimiser at its highest level, as one CUDA graph; through torch_tensorrt where that is."""
-    module, x = prepared(module, x, dtype)
-    try:
-        import torch_tensorrt
-    except ImportError:
-        run = _tensorrt_engine(module, x)
-        return Replay(lambda i: run())
-    options = {"use_explicit_typing": True, "optimization_level": 5, "min_block_size": 1}
-    with torch.no_grad():
-        function = torch_tensorrt.compile(module, ir="dynamo", inputs=[x], **options)
-    return Replay(lambda i: function(x))
-
-
-def _tensorrt_engine(module, x):
-    """The module through ONNX as a TensorRT engine; a function that starts it on torch's stream and gives its output."""
+    """TensorRT, strongly typed, its optimiser at its highest level, through ONNX, as one CUDA graph."""
     import tensorrt
 
+    module, x = prepared(module, x, dtype)
     buffer = io.BytesIO()
     torch.onnx.export(module, (x,), buffer, input_names=["x"], output_names=["y"], opset_version=17, dynamo=False)
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -344,9 +326,9 @@ def _tensorrt_engine(module, x):
     context.set_tensor_address("x", given.data_ptr())
     context.set_tensor_address("y", found.data_ptr())
 
-    def run():
+    def run(i):
         context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         # The engine reads and writes memory of these tensors, and belongs to its runtime.
         return found if given is not None and engine is not None else None
 
-    return run
+    return Replay(run)

@@ -8,11 +8,8 @@ this device, with the count of operations that defines the work; a kernel that m
 100 %. The ops that no benchmark times alone are timed here, on 64 images of 64 channels and 64x64.
 """
 
-import argparse
 import functools
-from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 
@@ -29,14 +26,15 @@ from advkd.ops.conv_bias_act_mask import bias_act_mask
 from advkd.ops.mask_mul import mask_bytes
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.extension import extension_gap
-from advkd.runtime.files import write_json
 from advkd.runtime.timing import measure, percentiles
 
-from .evidence import changed
+from .evidence import Table, changed, scaled
 from .gpu import summary as gpu_summary
-from .harness import device_folder, peaks, provenance, read, timed
+from .harness import Sweep, device_folder, main, peaks, provenance, read, timed
 from .sweep import panels
 
+OPS = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "philox", "image_gradient")
+PARITY_TESTS = [f"tests/ops/test_{name}.py" for name in OPS]
 BENCHMARKS = ("bench_student", "bench_teacher", "bench_sampler_step", "bench_norm_act", "bench_gradient_penalty")
 STREAM_BYTES, MATRIX = (2**28, 48 * 2**20), 1536
 """Bytes of the tensors that are moved, and rows of the matrices: larger than any cache, and as the ops' own benchmarks."""
@@ -45,32 +43,23 @@ SIDE = 64
 """Side of the images that single ops are timed on."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One benchmark's case: its work, and what our fastest contestant made of it.
+def limited(point, limits):
+    """A point with its tighter ceiling, the share of the speed that it allows, and operations per byte, None without bytes.
 
-    Attributes:
-        name: of the case.
-        dtype: whose ceiling holds.
-        flop, moved_bytes: that the work needs by definition; either may be 0: none, or not counted beside so many operations.
-        seconds: of a call, as :func:`advkd.runtime.timing.measure` gives them.
+    A point is a benchmark's case and what our fastest contestant made of it: ``name``; ``dtype``, whose ceiling holds; ``flop``
+    and ``moved_bytes`` that the work needs by definition, either 0 where there is none, or not counted beside so many
+    operations; ``seconds`` of a call, as :func:`advkd.runtime.timing.measure` gives them.
     """
+    products, memory = point["flop"] / limits["flops"][point["dtype"]], point["moved_bytes"] / limits["bandwidth"]
+    figures = {
+        "bound": "products" if products > memory else "memory",
+        "fraction": max(products, memory) / point["seconds"]["median"],
+    }
+    return {**point, **figures, "intensity": point["flop"] / point["moved_bytes"] if point["moved_bytes"] else None}
 
-    name: str
-    dtype: str
-    flop: float
-    moved_bytes: float
-    seconds: dict
 
-    def fraction(self, ceilings):
-        """Share of the speed that the tighter of the two ceilings allows."""
-        limit = max(self.flop / ceilings["flops"][self.dtype], self.moved_bytes / ceilings["bandwidth"])
-        return limit / self.seconds["median"]
-
-    def bound(self, ceilings):
-        """The tighter ceiling."""
-        wide = self.flop / ceilings["flops"][self.dtype] > self.moved_bytes / ceilings["bandwidth"]
-        return "products" if wide else "memory"
+def _point(name, dtype, flop, moved_bytes, seconds):
+    return {"name": name, "dtype": dtype, "flop": flop, "moved_bytes": moved_bytes, "seconds": seconds}
 
 
 def ceilings(device):
@@ -111,13 +100,9 @@ def streams():
 
 
 def points(folder, known):
-    """Every stored case of the device whose work is counted, ours alone, and where those were measured.
+    """Points of the device's stored cases whose work is counted (see :func:`limited`), ours alone, and their provenances.
 
-    Args:
-        known: dtypes with a ceiling.
-
-    Returns:
-        A list of :class:`Point`, and a list of provenances. Cases of kernels that have changed since say so in their names.
+    ``known``: dtypes with a ceiling. Cases of kernels that have changed since say so in their names.
     """
     found, places = [], []
     for benchmark in BENCHMARKS:
@@ -130,7 +115,7 @@ def points(folder, known):
                 if ours and (case["moved_bytes"] or case["flop"]):
                     name = f"{benchmark.removeprefix('bench_')}: {case['case']}{old}"
                     work = case["flop"] or 0, case["moved_bytes"] or 0
-                    found.append(Point(name, dtype, *work, min(ours, key=itemgetter("median"))))
+                    found.append(_point(name, dtype, *work, min(ours, key=itemgetter("median"))))
                     places.append(case.get("provenance", result["provenance"]))
     return found, list({place["commit"]: place for place in places}.values())
 
@@ -163,55 +148,62 @@ def op_points(device):
         "image_gradient": (2 * d.numel() * 48, size + gradient, lambda: image_gradient(d, weight, images, stride=2, padding=1)),
     }
     times = timed({name: call for name, (_, _, call) in ops.items()}, 15, device)
-    return [Point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
+    return [_point(f"op: {name}", "float32", *ops[name][:2], times[name]) for name in ops]
 
 
-def plot(found, limits, paths, title):
+def plot(result, path):
     """Log-log: operations per second by operations per byte.
 
     Points without operations stand at the left edge, by their bytes; those without bytes at the right one.
     """
-    with panels(*paths, size=(9, 5.5)) as (axes,):
+    found, limits, place = result["points"], result["ceilings"], result["provenance"]
+    title = f"{place['device']}, {place['threads']} threads"
+    with panels(path, path.with_suffix(".svg"), size=(9, 5.5)) as (axes,):
         edge = 0.05
-        right = max([10.0, *(2 * p.flop / p.moved_bytes for p in found if p.moved_bytes)])
+        right = max([10.0, *(2 * p["flop"] / p["moved_bytes"] for p in found if p["moved_bytes"])])
         for dtype, rate in limits["flops"].items():
             ridge = rate / limits["bandwidth"]
             axes.loglog([edge, ridge, right], [edge * limits["bandwidth"], rate, rate], "-", label=f"ceiling, {dtype}", lw=1)
-        for benchmark in sorted({p.name.partition(":")[0] for p in found}):
-            mine = [p for p in found if p.name.startswith(benchmark + ":")]
-            x = [max(p.flop / p.moved_bytes, edge) if p.moved_bytes else right for p in mine]
-            y = [(p.flop or edge * p.moved_bytes) / p.seconds["median"] for p in mine]
+        for benchmark in sorted({p["name"].partition(":")[0] for p in found}):
+            mine = [p for p in found if p["name"].startswith(benchmark + ":")]
+            x = [max(p["flop"] / p["moved_bytes"], edge) if p["moved_bytes"] else right for p in mine]
+            y = [(p["flop"] or edge * p["moved_bytes"]) / p["seconds"]["median"] for p in mine]
             axes.loglog(x, y, "o", label=benchmark, ms=5)
         axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
         axes.legend(fontsize=8)
 
 
-def rows(result):
-    """Rows of a stored result's table; ``intensity``: operations per byte, None without bytes."""
-    limits, found = result["ceilings"], [Point(**point) for point in result["points"]]
-    figures = [(p.bound(limits), p.flop / p.moved_bytes if p.moved_bytes else None, p.fraction(limits)) for p in found]
-    return [dict(name=p.name, bound=a, intensity=b, fraction=c) for p, (a, b, c) in zip(found, figures, strict=True)]
+def _ceilings(result):
+    limits = result["ceilings"]
+    rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
+    return [f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", help="folder for the results (default: profiling/results/<device>)")
-    options = parser.parse_args()
-    folder = device_folder(options.device)
-    limits = ceilings(options.device)
+TABLE = Table(
+    "roofline",
+    {
+        "case": "{name}",
+        "bound by": "{bound}",
+        "FLOP per byte": scaled("intensity", 1, "{:.1f}"),
+        "of the limit": scaled("fraction", 100, "{:.0f} %"),
+    },
+    lambda result: [limited(point, result["ceilings"]) for point in result["points"]],
+    lambda result: [*result["ceilings"]["samples"].values(), *(point["seconds"] for point in result["points"])],
+    above=_ceilings,
+)
+
+
+def measured(device):
+    """Ceilings, and the points of stored benchmarks and of ops timed here; ``cases`` names the commits of all points."""
+    limits = ceilings(device)
     keep_freed_memory()
-    found, places = points(folder, limits["flops"])
-    found += op_points(options.device)
-    place = provenance(options.device)
-    cases = [{"provenance": other} for other in (place, *places)]
-    result = {"ceilings": limits, "points": [vars(p) for p in found], "cases": cases, "provenance": place}
-    out = Path(options.out or folder)
-    write_json(out / "roofline.json", result)
-    plot(found, limits, [out / "roofline.png", out / "roofline.svg"], f"{place['device']}, {place['threads']} threads")
-    for row in rows(result):
-        print(f"{row['name']:60} {row['bound']:9} {row['intensity'] or 0:9.1f} FLOP/B {100 * row['fraction']:6.1f} %")
+    found, places = points(device_folder(device), limits["flops"])
+    found += op_points(device)
+    cases = [{"provenance": place} for place in (provenance(device), *places)]
+    return {"ceilings": limits, "points": found, "cases": cases}
 
+
+SWEEPS = {"roofline": Sweep("roofline", measured, PARITY_TESTS, [TABLE], plot, {"device": "cpu"})}
 
 if __name__ == "__main__":
-    main()
+    main(SWEEPS)

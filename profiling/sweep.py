@@ -1,61 +1,12 @@
-"""Figures without contestants: of one piece of work by batch, size, threads or processes, as JSON, with a plot of them."""
+"""Plots of figures by batch, size, threads or processes, and the memory of a process."""
 
-import argparse
 import contextlib
+import multiprocessing
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from advkd.runtime.files import replacing, write_json
-
-from .harness import device_folder, passes, provenance
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What one command, or a part of it, measures.
-
-    Attributes:
-        name: of ``<name>.json``, and of its plot.
-        measure: function that gives the result.
-        parity_tests: pytest arguments; they must pass before anything is timed.
-        said: function of the result that gives lines for the terminal.
-        plot: function of the result and a path, or None.
-        options: ``{name: default}`` of the numbers that ``measure`` takes, which a benchmark's command line takes too.
-    """
-
-    name: str
-    measure: Callable
-    parity_tests: list
-    said: Callable = lambda result: ()
-    plot: Callable | None = None
-    options: dict = field(default_factory=dict)
-
-    def run(self, out=None, **options):
-        """Measure and store; returns whether the parity tests were green.
-
-        Args:
-            out: folder, default :func:`device_folder`.
-            options: those that differ from their defaults.
-        """
-        if not passes(self.parity_tests):
-            print(f"{self.name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)
-            return False
-        out = Path(out or device_folder())
-        result = {**self.measure(**{**self.options, **options}), "parity_tests": self.parity_tests, "provenance": provenance()}
-        write_json(out / f"{self.name}.json", result)
-        if self.plot:
-            self.plot(result, out / f"{self.name}.png")
-        print(*self.said(result), sep="\n", flush=True)
-        return True
-
-    def main(self, description):
-        """The command line of a sweep that stands alone."""
-        parser = argparse.ArgumentParser(description=description)
-        parser.add_argument("--out", help="folder for the results (default: profiling/results/<device>)")
-        sys.exit(0 if self.run(parser.parse_args().out) else 1)
+from advkd.runtime.files import replacing
 
 
 @contextlib.contextmanager
@@ -124,3 +75,9 @@ def forget_peak():
 def memory(name):
     """Bytes of this process: ``VmRSS``, what it holds, or ``VmHWM``, the most that it has held."""
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def apart(function, *arguments):
+    """Result of a function of a module in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -15,33 +15,13 @@ from advkd.runtime.files import write_bytes
 from . import billion, roofline
 from .cases import neighbours
 from .cases import tables as cases
-from .evidence import NOTHING, ROOT, Table, checked, figure, link, module_of, scaled, source, stale, stored
+from .evidence import NOTHING, ROOT, checked, figure, link, source, stale, stored
 from .gpu import tables as gpu
 from .limits import guarantees, instruction_counts
 from .trace import compare, demo, ncu, timeline
 
 PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md", ROOT / "docs" / "guarantees.md")
 BILLION = ROOT / "docs" / "billion.md"
-
-
-def _ceilings(result):
-    limits = result["ceilings"]
-    rates = ", ".join(f"{1e-9 * rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["flops"].items())
-    return [f"Ceilings: {rates}, {1e-9 * limits['bandwidth']:.1f} GB/s moving memory.", ""]
-
-
-ROOFLINE = Table(
-    "roofline",
-    {
-        "case": "{name}",
-        "bound by": "{bound}",
-        "FLOP per byte": scaled("intensity", 1, "{:.1f}"),
-        "of the limit": scaled("fraction", 100, "{:.0f} %"),
-    },
-    roofline.rows,
-    lambda result: [*result["ceilings"]["samples"].values(), *(point["seconds"] for point in result["points"])],
-    above=_ceilings,
-)
 
 
 def counts():
@@ -93,7 +73,7 @@ def _figures(name, value, text):
     def linked():
         results = stored(name)
         if not results:
-            raise InputError(f"no result {name}.json holds a figure that a page states: python -m {module_of(name)}")
+            raise InputError(f"no result {name}.json holds a figure that a page states")
         found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
         return " and ".join(f"{made} ({device})" for made, device in found)
 
@@ -112,7 +92,7 @@ FIGURES = {
 """Name of a figure in a sentence -> what makes its link."""
 TABLES = {
     **{name: table.lines for name, table in cases.TABLES.items()},
-    "roofline": ROOFLINE.lines,
+    "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,
     "neighbours_idle": neighbours.IDLE_TABLE.lines,

@@ -11,7 +11,7 @@ one goes on; several processes may share the rows by ``--only``. The table is ``
 
 import argparse
 import json
-import resource
+import os
 import shlex
 import subprocess
 import sys
@@ -20,12 +20,12 @@ from pathlib import Path
 from advkd.data.trajectories import Trajectories
 from advkd.errors import InputError
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
-from advkd.evaluation.report import seconds
 from advkd.models.shape import PRESETS
-from advkd.runtime.files import read_json, write_json
+from advkd.runtime.files import write_json
 from advkd.runtime.timing import provenance
 
 from ..harness import device_folder
+from .tables import TABLES
 
 BASE = {
     "updates": 400,
@@ -62,73 +62,50 @@ ROWS = {
     "narrower student (460,017 parameters)": {"channels": NARROW},
 }
 STUDENT_FIELDS = ("detail_noise", "channels")
+KEPT = ("frechet", "frechet_interval", "times_floor", "floor", "precision", "recall", "recall_of_other", "diversity")
+"""The figures of an evaluation that are kept."""
 
 
 def command(name, trajectories, out):
     """The row's ``advkd distill`` command line, as a list; a student of its own shape is in ``<out>-student.json``."""
-    options = {key: value for key, value in {**BASE, **ROWS[name]}.items() if key not in STUDENT_FIELDS}
+    options = {key: value for key, value in {**BASE, **ROWS[name]}.items() if key not in STUDENT_FIELDS and value is not None}
     preset = f"{out}-student.json" if set(ROWS[name]) & set(STUDENT_FIELDS) else "digits"
-    folders = [trajectories] if isinstance(trajectories, str) else trajectories
-    line = ["advkd", "distill", *(word for folder in folders for word in ("--trajectories", str(folder)))]
+    line = ["advkd", "distill", *(word for folder in trajectories for word in ("--trajectories", str(folder)))]
     line += ["--preset", preset, "--out", str(out)]
-    for key, value in options.items():
-        if value is True:
-            line.append(f"--{key}")
-        elif value is not None:
-            line += [f"--{key}", str(value)]
-    return line
+    words = ([f"--{key}"] if value is True else [f"--{key}", str(value)] for key, value in options.items())
+    return [*line, *(word for pair in words for word in pair)]
 
 
-def student_shape(changes):
-    """The digits preset's configuration with some fields changed; detail noise replaces the latent's high coefficients."""
-    config = PRESETS["digits"]
+def student_shape(name):
+    """The digits preset's configuration with a row's changes, or None; detail noise replaces the latent's high coefficients."""
+    changes, config = {key: ROWS[name][key] for key in STUDENT_FIELDS if key in ROWS[name]}, PRESETS["digits"]
     shape = {"image_size": config.image_size, "image_channels": config.image_channels, "channels": list(config.channels)}
-    return {**shape, "latent_size": 1 if changes.get("detail_noise") else config.latent_size, **changes}
+    return {**shape, "latent_size": 1 if "detail_noise" in changes else config.latent_size, **changes} if changes else None
 
 
 def run_row(name, trajectories, samples, folder, num):
     """Distil and measure one row; its figures go to ``<folder>/<slug>.json``."""
     slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    out, record = folder / slug, folder / f"{slug}.json"
-    shape = {key: value for key, value in ROWS[name].items() if key in STUDENT_FIELDS}
-    what = {"name": name, "command": shlex.join(command(name, "paths", slug)), "num": num}
-    what |= {"student": student_shape(shape) if shape else None, "manifests": Trajectories(*trajectories).manifests}
+    out, record, student = folder / slug, folder / f"{slug}.json", student_shape(name)
+    what = {"name": name, "command": shlex.join(command(name, ["paths"], slug)), "num": num, "student": student}
+    what |= {"manifests": Trajectories(*trajectories).manifests}
     if record.exists():
-        stored = read_json(record, "row", ("name",))
-        changed = [key for key in what if stored.get(key) != what[key]]
-        if changed:
-            raise InputError(f"{record} was made with another {', '.join(changed)}: name another --out")
+        if not what.items() <= json.loads(record.read_text()).items():
+            raise InputError(f"{record} was made otherwise: name another --out")
         return
-    if shape:
-        write_json(f"{out}-student.json", student_shape(shape))
+    if student:
+        write_json(f"{out}-student.json", student)
     line, resumed = command(name, trajectories, out), (out / "checkpoint.safetensors").exists()
-    before = _cpu_seconds()
+    before = os.times()
     subprocess.run([sys.executable, "-m", "advkd.cli", *line[1:], *(["--resume"] if resumed else [])], check=True)
     # Only the last part's time of a killed run is known.
-    spent = None if resumed else _cpu_seconds() - before
+    now = os.times()
+    spent = now.children_user + now.children_system - before.children_user - before.children_system
     result = evaluate_student(out, "digits", EvaluationConfig(num=num, real="none", resamples=100), out / "evaluation", samples)
-    write_json(record, {**what, "cpu_seconds": spent, **_figures(result), "provenance": provenance()})
-
-
-def _figures(result):
     row = result["rows"][0]
-    names = ("frechet", "frechet_interval", "times_floor", "floor", "precision", "recall", "recall_of_other", "diversity")
-    figures = {name: row[name] for name in names}
-    figures |= {"at_infinity": row["frechet_at_infinity"]["value"], "correlation": result["pairs"]["correlation"]}
-    return {**figures, "score": result["score"], "parameters": result["models"]["student"]["parameters"]}
-
-
-def _cpu_seconds():
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def collect(folder, out):
-    """The table of all rows that are there, in order."""
-    records = {record["name"]: record for path in folder.glob("*.json") if "name" in (record := json.loads(path.read_text()))}
-    runs = [records[name] for name in ROWS if name in records]
-    write_json(Path(out) / "ablation.json", {"runs": runs, "budget": BASE, "provenance": provenance()})
-    return runs
+    figures = {key: row[key] for key in KEPT} | {"at_infinity": row["frechet_at_infinity"]["value"], "score": result["score"]}
+    figures |= {"correlation": result["pairs"]["correlation"], "parameters": result["models"]["student"]["parameters"]}
+    write_json(record, {**what, "cpu_seconds": None if resumed else spent, **figures, "provenance": provenance()})
 
 
 def main():
@@ -148,11 +125,13 @@ def main():
     if pairs < 8192 or samples < 2 * options.num:
         parser.error(f"8,192 pairs and {2 * options.num} samples are needed, {pairs} and {samples} are there")
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         run_row(name, options.trajectories, options.teacher_samples, folder, options.num)
-    for run in collect(folder, options.results or device_folder()):
-        print(f"{run['name']:45} {run['times_floor']:6.2f} x floor  recall {run['recall']:.3f}  {seconds(run)} s")
+    # The table of all rows that are there, in order.
+    records = {row["name"]: row for path in folder.glob("*.json") if "name" in (row := json.loads(path.read_text()))}
+    result = {"runs": [records[name] for name in ROWS if name in records], "budget": BASE, "provenance": provenance()}
+    write_json(Path(options.results or device_folder()) / "ablation.json", result)
+    print(*TABLES["ablation"].of(result), sep="\n")
 
 
 if __name__ == "__main__":

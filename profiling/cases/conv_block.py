@@ -10,7 +10,6 @@ after initialisation, and everybody reads inputs of the case's dtype; the oracle
 import copy
 import functools
 import json
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +23,7 @@ from advkd.ops.student_steps import pack_gpu, run_step
 from .. import peers
 from ..harness import Case, Contestant, Replay, main, measure_events, set_tf32, sets_beyond_cache
 from ..limits import predictions
-from .student import GPU_DTYPES, Folded, gpu_rates
+from .student import BY_HAND, GPU_DTYPES, Folded, gpu_rates
 
 PARITY_TESTS = [
     "tests/ops/test_conv_block.py",
@@ -99,7 +98,7 @@ def case(name, batch, dtype, device="cuda"):
     inputs = torch.randn(shape, generator=generator, device=device).to(kind)
     with torch.no_grad():
         wanted = copy.deepcopy(chain.module(False)).double().to(device)(inputs[0].double()).cpu()
-    plain = _peer(chain.module(False), inputs[:1], kind)()
+    plain = peers.graphed(chain.module(False), inputs[0], kind)()
     error = (plain.double().cpu() - wanted).abs().max().item()
     # Where operands are rounded cuDNN's error is the measure; full float32 is exact to a few roundings of long sums.
     tolerance = 1e-5 * wanted.abs().max().item() if product == "f32" else 4 * error
@@ -113,7 +112,7 @@ def case(name, batch, dtype, device="cuda"):
     }
     contestants = [*_ours(chain, inputs, kind, product), *_peers(chain, inputs, kind)]
     title = f"{name}, batch {batch}, {dtype}"
-    figures = {"flop": work, "moved_bytes": moved, "repeats": 20, "notes": notes, "keep_going": True}
+    figures = {"flop": work, "moved_bytes": moved, "repeats": 20, "notes": notes}
     return Case(title, lambda: wanted, tolerance, contestants, batch, device=device, **figures)
 
 
@@ -173,27 +172,19 @@ def _stored(x, layer):
     return found
 
 
-def _peer(module, inputs, kind, compiled=False):
-    module, _ = peers.prepared(module, inputs[0], kind)
-    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-    if compiled:
-        # Its own graphs would copy their inputs; ours captures what it has found.
-        module = torch.compile(module, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    with peers.many_networks():
-        return Replay(lambda i: module(inputs[i]), len(inputs))
-
-
 def _peers(chain, inputs, kind):
-    folded = (False, True) if any(layer.upsample for layer in chain.layers) else (False,)
+    """cuDNN's kernels and the compiler's, in graphs of ours: torch.compile's own would copy their inputs."""
     found = []
-    for transposed in folded:
-        suffix = ", conv_transpose2d" if transposed else ""
-        module = functools.partial(chain.module, transposed)
-        found.append(
-            Contestant(f"cuDNN{suffix}", lambda m=module: _peer(m(), inputs, kind), "peer" if transposed else "baseline")
-        )
-        compiled = functools.partial(lambda m: _peer(m(), inputs, kind, True), module)
-        found.append(Contestant(f"torch.compile, max-autotune{suffix}", compiled, costly=True))
+    for by_hand in (False, True) if any(layer.upsample for layer in chain.layers) else (False,):
+
+        def prepare(mode=None, by_hand=by_hand):
+            return peers.graphed(chain.module(by_hand), inputs[0], kind, mode, inputs[1:])
+
+        compiled = functools.partial(prepare, "max-autotune-no-cudagraphs")
+        found += [
+            Contestant("cuDNN" + BY_HAND * by_hand, prepare, "peer" if by_hand else "baseline"),
+            Contestant("torch.compile, max-autotune" + BY_HAND * by_hand, compiled, costly=True),
+        ]
     return found
 
 
@@ -223,16 +214,13 @@ def launch(name):
 
 
 def cases(device):
-    """Every chain at batch 8 in each dtype, and at batch 1 and 64 in bfloat16."""
+    """Every chain at batch 8 in each dtype, and at batch 1 and 64 in bfloat16; none on a CPU (see the student's layers)."""
     if device == "cpu":
-        sys.exit(
-            "conv_block measures kernels for NVIDIA GPUs: --device cuda "
-            "(layers on a CPU: python -m profiling.cases.student --only layers)"
-        )
+        return {}
     shapes = [(name, 8, dtype) for dtype in GPU_DTYPES for name in CHAINS]
     shapes += [(name, batch, "bfloat16") for batch in (1, 64) for name in CHAINS]
     return {f"{name}, batch {batch}, {dtype}": functools.partial(case, name, batch, dtype) for name, batch, dtype in shapes}
 
 
 if __name__ == "__main__":
-    main("bench_conv_block", cases, PARITY_TESTS)
+    main(name="bench_conv_block", cases=cases, parity_tests=PARITY_TESTS)

@@ -25,7 +25,8 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.timing import percentiles
 from advkd.training.distillation import Distiller
 
-from ..sweep import Sweep
+from ..harness import Sweep, main
+from .tables import TABLES
 
 PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
 UPDATES, WARMUP = 40, 4
@@ -112,12 +113,5 @@ def compared():
     return {"rows": rows, "amdahl_critic": amdahl(rows)}
 
 
-def said(result):
-    rows = result["rows"].items()
-    parts = [(name, 1e3 * row["seconds"]["median"], 1e3 * row["critic"]["median"]) for name, row in rows]
-    lines = [f"{name:32} {whole:7.1f} ms, critic {critic:.1f}" for name, whole, critic in parts]
-    return [*lines, f"bound if the critic cost nothing: {result['amdahl_critic']:.2f} x"]
-
-
 if __name__ == "__main__":
-    Sweep("distillation", compared, PARITY_TESTS, said).main(__doc__.splitlines()[0])
+    main({"distillation": Sweep("distillation", compared, PARITY_TESTS, [TABLES["distillation"]])})

@@ -9,11 +9,9 @@ second derivative, and has our count of multiply-adds: that is a contestant of i
 twice, as a call and as a captured CUDA graph, and everyone computes in full float32 unless the case's name says TF32.
 """
 
+import copy
 import functools
 import itertools
-import json
-import subprocess
-import sys
 
 import torch
 from torch import nn
@@ -25,9 +23,9 @@ from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
-from ..evidence import ROOT
-from ..harness import CAPTURED, Case, Contestant, captures, main, set_tf32, with_captured
-from ..sweep import Sweep, curves, forget_peak, medians, memory, panels
+from ..harness import CAPTURED, Case, Contestant, Sweep, captures, main, set_tf32, with_captured
+from ..sweep import apart, curves, forget_peak, medians, memory, panels
+from .tables import TABLES
 
 WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
 """The distillation's default critic, and DCGAN's own widths (Radford et al. 2016)."""
@@ -44,26 +42,21 @@ def problem(width, size, batch, device="cpu", layout="channels_last", dtype=torc
     return critic, real, fake, torch.rand(batch).to(device)
 
 
-class ConstantSlopes(torch.nn.Module):
+class ConstantSlopes(nn.LeakyReLU):
     """LeakyReLU as a product with slopes that are constants to autograd."""
-
-    def __init__(self, slope):
-        super().__init__()
-        self.slope = slope
 
     def forward(self, x):
         with torch.no_grad():
-            slopes = torch.where(x > 0, 1.0, self.slope)
+            slopes = torch.where(x > 0, 1.0, self.negative_slope)
         return x * slopes
 
 
 def constant_signs(critic):
     """A critic with the same weights, its activations written as :class:`ConstantSlopes`."""
-    other = Critic(critic.config)
-    other.load_state_dict(critic.state_dict(), assign=True)
+    other = copy.deepcopy(critic)
     for part in (other.trunk, other.tail):
         for i, layer in enumerate(part):
-            if isinstance(layer, torch.nn.LeakyReLU):
+            if isinstance(layer, nn.LeakyReLU):
                 part[i] = ConstantSlopes(layer.negative_slope)
     return other
 
@@ -79,53 +72,60 @@ def penalty_only(critic, x):
     return lambda backend: torch.autograd.grad(gradient_penalty(critic, x, weight=WEIGHT, backend=backend), weights)
 
 
+def penalties(backend, critic, real, fake, a):
+    """A call of the penalty with its gradients."""
+    call = penalty_only(critic, interpolated(real, fake, a))
+    return lambda: call(backend)
+
+
+def updates(backend, critic, real, fake, a):
+    """A call of the whole update."""
+    a = a.to(real.dtype)
+    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
+
+
+def interpolated(real, fake, a):
+    a = a.to(real.dtype)[:, None, None, None]
+    return a * real + (1 - a) * fake
+
+
 def compiled_penalty(critic, x):
     weights = [p for p in critic.parameters() if p.ndim > 1]
     penalty = torch.compile(lambda x: gradient_penalty(critic, x, weight=WEIGHT), fullgraph=True, dynamic=False)
     return lambda: torch.autograd.grad(penalty(x), weights)
 
 
-def functional_penalty(critic, parameters, x):
-    """The penalty as a function of the parameters; the inner gradient is torch.func's too, so that it compiles."""
-    g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
-    return WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-def compiled_functional(critic, x):
-    parameters = dict(critic.named_parameters())
-    detached = {name: p.detach() for name, p in parameters.items()}
-    gradient = torch.compile(torch.func.grad(lambda p, x: functional_penalty(critic, p, x)), dynamic=False)
-    return lambda: [g for name, g in gradient(detached, x).items() if parameters[name].ndim > 1]
-
-
 def compiled_update(critic, real, fake, a):
-    update = torch.compile(
-        lambda real, fake, a: critic_gradients(critic, real, fake, a=a, weight=WEIGHT).gradients, fullgraph=True, dynamic=False
-    )
+    update = torch.compile(lambda *given: updates("auto", critic, *given)(), fullgraph=True, dynamic=False)
     return lambda: update(real, fake, a)
 
 
-def compiled_functional_update(critic, real, fake, a):
-    """The best that torch.func and a compiler make of the update: loss and penalty as one function of the parameters."""
-    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+def compiled_functional(critic, *given):
+    """The best that torch.func and a compiler make of the penalty at x or, of real, fake and a, of the update.
 
-    def loss(parameters, real, fake, a):
-        x_hat = a[:, None, None, None] * real + (1 - a[:, None, None, None]) * fake
-        scores = [functional_call(critic, parameters, (x,)) for x in (real, fake)]
-        return LOSS_FORMULAS["wasserstein"](*scores) + functional_penalty(critic, parameters, x_hat)
+    The inner gradient is torch.func's too, so that it compiles.
+    """
+    parameters, update = {name: p.detach() for name, p in critic.named_parameters()}, len(given) == 3
+
+    def loss(parameters, *given):
+        x = interpolated(*given) if update else given[0]
+        g = torch.func.grad(lambda x: functional_call(critic, parameters, (x,)).sum())(x)
+        penalty = WEIGHT * (g.flatten(1).norm(dim=1) - 1).square().mean()
+        scores = [functional_call(critic, parameters, (x,)) for x in given[:2]] if update else ()
+        return penalty + LOSS_FORMULAS["wasserstein"](*scores) if update else penalty
 
     gradient = torch.compile(torch.func.grad(loss), dynamic=False)
-    return lambda: list(gradient(parameters, real, fake, a).values())
+    return lambda: [g for g in gradient(parameters, *given).values() if update or g.ndim > 1]
 
 
 def multiply_adds(critic, size):
     """Per sample and layer, from the image on: convolutions and the last linear map."""
     counts, side = [], size
     for layer in (*critic.trunk, *critic.tail):
-        if isinstance(layer, torch.nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):
             side = (side + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
             counts.append(layer.weight.numel() * side * side)
-        elif isinstance(layer, torch.nn.Linear):
+        elif isinstance(layer, nn.Linear):
             counts.append(layer.weight.numel())
     return counts
 
@@ -166,7 +166,7 @@ def case(update, width, size, batch, device, tf32=False):
     contestants = with_captured(contestants, device, grad=True)
     for contestant in contestants:
         contestant.costly = contestant.name.removesuffix(CAPTURED) == FUNCTIONAL
-    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes, "keep_going": captures(device)}
+    figures = {"flop": 2 * batch * ours, "repeats": repeats, "device": device, "notes": notes}
     return Case(name, lambda: vector / scale, tolerance, contestants, batch, **figures)
 
 
@@ -182,23 +182,6 @@ def _scaled(prepare, scale):
     return prepared
 
 
-def _x_hat(real, fake, a):
-    a = a.to(real.dtype)[:, None, None, None]
-    return a * real + (1 - a) * fake
-
-
-def penalties(backend, critic, real, fake, a):
-    """A call of the penalty with its gradients."""
-    call = penalty_only(critic, _x_hat(real, fake, a))
-    return lambda: call(backend)
-
-
-def updates(backend, critic, real, fake, a):
-    """A call of the whole update."""
-    a = a.to(real.dtype)
-    return lambda: critic_gradients(critic, real, fake, a=a, weight=WEIGHT, backend=backend).gradients
-
-
 def _contestants(update, width, size, batch, device):
     """Autograd in both layouts, everyone else in the last one."""
     eager, found = updates if update else penalties, []
@@ -206,14 +189,13 @@ def _contestants(update, width, size, batch, device):
         given = problem(width, size, batch, device, layout)
         found.append(Contestant(f"autograd, {layout}", lambda g=given: eager("autograd", *g), "baseline"))
     signs, (critic, *samples) = constant_signs(given[0]), given
-    compiled = (compiled_functional_update, compiled_update) if update else (compiled_functional, compiled_penalty)
-    arguments = given if update else (critic, _x_hat(*samples))
+    arguments = given if update else (critic, interpolated(*samples))
     return [
         *found,
         Contestant(SIGNS, lambda: eager("autograd", signs, *samples)),
-        Contestant(FUNCTIONAL, lambda: compiled[0](*arguments)),
+        Contestant(FUNCTIONAL, lambda: compiled_functional(*arguments)),
         Contestant("advkd", lambda: eager("auto", *given), "ours"),
-        Contestant("advkd compiled", lambda: compiled[1](*arguments), "ours"),
+        Contestant("advkd compiled", lambda: (compiled_update if update else compiled_penalty)(*arguments), "ours"),
     ]
 
 
@@ -235,7 +217,6 @@ def cases(device):
 BATCHES, RESOLUTIONS, DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64, 128), (1, 2, 3, 4, 6, 8, 12)
 BACKENDS = {"advkd": "auto", "autograd": "autograd"}
 PROCESSES = 3
-PEAK = "import json, sys; from profiling.cases.gradient_penalty import peak; print(peak(*json.loads(sys.argv[1])))"
 
 
 def critic_of(size):
@@ -263,9 +244,7 @@ def peaks():
     for width, size, batch in SIZES:
         row = {"case": f"{width} critic, {size}x{size}, batch {batch}", "bytes": {}}
         for name, backend in BACKENDS.items():
-            command = [sys.executable, "-c", PEAK, json.dumps([width, size, batch, backend])]
-            runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(PROCESSES)]
-            row["bytes"][name] = percentiles([int(done.stdout) for done in runs])
+            row["bytes"][name] = percentiles([apart(peak, width, size, batch, backend) for _ in range(PROCESSES)])
         found.append(row)
     return found
 
@@ -307,13 +286,8 @@ def plot(result, path):
             panel.title.set_fontsize(10)
 
 
-def said(result):
-    sizes = ", ".join(f"{name} {{bytes[{name}][median]:,.0f}} bytes" for name in BACKENDS)
-    return [f"{row['case']}: {sizes.format_map(row)}" for row in result["peaks"]]
-
-
-SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, said, plot)}
+SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, [TABLES["penalty_memory"]], plot)}
 
 if __name__ == "__main__":
     keep_freed_memory()
-    main("bench_gradient_penalty", cases, PARITY_TESTS, SWEEPS)
+    main(SWEEPS, "bench_gradient_penalty", cases, PARITY_TESTS)

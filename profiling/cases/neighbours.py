@@ -1,7 +1,6 @@
 """The cost of busy processes beside us: the engine and its peers, the teacher's network, a distillation update.
 
-python -m profiling.cases.neighbours [--out FOLDER] [--only digits] [--seconds 5]
-python -m profiling.cases.neighbours --idle [--out FOLDER] [--turns 40]
+python -m profiling.cases.neighbours [--beside] [--seconds 5] [--idle] [--turns 40] [--out FOLDER]
 
 Every contestant runs in a process of its own, alone and beside 1, 2 and 4 processes of the same priority with two busy threads
 each. The fair share is the time alone, times all threads that are ready, over the processors. "ADVKD_SHARE=0" is ours without
@@ -10,8 +9,6 @@ machine, in one process: a turn is about a second of calls with ``ADVKD_SHARE=0`
 result is the ratio of their times, a turn at a time: what looking at the load costs. Without options both are measured.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -27,8 +24,8 @@ from advkd.runtime.neighbours import sharing, unconfined
 from advkd.runtime.timing import percentiles
 
 from ..evidence import Table, scaled
-from ..harness import largest_difference
-from ..sweep import Sweep, panels
+from ..harness import Sweep, absent_package, largest_difference, main
+from ..sweep import apart, panels
 from ..trace import workloads
 from . import student as bench_student
 from . import teacher as bench_teacher
@@ -36,8 +33,8 @@ from . import teacher as bench_teacher
 NEIGHBOURS, THREADS = (0, 1, 2, 4), 2
 SETTLE = 1.0
 """Seconds between the neighbours' start and the first timed call."""
-FEWEST, LONGEST = 3, 40.0
-"""Timed calls of each load at least, but none begins later than so many seconds."""
+FEWEST = 3
+"""Timed calls of each load at least."""
 PARITY_TESTS = ["tests/ops/test_student_forward.py", "tests/system/test_neighbours.py"]
 BUSY = """
 import hashlib, threading
@@ -71,12 +68,10 @@ def prepared(case, name):
         variant = "fused" if name in OURS else "baseline"
         gate = workloads.gate("update")
         return workloads.prepare("update", variant), {"error": gate["errors"][variant], "tolerance": gate["tolerance"]}
-    found = bench_student.CASES[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
+    found = bench_student.cases("cpu")[STUDENTS[case]]() if case in STUDENTS else bench_teacher.evaluation(16)
     ours = next(c.name for c in found.contestants if c.kind == "ours")
     call = next(c for c in found.contestants if c.name == (ours if name in OURS else name)).prepare()
-    made = call()
-    whole = torch.stack([torch.as_tensor(part) for part in made]) if isinstance(made, list) else torch.as_tensor(made)
-    return call, {"error": largest_difference(whole, found.oracle()), "tolerance": found.tolerance}
+    return call, {"error": largest_difference(call(), found.oracle()), "tolerance": found.tolerance}
 
 
 @contextmanager
@@ -96,21 +91,26 @@ def busy(processes):
 def times(call, seconds):
     """Seconds of calls in a row, for so many seconds."""
     found, begin = [], time.perf_counter()
-    while True:
+    while time.perf_counter() - begin < seconds or len(found) < FEWEST:
         before = time.perf_counter()
-        spent = before - begin
-        if spent > seconds and (len(found) >= FEWEST or spent > LONGEST):
-            return found
         call()
         found.append(time.perf_counter() - before)
+    return found
 
 
 def measure(case, name, seconds):
-    """One contestant in this process, as its row of the result."""
+    """One contestant in this process, as its row of the result; what is not installed is ``missing``, with the reason."""
+    row = {"threads": torch.get_num_threads(), "processors": len(os.sched_getaffinity(0)), "case": case, "name": name}
     keep_freed_memory()
+    os.environ["ADVKD_SHARE"] = "0" if name == OURS[1] else "auto"
     with sharing() if name == "advkd" else ExitStack():
-        call, parity = prepared(case, name)
-        row = {"case": case, "name": name, **parity, "seconds": {}}
+        try:
+            call, parity = prepared(case, name)
+        except ImportError as error:
+            if not absent_package(error):
+                raise
+            return {**row, "missing": str(error)}
+        row |= {**parity, "seconds": {}}
         if not parity["error"] <= parity["tolerance"]:
             return row
         for processes in NEIGHBOURS:
@@ -120,19 +120,6 @@ def measure(case, name, seconds):
             row["seconds"][str(processes)] = {**percentiles(found), "mean": statistics.mean(found)}
             time.sleep(SETTLE)
     return row
-
-
-def measured_alone(case, name, seconds):
-    """:func:`measure` in a process of its own; what is not installed is ``missing``, with the reason."""
-    command = [sys.executable, "-m", "profiling.cases.neighbours", "--seconds", str(seconds), "--row", json.dumps([case, name])]
-    environment = {**os.environ, "ADVKD_SHARE": "0"} if name == OURS[1] else os.environ
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if name in OURS or "No module named" not in reason:
-        sys.exit(f"{case}, {name}: {done.stderr[-2000:]}")
-    return {"case": case, "name": name, "missing": reason}
 
 
 def fair(row, processes):
@@ -147,13 +134,12 @@ def plot(result, path):
     with panels(path, size=(4.2 * len(cases), 4.2), count=len(cases), sharey=True) as found:
         for panel, case in zip(found, cases, strict=True):
             for row in result["rows"]:
-                if row["case"] != case or "missing" in row:
+                if row["case"] != case or not row.get("seconds"):
                     continue
                 style = {"advkd": "o-", OURS[1]: "s--"}.get(row["name"], ".:")
                 ratios = [row["seconds"][str(n)]["mean"] / fair(row, n) for n in NEIGHBOURS]
-                panel.semilogy(
-                    range(len(NEIGHBOURS)), ratios, style, label=row["name"], linewidth=2 if row["name"] in OURS else 1
-                )
+                width = 2 if row["name"] in OURS else 1
+                panel.semilogy(range(len(NEIGHBOURS)), ratios, style, label=row["name"], linewidth=width)
             panel.axhline(1, color="gray", linewidth=0.8)
             panel.set_xticks(range(len(NEIGHBOURS)), map(str, NEIGHBOURS))
             panel.set(xlabel="neighbours of two busy threads", title=case)
@@ -240,51 +226,23 @@ IDLE_TABLE = Table(
 def idle(turns):
     """The result of ours alone on an idle machine, with sharing and without."""
     keep_freed_memory()
-    rows = []
-    for case in contestants():
-        rows.append({"threads": torch.get_num_threads(), **compared(case, turns)})
-        print(f"{case:22} {rows[-1]['ratio']}", flush=True)
+    rows = [{"threads": torch.get_num_threads(), **compared(case, turns)} for case in contestants()]
     return {"benchmark": "neighbours-idle", "rows": rows}
 
 
-def beside(only, seconds):
+def beside(seconds):
     """The result of every contestant, alone and beside neighbours."""
     rows = []
-    for case, names in contestants().items():
-        for name in names if only in case else ():
-            row = {"threads": torch.get_num_threads(), "processors": len(os.sched_getaffinity(0))}
-            rows.append(row | measured_alone(case, name, seconds))
-            print(described(rows[-1]), flush=True)
+    for case, name in ((case, name) for case, names in contestants().items() for name in names):
+        print(f"{case}: {name}", flush=True)
+        rows.append(apart(measure, case, name, seconds))
     return {"benchmark": "neighbours", "rows": rows, "neighbour_threads": THREADS}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="folder for the result (default: profiling/results/<device>)")
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timed calls of each load")
-    parser.add_argument("--idle", action="store_true", help="only ours on an idle machine, with sharing and without in turns")
-    parser.add_argument("--turns", type=int, default=40, help="of each setting with --idle (default 40)")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.row:
-        return print(json.dumps(measure(*json.loads(options.row), options.seconds)))
-    sweeps = [Sweep("neighbours", lambda: beside(options.only, options.seconds), PARITY_TESTS, plot=plot)]
-    sweeps += [Sweep("neighbours-idle", lambda: idle(options.turns), PARITY_TESTS)]
-    chosen = sweeps[1:] if options.idle else sweeps[:1] if options.only else sweeps
-    sys.exit(0 if all([sweep.run(options.out) for sweep in chosen]) else 1)
-
-
-def described(row):
-    """A row as a line of text."""
-    head = f"{row['case']:22} {row['name']:42}"
-    if "missing" in row:
-        return f"{head} not installed ({row['missing']})"
-    if not row["seconds"]:
-        return f"{head} differs by {row['error']:.2e}, not timed"
-    cells = (f"{1e3 * s['median']:.1f} ({s['mean'] / fair(row, int(n)):.2f} x)" for n, s in row["seconds"].items())
-    return f"{head} {'  '.join(cells)}"
-
+SWEEPS = {
+    "beside": Sweep("neighbours", beside, PARITY_TESTS, [TABLE], plot, {"seconds": 5.0}),
+    "idle": Sweep("neighbours-idle", idle, PARITY_TESTS, [IDLE_TABLE], options={"turns": 40}),
+}
 
 if __name__ == "__main__":
-    main()
+    main(SWEEPS)

@@ -5,10 +5,12 @@ python -m profiling.cases.norm_act [--device cuda] [--only bfloat16] [--out FOLD
 A call gives y and the gradients by x, gamma and beta, in contiguous and in channels_last layout; x's gradient is compared with
 float64. The bytes of a case are those that the passes read and write: x for the moments, x and y for the values, the gradient
 and x for the sums, and again with dx (with up-sampling in float32 the sums of four gradients are written and read instead).
-Beside each contestant's name stands what its graph saves for the backward pass. Freed memory is kept by the process
-(advkd.runtime.devices), for all of them. On a GPU every contestant is there twice, as a call and as a captured CUDA graph of
-both passes; TensorFloat-32 is off.
+Freed memory is kept by the process (advkd.runtime.devices), for all contestants. On a GPU every contestant is there twice, as a
+call and as a captured CUDA graph of both passes; TensorFloat-32 is off.
 """
+
+import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from advkd.ops import norm_act
 from advkd.runtime.devices import keep_freed_memory
 
-from ..harness import Case, Contestant, captures, main, set_tf32, with_captured
+from ..harness import Case, Contestant, copying, main, set_tf32, with_captured
 
 SHAPE = (16, 64, 128, 128)
 EPS, SLOPE = 1e-5, 0.2
@@ -54,28 +56,12 @@ def ours(x, gamma, beta, mean, variance, upsample):
 
 
 def forward_and_backward(function, tensors, layout, upsample):
-    """A call that gives x's gradient, and what the forward pass saves."""
+    """A call that gives x's gradient."""
     x, gamma, beta, gradient = tensors
     x, gradient = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (x, gradient))
     leaves = [t.detach().requires_grad_() for t in (x, gamma, beta)]
     statistics = torch.zeros_like(gamma), torch.ones_like(gamma)
-
-    def forward():
-        return function(*leaves, *statistics, upsample)
-
-    return lambda: torch.autograd.grad(forward(), leaves, gradient)[0], lambda: saved_bytes(forward)
-
-
-def saved_bytes(forward):
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = forward()
-    return sum(kept.values()) if y.requires_grad else 0
+    return lambda: torch.autograd.grad(function(*leaves, *statistics, upsample), leaves, gradient)[0]
 
 
 def passes_bytes(x, upsample):
@@ -92,54 +78,45 @@ def needed_bytes(x, upsample):
     return (1 + y + y + 1 + 1) * x.numel() * x.element_size()
 
 
-def case(dtype, upsample, device):
+def case_name(upsample, dtype):
+    return f"{'with' if upsample else 'without'} up-sampling, {str(dtype)[6:]}"
+
+
+def case(upsample, dtype, device):
     """The case of one dtype, with or without up-sampling."""
     set_tf32(False)
     # Past a number of compilations torch.compile runs a function as it is, without failing.
     torch._dynamo.reset()
     tensors = problem(device, dtype, upsample)
-    saved, contestants = {}, []
-
-    def contestant(name, function, layout, kind):
-        name = f"{name}, {layout}"
-
-        def prepare():
-            call, count = forward_and_backward(function, tensors, layout, upsample)
-            saved[name] = count()
-            return call
-
-        contestants.append(Contestant(name, prepare, kind))
-
-    for layout in LAYOUTS:
-        contestant("advkd, norm_act", ours, layout, "ours")
-        contestant("torch, LeakyReLU in place", torch_ops, layout, "baseline")
-        contestant("torch.compile of the three", torch.compile(torch_ops, dynamic=False), layout, "peer")
-    source = torch.ones(passes_bytes(tensors[0], upsample) // 8, device=device)
-    target = torch.zeros_like(source)
-    contestants.append(Contestant("a copy that moves as many bytes as ours", lambda: lambda: target.copy_(source), "floor"))
+    functions = {
+        "advkd, norm_act": (ours, "ours"),
+        "torch, LeakyReLU in place": (torch_ops, "baseline"),
+        "torch.compile of the three": (torch.compile(torch_ops, dynamic=False), "peer"),
+    }
+    contestants = [
+        Contestant(f"{name}, {layout}", functools.partial(forward_and_backward, function, tensors, layout, upsample), kind)
+        for layout in LAYOUTS
+        for name, (function, kind) in functions.items()
+    ]
+    contestants.append(copying("a copy that moves as many bytes as ours", passes_bytes(tensors[0], upsample), device))
     contestants = with_captured(contestants, device, grad=True)
 
     def oracle():
         wide = [t.double() for t in tensors]
-        return forward_and_backward(torch_ops, wide, "contiguous", upsample)[0]()
+        return forward_and_backward(torch_ops, wide, "contiguous", upsample)()
 
     # Gradients are below 16. torch sums 262144 of them in float32 in channels_last; in bfloat16 it rounds at every step.
     tolerance = 5e-4 if dtype == torch.float32 else 16 * 4 * torch.finfo(dtype).eps
-    name = f"{'with' if upsample else 'without'} up-sampling, {str(dtype)[6:]}"
-    notes = {"saved_bytes": saved, "keeps_freed_memory": True, "tf32": False}
+    notes = {"keeps_freed_memory": True, "tf32": False}
     figures = {"moved_bytes": needed_bytes(tensors[0], upsample), "repeats": 15, "device": device}
-    return Case(name, oracle, tolerance, contestants, SHAPE[0], notes=notes, keep_going=captures(device), **figures)
+    return Case(case_name(upsample, dtype), oracle, tolerance, contestants, SHAPE[0], notes=notes, **figures)
 
 
 def cases(device):
     keep_freed_memory()
-    found = {}
-    for upsample in (True, False):
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{'with' if upsample else 'without'} up-sampling, {str(dtype)[6:]}"
-            found[name] = lambda dtype=dtype, upsample=upsample: case(dtype, upsample, device)
-    return found
+    kinds = itertools.product((True, False), (torch.float32, torch.bfloat16))
+    return {case_name(*kind): functools.partial(case, *kind, device) for kind in kinds}
 
 
 if __name__ == "__main__":
-    main("bench_norm_act", cases, PARITY_TESTS)
+    main(name="bench_norm_act", cases=cases, parity_tests=PARITY_TESTS)

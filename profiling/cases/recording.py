@@ -21,7 +21,8 @@ from advkd.errors import InputError
 from advkd.ops.latents import project
 
 from ..evidence import ROOT, environment
-from ..sweep import Sweep
+from ..harness import Sweep, main
+from .tables import TABLES
 from .teacher import PARITY_TESTS, ddim_scheduler
 
 CONFIG = TrajectoryConfig(num=512)
@@ -91,11 +92,11 @@ def measure():
         # Round 0 is torch.compile's first time alone: it is paid once and kept on disk.
         compiled = "advkd trajectories --compiled"
         cold = {"TORCHINDUCTOR_CACHE_DIR": str(Path(root) / "inductor")}
-        run(*_with(CONTESTANTS[compiled], cold), Path(root) / "first")
+        run(CONTESTANTS[compiled][0], cold, Path(root) / "first")
         for i in range(ROUNDS):
-            for name, contestant in CONTESTANTS.items():
+            for name, (command, changes) in CONTESTANTS.items():
                 folder = Path(root) / f"{i} {name}"
-                rows[name]["seconds"].append(run(*_with(contestant, cold), folder))
+                rows[name]["seconds"].append(run(command, {**changes, **cold}, folder))
                 print(f"{name:42} {rows[name]['seconds'][-1]:7.1f} s", flush=True)
                 if name.startswith("advkd"):
                     rows[name]["difference"] = difference(folder, Path(root) / "0 diffusers, plain loop")
@@ -105,10 +106,5 @@ def measure():
     return {"num": CONFIG.num, "rows": rows}
 
 
-def _with(contestant, more):
-    command, environment = contestant
-    return command, {**environment, **more}
-
-
 if __name__ == "__main__":
-    Sweep("recording", measure, PARITY_TESTS).main(__doc__.splitlines()[0])
+    main({"recording": Sweep("recording", measure, PARITY_TESTS, [TABLES["recording"]])})

@@ -17,7 +17,8 @@ from pathlib import Path
 from advkd.runtime.timing import percentiles
 
 from ..evidence import environment
-from ..sweep import Sweep
+from ..harness import Sweep, main
+from .tables import TABLES
 
 FEW, MANY, REPEATS = 64, 4160, 3
 """Images per process of the two commands."""
@@ -57,12 +58,6 @@ def scaling():
     return {"images_per_second": rows, "efficiency": efficiency, "images_per_process": MANY}
 
 
-def said(result):
-    return [
-        f"{processes} processes: {rate['median']:.0f} images per second, efficiency {result['efficiency'][processes]:.2f}"
-        for processes, rate in result["images_per_second"].items()
-    ]
-
-
 if __name__ == "__main__":
-    Sweep("sample_scaling", scaling, ["tests/system/test_fused_student.py"], said).main(__doc__.splitlines()[0])
+    sweep = Sweep("sample_scaling", scaling, ["tests/system/test_fused_student.py"], [TABLES["sample_scaling"]])
+    main({"sample_scaling": sweep})

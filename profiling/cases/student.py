@@ -17,7 +17,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,12 @@ from advkd.models.shape import convolutions
 from advkd.runtime.timing import measure, percentiles
 
 from .. import peers as engines
-from ..harness import CAPTURED, Case, Contestant, Replay, main, set_tf32
+from ..harness import Case, Contestant, Replay, Sweep, copying, main, set_tf32, with_captured
 from ..limits import predictions
-from ..sweep import Sweep, curves, growth, medians, panels
+from ..sweep import curves, growth, medians, panels
+from .tables import TABLES
 
-SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Folded(nn.Module):
@@ -48,19 +47,14 @@ class Folded(nn.Module):
 
     def __init__(self, fused, transposed=False, inplace=False):
         super().__init__()
-        self.inplace, self.tanh = inplace, True
-        self.slope = fused.config.slope
+        self.transposed, self.inplace, self.tanh, self.slope = transposed, inplace, True, fused.config.slope
         self.ups = [layer.upsample for layer in fused.layers]
-        self.transposed = transposed
         self.convolutions = nn.ModuleList()
         for i, layer in enumerate(fused.layers):
-            weight = getattr(fused, f"weight{i}")
-            if transposed and layer.upsample:
-                convolution = nn.ConvTranspose2d(layer.c_in, layer.c_out, 4, stride=2, padding=1)
-                convolution.weight.data = _transposed(weight)
-            else:
-                convolution = nn.Conv2d(layer.c_in, layer.c_out, 3, padding=1)
-                convolution.weight.data = weight.clone()
+            by_hand, weight = transposed and layer.upsample, getattr(fused, f"weight{i}")
+            kind, taps, stride = (nn.ConvTranspose2d, 4, 2) if by_hand else (nn.Conv2d, 3, 1)
+            convolution = kind(layer.c_in, layer.c_out, taps, stride, padding=1)
+            convolution.weight.data = _transposed(weight) if by_hand else weight.clone()
             convolution.bias.data = getattr(fused, f"bias{i}").clone()
             self.convolutions.append(convolution)
         self.eval().requires_grad_(False)
@@ -80,61 +74,9 @@ def _transposed(weight):
     return torch.einsum("ocij,ui,vj->couv", weight.double(), taps, taps).to(weight.dtype).contiguous()
 
 
-def case(preset, batch, dtype="float32"):
-    """The case of one preset, batch size and dtype."""
-    kind = DTYPES[dtype]
-    student = plausible_student(preset)
-    fused = student.fuse(dtype=kind)
-    z = fused.latents(batch, seed=1)
-    channels, side = fused.latent_parts[0]
-    x = z.reshape(batch, channels, side, side)
-    folded = Folded(student.fuse(tune=False))
-    wanted = _oracle(copy.deepcopy(student).double(), z)
-    # float32: 1e-4 of the output's range. bfloat16: four times eager's error, so that no engine is left out by a single pixel.
-    error = (engines.eager(copy.deepcopy(folded), x, kind)().double() - wanted).abs().max().item()
-    tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if kind == torch.float32 else 4 * error
-    contestants = [Contestant(f"advkd, FusedStudent {dtype}", lambda: lambda: fused(z), "ours"), *_peers(folded, x, kind)]
-    if kind == torch.float32:
-        contestants.insert(1, Contestant("PyTorch eager", lambda: _plain(student, z), "baseline"))
-    transposed = Folded(student.fuse(tune=False), transposed=True)
-    contestants.append(
-        Contestant("torch.compile, freezing, conv_transpose2d", lambda: engines.compiled(copy.deepcopy(transposed), x, kind))
-    )
-    flop = 2 * batch * direct_products(student.config)
-    parameters = sum(p.numel() for p in folded.parameters())
-    moved = 4 * (parameters + x.numel() + wanted.numel())
-    repeats = {"digits": 30, "pyramid-256": 10, "paper-256": 10 if batch == 1 else 5}[preset]
-    name = f"{preset}, batch {batch}, {dtype}"
-    return Case(name, lambda: wanted, tolerance, contestants, batch, flop, moved, repeats)
-
-
 def direct_products(config):
     """Multiply-adds of one image, on the up-sampled tensors."""
     return sum(9 * i.c_in * i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in convolutions(config))
-
-
-def _plain(student, z):
-    model = student.to(memory_format=torch.channels_last)
-
-    def call():
-        with torch.inference_mode():
-            return model(z)
-
-    return call
-
-
-def _peers(folded, x, dtype):
-    """Every engine that computes in this dtype."""
-    names = {
-        "PyTorch eager, folded": engines.eager,
-        "torch.compile, folded, freezing": engines.compiled,
-        "OpenVINO": engines.openvino,
-        "ncnn": engines.ncnn,
-    }
-    found = [Contestant(n, lambda peer=peer: peer(copy.deepcopy(folded), x, dtype)) for n, peer in names.items()]
-    if dtype == torch.float32:
-        found.append(Contestant("ONNX Runtime", lambda: engines.onnx_runtime(copy.deepcopy(folded), x)))
-    return found
 
 
 @torch.no_grad()
@@ -149,8 +91,11 @@ def plausible_student(preset):
     return student.eval()
 
 
+_plausible_once = functools.cache(plausible_student)
+
+
 @torch.no_grad()
-def _oracle(double, z, images=1):
+def _oracle(double, z, images=4):
     """Float64 images, so many at a time, to bound memory."""
     return torch.cat([double(rows.double()) for rows in z.split(images)])
 
@@ -160,22 +105,58 @@ def _oracle_once(preset, batch, device):
     """The latents and float64 images of a case on its device, whatever its dtype and peers."""
     student = _plausible_once(preset)
     z = student.latents(batch, seed=1).to(device)
-    return z, _oracle(copy.deepcopy(student).double().to(device), z, images=4)
+    return z, _oracle(copy.deepcopy(student).double().to(device), z)
 
 
+BY_HAND = ", conv_transpose2d"
+"""Ends the name of an engine on the network whose up-sampling is folded by hand."""
+SEARCHED = ", max-autotune"
+"""Ends the names of cases with what takes the compiler minutes."""
+MAX_AUTOTUNE = functools.partial(engines.compiled, mode="max-autotune")
+PEERS = {
+    "cpu": [
+        Contestant("PyTorch eager, folded", engines.eager),
+        Contestant("torch.compile, folded, freezing", engines.compiled),
+        Contestant("OpenVINO", engines.openvino),
+        Contestant("ncnn", engines.ncnn),
+        Contestant("ONNX Runtime", engines.onnx_runtime),
+        Contestant("torch.compile, freezing" + BY_HAND, engines.compiled),
+    ],
+    "all": [
+        Contestant("cuDNN eager", engines.eager, "baseline"),
+        Contestant("cuDNN, CUDA graph", engines.graphed, captured=True),
+        Contestant("cuDNN, CUDA graph" + BY_HAND, engines.graphed, captured=True),
+        Contestant("torch.compile, reduce-overhead" + BY_HAND, engines.compiled),
+        Contestant("torch.compile, CUDA graph" + BY_HAND, functools.partial(engines.graphed, mode="default"), captured=True),
+        Contestant("cuDNN graph API" + BY_HAND, engines.cudnn_graph, captured=True, costly=True),
+        Contestant("cuDNN graph API", engines.cudnn_graph, captured=True, costly=True),
+        Contestant("TensorRT" + BY_HAND, engines.tensorrt, captured=True, costly=True),
+        Contestant("TensorRT", engines.tensorrt, captured=True, costly=True),
+        Contestant("torch.compile, reduce-overhead", engines.compiled, costly=True),
+    ],
+    "few": [
+        Contestant("cuDNN eager", engines.eager, "baseline"),
+        Contestant("cuDNN, CUDA graph" + BY_HAND, engines.graphed, captured=True),
+        Contestant("torch.compile, reduce-overhead" + BY_HAND, engines.compiled),
+    ],
+    "searched": [
+        Contestant("torch.compile, max-autotune" + BY_HAND, MAX_AUTOTUNE, costly=True),
+        Contestant("torch.compile, max-autotune", MAX_AUTOTUNE, costly=True),
+    ],
+}
+"""Selections of engines, each a function of the network, its input and the dtype: on a CPU, and on GPUs."""
 GPU_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "float32 with TF32": torch.float32,
 }
-SEARCHED = ", max-autotune"
-"""Ends the names of cases with what takes the compiler minutes."""
 
 
-def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
-    """The case of one preset, batch size and dtype on a GPU; ``peers``: a key of :data:`GPU_PEERS`."""
-    kind, product = GPU_DTYPES[dtype], predictions.PRODUCTS[dtype]
+def case(preset, batch, dtype="float32", peers="cpu", device=None):
+    """The case of one preset, batch size and dtype; ``peers``: a key of :data:`PEERS`, and so the kind of device."""
+    on_cpu, kind, product = peers == "cpu", GPU_DTYPES[dtype], predictions.PRODUCTS[dtype]
+    device = device or ("cpu" if on_cpu else "cuda")
     set_tf32(product == "tf32")
     # Code compiled for other cases would be looked through on every call.
     torch._dynamo.reset()
@@ -183,23 +164,61 @@ def gpu_case(preset, batch, dtype, peers="all", device="cuda"):
     fused = student.fuse("reference", tune=False)
     channels, side = fused.latent_parts[0]
     x = z.reshape(batch, channels, side, side)
-    folded = {transposed: Folded(fused, transposed, inplace=True) for transposed in (False, True)}
-    # As on a CPU: float32 1e-4 of the output's range; where operands are rounded, four times cuDNN's error.
+    folded = {by_hand: Folded(fused, by_hand, inplace=not on_cpu) for by_hand in (False, True)}
+    # float32: 1e-4 of the output's range. Where operands are rounded: four times eager's error, so that no engine is left out
+    # by a single pixel.
     error = (engines.eager(copy.deepcopy(folded[False]), x, kind)().double() - wanted).abs().max().item()
     tolerance = 1e-4 * (wanted.max() - wanted.min()).item() if product == "f32" else 4 * error
-    layers = convolutions(student.config)
-    notes = {
-        "floor": predictions.floor(layers, product, batch, gpu_rates()),
-        "cudnn_error": error,
-        "tf32": product == "tf32",
-        "peers": peers,
-        "predicted_microseconds": predictions.predicted_microseconds(preset, batch, dtype),
-    }
-    contestants = [*_gpu_ours(student, z, kind), *_gpu_floors(notes["floor"]["bytes"], device)]
-    contestants += _gpu_peers(folded, x, kind, peers)
-    name = predictions.case_name(preset, batch, dtype) + (SEARCHED if peers == "searched" else "")
-    figures = {"flop": notes["floor"]["flop"], "moved_bytes": notes["floor"]["bytes"], "notes": notes, "keep_going": True}
-    return Case(name, lambda: wanted, tolerance, contestants, batch, repeats=20, device=device, **figures)
+    found = Case(predictions.case_name(preset, batch, dtype), lambda: wanted, tolerance, images=batch, device=device)
+    if on_cpu:
+        found.flop = 2 * batch * direct_products(student.config)
+        found.moved_bytes = 4 * (sum(p.numel() for p in folded[False].parameters()) + x.numel() + wanted.numel())
+        found.repeats = {"digits": 30, "pyramid-256": 10, "paper-256": 10 if batch == 1 else 5}[preset]
+        found.contestants = _cpu_ours(student, z, dtype)
+    else:
+        floor = predictions.floor(convolutions(student.config), product, batch, gpu_rates())
+        found.name += SEARCHED if peers == "searched" else ""
+        found.flop, found.moved_bytes = floor["flop"], floor["bytes"]
+        found.notes = {"floor": floor, "cudnn_error": error, "tf32": product == "tf32", "peers": peers}
+        found.notes["predicted_microseconds"] = predictions.predicted_microseconds(preset, batch, dtype)
+        floors = [copying("a copy that moves as many bytes", floor["bytes"], device)]
+        found.contestants = [*_gpu_ours(student, z, kind), *with_captured(floors, device)]
+    for peer in PEERS[peers]:
+        if kind == torch.float32 or peer.prepare is not engines.onnx_runtime:
+            module = folded[peer.name.endswith(BY_HAND)]
+            prepare = functools.partial(lambda engine, module: engine(copy.deepcopy(module), x, kind), peer.prepare, module)
+            found.contestants.append(replace(peer, prepare=prepare))
+    return found
+
+
+def _cpu_ours(student, z, dtype):
+    """Our engine and, in float32, the student as it was trained."""
+
+    def plain():
+        model = student.to(memory_format=torch.channels_last)
+        return lambda: torch.inference_mode()(model)(z)
+
+    def fused():
+        return functools.partial(student.fuse(dtype=GPU_DTYPES[dtype]), z)
+
+    found = [Contestant(f"advkd, FusedStudent {dtype}", fused, "ours"), Contestant("PyTorch eager", plain, "baseline")]
+    return found if dtype == "float32" else found[:1]
+
+
+def _gpu_ours(student, z, kind):
+    """Our engine: each GPU backend alone, and the plan that may mix them, as it is called and as a bare graph."""
+
+    @functools.cache
+    def call(backend):
+        return functools.partial(copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True), z)
+
+    def bare():
+        # The plan is measured and the weights are packed before anything is captured; latents and images stay where they are.
+        call("auto")()
+        return Replay(lambda i: call("auto")())
+
+    auto, *alone = (Contestant(f"advkd, {b}", functools.partial(call, b), "ours") for b in ("auto", "cuda", "triton"))
+    return [auto, Contestant("advkd, auto, bare graph", bare, "ours", captured=True), *alone]
 
 
 def gpu_rates():
@@ -208,123 +227,31 @@ def gpu_rates():
 
 
 MEASURED_RATES = []
+SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
+DTYPES = ("float32", "bfloat16")
+"""Presets with their batches, and dtypes, on a CPU."""
+WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
 
 
-def _gpu_ours(student, z, kind):
-    """Our engine: each GPU backend alone, and the plan that may mix them, as it is called and as a bare graph."""
+def cases(device, quick=False):
+    """The cases of a device by name, those that take the compiler minutes last.
 
-    @functools.cache
-    def engine(backend):
-        return copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True)
-
-    def call(backend):
-        return functools.partial(engine(backend), z)
-
-    found = [Contestant(f"advkd, {name}", lambda b=name: call(b), "ours") for name in ("auto", "cuda", "triton")]
-    bare = Contestant("advkd, auto, bare graph", lambda: _bare_graph(call("auto")), "ours", captured=True)
-    return [found[0], bare, *found[1:]]
-
-
-def _bare_graph(call):
-    """An engine's launches in a graph of our own, where it neither copies nor records events: latents and images stay."""
-    # The plan is measured and the weights are packed before anything is captured.
-    call()
-    return Replay(lambda i: call())
-
-
-def _gpu_floors(moved, device):
-    """A copy that reads and writes so many bytes together, as a call and as a graph."""
-    source, target = torch.randn(-(-moved // 8), device=device), torch.empty(-(-moved // 8), device=device)
-
-    def copied():
-        return target.copy_(source)
-
-    return [
-        Contestant(COPY, lambda: copied, "floor"),
-        Contestant(COPY + CAPTURED, lambda: Replay(lambda i: copied()), "floor", captured=True),
-    ]
-
-
-COPY = "a copy that moves as many bytes"
-FOLDED_BY_HAND = {False: "", True: ", conv_transpose2d"}
-GPU_ENGINES = {
-    "cuDNN eager": engines.eager,
-    "cuDNN, CUDA graph": engines.graphed,
-    "cuDNN graph API": engines.cudnn_graph,
-    "torch.compile, reduce-overhead": engines.compiled,
-    "torch.compile, CUDA graph": engines.compiled_graph,
-    "torch.compile, max-autotune": functools.partial(engines.compiled, mode="max-autotune"),
-    "TensorRT": engines.tensorrt,
-}
-GRAPHS = ("cuDNN, CUDA graph", "cuDNN graph API", "torch.compile, CUDA graph", "TensorRT")
-"""The engines whose calls replay one captured graph over tensors that stay where they are."""
-GPU_PEERS = {
-    "all": [
-        ("cuDNN eager", False),
-        ("cuDNN, CUDA graph", False),
-        ("cuDNN, CUDA graph", True),
-        ("torch.compile, reduce-overhead", True),
-        ("torch.compile, CUDA graph", True),
-        *((name, by_hand) for name in ("cuDNN graph API", "TensorRT") for by_hand in (True, False)),
-        ("torch.compile, reduce-overhead", False),
-    ],
-    "few": [("cuDNN eager", False), ("cuDNN, CUDA graph", True), ("torch.compile, reduce-overhead", True)],
-    "searched": [("torch.compile, max-autotune", by_hand) for by_hand in (True, False)],
-}
-"""Selections of engines on the plain network or, where True, on the one whose up-sampling is folded by hand."""
-COSTLY = {
-    *itertools.product(("cuDNN graph API", "TensorRT", "torch.compile, max-autotune"), (False, True)),
-    ("torch.compile, reduce-overhead", False),
-}
-"""Those whose compilation takes longest, or that compile a second network: they come last."""
-
-
-def _gpu_peers(folded, x, kind, peers):
-    found = []
-    for name, by_hand in GPU_PEERS[peers]:
-        engine, module = GPU_ENGINES[name], folded[by_hand]
-        prepare = functools.partial(lambda engine, module: engine(copy.deepcopy(module), x, kind), engine, module)
-        words = {"captured": name in GRAPHS, "costly": (name, by_hand) in COSTLY}
-        side = "baseline" if name == "cuDNN eager" else "peer"
-        found.append(Contestant(name + FOLDED_BY_HAND[by_hand], prepare, side, **words))
-    return found
-
-
-@functools.cache
-def _plausible_once(preset):
-    return plausible_student(preset)
-
-
-def gpu_cases(quick=False):
-    """Every case on a GPU by name, those that take the compiler minutes last.
-
-    ``quick``: with the peers that compile fastest, but for those in :data:`WHOLE`.
+    ``quick``: on a GPU with the peers that compile fastest, but for those in :data:`WHOLE`.
     """
     found, slow = {}, {}
+    if device == "cpu":
+        shapes = [(preset, n, dtype) for preset, batches in SHAPES.items() for n in batches for dtype in DTYPES]
+        return {predictions.case_name(*shape): functools.partial(case, *shape) for shape in shapes}
     for dtype, preset in itertools.product(GPU_DTYPES, predictions.BATCHES):
         for n in predictions.BATCHES[preset]:
             name = predictions.case_name(preset, n, dtype)
             peers = "few" if quick and name not in WHOLE else "all"
-            found[name] = functools.partial(gpu_case, preset, n, dtype, peers)
-            slow[name + SEARCHED] = functools.partial(gpu_case, preset, n, dtype, "searched")
+            found[name] = functools.partial(case, preset, n, dtype, peers)
+            slow[name + SEARCHED] = functools.partial(case, preset, n, dtype, "searched")
     return {**found, **slow}
 
 
-quick_cases = functools.partial(gpu_cases, quick=True)
-WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
-
-
-CASES = {
-    f"{preset}, batch {batch}, {dtype}": lambda preset=preset, batch=batch, dtype=dtype: case(preset, batch, dtype)
-    for preset, batches in SHAPES.items()
-    for batch in batches
-    for dtype in DTYPES
-}
-
-
-def cases(device):
-    """The cases of a device by name."""
-    return CASES if device == "cpu" else gpu_cases()
+quick_cases = functools.partial(cases, "cuda", quick=True)
 
 
 PLANS = 5
@@ -333,26 +260,19 @@ PLANS = 5
 
 def measured_plan(preset, dtype):
     """One preset's plan with measured times, as JSON values."""
-    fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
-    plans = [fused.plan() for _ in range(PLANS)]
-    plan = plans[0]
-    peak = plan.rate[DTYPES[dtype]]
-    rows = []
-    for same in zip(*(plan.rows for plan in plans)):
-        row, seconds = same[0], percentiles([other.measured for other in same])
+    fused = plausible_student(preset).fuse("cpu", getattr(torch, dtype))
+    plan, *others = [fused.plan() for _ in range(PLANS)]
+    rate, rows = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}, []
+    for row, *same in zip(plan.rows, *(other.rows for other in others)):
         figures = {k: v for k, v in asdict(row).items() if k not in ("layer", "measured")}
-        rate = row.direct_products / seconds["median"]
-        rows.append({**asdict(row.layer), **figures, "seconds": seconds, "gflops": 2e-9 * rate, "of_peak": rate / peak})
-    rate = {str(kind).removeprefix("torch."): value for kind, value in plan.rate.items()}
+        rows.append({**asdict(row.layer), **figures, "seconds": percentiles([one.measured for one in (row, *same)])})
     return {"preset": preset, "dtype": dtype, "isa": plan.isa, "products_per_second": rate, "layers": rows}
 
 
 def plans():
     """Every layer of the fused students on this processor: algorithm, useful rate, share of the rate in registers."""
-    return {
-        "students": [measured_plan(preset, dtype) for preset in SHAPES for dtype in DTYPES],
-        "threads": torch.get_num_threads(),
-    }
+    students = [measured_plan(preset, dtype) for preset in SHAPES for dtype in DTYPES]
+    return {"students": students, "threads": torch.get_num_threads()}
 
 
 KEPT = ("frechet", "frechet_interval", "times_floor", "precision", "recall")
@@ -371,14 +291,10 @@ def precision(num, processes):
             row = evaluate_student("digits", "digits", config, Path(folder) / dtype)["rows"][0]
             rows[dtype] = {name: row[name] for name in KEPT}
     z = student.latents(256, seed=1)
-    single, narrow = (student.fuse(dtype=dtype)(z).double() for dtype in DTYPES.values())
+    single, narrow = (student.fuse(dtype=getattr(torch, dtype))(z).double() for dtype in DTYPES)
     psnr = 10 * math.log10(4 / (single - narrow).square().mean().item())
     ratio = rows["bfloat16"]["frechet"] / rows["float32"]["frechet"]
     return {"student": "digits", "num": num, "psnr": psnr, "rows": rows, "ratio": ratio}
-
-
-def judged(result):
-    return [f"PSNR {result['psnr']:.1f} dB, Frechet distance {result['ratio']:.4f} times that of float32"]
 
 
 GROWN, BATCHES = ("digits", "pyramid-256"), (1, 2, 4, 8, 16, 32, 64)
@@ -394,7 +310,7 @@ def memory(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 torch.ones(1) + 1
-begin, before = time.perf_counter(), memory("VmRSS")
+begin = time.perf_counter()
 import advkd
 fused = advkd.Student.from_pretrained(sys.argv[1]).fuse(dtype=getattr(torch, sys.argv[2]), tune=False)
 fused.sample(1)
@@ -404,66 +320,55 @@ torch.ops.advkd_cpu.clear_workspaces()
 open("/proc/self/clear_refs", "w").write("5")
 loaded = memory("VmRSS")
 fused.sample(1)
-figures = {"seconds": seconds, "loading_bytes": loaded - before, "image_bytes": memory("VmHWM") - loaded}
-print(json.dumps(figures))
+print(json.dumps({"seconds": seconds, "image_bytes": memory("VmHWM") - loaded}))
 """
 
 
-def seconds(fused, batch, repeats):
-    """Seconds of a call."""
+def timed_row(fused, repeats, batch=1, **row):
+    """A row with the seconds of a call."""
     z = fused.latents(batch, seed=1)
-    return measure({"call": lambda: fused(z)}, repeats, warmup=2)["call"]
+    return {**row, "seconds": measure({"call": lambda: fused(z)}, repeats, warmup=2)["call"]}
 
 
 def batches(dtype):
     """The shipped student and the pyramid, by batch."""
-    rows = []
     for preset in GROWN:
-        fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
-        work = direct_products(fused.config)
-        for batch in BATCHES:
-            call = seconds(fused, batch, 30 if preset == "digits" else max(3, 40 // batch))
-            rows.append({"preset": preset, "dtype": dtype, "batch": batch, "seconds": call, "products": batch * work})
-    return rows
+        fused = plausible_student(preset).fuse("cpu", getattr(torch, dtype))
+        for n in BATCHES:
+            row = {"preset": preset, "dtype": dtype, "products": n * direct_products(fused.config)}
+            yield {"batch": n, **timed_row(fused, 30 if preset == "digits" else max(3, 40 // n), n, **row)}
 
 
 def sizes(dtype):
     """Students of 32 channels throughout, by image size."""
-    rows = []
     for size in SIZES:
-        depth = 2 * (size.bit_length() - 3)
-        config = StudentConfig(size, 3, channels=(32,) * max(4, depth))
+        config = StudentConfig(size, 3, channels=(32,) * max(4, 2 * (size.bit_length() - 3)))
         torch.manual_seed(0)
-        fused = Student(config).eval().fuse("cpu", DTYPES[dtype])
-        rows.append({"size": size, "dtype": dtype, "seconds": seconds(fused, 1, 20), "products": direct_products(config)})
-    return rows
+        fused = Student(config).eval().fuse("cpu", getattr(torch, dtype))
+        yield timed_row(fused, 20, size=size, dtype=dtype, products=direct_products(config))
 
 
 def threads(dtype):
     """One image and eight on one thread and on all."""
-    rows, most = [], torch.get_num_threads()
-    for preset, batch in THREADED:
-        fused = plausible_student(preset).fuse("cpu", DTYPES[dtype])
+    most = torch.get_num_threads()
+    for preset, n in THREADED:
+        fused = plausible_student(preset).fuse("cpu", getattr(torch, dtype))
         for count in sorted({1, *(2**i for i in range(1, 7) if 2**i <= most), most}):
             torch.set_num_threads(count)
-            rows.append(
-                {"preset": preset, "dtype": dtype, "batch": batch, "threads": count, "seconds": seconds(fused, batch, 15)}
-            )
+            yield {"batch": n, **timed_row(fused, 15, n, preset=preset, dtype=dtype, threads=count)}
         torch.set_num_threads(most)
-    return rows
 
 
 def footprint(preset, dtype, folder):
     """Seconds and memory of a first image in a fresh process, beside what the engine says it takes."""
     student = plausible_student(preset)
     student.save_pretrained(Path(folder) / preset)
-    fused = student.fuse("cpu", DTYPES[dtype], tune=False)
-    element = 4 if dtype == "float32" else 2
+    fused = student.fuse("cpu", getattr(torch, dtype), tune=False)
     pixels = [i.c_out * i.height * i.width * (4 if i.upsample else 1) for i in fused.layers[:-1]]
     command = [sys.executable, "-c", FIRST_IMAGE, str(Path(folder) / preset), dtype]
     runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(FIRST_IMAGES)]
     measured = {key: percentiles([run[key] for run in runs]) for key in runs[0]}
-    two = element * sum(sorted(pixels)[-2:])
+    two = getattr(torch, dtype).itemsize * sum(sorted(pixels)[-2:])
     return {"preset": preset, "dtype": dtype, **fused.memory(1), "two_largest_activations": two, "first_image": measured}
 
 
@@ -503,10 +408,10 @@ def plot(result, path):
 
 
 SWEEPS = {
-    "layers": Sweep("layers", plans, PARITY_TESTS),
-    "precision": Sweep("precision", precision, PARITY_TESTS, judged, options={"num": 2000, "processes": 1}),
-    "scaling": Sweep("scaling", scaling, PARITY_TESTS, plot=plot),
+    "layers": Sweep("layers", plans, PARITY_TESTS, [TABLES["layers"]]),
+    "precision": Sweep("precision", precision, PARITY_TESTS, [TABLES["precision"]], options={"num": 2000, "processes": 1}),
+    "scaling": Sweep("scaling", scaling, PARITY_TESTS, [TABLES["footprint"]], plot),
 }
 
 if __name__ == "__main__":
-    main("bench_student", cases, PARITY_TESTS, SWEEPS)
+    main(SWEEPS, "bench_student", cases, PARITY_TESTS)

@@ -4,7 +4,7 @@ from operator import itemgetter
 
 from advkd.evaluation.evaluate import cells
 
-from ..evidence import Table, contestants, markdown, scaled
+from ..evidence import Table, contestants, markdown, scaled, time_of
 
 ENGINES = {
     "advkd": "advkd",
@@ -30,15 +30,6 @@ def _engine(name):
 
 def _milliseconds(entry):
     return f"{1e3 * entry['seconds']['median']:.4g}" if "seconds" in entry else "off" if "parity" in entry else "cannot run"
-
-
-def _time(entry):
-    if "missing" in entry:
-        return "cannot run here"
-    if "seconds" not in entry:
-        return f"off by {entry['parity']['error']:.1e}, not timed"
-    median, p20, p80 = (1e3 * entry["seconds"][key] for key in ("median", "p20", "p80"))
-    return f"{median:.2f} ({p20:.2f} to {p80:.2f})"
 
 
 def _speed(entry):
@@ -141,12 +132,12 @@ TABLES = {
     ),
     "teacher": Table(
         "bench_teacher",
-        {"work": "{case}", "images": "{images}", "engine": "{name}", "ms per call (p20 to p80)": _time, "GFLOP/s": _rate},
+        {"work": "{case}", "images": "{images}", "engine": "{name}", "ms per call (p20 to p80)": time_of, "GFLOP/s": _rate},
         contestants,
     ),
     "sampler_step": Table(
         "bench_sampler_step",
-        {"step": "{case}", "by": "{name}", "ms (p20 to p80)": _time, "GB/s of what must be moved": _speed},
+        {"step": "{case}", "by": "{name}", "ms (p20 to p80)": time_of, "GB/s of what must be moved": _speed},
         contestants,
     ),
     "gradient_penalty": Table(
@@ -168,7 +159,7 @@ TABLES = {
         itemgetter("peaks"),
         lambda result: [peak for row in result["peaks"] for peak in row["bytes"].values()],
     ),
-    "norm_act": Table("bench_norm_act", {"work": "{case}", "by": "{name}", "ms (p20 to p80)": _time}, contestants),
+    "norm_act": Table("bench_norm_act", {"work": "{case}", "by": "{name}", "ms (p20 to p80)": time_of}, contestants),
     "distillation": Table(
         "distillation",
         {

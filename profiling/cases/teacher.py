@@ -106,13 +106,17 @@ def trajectory(batch):
     return Case(f"DDIM-50 trajectory, batch {batch}", lambda: wanted, tolerance, contestants, batch, flop, moved, repeats=5)
 
 
-CASES = {
-    "evaluation, batch 1": lambda: evaluation(1),
-    "evaluation, batch 16": lambda: evaluation(16),
-    "DDIM-50 trajectory, batch 16": lambda: trajectory(16),
-}
+def cases(device):
+    """The cases by name, on a CPU alone."""
+    found = {
+        "evaluation, batch 1": lambda: evaluation(1),
+        "evaluation, batch 16": lambda: evaluation(16),
+        "DDIM-50 trajectory, batch 16": lambda: trajectory(16),
+    }
+    return found if device == "cpu" else {}
+
 
 PARITY_TESTS = ["tests/ops/test_sampler_step.py", "tests/system/test_teacher.py"]
 
 if __name__ == "__main__":
-    main("bench_teacher", CASES, PARITY_TESTS)
+    main(name="bench_teacher", cases=cases, parity_tests=PARITY_TESTS)

@@ -971,9 +971,9 @@ def gpu_on_host(on_gpu_kernels, monkeypatch):  # noqa: F811
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(bench_conv_block, "sets_beyond_cache", lambda moved, device: 2)
     monkeypatch.setattr(bench_conv_block, "measure_events", lambda calls, repeats: {n: {"median": 1.0 + n} for n in calls})
-    for name in bench_student.GPU_ENGINES:
-        if name.startswith("torch.compile"):
-            monkeypatch.setitem(bench_student.GPU_ENGINES, name, peers.eager)
+    for selection, chosen in bench_student.PEERS.items():
+        plain = [dataclasses.replace(p, prepare=peers.eager) if p.name.startswith("torch.compile") else p for p in chosen]
+        monkeypatch.setitem(bench_student.PEERS, selection, plain)
     return on_gpu_kernels
 
 
@@ -992,17 +992,17 @@ def prepared_parity(case):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_students_benchmark_on_a_gpu(dtype, gpu_on_host):
-    case = bench_student.gpu_case("digits", 1, dtype, device="cpu")
-    assert case.name == f"digits, batch 1, {dtype}" and case.keep_going and case.notes["floor"]["seconds"] > 0
+    case = bench_student.case("digits", 1, dtype, "all", device="cpu")
+    assert case.name == f"digits, batch 1, {dtype}" and case.notes["floor"]["seconds"] > 0
     assert case.notes["predicted_microseconds"] == predictions.predicted_microseconds("digits", 1, dtype)
     errors = prepared_parity(case)
     assert {"advkd, auto", "advkd, cuda", "advkd, triton", "cuDNN eager", "cuDNN, CUDA graph, conv_transpose2d"} <= set(errors)
     assert all(error <= case.tolerance for error in errors.values())
     missing = {c.name for c in case.contestants if c.kind != "floor"} - set(errors)
     assert missing <= {engine + way for engine in ("TensorRT", "cuDNN graph API") for way in ("", ", conv_transpose2d")}
-    searched = bench_student.gpu_case("digits", 1, dtype, "searched", device="cpu")
-    assert searched.name.endswith(", max-autotune") and len(searched.contestants) == 8
-    quick, every = bench_student.quick_cases(), bench_student.gpu_cases()
+    searched = bench_student.case("digits", 1, dtype, "searched", device="cpu")
+    assert searched.name.endswith(", max-autotune") and [c.kind for c in searched.contestants].count("peer") == 2
+    quick, every = bench_student.quick_cases(), bench_student.cases("cuda")
     assert set(quick) == set(every) and all(quick[name].args == every[name].args for name in bench_student.WHOLE)
     assert quick["digits, batch 64, bfloat16"].args == ("digits", 64, "bfloat16", "few")
 
@@ -1031,7 +1031,7 @@ def test_the_layers_benchmark(name, gpu_on_host, monkeypatch):
 
 def test_peers_of_the_compiler(monkeypatch):
     """Other tests leave it to eager: here Inductor takes both folded networks whole, with freezing and with its search."""
-    monkeypatch.setattr(bench_conv_block, "Replay", OnHost)
+    monkeypatch.setattr(peers, "Replay", OnHost)
     chain = bench_conv_block.Chain("digits", 6, 1)
     first = chain.layers[0]
     x = torch.randn(1, first.c_in, first.height, first.width, generator=torch.Generator().manual_seed(1))
@@ -1039,7 +1039,7 @@ def test_peers_of_the_compiler(monkeypatch):
     wanted = modules[0](x)
     found = [
         peers.compiled(modules[0], x.clone())(),
-        bench_conv_block._peer(modules[1], x[None], torch.float32, compiled=True)(),
+        peers.graphed(modules[1], x, torch.float32, "max-autotune-no-cudagraphs")(),
     ]
     assert first.upsample and all((one - wanted).abs().max() < 1e-5 * wanted.abs().max() for one in found)
 
