@@ -20,9 +20,6 @@ from ..ops.arguments import real, require_dense, whole
 NEIGHBOUR = 3
 """k of the manifolds behind precision and recall."""
 
-TIE = 1e-9
-"""Part of itself by which a point may lie beyond a radius: the same distance is rounded differently within a matrix product."""
-
 BLOCK = 2**21
 """Distances held in memory at a time."""
 
@@ -100,6 +97,9 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
 def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> torch.Tensor:
     """``(N, M)`` bool: True where a point (N, D) is within the k-th neighbour's distance of one of ``manifold`` (M, D).
 
+    Squared distances that differ by the arithmetic's rounding alone, about 1e-15 D of the features' squares, are equal: a tie is
+    within.
+
     Precision is the share of generated points that some reference point covers, recall that of reference points that some
     generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
     """
@@ -137,7 +137,7 @@ def _shifted(points, others):
 def _blocks(points, others):
     """Yield ``(rows, distances to others)`` for all of ``points``; each block reuses the memory of the one before."""
     norms, others_norms = points.square().sum(dim=1), others.square().sum(dim=1)
-    count, resolution = max(1, BLOCK // len(others)), (points.shape[1] + 2) * torch.finfo(torch.float64).eps
+    count, resolution = max(1, BLOCK // len(others)), _resolution(points)
     memory = torch.empty(min(count, len(points)), len(others), dtype=torch.float64, device="cpu")
     for first in range(0, len(points), count):
         rows = slice(first, min(first + count, len(points)))
@@ -147,17 +147,29 @@ def _blocks(points, others):
         yield rows, block.sqrt_()
 
 
+def _resolution(points):
+    """Rounding of a squared distance, in parts of both points' squares."""
+    return (points.shape[1] + 2) * torch.finfo(torch.float64).eps
+
+
 def _radii(manifold, k):
-    """Radius of each point's ball: the distance to its k-th neighbour, and :data:`TIE`."""
+    """Radii within which each point covers others."""
     radii = torch.empty(len(manifold), dtype=torch.float64, device="cpu")
     for rows, block in _blocks(manifold, manifold):
-        radii[rows] = _radius(block, k)
-    return radii
+        radii[rows] = _distance(block, k)
+    return _with_ties(manifold, radii)
 
 
-def _radius(block, k):
-    # The closest one is the point itself.
-    return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1).mul_(1 + TIE)
+def _with_ties(points, radii):
+    """Radii, larger by the rounding of two distances from each point: a tie is within, however a product rounds it."""
+    squares = radii.square()
+    # A point within the radius has a square of at most 2 |point|^2 + 2 radius^2.
+    return (squares + 6 * _resolution(points) * (points.square().sum(dim=1) + squares)).sqrt_()
+
+
+def _distance(block, k):
+    """Distances of a block's points to their k-th neighbours; the closest one is the point itself."""
+    return block.topk(k + 1, dim=1, largest=False, sorted=False).values.amax(dim=1)
 
 
 def frechet_interval(
@@ -216,9 +228,9 @@ def _within(points, counts):
     radii = torch.empty(len(points), dtype=torch.float64, device="cpu")
     total = torch.zeros(counts.shape[1], dtype=torch.float64, device="cpu")
     for rows, block in _blocks(points, points):
-        radii[rows] = _radius(block, NEIGHBOUR)
+        radii[rows] = _distance(block, NEIGHBOUR)
         total += (counts[rows] * (block @ counts)).sum(dim=0)
-    return radii, total / (len(points) * (len(points) - 1))
+    return _with_ties(points, radii), total / (len(points) * (len(points) - 1))
 
 
 def _across(generated, reference, radii, reference_radii, ours, theirs):

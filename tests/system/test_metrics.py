@@ -313,11 +313,17 @@ def test_ties_are_covered_however_a_product_rounds(name, monkeypatch):
 
     def rounded(points, others):
         for rows, block in blocks(points, others):
-            yield rows, block * (1 + 1e-13 * torch.randn(block.shape, generator=generator, dtype=block.dtype))
+            sizes = points[rows].square().sum(dim=1)[:, None] + others.square().sum(dim=1)
+            noise = 2 * torch.rand(block.shape, generator=generator, dtype=block.dtype) - 1
+            squares = block.square() + noise * sizes * points.shape[1] * torch.finfo(torch.float64).eps
+            yield rows, squares.clamp_(min=0).sqrt_().masked_fill_(block == 0, 0)
 
     monkeypatch.setattr(metrics, "_blocks", rounded)
     generated, reference = SETS[name]()
-    assert torch.equal(metrics.covers(reference, generated, 2), dense_covers(reference, generated, 2))
+    for a, b in ((generated, reference), (reference, generated)):
+        assert torch.equal(metrics.covers(a, b, 2), dense_covers(a, b, 2))
+    found, expected = (f(generated, reference, 5, 3, 0.8) for f in (metrics.neighbour_measures, dense_measures))
+    assert [found[name] for name in ("precision", "recall")] == pytest.approx([expected["precision"], expected["recall"]])
 
 
 @pytest.mark.parametrize("closest", [1, 2, 5])
