@@ -2,11 +2,12 @@
 
 For a test that needs a process, not a fresh interpreter. Variables that imports read (``OMP_NUM_THREADS``), signals during
 imports and the lightness of imports need a real one: :func:`tests.conftest.run_cli`. Processes that such a child spawns by
-``multiprocessing`` are forked as well.
+``multiprocessing`` are forked as well, and so inherit what it has set; :func:`tests.conftest.start` shows those of "spawn".
 """
 
 import atexit
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -14,9 +15,11 @@ import multiprocessing.util
 import os
 import pkgutil
 import runpy
+import secrets
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +32,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT = 2**17
 """Bytes of a request: arguments, environment, folder."""
-RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+START = 100
+"""Seconds within which a warm process is warm and a child has begun."""
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID") or secrets.token_hex(16)
 SEEDS = ("1", "2")
 """The warm processes' hash seeds: an order of a set that reaches a result must not go unnoticed."""
 
@@ -52,6 +57,7 @@ class Forked:
         server = _servers()[environment["PYTHONHASHSEED"]]
         socket.send_fds(server, [request], [theirs.fileno(), *(file.fileno() for file in self._files)])
         theirs.close()
+        self._connection.settimeout(START)
         self.pid = int(self._connection.recv(32))
 
     def poll(self):
@@ -102,22 +108,40 @@ def _servers():
 
 
 def _server(seed):
-    """A socket to a warm process, which the first of the run's test processes starts, and which ends with their last socket."""
+    """A socket to a warm process, which the first of the run's test processes starts; it ends after their last socket."""
     address = f"\0advkd-tests-{RUN}-{seed}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.suppress(OSError):  # it has been started
-        listener.bind(address)
-        listener.listen()
-        # A process that has used OpenMP's threads must not fork; one thread is none but its own.
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-m", "tests.forked", str(listener.fileno())]
-        subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for _ in range(100):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            if _is_bound(listener, address):
+                listener.listen()
+                # A process that has used OpenMP's threads must not fork; one thread is none but its own.
+                environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+                command = [sys.executable, "-m", "tests.forked", str(listener.fileno())]
+                subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.suppress(ConnectionRefusedError):  # bound, but not yet listened at
             connection.connect(address)
+            assert is_ours(connection)
             return connection
         time.sleep(0.1)
     raise ConnectionError(f"no process listens at {address}")
+
+
+def _is_bound(listener, address):
+    """True if this process is the first to bind the address."""
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def is_ours(connection):
+    """True if the process at the other end is this user's."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user == os.getuid()
 
 
 def warm_up():
@@ -138,22 +162,26 @@ def warm_up():
 
 
 def serve(listener):
-    """Answer the test processes' requests until the last of them ends; a child returns the request that it is to run."""
+    """Answer the test processes' requests until the last of them has gone; a child returns the request that it is to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    open_sockets = [listener]
+    clients = []
     while True:
-        for ready in select.select(open_sockets, [], [])[0]:
-            if ready is listener:
-                open_sockets.append(listener.accept()[0])
-                continue
-            data, descriptors, *_ = socket.recv_fds(ready, LIMIT, 3)
+        # Another test process of the run may come a little after the last.
+        ready, _, _ = select.select([listener, *clients], [], [], None if clients else 5)
+        if not ready:
+            listener.close()
+            sys.exit(0)
+        if listener in ready:
+            ready.remove(listener)
+            client = listener.accept()[0]
+            clients += [client] if is_ours(client) else []
+        for client in ready:
+            data, descriptors, *_ = socket.recv_fds(client, LIMIT, 3)
             if not data:
-                open_sockets.remove(ready)
-                ready.close()
-                if open_sockets == [listener]:
-                    sys.exit(0)
+                clients.remove(client)
+                client.close()
             elif not os.fork():
-                for each in open_sockets:
+                for each in (listener, *clients):
                     each.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 child = os.fork()
@@ -165,10 +193,14 @@ def serve(listener):
 
 
 def watch(child, connection):
-    """Report a child's number, then how it ended."""
+    """Report a child's number, then how it ended. It is killed once nobody listens."""
     connection.send(str(child).encode())
+    end = os.pidfd_open(child)
+    if end not in select.select([end, connection], [], [])[0]:
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    with contextlib.suppress(OSError):
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
 
 
@@ -196,27 +228,34 @@ def become(request, descriptors):
 
 
 def forking(spawnv_passfds):
-    """A function that starts the processes of "spawn" as forks, without the imports; the rest is as "spawn" has it.
+    """A function that starts the processes of "spawn" as forks, without the imports.
 
-    Their work comes pickled through a pipe, they import the main module anew, and handlers of signals are those of the start.
+    Their work comes pickled through a pipe, they import the main module anew, and handlers of signals are those of the start;
+    what modules hold is inherited.
     """
 
     def forked(path, arguments, passed):
         if "--multiprocessing-fork" not in arguments:
             return spawnv_passfds(path, arguments, passed)  # the tracker of resources, which imports little
-        if child := os.fork():
-            return child
-        atexit._clear()
-        for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        sys.modules["__main__"], sys.argv = types.ModuleType("__main__"), ["-c", *arguments[-1:]]
-        end(exec, arguments[-2], {})
+        child = os.fork()
+        if not child:
+            end(spawned, arguments, passed)
+        return child
 
     return forked
+
+
+def spawned(arguments, passed):
+    """Run the code of a process of "spawn" with no more of its parent than "spawn" leaves it, but for the modules."""
+    atexit._clear()
+    for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.modules["__main__"], sys.argv = types.ModuleType("__main__"), ["-c", *arguments[-1:]]
+    exec(arguments[-2], {})
 
 
 def end(function, *arguments):

@@ -263,13 +263,15 @@ def endings(tmp_path):
 GONE = {"group": False, "threads": []}
 
 
-@pytest.mark.parametrize("ending", ["twice", "caller", "error", "interrupt"])
-def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_path, endings, ending):
+FRESH = pytest.param("twice", start, id="twice, fresh", marks=pytest.mark.kernels)
+
+
+@pytest.mark.parametrize(("ending", "by"), [("twice", fork), FRESH, ("caller", fork), ("error", start), ("interrupt", fork)])
+def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_path, endings, ending, by):
     """On every way out, without waiting for a process that failed; a group that existed before stays the caller's."""
     overrides = {"recipe": "joint", "updates": [3], "batch_sizes": [8], "critic_channels": 4, "ending": ending}
     worker = ("tests.system.distill_worker", trajectories, tmp_path / "out", json.dumps(overrides))
-    # A forked child leaves out the interpreter's own end: one bad end is that of fresh processes, the good one torchrun's.
-    by = start if ending == "error" else fork
+    # A forked child leaves out the interpreter's own end.
     results = fork_ranks("-c", RUN_MODULE, *worker, environment={"ENDINGS": str(tmp_path / "endings")}, by=by)
     errors, left = [done.stderr[-3000:] for done in results], endings()
     if ending in ("error", "interrupt"):

@@ -285,6 +285,15 @@ def test_a_script_that_records_needs_a_guard_and_a_file(tmp_path, teacher_folder
     assert done.returncode == 0 and len(Trajectories(tmp_path / "out")) == 4, done.stderr
 
 
+@pytest.mark.kernels
+def test_a_script_from_standard_input_does_not_record(tmp_path, teacher_folder):
+    """In fresh interpreters."""
+    command = [sys.executable, "-", str(teacher_folder), str(tmp_path / "out")]
+    text = SCRIPT.format(guard="if __name__ == '__main__':")
+    done = subprocess.run(command, input=text, env=process_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "from a file, not from standard input" in done.stderr
+
+
 def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, teacher_folder):
     from advkd.diffusion import recorder
 
