@@ -285,7 +285,10 @@ def test_a_process_group_of_ours_ends_before_the_interpreter(trajectories, tmp_p
         assert weights(tmp_path / "out") == weights(tmp_path / "out-again")
 
 
-@pytest.mark.parametrize(("options", "code", "message"), [((), 0, ""), (("--learning-rate", 1e30), 1, "not finite")])
+FAILING = pytest.param(("--learning-rate", 1e30), 1, "not finite", marks=pytest.mark.kernels)
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [((), 0, ""), FAILING])
 def test_the_command_ends_its_process_group(trajectories, tmp_path, endings, options, code, message):
     """Under ``torchrun``."""
     preset = tmp_path / "student.json"
