@@ -77,7 +77,7 @@ inline i64 direct_products_per_image(const ConvLayer& layer) {
   return layer.c_in * layer.c_out * layer.height * layer.width * 9 * layer.scale() * layer.scale();
 }
 
-// The form that packed weights were made for. They begin with it: weights packed for another instruction set can have the same size.
+// The form of packed weights, with which they begin: weights packed for another instruction set can have the same size.
 struct PackedHeader {
   i64 lanes, c_in, c_out, upsample, storage, algorithm, version, unused;
   bool operator==(const PackedHeader&) const = default;

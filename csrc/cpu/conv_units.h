@@ -1,5 +1,5 @@
-// Parts that the units of the student's convolution share, for one instruction set: how they see a layer and its packed weights, the
-// epilogue, and each unit's functions.
+// Parts that the units of the student's convolution share, for one instruction set: their view of a layer and of its packed
+// weights, the epilogue, and each unit's functions.
 //
 // Weights are packed panel by panel in the order in which the product reads them, so they stream. A task owns a block of rows
 // (groups of four pixels, Winograd tiles, or rows of an image) and a range of (phase, panel of output channels).

@@ -1,5 +1,5 @@
-// Groups of four vectors and their mask bytes, for kernels that are compiled once per instruction set. What a run leaves over at
-// its end goes through a group in a buffer.
+// Groups of four vectors and their mask bytes, for kernels that are compiled once per instruction set. The rest of a run
+// goes through a group in a buffer.
 #pragma once
 
 #include <bit>

@@ -1,6 +1,6 @@
-// Instructions of a cluster that CUDA C++ leaves to PTX: blocks that run at the same time, wait for each other and write to each other's
-// shared memory. From sm_90 on; before that only clusters of one block have code. Tests replace this file as a whole by
-// functions for the host. Needs cuda/warp.cuh.
+// Instructions of a cluster that CUDA C++ leaves to PTX: blocks that run at the same time, wait for each other and write to
+// each other's shared memory. From sm_90 on; before that only clusters of one block have code. Tests replace this file as a
+// whole by functions for the host. Needs cuda/warp.cuh.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define ADVKD_CLUSTER(BLOCKS)

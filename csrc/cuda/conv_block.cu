@@ -2,7 +2,7 @@
 // output channels and walks over tiles of pixels. A tile comes to shared memory with its halo, some input channels at a time,
 // by asynchronous copies one to three chunks ahead; all taps read a chunk, each at an offset of its own, so that an input byte
 // is fetched once per tile. A warp sums 16 to 64 pixels by 16 to 64 channels, or a part of K where tiles are few; weights stay in
-// shared memory where they fit. What a warp makes goes through shared memory into whole vectors of channels.
+// shared memory where they fit. A warp's results go through shared memory into whole vectors of channels.
 // The image has too few channels for that: its nine taps' results, side by side, are one product of every input pixel, kept in
 // shared memory as planes in which each output pixel adds up nine neighbours.
 // No Torch and no standard library here: NVRTC compiles this file as it is.

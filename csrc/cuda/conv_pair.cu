@@ -67,9 +67,9 @@ ADVKD_INLINE void pair_copy(
   copy_wait<0>();
 }
 
-// The most of kColumns times 16 channels a warp that registers allow: blocks that share a multiprocessor (three of 16 channels and two
-// of more in 16 bits); whether weights are read a tap ahead of their use, loops over two taps unrolled, and rows taken as
-// strips.
+// The registers' limits at kColumns times 16 channels a warp: blocks that share a multiprocessor (three of 16 channels and
+// two of more in 16 bits); whether weights are read a tap ahead of their use, loops over two taps unrolled, and rows taken
+// as strips.
 template <typename T, int kColumns>
 struct PairLimits {
   static constexpr bool kNarrow = sizeof(typename T::Bits) == 2;

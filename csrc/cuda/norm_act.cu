@@ -3,7 +3,7 @@
 // Planes: a block works on one channel, all threads along its rows. Channels last: a block's threads are `lanes` groups of
 // neighbouring channels times `rows` pixels. To up-sample, a position's four pixels are written or added up at once.
 // Moments and sums: registers, then shared memory, then a partial result per block, which a block per channel joins in a
-// second kernel; no atomics. What decides a sign is rounded step by step, as in the reference.
+// second kernel; no atomics. Numbers that decide a sign are rounded step by step, as in the reference.
 // NVRTC compiles this file as it is.
 
 #include "cuda/norm_act.h"

@@ -46,8 +46,8 @@ ADVKD_INLINE u32 rest_tf32(u32 bits, u32 rounded) {
   return round_tf32(__float_as_uint(__fadd_rn(__uint_as_float(bits), -__uint_as_float(rounded))));
 }
 
-// Full float32: each number is the sum of two of TensorFloat-32 to 22 bits, and three of the four products count. What is
-// infinite gives NaN.
+// Full float32: each number is the sum of two of TensorFloat-32 to 22 bits, and three of the four products count. Infinity
+// gives NaN.
 struct product_f32 {
   using Storage = f32;
   static constexpr int kParts = 2;
@@ -68,7 +68,7 @@ struct product_f32 {
   }
 };
 
-// A warp's sums: kRows times 16 pixels by kColumns times 16 output channels. Of pixels row * 16 + g (and + 8) and channels
+// A warp's sums: kRows times 16 pixels by kColumns times 16 output channels: pixels row * 16 + g (and + 8) and channels
 // column * 16 + half * 8 + 2t (and + 1), as cuda/warp.cuh says.
 template <typename Product, int kRows, int kColumns>
 struct WarpSums {
@@ -102,7 +102,7 @@ struct WarpSums {
   }
 };
 
-// The way of a sum to memory.
+// The function between a sum and memory.
 enum Activation { kNone, kLeakyRelu, kTanh };
 
 ADVKD_INLINE float activate(float sum, float bias, int activation, float slope) {

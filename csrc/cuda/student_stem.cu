@@ -26,7 +26,7 @@
 #include "cuda/cluster.cuh"
 
 // The network is a function that a product's entry points call, whatever their clusters: the same code inlined in each takes
-// three times as long to compile. What they take by value has an address then.
+// three times as long to compile. Arguments that they take by value have an address then.
 #ifdef __CUDACC__
 #define ADVKD_CALLED static __device__ __noinline__
 #define ADVKD_IN_PLACE const __grid_constant__
@@ -269,7 +269,7 @@ ADVKD_INLINE int stem_place(const StemLayer& layer, int phase, int pixel) {
 }
 
 // Where a layer's output goes: to the input of the next layer in those blocks of the cluster that read it there, or, the last
-// layer's, to device memory. What a block reads are its lines of 32 pixels (16 are one line, too) and `reach` around them.
+// layer's, to device memory. A block reads its lines of 32 pixels (16 are one line, too) and `reach` around them.
 struct StemOutput {
   unsigned char *shared, *device;
   int pitch, cluster_shift;

@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ leaves to PTX: tensor-core products, loads of their fragments, copies to shared memory that run beside the
-// arithmetic. Each is one instruction; tests replace this file as a whole by functions for the host. Needs cuda/storage.cuh.
+// Instructions that CUDA C++ leaves to PTX: tensor-core products, loads of their fragments, copies to shared memory that run
+// beside the arithmetic. Each is one instruction; tests replace this file as a whole by functions for the host. Needs cuda/storage.cuh.
 // K, the axis that is summed over, comes in steps of 32 bytes: 16 elements of 16 bits or 8 of 32. A thread's registers hold the
 // same bytes of a step either way. With g = lane / 4 and t = lane % 4, A (16 rows) is {row g word t, row g + 8 word t, row g
 // word t + 4, row g + 8 word t + 4}, B (8 columns) {column g word t, column g word t + 4}, and the sums are

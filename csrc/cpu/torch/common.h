@@ -1,4 +1,5 @@
-// Parts that the registration units share: torch's stable ABI, and the checks of launchers' tensors. Launchers check layout and launch.
+// Parts that the registration units share: torch's stable ABI, and the checks of launchers' tensors. Launchers check layout
+// and launch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
