@@ -634,6 +634,30 @@ def test_the_sanitizers_verdict():
     assert cut["red"] and cut["errors"] == 1
 
 
+SANITIZER = """#!/bin/sh
+for word; do case $word in --gpu-log=*) log=${word#*=};; esac; done
+echo '{"test": "a", "outcome": "passed"}' > "$log"
+if mkdir "$log.started" 2>/dev/null; then echo "$STEP"; exec sleep 600; fi
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.parametrize("step", ["", "========= Invalid __global__ write of size 4 bytes"], ids=["silent", "after a finding"])
+def test_a_sanitizer_stopped_at_its_limit_runs_again_unless_it_has_found_something(step, tmp_path, monkeypatch):
+    (tool := tmp_path / "compute-sanitizer").write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("STEP", step)
+    monkeypatch.setattr(sanitizers.shutil, "which", lambda name: str(tool))
+    code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path, 0.0))
+    if step:
+        assert code == 4 and result["items"]["memcheck"]["errors"] == 1
+    else:
+        assert code == 3 and result["items"] == {} and result["unfinished"] == "no time for memcheck"
+    code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
+    assert code == (4 if step else 0)
+    assert result["items"]["memcheck"]["code"] == (None if step else 0) and "unfinished" not in result
+
+
 def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
     code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
