@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import time
 
 import torch
@@ -13,6 +12,7 @@ from ..harness import absent_package, format_case, is_green, run_case
 from ..limits import predictions
 from . import kept
 from .parity import GATES, parity_gate
+from .summary import read_json
 
 QUICK = {
     "bench_student": [
@@ -91,8 +91,8 @@ def _is_pending(part, case):
 
 def _use_measured_rates(part):
     """Floors are counted with the card's own rates where part ``rates`` has them."""
-    path = part.out / "gpu_rates.json"
-    found = json.loads(path.read_text())["result"].get("items", {}).get("rates", {}) if path.exists() else {}
+    stored = read_json(part.out / "gpu_rates.json", kept.NOTHING)
+    found = stored["result"].get("items", {}).get("rates", {})
     if "flops" in found:
         student.MEASURED_RATES[:] = [predictions.H200.measured(found["flops"], found["bandwidth"])]
 

@@ -21,6 +21,7 @@ from . import kept
 from .kept import test_digest
 from .part import NEEDS_DEVICE
 from .processes import run_session
+from .summary import read_json
 from .tests import collected, read_log, running, settle
 
 STUDENT_TESTS = [

@@ -16,6 +16,7 @@ from ..evidence import environment, gpu_digests
 from . import kept as gpu_kept
 from .part import STATES
 from .processes import end, run_session
+from .summary import read_json
 from .tests import BROKEN
 
 STARTS = 8
@@ -71,7 +72,7 @@ class Run:
     def do(self, part):
         """Run a part unless it is finished; returns its stored result."""
         path = self.out / f"gpu_{part.name}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, {})
         same = known.get("key") == self.key
         if same and known["state"] in ("passed", "failed"):
             print(f"{part.name}: {known['state']} before, not run again (unless {path.name} is removed)", flush=True)
@@ -87,9 +88,9 @@ class Run:
         # Logs and items are for this machine alone.
         (self.out / "parts" / ".gitignore").write_text("*\n")
         if (result := folder / "result.json").exists():
-            # What cannot be repeated is dropped; items stay.
-            write_json(result, {"items": json.loads(result.read_text())["items"]})
-        seconds, begin = min(self.slower * part.seconds, self.end - time.monotonic()), time.monotonic()
+            # Only items stay: the rest may not come about again.
+            write_json(result, {"items": read_json(result, {"items": {}})["items"]})
+        seconds, begin = max(min(self.slower * part.seconds, self.end - time.monotonic()), 0.0), time.monotonic()
         state = None if seconds < 2 * GRACE else self._processes(part, folder, seconds)
         return self._store(part, folder, state, time.monotonic() - begin, seconds)
 
@@ -123,8 +124,7 @@ class Run:
         return "died"
 
     def _store(self, part, folder, state, spent, limit):
-        path, log = folder / "result.json", folder / "log.txt"
-        result = json.loads(path.read_text()) if path.exists() else {"items": {}}
+        result, log = read_json(folder / "result.json", {"items": {}}), folder / "log.txt"
         if state in (None, "died"):
             result["unfinished"] = "ended from outside"
         state = state or "unfinished"

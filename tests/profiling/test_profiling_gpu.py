@@ -254,7 +254,7 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
     environment = process_environment(changes)
     for i in range(4 if sign == signal.SIGKILL else 1):
         process = subprocess.Popen([sys.executable, "-c", MODE, str(out)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while not list(tmp_path.glob("advkd-gpu-*/parts/hang/result.json")):
+        while not list(tmp_path.glob("advkd-gpu-*/run/parts/hang/result.json")):
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(0.1 + 0.07 * i)
@@ -275,6 +275,37 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("a part goes on after its run was killed")
+
+
+def test_a_torn_result_counts_as_absent(run, tmp_path):
+    assert run(("good", "bad")) == 1
+    for path in (run.out / "gpu_good.json", run.out / "parts/bad/result.json", run.out / "gpu_bad.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run(("good", "bad")) == 1 and run.starts() == ["good", "bad"] * 2
+    assert run.stored("good")["state"] == "passed" and run.stored("bad")["state"] == "failed"
+    (tmp_path / "tests.collected.json").write_text('["a", "')
+    assert collected(tmp_path / "tests.jsonl") is None
+    (tmp_path / "gpu_rates.json").write_text('{"state": "passed", "re')
+    assert gpu_kept.whole_part(tmp_path, "rates") is None and parity.parity_gate([], part_of(run.out))["state"] == "none ran"
+
+
+@pytest.mark.parametrize("left", [1.0, 0.6, 0.0])
+def test_an_archive_is_unpacked_whole_or_until_its_damage(left, tmp_path, monkeypatch):
+    """One that a killed call has unpacked in part is unpacked again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (out := tmp_path / "out").mkdir()
+    with gpu_modes.work_folder(out) as work:
+        for name in "abc":
+            (work / f"gpu_{name}.json").write_text(json.dumps(os.urandom(50_000).hex()))
+        gpu_modes.save(work, out, [])
+        data = (out / "results.tgz").read_bytes()
+    (out / "results.tgz").write_bytes(data[: int(left * len(data))])
+    half = work.parent / "unpacked"
+    half.mkdir(parents=True)
+    (half / "gpu_d.json").write_text("[")
+    with gpu_modes.work_folder(out) as work:
+        found = {path.name for path in work.glob("gpu_*.json") if gpu_summary.read_json(path, None)}
+    assert found == {f"gpu_{name}.json" for name in {1.0: "abc", 0.6: "a", 0.0: ""}[left]}
 
 
 def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
