@@ -5,7 +5,7 @@ python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 ``parity`` takes 270 s: one case of every GPU test, then more of each, with memcheck and racecheck beside them, then the card's
 rates. ``bench`` takes 330 s: a gate of tests, the rates, then the benchmarks, the most telling cases first. ``FOLDER`` holds
 three files, written anew every ten seconds, each whole at any time: ``tests.json``, ``results.tgz`` (everything else: results,
-journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
+items, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
 ``profiling/results/<device>/`` or in the archive of an earlier call. The results are kept in the repository by
 
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"

@@ -1,6 +1,6 @@
 """One part of a run in its own process: its folders and its time, its items, and its end.
 
-What is finished of a part's items (benchmark cases, chains under a profiler, ...) is not done again, and what a process died of
+Finished items of a part (benchmark cases, chains under a profiler, ...) are not done again, and an item that killed its process
 is not tried a second time. The process ends with a code of :data:`STATES`, or with that of a broken device where the rest needs
 a fresh process.
 """

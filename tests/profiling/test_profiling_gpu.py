@@ -1144,7 +1144,7 @@ GOOD = {"case": "good", "moved_bytes": 10**9, "ratio": 2.0, "contestants": [entr
 
 
 def test_a_benchmark_part(tmp_path, monkeypatch):
-    """Cases enter the journal and the result one by one, costly contestants last; a failing case does not end the part."""
+    """Cases enter the result one by one, costly contestants last; a failing case does not end the part."""
     ran, calls = [], []
 
     def measured(case, costly):
