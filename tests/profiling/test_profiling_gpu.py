@@ -1136,8 +1136,22 @@ def test_the_parity_gate(tmp_path):
     assert gate()["state"] == "incomplete"
     stored["result"]["left"] = None
     assert gate()["state"] == "incomplete"
+    few = {"kernels": evidence.gpu_digests(), "result": {"tests": {f"{files[0]}::test_a": {"outcome": "passed"}}, "left": []}}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "green", "a gate that is through"
+    few["result"]["left"] = None
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "incomplete"
+    few["result"]["left"], few["kernels"] = [], {}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    stored["result"]["left"] = []
+    assert gate()["state"] == "green", "beside a gate of other kernels"
     stored["kernels"] = {}
     assert gate()["state"] == "none ran", "tests of other kernels"
+    few["kernels"], stored["kernels"] = evidence.gpu_digests(), evidence.gpu_digests()
+    tests["tests/ops/test_mask_mul.py::test_b"] = {"outcome": "failed"}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "red", "a few cases do not outrank all"
 
 
 GOOD = {"case": "good", "moved_bytes": 10**9, "ratio": 2.0, "contestants": [entry("advkd", "ours", 1e-3)]}
@@ -1187,6 +1201,10 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
     late = part_of(tmp_path / "late", 1.0)
     code, result = finished(bench.bench("small_bench"), late)
     assert code == 3 and result["unfinished"] == "no time for 3 cases: good, costly, bad"
+    for state, code in (("red", 4), ("none ran", 3), ("incomplete", 3)):
+        monkeypatch.setattr(bench, "parity_gate", lambda files, part, state=state: {"state": state})
+        monkeypatch.setitem(bench.QUICK, "small_bench", [])
+        assert finished(bench.bench("small_bench"), part_of(tmp_path / state.replace(" ", "")))[0] == code
 
 
 @pytest.mark.gpu
