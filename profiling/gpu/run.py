@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from advkd.runtime.files import write_json
 from ..evidence import environment, gpu_digests
 from . import kept as gpu_kept
 from .part import STATES
-from .processes import end, run_session
+from .processes import run_session
 from .summary import read_json
 from .tests import BROKEN
 
@@ -64,7 +63,7 @@ class Run:
     def __init__(self, out, place, seconds, full=False, kept=None, rehearse=False):
         self.slower = REHEARSAL if rehearse else 1
         self.out, self.kept = Path(out).absolute(), kept
-        self.end, self.live = time.monotonic() + self.slower * seconds, set()
+        self.end = time.monotonic() + self.slower * seconds
         self.options = {"out": str(self.out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
         self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest(), "full": full}
@@ -95,15 +94,17 @@ class Run:
         return self._store(part, folder, state, time.monotonic() - begin, seconds)
 
     def stop(self):
-        """End all parts now; what they have finished stays."""
+        """End all parts, also one that is just being started; what they have finished stays."""
         self.end = 0.0
-        for process in list(self.live):
-            end(process)
+
+    def _is_stopped(self):
+        return self.end == 0.0
 
     def _processes(self, part, folder, seconds):
         """State of a part when it has ended; None where it was ended from outside."""
         limit, restarted = min(time.monotonic() + seconds, self.end), False
         own = {"name": part.name, "folder": str(folder), "most": part.most, "parent": os.getpid()}
+        print(f"{part.name}: begins, {seconds:.0f} s at most", flush=True)
         for _ in range(STARTS):
             left = min(limit, self.end) - time.monotonic()
             if left < GRACE:
@@ -111,8 +112,8 @@ class Run:
             options = {**self.options, **own, "seconds": left - GRACE, "restarted": restarted}
             command = [sys.executable, "-m", part.module, json.dumps(options)]
             variables = environment(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
-            code = run_session(command, folder / "log.txt", left, variables, self.live)
-            if code is None or self.end == 0.0:
+            code = run_session(command, folder / "log.txt", left, variables, f"[{part.name}] ", self._is_stopped)
+            if code is None:
                 return None
             if code in STATES:
                 return STATES[code]
@@ -129,7 +130,7 @@ class Run:
             result["unfinished"] = "ended from outside"
         state = state or "unfinished"
         tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
-        print(f"{textwrap.indent(tail, f'[{part.name}] ')}{part.name}: {state} after {spent:.0f} s", flush=True)
+        print(f"{part.name}: {state} after {spent:.0f} s", flush=True)
         stored = {
             "part": part.name,
             "state": state,

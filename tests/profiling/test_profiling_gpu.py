@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import runpy
 import shutil
@@ -244,6 +245,39 @@ main.device_folder = lambda device: Path("nothing")
 short = {"parity": mode_of(("good",), ("late", "hang"), ("after",)), "bench": mode_of(("good",))}
 sys.exit(main.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, place=lambda d, c: dict(PLACE), modes=short))
 """
+
+
+def test_a_stopped_run_of_parts_leaves_a_summary_and_what_was_printed(tmp_path):
+    (tmp_path / "fake_part.py").write_text(FAKE)
+    code = MODE.replace('["parity", "--out"', '["--parts", "good,hang,after", "--out"')
+    code = code.replace("modes=short", 'parts=[main.Part(name, 30, 0, "fake_part") for name in ("good", "hang", "after")]')
+    environment = process_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1"})
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line == "[hang] works on hang\n":  # printed while it runs
+                break
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1 and "hang: unfinished" in said
+    page = (tmp_path / "out/SUMMARY.md").read_text()
+    assert "| good | passed |" in page and "| hang | unfinished |" in page and "| after | unfinished |" in page
+    assert (tmp_path / "out/starts.txt").read_text().split() == ["good", "hang"]
+
+
+def test_a_part_that_starts_while_its_run_is_stopped_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "fake_part.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run, real = gpu_run.Run(tmp_path / "out", PLACE, 600), subprocess.Popen
+
+    def start(command, **options):
+        process = real(command, **options)
+        run.stop()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    found = run.do(gpu.Part("hang", 300, 0, "fake_part"))
+    assert found["state"] == "unfinished" and found["seconds"] < 20
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=str)
