@@ -27,7 +27,7 @@ from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
-from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables
+from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables, warm
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
@@ -729,6 +729,21 @@ def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
     assert code == 4 and "compute-sanitizer is not on PATH" in result["error"]
     code, result = finished(parts.ncu, part_of(tmp_path))
     assert code == 0 and result["said"] == "ncu is not installed"
+
+
+def test_a_compile_that_dies_or_hangs_does_not_outlast_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm.Limits, "of", lambda device: None)
+    monkeypatch.setattr(warm, "set_tf32", bool)  # processes need not import torch
+    for work, argument, seconds in ((os._exit, 11, 60.0), (time.sleep, 600, 3.0), (time.sleep, 0, 60.0)):
+        monkeypatch.setattr(warm, "wanted", lambda limits, argument=argument: {1: argument})
+        monkeypatch.setattr(warm, "compile_kernel", work)
+        begin = time.monotonic()
+        code, result = finished(warm.warm, part_of(tmp_path / f"{argument}", seconds))
+        assert time.monotonic() - begin < 40
+        if work is os._exit:
+            assert code == 4 and result["error"].startswith("BrokenProcessPool: ")
+        else:
+            assert (code, "unfinished" in result) == ((3, True) if argument else (0, False))
 
 
 def test_a_second_first_image_compiles_nothing(tmp_path, monkeypatch):
