@@ -309,7 +309,8 @@ def gate(name, parity_tests):
     """True if pytest passes on these arguments, with at least one test that ran; otherwise it says so."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *parity_tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print("\n".join(done.stdout.splitlines()[-1:]), flush=True)
+    lines = done.stdout.splitlines()
+    print("\n".join([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), *lines[-1:]]), flush=True)
     green = done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout) is not None
     if not green:
         print(f"{name}: the parity tests failed or none ran, nothing was timed", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import time
 
 import torch
@@ -13,6 +12,7 @@ from ..harness import absent_package, format_case, is_green, run_case
 from ..limits import predictions
 from . import kept
 from .parity import GATES, parity_gate
+from .summary import read_json
 
 QUICK = {
     "bench_student": [
@@ -47,6 +47,8 @@ REHEARSED_CASES = {"bench_student": ["digits, batch 1, bfloat16", "digits, batch
 """Cases that a rehearsal enters, where the others take a processor minutes."""
 ALL = ", with costly peers"
 """Ends the name of a case that is measured once more with all contestants, until it stands for the one with fewer."""
+UNDECIDED = {"incomplete": "the parity tests are not through yet", "none ran": "no parity test of these kernels has run"}
+"""State of a gate that is neither green nor red -> why the part is not finished."""
 LEAST = 5.0
 """Seconds that must be left for a case to begin."""
 
@@ -62,7 +64,7 @@ def bench(name):
         _use_measured_rates(part)
         gate = parity_gate(GATES[name], part)
         print(f"parity tests: {gate}", flush=True)
-        part.red = gate["state"] in ("red", "none ran")
+        part.red = gate["state"] == "red"
         part.result |= {"benchmark": name, "gate": gate, "parity_tests": GATES[name], "wanted": wanted}
         known = kept.cases(part.kept, name) if part.kept else {}
         for case in wanted:
@@ -77,7 +79,7 @@ def bench(name):
         missing, pending = ([c for c in wanted if c not in part.items], [c for c in wanted if _is_pending(part, c)])
         notes = [f"no time for {len(missing)} cases: {', '.join(missing)}"] if missing else []
         notes += [f"no time for the costly peers of {', '.join(pending)}"] if pending else []
-        notes += ["the parity tests are not through yet"] if gate["state"] == "incomplete" else []
+        notes += [UNDECIDED[gate["state"]]] if gate["state"] in UNDECIDED else []
         if notes:
             part.result["unfinished"] = "; ".join(notes)
         return {"said": f"{sum('contestants' in item for item in part.items.values())} cases, parity tests {gate['state']}"}
@@ -91,8 +93,8 @@ def _is_pending(part, case):
 
 def _use_measured_rates(part):
     """Floors are counted with the card's own rates where part ``rates`` has them."""
-    path = part.out / "gpu_rates.json"
-    found = json.loads(path.read_text())["result"].get("items", {}).get("rates", {}) if path.exists() else {}
+    stored = read_json(part.out / "gpu_rates.json", kept.NOTHING)
+    found = stored["result"].get("items", {}).get("rates", {})
     if "flops" in found:
         student.MEASURED_RATES[:] = [predictions.H200.measured(found["flops"], found["bandwidth"])]
 

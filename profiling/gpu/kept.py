@@ -6,14 +6,13 @@ the test's own file; a measurement's for the package and for the benchmark with 
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 from advkd.runtime.timing import provenance
 
 from ..evidence import ROOT, module_of
 from ..harness import is_green
-from .summary import cases_of
+from .summary import cases_of, read_json
 
 CODE = (".py", ".cu", ".cuh", ".h", ".cpp")
 
@@ -78,9 +77,8 @@ NOTHING = {"state": None, "result": {}}
 
 
 def _stored(folder, name, sources=None):
-    """What a part has stored by these versions (and of these sources)."""
-    path = Path(folder) / f"gpu_{name}.json"
-    found, now = json.loads(path.read_text()) if path.exists() else NOTHING, _versions()
+    """The stored result of a part, by these versions (and of these sources)."""
+    found, now = read_json(Path(folder) / f"gpu_{name}.json", NOTHING), _versions()
     known = found.get("provenance", {}).get("versions", {})
     same = all(known.get(version, "none") == now[version] for version in ("torch", "triton"))
     return found if same and sources in (None, found.get("sources")) else NOTHING

@@ -22,7 +22,7 @@ from advkd.runtime.timing import provenance
 
 from ..harness import device_folder
 from . import summary as gpu_summary
-from .modes import MODES, run_mode
+from .modes import MODES, run_mode, stopped_by_signal
 from .run import Part, Run
 
 PARTS = (
@@ -99,7 +99,8 @@ def main(arguments=None, parts=PARTS, missing=gpu_missing, place=place_of, modes
         return _code(run_mode(modes[options.mode], options.out, where, kept=kept, rehearse=options.rehearse))
     out = require_output_folder(options.out or device_folder(options.device))
     run = Run(out, where, 60 * options.minutes, options.full)
-    found = [run.do(part) for part in parts if part.name in options.parts]
+    with stopped_by_signal(run):
+        found = [run.do(part) for part in parts if part.name in options.parts]
     write_bytes(out / "SUMMARY.md", gpu_summary.summary(out, [part.name for part in parts]).encode())
     print(f"{out / 'SUMMARY.md'}", flush=True)
     return _code(found)

@@ -5,7 +5,7 @@ python -m profiling.gpu parity|bench --out FOLDER [--commit SHA]
 ``parity`` takes 270 s: one case of every GPU test, then more of each, with memcheck and racecheck beside them, then the card's
 rates. ``bench`` takes 330 s: a gate of tests, the rates, then the benchmarks, the most telling cases first. ``FOLDER`` holds
 three files, written anew every ten seconds, each whole at any time: ``tests.json``, ``results.tgz`` (everything else: results,
-journals, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
+items, logs) and ``SUMMARY.md``. Nothing runs again that has a result for its current source in
 ``profiling/results/<device>/`` or in the archive of an earlier call. The results are kept in the repository by
 
 tar xzf FOLDER/results.tgz -C profiling/results/<device> --wildcards "gpu_*.json"
@@ -16,6 +16,7 @@ one process.
 """
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,14 +121,26 @@ def work_folder(out):
     It lies in the system's temporary folder, from where files are renamed into ``out``: nothing half-written stays there.
     """
     name = hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12]
-    work = Path(tempfile.gettempdir()) / f"advkd-gpu-{name}"
-    work.mkdir(exist_ok=True)
-    with locked(work, out):
-        if (out / ARCHIVE).exists() and not list(work.glob("gpu_*.json")):
-            with tarfile.open(out / ARCHIVE) as archive:
-                archive.extractall(work, filter="data")
+    base = Path(tempfile.gettempdir()) / f"advkd-gpu-{name}"
+    work, unpacked = base / "run", base / "unpacked"
+    base.mkdir(exist_ok=True)
+    with locked(base, out):
+        if not work.exists():
+            _unpack(out / ARCHIVE, unpacked)
+            unpacked.rename(work)
         yield work
-    shutil.rmtree(work)
+    shutil.rmtree(base)
+
+
+def _unpack(path, folder):
+    """Fill a new folder from an archive, where there is one; from a damaged one with what comes before the damage."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        with contextlib.suppress(FileNotFoundError), tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        print(f"{path} is damaged ({error}): results after the damage are lost", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -183,7 +197,7 @@ def _replace(work, path, data):
 
 def tests_so_far(work):
     """``{test: outcome, seconds, message}`` of all parts, from their logs: also of a part that has not ended."""
-    seen = [json.loads(path.read_text()) for path in work.glob("parts/*/seen.json")]
+    seen = [gpu_summary.read_json(path, {}) for path in work.glob("parts/*/seen.json")]
     found = {test: entry for tests in seen for test, entry in tests.items()}
     for log in sorted(work.glob("parts/*/*.jsonl")):
         kind = f"{log.stem}::" if log.stem in ("memcheck", "racecheck") else ""

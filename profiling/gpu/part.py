@@ -1,11 +1,10 @@
 """One part of a run in its own process: its folders and its time, its items, and its end.
 
-What is finished of a part's items (benchmark cases, chains under a profiler, ...) is not done again, and what a process died of
+Finished items of a part (benchmark cases, chains under a profiler, ...) are not done again, and an item that killed its process
 is not tried a second time. The process ends with a code of :data:`STATES`, or with that of a broken device where the rest needs
 a fresh process.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 
 from ..evidence import ROOT
+from .summary import read_json
 from .tests import BROKEN, broken
 
 NEEDS_DEVICE = "needs a device"
@@ -59,7 +59,7 @@ class Part:
     def __post_init__(self):
         self.out, self.folder, self.red = Path(self.out), Path(self.folder), False
         self.path, self.end = self.folder / "result.json", time.monotonic() + self.seconds
-        self.items = json.loads(self.path.read_text())["items"] if self.path.exists() else {}
+        self.items = read_json(self.path, {"items": {}})["items"]
         for name in [name for name, item in self.items.items() if item["state"] == "begun"]:
             if self.restarted:
                 self.items[name] = {"state": "died", "error": "the process died"}

@@ -10,27 +10,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.3
-"""Seconds between two looks at the parent."""
+"""Seconds between two looks at another process."""
 
 
-def run_session(command, log, seconds, environment, live=None):
-    """Run a command in a session of its own, its output in a log; its code, None where it was ended at its limit.
+def run_session(command, log, seconds, environment, prefix="", stopped=lambda: False):
+    """Run a command in a session of its own, its output in a log; its code, None where it was ended.
 
-    The process is in the set ``live`` while it runs.
+    It is ended after so many seconds, or once ``stopped()`` is true. Its lines are printed as they come, after the prefix.
     """
-    live = set() if live is None else live
-    with open(log, "a") as file:
+    limit = time.monotonic() + seconds
+    with open(log, "ab") as file, open(log, "rb") as said:
+        said.seek(0, os.SEEK_END)
         options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=ROOT, **options)
-    live.add(process)
-    try:
-        return process.wait(max(seconds, 0.0))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        live.discard(process)
-        end(process)
-        process.wait()
+        process, rest = subprocess.Popen(command, cwd=ROOT, **options), b""
+        try:
+            while process.poll() is None and not stopped() and (left := limit - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(left, POLL))
+                *lines, rest = (rest + said.read()).split(b"\n")
+                _print(lines, prefix)
+            return process.returncode
+        finally:
+            end(process)
+            process.wait()
+            _print((rest + said.read()).splitlines(), prefix)
+
+
+def _print(lines, prefix):
+    if lines:
+        print("\n".join(prefix + line.decode(errors="replace") for line in lines), flush=True)
 
 
 def end(process):

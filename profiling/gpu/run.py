@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from advkd.runtime.files import write_json
 from ..evidence import environment, gpu_digests
 from . import kept as gpu_kept
 from .part import STATES
-from .processes import end, run_session
+from .processes import run_session
+from .summary import read_json
 from .tests import BROKEN
 
 STARTS = 8
@@ -63,7 +63,7 @@ class Run:
     def __init__(self, out, place, seconds, full=False, kept=None, rehearse=False):
         self.slower = REHEARSAL if rehearse else 1
         self.out, self.kept = Path(out).absolute(), kept
-        self.end, self.live = time.monotonic() + self.slower * seconds, set()
+        self.end = time.monotonic() + self.slower * seconds
         self.options = {"out": str(self.out), "place": place, "full": full, "kept": kept and str(kept), "rehearse": rehearse}
         self.kernels = gpu_digests()  # here: parts run in threads, in which Python 3.11's parser is not safe
         self.key = {"commit": place["commit"], "device": place["device"], "sources": source_digest(), "full": full}
@@ -71,7 +71,7 @@ class Run:
     def do(self, part):
         """Run a part unless it is finished; returns its stored result."""
         path = self.out / f"gpu_{part.name}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, {})
         same = known.get("key") == self.key
         if same and known["state"] in ("passed", "failed"):
             print(f"{part.name}: {known['state']} before, not run again (unless {path.name} is removed)", flush=True)
@@ -87,22 +87,24 @@ class Run:
         # Logs and items are for this machine alone.
         (self.out / "parts" / ".gitignore").write_text("*\n")
         if (result := folder / "result.json").exists():
-            # What cannot be repeated is dropped; items stay.
-            write_json(result, {"items": json.loads(result.read_text())["items"]})
-        seconds, begin = min(self.slower * part.seconds, self.end - time.monotonic()), time.monotonic()
+            # Only items stay: the rest may not come about again.
+            write_json(result, {"items": read_json(result, {"items": {}})["items"]})
+        seconds, begin = max(min(self.slower * part.seconds, self.end - time.monotonic()), 0.0), time.monotonic()
         state = None if seconds < 2 * GRACE else self._processes(part, folder, seconds)
         return self._store(part, folder, state, time.monotonic() - begin, seconds)
 
     def stop(self):
-        """End all parts now; what they have finished stays."""
+        """End all parts, also one that is just being started; what they have finished stays."""
         self.end = 0.0
-        for process in list(self.live):
-            end(process)
+
+    def _is_stopped(self):
+        return self.end == 0.0
 
     def _processes(self, part, folder, seconds):
         """State of a part when it has ended; None where it was ended from outside."""
         limit, restarted = min(time.monotonic() + seconds, self.end), False
         own = {"name": part.name, "folder": str(folder), "most": part.most, "parent": os.getpid()}
+        print(f"{part.name}: begins, {seconds:.0f} s at most", flush=True)
         for _ in range(STARTS):
             left = min(limit, self.end) - time.monotonic()
             if left < GRACE:
@@ -110,8 +112,8 @@ class Run:
             options = {**self.options, **own, "seconds": left - GRACE, "restarted": restarted}
             command = [sys.executable, "-m", part.module, json.dumps(options)]
             variables = environment(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
-            code = run_session(command, folder / "log.txt", left, variables, self.live)
-            if code is None or self.end == 0.0:
+            code = run_session(command, folder / "log.txt", left, variables, f"[{part.name}] ", self._is_stopped)
+            if code is None:
                 return None
             if code in STATES:
                 return STATES[code]
@@ -123,13 +125,12 @@ class Run:
         return "died"
 
     def _store(self, part, folder, state, spent, limit):
-        path, log = folder / "result.json", folder / "log.txt"
-        result = json.loads(path.read_text()) if path.exists() else {"items": {}}
+        result, log = read_json(folder / "result.json", {"items": {}}), folder / "log.txt"
         if state in (None, "died"):
             result["unfinished"] = "ended from outside"
         state = state or "unfinished"
         tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
-        print(f"{textwrap.indent(tail, f'[{part.name}] ')}{part.name}: {state} after {spent:.0f} s", flush=True)
+        print(f"{part.name}: {state} after {spent:.0f} s", flush=True)
         stored = {
             "part": part.name,
             "state": state,

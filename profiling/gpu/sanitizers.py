@@ -57,17 +57,22 @@ def _sanitize(part, tool, name, options):
     command += [f"--gpu-log={log}", f"--gpu-most={part.most}", *sanitized(part)]
     # Every tensor is an allocation of its own, so that padding stands between any two; nothing can be captured that way.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    stopped = None
     with open(output, "w") as file:
         try:
             limit = max(part.left() - 2, 1)
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            part.result["unfinished"], code = f"{name} was stopped at its limit", None
+        except subprocess.TimeoutExpired as error:
+            code, stopped = None, error
     settle(log, code)
     text = output.read_text(errors="replace")
+    verdict = sanitizer_verdict(text, code, read_log(log))
+    if stopped and not verdict["errors"] and not verdict["failures"]:
+        print(f"{name}: stopped at its limit, {verdict['tests']} tests without an error", flush=True)
+        raise stopped
     if part.rehearse:
-        return {"code": code, "red": bool(code), "tail": text[-2000:]}
-    return {"code": code, **sanitizer_verdict(text, code, read_log(log))}
+        return {"code": code, "red": bool(code) or bool(stopped), "tail": text[-2000:]}
+    return {"code": code, **verdict}
 
 
 FINDINGS = r"========= (?:Invalid|Misaligned|Race reported|Error: |Program hit)"

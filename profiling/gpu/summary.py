@@ -10,10 +10,18 @@ ERROR_TARGET = 2.0
 """Largest error of ours beside cuDNN's, where operands are rounded."""
 
 
+def read_json(path, absent):
+    """The value of a JSON file; ``absent`` where there is none, or one that is torn."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return absent
+
+
 def summary(folder, names):
     """The page; ``names``: of the parts, in order."""
-    paths = {name: Path(folder) / f"gpu_{name}.json" for name in names}
-    known = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {name: read_json(Path(folder) / f"gpu_{name}.json", None) for name in names}
+    known = {name: stored for name, stored in found.items() if stored}
     if not known:
         return "# What ran\n\nNothing yet.\n"
     place = next(iter(known.values()))["provenance"]

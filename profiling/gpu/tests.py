@@ -46,8 +46,10 @@ def read_log(path):
 
 def collected(path):
     """The tests that a run with this log has chosen, or None where it did not come that far."""
-    chosen = Path(path).with_suffix(".collected.json")
-    return json.loads(chosen.read_text()) if chosen.exists() else None
+    try:
+        return json.loads(Path(path).with_suffix(".collected.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def running(path):

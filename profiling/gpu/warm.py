@@ -4,6 +4,7 @@ Triton compiles one kernel at a time, and a tuned plan takes hundreds; processes
 """
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -25,11 +26,15 @@ def warm(part):
     if part.rehearse:
         return {NEEDS_DEVICE: "warm"}
     kernels = list(wanted(Limits.of(torch.device("cuda"))).values())
-    with multiprocessing.get_context("spawn").Pool(part.processes(12), set_tf32, (False,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(part.processes(12), context, set_tf32, (False,)) as pool:
         try:
-            pool.map_async(compile_kernel, kernels, chunksize=1).get(max(part.left() - 1, 0.1))
-        except multiprocessing.TimeoutError:
+            # The first error counts; one that ends its process is BrokenProcessPool.
+            list(pool.map(compile_kernel, kernels, timeout=max(part.left() - 1, 0.1)))
+        except TimeoutError:
             part.result["unfinished"] = "not everything is compiled yet"
+            for process in multiprocessing.active_children():
+                process.kill()
 
 
 def networks():

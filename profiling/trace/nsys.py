@@ -78,7 +78,7 @@ def read(path):
     """The :class:`~profiling.trace.timeline.Trace` of an SQLite export."""
     try:
         return _read(path)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, TypeError) as error:  # TypeError: a cell that this module computes with is empty
         raise InputError(f"{path} is not a whole SQLite export of Nsight Systems ({error}): record it again") from error
 
 

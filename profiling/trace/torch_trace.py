@@ -5,10 +5,12 @@ It writes a Chrome trace (chrome://tracing, ui.perfetto.dev), which :func:`read`
 
 import gzip
 import json
+import zlib
 
 import torch
 
 from advkd.errors import InputError
+from advkd.runtime.hub import reason
 from advkd.runtime.ranges import name_ranges
 
 from .timeline import COPY, KERNEL, SET, Activity, Span, Trace
@@ -56,10 +58,13 @@ def profile(call, repeats, device, path):
 def read(path):
     """The :class:`~profiling.trace.timeline.Trace` of a Chrome trace, compressed or not."""
     trace = Trace()
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
-        for event in json.load(file)["traceEvents"]:
-            if event.get("ph") == "X":
-                _add(trace, event, event.get("cat", "").lower())
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+            for event in json.load(file)["traceEvents"]:
+                if event.get("ph") == "X":
+                    _add(trace, event, event.get("cat", "").lower())
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a whole Chrome trace ({reason(error)}): record it again") from error
     trace.on_gpu = bool(trace.activities)
     return trace
 

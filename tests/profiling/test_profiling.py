@@ -234,7 +234,7 @@ def test_results_of_graphs_are_poisoned():
     assert whole.isnan().all() and part.isnan().all() and (count == 1).all()
 
 
-def test_red_gates_fail_and_leave_nothing(tmp_path):
+def test_red_gates_fail_and_leave_nothing(tmp_path, capsys):
     passing, failing, skipping = (tmp_path / f"test_{name}.py" for name in ("green", "red", "skip"))
     passing.write_text("def test_it():\n    pass\n")
     failing.write_text("def test_it():\n    assert False\n")
@@ -243,6 +243,7 @@ def test_red_gates_fail_and_leave_nothing(tmp_path):
     for gate in (failing, skipping):
         assert not harness.run("sums", [lambda: built.append(1)], [str(gate)], tmp_path / "out")
     assert not built and not (tmp_path / "out").exists()
+    assert re.search(r"FAILED \S*test_red.py::test_it", capsys.readouterr().out)
     # A contestant that fails parity makes the run fail, but the other figures are kept.
     assert not harness.run("sums", [a_case], [str(passing)], tmp_path / "out")
     stored = harness.read("sums", tmp_path / "out")

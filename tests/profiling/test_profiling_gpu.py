@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import runpy
 import shutil
@@ -26,7 +27,7 @@ from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.evidence import module_of
-from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables
+from profiling.gpu import bench, build, first_image, parity, parts, rehearsal, sanitizers, tables, warm
 from profiling.gpu import kept as gpu_kept
 from profiling.gpu import main as gpu
 from profiling.gpu import modes as gpu_modes
@@ -246,6 +247,39 @@ sys.exit(main.main(["parity", "--out", sys.argv[1]], missing=lambda d: None, pla
 """
 
 
+def test_a_stopped_run_of_parts_leaves_a_summary_and_what_was_printed(tmp_path):
+    (tmp_path / "fake_part.py").write_text(FAKE)
+    code = MODE.replace('["parity", "--out"', '["--parts", "good,hang,after", "--out"')
+    code = code.replace("modes=short", 'parts=[main.Part(name, 30, 0, "fake_part") for name in ("good", "hang", "after")]')
+    environment = process_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONUNBUFFERED": "1"})
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line == "[hang] works on hang\n":  # printed while it runs
+                break
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1 and "hang: unfinished" in said
+    page = (tmp_path / "out/SUMMARY.md").read_text()
+    assert "| good | passed |" in page and "| hang | unfinished |" in page and "| after | unfinished |" in page
+    assert (tmp_path / "out/starts.txt").read_text().split() == ["good", "hang"]
+
+
+def test_a_part_that_starts_while_its_run_is_stopped_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "fake_part.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run, real = gpu_run.Run(tmp_path / "out", PLACE, 600), subprocess.Popen
+
+    def start(command, **options):
+        process = real(command, **options)
+        run.stop()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    found = run.do(gpu.Part("hang", 300, 0, "fake_part"))
+    assert found["state"] == "unfinished" and found["seconds"] < 20
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM], ids=str)
 def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
     """Killed again and again while it saves: three files at most, each whole; the parts end as well."""
@@ -254,7 +288,7 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
     environment = process_environment(changes)
     for i in range(4 if sign == signal.SIGKILL else 1):
         process = subprocess.Popen([sys.executable, "-c", MODE, str(out)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        while not list(tmp_path.glob("advkd-gpu-*/parts/hang/result.json")):
+        while not list(tmp_path.glob("advkd-gpu-*/run/parts/hang/result.json")):
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(0.1 + 0.07 * i)
@@ -275,6 +309,37 @@ def test_a_killed_mode_leaves_whole_files(sign, tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("a part goes on after its run was killed")
+
+
+def test_a_torn_result_counts_as_absent(run, tmp_path):
+    assert run(("good", "bad")) == 1
+    for path in (run.out / "gpu_good.json", run.out / "parts/bad/result.json", run.out / "gpu_bad.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run(("good", "bad")) == 1 and run.starts() == ["good", "bad"] * 2
+    assert run.stored("good")["state"] == "passed" and run.stored("bad")["state"] == "failed"
+    (tmp_path / "tests.collected.json").write_text('["a", "')
+    assert collected(tmp_path / "tests.jsonl") is None
+    (tmp_path / "gpu_rates.json").write_text('{"state": "passed", "re')
+    assert gpu_kept.whole_part(tmp_path, "rates") is None and parity.parity_gate([], part_of(run.out))["state"] == "none ran"
+
+
+@pytest.mark.parametrize("left", [1.0, 0.6, 0.0])
+def test_an_archive_is_unpacked_whole_or_until_its_damage(left, tmp_path, monkeypatch):
+    """One that a killed call has unpacked in part is unpacked again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (out := tmp_path / "out").mkdir()
+    with gpu_modes.work_folder(out) as work:
+        for name in "abc":
+            (work / f"gpu_{name}.json").write_text(json.dumps(os.urandom(50_000).hex()))
+        gpu_modes.save(work, out, [])
+        data = (out / "results.tgz").read_bytes()
+    (out / "results.tgz").write_bytes(data[: int(left * len(data))])
+    half = work.parent / "unpacked"
+    half.mkdir(parents=True)
+    (half / "gpu_d.json").write_text("[")
+    with gpu_modes.work_folder(out) as work:
+        found = {path.name for path in work.glob("gpu_*.json") if gpu_summary.read_json(path, None)}
+    assert found == {f"gpu_{name}.json" for name in {1.0: "abc", 0.6: "a", 0.0: ""}[left]}
 
 
 def test_a_second_run_into_a_folder_is_refused(run, tmp_path):
@@ -634,12 +699,51 @@ def test_the_sanitizers_verdict():
     assert cut["red"] and cut["errors"] == 1
 
 
+SANITIZER = """#!/bin/sh
+for word; do case $word in --gpu-log=*) log=${word#*=};; esac; done
+echo '{"test": "a", "outcome": "passed"}' > "$log"
+if mkdir "$log.started" 2>/dev/null; then echo "$STEP"; exec sleep 600; fi
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.parametrize("step", ["", "========= Invalid __global__ write of size 4 bytes"], ids=["silent", "after a finding"])
+def test_a_sanitizer_stopped_at_its_limit_runs_again_unless_it_has_found_something(step, tmp_path, monkeypatch):
+    (tool := tmp_path / "compute-sanitizer").write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("STEP", step)
+    monkeypatch.setattr(sanitizers.shutil, "which", lambda name: str(tool))
+    code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path, 0.0))
+    if step:
+        assert code == 4 and result["items"]["memcheck"]["errors"] == 1
+    else:
+        assert code == 3 and result["items"] == {} and result["unfinished"] == "no time for memcheck"
+    code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
+    assert code == (4 if step else 0)
+    assert result["items"]["memcheck"]["code"] == (None if step else 0) and "unfinished" not in result
+
+
 def test_a_missing_sanitizer_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizers.shutil, "which", lambda name: None)
     code, result = finished(sanitizers.sanitizer("memcheck"), part_of(tmp_path))
     assert code == 4 and "compute-sanitizer is not on PATH" in result["error"]
     code, result = finished(parts.ncu, part_of(tmp_path))
     assert code == 0 and result["said"] == "ncu is not installed"
+
+
+def test_a_compile_that_dies_or_hangs_does_not_outlast_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm.Limits, "of", lambda device: None)
+    monkeypatch.setattr(warm, "set_tf32", bool)  # processes need not import torch
+    for work, argument, seconds in ((os._exit, 11, 60.0), (time.sleep, 600, 3.0), (time.sleep, 0, 60.0)):
+        monkeypatch.setattr(warm, "wanted", lambda limits, argument=argument: {1: argument})
+        monkeypatch.setattr(warm, "compile_kernel", work)
+        begin = time.monotonic()
+        code, result = finished(warm.warm, part_of(tmp_path / f"{argument}", seconds))
+        assert time.monotonic() - begin < 40
+        if work is os._exit:
+            assert code == 4 and result["error"].startswith("BrokenProcessPool: ")
+        else:
+            assert (code, "unfinished" in result) == ((3, True) if argument else (0, False))
 
 
 def test_a_second_first_image_compiles_nothing(tmp_path, monkeypatch):
@@ -1081,15 +1185,29 @@ def test_the_parity_gate(tmp_path):
     assert gate()["state"] == "incomplete"
     stored["result"]["left"] = None
     assert gate()["state"] == "incomplete"
+    few = {"kernels": evidence.gpu_digests(), "result": {"tests": {f"{files[0]}::test_a": {"outcome": "passed"}}, "left": []}}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "green", "a gate that is through"
+    few["result"]["left"] = None
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "incomplete"
+    few["result"]["left"], few["kernels"] = [], {}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    stored["result"]["left"] = []
+    assert gate()["state"] == "green", "beside a gate of other kernels"
     stored["kernels"] = {}
     assert gate()["state"] == "none ran", "tests of other kernels"
+    few["kernels"], stored["kernels"] = evidence.gpu_digests(), evidence.gpu_digests()
+    tests["tests/ops/test_mask_mul.py::test_b"] = {"outcome": "failed"}
+    (tmp_path / "gpu_gate.json").write_text(json.dumps(few))
+    assert gate()["state"] == "red", "a few cases do not outrank all"
 
 
 GOOD = {"case": "good", "moved_bytes": 10**9, "ratio": 2.0, "contestants": [entry("advkd", "ours", 1e-3)]}
 
 
 def test_a_benchmark_part(tmp_path, monkeypatch):
-    """Cases enter the journal and the result one by one, costly contestants last; a failing case does not end the part."""
+    """Cases enter the result one by one, costly contestants last; a failing case does not end the part."""
     ran, calls = [], []
 
     def measured(case, costly):
@@ -1132,6 +1250,10 @@ def test_a_benchmark_part(tmp_path, monkeypatch):
     late = part_of(tmp_path / "late", 1.0)
     code, result = finished(bench.bench("small_bench"), late)
     assert code == 3 and result["unfinished"] == "no time for 3 cases: good, costly, bad"
+    for state, code in (("red", 4), ("none ran", 3), ("incomplete", 3)):
+        monkeypatch.setattr(bench, "parity_gate", lambda files, part, state=state: {"state": state})
+        monkeypatch.setitem(bench.QUICK, "small_bench", [])
+        assert finished(bench.bench("small_bench"), part_of(tmp_path / state.replace(" ", "")))[0] == code
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The profilers' drivers: their commands, their readers, their refusals; the workloads agree with each other."""
 
+import gzip
 import json
 import runpy
 import sqlite3
@@ -486,6 +487,32 @@ def test_a_damaged_report_is_refused(module, damage, said, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=said):
         read(path)
+
+
+TRACE = (ROOT / "tests/data/torch/student.json.gz").read_bytes()
+OTHER_JSON = (b"", b'{"traceEvents": [{', b"{}", b"[]", b'{"traceEvents": [1]}', b'{"traceEvents": [{"ph": "X"}]}')
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", TRACE[: len(TRACE) // 2], TRACE[:-8] + bytes(8), TRACE[:200] + b"damaged" + TRACE[207:]),
+        *map(gzip.compress, OTHER_JSON),
+    ],
+)
+def test_a_damaged_chrome_trace_costs_its_own_row(data, tmp_path, monkeypatch):
+    def finished(words, what, **variables):
+        (tmp_path / "trace-student-fused.json.gz").write_bytes(data)
+
+    monkeypatch.setattr(torch_trace, "finished", finished)
+    row = nsys.recorded("student", "fused", "cpu", "digits", 1, tmp_path)
+    assert row["tool"] == "none" and "is not a whole Chrome trace" in row["error"]
+
+
+def test_an_export_without_threads_is_refused(tmp_path):
+    path = export(tmp_path / "report", "UPDATE NVTX_EVENTS SET globalTid = NULL;")
+    with pytest.raises(InputError, match="whole SQLite export"):
+        nsys.read(path)
 
 
 @pytest.mark.parametrize(("module", "stored"), [(nsys, "traces.json"), (ncu, "counters.json")])
