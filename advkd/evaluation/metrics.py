@@ -97,8 +97,8 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
 def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> torch.Tensor:
     """``(N, M)`` bool: True where a point (N, D) is within the k-th neighbour's distance of one of ``manifold`` (M, D).
 
-    Squared distances that differ by the arithmetic's rounding alone, about 1e-15 D of the features' squares, are equal: a tie is
-    within.
+    Squared distances that differ by the arithmetic's rounding alone, about 1e-15 D of the features' squares, are equal: a tie
+    is within.
 
     Precision is the share of generated points that some reference point covers, recall that of reference points that some
     generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
