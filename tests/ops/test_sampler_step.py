@@ -148,21 +148,21 @@ def test_not_finite_is_seen_in_the_pass(value, device):
     for place, dtype in itertools.product((0, -1), DTYPES):
         x, m, _, _ = make((3, 1, 5, 7), dtype, device=device)
         x[1].flatten()[place] = value
-        for backend in ("reference", *fast_backends(device)):
+        for backend in (*fast_backends(device), "reference"):
             with pytest.raises(InputError, match="next state of sample 1 is not finite"):
                 sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), check_finite=True, backend=backend)
             found, _, _ = sampler_step(x, m, StepCoefficients(1, -1, 0.5, c_x=0.5, clip=1.0), backend=backend)
             assert torch.isfinite(found[[0, 2]]).all() and not torch.isfinite(found[1]).all()
     # 65519 is rounded to float16's largest number, 65504; 65521 to infinity.
     largest = torch.full((1, 1, 5, 7), 65504.0, dtype=torch.float16, device=device)
-    for backend in ("reference", *fast_backends(device)):
+    for backend in (*fast_backends(device), "reference"):
         same = StepCoefficients(1, 0, 0, c_x=65519 / 65504)
         found, _, _ = sampler_step(largest, largest, same, check_finite=True, backend=backend)
         assert torch.equal(found, largest)
         with pytest.raises(InputError, match="sample 0 is not finite"):
             sampler_step(largest, largest, StepCoefficients(1, 0, 0, c_x=65521 / 65504), check_finite=True, backend=backend)
     overflowing = torch.full((2, 1, 4, 4), 60000.0, dtype=torch.float16, device=device)
-    for backend in ("reference", *fast_backends(device)):
+    for backend in (*fast_backends(device), "reference"):
         with pytest.raises(InputError, match="sample 0, 1 is not finite"):
             sampler_step(overflowing, overflowing, StepCoefficients(1, 0, 1.1), check_finite=True, backend=backend)
 

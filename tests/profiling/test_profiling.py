@@ -504,7 +504,8 @@ def test_points_of_a_gpu_and_of_earlier_kernels(tmp_path):
     entry = {"name": "advkd", "kind": "ours", "seconds": time(0.5)}
     case = {"case": "digits, bfloat16", "flop": 8, "moved_bytes": 2, "contestants": [entry], "provenance": PLACE}
     alone = {"cases": [case], "provenance": {**PLACE, "driver": "1"}}
-    part = {"result": {"cases": [{**case, "flop": None}]}, "provenance": PLACE, "kernels": evidence.gpu_digests()}
+    items = {case["case"]: {**case, "flop": None}}
+    part = {"result": {"items": items, "wanted": list(items)}, "provenance": PLACE, "kernels": evidence.gpu_digests()}
     for name, stored in (("bench_student_cuda", alone), ("gpu_bench_norm_act", part)):
         (tmp_path / f"{name}.json").write_text(json.dumps(stored))
     found, places = roofline.points(tmp_path, ["float32", "bfloat16"])
