@@ -369,9 +369,11 @@ def absent_package(error):
 
 
 def largest_difference(found, wanted):
-    """Largest absolute difference on ``found``'s device, which may be a list of images; infinite where shapes differ."""
+    """Largest absolute difference in float64 on the device of ``found``, or of its images; infinite where shapes differ."""
     found = torch.stack([torch.as_tensor(part) for part in found]) if isinstance(found, list) else torch.as_tensor(found)
-    return float("inf") if found.shape != wanted.shape else (found - wanted.to(found.device)).abs().max().item()
+    if found.shape != wanted.shape:
+        return float("inf")
+    return (found.double() - wanted.to(found.device).double()).abs().max().item()
 
 
 def _result(case, entries, calls):

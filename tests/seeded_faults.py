@@ -191,8 +191,8 @@ kept-plans-of-others-lost | advkd/engines/kept.py | tests/system/test_fused_stud
 + found
 
 parity-of-one-sign | profiling | tests/profiling/test_profiling.py -k "checks or parity or difference"
-- (found - wanted.to(found.device)).abs().max()
-+ (found - wanted.to(found.device)).max()
+- (found.double() - wanted.to(found.device).double()).abs().max()
++ (found.double() - wanted.to(found.device).double()).max()
 """
 """A paragraph each: name, file or folder, tests; lines with ``-``, which are there once, and with ``+`` in their place."""
 
