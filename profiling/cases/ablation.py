@@ -90,8 +90,9 @@ def run_row(name, trajectories, samples, folder, num):
     what = {"name": name, "command": shlex.join(command(name, ["paths"], slug)), "num": num, "student": student}
     what |= {"manifests": Trajectories(*trajectories).manifests}
     if record.exists():
-        if not what.items() <= json.loads(record.read_text()).items():
-            raise InputError(f"{record} was made otherwise: name another --out")
+        stored = json.loads(record.read_text())
+        if changed := [key for key in what if stored.get(key) != what[key]]:
+            raise InputError(f"{record} was made with another {', '.join(changed)}: name another --out")
         return
     if student:
         write_json(f"{out}-student.json", student)
