@@ -195,8 +195,8 @@ def serve(listener):
 def watch(child, connection):
     """Report a child's number, then how it ended. It is killed once nobody listens."""
     connection.send(str(child).encode())
-    end = os.pidfd_open(child)
-    if end not in select.select([end, connection], [], [])[0]:
+    ended = os.pidfd_open(child)
+    if ended not in select.select([ended, connection], [], [])[0]:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(OSError):

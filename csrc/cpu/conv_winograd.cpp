@@ -23,6 +23,7 @@ Tile tile_of(const ConvLayer& layer, i64 unit) {
   return {unit / (across * down), m * (unit / across % down), m * (unit % across)};
 }
 
+// Goes on to the next tile.
 template <int m>
 void advance(const ConvLayer& layer, Tile& tile) {
   if ((tile.x += m) < layer.width) return;
@@ -68,7 +69,7 @@ void copy_pixels(const S* in, i64 row, i64 pixel, i64 rows, i64 columns, S* out)
 template <int m, typename S, typename P>
 void transform_inputs(const ConvJob& job, i64 begin, i64 end, P* out, i64 point_stride) {
   constexpr int n = m + 2;
-  // By value: a store might change what a reference names.
+  // By value: fields behind a reference would be read again after every store.
   const ConvLayer layer = job.layer;
   const i64 channels = padded(layer.c_in), used = vectors(layer.c_in) * kLanes, row = job.in.row(), pixel = job.in.channels;
   Tile tile = tile_of<m>(layer, begin);
@@ -118,7 +119,7 @@ void transform_output(const float* in, i64 point_stride, V bias, Activation acti
 
 template <int m, typename S, int pv, int ph>
 void transform_outputs(const ConvJob& job, i64 begin, i64 end, Panel panel, const float* in, i64 point_stride) {
-  // By value: a store might change what a reference names.
+  // By value: fields behind a reference would be read again after every store.
   const ConvLayer layer = job.layer;
   const i64 s = layer.scale(), row = s * job.out.row(), pixel = s * job.out.channels;
   const float* bias = packed_bias(job.packed) + panel.first * kLanes;

@@ -189,8 +189,8 @@ if __name__ == "__main__":
 
 def interrupted(process, folder):
     """Interrupt a process group once it has recorded something; returns its end. No process of the group is left."""
-    wait_for(folder / "shard-00000.safetensors", process)
     try:
+        wait_for(folder / "shard-00000.safetensors", process)
         os.killpg(process.pid, signal.SIGINT)
         done, deadline = process.finish(60), time.monotonic() + 20
         with pytest.raises(ProcessLookupError):
