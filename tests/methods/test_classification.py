@@ -1,8 +1,10 @@
 """Classification as a method of the trainer; the classifier's quality is in tests/system/test_evaluate.py."""
 
+import pytest
 import torch
 
 from advkd.data.sources import Tensors
+from advkd.errors import InputError
 from advkd.methods.classification import Classification, ClassifierTrainingConfig, distort
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.training.trainer import Trainer
@@ -24,3 +26,19 @@ def test_no_distortion_is_the_image():
     assert torch.allclose(distort(images, torch.zeros(4, 3)), images, atol=1e-6)
     turned = distort(images, torch.tensor([[torch.pi / 2 / 0.12], [0.0], [0.0], [0.0]]).expand(4, 3))
     assert torch.allclose(turned, images.rot90(1, (2, 3)), atol=1e-5)
+
+
+NEVER = {
+    **dict.fromkeys(("steps", "batch_size", "num_features", "checkpoint_every"), (-1, 0)),
+    "size": (4, 24),
+    "held_out": (0, 1),
+    "learning_rate": (-1, 0),
+    "seed": (-1, 2**63),
+}
+
+
+@pytest.mark.parametrize("field", NEVER)
+def test_numbers_that_cannot_work_are_refused_by_name(field):
+    for value in NEVER[field]:
+        with pytest.raises(InputError, match=f"^{field} must be"):
+            ClassifierTrainingConfig(**{field: value}).validate()

@@ -73,9 +73,11 @@ def test_the_pyramid_student_learns_the_recorded_images(trajectories, tmp_path):
 def test_unpaired_data_and_bad_numbers_are_refused(trajectories, unpaired, tmp_path):
     with pytest.raises(InputError, match="unpaired"):
         distill(unpaired, tiny_student(), PairsConfig(batch_size=8), tmp_path / "out", method="pairs")
-    for changes, name in (({"updates": 0}, "updates"), ({"batch_size": 25}, "batch_size"), ({"pairs": 25}, "pairs")):
+    bad = {"updates": 0, "batch_size": 25, "pairs": 25, "grow": -1, "mixed_precision": "fp16", "seed": -1}
+    for name, value in {**bad, "learning_rate": 0.0, "final_learning_rate": 1.5, "ema": 1.0}.items():
+        config = PairsConfig(**{"batch_size": 8, name: value})
         with pytest.raises(InputError, match=name):
-            distill(trajectories, tiny_student(), PairsConfig(**changes), tmp_path / "out", method="pairs")
+            distill(trajectories, tiny_student(), config, tmp_path / "out", method="pairs")
     with pytest.raises(InputError, match="must be a PairsConfig"):
         distill(trajectories, tiny_student(), object(), tmp_path / "out", method="pairs")
     assert not (tmp_path / "out").exists()

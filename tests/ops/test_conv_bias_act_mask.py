@@ -122,7 +122,9 @@ def test_float64_is_the_references():
         ({"weight": torch.zeros(3, 2, 3, 3, device="meta")}, "weight must be torch.float32 on cpu"),
         ({"bias": torch.zeros(3).bfloat16()}, "bias must be torch.float32 on cpu"),
         ({"bias": torch.zeros(3, device="meta")}, "bias must be torch.float32 on cpu"),
+        ({"bias": torch.zeros(2)}, r"bias must be \(3,\)"),
         ({"groups": 2}, "groups 2"),
+        ({"groups": 2, "weight": torch.zeros(3, 1, 3, 3)}, "weight must have a multiple of groups, 2"),
         ({"backend": "gpu"}, "backend"),
     ],
 )

@@ -197,6 +197,10 @@ REFUSED_COMPOSITIONS = {
     "switches gradients or autocast": lambda m, x, c: m.a(x) + without_gradient(m.a, x),
     "takes 4 channels or features": lambda m, x, c: m.b(x),
     "of different numbers of dimensions": lambda m, x, c: m.a(x) + m.a(x).flatten(1).sum(1),
+    "mean in the critic's forward joins samples": lambda m, x, c: m.a(x).mean(),
+    "squeeze in the critic's forward must name one dimension": lambda m, x, c: m.a(x).squeeze(),
+    "add in the critic's forward must add two tensors": lambda m, x, c: m.a(x) + 1.0,
+    r"must join channels \(dim 1\), got dim 0": lambda m, x, c: torch.cat([m.a(x), x]),
 }
 
 
@@ -616,6 +620,15 @@ def test_layers_without_a_tangent_pass_are_named(model, message):
     gradient_penalty(model, points(), backend="autograd")
 
 
+class Returning(nn.Module):
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, x, condition):
+        return self.returned(x, condition)
+
+
 def test_functions_and_hooks_without_a_tangent_pass_are_named():
     class Smooth(nn.Module):
         def forward(self, x):
@@ -631,6 +644,9 @@ def test_functions_and_hooks_without_a_tangent_pass_are_named():
     model.tail[0].forward = lambda x: x
     with pytest.raises(InputError, match=r"layer tail.0 \(Conv2d\) has hooks or a forward of its own"):
         gradient_penalty(model, points())
+    for returned, message in ((lambda x, c: (x, c), "one tensor$"), (lambda x, c: c, "one tensor that depends on its first")):
+        with pytest.raises(InputError, match=f"critic must return {message}"):
+            gradient_penalty(Returning(returned), points(), condition=points())
     with pytest.raises(InputError, match="critic must be a torch.nn.Module"):
         gradient_penalty(lambda x: x.sum(), points())
     with pytest.raises(InputError, match="critic must be a module or a function"):
@@ -696,6 +712,8 @@ def test_bad_conditions_and_weights_are_named():
     for bad in (condition[:2], condition.to("meta")):
         with pytest.raises(InputError, match=r"condition must be \(3, ...\) on cpu"):
             gradient_penalty(model, points(), condition=bad)
+    with pytest.raises(InputError, match="condition must hold real numbers"):
+        gradient_penalty(model, points(), condition=condition.to(torch.complex64))
     nested = torch.nested.nested_tensor(list(condition))
     for bad in (3.0, nested):
         with pytest.raises(InputError, match="condition must be a (dense )?tensor"):

@@ -88,6 +88,10 @@ def test_empty_batches_and_refusals():
         image_gradient(d[:1], weight, shape, **options)
     with pytest.raises(InputError, match="d must be a float32"):
         image_gradient(d.long(), weight, shape, **options)
+    with pytest.raises(InputError, match="weight must be torch.float32 on cpu like d"):
+        image_gradient(d, weight.double(), shape, **options)
+    with pytest.raises(InputError, match="weight must have a multiple of groups, 7"):
+        image_gradient(d, weight, shape, **{**options, "groups": 7})
     found = image_gradient(d.requires_grad_(), weight, shape, **options)
     with pytest.raises(RuntimeError, match="image_gradient has no gradient"):
         found.sum().backward()

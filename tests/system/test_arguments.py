@@ -8,6 +8,9 @@ from advkd.data.images import load_images
 from advkd.diffusion import renoising
 from advkd.errors import InputError
 from advkd.evaluation import metrics
+from advkd.evaluation.evaluate import EvaluationConfig
+from advkd.methods.adv_kd import recipe
+from advkd.models.critic import CriticConfig
 from advkd.models.shape import StudentConfig
 from advkd.ops.latents import project
 
@@ -73,6 +76,17 @@ def test_fields_of_a_student(field):
     if field in ("image_size", "image_channels", "latent_size"):
         found = getattr(StudentConfig(**{**good, field: np.int64(good[field])}), field)
         assert found == good[field] and type(found) is int
+
+
+def test_fields_of_a_critic_an_evaluation_and_a_recipe():
+    for name, value in {"image_size": 24, "channels": 0, "condition_channels": -1, "slope": 1.0}.items():
+        with pytest.raises(InputError, match=name):
+            CriticConfig(**{name: value})
+    for name, value in {"num": 10**9 + 1, "resamples": 19, "processes": 0, "dtype": "int8", "seed": 2**64}.items():
+        with pytest.raises(InputError, match=f"^{name} must be"):
+            EvaluationConfig(**{name: value}).validate()
+    with pytest.raises(InputError, match="recipe must be one of joint, digits, paper, got 'fast'"):
+        recipe("fast")
 
 
 def test_engines_take_dense_latents():

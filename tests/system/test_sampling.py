@@ -11,6 +11,7 @@ from PIL import Image
 
 from advkd.cli import sample as sampling
 from advkd.cli.sample import sample
+from advkd.data.pictures import save_grid
 from advkd.errors import InputError
 
 
@@ -47,6 +48,14 @@ def test_links_of_the_user_stay(tmp_path):
     sample("digits", 1, 0, tmp_path / "folder", progress=False)
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "folder").is_symlink()
     assert sorted(os.listdir(tmp_path / "disk")) == ["000000.png", "samples.json", "target.png"]
+
+
+def test_a_picture_of_nothing_or_of_no_known_kind(tmp_path):
+    with pytest.raises(InputError, match="there is no image to save"):
+        save_grid(torch.zeros(0, 1, 8, 8), tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.txt: unknown picture suffix '.txt'; use .png"):
+        save_grid(torch.zeros(1, 1, 8, 8), tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_that_would_be_too_large(tmp_path):

@@ -392,6 +392,7 @@ def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"shard_size": 6}, "shard_size"),
         ({"seed": -1}, "seed"),
+        ({"start": 2**62}, "start"),
         ({"sampler": "euler"}, "sampler"),
         ({"steps": 2000}, "steps"),
         ({"depth": 5}, "depth"),
