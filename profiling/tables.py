@@ -73,7 +73,7 @@ def _figures(name, value, text):
     def linked():
         results = stored(name)
         if not results:
-            raise InputError(f"no result {name}.json holds a figure that a page states: run what measures it")
+            raise InputError(f"a page states a figure of {name}.json, which no device has: restore it or measure again")
         found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
         return " and ".join(f"{made} ({device})" for made, device in found)
 

@@ -278,14 +278,18 @@ def moved(tensor, device):
     return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-@pytest.mark.parametrize("image, name, changes", REFUSED)
-def test_refusals(image, name, changes, cupy_on_host, launchers=LAUNCHERS, device="cpu"):
+def check_refused(launchers, device, image, name, changes):
     options = {**dict(upsample=False, activation=1, slope=0.2, product=0), **tensors(image), **changes}
     options = {key: moved(value, device) if torch.is_tensor(value) else value for key, value in options.items()}
     if image:
         options.pop("upsample")
     with pytest.raises(RuntimeError, match=name):
         getattr(launchers, "conv_image" if image else "conv_layer")(options.pop("x"), **options)
+
+
+@pytest.mark.parametrize("image, name, changes", REFUSED)
+def test_refusals(image, name, changes, cupy_on_host):
+    check_refused(LAUNCHERS, "cpu", image, name, changes)
 
 
 def test_a_device_too_small_is_refused():
@@ -453,4 +457,4 @@ def test_presets_on_a_gpu(product, exact, compiled_by):
 @GPU
 @pytest.mark.parametrize("image, name, changes", REFUSED)
 def test_refusals_on_a_gpu(image, name, changes, compiled_by):
-    test_refusals(image, name, changes, None, gpu_launchers(compiled_by), "cuda")
+    check_refused(gpu_launchers(compiled_by), "cuda", image, name, changes)

@@ -374,6 +374,17 @@ def test_every_row_of_the_ablation_is_a_recipe(name):
         assert (config.updates, config.batch_sizes) == ((400,), (32,))
 
 
+def test_a_kept_row_of_an_ablation_made_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "Trajectories", lambda *folders: types.SimpleNamespace(manifests=[*folders]))
+    line = " ".join(ablation.command("no EMA", ["paths"], "no-ema"))
+    kept = {"name": "no EMA", "command": line, "num": 5, "student": None, "manifests": ["a"], "frechet": 1.0}
+    (tmp_path / "no-ema.json").write_text(json.dumps(kept))
+    ablation.run_row("no EMA", ["a"], None, tmp_path, 5)
+    with pytest.raises(InputError, match="no-ema.json was made with another num, manifests: name another --out"):
+        ablation.run_row("no EMA", ["b"], None, tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["no-ema.json"]
+
+
 def test_pages_hold_the_results():
     """README.md, profiling/RESULTS.md and docs/billion.md equal the generator's output for the results."""
     texts = [page.read_text() for page in tables.PAGES]
@@ -389,6 +400,12 @@ def test_pages_hold_the_results():
         wrong != text
         and "9.999" not in tables.filled(wrong)[text.index("<!-- table: evaluation -->") :].split("<!-- end -->")[0]
     )
+
+
+def test_a_figure_without_a_result_is_refused(monkeypatch):
+    monkeypatch.setattr(tables, "stored", lambda name: [])
+    with pytest.raises(InputError, match="a page states a figure of demo.json, which no device has: restore it"):
+        tables.FIGURES["demo_seconds"]()
 
 
 def test_a_figure_without_evidence_is_refused():
