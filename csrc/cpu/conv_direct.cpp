@@ -12,16 +12,17 @@ struct Group {
   int valid;
 };
 
-Group group_of(const ConvJob& job, i64 unit) {
-  const ConvLayer& layer = job.layer;
-  const i64 across = (layer.width + 3) / 4;
-  const i64 image = unit / (layer.height * across), y = unit / across % layer.height, x = 4 * (unit % across);
-  const i64 s = layer.scale();
-  return {
-      image * job.in.image() + (y + 1) * job.in.row() + (x + 1) * job.in.channels,
-      image * job.out.image() + (s * y + 1) * job.out.row() + (s * x + 1) * job.out.channels,
-      static_cast<int>(std::min<i64>(4, layer.width - x)),
-  };
+// The groups of a range of units. A division for every unit would cost more than to go on along its row.
+void list_groups(const ConvJob& job, i64 begin, i64 end, Group* groups) {
+  const i64 across = (job.layer.width + 3) / 4, s = job.layer.scale();
+  i64 row = begin / across, x = 4 * (begin % across);  // row of all images
+  for (i64 unit = begin; unit < end; ++row, x = 0) {
+    const i64 image = row / job.layer.height, y = row % job.layer.height;
+    const i64 in = image * job.in.image() + (y + 1) * job.in.row() + job.in.channels;
+    const i64 out = image * job.out.image() + (s * y + 1) * job.out.row() + job.out.channels;
+    for (; x < job.layer.width && unit < end; x += 4, ++unit)
+      *groups++ = {in + x * job.in.channels, out + s * x * job.out.channels, static_cast<int>(std::min<i64>(4, job.layer.width - x))};
+  }
 }
 
 // tanh is for a student's last layer, of few channels: not in the way of the others.
@@ -51,7 +52,7 @@ void run_groups(const ConvJob& job, const ConvSchedule& schedule, i64 task, void
   const ConvLayer& layer = job.layer;
   const i64 begin = task % schedule.blocks * schedule.block, end = std::min(begin + schedule.block, schedule.units);
   auto* groups = static_cast<Group*>(scratch);
-  for (i64 unit = begin; unit < end; ++unit) groups[unit - begin] = group_of(job, unit);
+  list_groups(job, begin, end, groups);
   const i64 total = vectors(layer.c_out), panels = panel_count(total), pairs = phases(layer) * panels;
   const i64 chunk = task / schedule.blocks;
   for (i64 pair = pairs * chunk / schedule.chunks; pair < pairs * (chunk + 1) / schedule.chunks; ++pair) {

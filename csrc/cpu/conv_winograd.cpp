@@ -121,14 +121,14 @@ template <int m, typename S, int pv, int ph>
 void transform_outputs(const ConvJob& job, i64 begin, i64 end, Panel panel, const float* in, i64 point_stride) {
   // By value: fields behind a reference would be read again after every store.
   const ConvLayer layer = job.layer;
-  const i64 s = layer.scale(), row = s * job.out.row(), pixel = s * job.out.channels;
+  const i64 s = layer.scale(), image = job.out.image(), row = s * job.out.row(), pixel = s * job.out.channels;
+  S* const first = static_cast<S*>(job.out.data) + (1 + (pv > 0)) * job.out.row() + (1 + (ph > 0)) * job.out.channels + panel.first * kLanes;
   const float* bias = packed_bias(job.packed) + panel.first * kLanes;
   Tile tile = tile_of<m>(layer, begin);
   for (i64 unit = begin; unit < end; ++unit, in += panel.width * kLanes, advance<m>(layer, tile)) {
-    S* out = static_cast<S*>(job.out.data) + tile.image * job.out.image() + panel.first * kLanes;
+    S* out = first + tile.image * image + tile.y * row + tile.x * pixel;
     const i64 rows = std::min<i64>(layer.height - tile.y, m), columns = std::min<i64>(layer.width - tile.x, m);
     const bool whole = rows == m && columns == m;
-    out += (s * tile.y + 1 + (pv > 0)) * job.out.row() + (s * tile.x + 1 + (ph > 0)) * job.out.channels;
     for (int j = 0; j < panel.width; ++j) {
       V pixels[m][m];
       transform_output<m, pv, ph>(in + j * kLanes, point_stride, load(bias + j * kLanes), layer.activation, layer.slope, pixels);
