@@ -50,7 +50,10 @@ def sample(
             (a name without a suffix, or one that ends in a slash: one PNG per image; pictures that are there are kept, so that
             the same call goes on after a kill, or with a larger ``n``).
         interpolate: a spherical walk from the seed's first latent to its second, in ``n`` pictures.
-        device, backend, dtype, batch_size: how it runs.
+        device: torch device that draws.
+        backend: of the kernels, see :func:`advkd.ops.registry.choose`.
+        dtype: of the network, a name of :data:`advkd.models.shape.DTYPES`.
+        batch_size: images that are drawn at a time.
         progress: show a bar.
 
     Under ``torchrun`` process r of w draws the batches r, r + w, ... into the folder.

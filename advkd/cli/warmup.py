@@ -22,8 +22,9 @@ def warmup(
     """Draw one batch of each size and dtype, so that later processes find everything compiled, measured and kept.
 
     Args:
-        student: what :meth:`Student.from_pretrained` takes, or a preset's name (plans hang on shapes, not on weights).
-        device, backend: as ``advkd sample`` takes them.
+        student: what :meth:`Student.from_pretrained` takes, or a preset's name (plans depend on shapes, not on weights).
+        device: torch device to prepare for, as ``advkd sample`` takes it.
+        backend: of the kernels, as ``advkd sample`` takes it.
         dtypes: names of :data:`advkd.models.shape.DTYPES`.
         batch_sizes: on a GPU plans, kernels and graphs belong to a batch's size.
         tune: measure plans, as ``student.fuse()`` does by default; False compiles only.

@@ -69,7 +69,8 @@ class HostDraws:
     Args:
         generator: torch's generator of the update.
         total: samples of the global batch.
-        first, count: this process's rows.
+        first: place of this process's first sample within the global batch.
+        count: samples of this process.
     """
 
     def __init__(self, generator: torch.Generator, total: int, first: int, count: int):

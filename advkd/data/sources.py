@@ -41,11 +41,18 @@ class Source(Protocol):
         ...
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Rows on ``device``, floating-point tensors in ``dtype``; ``levels``: those that are read, where it has any."""
+        """The batch of some rows.
+
+        Args:
+            rows: numbers from 0 to the length - 1.
+            levels: submodules whose states are read, of a source that has any.
+            device: where the batch is put.
+            dtype: of floating-point tensors.
+        """
         ...
 
     def grow(self, updates: int) -> None:
-        """Bring the data to its state after so many updates of the run."""
+        """Bring the data to its state after the first ``updates`` updates of the run."""
         ...
 
 
@@ -53,7 +60,9 @@ class Tensors:
     """Tensors in memory, each with one row a sample, of any shape and device; without any, a method's batches are empty.
 
     Args:
-        z, images, labels: see :class:`Batch`; images of 8 bits become floating point in [-1, 1].
+        z: latents or start states ``(N, ...)``.
+        images: ``(N, ...)``; images of 8 bits become floating point in [-1, 1].
+        labels: ``(N,)`` int64 classes.
         rows: numbers of the rows that are used (None: all).
     """
 
@@ -77,7 +86,7 @@ class Tensors:
         return {"tensors": digest({**self.tensors, **rows})}
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """See :class:`Source`."""
+        """The tensors' rows, pictures in [-1, 1]; see :class:`Source`."""
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         index = index if self._rows is None else self._rows[index]
         picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
@@ -87,7 +96,7 @@ class Tensors:
         return Batch(**placed)
 
     def grow(self, updates: int) -> None:
-        """Nothing: tensors stay as they are."""
+        """Nothing, whatever ``updates``: tensors stay as they are."""
 
 
 class Recorded:

@@ -68,10 +68,19 @@ class DatasetInfo:
     """Everything that the contents of a data set's shards depend on.
 
     Attributes:
-        sampler, num, start, seed, depth, detail_noise, batch_size, shard_size: see :class:`TrajectoryConfig`.
-        steps, latent_size: likewise, with defaults filled in (never 0).
+        sampler: ``ddim`` or ``ddpm``; this and the next nine are the fields of :class:`TrajectoryConfig`.
+        steps: sampler steps, the default filled in (never 0).
+        num: number of trajectories.
+        start: index of the first one among the seed's samples.
+        seed: key of the noise.
+        depth: submodules of the student, and levels of a trajectory.
+        latent_size: m of the latent's blocks, the default filled in (never 0).
+        detail_noise: True if z is the Haar pyramid of x_T, False for blocks.
+        batch_size: samples that ran through the teacher at once.
+        shard_size: samples per shard.
         teacher: :meth:`Teacher.identity`.
-        image_channels, image_size: shape of the images.
+        image_channels: channels C of the images.
+        image_size: side S of the images in pixels, 4 * 2^k.
         resolutions: R_k of every level.
         timesteps: the teacher's timestep of every level but the last, which is x_0.
     """
@@ -94,7 +103,11 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, values: dict) -> "DatasetInfo":
-        """The description in a manifest or a shard; ``KeyError`` or ``TypeError`` if one of its values is missing."""
+        """The description in a manifest or a shard; ``KeyError`` or ``TypeError`` if one of its values is missing.
+
+        Args:
+            values: what :meth:`to_json` gave, with further keys or without; the values' types are not checked.
+        """
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     def to_json(self) -> dict:
@@ -102,7 +115,11 @@ class DatasetInfo:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def config(self, **changes: Any) -> TrajectoryConfig:
-        """The configuration of a recording like this one, with some fields changed."""
+        """The configuration of a recording like this one, with some fields changed.
+
+        Args:
+            changes: fields of :class:`TrajectoryConfig` and their values; another name is a ``TypeError``.
+        """
         names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
         return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
 
@@ -112,11 +129,18 @@ class DatasetInfo:
         return -(-self.num // self.shard_size)
 
     def shard_count(self, shard: int) -> int:
-        """Number of samples in a shard."""
+        """Number of samples in a shard.
+
+        Args:
+            shard: the shard's number, from 0 to ``num_shards - 1``.
+        """
         return min(self.shard_size, self.num - shard * self.shard_size)
 
     def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of a shard of ``count`` samples, by name."""
+        """Shape of every tensor of a shard of ``count`` samples, by name: ``z`` and ``level_01`` to ``level_{depth}``.
+
+        ``z`` is ``(count, numel)``, level k ``(count, C, R_k, R_k)``; all are float16 in a shard.
+        """
         channels = self.image_channels
         latent = latent_numel(channels, self.image_size, self.latent_size, self.detail_noise)
         levels = {f"level_{k:02d}": (count, channels, side, side) for k, side in enumerate(self.resolutions, 1)}
@@ -126,9 +150,11 @@ class DatasetInfo:
 class Trajectories:
     """Recorded data, memory-mapped; a shard's hash is checked the first time the shard is read.
 
+    ``len(trajectories)`` is the number of samples of all folders.
+
     Args:
         folders: outputs of ``advkd trajectories``; several make one data set if only ``num``, ``start`` and ``seed`` differ.
-        option: its name in error messages.
+        option: name of the folders' option in error messages.
 
     Attributes:
         info: :class:`DatasetInfo` of the first folder.
@@ -140,6 +166,9 @@ class Trajectories:
     Raises:
         InputError: no finished data set there, folders that do not fit each other, or (on reading) a shard that is missing,
             truncated or altered.
+
+    Examples:
+        >>> z, levels = Trajectories("trajectories").batch(rows=range(64), levels=[12])
     """
 
     def __init__(self, *folders: str | Path, option: str = "--trajectories"):
@@ -153,7 +182,14 @@ class Trajectories:
             self.append(folder)
 
     def append(self, folder: str | Path) -> None:
-        """Add a folder's samples after those that are there."""
+        """Add a folder's samples after those that are there.
+
+        Args:
+            folder: output of ``advkd trajectories``, which differs from the others in ``num``, ``start`` and ``seed`` alone.
+
+        Raises:
+            InputError: no finished data set there, one made otherwise, or one with samples that are there already.
+        """
         manifest = _read_manifest(Path(folder), self._option)
         described = manifest["recipe"]
         if not self.parts:
@@ -180,12 +216,20 @@ class Trajectories:
         return self.info.sampler == "ddim"
 
     def verify(self) -> None:
-        """Check every shard's hash now."""
+        """Check every shard's hash now.
+
+        Raises:
+            InputError: a shard is missing, truncated or altered; the message names it.
+        """
         for shard in range(len(self._entries)):
             self._load(shard)
 
     def noise(self, rows: Sequence[int]) -> torch.Tensor:
-        """x_T of some rows: ``(len(rows), C, S, S)`` float32 on the CPU, made anew from its counters."""
+        """x_T of some rows: ``(len(rows), C, S, S)`` float32 on the CPU, made anew from its counters.
+
+        Args:
+            rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+        """
         shape, pieces = (self.info.image_channels, self.info.image_size, self.info.image_size), []
         for row in rows:
             part = 0
@@ -201,12 +245,16 @@ class Trajectories:
         """Rows of the data set.
 
         Args:
-            rows: list of sample numbers.
-            levels: list of level numbers k (1-based).
+            rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+            levels: level numbers k from 1 to ``info.depth``; the last level is the image x_0, in [-1, 1].
             latent: ``(latent_size, detail_noise)`` of the returned z; by default that of the recording.
 
         Returns:
-            ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised).
+            ``(z, {k: (len(rows), C, R_k, R_k)})`` float32 on the CPU, levels as recorded (not standardised); z is
+            ``(len(rows), numel)``.
+
+        Raises:
+            InputError: a shard that these rows are in is missing, truncated or altered.
         """
         recorded = (self.info.latent_size, self.info.detail_noise)
         wanted = None if latent is None or tuple(latent) == recorded else latent

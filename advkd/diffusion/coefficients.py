@@ -5,7 +5,8 @@ sqrt(1 - a_t) eps. ``sigma`` is the noise level of Karras et al. 2022, sqrt(1 - 
 output m as diffusers does: ``epsilon`` is the noise, ``sample`` is x0, ``v_prediction`` is sqrt(a_t) eps - sqrt(1 - a_t) x0
 (Salimans and Ho 2022), and ``flow_prediction`` is the velocity of a straight path.
 
-Every function takes and returns plain floats, and raises :class:`~advkd.errors.InputError` where its formula is undefined.
+Every function takes plain floats, alpha_bars in [0, 1], and returns floats or the :class:`~advkd.ops.StepCoefficients` of a
+step; it raises :class:`~advkd.errors.InputError` where its formula is undefined.
 """
 
 import math
@@ -18,7 +19,15 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
 def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
-    """``(k_x, k_m)`` with x0 = k_x x + k_m m."""
+    """``(k_x, k_m)`` with x0 = k_x x + k_m m.
+
+    Args:
+        a_t: alpha_bar of the state's timestep, in [0, 1].
+        prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Raises:
+        InputError: another ``prediction``, or ``epsilon`` at ``a_t`` = 0, where the state holds no signal.
+    """
     signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
     if prediction == "epsilon":
         if a_t == 0:
@@ -30,7 +39,15 @@ def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
 
 
 def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
-    """``(e_x, e_m)`` with eps = e_x x + e_m m."""
+    """``(e_x, e_m)`` with eps = e_x x + e_m m.
+
+    Args:
+        a_t: alpha_bar of the state's timestep, in [0, 1].
+        prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Raises:
+        InputError: another ``prediction``, or ``sample`` at ``a_t`` = 1, where the state holds no noise.
+    """
     signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
     if prediction == "epsilon":
         return 0.0, 1.0
@@ -48,12 +65,24 @@ def ddim_coefficients(
     """DDIM (Song et al. 2020, eq. 12; the noise's deviation is eta times that of eq. 16).
 
     Args:
-        a_t, a_s: alpha_bar now and after the step (1 for the step to the image).
+        a_t: alpha_bar of the state, in [0, 1].
+        a_s: alpha_bar of the state after the step (1 for the step to the image).
         prediction: ``epsilon``, ``sample`` or ``v_prediction``.
         eta: 0 for the deterministic sampler, 1 for the ancestral one.
-        clip: x0 is clamped to [-clip, clip].
+        clip: x0 is clamped to [-clip, clip]; infinity clamps nothing.
         clipped_eps: derive the noise that is used again from the clamped x0 (diffusers' ``use_clipped_model_output``); it is
             otherwise the network's, before clamping.
+
+    Returns:
+        Coefficients for :func:`advkd.ops.sampler_step`; ``c_z``, the noise's deviation, is 0 where ``eta`` is 0.
+
+    Raises:
+        InputError: another ``prediction``; one that has no x0 at ``a_t`` = 0 or no noise at ``a_t`` = 1; with ``eta``, noise
+            where none can be added (``a_t`` = 1, ``a_s`` = 0 or ``a_t`` > ``a_s``) or more than the next state has.
+
+    Examples:
+        >>> step = ddim_coefficients(a_t=0.25, a_s=0.5, prediction="epsilon", clip=1.0)
+        >>> x_next, _, _ = advkd.ops.sampler_step(x, network_output, step)
     """
     k_x, k_m = x0_coefficients(a_t, prediction)
     deviation = eta * math.sqrt(_posterior_variance(a_t, a_s)) if eta else 0.0
@@ -81,9 +110,19 @@ def ddpm_coefficients(
     """DDPM's ancestral step (Ho et al. 2020, eq. 6 and 7, with beta = 1 - a_t / a_s, so that steps may be skipped).
 
     Args:
-        a_t, a_s, prediction, clip: as in :func:`ddim_coefficients`.
+        a_t: alpha_bar of the state, below 1 and at most ``a_s``.
+        a_s: alpha_bar of the state after the step, above 0 (1 for the step to the image).
+        prediction: ``epsilon``, ``sample`` or ``v_prediction``.
         variance_type: one of :data:`VARIANCES`: eq. 7's posterior variance (at least 1e-20), or beta for ``fixed_large``.
+        clip: x0 is clamped to [-clip, clip]; infinity clamps nothing.
         noisy: False for the step at t = 0, which adds no noise.
+
+    Returns:
+        Coefficients for :func:`advkd.ops.sampler_step`; ``c_z`` is the noise's deviation, or 0.
+
+    Raises:
+        InputError: another ``variance_type`` or ``prediction``, ``epsilon`` at ``a_t`` = 0, or alpha_bars between which no
+            noise can be added (``a_t`` = 1, ``a_s`` = 0 or ``a_t`` > ``a_s``).
     """
     if variance_type not in VARIANCES:
         raise InputError(f"variance_type must be one of {', '.join(VARIANCES)}, got {variance_type!r}")
@@ -98,6 +137,17 @@ def euler_coefficients(sigma: float, sigma_next: float, prediction: str) -> Step
     """Euler's step without churn (Karras et al. 2022, algorithm 1): x + (sigma_next - sigma) (x - x0) / sigma.
 
     The state is x0 + sigma eps here; x0 of a v prediction is x / (sigma^2 + 1) - sigma m / sqrt(sigma^2 + 1).
+
+    Args:
+        sigma: noise level of the state, positive.
+        sigma_next: noise level after the step; 0 for the image.
+        prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Returns:
+        Coefficients for :func:`advkd.ops.sampler_step`, without noise and clipping.
+
+    Raises:
+        InputError: ``sigma`` is not positive, or another ``prediction``.
     """
     if sigma <= 0:
         raise InputError(f"sigma must be positive, got {sigma}")
@@ -123,13 +173,21 @@ def dpmsolver_coefficients(
     """DPM-Solver++ of first order, or the second-order multistep 2M (Lu et al. 2022b, algorithm 2).
 
     Args:
-        sigma, sigma_next: noise levels now and after the step; 0 for the image.
+        sigma: noise level of the state, positive.
+        sigma_next: noise level after the step; 0 for the image, to which only the first order goes.
         prediction: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
         sigma_previous: noise level of the step before, for the second order; None for the first.
-        solver_type: ``midpoint`` (the paper's 2M) or ``heun``, which integrates the slope of x0 exactly.
+        solver_type: ``midpoint`` (the paper's 2M) or ``heun``, which integrates the slope of x0 exactly; second order only.
         flow: sigma runs along the straight path x = (1 - sigma) x0 + sigma eps; otherwise the path preserves variance.
 
     A step between equal noise levels leaves the state as it is (the limit; diffusers' ``heun`` has 0 / 0 there).
+
+    Returns:
+        Coefficients for :func:`advkd.ops.sampler_step`; ``c_h`` weights the previous step's x0 in the second order.
+
+    Raises:
+        InputError: ``sigma`` is not positive, no signal is left (with ``flow``, a sigma of 1 or more), another ``prediction``
+            or ``solver_type``, or a second-order step across a log-SNR gap that is infinite or, for the step before, 0.
     """
     if sigma <= 0:
         raise InputError(f"sigma must be positive, got {sigma}")

@@ -1,9 +1,8 @@
 """Distillation data: the teacher's paths, reduced to what the student's submodules imitate.
 
-A data set is a folder of shards (safetensors, float16) and a ``manifest.json``. Shard s holds samples
-``[s * shard_size, (s + 1) * shard_size)``; it depends on the data set's description alone, so that on one kind of machine
-every run writes the same bytes (another processor, or a compiled network, rounds differently). The manifest is written once
-all shards are there.
+A data set is a folder of shards (safetensors, float16) and a ``manifest.json``, which is written once all shards are there.
+Shard s holds samples ``[s * shard_size, (s + 1) * shard_size)``; it depends on the data set's description alone, so that on
+one kind of machine every run writes the same bytes (another processor, or a compiled network, rounds differently).
 """
 
 import contextlib
@@ -53,6 +52,12 @@ def record_trajectories(teacher: Teacher, config: TrajectoryConfig, out: str | P
 
     Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; the one that finds all shards
     present writes the manifest. Returns the folder.
+
+    Args:
+        teacher: the :class:`Teacher`, in the precision that :meth:`Teacher.optimize` gave it; the data set's manifest names it.
+        config: a :class:`TrajectoryConfig`.
+        out: the data set's folder, made where it is missing.
+        progress: show a bar that counts samples (of process 0).
 
     Raises:
         InputError: bad configuration, too little disk, or ``out`` holds shards of another data set or damaged ones.
@@ -135,9 +140,8 @@ def record_in_processes(
     """:func:`record_trajectories` by local processes of one thread each, which on CPUs beats one process of as many threads.
 
     ``source`` is an argument of :meth:`Teacher.from_pretrained`; ``compiled`` and ``autocast`` (to bfloat16) are those of
-    :meth:`Teacher.optimize`. Bad input is refused before the processes start.
-
-    They are started anew and import the caller's script, so a script calls this under ``if __name__ == "__main__":``.
+    :meth:`Teacher.optimize`. Bad input is refused before the processes start. These are started anew and import the caller's
+    script, so a script calls this under ``if __name__ == "__main__":``.
 
     Raises:
         InputError: bad input, a script without that guard, or one that cannot be imported (standard input).

@@ -1,7 +1,8 @@
 """Samplers that denoise and add noise again, on the fused step: a whole iteration is one network evaluation and one pass.
 
 Both take a denoiser, a function of the state ``(N, C, H, W)`` and the noise level sigma (a float) that predicts x_0: a DPDM, a
-consistency model, or the posterior mean that a diffusion model knows. Noise is a function of (seed, sample index, step).
+consistency model, or the posterior mean that a diffusion model knows. Noise is a function of (seed, sample index, step). Order
+of differentiability 0: everything runs under ``torch.no_grad()``.
 """
 
 import math
@@ -15,6 +16,10 @@ from ..ops.arguments import finite, require_dense, sizes
 from ..ops.philox import indices_of
 
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]
+"""Function of the state ``(N, C, H, W)``, float32, and its noise level sigma that gives x_0 in the state's shape.
+
+The state's memory is written to after the call: a denoiser that keeps the tensor must copy it.
+"""
 
 
 @torch.no_grad()
@@ -29,14 +34,22 @@ def sample_dpdm(
     """DPDM's sampler (Data Prediction Denoising Models, algorithm 2): x = x_0 + sigma_k z, then x_0 = denoiser(x, sigma_k).
 
     Args:
-        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in any floating-point dtype.
+        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in float32, bfloat16, float16 or float64.
         sigmas: noise levels sigma_1 > ... > sigma_K > 0, any sequence of numbers.
         shape: ``(N, C, H, W)`` of the samples.
-        seed, start: of the noise; the samples are those of indices ``start .. start + N - 1``.
-        device: of the samples.
+        seed: key of the noise, in [0, 2^64).
+        start: index of the first sample; the samples are those of indices ``start .. start + N - 1`` of the seed.
+        device: torch device on which states and samples lie.
 
     Returns:
-        x_0 after K evaluations, float32 on ``device``.
+        x_0 after K evaluations, ``(N, C, H, W)`` float32 on ``device``.
+
+    Raises:
+        InputError: sigmas that are not finite, positive and descending, or a denoiser, a shape, a seed, an index or a device
+            that cannot be.
+
+    Examples:
+        >>> images = sample_dpdm(model, [80.0, 5.0, 0.5], (16, 3, 64, 64), seed=0, device="cuda")
     """
     sigmas = _numbers(sigmas)
     return _denoise_again(denoiser, sigmas, sigmas, shape, seed, start, device)
@@ -54,8 +67,26 @@ def sample_consistency(
 ) -> torch.Tensor:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): noise of deviation sqrt(sigma_k^2 - sigma_min^2).
 
-    The arguments and the result are those of :func:`sample_dpdm`; ``sigma_min`` is the level at which the model is the
-    identity, below all sigmas. The first state is sigma_1 z.
+    The first state is sigma_1 z. As in :func:`sample_dpdm`, whose arguments these are but for ``sigma_min``, the result is the
+    denoiser's last.
+
+    Args:
+        denoiser: function of the state and sigma that gives x_0, ``(N, C, H, W)``, in float32, bfloat16, float16 or float64.
+        sigmas: noise levels sigma_1 > ... > sigma_K > ``sigma_min``, any sequence of numbers.
+        shape: ``(N, C, H, W)`` of the samples.
+        seed: key of the noise, in [0, 2^64).
+        start: index of the first sample; the samples are those of indices ``start .. start + N - 1`` of the seed.
+        device: torch device on which states and samples lie.
+        sigma_min: level at which the model is the identity, at least 0 and below all sigmas.
+
+    Returns:
+        x_0 after K evaluations, ``(N, C, H, W)`` float32 on ``device``.
+
+    Raises:
+        InputError: as in :func:`sample_dpdm`, or a ``sigma_min`` that is negative or not below all sigmas.
+
+    Examples:
+        >>> images = sample_consistency(model, [80.0, 0.8], (16, 3, 64, 64), device="cuda")
     """
     levels, sigma_min = _numbers(sigmas), finite("sigma_min", sigma_min)
     if not 0 <= sigma_min < min(levels, default=math.inf):

@@ -47,6 +47,12 @@ class FusedDDIMScheduler(FusedVariancePreserving, DDIMScheduler):
     As in diffusers, any timestep t in [0, T) may be stepped from, in the schedule or not, and the step goes to
     t - T // num_inference_steps. Diffusers' own code runs for dynamic thresholding, for an epsilon prediction at alpha_bar = 0,
     for eta < 0 or so large that the next state cannot hold the noise, and where a gradient is wanted.
+
+    ``set_step_options`` names a backend, makes the noise from a seed within the step, or leaves x0 out. With a backend or a
+    seed, ``step`` refuses what the fused step does not cover.
+
+    Examples:
+        >>> pipe.scheduler = FusedDDIMScheduler.from_config(pipe.scheduler.config)
     """
 
     def step(
@@ -63,10 +69,14 @@ class FusedDDIMScheduler(FusedVariancePreserving, DDIMScheduler):
         """The state at the timestep before, and x0.
 
         Args:
-            model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
+            model_output: the network's output ``(N, ...)``, float32, bfloat16, float16 or float64.
+            sample: the state ``(N, ...)``, in any of these dtypes, on the same device.
             timestep: int or tensor of one element in [0, T). An element of ``timesteps`` is not read from the device.
-            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers. Noise has the shape of
-                ``sample``, or one that is expanded to it.
+            eta: weight of the step's noise: 0 for the deterministic sampler, 1 for the ancestral one.
+            use_clipped_model_output: derive the noise that is used again from the clamped x0; None means False.
+            generator: source of the noise, or a list of one a sample; None: torch's own, or ``set_step_options``'s seed.
+            variance_noise: the step's noise instead of a draw, of the shape of ``sample`` or one that is expanded to it.
+            return_dict: False for a tuple.
 
         Returns:
             ``DDIMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
@@ -74,6 +84,7 @@ class FusedDDIMScheduler(FusedVariancePreserving, DDIMScheduler):
         Raises:
             InputError: a timestep outside [0, T), tensors, numbers or a generator that do not fit, or a generator or noise
                 beside a seed.
+            ValueError: diffusers' own, before ``set_timesteps``, or for both ``generator`` and ``variance_noise``.
         """
         self._require(model_output, sample, generator, variance_noise)
         (eta, own_eta), return_dict = scalar("eta", eta), flag("return_dict", return_dict)
@@ -121,6 +132,10 @@ class FusedDDPMScheduler(FusedVariancePreserving, DDPMScheduler):
     Before ``set_timesteps`` a step goes from t to t - 1, as in diffusers; afterwards only timesteps of the schedule are
     accepted (diffusers raises an ``IndexError`` for others). Diffusers' own code runs for dynamic thresholding, for learned
     variances and ``fixed_large_log``, for an epsilon prediction at alpha_bar = 0, and where a gradient is wanted.
+
+    ``pipe.scheduler = FusedDDPMScheduler.from_config(pipe.scheduler.config)`` puts it into a pipeline. ``set_step_options``
+    names a backend, makes the noise from a seed within the step, or leaves x0 out. With a backend or a seed, ``step`` refuses
+    what the fused step does not cover.
     """
 
     def step(
@@ -134,9 +149,11 @@ class FusedDDPMScheduler(FusedVariancePreserving, DDPMScheduler):
         """The state at the timestep before, and x0.
 
         Args:
-            model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
+            model_output: the network's output ``(N, ...)``, float32, bfloat16, float16 or float64.
+            sample: the state ``(N, ...)``, in any of these dtypes, on the same device.
             timestep: int or tensor of one element, of the schedule. An element of ``timesteps`` is not read from the device.
-            generator, return_dict: as in diffusers.
+            generator: source of the noise, or a list of one a sample; None: torch's own, or ``set_step_options``'s seed.
+            return_dict: False for a tuple.
 
         Returns:
             ``DDPMSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes.
@@ -193,6 +210,9 @@ class FusedEulerDiscreteScheduler(FusedSigmas, EulerDiscreteScheduler):
     The first step of a run starts at the begin index, or at its timestep, which must then be in the schedule (diffusers raises
     an ``IndexError`` for others); later steps count, and of their timestep only the range is looked at. Diffusers' own code
     runs for ``s_churn`` other than 0 and where a gradient is wanted, by ``s_churn`` too.
+
+    ``pipe.scheduler = FusedEulerDiscreteScheduler.from_config(pipe.scheduler.config)`` puts it into a pipeline.
+    ``set_step_options`` names a backend or leaves x0 out. With a backend, ``step`` refuses what the fused step does not cover.
     """
 
     def step(
@@ -210,10 +230,15 @@ class FusedEulerDiscreteScheduler(FusedSigmas, EulerDiscreteScheduler):
         """The state at the next noise level, and x0.
 
         Args:
-            model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
+            model_output: the network's output ``(N, ...)``, float32, bfloat16, float16 or float64.
+            sample: the state ``(N, ...)``, in any of these dtypes, on the same device.
             timestep: element of ``timesteps``; an int is refused, as in diffusers.
-            s_churn, s_tmin, s_tmax, s_noise, generator: the noise of churn, made by diffusers' own code.
-            return_dict: as in diffusers.
+            s_churn: strength of the churn (Karras et al. 2022, algorithm 2), whose noise diffusers' own code makes; 0 for none.
+            s_tmin: lowest noise level that is churned.
+            s_tmax: highest noise level that is churned.
+            s_noise: factor of the churn's noise.
+            generator: source of the churn's noise, or a list with one for each sample.
+            return_dict: False for a tuple.
 
         Returns:
             ``EulerDiscreteSchedulerOutput(prev_sample, pred_original_sample)`` or the tuple of both, in diffusers' dtypes:
@@ -222,6 +247,7 @@ class FusedEulerDiscreteScheduler(FusedSigmas, EulerDiscreteScheduler):
         Raises:
             InputError: a first timestep that is not in the schedule, tensors, numbers or a generator that do not fit, or a step
                 after the last.
+            ValueError: diffusers' own, for a timestep that is an int.
         """
         self._require(model_output, sample, generator)
         (s_churn, own_churn), (_, own_noise) = scalar("s_churn", s_churn), scalar("s_noise", s_noise)
@@ -249,7 +275,15 @@ class FusedEulerDiscreteScheduler(FusedSigmas, EulerDiscreteScheduler):
         return step_output(EulerDiscreteSchedulerOutput, x_next.to(out), x0, x0_dtype, return_dict)
 
     def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
-        """The position of a timestep in the schedule, as in diffusers; :class:`InputError` where there is none."""
+        """The position of a timestep in the schedule, as in diffusers: of one that repeats, the second.
+
+        Args:
+            timestep: number, or a tensor of one element.
+            schedule_timesteps: tensor ``(K,)`` to look in; None: ``timesteps``.
+
+        Raises:
+            InputError: the schedule does not hold the timestep.
+        """
         try:
             return super().index_for_timestep(timestep, schedule_timesteps)
         except IndexError as error:
@@ -267,6 +301,9 @@ class FusedDPMSolverMultistepScheduler(FusedSigmas, DPMSolverMultistepScheduler)
     The first step of a run starts at the begin index or at its timestep; as in diffusers, one in [0, T) that is not in the
     schedule means the last step. Later steps count. Diffusers' own code runs for the other algorithms, order 3, dynamic
     thresholding, learned variances, and where a gradient is wanted.
+
+    ``pipe.scheduler = FusedDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`` puts it into a pipeline.
+    ``set_step_options`` names a backend. With one, ``step`` refuses what the fused step does not cover.
     """
 
     lower_order_nums: int
@@ -283,16 +320,19 @@ class FusedDPMSolverMultistepScheduler(FusedSigmas, DPMSolverMultistepScheduler)
         """The state at the next noise level.
 
         Args:
-            model_output, sample: ``(N, ...)``, any mix of float32, bfloat16, float16 and float64.
+            model_output: the network's output ``(N, ...)``, float32, bfloat16, float16 or float64.
+            sample: the state ``(N, ...)``, in any of these dtypes, on the same device.
             timestep: element of ``timesteps``.
-            generator, variance_noise: for the stochastic algorithms, which diffusers' own code runs.
-            return_dict: as in diffusers.
+            generator: source of the noise of stochastic algorithms, which diffusers' own code runs, or a list of them.
+            variance_noise: that noise itself, of the shape of ``sample`` or one that is expanded to it.
+            return_dict: False for a tuple.
 
         Returns:
             ``SchedulerOutput(prev_sample)`` or a tuple of it, in diffusers' dtypes.
 
         Raises:
             InputError: a timestep outside [0, T), tensors or a generator that do not fit, or a step after the last.
+            ValueError: diffusers' own, before ``set_timesteps``.
         """
         self._require(model_output, sample, generator, variance_noise)
         return_dict = flag("return_dict", return_dict)

@@ -27,9 +27,17 @@ class Teacher:
     """An unconditional pixel-space diffusion model with its noise schedule.
 
     Args:
-        unet: diffusers ``UNet2DModel`` in eval mode.
+        unet: diffusers ``UNet2DModel``; it is put into eval mode, frozen and laid out channels_last, in place.
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
-        name: its name in a data set's manifest.
+        name: its name in a data set's manifest and in errors.
+
+    Attributes:
+        alpha_bars: alpha_bar of every training timestep, ``(T,)`` float64.
+        prediction: meaning of the network's output: ``epsilon``, ``sample`` or ``v_prediction``.
+        clip: x0 is clamped to [-clip, clip] in every step; infinity where the scheduler does not clip.
+
+    Examples:
+        >>> images = Teacher.from_pretrained("digits").sample(4, seed=1)  # (4, 1, 32, 32) in [-1, 1]
     """
 
     def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler | DDIMScheduler", name: str = "teacher"):
@@ -51,12 +59,12 @@ class Teacher:
         Args:
             source: ``"digits"`` (embedded), a folder (a pipeline with ``model_index.json``, or a bare UNet folder with a
                 scheduler beside it) or a hub id such as ``google/ddpm-celebahq-256``.
-            device: torch device.
-            dtype: dtype of the network.
+            device: torch device that the network computes on.
+            dtype: dtype of the network's weights and input; states stay float32.
 
         Raises:
-            InputError: missing or damaged files, or a teacher that is conditional, works on latents, learns its variance, or
-                whose scheduler is neither DDPM nor DDIM.
+            InputError: missing or damaged files, a device that is not there, or a teacher that is conditional, works on
+                latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
         """
         device = require_device(device)
         unet, scheduler = load_pipeline(source, dtype)
@@ -83,7 +91,10 @@ class Teacher:
         return next(self.unet.parameters()).device
 
     def identity(self) -> dict:
-        """Everything that its paths depend on, for a data set's manifest: weights, network, schedule, prediction, clipping."""
+        """Everything that its paths depend on, for a data set's manifest: weights, network, schedule, prediction, clipping.
+
+        JSON values; weights, network and schedule are SHA-256 digests. ``autocast`` is there only where it is on.
+        """
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
         return {
             "name": self.name,
@@ -102,12 +113,29 @@ class Teacher:
         return sum(p.numel() for p in self.unet.parameters())
 
     def noise(self, n: int, seed: int = 0, start: int = 0) -> torch.Tensor:
-        """x_T of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32, a function of (seed, index) alone."""
+        """x_T of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32, a function of (seed, index) alone.
+
+        Args:
+            n: number of samples.
+            seed: key of the noise, in [0, 2^64).
+            start: index of the first sample.
+
+        Returns:
+            Standard normal numbers on the teacher's device.
+        """
         indices = torch.arange(start, start + n, device=self.device)
         return philox_normal(seed, indices, self._shape, stream="x_T")
 
     def timesteps(self, sampler: str = "ddim", steps: int | None = None) -> list[int]:
-        """Timesteps of a run, descending: DDIM-``steps`` (default 50) in leading spacing with offset 0, or all T of DDPM."""
+        """Timesteps of a run, descending, in leading spacing with offset 0.
+
+        Args:
+            sampler: ``ddim`` or ``ddpm``.
+            steps: number of timesteps; None or 0: 50 for DDIM (T, if that is fewer), all T for DDPM.
+
+        Raises:
+            InputError: another sampler, or ``steps`` outside [1, T].
+        """
         if sampler not in SAMPLERS:
             raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         total = self.train_timesteps
@@ -124,6 +152,9 @@ class Teacher:
             compiled: through ``torch.compile`` (a minute or more the first time, kept on disk; every batch size anew); None:
                 for recordings on GPUs. On a GPU the whole step is replayed as a captured CUDA graph, compiled or not.
             autocast: ``torch.bfloat16`` for mixed precision (the paths are then others, and a recording says so), or None.
+
+        Raises:
+            InputError: another ``autocast``.
         """
         if autocast not in (None, torch.bfloat16):
             raise InputError(f"autocast must be None or torch.bfloat16, got {autocast}")
@@ -131,20 +162,32 @@ class Teacher:
         return self
 
     def match(self, identity: dict) -> "Teacher":
-        """Take the precision of a recording, given by the :meth:`identity` that it names; returns the teacher."""
+        """Take the precision of a recording; returns the teacher.
+
+        Args:
+            identity: the :meth:`identity` that the recording names; its ``autocast`` is taken over.
+        """
         return self.optimize(self._compiled, torch.bfloat16 if identity.get("autocast") else None)
 
     @torch.no_grad()
     def path(
         self, x_T: torch.Tensor, sampler: str = "ddim", steps: int | None = None, seed: int = 0, start: int = 0
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield ``(t, x)`` after every step of a run, x being the state after the step taken at t; the last x is x_0.
+        """Walk a run step by step; the last state is x_0, not clamped to [-1, 1].
 
         Args:
             x_T: ``(N, C, H, W)`` start states.
             sampler: ``ddim`` (deterministic) or ``ddpm`` (ancestral; step noise is a function of seed, index and step).
             steps: number of steps; see :meth:`timesteps`.
-            seed, start: seed and first index of the samples, for the step noise.
+            seed: key of the step noise, in [0, 2^64).
+            start: index of the first sample, for the step noise.
+
+        Yields:
+            ``(t, x)`` after every step, x being the state after the step taken at t: ``(N, C, H, W)`` float32, a copy on the
+            teacher's device. No gradient flows to ``x_T``.
+
+        Raises:
+            InputError: at the first step, an ``x_T`` of another shape, or a sampler or a number of steps that cannot be.
         """
         # A loop of its own: several paths may be walked at the same time.
         loop = self._make_loop(network_of(self.unet, self._autocast), len(x_T), sampler, steps, seed, capture=False)
@@ -165,8 +208,12 @@ class Teacher:
         """A run that keeps area averages of some states, made within the steps.
 
         Args:
+            x_T: ``(N, C, H, W)`` start states.
             keep: ``{t: r}``: keep the r x r average of the state after the step taken at t.
-            x_T, sampler, steps, seed, start: as in :meth:`path`.
+            sampler: ``ddim`` or ``ddpm``, as in :meth:`path`.
+            steps: number of steps; see :meth:`timesteps`.
+            seed: key of the step noise, in [0, 2^64).
+            start: index of the first sample, for the step noise.
 
         Returns:
             ``(x_0, {t: (N, C, H / r, W / r)})`` float32 on the teacher's device. Order of differentiability 0: no gradient
@@ -196,7 +243,18 @@ class Teacher:
         return loop.x.clone(memory_format=torch.contiguous_format), kept
 
     def sample(self, n: int, seed: int = 0, sampler: str = "ddim", steps: int | None = None, start: int = 0) -> torch.Tensor:
-        """Images of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32 in [-1, 1]."""
+        """Images of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32 in [-1, 1], on the teacher's device.
+
+        Args:
+            n: number of images; they run through the network as one batch.
+            seed: key of the start noise and of the step noise, in [0, 2^64).
+            sampler: ``ddim`` (deterministic) or ``ddpm`` (ancestral).
+            steps: number of network evaluations; see :meth:`timesteps`.
+            start: index of the first sample.
+
+        Raises:
+            InputError: a sampler, a number of steps or a seed that cannot be.
+        """
         # Compiled only where that was asked for: every n would be compiled anew.
         x_0, _ = self._run(self.noise(n, seed, start), {}, sampler, steps, seed, start, bool(self._compiled))
         return x_0.clamp_(-1, 1)
@@ -231,6 +289,14 @@ class Teacher:
         """Coefficients of the step from timestep ``t`` to ``following`` (None: to alpha_bar = 1).
 
         DDIM with eta = 0, or DDPM with the scheduler's fixed variance: see :mod:`advkd.diffusion.coefficients`.
+
+        Args:
+            t: timestep of the state, in [0, T).
+            following: timestep after the step, or None.
+            sampler: ``ddim`` or ``ddpm``.
+
+        Raises:
+            InputError: there is no such step, an epsilon prediction at alpha_bar = 0 say; the message names the teacher.
         """
         a_t = float(self.alpha_bars[t])
         a_s = float(self.alpha_bars[following]) if following is not None else 1.0

@@ -32,7 +32,8 @@ class Engine(Protocol):
 
     Args:
         layers: a :class:`advkd.ops.conv_layer.ConvLayer` for each convolution.
-        weights, biases: of the folded network, on the device.
+        weights: of the folded network, ``(C_out, C_in, 3, 3)`` per layer, on the device.
+        biases: of the folded network, ``(C_out,)`` per layer, on the device.
         slope: of LeakyReLU.
         dtype: of activations and images.
         options: an :class:`Options`.
@@ -40,7 +41,8 @@ class Engine(Protocol):
     Calls from several threads are safe.
 
     Attributes:
-        weights, biases: the folded network in the form in which it is to be kept and saved.
+        weights: the folded network's, in the form in which they are to be kept and saved.
+        biases: the folded network's, likewise.
         options: as given, the algorithms filled in.
     """
 

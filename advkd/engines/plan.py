@@ -134,7 +134,8 @@ class GpuPlan(Plan):
     Attributes:
         rows: a :class:`PlannedLaunch` per launch.
         batch_size: images of the batch.
-        device, product: where, and how numbers are multiplied.
+        device: name of the device.
+        product: how numbers are multiplied, one of :data:`advkd.ops.gpu_storage.PRODUCTS`.
     """
 
     batch_size: int

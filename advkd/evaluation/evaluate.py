@@ -83,13 +83,15 @@ def evaluate_student(
     """Measure a student against its teacher and against real images, and write ``evaluation.json`` under ``out``.
 
     Args:
-        student, teacher: sources for their ``from_pretrained``.
+        student: source for :meth:`advkd.Student.from_pretrained`.
+        teacher: source for :meth:`advkd.Teacher.from_pretrained`.
         config: an :class:`EvaluationConfig`.
-        out: folder.
+        out: folder, made where it is missing.
         teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
             run goes on) and kept in the cache.
-        device: torch device.
+        device: torch device of the models and the extractor; distances are computed on the CPU.
         cache: folder of kept features and samples (default :func:`advkd.runtime.folders.cache_folder`).
+        progress: show a bar while the teacher draws.
 
     Returns:
         The contents of ``evaluation.json``: ``rows`` (one per comparison), ``models``, ``pairs`` and ``provenance``.
@@ -156,7 +158,9 @@ def evaluate_folders(
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
     The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
-    number of images. With ``out``, writes ``evaluation.json`` there.
+    number of images. If ``images`` and ``reference`` differ in size or channels, or are too few, it is an :class:`InputError`.
+    ``config`` gives extractor and resamples; ``device`` and ``cache`` are as there. With ``out``, writes ``evaluation.json``
+    there. Returns its contents: ``score``, ``rows``, ``images`` and ``reference`` (folder and digest), ``provenance``, ...
     """
     config.validate()
     device = require_device(device)

@@ -5,7 +5,8 @@ distributions; precision and recall are Kynkaanniemi et al.'s (2019, eq. 1 and 2
 compare equal N, and with the floor that two disjoint sets of one distribution give.
 
 Every function takes floating-point tensors of any dtype and device and computes in float64 on the CPU. Features that are not a
-finite matrix, too few or of another dimension than those they are compared with raise an :class:`InputError`.
+finite matrix, too few or of another dimension than those they are compared with raise an :class:`InputError`. ``seed``, in
+[0, 2^64), determines random subsets and resamples; intervals hold the central ``level``, in (0, 1), of ``resamples`` draws.
 """
 
 import math
@@ -31,12 +32,12 @@ LARGEST = 1e25
 
 
 def fewest(dimension: int) -> int:
-    """The fewest samples for features of a dimension: covariances and neighbours need that many."""
+    """The fewest samples for features of ``dimension`` numbers, max(2 D, 5): covariances and neighbours need that many."""
     return max(2 * dimension, NEIGHBOUR + 2)
 
 
 def require_enough(features: torch.Tensor, name: str) -> None:
-    """Refuse a set of features ``(N, D)`` with too few samples."""
+    """Refuse ``features`` ``(N, D)`` of fewer samples than :func:`fewest`: an :class:`InputError` that calls them ``name``."""
     samples, dimension = features.shape
     if samples < fewest(dimension):
         needed = f"{fewest(dimension)} or more are needed"
@@ -46,7 +47,7 @@ def require_enough(features: torch.Tensor, name: str) -> None:
 def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of features ``(N, D)`` and ``(M, D)``, N and M at least 2.
 
-    Exact to rounding for singular covariances too, and never negative.
+    Exact to rounding for singular covariances of ``generated`` or ``reference`` too, and never negative.
     """
     return _frechet(*_two(generated, reference, 2))
 
@@ -79,9 +80,9 @@ def _triangle(tall):
 
 
 def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
-    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), seeded.
+    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), by ``seed``.
 
-    Each set needs 4 samples or more.
+    Both ``generated`` and ``reference`` need 4 samples or more; the half is that of the smaller set.
     """
     with torch.device("cpu"):
         from torchmetrics.image.kid import poly_mmd
@@ -95,13 +96,11 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
 
 
 def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> torch.Tensor:
-    """``(N, M)`` bool: True where a point (N, D) is within the k-th neighbour's distance of one of ``manifold`` (M, D).
+    """``(N, M)`` bool: True where ``points`` (N, D) are within the ``k``-th neighbour's distance of one of ``manifold`` (M, D).
 
     Squared distances that differ by the arithmetic's rounding alone, about 1e-15 D of the features' squares, are equal: a tie
-    is within.
-
-    Precision is the share of generated points that some reference point covers, recall that of reference points that some
-    generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
+    is within. Precision is the share of generated points that some reference point covers, recall that of reference points that
+    some generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
     """
     _require_least(1, k=k)
     points, manifold = _checked(points, "points", 1), _checked(manifold, "manifold", k + 1)
@@ -113,7 +112,7 @@ def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> 
 
 
 def distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances ``(N, M)`` of features, float64.
+    """Euclidean distances ``(N, M)`` from ``points`` (N, D) to ``others`` (M, D), float64 on the CPU.
 
     Distances below the resolution of the arithmetic, about 1e-7 of the features' own size, are 0: a copy is at distance 0.
     """
@@ -175,11 +174,11 @@ def _distance(block, k):
 def frechet_interval(
     generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0, level: float = 0.95
 ) -> list[float]:
-    """Bootstrap interval ``(low, high)`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
+    """Bootstrap interval ``[low, high]`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
 
     A resample repeats samples, which raises the distance as fewer samples would; the interval is therefore that of the
     resampled distances, moved so that its centre of mass is the measured distance. Near the floor it is too wide rather than
-    too narrow.
+    too narrow. ``generated`` and ``reference`` need 2 samples; ``resamples`` draws by ``seed`` give the central ``level``.
     """
     generated, reference = _two(generated, reference, 2)
     _require_bootstrap(resamples, level)
@@ -194,13 +193,11 @@ def neighbour_measures(
     """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
 
     ``nearest`` is the mean distance of a generated point to the closest reference point, ``diversity`` the mean distance of two
-    generated points. Both sets, of 4 samples or more, are drawn anew, the manifolds' radii stay; the resampled values are moved
-    so that their centre of mass is the measured one, as a resample holds only two thirds of a set's points.
-
-    Memory: a few blocks of :data:`BLOCK` distances, and about 40 bytes per sample and resample.
-
-    Returns:
-        ``{"precision": value, "precision_interval": [low, high], ...}``.
+    generated points. Both sets, ``generated`` and ``reference``, of 4 samples or more, are drawn anew ``resamples`` times by
+    ``seed``, the manifolds' radii stay; the resampled values are moved so that their centre of mass is the measured one, as a
+    resample holds only two thirds of a set's points. An interval is their central ``level``. Memory: a few blocks of
+    :data:`BLOCK` distances, and about 40 bytes per sample and resample. The result is
+    ``{"precision": value, "precision_interval": [low, high], ...}``.
     """
     generated, reference = _shifted(*_two(generated, reference, NEIGHBOUR + 1))
     _require_bootstrap(resamples, level)
@@ -266,8 +263,8 @@ def frechet_at_infinity(
 ) -> dict[str, Any]:
     """The Frechet distance extrapolated to infinitely many samples (Chong and Forsyth 2020, section 4).
 
-    Both sets, of at least D + 2 samples, are thinned to the same N; the distance is linear in 1/N, and the intercept is the
-    distance without the bias.
+    ``generated`` and ``reference``, of at least D + 2 samples, are thinned to the same N, ``points`` sizes ``subsets`` times by
+    ``seed``; the distance is linear in 1/N, and the intercept is the distance without the bias.
 
     Returns:
         ``{"value": intercept, "slope": ..., "sizes": [N, ...], "distances": [mean over subsets, ...]}``.
@@ -300,7 +297,7 @@ def _line(x, y):
 def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> list[float]:
     """The Frechet distances of ``splits`` random splits of features ``(2 N, D)``, N at least 2, into two halves.
 
-    Their mean is the floor of the distance at N, which a perfect generator would reach.
+    Their mean is the floor of the distance at N, which a perfect generator would reach; ``seed`` splits the ``samples``.
     """
     samples = _checked(samples, "samples", 4)
     _require_least(1, splits=splits)
@@ -312,7 +309,10 @@ def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> lis
 
 
 def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Every measure of generated features ``(N, D)`` against reference ones ``(M, D)``, as a dict of numbers and intervals."""
+    """Every measure of ``generated`` ``(N, D)`` against ``reference`` ``(M, D)``, as a dict of numbers and intervals.
+
+    Each set needs :func:`fewest` samples; ``seed`` determines all subsets and ``resamples``; intervals have level 0.95.
+    """
     generated, reference = _two(generated, reference, 1)
     require_enough(generated, "generated images")
     require_enough(reference, "reference images")

@@ -54,13 +54,13 @@ def write_report(
     """Write ``report.html`` (self-contained) and its PNGs under ``out``.
 
     Args:
-        student: a :class:`Student`.
-        teacher: a :class:`Teacher`.
+        student: the :class:`Student` of the evaluation; its weights are compared with those that were measured.
+        teacher: the :class:`Teacher` of the evaluation, compared likewise.
         evaluation: path of an ``evaluation.json`` of :func:`advkd.evaluation.evaluate.evaluate_student`.
-        out: folder.
+        out: folder, made where it is missing.
         metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
         ablation: path of a table of runs by ``profiling/cases/ablation.py``; None leaves it out.
-        title: of the page.
+        title: heading of the page.
 
     Returns:
         The page's path.
@@ -68,6 +68,9 @@ def write_report(
     Raises:
         InputError: a file that is missing or of another kind, or an evaluation of another student or teacher; nothing was
             written.
+
+    Examples:
+        >>> write_report(student, teacher, "evaluation/evaluation.json", "report", metrics="student/metrics.csv")
     """
     result = _read_evaluation(evaluation, student, teacher)
     runs = read_json(ablation, "ablation", ("runs",))["runs"] if ablation else []

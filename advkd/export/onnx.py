@@ -21,7 +21,8 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
     """Write a student to an ONNX file with one input ``z`` and one output ``images``.
 
     Args:
-        student: its own modules are exported in eval mode, and keep their mode; of a fused student the folded convolutions.
+        student: a student, whose own modules are exported in eval mode and keep their mode, or a fused student, whose folded
+            convolutions are exported.
         path: the file, which is whole or absent.
         opset_version: of ONNX; by default that of torch's exporter.
 
@@ -31,6 +32,10 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
 
     Raises:
         InputError: an object that is no student, or packages that are missing.
+
+    Examples:
+        >>> export_onnx(Student.from_pretrained("digits"), "digits.onnx")  # doctest: +SKIP
+        PosixPath('digits.onnx')
     """
     if not isinstance(student, (Student, FusedStudent)):
         raise InputError(f"student must be a Student or a FusedStudent, got {type(student).__name__}")

@@ -175,10 +175,18 @@ _MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class AdvKDPipeline(DiffusionPipeline):
-    """``pipe(batch_size=4, generator=..., output_type="pil")``: images in one pass.
+    """The student as a diffusers pipeline: ``pipe(batch_size=4, generator=..., output_type="pil")`` draws images in one pass.
+
+    It draws with a fused student, which is made anew when the student's weights have changed.
 
     Args:
-        student: a :class:`StudentModel` (or a :class:`Student`, which is wrapped).
+        student: a :class:`StudentModel` (or a :class:`Student`, a copy of which is wrapped).
+
+    Examples:
+        >>> pipe = AdvKDPipeline(Student.from_pretrained("digits"))
+        >>> images = pipe(batch_size=4, generator=torch.Generator().manual_seed(7)).images
+        >>> images[0].size
+        (32, 32)
     """
 
     def __init__(self, student: StudentModel | Student):
@@ -192,9 +200,13 @@ class AdvKDPipeline(DiffusionPipeline):
 
         Weights come from safetensors unless ``use_safetensors`` says else; from the hub nothing else is fetched.
 
+        Args:
+            pretrained_model_name_or_path: a folder by :meth:`save_pretrained`, or a hub id.
+            **options: diffusers' options, such as ``torch_dtype``, ``revision`` or ``cache_dir``.
+
         Raises:
             InputError: the index names anything but a :class:`StudentModel`, or Python files lie in the folder: diffusers would
-                import the library and might run the files.
+                import the library and might run the files. Missing, damaged or foreign files.
         """
         files = ["model_index.json", *(f"student/{file}" for file in FILES)]
         folder = _fetched(pretrained_model_name_or_path, options, files)
@@ -215,8 +227,15 @@ class AdvKDPipeline(DiffusionPipeline):
             batch_size: number of images.
             generator: None, a ``torch.Generator`` (one 64-bit seed is drawn from it; image i has index i) or a list of
                 ``batch_size`` generators (one seed is drawn from each, for one image).
-            output_type: ``pil``, ``np`` (``(N, H, W, C)`` in [0, 1]) or ``pt`` (``(N, C, H, W)`` in [0, 1]).
+            output_type: ``pil`` (a list of Pillow images), ``np`` (``(N, H, W, C)`` in [0, 1]) or ``pt`` (``(N, C, H, W)`` in
+                [0, 1], on the student's device); the last two are float32.
             return_dict: False returns a tuple.
+
+        Returns:
+            An ``ImagePipelineOutput`` with the field ``images``, or the tuple ``(images,)``.
+
+        Raises:
+            InputError: a batch size below 1, another output type, or another number of generators.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -254,7 +273,12 @@ class AdvKDPipeline(DiffusionPipeline):
         return fused
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """diffusers' ``save_pretrained``, and a model card."""
+        """Write diffusers' folder format by its ``save_pretrained``, and a model card.
+
+        Args:
+            save_directory: made where it is not there; its ``README.md`` is overwritten by the card.
+            **options: of diffusers' ``save_pretrained``.
+        """
         config = self.student.config
         card = MODEL_CARD.format(
             size=config.image_size,

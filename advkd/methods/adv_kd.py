@@ -45,7 +45,8 @@ class DistillConfig:
         regression_levels: levels that mse and kl apply to (empty: every supervised level).
         critic_levels: levels with a critic (empty: every supervised level).
         critic_updates: critic updates per student update.
-        critic_channels, critic_max_channels: width of the critics.
+        critic_channels: features after a critic's first convolution; they double with each further one.
+        critic_max_channels: upper bound of the critics' features.
         conditional: critics see the latent's 4x4 parts.
         fresh: critics judge the student's images of new latents, as many as pairs, instead of those of the pairs' latents
             (unconditional critics only): the adversarial loss then reaches what the pairs do not cover.
@@ -57,7 +58,8 @@ class DistillConfig:
         critic_backend: what differentiates the critics: ``auto`` (hand-written passes on the fastest backend), a backend's
             name, or ``autograd``.
         train_scope: ``all`` trains submodules 1 .. k in stage k, ``last`` only the k-th, the others frozen in eval mode.
-        learning_rate, critic_learning_rate: of Adam.
+        learning_rate: of the student's Adam.
+        critic_learning_rate: of the critics' Adam.
         betas: of Adam.
         final_learning_rate: fraction of the learning rates left at a stage's end (cosine decay; 1 keeps them constant).
         clip_gradients: bound of the gradients' norm (0: none).
@@ -102,7 +104,7 @@ class DistillConfig:
     log_every: int = 1
 
     def validate(self, depth: int, paired: bool, num: int) -> None:
-        """Raise :class:`InputError` for a field that cannot work with ``depth`` submodules and ``num`` samples."""
+        """Raise :class:`InputError` for fields that do not suit ``depth`` submodules or ``num`` samples, ``paired`` or not."""
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
@@ -147,7 +149,7 @@ class DistillConfig:
             )
 
     def regression_levels_of(self, stage: Stage) -> list[int]:
-        """The stage's levels that mse and kl apply to."""
+        """The levels of ``stage`` that mse and kl apply to."""
         return [k for k in stage.levels if not self.regression_levels or k in self.regression_levels]
 
     def stages(self, depth: int) -> list["SubmoduleStage"]:
@@ -206,7 +208,10 @@ RECIPES = {
 
 
 def recipe(name: str, **overrides: Any) -> DistillConfig:
-    """The recipe ``name`` with some fields changed."""
+    """The recipe ``name``, ``joint``, ``digits`` or ``paper``, with the fields in ``overrides`` changed.
+
+    An example is ``recipe("digits", updates=(2000,))``. Another name is an :class:`InputError`, another field a ``TypeError``.
+    """
     if name not in RECIPES:
         raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return replace(RECIPES[name], **overrides)

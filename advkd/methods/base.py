@@ -23,10 +23,12 @@ class Needs:
     Attributes:
         data: ``levels`` (the teacher's recorded states), ``pairs`` (its start noise and final image), ``images`` or ``none``.
         paired: True if x_0 must be a function of x_T.
-        teacher, labels: True if updates call the teacher, or read class labels.
+        teacher: True if updates call the teacher.
+        labels: True if updates read class labels.
         student: ``generator`` (latent to image in one pass), ``denoiser`` or ``classifier``.
         limit: number of recorded trajectories that are used (0: all).
-        grow, grow_every: trajectories that the teacher adds after every so many updates (0: none).
+        grow: trajectories that the teacher adds after every ``grow_every`` updates (0: none).
+        grow_every: updates between two such additions.
     """
 
     data: str
@@ -61,8 +63,8 @@ class Settings:
     """The trainer's part of a method's configuration.
 
     Attributes:
-        seed: of all draws.
-        checkpoint_every: updates between checkpoints.
+        seed: key of the data's order and of all draws.
+        checkpoint_every: updates between checkpoints, a multiple of ``log_every``.
         log_every: updates that one row of ``metrics.csv`` averages.
         mixed_precision: ``no`` or ``bf16``.
         free: names of fields that may change between a run and its resumption.
@@ -76,12 +78,21 @@ class Settings:
 
 
 def cosine(update: int, updates: int, final: float = 0.0) -> float:
-    """Cosine decay of a learning rate from 1 to ``final`` over ``updates`` updates."""
+    """Cosine decay of a learning rate from 1 to ``final`` over ``updates`` updates.
+
+    Args:
+        update: updates so far, from 0; ``updates`` gives ``final``.
+        updates: length of the decay.
+        final: fraction of the learning rate at its end.
+
+    Returns:
+        Fraction of the learning rate.
+    """
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
 def constant(update: int) -> float:
-    """Schedule of a learning rate that does not change."""
+    """Schedule of a learning rate that does not change: 1 for every ``update``."""
     return 1.0
 
 
@@ -91,12 +102,14 @@ class Trained:
 
     Attributes:
         module: moved to the run's device and dtype by the trainer.
-        learning_rate, betas, weight_decay: of the optimiser.
-        schedule: fraction of ``learning_rate`` at an update of the stage.
+        learning_rate: of the optimiser, before ``schedule``.
+        betas: decays of Adam's running averages of the gradient and of its square.
+        weight_decay: AdamW's decoupled decay; 0 for Adam.
+        schedule: function of the stage's updates so far that gives a fraction of ``learning_rate``.
         clip: bound of the gradients' norm (0: none).
         average: decay of an exponential moving average of the module (0: none).
         parameters: those that the optimiser moves (None: all that require a gradient).
-        memory_format: of the module's weights.
+        memory_format: layout that the trainer gives the module's weights, ``torch.channels_last`` say.
     """
 
     module: nn.Module
@@ -120,7 +133,12 @@ class Trained:
 
 @dataclass
 class Kept:
-    """A module without an optimiser that a resumed run needs: a target average, the teacher of a round."""
+    """A module without an optimiser that a resumed run needs: a target average, the teacher of a round.
+
+    Attributes:
+        module: moved to the run's device and dtype by the trainer.
+        memory_format: layout that the trainer gives the module's weights.
+    """
 
     module: nn.Module
     memory_format: torch.memory_format = torch.preserve_format
@@ -133,10 +151,14 @@ class Step(Protocol):
         """Move the module ``name`` down the gradient of ``loss``."""
 
     def gradients(self, name: str, gradients: Iterable[Tensor]) -> None:
-        """Move the module ``name`` by gradients of its optimiser's parameters, in their order."""
+        """Move the module ``name`` by ``gradients`` of its optimiser's parameters, one tensor each, in their order."""
 
     def log(self, **values: Tensor) -> None:
-        """Record scalars; ``metrics.csv`` has a column for each name in :attr:`Method.columns`."""
+        """Record scalars; ``metrics.csv`` has a column for each name in :attr:`Method.columns`.
+
+        Args:
+            values: tensors of one element by name; their means over the processes are written.
+        """
 
     def next_batch(self) -> tuple[Batch, Draw]:
         """A further batch of the same update, and its draws."""
@@ -160,6 +182,7 @@ class Method(Protocol):
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
+        config: this run's configuration, a ``Config``.
     """
 
     name: ClassVar[str]
@@ -175,7 +198,11 @@ class Method(Protocol):
     averages: Mapping[str, nn.Module] = {}
 
     def check(self, data: Any) -> None:
-        """Raise :class:`advkd.InputError` where recorded trajectories do not suit the configuration."""
+        """Raise :class:`advkd.InputError` where recorded trajectories do not suit the configuration.
+
+        Args:
+            data: the :class:`advkd.data.trajectories.Trajectories` of the run.
+        """
         return None
 
     def needs(self) -> Needs:
@@ -191,11 +218,21 @@ class Method(Protocol):
         ...
 
     def build(self, stage: Stage) -> Mapping[str, Trained | Kept]:
-        """Modules of a stage by name; ``student`` is the result. A module may be that of the stage before."""
+        """Modules of a stage by name; ``student`` is the result. A module may be that of the stage before.
+
+        Args:
+            stage: one of :meth:`stages`; the trainer builds them in order, a resumed run only those from its own on.
+        """
         ...
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
-        """One update, in the paper's order."""
+        """One update, in the paper's order.
+
+        Args:
+            step: moves modules, records numbers and gives further batches.
+            batch: this process's rows, with the parts that :meth:`needs` names.
+            draw: random numbers of these rows; each is a function of (seed, global draw, purpose).
+        """
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -203,9 +240,17 @@ class Method(Protocol):
         return {}
 
     def generator(self, update: int) -> torch.Generator | None:
-        """Generator on the host that update number ``update`` of the run draws rows and noise from, instead of Philox."""
+        """Generator on the host that update number ``update`` of the run draws rows and noise from, instead of Philox.
+
+        Updates count from 0 over all stages. None, the default, leaves rows and noise to Philox.
+        """
         return None
 
     def samples(self, student: nn.Module, stage: Stage) -> Tensor | None:
-        """Images ``(N, C, H, W)`` in [-1, 1] that show a stage's result, or None."""
+        """Images ``(N, C, H, W)`` in [-1, 1] that show a stage's result, or None.
+
+        Args:
+            student: the result so far, in eval mode: the average, where there is one.
+            stage: the stage that has just ended.
+        """
         return None

@@ -44,7 +44,14 @@ class PairsConfig:
     log_every: int = 1
 
     def validate(self, num: int) -> None:
-        """Raise :class:`InputError` that names the field that cannot work with ``num`` trajectories."""
+        """Check every field.
+
+        Args:
+            num: number of trajectories in the data.
+
+        Raises:
+            InputError: a field that cannot work with so many trajectories; the message names it.
+        """
         for name in ("updates", "grow_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -69,6 +76,9 @@ class Pairs(Method):
     Args:
         config: a :class:`PairsConfig`.
         student: module from z to images; of a :class:`advkd.Student` the submodules and the head are trained.
+
+    Examples:
+        >>> distill("trajectories", Student.from_preset("digits"), PairsConfig(updates=500), "out", method="pairs")
     """
 
     name = "pairs"
@@ -79,7 +89,14 @@ class Pairs(Method):
         self.config, self.student = config, student
 
     def check(self, data: Any) -> None:
-        """Refuse trajectories that the configuration cannot be trained on."""
+        """Refuse trajectories that the configuration cannot be trained on.
+
+        Args:
+            data: the trajectories, of which the number counts.
+
+        Raises:
+            InputError: a field of the configuration that cannot work with so many.
+        """
         self.config.validate(len(data))
 
     def needs(self) -> Needs:
@@ -99,7 +116,14 @@ class Pairs(Method):
         return [Stage(1, self.config.updates, self.config.batch_size, levels)]
 
     def build(self, stage: Stage) -> dict[str, Trained]:
-        """The student."""
+        """The student in training mode, with Adam under a cosine schedule; the terminal modules of a Student are frozen.
+
+        Args:
+            stage: the one stage.
+
+        Returns:
+            ``{"student": Trained}``.
+        """
         student, config = self.student.train(), self.config
         if hasattr(student, "terminals"):
             student.terminals.requires_grad_(False)
@@ -109,7 +133,15 @@ class Pairs(Method):
         return cosine(update, self.config.updates, self.config.final_learning_rate)
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
-        """|f(z) - x|^2 / 2 for pairs (z, x) = (x_T, sampler(x_T)): the divergence of unit normals around them."""
+        """|f(z) - x|^2 / 2 for pairs (z, x) = (x_T, sampler(x_T)): the divergence of unit normals around them.
+
+        The loss is its mean over all numbers of the batch's images, and the one column that is logged.
+
+        Args:
+            step: actions of the update.
+            batch: ``z`` and ``images``, one row a pair.
+            draw: not used: the update is not random.
+        """
         with step.autocast():
             images = self.student(batch.z)
         loss = 0.5 * (images.to(batch.images) - batch.images).square().mean()
@@ -117,7 +149,15 @@ class Pairs(Method):
         step.log(loss=loss.detach())
 
     def samples(self, student: Any, stage: Stage) -> Tensor | None:
-        """36 images."""
+        """36 images, the same in every run of one seed.
+
+        Args:
+            student: the result so far.
+            stage: the one stage.
+
+        Returns:
+            ``(36, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
+        """
         if not hasattr(student, "latents"):
             return None
         return student(student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype))

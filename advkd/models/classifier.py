@@ -21,12 +21,15 @@ class ClassifierConfig:
 
     Attributes:
         name: of the data it was trained on; a Frechet distance in its features is called ``FD-name``.
-        image_size: side of the images, 4 * 2^k.
+        image_size: side of the images in pixels, 4 * 2^k and at least 8.
         image_channels: channels of the images.
         classes: number of classes.
-        channels: features of the strided stages, from the highest resolution to 4x4.
+        channels: features of the strided stages, from the highest resolution to 4x4: one for each halving.
         num_features: features of an image.
-        slope: of LeakyReLU.
+        slope: of LeakyReLU, in [0, 1).
+
+    Raises:
+        InputError: a value out of its range, or ``channels`` that do not lead to 4x4.
     """
 
     name: str = "digits"
@@ -54,10 +57,15 @@ class ClassifierConfig:
 class Classifier(PretrainedModule):
     """Strided convolutions to 4x4, a linear map to ``num_features`` features, LeakyReLU, a linear map to the classes.
 
-    Its weights are float32.
+    Its weights are float32. ``Classifier.from_pretrained("digits")`` loads the embedded classifier of handwritten digits.
 
     Args:
         config: a :class:`ClassifierConfig`.
+
+    Examples:
+        >>> classifier = Classifier.from_pretrained("digits")
+        >>> classifier(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     config_class = ClassifierConfig
@@ -86,16 +94,31 @@ class Classifier(PretrainedModule):
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``(N, num_features)`` of images ``(N, C, S, S)`` in [-1, 1], of mean square 1 on the training images."""
+        """Features ``(N, num_features)`` of images, of mean square 1 on the training images (:meth:`calibrate`).
+
+        Args:
+            x: ``(N, C, S, S)`` float32 images in [-1, 1], on the classifier's device.
+        """
         return self.embedding(self.trunk(x)) / self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, C, S, S)`` in [-1, 1]."""
+        """Logits ``(N, classes)`` of images.
+
+        Args:
+            x: ``(N, C, S, S)`` float32 images in [-1, 1], on the classifier's device.
+        """
         return self.head(self.embedding(self.trunk(x)))
 
     @torch.no_grad()
     def calibrate(self, images: torch.Tensor) -> None:
-        """Set the features' common scale, so that their mean square over ``images`` (as for :meth:`accuracy`) is 1."""
+        """Set the features' common scale, so that their mean square over ``images`` is 1; puts the classifier in eval mode.
+
+        Args:
+            images: as for :meth:`accuracy`.
+
+        Raises:
+            InputError: there are no images.
+        """
         batches = self._batches(images)
         self.scale.fill_(1.0)
         squares: Any = sum(self.features(part).double().square().sum() for part in batches)
@@ -103,9 +126,16 @@ class Classifier(PretrainedModule):
 
     @torch.no_grad()
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """Fraction of ``images``, ``(N, C, S, S)`` in [-1, 1] or uint8 and N at least 1, whose class is found.
+        """Fraction of images whose class is found, in [0, 1]; puts the classifier in eval mode.
 
-        They may be in another device's memory than the classifier, which takes :data:`BATCH_PIXELS` at a time.
+        Images may be in another device's memory than the classifier, which takes :data:`BATCH_PIXELS` at a time.
+
+        Args:
+            images: ``(N, C, S, S)``, float32 in [-1, 1] or uint8, and N at least 1.
+            labels: ``(N,)`` numbers of their classes, on any device.
+
+        Raises:
+            InputError: there are no images.
         """
         found = torch.cat([self(part).argmax(dim=1).to(labels.device) for part in self._batches(images)])
         return (found == labels).double().mean().item()

@@ -14,12 +14,15 @@ class CriticConfig:
     """Shape of a critic.
 
     Attributes:
-        image_size: side of the level's images, 4 * 2^k.
-        image_channels: channels of the images.
+        image_size: side of the level's images in pixels, 4 * 2^k.
+        image_channels: channels of the images, at least 1.
         channels: features after the first strided convolution; they double with each further one.
         max_channels: upper bound of the features.
         condition_channels: channels of the 4x4 condition (the latent's 4x4 parts), 0 for an unconditional critic.
-        slope: of LeakyReLU.
+        slope: of LeakyReLU, in [0, 1).
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     image_size: int = 32
@@ -39,10 +42,17 @@ class CriticConfig:
 
 
 class Critic(PretrainedModule):
-    """``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
+    """A network that scores images: ``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
 
     Strided 4x4 convolutions bring the image to 4x4, where a conditional critic joins the condition; a 3x3 convolution and
-    a linear map follow.
+    a linear map follow. It is made of layers that :func:`advkd.ops.gradient_penalty` takes.
+
+    Args:
+        config: a :class:`CriticConfig`.
+
+    Examples:
+        >>> Critic(CriticConfig(image_size=8))(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2])
     """
 
     config_class = CriticConfig
@@ -64,7 +74,15 @@ class Critic(PretrainedModule):
         )
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores ``(N,)`` of images ``(N, C, S, S)``; ``condition`` is ``(N, condition_channels, 4, 4)`` where configured."""
+        """Scores ``(N,)`` of images.
+
+        Args:
+            x: ``(N, C, S, S)`` images in the critic's dtype, on its device.
+            condition: ``(N, condition_channels, 4, 4)`` where the configuration has a condition, else None.
+
+        Raises:
+            InputError: a condition that the critic does not take, or none where it takes one.
+        """
         if (condition is None) != (self.config.condition_channels == 0):
             raise InputError(f"condition must have {self.config.condition_channels} channels, got {condition}")
         features = self.trunk(x)

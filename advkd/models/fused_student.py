@@ -50,12 +50,27 @@ class FusedStudent(PretrainedModule):
     Its dtype is chosen when it is made; ``to(device)``, copies, pickles and ``load_state_dict`` work. Weights are packed then:
     writes into its buffers are not seen, nor later changes of the student (fuse again, or use the pipeline).
 
+    ``fused(z)`` has no gradient. Several threads may call one engine at the same time. On a GPU every batch size that comes is
+    planned, packed and captured as a CUDA graph the first time (:meth:`plan`; the last eight graphs are kept).
+
     Args:
         config: a :class:`FusedStudentConfig`.
         backend: see :func:`advkd.ops.registry.choose`; ``auto`` is decided when the weights come.
 
-    ``fused(z)`` has no gradient. Several threads may call one engine at the same time. On a GPU every batch size that comes is
-    planned, packed and captured as a CUDA graph the first time (:meth:`plan`; the last eight graphs are kept).
+    Attributes:
+        config: the shape, the dtype and the algorithms.
+        backend: name of the backend that computes.
+        dtype: of activations and images.
+        layers: the :class:`advkd.ops.conv_layer.ConvLayer` of each convolution, in order.
+        latent_parts: ``[(channels, side), ...]``, the parts of a flat latent in order.
+        latent_numel: elements of one latent z.
+        engine: the :class:`advkd.engines.base.Engine` that computes.
+
+    Examples:
+        >>> from advkd import Student
+        >>> fused = Student.from_pretrained("digits").fuse(tune=False)
+        >>> fused(fused.latents(4, seed=7)).shape
+        torch.Size([4, 1, 32, 32])
     """
 
     config_class = FusedStudentConfig
@@ -88,8 +103,16 @@ class FusedStudent(PretrainedModule):
     ) -> "FusedStudent":
         """Fold a :class:`Student`, which is not changed; see :meth:`Student.fuse`.
 
+        Args:
+            student: a :class:`Student`, in any mode; the engine is made on its device.
+            backend: see :func:`advkd.ops.registry.choose`.
+            dtype: of activations and images: float32, bfloat16, float16 or float64.
+            tune: choose algorithms and launches by measurements, which are kept on disk; False takes the defaults.
+
         Raises:
-            InputError: layers that cannot be folded (:func:`advkd.models.batch_norm.fold`), weights that are not finite.
+            InputError: layers that cannot be folded (:func:`advkd.models.batch_norm.fold`), weights that are not finite, an
+                unknown backend or dtype.
+            BackendUnavailableError: the backend asked for cannot run this student on its device.
         """
         names = {value: name for name, value in DTYPES.items()}
         if dtype not in names:
@@ -114,6 +137,15 @@ class FusedStudent(PretrainedModule):
 
         The algorithms hold on every processor (their weights are packed anew here); those of another model of processor may
         not be its fastest.
+
+        Args:
+            source: a folder or a hub id (owner/name).
+            device: where the engine computes.
+            backend: see :func:`advkd.ops.registry.choose`.
+
+        Raises:
+            InputError: missing, damaged or foreign files; the message names the file. A device that is not there.
+            BackendUnavailableError: the backend asked for cannot run this student on ``device``.
         """
         module = super().from_pretrained(source, device)
         chosen, mixed = _choose(backend, module.layers, module.dtype, torch.device(device)), backend == "auto"
@@ -171,13 +203,32 @@ class FusedStudent(PretrainedModule):
         return getattr(self, f"bias{i}")
 
     def latents(self, n: int, seed: int = 0, start: int = 0) -> torch.Tensor:
-        """z of images ``start .. start + n - 1``, as :meth:`Student.latents`."""
+        """Latents z of images ``start .. start + n - 1``, as :meth:`Student.latents`: a function of (seed, index) alone.
+
+        Args:
+            n: number of latents.
+            seed: int in [0, 2^64) of the Philox noise.
+            start: index of the first image.
+
+        Returns:
+            ``(n, latent_numel)`` float32, standard normal, on the engine's device.
+
+        Raises:
+            InputError: a number out of its range.
+        """
         indices = indices_of(n, start, self.weight0.device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, of latents ``(N, latent_numel)``."""
+        """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype and without a gradient, of latents.
+
+        Args:
+            z: ``(N, latent_numel)``, any floating-point dtype of the ops, on the engine's device.
+
+        Raises:
+            InputError: a ``z`` of another shape, device or kind of dtype.
+        """
         require_floating("z", z)
         return self.engine(z)
 
@@ -186,11 +237,28 @@ class FusedStudent(PretrainedModule):
     ) -> Iterator[torch.Tensor]:
         """An iterator over the images of :meth:`sample`, about ``batch_size`` at a time; memory does not grow with ``n``.
 
-        Args:
-            dtype: float32: ``(batch, C, S, S)`` in [-1, 1]; uint8: ``(batch, S, S, C)`` in 0 .. 255, as pictures are stored.
-
         On a GPU images come in pinned memory of the host, copied while the next batch is drawn. Where a batch does not fit the
         device's memory it is halved once, with a warning; then ``torch.OutOfMemoryError`` says so.
+
+        Args:
+            n: number of images.
+            seed: int in [0, 2^64) of the latents.
+            batch_size: images that are drawn at a time.
+            start: index of the first image.
+            dtype: float32: ``(batch, C, S, S)`` in [-1, 1]; uint8: ``(batch, S, S, C)`` in 0 .. 255, as pictures are stored.
+
+        Returns:
+            An iterator over tensors on the CPU.
+
+        Raises:
+            InputError: a number out of its range or another dtype, at the call.
+            torch.OutOfMemoryError: half a batch does not fit either, while images are taken.
+
+        Examples:
+            >>> from advkd import Student
+            >>> fused = Student.from_pretrained("digits").fuse(tune=False)
+            >>> [len(images) for images in fused.stream(10, batch_size=4)]
+            [4, 4, 2]
         """
         start = whole("start", start)
         return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype)
@@ -201,6 +269,18 @@ class FusedStudent(PretrainedModule):
         """:meth:`stream` of chosen images: ``parts`` are ``(first, count)``, drawn one after the other.
 
         Any iterable does; a part is taken from it when its images are to be drawn, on a GPU one part ahead of them.
+
+        Args:
+            parts: pairs of the first image's index and the number of images.
+            seed: int in [0, 2^64) of the latents.
+            dtype: float32 or uint8, as for :meth:`stream`.
+
+        Returns:
+            An iterator over tensors on the CPU, one for each part (several for a part that had to be halved).
+
+        Raises:
+            InputError: another dtype or a seed out of its range, at the call.
+            torch.OutOfMemoryError: as for :meth:`stream`.
         """
         if not isinstance(dtype, torch.dtype) or dtype not in STREAMED:
             raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
@@ -255,6 +335,16 @@ class FusedStudent(PretrainedModule):
 
         Batches are written straight into the result: beside it this takes one batch of images (two on a GPU) and
         :meth:`memory`. 10,000 images of 256x256 are 7.9 GB; :meth:`stream` takes no more than one batch at a time.
+
+        Args:
+            n: number of images.
+            seed: int in [0, 2^64) of the latents.
+            batch_size: images that are drawn at a time.
+            start: index of the first image.
+
+        Raises:
+            InputError: a number out of its range.
+            torch.OutOfMemoryError: as for :meth:`stream`.
         """
         return gather(self.stream(n, seed, batch_size, start), n, self.config)
 
@@ -264,6 +354,12 @@ class FusedStudent(PretrainedModule):
         ``folded``: float32 weights, kept for saving; ``weights``: packed ones (on a GPU those of the batch sizes planned so
         far); ``workspace``: activations and each thread's scratch, kept from call to call (one for each call at the same time)
         until an engine is deleted. Not known for ``reference``.
+
+        Args:
+            batch_size: images of one call.
+
+        Raises:
+            InputError: the backend is ``reference``.
         """
         kept = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
         return {"folded": kept, **self.engine.memory(batch_size)}
@@ -271,7 +367,12 @@ class FusedStudent(PretrainedModule):
     def plan(self, measured: bool = True, batch_size: int = 1) -> Plan:
         """How every layer is computed, to be printed: an :class:`advkd.engines.plan.CpuPlan`, on a GPU a ``GpuPlan``.
 
-        ``measured``: with times of this device, ``batch_size``: of a GPU's plan.
+        Args:
+            measured: with times of this device: each part is run a few times.
+            batch_size: images of a GPU's plan; on a CPU a plan holds for every batch.
+
+        Raises:
+            InputError: the backend is ``reference``.
         """
         return self.engine.plan(batch_size, measured)
 

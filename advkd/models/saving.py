@@ -40,6 +40,10 @@ class PretrainedModule(nn.Module):
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
         """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
 
+        Args:
+            source: an embedded name (``digits`` for ``Student`` and ``Classifier``), a folder, or a hub id (owner/name).
+            device: where the module is put, whatever torch's default device is.
+
         Raises:
             InputError: missing, damaged or foreign files; the message names the file. A device that is not there.
         """
@@ -68,7 +72,11 @@ class PretrainedModule(nn.Module):
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
-        """True if a training record's values are such as can be read; its keys are there."""
+        """True if a training record's values are such as can be read.
+
+        Args:
+            record: the contents of ``training.json``; the class's ``training_keys`` are there.
+        """
         return True
 
     @classmethod
@@ -94,6 +102,12 @@ class PretrainedModule(nn.Module):
         """Write ``config.json``, the weights (safetensors) and, where there is one, the training record to ``folder``.
 
         Each file is whole or absent; ``config.json``, by which a folder is taken for a finished one, comes last.
+
+        Args:
+            folder: made where it is not there.
+
+        Raises:
+            InputError: ``folder`` is a file or no path.
         """
         if not isinstance(folder, (str, os.PathLike)):
             raise InputError(f"folder must be a path, got {folder!r}")
@@ -114,7 +128,17 @@ class PretrainedModule(nn.Module):
         token: str | bool | None = None,
         commit_message: str = "Upload advkd model",
     ) -> str:
-        """Create the repository on the hub if needed and upload ``config.json`` and the weights; returns the commit's URL."""
+        """Create the repository on the hub if needed and upload what :meth:`save_pretrained` writes.
+
+        Args:
+            repo_id: owner/name, or a name of the token's user.
+            private: of a new repository; None: the hub's default for its owner.
+            token: the hub's; None or True: the one that is stored on this machine, False: none.
+            commit_message: first line of the commit.
+
+        Returns:
+            The commit's URL.
+        """
         import tempfile
 
         from huggingface_hub import HfApi

@@ -20,12 +20,20 @@ class StudentConfig:
     """Shape of a student.
 
     Attributes:
-        image_size: side of the images, 4 * 2^k, at most 2^20.
-        image_channels: 1 to 4.
-        channels: features of each submodule, at most 2^16; their number is the depth (even).
-        latent_size: m, the latent is ``(C m m, 4, 4)``.
+        image_size: side S of the images in pixels, 4 * 2^k, at least 8 and at most 2^20.
+        image_channels: channels C of the images, 1 to 4.
+        channels: features of each submodule, at most 2^16; their number is the depth: even, at least 4 and 2 log2(S / 4), at
+            most 256.
+        latent_size: m, the latent is ``(C m m, 4, 4)``; 1 to S / 4.
         detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
-        slope: of LeakyReLU.
+        slope: of LeakyReLU, in [0, 1).
+
+    Raises:
+        InputError: a value out of its range or of another type; it is named.
+
+    Examples:
+        >>> StudentConfig(image_size=32, image_channels=1, channels=(32,) * 6, latent_size=8).image_size
+        32
     """
 
     image_size: int = 256
@@ -75,11 +83,14 @@ PRESETS = {
 
 @dataclass
 class FusedStudentConfig(StudentConfig):
-    """A student's shape and how it is computed.
+    """A student's shape (the fields of :class:`StudentConfig`) and how it is computed.
 
     Attributes:
-        dtype: of activations and images: float32, bfloat16, float16 or float64.
+        dtype: name of the dtype of activations and images: float32, bfloat16, float16 or float64.
         algorithms: one of :data:`advkd.ops.conv_layer.ALGORITHMS` per convolution for the ``cpu`` backend; empty: the defaults.
+
+    Raises:
+        InputError: a value out of its range or of another type, or algorithms that do not fit the convolutions.
     """
 
     dtype: str = "float32"

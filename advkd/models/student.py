@@ -48,13 +48,25 @@ class Submodule(nn.Module):
 
 
 class Student(PretrainedModule):
-    """Low-dimensional noise in, an image out, in one pass.
+    """Network that makes an image of low-dimensional noise in one pass.
+
+    ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
+    training only: :meth:`fuse` drops them. ``Student.from_pretrained`` loads a student in eval mode, by an embedded name
+    (``digits``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor or
+    :meth:`from_preset` is in training mode: its batch norm takes the statistics of each batch until ``eval()``.
 
     Args:
         config: a :class:`StudentConfig`.
 
-    ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
-    training only: :meth:`fuse` drops them.
+    Attributes:
+        config: the student's shape.
+        resolutions: side of each submodule's image in pixels, R_1 .. R_depth.
+        latent_parts: ``[(channels, side), ...]``, the parts of a flat latent in order.
+
+    Examples:
+        >>> student = Student.from_pretrained("digits")
+        >>> student.fuse(tune=False).sample(4, seed=7).shape
+        torch.Size([4, 1, 32, 32])
     """
 
     config_class = StudentConfig
@@ -65,7 +77,11 @@ class Student(PretrainedModule):
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
-        """True if a record names samples by seed, start and number."""
+        """True if a training record names samples by seed, start and number.
+
+        Args:
+            record: the contents of ``training.json``, with the keys ``samples`` and ``runs``.
+        """
         samples, runs = record["samples"], record["runs"]
         if not isinstance(samples, list) or not isinstance(runs, list):
             return False
@@ -94,7 +110,14 @@ class Student(PretrainedModule):
 
     @classmethod
     def from_preset(cls, name: str) -> "Student":
-        """A student with fresh weights: ``paper-256``, ``pyramid-256`` or ``digits``."""
+        """A student of a known shape with fresh weights, in training mode.
+
+        Args:
+            name: ``paper-256``, ``pyramid-256`` or ``digits``.
+
+        Raises:
+            InputError: another name.
+        """
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(PRESETS[name])
@@ -111,25 +134,63 @@ class Student(PretrainedModule):
         return latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
 
     def num_parameters(self, terminals: bool = True) -> int:
-        """Number of parameters, with or without the terminal modules."""
+        """Number of parameters.
+
+        Args:
+            terminals: count the terminal modules too, which exist for training only.
+        """
         kept = [self.submodules, self.head, *([self.terminals] if terminals else [])]
         return sum(p.numel() for module in kept for p in module.parameters())
 
     def latents(self, n: int, seed: int = 0, start: int = 0, device: str | torch.device | None = None) -> torch.Tensor:
-        """z of images ``start .. start + n - 1``: ``(n, latent_numel)`` float32, a function of (seed, index) alone."""
+        """Latents z of images ``start .. start + n - 1``, a function of (seed, index) alone.
+
+        Args:
+            n: number of latents.
+            seed: int in [0, 2^64) of the Philox noise.
+            start: index of the first image.
+            device: where they are drawn; None: on the student's device.
+
+        Returns:
+            ``(n, latent_numel)`` float32, standard normal.
+
+        Raises:
+            InputError: a number out of its range, or a device that is none.
+        """
         device = next(self.parameters()).device if device is None else device
         indices = indices_of(n, start, device)
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     def project(self, x_T: torch.Tensor) -> torch.Tensor:
-        """z of the teacher's start states ``(N, C, S, S)``, for pairs and side-by-side pictures."""
+        """Latents z of the teacher's start states, for pairs and side-by-side pictures: an orthonormal projection.
+
+        Args:
+            x_T: ``(N, C, S, S)``, a floating-point tensor of 16 bits or more.
+
+        Returns:
+            ``(N, latent_numel)`` in ``x_T``'s dtype.
+
+        Raises:
+            InputError: a tensor of another shape or dtype.
+        """
         return project(x_T, self.config.latent_size, self.config.detail_noise)
 
     def forward(self, z: torch.Tensor, levels: Iterable[int] | None = None) -> Any:
-        """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``.
+        """Images of latents.
 
-        With ``levels`` (a collection of k in 1 .. depth) a dict ``{k: image of submodule k}``; images before the last
-        are standardised levels of the teacher, not clipped. Submodules after the last level asked for do not run.
+        Differentiable any number of times in eval mode, once in training mode (:func:`advkd.ops.norm_act`).
+
+        Args:
+            z: ``(N, latent_numel)`` in the weights' dtype, on the student's device.
+            levels: a collection of k in 1 .. depth, the submodules whose images are wanted; None: the last one's alone.
+
+        Returns:
+            ``(N, C, S, S)`` in [-1, 1]. With ``levels`` a dict ``{k: image of submodule k}``, ``(N, C, R_k, R_k)`` each; images
+            before the last are standardised levels of the teacher, not clipped. Submodules after the last level asked for do
+            not run.
+
+        Raises:
+            InputError: a ``z`` of another shape, on another device or without a floating-point dtype.
         """
         require_floating("z", z)
         # Any layer may have been replaced by a module of another kind.
@@ -152,7 +213,11 @@ class Student(PretrainedModule):
         return outputs[depth] if levels is None else outputs
 
     def levels(self, z: torch.Tensor) -> list[torch.Tensor]:
-        """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth."""
+        """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth, as :meth:`forward` gives them.
+
+        Args:
+            z: ``(N, latent_numel)`` in the weights' dtype, on the student's device.
+        """
         outputs = self(z, levels=range(1, self.depth + 1))
         return [outputs[k] for k in sorted(outputs)]
 
@@ -164,13 +229,35 @@ class Student(PretrainedModule):
             dtype: of activations and images: float32, bfloat16, float16 or float64 (``cpu`` has the first two).
             tune: on the ``cpu`` backend, choose each layer's algorithm by a measurement of a second or so, kept in the user's
                 cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:
-                where bits must not hang on a measurement, take the defaults or load a saved engine.
+                where bits must not depend on a measurement, take the defaults or load a saved engine. On a GPU each batch
+                size's launches are measured when it first comes, and the times are kept there too.
+
+        Raises:
+            InputError: an unknown backend or dtype, weights that are not finite, or layers that cannot be folded (modules of
+                other classes, with hooks or with code of their own).
+            BackendUnavailableError: the backend asked for cannot run this student here.
         """
         return FusedStudent.from_student(self, backend, dtype, tune)
 
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
-        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; no image depends on ``batch_size``."""
+        """Images of a seed by the student's own modules; :meth:`fuse` draws faster.
+
+        In eval mode no image depends on ``batch_size``. In training mode batch norm takes each batch's statistics and moves its
+        running ones: call ``eval()`` first.
+
+        Args:
+            n: number of images.
+            seed: int in [0, 2^64) of the latents.
+            batch_size: images that are drawn at a time.
+            start: index of the first image; image i of a seed is always the same.
+
+        Returns:
+            ``(n, C, S, S)`` float32 in [-1, 1] on the CPU.
+
+        Raises:
+            InputError: a number out of its range.
+        """
         seed = whole("seed", seed, 0, 2**64)
         parts, dtype, start = batches(n, batch_size), next(self.parameters()).dtype, whole("start", start)
         pieces = (self(self.latents(count, seed, start + first).to(dtype)).cpu() for first, count in parts)

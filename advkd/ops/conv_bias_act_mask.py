@@ -33,24 +33,34 @@ def conv_bias_act_mask(
     slope: float = 0.01,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LeakyReLU(convolution) and the sign of what went into it.
+    """LeakyReLU of a convolution, and one bit per element: the sign of its pre-activation.
 
     Args:
         x: ``(N, C, H, W)``, float32, bfloat16 or float16 (float64: reference only).
         weight: ``(out, C / groups, kh, kw)``, ``x``'s dtype.
         bias: ``(out,)`` or None.
-        stride, padding, dilation: an int or a pair; groups: an int, as ``torch.nn.functional.conv2d``.
+        stride: an int or a pair (vertical, horizontal), as ``torch.nn.functional.conv2d`` takes it.
+        padding: zeros around the image, an int or a pair.
+        dilation: distance of the kernel's taps, an int or a pair.
+        groups: number of groups that the channels are convolved in.
         slope: of LeakyReLU, 0 for ReLU.
         backend: of the epilogue, see :func:`advkd.ops.registry.choose`; the convolution itself is oneDNN's or cuDNN's.
 
     Returns:
-        ``(a, mask)``: the activation in the convolution's layout, and the ``(N, bytes)`` uint8 mask of
-        :mod:`advkd.ops.mask_mul`.
+        The pair ``(a, mask)``. ``a`` is the activation ``(N, out, h, w)`` in ``x``'s dtype and the convolution's layout;
+        ``mask`` is ``(N, bytes)`` uint8 with ceil(out h w / 8) bytes per sample, whose bit i of byte j belongs to the sample's
+        element 8 j + i in the order of memory (:mod:`advkd.ops.mask_mul`).
 
     Raises:
         InputError: tensors that do not fit each other, or a slope that is no finite number or a tensor by which a derivative is
             wanted.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> a, mask = conv_bias_act_mask(torch.ones(2, 3, 8, 8), torch.ones(16, 3, 3, 3), padding=1, slope=0.2)
+        >>> a.shape, mask.shape
+        (torch.Size([2, 16, 8, 8]), torch.Size([2, 128]))
     """
     require_floating("x", x)
     for name, tensor in (("weight", weight), *([] if bias is None else [("bias", bias)])):

@@ -48,8 +48,12 @@ def conv_block(
     Raises:
         InputError: shapes, dtypes, names or weights that do not fit, a slope that is no finite number or a tensor by which a
             derivative is wanted, or an ``upsample`` that is no flag.
-        BackendUnavailableError: the backend asked for cannot run.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> conv_block(torch.ones(1, 8, 4, 4), torch.ones(16, 8, 3, 3), torch.zeros(16), upsample=True).shape
+        torch.Size([1, 16, 8, 8])
     """
     _check_tensors(x, weight, bias)
     slope, upsample = finite("slope", slope), flag("upsample", upsample)

@@ -29,21 +29,29 @@ def image_gradient(
     groups: int = 1,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """dL/dx of ``y = conv2d(x, weight)`` from ``d`` = dL/dy.
+    """Gradient dL/dx of ``y = conv2d(x, weight)`` from ``d`` = dL/dy.
 
     Args:
-        d: ``(N, out, h, w)``, float32 (all backends) or another floating-point dtype (reference).
+        d: ``(N, out, h, w)``, float32 (all backends), bfloat16, float16 or float64 (reference).
         weight: ``(out, C / groups, kh, kw)`` of ``d``'s dtype.
         shape: ``(N, C, H, W)`` of x.
-        stride, padding, dilation: an int or a pair; groups: an int, as ``torch.nn.functional.conv2d``.
+        stride: the convolution's, an int or a pair (vertical, horizontal), as ``torch.nn.functional.conv2d`` takes it.
+        padding: zeros that the convolution put around the image, an int or a pair.
+        dilation: distance of the kernel's taps, an int or a pair.
+        groups: number of groups that the channels were convolved in.
         backend: ``cpu`` takes channels_last ``d`` (another layout is copied to it), at most 4 channels and 64 taps, one group.
 
     Returns:
-        ``(N, C, H, W)`` in ``d``'s dtype, channels_last from ``cpu``.
+        ``(N, C, H, W)`` in ``d``'s dtype, in channels_last storage.
 
     Raises:
         InputError: tensors that do not fit each other, or that the backend asked for cannot take.
-        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+        RuntimeError: a tangent in forward mode comes in, or a backward pass reaches the result. Order of differentiability 0.
+
+    Examples:
+        >>> image_gradient(torch.ones(2, 16, 4, 4), torch.ones(16, 3, 4, 4), (2, 3, 8, 8), stride=2, padding=1).shape
+        torch.Size([2, 3, 8, 8])
     """
     require_floating("d", d)
     require_floating("weight", weight)

@@ -16,8 +16,9 @@ def interpolate(
     """One point on the line between each real and generated sample (Gulrajani et al. 2017, algorithm 1).
 
     Args:
-        real, fake: ``(N, ...)`` of one shape, dtype and device: float32, bfloat16 or float16 (float64: reference only). Layouts
-            other than contiguous and channels_last, and a ``fake`` laid out otherwise than ``real``, are copied.
+        real: ``(N, ...)`` real samples: float32, bfloat16 or float16 (float64: reference only). A layout other than contiguous
+            and channels_last is copied.
+        fake: ``(N, ...)`` generated samples of ``real``'s shape, dtype and device; copied where they are laid out otherwise.
         a: ``(N,)`` weights of the real samples, in float32 (float64 for float64); or ``(seed, sample indices, step)``: one
             uniform Philox number per sample of stream "interpolation", ``a = (w0 >> 8) 2^-24``, made inside the pass. ``step``
             is an int, or an int64 tensor of 1 or N elements on ``real``'s device (for a captured CUDA graph).
@@ -25,11 +26,17 @@ def interpolate(
         backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
-        ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32.
+        ``(N, ...)``, or ``(3 N, ...)`` with ``merge``, in ``real``'s dtype and layout; the arithmetic is float32 (float64
+        for float64).
 
     Raises:
         InputError: tensors that do not fit each other, a bad seed, index or step, or a ``merge`` other than a flag.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> interpolate(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([0.25, 0.5])).tolist()
+        [[0.25, 0.25, 0.25], [0.5, 0.5, 0.5]]
     """
     require_samples("real", real)
     require_dense("fake", fake)

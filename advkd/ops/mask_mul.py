@@ -26,12 +26,13 @@ from .layout import (
 def mask_mul(
     x: torch.Tensor, mask: torch.Tensor, slope: float, *, out: torch.Tensor | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """``x`` where the mask's bit is set, ``slope * x`` elsewhere.
+    """Product of ``x`` with LeakyReLU's derivative: ``x`` where the mask's bit is set, ``slope * x`` elsewhere.
 
     Args:
         x: ``(N, ...)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last (another layout is
             copied to a contiguous one): the layout that the mask was made in.
-        mask: ``(N, mask_bytes(x))`` uint8 of :func:`conv_bias_act_mask`.
+        mask: ``(N, mask_bytes(x))`` contiguous uint8 of :func:`conv_bias_act_mask`: a bit per element in the order of memory,
+            a sample's row rounded up to whole bytes.
         slope: of LeakyReLU, 0 for ReLU.
         out: tensor that receives the result, like ``x``; may be ``x`` itself.
         backend: see :func:`advkd.ops.registry.choose`.
@@ -42,7 +43,12 @@ def mask_mul(
     Raises:
         InputError: a mask or ``out`` that does not fit, an ``out`` that shares memory with the mask, or a slope that is no
             finite number or a tensor by which a derivative is wanted.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> mask_mul(torch.ones(1, 4), torch.tensor([[0b0101]], dtype=torch.uint8), 0.5).tolist()
+        [[1.0, 0.5, 1.0, 0.5]]
     """
     require_samples("x", x)
     require_mask(mask, x)

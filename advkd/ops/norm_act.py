@@ -40,12 +40,14 @@ def norm_act(
     Args:
         x: ``(N, C, H, W)``, float32, bfloat16 or float16 (float64: reference only), contiguous or channels_last (another layout
             is copied to a contiguous one).
-        gamma, beta: ``(C,)`` floating-point weights.
-        running_mean, running_var: ``(C,)`` statistics that training moves by ``momentum`` in place (the variance unbiased) and
-            that are used where ``training`` is False; None: not kept.
+        gamma: ``(C,)`` scale of the normalised values, float32, bfloat16, float16 or float64.
+        beta: ``(C,)`` shift, any of these dtypes.
+        running_mean: ``(C,)`` mean that training moves by ``momentum`` in place and that is used where ``training`` is False;
+            None, together with ``running_var``: not kept.
+        running_var: ``(C,)`` variance, moved and used likewise (training puts in the unbiased one).
         slope: of LeakyReLU, 0 for ReLU.
         upsample: repeat every pixel of the result 2 x 2.
-        training: use the batch's statistics.
+        training: use the batch's statistics; False: the running ones.
         eps: added to the variance.
         momentum: weight of the batch in the running statistics; 1 / k for batch k makes them averages over the batches.
         synchronize: statistics of all processes' batches together (``torch.distributed`` must be initialised); the processes
@@ -57,10 +59,17 @@ def norm_act(
         float64). Order of differentiability 1, in ``x``, ``gamma`` and ``beta``: differentiating its gradients raises.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics or
-            momentum, statistics that require a gradient or, in training, share memory with another tensor; numbers that are not
-            finite or tensors by which a derivative is wanted, a negative ``eps``, or flags that are none.
-        RuntimeError: a tangent in forward mode comes in.
+        InputError: shapes, dtypes or devices that do not fit, a batch of one value per channel in training, no statistics where
+            they are used, only one of the two, no momentum, statistics that require a gradient or, in training, share memory
+            with another tensor; numbers that are not finite or tensors by which a derivative is wanted, a negative ``eps``,
+            flags that are none, or ``synchronize`` without a process group.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+        RuntimeError: a tangent in forward mode comes in, or a gradient of the gradients is asked for.
+
+    Examples:
+        >>> y = norm_act(torch.randn(8, 16, 4, 4), torch.ones(16), torch.zeros(16), None, None, slope=0.2, upsample=True)
+        >>> y.shape
+        torch.Size([8, 16, 8, 8])
     """
     upsample, training, synchronize = flag("upsample", upsample), flag("training", training), flag("synchronize", synchronize)
     _check(x, gamma, beta, running_mean, running_var, training, synchronize)

@@ -21,7 +21,7 @@ def penalty_reduce(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sample's penalty and its derivative by g.
+    """Gradient penalty of each sample, and its derivative by g.
 
     two-sided: P_i = weight / N (|g_i| - target)^2, v_i = 2 weight / N (|g_i| - target) g_i / |g_i| (0 where |g_i| = 0);
     one-sided: the same with max(|g_i| - target, 0); r1: P_i = weight / (2 N) |g_i|^2, v_i = weight / N g_i.
@@ -30,19 +30,25 @@ def penalty_reduce(
         g: ``(N, ...)`` gradient of a critic's score by its input, float32, bfloat16 or float16 (float64: reference only),
             contiguous or channels_last (another layout is copied to a contiguous one).
         target: the norm without a penalty; unused by r1.
-        weight: lambda.
-        mode: one of :data:`MODES`.
+        weight: lambda, the factor of the whole penalty.
+        mode: one of :data:`MODES`: ``two-sided``, ``one-sided`` or ``r1``.
         out: tensor that receives v, like ``g``; may be ``g`` itself.
         backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
-        ``(penalties, v)``: ``(N,)`` in the arithmetic's dtype (float32; float64 for float64), whose sum is the penalty of
-        Gulrajani et al. 2017, eq. 3 (Mescheder et al. 2018, eq. 9 for r1); and v like ``g``.
+        The pair ``(penalties, v)``. ``penalties`` is ``(N,)`` in the arithmetic's dtype (float32; float64 for float64); its sum
+        is the penalty of Gulrajani et al. 2017, eq. 3 (Mescheder et al. 2018, eq. 9 for r1). ``v`` is like ``g``.
 
     Raises:
         InputError: an unknown mode, an ``out`` that does not fit, or a target or weight that is no finite number or a tensor by
             which a derivative is wanted.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> penalties, v = penalty_reduce(torch.tensor([[3.0, 4.0]]), weight=1.0)
+        >>> penalties, v
+        (tensor([16.]), tensor([[4.8000, 6.4000]]))
     """
     require_samples("g", g)
     if not isinstance(mode, str) or mode not in MODES:

@@ -31,18 +31,26 @@ def philox_words(
     """Random 32-bit words, equal bit for bit on every backend.
 
     Args:
-        seed: int in [0, 2^64).
+        seed: int in [0, 2^64), the key of the generator.
         indices: ``(N,)`` int64 tensor or a range: the samples' indices. Those of a range are on the CPU, whatever torch's
             default device is.
         count: words per sample, at most 2^34.
-        stream: one of :data:`advkd.runtime.sources.STREAMS`.
-        step: int in [0, 2^24).
+        stream: purpose of the numbers, one of :data:`advkd.runtime.sources.STREAMS`; streams have no counter in common.
+        step: int in [0, 2^24) that tells apart the draws of one sample in one stream.
         backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
-        ``(N, count)`` int64 tensor with values in [0, 2^32), on the indices' device.
+        ``(N, count)`` int64 tensor with values in [0, 2^32), on the indices' device. Order of differentiability 0 (there is
+        nothing to differentiate).
 
-    Order of differentiability 0 (there is nothing to differentiate).
+    Raises:
+        InputError: an argument of another type or out of its range; it is named.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+
+    Examples:
+        >>> words = philox_words(7, range(4), 3, stream="z")
+        >>> torch.equal(words[2:], philox_words(7, range(2, 4), 3, stream="z"))
+        True
     """
     seed, indices, code = validated(seed, indices, stream, step)
     count = whole("count", count, 0, _MOST + 1)
@@ -55,18 +63,30 @@ def philox_words(
 def philox_normal(
     seed: int, indices: torch.Tensor | range, shape: Sequence[int], *, stream: str, step: int = 0, backend: str = "auto"
 ) -> torch.Tensor:
-    """Standard normal numbers by Box-Muller from :func:`philox_words`.
+    """Standard normal numbers, by Box-Muller from :func:`philox_words`.
 
     u1 = ((w >> 8) + 1) 2^-24, u2 = (w >> 8) 2^-24, angle = float32(2 pi) u2; of four words, (w0, w1) and then (w2, w3) give
     sqrt(-2 ln u1) cos(angle), sqrt(-2 ln u1) sin(angle).
 
     Args:
-        seed, indices, stream, step, backend: as in :func:`philox_words`.
+        seed: int in [0, 2^64), the key of the generator.
+        indices: ``(N,)`` int64 tensor or a range of samples' indices, as :func:`philox_words` takes them.
         shape: shape of one sample, (C, H, W) say, of at most 2^34 numbers.
+        stream: purpose of the numbers, one of :data:`advkd.runtime.sources.STREAMS`.
+        step: int in [0, 2^24) that tells apart the draws of one sample in one stream.
+        backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
         ``(N, *shape)`` float32, contiguous, on the indices' device. Equal bit for bit on one backend whatever the batch; to
         2e-6 absolute between backends. Order of differentiability 0.
+
+    Raises:
+        InputError: an argument of another type or out of its range; it is named.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+
+    Examples:
+        >>> philox_normal(7, range(4), (1, 32, 32), stream="x_T").shape
+        torch.Size([4, 1, 32, 32])
     """
     seed, indices, code = validated(seed, indices, stream, step)
     shape = sizes("shape", shape)
@@ -81,7 +101,26 @@ def philox_normal(
 def philox_uniform(
     seed: int, indices: torch.Tensor | range, *, stream: str, step: int = 0, backend: str = "auto"
 ) -> torch.Tensor:
-    """One uniform number in [0, 1) per sample, (w0 >> 8) 2^-24: ``(N,)`` float32. Order of differentiability 0."""
+    """One uniform number in [0, 1) per sample: (w0 >> 8) 2^-24, with w0 the first of :func:`philox_words`.
+
+    Args:
+        seed: int in [0, 2^64), the key of the generator.
+        indices: ``(N,)`` int64 tensor or a range of samples' indices, as :func:`philox_words` takes them.
+        stream: purpose of the numbers, one of :data:`advkd.runtime.sources.STREAMS`.
+        step: int in [0, 2^24) that tells apart the draws of one sample in one stream.
+        backend: see :func:`advkd.ops.registry.choose`.
+
+    Returns:
+        ``(N,)`` float32 on the indices' device, equal bit for bit on every backend. Order of differentiability 0.
+
+    Raises:
+        InputError: an argument of another type or out of its range; it is named.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+
+    Examples:
+        >>> philox_uniform(7, range(4), stream="interpolation").shape
+        torch.Size([4])
+    """
     words = philox_words(seed, indices, 1, stream=stream, step=step, backend=backend)
     return (words[:, 0] >> 8).float() * 2.0**-24
 

@@ -44,6 +44,8 @@ def implement(
     """Declare that op ``name`` is written for ``backends`` (called once, where the op is registered).
 
     Args:
+        name: of the op.
+        backends: those that it is written for beside the reference.
         by_name: backends that ``auto`` passes over.
         capability: least compute capability of its GPU kernels.
         dtypes: backend -> dtypes that its kernels store, where those are not :data:`advkd.ops.layout.DTYPES`.
@@ -86,7 +88,20 @@ def require_known(backend: object) -> None:
 
 
 def gap(name: str, backend: str, device: torch.device) -> str | None:
-    """The reason why ``backend`` cannot run op ``name`` on ``device`` (a ``torch.device``), or None if it can."""
+    """The reason why a backend cannot run an op on a device, or None if it can.
+
+    Args:
+        name: an op of the package, such as ``sampler_step``.
+        backend: one of :data:`BACKENDS`.
+        device: the tensors' ``torch.device``.
+
+    Returns:
+        The reason as text, ready to be shown, or None.
+
+    Examples:
+        >>> gap("sampler_step", "cpu", torch.device("cuda"))
+        'runs on CPU tensors, not on cuda'
+    """
     if backend not in IMPLEMENTED[name]:
         return "not written for this op yet"
     return _MISSING[backend](device) or (_capability_gap(name, device) if backend in ("cuda", "triton") else None)
@@ -102,11 +117,25 @@ def _capability_gap(name, device):
 def choose(name: str, backend: str, device: torch.device) -> str:
     """The backend that runs op ``name``: the one asked for, or for ``auto`` the fastest that can.
 
-    The environment variable ``ADVKD_BACKEND`` steers ``auto`` (where it cannot run, the next best does).
+    The environment variable ``ADVKD_BACKEND`` steers ``auto`` (where it cannot run, the next best does). Unless it names them,
+    ``auto`` passes over backends that are slower than the reference when the op is called alone, and Triton's interpreter.
+
+    Args:
+        name: an op of the package, such as ``sampler_step``.
+        backend: ``cuda``, ``triton``, ``cpu``, ``reference``, or ``auto`` for the first of them that can run.
+        device: the tensors' ``torch.device``.
+
+    Returns:
+        The name of one of :data:`BACKENDS`. The op itself goes on to the reference where ``auto`` has chosen kernels that do
+        not store the tensors' dtype.
 
     Raises:
-        InputError: ``backend`` is not a backend's name.
+        InputError: ``backend`` or ``ADVKD_BACKEND`` is not a backend's name.
         BackendUnavailableError: the backend asked for cannot run; the message gives the reason.
+
+    Examples:
+        >>> choose("sampler_step", "reference", torch.device("cpu"))
+        'reference'
     """
     require_known(backend)
     return _choose(name, backend, device, os.environ.get("ADVKD_BACKEND", "auto") if backend == "auto" else "")

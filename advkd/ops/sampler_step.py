@@ -42,12 +42,25 @@ COEFFICIENTS = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
 class StepCoefficients:
     """The scalars of one step (float64 values; the kernels round them to float32).
 
+    x0 = clamp(k_x x + k_m m, -clip, clip); x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z, with m the network's output,
+    x0_prev the previous step's x0 and z standard normal noise. Numbers of other types are kept as floats.
+
     Attributes:
-        k_x, k_m: x0 from the state and the network's output.
-        c_0, c_x, c_m, c_h, c_z: weights of x0, state, network output, previous x0 and noise in the next state.
+        k_x: weight of the state in x0.
+        k_m: weight of the network's output in x0.
+        c_0: weight of the clamped x0 in the next state.
+        c_x: weight of the state in the next state.
+        c_m: weight of the network's output in the next state.
+        c_h: weight of the previous step's x0 in the next state (multistep samplers).
+        c_z: weight of the noise in the next state: its standard deviation.
         clip: x0 is clamped to [-clip, clip]; infinity for no clipping.
 
-    Numbers of other types are kept as floats; a tensor by which a derivative is wanted is refused.
+    Raises:
+        InputError: a value that is no number, a tensor by which a derivative is wanted, or a negative ``clip``.
+
+    Examples:
+        >>> StepCoefficients(k_x=2.0, k_m=-1.0, c_0=0.5, c_x=0.5, clip=1.0).c_z
+        0.0
     """
 
     k_x: float
@@ -67,7 +80,15 @@ class StepCoefficients:
             raise InputError(f"clip must not be negative, got {self.clip}")
 
     def row(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The ``(1, 8)`` table of this step on ``device``, kept: a loop over the same steps copies nothing the second time."""
+        """The ``(1, 8)`` table of this step on ``device``, kept: a loop over the same steps copies nothing the second time.
+
+        Args:
+            device: where the table lies.
+            dtype: of the table: float32, or float64 for float64 states.
+
+        Returns:
+            ``(1, 8)``, columns :data:`COEFFICIENTS`; later calls return the same tensor, which is not to be written to.
+        """
         rows = self.__dict__.setdefault("_rows", {})
         row = rows.get((device, dtype))
         if row is None:
@@ -84,10 +105,25 @@ class StepCoefficients:
 def coefficient_table(
     steps: Iterable[StepCoefficients], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``(len(steps), 8)`` table of :class:`StepCoefficients` on ``device``, columns :data:`COEFFICIENTS`.
+    """Table of the coefficients of several steps, a row each, columns :data:`COEFFICIENTS`.
 
     A loop on a GPU passes a row of it (``table[i]``) to :func:`sampler_step`, and a captured CUDA graph must: nothing is then
     copied to the device.
+
+    Args:
+        steps: a :class:`StepCoefficients` for each row.
+        device: where the table is to lie: the states' device.
+        dtype: floating-point; :func:`sampler_step` takes float32, or float64 for float64 states.
+
+    Returns:
+        ``(len(steps), 8)`` in ``dtype`` on ``device``.
+
+    Raises:
+        InputError: ``steps`` that are none, a dtype that is not floating-point, or an unknown device.
+
+    Examples:
+        >>> coefficient_table([StepCoefficients(k_x=1.0, k_m=-0.5, c_0=1.0)]).tolist()
+        [[1.0, -0.5, inf, 1.0, 0.0, 0.0, 0.0, 0.0]]
     """
     try:
         steps = tuple(steps)
@@ -126,8 +162,8 @@ def sampler_step(
             tensor are not read on the host: there a term whose tensor is missing counts as zero.
         previous_x0: x0 of the previous step, like ``x``; needed where ``c_h`` is not 0.
         noise: standard normal tensor like ``x``, or ``(seed, sample indices, step)`` for the Philox noise of stream "step"
-            (:func:`advkd.ops.philox_normal`) made inside the pass; ``step`` is an int, or an int64 tensor of 1 or N elements on
-            ``x``'s device. Needed where ``c_z`` is not 0.
+            (:func:`advkd.ops.philox_normal`) made inside the pass; ``step`` is an int in [0, 2^24), or an int64 tensor of 1 or
+            N elements on ``x``'s device. Needed where ``c_z`` is not 0.
         pool: integer r that divides H and W: also return the r x r area average of the next state.
         return_x0: also return x0.
         out: tensor that receives the next state, laid out like ``x``; ``x`` itself for a step in place. With ``pool`` it may
@@ -136,13 +172,21 @@ def sampler_step(
         backend: see :func:`advkd.ops.registry.choose`.
 
     Returns:
-        ``(x_next, x0 or None, pooled or None)``, in ``x``'s dtype and layout; arithmetic is float32 (float64 for float64).
+        The triple ``(x_next, x0 or None, pooled or None)``, in ``x``'s dtype and layout; arithmetic is float32 (float64 for
+        float64). ``x_next`` and ``x0`` have ``x``'s shape, ``pooled`` is ``(N, C, H / r, W / r)``.
 
     Raises:
         InputError: shapes, dtypes or devices that differ, coefficients of the wrong length, a tensor that the coefficients need
             and that is missing, sizes that ``pool`` does not divide, flags that are none, an ``out`` that does not fit or that
-            shares memory with what is read in another order, or a state not finite.
+            shares memory with what is read in another order, or with ``check_finite`` a next state that is not finite.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
         RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> step = StepCoefficients(k_x=1.0, k_m=-0.5, c_0=0.75, c_x=0.25)
+        >>> x_next, x0, _ = sampler_step(torch.ones(2, 3, 8, 8), torch.ones(2, 3, 8, 8), step, return_x0=True)
+        >>> x_next[0, 0, 0, 0].item(), x0[0, 0, 0, 0].item()
+        (0.625, 0.5)
     """
     require_samples("x", x)
     return_x0, check_finite = flag("return_x0", return_x0), flag("check_finite", check_finite)

@@ -28,14 +28,15 @@ def student_forward(
     algorithms: Sequence[str] = (),
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Images of latents, through convolutions that follow each other.
+    """Images of latents, through 3x3 convolutions that follow each other (:func:`advkd.ops.conv_block`).
 
     Args:
-        z: ``(N, latent_numel)`` float32: the first layer's input, then the detail bands of up-sampling layers, in order.
+        z: ``(N, latent_numel)`` float32 (other floating-point dtypes are converted): the first layer's input, then the detail
+            bands of up-sampling layers, in order.
         weights: per layer ``(C_out, C_in, 3, 3)``; float32, or ``dtype``.
         biases: per layer ``(C_out,)``, as the weights.
-        layers: a :class:`ConvLayer` each; the last one is the image's.
-        slope: LeakyReLU's.
+        layers: a :class:`advkd.ops.conv_layer.ConvLayer` each; the last one is the image's.
+        slope: LeakyReLU's slope for negative values.
         dtype: of activations and images: float32, bfloat16; float16 (all but ``cpu``), float64 (``reference``).
         algorithms: for ``cpu``, one of ``ALGORITHMS`` per layer; by default each layer's default.
         packed: for ``cpu``, these weights and biases by :func:`advkd.ops.conv_layer.pack`; by default they are packed now.
@@ -47,8 +48,16 @@ def student_forward(
         instruction set alone: not on the batch or the number of threads.
 
     Raises:
-        InputError: shapes or dtypes that do not fit. BackendUnavailableError: the backend cannot run.
-        RuntimeError: through a gradient. Order of differentiability 0.
+        InputError: shapes, dtypes, devices or numbers of layers that do not fit, a slope that is no finite number, or a last
+            layer that GPU kernels do not take.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+        RuntimeError: a gradient is asked for, or a tangent in forward mode comes in. Order of differentiability 0.
+
+    Examples:
+        >>> layers = [ConvLayer(4, 1, 4, 4, activation="tanh")]
+        >>> weights, biases = [torch.ones(1, 4, 3, 3)], [torch.zeros(1)]
+        >>> student_forward(torch.zeros(2, 64), weights, biases, layers, slope=0.2, dtype=torch.float32).shape
+        torch.Size([2, 1, 4, 4])
     """
     _check_layers(layers, weights, biases)
     require_floating("z", z)

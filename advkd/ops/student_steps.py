@@ -1,4 +1,4 @@
-"""The student on a GPU: a few kernels over one workspace, weights packed once. What :func:`student_forward` runs there.
+"""The student on a GPU, as :func:`student_forward` runs it there: a few kernels over one workspace, weights packed once.
 
 A :class:`Step` is one launch for one convolution or several that follow each other. All of them keep activations as
 :mod:`advkd.ops.gpu_storage` says; between two steps there are two halves of one workspace.
@@ -73,7 +73,8 @@ def pack_gpu(
     """One layer's weights in one form, and its bias, float32 in whole units (as many as there are for an image).
 
     Args:
-        weight, bias: ``(C_out, C_in, 3, 3)`` and ``(C_out,)`` of the folded network.
+        weight: ``(C_out, C_in, 3, 3)`` of the folded network.
+        bias: ``(C_out,)`` of the folded network.
         layer: a :class:`advkd.ops.conv_layer.ConvLayer`.
         dtype: of the activations.
         form: ``taps`` (Triton), ``fragments`` or ``image`` (CUDA C++).

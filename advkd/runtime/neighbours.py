@@ -44,8 +44,15 @@ def sharing() -> Iterator[None]:
     GPU, inside another ``sharing()``, where no thread can be started, and where the environment variable ``ADVKD_SHARE`` is 0;
     where it is 1, the machine counts as busy.
 
+    Yields:
+        None, once; also where nothing happens.
+
     Raises:
         InputError: ``ADVKD_SHARE`` has another value than 0, 1 or auto.
+
+    Examples:
+        >>> with sharing():
+        ...     images = student.sample(10_000)
     """
     setting = os.environ.get("ADVKD_SHARE", "auto")
     if setting not in SETTINGS:

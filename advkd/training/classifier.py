@@ -23,11 +23,23 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
 
     In float32 on the CPU, whatever torch's defaults are; the images stay 8-bit in memory. Pictures are read as
     :func:`~advkd.data.images.load_labelled` says. A checkpoint every ``config.checkpoint_every`` steps makes a killed run go on
-    with ``resume=True``. Returns the accuracy on the held-out images.
+    with ``resume=True``.
+
+    Args:
+        config: a :class:`~advkd.methods.classification.ClassifierTrainingConfig`, with the data.
+        out: folder for the classifier, ``training.json`` and the checkpoint, which is removed at the end.
+        progress: show a bar.
+        resume: go on from ``out``'s checkpoint.
+
+    Returns:
+        The accuracy on the held-out images, in [0, 1].
 
     Raises:
         InputError: bad configuration, data that cannot be read, or ``out`` holds a model already.
         TrainingError: the loss is not finite.
+
+    Examples:
+        >>> train_classifier(ClassifierTrainingConfig(data="pictures-by-class"), "classifier")
     """
     config.validate()
     claim(out, resume, ("config.json",), "model")

@@ -34,13 +34,15 @@ def distill(
 
     Args:
         trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
-        student: a :class:`Student`, fresh or loaded; it is trained in place.
-        config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``.
+        student: a :class:`Student`, fresh or loaded; it is trained in place. Image size, channels and depth must be those
+            of the trajectories; the latent may be another than the recorded one.
+        config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``, a :class:`PairsConfig` for ``pairs``.
         out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
             TensorBoard files and sample grids.
         resume: go on from ``out``'s checkpoint.
         device: torch device of a single process (several processes: what accelerate gives). A process group that accelerate
             starts here serves all later runs of the process and is destroyed at exit; one that exists already is the caller's.
+        progress: show a bar (on the main process).
         teacher: the :class:`Teacher` of the trajectories, where ``config.grow`` adds some while training.
         method: name of the method (:data:`advkd.methods.METHODS`).
 
@@ -50,6 +52,9 @@ def distill(
     Raises:
         InputError: data, student, configuration or folder do not fit each other; nothing was started.
         TrainingError: a loss is not finite; the last good checkpoint is kept.
+
+    Examples:
+        >>> student = distill("trajectories", Student.from_preset("digits"), recipe("digits"), "student", device="cuda")
     """
     if not isinstance(trajectories, Trajectories):
         folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
@@ -61,7 +66,27 @@ def distill(
 
 
 class Distiller(Trainer):
-    """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness."""
+    """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness.
+
+    Args:
+        data: a :class:`Trajectories`; it is opened anew, so that the caller's does not grow.
+        student: a :class:`Student`, trained in place.
+        config: configuration of the method, an instance of its ``Config``.
+        out: folder for all that :func:`distill` writes.
+        resume: go on from ``out``'s checkpoint.
+        device: torch device of a single process (several processes: what accelerate gives).
+        dtype: of the student, the critics and the batches.
+        progress: show a bar (on the main process).
+        teacher: the :class:`Teacher` of the trajectories, for a ``config`` that grows them.
+        method: name of the method (:data:`advkd.methods.METHODS`).
+
+    Raises:
+        InputError: data, student, configuration, device or folder do not fit each other, or a shard is damaged; nothing was
+            started.
+
+    Examples:
+        >>> Distiller(Trajectories("trajectories"), student, DistillConfig(), "out").run()
+    """
 
     @plain_defaults()
     def __init__(
@@ -102,7 +127,7 @@ class Distiller(Trainer):
 
     @property
     def student(self) -> Student:
-        """The student in training."""
+        """The student in training, not its average."""
         student = self.running["student"].part.module
         assert isinstance(student, Student)
         return student

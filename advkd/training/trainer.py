@@ -51,10 +51,17 @@ class Trainer:
 
     Attributes:
         running: modules of the current stage by name, with optimisers and averages.
-        stage_index, update, cursor: place in the run: stage, its updates so far, global draws so far.
+        stages: the method's stages, in order.
+        stage_index: place of the current stage in ``stages``; their number when the run is complete.
+        update: updates of the current stage so far.
+        cursor: global draws so far: samples of all batches over all processes.
+        out: the run's folder.
 
     Raises:
         InputError: data, method, device or folder do not fit each other; nothing was started.
+
+    Examples:
+        >>> trained = Trainer(Pairs(PairsConfig(), module), Tensors(z=z, images=x), None, "out").run()
     """
 
     @plain_defaults()
@@ -172,7 +179,12 @@ class Trainer:
 
     @plain_defaults()
     def run(self) -> nn.Module:
-        """Run all updates that are left; returns the result in eval mode."""
+        """Run all updates that are left; returns the result in eval mode.
+
+        Raises:
+            InputError: another process has written to the folder since this run was set up.
+            TrainingError: a loss or gradient is not finite; the last checkpoint is kept.
+        """
         GROUP.in_step = False
         main = self.accelerator.is_main_process
         with locked(self.out) if main else held(self.out):
@@ -214,7 +226,11 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update, and the beginning of the next stage behind a stage's last one.
 
-        Returns what the method logged, as means over the processes.
+        Returns what the method logged, as means over the processes. Writes no checkpoint and no metrics.
+
+        Raises:
+            RuntimeError: the run is complete.
+            TrainingError: a loss or gradient is not finite.
         """
         if self.stage_index == len(self.stages):
             raise RuntimeError("the run is complete")
@@ -259,7 +275,7 @@ class Trainer:
             raise InputError(f"{self.method.name} needs {' and '.join(missing)}, and the data has none")
 
     def rows(self, start: int, count: int) -> list[int]:
-        """Rows of global draws; data that has grown has another order, and empty data has none."""
+        """Rows of ``count`` global draws from ``start`` on; data that has grown has another order, and empty data has none."""
         if not len(self.data):
             return []
         if self._order is None or self._order.num != len(self.data):
@@ -303,7 +319,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def move(self, name: str, gradients: list[torch.Tensor]) -> None:
-        """Move a module by gradients: their average over the processes, clipped, through the optimiser."""
+        """Move a module by gradients: their average over the processes, clipped, through the optimiser.
+
+        Args:
+            name: of a trained module in ``running``.
+            gradients: one per parameter of its optimiser, in their order; their memory is written to.
+        """
         part = self.running[name]
         assert isinstance(part.part, Trained) and part.optimizer is not None
         if self.accelerator.num_processes > 1:
@@ -323,7 +344,7 @@ class Trainer:
         part.optimizer.zero_grad(set_to_none=True)
 
     def means(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Means of scalars over the processes."""
+        """Means of scalars over the processes, of ``values`` by name: tensors of one element."""
         if not values:
             return {}
         stacked = torch.stack([value.detach().double() for value in values.values()])

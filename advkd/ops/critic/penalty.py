@@ -32,7 +32,7 @@ def gradient_penalty(
     backend: str = "auto",
     check_finite: bool | None = None,
 ) -> torch.Tensor:
-    """weight mean_i (|grad_x D(x_hat_i)| - target)^2, differentiable once in the critic's parameters.
+    """Gradient penalty of a critic, weight mean_i (|grad_x D(x_hat_i)| - target)^2, differentiable once in its parameters.
 
     Args:
         critic: a module ``critic(x)`` or ``critic(x, condition)`` -> one score (or map of scores, which are added up) per
@@ -44,7 +44,7 @@ def gradient_penalty(
             float16 or float64, contiguous or channels_last. No gradient flows into them.
         condition: second argument of a conditional critic, ``(N, ...)``; no gradient flows into it.
         target: the norm that is not penalised (unused by r1).
-        weight: lambda.
+        weight: lambda, the factor of the whole penalty.
         mode: ``two-sided``; ``one-sided``: weight mean max(|g| - target, 0)^2; ``r1``: weight / 2 mean |g|^2 (Mescheder et al.
             2018, eq. 9).
         backend: ``autograd``: double backward, for any critic; else that of the kernels, see
@@ -58,7 +58,15 @@ def gradient_penalty(
 
     Raises:
         InputError: a layer that is not piecewise linear or couples samples, parameters that are sharded, tensors that do not
-            fit, or numbers that are not finite; the layer or argument is named.
+            fit, a negative target or weight, or numbers that are not finite; the layer or argument is named.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+        RuntimeError: a gradient of the penalty's gradients is asked for (not with ``autograd``).
+
+    Examples:
+        >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+        >>> gradient_penalty(critic, torch.ones(4, 1, 8, 8)).backward()
+        >>> critic[1].weight.grad.shape
+        torch.Size([1, 64])
     """
     _check(critic, x_hat, condition, mode)
     check_numbers(target=target, weight=weight)

@@ -33,10 +33,12 @@ class CriticGradients(NamedTuple):
     """Results of one update of a critic.
 
     Attributes:
-        gradients: of loss + penalty (times ``loss_scale``) by ``critic.parameters()``, in that order; None for frozen ones.
-        loss: scalar, the adversarial loss without the penalty.
-        penalty: scalar.
-        real_scores, fake_scores: the critic's scores.
+        gradients: of loss + penalty (times ``loss_scale``) by ``critic.parameters()``, in that order and in their dtypes; None
+            for frozen ones.
+        loss: scalar, the adversarial loss without the penalty, not scaled.
+        penalty: scalar, not scaled; 0 where its weight is 0.
+        real_scores: the critic's scores of the real samples, ``(N,)`` or as it returns them, without a graph.
+        fake_scores: the critic's scores of the generated samples, likewise.
     """
 
     gradients: tuple
@@ -67,12 +69,16 @@ def critic_gradients(
 
     Args:
         critic: as in :func:`advkd.ops.gradient_penalty`; its weights must be its own parameters.
-        real, fake: ``(N, C, H, W)`` samples of one shape, dtype and device. No gradient flows into them.
-        a: ``(N,)`` float32 weights of the real samples in x_hat = a real + (1 - a) fake, or ``(seed, sample indices, step)``
-            for Philox ones (:func:`advkd.ops.interpolate`); None: drawn by ``torch.rand``. Unused by ``r1``.
+        real: ``(N, C, H, W)`` real samples, float32, bfloat16, float16 or float64. No gradient flows into them.
+        fake: ``(N, C, H, W)`` generated samples of ``real``'s shape, dtype and device. No gradient flows into them.
+        a: ``(N,)`` float32 (float64 for float64) weights of the real samples in x_hat = a real + (1 - a) fake, or ``(seed,
+            sample indices, step)`` for Philox ones (:func:`advkd.ops.interpolate`); None: drawn by ``torch.rand``. Unused by
+            ``r1``.
         condition: ``(N, ...)`` second argument of a conditional critic, for real, generated and interpolated samples alike.
-        loss: one of :data:`LOSSES`.
-        mode, target, weight: of the penalty, as in :func:`advkd.ops.gradient_penalty`; weight 0 leaves it out.
+        loss: ``wasserstein``: mean D(fake) - mean D(real); ``softplus``: mean softplus(D(fake)) + mean softplus(-D(real)).
+        mode: of the penalty: ``two-sided``, ``one-sided`` or ``r1``, as in :func:`advkd.ops.gradient_penalty`.
+        target: the gradient's norm that is not penalised (unused by r1).
+        weight: lambda, the penalty's factor; 0 leaves the penalty out.
         loss_scale: number or scalar tensor that the gradients are multiplied by before they pass a narrow dtype: the scale of a
             ``GradScaler``, 1 / k for gradients that are accumulated over k batches.
         backend: ``autograd``: double backward, for any critic; else that of the kernels, see
@@ -83,7 +89,15 @@ def critic_gradients(
         :class:`CriticGradients`; scalars in the arithmetic's dtype. Order of differentiability 0.
 
     Raises:
-        InputError: as in :func:`advkd.ops.gradient_penalty`.
+        InputError: as in :func:`advkd.ops.gradient_penalty`; samples that differ, an unknown loss, a weight of the critic that
+            is not its own, or ``r1`` with ``softplus`` and a critic that gives several scores per sample.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+
+    Examples:
+        >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+        >>> update = critic_gradients(critic, torch.ones(4, 1, 8, 8), torch.zeros(4, 1, 8, 8))
+        >>> [gradient.shape for gradient in update.gradients]
+        [torch.Size([1, 64]), torch.Size([1])]
     """
     if not isinstance(critic, torch.nn.Module):
         raise InputError(f"critic must be a torch.nn.Module, got {type(critic).__name__}")
@@ -114,12 +128,25 @@ def critic_step(
     gradients.
 
     Args:
-        critic, real, fake, options: as in :func:`critic_gradients`.
+        critic: as in :func:`critic_gradients`.
+        real: ``(N, C, H, W)`` real samples.
+        fake: ``(N, C, H, W)`` generated samples.
         synchronize: average ``.grad`` over the processes now: once per optimiser step, in the last of the calls that
             accumulate gradients (the others take False; each takes ``loss_scale=1 / k``).
+        **options: the other arguments of :func:`critic_gradients`.
 
     Returns:
         :class:`CriticGradients` of this batch in this process.
+
+    Raises:
+        InputError: as in :func:`critic_gradients`.
+        BackendUnavailableError: the backend asked for cannot run here; the message gives the reason.
+
+    Examples:
+        >>> critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+        >>> optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4)
+        >>> update = critic_step(critic, torch.ones(4, 1, 8, 8), torch.zeros(4, 1, 8, 8))
+        >>> optimizer.step()
     """
     update = critic_gradients(critic, real, fake, **options)
     parameters = list(unwrapped(critic).parameters())
