@@ -1,6 +1,6 @@
 # make demo: install into .venv, build the extension, run the main job.   make test: the same set-up, then the tests.
 # make test-kernels, make test-profiling: the two further tiers of tests.   make test-all: all of them, the slow ones too.
-# make bench: every benchmark that the machine can run, and the tables made anew.
+# make bench: every benchmark that the machine can run, and the tables made anew.   make docs: the site, in build/site.
 #
 # TORCH_BUILD chooses the torch build and TORCH_INDEX the package index that holds it, for example
 #   make demo TORCH_BUILD=+cpu TORCH_INDEX=<index>
@@ -24,7 +24,7 @@ SKIP_CUDA = $(if $(ADVKD_CUDA),,$(shell $(BIN)/python -c 'import torch; print(""
 # The oldest torch that pyproject.toml allows, and the one that machines with a GPU are often given.
 TORCHES := 2.10.0 2.11.0
 
-.PHONY: install demo test test-kernels test-profiling lint test-all test-matrix test-torch rehearse bench audit clean
+.PHONY: install demo test test-kernels test-profiling lint test-all test-matrix test-torch docs rehearse bench audit clean
 .PRECIOUS: build/%/.ready
 
 install: $(VENV)/.installed
@@ -95,6 +95,10 @@ test-torch: $(TORCHES:%=test-torch-%)
 test-torch-%: build/torch-%/.ready
 	cd $(<D)/tree && ../venv/bin/python -m pytest -n auto --dist worksteal tests/ops tests/kernels
 
+# Strictly: a warning or a dead link is an error. 'python -m http.server --directory build/site' shows it.
+docs: install
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+
 # A rehearsal of a quarter of an hour on a GPU, without one: packages as on a machine that cannot fetch any.
 rehearse: build/rehearsal-2.11.0/.ready
 	$(<D)/venv/bin/pip uninstall --quiet --yes diffusers nvtx
@@ -124,7 +128,7 @@ bench: install
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m profiling.gpu --full --minutes 60 --device cuda || failed="$$failed gpu";) \
 	for device in cpu $(filter cuda,$(DEVICE)); do for name in $(BY_DEVICE); do \
 		$(BIN)/python -m profiling.$$name --device $$device || failed="$$failed $$name"; done; done; \
-	$(BIN)/python -m profiling.tables || failed="$$failed tables"; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
+	for name in tables pictures; do $(BIN)/python -m profiling.$$name || failed="$$failed $$name"; done; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 # The pinned versions against the published advisories; one that cannot be looked up is a failure.
 audit:

@@ -13,6 +13,7 @@ from operator import itemgetter
 
 import torch
 
+from advkd.data.plots import panels
 from advkd.ops import (
     StepCoefficients,
     image_gradient,
@@ -31,7 +32,6 @@ from advkd.runtime.timing import measure, percentiles
 from .evidence import Table, changed, scaled
 from .gpu import summary as gpu_summary
 from .harness import Sweep, device_folder, main, peaks, provenance, read, timed
-from .sweep import panels
 
 OPS = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "philox", "image_gradient")
 PARITY_TESTS = [f"tests/ops/test_{name}.py" for name in OPS]
@@ -158,7 +158,7 @@ def plot(result, path):
     """
     found, limits, place = result["points"], result["ceilings"], result["provenance"]
     title = f"{place['device']}, {place['threads']} threads"
-    with panels(path, path.with_suffix(".svg"), size=(9, 5.5)) as (axes,):
+    with panels(path, 5.0) as (axes,):
         edge = 0.05
         right = max([10.0, *(2 * p["flop"] / p["moved_bytes"] for p in found if p["moved_bytes"])])
         for dtype, rate in limits["flops"].items():
@@ -170,7 +170,7 @@ def plot(result, path):
             y = [(p["flop"] or edge * p["moved_bytes"]) / p["seconds"]["median"] for p in mine]
             axes.loglog(x, y, "o", label=benchmark, ms=5)
         axes.set(xlabel="operations per byte that must move", ylabel="operations per second", title=title)
-        axes.legend(fontsize=8)
+        axes.legend()
 
 
 def _ceilings(result):

@@ -1,42 +1,16 @@
 """Plots of figures by batch, size, threads or processes, and the memory of a process."""
 
-import contextlib
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-from advkd.runtime.files import replacing
-
-
-@contextlib.contextmanager
-def panels(*paths, size, count=1, **options):
-    """Panels side by side, written at the end of the block.
-
-    Args:
-        paths: files of the figure, each in the format of its ending and whole at any time.
-        size: of the figure, in inches.
-        count: panels.
-        options: as :func:`matplotlib.pyplot.subplots` takes them.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, found = pyplot.subplots(1, count, figsize=size, constrained_layout=True, squeeze=False, **options)
-    yield found[0]
-    for path in paths:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=110, format=path.suffix[1:])
-    pyplot.close(figure)
 
 
 def curves(panel, places, milliseconds, proportional=(), **labels):
     """Times by place, both axes logarithmic.
 
     Args:
-        panel: of :func:`panels`.
+        panel: of :func:`advkd.data.plots.panels`.
         places: numbers along the panel.
         milliseconds: ``{label: list}``.
         proportional: lists that are dotted, unlabelled: growth by the work.

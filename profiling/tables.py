@@ -1,7 +1,7 @@
-"""Write the tables of README and docs from the JSON under ``profiling/results``: python -m profiling.tables.
+"""Write the tables of README and site from the JSON under ``profiling/results``: python -m profiling.tables.
 
-They go into README.md, profiling/RESULTS.md, docs/guarantees.md and docs/billion.md. A table stands between
-``<!-- table: NAME -->`` and ``<!-- end -->``; a test checks that README and results agree.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a figure within a sentence between
+``<!-- figure: NAME -->`` and ``<!-- end -->``; a test checks that pages and results agree.
 """
 
 import os
@@ -12,16 +12,19 @@ from operator import itemgetter
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
-from . import billion, roofline
+from . import billion, front, roofline
 from .cases import neighbours
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, figure, link, source, stale, stored
 from .gpu import tables as gpu
 from .limits import guarantees, instruction_counts
+from .pictures import PLOTS
 from .trace import compare, demo, ncu, timeline
 
-PAGES = (ROOT / "README.md", ROOT / "profiling" / "RESULTS.md", ROOT / "docs" / "guarantees.md")
-BILLION = ROOT / "docs" / "billion.md"
+SITE = ROOT / "docs" / "pages"
+CARDS = sorted((ROOT / "advkd" / "pretrained").glob("*/README.md"))
+BILLION = SITE / "speed" / "billion.md"
+PAGES = (ROOT / "README.md", *CARDS, *(path for path in sorted(SITE.rglob("*.md")) if path != BILLION))
 
 
 def counts():
@@ -42,16 +45,6 @@ def plots(name, caption):
         return found[:-1] or NOTHING
 
     return lines
-
-
-PLOTS = {
-    "demo": "time of a demo by part",
-    "roofline": "every op under the machine's ceilings",
-    "scaling": "time by batch, resolution and threads",
-    "step_scaling": "time of a step by batch and resolution",
-    "penalty_scaling": "time of a penalty by batch, resolution and depth",
-}
-"""Name of results -> caption of their plots."""
 
 
 def recorded(name, lines):
@@ -88,17 +81,22 @@ FIGURES = {
         lambda result: result["overhead"]["deterministic"],
         lambda time: f"{1e6 * time['median']:.0f} microseconds",
     ),
+    "gpu_state": front.gpu_state,
+    **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARDS.items()},
 }
 """Name of a figure in a sentence -> what makes its link."""
 TABLES = {
-    **{name: table.lines for name, table in cases.TABLES.items()},
+    **{name: table.lines for name, table in {**cases.TABLES, **front.TABLES_OF_METHODS}.items()},
+    "speed": front.speed,
+    "quality": front.quality,
+    "methods": front.methods,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,
     "neighbours_idle": neighbours.IDLE_TABLE.lines,
     **{f"limits_{name}": guarantees.table(name) for name in guarantees.CAMPAIGNS},
     "demo": demo_parts,
-    **{f"{name}_plot": plots(name, caption) for name, caption in PLOTS.items()},
+    **{f"{name}_plot": plots(name, caption) for name, (_, caption) in PLOTS.items()},
     **{name: recorded(name, module.lines) for name, module in (("traces", timeline), ("counters", ncu), ("compare", compare))},
     "gpu_benchmarks": gpu.gpu_benchmarks,
     "gpu_kernels": gpu.gpu_kernels_state,
@@ -123,7 +121,11 @@ def filled(text, page=PAGES[0]):
 
 def placed(text, page):
     """Links from the root as the page needs them."""
-    return re.sub(r"\]\((?=profiling/|docs/)", f"]({os.path.relpath(ROOT, page.parent)}/", text).replace("](./", "](")
+
+    def relative(match):
+        return f"]({os.path.relpath(ROOT / match[1], page.parent)}"
+
+    return re.sub(r"\]\(((?:profiling|docs)/[^)#]+)", relative, text)
 
 
 def pages():

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..runtime.files import replacing, require_regular
+from .plots import WIDTH, panels, show_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,47 +101,59 @@ def _tile(image, side, final):
 
 
 def _figure_of_rows(images, columns, titles, path, names=None):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = len(images) // columns
-    figure = Figure(figsize=(columns * 0.95 + 0.3, rows * 1.05 + 0.25), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    side = WIDTH / (columns + 0.3)
     pixels = to_uint8(images).cpu().numpy()
-    for i, axis in enumerate(axes.flat):
-        tile = pixels[i][..., 0] if pixels.shape[-1] == 1 else pixels[i]
-        axis.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if names and i < columns:
-            axis.set_title(names[i], fontsize=7)
-        if i % columns == 0:
-            axis.set_ylabel(titles[i // columns], fontsize=7)
-    _save_figure(figure, path)
+    with panels(path, rows * side + (0.45 if names else 0.15), rows, columns) as axes:
+        for i, axis in enumerate(axes):
+            show_image(axis, pixels[i], names[i] if names and i < columns else "")
+            if i % columns == 0:
+                axis.set_ylabel(titles[i // columns])
+
+
+def save_strip(images: torch.Tensor, titles: Sequence[str], captions: Sequence[str], path: str | Path) -> None:
+    """Save groups of images side by side, each under its title and above its caption, as a PNG.
+
+    Args:
+        images: ``(G, N, C, H, W)`` in [-1, 1]: G groups of N images.
+        titles: a line above each group.
+        captions: a line below each group.
+        path: file to write.
+    """
+    columns = math.ceil(math.sqrt(images.shape[1]))
+    with panels(path, WIDTH / len(images) + 0.45, 1, len(images)) as axes:
+        for axis, group, title, caption in zip(axes, images, titles, captions, strict=True):
+            show_image(axis, _sheet(to_uint8(group).cpu(), columns), title, caption)
+
+
+def _sheet(pixels, columns, gap=1):
+    """``(N, H, W, C)`` row by row on one white sheet, as a numpy array."""
+    n, height, width, channels = pixels.shape
+    rows = math.ceil(n / columns)
+    sheet = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=torch.uint8)
+    for i, tile in enumerate(pixels):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[y : y + height, x : x + width] = tile
+    return sheet.numpy()
 
 
 def save_curves(metrics: str | Path, path: str | Path) -> None:
     """Loss curves from ``metrics.csv`` (see :mod:`advkd.training.log`) as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = read_metrics(metrics)
     updates = _total_updates(columns["stage"], columns["update"])
     levels = [name for name in columns if name.startswith("mse_")]
     adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns[name]))]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(levels):
-        left.plot(updates, columns[name], color=(0.1, 0.25 + 0.6 * i / len(levels), 0.75), label=f"level {int(name[4:])}", lw=1)
-    left.set(title="mean squared error by level", xlabel="update", yscale="log")
-    left.legend(fontsize=6, ncols=2)
-    for name in ["loss", *adversarial]:
-        right.plot(updates, columns[name], label=name, lw=1)
-    right.set(title="losses", xlabel="update")
-    right.legend(fontsize=7)
-    _save_figure(figure, path)
+    with panels(path, 3.4, columns=2) as (left, right):
+        for i, name in enumerate(levels):
+            shade = (0.75 - 0.75 * i / len(levels), 0.85 - 0.55 * i / len(levels), 0.9 - 0.2 * i / len(levels))
+            left.plot(updates, columns[name], color=shade, label=f"level {int(name[4:])}", lw=1)
+        left.set(title="mean squared error by level", xlabel="update", yscale="log")
+        if levels:
+            left.legend(ncols=2)
+        for name in ["loss", *adversarial]:
+            right.plot(updates, columns[name], label=name, lw=1)
+        right.set(title="losses", xlabel="update")
+        right.legend()
 
 
 def save_extrapolation(curves: dict[str, dict], score: str, path: str | Path) -> None:
@@ -152,24 +165,15 @@ def save_extrapolation(curves: dict[str, dict], score: str, path: str | Path) ->
         path: PNG to write.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    with rc_context({"text.parse_math": False}):  # names are no formulas
-        _draw_extrapolation(figure.subplots(), curves, score)
-    _save_figure(figure, path)
-
-
-def _draw_extrapolation(axis, curves, score):
-    for name, fit in curves.items():
-        inverse = [1 / size for size in fit["sizes"]]
-        (points,) = axis.plot(inverse, fit["distances"], "o", ms=3)
-        ends = [0, max(inverse)]
-        axis.plot(ends, [fit["value"] + fit["slope"] * x for x in ends], color=points.get_color(), lw=1, label=name)
-    axis.set(xlabel="1 / N", ylabel=score, title=f"{score} at several N")
-    axis.legend(fontsize=7)
+    with rc_context({"text.parse_math": False}), panels(path, 3.4) as (axis,):  # names are no formulas
+        for name, fit in curves.items():
+            inverse = [1 / size for size in fit["sizes"]]
+            (points,) = axis.plot(inverse, fit["distances"], "o")
+            ends = [0, max(inverse)]
+            axis.plot(ends, [fit["value"] + fit["slope"] * x for x in ends], color=points.get_color(), label=name)
+        axis.set(xlabel="1 / N", ylabel=score, title=f"{score} at several N")
+        axis.legend()
 
 
 def read_metrics(path: str | Path) -> dict[str, list[float]]:
@@ -219,8 +223,3 @@ def _total_updates(stages, updates):
         before = (stage, update)
         result.append(total + update)
     return result
-
-
-def _save_figure(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)

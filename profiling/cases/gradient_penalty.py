@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from advkd.data.plots import panels
 from advkd.models.critic import Critic, CriticConfig
 from advkd.ops import gradient_penalty
 from advkd.ops.critic.update import LOSS_FORMULAS, critic_gradients
@@ -24,7 +25,7 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.timing import measure, percentiles
 
 from ..harness import CAPTURED, Case, Contestant, Sweep, captures, main, set_tf32, with_captured
-from ..sweep import apart, curves, forget_peak, medians, memory, panels
+from ..sweep import apart, curves, forget_peak, medians, memory
 from .tables import TABLES
 
 WIDTHS = {"narrow": {"channels": 32, "max_channels": 128}, "dcgan": {"channels": 64, "max_channels": 512}}
@@ -275,15 +276,14 @@ def plot(result, path):
     titles = {
         "batch": "critic of 64x64, by batch",
         "resolution": "critic, batch 16, by resolution",
-        "depth": "chain of 3x3 convolutions at 32x32, by depth",
+        "depth": "chain of convolutions, by depth",
     }
-    with panels(path, size=(13, 4), count=3) as found:
+    with panels(path, 3.4, columns=3) as found:
         for panel, (axis, title) in zip(found, titles.items(), strict=True):
             rows = result[axis]
             times = {name: medians(rows, "seconds", name) for name in BACKENDS}
             words = {"xlabel": axis, "ylabel": "ms, penalty and gradients", "title": title}
             curves(panel, [row[axis] for row in rows], times, **words)
-            panel.title.set_fontsize(10)
 
 
 SWEEPS = {"scaling": Sweep("penalty_scaling", scaling, PARITY_TESTS, [TABLES["penalty_memory"]], plot)}

@@ -9,6 +9,7 @@ machine, in one process: a turn is about a second of calls with ``ADVKD_SHARE=0`
 result is the ratio of their times, a turn at a time: what looking at the load costs. Without options both are measured.
 """
 
+import math
 import os
 import statistics
 import subprocess
@@ -19,13 +20,14 @@ from operator import itemgetter
 
 import torch
 
+from advkd.data.plots import panels
 from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.neighbours import sharing, unconfined
 from advkd.runtime.timing import percentiles
 
 from ..evidence import Table, scaled
 from ..harness import Sweep, absent_package, largest_difference, main
-from ..sweep import apart, panels
+from ..sweep import apart
 from ..trace import workloads
 from . import student as bench_student
 from . import teacher as bench_teacher
@@ -131,8 +133,11 @@ def fair(row, processes):
 def plot(result, path):
     """A panel a case: time over the fair share, by neighbours."""
     cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
-    with panels(path, size=(4.2 * len(cases), 4.2), count=len(cases), sharey=True) as found:
-        for panel, case in zip(found, cases, strict=True):
+    rows = math.ceil(len(cases) / 2)
+    with panels(path, 3.4 * rows, rows, columns=2, sharey=True) as found:
+        for panel in found[len(cases) :]:
+            panel.set_axis_off()
+        for panel, case in zip(found, cases):
             for row in result["rows"]:
                 if row["case"] != case or not row.get("seconds"):
                     continue
@@ -143,8 +148,9 @@ def plot(result, path):
             panel.axhline(1, color="gray", linewidth=0.8)
             panel.set_xticks(range(len(NEIGHBOURS)), map(str, NEIGHBOURS))
             panel.set(xlabel="neighbours of two busy threads", title=case)
-            panel.legend(fontsize=7)
-        found[0].set_ylabel("mean time over the fair share")
+            panel.legend()
+        for panel in found[::2]:
+            panel.set_ylabel("mean time over the fair share")
 
 
 def _beside(processes):

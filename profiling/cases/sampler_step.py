@@ -13,13 +13,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from advkd.data.plots import panels
 from advkd.diffusion.coefficients import ddim_coefficients
 from advkd.ops import StepCoefficients, philox_normal, sampler_step
 from advkd.runtime.timing import measure
 
 from .. import harness
 from ..harness import CAPTURED, Case, Contestant, Sweep, main, with_captured
-from ..sweep import curves, growth, medians, panels
+from ..sweep import curves, growth, medians
 
 SHAPE = (64, 3, 256, 256)
 T, FOLLOWING, STEPS, SEED = 500, 480, 50, 3
@@ -255,7 +256,7 @@ def scaling():
 def plot(result, path):
     """Two panels: time by batch and by resolution, beside proportional growth."""
     axes = {"batches": ("batch", "images of 3x256x256"), "sizes": ("size", "image side, 4 images of 3 channels")}
-    with panels(path, size=(10, 4), count=2) as found:
+    with panels(path, 3.4, columns=2) as found:
         for panel, (key, (axis, label)) in zip(found, axes.items(), strict=True):
             rows = result[key]
             times = {name: medians(rows, "seconds", name) for name in rows[0]["seconds"]}

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from advkd import EvaluationConfig, Student, StudentConfig, evaluate_student
+from advkd.data.plots import panels
 from advkd.models.shape import convolutions
 from advkd.runtime.timing import measure, percentiles
 
 from .. import peers as engines
 from ..harness import Case, Contestant, Replay, Sweep, copying, main, set_tf32, with_captured
 from ..limits import predictions
-from ..sweep import curves, growth, medians, panels
+from ..sweep import curves, growth, medians
 from .tables import TABLES
 
 PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.py", "tests/system/test_student.py"]
@@ -386,7 +387,7 @@ def plot(result, path):
     def rows(part, **wanted):
         return [row for row in result[part] if wanted.items() <= row.items()]
 
-    with panels(path, size=(13, 4), count=3) as (left, middle, right):
+    with panels(path, 3.8, columns=3) as (left, middle, right):
         found = {(p, d): rows("batches", preset=p, dtype=d) for p in GROWN for d in DTYPES}
         times = {", ".join(names): medians(chosen, "seconds") for names, chosen in found.items()}
         expected = [growth(values, BATCHES, 0) for values in times.values()]

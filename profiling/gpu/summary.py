@@ -84,7 +84,7 @@ def case_table(cases):
 
 
 def _cells(case):
-    ours, other = _best(case, True), _best(case, False)
+    ours, other = fastest(case, True), fastest(case, False)
     times = [f"{entry['name']}: {1e6 * entry['seconds']['median']:.1f}" if entry else "-" for entry in (ours, other)]
     reached = case["floor"]["seconds"] / ours["seconds"]["median"] if ours and "floor" in case else None
     errors = [e["parity"]["error"] for e in case["contestants"] if e["kind"] == "ours" and "parity" in e]
@@ -95,7 +95,7 @@ def _cells(case):
     return case["case"], times[0], predicted, times[1], ratio, _figure(reached, "{:.0%}"), error
 
 
-def _best(case, ours):
+def fastest(case, ours):
     """The fastest entry of ours, or of the others; None where none was timed."""
     entries = [e for e in case["contestants"] if "seconds" in e and e["kind"] != "floor" and (e["kind"] == "ours") == ours]
     return min(entries, key=lambda e: e["seconds"]["median"], default=None)

@@ -1,4 +1,4 @@
-"""The tables of ``docs/guarantees.md``: what each campaign tried, how often, and how it ended."""
+"""The tables of ``docs/pages/tried.md``: what each campaign tried, how often, and how it ended."""
 
 from ..evidence import checked, link, markdown, stored
 from .record import BAD

@@ -1,4 +1,4 @@
-"""The cases of a campaign and their outcomes, as JSON with provenance; ``docs/guarantees.md`` is made from it.
+"""The cases of a campaign and their outcomes, as JSON with provenance; ``docs/pages/tried.md`` is made from it.
 
 A campaign draws its cases from a seed: case i is the same in every run, so that a failure is run again by its number.
 """

@@ -14,12 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from advkd.data.plots import COLOURS, panels
 from advkd.errors import InputError
 from advkd.runtime.files import read_json, write_json
 
 from ..evidence import spaced_markdown
 from ..harness import device_folder, provenance
-from ..sweep import panels
 from .workloads import finished
 
 NETWORKS = {"network", "network and step", "student", "student forward", "student update", "critic update"}
@@ -155,16 +155,16 @@ def plot(result, path):
     from matplotlib.patches import Patch
 
     names, seconds, shares, networks = zip(*shown(result))
-    means, colours = [statistics.mean(spent) for spent in seconds], {True: "tab:blue", False: "tab:orange"}
+    means, colours = [statistics.mean(spent) for spent in seconds], {True: COLOURS[0], False: COLOURS[1]}
     whole, total = statistics.mean(result["seconds"]), sum(share for _, _, share, network in rows(result) if network)
-    with panels(path, size=(9, 1.2 + 0.3 * len(names))) as (axis,):
+    with panels(path, 1.2 + 0.3 * len(names)) as (axis,):
         bars = axis.barh(names, means, color=[colours[network] for network in networks])
         axis.bar_label(bars, [f"{100 * share:.1f} %" for share in shares], padding=3)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.12 * max(means))
         axis.set(xlabel="seconds", title=f"advkd demo: {whole:.0f} s, {100 * total:.0f} % of them in networks")
         axis.legend([Patch(color=colours[kind]) for kind in colours], ["networks", "everything else"], loc="lower right")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", visible=False)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Numbers in the README agree with the code; its Python examples run."""
+"""The README: short, and its Python runs; the site's Python runs; sizes of the students agree with the code."""
 
 import re
 
@@ -9,39 +9,62 @@ from advkd import Student, Teacher
 from ..conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = ROOT / "docs" / "pages"
+MODELS = (PAGES / "models.md").read_text().partition("## Sizes")[2]
+
+
+def python_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
+    (example,) = python_of(README)
+    assert len(example.splitlines()) <= 25
+    speed = README.partition("<!-- table: speed -->")[2].partition("<!-- end -->")[0]
+    assert len(speed.strip().splitlines()) <= 2 + 8
 
 
 @pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits"])
 def test_sizes_of_the_students(preset):
     student = Student.from_preset(preset)
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{preset}`"))
+    row = next(line for line in MODELS.splitlines() if line.startswith(f"| `{preset}`"))
     small, full = (student.num_parameters(terminals) for terminals in (False, True))
     expected = [f"{small:,}", f"{full:,}", f"{4 * small / 1e6:.1f} MB", f"{4 * full / 1e6:.1f} MB", "1"]
     assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
 
 
 def test_size_of_the_embedded_teacher():
-    assert f"| {Teacher.from_pretrained('digits').num_parameters():,} |" in README
+    assert f"| {Teacher.from_pretrained('digits').num_parameters():,} |" in MODELS
 
 
-def test_python_examples_run():
-    example, steps, critic = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_readmes_python_runs():
     names = {}
-    exec(example.replace("fused.sample(1000", "fused.sample(3"), names)
-    assert names["images"].shape == (3, 1, 32, 32) and names["image"].shape == (1, 1, 32, 32)
-    assert len(names["pictures"]) == 4 and names["pairs"][0].shape == names["pairs"][1].shape == (4, 1, 32, 32)
-    exec(steps, names)
+    exec(python_of(README)[0].replace("fused.sample(1000", "fused.sample(16"), names)
+    assert names["images"].shape == (16, 1, 32, 32) and names["image"].shape == (1, 1, 32, 32)
+    assert len(names["pictures"]) == len(names["drawn"]) == 4
+    assert all(p.grad is not None for p in names["critic"].parameters())
+
+
+def test_the_sites_python_runs():
+    names = {}
+    exec(python_of((PAGES / "index.md").read_text())[0], names)
+    assert names["images"].shape == (16, 1, 32, 32)
+    exec(python_of((PAGES / "speed" / "sampler-step.md").read_text())[0], names)
     assert names["x"].shape == (4, 1, 32, 32) and names["level"].shape == (4, 1, 8, 8) and len(names["pictures"]) == 4
-    names = {}
-    exec(critic, names)
+    exec(python_of((PAGES / "speed" / "critic.md").read_text())[0], names)
     assert names["y"].shape == (8, 64, 32, 32) and all(p.grad is not None for p in names["critic"].parameters())
     assert len(names["update"].gradients) == len(list(names["critic"].parameters()))
 
 
-def test_pictures_exist():
+def test_links_lead_somewhere():
+    """Files that the README names are there: the site's build checks those of its pages."""
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert len(links) > 20 and all((ROOT / path).exists() for path in links)
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures and all((ROOT / path).stat().st_size > 1000 for path in pictures)
 
 
-def test_it_speaks_of_itself_alone():
-    assert not re.search(r"(?i)pypi\.org|debian\.org|session|issue #?\d", README)
+def test_they_speak_of_the_project_alone():
+    for page in (ROOT / "README.md", *PAGES.rglob("*.md")):
+        assert not re.search(r"(?i)pypi\.org|debian\.org|\bsession|issue #?\d", page.read_text()), page

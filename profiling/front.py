@@ -1,0 +1,114 @@
+"""The few figures of the README, and the table of methods."""
+
+from dataclasses import replace
+
+from advkd.methods import METHODS, method_class
+
+from .cases.tables import TABLES
+from .evidence import ROOT, checked, families, last_run, link, markdown, stale, stored
+from .gpu import summary
+
+WORK = (
+    ("student, digits 32x32, one image", "bench_student", "digits, batch 1, float32"),
+    ("student, `pyramid-256`, one image", "bench_student", "pyramid-256, batch 1, float32"),
+    ("the same on a GPU, bfloat16", "bench_student on a GPU", "pyramid-256, batch 1, bfloat16"),
+    ("sampler step with noise, 64 x 3x256x256", "bench_sampler_step", "with noise, float32"),
+    ("gradient penalty, 16 x 3x128x128", "bench_gradient_penalty", "penalty, narrow critic, 128x128, batch 16"),
+    ("critic's update, 16 x 3x128x128", "bench_gradient_penalty", "update, narrow critic, 128x128, batch 16"),
+    ("teacher, 50 evaluations, 16 digits", "bench_teacher", "DDIM-50 trajectory, batch 16"),
+    ("teacher, one evaluation, 16 digits", "bench_teacher", "evaluation, batch 16"),
+)
+"""Work, the result that has measured it, and its case there."""
+QUALITY = (("student", "teacher"), ("fresh teacher samples", "teacher"), ("student", "real"))
+"""Images and what they are compared with: the rows of an evaluation that the README shows."""
+FIGURES = ("Frechet distance, x floor (95 %)", "precision", "recall")
+"""What is shown of a set of images."""
+CARDS = {
+    "the_student": ("student", "teacher"),
+    "the_student_beside_real": ("student", "real"),
+    "the_teacher": ("teacher", "real"),
+    "real_digits": ("other real images", "real"),
+}
+"""Name in a model card -> images and what they are compared with."""
+SHIPPED = {"adv-kd": "evaluation"}
+"""Method -> its stored evaluation, where that has another name than ``evaluation-<method>``."""
+
+
+def speed():
+    """Milliseconds of ours and of the fastest peer, a row for each part of the system, each with its result."""
+    rows = [(work, *_times(name, case)) for work, name, case in WORK]
+    return markdown(("work", "advkd, ms", "fastest other, ms", "faster by", "measured on"), rows)
+
+
+def _times(name, case):
+    found = [(result, row) for result in _results(name) for row in summary.cases_of(result) if row["case"] == case]
+    if not found:
+        return "-", "-", "-", "not measured yet"
+    # What was measured on the kernels as they are comes first.
+    result, row = min(found, key=lambda pair: bool(pair[0].get("changed")))
+    ours, other = (summary.fastest(row, whose) for whose in (True, False))
+    where = checked(result)["device"] + (" (of earlier kernels)" if stale(result) else "")
+    ratio = other["seconds"]["median"] / ours["seconds"]["median"]
+    return _ms(ours), f"{_ms(other)} ({other['name']})", f"{ratio:.2f} x", link(result, where)
+
+
+def _results(name):
+    return summary.green("bench_student", stored) if name.endswith("on a GPU") else stored(name)
+
+
+def _ms(entry):
+    time = 1e3 * entry["seconds"]["median"]
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
+
+
+def quality():
+    """Distance of the shipped student's images in units of the floor, precision and recall."""
+    found = [(result, row) for result in stored("evaluation") for row in result["rows"]]
+    shown = [(result, row) for result, row in found if (row["images"], row["against"]) in QUALITY]
+    rows = [(row["images"], row["against"], *_figures(row), link(result)) for result, row in shown]
+    return markdown(("images", "against", *FIGURES, "result"), rows)
+
+
+def methods():
+    """The registered methods that have a stored evaluation of a student, against its teacher."""
+    rows = []
+    for name in METHODS:
+        for result in stored(SHIPPED.get(name, f"evaluation-{name}")):
+            student = result["models"]["student"]
+            size = (student["evaluations"], f"{student['parameters']:,}")
+            page = f"[`{name}`](docs/pages/methods/{name}.md)"
+            rows.append((page, method_class(name).reference, *size, *_figures(result["rows"][0]), link(result)))
+    return markdown(("method", "paper", "evaluations", "parameters", *FIGURES, "result"), rows)
+
+
+def _figures(row):
+    low, high = row["times_floor_interval"]
+    return f"{row['times_floor']:.2f} ({low:.2f} to {high:.2f})", f"{row['precision']:.2f}", f"{row['recall']:.2f}"
+
+
+def quality_of(images, against):
+    """The function that makes a sentence of a model card: what the evaluation says of some images against others."""
+
+    def sentence():
+        checked(result := stored("evaluation")[0])
+        (row,) = [row for row in result["rows"] if (row["images"], row["against"]) == (images, against)]
+        distance, precision, recall = _figures(row)
+        distance = distance.replace(" (", " times the floor (95 % interval ")
+        return f"Frechet distance {distance}, precision {precision}, recall {recall} (N = {row['samples'][0]:,})"
+
+    return sentence
+
+
+def gpu_state():
+    """How many GPU kernels have run on a GPU as they are, in a sentence."""
+    runs = [last_run(family) for family in families()]
+    current = sum(bool(run) and not run["stale"] for run in runs)
+    return f"{current} of {len(runs)} GPU kernels have run at their current source"
+
+
+TABLES_OF_METHODS = {
+    f"method_{name.replace('-', '_')}": replace(TABLES["evaluation"], name=f"evaluation-{name}")
+    for name in METHODS
+    if name not in SHIPPED and (ROOT / "docs" / "pages" / "methods" / f"{name}.md").exists()
+}
+"""The evaluation of each method that has a page, for it."""
