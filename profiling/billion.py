@@ -1,6 +1,6 @@
 """Cost of a billion images of 256x256: device hours and money, from measured seconds per image.
 
-python -m profiling.billion [--device cuda] [--out FOLDER]     measures; python -m profiling.tables writes docs/pages/speed/billion.md
+python -m profiling.billion [--device cuda] [--out FOLDER]     measures; python -m profiling.tables writes its page
 
 The teacher is the 113.7 M-parameter UNet of the published 256x256 DDPMs with random weights (weights do not change the time):
 one evaluation times the sampler's steps; the sampler's own arithmetic is left out, in the teacher's favour. Every engine below

@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,11 @@ def test_public_names_are_documented(name, package):
     assert not found
 
 
+def test_every_public_name_of_the_package_has_a_docstring(package):
+    missing = [thing.path for thing in public(package) if not thing.is_attribute and not thing.docstring]
+    assert not missing
+
+
 def test_gaps_are_found(package, tmp_path):
     """The check can fail."""
     import griffe
@@ -123,6 +129,36 @@ def test_the_tests_that_a_page_names_exist(page):
         assert not test or f"def {test}(" in file, f"{path}::{test}"
         count += 1
     assert count
+
+
+def commands():
+    """The command lines of README and site, without what a shell does to them."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(PAGES.rglob("*.md"))):
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+            for line in block.splitlines():
+                words = shlex.split(line.replace("-m -- advkd.cli", "advkd"), comments=True)
+                if "advkd" in words[:4]:
+                    yield page.name, words[words.index("advkd") + 1 :]
+
+
+def test_command_lines_of_the_pages_are_understood():
+    import click
+
+    from advkd.cli.main import main
+
+    count = 0
+    for page, words in commands():
+        command, context = main, None
+        while isinstance(command, click.Group) and words and words[0] in command.commands:
+            command, words = command.commands[words[0]], words[1:]
+        try:
+            context = command.make_context(command.name, list(words))
+        except click.exceptions.Exit:
+            pass  # --help
+        except click.UsageError as error:
+            pytest.fail(f"{page}: advkd ... {' '.join(words)}: {error.format_message()}")
+        count += context is not None
+    assert count > 40
 
 
 def test_messages_in_the_table_of_errors_are_raised():
