@@ -70,7 +70,7 @@ def image_gradient(
     thin = d.dtype == torch.float32 and groups == 1 and 1 <= shape[1] <= CHANNELS and weight.shape[2:].numel() <= TAPS
     if backend == "cpu" and not thin:
         raise InputError("backend 'cpu' of image_gradient takes float32, one group, at most 4 channels and 64 taps")
-    wish = backend if thin else "reference"
+    wish = backend if thin or backend != "auto" else "reference"
     return OP(d, weight, list(shape), *pairs, groups, wish)
 
 
