@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advkd.errors import InputError
+from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import image_gradient, registry
 
 ENGINES = [b for b in ("cpu", "reference") if registry.gap("image_gradient", b, torch.device("cpu")) is None]
@@ -56,6 +56,9 @@ def test_other_dtypes_groups_and_channels_take_the_reference():
     assert image_gradient(*wide, (2, 5, 10, 10)).shape == (2, 5, 10, 10)
     with pytest.raises(InputError, match="float32, one group, at most 4 channels"):
         image_gradient(*wide, (2, 5, 10, 10), backend="cpu")
+    for backend in ("triton", "cuda"):
+        with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' cannot run image_gradient"):
+            image_gradient(*wide, (2, 5, 10, 10), backend=backend)
     grouped = image_gradient(torch.randn(2, 6, 8, 8), torch.randn(6, 1, 3, 3), (2, 2, 10, 10), groups=2)
     assert grouped.shape == (2, 2, 10, 10)
 
