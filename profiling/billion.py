@@ -20,7 +20,7 @@ from advkd.runtime.timing import measure
 from . import peers
 from .cases.student import PARITY_TESTS, plausible_student
 from .cases.teacher import Evaluation
-from .evidence import Table, source
+from .evidence import Table, device_of, source
 from .harness import Sweep, main
 from .trace.workloads import TEACHER
 
@@ -121,7 +121,7 @@ def page(results):
     lines[-1] += ". Energy, storage and the host's writing of pictures are left out on both sides."
     for result in results:
         times = [time for part in ("student", "teacher") for time in result[part]["rows"].values()]
-        where = result["provenance"]["device"] + (f", {cores(result)} cores" if result["kind"] == "cpu" else "")
+        where = device_of(result["provenance"]) + (f", {cores(result)} cores" if result["kind"] == "cpu" else "")
         lines += ["", f"## {where}", "", *source(result, times), *COSTS.of(result), *EVALUATIONS.of(result)]
     if not any(result["kind"] == "cuda" for result in results):
         lines += ["", "No GPU has been measured yet."]

@@ -39,6 +39,12 @@ def _read(path):
     return {**result, "path": path.relative_to(ROOT).as_posix(), "changed": changed(path.stem, result)}
 
 
+def device_of(place):
+    """A provenance's device; of a CPU with torch's instruction set, without which times of one name would differ twofold."""
+    capability = None if place.get("cuda") else place.get("capability")
+    return f"{place['device']}, {capability}" if capability else place["device"]
+
+
 def link(result, text=None):
     """Markdown of a link to a stored result, from the root."""
     path = result["path"]
@@ -62,7 +68,7 @@ def source(result, times, sure=""):
         raise InputError(f"{result['path']}: figures without spread are not shown; measure again with repeats")
     commits = list(dict.fromkeys(p["commit"][:8] for p in places(result)))
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items() if version)
-    where = f"{place['device']}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}"
+    where = f"{device_of(place)}, {place['threads']} threads, {versions}; commit {', '.join(commits)}; {'; '.join(spread)}"
     return [f"{stale(result)}{link(result)}: {where}:", ""]
 
 
@@ -150,7 +156,7 @@ def stale(result):
 
 def device_alone(result, times, sure=""):
     """Instead of :func:`source`, for what has been measured just now and is not stored yet."""
-    return [f"{result['provenance']['device']}:", ""]
+    return [f"{device_of(result['provenance'])}:", ""]
 
 
 def places(result):

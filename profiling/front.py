@@ -5,7 +5,7 @@ from dataclasses import replace
 from advkd.methods import METHODS, method_class
 
 from .cases.tables import TABLES
-from .evidence import ROOT, checked, families, last_run, link, markdown, stale, stored
+from .evidence import ROOT, checked, device_of, families, last_run, link, markdown, stale, stored
 from .gpu import summary
 
 WORK = (
@@ -47,7 +47,7 @@ def _times(name, case):
     # What was measured on the kernels as they are comes first.
     result, row = min(found, key=lambda pair: bool(pair[0].get("changed")))
     ours, other = (summary.fastest(row, whose) for whose in (True, False))
-    where = checked(result)["device"] + (" (of earlier kernels)" if stale(result) else "")
+    where = device_of(checked(result)) + (" (of earlier kernels)" if stale(result) else "")
     ratio = other["seconds"]["median"] / ours["seconds"]["median"]
     return _ms(ours), f"{_ms(other)} ({other['name']})", f"{ratio:.2f} x", link(result, where)
 

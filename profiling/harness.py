@@ -25,7 +25,7 @@ from advkd.runtime.files import write_json
 from advkd.runtime.hub import reason
 from advkd.runtime.timing import measure
 
-from .evidence import RESULTS, ROOT, cpu_digests, gpu_digests, time_of
+from .evidence import RESULTS, ROOT, cpu_digests, device_of, gpu_digests, time_of
 
 SETTLE = 0.1
 """Seconds of rest before each timed call: other engines' idle threads spin for some of that."""
@@ -262,7 +262,7 @@ def provenance(device="cpu"):
 
 def device_folder(device="cpu"):
     """The results' folder for this machine's device."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", provenance(device)["device"].lower()).strip("-")
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_of(provenance(device)).lower()).strip("-")
 
 
 def run(name, cases, parity_tests, out=None, device="cpu"):

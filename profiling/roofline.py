@@ -29,7 +29,7 @@ from advkd.runtime.devices import keep_freed_memory
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.timing import measure, percentiles
 
-from .evidence import Table, changed, scaled
+from .evidence import Table, changed, device_of, scaled
 from .gpu import summary as gpu_summary
 from .harness import Sweep, device_folder, main, peaks, provenance, read, timed
 
@@ -157,7 +157,7 @@ def plot(result, path):
     Points without operations stand at the left edge, by their bytes; those without bytes at the right one.
     """
     found, limits, place = result["points"], result["ceilings"], result["provenance"]
-    title = f"{place['device']}, {place['threads']} threads"
+    title = f"{device_of(place)}, {place['threads']} threads"
     with panels(path, 5.0) as (axes,):
         edge = 0.05
         right = max([10.0, *(2 * p["flop"] / p["moved_bytes"] for p in found if p["moved_bytes"])])

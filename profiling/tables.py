@@ -15,7 +15,7 @@ from advkd.runtime.files import write_bytes
 from . import billion, front, roofline
 from .cases import neighbours
 from .cases import tables as cases
-from .evidence import NOTHING, ROOT, checked, figure, link, source, stale, stored
+from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
 from .limits import guarantees, instruction_counts
 from .pictures import PLOTS
@@ -41,7 +41,7 @@ def plots(name, caption):
         for result in stored(name):
             checked(result)
             path = result["path"].removesuffix(".json") + ".png"
-            found += [f"![{caption}]({path})", "", f"{stale(result)}{link(result)}: {result['provenance']['device']}.", ""]
+            found += [f"![{caption}]({path})", "", f"{stale(result)}{link(result)}: {device_of(result['provenance'])}.", ""]
         return found[:-1] or NOTHING
 
     return lines
@@ -67,7 +67,7 @@ def _figures(name, value, text):
         results = stored(name)
         if not results:
             raise InputError(f"a page states a figure of {name}.json, which no device has: restore it or measure again")
-        found = [(figure(result, [value(result)], text(value(result))), result["provenance"]["device"]) for result in results]
+        found = [(figure(result, [value(result)], text(value(result))), device_of(result["provenance"])) for result in results]
         return " and ".join(f"{made} ({device})" for made, device in found)
 
     return linked

@@ -327,7 +327,7 @@ def test_a_sweep_stores_its_figures_and_their_plot(name, tmp_path, monkeypatch):
     module, small = SMALL_SWEEPS[name]
     for key, value in small.items():
         monkeypatch.setattr(module, key, value)
-    monkeypatch.setattr(roofline, "device_folder", lambda device: evidence.RESULTS / "amd-epyc")
+    monkeypatch.setattr(roofline, "device_folder", lambda device: evidence.RESULTS / "amd-epyc-avx512")
     monkeypatch.setattr(bench_student, "THREADED", (("digits", 1),))
     monkeypatch.setattr(bench_student, "GROWN", ("digits",))
     monkeypatch.setattr(bench_gradient_penalty, "SIZES", [("narrow", 8, 2)])
@@ -508,7 +508,7 @@ def test_a_point_stands_below_the_tighter_ceiling():
 
 def test_the_roofline_of_stored_results(tmp_path):
     """Points of the committed benchmarks, and a plot in both formats."""
-    folder = harness.RESULTS / "amd-epyc"
+    folder = harness.RESULTS / "amd-epyc-avx512"
     limits = {"flops": {"float32": 2e11, "bfloat16": 4e11}, "bandwidth": 2e10}
     found, places = roofline.points(folder, limits["flops"])
     assert places and all(place["commit"] for place in places)
