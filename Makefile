@@ -97,7 +97,7 @@ test-torch-%: build/torch-%/.ready
 
 # Strictly: a warning or a dead link is an error. 'python -m http.server --directory build/site' shows it.
 docs: install
-	$(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 # A rehearsal of a quarter of an hour on a GPU, without one: packages as on a machine that cannot fetch any.
 rehearse: build/rehearsal-2.11.0/.ready

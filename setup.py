@@ -73,6 +73,8 @@ def source_identity(kind):
 def cuda_compiler():
     """nvcc's path, or None where it is missing or ADVKD_CUDA=0."""
     wish = os.environ.get("ADVKD_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"ADVKD_CUDA must be 0, 1 or unset, got {wish!r}")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
     if wish == "1" and nvcc is None:
         raise SystemExit("ADVKD_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")

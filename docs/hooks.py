@@ -9,13 +9,16 @@ from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
 ROOT, PAGES = DOCS.parent, DOCS / "pages"
-FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
+CARDS = {
+    f"models/{name}.md": f"advkd/pretrained/{name}/README.md" for name in ("digits", "digits-teacher", "digits-classifier")
+}
+FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md", **CARDS}
 """Page -> the file of the repository that is shown as it stands."""
 RESULTS = ("profiling/results/*/*.json", "profiling/results/*/*.png", "profiling/results/*.json", "profiling/limits/*.json")
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 FORMULA = re.compile(r"^```math\n(?P<block>.*?)^```$|(?P<code>^```.*?^```$|`[^`\n]+`)|\$(?P<inline>[^$`\n]+)\$", re.M | re.S)
-NO_DEFAULT = "<code>Sentinel.UNSET</code>"
-"""Where an option has no default, as mkdocs-click writes it for newer versions of click."""
+NO_DEFAULT = re.compile("<code>Sentinel.UNSET</code>|(?<=<td>)None(?=</td>)")
+"""Defaults of options as mkdocs-click writes them that have none, or name it in their text."""
 
 
 def on_files(files, config):
@@ -52,6 +55,6 @@ def _formula(match):
     return convert((match["block"] or match["inline"]).strip(), display="block" if match["block"] else "inline")
 
 
-def on_page_content(html, **_):
+def on_page_content(html, page, **_):
     """The cell of a default that is not there is empty."""
-    return html.replace(NO_DEFAULT, "")
+    return NO_DEFAULT.sub("", html) if page.file.src_uri == "cli.md" else html

@@ -3,6 +3,8 @@
 The shipped student beside its teacher, from noise that training has not seen, and the plots of the stored results.
 """
 
+from pathlib import Path
+
 import torch
 
 from advkd import Student, Teacher
@@ -11,7 +13,7 @@ from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 
 from . import roofline
 from .cases import gradient_penalty, neighbours, sampler_step, student
-from .evidence import ROOT, checked, stored
+from .evidence import ROOT, checked, device_of, stored
 from .trace import demo
 
 PICTURES = ROOT / "docs" / "pages" / "pictures"
@@ -27,22 +29,31 @@ PLOTS = {
 
 
 def strip(n=16):
-    """Noise, the teacher's images and the student's, not chosen, with the times of the stored evaluation."""
-    result = stored("evaluation")[0]
-    models, place = result["models"], checked(result)
+    """Noise, the teacher's images and the student's, not chosen, with measured times of one machine."""
     teacher, small = Teacher.from_pretrained("digits"), Student.from_pretrained("digits")
     noise = teacher.noise(n, FRESH_SEED)
     with torch.no_grad():
         images = torch.stack((noise.clamp(-3, 3) / 3, teacher.sample(n, FRESH_SEED), small(small.project(noise)).clamp(-1, 1)))
-    titles = ("noise", *(f"{name}, {_evaluations(models[name])}" for name in ("teacher", "student")))
-    where = f"{place['threads']} threads, batch {models['batch_size']}"
-    times = [f"{1e3 * models[name]['seconds']['median']:.3g} ms an image ({where})" for name in ("teacher", "student")]
-    save_strip(images, titles, ("", *times), PICTURES / "strip.png")
+    titles = ("noise", f"teacher, {len(teacher.timesteps())} evaluations", "student, one evaluation")
+    save_strip(images, titles, _captions(), PICTURES / "strip.png")
 
 
-def _evaluations(model):
-    count = model["evaluations"]
-    return f"{count} evaluations" if count > 1 else "one evaluation"
+def _captions():
+    """The machine, and milliseconds of an image in batches of 16: on kernels as they are, where there are such results."""
+    results = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
+    pairs = [
+        (result, results[folder]) for result in stored("bench_student") if (folder := Path(result["path"]).parent) in results
+    ]
+    small, large = min(pairs, key=lambda pair: bool(pair[0]["changed"]))
+    place = checked(small)
+    times = (_milliseconds(large, "DDIM-50 trajectory, batch 16"), _milliseconds(small, "digits, batch 16, float32"))
+    return (f"{device_of(place)}, {place['threads']} threads, batch 16", *(f"{time:.3g} ms an image" for time in times))
+
+
+def _milliseconds(result, case):
+    (row,) = [row for row in result["cases"] if row["case"] == case]
+    ours = next(entry for entry in row["contestants"] if entry["kind"] == "ours" and "seconds" in entry)
+    return 1e3 * ours["seconds"]["median"] / row["images"]
 
 
 def main():

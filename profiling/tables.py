@@ -29,7 +29,7 @@ PAGES = (ROOT / "README.md", *CARDS, *(path for path in sorted(SITE.rglob("*.md"
 
 def counts():
     """Instructions of every C++ kernel."""
-    summary = "<details><summary>Instructions per element of every C++ kernel</summary>"
+    summary = '<details markdown="1"><summary>Instructions per element of every C++ kernel</summary>'
     return [summary, "", *instruction_counts.table(), "", "</details>"]
 
 

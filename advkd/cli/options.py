@@ -30,10 +30,21 @@ def options(config_class: type) -> Callable:
     def decorate(command):
         documentation = field_documentation(config_class)
         for field in reversed(dataclasses.fields(config_class)):
-            command = click.option(*_declaration(field), default=None, help=documentation.get(field.name, ""))(command)
+            text = documentation.get(field.name, "") + _default(field)
+            command = click.option(*_declaration(field), default=None, help=text)(command)
         return command
 
     return decorate
+
+
+def _default(field):
+    """What is taken without the option, for its help; nothing where that is empty or computed."""
+    value = field.default
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return "" if value is dataclasses.MISSING or value in ("", None) else f" Default: {value}."
 
 
 def _declaration(field):

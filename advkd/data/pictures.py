@@ -45,17 +45,21 @@ def save_grid(images: torch.Tensor, path: str | Path, columns: int | None = None
 
     if len(images) == 0:
         raise InputError("there is no image to save")
-    columns = columns or math.ceil(math.sqrt(len(images)))
     scale = scale or max(1, 96 // images.shape[-1])
-    tiles = to_pil(images)
-    side, gap = tiles[0].width * scale, 2
-    rows = math.ceil(len(tiles) / columns)
-    size = (columns * (side + gap) + gap, rows * (side + gap) + gap)
-    sheet = Image.new(tiles[0].mode, size, "white")
-    for i, tile in enumerate(tiles):
-        corner = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
-        sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), corner)
-    save_image(sheet, path)
+    pixels = to_uint8(images).cpu().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    sheet = _sheet(pixels, columns or math.ceil(math.sqrt(len(images))), gap=2)
+    save_image(Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet), path)
+
+
+def _sheet(pixels, columns, gap):
+    """``(N, H, W, C)`` row by row on one white sheet with gaps and a margin, as a numpy array."""
+    n, height, width, channels = pixels.shape
+    rows = math.ceil(n / columns)
+    sheet = torch.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=torch.uint8)
+    for i, tile in enumerate(pixels):
+        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[y : y + height, x : x + width] = tile
+    return sheet.numpy()
 
 
 def save_image(image: "Image.Image", path: str | Path) -> None:
@@ -71,7 +75,7 @@ def save_image(image: "Image.Image", path: str | Path) -> None:
 
 
 def save_pairs(
-    teacher: torch.Tensor, student: torch.Tensor, path: str | Path, titles: Sequence[str] = ("teacher", "student, same noise")
+    teacher: torch.Tensor, student: torch.Tensor, path: str | Path, titles: Sequence[str] = ("teacher", "student")
 ) -> None:
     """Teacher's and student's images of the same noise, column by column, as a PNG."""
     rows = torch.cat((teacher, student))
@@ -123,18 +127,7 @@ def save_strip(images: torch.Tensor, titles: Sequence[str], captions: Sequence[s
     columns = math.ceil(math.sqrt(images.shape[1]))
     with panels(path, WIDTH / len(images) + 0.45, 1, len(images)) as axes:
         for axis, group, title, caption in zip(axes, images, titles, captions, strict=True):
-            show_image(axis, _sheet(to_uint8(group).cpu(), columns), title, caption)
-
-
-def _sheet(pixels, columns, gap=1):
-    """``(N, H, W, C)`` row by row on one white sheet, as a numpy array."""
-    n, height, width, channels = pixels.shape
-    rows = math.ceil(n / columns)
-    sheet = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=torch.uint8)
-    for i, tile in enumerate(pixels):
-        y, x = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[y : y + height, x : x + width] = tile
-    return sheet.numpy()
+            show_image(axis, _sheet(to_uint8(group).cpu(), columns, gap=1), title, caption)
 
 
 def save_curves(metrics: str | Path, path: str | Path) -> None:

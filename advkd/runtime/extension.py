@@ -1,15 +1,28 @@
 """The compiled objects of the package: ``torch.ops.advkd_cpu`` and ``torch.ops.advkd_cuda``."""
 
 import functools
+import os
 import shutil
 from pathlib import Path
 
 import torch
 
+from ..errors import InputError
+
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+"""Instruction sets that ``ADVKD_ISA`` may name."""
+
 
 @functools.cache
 def extension_gap(kind: str) -> str | None:
-    """Load the C++ extension ``kind`` (``cpu`` or ``cuda``) once; None if it is loaded, else the reason."""
+    """Load the C++ extension ``kind`` (``cpu`` or ``cuda``) once; None if it is loaded, else the reason.
+
+    Raises:
+        InputError: the environment variable ``ADVKD_ISA`` names no instruction set.
+    """
+    isa = os.environ.get("ADVKD_ISA", "")
+    if kind == "cpu" and isa not in ("", *ISAS):
+        raise InputError(f"the environment variable ADVKD_ISA must be {', '.join(ISAS)} or unset, got {isa!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     files = sorted(Path(__file__).parent.parent.glob(f"_{kind}*.so"))

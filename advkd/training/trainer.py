@@ -335,7 +335,8 @@ class Trainer:
             where = f"stage {self.stage.number}, update {self.update}"
             kept = f"the last checkpoint is kept in {self.out}" if self.checkpoint.exists() else "no checkpoint yet"
             whose = self._what if name == "student" else name
-            raise TrainingError(f"the {whose}'s loss or gradient is not finite at {where}; {kept}: lower the learning rate")
+            what = f"the {whose}'s loss or gradient is not finite at {where}"
+            raise TrainingError(f"{what}; {kept}: run again with a lower learning rate, in another folder")
         for parameter, gradient in zip(part.parameters, gradients, strict=True):
             parameter.grad = gradient
         if part.part.clip:

@@ -175,7 +175,6 @@ TABLE = Table(
     },
     _timed,
     lambda result: [row["seconds"]["0"] for row in _timed(result)],
-    below=lambda result: ["", f"![time over the fair share, by neighbours]({result['path'].removesuffix('.json')}.png)"],
 )
 
 

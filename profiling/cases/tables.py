@@ -107,7 +107,7 @@ def _layer_rates(rows, peak):
 
 def _commands(result):
     runs = [line for run in result["runs"] for line in (f"# {run['name']}", run["command"])]
-    return ["", "<details><summary>The command of each row</summary>", "", "```sh", *runs, "```", "", "</details>"]
+    return ["", '<details markdown="1"><summary>The command of each row</summary>', "", "```sh", *runs, "```", "", "</details>"]
 
 
 def _of_floor(run):

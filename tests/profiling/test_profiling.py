@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -24,7 +25,7 @@ from advkd.models.student import Student
 from advkd.runtime import timing
 from advkd.runtime.extension import extension_gap
 from advkd.runtime.files import digest
-from profiling import billion, evidence, harness, peers, roofline, tables
+from profiling import billion, evidence, front, harness, peers, pictures, roofline, tables
 from profiling.cases import ablation
 from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
@@ -865,3 +866,58 @@ def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch):
         with pytest.raises(RuntimeError, match="previous error"):
             harness.Replay(lambda i: modes.append(torch.is_grad_enabled()), grad=grad)
         assert Stream.current is caller and modes[-4:] == [grad] * 4
+
+
+def timed(name, kind, milliseconds):
+    return {"name": name, "kind": kind, "seconds": time(1e-3 * milliseconds)}
+
+
+def test_the_readmes_speed_table(monkeypatch):
+    """Our fastest against the fastest of the others, of kernels as they are before others; without a time, no figure."""
+    monkeypatch.setattr(front, "WORK", (("some work", "bench", "a case"), ("other work", "bench", "b case")))
+    contestants = [
+        timed("slow", "ours", 3.0),
+        timed("quick", "ours", 2.0),
+        timed("peer", "peer", 5.0),
+        timed("copy", "floor", 1.0),
+    ]
+    old = {"path": "profiling/results/a/b.json", "provenance": PLACE, "changed": ["philox"]}
+    new = {"path": "profiling/results/c/b.json", "provenance": {**PLACE, "capability": "AVX2"}, "changed": []}
+    slower = [timed("quick", "ours", 200.0), timed("peer", "peer", 1500.0)]
+    alone = {"case": "b case", "contestants": [timed("quick", "ours", 2.0)]}
+    results = [
+        {**old, "cases": [{"case": "a case", "contestants": slower}, alone]},
+        {**new, "cases": [{"case": "a case", "contestants": contestants}]},
+    ]
+    monkeypatch.setattr(front, "stored", lambda name: results)
+    _, _, first, second = front.speed()
+    assert first == "| some work | 2 | 5 (peer) | 2.50 x | [a processor, AVX2](profiling/results/c/b.json) |"
+    assert second == "| other work | - | - | - | not measured yet |"
+    monkeypatch.setattr(front, "stored", lambda name: results[:1])
+    assert front.speed()[2].endswith(
+        "| 200 | 1,500 (peer) | 7.50 x | [a processor (of earlier kernels)](profiling/results/a/b.json) |"
+    )
+    monkeypatch.setattr(front, "stored", lambda name: [])
+    assert front.speed()[2] == "| some work | - | - | - | not measured yet |"
+
+
+def test_methods_without_a_result_are_not_in_the_table(monkeypatch):
+    kept = front.stored
+    assert any("`adv-kd`" in line for line in front.methods())
+    monkeypatch.setattr(front, "stored", lambda name: [] if name == "evaluation" else kept(name))
+    assert not any("`adv-kd`" in line for line in front.methods())
+
+
+def test_kernels_that_have_run_are_counted(monkeypatch):
+    runs = iter([{"stale": False}, {"stale": True}, None])
+    monkeypatch.setattr(front, "families", lambda: range(3))
+    monkeypatch.setattr(front, "last_run", lambda family: next(runs))
+    assert front.gpu_state() == "1 of 3 GPU kernels have run at their current source"
+
+
+def test_the_first_picture(tmp_path, monkeypatch):
+    """Three groups of images on a card of the house's width."""
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path)
+    pictures.strip(n=1)
+    with Image.open(tmp_path / "strip.png") as picture:
+        assert picture.width == 1800 and picture.height > 600

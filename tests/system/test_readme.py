@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from advkd import Student, Teacher
 
@@ -23,6 +24,10 @@ def test_it_is_short():
     assert len(example.splitlines()) <= 25
     speed = README.partition("<!-- table: speed -->")[2].partition("<!-- end -->")[0]
     assert len(speed.strip().splitlines()) <= 2 + 8
+    quality = README.partition("<!-- table: quality -->")[2].partition("<!-- end -->")[0]
+    assert len(quality.strip().splitlines()) == 2 + 3
+    commands = README.partition("## From the command line")[2].partition("```sh\n")[2].partition("```")[0]
+    assert len(commands.strip().splitlines()) == 6
 
 
 @pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits"])
@@ -50,11 +55,23 @@ def test_the_sites_python_runs():
     names = {}
     exec(python_of((PAGES / "index.md").read_text())[0], names)
     assert names["images"].shape == (16, 1, 32, 32)
+    exec(python_of((PAGES / "backends.md").read_text())[0], names)
+    assert names["fused"].dtype is torch.bfloat16 and names["noise"].shape == (4, 3, 8, 8)
     exec(python_of((PAGES / "speed" / "sampler-step.md").read_text())[0], names)
     assert names["x"].shape == (4, 1, 32, 32) and names["level"].shape == (4, 1, 8, 8) and len(names["pictures"]) == 4
     exec(python_of((PAGES / "speed" / "critic.md").read_text())[0], names)
     assert names["y"].shape == (8, 64, 32, 32) and all(p.grad is not None for p in names["critic"].parameters())
     assert len(names["update"].gradients) == len(list(names["critic"].parameters()))
+
+
+def test_the_python_of_getting_started_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_of((PAGES / "getting-started.md").read_text())
+    names = {}
+    exec(re.sub('"(student|my-teacher)"', '"digits"', example).replace("100_000", "64"), names)
+    assert names["batch"].shape == (64, 32, 32, 1) and names["batch"].dtype is torch.uint8
+    assert names["pairs"][0].shape == names["pairs"][1].shape == (4, 1, 32, 32)
+    assert torch.equal(names["again"].sample(2, seed=0), names["fused"].sample(2, seed=0))
 
 
 def test_links_lead_somewhere():
