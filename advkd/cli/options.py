@@ -38,7 +38,7 @@ def options(config_class: type) -> Callable:
 
 
 def _default(field):
-    """What is taken without the option, for its help; nothing where that is empty or computed."""
+    """Sentence with the field's default, for the help; nothing where it is empty or computed."""
     value = field.default
     if isinstance(value, bool):
         value = "on" if value else "off"

@@ -1,4 +1,4 @@
-"""The site: built strictly, looked at by a browser; what it says of code, tests, variables and messages is so."""
+"""The site: built strictly, looked at by a browser; code, tests, variables, messages and commands that it names exist."""
 
 import ast
 import functools
@@ -67,7 +67,7 @@ def described(thing):
 
 
 def gaps(thing):
-    """What the documentation of a public name leaves out."""
+    """Parts that the documentation of a public name lacks."""
     if thing.is_attribute:
         return [] if thing.name in HIDDEN or described(thing) else ["a description"]
     if not thing.docstring:
@@ -192,7 +192,7 @@ SMALLER = {
     "--extractor features": "--extractor features --num 260 --resamples 3",
     "-n 64": "-n 4",
 }
-"""What the first pages ask of a machine for hours, and what asks seconds."""
+"""Sizes of the page that take hours, and sizes that take seconds."""
 
 
 @pytest.mark.slow
