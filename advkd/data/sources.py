@@ -37,7 +37,11 @@ class Source(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that must not change between a run and its resumption."""
+        """JSON values that must not change between a run and its resumption.
+
+        Returns:
+            Values by name, other names than those of the configuration's fields and of :meth:`Method.identity`.
+        """
         ...
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
@@ -48,11 +52,18 @@ class Source(Protocol):
             levels: submodules whose states are read, of a source that has any.
             device: where the batch is put.
             dtype: of floating-point tensors.
+
+        Returns:
+            A batch of ``len(rows)`` rows in that order; its ``levels`` are those asked for, where the source has any.
         """
         ...
 
     def grow(self, updates: int) -> None:
-        """Bring the data to its state after the first ``updates`` updates of the run."""
+        """Bring the data to its state after the first updates of the run.
+
+        Args:
+            updates: number of these updates, over all stages.
+        """
         ...
 
 
@@ -81,12 +92,26 @@ class Tensors:
         return len(used[0]) if used else 0
 
     def identity(self) -> dict[str, Any]:
-        """Digest of the tensors."""
+        """Digest of the tensors.
+
+        Returns:
+            ``{"tensors": ...}``, the hexadecimal SHA-256 of names, dtypes, shapes and contents, of ``rows`` too.
+        """
         rows = {} if self._rows is None else {"rows": self._rows}
         return {"tensors": digest({**self.tensors, **rows})}
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
-        """The tensors' rows, pictures in [-1, 1]; see :class:`Source`."""
+        """The tensors' rows; see :class:`Source`.
+
+        Args:
+            rows: numbers from 0 to the length - 1.
+            levels: not used: there are none.
+            device: where the batch is put.
+            dtype: of floating-point tensors; others keep theirs.
+
+        Returns:
+            A batch of those of ``z``, ``images`` and ``labels`` that there are; images of 8 bits are in [-1, 1] there.
+        """
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
         index = index if self._rows is None else self._rows[index]
         picked = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
@@ -96,7 +121,11 @@ class Tensors:
         return Batch(**placed)
 
     def grow(self, updates: int) -> None:
-        """Nothing, whatever ``updates``: tensors stay as they are."""
+        """Nothing: tensors stay as they are.
+
+        Args:
+            updates: not used.
+        """
 
 
 class Recorded:

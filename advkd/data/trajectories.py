@@ -103,22 +103,39 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, values: dict) -> "DatasetInfo":
-        """The description in a manifest or a shard; ``KeyError`` or ``TypeError`` if one of its values is missing.
+        """The description in a manifest or a shard.
 
         Args:
             values: what :meth:`to_json` gave, with further keys or without; the values' types are not checked.
+
+        Returns:
+            A description that shares lists and the dict ``teacher`` with ``values``.
+
+        Raises:
+            KeyError: one of the description's values is missing.
+            TypeError: ``values`` are no dict.
         """
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     def to_json(self) -> dict:
-        """The description as manifests and shards hold it."""
+        """The description as manifests and shards hold it.
+
+        Returns:
+            JSON values by the names of the fields; lists and the dict ``teacher`` are the description's own, not copies.
+        """
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def config(self, **changes: Any) -> TrajectoryConfig:
         """The configuration of a recording like this one, with some fields changed.
 
         Args:
-            changes: fields of :class:`TrajectoryConfig` and their values; another name is a ``TypeError``.
+            changes: fields of :class:`TrajectoryConfig` and their values.
+
+        Returns:
+            A new configuration, which is not validated.
+
+        Raises:
+            TypeError: a name in ``changes`` is no field.
         """
         names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
         return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
@@ -133,13 +150,21 @@ class DatasetInfo:
 
         Args:
             shard: the shard's number, from 0 to ``num_shards - 1``.
+
+        Returns:
+            ``shard_size``, or the number that is left for the last shard.
         """
         return min(self.shard_size, self.num - shard * self.shard_size)
 
     def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of a shard of ``count`` samples, by name: ``z`` and ``level_01`` to ``level_{depth}``.
+        """Shape of every tensor of a shard, by name.
 
-        ``z`` is ``(count, numel)``, level k ``(count, C, R_k, R_k)``; all are float16 in a shard.
+        Args:
+            count: number of samples in the shard.
+
+        Returns:
+            ``(count, numel)`` for ``z`` and ``(count, C, R_k, R_k)`` for level k, ``level_01`` to ``level_{depth}``; all are
+            float16 in a shard.
         """
         channels = self.image_channels
         latent = latent_numel(channels, self.image_size, self.latent_size, self.detail_noise)
@@ -225,10 +250,13 @@ class Trajectories:
             self._load(shard)
 
     def noise(self, rows: Sequence[int]) -> torch.Tensor:
-        """x_T of some rows: ``(len(rows), C, S, S)`` float32 on the CPU, made anew from its counters.
+        """x_T of some rows, made anew from its counters.
 
         Args:
             rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+
+        Returns:
+            ``(len(rows), C, S, S)`` float32 on the CPU, standard normal.
         """
         shape, pieces = (self.info.image_channels, self.info.image_size, self.info.image_size), []
         for row in rows:

@@ -19,11 +19,14 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
 def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
-    """``(k_x, k_m)`` with x0 = k_x x + k_m m.
+    """Coefficients of x0 in the state x and the network's output m.
 
     Args:
         a_t: alpha_bar of the state's timestep, in [0, 1].
         prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Returns:
+        ``(k_x, k_m)`` with x0 = k_x x + k_m m.
 
     Raises:
         InputError: another ``prediction``, or ``epsilon`` at ``a_t`` = 0, where the state holds no signal.
@@ -39,11 +42,14 @@ def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
 
 
 def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
-    """``(e_x, e_m)`` with eps = e_x x + e_m m.
+    """Coefficients of the noise eps in the state x and the network's output m.
 
     Args:
         a_t: alpha_bar of the state's timestep, in [0, 1].
         prediction: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Returns:
+        ``(e_x, e_m)`` with eps = e_x x + e_m m.
 
     Raises:
         InputError: another ``prediction``, or ``sample`` at ``a_t`` = 1, where the state holds no noise.

@@ -50,14 +50,15 @@ SHARED_INFO = ".recipe.json"
 def record_trajectories(teacher: Teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
     """Run the teacher and store its trajectories under ``out``; finished shards of an earlier, killed run are kept.
 
-    Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; the one that finds all shards
-    present writes the manifest. Returns the folder.
-
     Args:
         teacher: the :class:`Teacher`, in the precision that :meth:`Teacher.optimize` gave it; the data set's manifest names it.
         config: a :class:`TrajectoryConfig`.
         out: the data set's folder, made where it is missing.
         progress: show a bar that counts samples (of process 0).
+
+    Returns:
+        The folder. Under ``torchrun`` or ``accelerate launch`` process r of w writes the shards r, r + w, ...; the one that
+        finds all shards present writes the manifest, and the others may return before that.
 
     Raises:
         InputError: bad configuration, too little disk, or ``out`` holds shards of another data set or damaged ones.
@@ -139,9 +140,8 @@ def record_in_processes(
 ) -> Path:
     """:func:`record_trajectories` by local processes of one thread each, which on CPUs beats one process of as many threads.
 
-    ``source`` is an argument of :meth:`Teacher.from_pretrained`; ``compiled`` and ``autocast`` (to bfloat16) are those of
-    :meth:`Teacher.optimize`. Bad input is refused before the processes start. These are started anew and import the caller's
-    script, so a script calls this under ``if __name__ == "__main__":``.
+    ``source`` is for :meth:`Teacher.from_pretrained`, ``compiled`` and ``autocast`` (bfloat16) for :meth:`Teacher.optimize`.
+    Bad input is refused before processes start; they import the caller's script: call it under ``if __name__ == "__main__":``.
 
     Raises:
         InputError: bad input, a script without that guard, or one that cannot be imported (standard input).

@@ -281,6 +281,9 @@ class FusedEulerDiscreteScheduler(FusedSigmas, EulerDiscreteScheduler):
             timestep: number, or a tensor of one element.
             schedule_timesteps: tensor ``(K,)`` to look in; None: ``timesteps``.
 
+        Returns:
+            Index in [0, K).
+
         Raises:
             InputError: the schedule does not hold the timestep.
         """

@@ -62,6 +62,9 @@ class Teacher:
             device: torch device that the network computes on.
             dtype: dtype of the network's weights and input; states stay float32.
 
+        Returns:
+            Teacher named ``str(source)``, its network frozen and in eval mode.
+
         Raises:
             InputError: missing or damaged files, a device that is not there, or a teacher that is conditional, works on
                 latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
@@ -93,7 +96,9 @@ class Teacher:
     def identity(self) -> dict:
         """Everything that its paths depend on, for a data set's manifest: weights, network, schedule, prediction, clipping.
 
-        JSON values; weights, network and schedule are SHA-256 digests. ``autocast`` is there only where it is on.
+        Returns:
+            JSON values: ``name``, ``parameters`` (their number), ``weights_sha256``, ``network_sha256``, ``schedule_sha256``,
+            ``prediction``, ``clip`` (None without clipping), ``variance`` and, only where it is on, ``autocast``.
         """
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
         return {
@@ -133,6 +138,9 @@ class Teacher:
             sampler: ``ddim`` or ``ddpm``.
             steps: number of timesteps; None or 0: 50 for DDIM (T, if that is fewer), all T for DDPM.
 
+        Returns:
+            ``steps`` integers in [0, T), floor(T / steps) apart; the last one is 0.
+
         Raises:
             InputError: another sampler, or ``steps`` outside [1, T].
         """
@@ -146,12 +154,15 @@ class Teacher:
         return [spacing * i for i in reversed(range(steps))]
 
     def optimize(self, compiled: bool | None = None, autocast: torch.dtype | None = None) -> "Teacher":
-        """Choose how the network runs in :meth:`record` and :meth:`sample`; returns the teacher.
+        """Choose how the network runs in :meth:`record` and :meth:`sample`.
 
         Args:
             compiled: through ``torch.compile`` (a minute or more the first time, kept on disk; every batch size anew); None:
                 for recordings on GPUs. On a GPU the whole step is replayed as a captured CUDA graph, compiled or not.
             autocast: ``torch.bfloat16`` for mixed precision (the paths are then others, and a recording says so), or None.
+
+        Returns:
+            The teacher itself.
 
         Raises:
             InputError: another ``autocast``.
@@ -162,10 +173,13 @@ class Teacher:
         return self
 
     def match(self, identity: dict) -> "Teacher":
-        """Take the precision of a recording; returns the teacher.
+        """Take the precision of a recording.
 
         Args:
             identity: the :meth:`identity` that the recording names; its ``autocast`` is taken over.
+
+        Returns:
+            The teacher itself.
         """
         return self.optimize(self._compiled, torch.bfloat16 if identity.get("autocast") else None)
 
@@ -243,7 +257,7 @@ class Teacher:
         return loop.x.clone(memory_format=torch.contiguous_format), kept
 
     def sample(self, n: int, seed: int = 0, sampler: str = "ddim", steps: int | None = None, start: int = 0) -> torch.Tensor:
-        """Images of samples ``start .. start + n - 1``: ``(n, C, H, W)`` float32 in [-1, 1], on the teacher's device.
+        """Images of samples ``start .. start + n - 1``, the ends of their paths.
 
         Args:
             n: number of images; they run through the network as one batch.
@@ -251,6 +265,9 @@ class Teacher:
             sampler: ``ddim`` (deterministic) or ``ddpm`` (ancestral).
             steps: number of network evaluations; see :meth:`timesteps`.
             start: index of the first sample.
+
+        Returns:
+            ``(n, C, H, W)`` float32 in [-1, 1], on the teacher's device.
 
         Raises:
             InputError: a sampler, a number of steps or a seed that cannot be.
@@ -294,6 +311,9 @@ class Teacher:
             t: timestep of the state, in [0, T).
             following: timestep after the step, or None.
             sampler: ``ddim`` or ``ddpm``.
+
+        Returns:
+            Coefficients for :func:`advkd.ops.sampler_step`; ``c_z``, the noise's deviation, is 0 for ``ddim`` and at t = 0.
 
         Raises:
             InputError: there is no such step, an epsilon prediction at alpha_bar = 0 say; the message names the teacher.

@@ -1,7 +1,6 @@
 """The quality of a student: its images against the teacher's and against real ones, each with the floor of that comparison.
 
-The floor is the distance of two disjoint halves of the reference at the same N: no generator can be expected to do better. All
-images are compared as 8-bit pictures, so that a folder of PNGs of the same images gives the same figures.
+The floor is the distance of two disjoint halves of the reference at the same N: no generator can be expected to do better.
 """
 
 import hashlib
@@ -87,8 +86,7 @@ def evaluate_student(
         teacher: source for :meth:`advkd.Teacher.from_pretrained`.
         config: an :class:`EvaluationConfig`.
         out: folder, made where it is missing.
-        teacher_samples: folder of ``advkd trajectories`` with at least ``2 num`` samples; by default they are drawn (a killed
-            run goes on) and kept in the cache.
+        teacher_samples: folder of ``advkd trajectories``, ``2 num`` samples or more; None: drawn (killed runs go on), cached.
         device: torch device of the models and the extractor; distances are computed on the CPU.
         cache: folder of kept features and samples (default :func:`advkd.runtime.folders.cache_folder`).
         progress: show a bar while the teacher draws.
@@ -157,10 +155,16 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
-    The reference is split into two halves: one to compare with, the other for the floor. N is the smaller of a half and the
-    number of images. If ``images`` and ``reference`` differ in size or channels, or are too few, it is an :class:`InputError`.
-    ``config`` gives extractor and resamples; ``device`` and ``cache`` are as there. With ``out``, writes ``evaluation.json``
-    there. Returns its contents: ``score``, ``rows``, ``images`` and ``reference`` (folder and digest), ``provenance``, ...
+    Args:
+        images: of the reference's size and channels; others, or too few on either side, are an :class:`InputError`.
+        reference: one half is compared with, the other is for the floor; N is the smaller of a half and of ``images``.
+        config: an :class:`EvaluationConfig`; its extractor and resamples are taken.
+        out: folder for ``evaluation.json``, made where it is missing; None: nothing is written.
+        device: torch device of the extractor; distances are computed on the CPU.
+        cache: folder of kept features (default :func:`advkd.runtime.folders.cache_folder`).
+
+    Returns:
+        Contents of ``evaluation.json``: ``score``, ``rows``, ``images`` and ``reference`` (folder, digest), ``provenance``, ...
     """
     config.validate()
     device = require_device(device)
@@ -261,10 +265,7 @@ def _require_drawable(extractor, model, teacher, config):
 
 
 def has_seen(record: dict | None, part: dict) -> bool | None:
-    """True if a student with a training record (None: unknown) was trained on some of a part's (seed, start, num) samples.
-
-    The noise of a seed is the same for every teacher, so the teacher does not matter.
-    """
+    """True if a student's training record (None: unknown) has some of a part's (seed, start, num) samples, of any teacher."""
     return None if record is None else any(samples_overlap(seen, part) for seen in record["samples"])
 
 
@@ -330,7 +331,7 @@ def _gather(batches, num):
 
 
 def _eight_bit(images):
-    """Images in [-1, 1] as uint8 ``(N, C, H, W)``."""
+    """Images in [-1, 1] as uint8 ``(N, C, H, W)``, which all are compared in: PNGs of the same images give the same figures."""
     return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
 
 

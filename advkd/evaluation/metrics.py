@@ -47,7 +47,8 @@ def require_enough(features: torch.Tensor, name: str) -> None:
 def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of features ``(N, D)`` and ``(M, D)``, N and M at least 2.
 
-    Exact to rounding for singular covariances of ``generated`` or ``reference`` too, and never negative.
+    Returns:
+        The distance, exact to rounding for singular covariances of ``generated`` or ``reference`` too, and never negative.
     """
     return _frechet(*_two(generated, reference, 2))
 
@@ -125,10 +126,7 @@ def distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(points, others):
-    """Both sets, moved by the medians of ``others`` near the origin, where squares lose least.
-
-    The medians' coordinates are among the data's own, so that differences of float32 or whole numbers stay exact.
-    """
+    """Both sets less ``others``' medians, which are data: differences of float32 or whole numbers stay exact, squares small."""
     centre = others.median(dim=0).values
     return points - centre, others - centre
 
@@ -192,12 +190,14 @@ def neighbour_measures(
 ) -> dict[str, Any]:
     """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
 
-    ``nearest`` is the mean distance of a generated point to the closest reference point, ``diversity`` the mean distance of two
-    generated points. Both sets, ``generated`` and ``reference``, of 4 samples or more, are drawn anew ``resamples`` times by
-    ``seed``, the manifolds' radii stay; the resampled values are moved so that their centre of mass is the measured one, as a
-    resample holds only two thirds of a set's points. An interval is their central ``level``. Memory: a few blocks of
-    :data:`BLOCK` distances, and about 40 bytes per sample and resample. The result is
-    ``{"precision": value, "precision_interval": [low, high], ...}``.
+    Both sets, ``generated`` and ``reference``, of 4 samples or more, are drawn anew ``resamples`` times by ``seed``, the
+    manifolds' radii stay; the resampled values are moved so that their centre of mass is the measured one, as a resample holds
+    only two thirds of a set's points. An interval is their central ``level``. Memory: a few blocks of :data:`BLOCK` distances,
+    and about 40 bytes per sample and resample.
+
+    Returns:
+        ``{"precision": value, "precision_interval": [low, high], ...}``, and so for ``recall`` (both in [0, 1]), ``nearest``,
+        the mean distance of a generated point to the closest reference point, and ``diversity``, that of two generated points.
     """
     generated, reference = _shifted(*_two(generated, reference, NEIGHBOUR + 1))
     _require_bootstrap(resamples, level)
@@ -245,10 +245,7 @@ def _across(generated, reference, radii, reference_radii, ours, theirs):
 
 
 def _nearest(block, drawn):
-    """Smallest of each row's distances to the points that were ``drawn`` (resamples, M): ``(resamples, N)``.
-
-    The closest few nearly always hold it; else the whole row is searched.
-    """
+    """Least of each row's distances to ``drawn`` (resamples, M) points, ``(resamples, N)``: mostly of the closest few."""
     closest, columns = block.topk(min(CLOSEST, block.shape[1]), dim=1, largest=False, sorted=False)
     result = torch.empty(len(drawn), len(block), dtype=torch.float64, device="cpu")
     for nearest, kept in zip(result, drawn, strict=True):
@@ -312,6 +309,10 @@ def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 2
     """Every measure of ``generated`` ``(N, D)`` against ``reference`` ``(M, D)``, as a dict of numbers and intervals.
 
     Each set needs :func:`fewest` samples; ``seed`` determines all subsets and ``resamples``; intervals have level 0.95.
+
+    Returns:
+        ``samples`` ``[N, M]``, ``frechet``, ``frechet_interval``, ``frechet_at_infinity`` (its dict), ``kid``,
+        ``kid_standard_deviation``, and all of :func:`neighbour_measures`.
     """
     generated, reference = _two(generated, reference, 1)
     require_enough(generated, "generated images")

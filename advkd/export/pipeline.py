@@ -204,6 +204,9 @@ class AdvKDPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: a folder by :meth:`save_pretrained`, or a hub id.
             **options: diffusers' options, such as ``torch_dtype``, ``revision`` or ``cache_dir``.
 
+        Returns:
+            The pipeline, its student in eval mode.
+
         Raises:
             InputError: the index names anything but a :class:`StudentModel`, or Python files lie in the folder: diffusers would
                 import the library and might run the files. Missing, damaged or foreign files.

@@ -1,8 +1,7 @@
 """ADV-KD: a student imitates a teacher's states, submodule by submodule, by regression and critics (section 3).
 
-A stage's update: critic updates on (teacher's levels, student's levels), then one student update on
-J = mse + kl + wasserstein over the stage's levels. The paper's recipe goes stage by stage, the joint recipe trains all levels
-at once.
+A stage's update: critic updates on (teacher's levels, student's levels), then one student update on J = mse + kl + wasserstein
+over the stage's levels. The paper's recipe goes stage by stage, the joint recipe trains all levels at once.
 """
 
 import dataclasses
@@ -104,7 +103,13 @@ class DistillConfig:
     log_every: int = 1
 
     def validate(self, depth: int, paired: bool, num: int) -> None:
-        """Raise :class:`InputError` for fields that do not suit ``depth`` submodules or ``num`` samples, ``paired`` or not."""
+        """Raise :class:`InputError` for fields that cannot work, alone or with the student or the data.
+
+        Args:
+            depth: submodules of the student.
+            paired: True if x_0 is a function of z in the data.
+            num: number of trajectories in the data.
+        """
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
@@ -153,7 +158,7 @@ class DistillConfig:
         return [k for k in stage.levels if not self.regression_levels or k in self.regression_levels]
 
     def stages(self, depth: int) -> list["SubmoduleStage"]:
-        """The stages of a run for a student of ``depth`` submodules."""
+        """The stages of a run for a student of ``depth`` submodules: one (``joint``), or one per submodule (``paper``)."""
         if self.recipe == "joint":
             return [self._stage(1, tuple(range(1, depth + 1)), depth)]
         return [self._stage(k, (k,), k) for k in range(1, depth + 1)]
@@ -167,12 +172,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class SubmoduleStage(Stage):
-    """A stage that trains some of a student's submodules.
-
-    Attributes:
-        critic_levels: levels with a critic.
-        trained: submodules that are trained.
-    """
+    """A stage that trains the submodules ``trained`` of a student, with critics on the levels ``critic_levels``."""
 
     critic_levels: tuple[int, ...] = ()
     trained: range = range(0)
@@ -208,9 +208,14 @@ RECIPES = {
 
 
 def recipe(name: str, **overrides: Any) -> DistillConfig:
-    """The recipe ``name``, ``joint``, ``digits`` or ``paper``, with the fields in ``overrides`` changed.
+    """A named recipe with some fields changed, such as ``recipe("digits", updates=(2000,))``.
 
-    An example is ``recipe("digits", updates=(2000,))``. Another name is an :class:`InputError`, another field a ``TypeError``.
+    Args:
+        name: ``joint``, ``digits`` or ``paper``; another one is an :class:`InputError`.
+        overrides: fields of :class:`DistillConfig` and their values; another name is a ``TypeError``.
+
+    Returns:
+        A new configuration, which is not validated.
     """
     if name not in RECIPES:
         raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
@@ -231,12 +236,7 @@ class Scales(nn.Module):
 
 
 class AdvKD(Method):
-    """Adversarial distillation of a teacher's states into the submodules of a student.
-
-    Args:
-        config: a :class:`DistillConfig`.
-        student: a :class:`advkd.Student`; it is trained in place.
-    """
+    """Adversarial distillation of a teacher's states into the submodules of a student."""
 
     name = "adv-kd"
     reference = "ADV-KD: adversarial knowledge distillation for faster diffusion sampling, sections 3 and 4"
@@ -273,7 +273,7 @@ class AdvKD(Method):
         return self.config.stages(self.student.depth)
 
     def build(self, stage: Stage) -> dict[str, Trained | Kept]:
-        """The student with the stage's submodules in training, and fresh critics."""
+        """The student itself, no copy, with the stage's submodules in training, and fresh critics."""
         assert isinstance(stage, SubmoduleStage)
         config, student = self.config, self.student
         self.stage = stage

@@ -92,7 +92,14 @@ def cosine(update: int, updates: int, final: float = 0.0) -> float:
 
 
 def constant(update: int) -> float:
-    """Schedule of a learning rate that does not change: 1 for every ``update``."""
+    """Schedule of a learning rate that does not change.
+
+    Args:
+        update: updates so far; not used.
+
+    Returns:
+        Fraction of the learning rate, which is 1.
+    """
     return 1.0
 
 
@@ -123,7 +130,11 @@ class Trained:
     memory_format: torch.memory_format = torch.preserve_format
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimiser of the parameters."""
+        """A fresh optimiser of the parameters.
+
+        Returns:
+            ``Adam``, or ``AdamW`` where ``weight_decay`` is positive, with ``learning_rate`` and ``betas``.
+        """
         own = (p for p in self.module.parameters() if p.requires_grad)
         parameters = list(own if self.parameters is None else self.parameters)
         if self.weight_decay:
@@ -148,10 +159,26 @@ class Step(Protocol):
     """Actions of an update; the trainer provides them."""
 
     def __call__(self, name: str, loss: Tensor) -> None:
-        """Move the module ``name`` down the gradient of ``loss``."""
+        """Move a module down the gradient of a loss.
+
+        Args:
+            name: of a :class:`Trained` module that :meth:`Method.build` gave.
+            loss: scalar with a graph; a parameter that it does not depend on has the gradient 0.
+
+        Raises:
+            TrainingError: the gradient, averaged over the processes, is not finite.
+        """
 
     def gradients(self, name: str, gradients: Iterable[Tensor]) -> None:
-        """Move the module ``name`` by ``gradients`` of its optimiser's parameters, one tensor each, in their order."""
+        """Move a module by gradients.
+
+        Args:
+            name: of a :class:`Trained` module that :meth:`Method.build` gave.
+            gradients: one tensor for each of its optimiser's parameters, in their order; their memory may be written to.
+
+        Raises:
+            TrainingError: a gradient, averaged over the processes, is not finite.
+        """
 
     def log(self, **values: Tensor) -> None:
         """Record scalars; ``metrics.csv`` has a column for each name in :attr:`Method.columns`.
@@ -161,10 +188,18 @@ class Step(Protocol):
         """
 
     def next_batch(self) -> tuple[Batch, Draw]:
-        """A further batch of the same update, and its draws."""
+        """A further batch of the same update, and its draws.
+
+        Returns:
+            ``(batch, draw)`` of the rows that come next in the data's order, as :meth:`Method.update` is given them.
+        """
 
     def autocast(self) -> Any:
-        """Context manager of the run's mixed precision."""
+        """Context manager of the run's mixed precision.
+
+        Returns:
+            Autocast to bfloat16 with ``mixed_precision`` ``bf16``; with ``no``, a context in which nothing changes.
+        """
 
 
 class Method(Protocol):
@@ -214,14 +249,22 @@ class Method(Protocol):
         ...
 
     def stages(self) -> Sequence[Stage]:
-        """Stages of a run, in order."""
+        """Stages of a run, in order.
+
+        Returns:
+            One stage or more, each with one update or more and a batch size that the number of processes divides.
+        """
         ...
 
     def build(self, stage: Stage) -> Mapping[str, Trained | Kept]:
-        """Modules of a stage by name; ``student`` is the result. A module may be that of the stage before.
+        """Modules of a stage; a module may be that of the stage before.
 
         Args:
             stage: one of :meth:`stages`; the trainer builds them in order, a resumed run only those from its own on.
+
+        Returns:
+            Modules by name, with an optimiser (:class:`Trained`) or without (:class:`Kept`); ``student``, a :class:`Trained`
+            one, is the result.
         """
         ...
 
@@ -236,21 +279,33 @@ class Method(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """JSON values beside the configuration that must not change between a run and its resumption."""
+        """JSON values beside the configuration that must not change between a run and its resumption.
+
+        Returns:
+            Values by name, other names than those of the configuration's fields and of :meth:`Source.identity`.
+        """
         return {}
 
     def generator(self, update: int) -> torch.Generator | None:
-        """Generator on the host that update number ``update`` of the run draws rows and noise from, instead of Philox.
+        """Generator that an update of the run draws rows and noise from, instead of Philox.
 
-        Updates count from 0 over all stages. None, the default, leaves rows and noise to Philox.
+        Args:
+            update: number of the update, from 0 over all stages.
+
+        Returns:
+            A generator on the host. None, the default, leaves rows and noise to Philox.
         """
         return None
 
     def samples(self, student: nn.Module, stage: Stage) -> Tensor | None:
-        """Images ``(N, C, H, W)`` in [-1, 1] that show a stage's result, or None.
+        """Images that show a stage's result.
 
         Args:
             student: the result so far, in eval mode: the average, where there is one.
             stage: the stage that has just ended.
+
+        Returns:
+            ``(N, C, H, W)`` in [-1, 1], which the main process writes as a grid, ``samples-stage-01.png`` say; or None, the
+            default, for no picture.
         """
         return None

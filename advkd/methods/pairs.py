@@ -100,7 +100,11 @@ class Pairs(Method):
         self.config.validate(len(data))
 
     def needs(self) -> Needs:
-        """Start noise and image of deterministic paths."""
+        """Start noise and image of deterministic paths.
+
+        Returns:
+            ``pairs`` of a deterministic sampler, limited and grown as the configuration says.
+        """
         config = self.config
         return Needs("pairs", paired=True, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
 
@@ -110,7 +114,11 @@ class Pairs(Method):
         return Settings(config.seed, config.checkpoint_every, config.log_every, config.mixed_precision)
 
     def stages(self) -> list[Stage]:
-        """One stage, on the last level: the image."""
+        """One stage, on the last level: the image.
+
+        Returns:
+            ``[Stage]``; its ``levels`` are empty for a module that has no ``depth`` as :class:`advkd.Student` has.
+        """
         depth: Any = getattr(self.student, "depth", None)
         levels = (depth,) if depth else ()
         return [Stage(1, self.config.updates, self.config.batch_size, levels)]

@@ -94,18 +94,24 @@ class Classifier(PretrainedModule):
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Features ``(N, num_features)`` of images, of mean square 1 on the training images (:meth:`calibrate`).
+        """Features of images.
 
         Args:
             x: ``(N, C, S, S)`` float32 images in [-1, 1], on the classifier's device.
+
+        Returns:
+            ``(N, num_features)`` float32 on that device, of mean square 1 on the training images (:meth:`calibrate`).
         """
         return self.embedding(self.trunk(x)) / self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images.
+        """Logits of images.
 
         Args:
             x: ``(N, C, S, S)`` float32 images in [-1, 1], on the classifier's device.
+
+        Returns:
+            ``(N, classes)`` float32 on that device, unnormalised.
         """
         return self.head(self.embedding(self.trunk(x)))
 
@@ -126,13 +132,16 @@ class Classifier(PretrainedModule):
 
     @torch.no_grad()
     def accuracy(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """Fraction of images whose class is found, in [0, 1]; puts the classifier in eval mode.
+        """Share of images whose class is found; puts the classifier in eval mode.
 
         Images may be in another device's memory than the classifier, which takes :data:`BATCH_PIXELS` at a time.
 
         Args:
             images: ``(N, C, S, S)``, float32 in [-1, 1] or uint8, and N at least 1.
             labels: ``(N,)`` numbers of their classes, on any device.
+
+        Returns:
+            Fraction of the images whose largest logit is that of their class, in [0, 1].
 
         Raises:
             InputError: there are no images.

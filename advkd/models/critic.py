@@ -74,11 +74,14 @@ class Critic(PretrainedModule):
         )
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores ``(N,)`` of images.
+        """Scores of images.
 
         Args:
             x: ``(N, C, S, S)`` images in the critic's dtype, on its device.
             condition: ``(N, condition_channels, 4, 4)`` where the configuration has a condition, else None.
+
+        Returns:
+            ``(N,)`` in ``x``'s dtype, on its device, unbounded; differentiable any number of times.
 
         Raises:
             InputError: a condition that the critic does not take, or none where it takes one.

@@ -109,6 +109,9 @@ class FusedStudent(PretrainedModule):
             dtype: of activations and images: float32, bfloat16, float16 or float64.
             tune: choose algorithms and launches by measurements, which are kept on disk; False takes the defaults.
 
+        Returns:
+            Engine in eval mode on the student's device.
+
         Raises:
             InputError: layers that cannot be folded (:func:`advkd.models.batch_norm.fold`), weights that are not finite, an
                 unknown backend or dtype.
@@ -135,13 +138,15 @@ class FusedStudent(PretrainedModule):
     def from_pretrained(cls, source: Any, device: str | torch.device = "cpu", backend: str = "auto") -> "FusedStudent":
         """Load what :meth:`save_pretrained` wrote: folded weights and the algorithms that were chosen.
 
-        The algorithms hold on every processor (their weights are packed anew here); those of another model of processor may
-        not be its fastest.
+        Algorithms hold on every processor (weights are packed anew); those of another model may not be the fastest on this one.
 
         Args:
             source: a folder or a hub id (owner/name).
             device: where the engine computes.
             backend: see :func:`advkd.ops.registry.choose`.
+
+        Returns:
+            Engine in eval mode on ``device``, in the dtype that it was saved in.
 
         Raises:
             InputError: missing, damaged or foreign files; the message names the file. A device that is not there.
@@ -221,10 +226,13 @@ class FusedStudent(PretrainedModule):
 
     @torch.no_grad()
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Images ``(N, C, S, S)`` in [-1, 1], in the engine's dtype and without a gradient, of latents.
+        """Images of latents.
 
         Args:
             z: ``(N, latent_numel)``, any floating-point dtype of the ops, on the engine's device.
+
+        Returns:
+            ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, on its device and without a gradient.
 
         Raises:
             InputError: a ``z`` of another shape, device or kind of dtype.
@@ -331,7 +339,7 @@ class FusedStudent(PretrainedModule):
             torch.cuda.empty_cache()
 
     def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
-        """Images of seed ``seed``, ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
+        """Images of a seed.
 
         Batches are written straight into the result: beside it this takes one batch of images (two on a GPU) and
         :meth:`memory`. 10,000 images of 256x256 are 7.9 GB; :meth:`stream` takes no more than one batch at a time.
@@ -342,6 +350,9 @@ class FusedStudent(PretrainedModule):
             batch_size: images that are drawn at a time.
             start: index of the first image.
 
+        Returns:
+            ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
+
         Raises:
             InputError: a number out of its range.
             torch.OutOfMemoryError: as for :meth:`stream`.
@@ -351,15 +362,16 @@ class FusedStudent(PretrainedModule):
     def memory(self, batch_size: int = 1) -> dict[str, int]:
         """Bytes that the engine takes beside latents and images, on a CPU for torch's current number of threads.
 
-        ``folded``: float32 weights, kept for saving; ``weights``: packed ones (on a GPU those of the batch sizes planned so
-        far); ``workspace``: activations and each thread's scratch, kept from call to call (one for each call at the same time)
-        until an engine is deleted. Not known for ``reference``.
-
         Args:
             batch_size: images of one call.
 
+        Returns:
+            Bytes by name. ``folded``: float32 weights, kept for saving; ``weights``: packed ones (on a GPU those of the batch
+            sizes planned so far); ``workspace``: activations and each thread's scratch, kept from call to call (one for each
+            call at the same time) until an engine is deleted.
+
         Raises:
-            InputError: the backend is ``reference``.
+            InputError: the backend is ``reference``, whose memory is not known.
         """
         kept = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
         return {"folded": kept, **self.engine.memory(batch_size)}

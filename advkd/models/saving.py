@@ -38,11 +38,14 @@ class PretrainedModule(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id, in eval mode.
+        """Load from an embedded name, a folder by :meth:`save_pretrained` (or a pipeline's folder) or a hub id.
 
         Args:
             source: an embedded name (``digits`` for ``Student`` and ``Classifier``), a folder, or a hub id (owner/name).
             device: where the module is put, whatever torch's default device is.
+
+        Returns:
+            The module in eval mode; its weights can be trained. ``training_record`` is that of the folder, where there is one.
 
         Raises:
             InputError: missing, damaged or foreign files; the message names the file. A device that is not there.
@@ -72,10 +75,13 @@ class PretrainedModule(nn.Module):
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
-        """True if a training record's values are such as can be read.
+        """Check a training record's values when a module is loaded.
 
         Args:
             record: the contents of ``training.json``; the class's ``training_keys`` are there.
+
+        Returns:
+            True if the values are such as can be read.
         """
         return True
 

@@ -77,10 +77,13 @@ class Student(PretrainedModule):
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
-        """True if a training record names samples by seed, start and number.
+        """Check a training record's values when a student is loaded.
 
         Args:
             record: the contents of ``training.json``, with the keys ``samples`` and ``runs``.
+
+        Returns:
+            True if ``samples`` are named by seed, start and number, and ``runs`` is a list.
         """
         samples, runs = record["samples"], record["runs"]
         if not isinstance(samples, list) or not isinstance(runs, list):
@@ -110,10 +113,14 @@ class Student(PretrainedModule):
 
     @classmethod
     def from_preset(cls, name: str) -> "Student":
-        """A student of a known shape with fresh weights, in training mode.
+        """A student of a known shape with fresh weights.
 
         Args:
             name: ``paper-256``, ``pyramid-256`` or ``digits``.
+
+        Returns:
+            Student in training mode, in torch's default dtype and on its default device; its weights are drawn from torch's
+            global random state.
 
         Raises:
             InputError: another name.
@@ -213,10 +220,13 @@ class Student(PretrainedModule):
         return outputs[depth] if levels is None else outputs
 
     def levels(self, z: torch.Tensor) -> list[torch.Tensor]:
-        """All images, a list of ``(N, C, R_k, R_k)`` for k = 1 .. depth, as :meth:`forward` gives them.
+        """Images of all submodules.
 
         Args:
             z: ``(N, latent_numel)`` in the weights' dtype, on the student's device.
+
+        Returns:
+            List of ``(N, C, R_k, R_k)`` for k = 1 .. depth, as :meth:`forward` gives them.
         """
         outputs = self(z, levels=range(1, self.depth + 1))
         return [outputs[k] for k in sorted(outputs)]
@@ -231,6 +241,9 @@ class Student(PretrainedModule):
                 cache folder (``ADVKD_CACHE``) by layer and processor; False takes the defaults. Plans differ in rounding:
                 where bits must not depend on a measurement, take the defaults or load a saved engine. On a GPU each batch
                 size's launches are measured when it first comes, and the times are kept there too.
+
+        Returns:
+            Engine on the student's device, in eval mode, with weights of its own: the student stays as it is.
 
         Raises:
             InputError: an unknown backend or dtype, weights that are not finite, or layers that cannot be folded (modules of

@@ -1,7 +1,6 @@
 """The training loop, once for every method: order of the data, draws, optimisers, averages, processes and files.
 
-All random draws are functions of (seed, global draw number), so that a checkpoint's cursor holds all of them, and the number of
-processes changes nothing but rounding.
+All draws are functions of (seed, global draw number): a checkpoint's cursor holds them, and processes change only the rounding.
 """
 
 import contextlib
@@ -179,7 +178,10 @@ class Trainer:
 
     @plain_defaults()
     def run(self) -> nn.Module:
-        """Run all updates that are left; returns the result in eval mode.
+        """Run all updates that are left.
+
+        Returns:
+            The student to keep (``result``), in eval mode, its weights contiguous.
 
         Raises:
             InputError: another process has written to the folder since this run was set up.
@@ -224,9 +226,10 @@ class Trainer:
             self._write_checkpoint(log)
 
     def step(self) -> dict[str, float]:
-        """One update, and the beginning of the next stage behind a stage's last one.
+        """One update, and the beginning of the next stage behind a stage's last one; writes no checkpoint and no metrics.
 
-        Returns what the method logged, as means over the processes. Writes no checkpoint and no metrics.
+        Returns:
+            Numbers that the method logged, by name, as means over the processes.
 
         Raises:
             RuntimeError: the run is complete.
@@ -345,7 +348,11 @@ class Trainer:
         part.optimizer.zero_grad(set_to_none=True)
 
     def means(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Means of scalars over the processes, of ``values`` by name: tensors of one element."""
+        """Means of scalars over the processes, by their names.
+
+        Args:
+            values: tensors of one element by name.
+        """
         if not values:
             return {}
         stacked = torch.stack([value.detach().double() for value in values.values()])
