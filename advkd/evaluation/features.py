@@ -18,7 +18,7 @@ from ..models.classifier import Classifier
 from ..runtime.files import digest, read_tensors, require_digest, require_regular, why_unreadable, with_digest, write_tensors
 from ..runtime.hub import reason
 from ..runtime.pickles import require_weights
-from .metrics import require_enough
+from .feature_sets import require_enough
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_LIMIT = 2**28

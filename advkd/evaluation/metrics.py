@@ -10,16 +10,12 @@ finite matrix, too few or of another dimension than those they are compared with
 """
 
 import math
-from numbers import Integral
 from typing import Any
 
 import torch
 
-from ..errors import InputError
-from ..ops.arguments import real, require_dense, whole
-
-NEIGHBOUR = 3
-"""k of the manifolds behind precision and recall."""
+from ..ops.arguments import whole
+from .feature_sets import NEIGHBOUR, alike, both, checked, require_bootstrap, require_enough, require_least, require_samples
 
 BLOCK = 2**21
 """Distances held in memory at a time."""
@@ -27,30 +23,18 @@ BLOCK = 2**21
 CLOSEST = 32
 """Nearest references of a point that are tried first in a resample, which holds none of them once in e^32 times."""
 
-LARGEST = 1e25
-"""Largest magnitude of a feature: its twelfth power, which the deviation of KID takes, must be a float64."""
-
-
-def fewest(dimension: int) -> int:
-    """The fewest samples for features of ``dimension`` numbers, max(2 D, 5): covariances and neighbours need that many."""
-    return max(2 * dimension, NEIGHBOUR + 2)
-
-
-def require_enough(features: torch.Tensor, name: str) -> None:
-    """Refuse ``features`` ``(N, D)`` of fewer samples than :func:`fewest`: an :class:`InputError` that calls them ``name``."""
-    samples, dimension = features.shape
-    if samples < fewest(dimension):
-        needed = f"{fewest(dimension)} or more are needed"
-        raise InputError(f"{name}: {samples} images are too few for {dimension} features; {needed}")
-
 
 def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
-    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of features ``(N, D)`` and ``(M, D)``, N and M at least 2.
+    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of the means and covariances of two sets of features.
+
+    Args:
+        generated: ``(N, D)``, N at least 2.
+        reference: ``(M, D)``, M at least 2.
 
     Returns:
-        The distance, exact to rounding for singular covariances of ``generated`` or ``reference`` too, and never negative.
+        The distance, exact to rounding for singular covariances too, and never negative.
     """
-    return _frechet(*_two(generated, reference, 2))
+    return _frechet(*both(generated, reference, 2))
 
 
 def _frechet(generated, reference):
@@ -81,15 +65,22 @@ def _triangle(tall):
 
 
 def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
-    """KID, ``(mean, standard deviation)`` over ``subsets`` random subsets of half the samples (at most 1,000), by ``seed``.
+    """KID over random subsets of half the samples of the smaller set, at most 1,000.
 
-    Both ``generated`` and ``reference`` need 4 samples or more; the half is that of the smaller set.
+    Args:
+        generated: ``(N, D)``, N at least 4.
+        reference: ``(M, D)``, M at least 4.
+        subsets: number of subsets.
+        seed: determines the subsets.
+
+    Returns:
+        ``(mean, standard deviation)`` over the subsets.
     """
     with torch.device("cpu"):
         from torchmetrics.image.kid import poly_mmd
 
-    generated, reference = _two(generated, reference, 4)
-    _require_least(1, subsets=subsets)
+    generated, reference = both(generated, reference, 4)
+    require_least(1, subsets=subsets)
     generator, size = _generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
     pairs = ((_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets))
     values = torch.stack([poly_mmd(*pair) for pair in pairs])
@@ -97,15 +88,23 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
 
 
 def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> torch.Tensor:
-    """``(N, M)`` bool: True where ``points`` (N, D) are within the ``k``-th neighbour's distance of one of ``manifold`` (M, D).
+    """Coverage of points by a manifold, of which a point covers all that is no farther than its k-th neighbour.
 
     Squared distances that differ by the arithmetic's rounding alone, about 1e-15 D of the features' squares, are equal: a tie
     is within. Precision is the share of generated points that some reference point covers, recall that of reference points that
-    some generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`); M exceeds k.
+    some generated one covers. Beside the result this takes a few distances at a time (:data:`BLOCK`).
+
+    Args:
+        points: ``(N, D)``.
+        manifold: ``(M, D)``, M above ``k``.
+        k: number of the neighbour.
+
+    Returns:
+        ``(N, M)`` bool on the CPU, True where a point is covered by one of ``manifold``.
     """
-    _require_least(1, k=k)
-    points, manifold = _checked(points, "points", 1), _checked(manifold, "manifold", k + 1)
-    points, manifold = _shifted(*_alike(points, manifold, ("points", "manifold")))
+    require_least(1, k=k)
+    points, manifold = checked(points, "points", 1), checked(manifold, "manifold", k + 1)
+    points, manifold = _shifted(*alike(points, manifold, ("points", "manifold")))
     radii, result = _radii(manifold, k), torch.empty(len(points), len(manifold), dtype=torch.bool, device="cpu")
     for rows, block in _blocks(points, manifold):
         torch.le(block, radii, out=result[rows])
@@ -113,12 +112,18 @@ def covers(points: torch.Tensor, manifold: torch.Tensor, k: int = NEIGHBOUR) -> 
 
 
 def distances(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances ``(N, M)`` from ``points`` (N, D) to ``others`` (M, D), float64 on the CPU.
+    """Euclidean distances between two sets.
 
-    Distances below the resolution of the arithmetic, about 1e-7 of the features' own size, are 0: a copy is at distance 0.
+    Args:
+        points: ``(N, D)``.
+        others: ``(M, D)``.
+
+    Returns:
+        ``(N, M)`` float64 on the CPU. Distances below the resolution of the arithmetic, about 1e-7 of the features' own size,
+        are 0: a copy is at distance 0.
     """
-    points, others = _checked(points, "points", 1), _checked(others, "others", 1)
-    points, others = _shifted(*_alike(points, others, ("points", "others")))
+    points, others = checked(points, "points", 1), checked(others, "others", 1)
+    points, others = _shifted(*alike(points, others, ("points", "others")))
     result = torch.empty(len(points), len(others), dtype=torch.float64, device="cpu")
     for rows, block in _blocks(points, others):
         result[rows] = block
@@ -172,14 +177,24 @@ def _distance(block, k):
 def frechet_interval(
     generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0, level: float = 0.95
 ) -> list[float]:
-    """Bootstrap interval ``[low, high]`` of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
+    """Bootstrap interval of :func:`frechet_distance` at these N: both sets are drawn anew with replacement.
 
     A resample repeats samples, which raises the distance as fewer samples would; the interval is therefore that of the
     resampled distances, moved so that its centre of mass is the measured distance. Near the floor it is too wide rather than
-    too narrow. ``generated`` and ``reference`` need 2 samples; ``resamples`` draws by ``seed`` give the central ``level``.
+    too narrow.
+
+    Args:
+        generated: ``(N, D)``, N at least 2.
+        reference: ``(M, D)``, M at least 2.
+        resamples: number of draws.
+        seed: determines the draws.
+        level: share of the resampled distances that the interval holds, in (0, 1).
+
+    Returns:
+        ``[low, high]``.
     """
-    generated, reference = _two(generated, reference, 2)
-    _require_bootstrap(resamples, level)
+    generated, reference = both(generated, reference, 2)
+    require_bootstrap(resamples, level)
     generator = _generator(seed)
     values = [_frechet(_resample(generated, generator), _resample(reference, generator)) for _ in range(resamples)]
     return _interval(values, _frechet(generated, reference), level)
@@ -190,17 +205,23 @@ def neighbour_measures(
 ) -> dict[str, Any]:
     """Precision, recall, nearest-neighbour distance and diversity of features, with bootstrap intervals.
 
-    Both sets, ``generated`` and ``reference``, of 4 samples or more, are drawn anew ``resamples`` times by ``seed``, the
-    manifolds' radii stay; the resampled values are moved so that their centre of mass is the measured one, as a resample holds
-    only two thirds of a set's points. An interval is their central ``level``. Memory: a few blocks of :data:`BLOCK` distances,
-    and about 40 bytes per sample and resample.
+    Both sets are drawn anew, the manifolds' radii stay; the resampled values are moved so that their centre of mass is the
+    measured one, as a resample holds only two thirds of a set's points. Memory: a few blocks of :data:`BLOCK` distances, and
+    about 40 bytes per sample and resample.
+
+    Args:
+        generated: ``(N, D)``, N at least 4.
+        reference: ``(M, D)``, M at least 4.
+        resamples: number of draws.
+        seed: determines the draws.
+        level: share of the resampled values that an interval holds, in (0, 1).
 
     Returns:
         ``{"precision": value, "precision_interval": [low, high], ...}``, and so for ``recall`` (both in [0, 1]), ``nearest``,
         the mean distance of a generated point to the closest reference point, and ``diversity``, that of two generated points.
     """
-    generated, reference = _shifted(*_two(generated, reference, NEIGHBOUR + 1))
-    _require_bootstrap(resamples, level)
+    generated, reference = _shifted(*both(generated, reference, NEIGHBOUR + 1))
+    require_bootstrap(resamples, level)
     generator = _generator(seed)
     ours, theirs = (_counts(len(features), resamples, generator) for features in (generated, reference))
     radii, diversity = _within(generated, ours)
@@ -260,18 +281,24 @@ def frechet_at_infinity(
 ) -> dict[str, Any]:
     """The Frechet distance extrapolated to infinitely many samples (Chong and Forsyth 2020, section 4).
 
-    ``generated`` and ``reference``, of at least D + 2 samples, are thinned to the same N, ``points`` sizes ``subsets`` times by
-    ``seed``; the distance is linear in 1/N, and the intercept is the distance without the bias.
+    Both sets are thinned to the same N; the distance is linear in 1/N, and the intercept is the distance without the bias.
+
+    Args:
+        generated: ``(N, D)``, N at least D + 2.
+        reference: ``(M, D)``, M at least D + 2.
+        points: number of sizes N, 2 or more.
+        subsets: random subsets of each size.
+        seed: determines the subsets.
 
     Returns:
         ``{"value": intercept, "slope": ..., "sizes": [N, ...], "distances": [mean over subsets, ...]}``.
     """
-    generated, reference = _two(generated, reference, 2)
+    generated, reference = both(generated, reference, 2)
     largest, dimension = min(len(generated), len(reference)), generated.shape[1]
     for features, name in ((generated, "generated"), (reference, "reference")):
-        _require_samples(features, name, dimension + 2)
-    _require_least(2, points=points)
-    _require_least(1, subsets=subsets)
+        require_samples(features, name, dimension + 2)
+    require_least(2, points=points)
+    require_least(1, subsets=subsets)
     smallest = max(largest // 4, min(2 * dimension, largest // 2), dimension + 1)
     inverse = torch.linspace(1 / largest, 1 / smallest, points, dtype=torch.float32, device="cpu")
     sizes = inverse.reciprocal().round().to(torch.int64).tolist()
@@ -292,12 +319,18 @@ def _line(x, y):
 
 
 def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> list[float]:
-    """The Frechet distances of ``splits`` random splits of features ``(2 N, D)``, N at least 2, into two halves.
+    """The Frechet distances of random splits of features into two halves.
 
-    Their mean is the floor of the distance at N, which a perfect generator would reach; ``seed`` splits the ``samples``.
+    Args:
+        samples: ``(2 N, D)``, N at least 2.
+        splits: number of splits.
+        seed: determines the splits.
+
+    Returns:
+        A distance for each split. Their mean is the floor of the distance at N, which a perfect generator would reach.
     """
-    samples = _checked(samples, "samples", 4)
-    _require_least(1, splits=splits)
+    samples = checked(samples, "samples", 4)
+    require_least(1, splits=splits)
     generator, half, values = _generator(seed), len(samples) // 2, []
     for _ in range(splits):
         mixed = _thin(samples, 2 * half, generator)
@@ -306,15 +339,19 @@ def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> lis
 
 
 def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Every measure of ``generated`` ``(N, D)`` against ``reference`` ``(M, D)``, as a dict of numbers and intervals.
+    """Every measure of one set against another.
 
-    Each set needs :func:`fewest` samples; ``seed`` determines all subsets and ``resamples``; intervals have level 0.95.
+    Args:
+        generated: ``(N, D)``, N at least :func:`fewest`.
+        reference: ``(M, D)``, M at least :func:`fewest`.
+        resamples: draws behind the intervals, whose level is 0.95.
+        seed: determines all subsets and resamples.
 
     Returns:
         ``samples`` ``[N, M]``, ``frechet``, ``frechet_interval``, ``frechet_at_infinity`` (its dict), ``kid``,
         ``kid_standard_deviation``, and all of :func:`neighbour_measures`.
     """
-    generated, reference = _two(generated, reference, 1)
+    generated, reference = both(generated, reference, 1)
     require_enough(generated, "generated images")
     require_enough(reference, "reference images")
     kid, kid_deviation = kernel_distance(generated, reference, seed=seed)
@@ -346,55 +383,3 @@ def _resample(features, generator):
 
 def _thin(features, size, generator):
     return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")[:size]]
-
-
-def _two(generated, reference, least):
-    """Both sets as :func:`_checked` gives them, of one dimension."""
-    return _alike(_checked(generated, "generated", least), _checked(reference, "reference", least), ("generated", "reference"))
-
-
-def _checked(features, name, least):
-    """Features as float64 on the CPU, finite and of ``least`` samples or more; anything else is refused by name."""
-    if isinstance(features, torch.Tensor):
-        require_dense(name, features)
-    if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
-        found = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
-        raise InputError(f"{name} must be a floating-point tensor (N, D), got {found}")
-    if features.is_meta:
-        raise InputError(f"{name} must be a dense tensor with values, got one on {features.device}")
-    if features.shape[1] == 0:
-        raise InputError(f"{name} must have a feature or more, got {tuple(features.shape)}")
-    _require_samples(features, name, least)
-    features = features.detach().cpu().to(torch.float64)
-    low, high = torch.aminmax(features)
-    # Neither comparison holds for NaN.
-    if not (low >= -LARGEST and high <= LARGEST):
-        raise InputError(f"{name} must be finite, of at most {LARGEST:g}, got values from {low.item():g} to {high.item():g}")
-    return features
-
-
-def _require_samples(features, name, least):
-    if len(features) < least:
-        found = f"{len(features)} samples of {features.shape[1]} features"
-        raise InputError(f"{name}: {found} are too few, {least} or more are needed")
-
-
-def _alike(a, b, names):
-    if a.shape[1] != b.shape[1]:
-        found = " and ".join(f"{name} has {x.shape[1]}" for name, x in zip(names, (a, b), strict=True))
-        raise InputError(f"both sets must have the same number of features, {found}")
-    return a, b
-
-
-def _require_bootstrap(resamples, level):
-    _require_least(1, resamples=resamples)
-    if not 0 < real("level", level) < 1:
-        raise InputError(f"level must be between 0 and 1, got {level}")
-
-
-def _require_least(least, **values):
-    for name, value in values.items():
-        if not isinstance(value, Integral) or value < least:
-            raise InputError(f"{name} must be a whole number, {least} or more, got {value!r}")
-        if value >= 2**31:
-            raise InputError(f"{name} must be below 2^31, got {value}")
