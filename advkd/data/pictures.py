@@ -55,7 +55,8 @@ def _sheet(pixels, columns, gap):
     """``(N, H, W, C)`` row by row on one white sheet with gaps and a margin, as a numpy array."""
     n, height, width, channels = pixels.shape
     rows = math.ceil(n / columns)
-    sheet = torch.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=torch.uint8)
+    size = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    sheet = torch.full(size, 255, dtype=torch.uint8, device="cpu")
     for i, tile in enumerate(pixels):
         y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[y : y + height, x : x + width] = tile

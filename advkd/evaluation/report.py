@@ -243,7 +243,7 @@ def _figure(path, caption):
 
 STYLE = """
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff; }
-main { max-width: 1600px; margin: 0 auto; padding: 24px; } p { max-width: 90ch; }
+main { max-width: 1880px; margin: 0 auto; padding: 24px; } p { max-width: 90ch; }
 h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 36px; }
 figure { margin: 24px 0; } img { max-width: 100%; display: block; }
 figcaption { color: #566; font-size: 13px; margin-top: 6px; }

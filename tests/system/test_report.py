@@ -106,7 +106,7 @@ def screenshot(page, path, profile):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
     command += ["--force-device-scale-factor=1", "--force-color-profile=srgb", f"--user-data-dir={profile}"]
-    command += ["--window-size=1700,4200", f"--screenshot={path}", page.as_uri()]
+    command += ["--window-size=2000,4200", f"--screenshot={path}", page.as_uri()]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     return np.asarray(Image.open(path).convert("RGB"))
 
