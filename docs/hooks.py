@@ -9,10 +9,10 @@ from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
 ROOT, PAGES = DOCS.parent, DOCS / "pages"
-CARDS = {
+CARD_PAGES = {
     f"models/{name}.md": f"advkd/pretrained/{name}/README.md" for name in ("digits", "digits-teacher", "digits-classifier")
 }
-FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md", **CARDS}
+FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md", **CARD_PAGES}
 """Page -> the file of the repository that is shown as it stands."""
 RESULTS = ("profiling/results/*/*.json", "profiling/results/*/*.png", "profiling/results/*.json", "profiling/limits/*.json")
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")

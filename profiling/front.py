@@ -8,21 +8,27 @@ from .cases.tables import TABLES
 from .evidence import ROOT, checked, device_of, families, last_run, link, markdown, stale, stored
 from .gpu import summary
 
+
+def of_gpus(name):
+    """A benchmark's results of GPUs, where the parity tests were green."""
+    return summary.green(name, stored)
+
+
 WORK = (
-    ("student, digits 32x32, one image", "bench_student", "digits, batch 1, float32"),
-    ("student, `pyramid-256`, one image", "bench_student", "pyramid-256, batch 1, float32"),
-    ("the same on a GPU, bfloat16", "bench_student on a GPU", "pyramid-256, batch 1, bfloat16"),
-    ("sampler step with noise, 64 x 3x256x256", "bench_sampler_step", "with noise, float32"),
-    ("gradient penalty, 16 x 3x128x128", "bench_gradient_penalty", "penalty, narrow critic, 128x128, batch 16"),
-    ("critic's update, 16 x 3x128x128", "bench_gradient_penalty", "update, narrow critic, 128x128, batch 16"),
-    ("teacher, one evaluation, 16 digits", "bench_teacher", "evaluation, batch 16"),
+    ("student, digits 32x32, one image", "bench_student", "digits, batch 1, float32", stored),
+    ("student, `pyramid-256`, one image", "bench_student", "pyramid-256, batch 1, float32", stored),
+    ("the same on a GPU, bfloat16", "bench_student", "pyramid-256, batch 1, bfloat16", of_gpus),
+    ("sampler step with noise, 64 x 3x256x256", "bench_sampler_step", "with noise, float32", stored),
+    ("gradient penalty, 16 x 3x128x128", "bench_gradient_penalty", "penalty, narrow critic, 128x128, batch 16", stored),
+    ("critic's update, 16 x 3x128x128", "bench_gradient_penalty", "update, narrow critic, 128x128, batch 16", stored),
+    ("teacher, one evaluation, 16 digits", "bench_teacher", "evaluation, batch 16", stored),
 )
-"""Work, the result that has measured it, and its case there."""
+"""Work, the benchmark that measures it, its case there, and what gives the benchmark's stored results."""
 QUALITY = (("student", "teacher"), ("fresh teacher samples", "teacher"), ("student", "real"))
 """Images and what they are compared with: the rows of an evaluation that the README shows."""
 FIGURES = ("Frechet distance, x floor (95 %)", "precision", "recall")
 """Figures of a set of images."""
-CARDS = {
+CARD_FIGURES = {
     "the_student": ("student", "teacher"),
     "the_student_beside_real": ("student", "real"),
     "the_teacher": ("teacher", "real"),
@@ -35,12 +41,12 @@ SHIPPED = {"adv-kd": "evaluation"}
 
 def speed():
     """Milliseconds of ours and of the fastest peer, a row for each part of the system, each with its result."""
-    rows = [(work, *_times(name, case)) for work, name, case in WORK]
+    rows = [(work, *_times(results(name), case)) for work, name, case, results in WORK]
     return markdown(("work", "advkd, ms", "fastest other, ms", "faster by", "measured on"), rows)
 
 
-def _times(name, case):
-    found = [(result, row) for result in _results(name) for row in summary.cases_of(result) if row["case"] == case]
+def _times(results, case):
+    found = [(result, row) for result in results for row in summary.cases_of(result) if row["case"] == case]
     timed = [(result, row) for result, row in found if summary.fastest(row, True) and summary.fastest(row, False)]
     if not timed:
         return "-", "-", "-", "not measured yet"
@@ -52,10 +58,6 @@ def _times(name, case):
     return _ms(ours), f"{_ms(other)} ({other['name']})", f"{ratio:.2f} x", link(result, where)
 
 
-def _results(name):
-    return summary.green("bench_student", stored) if name.endswith("on a GPU") else stored(name)
-
-
 def _ms(entry):
     time = 1e3 * entry["seconds"]["median"]
     return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
@@ -63,7 +65,7 @@ def _ms(entry):
 
 def quality():
     """Distance of the shipped student's images in units of the floor, precision and recall."""
-    result = stored("evaluation")[0]
+    checked(result := stored("evaluation")[0])
     rows = [(*pair, *_figures(_row(result, *pair)), link(result)) for pair in QUALITY]
     return markdown(("images", "against", *FIGURES, "result"), rows)
 
@@ -73,6 +75,7 @@ def methods():
     rows = []
     for name in METHODS:
         for result in stored(SHIPPED.get(name, f"evaluation-{name}")):
+            checked(result)
             student = result["models"]["student"]
             size = (student["evaluations"], f"{student['parameters']:,}")
             page = f"[`{name}`](docs/pages/methods/{name}.md)"
@@ -94,7 +97,7 @@ def _figures(row):
 
 
 def quality_of(images, against):
-    """The function that makes a sentence of a model card: what the evaluation says of some images against others."""
+    """The function that makes a sentence of a model card: figures of some images against others."""
 
     def sentence():
         checked(result := stored("evaluation")[0])

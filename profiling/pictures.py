@@ -1,6 +1,7 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
-The shipped student beside its teacher, from noise that training has not seen, and the plots of the stored results.
+The shipped student beside its teacher, from noise that training has not seen, and the plots of the stored results. (The picture
+of a report, and a method's on its page, are those of ``advkd report``.)
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 
 from . import roofline
 from .cases import gradient_penalty, neighbours, sampler_step, student
-from .evidence import ROOT, checked, device_of, stored
+from .evidence import ROOT, checked, device_of, stale, stored
+from .gpu import summary
 from .trace import demo
 
 PICTURES = ROOT / "docs" / "pages" / "pictures"
@@ -28,38 +30,36 @@ PLOTS = {
 """Name of results -> the function that plots one, and the plot's caption."""
 
 
-def strip(n=16):
+def strip(teacher, student, n=16):
     """Noise, the teacher's images and the student's, not chosen, with measured times of one machine."""
-    teacher, small = Teacher.from_pretrained("digits"), Student.from_pretrained("digits")
     noise = teacher.noise(n, FRESH_SEED)
     with torch.no_grad():
-        images = torch.stack((noise.clamp(-3, 3) / 3, teacher.sample(n, FRESH_SEED), small(small.project(noise)).clamp(-1, 1)))
+        drawn = student(student.project(noise)).clamp(-1, 1)
+        images = torch.stack((noise.clamp(-3, 3) / 3, teacher.sample(n, FRESH_SEED), drawn))
     titles = ("noise", f"teacher, {len(teacher.timesteps())} evaluations", "student, one evaluation")
-    save_strip(images, titles, _captions(), PICTURES / "strip.png")
+    save_strip(images, titles, captions(), PICTURES / "strip.png")
 
 
-def _captions():
+def captions():
     """The machine, and milliseconds of an image in batches of 16: on kernels as they are, where there are such results."""
-    results = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
-    pairs = [
-        (result, results[folder]) for result in stored("bench_student") if (folder := Path(result["path"]).parent) in results
-    ]
-    small, large = min(pairs, key=lambda pair: bool(pair[0]["changed"]))
-    place = checked(small)
+    machines = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
+    pairs = [(result, machines.get(Path(result["path"]).parent)) for result in stored("bench_student")]
+    small, large = min(filter(all, pairs), key=lambda pair: any(result["changed"] for result in pair))
+    place, old = checked(small), bool(checked(large) and (stale(small) or stale(large)))
+    where = f"{device_of(place)}, {place['threads']} threads, batch 16{', earlier kernels' if old else ''}"
     times = (_milliseconds(large, "DDIM-50 trajectory, batch 16"), _milliseconds(small, "digits, batch 16, float32"))
-    return (f"{device_of(place)}, {place['threads']} threads, batch 16", *(f"{time:.3g} ms an image" for time in times))
+    return (where, *(f"{time:.3g} ms an image" for time in times))
 
 
 def _milliseconds(result, case):
     (row,) = [row for row in result["cases"] if row["case"] == case]
-    ours = next(entry for entry in row["contestants"] if entry["kind"] == "ours" and "seconds" in entry)
-    return 1e3 * ours["seconds"]["median"] / row["images"]
+    return 1e3 * summary.fastest(row, ours=True)["seconds"]["median"] / row["images"]
 
 
 def main():
     """Draw all of them."""
-    strip()
     teacher, small = Teacher.from_pretrained("digits"), Student.from_pretrained("digits")
+    strip(teacher, small)
     save_pairs_of(teacher, small, PICTURES / "teacher_and_student.png")
     save_levels_of(teacher, small, PICTURES / "levels.png")
     for name, (plot, _) in PLOTS.items():

@@ -22,9 +22,9 @@ from .pictures import PLOTS
 from .trace import compare, demo, ncu, timeline
 
 SITE = ROOT / "docs" / "pages"
-CARDS = sorted((ROOT / "advkd" / "pretrained").glob("*/README.md"))
+CARD_FILES = sorted((ROOT / "advkd" / "pretrained").glob("*/README.md"))
 BILLION = SITE / "speed" / "billion.md"
-PAGES = (ROOT / "README.md", *CARDS, *(path for path in sorted(SITE.rglob("*.md")) if path != BILLION))
+PAGES = (ROOT / "README.md", *CARD_FILES, *(path for path in sorted(SITE.rglob("*.md")) if path != BILLION))
 
 
 def counts():
@@ -82,7 +82,7 @@ FIGURES = {
         lambda time: f"{1e6 * time['median']:.0f} microseconds",
     ),
     "gpu_state": front.gpu_state,
-    **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARDS.items()},
+    **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARD_FIGURES.items()},
 }
 """Name of a figure in a sentence -> what makes its link."""
 TABLES = {

@@ -136,14 +136,15 @@ def save_curves(metrics: str | Path, path: str | Path) -> None:
     columns = read_metrics(metrics)
     updates = _total_updates(columns["stage"], columns["update"])
     levels = [name for name in columns if name.startswith("mse_")]
-    adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns[name]))]
-    with panels(path, 3.4, columns=2) as (left, right):
+    adversarial = [name for name in ("critic", "wasserstein", "penalty") if any(map(math.isfinite, columns.get(name, ())))]
+    with panels(path, 3.4, columns=2 if levels else 1) as axes:
+        right, left = axes[-1], axes[0]
         for i, name in enumerate(levels):
             shade = (0.75 - 0.75 * i / len(levels), 0.85 - 0.55 * i / len(levels), 0.9 - 0.2 * i / len(levels))
             left.plot(updates, columns[name], color=shade, label=f"level {int(name[4:])}", lw=1)
-        left.set(title="mean squared error by level", xlabel="update", yscale="log")
         if levels:
-            left.legend(ncols=2)
+            left.set(title="mean squared error by level", xlabel="update", yscale="log")
+            left.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         for name in ["loss", *adversarial]:
             right.plot(updates, columns[name], label=name, lw=1)
         right.set(title="losses", xlabel="update")
@@ -185,7 +186,7 @@ def read_metrics(path: str | Path) -> dict[str, list[float]]:
             raise ValueError(f"a number is larger than {LARGEST:g}")
     except (OSError, ValueError) as error:
         raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill' ({error})") from error
-    if not {"stage", "update", "loss", "critic", "wasserstein", "penalty"} <= set(columns) or not columns["stage"]:
+    if not {"stage", "update", "loss"} <= set(columns) or not columns["stage"]:
         raise InputError(f"--metrics {path} is not a metrics.csv of 'advkd distill'")
     return columns
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from advkd import Teacher
 from advkd.cli.distill import method_command
 from advkd.config import overlay
 from advkd.errors import InputError
@@ -874,7 +875,11 @@ def timed(name, kind, milliseconds):
 
 def test_the_readmes_speed_table(monkeypatch):
     """Our fastest against the fastest of the others, of kernels as they are before others; without a time, no figure."""
-    monkeypatch.setattr(front, "WORK", (("some work", "bench", "a case"), ("other work", "bench", "b case")))
+
+    def given(name):
+        return results
+
+    monkeypatch.setattr(front, "WORK", (("some work", "bench", "a case", given), ("other work", "bench", "b case", given)))
     contestants = [
         timed("slow", "ours", 3.0),
         timed("quick", "ours", 2.0),
@@ -889,15 +894,14 @@ def test_the_readmes_speed_table(monkeypatch):
         {**old, "cases": [{"case": "a case", "contestants": slower}, alone]},
         {**new, "cases": [{"case": "a case", "contestants": contestants}]},
     ]
-    monkeypatch.setattr(front, "stored", lambda name: results)
     _, _, first, second = front.speed()
     assert first == "| some work | 2 | 5 (peer) | 2.50 x | [a processor, AVX2](profiling/results/c/b.json) |"
     assert second == "| other work | - | - | - | not measured yet |"
-    monkeypatch.setattr(front, "stored", lambda name: results[:1])
+    results.pop()
     assert front.speed()[2].endswith(
         "| 200 | 1,500 (peer) | 7.50 x | [a processor (of earlier kernels)](profiling/results/a/b.json) |"
     )
-    monkeypatch.setattr(front, "stored", lambda name: [])
+    results.clear()
     assert front.speed()[2] == "| some work | - | - | - | not measured yet |"
 
 
@@ -916,8 +920,23 @@ def test_kernels_that_have_run_are_counted(monkeypatch):
 
 
 def test_the_first_picture(tmp_path, monkeypatch):
-    """Three groups of images on a card of the house's width."""
+    """Three groups of images on a card of the house's width; times are those of the results, and marked if kernels changed."""
     monkeypatch.setattr(pictures, "PICTURES", tmp_path)
-    pictures.strip(n=1)
+    pictures.strip(Teacher.from_pretrained("digits"), Student.from_pretrained("digits"), n=1)
     with Image.open(tmp_path / "strip.png") as picture:
         assert picture.width == 1800 and picture.height > 600
+    cases = {"bench_teacher": "DDIM-50 trajectory, batch 16", "bench_student": "digits, batch 16, float32"}
+
+    def given(name):
+        case = {"case": cases[name], "images": 16, "contestants": [timed("ours", "ours", {"t": 800.0, "s": 8.0}[name[6]])]}
+        places = (("a", ["philox"]), ("b", changed))
+        return [
+            {"path": f"r/{folder}/{name}.json", "provenance": PLACE, "changed": since, "cases": [case]}
+            for folder, since in places
+        ]
+
+    monkeypatch.setattr(pictures, "stored", given)
+    changed = []
+    assert pictures.captions() == ("a processor, 2 threads, batch 16", "50 ms an image", "0.5 ms an image")
+    changed.append("mask_mul")
+    assert pictures.captions()[0].endswith("batch 16, earlier kernels")

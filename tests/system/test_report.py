@@ -135,6 +135,15 @@ def test_a_browser_shows_the_pictures(report, tmp_path):
     assert not any(shows(screenshot(blind, tmp_path / "blind.png", tmp_path / "profile"), picture) for picture in pictures)
 
 
+def test_losses_of_a_method_without_critics(evaluation, tmp_path):
+    """Pairs log their loss alone; the report takes the student's own metrics."""
+    (tmp_path / "metrics.csv").write_text("stage,update,loss\n1,1,0.5\n1,2,0.25\n")
+    assert read_metrics(tmp_path / "metrics.csv")["loss"] == [0.5, 0.25]
+    save_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width == 1800
+
+
 def test_command_line(evaluation, tmp_path):
     done = fork_cli("report", "--evaluation", evaluation, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
