@@ -191,13 +191,13 @@ SMALLER = {
     "--size 64": "--size 16",
     "--critic-levels 12": "--critic-levels 12 --updates 2 --batch-sizes 4",
     "--out features": "--out features --steps 20",
-    "--extractor features": "--extractor features --num 260 --resamples 3",
+    "--extractor features": "--extractor features --num 260 --resamples 20",
     "-n 64": "-n 4",
 }
 """Sizes of the page that take hours, and sizes that take seconds."""
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 def test_getting_started_runs(tmp_path):
     """Its commands, one after the other, on a folder of pictures of several sizes."""
     draw = np.random.default_rng(0)
