@@ -128,7 +128,8 @@ bench: install
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m profiling.gpu --full --minutes 60 --device cuda || failed="$$failed gpu";) \
 	for device in cpu $(filter cuda,$(DEVICE)); do for name in $(BY_DEVICE); do \
 		$(BIN)/python -m profiling.$$name --device $$device || failed="$$failed $$name"; done; done; \
-	for name in tables pictures; do $(BIN)/python -m profiling.$$name || failed="$$failed $$name"; done; test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
+	for name in tables pictures; do $(BIN)/python -m profiling.$$name || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "make: these failed:$$failed"; exit 1; }
 
 # The pinned versions against the published advisories; one that cannot be looked up is a failure.
 audit:

@@ -9,9 +9,8 @@ from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
 ROOT, PAGES = DOCS.parent, DOCS / "pages"
-CARD_PAGES = {
-    f"models/{name}.md": f"advkd/pretrained/{name}/README.md" for name in ("digits", "digits-teacher", "digits-classifier")
-}
+CARDS = sorted(ROOT.glob("advkd/pretrained/*/README.md"))
+CARD_PAGES = {f"models/{card.parent.name}.md": card.relative_to(ROOT).as_posix() for card in CARDS}
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md", **CARD_PAGES}
 """Page -> the file of the repository that is shown as it stands."""
 RESULTS = ("profiling/results/*/*.json", "profiling/results/*/*.png", "profiling/results/*.json", "profiling/limits/*.json")

@@ -1,16 +1,12 @@
 """The compiled objects of the package: ``torch.ops.advkd_cpu`` and ``torch.ops.advkd_cuda``."""
 
 import functools
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
-"""Instruction sets that ``ADVKD_ISA`` may name."""
 
 
 @functools.cache
@@ -20,9 +16,6 @@ def extension_gap(kind: str) -> str | None:
     Raises:
         InputError: the environment variable ``ADVKD_ISA`` names no instruction set.
     """
-    isa = os.environ.get("ADVKD_ISA", "")
-    if kind == "cpu" and isa not in ("", *ISAS):
-        raise InputError(f"the environment variable ADVKD_ISA must be {', '.join(ISAS)} or unset, got {isa!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         return "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     files = sorted(Path(__file__).parent.parent.glob(f"_{kind}*.so"))
@@ -33,7 +26,13 @@ def extension_gap(kind: str) -> str | None:
         torch.ops.load_library(files[0])
     except OSError as error:
         return f"{files[0].name} does not load ({error})"
-    return _foreign_code(files[0].name) if kind == "cuda" else None
+    if kind == "cuda":
+        return _foreign_code(files[0].name)
+    try:
+        torch.ops.advkd_cpu.isa()
+    except RuntimeError as error:
+        raise InputError(f"the environment variable {error}") from error
+    return None
 
 
 def _foreign_code(name):

@@ -43,6 +43,14 @@ def test_size_of_the_embedded_teacher():
     assert f"| {Teacher.from_pretrained('digits').num_parameters():,} |" in MODELS
 
 
+def test_every_shipped_weight_file_has_a_card():
+    folders = [folder for folder in (ROOT / "advkd" / "pretrained").iterdir() if any(folder.rglob("*.safetensors"))]
+    assert len(folders) == 3
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert "license: apache-2.0" in card and "**Intended use:**" in card and "**Not known:**" in card, folder
+
+
 def test_the_readmes_python_runs():
     names = {}
     exec(python_of(README)[0].replace("fused.sample(1000", "fused.sample(16"), names)
