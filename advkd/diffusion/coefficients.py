@@ -13,9 +13,12 @@ import math
 
 from ..errors import InputError
 from ..ops import StepCoefficients
+from .prediction import eps_weights, require_prediction, x0_weights
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 """Variances of the ancestral step that do not come from the network; the first two are one variance written in two ways."""
+
+_OF_A_TIMESTEP = ("epsilon", "sample", "v_prediction")
 
 
 def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
@@ -31,14 +34,8 @@ def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     Raises:
         InputError: another ``prediction``, or ``epsilon`` at ``a_t`` = 0, where the state holds no signal.
     """
-    signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
-    if prediction == "epsilon":
-        if a_t == 0:
-            raise InputError("an epsilon prediction has no x0 at alpha_bar = 0 (zero terminal SNR)")
-        return 1 / signal, -noise / signal
-    if prediction == "v_prediction":
-        return signal, -noise
-    return _sample_or_raise(prediction, "epsilon, sample, v_prediction")
+    require_prediction(prediction, _OF_A_TIMESTEP)
+    return x0_weights(math.sqrt(a_t), math.sqrt(1 - a_t), prediction)
 
 
 def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
@@ -54,15 +51,8 @@ def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     Raises:
         InputError: another ``prediction``, or ``sample`` at ``a_t`` = 1, where the state holds no noise.
     """
-    signal, noise = math.sqrt(a_t), math.sqrt(1 - a_t)
-    if prediction == "epsilon":
-        return 0.0, 1.0
-    if prediction == "v_prediction":
-        return noise, signal
-    _sample_or_raise(prediction, "epsilon, sample, v_prediction")
-    if noise == 0:
-        raise InputError("a sample prediction has no noise at alpha_bar = 1")
-    return 1 / noise, -signal / noise
+    require_prediction(prediction, _OF_A_TIMESTEP)
+    return eps_weights(math.sqrt(a_t), math.sqrt(1 - a_t), prediction)
 
 
 def ddim_coefficients(
@@ -142,7 +132,7 @@ def ddpm_coefficients(
 def euler_coefficients(sigma: float, sigma_next: float, prediction: str) -> StepCoefficients:
     """Euler's step without churn (Karras et al. 2022, algorithm 1): x + (sigma_next - sigma) (x - x0) / sigma.
 
-    The state is x0 + sigma eps here; x0 of a v prediction is x / (sigma^2 + 1) - sigma m / sqrt(sigma^2 + 1).
+    The state is x0 + sigma eps here.
 
     Args:
         sigma: noise level of the state, positive.
@@ -157,15 +147,12 @@ def euler_coefficients(sigma: float, sigma_next: float, prediction: str) -> Step
     """
     if sigma <= 0:
         raise InputError(f"sigma must be positive, got {sigma}")
+    require_prediction(prediction, _OF_A_TIMESTEP)
     if prediction == "epsilon":
         # (x - x0) / sigma is the network's output itself.
         return StepCoefficients(1.0, -sigma, 0.0, 1.0, sigma_next - sigma)
-    if prediction == "v_prediction":
-        k_x, k_m = 1 / (sigma**2 + 1), -sigma / math.sqrt(sigma**2 + 1)
-    else:
-        k_x, k_m = _sample_or_raise(prediction, "epsilon, sample, v_prediction")
     ratio = sigma_next / sigma
-    return StepCoefficients(k_x, k_m, 1 - ratio, ratio)
+    return StepCoefficients(*x0_weights(1.0, sigma, prediction), 1 - ratio, ratio)
 
 
 def dpmsolver_coefficients(
@@ -199,7 +186,7 @@ def dpmsolver_coefficients(
         raise InputError(f"sigma must be positive, got {sigma}")
     alpha_s, sigma_s = _path(sigma, flow)
     alpha_t, sigma_t = _path(sigma_next, flow)
-    k_x, k_m = _dpmsolver_x0(alpha_s, sigma_s, sigma, prediction)
+    k_x, k_m = x0_weights(alpha_s, sigma_s, prediction)
     h = _log_snr(alpha_t, sigma_t) - _log_snr(alpha_s, sigma_s)
     first, c_x = -alpha_t * math.expm1(-h), sigma_t / sigma_s
     if sigma_previous is None:
@@ -239,19 +226,3 @@ def _log_snr(alpha, sigma):
     if alpha <= 0:
         raise InputError(f"no signal left: alpha = {alpha}")
     return math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
-
-
-def _dpmsolver_x0(alpha, sigma_s, sigma, prediction):
-    if prediction == "epsilon":
-        return 1 / alpha, -sigma_s / alpha
-    if prediction == "v_prediction":
-        return alpha, -sigma_s
-    if prediction == "flow_prediction":
-        return 1.0, -sigma
-    return _sample_or_raise(prediction, "epsilon, sample, v_prediction, flow_prediction")
-
-
-def _sample_or_raise(prediction, known):
-    if prediction != "sample":
-        raise InputError(f"prediction must be one of {known}, got {prediction!r}")
-    return 0.0, 1.0

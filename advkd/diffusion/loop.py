@@ -1,7 +1,7 @@
-"""The teacher's loop of network evaluation and fused step, over static memory.
+"""A solver's run of network evaluations and fused steps, over static memory.
 
 Everything that changes from step to step is read through one counter on the device: nothing is copied to it and nothing is
-waited for, so that a GPU replays one captured CUDA graph per step. On a CPU the same calls run directly.
+waited for, so that a GPU replays captured CUDA graphs. On a CPU the same calls run directly.
 """
 
 import logging
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError
-from ..ops import StepCoefficients, coefficient_table, sampler_step
+from ..ops import coefficient_table, sampler_step
 from ..runtime.hub import reason
 from ..runtime.ranges import named
+from .program import STATE, Evaluation, Program, registers
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -25,40 +26,50 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class SamplingLoop:
-    """A sampler's run on batches of one shape.
+    """A solver's run on batches of one shape.
 
     Args:
-        network: function of the state ``(N, C, H, W)`` and the timestep, int64 ``(1,)``, that gives the network's output.
-        shape: of the state, which is float32.
-        timesteps: of the run, a list of ints.
-        steps: :class:`~advkd.ops.StepCoefficients`, one per timestep.
+        network: function of the state ``(N, ...)`` and its level, float64 ``(3,)`` with timestep, alpha and noise, that gives the
+            network's output.
+        shape: of the state.
+        program: of the run.
         seed: of the step noise.
         device: of the network.
         capture: replay CUDA graphs (on a CUDA device).
+        dtype: of the state: float32, or float64 for exact networks.
     """
 
     def __init__(
         self,
         network: Network,
         shape: Sequence[int],
-        timesteps: Sequence[int],
-        steps: Sequence[StepCoefficients],
+        program: Program,
         seed: int,
         device: str | torch.device,
         capture: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
-        self._network, self._seed, self._capture_graphs = network, seed, capture
-        self._noisy = any(step.c_z for step in steps)
+        self._network, self._seed, self._program, self._capture_graphs = network, seed, program, capture
+        # diffusers' networks keep the layout of their input; convolutions are faster in this one.
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         # Buffers are written to again and again; made in inference mode, they could not be outside of it.
         with torch.inference_mode(False):
-            # diffusers' networks keep the layout of their input; convolutions are faster in this one.
-            self.x = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
-            self._table = coefficient_table(steps, device)
-            self._timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+            self._registers = [
+                torch.empty(shape, dtype=dtype, device=device, memory_format=layout) for _ in range(registers(program))
+            ]
+            self._table = coefficient_table([e.step for e in program], device, dtype)
+            levels = [(e.level.t, e.level.alpha, e.level.noise) for e in program]
+            self._levels = torch.tensor(levels, dtype=torch.float64, device="cpu").to(device)
             self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
-            self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+            self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._done = 0
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._memory = torch.cuda.graph_pool_handle() if capture else None
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The state, which steps write to."""
+        return self._registers[STATE]
 
     @torch.no_grad()
     def start(self, x_T: torch.Tensor, first: int) -> None:
@@ -67,48 +78,70 @@ class SamplingLoop:
             raise InputError(f"x_T must have shape {tuple(self.x.shape)}, got {tuple(x_T.shape)}")
         self.x.copy_(x_T)
         self._indices.copy_(torch.arange(first, first + len(x_T), dtype=torch.int64, device=self.x.device))
-        self._step.zero_()
+        self._counter.zero_()
+        self._done = 0
 
     @torch.no_grad()
     def step(self, pool: int | None = None) -> torch.Tensor | None:
-        """The next step, in place in ``x``; with ``pool`` its area average, valid until the next call."""
+        """The solver's next step, in place in ``x``; with ``pool`` its area average, valid until the next call."""
+        while True:
+            evaluation = self._program[self._done]
+            self._done += 1
+            if evaluation.end is not None:
+                return self._advance(evaluation, pool)
+            self._advance(evaluation, None)
+
+    def _advance(self, evaluation, pool):
         if not self._capture_graphs:
-            return self._run(pool)
-        if pool not in self._graphs:
-            self._graphs[pool] = self._capture(pool)
-        graph, pooled = self._graphs[pool]
+            return self._run(evaluation, pool)
+        key = (pool, _signature(evaluation))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(evaluation, pool)
+        graph, pooled = self._graphs[key]
         with named("network and step"):
             graph.replay()
         return pooled
 
-    def _run(self, pool):
+    def _run(self, evaluation, pool):
+        x, out, previous, history, third, stored = (
+            None if register is None else self._registers[register] for register in _signature(evaluation)[:6]
+        )
         with named("network"):
-            output = self._network(self.x, self._timesteps.index_select(0, self._step))
+            level = self._levels.index_select(0, self._counter)[0]
+            output = self._network(x, level) if evaluation.network else x
         with named("step"):
-            row = self._table.index_select(0, self._step)
-            noise = (self._seed, self._indices, self._step) if self._noisy else None
-            _, _, pooled = sampler_step(self.x, output, row, noise=noise, pool=pool, out=self.x)
-            self._step += 1
+            row = self._table.index_select(0, self._counter)
+            noise = (self._seed, self._indices, self._counter) if evaluation.draws else third
+            _, _, pooled = sampler_step(
+                x, output, row, previous_x0=previous, history=history, noise=noise, pool=pool, x0=stored, out=out
+            )
+            self._counter += 1
         return pooled
 
-    def _capture(self, pool):
-        """One step as a graph. Graphs share their memory: what one leaves there is copied before the next one runs."""
-        x, step = self.x.clone(), self._step.clone()
+    def _capture(self, evaluation, pool):
+        """One pass as a graph. Graphs share their memory: what one leaves there is copied before the next one runs."""
+        changed = (*self._registers, self._counter)
+        before = [tensor.clone() for tensor in changed]
         with torch.cuda.device(self.x.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 # Libraries choose and allocate in their first calls, which a graph cannot hold.
                 for _ in range(3):
-                    self._run(pool)
-                    self.x.copy_(x)
-                    self._step.copy_(step)
+                    self._run(evaluation, pool)
+                    for tensor, value in zip(changed, before):
+                        tensor.copy_(value)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads (a writer that waits for copies) go on meanwhile.
             with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
-                pooled = self._run(pool)
+                pooled = self._run(evaluation, pool)
         return graph, pooled
+
+
+def _signature(e: Evaluation):
+    """What a captured pass depends on beside the scalars, which it reads from the table; registers first."""
+    return e.x, e.out, e.previous, e.history, e.third, e.stored, e.network, e.draws
 
 
 def network_of(unet: "UNet2DModel", autocast: torch.dtype | None = None, compiled: bool = False) -> Network:
@@ -122,9 +155,11 @@ def network_of(unet: "UNet2DModel", autocast: torch.dtype | None = None, compile
     """
     parameter = next(unet.parameters())
 
-    def evaluate(x, t):
+    def evaluate(x, level, labels=None):
+        # A tensor: diffusers would round a number that lies between two timesteps.
+        t = level[:1].float()
         with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            output = unet(x.to(parameter.dtype), t, return_dict=False)[0]
+            output = unet(x.to(parameter.dtype), t, class_labels=labels, return_dict=False)[0]
         # The step reads halves as they are.
         return output.float() if output.dtype == torch.float64 else output
 
@@ -140,17 +175,17 @@ class _Checked:
         self._plain, self._run = plain, compiled
         self._first = True
 
-    def __call__(self, x, t):
+    def __call__(self, x, level, labels=None):
         if self._first:
             self._first = False
             _LOGGER.warning("torch.compile compiles the teacher's network (a minute or more; its cache keeps the result)")
-            self._compare(x, t)
-        return self._run(x, t)
+            self._compare(x, level, labels)
+        return self._run(x, level, labels)
 
-    def _compare(self, x, t):
-        wanted = self._plain(x, t).float()
+    def _compare(self, x, level, labels):
+        wanted = self._plain(x, level, labels).float()
         try:
-            found = self._run(x, t).float()
+            found = self._run(x, level, labels).float()
         except Exception as error:  # a compiler that is missing raises its own kinds
             self._give_up(f"the network cannot be compiled here and runs as it is: {reason(error)}")
             return

@@ -1,0 +1,127 @@
+"""Guidance towards a class: the network's output is changed before the step, which clamps x0 after it.
+
+Classifier guidance (Dhariwal and Nichol 2021, algorithm 2): eps - w sqrt(1 - a) grad_x log p(class | x). Classifier-free guidance
+(Ho and Salimans 2022): (1 + w) eps(x, class) - w eps(x). By Bayes' rule the second is the first with weight 1 + w on the
+unconditional model, where the classifier is the one that both networks imply. w = 0 is the conditional model in the second and
+the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..errors import InputError
+from ..ops.arguments import finite
+from .prediction import eps_weights
+
+if TYPE_CHECKING:
+    from .sampling import DiffusionModel
+
+Network = Callable[..., torch.Tensor]
+"""Function of the state ``(N, ...)``, its level ``(3,)`` and classes ``(N,)`` or None that gives the network's output."""
+
+
+class Classifier(Protocol):
+    """A classifier of noisy states."""
+
+    def log_probability_gradient(
+        self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /
+    ) -> torch.Tensor:
+        """Gradient by the state of log p(class | x)."""
+
+
+def guided(
+    model: "DiffusionModel",
+    network: Network,
+    n: int,
+    labels: torch.Tensor | int | None,
+    guidance: float,
+    classifier: Classifier | None,
+) -> Network:
+    """A network of state and level: the model's own for ``n`` samples, with their classes and guidance.
+
+    Args:
+        model: the model, which knows its classes.
+        network: its network.
+        n: number of samples.
+        labels: ``(n,)`` classes, or one for all, or None.
+        guidance: weight w, at least 0.
+        classifier: for classifier guidance, or None for classifier-free guidance.
+
+    Returns:
+        Function of the state and its level that gives the output of the same kind.
+
+    Raises:
+        InputError: classes out of range, classes of an unconditional model, or guidance without them.
+    """
+    guidance = finite("guidance", guidance)
+    if guidance < 0:
+        raise InputError(f"guidance must be at least 0 (the model itself), got {guidance}")
+    if labels is None:
+        return _unconditional(model, network, n, guidance, classifier)
+    if not model.num_classes and classifier is None:
+        raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
+    classes = model.num_classes or classifier_classes(classifier)
+    labels = _checked(labels, n, classes, model.device)
+    if classifier is not None:
+        plain = _unconditional(model, network, n, 0.0, None)
+        return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
+    if guidance == 0:
+        return lambda x, level: network(x, level, labels)
+    if model.null_class is None:
+        raise InputError(
+            f"guidance: teacher {model.name} was trained without a null class: take guidance 0, or train with --conditional --drop"
+        )
+    return _classifier_free(network, labels, model.null_class, guidance)
+
+
+def classifier_classes(classifier: Classifier) -> int | None:
+    """Number of classes of a classifier, or None where it does not say."""
+    config = getattr(classifier, "config", classifier)
+    return getattr(config, "classes", None) or getattr(config, "num_classes", None)
+
+
+def _unconditional(model, network, n, guidance, classifier):
+    if guidance or classifier is not None:
+        raise InputError("guidance needs labels: name the class of every sample")
+    if not model.num_classes:
+        return lambda x, level: network(x, level)
+    if model.null_class is None:
+        raise InputError(f"labels: teacher {model.name} has {model.num_classes} classes and no null class: name one for every sample")
+    null = torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
+    return lambda x, level: network(x, level, null)
+
+
+def _checked(labels, n, classes, device):
+    """Classes as an int64 tensor ``(n,)``."""
+    given = torch.as_tensor(labels, device=device)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
+        raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}")
+    if given.ndim == 1 and len(given) != n:
+        raise InputError(f"labels must be one per sample, {n}, or one for all, got {len(given)}")
+    if given.numel() and classes is not None and not 0 <= int(given.min()) <= int(given.max()) < classes:
+        raise InputError(f"labels must be in [0, {classes}), got {int(given.min())} to {int(given.max())}")
+    return given.to(torch.int64).expand(n).contiguous()
+
+
+def _classifier_free(network, labels, null, guidance):
+    both = torch.cat((labels, torch.full_like(labels, null)))
+
+    def evaluate(x, level):
+        conditional, unconditional = network(torch.cat((x, x)), level, both).chunk(2)
+        return torch.lerp(unconditional, conditional, 1 + guidance)
+
+    return evaluate
+
+
+def _classifier_guided(network, classifier, labels, guidance, prediction):
+    def evaluate(x, level):
+        _, alpha, noise = level.unbind()
+        output = network(x, level)
+        gradient = classifier.log_probability_gradient(x, alpha**2, labels)
+        # eps changes by -w noise gradient, and the output by that through its own weight in eps.
+        _, weight = eps_weights(alpha, noise, prediction)
+        return output - (guidance * noise / weight).to(output.dtype) * gradient.to(output.dtype)
+
+    return evaluate

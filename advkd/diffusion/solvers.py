@@ -1,0 +1,307 @@
+"""Solvers of the reverse process by name: how a run's levels become a program of fused steps.
+
+A :class:`Solver` holds a method's name and its numbers; :meth:`Solver.program` writes the run. The probability-flow equation is
+solved by ``euler``, ``ddim`` (the same step; it uses the network's noise where x0 is clipped, as diffusers does), ``heun``,
+``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise is added by ``ddpm``, ``ddim``
+with ``eta``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``, ``analytic-ddim`` and ``heun`` with ``churn``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+from ..errors import InputError
+from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
+from .multistep import deis_weights, dpmpp_weights, multistep, unipc_weights
+from .program import Evaluation, Writer
+from .schedule import IMAGE, SPACINGS, Level, Schedule
+from .singlestep import dpm2_step, dpm3_step, euler_step, heun_step
+from .stochastic import analytic_step, euler_maruyama_step, langevin_step
+
+ALIASES = {"dpmpp": "dpmpp-2m", "deis": "deis-3", "unipc": "unipc-2"}
+"""Short names of solvers."""
+
+NoisePower = Callable[[Level], float]
+"""E|eps|^2 / d of a teacher at a level, which Analytic-DPM needs."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a solver.
+
+    Attributes:
+        order: global order of accuracy on the probability-flow equation; 0 for solvers that add noise.
+        evaluations: network evaluations of a step.
+        least: fewest steps of a run, with which it reaches its order at all.
+        paper: where it comes from.
+    """
+
+    order: int
+    evaluations: int = 1
+    least: int = 1
+    paper: str = ""
+
+
+METHODS = {
+    "ddim": Method(1, paper="Song et al. 2020, Denoising diffusion implicit models"),
+    "ddpm": Method(0, paper="Ho et al. 2020, Denoising diffusion probabilistic models"),
+    "euler": Method(1, paper="Karras et al. 2022, algorithm 1, first order"),
+    "heun": Method(2, 2, 2, paper="Karras et al. 2022, algorithms 1 and 2"),
+    "dpm-2": Method(2, 2, 2, paper="Lu et al. 2022a, DPM-Solver-2"),
+    "dpm-3": Method(3, 3, 2, paper="Lu et al. 2022a, DPM-Solver-3"),
+    "dpmpp-2m": Method(2, least=2, paper="Lu et al. 2022b, DPM-Solver++ (2M)"),
+    "dpmpp-3m": Method(3, least=3, paper="Lu et al. 2022b, DPM-Solver++ (3M), second difference at its whole size"),
+    "deis-1": Method(1, paper="Zhang and Chen 2023, rho-AB1"),
+    "deis-2": Method(2, least=2, paper="Zhang and Chen 2023, rho-AB2"),
+    "deis-3": Method(3, least=3, paper="Zhang and Chen 2023, rho-AB3"),
+    "unipc-1": Method(2, paper="Zhao et al. 2023, UniPC-1, B(h) = e^h - 1"),
+    "unipc-2": Method(3, least=2, paper="Zhao et al. 2023, UniPC-2, B(h) = e^h - 1"),
+    "unipc-3": Method(4, least=3, paper="Zhao et al. 2023, UniPC-3, B(h) = e^h - 1"),
+    "euler-maruyama": Method(0, paper="Song et al. 2021, eq. 6"),
+    "predictor-corrector": Method(0, 2, paper="Song et al. 2021, algorithms 1 and 4"),
+    "analytic-ddpm": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDPM's mean"),
+    "analytic-ddim": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDIM's mean"),
+}
+"""Every solver by its name."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver and its numbers.
+
+    Attributes:
+        name: of :data:`METHODS`, or one of :data:`ALIASES`, which is replaced by what it stands for.
+        spacing: of the levels, one of :data:`~advkd.diffusion.schedule.SPACINGS`; empty: ``leading`` for ``ddim`` and ``ddpm``,
+            as their papers, and ``trailing`` for the others.
+        rho: exponent of the ``karras`` spacing.
+        eta: of ``ddim``: 0 adds no noise, 1 as much as DDPM.
+        churn: of ``heun``: S_churn of Karras et al. 2022, algorithm 2 (0: no noise).
+        churn_min: S_tmin: no noise below this sigma.
+        churn_max: S_tmax: no noise above this sigma.
+        churn_noise: S_noise, the factor of its deviation.
+        snr: of ``predictor-corrector``: signal-to-noise ratio of the corrector.
+
+    Raises:
+        InputError: an unknown name or spacing, numbers out of range, or a number that the solver does not have.
+
+    Examples:
+        >>> Solver("unipc").evaluations(10)
+        10
+    """
+
+    name: str = "ddim"
+    spacing: str = ""
+    rho: float = 7.0
+    eta: float = 0.0
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    churn_noise: float = 1.0
+    snr: float = 0.16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
+        if self.name not in METHODS:
+            raise InputError(f"solver must be one of {', '.join([*METHODS, *ALIASES])}, got {self.name!r}")
+        if self.spacing and self.spacing not in SPACINGS:
+            raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
+        for name, owner in _OWNERS.items():
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if not value >= 0 or (value == math.inf and default != math.inf):
+                raise InputError(f"{name} must not be negative or infinite, got {value}")
+            if value != default and self.name != owner and not (name == "rho" and self.spacing == "karras"):
+                raise InputError(f"{name} is a number of {owner}; solver {self.name} has none: leave it out")
+
+    @property
+    def order(self) -> int:
+        """Global order of accuracy; 0 where noise is added."""
+        return 0 if self.stochastic else METHODS[self.name].order
+
+    @property
+    def stochastic(self) -> bool:
+        """True if steps add noise, so that x_0 is no function of x_T."""
+        return METHODS[self.name].order == 0 or self.eta > 0 or self.churn > 0
+
+    def levels(self, schedule: Schedule, steps: int) -> list[Level]:
+        """Levels at which the steps begin.
+
+        Args:
+            schedule: noise schedule.
+            steps: number of steps.
+
+        Returns:
+            ``steps`` levels of falling noise.
+
+        Raises:
+            InputError: a number of steps outside [1, T], or too few for the solver's order.
+        """
+        least = METHODS[self.name].least
+        if steps < least:
+            raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
+        spacing = self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
+        return schedule.levels(spacing, steps, self.rho)
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations of a run: single-step solvers take one in the last step, to the image.
+
+        Args:
+            steps: number of steps.
+
+        Returns:
+            Their number.
+        """
+        each = METHODS[self.name].evaluations
+        return each * (steps - 1) + 1
+
+    def program(
+        self,
+        schedule: Schedule,
+        steps: int,
+        prediction: str,
+        clip: float = math.inf,
+        variance: str = VARIANCES[0],
+        noise_power: NoisePower | None = None,
+    ) -> list[Evaluation]:
+        """The run of ``steps`` steps on a teacher's schedule.
+
+        Args:
+            schedule: the teacher's noise schedule.
+            steps: number of steps.
+            prediction: meaning of the network's output.
+            clip: x0 is clamped to [-clip, clip].
+            variance: of ``ddpm``, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
+            noise_power: E|eps|^2 / d by level, which the ``analytic`` solvers need.
+
+        Returns:
+            Evaluations in their order.
+
+        Raises:
+            InputError: a number of steps that cannot be, a schedule that the solver cannot take, or a missing ``noise_power``.
+        """
+        levels = self.levels(schedule, steps)
+        if levels[0].alpha == 0 and self.name not in ("ddim", "ddpm"):
+            raise InputError(
+                f"solver {self.name} needs a finite noise level at every step; this schedule begins at alpha_bar = 0: "
+                "take ddim or ddpm, or another spacing"
+            )
+        if levels[-1].noise == 0:
+            raise InputError(f"solver {self.name}: the schedule has no noise at timestep {levels[-1].t:g}")
+        if self.name.startswith("analytic") and noise_power is None:
+            raise InputError(f"solver {self.name} needs the teacher's noise power: estimate it once (see Teacher.estimate_noise_power)")
+        writer = Writer(prediction, clip)
+        if self.name in _MULTISTEP:
+            remembered, weights, kind = _MULTISTEP[self.name]
+            return list(multistep(writer, levels, remembered, weights, kind))
+        steps_of = partial(_SINGLE[self.name], self, writer, schedule=schedule, variance=variance, noise_power=noise_power)
+        return [e for pair in pairwise([*levels, IMAGE]) for e in steps_of(*pair, steps=steps, last=levels[-1])]
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Solver)}
+_OWNERS = {
+    "rho": "spacing karras",
+    "eta": "ddim",
+    "churn": "heun",
+    "churn_min": "heun",
+    "churn_max": "heun",
+    "churn_noise": "heun",
+    "snr": "predictor-corrector",
+}
+"""The solver that has a number."""
+
+_MULTISTEP = {
+    "dpmpp-2m": (2, dpmpp_weights, "x0"),
+    "dpmpp-3m": (3, dpmpp_weights, "x0"),
+    **{f"deis-{k}": (k, deis_weights, "eps") for k in (1, 2, 3)},
+    **{f"unipc-{k}": (k + 1, partial(unipc_weights, order=k), "x0") for k in (1, 2, 3)},
+}
+
+
+def _ddim(solver, writer, level, following, **_):
+    a, after = level.alpha_bar, following.alpha_bar
+    yield Evaluation(level, ddim_coefficients(a, after, writer.prediction, solver.eta, writer.clip), following)
+
+
+def _ddpm(solver, writer, level, following, variance, **_):
+    a, after, noisy = level.alpha_bar, following.alpha_bar, following.noise > 0
+    yield Evaluation(level, ddpm_coefficients(a, after, writer.prediction, variance, writer.clip, noisy), following)
+
+
+def _euler(solver, writer, level, following, **_):
+    yield euler_step(writer, level, following)
+
+
+def _heun(solver, writer, level, following, schedule, steps, **_):
+    gamma = min(solver.churn / steps, math.sqrt(2) - 1) if solver.churn_min <= level.sigma <= solver.churn_max else 0.0
+    highest = schedule.level(len(schedule) - 1.0).sigma
+    if gamma and level.sigma < highest:
+        noisier = schedule.at_sigma(min(level.sigma * (1 + gamma), highest))
+        yield writer.add_noise(level, noisier, solver.churn_noise)
+        level = noisier
+    yield from heun_step(writer, level, following)
+
+
+def _dpm2(solver, writer, level, following, schedule, **_):
+    yield from dpm2_step(writer, level, following, schedule)
+
+
+def _dpm3(solver, writer, level, following, schedule, **_):
+    yield from dpm3_step(writer, level, following, schedule)
+
+
+def _euler_maruyama(solver, writer, level, following, **_):
+    yield euler_maruyama_step(writer, level, following)
+
+
+def _predictor_corrector(solver, writer, level, following, **_):
+    predictor = euler_maruyama_step(writer, level, following)
+    if following.noise == 0:
+        yield predictor
+        return
+    yield dataclasses.replace(predictor, end=None)
+    yield langevin_step(writer, following, solver.snr)
+
+
+def _analytic(solver, writer, level, following, noise_power, last, **_):
+    power, ancestral = noise_power(level), solver.name == "analytic-ddpm"
+    yield analytic_step(writer, level, following, power, ancestral, following == last)
+
+
+_SINGLE: dict[str, Callable[..., Iterator[Evaluation]]] = {
+    "ddim": _ddim,
+    "ddpm": _ddpm,
+    "euler": _euler,
+    "heun": _heun,
+    "dpm-2": _dpm2,
+    "dpm-3": _dpm3,
+    "euler-maruyama": _euler_maruyama,
+    "predictor-corrector": _predictor_corrector,
+    "analytic-ddpm": _analytic,
+    "analytic-ddim": _analytic,
+}
+
+
+def as_solver(solver: "str | Solver") -> Solver:
+    """A solver from its name, or itself.
+
+    Args:
+        solver: a name, or a :class:`Solver`.
+
+    Returns:
+        Solver.
+
+    Raises:
+        InputError: an unknown name, or something else.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if not isinstance(solver, str):
+        raise InputError(f"solver must be a name or a Solver, got {solver!r}")
+    return Solver(solver)
+
+
+def names() -> Sequence[str]:
+    """Names of all solvers."""
+    return tuple(METHODS)
