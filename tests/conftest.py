@@ -31,7 +31,7 @@ atexit.register(shutil.rmtree, os.environ["ADVKD_CACHE"], ignore_errors=True)
 # Results that are compared with float32 arithmetic must not come from TensorFloat-32.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-from advkd.data.trajectories import TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.shape import StudentConfig
@@ -117,7 +117,7 @@ def trajectories(teacher, tmp_path_factory):
 @pytest.fixture(scope="session")
 def unpaired(tmp_path_factory):
     """Unpaired (ancestral DDPM) trajectories of a tiny teacher with 20 timesteps."""
-    config = tiny_recording(sampler="ddpm", steps=0)
+    config = tiny_recording(solver="ddpm", steps=0)
     return record_trajectories(tiny_teacher(20), config, tmp_path_factory.mktemp("ddpm"), progress=False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.trajectories import TrajectoryConfig
+from ..data.dataset_info import TrajectoryConfig
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..evaluation.evaluate import describe_models

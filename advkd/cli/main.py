@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..config import overlay, read_value
-from ..data.trajectories import TrajectoryConfig
+from ..data.dataset_info import TrajectoryConfig
 from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..evaluation.evaluate import EvaluationConfig
 from ..methods.classification import ClassifierTrainingConfig

@@ -23,15 +23,15 @@ def resolutions(image_size: int, depth: int) -> list[int]:
     return [min(4 << (k // 2), image_size) for k in range(1, depth + 1)]
 
 
-def supervising_timesteps(sampler: str, depth: int, timesteps: Sequence[int], train_timesteps: int) -> list[int]:
+def supervising_timesteps(solver: str, depth: int, timesteps: Sequence[int], train_timesteps: int) -> list[int]:
     """Timesteps t_1 .. t_{depth - 1}: submodule k imitates the state after the step taken at t_k (the last one, x_0).
 
-    DDIM: t(n) = 190 n - 10 n^2 + 80 at n = 11 - k for depth 12 (ADV-KD, section 3); for another depth, n spread evenly over
-    [0, 10]. DDPM: the state after the first step for submodules 1 and 2, then 900, 800, ..., 100 for depth 12. Both are scaled
-    by T / 1000 and snapped to the run's timesteps.
+    All but DDPM: t(n) = 190 n - 10 n^2 + 80 at n = 11 - k for depth 12 (ADV-KD, section 3); for another depth, n spread evenly
+    over [0, 10]. DDPM: the state after the first step for submodules 1 and 2, then 900, 800, ..., 100 for depth 12. Both are
+    scaled by T / 1000 and snapped to the run's timesteps.
     """
     scale = train_timesteps / 1000
-    if sampler == "ddim":
+    if solver != "ddpm":
         n = [10 * (1 - k / (depth - 2)) for k in range(depth - 1)]
         wanted = [190 * value - 10 * value * value + 80 for value in n]
     else:

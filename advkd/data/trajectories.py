@@ -1,10 +1,8 @@
-"""Recorded trajectories of a teacher: their configuration, their files, and the reader."""
+"""Recorded trajectories of a teacher: their files, and the reader."""
 
 import bisect
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,163 +11,14 @@ import torch
 from ..config import build_config
 from ..errors import InputError
 from ..ops import philox_normal
-from ..ops.latents import check_latent, latent_numel, project
+from ..ops.latents import check_latent, project
 from ..runtime.files import MANIFEST_LIMIT, damaged, has_own_digest, read_json, read_tensors, require_regular, sha256
+from .dataset_info import DatasetInfo, TrajectoryConfig, differences, samples_overlap
 from .levels import resolutions
 
 FORMAT = "advkd-trajectories-1"
 SHARD_KEYS = ("recipe", "start", "count", "digest")
 RECORD_AGAIN = "delete it and run the same 'advkd trajectories' command again"
-
-
-@dataclass
-class TrajectoryConfig:
-    """Configuration of a recording by ``advkd trajectories``.
-
-    Attributes:
-        sampler: ``ddim`` (paired: x_0 is a function of z's x_T) or ``ddpm`` (unpaired).
-        steps: sampler steps (0: 50 for DDIM, all for DDPM).
-        num: number of trajectories.
-        start: index of the first one among the seed's samples.
-        seed: of the noise.
-        depth: submodules of the student.
-        latent_size: m of the latent's blocks (0: all of x_T up to 32 pixels, 4 above).
-        detail_noise: store the Haar pyramid of x_T instead of blocks.
-        batch_size: samples that run through the teacher at once; the last batch is padded to it.
-        shard_size: samples per shard, a multiple of ``batch_size``.
-    """
-
-    sampler: str = "ddim"
-    steps: int = 0
-    num: int = 2048
-    start: int = 0
-    seed: int = 0
-    depth: int = 12
-    latent_size: int = 0
-    detail_noise: bool = False
-    batch_size: int = 32
-    shard_size: int = 128
-
-    def validate(self) -> None:
-        """Raise :class:`InputError` that names the field that cannot work."""
-        for name in ("num", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.shard_size % self.batch_size:
-            raise InputError(f"shard_size must be a multiple of batch_size {self.batch_size}, got {self.shard_size}")
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
-        if not 0 <= self.start < 2**62:
-            raise InputError(f"start must be in [0, 2^62), got {self.start}")
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """Everything that the contents of a data set's shards depend on.
-
-    Attributes:
-        sampler: ``ddim`` or ``ddpm``; this and the next nine are the fields of :class:`TrajectoryConfig`.
-        steps: sampler steps, the default filled in (never 0).
-        num: number of trajectories.
-        start: index of the first one among the seed's samples.
-        seed: key of the noise.
-        depth: submodules of the student, and levels of a trajectory.
-        latent_size: m of the latent's blocks, the default filled in (never 0).
-        detail_noise: True if z is the Haar pyramid of x_T, False for blocks.
-        batch_size: samples that ran through the teacher at once.
-        shard_size: samples per shard.
-        teacher: :meth:`Teacher.identity`.
-        image_channels: channels C of the images.
-        image_size: side S of the images in pixels, 4 * 2^k.
-        resolutions: R_k of every level.
-        timesteps: the teacher's timestep of every level but the last, which is x_0.
-    """
-
-    sampler: str
-    steps: int
-    num: int
-    start: int
-    seed: int
-    depth: int
-    latent_size: int
-    detail_noise: bool
-    batch_size: int
-    shard_size: int
-    teacher: dict
-    image_channels: int
-    image_size: int
-    resolutions: list[int]
-    timesteps: list[int]
-
-    @classmethod
-    def from_json(cls, values: dict) -> "DatasetInfo":
-        """The description in a manifest or a shard.
-
-        Args:
-            values: what :meth:`to_json` gave, with further keys or without; the values' types are not checked.
-
-        Returns:
-            A description that shares lists and the dict ``teacher`` with ``values``.
-
-        Raises:
-            KeyError: one of the description's values is missing.
-            TypeError: ``values`` are no dict.
-        """
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
-
-    def to_json(self) -> dict:
-        """The description as manifests and shards hold it.
-
-        Returns:
-            JSON values by the names of the fields; lists and the dict ``teacher`` are the description's own, not copies.
-        """
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def config(self, **changes: Any) -> TrajectoryConfig:
-        """The configuration of a recording like this one, with some fields changed.
-
-        Args:
-            changes: fields of :class:`TrajectoryConfig` and their values.
-
-        Returns:
-            A new configuration, which is not validated.
-
-        Raises:
-            TypeError: a name in ``changes`` is no field.
-        """
-        names = [field.name for field in dataclasses.fields(TrajectoryConfig)]
-        return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards; the last one may hold fewer samples."""
-        return -(-self.num // self.shard_size)
-
-    def shard_count(self, shard: int) -> int:
-        """Number of samples in a shard.
-
-        Args:
-            shard: the shard's number, from 0 to ``num_shards - 1``.
-
-        Returns:
-            ``shard_size``, or the number that is left for the last shard.
-        """
-        return min(self.shard_size, self.num - shard * self.shard_size)
-
-    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of a shard, by name.
-
-        Args:
-            count: number of samples in the shard.
-
-        Returns:
-            ``(count, numel)`` for ``z`` and ``(count, C, R_k, R_k)`` for level k, ``level_01`` to ``level_{depth}``; all are
-            float16 in a shard.
-        """
-        channels = self.image_channels
-        latent = latent_numel(channels, self.image_size, self.latent_size, self.detail_noise)
-        levels = {f"level_{k:02d}": (count, channels, side, side) for k, side in enumerate(self.resolutions, 1)}
-        return {"z": (count, latent), **levels}
 
 
 class Trajectories:
@@ -237,8 +86,8 @@ class Trajectories:
 
     @property
     def paired(self) -> bool:
-        """True if x_0 is a function of the x_T that z comes from (DDIM), so that pairs (z, x_0) can be learned."""
-        return self.info.sampler == "ddim"
+        """True if x_0 is a function of the x_T that z comes from, so that pairs (z, x_0) can be learned."""
+        return self.info.paired
 
     def verify(self) -> None:
         """Check every shard's hash now.
@@ -351,7 +200,7 @@ def _is_possible(info: DatasetInfo) -> bool:
     shape = (info.image_size, info.image_channels, info.latent_size, info.depth)
     numbers = _are_whole(*info.timesteps, *info.resolutions, *shape)
     known = info.image_channels in (1, 2, 3, 4) and isinstance(info.teacher, dict)
-    return numbers and known and info.resolutions == resolutions(info.image_size, info.depth)
+    return numbers and known and isinstance(info.paired, bool) and info.resolutions == resolutions(info.image_size, info.depth)
 
 
 def _are_shards(entries: list[dict], info: DatasetInfo) -> bool:
@@ -374,22 +223,3 @@ def _are_whole(*values) -> bool:
 def shard_path(folder: str | Path, shard: int) -> Path:
     """Path of a shard in a data set's folder."""
     return Path(folder) / f"shard-{shard:05d}.safetensors"
-
-
-def differences(described: dict, other: dict, ignored: tuple[str, ...] = ()) -> list[str]:
-    """Sorted keys in which the descriptions of two data sets, as JSON, differ; a teacher's name is not one."""
-    differ = {key for key in described if key not in ignored and described[key] != other.get(key)}
-    theirs = other.get("teacher")
-    if "teacher" in differ and isinstance(theirs, dict) and same_teacher(described["teacher"], theirs):
-        differ.remove("teacher")
-    return sorted(differ)
-
-
-def samples_overlap(a: dict, b: dict) -> bool:
-    """True if two parts (seed, start, num) share a sample."""
-    return a["seed"] == b["seed"] and a["start"] < b["start"] + b["num"] and b["start"] < a["start"] + a["num"]
-
-
-def same_teacher(a: dict, b: dict) -> bool:
-    """True if two :meth:`Teacher.identity` are of one teacher, whatever it was called."""
-    return {**a, "name": None} == {**b, "name": None}

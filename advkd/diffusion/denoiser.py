@@ -18,8 +18,8 @@ class Denoiser:
     """E[x0 | state] and E[eps | state] by a network of any kind of output.
 
     Args:
-        network: function of the variance-preserving state ``(N, ...)``, timesteps ``(N,)`` float32 and a condition that gives the
-            network's output, in the state's shape.
+        network: function of the variance-preserving state ``(N, ...)``, timesteps ``(N,)`` float32 and a condition that gives
+            the network's output, in the state's shape.
         schedule: noise schedule that the network was trained with.
         prediction: meaning of the output, one of :data:`~advkd.diffusion.prediction.PREDICTIONS`.
         clip: x0 is clamped to [-clip, clip]; infinity clamps nothing.
@@ -50,9 +50,7 @@ class Denoiser:
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.clip, self.clipped_eps, self.coordinates = clip, clipped_eps, coordinates
 
-    def predict(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, condition: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, x: torch.Tensor, sigma: float | torch.Tensor, condition: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior means at states of any noise levels.
 
         Args:

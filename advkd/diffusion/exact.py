@@ -1,9 +1,9 @@
 """Teachers whose denoiser is known in closed form: a laboratory in which samplers and distillation methods can be proved.
 
-Data are Gaussian, a mixture of Gaussians, or a finite set of images; the posterior mean E[x0 | x_t] at every noise level is then a
-formula, and a solver's error, a sampler's marginals or a student's optimum can be compared with what they must be. Teachers
-compute in float64 with the solvers' own programs (:mod:`advkd.diffusion.solvers`), and take the place of :class:`advkd.Teacher`
-wherever its interface is used.
+Data are Gaussian, a mixture of Gaussians, or a finite set of images; the posterior mean E[x0 | x_t] at every noise level is
+then a formula, and a solver's error, a sampler's marginals or a student's optimum can be compared with what they must be.
+Teachers compute in float64 with the solvers' own programs (:mod:`advkd.diffusion.solvers`), and take the place of
+:class:`advkd.Teacher` wherever its interface is used.
 """
 
 import math
@@ -35,9 +35,7 @@ class ExactTeacher(DiffusionModel):
     prediction = "sample"
     clip = math.inf
 
-    def __init__(
-        self, shape: Sequence[int], schedule: Schedule | None = None, coordinates: str = "vp", num_classes: int = 0
-    ):
+    def __init__(self, shape: Sequence[int], schedule: Schedule | None = None, coordinates: str = "vp", num_classes: int = 0):
         if coordinates not in ("vp", "ve"):
             raise InputError(f"coordinates must be vp or ve, got {coordinates!r}")
         super().__init__(schedule or Schedule.linear(), tuple(shape), dtype=torch.float64)
@@ -45,9 +43,7 @@ class ExactTeacher(DiffusionModel):
         self.num_classes = num_classes
         self.null_class = num_classes if num_classes else None
 
-    def x0(
-        self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Posterior mean of x0 given x = alpha x0 + noise eps.
 
         Args:
@@ -76,8 +72,7 @@ class ExactTeacher(DiffusionModel):
         """
         alpha, noise = self._weights(x, sigma)
         clean = self.x0(x.double(), alpha, noise, condition)
-        shaped = [w.reshape(-1, *[1] * (x.ndim - 1)) if w.ndim else w for w in (alpha, noise)]
-        e_x, e_m = eps_weights(*shaped, "sample")
+        e_x, e_m = eps_weights(_over(x, alpha), _over(x, noise), "sample")
         return clean, e_x * x.double() + e_m * clean
 
     def score(self, x: torch.Tensor, sigma: Sigma, condition: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,11 +88,9 @@ class ExactTeacher(DiffusionModel):
         """
         _, noise = self._weights(x, sigma)
         eps = self.predict(x, sigma, condition)[1]
-        return -eps / (noise.reshape(-1, *[1] * (x.ndim - 1)) if noise.ndim else noise)
+        return -eps / _over(x, noise)
 
-    def log_probability_gradient(
-        self, x: torch.Tensor, alpha_bar: float | torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def log_probability_gradient(self, x: torch.Tensor, alpha_bar: float | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Gradient by the state of log p(class | x_t), the exact classifier's: the classes' scores less the data's.
 
         Args:
@@ -112,8 +105,7 @@ class ExactTeacher(DiffusionModel):
         alpha, noise = (w.reshape(-1, 1) if w.ndim else w for w in (a.sqrt(), (1 - a).sqrt()))
         x = x.double()
         difference = self.x0(x, alpha, noise, labels) - self.x0(x, alpha, noise)
-        factor = alpha / noise**2
-        return difference * (factor.reshape(-1, *[1] * (x.ndim - 1)) if factor.ndim else factor)
+        return difference * _over(x, alpha / noise**2)
 
     def data(self, n: int, seed: int = 0) -> torch.Tensor:
         """Samples of the data itself.
@@ -143,7 +135,7 @@ class ExactTeacher(DiffusionModel):
         return ((x - alpha * self.x0(x, alpha, noise)) / noise).square().mean().item()
 
     def _network(self, compiled: bool = False) -> Any:
-        return lambda x, level, labels=None: self.x0(x, level[1], level[2], labels)
+        return lambda x, place, labels=None: self.x0(x, place.alpha, place.noise, labels)
 
     def _weights(self, x, sigma):
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
@@ -194,9 +186,7 @@ class GaussianTeacher(ExactTeacher):
         if not (self.variances > 0).all():
             raise InputError(f"covariance must be positive definite, its least variance is {self.variances.min():.3g}")
 
-    def x0(
-        self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """mean + alpha C (alpha^2 C + noise^2)^-1 (x - alpha mean), by axes of the covariance.
 
         Args:
@@ -325,9 +315,7 @@ class MixtureTeacher(ExactTeacher):
         spread = alpha**2 * self.variance + noise**2
         return torch.softmax(self.weights.log() - distances / (2 * spread), dim=1)
 
-    def x0(
-        self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Posterior mean: every component's, mixed by responsibility or chosen by class.
 
         Args:
@@ -390,9 +378,7 @@ class FiniteSetTeacher(ExactTeacher):
         super().__init__(images.shape[1:], schedule, coordinates, classes)
         self.images, self.labels = images.double().flatten(1), labels
 
-    def x0(
-        self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """sum_i w_i x_i with w = softmax(-|x - alpha x_i|^2 / (2 noise^2)), over the images of the state's class.
 
         Args:
@@ -422,6 +408,11 @@ class FiniteSetTeacher(ExactTeacher):
         """
         uniform = torch.special.ndtr(self._normal(n, seed, (1,))).flatten()
         return self.images[(uniform * len(self.images)).long().clamp_max(len(self.images) - 1)].reshape(n, *self.shape)
+
+
+def _over(x, weight):
+    """A weight, a scalar or ``(N, 1)``, in a shape that multiplies states."""
+    return weight.reshape(-1, *[1] * (x.ndim - 1)) if weight.ndim else weight
 
 
 def _square_distances(x, alpha, centres):

@@ -1,9 +1,9 @@
 """Guidance towards a class: the network's output is changed before the step, which clamps x0 after it.
 
-Classifier guidance (Dhariwal and Nichol 2021, algorithm 2): eps - w sqrt(1 - a) grad_x log p(class | x). Classifier-free guidance
-(Ho and Salimans 2022): (1 + w) eps(x, class) - w eps(x). By Bayes' rule the second is the first with weight 1 + w on the
-unconditional model, where the classifier is the one that both networks imply. w = 0 is the conditional model in the second and
-the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
+Classifier guidance (Dhariwal and Nichol 2021, algorithm 2): eps - w sqrt(1 - a) grad_x log p(class | x). Classifier-free
+guidance (Ho and Salimans 2022): (1 + w) eps(x, class) - w eps(x). By Bayes' rule the second is the first with weight 1 + w on
+the unconditional model, where the classifier is the one that both networks imply. w = 0 is the conditional model in the second
+and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from .sampling import DiffusionModel
 
 Network = Callable[..., torch.Tensor]
-"""Function of the state ``(N, ...)``, its level ``(3,)`` and classes ``(N,)`` or None that gives the network's output."""
+"""Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
 
 
 class Classifier(Protocol):
     """A classifier of noisy states."""
 
-    def log_probability_gradient(
-        self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /
-    ) -> torch.Tensor:
+    def log_probability_gradient(self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /) -> torch.Tensor:
         """Gradient by the state of log p(class | x)."""
 
 
@@ -62,21 +60,20 @@ def guided(
         return _unconditional(model, network, n, guidance, classifier)
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    classes = model.num_classes or classifier_classes(classifier)
-    labels = _checked(labels, n, classes, model.device)
+    labels = _checked(labels, n, model.num_classes or _classes_of(classifier), model.device)
     if classifier is not None:
         plain = _unconditional(model, network, n, 0.0, None)
         return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
     if guidance == 0:
-        return lambda x, level: network(x, level, labels)
+        return lambda x, place: network(x, place, labels)
     if model.null_class is None:
         raise InputError(
-            f"guidance: teacher {model.name} was trained without a null class: take guidance 0, or train with --conditional --drop"
+            f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop"
         )
     return _classifier_free(network, labels, model.null_class, guidance)
 
 
-def classifier_classes(classifier: Classifier) -> int | None:
+def _classes_of(classifier):
     """Number of classes of a classifier, or None where it does not say."""
     config = getattr(classifier, "config", classifier)
     return getattr(config, "classes", None) or getattr(config, "num_classes", None)
@@ -86,11 +83,13 @@ def _unconditional(model, network, n, guidance, classifier):
     if guidance or classifier is not None:
         raise InputError("guidance needs labels: name the class of every sample")
     if not model.num_classes:
-        return lambda x, level: network(x, level)
+        return lambda x, place: network(x, place)
     if model.null_class is None:
-        raise InputError(f"labels: teacher {model.name} has {model.num_classes} classes and no null class: name one for every sample")
+        raise InputError(
+            f"labels: teacher {model.name} has {model.num_classes} classes and no null class: name one for every sample"
+        )
     null = torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
-    return lambda x, level: network(x, level, null)
+    return lambda x, place: network(x, place, null)
 
 
 def _checked(labels, n, classes, device):
@@ -108,20 +107,19 @@ def _checked(labels, n, classes, device):
 def _classifier_free(network, labels, null, guidance):
     both = torch.cat((labels, torch.full_like(labels, null)))
 
-    def evaluate(x, level):
-        conditional, unconditional = network(torch.cat((x, x)), level, both).chunk(2)
+    def evaluate(x, place):
+        conditional, unconditional = network(torch.cat((x, x)), place, both).chunk(2)
         return torch.lerp(unconditional, conditional, 1 + guidance)
 
     return evaluate
 
 
 def _classifier_guided(network, classifier, labels, guidance, prediction):
-    def evaluate(x, level):
-        _, alpha, noise = level.unbind()
-        output = network(x, level)
-        gradient = classifier.log_probability_gradient(x, alpha**2, labels)
+    def evaluate(x, place):
+        output = network(x, place)
+        gradient = classifier.log_probability_gradient(x, place.alpha**2, labels)
         # eps changes by -w noise gradient, and the output by that through its own weight in eps.
-        _, weight = eps_weights(alpha, noise, prediction)
-        return output - (guidance * noise / weight).to(output.dtype) * gradient.to(output.dtype)
+        _, weight = eps_weights(place.alpha, place.noise, prediction)
+        return output - (guidance * place.noise / weight).to(output.dtype) * gradient.to(output.dtype)
 
     return evaluate

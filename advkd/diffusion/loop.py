@@ -7,7 +7,7 @@ waited for, so that a GPU replays captured CUDA graphs. On a CPU the same calls 
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,7 +20,22 @@ from .program import STATE, Evaluation, Program, registers
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Place(NamedTuple):
+    """The level of a state, as tensors on its device.
+
+    Attributes:
+        t: timestep ``(1,)``: int64, or float32 in runs with timesteps that are not whole.
+        alpha: weight of the image, a float64 scalar.
+        noise: weight of the noise, a float64 scalar.
+    """
+
+    t: torch.Tensor
+    alpha: torch.Tensor
+    noise: torch.Tensor
+
+
+Network = Callable[[torch.Tensor, Place], torch.Tensor]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -29,8 +44,7 @@ class SamplingLoop:
     """A solver's run on batches of one shape.
 
     Args:
-        network: function of the state ``(N, ...)`` and its level, float64 ``(3,)`` with timestep, alpha and noise, that gives the
-            network's output.
+        network: function of the state ``(N, ...)`` and its :class:`Place` that gives the network's output.
         shape: of the state.
         program: of the run.
         seed: of the step noise.
@@ -58,8 +72,11 @@ class SamplingLoop:
                 torch.empty(shape, dtype=dtype, device=device, memory_format=layout) for _ in range(registers(program))
             ]
             self._table = coefficient_table([e.step for e in program], device, dtype)
-            levels = [(e.level.t, e.level.alpha, e.level.noise) for e in program]
-            self._levels = torch.tensor(levels, dtype=torch.float64, device="cpu").to(device)
+            # Whole timesteps stay whole: some networks look them up in a table.
+            times = torch.tensor([e.level.t for e in program], dtype=torch.float64, device="cpu")
+            self._timesteps = times.to(torch.int64 if bool((times == times.round()).all()) else torch.float32).to(device)
+            weights = [(e.level.alpha, e.level.noise) for e in program]
+            self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu").to(device)
             self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
             self._counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._done = 0
@@ -107,8 +124,7 @@ class SamplingLoop:
             None if register is None else self._registers[register] for register in _signature(evaluation)[:6]
         )
         with named("network"):
-            level = self._levels.index_select(0, self._counter)[0]
-            output = self._network(x, level) if evaluation.network else x
+            output = self._network(x, self._place()) if evaluation.network else x
         with named("step"):
             row = self._table.index_select(0, self._counter)
             noise = (self._seed, self._indices, self._counter) if evaluation.draws else third
@@ -117,6 +133,10 @@ class SamplingLoop:
             )
             self._counter += 1
         return pooled
+
+    def _place(self):
+        alpha, noise = self._weights.index_select(0, self._counter)[0].unbind()
+        return Place(self._timesteps.index_select(0, self._counter), alpha, noise)
 
     def _capture(self, evaluation, pool):
         """One pass as a graph. Graphs share their memory: what one leaves there is copied before the next one runs."""
@@ -155,11 +175,10 @@ def network_of(unet: "UNet2DModel", autocast: torch.dtype | None = None, compile
     """
     parameter = next(unet.parameters())
 
-    def evaluate(x, level, labels=None):
-        # A tensor: diffusers would round a number that lies between two timesteps.
-        t = level[:1].float()
+    def evaluate(x, place, labels=None):
+        classes = {} if labels is None else {"class_labels": labels}
         with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            output = unet(x.to(parameter.dtype), t, class_labels=labels, return_dict=False)[0]
+            output = unet(x.to(parameter.dtype), place.t, **classes, return_dict=False)[0]
         # The step reads halves as they are.
         return output.float() if output.dtype == torch.float64 else output
 
@@ -175,17 +194,17 @@ class _Checked:
         self._plain, self._run = plain, compiled
         self._first = True
 
-    def __call__(self, x, level, labels=None):
+    def __call__(self, x, place, labels=None):
         if self._first:
             self._first = False
             _LOGGER.warning("torch.compile compiles the teacher's network (a minute or more; its cache keeps the result)")
-            self._compare(x, level, labels)
-        return self._run(x, level, labels)
+            self._compare(x, place, labels)
+        return self._run(x, place, labels)
 
-    def _compare(self, x, level, labels):
-        wanted = self._plain(x, level, labels).float()
+    def _compare(self, x, place, labels):
+        wanted = self._plain(x, place, labels).float()
         try:
-            found = self._run(x, level, labels).float()
+            found = self._run(x, place, labels).float()
         except Exception as error:  # a compiler that is missing raises its own kinds
             self._give_up(f"the network cannot be compiled here and runs as it is: {reason(error)}")
             return

@@ -1,9 +1,9 @@
 """Multistep solvers: one evaluation a step, and the last ones remembered.
 
-Each function gives the weights of a step from the newest of ``past`` (levels, newest first) to ``following``; they begin with lower
-orders while less is remembered. D_j is the clamped x0 of the network at level j and eps_j the noise (x_j - alpha_j D_j) / noise_j.
-The probability-flow equation is linear in the state, so that each method integrates a polynomial through what is remembered, exactly:
-of D in lambda for the data-prediction methods, of eps in sigma for DEIS.
+Each function gives the weights of a step from the newest of ``past`` (levels, newest first) to ``following``; they begin with
+lower orders while less is remembered. D_j is the clamped x0 of the network at level j and eps_j the noise (x_j - alpha_j D_j) /
+noise_j. The probability-flow equation is linear in the state, so that each method integrates a polynomial through what is
+remembered, exactly: of D in lambda for the data-prediction methods, of eps in sigma for DEIS.
 """
 
 import math
@@ -23,8 +23,8 @@ def dpmpp_weights(past: Sequence[Level], following: Level) -> Weights:
     """DPM-Solver++ of order 1, 2 or 3 (Lu et al. 2022b), multistep: as many D as there are in ``past``.
 
     The second order is the paper's 2M. The third integrates the parabola through three D exactly, so that the second divided
-    difference D2 = 2 (D10 - D11) / (r0 + r1) = h^2 D'' has its whole weight. The paper's own code and what follows it halve it, which
-    leaves the order at 2.
+    difference D2 = 2 (D10 - D11) / (r0 + r1) = h^2 D'' has its whole weight. The paper's own code and what follows it halve it,
+    which leaves the order at 2.
 
     Args:
         past: levels of the remembered D, the newest first; that is the state's.
@@ -101,8 +101,9 @@ def _unipc_corrector(before, level):
 
 
 def exponential_weights(h: float, offsets: Sequence[float]) -> list[float]:
-    """Weights w_j with sum_j w_j p(offset_j) = the integral over [0, h] of e^(t - h) p(t) for every polynomial p of lower degree
-    than there are offsets.
+    """Weights w_j with sum_j w_j p(offset_j) = the integral of e^(t - h) p(t) over [0, h], for polynomials p.
+
+    They hold for every polynomial of a degree below the number of offsets.
 
     Args:
         h: length of the step in lambda, positive.

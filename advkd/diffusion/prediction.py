@@ -2,8 +2,8 @@
 
 ``alpha`` and ``noise`` are the weights of image and noise: sqrt(alpha_bar) and sqrt(1 - alpha_bar) on a variance-preserving
 path, 1 and sigma on a variance-exploding one, 1 - sigma and sigma on a straight one. The network's output m is one of
-:data:`PREDICTIONS`, named as diffusers does; a ``v_prediction`` (Salimans and Ho 2022) is that of the state scaled to unit weights,
-x / sqrt(alpha^2 + noise^2), and ``flow_prediction`` is the velocity eps - x0 of a straight path.
+:data:`PREDICTIONS`, named as diffusers does; a ``v_prediction`` (Salimans and Ho 2022) is that of the state scaled to unit
+weights, x / sqrt(alpha^2 + noise^2), and ``flow_prediction`` is the velocity eps - x0 of a straight path.
 """
 
 from typing import TypeVar

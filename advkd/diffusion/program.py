@@ -1,9 +1,9 @@
 """A solver's run as a program: network evaluations and, after each, one fused step over a few registers.
 
-A register is a tensor like the state. The state is register :data:`STATE`, where every step of the solver begins and ends; others
-hold what multistep solvers remember and what single-step solvers return to. An :class:`Evaluation` names the registers it
-reads and writes and the scalars of :func:`advkd.ops.sampler_step`, so that a run of any solver is one list, which a loop on a GPU
-replays from captured graphs and which an exact teacher runs in float64.
+A register is a tensor like the state. The state is register :data:`STATE`, where every step of the solver begins and ends;
+others hold what multistep solvers remember and what single-step solvers return to. An :class:`Evaluation` names the registers
+it reads and writes and the scalars of :func:`advkd.ops.sampler_step`, so that a run of any solver is one list, which a loop on
+a GPU replays from captured graphs and which an exact teacher runs in float64.
 """
 
 import math
@@ -119,12 +119,10 @@ class Writer:
         k_x, k_m = x0_weights(level.alpha, level.noise, self.prediction)
         stored, kind = store or (None, "x0")
         kept = {} if kind == "x0" else {"s_0": -level.alpha / level.noise, "s_x": 1 / level.noise}
-        registers, weights = zip(*((None, 0.0) if operand is None else operand for operand in (previous, history, third)))
-        c_h, c_g, c_third = weights
-        step = StepCoefficients(
-            k_x, k_m, x0, x, c_h=c_h, c_g=c_g, c_z=noise if third is None else c_third, clip=self.clip, **kept
-        )
-        return Evaluation(level, step, end, source, out, *registers, stored)
+        (first, c_h), (second, c_g), (last, c_z) = (operand or (None, 0.0) for operand in (previous, history, third))
+        c_z = noise if third is None else c_z
+        step = StepCoefficients(k_x, k_m, x0, x, c_h=c_h, c_g=c_g, c_z=c_z, clip=self.clip, **kept)
+        return Evaluation(level, step, end, source, out, first, second, last, stored)
 
     def add_noise(self, level: Level, following: Level, factor: float = 1.0) -> Evaluation:
         """The pass from ``level`` back to the noisier ``following``: x0 + sigma eps gains noise, without an evaluation.

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
 from ..data.levels import resolutions, supervising_timesteps
-from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, DatasetInfo, TrajectoryConfig, differences, shard_path
+from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, shard_path
 from ..errors import InputError, TrainingError
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
@@ -41,6 +42,7 @@ from ..runtime.folders import held, locked, require_output_folder, require_space
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
+from .solvers import Solver
 from .teacher import Teacher
 
 SHARED_INFO = ".recipe.json"
@@ -280,16 +282,18 @@ def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
     size = teacher.image_size
     sides = resolutions(size, config.depth)
-    timesteps = teacher.timesteps(config.sampler, config.steps or None)
+    solver = Solver(config.solver, config.spacing)
+    timesteps = teacher.timesteps(solver, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)
     return DatasetInfo(
-        **{**vars(config), "steps": len(timesteps), "latent_size": latent_size},
+        **{**vars(config), "solver": solver.name, "steps": len(timesteps), "latent_size": latent_size},
+        paired=not solver.stochastic,
         teacher=teacher.identity(),
         image_channels=teacher.image_channels,
         image_size=size,
         resolutions=sides,
-        timesteps=supervising_timesteps(config.sampler, config.depth, timesteps, teacher.train_timesteps),
+        timesteps=supervising_timesteps(solver.name, config.depth, timesteps, teacher.train_timesteps),
     )
 
 
@@ -311,7 +315,7 @@ def _run_batch(teacher, info, start, bar):
     wanted = list(zip(info.timesteps, info.resolutions))
     # Levels of one state are averaged from the finest of them: areas nest.
     keep = {t: min(x_T.shape[-1] // side for other, side in wanted if other == t) for t, _ in wanted}
-    x_0, kept = teacher.record(x_T, keep, info.sampler, info.steps, info.seed, start + info.start)
+    x_0, kept = teacher.record(x_T, keep, Solver(info.solver, info.spacing), info.steps, info.seed, start + info.start)
     for k, (t, side) in enumerate(wanted, 1):
         tensors[f"level_{k:02d}"] = downsample(kept[t], side)
     tensors[f"level_{info.depth:02d}"] = x_0.clamp(-1, 1)

@@ -62,7 +62,8 @@ class DiffusionModel:
             start: index of the first sample.
 
         Returns:
-            ``(n, ...)`` standard normal numbers on the model's device, float32 (float64 for exact teachers, of the same numbers).
+            ``(n, ...)`` standard normal numbers on the model's device, float32 (float64 for exact teachers, of the same
+            numbers).
         """
         indices = torch.arange(start, start + n, device=self.device)
         return philox_normal(seed, indices, self.shape, stream="x_T").to(self.state_dtype)
@@ -95,7 +96,8 @@ class DiffusionModel:
             Evaluations in their order.
 
         Raises:
-            InputError: a solver that cannot take this model, or a number of steps that it cannot take; the message names the model.
+            InputError: a solver that cannot take this model, or a number of steps that it cannot take; the message names the
+                model.
         """
         solver = as_solver(solver)
         try:
@@ -147,11 +149,12 @@ class DiffusionModel:
             classifier: as for :meth:`sample`.
 
         Yields:
-            ``(t, x)`` after every step, x being the state after the step taken at t: ``(N, ...)``, a copy on the model's device.
-            No gradient flows to ``x_T``.
+            ``(t, x)`` after every step, x being the state after the step taken at t: ``(N, ...)``, a copy on the model's
+            device. No gradient flows to ``x_T``.
 
         Raises:
-            InputError: at the first step, an ``x_T`` of another shape, or a solver, a number of steps or classes that cannot be.
+            InputError: at the first step, an ``x_T`` of another shape, or a solver, a number of steps or classes that cannot
+                be.
         """
         network = guided(self, self._network(), len(x_T), labels, guidance, classifier)
         program = self.program(solver, steps)
@@ -183,9 +186,9 @@ class DiffusionModel:
             steps: number of steps; see :meth:`timesteps`.
             start: index of the first sample.
             labels: ``(n,)`` classes in [0, num_classes), or one for all; None: no class.
-            guidance: w >= 0, the weight of guidance towards the class. Without ``classifier`` it is classifier-free: the noise is
-                (1 + w) eps(x, class) - w eps(x), so that 0 is the conditional model; diffusers' ``guidance_scale`` is 1 + w. With
-                one, eps(x) - w sqrt(1 - a) grad log p(class | x).
+            guidance: w >= 0, the weight of guidance towards the class. Without ``classifier`` it is classifier-free: the noise
+                is (1 + w) eps(x, class) - w eps(x), so that 0 is the conditional model; diffusers' ``guidance_scale`` is 1 + w.
+                With one, eps(x) - w sqrt(1 - a) grad log p(class | x).
             classifier: a classifier of noisy images, for classifier guidance.
 
         Returns:

@@ -1,8 +1,8 @@
 """The noise schedule: alpha_bar, sigma and log-SNR of every timestep in float64, their inverse, and lists of levels.
 
-Timesteps run from 0 (almost clean) to T - 1 (almost noise). A state is x_t = sqrt(a) x0 + sqrt(1 - a) eps with a = alpha_bar(t);
-sigma = sqrt((1 - a) / a) is the noise level of Karras et al. 2022 and lambda = -log sigma half the logarithm of the signal-to-noise
-ratio (Lu et al. 2022). Between timesteps log sigma is linear in t.
+Timesteps run from 0 (almost clean) to T - 1 (almost noise). A state is x_t = sqrt(a) x0 + sqrt(1 - a) eps with a =
+alpha_bar(t); sigma = sqrt((1 - a) / a) is the noise level of Karras et al. 2022 and lambda = -log sigma half the logarithm of
+the signal-to-noise ratio (Lu et al. 2022). Between timesteps log sigma is linear in t.
 """
 
 import math
@@ -109,9 +109,7 @@ class Schedule:
         return cls((f[1:] / f[:-1]).clamp_min(1 - most).cumprod(0))
 
     @classmethod
-    def edm(
-        cls, timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-    ) -> "Schedule":
+    def edm(cls, timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> "Schedule":
         """Noise levels of Karras et al. 2022, eq. 5, on a variance-preserving path: alpha_bar = 1 / (1 + sigma^2).
 
         Args:
@@ -244,10 +242,10 @@ class Schedule:
         """Levels at which a run of ``steps`` steps begins each of them, from noise to image; it ends at :data:`IMAGE`.
 
         Args:
-            spacing: ``leading`` (t = i floor(T / steps)), ``trailing`` (t = T - 1 first) and ``linspace`` (0 and T - 1 among them)
-                are whole timesteps, as diffusers names them; ``karras`` (Karras et al. 2022, eq. 5), ``log_snr`` (equal steps of
-                lambda) and ``dpdm`` (rho = 40, lowest level by number of steps) are noise levels within the schedule's, whose
-                timesteps lie between whole ones.
+            spacing: ``leading`` (t = i floor(T / steps)), ``trailing`` (t = T - 1 first) and ``linspace`` (0 and T - 1 among
+                them) are whole timesteps, as diffusers names them; ``karras`` (Karras et al. 2022, eq. 5), ``log_snr`` (equal
+                steps of lambda) and ``dpdm`` (rho = 40, lowest level by number of steps) are noise levels within the
+                schedule's, whose timesteps lie between whole ones.
             steps: number of levels, in [1, T].
             rho: exponent of ``karras``.
 

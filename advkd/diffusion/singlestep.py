@@ -1,7 +1,7 @@
 """Single-step solvers: every step begins anew, and evaluates the network once for every order.
 
-Each function yields the evaluations of one step from ``level`` to ``following``; D is the network's clamped x0, and eps the noise
-(x - alpha D) / noise that goes with it. To the image (sigma = 0) all of them take the step of first order, x = D.
+Each function yields the evaluations of one step from ``level`` to ``following``; D is the network's clamped x0, and eps the
+noise (x - alpha D) / noise that goes with it. To the image (sigma = 0) all of them take the step of first order, x = D.
 """
 
 import math
@@ -107,9 +107,7 @@ def dpm3_step(writer: Writer, level: Level, following: Level, schedule: Schedule
     h = following.log_snr - level.log_snr
     first, second = (schedule.at_log_snr(level.log_snr + r * h) for r in (1 / 3, 2 / 3))
     ratio = first.noise / level.noise
-    yield writer.evaluate(
-        level, x0=first.alpha - level.alpha * ratio, x=ratio, out=BETWEEN, store=(KEPT, "eps")
-    )
+    yield writer.evaluate(level, x0=first.alpha - level.alpha * ratio, x=ratio, out=BETWEEN, store=(KEPT, "eps"))
     g = 2 * h / 3
     slope = -2 * second.noise * (math.expm1(g) / g - 1)
     yield writer.evaluate(

@@ -2,8 +2,9 @@
 
 A :class:`Solver` holds a method's name and its numbers; :meth:`Solver.program` writes the run. The probability-flow equation is
 solved by ``euler``, ``ddim`` (the same step; it uses the network's noise where x0 is clipped, as diffusers does), ``heun``,
-``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise is added by ``ddpm``, ``ddim``
-with ``eta``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``, ``analytic-ddim`` and ``heun`` with ``churn``.
+``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise is added by
+``ddpm``, ``ddim`` with ``eta``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``, ``analytic-ddim`` and ``heun``
+with ``churn``.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from itertools import pairwise
 
 from ..errors import InputError
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
-from .multistep import deis_weights, dpmpp_weights, multistep, unipc_weights
+from .multistep import Weights, deis_weights, dpmpp_weights, multistep, unipc_weights
 from .program import Evaluation, Writer
 from .schedule import IMAGE, SPACINGS, Level, Schedule
 from .singlestep import dpm2_step, dpm3_step, euler_step, heun_step
@@ -190,7 +191,7 @@ class Solver:
         if levels[-1].noise == 0:
             raise InputError(f"solver {self.name}: the schedule has no noise at timestep {levels[-1].t:g}")
         if self.name.startswith("analytic") and noise_power is None:
-            raise InputError(f"solver {self.name} needs the teacher's noise power: estimate it once (see Teacher.estimate_noise_power)")
+            raise InputError(f"solver {self.name} needs the teacher's noise power (see Teacher.estimate_noise_power)")
         writer = Writer(prediction, clip)
         if self.name in _MULTISTEP:
             remembered, weights, kind = _MULTISTEP[self.name]
@@ -211,7 +212,7 @@ _OWNERS = {
 }
 """The solver that has a number."""
 
-_MULTISTEP = {
+_MULTISTEP: dict[str, tuple[int, Callable[[Sequence[Level], Level], Weights], str]] = {
     "dpmpp-2m": (2, dpmpp_weights, "x0"),
     "dpmpp-3m": (3, dpmpp_weights, "x0"),
     **{f"deis-{k}": (k, deis_weights, "eps") for k in (1, 2, 3)},

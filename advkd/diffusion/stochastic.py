@@ -1,7 +1,7 @@
 """Stochastic solvers: steps that add noise.
 
-Each function gives the evaluation of one step from ``level`` to ``following``; D is the network's clamped x0, and the score of the
-state is (alpha D - x) / noise^2. To the image the step is its mean.
+Each function gives the evaluation of one step from ``level`` to ``following``; D is the network's clamped x0, and the score of
+the state is (alpha D - x) / noise^2. To the image the step is its mean.
 """
 
 import math
@@ -39,8 +39,8 @@ def euler_maruyama_step(writer: Writer, level: Level, following: Level) -> Evalu
 def langevin_step(writer: Writer, level: Level, snr: float) -> Evaluation:
     """Langevin's corrector (Song et al. 2021, algorithm 4): x' = x + d score + sqrt(2 d) z.
 
-    The paper sets d = 2 (snr |z| / |score|)^2 by the norms of a batch. Their expectations for a white state, of which |score| is
-    |z| / noise, make it d = 2 (snr noise)^2: a number of the schedule.
+    The paper sets d = 2 (snr |z| / |score|)^2 by the norms of a batch. Their expectations for a white state, of which |score|
+    is |z| / noise, make it d = 2 (snr noise)^2: a number of the schedule.
 
     Args:
         writer: of the network's kind.
@@ -78,8 +78,9 @@ def analytic_step(
     """Analytic-DPM's step (Bao et al. 2022, eq. 6 and 8): the optimal variance beside DDPM's or DDIM's mean.
 
     sigma*^2 = l^2 + (sqrt(a') - sqrt((1 - a' - l^2) a / (1 - a)))^2 V with V the mean variance of x0 given the state,
-    (1 - a) / a (1 - E|eps|^2 / d), and l^2 the posterior variance (DDPM) or 0 (DDIM). Images are clipped as in the paper's appendix F:
-    V lies in [0, 1], the noise before the last step is at most 2 grey values of 255 in the mean, and the last step adds none.
+    (1 - a) / a (1 - E|eps|^2 / d), and l^2 the posterior variance (DDPM) or 0 (DDIM). Images are clipped as in the paper's
+    appendix F: V lies in [0, 1], the noise before the last step is at most 2 grey values of 255 in the mean, and the last step
+    adds none.
 
     Args:
         writer: of the network's kind.

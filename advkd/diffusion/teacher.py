@@ -242,9 +242,9 @@ class Teacher(DiffusionModel):
             steps: number of steps; see :meth:`timesteps`.
             start: index of the first sample.
             labels: ``(n,)`` classes in [0, ``num_classes``), or one for all; None: no class.
-            guidance: w >= 0, the weight of guidance towards the class. Without ``classifier`` it is classifier-free: the noise is
-                (1 + w) eps(x, class) - w eps(x), so that 0 is the conditional model; diffusers' ``guidance_scale`` is 1 + w. With
-                one, it is eps(x) - w sqrt(1 - a) grad log p(class | x).
+            guidance: w >= 0, the weight of guidance towards the class. Without ``classifier`` it is classifier-free: the noise
+                is (1 + w) eps(x, class) - w eps(x), so that 0 is the conditional model; diffusers' ``guidance_scale`` is 1 + w.
+                With one, it is eps(x) - w sqrt(1 - a) grad log p(class | x).
             classifier: a classifier of noisy images, for classifier guidance; ``guidance`` is its weight.
 
         Returns:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ..data.dataset_info import TrajectoryConfig, same_teacher, samples_overlap
 from ..data.images import describe_shape, load_images, read_pictures
 from ..data.pictures import to_uint8
-from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher, samples_overlap
+from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -123,7 +124,7 @@ def evaluate_student(
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
         "pairs": _pairs(samples, model) if samples.paired else None,
-        "models": describe_models(fused, model, drawer, samples.info.sampler, samples.info.steps),
+        "models": describe_models(fused, model, drawer, samples.info.solver, samples.info.steps),
         "known_unseen": model.training_record is not None,
     }
     write_json(out / "evaluation.json", result)
@@ -297,7 +298,7 @@ def _draw_teacher(source, drawer, config, cache, progress):
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
         info = Trajectories(folder, option="the cache's").info
-        same = all(getattr(info, key) == getattr(recording, key) for key in ("sampler", "num", "start", "seed", "depth"))
+        same = all(getattr(info, key) == getattr(recording, key) for key in ("solver", "num", "start", "seed", "depth"))
         if not same or not same_teacher(info.teacher, drawer.identity()):
             raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
         return folder
@@ -375,7 +376,7 @@ def _pairs(samples, model, n=256):
 
 
 def describe_models(
-    fused: FusedStudent, student: Student, teacher: Teacher, sampler: str = "ddim", steps: int | None = None, n: int = 16
+    fused: FusedStudent, student: Student, teacher: Teacher, solver: str = "ddim", steps: int | None = None, n: int = 16
 ) -> dict[str, Any]:
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
     z, passes = fused.latents(n, REFERENCE_SEED), 10
@@ -385,9 +386,9 @@ def describe_models(
             for _ in range(passes):
                 fused(z)
 
-    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, sampler, steps), "student": draw}
+    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, solver, steps), "student": draw}
     times = measure(calls, repeats=5, device=z.device)
-    evaluations = len(teacher.timesteps(sampler, steps))
+    evaluations = len(teacher.timesteps(solver, steps))
     quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)
     return {
         "batch_size": n,

@@ -150,7 +150,7 @@ class DistillConfig:
         if not paired and (self.mse or self.kl or self.conditional):
             raise InputError(
                 "the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z), so only the Wasserstein loss with "
-                "an unconditional critic is right: use --mse 0 --kl 0 --no-conditional, or record with --sampler ddim"
+                "an unconditional critic is right: use --mse 0 --kl 0 --no-conditional, or record with --solver ddim"
             )
 
     def regression_levels_of(self, stage: Stage) -> list[int]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..data.dataset_info import TrajectoryConfig, same_teacher
 from ..data.sources import Recorded
-from ..data.trajectories import Trajectories, TrajectoryConfig, same_teacher
+from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_trajectories
 from ..errors import InputError
 from ..methods import method_class
@@ -145,7 +146,7 @@ class Distiller(Trainer):
         run = {"config": dataclasses.asdict(self.method.config), "samples": parts, "version": __version__}
         if self.method.name != "adv-kd":
             run["method"] = self.method.name
-        run |= {name: getattr(info, name) for name in ("sampler", "steps", "teacher")}
+        run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher}
         samples = before["samples"] + [part for part in parts if part not in before["samples"]]
         return {"runs": [*before["runs"], run], "samples": samples}
 
@@ -180,7 +181,7 @@ def _require_fit(data, student, needs, teacher):
         raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")
     if needs.paired and not data.paired:
         raise InputError(
-            "the trajectories are unpaired (ancestral DDPM: x_0 is not a function of z): record with --sampler ddim"
+            "the trajectories are unpaired (a solver that adds noise: x_0 is not a function of z): record with --solver ddim"
         )
     info, shape = data.info, student.config
     wanted = {

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from advkd.cli.demo import demo_recipe
-from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.batch_norm import BatchNorm2d

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from advkd import Teacher
-from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
+from advkd.data.trajectories import Trajectories
 from advkd.errors import InputError
 from advkd.ops.latents import project
 

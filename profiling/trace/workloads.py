@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from advkd.data.trajectories import Trajectories, TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError

@@ -98,7 +98,7 @@ def teachers(folder, out):
     x_T = teacher.noise(2, 5)
     kept = teacher.record(x_T, {0: 2}, steps=4)[1][0]
     path = [x for _, x in teacher.path(x_T, "ddpm", 4, seed=1)][-1:]
-    return [x_T, kept, *path, teacher.sample(2, 1, steps=3), teacher.sample(2, 1, sampler="ddpm", steps=3)]
+    return [x_T, kept, *path, teacher.sample(2, 1, steps=3), teacher.sample(2, 1, solver="ddpm", steps=3)]
 
 
 def recordings(folder, out):

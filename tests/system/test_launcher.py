@@ -264,7 +264,7 @@ def test_a_teacher_in_several_files_loads_without_standard_error(tmp_path, monke
 
 SCRIPT = """
 import sys
-from advkd.data.trajectories import TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
 from advkd.diffusion.recorder import record_in_processes
 {guard}
     record_in_processes(sys.argv[1], TrajectoryConfig(steps=2, num=4, depth=4, batch_size=2, shard_size=2), sys.argv[2], 2)

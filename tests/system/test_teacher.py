@@ -197,9 +197,9 @@ def test_ddim_path_is_diffusers_pipeline(prediction):
 def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
     teacher = tiny_teacher(20)
     assert teacher.timesteps("ddpm") == list(range(19, -1, -1))
-    whole = teacher.sample(4, seed=2, sampler="ddpm")
-    assert torch.allclose(whole[2:], teacher.sample(2, seed=2, sampler="ddpm", start=2), atol=1e-5)
-    assert not torch.allclose(whole, teacher.sample(4, seed=3, sampler="ddpm"), atol=1e-2)
+    whole = teacher.sample(4, seed=2, solver="ddpm")
+    assert torch.allclose(whole[2:], teacher.sample(2, seed=2, solver="ddpm", start=2), atol=1e-5)
+    assert not torch.allclose(whole, teacher.sample(4, seed=3, solver="ddpm"), atol=1e-2)
 
 
 class Network(torch.nn.Module):
@@ -361,10 +361,10 @@ def test_timesteps_of_the_paper():
     assert short[0] == 98 and short[-1] == 8 and all(t % 2 == 0 for t in short)
 
 
-@pytest.mark.parametrize(("sampler", "steps", "name"), [("euler", None, "sampler"), ("ddim", 1001, "steps")])
-def test_bad_runs_are_refused(sampler, steps, name):
+@pytest.mark.parametrize(("solver", "steps", "name"), [("rk4", None, "solver"), ("ddim", 1001, "steps")])
+def test_bad_runs_are_refused(solver, steps, name):
     with pytest.raises(InputError, match=name):
-        tiny_teacher().timesteps(sampler, steps)
+        tiny_teacher().timesteps(solver, steps)
 
 
 def test_training_learns_saves_and_resumes(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from advkd.data.trajectories import Trajectories, same_teacher
+from advkd.data.dataset_info import same_teacher
+from advkd.data.trajectories import Trajectories
 from advkd.diffusion import recorder
 from advkd.diffusion.recorder import downsample, record_trajectories
 from advkd.diffusion.teacher import Teacher
@@ -176,7 +177,7 @@ def test_two_launchers_runs_into_one_folder(teacher, tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import multiprocessing, sys
-from advkd.data.trajectories import TrajectoryConfig
+from advkd.data.dataset_info import TrajectoryConfig
 from advkd.diffusion.recorder import record_in_processes
 if __name__ == "__main__":
     config = TrajectoryConfig(steps=10, num=40000, depth=4, batch_size=4, shard_size=8)
@@ -393,7 +394,7 @@ def test_a_manifest_is_as_it_was_written(trajectories, tmp_path):
         ({"shard_size": 6}, "shard_size"),
         ({"seed": -1}, "seed"),
         ({"start": 2**62}, "start"),
-        ({"sampler": "euler"}, "sampler"),
+        ({"solver": "rk4"}, "solver"),
         ({"steps": 2000}, "steps"),
         ({"depth": 5}, "depth"),
         ({"depth": 2}, "depth"),
