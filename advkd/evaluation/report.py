@@ -159,7 +159,7 @@ def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: i
     """Write the strip of all levels beneath the teacher's states, from one noise."""
     x_T = teacher.noise(1, seed)
     states = dict(teacher.path(x_T, "ddim"))
-    timesteps = supervising_timesteps("ddim", student.depth, list(states), teacher.train_timesteps)
+    timesteps = supervising_timesteps("ddim", student.depth, [int(t) for t in states], teacher.train_timesteps)
     targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
     with named("student"), torch.no_grad():
         levels = [level[0] for level in student.levels(student.project(x_T))]
