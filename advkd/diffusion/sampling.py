@@ -10,7 +10,7 @@ from ..ops import philox_normal
 from .guidance import Classifier, guided
 from .loop import SamplingLoop
 from .program import Evaluation
-from .schedule import Schedule
+from .schedule import Level, Schedule
 from .solvers import Solver, as_solver
 
 
@@ -108,11 +108,11 @@ class DiffusionModel:
     def _program(self, solver, steps):
         return solver.program(self.schedule, steps, self.prediction, self.clip, noise_power=self.noise_power)
 
-    def noise_power(self, level: Any) -> float:
-        """E|eps|^2 / d of the noise that the network finds at a level; see :class:`~advkd.diffusion.solvers.Solver`.
+    def noise_power(self, level: Level) -> float:
+        """E|eps|^2 / d of the noise that the network finds at a level: Analytic-DPM's variances depend on it.
 
         Args:
-            level: :class:`~advkd.diffusion.schedule.Level` of the states.
+            level: level of the states.
 
         Returns:
             Mean over data, noise and dimensions.

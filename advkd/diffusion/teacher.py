@@ -15,8 +15,9 @@ from .denoiser import Denoiser
 from .guidance import Classifier, guided
 from .loading import load_pipeline
 from .loop import SamplingLoop, network_of
+from .noise_power import NoisePower
 from .sampling import DiffusionModel
-from .schedule import Schedule
+from .schedule import Level, Schedule
 from .solvers import Solver
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Teacher(DiffusionModel):
         self.name = name
         self.prediction = config.prediction_type
         self.clip = float(config.clip_sample_range) if config.clip_sample else math.inf
+        self.noise_powers: NoisePower | None = None
         self.optimize()
 
     @classmethod
@@ -130,13 +132,35 @@ class Teacher(DiffusionModel):
         Returns:
             ``(x0, eps)``, both ``(N, C, H, W)`` float32; eps goes with the clamped x0. No gradient flows.
         """
+        with torch.no_grad():
+            return self.denoiser.predict(x, sigma, condition)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser of variance-preserving states, with the teacher's clipping; gradients flow."""
         parameter = next(self.unet.parameters())
 
         def network(state, t, labels):
-            return self.unet(state.to(parameter.dtype), t, class_labels=labels, return_dict=False)[0]
+            classes = {} if labels is None else {"class_labels": labels}
+            return self.unet(state.to(parameter.dtype), t, **classes, return_dict=False)[0]
 
-        with torch.no_grad():
-            return Denoiser(network, self.schedule, self.prediction, self.clip).predict(x, sigma, condition)
+        return Denoiser(network, self.schedule, self.prediction, self.clip)
+
+    def noise_power(self, level: Level) -> float:
+        """E|eps|^2 / d of the noise that the network finds at a level, from the estimates kept with the teacher.
+
+        Args:
+            level: level of the states.
+
+        Returns:
+            Mean over data, noise and dimensions.
+
+        Raises:
+            InputError: it has not been estimated.
+        """
+        if self.noise_powers is None:
+            raise InputError("its noise power is not known: run 'advkd teacher noise-power' once, or estimate_noise_power")
+        return self.noise_powers.at(level)
 
     def optimize(self, compiled: bool | None = None, autocast: torch.dtype | None = None) -> "Teacher":
         """Choose how the network runs in :meth:`record` and :meth:`sample`.

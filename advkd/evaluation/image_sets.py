@@ -37,9 +37,9 @@ def read_images(source: str, option: str) -> torch.Tensor:
 
 def gather(batches: Iterable[torch.Tensor], num: int) -> torch.Tensor:
     """Batches of uint8 images as one tensor, filled without a copy of the whole."""
-    images, first = None, 0
+    images, first = torch.empty(0), 0
     for batch in batches:
-        if images is None:
+        if first == 0:
             images = torch.empty(num, *batch.shape[1:], dtype=torch.uint8, device="cpu")
         images[first : first + len(batch)] = batch
         first += len(batch)
