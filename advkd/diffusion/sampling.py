@@ -26,6 +26,7 @@ class DiffusionModel:
         schedule: the noise schedule.
         prediction: meaning of the network's output, one of :data:`~advkd.diffusion.prediction.PREDICTIONS`.
         clip: x0 is clamped to [-clip, clip] in every step; infinity clamps nothing.
+        class_names: names of the classes; empty for an unconditional model.
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.
     """
@@ -33,6 +34,7 @@ class DiffusionModel:
     prediction: str
     clip: float
     name: str = "model"
+    class_names: tuple[str, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
 
@@ -164,6 +166,32 @@ class DiffusionModel:
         for t in self.timesteps(solver, steps):
             loop.step()
             yield t, loop.x.clone(memory_format=torch.contiguous_format)
+
+    def check_run(
+        self,
+        n: int,
+        solver: str | Solver = "ddim",
+        steps: int | None = None,
+        *,
+        labels: torch.Tensor | list[int] | int | None = None,
+        guidance: float = 0.0,
+        classifier: Classifier | None = None,
+    ) -> None:
+        """Refuse arguments of :meth:`sample` with which nothing can be drawn, without drawing.
+
+        Args:
+            n: number of samples.
+            solver: a name, or a :class:`~advkd.diffusion.solvers.Solver`.
+            steps: number of steps; see :meth:`timesteps`.
+            labels: as for :meth:`sample`.
+            guidance: as for :meth:`sample`.
+            classifier: as for :meth:`sample`.
+
+        Raises:
+            InputError: a solver, a number of steps or classes that cannot be.
+        """
+        self.program(solver, steps)
+        guided(self, self._network(), n, labels, guidance, classifier)
 
     def sample(
         self,
