@@ -171,12 +171,8 @@ main.add_command(distill)
 @click.option("--dtype", help="A student's: float32 (the default), bfloat16, float16 or float64.")
 @click.option("--steps", type=int, help="A teacher's steps (default: 50 for ddim, all for ddpm, 10 for the others).")
 @click.option("--classes", help="A conditional teacher's classes, separated by commas; images take them in turn.")
-@click.option(
-    "--guidance", type=float, help="Weight w of guidance; 0: the conditional teacher. diffusers' guidance_scale is 1 + w."
-)
-@click.option(
-    "--classifier", help="Folder of 'advkd classifier train --noisy': classifier guidance in place of classifier-free."
-)
+@click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
+@click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
 @device_option
 @options(Solver, rename={"name": "solver"})
 @computing
@@ -187,10 +183,9 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
     """
     from . import sample as work
 
-    own = ("interpolate", "backend", "dtype") if teacher is None else ("steps", "classes", "guidance", "classifier")
-    given = {
-        name: values.pop(name) for name in ("interpolate", "backend", "dtype", "steps", "classes", "guidance", "classifier")
-    }
+    of_student, of_teacher = ("interpolate", "backend", "dtype"), ("steps", "classes", "guidance", "classifier")
+    own = of_student if teacher is None else of_teacher
+    given = {name: values.pop(name) for name in (*of_student, *of_teacher)}
     settings = {"name" if name == "solver" else name: value for name, value in values.items()}
     if student is not None and teacher is not None:
         raise InputError("--student and --teacher: name one of them")

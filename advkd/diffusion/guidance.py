@@ -33,7 +33,7 @@ def guided(
     model: "DiffusionModel",
     network: Network,
     n: int,
-    labels: torch.Tensor | int | None,
+    labels: torch.Tensor | list[int] | int | None,
     guidance: float,
     classifier: Classifier | None,
 ) -> Network:

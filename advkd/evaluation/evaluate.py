@@ -178,12 +178,12 @@ def evaluate_folders(
     require_fit(extractor, wanted[::2], f"half of --reference {reference}")
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = None if out is None else require_output_folder(out)
-    ours, theirs = (shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted)))
+    kept = [shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted))]
     result = {
         **_header(extractor, config, device),
         "images": {"folder": str(images), "sha256": digest({"images": found})},
         "reference": {"folder": str(reference), "sha256": digest({"images": wanted})},
-        "rows": _rows("reference", {"images": ours}, theirs, "other reference images", config),
+        "rows": _rows("reference", {"images": kept[0]}, kept[1], "other reference images", config),
     }
     if out is not None:
         write_json(out / "evaluation.json", result)

@@ -37,7 +37,7 @@ def read_images(source: str, option: str) -> torch.Tensor:
 
 def gather(batches: Iterable[torch.Tensor], num: int) -> torch.Tensor:
     """Batches of uint8 images as one tensor, filled without a copy of the whole."""
-    images, first = torch.empty(0), 0
+    images, first = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
     for batch in batches:
         if first == 0:
             images = torch.empty(num, *batch.shape[1:], dtype=torch.uint8, device="cpu")
