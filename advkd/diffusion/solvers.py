@@ -74,7 +74,7 @@ class Solver:
     """A solver and its numbers.
 
     Attributes:
-        name: name of the method: ddim, ddpm, euler, heun, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to unipc-3,
+        name: method: ddim, ddpm, euler, heun, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to unipc-3,
             euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis, unipc.
         spacing: of the levels: leading, trailing, linspace, karras, log_snr or dpdm (empty: leading for ddim and ddpm, trailing
             for the others).
