@@ -9,7 +9,8 @@ from .mask_mul import mask_mul
 from .norm_act import norm_act
 from .penalty_reduce import penalty_reduce
 from .philox import philox_normal, philox_uniform, philox_words
-from .sampler_step import StepCoefficients, coefficient_table, sampler_step
+from .sampler_step import sampler_step
+from .step_coefficients import StepCoefficients, coefficient_table
 from .student_forward import student_forward
 
 __all__ = [

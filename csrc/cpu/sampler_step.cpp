@@ -1,4 +1,5 @@
-// One step of a diffusion sampler: x0 = clamp(k_x x + k_m m), x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_z z.
+// One step of a diffusion sampler: x0 = clamp(k_x x + k_m m), x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_g history +
+// c_z z, stored = s_0 x0 + s_x x + s_m m. Plain steps have no history and store x0: they are instances of their own.
 //
 // Bound by memory, so that everything happens in one pass: a piece's noise is drawn into a buffer of the first-level cache, then
 // every vector is loaded, combined in registers and stored, past the caches where the result is larger than they are. With
@@ -16,10 +17,20 @@ namespace advkd::ADVKD_ISA {
 namespace {
 
 struct Coefficients {
+  using Row = StepRow;
+  static constexpr bool kExtended = false;
   explicit Coefficients(const StepRow& r)
       : k_x(splat(r.k_x)), k_m(splat(r.k_m)), clip(splat(r.clip)), c_0(splat(r.c_0)), c_x(splat(r.c_x)), c_m(splat(r.c_m)),
         c_h(splat(r.c_h)), c_z(splat(r.c_z)) {}
   V k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z;
+};
+
+struct ExtendedCoefficients : Coefficients {
+  using Row = ExtendedStepRow;
+  static constexpr bool kExtended = true;
+  explicit ExtendedCoefficients(const ExtendedStepRow& r)
+      : Coefficients(r), c_g(splat(r.c_g)), s_0(splat(r.s_0)), s_x(splat(r.s_x)), s_m(splat(r.s_m)) {}
+  V c_g, s_0, s_x, s_m;
 };
 
 // The smallest magnitude that is infinite once stored.
@@ -53,6 +64,7 @@ struct Run {
   const X* x;
   const M* model_output;
   const X* previous_x0;
+  const X* history;
   const X* noise;
   const float* drawn;
   X* out;
@@ -64,8 +76,8 @@ struct Run {
 };
 
 // One vector of a run, from element i on; true lanes of the result are not finite (where that is looked for).
-template <bool kWhole, typename X, typename M>
-inline VI combine(const Run<X, M>& run, const Coefficients& c, i64 i, i64 count) {
+template <bool kWhole, typename X, typename M, typename C>
+inline VI combine(const Run<X, M>& run, const C& c, i64 i, i64 count) {
   const V x = get<kWhole>(run.x + i, count), m = get<kWhole>(run.model_output + i, count);
   V clean = c.k_x * x + c.k_m * m;
   // In this form a NaN survives.
@@ -73,16 +85,20 @@ inline VI combine(const Run<X, M>& run, const Coefficients& c, i64 i, i64 count)
   clean = clean > c.clip ? c.clip : clean;
   V next = c.c_0 * clean + c.c_x * x + c.c_m * m;
   if (run.previous_x0) next = next + c.c_h * get<kWhole>(run.previous_x0 + i, count);
+  if constexpr (C::kExtended)
+    if (run.history) next = next + c.c_g * get<kWhole>(run.history + i, count);
   if (run.noise) next = next + c.c_z * get<kWhole>(run.noise + i, count);
   if (run.drawn) next = next + c.c_z * get<kWhole>(run.drawn + i, count);
   put<kWhole>(run.out + i, next, count, run.stream);
-  if (run.x0) put<kWhole>(run.x0 + i, clean, count, run.stream);
+  V stored = clean;
+  if constexpr (C::kExtended) stored = c.s_0 * clean + c.s_x * x + c.s_m * m;
+  if (run.x0) put<kWhole>(run.x0 + i, stored, count, run.stream);
   if (run.sums) put<kWhole>(run.sums + i, run.first ? next : next + get<kWhole>(run.sums + i, count), count, false);
   return run.check ? !(next < overflow(run.out) && -next < overflow(run.out)) : VI{};
 }
 
-template <typename X, typename M>
-bool is_finite_run(const Run<X, M>& run, const Coefficients& c, i64 count) {
+template <typename X, typename M, typename C>
+bool is_finite_run(const Run<X, M>& run, const C& c, i64 count) {
   VI wrong{};
   i64 i = 0;
   for (; i + kLanes <= count; i += kLanes) wrong |= combine<true>(run, c, i, kLanes);
@@ -176,7 +192,7 @@ T* at(const void* base, i64 place) {
   return base ? static_cast<T*>(const_cast<void*>(base)) + place : nullptr;
 }
 
-template <typename X, typename M>
+template <typename C, typename X, typename M>
 void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
   const i64 piece = step_piece(s), pieces = step_pieces_per_sample(s), sample_size = s.planes * s.height * s.width;
   const i64 run_size = s.pool ? s.width : piece;
@@ -185,13 +201,14 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
   for (i64 item = begin; item < end; ++item) {
     const i64 sample = item / pieces, offset = item % pieces * piece;
     const i64 limit = offset + piece < sample_size ? offset + piece : sample_size;
-    const Coefficients c(s.rows[s.row_count > 1 ? sample : 0]);
+    const C c(static_cast<const typename C::Row*>(s.rows)[s.row_count > 1 ? sample : 0]);
     for (i64 start = offset; start < limit; start += run_size) {
       const i64 place = sample * sample_size + start, count = start + run_size < limit ? run_size : limit - start;
       Run<X, M> run;
       run.x = at<X>(s.x, place);
       run.model_output = at<M>(s.model_output, place);
       run.previous_x0 = at<X>(s.previous_x0, place);
+      run.history = at<X>(s.history, place);
       run.noise = at<X>(s.noise, place);
       run.drawn = noise.draw(sample, start, count);
       run.out = at<X>(s.out, place);
@@ -209,15 +226,17 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
 }
 
 using Kernel = void (*)(const SamplerStep&, i64, i64);
+template <typename C>
 constexpr Kernel kKernels[3][3] = {
-    {make_pieces<float, float>, make_pieces<float, bf16>, make_pieces<float, f16>},
-    {make_pieces<bf16, float>, make_pieces<bf16, bf16>, make_pieces<bf16, f16>},
-    {make_pieces<f16, float>, make_pieces<f16, bf16>, make_pieces<f16, f16>}};
+    {make_pieces<C, float, float>, make_pieces<C, float, bf16>, make_pieces<C, float, f16>},
+    {make_pieces<C, bf16, float>, make_pieces<C, bf16, bf16>, make_pieces<C, bf16, f16>},
+    {make_pieces<C, f16, float>, make_pieces<C, f16, bf16>, make_pieces<C, f16, f16>}};
 
 }  // namespace
 
 void sampler_step(const SamplerStep& s, i64 begin, i64 end) {
-  kKernels[static_cast<int>(s.dtype)][static_cast<int>(s.model_dtype)](s, begin, end);
+  const auto& kernels = s.extended ? kKernels<ExtendedCoefficients> : kKernels<Coefficients>;
+  kernels[static_cast<int>(s.dtype)][static_cast<int>(s.model_dtype)](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

@@ -8,9 +8,12 @@
 
 namespace advkd {
 
-// Columns of the table of coefficients.
+// Columns of the table of coefficients: those of plain steps, and of extended ones.
 struct StepRow {
   float k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z;
+};
+struct ExtendedStepRow : StepRow {
+  float c_g, s_0, s_x, s_m;
 };
 
 // A step as pointers and sizes. All tensors have the same dense layout: `samples` samples of `planes * height` rows of `width`
@@ -19,12 +22,13 @@ struct SamplerStep {
   const void* x;
   const void* model_output;
   const void* previous_x0;  // or null, as the following ones
+  const void* history;      // of an extended step
   const void* noise;
   void* out;
   void* x0;
   void* pooled;
   std::int32_t* flags;  // one per sample, set where the next state is not finite
-  const StepRow* rows;
+  const void* rows;             // StepRow, or ExtendedStepRow where `extended`
   i64 row_count;                // 1, or one per sample
   const std::int64_t* indices;  // with them the noise is drawn here
   const std::int64_t* steps;    // step_count of them, or null: then the step is in `philox`
@@ -34,6 +38,7 @@ struct SamplerStep {
   i64 channels;  // of a pixel: 1 in NCHW
   i64 pool;      // 0: none
   Dtype dtype, model_dtype;
+  bool extended;
   bool stream;  // stores pass the caches by
 };
 

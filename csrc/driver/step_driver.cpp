@@ -82,30 +82,35 @@ void run(const SamplerStep& s) {
 }
 
 // Noise: 0 none, 1 a tensor, 2 drawn with one step number, 3 drawn with one per sample.
-void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool stream) {
+void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool stream, bool extended) {
   ++cases;
   const i64 count = shape.count(), all = shape.samples * count;
-  const auto x = random_bytes(dtype, all, 1), m = random_bytes(model_dtype, all, 2), history = random_bytes(dtype, all, 3), z = random_bytes(dtype, all, 4);
+  const auto x = random_bytes(dtype, all, 1), m = random_bytes(model_dtype, all, 2), z = random_bytes(dtype, all, 4);
+  const auto previous = random_bytes(dtype, all, 3), history = random_bytes(dtype, all, 5);
   std::vector<char> out(all * element_bytes(dtype), -1), x0(all * element_bytes(dtype), -1);
   std::vector<char> pooled(shape.pool ? all / (shape.pool * shape.pool) * element_bytes(dtype) : 0, -1);
   std::vector<std::int32_t> flags(shape.samples);
   std::vector<std::int64_t> indices(shape.samples), steps(shape.samples);
-  std::vector<StepRow> rows(shape.samples);
+  std::vector<ExtendedStepRow> rows(shape.samples);
   for (i64 n = 0; n < shape.samples; ++n) {
     indices[n] = (n << 33) + 5;
     steps[n] = 7 + n;
-    rows[n] = {1.25f, -0.5f, 1.5f, 0.75f + n, 0.25f, 0.125f, -0.5f, 0.375f};
+    rows[n] = {{1.25f, -0.5f, 1.5f, 0.75f + n, 0.25f, 0.125f, -0.5f, 0.375f}, 0, 1, 0, 0};
+    if (extended) rows[n] = {rows[n], -0.25f, 0.5f - n, 0.375f, 0.75f};
   }
+  const std::vector<StepRow> plain(rows.begin(), rows.end());
   SamplerStep s{};
   s.x = x.data();
   s.model_output = m.data();
-  s.previous_x0 = history.data();
+  s.previous_x0 = previous.data();
+  s.history = extended ? history.data() : nullptr;
   s.noise = noise == 1 ? z.data() : nullptr;
   s.out = out.data();
   s.x0 = x0.data();
   s.pooled = shape.pool ? pooled.data() : nullptr;
   s.flags = flags.data();
-  s.rows = rows.data();
+  s.extended = extended;
+  s.rows = extended ? static_cast<const void*>(rows.data()) : plain.data();
   s.row_count = shape.samples;
   s.indices = noise > 1 ? indices.data() : nullptr;
   s.steps = noise > 2 ? steps.data() : nullptr;
@@ -127,15 +132,16 @@ void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool s
   for (i64 n = 0; n < shape.samples; ++n)
     for (i64 e = 0; e < count; ++e) {
       const i64 i = n * count + shape.place(e);
-      const StepRow& c = rows[n];
+      const ExtendedStepRow& c = rows[n];
       const double state = read(x, dtype, i), output = read(m, model_dtype, i);
       const double clean = std::clamp<double>(c.k_x * state + c.k_m * output, -c.clip, c.clip);
-      double next = c.c_0 * clean + c.c_x * state + c.c_m * output + c.c_h * read(history, dtype, i);
+      double next = c.c_0 * clean + c.c_x * state + c.c_m * output + c.c_h * read(previous, dtype, i) + c.c_g * read(history, dtype, i);
       if (noise == 1) next += c.c_z * read(z, dtype, i);
       if (noise > 1) next += c.c_z * normal(indices[n], e, s.philox, noise > 2 ? steps[n] : 0);
       const double scale = std::abs(next) + 1;
       expect(read(out, dtype, i), next, rounding(dtype) * scale + 3e-6, "next state");
-      expect(read(x0, dtype, i), clean, rounding(dtype) * 2 + 1e-6, "x0");
+      const double stored = c.s_0 * clean + c.s_x * state + c.s_m * output;
+      expect(read(x0, dtype, i), stored, rounding(dtype) * (std::abs(stored) + 1) + 1e-6, "stored");
       const i64 channel = e / (shape.height * shape.width), row = e / shape.width % shape.height, column = e % shape.width;
       sums[n * small + (channel * (shape.height / r) + row / r) * small_width + column / r] += next / (r * r);
     }
@@ -180,10 +186,11 @@ int check_everything() {
   for (Shape shape : shapes)
     for (const bool last : {false, true})
       for (int noise = 0; noise < 4; ++noise)
-        for (const bool stream : {false, true}) {
-          shape.last = last;
-          check(shape, dtypes[cases % 3], dtypes[cases / 3 % 3], noise, stream);
-        }
+        for (const bool stream : {false, true})
+          for (const bool extended : {false, true}) {
+            shape.last = last;
+            check(shape, dtypes[cases % 3], dtypes[cases / 3 % 3], noise, stream, extended);
+          }
   check_all_halves(Dtype::bfloat16);
   check_all_halves(Dtype::float16);
   std::printf("%s: %d cases, %d failures\n", kIsaNames[static_cast<int>(current_isa())], cases, failures);
@@ -214,9 +221,10 @@ void count_philox() {
 }
 
 int count_everything() {
-  const auto count = [](const char* variant, int noise, Dtype dtype = Dtype::float32, i64 pool = 0, bool last = false) {
+  bool extended = false;
+  const auto count = [&](const char* variant, int noise, Dtype dtype = Dtype::float32, i64 pool = 0, bool last = false) {
     counter.variant = variant;
-    check({2, 3, 32, 32, pool, last}, dtype, dtype, noise, false);
+    check({2, 3, 32, 32, pool, last}, dtype, dtype, noise, false, extended);
   };
   count("float32", 0);
   count("float32, noise given", 1);
@@ -226,6 +234,9 @@ int count_everything() {
   count("float32, NHWC, noise drawn", 2, Dtype::float32, 0, true);
   count("float32, pooled by 4", 0, Dtype::float32, 4);
   count("float32, NHWC, pooled by 4", 0, Dtype::float32, 4, true);
+  extended = true;
+  count("float32, extended", 0);
+  count("bfloat16, extended", 0, Dtype::bfloat16);
   count_philox();
   return failures;
 }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from advkd import ops
-from advkd.ops.sampler_step import COEFFICIENTS as COLUMNS
+from advkd.ops.step_coefficients import COEFFICIENTS as COLUMNS
 
 from . import call_formulas
 from .call import (

@@ -26,6 +26,7 @@ void sampler_step(
     const Tensor& model_output,
     const Tensor& table,
     std::optional<Tensor> previous_x0,
+    std::optional<Tensor> history,
     std::optional<Tensor> noise,
     std::optional<Tensor> indices,
     int64_t seed,
@@ -41,21 +42,25 @@ void sampler_step(
   set_layout(s, x);
   check_layout(model_output, x);
   check_layout(out, x);
-  for (const std::optional<Tensor>* t : {&previous_x0, &noise, &x0})
+  for (const std::optional<Tensor>* t : {&previous_x0, &history, &noise, &x0})
     if (*t) check_layout(**t, x);
-  STD_TORCH_CHECK(is_contiguous(table, ScalarType::Float) && table.size(1) == 8, "table must be float32 (rows, 8)");
+  const int64_t columns = table.size(1);
+  const bool fits = is_contiguous(table, ScalarType::Float) && (columns == 8 || columns == 12);
+  STD_TORCH_CHECK(fits, "table must be float32 (rows, 8) or (rows, 12)");
+  STD_TORCH_CHECK(!history || columns == 12, "history needs a table of 12 columns");
   STD_TORCH_CHECK(!indices || (indices->is_contiguous() && indices->numel() == s.samples), "one index per sample");
   STD_TORCH_CHECK(!indices || x.numel() / s.samples <= i64{1} << 34, "a sample has at most 2^34 elements");
   STD_TORCH_CHECK(!steps || steps->is_contiguous(), "steps must be contiguous");
   s.x = x.const_data_ptr();
   s.model_output = model_output.const_data_ptr();
   s.previous_x0 = pointer(previous_x0);
+  s.history = pointer(history);
   s.noise = pointer(noise);
   s.out = out.mutable_data_ptr();
   s.x0 = const_cast<void*>(pointer(x0));
   s.pooled = const_cast<void*>(pointer(pooled));
   s.flags = static_cast<std::int32_t*>(const_cast<void*>(pointer(flags)));
-  s.rows = static_cast<const StepRow*>(table.const_data_ptr());
+  s.rows = table.const_data_ptr();
   s.row_count = table.size(0);
   s.indices = static_cast<const std::int64_t*>(pointer(indices));
   s.steps = static_cast<const std::int64_t*>(pointer(steps));
@@ -64,6 +69,7 @@ void sampler_step(
   s.pool = pool;
   s.dtype = dtype_of(x, "sampler_step takes");
   s.model_dtype = dtype_of(model_output, "sampler_step takes");
+  s.extended = columns == 12;
   // In place the lines are in the caches already.
   s.stream = s.out != s.x && s.out != s.model_output && passes_caches(x);
   constexpr i64 kElementsPerTask = 1 << 15;
@@ -77,8 +83,9 @@ void sampler_step(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(advkd_cpu, m) {
   m.def(
-      "sampler_step(Tensor x, Tensor model_output, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, "
-      "int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");
+      "sampler_step(Tensor x, Tensor model_output, Tensor table, Tensor? previous_x0, Tensor? history, Tensor? noise, "
+      "Tensor? indices, int seed, int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, "
+      "Tensor(c!)? pooled, Tensor(d!)? flags) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(advkd_cpu, CPU, m) {
