@@ -261,10 +261,12 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
 @click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")
+@click.option("--solvers", help="solvers.json of 'advkd evaluate --solvers', for the plot by solver and evaluations.")
+@click.option("--conditional", help="Conditional teacher whose classes are shown by weight of guidance.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
 @computing
-def report(student, teacher, evaluation, metrics, ablation, out, device):
+def report(student, teacher, evaluation, metrics, ablation, solvers, conditional, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
     from ..diffusion.teacher import Teacher
     from ..evaluation.report import write_report
@@ -275,7 +277,9 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
     folder = Student.embedded.get(student, Path(student))
     if metrics is None and (folder / "metrics.csv").exists():
         metrics = folder / "metrics.csv"
-    page = write_report(model, Teacher.from_pretrained(teacher, device), evaluation, out, metrics, ablation)
+    classes = Teacher.from_pretrained(conditional, device) if conditional else None
+    source = Teacher.from_pretrained(teacher, device)
+    page = write_report(model, source, evaluation, out, metrics, ablation, solvers=solvers, conditional=classes)
     click.echo(f"report in {page}")
 
 

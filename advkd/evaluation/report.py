@@ -17,6 +17,7 @@ from ..runtime.files import digest, read_json, restoring, write_bytes
 from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
+from .teacher_pictures import read_solvers, save_guidance, save_solver_curves
 
 FRESH_SEED = 12345
 """Seed of the pictures' noise."""
@@ -50,6 +51,8 @@ def write_report(
     metrics: str | Path | None = None,
     ablation: str | Path | None = None,
     title: str = "advkd: one pass against many",
+    solvers: str | Path | None = None,
+    conditional: Teacher | None = None,
 ) -> Path:
     """Write ``report.html`` (self-contained) and its PNGs under ``out``.
 
@@ -61,6 +64,8 @@ def write_report(
         metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
         ablation: path of a table of runs by ``profiling/cases/ablation.py``; None leaves it out.
         title: heading of the page.
+        solvers: path of a ``solvers.json`` of ``advkd evaluate --solvers``; None leaves its plot out.
+        conditional: a conditional teacher whose classes are shown by weight of guidance; None: ``teacher``, if it is one.
 
     Returns:
         The page's path.
@@ -80,10 +85,14 @@ def write_report(
         _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)
+    by_solver = read_solvers(solvers) if solvers else None
+    if conditional is not None:
+        conditional.check_run(1, labels=0, guidance=1.0)
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
     save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
     captions["extrapolation.png"] = f"{result['score']} against 1/N: the line's left end is the distance without the bias of N."
+    captions |= save_teacher_pictures(by_solver, conditional or teacher, out)
     page = _page(title, result, runs, [(out / name, caption) for name, caption in captions.items()])
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
@@ -143,6 +152,22 @@ def save_pictures(teacher: Teacher, student: Student, metrics: str | Path | None
     if metrics:
         save_curves(metrics, out / "loss_curves.png")
         captions["loss_curves.png"] = "The training's losses."
+    return captions
+
+
+def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Path) -> dict[str, str]:
+    """Write the PNGs of a teacher and return ``{file name: caption}``: solvers where measured, classes where there are any."""
+    out, captions = Path(out), {}
+    if solvers is not None:
+        save_solver_curves(solvers, out / "solvers.png")
+        captions["solvers.png"] = (
+            "The teacher's images by solver and network evaluations: Frechet distance at infinity, 95 % intervals shaded."
+        )
+    if teacher.num_classes and teacher.null_class is not None:
+        save_guidance(teacher, out / "guidance.png")
+        captions["guidance.png"] = (
+            "Classes by weight w of classifier-free guidance, one start noise a column, 2 x 10 evaluations."
+        )
     return captions
 
 
