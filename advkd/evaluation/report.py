@@ -166,7 +166,7 @@ def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Pat
     if teacher.num_classes and teacher.null_class is not None:
         save_guidance(teacher, out / "guidance.png")
         captions["guidance.png"] = (
-            "Classes by weight w of classifier-free guidance, one start noise a column, 2 x 10 evaluations."
+            "Classes by weight w of classifier-free guidance; a column has one start noise, an image 2 x 10 evaluations."
         )
     return captions
 
