@@ -4,6 +4,7 @@ import math
 import os
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
 MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
+
+CLASSES = "classes.json"
+"""File beside ``model_index.json`` with a conditional teacher's :class:`Classes`."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes of a conditional teacher.
+
+    Attributes:
+        names: of the classes, by number.
+        null: number of the class that stands for no class, or None where the network was not trained with one.
+    """
+
+    names: tuple[str, ...]
+    null: int | None = None
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
