@@ -109,8 +109,7 @@ def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
     mine = [shard for shard in _missing(out, info) if shard % world == rank]
     older = bool(mine) and _is_of_older_version(out)
-    shown = progress and rank == 0
-    bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=shown)
+    bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=progress and rank == 0)
     # One shard is written while the next one is made; no more, to bound memory.
     with bar, ThreadPoolExecutor(1) as writer:
         written = None
@@ -278,8 +277,9 @@ def _is_without_digest(path, manifest):
 
 def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
-    size = teacher.image_size
-    sides = resolutions(size, config.depth)
+    if teacher.classes is not None:
+        raise InputError(f"teacher {teacher.name} is class-conditional; trajectories are recorded of unconditional teachers")
+    sides = resolutions(size := teacher.image_size, config.depth)
     timesteps = teacher.timesteps(config.sampler, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)

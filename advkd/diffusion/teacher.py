@@ -14,7 +14,7 @@ from ..ops import StepCoefficients, philox_normal
 from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .coefficients import ddim_coefficients, ddpm_coefficients
-from .loading import load_pipeline
+from .loading import Classes, load_pipeline
 from .loop import SamplingLoop, network_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Teacher:
         unet: diffusers ``UNet2DModel``; it is put into eval mode, frozen and laid out channels_last, in place.
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
         name: its name in a data set's manifest and in errors.
+        classes: names of the classes that the network takes, and which of them stands for none; None for an unconditional one.
 
     Attributes:
         alpha_bars: alpha_bar of every training timestep, ``(T,)`` float64.
@@ -40,10 +41,17 @@ class Teacher:
         >>> images = Teacher.from_pretrained("digits").sample(4, seed=1)  # (4, 1, 32, 32) in [-1, 1]
     """
 
-    def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler | DDIMScheduler", name: str = "teacher"):
+    def __init__(
+        self,
+        unet: "UNet2DModel",
+        scheduler: "DDPMScheduler | DDIMScheduler",
+        name: str = "teacher",
+        classes: Classes | None = None,
+    ):
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
+        self.classes = classes
         self.alpha_bars = scheduler.alphas_cumprod.double()
         self.prediction = scheduler.config.prediction_type
         config = scheduler.config
@@ -66,12 +74,12 @@ class Teacher:
             Teacher named ``str(source)``, its network frozen and in eval mode.
 
         Raises:
-            InputError: missing or damaged files, a device that is not there, or a teacher that is conditional, works on
-                latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
+            InputError: missing or damaged files, a device that is not there, or a teacher that is told more than classes, works
+                on latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
         """
         device = require_device(device)
-        unet, scheduler = load_pipeline(source, dtype)
-        return cls(unet.to(device), scheduler, str(source))
+        unet, scheduler, classes = load_pipeline(source, dtype)
+        return cls(unet.to(device), scheduler, str(source), classes)
 
     @property
     def image_channels(self) -> int:
