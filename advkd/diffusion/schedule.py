@@ -14,6 +14,12 @@ LEAST, MOST, RHO = 0.002, 80.0, 7.0
 """Levels and curvature of the grid of Karras et al. 2022, eq. 5."""
 
 
+def require_schedule(schedule: str) -> None:
+    """Raise :class:`InputError` for another ``schedule`` than those of :func:`noise_scheduler`."""
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
 def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int = 1000) -> "DDPMScheduler":
     """A scheduler that clips x0 to [-1, 1].
 
@@ -31,8 +37,7 @@ def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int =
     """
     from diffusers import DDPMScheduler
 
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    require_schedule(schedule)
     cosine, edm = {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": _edm_betas(timesteps)}
     betas = {"linear": {}, "cosine": cosine, "edm": edm}[schedule]
     return DDPMScheduler(num_train_timesteps=timesteps, prediction_type=prediction, clip_sample=True, **betas)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
-from ..diffusion.schedule import SCHEDULES
+from ..diffusion.schedule import require_schedule
 from ..errors import InputError
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
@@ -66,8 +66,7 @@ class TeacherTrainingConfig:
             raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
         if not 0 <= self.drop < 1:
             raise InputError(f"drop must be in [0, 1), got {self.drop}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        require_schedule(self.schedule)
         if any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
         if not self.learning_rate > 0 or self.warmup < 0:

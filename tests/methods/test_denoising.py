@@ -5,6 +5,7 @@ import math
 import torch
 from diffusers import DDPMScheduler
 
+from advkd.data.draws import HostDraws
 from advkd.data.sources import Tensors
 from advkd.methods.denoising import Denoising, TeacherTrainingConfig
 from advkd.training.trainer import Trainer
@@ -84,3 +85,10 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(tmp_path):
     assert abs(dropped.sum().item() - drop * count) <= 5 * math.sqrt(count * drop * (1 - drop))
     assert torch.equal(found[~dropped], expected[~dropped]) and set(found.tolist()) == {0, 1, 2}
     assert losses[None] == losses[2] and given[None] == []
+
+
+def test_processes_drop_the_labels_that_one_drops():
+    def drawn(first, count):
+        return HostDraws(torch.Generator().manual_seed(1), 8, first, count).uniform()
+
+    assert torch.equal(torch.cat([drawn(0, 3), drawn(3, 5)]), drawn(0, 8)) and drawn(0, 8).unique().numel() == 8
