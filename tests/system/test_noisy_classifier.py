@@ -53,7 +53,7 @@ def test_the_level_is_a_channel():
 
 @pytest.mark.parametrize("alpha_bar", [0.5, ALPHA_BARS], ids=["number", "tensor"])
 def test_gradients_are_difference_quotients(alpha_bar):
-    """Central differences of width 1e-6 cost 2^-52 / 1e-6 = 2e-10 by rounding, and 1e-12 by themselves: no kink is that near."""
+    """Central differences of width 1e-6 cost 2^-52 / 1e-6 = 2e-10 by rounding, 1e-12 by themselves: no kink is that near."""
     classifier, x_t = tiny()
     found = classifier.log_probability_gradient(x_t, alpha_bar, LABELS)
     expected, flat, h = torch.zeros(3, 64, dtype=torch.float64), x_t.flatten(1), 1e-6
