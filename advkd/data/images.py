@@ -60,9 +60,7 @@ def load_images(source: str | os.PathLike, size: int | None = None, channels: in
         InputError: no such folder, no image in it, a folder that cannot be read, or an image that cannot: damaged, of another
             format, of more than ``PIXEL_LIMIT`` (2^27) pixels, or of values without a known range (it is named).
     """
-    size = _checked_size(size, channels)
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
+    size = _checked_size(source, size, channels)
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
     if not os.path.isdir(source):
@@ -70,8 +68,10 @@ def load_images(source: str | os.PathLike, size: int | None = None, channels: in
     return _squares(_image_paths(Path(source), "--data"), size, channels)
 
 
-def _checked_size(size, channels):
-    """``size`` as an int or None; an :class:`InputError` for one, or for ``channels``, that no images can have."""
+def _checked_size(source, size, channels):
+    """``size`` as an int or None; an :class:`InputError` for arguments that no images can have."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
     if channels is not None and whole("channels", channels) not in (1, 3):
         raise InputError(f"channels must be 1 or 3, got {channels}")
     size = size if size is None else whole("size", size, 1)
@@ -156,7 +156,7 @@ def load_labelled(
     Raises:
         InputError: fewer than two classes, one without a picture, or what :func:`load_images` refuses.
     """
-    size = _checked_size(size, channels)
+    size = _checked_size(source, size, channels)
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 

@@ -80,7 +80,9 @@ def _load_classes(folder):
     if not isinstance(names, list) or len(names) != wanted or not all(isinstance(name, str) for name in names):
         raise InputError(f"the teacher's classes {path} must be {wanted} names, as its network takes {count}: restore the file")
     if null is not None and (type(null) is not int or null != wanted):
-        raise InputError(f"the teacher's classes {path}: null must be {wanted} or missing, got {null!r}: restore the file")
+        raise InputError(
+            f"the teacher's classes {path}: null must be the number {wanted}, or null, got {null!r}: restore the file"
+        )
     return Classes(tuple(names), null)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
-from ..diffusion.schedule import require_schedule
+from ..diffusion.training_schedules import require_schedule
 from ..errors import InputError
 from ..models.classifier import add_noise
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine

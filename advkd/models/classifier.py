@@ -10,14 +10,18 @@ from torch import nn
 from ..data.images import normalize
 from ..errors import InputError
 from ..ops import philox_normal
+from ..ops.arguments import finite
 from ..runtime.hub import PRETRAINED
 from .saving import PretrainedModule
 
 BATCH_PIXELS = 2**22
 """Pixels that are looked at together where all images of a data set are."""
 
+NEAREST = 2.0**-30
+"""Distance from 0 and 1 within which a classifier of noisy images is told the same alpha_bar, as c_noise is infinite there."""
+
 Level = float | torch.Tensor
-"""alpha_bar in (0, 1): a number for all images, or a tensor ``(N,)`` of any floating-point dtype."""
+"""alpha_bar in [0, 1]: a number for all images, or a tensor ``(N,)`` of any floating-point dtype."""
 
 
 @dataclass
@@ -122,7 +126,7 @@ class Classifier(PretrainedModule):
         Args:
             x: ``(N, C, S, S)`` images in [-1, 1], or x_t for a classifier of noisy images; of the classifier's dtype (float32)
                 and on its device.
-            alpha_bar: of x_t, a number or ``(N,)``, in (0, 1); None for clean images.
+            alpha_bar: of x_t, a number or ``(N,)``, in [0, 1]; None for clean images.
 
         Returns:
             ``(N, classes)`` like ``x``, unnormalised.
@@ -137,7 +141,7 @@ class Classifier(PretrainedModule):
 
         Args:
             x_t: ``(N, C, S, S)``, of the classifier's dtype (float32) and on its device.
-            alpha_bar: of x_t, a number or ``(N,)``, in (0, 1).
+            alpha_bar: of x_t, a number or ``(N,)``, in [0, 1].
             labels: ``(N,)`` int64 classes, on that device.
 
         Returns:
@@ -178,7 +182,7 @@ class Classifier(PretrainedModule):
             return x
         if alpha_bar is None:
             raise InputError("alpha_bar is missing: the classifier is of noisy images")
-        level = _checked_level(alpha_bar, x)
+        level = _checked_level(alpha_bar, x).clamp(NEAREST, 1 - NEAREST)
         c_noise = ((1 - level) / level).log() / 8
         return torch.cat([x, c_noise.to(x.dtype).expand(len(x), 1, *x.shape[2:])], dim=1)
 
@@ -206,7 +210,7 @@ class Classifier(PretrainedModule):
         Args:
             images: ``(N, C, S, S)``, float32 in [-1, 1] or uint8, and N at least 1.
             labels: ``(N,)`` numbers of their classes, on any device.
-            alpha_bar: level, in (0, 1), at which a classifier of noisy images sees them, with noise that depends on their row
+            alpha_bar: level, in [0, 1], at which a classifier of noisy images sees them, with noise that depends on their row
                 alone; None for clean images.
 
         Returns:
@@ -239,7 +243,7 @@ def add_noise(images: torch.Tensor, noise: torch.Tensor, alpha_bar: Level) -> to
     Args:
         images: x_0, ``(N, C, S, S)``.
         noise: eps, like ``images``.
-        alpha_bar: a number or ``(N,)``, in (0, 1).
+        alpha_bar: a number or ``(N,)``, in [0, 1].
 
     Returns:
         x_t, like ``images``.
@@ -253,9 +257,14 @@ def add_noise(images: torch.Tensor, noise: torch.Tensor, alpha_bar: Level) -> to
 
 def _checked_level(alpha_bar, images):
     """alpha_bar as float64 that broadcasts over images."""
-    level = torch.as_tensor(alpha_bar, dtype=torch.float64, device=images.device)
-    if level.shape not in ((), images.shape[:1]):
-        raise InputError(f"alpha_bar must be a number or have shape {tuple(images.shape[:1])}, got shape {tuple(level.shape)}")
-    if not ((level > 0) & (level < 1)).all():
-        raise InputError(f"alpha_bar must be in (0, 1), got {alpha_bar}")
-    return level.reshape(-1, 1, 1, 1)
+    given = alpha_bar.double() if isinstance(alpha_bar, torch.Tensor) else _on_host(finite("alpha_bar", alpha_bar))
+    if given.shape not in ((), images.shape[:1]):
+        raise InputError(f"alpha_bar must be a number or have shape {tuple(images.shape[:1])}, got shape {tuple(given.shape)}")
+    # A GPU's values are not waited for: a sampler's step may be captured as a graph.
+    if given.device.type == "cpu" and not ((given >= 0) & (given <= 1)).all():
+        raise InputError(f"alpha_bar must be in [0, 1], got {alpha_bar}")
+    return given.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
+
+
+def _on_host(number):
+    return torch.tensor(number, dtype=torch.float64, device="cpu")

@@ -9,7 +9,7 @@ import torch
 
 from ..data.images import load_labelled
 from ..data.sources import Tensors
-from ..diffusion.schedule import noise_scheduler
+from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.classification import Classification, ClassifierTrainingConfig
 from ..models.classifier import Classifier, ClassifierConfig

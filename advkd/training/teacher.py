@@ -14,7 +14,7 @@ from torch import nn
 from ..data.images import load_images, load_labelled
 from ..data.sources import Tensors
 from ..diffusion.loading import CLASSES, Classes
-from ..diffusion.schedule import noise_scheduler
+from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..runtime.devices import plain_defaults, require_device

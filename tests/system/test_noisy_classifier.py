@@ -46,7 +46,8 @@ def test_the_level_is_a_channel():
     for x, level in zip(seen, levels, strict=True):
         assert torch.equal(x[:, :1], x_t)
         assert torch.allclose(x[:, 1:], level[:, None, None, None].expand(3, 1, 8, 8), rtol=1e-14)
-    # Levels are those of their rows, and float32 is taken, too.
+    # Levels are those of their rows, and float32 and scalar tensors are taken, too.
+    assert torch.equal(classifier(x_t, ALPHA_BARS[1]), classifier(x_t, 0.5))
     assert torch.allclose(classifier(x_t[1:2], 0.5), logits[1:2], rtol=1e-12)
     assert torch.allclose(classifier.float()(x_t.float(), ALPHA_BARS.float()), logits.float(), atol=1e-5)
 
@@ -65,6 +66,13 @@ def test_gradients_are_difference_quotients(alpha_bar):
             expected[:, i] = (up - down) / (2 * h)
     assert found.shape == x_t.shape and not found.requires_grad and found.abs().max() > 1e-3
     assert torch.allclose(found.flatten(1), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("alpha_bar", [0, 1.0, torch.tensor([0.0, 1.0, 1e-12])])
+def test_gradients_are_finite_at_the_ends(alpha_bar):
+    """A sampler starts at noise alone, and its alpha_bar may be rounded to 1."""
+    classifier, x_t = tiny()
+    assert classifier.log_probability_gradient(x_t, alpha_bar, LABELS).isfinite().all()
 
 
 def test_probabilities_of_all_classes_are_one():
@@ -129,10 +137,12 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
     ("alpha_bar", "reason"),
     [
         (None, "alpha_bar is missing"),
-        (0.0, r"alpha_bar must be in \(0, 1\)"),
-        (1, r"alpha_bar must be in \(0, 1\)"),
-        (float("nan"), r"alpha_bar must be in \(0, 1\)"),
-        (torch.tensor([0.5, 0.5, 1.5]), r"alpha_bar must be in \(0, 1\)"),
+        (-0.1, r"alpha_bar must be in \[0, 1\]"),
+        (2, r"alpha_bar must be in \[0, 1\]"),
+        (float("nan"), "alpha_bar must be"),
+        ("half", "alpha_bar must be"),
+        (torch.tensor([0.5, 0.5, 1.5]), r"alpha_bar must be in \[0, 1\]"),
+        (torch.tensor(float("nan")), r"alpha_bar must be in \[0, 1\]"),
         (torch.tensor([0.5, 0.5]), r"shape \(3,\), got shape \(2,\)"),
     ],
 )

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from advkd.data.levels import supervising_timesteps
 from advkd.diffusion.loading import CLASSES, Classes
 from advkd.diffusion.recorder import record_trajectories
-from advkd.diffusion.schedule import noise_scheduler
 from advkd.diffusion.teacher import Teacher
+from advkd.diffusion.training_schedules import noise_scheduler
 from advkd.errors import InputError
 from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.training.teacher import build_unet, train_teacher
@@ -109,8 +109,8 @@ def test_foreign_conditional_teachers_have_numbered_classes(tmp_path):
         ({"names": ["ant", "bee", "cow"], "null": 3}, "2 names"),
         ({"names": ["ant", 1], "null": 2}, "2 names"),
         ({"names": "ab", "null": 2}, "2 names"),
-        ({"names": ["ant", "bee"], "null": 0}, "null must be 2"),
-        ({"names": ["ant", "bee"], "null": 2.0}, "null must be 2"),
+        ({"names": ["ant", "bee"], "null": 0}, "null must be the number 2"),
+        ({"names": ["ant", "bee"], "null": 2.0}, "null must be the number 2"),
         ({"names": ["ant", "bee"]}, "expected an object with names, null"),
     ],
 )
