@@ -13,7 +13,7 @@ from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .denoiser import Denoiser
 from .guidance import Classifier, guided
-from .loading import load_pipeline
+from .loading import Classes, load_pipeline
 from .loop import SamplingLoop, network_of
 from .noise_power import NoisePower
 from .sampling import DiffusionModel
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 
 class Teacher(DiffusionModel):
-    """An unconditional pixel-space diffusion model with its noise schedule.
+    """A pixel-space diffusion model, unconditional or told classes, with its noise schedule.
 
     Args:
         unet: diffusers ``UNet2DModel``; it is put into eval mode, frozen and laid out channels_last, in place.
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
         name: its name in a data set's manifest and in errors.
+        classes: names of the classes that the network takes, and which of them stands for none; None for an unconditional one.
+        noise_powers: :class:`~advkd.diffusion.noise_power.NoisePower` for the analytic solvers, or None.
 
     Attributes:
         schedule: the noise schedule in float64.
@@ -41,15 +43,24 @@ class Teacher(DiffusionModel):
         >>> images = Teacher.from_pretrained("digits").sample(4, seed=1)  # (4, 1, 32, 32) in [-1, 1]
     """
 
-    def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler | DDIMScheduler", name: str = "teacher"):
+    def __init__(
+        self,
+        unet: "UNet2DModel",
+        scheduler: "DDPMScheduler | DDIMScheduler",
+        name: str = "teacher",
+        classes: Classes | None = None,
+        noise_powers: NoisePower | None = None,
+    ):
         side, config = unet.config.sample_size, scheduler.config
         super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.in_channels, side, side))
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
+        self.classes, self.noise_powers = classes, noise_powers
+        self.class_names = classes.names if classes else ()
+        self.num_classes, self.null_class = len(self.class_names), classes.null if classes else None
         self.prediction = config.prediction_type
         self.clip = float(config.clip_sample_range) if config.clip_sample else math.inf
-        self.noise_powers: NoisePower | None = None
         self.optimize()
 
     @classmethod
@@ -68,12 +79,12 @@ class Teacher(DiffusionModel):
             Teacher named ``str(source)``, its network frozen and in eval mode.
 
         Raises:
-            InputError: missing or damaged files, a device that is not there, or a teacher that is conditional, works on
-                latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
+            InputError: missing or damaged files, a device that is not there, or a teacher that is told more than classes, works
+                on latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
         """
         device = require_device(device)
-        unet, scheduler = load_pipeline(source, dtype)
-        return cls(unet.to(device), scheduler, str(source))
+        loaded = load_pipeline(source, dtype)
+        return cls(loaded.unet.to(device), loaded.scheduler, str(source), loaded.classes, loaded.noise_powers)
 
     @property
     def image_channels(self) -> int:

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from ..data.dataset_info import same_teacher
-from ..data.levels import supervising_timesteps
+from ..data.levels import downsample, supervising_timesteps
 from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
-from ..diffusion.recorder import downsample
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.student import Student

@@ -13,6 +13,7 @@ from advkd.cli import sample as sampling
 from advkd.cli.sample import sample
 from advkd.data.pictures import save_grid
 from advkd.errors import InputError
+from advkd.models.shape import batches
 
 
 @pytest.mark.parametrize("name", ["run-0.5/", "run-0.5", "v1.2", "2026.11.28", "plain", "a.png/", "model.final/", ".hidden"])
@@ -100,7 +101,7 @@ def test_a_walk_of_very_many_pictures_begins_at_once(tmp_path):
     from advkd import Student
 
     fused = Student.from_pretrained("digits").fuse(tune=False)
-    images = next(sampling._walk(fused, 10**12, 3, sampling.batches(10**12, 2)))
+    images = next(sampling._walk(fused, 10**12, 3, batches(10**12, 2)))
     a, b = fused.latents(2, 3)
     assert torch.equal(images, fused(torch.stack([sampling.slerp(a, b, i / (10**12 - 1)) for i in range(2)])))
 
