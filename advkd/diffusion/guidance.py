@@ -7,16 +7,13 @@ and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from ..errors import InputError
 from ..ops.arguments import finite
 from .prediction import eps_weights
-
-if TYPE_CHECKING:
-    from .sampling import DiffusionModel
 
 Network = Callable[..., torch.Tensor]
 """Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
@@ -29,8 +26,21 @@ class Classifier(Protocol):
         """Gradient by the state of log p(class | x)."""
 
 
+class Model(Protocol):
+    """What guidance reads of a model; see :class:`~advkd.diffusion.sampling.DiffusionModel`."""
+
+    name: str
+    prediction: str
+    num_classes: int
+    null_class: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the states."""
+
+
 def guided(
-    model: "DiffusionModel",
+    model: Model,
     network: Network,
     n: int,
     labels: torch.Tensor | list[int] | int | None,
