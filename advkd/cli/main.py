@@ -78,9 +78,9 @@ def teacher():
 def teacher_noise_power(source, data, num, seed, device):
     """Estimate how much noise a teacher finds at every level, once: the analytic solvers need it."""
     from ..data.images import load_images
-    from ..diffusion.noise_power import estimate_noise_power
     from ..diffusion.teacher import Teacher
     from ..runtime.devices import require_device
+    from ..training.noise_power import estimate_noise_power
 
     if not Path(source).is_dir():
         raise InputError(f"--teacher {source}: a folder is needed, in which the estimates are kept")

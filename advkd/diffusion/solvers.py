@@ -192,7 +192,7 @@ class Solver:
         if levels[-1].noise == 0:
             raise InputError(f"solver {self.name}: the schedule has no noise at timestep {levels[-1].t:g}")
         if self.name.startswith("analytic") and noise_power is None:
-            raise InputError(f"solver {self.name} needs the teacher's noise power (see Teacher.estimate_noise_power)")
+            raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
         writer = Writer(prediction, clip)
         if self.name in _MULTISTEP:
             remembered, weights, kind = _MULTISTEP[self.name]
