@@ -1,8 +1,8 @@
 """How much noise a network finds: E|eps|^2 / d by level, from which Analytic-DPM has its optimal variances.
 
 Bao et al. 2022, theorem 1: with Gamma = E|score|^2 / d the mean variance of x0 given the state is (1 - a) / a (1 - (1 - a)
-Gamma), and (1 - a) Gamma = E|eps|^2 / d. It is estimated once (:mod:`advkd.training.noise_power`), and kept beside the teacher's
-weights.
+Gamma), and (1 - a) Gamma = E|eps|^2 / d. It is estimated once (:mod:`advkd.training.noise_power`), and kept beside the
+teacher's weights.
 """
 
 import bisect

@@ -56,6 +56,8 @@ class Teacher(DiffusionModel):
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
+        embedded = unet.config.get("num_class_embeds")
+        classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
         self.classes, self.noise_powers = classes, noise_powers
         self.class_names = classes.names if classes else ()
         self.num_classes, self.null_class = len(self.class_names), classes.null if classes else None

@@ -60,7 +60,7 @@ class SolverEvaluationConfig:
     num: int = 2000
     other_num: int = 2000
     seed: int = REFERENCE_SEED
-    fine_steps: int = 50
+    fine_steps: int = 25
     spacing: str = ""
     extractor: str = "digits"
     real: str = "digits"
