@@ -18,6 +18,7 @@ from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
 from .distill import distill
+from .likelihood import LIKELIHOOD, measure_likelihood
 from .options import computing, device_option, options
 
 
@@ -228,15 +229,25 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 @click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
 @click.option("--images", help="Measure a folder of images instead, against --reference.")
 @click.option("--reference", help="Folder of reference images, or 'digits'.")
-@click.option("--out", help="Folder for evaluation.json (needed for a student).")
+@click.option("--out", help="Folder for evaluation.json (needed for a student) or likelihood.json.")
+@click.option("--likelihood", is_flag=True, help=LIKELIHOOD)
+@click.option("--steps", help="Of the chain of --likelihood, evenly spaced. Default: all of the teacher's.")
+@click.option("--variance", help="Of the steps of --likelihood: fixed_small, fixed_large or analytic. Default: the teacher's.")
 @device_option
 @options(EvaluationConfig)
 @computing
-def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
-    """Measure a student against its teacher and real images, or a folder of images against another."""
+def evaluate(student, teacher, teacher_samples, images, reference, out, likelihood, steps, variance, device, **values):
+    """Measure a student against its teacher and real images, a folder of images against another, or a teacher's likelihood."""
     from ..evaluation import evaluate as run
     from ..runtime.devices import require_device
 
+    if likelihood:
+        given = {"student": student, "teacher_samples": teacher_samples, "reference": reference, **values}
+        given |= {"steps": steps, "variance": variance}
+        return click.echo(measure_likelihood(teacher, images, out, device, given))
+    for name, value in (("steps", steps), ("variance", variance)):
+        if value is not None:
+            raise InputError(f"--{name} goes with --likelihood only")
     config = overlay(run.EvaluationConfig(), values, "evaluate")
     require_device(device)
     if (images is None) != (reference is None):

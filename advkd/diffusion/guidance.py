@@ -70,7 +70,7 @@ def guided(
         return _unconditional(model, network, n, guidance, classifier)
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    labels = _checked(labels, n, model.num_classes or _classes_of(classifier), model.device)
+    labels = require_labels(labels, n, model.num_classes or _classes_of(classifier), model.device)
     if classifier is not None:
         plain = _unconditional(model, network, n, 0.0, None)
         return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
@@ -92,18 +92,47 @@ def _classes_of(classifier):
 def _unconditional(model, network, n, guidance, classifier):
     if guidance or classifier is not None:
         raise InputError("guidance needs labels: name the class of every sample")
+    null = null_labels(model, n)
+    return (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
+
+
+def null_labels(model: "DiffusionModel", n: int) -> torch.Tensor | None:
+    """Classes that stand for none.
+
+    Args:
+        model: the model, which knows its null class.
+        n: number of samples.
+
+    Returns:
+        ``(n,)`` int64 on the model's device, or None for an unconditional model.
+
+    Raises:
+        InputError: a conditional model without a null class.
+    """
     if not model.num_classes:
-        return lambda x, place: network(x, place)
+        return None
     if model.null_class is None:
         raise InputError(
             f"labels: teacher {model.name} has {model.num_classes} classes and no null class: name one for every sample"
         )
-    null = torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
-    return lambda x, place: network(x, place, null)
+    return torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
 
 
-def _checked(labels, n, classes, device):
-    """Classes as an int64 tensor ``(n,)``."""
+def require_labels(labels: torch.Tensor | int, n: int, classes: int | None, device: torch.device) -> torch.Tensor:
+    """Classes, one per sample.
+
+    Args:
+        labels: ``(n,)`` whole numbers in [0, ``classes``), or one for all.
+        n: number of samples.
+        classes: number of classes; None: not known.
+        device: of the result.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Raises:
+        InputError: other labels.
+    """
     given = torch.as_tensor(labels, device=device)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
         raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}")

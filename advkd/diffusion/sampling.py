@@ -29,6 +29,7 @@ class DiffusionModel:
         class_names: names of the classes; empty for an unconditional model.
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.
+        variance_type: variance of the ancestral step, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
     """
 
     prediction: str
@@ -37,6 +38,7 @@ class DiffusionModel:
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
+    variance_type: str = "fixed_small"
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
         self.schedule, self.shape, self.state_dtype = schedule, shape, dtype

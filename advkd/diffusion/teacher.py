@@ -63,6 +63,7 @@ class Teacher(DiffusionModel):
         self.num_classes, self.null_class = len(self.class_names), classes.null if classes else None
         self.prediction = config.prediction_type
         self.clip = float(config.clip_sample_range) if config.clip_sample else math.inf
+        self.variance_type = config.get("variance_type") or self.variance_type
         self.optimize()
 
     @classmethod
@@ -315,8 +316,7 @@ class Teacher(DiffusionModel):
         return network_of(self.unet, self._autocast, compiled)
 
     def _program(self, solver, steps):
-        variance = self.scheduler.config.get("variance_type") or "fixed_small"
-        return solver.program(self.schedule, steps, self.prediction, self.clip, variance, self.noise_power)
+        return solver.program(self.schedule, steps, self.prediction, self.clip, self.variance_type, self.noise_power)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own loop.
