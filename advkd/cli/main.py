@@ -11,14 +11,13 @@ from ..config import overlay, read_value
 from ..data.dataset_info import TrajectoryConfig
 from ..diffusion.solvers import Solver
 from ..errors import BackendUnavailableError, InputError, TrainingError
-from ..evaluation.evaluate import EvaluationConfig
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
 from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
 from .distill import distill
-from .likelihood import LIKELIHOOD, measure_likelihood
+from .evaluate import evaluate
 from .options import computing, device_option, options
 
 
@@ -223,47 +222,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
     click.echo(f"measured plans are kept in {cache_folder() / 'plans'}; Triton and CuPy keep kernels in caches of their own")
 
 
-@main.command()
-@click.option("--student", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
-@click.option("--images", help="Measure a folder of images instead, against --reference.")
-@click.option("--reference", help="Folder of reference images, or 'digits'.")
-@click.option("--out", help="Folder for evaluation.json (needed for a student) or likelihood.json.")
-@click.option("--likelihood", is_flag=True, help=LIKELIHOOD)
-@click.option("--steps", help="Of the chain of --likelihood, evenly spaced. Default: all of the teacher's.")
-@click.option("--variance", help="Of the steps of --likelihood: fixed_small, fixed_large or analytic. Default: the teacher's.")
-@device_option
-@options(EvaluationConfig)
-@computing
-def evaluate(student, teacher, teacher_samples, images, reference, out, likelihood, steps, variance, device, **values):
-    """Measure a student against its teacher and real images, a folder of images against another, or a teacher's likelihood."""
-    from ..evaluation import evaluate as run
-    from ..runtime.devices import require_device
-
-    if likelihood:
-        given = {"student": student, "teacher_samples": teacher_samples, "reference": reference, **values}
-        given |= {"steps": steps, "variance": variance}
-        return click.echo(measure_likelihood(teacher, images, out, device, given))
-    for name, value in (("steps", steps), ("variance", variance)):
-        if value is not None:
-            raise InputError(f"--{name} goes with --likelihood only")
-    config = overlay(run.EvaluationConfig(), values, "evaluate")
-    require_device(device)
-    if (images is None) != (reference is None):
-        raise InputError("--images and --reference go together")
-    if images is not None:
-        unused = {"student": student, "teacher": teacher, "teacher-samples": teacher_samples}
-        unused |= {name: values[name] for name in ("num", "seed", "real", "processes", "dtype")}
-        given = [option for option, value in unused.items() if value is not None]
-        if given:
-            raise InputError(f"--{given[0]} does not go with --images")
-        result = run.evaluate_folders(images, reference, config, out, device)
-    elif out is None:
-        raise InputError("--out is missing: name a folder for evaluation.json")
-    else:
-        result = run.evaluate_student(student or "digits", teacher or "digits", config, out, teacher_samples, device)
-    click.echo(run.table(result))
+main.add_command(evaluate)
 
 
 @main.command()

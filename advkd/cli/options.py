@@ -41,6 +41,19 @@ def options(config_class: type, rename: dict[str, str] | None = None) -> Callabl
     return decorate
 
 
+def only(config_class: type, *names: str, of: str) -> Callable:
+    """Decorator that adds an option for some fields of a configuration dataclass, which go with the option ``of`` alone."""
+
+    def decorate(command):
+        documentation = field_documentation(config_class)
+        for field in reversed([field for field in dataclasses.fields(config_class) if field.name in names]):
+            text = f"With {of}: {documentation[field.name]}{_default(field)}"
+            command = click.option(*_declaration(field.name, field.default), default=None, help=text)(command)
+        return command
+
+    return decorate
+
+
 def _default(field):
     """Sentence with the field's default, for the help; nothing where it is empty or computed."""
     value = field.default

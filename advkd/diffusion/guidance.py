@@ -6,7 +6,7 @@ the unconditional model, where the classifier is the one that both networks impl
 and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,7 +43,7 @@ def guided(
     model: Model,
     network: Network,
     n: int,
-    labels: torch.Tensor | list[int] | int | None,
+    labels: torch.Tensor | Sequence[int] | int | None,
     guidance: float,
     classifier: Classifier | None,
 ) -> Network:
@@ -96,7 +96,7 @@ def _unconditional(model, network, n, guidance, classifier):
     return (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
 
 
-def null_labels(model: "DiffusionModel", n: int) -> torch.Tensor | None:
+def null_labels(model: Model, n: int) -> torch.Tensor | None:
     """Classes that stand for none.
 
     Args:
@@ -118,7 +118,9 @@ def null_labels(model: "DiffusionModel", n: int) -> torch.Tensor | None:
     return torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
 
 
-def require_labels(labels: torch.Tensor | int, n: int, classes: int | None, device: torch.device) -> torch.Tensor:
+def require_labels(
+    labels: torch.Tensor | Sequence[int] | int, n: int, classes: int | None, device: torch.device
+) -> torch.Tensor:
     """Classes, one per sample.
 
     Args:

@@ -1,6 +1,6 @@
 """Runs of solvers on a diffusion model: what teachers of every kind have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class DiffusionModel:
         seed: int = 0,
         start: int = 0,
         *,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> Iterator[tuple[int | float, torch.Tensor]]:
@@ -175,7 +175,7 @@ class DiffusionModel:
         solver: str | Solver = "ddim",
         steps: int | None = None,
         *,
-        labels: torch.Tensor | list[int] | int | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> None:
@@ -203,7 +203,7 @@ class DiffusionModel:
         steps: int | None = None,
         start: int = 0,
         *,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> torch.Tensor:

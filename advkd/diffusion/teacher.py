@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +216,7 @@ class Teacher(DiffusionModel):
         seed: int = 0,
         start: int = 0,
         *,
-        labels: torch.Tensor | int | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -267,7 +268,7 @@ class Teacher(DiffusionModel):
         steps: int | None = None,
         start: int = 0,
         *,
-        labels: torch.Tensor | int | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> torch.Tensor:

@@ -170,6 +170,27 @@ def evaluate_solvers(
     return result
 
 
+def describe(result: dict[str, Any]) -> str:
+    """A result as lines of text.
+
+    Args:
+        result: what :func:`evaluate_solvers` gives.
+
+    Returns:
+        A line for every solver and number of evaluations, the best at real images first.
+    """
+    heads = "solver            evaluations     N  FD to real (at infinity)  to the fine-step reference"
+    lines = [f"{heads}  real, less {result['baseline']}"]
+    for row in sorted(result["rows"], key=lambda row: row["real"]["at_infinity"]):
+        real, fine = row["real"], row["fine"]
+        low, high = real["difference_interval"]
+        lines.append(
+            f"{row['solver']:<20}{row['evaluations']:>8}{real['num']:>7}{real['frechet']:>10.3f} ({real['at_infinity']:.3f})"
+            f"{fine['frechet']:>15.3f} ({fine['at_infinity']:.3f})     {real['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        )
+    return "\n".join(lines)
+
+
 def _runs(config: SolverEvaluationConfig, model: Teacher) -> Iterator[Run]:
     """The reference, then all sets; numbers of evaluations below a solver's order are left out."""
     yield Run(FINE, config.fine_steps, config.seed + 1, config.num)

@@ -13,13 +13,13 @@ from advkd.cli.main import main
 from advkd.data.draws import DataOrder
 from advkd.data.images import read_pictures
 from advkd.data.pictures import save_image, to_pil
-from advkd.diffusion.exact import GaussianTeacher, MixtureTeacher
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.evaluation import evaluate_likelihood as run
 from advkd.evaluation.evaluate_likelihood import LikelihoodConfig, evaluate_likelihood
 from advkd.evaluation.likelihood import VariationalBound, gaussian_kl, log_density, log_probability, variational_bound
+from advkd.exact import GaussianTeacher, MixtureTeacher
 
 from ..conftest import other_default, tiny_teacher, tiny_unet
 
