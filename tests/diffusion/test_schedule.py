@@ -1,5 +1,6 @@
 """The noise schedule: tables and their inverse, spacings against diffusers', formulas of noise levels, ends without signal."""
 
+import functools
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from advkd.diffusion.schedule import DPDM_SIGMA_MIN, SPACINGS, Schedule
 from advkd.diffusion.solvers import METHODS, Solver
 from advkd.errors import InputError
 
-from ..conftest import tiny_unet
+from ..conftest import DEFAULTS, other_default, tiny_unet
 from .runs import double
 
 MAKERS = {"linear": Schedule.linear, "cosine": Schedule.cosine, "edm": Schedule.edm}
@@ -98,6 +99,10 @@ def test_timesteps_are_diffusers(spacing):
 @given(st.sampled_from(SPACINGS), st.integers(1, 1200), st.data())
 def test_levels_fall_and_end_within_the_schedule(spacing, total, data):
     schedule, steps = Schedule.linear(total), data.draw(st.integers(1, min(total, 60)))
+    if spacing == "dpdm" and steps > 1 and schedule.sigma(total) <= DPDM_SIGMA_MIN.get(steps, 0.3 if steps < 4 else 1e-4):
+        with pytest.raises(InputError, match="above this schedule's highest: take another spacing"):
+            schedule.levels(spacing, steps)
+        return
     levels = schedule.levels(spacing, steps)
     sigmas = [level.sigma for level in levels]
     assert len(levels) == steps and all(a > b for a, b in zip(sigmas, sigmas[1:]))
@@ -165,6 +170,32 @@ def test_a_schedule_without_noise_at_its_beginning():
         schedule.levels("karras", 3)
     with pytest.raises(InputError, match="no noise at timestep 0"):
         Solver("heun", "trailing").program(schedule, 4, "sample")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_schedule_that_repeats_a_level(name):
+    """Differences by log-SNR or sigma are then over nothing."""
+    schedule = Schedule(double([0.9, 0.9, 0.5, 0.5, 0.1]))
+    program = functools.partial(Solver(name, "trailing").program, schedule, 5, "sample", noise_power=lambda level: 0.5)
+    if METHODS[name].order > 1 or name == "deis-1":
+        with pytest.raises(InputError, match=f"solver {name} needs levels that fall; this schedule repeats one: take ddim"):
+            program()
+    else:
+        assert len([e for e in program() if e.end]) == 5
+
+
+@pytest.mark.parametrize("other", DEFAULTS)
+def test_torch_defaults_change_nothing(other):
+    def numbers():
+        schedules = [make(50) for make in MAKERS.values()]
+        lists = [schedule.levels(spacing, 5) for schedule in schedules for spacing in SPACINGS]
+        return lists, [
+            (schedule.alpha_bars.tolist(), schedule.t(1.0).item(), schedule.sigma(3.5).item()) for schedule in schedules
+        ]
+
+    wanted = numbers()
+    with other_default(other):
+        assert numbers() == wanted
 
 
 @pytest.mark.parametrize("alpha_bars", [[], [0.5, 0.6], [1.1, 0.5], [0.5, -0.1], [0.5, math.nan], [[0.5]], 0.5])
