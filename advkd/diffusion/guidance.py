@@ -7,7 +7,7 @@ and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -15,11 +15,21 @@ from ..errors import InputError
 from ..ops.arguments import finite
 from .prediction import eps_weights
 
-if TYPE_CHECKING:
-    from .sampling import DiffusionModel
-
 Network = Callable[..., torch.Tensor]
 """Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
+
+
+class Model(Protocol):
+    """What guidance asks of a :class:`~advkd.diffusion.sampling.DiffusionModel`."""
+
+    name: str
+    prediction: str
+    num_classes: int
+    null_class: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the states."""
 
 
 class Classifier(Protocol):
@@ -30,7 +40,7 @@ class Classifier(Protocol):
 
 
 def guided(
-    model: "DiffusionModel",
+    model: Model,
     network: Network,
     n: int,
     labels: torch.Tensor | int | None,
@@ -60,7 +70,8 @@ def guided(
         return _unconditional(model, network, n, guidance, classifier)
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    labels = _checked(labels, n, model.num_classes or _classes_of(classifier), model.device)
+    classes = model.num_classes if classifier is None else _classes_of(classifier)
+    labels = _checked(labels, n, classes, model.device)
     if classifier is not None:
         plain = _unconditional(model, network, n, 0.0, None)
         return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
@@ -120,6 +131,8 @@ def _classifier_guided(network, classifier, labels, guidance, prediction):
         gradient = classifier.log_probability_gradient(x, place.alpha**2, labels)
         # eps changes by -w noise gradient, and the output by that through its own weight in eps.
         _, weight = eps_weights(place.alpha, place.noise, prediction)
-        return output - (guidance * place.noise / weight).to(output.dtype) * gradient.to(output.dtype)
+        # Where no image is left (alpha = 0) the gradient is 0, and the output may have no weight in eps.
+        shift = torch.where(weight == 0, 0.0, guidance * place.noise / weight)
+        return output - shift.to(output.dtype) * gradient.to(output.dtype)
 
     return evaluate

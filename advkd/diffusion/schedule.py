@@ -140,11 +140,11 @@ class Schedule:
         Returns:
             float64 tensor of ``t``'s shape, on its device.
         """
-        t = _numbers(t).clamp(0, len(self) - 1)
-        table = self._log_sigmas.to(t.device)
-        below = t.floor().long().clamp_max(max(len(self) - 2, 0))
+        wanted = _numbers(t).clamp(0, len(self) - 1)
+        table = self._log_sigmas.to(wanted.device)
+        below = wanted.floor().long().clamp_max(max(len(self) - 2, 0))
         above = (below + 1).clamp_max(len(self) - 1)
-        share = t - below
+        share = wanted - below
         mixed = torch.lerp(table[below], table[above], share)
         # An infinite neighbour (alpha_bar = 0) has no share in a level that is not its own, and none lies between two of them.
         own = (share == 0) | (table[below] == table[above])

@@ -12,7 +12,7 @@ from advkd.diffusion.program import Writer
 from advkd.diffusion.schedule import Level
 from advkd.diffusion.solvers import METHODS, Solver
 
-from .runs import DETERMINISTIC, double, end, exact_network, fitted_order, log_snr_schedule, remembered
+from .runs import DETERMINISTIC, end, exact_network, fine_flow, fitted_order, log_snr_schedule, remembered
 
 COUNTS = (32, 48, 64, 96, 128)
 SCHEDULE = log_snr_schedule(-0.5, 1.0)
@@ -31,27 +31,6 @@ MULTISTEP = ["dpmpp-2m", "dpmpp-3m", "deis-2", "deis-3", "unipc-1", "unipc-2", "
 
 def start_states(teacher):
     return torch.randn(8, *teacher.shape, generator=torch.Generator().manual_seed(0)).double()
-
-
-def fine_flow(teacher, x, sigma, sigma_next):
-    """The probability flow dy / d log sigma = y - D in y = x / alpha by Runge and Kutta's fourth order, steps of 0.006."""
-    tau, length = math.log(sigma), math.log(sigma_next) - math.log(sigma)
-    steps = math.ceil(abs(length) / 0.006)
-    h = length / steps
-
-    def slope(y, tau):
-        scale = math.hypot(1, math.exp(tau))
-        return y - teacher.x0(y / scale, double(1 / scale), double(math.exp(tau) / scale))
-
-    y = x * math.hypot(1, sigma)
-    for i in range(steps):
-        t = tau + i * h
-        k_1 = slope(y, t)
-        k_2 = slope(y + h / 2 * k_1, t + h / 2)
-        k_3 = slope(y + h / 2 * k_2, t + h / 2)
-        k_4 = slope(y + h * k_3, t + h)
-        y = y + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
-    return y / math.hypot(1, sigma_next)
 
 
 @functools.cache
