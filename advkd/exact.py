@@ -6,7 +6,7 @@ Examples:
     >>> error = teacher.sample(4, solver="unipc", steps=10) - teacher.flow(teacher.noise(4), 157.4, 0.0)
 """
 
-from .diffusion.exact import ExactTeacher, GaussianTeacher
-from .diffusion.exact_mixtures import FiniteSetTeacher, MixtureTeacher
+from .diffusion.exact import FiniteSetTeacher, GaussianTeacher, MixtureTeacher
+from .diffusion.exact_teacher import ExactTeacher
 
 __all__ = ["ExactTeacher", "FiniteSetTeacher", "GaussianTeacher", "MixtureTeacher"]

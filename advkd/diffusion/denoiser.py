@@ -43,8 +43,7 @@ class Denoiser:
         coordinates: str = "vp",
     ):
         require_prediction(prediction)
-        if coordinates not in COORDINATES:
-            raise InputError(f"coordinates must be one of {', '.join(COORDINATES)}, got {coordinates!r}")
+        require_coordinates(coordinates)
         if not clip >= 0:
             raise InputError(f"clip must not be negative, got {clip}")
         self.network, self.schedule, self.prediction = network, schedule, prediction
@@ -64,10 +63,7 @@ class Denoiser:
         Raises:
             InputError: ``sigma`` of another length.
         """
-        levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
-        if levels.ndim > 1 or (levels.ndim == 1 and len(levels) != len(x)):
-            raise InputError(f"sigma must be a number or one per sample ({len(x)}), got shape {tuple(levels.shape)}")
-        levels = levels.expand(len(x))
+        levels = levels_of(x, sigma)
         alpha, noise = vp_weights(levels.reshape(-1, *[1] * (x.ndim - 1)))
         state = x if self.coordinates == "vp" else (alpha * x).to(x.dtype)
         output = self.network(state, self.schedule.t(levels).float(), condition).to(x.dtype)
@@ -78,6 +74,31 @@ class Denoiser:
             return x0, e_x.to(x.dtype) * state + e_m.to(x.dtype) * x0
         e_x, e_m = eps_weights(alpha, noise, self.prediction)
         return x0, e_x.to(x.dtype) * state + e_m.to(x.dtype) * output
+
+
+def require_coordinates(coordinates: str) -> None:
+    """Refuse coordinates that are not among :data:`COORDINATES`."""
+    if coordinates not in COORDINATES:
+        raise InputError(f"coordinates must be one of {', '.join(COORDINATES)}, got {coordinates!r}")
+
+
+def levels_of(x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    """Noise levels as one per sample.
+
+    Args:
+        x: ``(N, ...)`` states.
+        sigma: a number for all samples, or ``(N,)``.
+
+    Returns:
+        ``(N,)`` float64 on the states' device.
+
+    Raises:
+        InputError: ``sigma`` of another length.
+    """
+    levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+    if levels.ndim > 1 or (levels.ndim == 1 and len(levels) != len(x)):
+        raise InputError(f"sigma must be a number or one per sample ({len(x)}), got shape {tuple(levels.shape)}")
+    return levels.expand(len(x))
 
 
 def vp_weights(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

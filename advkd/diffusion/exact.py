@@ -8,145 +8,12 @@ Teachers compute in float64 with the solvers' own programs (:mod:`advkd.diffusio
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..ops import philox_normal
-from .prediction import eps_weights
-from .sampling import DiffusionModel
+from .exact_teacher import ExactTeacher, Sigma
 from .schedule import Level, Schedule
-
-Sigma = float | torch.Tensor
-
-
-class ExactTeacher(DiffusionModel):
-    """The common part of teachers with a known denoiser: :meth:`x0` of a subclass is their formula.
-
-    Args:
-        shape: of a sample.
-        schedule: noise schedule; None: linear betas, T = 1000.
-        coordinates: of the states of :meth:`predict`, :meth:`score` and :meth:`flow`: ``vp`` (sqrt(a) x0 + sqrt(1 - a) eps) or
-            ``ve`` (x0 + sigma eps). Runs of solvers are ``vp`` always.
-        num_classes: number of classes; 0 without.
-    """
-
-    prediction = "sample"
-    clip = math.inf
-
-    def __init__(self, shape: Sequence[int], schedule: Schedule | None = None, coordinates: str = "vp", num_classes: int = 0):
-        if coordinates not in ("vp", "ve"):
-            raise InputError(f"coordinates must be vp or ve, got {coordinates!r}")
-        super().__init__(schedule or Schedule.linear(), tuple(shape), dtype=torch.float64)
-        self.coordinates = coordinates
-        self.num_classes = num_classes
-        self.null_class = num_classes if num_classes else None
-
-    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Posterior mean of x0 given x = alpha x0 + noise eps.
-
-        Args:
-            x: ``(N, ...)`` float64 states.
-            alpha: weight of the image, float64, a scalar or ``(N, 1)``.
-            noise: weight of the noise, likewise.
-            labels: ``(N,)`` classes; ``num_classes`` stands for none; None: no class at all.
-
-        Returns:
-            ``(N, ...)`` float64.
-        """
-        raise NotImplementedError
-
-    def predict(
-        self, x: torch.Tensor, sigma: Sigma, condition: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior means of the image and of the noise at a state.
-
-        Args:
-            x: ``(N, ...)`` states in the teacher's coordinates.
-            sigma: noise level, a number or ``(N,)``, positive.
-            condition: ``(N,)`` classes, or None.
-
-        Returns:
-            ``(x0, eps)``, both ``(N, ...)`` float64; differentiable in ``x`` (any order).
-        """
-        alpha, noise = self._weights(x, sigma)
-        clean = self.x0(x.double(), alpha, noise, condition)
-        e_x, e_m = eps_weights(_over(x, alpha), _over(x, noise), "sample")
-        return clean, e_x * x.double() + e_m * clean
-
-    def score(self, x: torch.Tensor, sigma: Sigma, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Gradient of the log density of states, -eps / noise (Tweedie's formula).
-
-        Args:
-            x: ``(N, ...)`` states in the teacher's coordinates.
-            sigma: noise level, a number or ``(N,)``, positive.
-            condition: ``(N,)`` classes, or None.
-
-        Returns:
-            ``(N, ...)`` float64.
-        """
-        _, noise = self._weights(x, sigma)
-        eps = self.predict(x, sigma, condition)[1]
-        return -eps / _over(x, noise)
-
-    def log_probability_gradient(self, x: torch.Tensor, alpha_bar: float | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Gradient by the state of log p(class | x_t), the exact classifier's: the classes' scores less the data's.
-
-        Args:
-            x: ``(N, ...)`` variance-preserving states.
-            alpha_bar: of the states, a number or ``(N,)``.
-            labels: ``(N,)`` classes.
-
-        Returns:
-            ``(N, ...)`` float64.
-        """
-        a = torch.as_tensor(alpha_bar, dtype=torch.float64, device=x.device)
-        alpha, noise = (w.reshape(-1, 1) if w.ndim else w for w in (a.sqrt(), (1 - a).sqrt()))
-        x = x.double()
-        difference = self.x0(x, alpha, noise, labels) - self.x0(x, alpha, noise)
-        return difference * _over(x, alpha / noise**2)
-
-    def data(self, n: int, seed: int = 0) -> torch.Tensor:
-        """Samples of the data itself.
-
-        Args:
-            n: number of samples.
-            seed: of the draws, in [0, 2^64).
-
-        Returns:
-            ``(n, ...)`` float64.
-        """
-        raise NotImplementedError
-
-    def noise_power(self, level: Level) -> float:
-        """E|eps|^2 / d of the noise that the denoiser finds at a level, by 4,096 draws.
-
-        Args:
-            level: level of the states.
-
-        Returns:
-            Mean over draws and dimensions, in [0, 1].
-        """
-        x0 = self.data(4096, seed=1)
-        eps = philox_normal(2, torch.arange(len(x0)), self.shape, stream="x_T").double()
-        alpha, noise = torch.tensor(level.alpha).double(), torch.tensor(level.noise).double()
-        x = alpha * x0 + noise * eps
-        return ((x - alpha * self.x0(x, alpha, noise)) / noise).square().mean().item()
-
-    def _network(self, compiled: bool = False) -> Any:
-        return lambda x, place, labels=None: self.x0(x, place.alpha, place.noise, labels)
-
-    def _weights(self, x, sigma):
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
-        sigma = sigma.reshape(-1, 1) if sigma.ndim else sigma
-        if self.coordinates == "ve":
-            return torch.ones_like(sigma), sigma
-        scale = (1 + sigma * sigma).sqrt()
-        return 1 / scale, sigma / scale
-
-    def _normal(self, n, seed, shape):
-        return philox_normal(seed, torch.arange(n), shape, stream="x_T").double()
 
 
 class GaussianTeacher(ExactTeacher):
@@ -227,7 +94,7 @@ class GaussianTeacher(ExactTeacher):
         Returns:
             ``(n, ...)`` float64.
         """
-        z = self._normal(n, seed, (len(self.mean),))
+        z = self._normal(n, seed, (len(self.mean),), 1)
         return (self.mean + z * self.variances.sqrt() @ self._axes.T).reshape(n, *self.shape)
 
     def noise_power(self, level: Level) -> float:
@@ -242,6 +109,204 @@ class GaussianTeacher(ExactTeacher):
         return (level.noise**2 / (level.alpha**2 * self.variances + level.noise**2)).mean().item()
 
 
-def _over(x, weight):
-    """A weight, a scalar or ``(N, 1)``, in a shape that multiplies states."""
-    return weight.reshape(-1, *[1] * (x.ndim - 1)) if weight.ndim else weight
+class MixtureTeacher(ExactTeacher):
+    """A mixture of Gaussians of one variance; a sample's class is its component.
+
+    Args:
+        means: ``(K, ...)`` means of the components.
+        weights: ``(K,)`` their shares, positive; they are scaled to sum to 1.
+        variance: variance of every component in every direction.
+        schedule: noise schedule; None: linear betas, T = 1000.
+        coordinates: ``vp`` or ``ve``.
+
+    Raises:
+        InputError: weights or a variance that are not positive, or of another number.
+
+    Examples:
+        >>> MixtureTeacher.from_preset("25-gaussians").data(3).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        means: torch.Tensor,
+        weights: torch.Tensor | Sequence[float],
+        variance: float,
+        schedule: Schedule | None = None,
+        coordinates: str = "vp",
+    ):
+        means = means.double()
+        super().__init__(means.shape[1:], schedule, coordinates, num_classes=len(means))
+        self.weights = torch.as_tensor(weights, dtype=torch.float64, device=means.device)
+        self.variance = float(variance)
+        if self.weights.shape != means.shape[:1] or not (self.weights > 0).all() or not self.variance > 0:
+            raise InputError(f"weights must be {len(means)} positive numbers and variance positive, got {weights}, {variance}")
+        self.weights = self.weights / self.weights.sum()
+        self.means = means.flatten(1)
+
+    @classmethod
+    def from_preset(cls, name: str, schedule: Schedule | None = None, coordinates: str = "vp") -> "MixtureTeacher":
+        """A mixture by name.
+
+        Args:
+            name: ``25-gaussians`` (a 5 x 5 grid in the plane, 1 apart, deviation 0.05: Xiao et al. 2022, figure 6),
+                ``8-gaussians`` (a ring of radius 2, deviation 0.1) or ``two-gaussians`` (in one dimension, at -1 and 1,
+                variance 0.1).
+            schedule: noise schedule; None: linear betas, T = 1000.
+            coordinates: ``vp`` or ``ve``.
+
+        Returns:
+            Teacher of equal weights.
+
+        Raises:
+            InputError: another name.
+        """
+        presets = {"25-gaussians": (_grid, 0.05**2), "8-gaussians": (_ring, 0.1**2), "two-gaussians": (_pair, 0.1)}
+        if name not in presets:
+            raise InputError(f"name must be one of {', '.join(presets)}, got {name!r}")
+        means, variance = presets[name]
+        centres = means()
+        return cls(centres, [1.0] * len(centres), variance, schedule, coordinates)
+
+    def responsibilities(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """p(component | x) for x = alpha x0 + noise eps.
+
+        Args:
+            x: ``(N, ...)`` float64 states.
+            alpha: weight of the image, a scalar or ``(N, 1)``.
+            noise: weight of the noise, likewise.
+
+        Returns:
+            ``(N, K)`` float64, rows summing to 1.
+        """
+        distances = _square_distances(x.flatten(1), alpha, self.means)
+        spread = alpha**2 * self.variance + noise**2
+        return torch.softmax(self.weights.log() - distances / (2 * spread), dim=1)
+
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Posterior mean: every component's, mixed by responsibility or chosen by class.
+
+        Args:
+            x: ``(N, ...)`` float64 states.
+            alpha: weight of the image, a scalar or ``(N, 1)``.
+            noise: weight of the noise, likewise.
+            labels: ``(N,)`` components; K stands for none; None: no class at all.
+
+        Returns:
+            ``(N, ...)`` float64.
+        """
+        share = self.responsibilities(x, alpha, noise)
+        centre = _chosen(share, labels) @ self.means
+        gain = alpha * self.variance / (alpha**2 * self.variance + noise**2)
+        return (centre + gain * (x.flatten(1) - alpha * centre)).reshape(x.shape)
+
+    def data(self, n: int, seed: int = 0) -> torch.Tensor:
+        """Samples of the data itself.
+
+        Args:
+            n: number of samples.
+            seed: of the draws, in [0, 2^64).
+
+        Returns:
+            ``(n, ...)`` float64.
+        """
+        uniform = torch.special.ndtr(self._normal(n, seed, (1,), 2))
+        chosen = torch.searchsorted(self.weights.cumsum(0), uniform.flatten()).clamp_max(len(self.means) - 1)
+        z = self._normal(n, seed, (self.means.shape[1],), 1)
+        return (self.means[chosen] + math.sqrt(self.variance) * z).reshape(n, *self.shape)
+
+
+class FiniteSetTeacher(ExactTeacher):
+    """A finite set of images as the data: E[x0 | x_t] is a softmax over the images, and the flow ends at one of them.
+
+    Args:
+        images: ``(M, ...)`` images.
+        labels: ``(M,)`` classes 0 .. K - 1 of the images, or None.
+        schedule: noise schedule; None: linear betas, T = 1000.
+        coordinates: ``vp`` or ``ve``.
+
+    Raises:
+        InputError: no images, or labels of another number or with a class that no image has.
+
+    Examples:
+        >>> FiniteSetTeacher(torch.rand(10, 1, 8, 8)).sample(2, solver="unipc", steps=10).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        schedule: Schedule | None = None,
+        coordinates: str = "vp",
+    ):
+        if images.ndim < 2 or not len(images) or (labels is not None and labels.shape != images.shape[:1]):
+            raise InputError(f"images must be (M, ...) with M >= 1 and labels (M,), got {tuple(images.shape)}")
+        classes = 0 if labels is None else len(labels.unique())
+        if labels is not None and not torch.equal(labels.unique(), torch.arange(classes, device=labels.device)):
+            raise InputError(
+                f"labels must be whole numbers 0 .. K - 1, each of them of an image, got {labels.unique().tolist()}"
+            )
+        super().__init__(images.shape[1:], schedule, coordinates, classes)
+        self.images, self.labels = images.double().flatten(1), labels
+
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """sum_i w_i x_i with w = softmax(-|x - alpha x_i|^2 / (2 noise^2)), over the images of the state's class.
+
+        Args:
+            x: ``(N, ...)`` float64 states.
+            alpha: weight of the image, a scalar or ``(N, 1)``.
+            noise: weight of the noise, likewise.
+            labels: ``(N,)`` classes; K stands for none; None: no class at all.
+
+        Returns:
+            ``(N, ...)`` float64.
+        """
+        exponents = -_square_distances(x.flatten(1), alpha, self.images) / (2 * noise**2)
+        if labels is not None and self.labels is not None:
+            other = (labels[:, None] != self.labels) & (labels[:, None] != self.num_classes)
+            exponents = exponents.masked_fill(other, -math.inf)
+        return (torch.softmax(exponents, dim=1) @ self.images).reshape(x.shape)
+
+    def data(self, n: int, seed: int = 0) -> torch.Tensor:
+        """Images of the set, drawn with replacement.
+
+        Args:
+            n: number of samples.
+            seed: of the draws, in [0, 2^64).
+
+        Returns:
+            ``(n, ...)`` float64.
+        """
+        uniform = torch.special.ndtr(self._normal(n, seed, (1,), 2)).flatten()
+        return self.images[(uniform * len(self.images)).long().clamp_max(len(self.images) - 1)].reshape(n, *self.shape)
+
+
+def _square_distances(x, alpha, centres):
+    """|x - alpha c|^2 for every state and centre, ``(N, K)``, without its part that is common to a row."""
+    return alpha**2 * centres.square().sum(1) - 2 * alpha * (x @ centres.T)
+
+
+def _chosen(share, labels):
+    """Responsibilities, or all of them for a state's class."""
+    if labels is None:
+        return share
+    known = torch.nn.functional.one_hot(labels, share.shape[1] + 1)[:, :-1].to(share)
+    return torch.where((labels == share.shape[1])[:, None], share, known)
+
+
+_PRESET = {"dtype": torch.float64, "device": "cpu"}
+
+
+def _grid():
+    axis = torch.arange(-2, 3, **_PRESET)
+    return torch.cartesian_prod(axis, axis)
+
+
+def _ring():
+    angles = torch.arange(8, **_PRESET) * math.pi / 4
+    return 2 * torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def _pair():
+    return torch.tensor([[-1.0], [1.0]], **_PRESET)

@@ -19,15 +19,8 @@ Network = Callable[..., torch.Tensor]
 """Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
 
 
-class Classifier(Protocol):
-    """A classifier of noisy states."""
-
-    def log_probability_gradient(self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /) -> torch.Tensor:
-        """Gradient by the state of log p(class | x)."""
-
-
 class Model(Protocol):
-    """What guidance reads of a model; see :class:`~advkd.diffusion.sampling.DiffusionModel`."""
+    """What guidance asks of a :class:`~advkd.diffusion.sampling.DiffusionModel`."""
 
     name: str
     prediction: str
@@ -37,6 +30,13 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of the states."""
+
+
+class Classifier(Protocol):
+    """A classifier of noisy states."""
+
+    def log_probability_gradient(self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /) -> torch.Tensor:
+        """Gradient by the state of log p(class | x)."""
 
 
 def guided(
@@ -70,7 +70,8 @@ def guided(
         return _unconditional(model, network, n, guidance, classifier)
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    labels = require_labels(labels, n, model.num_classes or _classes_of(classifier), model.device)
+    classes = model.num_classes if classifier is None else _classes_of(classifier)
+    labels = require_labels(labels, n, classes, model.device)
     if classifier is not None:
         plain = _unconditional(model, network, n, 0.0, None)
         return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
@@ -161,6 +162,8 @@ def _classifier_guided(network, classifier, labels, guidance, prediction):
         gradient = classifier.log_probability_gradient(x, place.alpha**2, labels)
         # eps changes by -w noise gradient, and the output by that through its own weight in eps.
         _, weight = eps_weights(place.alpha, place.noise, prediction)
-        return output - (guidance * place.noise / weight).to(output.dtype) * gradient.to(output.dtype)
+        # Where no image is left (alpha = 0) the gradient is 0, and the output may have no weight in eps.
+        shift = torch.where(weight == 0, 0.0, guidance * place.noise / weight)
+        return output - shift.to(output.dtype) * gradient.to(output.dtype)
 
     return evaluate

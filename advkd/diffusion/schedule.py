@@ -8,7 +8,9 @@ the signal-to-noise ratio (Lu et al. 2022). Between timesteps log sigma is linea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import InputError
@@ -16,6 +18,8 @@ from ..ops.arguments import whole
 
 SPACINGS = ("leading", "trailing", "linspace", "karras", "log_snr", "dpdm")
 """Ways to place the levels of a run; see :meth:`Schedule.levels`."""
+
+_TABLE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 DPDM_SIGMA_MIN = {4: 0.3, 5: 0.2, 6: 0.1, 7: 0.015, 8: 0.0035, 9: 0.00055}
 """Lowest noise level of DPDM's lists by their length (Data Prediction Denoising Models, table 7); 1e-4 for longer ones."""
@@ -72,7 +76,7 @@ class Schedule:
     """
 
     def __init__(self, alpha_bars: torch.Tensor):
-        a = torch.as_tensor(alpha_bars, dtype=torch.float64, device="cpu")
+        a = torch.as_tensor(alpha_bars, **_TABLE)
         if a.ndim != 1 or not len(a) or not ((a >= 0) & (a <= 1)).all() or not (a.diff() <= 0).all():
             raise InputError(f"alpha_bars must be (T,) numbers that fall within [0, 1], got {a}")
         self.alpha_bars = a
@@ -90,7 +94,7 @@ class Schedule:
         Returns:
             Schedule of T timesteps.
         """
-        return cls((1 - torch.linspace(start, end, whole("timesteps", timesteps, 1), dtype=torch.float64)).cumprod(0))
+        return cls((1 - torch.linspace(start, end, whole("timesteps", timesteps, 1), **_TABLE)).cumprod(0))
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, offset: float = 0.008, most: float = 0.999) -> "Schedule":
@@ -104,7 +108,7 @@ class Schedule:
         Returns:
             Schedule of T timesteps.
         """
-        ends = torch.arange(whole("timesteps", timesteps, 1) + 1, dtype=torch.float64) / timesteps
+        ends = torch.arange(whole("timesteps", timesteps, 1) + 1, **_TABLE) / timesteps
         f = torch.cos((ends + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls((f[1:] / f[:-1]).clamp_min(1 - most).cumprod(0))
 
@@ -121,8 +125,8 @@ class Schedule:
         Returns:
             Schedule of T timesteps.
         """
-        sigmas = torch.tensor(karras_sigmas(whole("timesteps", timesteps, 1), sigma_min, sigma_max, rho)[::-1])
-        return cls(1 / (1 + sigmas.double() ** 2))
+        sigmas = karras_sigmas(whole("timesteps", timesteps, 1), sigma_min, sigma_max, rho)[::-1]
+        return cls(1 / (1 + torch.tensor(sigmas, **_TABLE) ** 2))
 
     def __len__(self) -> int:
         return len(self.alpha_bars)
@@ -136,14 +140,15 @@ class Schedule:
         Returns:
             float64 tensor of ``t``'s shape, on its device.
         """
-        t = torch.as_tensor(t, dtype=torch.float64).clamp(0, len(self) - 1)
-        table = self._log_sigmas.to(t.device)
-        below = t.floor().long().clamp_max(max(len(self) - 2, 0))
+        wanted = _numbers(t).clamp(0, len(self) - 1)
+        table = self._log_sigmas.to(wanted.device)
+        below = wanted.floor().long().clamp_max(max(len(self) - 2, 0))
         above = (below + 1).clamp_max(len(self) - 1)
-        share = t - below
+        share = wanted - below
         mixed = torch.lerp(table[below], table[above], share)
-        # An infinite neighbour (alpha_bar = 0) has no share in a level that is not its own.
-        return torch.where(share == 0, table[below], torch.where(share == 1, table[above], mixed))
+        # An infinite neighbour (alpha_bar = 0) has no share in a level that is not its own, and none lies between two of them.
+        own = (share == 0) | (table[below] == table[above])
+        return torch.where(own, table[below], torch.where(share == 1, table[above], mixed))
 
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
         """Noise level sigma = sqrt((1 - a) / a) at timesteps; arguments and result as in :meth:`log_sigma`.
@@ -188,7 +193,7 @@ class Schedule:
             float64 tensor of ``sigma``'s shape, on its device. A network must be given a tensor of it: diffusers rounds a
             Python float to a whole timestep.
         """
-        wanted = torch.log(torch.as_tensor(sigma, dtype=torch.float64))
+        wanted = torch.log(_numbers(sigma))
         table = self._log_sigmas.to(wanted.device)
         above = torch.searchsorted(table, wanted.contiguous()).clamp(0, len(self) - 1)
         below = (above - 1).clamp_min(0)
@@ -254,11 +259,11 @@ class Schedule:
 
         Raises:
             InputError: another spacing, a number of steps outside [1, T], or noise levels of a schedule that ends at
-                alpha_bar = 0 or begins at 1.
+                alpha_bar = 0 or begins at 1, or lies below ``dpdm``'s.
         """
         if spacing not in SPACINGS:
             raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-        total = len(self)
+        total, steps = len(self), whole("steps", steps)
         if not 1 <= steps <= total:
             raise InputError(f"steps must be between 1 and the schedule's {total} timesteps, got {steps}")
         if spacing in _TIMESTEPS:
@@ -270,8 +275,11 @@ class Schedule:
         if spacing == "log_snr":
             sigmas = _geometric(steps, first.sigma, last.sigma)
         elif spacing == "dpdm":
-            lowest = min(max(DPDM_SIGMA_MIN.get(steps, 0.3 if steps < 4 else 1e-4), last.sigma), first.sigma)
-            return [self.at_sigma(sigma) for sigma in karras_sigmas(steps, lowest, first.sigma, 40.0)]
+            lowest = max(DPDM_SIGMA_MIN.get(steps, 0.3 if steps < 4 else 1e-4), last.sigma)
+            if lowest >= first.sigma and steps > 1:
+                raise InputError(f"spacing dpdm ends at sigma {lowest}, above this schedule's highest: take another spacing")
+            lowest = min(lowest, first.sigma)
+            return [first, *(self.at_sigma(sigma) for sigma in karras_sigmas(steps, lowest, first.sigma, 40.0)[1:])]
         else:
             sigmas = karras_sigmas(steps, last.sigma, first.sigma, rho)
         return [first, *(self.at_sigma(sigma) for sigma in sigmas[1:-1]), last][:steps]
@@ -298,6 +306,11 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     return [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
 
 
+def _numbers(value):
+    """A number or a tensor in float64; a number on the CPU, whatever torch's default device is."""
+    return value.double() if isinstance(value, torch.Tensor) else torch.tensor(value, **_TABLE)
+
+
 def _geometric(steps, first, last):
     return [first * (last / first) ** (i / max(steps - 1, 1)) for i in range(steps)]
 
@@ -307,14 +320,15 @@ def _leading(total, steps):
 
 
 def _trailing(total, steps):
-    return [round(total - total * i / steps) - 1 for i in range(steps)]
+    # The roundings of diffusers, which decide ties; its range has one number too many where they fall badly.
+    return (np.arange(total, 0, -total / steps).round() - 1).tolist()[:steps]
 
 
 def _linspace(total, steps):
-    return [round((total - 1) * (1 - i / (steps - 1))) if steps > 1 else total - 1 for i in range(steps)]
+    return np.linspace(0, total - 1, steps).round()[::-1].tolist() if steps > 1 else [total - 1]
 
 
-_TIMESTEPS: dict[str, Callable[[int, int], list[int]]] = {
+_TIMESTEPS: dict[str, Callable[[int, int], list[float]]] = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 from ..errors import InputError
+from ..ops.arguments import whole
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .multistep import Weights, deis_weights, dpmpp_weights, multistep, unipc_weights
 from .program import Evaluation, Writer
@@ -34,7 +35,9 @@ class Method:
     """What is known of a solver.
 
     Attributes:
-        order: global order of accuracy on the probability-flow equation; 0 for solvers that add noise.
+        order: global order of accuracy on the probability-flow equation, once there is enough to remember; 0 for solvers that
+            add noise. The first step of a run has order 1, whose error keeps whole runs of dpmpp-3m and deis-3 at 2, and those
+            of unipc-3 at 3.
         evaluations: network evaluations of a step.
         least: fewest steps of a run, with which it reaches its order at all.
         paper: where it comes from.
@@ -140,7 +143,7 @@ class Solver:
         Raises:
             InputError: a number of steps outside [1, T], or too few for the solver's order.
         """
-        least = METHODS[self.name].least
+        steps, least = whole("steps", steps), METHODS[self.name].least
         if steps < least:
             raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
         spacing = self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
@@ -191,6 +194,9 @@ class Solver:
             )
         if levels[-1].noise == 0:
             raise InputError(f"solver {self.name}: the schedule has no noise at timestep {levels[-1].t:g}")
+        by_differences = self.name in _MULTISTEP or METHODS[self.name].order > 1
+        if by_differences and any(a.sigma <= b.sigma for a, b in pairwise(levels)):
+            raise InputError(f"solver {self.name} needs levels that fall; this schedule repeats one: take ddim, or fewer steps")
         if self.name.startswith("analytic") and noise_power is None:
             raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
         writer = Writer(prediction, clip)

@@ -266,8 +266,8 @@ class VariationalBound:
         """Mean variance of x0 given a state of a level."""
         try:
             power = self.teacher.noise_power(level)
-        except NotImplementedError:
-            raise InputError(f"variance analytic: teacher {self.teacher.name} has no noise power; take another one") from None
+        except InputError as error:
+            raise InputError(f"variance analytic: teacher {self.teacher.name}: {error}") from error
         return max(x0_variance(level, power, self.teacher.clip), 1e-20)
 
 

@@ -274,7 +274,7 @@ def test_refusals(changes, message):
 
 
 def test_a_teacher_without_noise_power_has_no_optimal_variance():
-    with pytest.raises(InputError, match="variance analytic: teacher tiny has no noise power"):
+    with pytest.raises(InputError, match="variance analytic: teacher tiny: its noise power is not known"):
         variational_bound(tiny_teacher(20), torch.zeros(2, 1, 8, 8), variance="analytic")
 
 

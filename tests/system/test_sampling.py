@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from advkd.cli import output
 from advkd.cli import sample as sampling
 from advkd.cli.sample import sample
 from advkd.data.pictures import save_grid
@@ -80,7 +81,7 @@ def test_memory_does_not_grow_with_the_number_of_images(rank, world, tmp_path, m
             if len(saved) > 8:
                 raise Enough
 
-        monkeypatch.setattr(sampling, "save_image", save)
+        monkeypatch.setattr(output, "save_image", save)
         tracemalloc.start()
         with pytest.raises(Enough):
             sample("digits", n, 0, tmp_path / str(n), batch_size=4, progress=False)
@@ -119,7 +120,7 @@ def test_pictures_that_are_there_are_passed_over(tmp_path, monkeypatch):
         drawn.append(path.name)
         picture.save(path)
 
-    monkeypatch.setattr(sampling, "save_image", save)
+    monkeypatch.setattr(output, "save_image", save)
     sample("digits", 10, 0, tmp_path, batch_size=3, progress=False)
     before = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
     assert sorted(drawn) == sorted(before) == [f"{i:06d}.png" for i in range(10)]

@@ -1,0 +1,123 @@
+"""Orders of accuracy of the deterministic solvers, fitted to errors at five numbers of steps, on data whose flow is known."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from advkd.diffusion.exact import GaussianTeacher, MixtureTeacher
+from advkd.diffusion.multistep import dpmpp_weights, multistep
+from advkd.diffusion.program import Writer
+from advkd.diffusion.schedule import Level
+from advkd.diffusion.solvers import METHODS, Solver
+
+from .runs import DETERMINISTIC, end, exact_network, fine_flow, fitted_order, log_snr_schedule, remembered
+
+COUNTS = (32, 48, 64, 96, 128)
+SCHEDULE = log_snr_schedule(-0.5, 1.0)
+"""Steps of 0.01 to 0.05 in log-SNR: small enough for the leading term, and errors of 1e-9 are far above float64's rounding."""
+
+GAUSSIAN = GaussianTeacher(torch.tensor([0.5, -1.0, 0.25]), torch.tensor([0.3, 0.6, 1.5]), SCHEDULE)
+MIXTURE = MixtureTeacher(torch.tensor([[-1.0, 0.4], [0.8, -0.2]]), [0.3, 0.7], 0.3, SCHEDULE)
+
+OWN_START = {name: METHODS[name].order for name in DETERMINISTIC} | {"dpmpp-3m": 2, "deis-3": 2, "unipc-3": 3}
+"""Orders of whole runs. A run begins with a step of first order, whose error is O(h^2) once: it caps explicit methods at 2.
+UniPC corrects that state at the next evaluation by the trapezoidal rule, whose error O(h^3) caps it at 3. Single-step methods
+have no start."""
+
+MULTISTEP = ["dpmpp-2m", "dpmpp-3m", "deis-2", "deis-3", "unipc-1", "unipc-2", "unipc-3"]
+
+
+def start_states(teacher):
+    return torch.randn(8, *teacher.shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+@functools.cache
+def true_state(teacher, sigma):
+    """The states at ``sigma`` that flow from the start states at the schedule's highest level."""
+    flow = teacher.flow if teacher is GAUSSIAN else functools.partial(fine_flow, teacher)
+    x, first = start_states(teacher), SCHEDULE.level(len(SCHEDULE) - 1.0).sigma
+    return x if sigma == first else flow(x, first, sigma)
+
+
+def error(teacher, program, levels, exact_history, kind="x0"):
+    """Root mean square of a run's error at its last finite level. With exact history the steps that lack any are left out."""
+    first = remembered(program) if exact_history else 0
+    memory = {1 + j % first: teacher.predict(true_state(teacher, levels[j].sigma), levels[j].sigma) for j in range(first)}
+    memory = {register: eps if kind == "eps" else x0 for register, (x0, eps) in memory.items()}
+    found = end(program[first:-1], true_state(teacher, levels[first].sigma), exact_network(teacher), memory)
+    return (found - true_state(teacher, levels[-1].sigma)).square().mean().sqrt().item()
+
+
+def order(name, spacing, teacher, exact_history):
+    solver, errors = Solver(name, spacing), []
+    for steps in COUNTS:
+        levels = solver.levels(SCHEDULE, steps + 1)
+        program = solver.program(SCHEDULE, steps + 1, "sample")
+        errors.append(error(teacher, program, levels, exact_history, "eps" if name.startswith("deis") else "x0"))
+    return fitted_order(COUNTS, errors)
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_order_of_whole_runs(name, spacing):
+    assert abs(order(name, spacing, GAUSSIAN, exact_history=False) - OWN_START[name]) <= 0.15
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_order_from_exact_history(name, spacing):
+    assert abs(order(name, spacing, GAUSSIAN, exact_history=True) - METHODS[name].order) <= 0.15
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm-2", "dpm-3", "dpmpp-2m", "unipc-1", "unipc-2"])
+def test_order_on_a_denoiser_that_is_not_linear(name):
+    assert abs(order(name, "log_snr", MIXTURE, exact_history=False) - OWN_START[name]) <= 0.15
+
+
+@pytest.mark.parametrize("name", ["dpmpp-3m", "deis-3", "unipc-3"])
+def test_order_from_exact_history_on_a_denoiser_that_is_not_linear(name):
+    assert abs(order(name, "log_snr", MIXTURE, exact_history=True) - METHODS[name].order) <= 0.15
+
+
+def halved(past, following):
+    """3M with half the weight of its second difference D2 = 2 (D10 - D11) / (r0 + r1), as in the paper's own code."""
+    ratio, weights = dpmpp_weights(past, following)
+    if len(past) < 3 or following.noise == 0:
+        return ratio, weights
+    h = following.log_snr - past[0].log_snr
+    r_0, r_1 = ((a.log_snr - b.log_snr) / h for a, b in zip(past, past[1:]))
+    half = -following.alpha * ((math.expm1(-h) + h) / h**2 - 0.5) / (r_0 + r_1)
+    differences = (1 / r_0, -1 / r_0 - 1 / r_1, 1 / r_1)
+    return ratio, [weight - half * difference for weight, difference in zip(weights, differences)]
+
+
+def test_half_the_second_difference_leaves_order_2():
+    errors = []
+    for steps in COUNTS:
+        levels = SCHEDULE.levels("log_snr", steps + 1)
+        errors.append(error(GAUSSIAN, list(multistep(Writer("sample"), levels, 3, halved)), levels, exact_history=True))
+    assert abs(fitted_order(COUNTS, errors) - 2) <= 0.15
+
+
+def test_half_the_second_difference_is_what_diffusers_does():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        solver_order=3, prediction_type="sample", lower_order_final=False, final_sigmas_type="zero", timestep_spacing="linspace"
+    )
+    scheduler.set_timesteps(12)
+    levels = []
+    for sigma in scheduler.sigmas[:-1].double().tolist():
+        scale = math.hypot(1, sigma)
+        levels.append(Level(0.0, 1 / scale, sigma / scale, 1 / scale**2))
+    network, x = exact_network(GAUSSIAN), start_states(GAUSSIAN)
+    wanted = x
+    for t, level in zip(scheduler.timesteps[:-1], levels):
+        wanted = scheduler.step(network(wanted, level), t, wanted).prev_sample
+    runs = {}
+    for weights in (halved, dpmpp_weights):
+        runs[weights] = end(list(multistep(Writer("sample"), levels, 3, weights))[:-1], x, network)
+    # diffusers keeps its noise levels in float32, and takes differences of their logarithms.
+    assert torch.allclose(runs[halved], wanted, atol=1e-4, rtol=0)
+    assert (runs[dpmpp_weights] - wanted).abs().max() > 1e-3
