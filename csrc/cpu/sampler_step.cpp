@@ -226,17 +226,21 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
 }
 
 using Kernel = void (*)(const SamplerStep&, i64, i64);
-template <typename C>
-constexpr Kernel kKernels[3][3] = {
-    {make_pieces<C, float, float>, make_pieces<C, float, bf16>, make_pieces<C, float, f16>},
-    {make_pieces<C, bf16, float>, make_pieces<C, bf16, bf16>, make_pieces<C, bf16, f16>},
-    {make_pieces<C, f16, float>, make_pieces<C, f16, bf16>, make_pieces<C, f16, f16>}};
+using P = Coefficients;
+using E = ExtendedCoefficients;
+// In the order of step_kernel.
+constexpr Kernel kKernels[18] = {
+    make_pieces<P, float, float>, make_pieces<P, float, bf16>, make_pieces<P, float, f16>,
+    make_pieces<P, bf16, float>,  make_pieces<P, bf16, bf16>,  make_pieces<P, bf16, f16>,
+    make_pieces<P, f16, float>,   make_pieces<P, f16, bf16>,   make_pieces<P, f16, f16>,
+    make_pieces<E, float, float>, make_pieces<E, float, bf16>, make_pieces<E, float, f16>,
+    make_pieces<E, bf16, float>,  make_pieces<E, bf16, bf16>,  make_pieces<E, bf16, f16>,
+    make_pieces<E, f16, float>,   make_pieces<E, f16, bf16>,   make_pieces<E, f16, f16>};
 
 }  // namespace
 
 void sampler_step(const SamplerStep& s, i64 begin, i64 end) {
-  const auto& kernels = s.extended ? kKernels<ExtendedCoefficients> : kKernels<Coefficients>;
-  kernels[static_cast<int>(s.dtype)][static_cast<int>(s.model_dtype)](s, begin, end);
+  kKernels[s.kernel](s, begin, end);
 }
 
 }  // namespace advkd::ADVKD_ISA

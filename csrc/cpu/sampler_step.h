@@ -28,7 +28,7 @@ struct SamplerStep {
   void* x0;
   void* pooled;
   std::int32_t* flags;  // one per sample, set where the next state is not finite
-  const void* rows;             // StepRow, or ExtendedStepRow where `extended`
+  const void* rows;             // StepRow, or ExtendedStepRow of an extended step
   i64 row_count;                // 1, or one per sample
   const std::int64_t* indices;  // with them the noise is drawn here
   const std::int64_t* steps;    // step_count of them, or null: then the step is in `philox`
@@ -37,10 +37,14 @@ struct SamplerStep {
   i64 samples, planes, height, width;
   i64 channels;  // of a pixel: 1 in NCHW
   i64 pool;      // 0: none
-  Dtype dtype, model_dtype;
-  bool extended;
-  bool stream;  // stores pass the caches by
+  int kernel;    // of step_kernel
+  bool stream;   // stores pass the caches by
 };
+
+// Number of the kernel for a step: plain steps of the states' dtypes and the outputs', then extended ones.
+inline int step_kernel(Dtype dtype, Dtype model_dtype, bool extended) {
+  return 9 * extended + 3 * static_cast<int>(dtype) + static_cast<int>(model_dtype);
+}
 
 // Elements of a piece of work: a strip of `pool` rows, else a run that fits the first-level cache, in NHWC one of whole pixels.
 inline i64 step_piece(const SamplerStep& s) {

@@ -109,7 +109,6 @@ void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool s
   s.x0 = x0.data();
   s.pooled = shape.pool ? pooled.data() : nullptr;
   s.flags = flags.data();
-  s.extended = extended;
   s.rows = extended ? static_cast<const void*>(rows.data()) : plain.data();
   s.row_count = shape.samples;
   s.indices = noise > 1 ? indices.data() : nullptr;
@@ -122,8 +121,7 @@ void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool s
   s.width = shape.width * (shape.last ? shape.channels : 1);
   s.channels = shape.last ? shape.channels : 1;
   s.pool = shape.pool;
-  s.dtype = dtype;
-  s.model_dtype = model_dtype;
+  s.kernel = step_kernel(dtype, model_dtype, extended);
   s.stream = stream;
   run(s);
 
@@ -168,7 +166,7 @@ void check_all_halves(Dtype dtype) {
   s.row_count = 1;
   s.samples = 1 << 16;
   s.planes = s.height = s.width = s.channels = 1;
-  s.dtype = s.model_dtype = dtype;
+  s.kernel = step_kernel(dtype, dtype, false);
   ADVKD_DISPATCH(sampler_step)(s, 0, s.samples * step_pieces_per_sample(s));
   for (i64 i = 0; i < 1 << 16; ++i) {
     const double wanted = read(x, dtype, i), found = read(out, dtype, i);

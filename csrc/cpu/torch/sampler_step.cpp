@@ -67,9 +67,8 @@ void sampler_step(
   s.step_count = steps ? steps->numel() : 0;
   s.philox = philox_parameters(seed, PhiloxStream::step, steps ? 0 : step, 0);
   s.pool = pool;
-  s.dtype = dtype_of(x, "sampler_step takes");
-  s.model_dtype = dtype_of(model_output, "sampler_step takes");
-  s.extended = columns == 12;
+  const Dtype dtype = dtype_of(x, "sampler_step takes"), model_dtype = dtype_of(model_output, "sampler_step takes");
+  s.kernel = step_kernel(dtype, model_dtype, columns == 12);
   // In place the lines are in the caches already.
   s.stream = s.out != s.x && s.out != s.model_output && passes_caches(x);
   constexpr i64 kElementsPerTask = 1 << 15;
