@@ -255,6 +255,8 @@ def test_other_defaults_of_torch(default):
         ({"images": torch.zeros(3, 3)}, r"images must be \(N, 2\) with N >= 2, got \(3, 3\)"),
         ({"images": torch.zeros(1, 2)}, "with N >= 2"),
         ({"images": torch.zeros(3, 2, dtype=torch.int64)}, "uint8 pixels or float32 or float64 values, got torch.int64"),
+        ({"images": torch.full((3, 2), math.nan)}, "images must be finite"),
+        ({"images": [[0, 0], [0, 0]]}, "images must be a tensor"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"steps": 1001}, "steps must be at least 2 and below 1001"),
         ({"seed": -1}, "seed must be at least 0"),
