@@ -176,16 +176,13 @@ def test_bins_and_their_open_ends():
 
 def test_a_network_against_the_equation_of_ddpm():
     """Ho et al. 2020, eq. 12: beta^2 / (2 sigma^2 alpha (1 - a)) |eps - eps_theta|^2, by the UNet itself."""
-    teacher = tiny_teacher(20, clip_sample=False, variance_type="fixed_small")
+    teacher, seen = tiny_teacher(8, clip_sample=False), []
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    bound = VariationalBound(teacher, None, seed=7)
-    terms = bound.terms(images)
-    seen = []
     hook = teacher.unet.register_forward_pre_hook(lambda module, given: seen.append([tensor.clone() for tensor in given]))
-    assert torch.equal(bound.terms(images), terms)
+    terms = VariationalBound(teacher, seed=7).terms(images)
     hook.remove()
     betas, bars = teacher.scheduler.betas.double(), teacher.scheduler.alphas_cumprod.double()
-    for i, t in enumerate(range(19, 0, -1)):
+    for i, t in enumerate(range(7, 0, -1)):
         state, timesteps = seen[i]
         assert torch.equal(timesteps, torch.full((3,), float(t)))
         eps = (state.double() - bars[t].sqrt() * images.double()) / (1 - bars[t]).sqrt()
