@@ -219,6 +219,31 @@ def test_noise_depends_on_seed_index_and_timestep_alone(coordinates):
     assert len(alike[:, 1].unique()) == 10
 
 
+def noise_seen(steps):
+    """``{timestep: noise of the state that the teacher was shown}``."""
+    teacher, seen = gaussian_teacher(), {}
+    images, predict = teacher.data(5), teacher.predict
+
+    def spy(x, sigma, condition):
+        alpha = 1 / math.hypot(1, sigma)
+        seen[round(teacher.schedule.t(sigma).item())] = (x - alpha * images) / (sigma * alpha)
+        return predict(x, sigma, condition)
+
+    teacher.predict = spy
+    VariationalBound(teacher, steps, seed=3).terms(images)
+    return seen
+
+
+def test_every_timestep_has_noise_of_its_own():
+    """It is that of the same timestep in a chain of another length, and differs from that which samplers start from."""
+    short, long = noise_seen(4), noise_seen(10)
+    assert list(short) == [999, 666, 333, 0] and set(short) < set(long) and len(long) == 10
+    assert all(torch.allclose(noise, long[t], atol=1e-10) for t, noise in short.items())
+    start = gaussian_teacher().noise(5, seed=3)
+    drawn = torch.stack([start, *long.values()])
+    assert len(drawn[:, 0, 0].round(decimals=6).unique()) == 11
+
+
 def test_classes():
     teacher = MixtureTeacher.from_preset("two-gaussians")
     images = teacher.means.repeat(50, 1)
