@@ -96,7 +96,14 @@ def evaluate_likelihood(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result of :func:`evaluate_likelihood` as a line of text."""
+    """A result as a line of text.
+
+    Args:
+        result: contents of ``likelihood.json``, as :func:`evaluate_likelihood` returns them.
+
+    Returns:
+        The teacher, the bound, its interval and its parts.
+    """
     found = result["likelihood"]
     low, high = found["interval"]
     return (

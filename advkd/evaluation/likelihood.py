@@ -25,7 +25,7 @@ from ..diffusion.schedule import Level, Schedule
 from ..diffusion.stochastic import x0_variance
 from ..errors import InputError
 from ..ops import philox_normal
-from ..ops.arguments import whole
+from ..ops.arguments import require_dense, whole
 from ..runtime.progress import progress_bar
 
 BOUND_VARIANCES = (*VARIANCES, "analytic")
@@ -151,10 +151,10 @@ class VariationalBound:
     """The terms of :func:`variational_bound`, batch by batch.
 
     Args:
-        teacher: as there.
-        steps: as there.
-        seed: as there.
-        variance: as there.
+        teacher: a :class:`~advkd.Teacher`, or an exact one.
+        steps: timesteps of the chain, in [2, T]; None: all T.
+        seed: key of the noise, in [0, 2^64).
+        variance: of the reverse transitions, one of :data:`BOUND_VARIANCES`; None: the teacher's ``variance_type``.
 
     Attributes:
         timesteps: of the chain, falling.
@@ -180,8 +180,8 @@ class VariationalBound:
         """Refuse images or classes that do not fit the teacher.
 
         Args:
-            images: as for :func:`variational_bound`.
-            labels: as there.
+            images: ``(N, ...)`` uint8 pixels or float32 or float64 values.
+            labels: ``(N,)`` classes, or one for all; None: the null class.
 
         Returns:
             Classes ``(N,)`` int64 on the teacher's device, or None for an unconditional teacher.
@@ -189,11 +189,14 @@ class VariationalBound:
         Raises:
             InputError: they do not fit.
         """
+        require_dense("images", images)
         shape = tuple(self.teacher.shape)
         if tuple(images.shape[1:]) != shape or len(images) < 2:
             raise InputError(f"images must be (N, {', '.join(map(str, shape))}) with N >= 2, got {tuple(images.shape)}")
         if images.dtype not in (torch.uint8, torch.float32, torch.float64):
             raise InputError(f"images must be uint8 pixels or float32 or float64 values, got {images.dtype}")
+        if not images.isfinite().all():
+            raise InputError("images must be finite: some values are not")
         if labels is None:
             return null_labels(self.teacher, len(images))
         if not self.teacher.num_classes:

@@ -242,6 +242,23 @@ TABLES = {
         lambda result: (),
         INTERVALS,
     ),
+    "likelihood": Table(
+        "likelihood",
+        {
+            "teacher": "{teacher[name]}",
+            "N": "{likelihood[images]}",
+            "steps": lambda row: len(row["likelihood"]["timesteps"]),
+            "variance": "{variance}",
+            "bits per dimension, at most": "{likelihood[bits_per_dimension]:.4f}",
+            "95 % interval": "{likelihood[interval][0]:.4f} to {likelihood[interval][1]:.4f}",
+            "prior": "{likelihood[prior]:.4f}",
+            "sum of the steps": lambda row: f"{sum(row['likelihood']['steps']):.4f}",
+            "decoder": "{likelihood[decoder]:.4f}",
+        },
+        lambda result: [result],
+        lambda result: (),
+        INTERVALS,
+    ),
     "ablation": Table(
         "ablation",
         lambda result: {

@@ -176,16 +176,13 @@ def test_bins_and_their_open_ends():
 
 def test_a_network_against_the_equation_of_ddpm():
     """Ho et al. 2020, eq. 12: beta^2 / (2 sigma^2 alpha (1 - a)) |eps - eps_theta|^2, by the UNet itself."""
-    teacher = tiny_teacher(20, clip_sample=False, variance_type="fixed_small")
+    teacher, seen = tiny_teacher(8, clip_sample=False), []
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    bound = VariationalBound(teacher, None, seed=7)
-    terms = bound.terms(images)
-    seen = []
     hook = teacher.unet.register_forward_pre_hook(lambda module, given: seen.append([tensor.clone() for tensor in given]))
-    assert torch.equal(bound.terms(images), terms)
+    terms = VariationalBound(teacher, seed=7).terms(images)
     hook.remove()
     betas, bars = teacher.scheduler.betas.double(), teacher.scheduler.alphas_cumprod.double()
-    for i, t in enumerate(range(19, 0, -1)):
+    for i, t in enumerate(range(7, 0, -1)):
         state, timesteps = seen[i]
         assert torch.equal(timesteps, torch.full((3,), float(t)))
         eps = (state.double() - bars[t].sqrt() * images.double()) / (1 - bars[t]).sqrt()
@@ -222,6 +219,31 @@ def test_noise_depends_on_seed_index_and_timestep_alone(coordinates):
     assert len(alike[:, 1].unique()) == 10
 
 
+def noise_seen(steps):
+    """``{timestep: noise of the state that the teacher was shown}``."""
+    teacher, seen = gaussian_teacher(), {}
+    images, predict = teacher.data(5), teacher.predict
+
+    def spy(x, sigma, condition):
+        alpha = 1 / math.hypot(1, sigma)
+        seen[round(teacher.schedule.t(sigma).item())] = (x - alpha * images) / (sigma * alpha)
+        return predict(x, sigma, condition)
+
+    teacher.predict = spy
+    VariationalBound(teacher, steps, seed=3).terms(images)
+    return seen
+
+
+def test_every_timestep_has_noise_of_its_own():
+    """It is that of the same timestep in a chain of another length, and differs from that which samplers start from."""
+    short, long = noise_seen(4), noise_seen(10)
+    assert list(short) == [999, 666, 333, 0] and set(short) < set(long) and len(long) == 10
+    assert all(torch.allclose(noise, long[t], atol=1e-10) for t, noise in short.items())
+    start = gaussian_teacher().noise(5, seed=3)
+    drawn = torch.stack([start, *long.values()])
+    assert len(drawn[:, 0, 0].round(decimals=6).unique()) == 11
+
+
 def test_classes():
     teacher = MixtureTeacher.from_preset("two-gaussians")
     images = teacher.means.repeat(50, 1)
@@ -255,6 +277,8 @@ def test_other_defaults_of_torch(default):
         ({"images": torch.zeros(3, 3)}, r"images must be \(N, 2\) with N >= 2, got \(3, 3\)"),
         ({"images": torch.zeros(1, 2)}, "with N >= 2"),
         ({"images": torch.zeros(3, 2, dtype=torch.int64)}, "uint8 pixels or float32 or float64 values, got torch.int64"),
+        ({"images": torch.full((3, 2), math.nan)}, "images must be finite"),
+        ({"images": [[0, 0], [0, 0]]}, "images must be a tensor"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"steps": 1001}, "steps must be at least 2 and below 1001"),
         ({"seed": -1}, "seed must be at least 0"),
