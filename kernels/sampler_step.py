@@ -4,7 +4,8 @@ Flat kernel: a program takes 4 * BLOCK elements of one sample, in memory order, 
 noise: BLOCK Philox calls then give four neighbouring normals each, joined so that a thread holds what it stores in one vector.
 Pool kernel: a program takes the POOL rows above OUTPUTS pooled elements of one channel, ROWS at a time; its columns are one run
 of memory where POOL is a power of two, else every output's columns are padded to one.
-Tensors that are not there are None: a variant is compiled without them. Nothing is contracted to FMA, as in the reference.
+Tensors that are not there are None: a variant is compiled without them. EXTENDED steps, whose rows have four more columns, have
+a second history and another stored output than x0. Nothing is contracted to FMA, as in the reference.
 """
 
 import torch
@@ -42,8 +43,8 @@ def _one_normal(indices, steps, step_stride, sample, element, key, stream_step):
 
 
 @triton.jit
-def _step(x, m, previous_x0, noise, normals, row, place, mask):
-    """x0 and the next state, float32, under the coefficients at ``row``."""
+def _step(x, m, previous_x0, history, noise, normals, row, place, mask, EXTENDED: tl.constexpr):
+    """What is stored and the next state, float32, under the coefficients at ``row``."""
     state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     output = tl.load(m + place, mask=mask, other=0.0).to(tl.float32)
     clip = tl.load(row + 2)
@@ -54,19 +55,24 @@ def _step(x, m, previous_x0, noise, normals, row, place, mask):
     x_next = tl.load(row + 3) * clean + tl.load(row + 4) * state + tl.load(row + 5) * output
     if previous_x0 is not None:
         x_next += tl.load(row + 6) * tl.load(previous_x0 + place, mask=mask, other=0.0).to(tl.float32)
+    if history is not None:
+        x_next += tl.load(row + 8) * tl.load(history + place, mask=mask, other=0.0).to(tl.float32)
     if noise is not None:
         x_next += tl.load(row + 7) * tl.load(noise + place, mask=mask, other=0.0).to(tl.float32)
     if normals is not None:
         x_next += tl.load(row + 7) * normals
-    return clean, x_next
+    kept = clean
+    if EXTENDED:
+        kept = tl.load(row + 9) * clean + tl.load(row + 10) * state + tl.load(row + 11) * output
+    return kept, x_next
 
 
 @triton.jit
-def _store(out, x0, flags, sample, place, mask, clean, x_next):
+def _store(out, x0, flags, sample, place, mask, kept, x_next):
     stored = x_next.to(out.dtype.element_ty)
     tl.store(out + place, stored, mask=mask)
     if x0 is not None:
-        tl.store(x0 + place, clean.to(x0.dtype.element_ty), mask=mask)
+        tl.store(x0 + place, kept.to(x0.dtype.element_ty), mask=mask)
     if flags is not None:
         finite = tl.abs(stored.to(tl.float32)) < float("inf")
         # Every offender writes the same 1; there are none in a good step.
@@ -75,9 +81,9 @@ def _store(out, x0, flags, sample, place, mask, clean, x_next):
 
 @triton.jit(do_not_specialize=SCALARS)
 def flat_kernel(
-    x, m, table, previous_x0, noise, indices, steps, out, x0, flags,
+    x, m, table, previous_x0, history, noise, indices, steps, out, x0, flags,
     key, stream_step, row_stride, step_stride, count, plane, tiles,
-    CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, EXTENDED: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample = program // tiles
@@ -92,16 +98,17 @@ def flat_kernel(
     if CHANNELS_LAST:
         place = element % plane * (count // plane) + element // plane
     place = sample * count + place
-    clean, x_next = _step(x, m, previous_x0, noise, normals, table + sample * row_stride, place, mask)
-    _store(out, x0, flags, sample, place, mask, clean, x_next)
+    row = table + sample * row_stride
+    kept, x_next = _step(x, m, previous_x0, history, noise, normals, row, place, mask, EXTENDED)
+    _store(out, x0, flags, sample, place, mask, kept, x_next)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def pool_kernel(
-    x, m, table, previous_x0, noise, indices, steps, out, x0, pooled, flags,
+    x, m, table, previous_x0, history, noise, indices, steps, out, x0, pooled, flags,
     key, stream_step, row_stride, step_stride, channels, height, width, tiles,
     POOL: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, EXTENDED: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0).to(tl.int64) // tiles
     tile = tl.program_id(0).to(tl.int64) % tiles
@@ -134,8 +141,9 @@ def pool_kernel(
         else:
             place = start + column[None, :]
         place += sample * channels * height * width
-        clean, x_next = _step(x, m, previous_x0, noise, normals, table + sample * row_stride, place, mask)
-        _store(out, x0, flags, sample, place, mask, clean, x_next)
+        coefficients = table + sample * row_stride
+        kept, x_next = _step(x, m, previous_x0, history, noise, normals, coefficients, place, mask, EXTENDED)
+        _store(out, x0, flags, sample, place, mask, kept, x_next)
         x_next = tl.reshape(tl.where(mask, x_next, 0.0), (ROWS, OUTPUTS, COLUMNS))
         total += tl.sum(tl.sum(x_next, axis=2), axis=0)
     output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -152,6 +160,7 @@ def sampler_step(
     m: torch.Tensor,
     table: torch.Tensor,
     previous_x0: torch.Tensor | None,
+    history: torch.Tensor | None,
     noise: torch.Tensor | None,
     indices: torch.Tensor | None,
     seed: int,
@@ -166,39 +175,42 @@ def sampler_step(
     """Launcher of ``advkd::sampler_step``."""
     channels_last = not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    for tensor in (m, previous_x0, noise, out, x0):
+    for tensor in (m, previous_x0, history, noise, out, x0):
         if tensor is not None and not tensor.is_contiguous(memory_format=layout):
             raise ValueError(f"tensors must be laid out like x ({layout}), got strides {tensor.stride()}")
+    extended = table.shape[1] > 8
+    if history is not None and not extended:
+        raise ValueError("history needs a table of 12 columns")
     strides = (table.shape[1] if len(table) > 1 else 0, int(steps is not None and steps.numel() > 1))
     scalars = (seed, STREAMS["step"] << 24 | (step if steps is None else 0), *strides)
     with torch.cuda.device_of(x):
         if pool:
-            tensors = (x, m, table, previous_x0, noise, indices, steps, out, x0, pooled, flags)
-            _launch_pool(x, tensors, scalars, pool, channels_last)
+            tensors = (x, m, table, previous_x0, history, noise, indices, steps, out, x0, pooled, flags)
+            _launch_pool(x, tensors, scalars, pool, channels_last, extended)
         else:
-            tensors = (x, m, table, previous_x0, noise, indices, steps, out, x0, flags)
-            _launch_flat(x, tensors, scalars, channels_last and indices is not None)
+            tensors = (x, m, table, previous_x0, history, noise, indices, steps, out, x0, flags)
+            _launch_flat(x, tensors, scalars, channels_last and indices is not None, extended)
 
 
-def _launch_flat(x, tensors, scalars, logical):
+def _launch_flat(x, tensors, scalars, logical, extended):
     count = x.numel() // len(x)
     # Memory order serves every layout, but drawn normals belong to logical elements.
     plane = x.shape[2] * x.shape[3] if logical else count
     tiles = triton.cdiv(count, 4 * BLOCK)
     index = tl.int32 if tiles * 4 * BLOCK < 2**31 else tl.int64
-    options = {"CHANNELS_LAST": logical, "INDEX": index, "BLOCK": BLOCK, "enable_fp_fusion": False}
+    options = {"CHANNELS_LAST": logical, "EXTENDED": extended, "INDEX": index, "BLOCK": BLOCK, "enable_fp_fusion": False}
     flat_kernel[(len(x) * tiles,)](*tensors, *scalars, count, plane, tiles, **options)
 
 
-def _launch_pool(x, tensors, scalars, pool, channels_last):
+def _launch_pool(x, tensors, scalars, pool, channels_last, extended):
     samples, channels, height, width = x.shape
     shape = pool_tile(width, pool)
     tiles = triton.cdiv(width // pool, shape["OUTPUTS"])
     # At least four elements a thread. With less than one, threads would load copies of what others overwrite in place.
     warps = max(1, min(4, shape["ROWS"] * shape["OUTPUTS"] * shape["COLUMNS"] // 128))
-    options = {"POOL": pool, **shape, "CHANNELS_LAST": channels_last, "num_warps": warps, "enable_fp_fusion": False}
+    layout = {"POOL": pool, **shape, "CHANNELS_LAST": channels_last, "EXTENDED": extended}
     grid = (samples * channels * (height // pool) * tiles,)
-    pool_kernel[grid](*tensors, *scalars, channels, height, width, tiles, **options)
+    pool_kernel[grid](*tensors, *scalars, channels, height, width, tiles, **layout, num_warps=warps, enable_fp_fusion=False)
 
 
 def pool_tile(width: int, pool: int) -> dict[str, int | bool]:

@@ -12,7 +12,7 @@ from operator import itemgetter
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
-from . import billion, front, roofline
+from . import billion, front, roofline, solver_tables
 from .cases import neighbours
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
@@ -90,6 +90,8 @@ TABLES = {
     "speed": front.speed,
     "quality": front.quality,
     "methods": front.methods,
+    "solvers": solver_tables.solvers,
+    "solver_quality": solver_tables.quality,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,

@@ -1,4 +1,4 @@
-"""Forty faults to seed, one at a time, and the tests that see them: a proof that a change of the tests loses none of them.
+"""Forty-two faults to seed, one at a time, and the tests that see them: a proof that a change of the tests loses none of them.
 
 ``python -m tests.seeded_faults [--only NAME ...] [--out FILE.json]`` works on a copy of the tree. A fault is ``caught`` by a
 target of the Makefile if its tests there, which pass without it, fail or hang; those of ``--out`` that are not run keep their
@@ -87,6 +87,10 @@ cuda-steps-of-the-first-sample | csrc/cuda/sampler_step.cu | tests/kernels/test_
 - p.steps[number * p.step_stride]
 + p.steps[0]
 
+cuda-two-histories-of-one-weight | csrc/cuda/sampler_step.cu | tests/kernels/test_sampler_step_gpu_sources.py -k on_the_host
+- __fmul_rn(s.c_g, history[i])
++ __fmul_rn(s.c_h, history[i])
+
 cuda-missing-barrier | csrc/cuda/student_stem.cu | tests/kernels/test_student_stem.py -k "every_layer or far_ahead"
 -     __syncthreads();
 -     stem_finish<
@@ -103,6 +107,10 @@ cpu-largest-float16 | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py
 cpu-noise-within-a-block | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py -k "parity or not_finite"
 - return logical_.data() + skipped;
 + return logical_.data();
+
+cpu-stored-from-the-next-state | csrc/cpu/sampler_step.cpp | tests/ops/test_sampler_step.py -k "parity or clipped"
+- stored = c.s_0 * clean + c.s_x * x + c.s_m * m
++ stored = c.s_0 * next + c.s_x * x + c.s_m * m
 
 cpu-moments-around-zero | csrc/cpu/norm_act.cpp | tests/ops/test_norm_act.py -k "kernels_of_the_cpu or mean_far"
 - pivot[i] = static_cast<float>(partials[i % n.channels] / (first.rows * first.pixels));

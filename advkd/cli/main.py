@@ -9,14 +9,15 @@ import click
 
 from ..config import overlay, read_value
 from ..data.dataset_info import TrajectoryConfig
+from ..diffusion.solvers import Solver
 from ..errors import BackendUnavailableError, InputError, TrainingError
-from ..evaluation.evaluate import EvaluationConfig
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
 from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
 from .distill import distill
+from .evaluate import evaluate
 from .options import computing, device_option, options
 
 
@@ -65,6 +66,27 @@ def info():
 @main.group()
 def teacher():
     """Make a teacher."""
+
+
+@teacher.command("noise-power")
+@click.option("--teacher", "source", required=True, help="Folder of the teacher, in which noise_power.json is kept.")
+@click.option("--data", default="digits", show_default=True, help="What it was trained on: 'digits' or a folder of images.")
+@click.option("--num", default=256, show_default=True, help="Images at each of 48 levels.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@device_option
+@computing
+def teacher_noise_power(source, data, num, seed, device):
+    """Estimate how much noise a teacher finds at every level, once: the analytic solvers need it."""
+    from ..data.images import load_images
+    from ..diffusion.teacher import Teacher
+    from ..runtime.devices import require_device
+    from ..training.noise_power import estimate_noise_power
+
+    if not Path(source).is_dir():
+        raise InputError(f"--teacher {source}: a folder is needed, in which the estimates are kept")
+    model = Teacher.from_pretrained(source, require_device(device))
+    images = load_images(data, model.image_size, model.image_channels)
+    click.echo(f"noise power in {estimate_noise_power(model, images, num=num, seed=seed).write(source)}")
 
 
 @teacher.command("train")
@@ -138,25 +160,47 @@ main.add_command(distill)
 
 
 @main.command()
-@click.option("--student", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--student", help="'digits' (the default), a folder or a hub id.")
+@click.option("--teacher", help="A teacher instead: 'digits', a folder or a hub id.")
 @click.option("-n", "--num", "n", default=16, show_default=True, help="Number of images.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image; its name may end in a slash).")
-@click.option("--interpolate", is_flag=True, help="A spherical walk between the seed's first two latents.")
+@click.option("--interpolate", is_flag=True, help="A student's spherical walk between the seed's first two latents.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per pass.")
-@click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, triton or cuda.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16, float16 or float64.")
+@click.option("--backend", help="A student's: auto (the default), reference, cpu, triton or cuda.")
+@click.option("--dtype", help="A student's: float32 (the default), bfloat16, float16 or float64.")
+@click.option("--steps", type=int, help="A teacher's steps (default: 50 for ddim, all for ddpm, 10 for the others).")
+@click.option("--classes", help="A conditional teacher's classes, separated by commas; images take them in turn.")
+@click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
+@click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
 @device_option
+@options(Solver, rename={"name": "solver"})
 @computing
-def sample(student, n, seed, out, interpolate, batch_size, backend, dtype, device):
-    """Draw images with a student, in one pass. Into a folder: pictures that are there are kept, the same command goes on.
+def sample(student, teacher, n, seed, out, batch_size, device, **values):
+    """Draw images with a student, in one pass, or with a teacher. Into a folder, the same command goes on after a kill.
 
     Several processes or GPUs: torchrun --nproc-per-node N -m -- advkd.cli sample ...
     """
-    from .sample import sample as run
+    from . import sample as work
 
-    run(student, n, seed, out, interpolate, local_device(device), backend, dtype, batch_size)
-    click.echo(f"{n} images in {out}")
+    of_student, of_teacher = ("interpolate", "backend", "dtype"), ("steps", "classes", "guidance", "classifier")
+    own = of_student if teacher is None else of_teacher
+    given = {name: values.pop(name) for name in (*of_student, *of_teacher)}
+    settings = {"name" if name == "solver" else name: value for name, value in values.items()}
+    if student is not None and teacher is not None:
+        raise InputError("--student and --teacher: name one of them")
+    foreign = [name for name, value in {**given, **(values if teacher is None else {})}.items() if value and name not in own]
+    if foreign:
+        option, model = foreign[0].replace("_", "-"), "student" if teacher is not None else "teacher"
+        raise InputError(f"--{option} is an option of a {model}: leave it out, or name one by --{model}")
+    chosen = {name: given[name] for name in own if given[name]}
+    if teacher is None:
+        work.sample(student or "digits", n, seed, out, device=local_device(device), batch_size=batch_size, **chosen)
+        click.echo(f"{n} images in {out}")
+        return
+    solver = overlay(Solver(), settings, "sample")
+    said = work.sample_teacher(teacher, n, seed, out, solver, device=local_device(device), batch_size=batch_size, **chosen)
+    click.echo(f"{n} images in {out} ({said})")
 
 
 @main.command()
@@ -178,37 +222,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
     click.echo(f"measured plans are kept in {cache_folder() / 'plans'}; Triton and CuPy keep kernels in caches of their own")
 
 
-@main.command()
-@click.option("--student", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
-@click.option("--images", help="Measure a folder of images instead, against --reference.")
-@click.option("--reference", help="Folder of reference images, or 'digits'.")
-@click.option("--out", help="Folder for evaluation.json (needed for a student).")
-@device_option
-@options(EvaluationConfig)
-@computing
-def evaluate(student, teacher, teacher_samples, images, reference, out, device, **values):
-    """Measure a student against its teacher and real images, or a folder of images against another."""
-    from ..evaluation import evaluate as run
-    from ..runtime.devices import require_device
-
-    config = overlay(run.EvaluationConfig(), values, "evaluate")
-    require_device(device)
-    if (images is None) != (reference is None):
-        raise InputError("--images and --reference go together")
-    if images is not None:
-        unused = {"student": student, "teacher": teacher, "teacher-samples": teacher_samples}
-        unused |= {name: values[name] for name in ("num", "seed", "real", "processes", "dtype")}
-        given = [option for option, value in unused.items() if value is not None]
-        if given:
-            raise InputError(f"--{given[0]} does not go with --images")
-        result = run.evaluate_folders(images, reference, config, out, device)
-    elif out is None:
-        raise InputError("--out is missing: name a folder for evaluation.json")
-    else:
-        result = run.evaluate_student(student or "digits", teacher or "digits", config, out, teacher_samples, device)
-    click.echo(run.table(result))
+main.add_command(evaluate)
 
 
 @main.command()
@@ -217,10 +231,12 @@ def evaluate(student, teacher, teacher_samples, images, reference, out, device, 
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
 @click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")
+@click.option("--solvers", help="solvers.json of 'advkd evaluate --solvers', for the plot by solver and evaluations.")
+@click.option("--conditional", help="Conditional teacher whose classes are shown by weight of guidance.")
 @click.option("--out", required=True, help="Folder for report.html and its PNGs.")
 @device_option
 @computing
-def report(student, teacher, evaluation, metrics, ablation, out, device):
+def report(student, teacher, evaluation, metrics, ablation, solvers, conditional, out, device):
     """Write one self-contained HTML page: samples, levels, loss curves, tables."""
     from ..diffusion.teacher import Teacher
     from ..evaluation.report import write_report
@@ -231,7 +247,9 @@ def report(student, teacher, evaluation, metrics, ablation, out, device):
     folder = Student.embedded.get(student, Path(student))
     if metrics is None and (folder / "metrics.csv").exists():
         metrics = folder / "metrics.csv"
-    page = write_report(model, Teacher.from_pretrained(teacher, device), evaluation, out, metrics, ablation)
+    classes = Teacher.from_pretrained(conditional, device) if conditional else None
+    source = Teacher.from_pretrained(teacher, device)
+    page = write_report(model, source, evaluation, out, metrics, ablation, solvers=solvers, conditional=classes)
     click.echo(f"report in {page}")
 
 

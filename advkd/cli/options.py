@@ -24,14 +24,31 @@ def computing(command: Callable) -> Callable:
     return run
 
 
-def options(config_class: type) -> Callable:
-    """Decorator that adds an option for every field of a configuration dataclass; unset ones are None."""
+def options(config_class: type, rename: dict[str, str] | None = None) -> Callable:
+    """Decorator that adds an option for every field of a configuration dataclass; unset ones are None.
+
+    ``rename`` gives fields other names on the command line.
+    """
 
     def decorate(command):
         documentation = field_documentation(config_class)
         for field in reversed(dataclasses.fields(config_class)):
             text = documentation.get(field.name, "") + _default(field)
-            command = click.option(*_declaration(field), default=None, help=text)(command)
+            name = (rename or {}).get(field.name, field.name)
+            command = click.option(*_declaration(name, field.default), default=None, help=text)(command)
+        return command
+
+    return decorate
+
+
+def only(config_class: type, *names: str, of: str) -> Callable:
+    """Decorator that adds an option for some fields of a configuration dataclass, which go with the option ``of`` alone."""
+
+    def decorate(command):
+        documentation = field_documentation(config_class)
+        for field in reversed([field for field in dataclasses.fields(config_class) if field.name in names]):
+            text = f"With {of}: {documentation[field.name]}{_default(field)}"
+            command = click.option(*_declaration(field.name, field.default), default=None, help=text)(command)
         return command
 
     return decorate
@@ -44,11 +61,11 @@ def _default(field):
         value = "on" if value else "off"
     elif isinstance(value, tuple):
         value = ",".join(map(str, value))
-    return "" if value is dataclasses.MISSING or value in ("", None) else f" Default: {value}."
+    return "" if value is dataclasses.MISSING or value in ("", None, float("inf")) else f" Default: {value}."
 
 
-def _declaration(field):
-    name = "--" + field.name.replace("_", "-")
-    if isinstance(field.default, bool):
-        return [f"{name}/--no-{name[2:]}", field.name]
-    return [name, field.name]
+def _declaration(name, default):
+    option = "--" + name.replace("_", "-")
+    if isinstance(default, bool):
+        return [f"{option}/--no-{option[2:]}", name]
+    return [option, name]

@@ -1,31 +1,22 @@
-"""The work of ``advkd sample``: images of a student to a picture or a folder, by one process or several."""
+"""The work of ``advkd sample``: images of a student or a teacher to a picture or a folder, by one process or several."""
 
 import math
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ..data.pictures import save_grid, save_image, to_pil
+from ..diffusion.solvers import Solver
+from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..models.shape import DTYPES, batches
+from ..models.classifier import Classifier
+from ..models.shape import DTYPES
 from ..models.student import Student
-from ..runtime import launcher
 from ..runtime.devices import require_device
-from ..runtime.files import digest, read_json, write_json
-from ..runtime.folders import held, require_output_folder
-from ..runtime.progress import progress_bar
-
-RECORD = "samples.json"
-"""Record, beside the pictures, of the student and the seed: a later call goes on with the same ones only."""
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MOST_PIXELS = 2**28
-"""Most pixels of one picture: 16,384 x 16,384."""
+from ..runtime.files import digest
+from .output import require_counts, require_output, write_images
 
 
 def sample(
@@ -58,102 +49,89 @@ def sample(
 
     Under ``torchrun`` process r of w draws the batches r, r + w, ... into the folder.
     """
-    if not 1 <= n <= 2**62:
-        raise InputError(f"-n must be in [1, 2^62], got {n}")
-    if batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {batch_size}")
+    require_counts(n, seed, batch_size)
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"--seed must be in [0, 2^64), got {seed}")
-    rank, world = launcher.processes()
-    folder = _is_folder(out)
-    out = Path(out)
-    if folder:
-        require_output_folder(out)
-    elif world > 1:
-        raise InputError(f"--out {out}: several processes draw into a folder, not one picture")
-    else:
-        require_output_folder(out.parent)
+    folder = require_output(out)
     model = Student.from_pretrained(student, require_device(device))
-    if folder:
-        _require_same(out, {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None})
-    else:
-        _require_one_picture(n, model.config.image_size, out)
     fused = model.fuse(backend, DTYPES[dtype])
     draw = partial(_walk, fused, n, seed) if interpolate else partial(_drawn, fused, seed, folder)
-    if not folder:
-        save_grid(torch.cat(list(draw(batches(n, batch_size)))), out, columns=min(n, 10) if interpolate else None)
-        return
-    parts = islice(batches(n, batch_size), rank, None, world)
-    # The share of this process, of which a last batch may be smaller.
-    total = min(n, batch_size * -(-(-(-n // batch_size) - rank) // world))
-    with held(out), progress_bar(total=total, desc="sample", unit="image", shown=progress and rank == 0) as bar:
-        _save(draw, parts, out, bar)
+    record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
+    columns = min(n, 10) if interpolate else None
+    write_images(out, n, model.config.image_size, draw, record, batch_size, columns, progress)
 
 
-def _is_folder(out):
-    """True if ``--out`` names a folder, not a picture.
+def sample_teacher(
+    teacher: str,
+    n: int,
+    seed: int,
+    out: str | Path,
+    solver: Solver,
+    steps: int | None = None,
+    classes: str = "",
+    guidance: float = 0.0,
+    classifier: str = "",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> str:
+    """Draw ``n`` images of seed ``seed`` with a teacher and save them.
 
-    One that is there, a name that ends in a slash, one without a suffix, or with a number for one (``run-0.5``, ``v1.2``).
+    Args:
+        teacher: what :meth:`Teacher.from_pretrained` takes.
+        n: number of images.
+        seed: of the start noise and the step noise; image i of a seed is always the same (to rounding).
+        out: a picture or a folder, as for :func:`sample`.
+        solver: a :class:`~advkd.diffusion.solvers.Solver`.
+        steps: number of steps; None: the solver's usual number.
+        classes: names or numbers of classes, separated by commas, which images have in turn; empty: no class.
+        guidance: weight of guidance towards them; 0 for the conditional model.
+        classifier: folder of ``advkd classifier train --noisy``, for classifier guidance; empty: classifier-free.
+        device: torch device that draws.
+        batch_size: images that are drawn at a time.
+        progress: show a bar.
+
+    Returns:
+        Sentence that names the solver and the network evaluations of an image.
+
+    Raises:
+        InputError: bad input, before anything is drawn.
     """
-    path = Path(out)
-    if path.is_dir() or str(out).endswith(("/", os.sep)) or not path.suffix[1:2].isalpha():
-        return True
-    if path.suffix.lower() not in PICTURES:
-        known = f"use one of {', '.join(PICTURES)}, or end a folder's name with a slash"
-        raise InputError(f"--out {out}: unknown picture suffix {path.suffix!r}; {known}")
-    return False
+    require_counts(n, seed, batch_size)
+    require_output(out)
+    model = Teacher.from_pretrained(teacher, require_device(device))
+    guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
+    labels = _labels(classes, model, guide)
+    draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
+    model.check_run(1, solver, steps, labels=labels[:1] or None, guidance=guidance, classifier=guide)
+    record = {"teacher": {**model.identity(), "name": None}, "seed": seed, "solver": asdict(solver), "steps": steps}
+    record |= {"classes": labels, "guidance": guidance, "classifier": digest(guide.state_dict()) if guide else None}
+    write_images(out, n, model.image_size, draw, record, batch_size, progress=progress)
+    count = len(model.timesteps(solver, steps))
+    evaluations = solver.evaluations(count) * (2 if guidance and guide is None else 1)
+    return f"{solver.name}, {count} steps, {evaluations} network evaluations an image"
 
 
-def _require_one_picture(n, size, out):
-    """Refuse a grid that no picture could hold, before it is drawn."""
-    if n * max(size, 96) ** 2 > MOST_PIXELS:
-        raise InputError(f"--out {out}: {n} images of {size}x{size} are too many for one picture; name a folder")
+def _labels(classes: str, teacher: Teacher, classifier: Classifier | None) -> list[int]:
+    """Numbers of classes from names or numbers."""
+    names = list(teacher.class_names) or [str(i) for i in range(classifier.config.classes if classifier else 0)]
+    chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    for part in chosen:
+        if part not in names:
+            if not names:
+                raise InputError(f"--classes {classes}: teacher {teacher.name} is unconditional; leave it out")
+            raise InputError(f"--classes: {part!r} is not one of {', '.join(names)}")
+    return [names.index(part) for part in chosen]
 
 
-def _require_same(out, record):
-    """Refuse a folder with pictures of something else; note what these are of."""
-    path, picture = out / RECORD, next(out.glob("[0-9]*.png"), None)
-    if not path.exists():
-        if picture is not None:
-            raise InputError(f"--out {out} holds pictures of unknown origin (no {RECORD}): name another folder")
-        write_json(path, record, once=True)
-    known = read_json(path, "record of samples", record)
-    if changed := [key for key in record if known[key] != record[key]]:
-        raise InputError(f"--out {out} holds pictures of another {', '.join(changed)}: name another folder")
-
-
-def _paths(out, part):
-    first, count = part
-    return [out / f"{i:06d}.png" for i in range(first, first + count)]
+def _from_teacher(teacher, seed, solver, steps, labels, guidance, classifier, parts) -> Iterator[torch.Tensor]:
+    for first, count in parts:
+        chosen = torch.tensor([labels[(first + i) % len(labels)] for i in range(count)]) if labels else None
+        yield teacher.sample(count, seed, solver, steps, first, labels=chosen, guidance=guidance, classifier=classifier)
 
 
 def _drawn(fused, seed, as_pictures, parts):
     return fused.draw(parts, seed, torch.uint8 if as_pictures else torch.float32)
-
-
-def _save(draw, parts, out, bar):
-    """Pictures that are not there yet, written by threads while the next ones are drawn."""
-    paths, written = deque(), []
-
-    def missing():
-        for part in parts:
-            wanted = _paths(out, part)
-            if all(path.exists() for path in wanted):
-                bar.update(len(wanted))
-            else:
-                paths.extend(wanted)
-                yield part
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as writers:
-        for images in draw(missing()):
-            for done in written:
-                done.result()
-            written = [writers.submit(save_image, picture, paths.popleft()) for picture in to_pil(images)]
-            bar.update(len(images))
-        for done in written:
-            done.result()
 
 
 def _walk(fused, n, seed, parts):

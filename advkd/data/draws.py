@@ -81,6 +81,10 @@ class HostDraws:
         """``(count,)`` int64 in [0, below)."""
         return torch.randint(below, (self._total,), **self._options).narrow(0, self._first, self._count)
 
+    def uniform(self) -> torch.Tensor:
+        """``(count,)`` float32 in [0, 1)."""
+        return torch.rand(self._total, dtype=torch.float32, **self._options).narrow(0, self._first, self._count)
+
     def normal(self, *shape: int, dim: int = 0) -> torch.Tensor:
         """Standard normal float32 of ``shape``, whose axis ``dim`` is the batch's."""
         whole = [*shape[:dim], self._total, *shape[dim + 1 :]]

@@ -60,18 +60,24 @@ def load_images(source: str | os.PathLike, size: int | None = None, channels: in
         InputError: no such folder, no image in it, a folder that cannot be read, or an image that cannot: damaged, of another
             format, of more than ``PIXEL_LIMIT`` (2^27) pixels, or of values without a known range (it is named).
     """
-    if channels is not None and whole("channels", channels) not in (1, 3):
-        raise InputError(f"channels must be 1 or 3, got {channels}")
-    size = size if size is None else whole("size", size, 1)
-    if size is not None and size > LARGEST_SIDE:
-        raise InputError(f"size must be at most {LARGEST_SIDE}, got {size}")
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
+    size = _checked_size(source, size, channels)
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
     if not os.path.isdir(source):
         raise InputError(f"--data {source} is neither 'digits' nor a folder of images")
     return _squares(_image_paths(Path(source), "--data"), size, channels)
+
+
+def _checked_size(source, size, channels):
+    """``size`` as an int or None; an :class:`InputError` for arguments that no images can have."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
+    if channels is not None and whole("channels", channels) not in (1, 3):
+        raise InputError(f"channels must be 1 or 3, got {channels}")
+    size = size if size is None else whole("size", size, 1)
+    if size is not None and size > LARGEST_SIDE:
+        raise InputError(f"size must be at most {LARGEST_SIDE}, got {size}")
+    return size
 
 
 def _digits(size, channels):
@@ -131,19 +137,30 @@ def _square(image, size):
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def load_labelled(source: str | os.PathLike, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images with classes: ``(images, labels, names)`` of ``"digits"`` or of a folder that holds one folder per class.
+def load_labelled(
+    source: str | os.PathLike, size: int | None = None, channels: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images with classes.
 
-    ``images`` are as :func:`load_images` gives them, ``labels`` int64 ``(N,)``, ``names`` the classes' names. Links to folders
-    are classes; hidden and systems' folders are not. The walk of a class does not enter another class or ``source``.
+    Links to folders are classes; hidden and systems' folders are not. The walk of a class does not enter another class or
+    ``source``.
+
+    Args:
+        source: ``"digits"`` or a folder that holds one folder of images per class.
+        size: side in pixels, as for :func:`load_images`.
+        channels: 1 (gray) or 3 (RGB), as for :func:`load_images`.
+
+    Returns:
+        ``(images, labels, names)``: images as :func:`load_images` gives them, labels int64 ``(N,)``, the classes' names.
 
     Raises:
         InputError: fewer than two classes, one without a picture, or what :func:`load_images` refuses.
     """
+    size = _checked_size(source, size, channels)
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 
-        return _digits(size or 32, 1), torch.from_numpy(load_digits().target).long(), [str(i) for i in range(10)]
+        return _digits(size or 32, channels or 1), torch.from_numpy(load_digits().target).long(), [str(i) for i in range(10)]
     found = _entries(Path(source), "--data") if os.path.isdir(source) else []
     folders = [path for path, is_folder, _ in found if is_folder]
     if len(folders) < 2:
@@ -158,7 +175,7 @@ def load_labelled(source: str | os.PathLike, size: int | None = None) -> tuple[t
     others = frozenset((os.path.realpath(source), *places))
     parts = [_image_paths(folder, "--data", others) for folder in folders]
     labels = np.repeat(np.arange(len(parts), dtype=np.int64), [len(part) for part in parts])
-    images = _squares([path for part in parts for path in part], size, None)
+    images = _squares([path for part in parts for path in part], size, channels)
     return images, torch.from_numpy(labels), [folder.name for folder in folders]
 
 

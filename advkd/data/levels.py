@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+
 from ..errors import InputError
 
 MOST_SUBMODULES = 256
@@ -38,3 +41,9 @@ def supervising_timesteps(solver: str, depth: int, timesteps: Sequence[int], tra
         spread = max(depth - 4, 1)
         wanted = [999, 999, *(900 - 800 * k / spread for k in range(depth - 3))]
     return [min(timesteps, key=lambda t: (abs(t - target * scale), t)) for target in wanted]
+
+
+def downsample(x: torch.Tensor, side: int) -> torch.Tensor:
+    """Psi: area average of ``(N, C, S, S)`` to ``(N, C, side, side)``."""
+    factor = x.shape[-1] // side
+    return F.avg_pool2d(x, factor) if factor > 1 else x

@@ -6,7 +6,7 @@ the unconditional model, where the classifier is the one that both networks impl
 and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,7 +43,7 @@ def guided(
     model: Model,
     network: Network,
     n: int,
-    labels: torch.Tensor | int | None,
+    labels: torch.Tensor | Sequence[int] | int | None,
     guidance: float,
     classifier: Classifier | None,
 ) -> Network:
@@ -71,7 +71,7 @@ def guided(
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
     classes = model.num_classes if classifier is None else _classes_of(classifier)
-    labels = _checked(labels, n, classes, model.device)
+    labels = require_labels(labels, n, classes, model.device)
     if classifier is not None:
         plain = _unconditional(model, network, n, 0.0, None)
         return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
@@ -93,18 +93,49 @@ def _classes_of(classifier):
 def _unconditional(model, network, n, guidance, classifier):
     if guidance or classifier is not None:
         raise InputError("guidance needs labels: name the class of every sample")
+    null = null_labels(model, n)
+    return (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
+
+
+def null_labels(model: Model, n: int) -> torch.Tensor | None:
+    """Classes that stand for none.
+
+    Args:
+        model: the model, which knows its null class.
+        n: number of samples.
+
+    Returns:
+        ``(n,)`` int64 on the model's device, or None for an unconditional model.
+
+    Raises:
+        InputError: a conditional model without a null class.
+    """
     if not model.num_classes:
-        return lambda x, place: network(x, place)
+        return None
     if model.null_class is None:
         raise InputError(
             f"labels: teacher {model.name} has {model.num_classes} classes and no null class: name one for every sample"
         )
-    null = torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
-    return lambda x, place: network(x, place, null)
+    return torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
 
 
-def _checked(labels, n, classes, device):
-    """Classes as an int64 tensor ``(n,)``."""
+def require_labels(
+    labels: torch.Tensor | Sequence[int] | int, n: int, classes: int | None, device: torch.device
+) -> torch.Tensor:
+    """Classes, one per sample.
+
+    Args:
+        labels: ``(n,)`` whole numbers in [0, ``classes``), or one for all.
+        n: number of samples.
+        classes: number of classes; None: not known.
+        device: of the result.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Raises:
+        InputError: other labels.
+    """
     given = torch.as_tensor(labels, device=device)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
         raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}")

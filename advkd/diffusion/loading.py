@@ -4,8 +4,9 @@ import math
 import os
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,24 +17,88 @@ from ..runtime.hub import PRETRAINED, reason, resolve
 from ..runtime.pickles import require_weights
 from ..runtime.progress import can_be_shown
 from .coefficients import VARIANCES
+from .noise_power import NoisePower
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
-MOST_BLOCKS, MOST_LAYERS, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**6, 1e30
+MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 
+CLASSES = "classes.json"
+"""File beside ``model_index.json`` with a conditional teacher's :class:`Classes`."""
 
-def load_pipeline(source: str | Path, dtype: torch.dtype) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
-    """The network, on the CPU, and the scheduler of a teacher in diffusers' format; see :meth:`Teacher.from_pretrained`."""
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes of a conditional teacher.
+
+    Attributes:
+        names: of the classes, by number.
+        null: number of the class that stands for no class, or None where the network was not trained with one.
+    """
+
+    names: tuple[str, ...]
+    null: int | None = None
+
+
+class Loaded(NamedTuple):
+    """The parts of a teacher.
+
+    Attributes:
+        unet: the network, on the CPU.
+        scheduler: the scheduler of its folder.
+        classes: those of a conditional teacher, or None. Without ``classes.json`` they are named by their numbers, and none of
+            them is the null class.
+        noise_powers: what ``noise_power.json`` holds, or None.
+    """
+
+    unet: "UNet2DModel"
+    scheduler: "DDPMScheduler | DDIMScheduler"
+    classes: Classes | None
+    noise_powers: NoisePower | None
+
+
+def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
+    """The parts of a teacher in diffusers' format.
+
+    Args:
+        source: as for :meth:`Teacher.from_pretrained`.
+        dtype: dtype of the network's weights.
+
+    Returns:
+        :class:`Loaded`.
+
+    Raises:
+        InputError: files that are missing or damaged, or a teacher of another kind.
+    """
     # An unfit repository of the hub is refused before its weights are fetched.
     folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
     _require_fit(folder)
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
         scheduler = _load_scheduler(folder)
-        return _load_unet(source, folder, dtype), scheduler
+        return Loaded(_load_unet(source, folder, dtype), scheduler, _load_classes(folder), NoisePower.read(folder))
+
+
+def _load_classes(folder):
+    """Classes of a teacher whose network takes any."""
+    count = read_json(_part(folder, "unet") / "config.json", "teacher configuration").get("num_class_embeds")
+    if count is None:
+        return None
+    if not os.path.lexists(path := folder / CLASSES):
+        return Classes(tuple(map(str, range(count))))
+    found = read_json(path, "the teacher's classes", ("names", "null"))
+    names, null = found["names"], found["null"]
+    wanted = count if null is None else count - 1
+    if not isinstance(names, list) or len(names) != wanted or not all(isinstance(name, str) for name in names):
+        raise InputError(f"the teacher's classes {path} must be {wanted} names, as its network takes {count}: restore the file")
+    if null is not None and (type(null) is not int or null != wanted):
+        raise InputError(
+            f"the teacher's classes {path}: null must be the number {wanted}, or null, got {null!r}: restore the file"
+        )
+    return Classes(tuple(names), null)
 
 
 def _part(folder, name):
@@ -42,7 +107,7 @@ def _part(folder, name):
 
 
 def _require_fit(folder):
-    """Refuse a pipeline that is not an unconditional pixel-space model with a network of ordinary size."""
+    """Refuse a pipeline that is not a pixel-space model, told classes at most, with a network of ordinary size."""
     index = folder / "model_index.json"
     parts = read_json(index, "pipeline index") if os.path.lexists(index) else {}
     for part in ("vae", "vqvae", "movq"):
@@ -50,13 +115,18 @@ def _require_fit(folder):
             raise InputError(f"teacher {folder} works on latents (it has a {part}); advkd distils pixel-space teachers")
     for part in ("text_encoder", "image_encoder"):
         if part in parts:
-            raise InputError(f"teacher {folder} is conditional (it has a {part}); advkd distils unconditional teachers")
+            raise InputError(
+                f"teacher {folder} is conditional (it has a {part}); teachers that are told classes at most are supported"
+            )
     config = read_json(_part(folder, "unet") / "config.json", "teacher configuration")
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise InputError(f"teacher {folder} has a {kind}; only unconditional UNet2DModel teachers can be distilled")
-    if config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise InputError(f"teacher {folder} is class-conditional; advkd distils unconditional teachers")
+        raise InputError(f"teacher {folder} has a {kind}; only UNet2DModel teachers are supported")
+    if (embedding := config.get("class_embed_type")) is not None:
+        raise InputError(f"teacher {folder} has class_embed_type {embedding!r}; only a table of num_class_embeds is supported")
+    classes = config.get("num_class_embeds")
+    if classes is not None and (type(classes) is not int or not 1 <= classes <= MOST_CLASSES):
+        raise InputError(f"teacher {folder}: num_class_embeds must be in [1, {MOST_CLASSES:,}], got {classes!r}")
     if config.get("out_channels") != config.get("in_channels"):
         shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
         raise InputError(f"teacher {folder} has {shapes}: a learned variance is not supported")
@@ -105,7 +175,9 @@ def _load_unet(source, folder, dtype):
         with torch.device("meta"), torch.no_grad():
             network = UNet2DModel.from_config(UNet2DModel.load_config(part))
             x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
-            if network(x, torch.zeros(1, dtype=torch.int64)).sample.shape != x.shape:
+            zero = torch.zeros(1, dtype=torch.int64)
+            labels = None if network.config.num_class_embeds is None else zero
+            if network(x, zero, labels).sample.shape != x.shape:
                 raise InputError("its network gives images of another shape than it takes")
         parameters = sum(p.numel() for p in network.parameters())
         if parameters > size:

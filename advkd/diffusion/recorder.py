@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
-from ..data.levels import resolutions, supervising_timesteps
+from ..data.levels import downsample, resolutions, supervising_timesteps
 from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, shard_path
 from ..errors import InputError, TrainingError
 from ..ops.latents import check_latent, project
@@ -111,8 +110,7 @@ def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
     mine = [shard for shard in _missing(out, info) if shard % world == rank]
     older = bool(mine) and _is_of_older_version(out)
-    shown = progress and rank == 0
-    bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=shown)
+    bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=progress and rank == 0)
     # One shard is written while the next one is made; no more, to bound memory.
     with bar, ThreadPoolExecutor(1) as writer:
         written = None
@@ -280,8 +278,9 @@ def _is_without_digest(path, manifest):
 
 def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
-    size = teacher.image_size
-    sides = resolutions(size, config.depth)
+    if teacher.num_classes:
+        raise InputError(f"teacher {teacher.name} is class-conditional; trajectories are recorded of unconditional teachers")
+    sides = resolutions(size := teacher.image_size, config.depth)
     solver = Solver(config.solver, config.spacing)
     timesteps = teacher.timesteps(solver, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
@@ -357,12 +356,6 @@ def _write_shard(out, info, shard, batches, older):
     metadata = {"recipe": info.to_json(), "start": shard * info.shard_size, "count": count}
     metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
     write_tensors(shard_path(out, shard), tensors, metadata)
-
-
-def downsample(x: torch.Tensor, side: int) -> torch.Tensor:
-    """Psi: area average of ``(N, C, S, S)`` to ``(N, C, side, side)``."""
-    factor = x.shape[-1] // side
-    return F.avg_pool2d(x, factor) if factor > 1 else x
 
 
 def _check_existing(out, info):

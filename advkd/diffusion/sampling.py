@@ -1,6 +1,6 @@
 """Runs of solvers on a diffusion model: what teachers of every kind have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from ..ops import philox_normal
 from .guidance import Classifier, guided
 from .loop import SamplingLoop
 from .program import Evaluation
-from .schedule import Schedule
+from .schedule import Level, Schedule
 from .solvers import Solver, as_solver
 
 
@@ -26,15 +26,19 @@ class DiffusionModel:
         schedule: the noise schedule.
         prediction: meaning of the network's output, one of :data:`~advkd.diffusion.prediction.PREDICTIONS`.
         clip: x0 is clamped to [-clip, clip] in every step; infinity clamps nothing.
+        class_names: names of the classes; empty for an unconditional model.
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.
+        variance_type: variance of the ancestral step, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
     """
 
     prediction: str
     clip: float
     name: str = "model"
+    class_names: tuple[str, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
+    variance_type: str = "fixed_small"
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
         self.schedule, self.shape, self.state_dtype = schedule, shape, dtype
@@ -108,11 +112,11 @@ class DiffusionModel:
     def _program(self, solver, steps):
         return solver.program(self.schedule, steps, self.prediction, self.clip, noise_power=self.noise_power)
 
-    def noise_power(self, level: Any) -> float:
-        """E|eps|^2 / d of the noise that the network finds at a level; see :class:`~advkd.diffusion.solvers.Solver`.
+    def noise_power(self, level: Level) -> float:
+        """E|eps|^2 / d of the noise that the network finds at a level: Analytic-DPM's variances depend on it.
 
         Args:
-            level: :class:`~advkd.diffusion.schedule.Level` of the states.
+            level: level of the states.
 
         Returns:
             Mean over data, noise and dimensions.
@@ -132,7 +136,7 @@ class DiffusionModel:
         seed: int = 0,
         start: int = 0,
         *,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> Iterator[tuple[int | float, torch.Tensor]]:
@@ -165,6 +169,32 @@ class DiffusionModel:
             loop.step()
             yield t, loop.x.clone(memory_format=torch.contiguous_format)
 
+    def check_run(
+        self,
+        n: int,
+        solver: str | Solver = "ddim",
+        steps: int | None = None,
+        *,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
+        guidance: float = 0.0,
+        classifier: Classifier | None = None,
+    ) -> None:
+        """Refuse arguments of :meth:`sample` with which nothing can be drawn, without drawing.
+
+        Args:
+            n: number of samples.
+            solver: a name, or a :class:`~advkd.diffusion.solvers.Solver`.
+            steps: number of steps; see :meth:`timesteps`.
+            labels: as for :meth:`sample`.
+            guidance: as for :meth:`sample`.
+            classifier: as for :meth:`sample`.
+
+        Raises:
+            InputError: a solver, a number of steps or classes that cannot be.
+        """
+        self.program(solver, steps)
+        guided(self, self._network(), n, labels, guidance, classifier)
+
     def sample(
         self,
         n: int,
@@ -173,7 +203,7 @@ class DiffusionModel:
         steps: int | None = None,
         start: int = 0,
         *,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> torch.Tensor:

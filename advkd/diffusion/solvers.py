@@ -77,9 +77,10 @@ class Solver:
     """A solver and its numbers.
 
     Attributes:
-        name: of :data:`METHODS`, or one of :data:`ALIASES`, which is replaced by what it stands for.
-        spacing: of the levels, one of :data:`~advkd.diffusion.schedule.SPACINGS`; empty: ``leading`` for ``ddim`` and ``ddpm``,
-            as their papers, and ``trailing`` for the others.
+        name: method: ddim, ddpm, euler, heun, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to unipc-3,
+            euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis, unipc.
+        spacing: of the levels: leading, trailing, linspace, karras, log_snr or dpdm (empty: leading for ddim and ddpm, trailing
+            for the others).
         rho: exponent of the ``karras`` spacing.
         eta: of ``ddim``: 0 adds no noise, 1 as much as DDPM.
         churn: of ``heun``: S_churn of Karras et al. 2022, algorithm 2 (0: no noise).
@@ -198,7 +199,7 @@ class Solver:
         if by_differences and any(a.sigma <= b.sigma for a, b in pairwise(levels)):
             raise InputError(f"solver {self.name} needs levels that fall; this schedule repeats one: take ddim, or fewer steps")
         if self.name.startswith("analytic") and noise_power is None:
-            raise InputError(f"solver {self.name} needs the teacher's noise power (see Teacher.estimate_noise_power)")
+            raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
         writer = Writer(prediction, clip)
         if self.name in _MULTISTEP:
             remembered, weights, kind = _MULTISTEP[self.name]

@@ -97,10 +97,7 @@ def analytic_step(
     own = level.noise**2
     posterior = following.noise**2 / own * (1 - a / after) if ancestral else 0.0
     direction = math.sqrt(max(following.noise**2 - posterior, 0.0))
-    variance = own / a * max(1 - noise_power, 0.0)
-    images = math.isfinite(writer.clip)
-    if images:
-        variance = min(variance, 1.0)
+    variance, images = x0_variance(level, noise_power, writer.clip), math.isfinite(writer.clip)
     total = posterior + (following.alpha - direction * level.alpha / level.noise) ** 2 * variance
     deviation = math.sqrt(total)
     if images and following.noise == 0:
@@ -115,3 +112,18 @@ def analytic_step(
         noise=deviation,
         end=following,
     )
+
+
+def x0_variance(level: Level, noise_power: float, clip: float) -> float:
+    """Mean variance of x0 given a state, (1 - a) / a (1 - E|eps|^2 / d); at most that of images, 1, where x0 is clamped.
+
+    Args:
+        level: level of the state.
+        noise_power: E|eps|^2 / d at ``level``.
+        clip: x0 is clamped to [-clip, clip]; infinity for data that are no images.
+
+    Returns:
+        Mean over states and dimensions, at least 0.
+    """
+    variance = level.noise**2 / level.alpha_bar * max(1 - noise_power, 0.0)
+    return min(variance, 1.0) if math.isfinite(clip) else variance

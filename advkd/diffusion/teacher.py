@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .denoiser import Denoiser
 from .guidance import Classifier, guided
-from .loading import load_pipeline
+from .loading import Classes, load_pipeline
 from .loop import SamplingLoop, network_of
+from .noise_power import NoisePower
 from .sampling import DiffusionModel
-from .schedule import Schedule
+from .schedule import Level, Schedule
 from .solvers import Solver
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 
 
 class Teacher(DiffusionModel):
-    """An unconditional pixel-space diffusion model with its noise schedule.
+    """A pixel-space diffusion model, unconditional or told classes, with its noise schedule.
 
     Args:
         unet: diffusers ``UNet2DModel``; it is put into eval mode, frozen and laid out channels_last, in place.
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
         name: its name in a data set's manifest and in errors.
+        classes: names of the classes that the network takes, and which of them stands for none; None for an unconditional one.
+        noise_powers: :class:`~advkd.diffusion.noise_power.NoisePower` for the analytic solvers, or None.
 
     Attributes:
         schedule: the noise schedule in float64.
@@ -40,14 +44,27 @@ class Teacher(DiffusionModel):
         >>> images = Teacher.from_pretrained("digits").sample(4, seed=1)  # (4, 1, 32, 32) in [-1, 1]
     """
 
-    def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler | DDIMScheduler", name: str = "teacher"):
+    def __init__(
+        self,
+        unet: "UNet2DModel",
+        scheduler: "DDPMScheduler | DDIMScheduler",
+        name: str = "teacher",
+        classes: Classes | None = None,
+        noise_powers: NoisePower | None = None,
+    ):
         side, config = unet.config.sample_size, scheduler.config
         super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.in_channels, side, side))
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
+        embedded = unet.config.get("num_class_embeds")
+        classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
+        self.classes, self.noise_powers = classes, noise_powers
+        self.class_names = classes.names if classes else ()
+        self.num_classes, self.null_class = len(self.class_names), classes.null if classes else None
         self.prediction = config.prediction_type
         self.clip = float(config.clip_sample_range) if config.clip_sample else math.inf
+        self.variance_type = config.get("variance_type") or self.variance_type
         self.optimize()
 
     @classmethod
@@ -66,12 +83,12 @@ class Teacher(DiffusionModel):
             Teacher named ``str(source)``, its network frozen and in eval mode.
 
         Raises:
-            InputError: missing or damaged files, a device that is not there, or a teacher that is conditional, works on
-                latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
+            InputError: missing or damaged files, a device that is not there, or a teacher that is told more than classes, works
+                on latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
         """
         device = require_device(device)
-        unet, scheduler = load_pipeline(source, dtype)
-        return cls(unet.to(device), scheduler, str(source))
+        loaded = load_pipeline(source, dtype)
+        return cls(loaded.unet.to(device), loaded.scheduler, str(source), loaded.classes, loaded.noise_powers)
 
     @property
     def image_channels(self) -> int:
@@ -130,13 +147,35 @@ class Teacher(DiffusionModel):
         Returns:
             ``(x0, eps)``, both ``(N, C, H, W)`` float32; eps goes with the clamped x0. No gradient flows.
         """
+        with torch.no_grad():
+            return self.denoiser.predict(x, sigma, condition)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser of variance-preserving states, with the teacher's clipping; gradients flow."""
         parameter = next(self.unet.parameters())
 
         def network(state, t, labels):
-            return self.unet(state.to(parameter.dtype), t, class_labels=labels, return_dict=False)[0]
+            classes = {} if labels is None else {"class_labels": labels}
+            return self.unet(state.to(parameter.dtype), t, **classes, return_dict=False)[0]
 
-        with torch.no_grad():
-            return Denoiser(network, self.schedule, self.prediction, self.clip).predict(x, sigma, condition)
+        return Denoiser(network, self.schedule, self.prediction, self.clip)
+
+    def noise_power(self, level: Level) -> float:
+        """E|eps|^2 / d of the noise that the network finds at a level, from the estimates kept with the teacher.
+
+        Args:
+            level: level of the states.
+
+        Returns:
+            Mean over data, noise and dimensions.
+
+        Raises:
+            InputError: it has not been estimated.
+        """
+        if self.noise_powers is None:
+            raise InputError("its noise power is not known: run 'advkd teacher noise-power' once, or estimate_noise_power")
+        return self.noise_powers.at(level)
 
     def optimize(self, compiled: bool | None = None, autocast: torch.dtype | None = None) -> "Teacher":
         """Choose how the network runs in :meth:`record` and :meth:`sample`.
@@ -177,7 +216,7 @@ class Teacher(DiffusionModel):
         seed: int = 0,
         start: int = 0,
         *,
-        labels: torch.Tensor | int | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -229,7 +268,7 @@ class Teacher(DiffusionModel):
         steps: int | None = None,
         start: int = 0,
         *,
-        labels: torch.Tensor | int | None = None,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
         classifier: Classifier | None = None,
     ) -> torch.Tensor:
@@ -278,8 +317,7 @@ class Teacher(DiffusionModel):
         return network_of(self.unet, self._autocast, compiled)
 
     def _program(self, solver, steps):
-        variance = self.scheduler.config.get("variance_type") or "fixed_small"
-        return solver.program(self.schedule, steps, self.prediction, self.clip, variance, self.noise_power)
+        return solver.program(self.schedule, steps, self.prediction, self.clip, self.variance_type, self.noise_power)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own loop.

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..data.dataset_info import TrajectoryConfig, same_teacher, samples_overlap
-from ..data.images import describe_shape, load_images, read_pictures
-from ..data.pictures import to_uint8
+from ..data.images import describe_shape
 from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
@@ -27,6 +26,7 @@ from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
 from .features import build_extractor, extract, require_fit
+from .image_sets import eight_bit, gather, read_images, real_images, shuffled
 from .metrics import compare, frechet_floor
 
 REFERENCE_SEED = 1_000_001
@@ -114,7 +114,7 @@ def evaluate_student(
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
     if real is not None:
-        real_features = _shuffled(extract(extractor, real, cache=cache))
+        real_features = shuffled(extract(extractor, real, cache=cache))
         rows += _rows("real", {"student": ours, "teacher": theirs[config.num :]}, real_features, "other real images", config)
     result = {
         **_header(extractor, config, device),
@@ -170,10 +170,7 @@ def evaluate_folders(
     config.validate()
     device = require_device(device)
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
-    found, wanted = (
-        _digits() if str(source) == "digits" else read_pictures(source, option)
-        for option, source in (("--images", images), ("--reference", reference))
-    )
+    found, wanted = (read_images(str(source), option) for option, source in (("--images", images), ("--reference", reference)))
     if found.shape[1:] != wanted.shape[1:]:
         ours, theirs = (describe_shape(pictures.shape[1:]) for pictures in (found, wanted))
         raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
@@ -181,12 +178,12 @@ def evaluate_folders(
     require_fit(extractor, wanted[::2], f"half of --reference {reference}")
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = None if out is None else require_output_folder(out)
-    ours, theirs = (_shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted)))
+    kept = [shuffled(extract(extractor, pictures, cache=cache), i) for i, pictures in enumerate((found, wanted))]
     result = {
         **_header(extractor, config, device),
         "images": {"folder": str(images), "sha256": digest({"images": found})},
         "reference": {"folder": str(reference), "sha256": digest({"images": wanted})},
-        "rows": _rows("reference", {"images": ours}, theirs, "other reference images", config),
+        "rows": _rows("reference", {"images": kept[0]}, kept[1], "other reference images", config),
     }
     if out is not None:
         write_json(out / "evaluation.json", result)
@@ -310,54 +307,14 @@ def _draw_teacher(source, drawer, config, cache, progress):
 def _draw_student(fused, config):
     """The student's images, uint8 ``(num, C, S, S)``."""
     batches = fused.stream(config.num, config.seed, dtype=torch.uint8)
-    return _gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
+    return gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
 
 
 def _images(samples, num):
     """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
     last, starts = samples.info.depth, range(0, num, 64)
     batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
-    return _gather(map(_eight_bit, batches), num)
-
-
-def _gather(batches, num):
-    """Batches of uint8 images as one tensor, filled without a copy of the whole."""
-    images, first = None, 0
-    for batch in batches:
-        if images is None:
-            images = torch.empty(num, *batch.shape[1:], dtype=torch.uint8, device="cpu")
-        images[first : first + len(batch)] = batch
-        first += len(batch)
-    return images
-
-
-def _eight_bit(images):
-    """Images in [-1, 1] as uint8 ``(N, C, H, W)``, which all are compared in: PNGs of the same images give the same figures."""
-    return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
-
-
-def _real_images(config, model):
-    source = config.real
-    if source == "auto":
-        source = "digits" if config.extractor == "digits" else "none"
-    if source == "none":
-        return None
-    images = _digits() if source == "digits" else read_pictures(source, "--real")
-    wanted = (model.config.image_channels, model.config.image_size, model.config.image_size)
-    if tuple(images.shape[1:]) != wanted:
-        found = describe_shape(images.shape[1:])
-        raise InputError(f"--real {source} holds {found} images, the student draws {describe_shape(wanted)} ones")
-    return images
-
-
-def _digits():
-    return _eight_bit(load_images("digits"))
-
-
-def _shuffled(features, seed=0):
-    """Rows in a seeded random order: real sets are sorted by writer, class or name."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")]
+    return gather(map(eight_bit, batches), num)
 
 
 def _pairs(samples, model, n=256):
@@ -399,3 +356,12 @@ def describe_models(
 
 def _each(times, n):
     return {name: value if name == "repeats" else value / n for name, value in times.items()}
+
+
+def _real_images(config, model):
+    """Images of ``config.real``, or None."""
+    source = config.real
+    if source == "auto":
+        source = "digits" if config.extractor == "digits" else "none"
+    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
+    return None if source == "none" else real_images(source, shape)

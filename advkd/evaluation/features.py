@@ -49,6 +49,10 @@ class ClassifierFeatures(Extractor):
     def __init__(self, classifier: Classifier):
         super().__init__()
         config = classifier.config
+        if config.noisy:
+            raise InputError(
+                f"extractor: the classifier {config.name} is of noisy images; features need one that is trained without --noisy"
+            )
         self.classifier = classifier
         self.num_features = config.num_features
         self.score = f"FD-{config.name}"
@@ -57,7 +61,9 @@ class ClassifierFeatures(Extractor):
     @property
     def identity(self) -> str:
         """A hash of the current configuration and weights, which training may change."""
-        shape = json.dumps(asdict(self.classifier.config), sort_keys=True)
+        # A field that is the same for all extractors stays out: hashes in earlier caches and results do not have it.
+        values = {name: value for name, value in asdict(self.classifier.config).items() if name != "noisy"}
+        shape = json.dumps(values, sort_keys=True)
         return hashlib.sha256(f"{shape} {digest(self.classifier.state_dict())}".encode()).hexdigest()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

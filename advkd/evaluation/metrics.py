@@ -81,7 +81,7 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
 
     generated, reference = both(generated, reference, 4)
     require_least(1, subsets=subsets)
-    generator, size = _generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
+    generator, size = rows_generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
     pairs = ((_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets))
     values = torch.stack([poly_mmd(*pair) for pair in pairs])
     return values.mean().item(), values.std(unbiased=False).item()
@@ -195,9 +195,9 @@ def frechet_interval(
     """
     generated, reference = both(generated, reference, 2)
     require_bootstrap(resamples, level)
-    generator = _generator(seed)
+    generator = rows_generator(seed)
     values = [_frechet(_resample(generated, generator), _resample(reference, generator)) for _ in range(resamples)]
-    return _interval(values, _frechet(generated, reference), level)
+    return recentred_interval(values, _frechet(generated, reference), level)
 
 
 def neighbour_measures(
@@ -222,13 +222,13 @@ def neighbour_measures(
     """
     generated, reference = _shifted(*both(generated, reference, NEIGHBOUR + 1))
     require_bootstrap(resamples, level)
-    generator = _generator(seed)
+    generator = rows_generator(seed)
     ours, theirs = (_counts(len(features), resamples, generator) for features in (generated, reference))
     radii, diversity = _within(generated, ours)
     measures = {**_across(generated, reference, radii, _radii(reference, NEIGHBOUR), ours, theirs), "diversity": diversity}
     result: dict[str, Any] = {}
     for name, (value, *resampled) in ((name, values.tolist()) for name, values in measures.items()):
-        result |= {name: value, f"{name}_interval": _interval(resampled, value, level)}
+        result |= {name: value, f"{name}_interval": recentred_interval(resampled, value, level)}
     return result
 
 
@@ -302,7 +302,7 @@ def frechet_at_infinity(
     smallest = max(largest // 4, min(2 * dimension, largest // 2), dimension + 1)
     inverse = torch.linspace(1 / largest, 1 / smallest, points, dtype=torch.float32, device="cpu")
     sizes = inverse.reciprocal().round().to(torch.int64).tolist()
-    generator = _generator(seed)
+    generator = rows_generator(seed)
     values = []
     for size in sizes:
         pairs = [(_thin(generated, size, generator), _thin(reference, size, generator)) for _ in range(subsets)]
@@ -331,7 +331,7 @@ def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> lis
     """
     samples = checked(samples, "samples", 4)
     require_least(1, splits=splits)
-    generator, half, values = _generator(seed), len(samples) // 2, []
+    generator, half, values = rows_generator(seed), len(samples) // 2, []
     for _ in range(splits):
         mixed = _thin(samples, 2 * half, generator)
         values.append(_frechet(mixed[:half], mixed[half:]))
@@ -366,14 +366,15 @@ def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 2
     }
 
 
-def _interval(resampled, measured, level):
+def recentred_interval(resampled: list[float], measured: float, level: float) -> list[float]:
     """The central ``level`` of resampled values, shifted so that their mean is the measured value."""
     values = torch.tensor(resampled, dtype=torch.float64, device="cpu")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     return torch.quantile(values + measured - values.mean(), tails).tolist()
 
 
-def _generator(seed):
+def rows_generator(seed: int) -> torch.Generator:
+    """Generator on the CPU of the draws of rows."""
     return torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0, 2**64))
 
 

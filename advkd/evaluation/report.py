@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from ..data.dataset_info import same_teacher
-from ..data.levels import supervising_timesteps
+from ..data.levels import downsample, supervising_timesteps
 from ..data.pictures import LARGEST, read_metrics, save_curves, save_extrapolation, save_grid, save_levels, save_pairs
-from ..diffusion.recorder import downsample
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.student import Student
@@ -17,6 +16,7 @@ from ..runtime.files import digest, read_json, restoring, write_bytes
 from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
+from .teacher_pictures import read_solvers, save_guidance, save_solver_curves
 
 FRESH_SEED = 12345
 """Seed of the pictures' noise."""
@@ -50,6 +50,8 @@ def write_report(
     metrics: str | Path | None = None,
     ablation: str | Path | None = None,
     title: str = "advkd: one pass against many",
+    solvers: str | Path | None = None,
+    conditional: Teacher | None = None,
 ) -> Path:
     """Write ``report.html`` (self-contained) and its PNGs under ``out``.
 
@@ -61,6 +63,8 @@ def write_report(
         metrics: path of the training's ``metrics.csv``; None leaves the loss curves out.
         ablation: path of a table of runs by ``profiling/cases/ablation.py``; None leaves it out.
         title: heading of the page.
+        solvers: path of a ``solvers.json`` of ``advkd evaluate --solvers``; None leaves its plot out.
+        conditional: a conditional teacher whose classes are shown by weight of guidance; None: ``teacher``, if it is one.
 
     Returns:
         The page's path.
@@ -80,10 +84,14 @@ def write_report(
         _ablation_table(runs, result["score"])
     if metrics:
         read_metrics(metrics)
+    by_solver = read_solvers(solvers) if solvers else None
+    if conditional is not None:
+        conditional.check_run(1, labels=0, guidance=1.0)
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
     save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
     captions["extrapolation.png"] = f"{result['score']} against 1/N: the line's left end is the distance without the bias of N."
+    captions |= save_teacher_pictures(by_solver, conditional or teacher, out)
     page = _page(title, result, runs, [(out / name, caption) for name, caption in captions.items()])
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
@@ -146,6 +154,22 @@ def save_pictures(teacher: Teacher, student: Student, metrics: str | Path | None
     return captions
 
 
+def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Path) -> dict[str, str]:
+    """Write the PNGs of a teacher and return ``{file name: caption}``: solvers where measured, classes where there are any."""
+    out, captions = Path(out), {}
+    if solvers is not None:
+        save_solver_curves(solvers, out / "solvers.png")
+        captions["solvers.png"] = (
+            "The teacher's images by solver and network evaluations: Frechet distance at infinity, 95 % intervals shaded."
+        )
+    if teacher.num_classes and teacher.null_class is not None:
+        save_guidance(teacher, out / "guidance.png")
+        captions["guidance.png"] = (
+            "Classes by weight w of classifier-free guidance; a column has one start noise, an image 2 x 10 evaluations."
+        )
+    return captions
+
+
 def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int = 12, seed: int = FRESH_SEED) -> None:
     """Write teacher and student side by side, from the same noise."""
     x_T = teacher.noise(n, seed)
@@ -159,7 +183,7 @@ def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: i
     """Write the strip of all levels beneath the teacher's states, from one noise."""
     x_T = teacher.noise(1, seed)
     states = dict(teacher.path(x_T, "ddim"))
-    timesteps = supervising_timesteps("ddim", student.depth, list(states), teacher.train_timesteps)
+    timesteps = supervising_timesteps("ddim", student.depth, [int(t) for t in states], teacher.train_timesteps)
     targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
     with named("student"), torch.no_grad():
         levels = [level[0] for level in student.levels(student.project(x_T))]

@@ -1,4 +1,4 @@
-"""Training of the classifier whose features measure images of a small data set."""
+"""Training of classifiers: of images, whose features measure those of a small data set, and of noisy images, for guidance."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ from torch import nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
+from ..diffusion.training_schedules import require_schedule
 from ..errors import InputError
+from ..models.classifier import add_noise
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
 
@@ -24,7 +26,9 @@ class ClassifierTrainingConfig:
         batch_size: images per step.
         learning_rate: peak of the cosine schedule.
         held_out: fraction of the images that is not trained on and tells the accuracy.
-        seed: of the split, weights, data order and distortions.
+        noisy: the classifier is of noisy images at all of a teacher's levels, which it is told: for guidance, not for features.
+        schedule: the teacher's noise schedule, ``linear``, ``cosine`` or ``edm``; used with ``noisy``.
+        seed: of the split, weights, data order, distortions and noise.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -35,6 +39,8 @@ class ClassifierTrainingConfig:
     batch_size: int = 64
     learning_rate: float = 2e-3
     held_out: float = 0.2
+    noisy: bool = False
+    schedule: str = "linear"
     seed: int = 0
     checkpoint_every: int = 200
 
@@ -47,6 +53,7 @@ class ClassifierTrainingConfig:
             raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be between 0 and 1, got {self.held_out}")
+        require_schedule(self.schedule)
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
@@ -54,12 +61,13 @@ class ClassifierTrainingConfig:
 
 
 class Classification(Method):
-    """Cross-entropy on distorted images. Runs in one process: torch's batch norm sees no other.
+    """Cross-entropy on distorted images, clean or noisy. Runs in one process: torch's batch norm sees no other.
 
     Args:
         config: a :class:`ClassifierTrainingConfig`.
-        classifier: module from images to logits.
-        generator: torch's generator on the CPU that rows and distortions are drawn from.
+        classifier: module from images to logits; from x_t and alpha_bar, float64 ``(N,)``, where those are noisy.
+        generator: torch's generator on the CPU that rows, distortions and noise are drawn from.
+        alpha_bars: alpha_bar of every timestep, float64 ``(T,)``, or None for clean images.
     """
 
     name = "classification"
@@ -70,8 +78,14 @@ class Classification(Method):
     requires = "labelled images (advkd classifier train)"
     parallel = False
 
-    def __init__(self, config: ClassifierTrainingConfig, classifier: nn.Module, generator: torch.Generator):
-        self.config, self.classifier, self._generator = config, classifier, generator
+    def __init__(
+        self,
+        config: ClassifierTrainingConfig,
+        classifier: nn.Module,
+        generator: torch.Generator,
+        alpha_bars: torch.Tensor | None = None,
+    ):
+        self.config, self.classifier, self.alpha_bars, self._generator = config, classifier, alpha_bars, generator
 
     def needs(self) -> Needs:
         """Images and their classes."""
@@ -98,9 +112,14 @@ class Classification(Method):
         return self._generator
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
-        """Cross-entropy of distorted images."""
+        """Cross-entropy of distorted images, or of x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps at any timestep."""
         images = distort(batch.images.float(), draw.host.normal(4, len(batch.images), dim=1)).to(batch.images.dtype)
-        loss = F.cross_entropy(self.classifier(images), batch.labels)
+        level: tuple[torch.Tensor, ...] = ()
+        if self.alpha_bars is not None:
+            noise = draw.host.normal(*images.shape).to(images)
+            level = (self.alpha_bars[draw.host.integers(len(self.alpha_bars))],)
+            images = add_noise(images, noise, *level)
+        loss = F.cross_entropy(self.classifier(images, *level), batch.labels)
         step("student", loss)
         step.log(loss=loss.detach())
 

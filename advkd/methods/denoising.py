@@ -9,6 +9,7 @@ from torch import nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
+from ..diffusion.training_schedules import require_schedule
 from ..errors import InputError
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
@@ -18,7 +19,7 @@ class TeacherTrainingConfig:
     """How ``advkd teacher train`` trains.
 
     Attributes:
-        data: ``digits`` or a folder of images.
+        data: ``digits`` or a folder of images; with ``conditional`` one that holds one folder of images per class.
         size: side of the images in pixels (0: from the data).
         image_channels: 1 or 3 (0: from the data).
         channels: UNet channels from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
@@ -28,6 +29,10 @@ class TeacherTrainingConfig:
         warmup: steps of linear warm-up.
         ema: decay of the exponential moving average that is saved.
         prediction: ``epsilon``, ``v_prediction`` or ``sample``.
+        conditional: the network is told the image's class, or none.
+        drop: probability, in [0, 1), with which a conditional network is told no class; at 0 there is no guidance without a
+            classifier.
+        schedule: noise schedule, ``linear`` (DDPM's), ``cosine`` or ``edm`` (levels from 0.002 to 80).
         seed: of weights, data order, timesteps and noise.
         checkpoint_every: steps between checkpoints.
         device: torch device.
@@ -43,6 +48,9 @@ class TeacherTrainingConfig:
     warmup: int = 100
     ema: float = 0.999
     prediction: str = "epsilon"
+    conditional: bool = False
+    drop: float = 0.15
+    schedule: str = "linear"
     seed: int = 0
     checkpoint_every: int = 200
     device: str = "cpu"
@@ -56,6 +64,9 @@ class TeacherTrainingConfig:
             raise InputError(f"ema must be in [0, 1), got {self.ema}")
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
+        if not 0 <= self.drop < 1:
+            raise InputError(f"drop must be in [0, 1), got {self.drop}")
+        require_schedule(self.schedule)
         if any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
         if not self.learning_rate > 0 or self.warmup < 0:
@@ -71,8 +82,10 @@ class Denoising(Method):
 
     Args:
         config: a :class:`TeacherTrainingConfig`.
-        network: ``network(x_t, t)`` gives a tensor like x_t, or diffusers' output with one in ``.sample``.
+        network: ``network(x_t, t)``, or ``network(x_t, t, labels)`` of a conditional run, gives a tensor like x_t, or an output
+            of diffusers with one in ``.sample``.
         scheduler: a diffusers scheduler with ``add_noise`` and ``get_velocity``.
+        null: number of the class that stands for no class; a run is conditional where it is given.
     """
 
     name = "denoising"
@@ -82,12 +95,12 @@ class Denoising(Method):
     distils = False
     requires = "images (advkd teacher train)"
 
-    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler: Any):
-        self.config, self.network, self.scheduler = config, network, scheduler
+    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler: Any, null: int | None = None):
+        self.config, self.network, self.scheduler, self.null = config, network, scheduler, null
 
     def needs(self) -> Needs:
-        """Images alone."""
-        return Needs("images", student="denoiser")
+        """Images, and their classes in a conditional run."""
+        return Needs("images", labels=self.null is not None, student="denoiser")
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""
@@ -108,7 +121,7 @@ class Denoising(Method):
         return rate * cosine(update, self.config.steps)
 
     def generator(self, update: int) -> torch.Generator:
-        """Generator keyed by (seed, update): rows, noise and timesteps come from it, in this order."""
+        """Generator keyed by (seed, update): rows, noise, timesteps and dropped labels come from it, in this order."""
         # torch's generator keeps 32 bits of its seed: the factor spreads the run's seed over all of them.
         return torch.Generator("cpu").manual_seed((self.config.seed * 2654435761 + update) % 2**32)
 
@@ -117,11 +130,16 @@ class Denoising(Method):
         x0 = batch.images
         noise = draw.host.normal(*x0.shape).to(x0)
         t = draw.host.integers(self.scheduler.config.num_train_timesteps).to(x0.device)
+        condition = () if self.null is None else (self._some_dropped(batch.labels, draw),)
         with step.autocast():
-            output = self.network(self.scheduler.add_noise(x0, noise, t), t)
+            output = self.network(self.scheduler.add_noise(x0, noise, t), t, *condition)
         loss = F.mse_loss(getattr(output, "sample", output), self._target(x0, noise, t))
         step("student", loss)
         step.log(loss=loss.detach())
+
+    def _some_dropped(self, labels, draw):
+        """Labels, some replaced by the null class: one network learns both scores (Ho and Salimans 2021, algorithm 1)."""
+        return labels.masked_fill((draw.host.uniform() < self.config.drop).to(labels.device), self.null)
 
     def _target(self, x0, noise, t):
         kind = self.config.prediction

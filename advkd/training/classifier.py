@@ -1,4 +1,4 @@
-"""Training of the classifier whose features measure images of a small data set (``advkd classifier train``)."""
+"""Training of classifiers of clean images, for features, or of noisy ones, for guidance (``advkd classifier train``)."""
 
 from dataclasses import asdict
 from functools import partial
@@ -9,12 +9,16 @@ import torch
 
 from ..data.images import load_labelled
 from ..data.sources import Tensors
+from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.classification import Classification, ClassifierTrainingConfig
 from ..models.classifier import Classifier, ClassifierConfig
 from ..runtime.devices import plain_defaults
 from .checkpoint import CHECKPOINT, claim
 from .trainer import Trainer
+
+LEVELS = 5
+"""Intervals of the timesteps between which a classifier of noisy images is measured."""
 
 
 @plain_defaults()
@@ -32,7 +36,7 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
         resume: go on from ``out``'s checkpoint.
 
     Returns:
-        The accuracy on the held-out images, in [0, 1].
+        The accuracy on the held-out images, in [0, 1]; of a classifier of noisy images that at the least noise.
 
     Raises:
         InputError: bad configuration, data that cannot be read, or ``out`` holds a model already.
@@ -51,22 +55,35 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
         raise InputError(f"--data {config.data} holds {len(images)} images, too few to train on")
     test, train = order[:held_out], order[held_out:]
     torch.manual_seed(config.seed)
-    method = Classification(config, Classifier(_shape(config, images, len(names))), generator)
+    alpha_bars = noise_scheduler(config.schedule).alphas_cumprod.double() if config.noisy else None
+    method = Classification(config, Classifier(_shape(config, images, len(names))), generator, alpha_bars)
     parts = {"held_out": test, "trained": train}
     record: dict[str, Any] = {"config": asdict(config), "classes": names, "images": len(images)}
     source = Tensors(images=images, labels=labels, rows=train)
-    save = partial(_save, images=images, labels=labels, parts=parts, record=record)
+    save = partial(_save, images=images, labels=labels, parts=parts, record=record, alpha_bars=alpha_bars)
     Trainer(method, source, None, out, resume=resume, progress=progress, save=save, what="model").run()
     return record["accuracy"]["held_out"]
 
 
-def _save(classifier, out, images, labels, parts, record):
+def _save(classifier, out, images, labels, parts, record, alpha_bars):
     """Calibrate, measure and write a classifier; its checkpoint has served then."""
-    classifier.calibrate(images[parts["trained"]])
-    record["accuracy"] = {name: classifier.accuracy(images[rows], labels[rows]) for name, rows in parts.items()}
+    level = None
+    if alpha_bars is None:
+        classifier.calibrate(images[parts["trained"]])
+    else:
+        level = alpha_bars[0].item()
+        record["levels"] = _accuracies(classifier, images[parts["held_out"]], labels[parts["held_out"]], alpha_bars)
+    record["accuracy"] = {name: classifier.accuracy(images[rows], labels[rows], level) for name, rows in parts.items()}
     classifier.training_record = record
     classifier.save_pretrained(out)
     (out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _accuracies(classifier, images, labels, alpha_bars):
+    """Accuracy at timesteps from the first to the last."""
+    timesteps = [i * (len(alpha_bars) - 1) // LEVELS for i in range(LEVELS + 1)]
+    levels = [{"t": t, "alpha_bar": alpha_bars[t].item()} for t in timesteps]
+    return [{**level, "held_out": classifier.accuracy(images, labels, level["alpha_bar"])} for level in levels]
 
 
 def _shape(config, images, classes):
@@ -80,4 +97,5 @@ def _shape(config, images, classes):
         classes=classes,
         channels=channels,
         num_features=config.num_features,
+        noisy=config.noisy,
     )

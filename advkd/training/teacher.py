@@ -1,6 +1,7 @@
 """Training of a small diffusers teacher on digits or on a folder of images (``advkd teacher train``)."""
 
 import copy
+import dataclasses
 import os
 import shutil
 from functools import partial
@@ -10,17 +11,19 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.images import load_images
+from ..data.images import load_images, load_labelled
 from ..data.sources import Tensors
+from ..diffusion.loading import CLASSES, Classes
+from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..runtime.devices import plain_defaults, require_device
-from ..runtime.files import synchronize_all
+from ..runtime.files import synchronize_all, write_json
 from ..runtime.folders import temporary_path, writing
 from .checkpoint import CHECKPOINT, claim
 from .trainer import Trainer
 
-PIPELINE = ("unet", "scheduler", "model_index.json")
+PIPELINE = ("unet", "scheduler", CLASSES, "model_index.json")
 
 
 @plain_defaults()
@@ -29,10 +32,12 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
 
     A checkpoint every ``config.checkpoint_every`` steps makes a killed run go on with ``resume=True``; every random draw
     is a function of (seed, step), so the resumed run equals an uninterrupted one. The teacher has 1,000 timesteps and clips x0.
+    A conditional one has a class more than the data, which stands for no class, and ``classes.json`` with their names.
 
     Args:
         config: a :class:`~advkd.methods.denoising.TeacherTrainingConfig`, with the data and the device.
-        out: folder for ``model_index.json``, ``unet`` and ``scheduler``, and for the checkpoint, which is removed at the end.
+        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json`` and the checkpoint, which is removed at
+            the end.
         resume: go on from ``out``'s checkpoint.
         progress: show a bar.
 
@@ -46,19 +51,18 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     Examples:
         >>> train_teacher(TeacherTrainingConfig(data="digits", steps=500), "teacher")
     """
-    from diffusers import DDPMScheduler
-
     config.validate()
     require_device(config.device)
     for name in PIPELINE:
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
     claim(out, resume, PIPELINE, "teacher")
-    images = load_images(config.data, config.size or None, config.image_channels or None)
+    source, classes = _read(config)
+    images = source.tensors["images"]
     torch.manual_seed(config.seed)
-    unet = build_unet(images.shape[-1], images.shape[1], config.channels)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=config.prediction, clip_sample=True)
-    method, source = Denoising(config, unet, scheduler), Tensors(images=images.to(config.device))
+    unet = build_unet(images.shape[-1], images.shape[1], config.channels, len(classes.names) if classes else 0)
+    scheduler = noise_scheduler(config.schedule, config.prediction)
+    method = Denoising(config, unet, scheduler, classes.null if classes else None)
     trainer = Trainer(
         method,
         source,
@@ -67,7 +71,7 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         resume=resume,
         device=config.device,
         progress=progress,
-        save=partial(_save_pipeline, scheduler=scheduler),
+        save=partial(_save_pipeline, scheduler=scheduler, classes=classes),
         finished=PIPELINE,
         what="teacher",
     )
@@ -75,10 +79,31 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     return trainer.out
 
 
-def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = ()) -> nn.Module:
+def _read(config):
+    """The images, with labels for a conditional teacher, and its classes."""
+    size, channels = config.size or None, config.image_channels or None
+    if not config.conditional:
+        return Tensors(images=load_images(config.data, size, channels).to(config.device)), None
+    images, labels, names = load_labelled(config.data, size, channels)
+    return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null=len(names))
+
+
+def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), classes: int = 0) -> nn.Module:
     """A small ``UNet2DModel``: one resnet per block, attention at the lowest resolution only.
 
     With the default channels it has 1.09 M parameters at 32x32.
+
+    Args:
+        size: side of the images in pixels, 4 * 2^k and at least 8.
+        image_channels: channels of the images.
+        channels: from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
+        classes: number of classes; the network takes one more, the last, that stands for no class (0: it takes no classes).
+
+    Returns:
+        The network in training mode, its weights drawn from torch's global generator.
+
+    Raises:
+        InputError: a size that cannot be, or too many channels for it.
     """
     from diffusers import UNet2DModel
 
@@ -98,10 +123,11 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = ()) -
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
         norm_num_groups=8,
         attention_head_dim=8,
+        num_class_embeds=classes + 1 if classes else None,
     )
 
 
-def _save_pipeline(unet, out, scheduler):
+def _save_pipeline(unet, out, scheduler, classes):
     from diffusers import DDPMPipeline
 
     # Saved aside and moved in, the index last; the checkpoint stays until all is there, so a kill loses nothing.
@@ -113,10 +139,13 @@ def _save_pipeline(unet, out, scheduler):
         with writing(out / "model_index.json", folder):
             folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
             DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
+            if classes:
+                write_json(folder / CLASSES, dataclasses.asdict(classes))
             synchronize_all(folder)
             for name in PIPELINE:
-                shutil.rmtree(out / name, ignore_errors=True)
-                os.replace(folder / name, out / name)
+                if (folder / name).exists():
+                    shutil.rmtree(out / name, ignore_errors=True)
+                    os.replace(folder / name, out / name)
     except SafetensorError as error:
         raise InputError(f"the teacher cannot be written to {out} ({error})") from error
     finally:

@@ -208,7 +208,7 @@ void make_pieces(const SamplerStep& s, i64 begin, i64 end) {
       run.x = at<X>(s.x, place);
       run.model_output = at<M>(s.model_output, place);
       run.previous_x0 = at<X>(s.previous_x0, place);
-      run.history = at<X>(s.history, place);
+      if constexpr (C::kExtended) run.history = at<X>(s.history, place);
       run.noise = at<X>(s.noise, place);
       run.drawn = noise.draw(sample, start, count);
       run.out = at<X>(s.out, place);

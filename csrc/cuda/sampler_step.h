@@ -12,8 +12,8 @@ static_assert(kStepThreads % kStepLanes == 0, "blocks are whole warps");
 // and memory order are one such channel, NHWC has C of them. A tensor that is not wanted is null.
 struct StepParameters {
   const void *x, *m;
-  const float* table;  // rows of eight
-  const void *previous_x0, *noise;
+  const float* table;  // rows of eight, of extended steps of twelve
+  const void *previous_x0, *history, *noise;
   const i64 *indices, *steps;
   void *out, *x0, *pooled;
   int* flags;

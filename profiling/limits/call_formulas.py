@@ -99,18 +99,26 @@ def sampler_step(given):
     if not isinstance(rows, torch.Tensor):
         steps = [rows] if isinstance(rows, ops.StepCoefficients) else rows
         names = ("k_x", "k_m", "clip", "c_0", "c_x", "c_m", "c_h", "c_z")
+        names += ("c_g", "s_0", "s_x", "s_m") if any(step.extended for step in steps) else ()
         rows = torch.tensor([[float(getattr(step, name)) for name in names] for step in steps], dtype=x.dtype, device="cpu")
-    k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = (_per_sample(column, x) for column in rows.to(x.dtype).reshape(-1, 8).unbind(1))
+        rows = rows.reshape(-1, len(names))
+    columns = [_per_sample(column, x) for column in rows.to(x.dtype).unbind(1)]
+    k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = columns[:8]
     clean = torch.minimum(torch.maximum(k_x * x + k_m * m, -clip), clip)
-    state, noise = c_0 * clean + c_x * x + c_m * m, given["noise"]
+    stored, state, noise = clean, c_0 * clean + c_x * x + c_m * m, given["noise"]
     if given["previous_x0"] is not None:
         state = state + c_h * given["previous_x0"]
+    if columns[8:]:
+        c_g, s_0, s_x, s_m = columns[8:]
+        stored = s_0 * clean + s_x * x + s_m * m
+        if given["history"] is not None:
+            state = state + c_g * given["history"]
     if isinstance(noise, (tuple, list)):
         seed, indices, step = noise
         noise = _drawn(ops.philox_normal, seed, indices, x.shape[1:], stream="step", step=step)
     if noise is not None:
         state = state + c_z * noise
-    return state, clean if given["return_x0"] else None, _pooled(state, int(given["pool"] or 0))
+    return state, stored if given["return_x0"] else None, _pooled(state, int(given["pool"] or 0))
 
 
 def _pooled(state, side):

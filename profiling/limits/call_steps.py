@@ -1,12 +1,13 @@
 """Calls of the ops of a sampler's step and of its noise."""
 
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 
 from advkd import ops
-from advkd.ops.step_coefficients import COEFFICIENTS as COLUMNS
+from advkd.ops.step_coefficients import COEFFICIENTS, EXTENDED_COEFFICIENTS
 
 from . import call_formulas
 from .call import (
@@ -54,9 +55,10 @@ def philox_uniform(draw):
 
 
 def _coefficients(draw, without=()):
-    """A step's coefficients; those of ``without`` are zero."""
-    weight = lambda name: 0.0 if name in without else draw.choice((0.0, 1.0, -0.5, 1.3, 157.0))  # noqa: E731
-    names = [name for name in COLUMNS if name != "clip"]
+    """A step's coefficients; those of ``without`` are zero, ``s_0`` among them 1."""
+    zero = lambda name: float(name == "s_0")  # noqa: E731
+    weight = lambda name: zero(name) if name in without else draw.choice((0.0, 1.0, -0.5, 1.3, 157.0))  # noqa: E731
+    names = [name for name in EXTENDED_COEFFICIENTS if name != "clip"]
     clip = draw.choice((math.inf, math.inf, 1.0, 0.5, 0.0))
     return ops.StepCoefficients(**{name: weight(name) for name in names}, clip=clip)
 
@@ -67,7 +69,10 @@ def sampler_step(draw):
     mixed = dtype != torch.float64 and draw.chance(0.3)
     m = draw.tensor(shape, draw.choice(DTYPES[:3]) if mixed else dtype)
     history, (noise, noise_fits) = draw.choice((None, draw.tensor(shape, dtype))), _step_noise(draw, shape, dtype)
-    coefficients, fits = _step_coefficients(draw, shape[0], dtype, history is None, noise is None)
+    extended = draw.chance(0.4)
+    second = draw.choice((None, draw.tensor(shape, dtype))) if extended else None
+    missing = [name for name, there in (("c_h", history), ("c_g", second), ("c_z", noise)) if there is None]
+    coefficients, fits = _step_coefficients(draw, shape[0], dtype, missing, extended)
     pool, pool_fits = _pool(draw, shape)
     out, out_fits = _step_out(draw, x, [m] if history is None else [m, history], pool if pool_fits else None)
     arguments = {
@@ -75,6 +80,7 @@ def sampler_step(draw):
         "model_output": m,
         "coefficients": coefficients,
         "previous_x0": history,
+        "history": second,
         "noise": noise,
         "pool": pool,
         "return_x0": draw.chance(0.4),
@@ -82,21 +88,22 @@ def sampler_step(draw):
         "check_finite": draw.chance(0.2),
         "backend": elementwise_backend(draw, dtype),
     }
-    tensors = ("x", "model_output", "coefficients", "previous_x0", "noise", "pool", "out", "backend")
+    read = ("x", "model_output", "coefficients", "previous_x0", "history", "noise")
+    tensors = (*read, "pool", "out", "backend")
     call = Call(
         "sampler_step",
         ops.sampler_step,
         arguments,
         oracle=call_formulas.sampler_step,
         bound=_sampler_step_bound,
-        differentiable=("x", "model_output", "previous_x0", "noise"),
+        differentiable=("x", "model_output", "previous_x0", "history", "noise"),
         written=("out",),
-        fits=(tensors, (*tensors[:5], "check_finite")),
+        fits=(tensors, (*read, "check_finite")),
         # The average is the last result.
         received=(0, -1),
     )
     checked_backend(call, dtype).spoil("coefficients", not fits).spoil("noise", not noise_fits)
-    given = (x, m, history, noise if isinstance(noise, torch.Tensor) else None)
+    given = (x, m, history, second, noise if isinstance(noise, torch.Tensor) else None)
     infinite = dtype == torch.float16 or not all(t.isfinite().all() for t in given if t is not None)
     call.spoil("check_finite", arguments["check_finite"] and infinite)
     return call.spoil("pool", not pool_fits).spoil("out", not out_fits)
@@ -107,11 +114,14 @@ def _step_noise(draw, shape, dtype):
     return draw.choice(((None, True), (draw.tensor(shape, dtype), True), noise_for(draw, shape[0])))
 
 
-def _step_coefficients(draw, count, dtype, no_history, no_noise):
-    """Coefficients for a batch, and whether the tensors that they need are there."""
-    missing = [name for name, none in (("c_h", no_history), ("c_z", no_noise)) if none]
+def _step_coefficients(draw, count, dtype, missing, extended):
+    """Coefficients for a batch, and whether the tensors that they need are there; ``missing``: weights of those that lack."""
     fits = not missing or not draw.chance(0.05)
-    steps = [_coefficients(draw, missing if fits else ()) for _ in range(max(count, 1))]
+    plain = () if extended else EXTENDED_COEFFICIENTS[len(COEFFICIENTS) :]
+    steps = [_coefficients(draw, (*plain, *(missing if fits else ()))) for _ in range(max(count, 1))]
+    if extended:
+        # With all others drawn as those of a plain step a history would be refused.
+        steps = [dataclasses.replace(step, s_x=1.3) for step in steps]
     table = ops.coefficient_table(steps[:1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return draw.choice((steps[0], steps[0], steps[:count], table)), fits
 
@@ -138,11 +148,14 @@ def _sampler_step_bound(wide, wanted, same):
     x, m, rows = wide["x"], wide["model_output"], wide["coefficients"]
     if not isinstance(rows, torch.Tensor):
         rows = ops.coefficient_table([rows] if isinstance(rows, ops.StepCoefficients) else rows, dtype=torch.float64)
-    k_x, k_m, clip, c_0, c_x, c_m, c_h, c_z = rows.double().reshape(-1, 8, *[1] * (x.ndim - 1)).abs().unbind(1)
+    columns = rows.double().reshape(*rows.shape, *[1] * (x.ndim - 1)).abs().unbind(1)
+    (k_x, k_m, _, c_0, c_x, c_m, c_h, c_z), (c_g, s_0, s_x, s_m) = columns[:8], columns[8:] or (0, 1, 0, 0)
     clean = k_x * x.abs() + k_m * m.abs()
     size = c_0 * clean + c_x * x.abs() + c_m * m.abs()
     if wide["previous_x0"] is not None:
         size = size + c_h * wide["previous_x0"].abs()
+    if wide["history"] is not None:
+        size = size + c_g * wide["history"].abs()
     drawn = isinstance(wide["noise"], (tuple, list))
     if drawn:
         # The largest normal that 24 bits make is 5.8.
@@ -151,7 +164,7 @@ def _sampler_step_bound(wide, wanted, same):
         size = size + c_z * wide["noise"].abs()
     bounds = [16 * UNIT * size]
     if wide["return_x0"]:
-        bounds.append(16 * UNIT * clean)
+        bounds.append(16 * UNIT * (s_0 * clean + s_x * x.abs() + s_m * m.abs()))
     if wide["pool"]:
         bounds.append(F.avg_pool2d(16 * UNIT * size, int(wide["pool"])) if size.numel() else size)
     dtype = same[0].dtype
@@ -160,16 +173,18 @@ def _sampler_step_bound(wide, wanted, same):
 
 
 def coefficient_table(draw):
-    steps = [_coefficients(draw) for _ in range(draw.randint(0, 4))]
+    plain = draw.choice(((), EXTENDED_COEFFICIENTS[len(COEFFICIENTS) :]))
+    steps = [_coefficients(draw, plain) for _ in range(draw.randint(0, 4))]
     arguments = {"steps": draw.choice((list, tuple))(steps), "device": "cpu", "dtype": draw.choice(DTYPES)}
+    names = EXTENDED_COEFFICIENTS if any(step.extended for step in steps) else COEFFICIENTS
     same = lambda arguments: torch.tensor(  # noqa: E731
-        [[getattr(step, name) for name in COLUMNS] for step in arguments["steps"]], dtype=arguments["dtype"]
-    ).reshape(-1, 8)
+        [[getattr(step, name) for name in names] for step in arguments["steps"]], dtype=arguments["dtype"]
+    ).reshape(-1, len(names))
     return Call("coefficient_table", ops.coefficient_table, arguments, oracle=same, same=same)
 
 
 def step_coefficients(draw):
-    names = COLUMNS
+    names = EXTENDED_COEFFICIENTS
     arguments = {name: draw.choice((0.0, 1.0, -2.5, math.inf, 1)) for name in names}
     same = lambda arguments: [float(arguments[name]) for name in names]  # noqa: E731
     function = lambda **given: [float(getattr(ops.StepCoefficients(**given), name)) for name in names]  # noqa: E731

@@ -47,7 +47,7 @@ class HostModule:
         # The kernels of all variants are compiled at once here, but only those asked for may be called.
         self.variant = ""
         if options[1:]:
-            names = re.fullmatch(r"-DADVKD_VARIANTS\(EACH\)=EACH\((\w+(?:, \w+)?)\)", options[1])[1]
+            names = re.fullmatch(r"-DADVKD_VARIANTS\(EACH\)=EACH\((\w+(?:, \w+)*)\)", options[1])[1]
             self.variant = "_" + "_".join(names.split(", "))
         if code not in self.libraries:
             self.libraries[code] = ctypes.CDLL(str(compiled(code, folder)))

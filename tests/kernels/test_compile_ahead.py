@@ -39,26 +39,30 @@ def compile(kernel, constants, **types):
     print("KERNEL " + json.dumps([len(compiled.asm["cubin"]), compiled.metadata.shared, *wide]))
 
 def step_kernel(kernel, element, absent, **constants):
-    tensors = dict.fromkeys(("x", "m", "previous_x0", "noise", "out", "x0", "pooled"), "*" + element)
-    compile(kernel, {**constants, **dict.fromkeys(absent)}, **tensors)
+    tensors = dict.fromkeys(("x", "m", "previous_x0", "history", "noise", "out", "x0", "pooled"), "*" + element)
+    extended = "history" not in absent
+    compile(kernel, {**constants, "EXTENDED": extended, **dict.fromkeys(absent)}, **tensors)
 
 compile(philox.words_kernel, {"BLOCK": philox.BLOCK}, out="*i64", stream_step="i32", count="i64", tiles="i64")
 compile(philox.normal_kernel, {"BLOCK": philox.BLOCK}, out="*fp32", stream_step="i32", count="i64", tiles="i64")
 flat = {"CHANNELS_LAST": False, "INDEX": tl.int32, "BLOCK": step.BLOCK}
-plain = ("previous_x0", "noise", "indices", "steps", "x0", "flags")
+plain = ("previous_x0", "history", "noise", "indices", "steps", "x0", "flags")
 step_kernel(step.flat_kernel, "fp32", plain, **flat)
-step_kernel(step.flat_kernel, "fp32", ("noise",), **flat)
+step_kernel(step.flat_kernel, "fp32", ("history", "noise"), **flat)
+step_kernel(step.flat_kernel, "bf16", ("history", "noise", "steps"), **flat)
+step_kernel(step.flat_kernel, "fp32", ("indices", "steps"), **flat)
 step_kernel(step.flat_kernel, "bf16", ("noise", "steps"), **flat)
-step_kernel(step.flat_kernel, "fp32", ("noise", "steps"), **{**flat, "CHANNELS_LAST": True, "INDEX": tl.int64})
+step_kernel(step.flat_kernel, "fp32", ("history", "noise", "steps"), **{**flat, "CHANNELS_LAST": True, "INDEX": tl.int64})
 pool = {"POOL": 4, **step.pool_tile(256, 4), "CHANNELS_LAST": False}
 step_kernel(step.pool_kernel, "fp32", plain, **pool)
+step_kernel(step.pool_kernel, "fp32", ("history", "noise", "steps"), **pool)
 step_kernel(step.pool_kernel, "fp32", ("noise", "steps"), **pool)
 pool = {"POOL": 3, **step.pool_tile(255, 3), "CHANNELS_LAST": True}
-step_kernel(step.pool_kernel, "fp16", ("noise", "previous_x0"), **pool)
+step_kernel(step.pool_kernel, "fp16", ("history", "noise", "previous_x0"), **pool)
 """
 # 16-byte loads and stores per kernel: BLOCK * 4 elements on 128 threads are two vectors of four per tensor in float32,
 # one of eight in bfloat16; words and normals, and strided and odd variants, promise none.
-WIDE = [None, None, (4, 2), (6, 4), (3, 2), None, (4, 2), (6, 4), None]
+WIDE = [None, None, (4, 2), (6, 4), (3, 2), (10, 4), (4, 2), None, (4, 2), (6, 4), (8, 4), None]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -123,23 +127,25 @@ def test_nvcc_spills_nothing(architecture, tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 def test_nvcc_sampler_step(architecture, tmp_path):
-    """Nothing spills, and four blocks of 256 threads (pooled: three) fit on a multiprocessor.
+    """Nothing spills, and four blocks of 256 threads (pooled: three) fit on a multiprocessor; of extended steps one less.
 
     Aligned tensors are read and written in vectors; without a pooled copy nothing is divided.
     """
     known_to_nvcc(architecture)
     kernels = list(cuda_kernels("sampler_step.cu", tmp_path, architecture))
     dtypes = ("f32", "bf16", "f16")
-    names = itertools.product(("flat", "pool"), ("tensor", "draw"), dtypes, dtypes)
+    names = itertools.product(("flat", "pool"), ("tensor", "draw"), dtypes, dtypes, ("plain", "extended"))
     assert sorted(name for name, *_ in kernels) == sorted("advkd_step_" + "_".join(name) for name in names)
     for name, spilled, registers, ptx in kernels:
-        flat, draw = "flat" in name, "draw" in name
-        assert spilled == 0 and registers <= (64 if flat else 80) and ".local" not in ptx, name
+        flat, draw, extended = "flat" in name, "draw" in name, "extended" in name
+        most = (80 if extended else 64) if flat else (128 if extended else 80)
+        assert spilled == 0 and registers <= most and ".local" not in ptx, name
         assert not flat or not re.search(r"\b(div|rem)\.", ptx), name
         loads, stores = (len(re.findall(way + r"\.global\S*\.v4\.", ptx)) for way in ("ld", "st"))
-        # x, m, previous_x0 and, as a tensor, noise; the next state and x0. The flat kernel has two of each, except for draws.
-        times = 3 if flat and not draw else 1
-        assert loads >= times * (3 if draw else 4) and stores == times * 2, name
+        # x, m, previous_x0, history of extended steps and, as a tensor, noise; the next state and what is stored. The flat
+        # kernel of plain steps has two of each, except for draws.
+        times = 3 if flat and not draw and not extended else 1
+        assert loads >= times * (3 + extended + (not draw)) and stores == times * 2, name
 
 
 # Entry points of the training ops' sources, and the 16-byte loads and stores of one in 16-bit storage.
@@ -208,7 +214,7 @@ def test_nvrtc_compiles_every_device_source(source):
     text = cuda.source(source.removesuffix(".cu")).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None) == 0
     # Options that the launchers pass, and those that CuPy adds.
-    variant = "bf16, f32" if source == "sampler_step.cu" else "bf16"
+    variant = "bf16, f32, extended" if source == "sampler_step.cu" else "bf16"
     options = [
         *cuda.OPTIONS,
         f"-DADVKD_VARIANTS(EACH)=EACH({variant})",

@@ -38,7 +38,9 @@ class Case:
     history: bool = False
     x0: bool = False
     flags: bool = False
+    extended: bool = False
     in_place: str | None = None
+    stored_in: str | None = None
     offset: int = 0
     scale: float = 1.0
     clip: float = 0.7
@@ -90,6 +92,16 @@ CASES = [
     # Wider than one tile of a block.
     Case((1, 1, 4, 1100), pool=4, noise="draw"),
     Case((1, 1, 5, 1300), pool=5),
+    # Extended steps: single elements, drawn and not, and in two layouts; vectors, with what is stored in place of a history.
+    Case((2, 3, 5, 7), noise="tensor", extended=True, **ALL),
+    Case((2, 3, 5, 7), last=True, noise="draw", planted=True, extended=True, **ALL),
+    Case((2, 3, 8, 8), noise="draw", extended=True, history=True, rows=True, stored_in="second", in_place="x"),
+    Case((2, 3, 8, 8), BF16, F16, noise="tensor", extended=True, history=True, stored_in="previous_x0", planted=True),
+    Case((2, 3, 8, 8), F16, F32, last=True, noise="tensor", extended=True, history=True, stored_in="noise", offset=1),
+    # Without histories.
+    Case((2, 1500), extended=True, x0=True, flags=True),
+    Case((2, 3, 8, 16), pool=4, noise="draw", extended=True, history=True, stored_in="second"),
+    Case((2, 3, 6, 12), BF16, BF16, pool=3, last=True, noise="tensor", extended=True, **ALL),
 ]
 # Slow in the interpreter, and special in CUDA alone.
 CUDA_CASES = [
@@ -114,6 +126,10 @@ CUDA_CASES = [
     Case((1, 1, 301, 1204), pool=301, noise="tensor"),
     # More channels than a block has threads.
     Case((1, 300, 2, 4), pool=2, last=True, noise="draw"),
+]
+# Extended steps are kernels of their own.
+CUDA_CASES += [
+    dataclasses.replace(case, extended=True) for case in (*CASES, *CUDA_CASES) if case.x0 and case.history and not case.extended
 ]
 
 
@@ -149,25 +165,27 @@ def run(case, launch, device="cpu"):
         "m": tensor(case.m),
         "previous_x0": tensor(case.x, case.history),
         "noise": tensor(case.x, case.noise == "tensor"),
+        "second": tensor(case.x, case.history and case.extended),
     }
     if case.planted:
         named["x"].tensor[(n - 1, *[0] * (len(case.shape) - 1))] = float("inf")
         named["m"].tensor[n - 1, ..., -1] = float("nan")
-    table = torch.randn(n if case.rows else 1, 8, generator=generator)
+    table = torch.randn(n if case.rows else 1, 12 if case.extended else 8, generator=generator)
     table[:, 2] = case.clip
     small = (*case.shape[:2], *(side // case.pool for side in case.shape[2:])) if case.pool else None
     outputs = {
         "out": named[case.in_place] if case.in_place else Guarded(case.shape, case.x, case.last, case.offset, device),
-        "x0": Guarded(case.shape, case.x, case.last, case.offset, device) if case.x0 else None,
+        "x0": Guarded(case.shape, case.x, case.last, case.offset, device) if case.x0 else named.get(case.stored_in),
         "pooled": Guarded(small, case.x, case.last, case.offset, device) if small else None,
     }
     flags = torch.zeros(n, dtype=torch.int32, device=device) if case.flags else None
     # Indices beyond 32 bits, and a seed whose upper half counts.
     indices = torch.arange(n, device=device) * 2**33 + 5 if case.noise == "draw" else None
     steps = None if case.steps is None else torch.tensor(case.steps, device=device)
-    x, m, previous_x0, noise = (None if g is None else g.tensor for g in named.values())
+    x, m, previous_x0, noise, second = (None if g is None else g.tensor for g in named.values())
     out, x0, pooled = (None if g is None else g.tensor for g in outputs.values())
-    launch(x, m, table.to(device), previous_x0, noise, indices, -(2**40) + 9, 7, steps, case.pool, out, x0, pooled, flags)
+    drawn = (indices, -(2**40) + 9, 7, steps)
+    launch(x, m, table.to(device), previous_x0, second, noise, *drawn, case.pool, out, x0, pooled, flags)
     assert all(g is None or g.untouched() for g in (*named.values(), *outputs.values()))
     results = {"out": out, "x0": x0, "pooled": pooled, "flags": flags}
     return {name: tensor.cpu() for name, tensor in results.items() if tensor is not None}
@@ -205,7 +223,7 @@ def test_triton_interpreter_parity():
     assert result.stdout.strip() == "parity", result.stderr
 
 
-CORE = (CASES[1], next(case for case in CASES if case.pool == 3))
+CORE = (CASES[1], next(case for case in CASES if case.pool == 3), next(case for case in CASES if case.extended))
 HOSTED = [pytest.param(case, id=str(case), marks=pytest.mark.core if case in CORE else ()) for case in CASES + CUDA_CASES]
 
 
@@ -240,7 +258,19 @@ def check_rounding(dtype, launch, device="cpu"):
     for count in (m.numel(), m.numel() - 1):
         out = torch.full((1, count), 7, dtype=dtype, device=device)
         table = torch.tensor([[0, 0, 1, 0, 0, 1.0, 0, 0]], device=device)
-        arguments = (x[:, :count].contiguous(), m[:, :count].contiguous().to(device), table, None, None, None, 0, 0, None, 0)
+        arguments = (
+            x[:, :count].contiguous(),
+            m[:, :count].contiguous().to(device),
+            table,
+            None,
+            None,
+            None,
+            None,
+            0,
+            0,
+            None,
+            0,
+        )
         launch(*arguments, out, None, None, None)
         finite = m[:, :count].isfinite()
         assert torch.equal(out.cpu()[finite], m[:, :count][finite].to(dtype))
@@ -279,10 +309,10 @@ def run_last_block(sizes, before, tensors, pool=0, last=False, seed=0, step=0):
     indices = torch.empty(sizes[0], dtype=torch.int64, device="meta") if "indices" in tensors else None
     small = torch.empty((*sizes[:-2], sizes[-2] // pool, sizes[-1] // pool), device="meta") if pool else None
     table = torch.empty(1, 8, device="meta")
-    planned = plan("sampler_step", x, x, table, None, None, indices, seed, step, None, pool, x, None, small, None)
+    planned = plan("sampler_step", x, x, table, None, None, None, indices, seed, step, None, pool, x, None, small, None)
     for name, tensor in tensors.items():
         planned.update(**{name: tensor.data_ptr() - before.get(name, 0)})
-    with only_last_block("sampler_step", planned.blocks, "f32, f32"):
+    with only_last_block("sampler_step", planned.blocks, "f32, f32, plain"):
         start(planned)
     return planned
 
@@ -320,7 +350,7 @@ def test_cuda_kernels_count_beyond_32_bits_in_memory_order(count, cupy_on_host):
     out, expected = torch.full_like(x, float("nan")), torch.empty_like(x)
     planned = run_last_block((1, before + count), *ends(before, x, m, PLAIN, out))
     assert planned["vectors_each"] == {256: 2, 252: 1, 255: 0}[count]
-    sampler_step_reference(x, m, PLAIN, None, None, None, 0, 0, None, 0, expected, None, None, None)
+    sampler_step_reference(x, m, PLAIN, None, None, None, None, 0, 0, None, 0, expected, None, None, None)
     assert torch.equal(out, expected)
 
 
@@ -351,7 +381,7 @@ def test_cuda_kernels_take_almost_2_to_the_32_samples(cupy_on_host):
 def test_more_blocks_than_a_launch_has_are_refused():
     x, table = torch.empty(2**32, 1, device="meta"), torch.empty(1, 8, device="meta")
     with pytest.raises(RuntimeError, match="sampler_step: x is too large for one launch"):
-        plan("sampler_step", x, x, table, None, None, None, 0, 0, None, 0, x, None, None, None)
+        plan("sampler_step", x, x, table, None, None, None, None, 0, 0, None, 0, x, None, None, None)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 7, 640, 2**31 - 1, 2**31, 2**32 - 1])
@@ -373,7 +403,7 @@ def test_cuda_kernels_flag_one_offender(dtype, count, cupy_on_host):
     for place in (0, 3, 7, count // 2 - 1, count // 2, count - 1):
         x, flags = torch.zeros(3, count, dtype=dtype), torch.zeros(3, dtype=torch.int32)
         x[1, place] = float("inf")
-        LAUNCHERS.sampler_step(x, x, PLAIN, None, None, None, 0, 0, None, 0, torch.empty_like(x), None, None, flags)
+        LAUNCHERS.sampler_step(x, x, PLAIN, None, None, None, None, 0, 0, None, 0, torch.empty_like(x), None, None, flags)
         assert flags.tolist() == [0, 1, 0]
 
 
@@ -410,7 +440,7 @@ def test_philox_refuses(message):
         plan("philox_normal", indices, 0, 1, 0, out)
 
 
-def step_plan(shape, dtype=F32, pool=0, last=False, draw=False, odd=False):
+def step_plan(shape, dtype=F32, pool=0, last=False, draw=False, odd=False, extended=False):
     """The plan for x of any size; ``odd``: m begins where no vector does."""
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
@@ -418,8 +448,8 @@ def step_plan(shape, dtype=F32, pool=0, last=False, draw=False, odd=False):
     indices = torch.empty(shape[0], dtype=torch.int64, device="meta") if draw else None
     small = (*shape[:-2], shape[-2] // pool, shape[-1] // pool) if pool else None
     pooled = torch.empty(small, dtype=dtype, device="meta").contiguous(memory_format=layout) if pool else None
-    table = torch.empty(1, 8, device="meta")
-    return plan("sampler_step", x, m, table, None, None, indices, 0, 0, None, pool, x, None, pooled, None)
+    table = torch.empty(1, 12 if extended else 8, device="meta")
+    return plan("sampler_step", x, m, table, None, None, None, indices, 0, 0, None, pool, x, None, pooled, None)
 
 
 PLANS = [
@@ -431,6 +461,8 @@ PLANS = [
     dict(shape=(2, 256), odd=True),
     dict(shape=(2, 256), draw=True),
     dict(shape=(2, 256), dtype=BF16),
+    dict(shape=(2, 256), extended=True),
+    dict(shape=(64, 3 * 2**16), dtype=BF16, extended=True),
     dict(shape=(64, 3 * 2**16), dtype=BF16),
     dict(shape=(3, 5, 2**15, 2**16), last=True, draw=True),
     dict(shape=(2**32 - 8, 1)),
@@ -466,18 +498,20 @@ def test_plans_cover_every_element():
 
 
 def test_vectors_only_where_they_are_aligned():
-    def vectors(x, pool=0, name="vectors", table=None, x0=None, indices=None):
+    def vectors(x, pool=0, name="vectors", table=None, history=None, x0=None, indices=None):
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         small = (*x.shape[:-2], x.shape[-2] // pool, x.shape[-1] // pool) if pool else None
         pooled = torch.empty(small, memory_format=layout) if pool else None
         table = torch.zeros(1, 8) if table is None else table
-        return plan("sampler_step", x, x, table, None, None, indices, 0, 0, None, pool, x, x0, pooled, None)[name]
+        return plan("sampler_step", x, x, table, None, history, None, indices, 0, 0, None, pool, x, x0, pooled, None)[name]
 
     x = torch.zeros(2, 3, 8, 8)
     drawn = {"indices": torch.arange(2)}
     assert vectors(x) == vectors(x, pool=2) == vectors(x, **drawn) == 1
     odd = torch.zeros(2 * 192 + 1)[1:].view_as(x)
     assert vectors(x, x0=odd) == vectors(x, table=torch.zeros(9)[1:].view(1, 8)) == 0
+    wide = torch.zeros(2, 12)
+    assert vectors(x, table=wide, history=x) == 1 and vectors(x, table=wide, history=odd) == 0
     assert vectors(torch.zeros(2, 3, 5, 7)) == vectors(torch.zeros(2, 3, 8, 6), pool=2) == 0
     assert vectors(torch.zeros(2, 1, 2, 6)) == 1 and vectors(torch.zeros(2, 1, 2, 6).half()) == 0
     last = x.contiguous(memory_format=torch.channels_last)
@@ -485,14 +519,15 @@ def test_vectors_only_where_they_are_aligned():
     # Two per thread where warps are full and nothing is drawn.
     large = torch.zeros(2, 1, 16, 16)
     assert [vectors(y, name="vectors_each") for y in (x, large, large.half(), torch.zeros(2, 512).half())] == [1, 2, 1, 2]
-    assert vectors(large, name="vectors_each", **drawn) == 1 and vectors(torch.zeros(2, 255), name="vectors_each") == 0
+    assert vectors(large, name="vectors_each", **drawn) == vectors(large, name="vectors_each", table=wide) == 1
+    assert vectors(torch.zeros(2, 255), name="vectors_each") == 0
 
 
 GOOD = dict(
     x=torch.zeros(2, 3, 8, 8),
     m=torch.zeros(2, 3, 8, 8),
     table=torch.zeros(1, 8),
-    **dict.fromkeys(("previous_x0", "noise", "indices")),
+    **dict.fromkeys(("previous_x0", "history", "noise", "indices")),
     **dict(seed=0, step=0, steps=None, pool=0, out=torch.zeros(2, 3, 8, 8)),
     **dict.fromkeys(("x0", "pooled", "flags")),
 )
@@ -502,6 +537,9 @@ REFUSED = {
     "m must be float32": {"m": torch.zeros(2, 3, 8, 8).double()},
     "m must have 384 elements": {"m": torch.zeros(2, 3, 8, 4)},
     "table must be torch.float32 with 16": {"table": torch.zeros(3, 8)},
+    "table must be torch.float32 with 24": {"table": torch.zeros(3, 12)},
+    "history needs a table of 12 columns": {"history": torch.zeros(2, 3, 8, 8)},
+    "history must be torch.float32": {"table": torch.zeros(1, 12), "history": torch.zeros(2, 3, 8, 8).half()},
     "previous_x0 must be torch.float32": {"previous_x0": torch.zeros(2, 3, 8, 8).half()},
     "noise must be contiguous": {"noise": torch.zeros(2, 8, 8, 3).permute(0, 3, 1, 2)},
     "indices must be torch.int64 with 2": {"indices": torch.arange(3)},

@@ -24,6 +24,7 @@ TRAINING = [
 LAST = next(case for case in training_cases.CASES["norm_act"] if case.upsample and case.last and case.planted)
 TRAINING += [("norm_act", LAST)]
 STEPS = [next(case for case in steps.CASES if case.noise == "draw" and case.pool in pools) for pools in ((0,), (2, 3))]
+STEPS += [next(case for case in steps.CASES if case.extended and case.history)]
 CONVOLUTIONS = [cases[3] for cases in (convolutions.LAYERS, convolutions.DESCRIPTORS, convolutions.IMAGES)]
 
 

@@ -34,6 +34,7 @@ NEVER = {
     "held_out": (0, 1),
     "learning_rate": (-1, 0),
     "seed": (-1, 2**63),
+    "schedule": ("sigmoid", ""),
 }
 
 

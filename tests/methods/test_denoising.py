@@ -5,6 +5,7 @@ import math
 import torch
 from diffusers import DDPMScheduler
 
+from advkd.data.draws import HostDraws
 from advkd.data.sources import Tensors
 from advkd.methods.denoising import Denoising, TeacherTrainingConfig
 from advkd.training.trainer import Trainer
@@ -50,3 +51,44 @@ def test_an_affine_network_becomes_the_best_denoiser(tmp_path):
         scale = math.sqrt(1 - a) / (a * v + 1 - a)
         assert torch.allclose(found.scale[t], scale, atol=0.01), t
         assert torch.allclose(found.shift[t], -scale * math.sqrt(a) * mu, atol=0.01), t
+
+
+class Labelled(Affine):
+    """An affine network that keeps the labels that it was given."""
+
+    def __init__(self, timesteps):
+        super().__init__(timesteps)
+        self.given = []
+
+    def forward(self, x, t, labels):
+        self.given.append(labels)
+        return super().forward(x, t)
+
+
+def test_labels_are_dropped_at_the_rate_that_is_asked_for(tmp_path):
+    """Within 5 standard deviations of a binomial count; the others stay with their images, and no other draw moves."""
+    count, drop = 20_000, 0.3
+    data = points(count)
+    labels = (data[:, 0] > 1).long()
+    config = TeacherTrainingConfig(steps=1, batch_size=count, drop=drop)
+    given, losses = {}, {}
+    for null in (None, 2):
+        network, scheduler = (Affine if null is None else Labelled)(10), DDPMScheduler(num_train_timesteps=10)
+        data_and_labels = Tensors(images=data, labels=labels)
+        run = Trainer(Denoising(config, network, scheduler, null), data_and_labels, None, tmp_path / str(null), progress=False)
+        rows = run.method.generator(0)
+        losses[null] = run.step()["loss"]
+        given[null] = getattr(network, "given", [])
+    (found,) = given[2]
+    expected = labels[torch.randint(count, (count,), generator=rows)]
+    dropped = found == 2
+    assert abs(dropped.sum().item() - drop * count) <= 5 * math.sqrt(count * drop * (1 - drop))
+    assert torch.equal(found[~dropped], expected[~dropped]) and set(found.tolist()) == {0, 1, 2}
+    assert losses[None] == losses[2] and given[None] == []
+
+
+def test_processes_drop_the_labels_that_one_drops():
+    def drawn(first, count):
+        return HostDraws(torch.Generator().manual_seed(1), 8, first, count).uniform()
+
+    assert torch.equal(torch.cat([drawn(0, 3), drawn(3, 5)]), drawn(0, 8)) and drawn(0, 8).unique().numel() == 8

@@ -587,12 +587,15 @@ def test_no_gradient_is_lost_in_out_or_in_a_table():
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_step_into_a_tensor_that_autograd_has_saved_is_noticed(backend):
-    w, y = torch.ones(1, 1, 4, 4, requires_grad=True), torch.full((1, 1, 4, 4), 2.0)
-    loss = (w * y).sum()
-    with torch.no_grad():
-        sampler_step(y, y, StepCoefficients(1, 0, 0.25), out=y, backend=backend)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    x = torch.zeros(1, 1, 4, 4)
+    for results in ({"x": "out"}, {"previous_x0": "x0"}):
+        w, y = torch.ones(1, 1, 4, 4, requires_grad=True), torch.full((1, 1, 4, 4), 2.0)
+        loss = (w * y).sum()
+        with torch.no_grad():
+            given = {"x": x, **dict.fromkeys((*results, *results.values()), y)}
+            sampler_step(model_output=x, coefficients=StepCoefficients(1, 0, 0.25), backend=backend, **given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -186,7 +186,7 @@ def test_configuration_file_reaches_the_run(monkeypatch, capsys, tmp_path, traje
 def test_too_little_memory_is_one_line(monkeypatch, capsys, tmp_path):
     import advkd.cli.sample
 
-    def exhausted(*arguments):
+    def exhausted(*arguments, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
 
     monkeypatch.setattr(advkd.cli.sample, "sample", exhausted)
@@ -196,7 +196,7 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, tmp_path):
 def test_other_failures_keep_their_traceback(monkeypatch, tmp_path):
     import advkd.cli.sample
 
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise RuntimeError("unsupported memory format option")
 
     monkeypatch.setattr(advkd.cli.sample, "sample", broken)

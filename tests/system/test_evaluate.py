@@ -347,7 +347,7 @@ def test_the_shipped_student_records_its_training():
         ({"num": 7}, "--student with --num 7: 7 images are too few for 4 features; 8 or more"),
         ({"resamples": 19}, "resamples must be at least 20"),
         ({"real": "no-such-folder"}, "--real no-such-folder is not a folder of images"),
-        ({"real": "digits"}, "--real digits holds gray 32x32 images, the student draws gray 8x8 ones"),
+        ({"real": "digits"}, "--real digits holds gray 32x32 images, gray 8x8 ones are compared"),
         ({"num": 0}, "num must be at least 1"),
         ({"extractor": "digits"}, "takes gray 32x32 images, these are gray 8x8"),
         ({"extractor": "no-such"}, "--extractor must be digits, inception or a folder"),

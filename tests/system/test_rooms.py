@@ -10,7 +10,7 @@ from ..conftest import ROOT
 ORDER = "roof cli export evaluation training methods diffusion models engines data ops kernels runtime ground".split()
 """Rooms from top to bottom."""
 
-SPECIAL = {"advkd": "roof", "config": "ground", "errors": "ground"}
+SPECIAL = {"advkd": "roof", "exact": "roof", "config": "ground", "errors": "ground"}
 """Rooms of modules outside the folders. ``advkd/__init__.py`` and programs (``__main__.py``) are the roof."""
 
 KERNELS = {"ops", "kernels"}, {"kernels", "runtime"}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from advkd.cli import output
 from advkd.cli import sample as sampling
 from advkd.cli.sample import sample
 from advkd.data.pictures import save_grid
 from advkd.errors import InputError
+from advkd.models.shape import batches
 
 
 @pytest.mark.parametrize("name", ["run-0.5/", "run-0.5", "v1.2", "2026.11.28", "plain", "a.png/", "model.final/", ".hidden"])
@@ -79,7 +81,7 @@ def test_memory_does_not_grow_with_the_number_of_images(rank, world, tmp_path, m
             if len(saved) > 8:
                 raise Enough
 
-        monkeypatch.setattr(sampling, "save_image", save)
+        monkeypatch.setattr(output, "save_image", save)
         tracemalloc.start()
         with pytest.raises(Enough):
             sample("digits", n, 0, tmp_path / str(n), batch_size=4, progress=False)
@@ -100,7 +102,7 @@ def test_a_walk_of_very_many_pictures_begins_at_once(tmp_path):
     from advkd import Student
 
     fused = Student.from_pretrained("digits").fuse(tune=False)
-    images = next(sampling._walk(fused, 10**12, 3, sampling.batches(10**12, 2)))
+    images = next(sampling._walk(fused, 10**12, 3, batches(10**12, 2)))
     a, b = fused.latents(2, 3)
     assert torch.equal(images, fused(torch.stack([sampling.slerp(a, b, i / (10**12 - 1)) for i in range(2)])))
 
@@ -118,7 +120,7 @@ def test_pictures_that_are_there_are_passed_over(tmp_path, monkeypatch):
         drawn.append(path.name)
         picture.save(path)
 
-    monkeypatch.setattr(sampling, "save_image", save)
+    monkeypatch.setattr(output, "save_image", save)
     sample("digits", 10, 0, tmp_path, batch_size=3, progress=False)
     before = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
     assert sorted(drawn) == sorted(before) == [f"{i:06d}.png" for i in range(10)]

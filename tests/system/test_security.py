@@ -32,12 +32,12 @@ from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor, extract
 from advkd.methods.adv_kd import recipe
 from advkd.models.classifier import Classifier, ClassifierConfig
-from advkd.runtime.files import read_tensors, with_digest, write_tensors
+from advkd.runtime.files import read_tensors, with_digest, write_json, write_tensors
 from advkd.runtime.folders import cache_folder, temporary_path
 from advkd.training import teacher as teacher_training
 from advkd.training.distillation import distill
 
-from ..conftest import fork, tiny_recording, tiny_student
+from ..conftest import fork, tiny_recording, tiny_student, tiny_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -78,6 +78,10 @@ def models(tmp_path_factory, teacher_folder, trajectories):
     classifier.training_record = {"accuracy": {}}
     classifier.save_pretrained(folder / "classifier")
     shutil.copytree(teacher_folder, folder / "teacher")
+    diffusers = pytest.importorskip("diffusers")
+    unet, scheduler = tiny_unet(num_class_embeds=3), diffusers.DDPMScheduler(num_train_timesteps=1000)
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder / "conditional")
+    write_json(folder / "conditional" / "classes.json", {"names": ["a", "b"], "null": 2})
     shutil.copytree(trajectories, folder / "data")
     shutil.copytree(teacher_folder, folder / "older")
     weights = folder / "older" / "unet" / WEIGHTS
@@ -114,6 +118,7 @@ READERS = {
         Teacher.from_pretrained,
         ["model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "scheduler/scheduler_config.json"],
     ),
+    "conditional": (Teacher.from_pretrained, ["classes.json"]),
     "older": (Teacher.from_pretrained, ["unet/diffusion_pytorch_model.bin"]),
     "data": (lambda folder: Trajectories(folder).verify(), ["manifest.json", "shard-00001.safetensors"]),
     "pictures": (load_images, ["a/1.png"]),

@@ -109,7 +109,7 @@ def test_violations_are_found(tmp_path):
 
 
 def test_every_fault_of_the_list_can_be_seeded():
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == 40
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == 42
     for fault in FAULTS:
         file, text = fault.seeded(ROOT)
         assert text != file.read_text() and all((ROOT / tests).exists() for tests in fault.files), fault.name

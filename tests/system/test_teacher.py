@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from advkd.data.levels import supervising_timesteps
+from advkd.diffusion.loading import CLASSES, Classes
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
+from advkd.diffusion.training_schedules import noise_scheduler
 from advkd.errors import InputError
 from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.training.teacher import build_unet, train_teacher
 from advkd.training.trainer import Trainer
 
-from ..conftest import tiny_teacher, tiny_unet
+from ..conftest import tiny_recording, tiny_teacher, tiny_unet
 
 
 def copy_with(folder, target, file, **changes):
@@ -67,7 +70,9 @@ def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "latents"),
         ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "conditional"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-        ("unet/config.json", {"num_class_embeds": 10}, "class-conditional"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        ("unet/config.json", {"num_class_embeds": 0}, "num_class_embeds must be in"),
+        ("unet/config.json", {"num_class_embeds": 10}, "do not fit the configuration"),
         ("unet/config.json", {"out_channels": 2}, "learned variance"),
         ("unet/config.json", {"sample_size": 48}, "sample_size 48"),
         ("unet/config.json", {"time_embedding_type": "fourier"}, "not a timestep"),
@@ -79,6 +84,46 @@ def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
 def test_unfit_teachers_are_refused(teacher_folder, tmp_path, file, changes, reason):
     with pytest.raises(InputError, match=reason):
         Teacher.from_pretrained(copy_with(teacher_folder, tmp_path / "t", file, **changes))
+
+
+def conditional_folder(folder, classes=3):
+    """A tiny foreign teacher that takes classes."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000)
+    diffusers.DDPMPipeline(tiny_unet(num_class_embeds=classes), scheduler).save_pretrained(folder)
+    return folder
+
+
+def test_foreign_conditional_teachers_have_numbered_classes(tmp_path):
+    teacher = Teacher.from_pretrained(conditional_folder(tmp_path))
+    assert teacher.classes == Classes(("0", "1", "2"), null=None)
+    assert teacher.unet.config.num_class_embeds == 3
+    (tmp_path / CLASSES).write_text(json.dumps({"names": ["ant", "bee"], "null": 2}))
+    assert Teacher.from_pretrained(tmp_path).classes == Classes(("ant", "bee"), null=2)
+
+
+@pytest.mark.parametrize(
+    ("classes", "reason"),
+    [
+        ({"names": ["ant", "bee"], "null": None}, "3 names"),
+        ({"names": ["ant", "bee", "cow"], "null": 3}, "2 names"),
+        ({"names": ["ant", 1], "null": 2}, "2 names"),
+        ({"names": "ab", "null": 2}, "2 names"),
+        ({"names": ["ant", "bee"], "null": 0}, "null must be the number 2"),
+        ({"names": ["ant", "bee"], "null": 2.0}, "null must be the number 2"),
+        ({"names": ["ant", "bee"]}, "expected an object with names, null"),
+    ],
+)
+def test_classes_that_do_not_fit_the_network_are_refused(tmp_path, classes, reason):
+    (conditional_folder(tmp_path) / CLASSES).write_text(json.dumps(classes))
+    with pytest.raises(InputError, match=reason):
+        Teacher.from_pretrained(tmp_path)
+
+
+def test_conditional_teachers_are_not_recorded(tmp_path):
+    with pytest.raises(InputError, match="class-conditional; trajectories are recorded of unconditional teachers"):
+        record_trajectories(Teacher.from_pretrained(conditional_folder(tmp_path / "t")), tiny_recording(), tmp_path / "paths")
+    assert not (tmp_path / "paths").exists()
 
 
 def test_learned_embeddings_of_timesteps_are_read(tmp_path):
@@ -367,8 +412,48 @@ def test_bad_runs_are_refused(solver, steps, name):
         tiny_teacher().timesteps(solver, steps)
 
 
-def test_training_learns_saves_and_resumes(tmp_path, monkeypatch):
-    config = TeacherTrainingConfig(size=8, channels=(8, 16), steps=6, batch_size=8, checkpoint_every=2)
+ALPHA_BARS = {
+    "linear": lambda t: torch.cumprod(1 - (1e-4 + (0.02 - 1e-4) * t / 999), 0),
+    "cosine": lambda t: torch.cumprod((cosine(t + 1) / cosine(t)).clamp(min=1 - 0.999), 0),
+    "edm": lambda t: 1 / (1 + (0.002 ** (1 / 7) + t / 999 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 14),
+}
+"""Formulas of Ho et al. 2020, Nichol and Dhariwal 2021 (eq. 17, beta at most 0.999), Karras et al. 2022 (eq. 5)."""
+
+
+def cosine(t):
+    return torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) ** 2
+
+
+@pytest.mark.parametrize("schedule", ALPHA_BARS)
+def test_schedules_are_their_formulas(schedule, tmp_path):
+    """A step of float32 rounds beta (by 2^-25 at most), 1 - beta and the product (by 2^-24 of them)."""
+    scheduler = noise_scheduler(schedule, "v_prediction")
+    expected = ALPHA_BARS[schedule](torch.arange(1000, dtype=torch.float64))
+    factors = expected / torch.cat([torch.ones(1), expected[:-1]])
+    tolerance = (2**-25 / factors + 2 * 2**-24).cumsum(0)
+    assert ((scheduler.alphas_cumprod.double() / expected - 1).abs() <= tolerance).all()
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod) and again.config.prediction_type == "v_prediction"
+    assert again.config.clip_sample
+
+
+def test_linear_schedules_are_ddpms_own():
+    """What unconditional teachers were trained with before there was a choice."""
+    diffusers = pytest.importorskip("diffusers")
+    before = diffusers.DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
+    assert noise_scheduler("linear").to_json_string() == before.to_json_string()
+
+
+TRAININGS = {
+    "unconditional": {},
+    "conditional": {"conditional": True, "drop": 0.5, "prediction": "v_prediction", "schedule": "edm"},
+}
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_training_learns_saves_and_resumes(kind, tmp_path, monkeypatch):
+    config = TeacherTrainingConfig(size=8, channels=(8, 16), steps=6, batch_size=8, checkpoint_every=2, **TRAININGS[kind])
     train_teacher(config, tmp_path / "whole", progress=False)
 
     class Killed(Exception):
@@ -392,7 +477,14 @@ def test_training_learns_saves_and_resumes(tmp_path, monkeypatch):
     assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert not (tmp_path / "killed" / "checkpoint.safetensors").exists()
     teacher = Teacher.from_pretrained(tmp_path / "whole")
-    assert teacher.sample(2, steps=2).shape == (2, 1, 8, 8)
+    if config.conditional:
+        assert teacher.classes == Classes(tuple("0123456789"), null=10) and teacher.unet.config.num_class_embeds == 11
+        assert torch.equal(teacher.alpha_bars.float(), noise_scheduler("edm").alphas_cumprod)
+        (tmp_path / "killed" / CLASSES).rename(tmp_path / CLASSES)
+        assert Teacher.from_pretrained(tmp_path / "killed").classes.null is None
+    else:
+        assert teacher.sample(2, steps=2).shape == (2, 1, 8, 8) and teacher.classes is None
+        assert not (tmp_path / "whole" / CLASSES).exists()
     with pytest.raises(InputError, match="holds a teacher already"):
         train_teacher(config, tmp_path / "whole", progress=False)
     with pytest.raises(InputError, match="holds a teacher already"):
@@ -449,6 +541,11 @@ def test_a_checkpoint_stays_until_the_teacher_is_there(tmp_path, monkeypatch):
         ({"channels": (12,)}, "channels"),
         ({"size": 20}, "size"),
         ({"data": "nowhere"}, "--data nowhere"),
+        ({"data": "nowhere", "conditional": True}, "one folder of images per class"),
+        ({"drop": 1.0}, "drop"),
+        ({"drop": -0.1}, "drop"),
+        ({"drop": float("nan")}, "drop"),
+        ({"schedule": "sigmoid"}, "schedule must be one of linear, cosine, edm"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"size": -8}, "size"),
         ({"seed": 2**64}, "seed"),

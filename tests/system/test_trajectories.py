@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from advkd.data.dataset_info import same_teacher
+from advkd.data.levels import downsample, record_trajectories
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion import recorder
-from advkd.diffusion.recorder import downsample, record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.ops.latents import project

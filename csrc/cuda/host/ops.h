@@ -95,6 +95,7 @@ Plan sampler_step(
     const TensorView& m,
     const TensorView& table,
     const std::optional<TensorView>& previous_x0,
+    const std::optional<TensorView>& history,
     const std::optional<TensorView>& noise,
     const std::optional<TensorView>& indices,
     std::int64_t seed,
@@ -198,8 +199,9 @@ std::int64_t stem_layers(
   EACH(philox_words, "Tensor indices, int seed, int stream, int step, Tensor(a!) out")                               \
   EACH(philox_normal, "Tensor indices, int seed, int stream, int step, Tensor(a!) out")                              \
   EACH(sampler_step,                                                                                                 \
-       "Tensor x, Tensor m, Tensor table, Tensor? previous_x0, Tensor? noise, Tensor? indices, int seed, int step, " \
-       "Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, Tensor(d!)? flags")             \
+       "Tensor x, Tensor m, Tensor table, Tensor? previous_x0, Tensor? history, Tensor? noise, Tensor? indices, "     \
+       "int seed, int step, Tensor? steps, int pool, Tensor(a!) out, Tensor(b!)? x0, Tensor(c!)? pooled, "           \
+       "Tensor(d!)? flags")                                                                                          \
   EACH(conv_layer,                                                                                                   \
        "Tensor x, Tensor weights, Tensor bias, Tensor(a!) out, bool upsample, int activation, float slope, "         \
        "int product")                                                                                                \

@@ -16,9 +16,15 @@ i64 step_most_tiles(const StepParameters& p) {
   return p.pool ? (i64{1} << 31) - 1 : (i64{1} << 29) - 1;
 }
 
-// Two vectors per thread where every warp of a sample is then full. Threads that draw normals have enough work with one.
-void step_plan_flat(StepParameters& p, int group, bool draws) {
-  const bool two = !draws && p.length % (2 * kStepLanes * group) == 0;
+// What the kernel does beside a plain linear combination.
+struct StepWork {
+  bool draws, extended;
+};
+
+// Two vectors per thread where every warp of a sample is then full. With one, threads that draw normals have enough work, and
+// those of extended steps, which load up to five tensors, enough in flight.
+void step_plan_flat(StepParameters& p, int group, StepWork work) {
+  const bool two = !work.draws && !work.extended && p.length % (2 * kStepLanes * group) == 0;
   p.vectors_each = p.vectors ? 1 + two : 0;
   const i64 groups = p.channels * cover(p.length, p.vectors ? group : 4);
   const i64 warps = cover(groups, p.vectors_each == 2 ? 2 * kStepLanes : kStepLanes);
@@ -28,10 +34,9 @@ void step_plan_flat(StepParameters& p, int group, bool draws) {
   p.tiles = cover(p.samples * warps, kStepThreads / kStepLanes);
 }
 
-// `group`: elements of a vector of 16 bytes (with `pool`, four); `draws`: whether the kernel makes the noise. The other fields are
-// filled before.
-void step_plan(StepParameters& p, int group, bool draws) {
-  if (p.pool == 0) return step_plan_flat(p, group, draws);
+// `group`: elements of a vector of 16 bytes (with `pool`, four). The other fields are filled before.
+void step_plan(StepParameters& p, int group, StepWork work) {
+  if (p.pool == 0) return step_plan_flat(p, group, work);
   const int outputs = p.width / p.pool;
   p.tile_channels = clamp(kStepThreads / cover(p.pool, group), p.channels);
   p.outputs = clamp(kStepThreads / p.tile_channels * group / p.pool, outputs);
@@ -47,8 +52,8 @@ void step_plan(StepParameters& p, int group, bool draws) {
 }
 
 // Sizes, and the share of every thread. Memory order serves every layout, but drawn normals and pooled pixels belong to channels.
-void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i64 pool, bool draws) {
-  const i64 channels = samples.last && (pool || draws) ? x.size(1) : 1, width = pool ? x.size(x.dims - 1) : 0;
+void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i64 pool, StepWork work) {
+  const i64 channels = samples.last && (pool || work.draws) ? x.size(1) : 1, width = pool ? x.size(x.dims - 1) : 0;
   constexpr i64 kMost = (i64{1} << 31) - 1;
   require(channels <= kMost && width <= kMost, "x must have at most 2^31 - 1 channels and columns, got ", x);
   const int group = pool || x.dtype == DType::f32 ? 4 : 8;
@@ -57,9 +62,9 @@ void set_sizes(StepParameters& p, const TensorView& x, const Samples& samples, i
   p.length = samples.length / channels;
   p.width = static_cast<int>(width);
   p.pool = static_cast<int>(pool);
-  const bool whole = aligned({p.x, p.m, p.table, p.previous_x0, p.noise, p.out, p.x0});
+  const bool whole = aligned({p.x, p.m, p.table, p.previous_x0, p.history, p.noise, p.out, p.x0});
   p.vectors = whole && channels == 1 && (pool ? width : p.length) % group == 0;
-  step_plan(p, group, draws);
+  step_plan(p, group, work);
   require_launch(p.tiles, "x", x, step_most_tiles(p));
 }
 
@@ -76,6 +81,7 @@ Plan sampler_step(
     const TensorView& m,
     const TensorView& table,
     const std::optional<TensorView>& previous_x0,
+    const std::optional<TensorView>& history,
     const std::optional<TensorView>& noise,
     const std::optional<TensorView>& indices,
     std::int64_t seed,
@@ -90,8 +96,12 @@ Plan sampler_step(
   if (x.numel() == 0) return {};
   const std::string own = computed("x", x), model = computed("m", m);
   require_laid_out("m", m, x, samples, x.numel());
-  require_flat("table", table, DType::f32, table.numel() == 8 ? 8 : 8 * samples.count, x);
+  const bool extended = table.dims == 2 && table.size(1) == 12;
+  const i64 columns = extended ? 12 : 8, rows = table.numel() == columns ? 1 : samples.count;
+  require_flat("table", table, DType::f32, rows * columns, x);
+  require(extended || !history, "history needs a table of 12 columns, got ", table);
   if (previous_x0) require_like("previous_x0", *previous_x0, x, samples, x.numel());
+  if (history) require_like("history", *history, x, samples, x.numel());
   if (noise) require_like("noise", *noise, x, samples, x.numel());
   if (indices) require_flat("indices", *indices, DType::i64, samples.count, x);
   require(!indices || samples.length <= i64{1} << 34, "x must have at most 2^34 elements per sample, got ", x);
@@ -108,6 +118,7 @@ Plan sampler_step(
   p.m = m.data;
   p.table = pointer<const float>(table);
   p.previous_x0 = pointer(previous_x0);
+  p.history = pointer(history);
   p.noise = pointer(noise);
   p.indices = pointer<const i64>(indices);
   p.steps = pointer<const i64>(steps);
@@ -118,11 +129,12 @@ Plan sampler_step(
   p.key0 = key.key0;
   p.key1 = key.key1;
   p.stream_step = key.stream_step;
-  p.row_stride = table.numel() > 8 ? 8 : 0;
+  p.row_stride = table.numel() > columns ? static_cast<int>(columns) : 0;
   p.step_stride = steps && steps->numel() > 1;
-  set_sizes(p, x, samples, pool, indices.has_value());
+  set_sizes(p, x, samples, pool, {indices.has_value(), extended});
   const std::string kernel = std::string("advkd_step_") + (pool ? "pool_" : "flat_") + (indices ? "draw_" : "tensor_");
-  return plan_of("sampler_step", own + ", " + model, p, {{kernel + own + "_" + model, p.tiles, kStepThreads}});
+  const std::string form = extended ? "extended" : "plain", name = kernel + own + "_" + model + "_" + form;
+  return plan_of("sampler_step", own + ", " + model + ", " + form, p, {{name, p.tiles, kStepThreads}});
 }
 
 }  // namespace advkd::host

@@ -1,0 +1,238 @@
+"""Quality of a teacher's images by solver and number of evaluations (``advkd evaluate --solvers``).
+
+All sets begin at one start noise; distances are to real images and to a fine-step reference of other noise. Images are drawn
+in shards that are kept in the cache, so that a killed run goes on and a larger one draws what is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..diffusion.solvers import ALIASES, METHODS, Solver
+from ..diffusion.teacher import Teacher
+from ..errors import InputError
+from ..models.shape import batches
+from ..runtime.devices import require_device
+from ..runtime.files import digest, read_tensors, with_digest, write_json, write_tensors
+from ..runtime.folders import cache_folder, require_output_folder
+from ..runtime.progress import progress_bar
+from ..runtime.timing import provenance
+from .evaluate import REFERENCE_SEED
+from .features import Extractor, build_extractor, extract, require_fit
+from .image_sets import eight_bit, real_images, shuffled
+from .paired import compare_paired
+
+SHARD = 500
+"""Images of a shard."""
+
+FINE = Solver("unipc-2")
+"""Solver of the fine-step reference."""
+
+MAIN = ("ddim", "unipc-2", "dpmpp-2m", "dpmpp-3m")
+"""Solvers whose sets have ``num`` images; the others have ``other_num``."""
+
+
+@dataclass
+class SolverEvaluationConfig:
+    """Options of ``advkd evaluate --solvers``.
+
+    Attributes:
+        solvers: comma-separated names of solvers, or ``all``.
+        evaluations: network evaluations of a run, several separated by commas.
+        num: images of ddim, unipc-2, dpmpp-2m and dpmpp-3m, and of the reference.
+        other_num: images of the other solvers.
+        seed: of the start noise; the reference's is the next one.
+        fine_steps: steps of the reference, by unipc-2.
+        spacing: of the levels (empty: each solver's own).
+        extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
+        real: ``digits`` or a folder of images.
+        resamples: of the bootstrap behind the intervals.
+        batch_size: images that run through the network together.
+    """
+
+    solvers: str = "all"
+    evaluations: tuple[int, ...] = (5, 10, 50)
+    num: int = 2000
+    other_num: int = 2000
+    seed: int = REFERENCE_SEED
+    fine_steps: int = 25
+    spacing: str = ""
+    extractor: str = "digits"
+    real: str = "digits"
+    resamples: int = 100
+    batch_size: int = 50
+
+    def validate(self) -> None:
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name in ("num", "other_num", "fine_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.other_num > self.num:
+            raise InputError(f"other_num must be at most num, {self.num}, got {self.other_num}")
+        if self.resamples < 20:
+            raise InputError(f"resamples must be at least 20, got {self.resamples}")
+        if not self.evaluations or min(self.evaluations) < 1:
+            raise InputError(f"evaluations must be positive numbers, got {self.evaluations}")
+        if not 0 <= self.seed < 2**64 - 1:
+            raise InputError(f"seed must be in [0, 2^64 - 1), got {self.seed}")
+        self.chosen()
+
+    def chosen(self) -> list[Solver]:
+        """The solvers, in the order of their names in ``solvers``.
+
+        Returns:
+            A :class:`~advkd.diffusion.solvers.Solver` for each.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        names = list(METHODS) if self.solvers == "all" else [ALIASES.get(name, name) for name in self.solvers.split(",")]
+        return [Solver(name, self.spacing) for name in dict.fromkeys(names)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A set of images: a solver, its steps, the seed of its noise, and their number."""
+
+    solver: Solver
+    steps: int
+    seed: int
+    num: int
+
+    @property
+    def name(self) -> str:
+        """Solver and evaluations."""
+        return f"{self.solver.name} {self.solver.evaluations(self.steps)}"
+
+
+def evaluate_solvers(
+    teacher: str | Path,
+    config: SolverEvaluationConfig,
+    out: str | Path,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a teacher's images by solver and evaluations, and write ``solvers.json`` under ``out``.
+
+    Args:
+        teacher: source for :meth:`advkd.Teacher.from_pretrained`.
+        config: a :class:`SolverEvaluationConfig`.
+        out: folder, made where it is missing.
+        device: torch device of the teacher and the extractor.
+        cache: folder of kept images and features (default :func:`advkd.runtime.folders.cache_folder`).
+        progress: show a bar while the teacher draws.
+
+    Returns:
+        The contents of ``solvers.json``: ``rows``, one per solver and number of evaluations, with the distances to ``real`` and
+        to ``fine``, a fine-step reference of other start noise.
+
+    Raises:
+        InputError: bad configuration, a solver that cannot take this teacher, or images that do not fit it; nothing was drawn.
+    """
+    config.validate()
+    device = require_device(device)
+    model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
+    real = real_images(config.real, model.shape)
+    require_fit(extractor, real, "--real")
+    runs = list(_runs(config, model))
+    for run in runs:
+        model.program(run.solver, run.steps)
+    cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
+    features = _features(model, extractor, runs, config.batch_size, cache, progress)
+    fine = features.pop("fine")
+    baseline = max(features, key=lambda name: (len(features[name]), name.startswith("ddim "), int(name.split()[-1])))
+    against = {"real": shuffled(extract(extractor, real, cache=cache)), "fine": fine}
+    compared = {name: compare_paired(features, reference, baseline, config.resamples) for name, reference in against.items()}
+    rows = [
+        {
+            "solver": run.solver.name,
+            "steps": run.steps,
+            "evaluations": run.solver.evaluations(run.steps),
+            **{name: asdict(compared[name][run.name]) for name in against},
+        }
+        for run in runs[1:]
+    ]
+    result = {
+        "rows": rows,
+        "baseline": baseline,
+        "config": asdict(config),
+        "teacher": model.identity(),
+        "real_sha256": digest({"images": real}),
+        "provenance": provenance(),
+    }
+    write_json(out / "solvers.json", result)
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result as lines of text.
+
+    Args:
+        result: what :func:`evaluate_solvers` gives.
+
+    Returns:
+        A line for every solver and number of evaluations, the best at real images first.
+    """
+    heads = "solver            evaluations     N  FD to real (at infinity)  to the fine-step reference"
+    lines = [f"{heads}  real, less {result['baseline']}"]
+    for row in sorted(result["rows"], key=lambda row: row["real"]["at_infinity"]):
+        real, fine = row["real"], row["fine"]
+        low, high = real["difference_interval"]
+        lines.append(
+            f"{row['solver']:<20}{row['evaluations']:>8}{real['num']:>7}{real['frechet']:>10.3f} ({real['at_infinity']:.3f})"
+            f"{fine['frechet']:>15.3f} ({fine['at_infinity']:.3f})     {real['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        )
+    return "\n".join(lines)
+
+
+def _runs(config: SolverEvaluationConfig, model: Teacher) -> Iterator[Run]:
+    """The reference, then all sets; numbers of evaluations below a solver's order are left out."""
+    yield Run(FINE, config.fine_steps, config.seed + 1, config.num)
+    for evaluations in config.evaluations:
+        for solver in config.chosen():
+            each = METHODS[solver.name].evaluations
+            steps = (evaluations - 1) // each + 1
+            if steps >= METHODS[solver.name].least:
+                num = config.num if solver.name in MAIN else config.other_num
+                yield Run(solver, min(steps, model.train_timesteps), config.seed, num)
+
+
+def _features(model, extractor, runs, batch_size, cache, progress):
+    """Features of every set by its name; the first is the reference."""
+    with progress_bar(total=sum(run.num for run in runs), desc="solvers", unit="image", shown=progress) as bar:
+        names = ["fine", *(run.name for run in runs[1:])]
+        return {
+            name: _features_of(model, extractor, run, batch_size, cache, bar) for name, run in zip(names, runs, strict=True)
+        }
+
+
+def _features_of(model, extractor: Extractor, run: Run, batch_size: int, cache: Path, bar):
+    images = torch.cat([_shard(model, run, first, batch_size, cache, bar) for first in range(0, run.num, SHARD)])
+    return extract(extractor, images[: run.num], cache=cache)
+
+
+def _shard(model, run, first, batch_size, cache, bar):
+    """Images ``first .. first + SHARD - 1``, uint8, from the cache or drawn now."""
+    identity = {**model.identity(), "name": None}
+    depends = json.dumps([identity, asdict(run.solver), run.steps, run.seed, batch_size], sort_keys=True)
+    folder = cache / f"solvers-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
+    path = folder / f"images-{first:07d}.safetensors"
+    if path.exists():
+        tensors, _ = read_tensors(path, "the cache's images", ("digest",), "delete it")
+        bar.update(SHARD)
+        return tensors["images"]
+    drawn = []
+    for start, count in batches(SHARD, batch_size):
+        x_0 = model.sample(count, run.seed, run.solver, run.steps, first + start)
+        drawn.append(eight_bit(x_0))
+        bar.update(count)
+    folder.mkdir(exist_ok=True)
+    tensors = {"images": torch.cat(drawn)}
+    write_tensors(path, tensors, with_digest(tensors, {}))
+    return tensors["images"]
