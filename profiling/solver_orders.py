@@ -18,9 +18,10 @@ COUNTS = (16, 32, 64, 128, 256)
 TICKS = (16, 32, 64, 128, 256, 512)
 
 PANELS = {
-    "whole runs of order 1 and 2": ("ddim", "heun", "dpm-2", "dpmpp-2m", "deis-2", "unipc-1"),
-    "higher orders: whole runs are of order 2 or 3": ("dpm-3", "dpmpp-3m", "deis-3", "unipc-2", "unipc-3"),
+    "whole runs of order 1 and 2": (("ddim", "heun", "dpm-2", "dpmpp-2m", "deis-2", "unipc-1"), (1, 2)),
+    "higher orders: whole runs of order 2 and 3": (("dpm-3", "dpmpp-3m", "deis-3", "unipc-2", "unipc-3"), (2, 3)),
 }
+"""Title -> solvers, and slopes of the lines beside them."""
 SAME = {"ddim": "ddim, euler, deis-1"}
 """Label of a curve that other solvers share: without clipping theirs is the same step."""
 
@@ -50,22 +51,21 @@ def fitted_order(counts, found):
 def plot(path):
     """A panel of lower orders and one of higher ones; the legend has fitted slopes, thin lines have whole ones."""
     with panels(path, 4.4, columns=2, sharex=True, sharey=True) as figure:
-        for axes, (title, names) in zip(figure, PANELS.items()):
+        for axes, (title, (names, slopes)) in zip(figure, PANELS.items()):
             for name, marker in zip(names, "osD^vP"):
                 counts, found = errors(name)
                 axes.loglog(counts, found, marker + "-", label=f"{SAME.get(name, name)}: {fitted_order(counts, found):.2f}")
+            for slope in slopes:
+                _guide(axes, slope)
             axes.set(title=title, xlabel="network evaluations")
-            axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
-            axes.set_xticks([], minor=True)
             axes.legend(title="solver: fitted order", loc="lower left")
         figure[0].set_ylabel("error (root mean square)")
-        _guides(figure[0], (1, 2))
-        _guides(figure[1], (2, 3))
+        figure[0].set_xticks(TICKS, [str(tick) for tick in TICKS])
+        figure[0].set_xticks([], minor=True)
 
 
-def _guides(axes, orders):
-    for order in orders:
-        x = np.array([300.0, 700.0])
-        y = 10.0 ** (-1.2 - 1.9 * (order - 1)) * (x / x[0]) ** -order
-        axes.loglog(x, y, color=INK, lw=0.8)
-        axes.annotate(f"slope {order}", (x[-1], y[-1]), ha="right", va="top", fontsize=7.5)
+def _guide(axes, slope):
+    x = np.array([300.0, 700.0])
+    y = 10.0 ** (-1.2 - 1.9 * (slope - 1)) * (x / x[0]) ** -slope
+    axes.loglog(x, y, color=INK, lw=0.8)
+    axes.annotate(f"slope {slope}", (x[-1], y[-1]), ha="right", va="top", fontsize=7.5)
