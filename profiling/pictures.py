@@ -1,7 +1,7 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
-The shipped student beside its teacher, from noise that training has not seen, and the plots of the stored results. (The picture
-of a report, and a method's on its page, are those of ``advkd report``.)
+The shipped student beside its teacher, from noise that training has not seen, the orders of solvers, and the plots of the
+stored results. (The picture of a report, and a method's on its page, are those of ``advkd report``.)
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from advkd import Student, Teacher
 from advkd.data.pictures import save_strip
 from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 
-from . import roofline
+from . import roofline, solver_orders
 from .cases import gradient_penalty, neighbours, sampler_step, student
 from .evidence import ROOT, checked, device_of, stale, stored
 from .gpu import summary
@@ -62,6 +62,7 @@ def main():
     strip(teacher, small)
     save_pairs_of(teacher, small, PICTURES / "teacher_and_student.png")
     save_levels_of(teacher, small, PICTURES / "levels.png")
+    solver_orders.plot(PICTURES / "solver_orders.png")
     for name, (plot, _) in PLOTS.items():
         for result in stored(name):
             checked(result)

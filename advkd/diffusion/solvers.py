@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 from ..errors import InputError
-from ..ops.arguments import whole
+from ..ops.arguments import real, whole
 from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .multistep import Weights, deis_weights, dpmpp_weights, multistep, unipc_weights
 from .program import Evaluation, Writer
@@ -114,7 +114,8 @@ class Solver:
         if self.spacing and self.spacing not in SPACINGS:
             raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
         for name, owner in _OWNERS.items():
-            value, default = getattr(self, name), _DEFAULTS[name]
+            value, default = real(name, getattr(self, name)), _DEFAULTS[name]
+            object.__setattr__(self, name, value)
             if not value >= 0 or (value == math.inf and default != math.inf):
                 raise InputError(f"{name} must not be negative or infinite, got {value}")
             if value != default and self.name != owner and not (name == "rho" and self.spacing == "karras"):
