@@ -1,5 +1,8 @@
 """Rounding bounds of float32 formulas, derived operation by operation (running error analysis; Higham 2002, section 3.3)."""
 
+import functools
+import operator
+
 import numpy
 import torch
 
@@ -68,6 +71,8 @@ class Rounded:
         return _rounded(other) / self
 
     def __pow__(self, exponent):
+        if exponent in (0, 1):
+            return self if exponent else Rounded(numpy.ones_like(self.value))
         if exponent == 2:
             return self * self
         assert exponent == 0.5, f"no bound for the power {exponent}"
@@ -75,7 +80,7 @@ class Rounded:
         below, above = (numpy.sqrt(numpy.maximum(self.value + sign * self.error, 0.0)) for sign in (-1, 1))
         return _result(root, numpy.maximum(root - below, above - root), roundings=2)
 
-    __radd__, __rmul__ = __add__, __mul__
+    __radd__, __rmul__, mul = __add__, __mul__, __mul__
 
     def __ge__(self, other):
         return self.value >= other
@@ -97,6 +102,13 @@ class Rounded:
         value = numpy.exp(self.value)
         return _result(value, value * numpy.expm1(self.error), roundings=2)
 
+    def expm1(self):
+        value = numpy.expm1(self.value)
+        return _result(value, (value + 1) * numpy.expm1(self.error), roundings=2)
+
+    def pow(self, exponent):
+        return self**exponent
+
     def log(self):
         return _result(numpy.log(self.value), -numpy.log1p(-self.error / self.value), roundings=2)
 
@@ -111,7 +123,11 @@ class Rounded:
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
         first, *others = arguments
-        return getattr(_rounded(first), function.__name__)(*others, **(options or {}))
+        known = _FUNCTIONS.get(function.__name__) or getattr(_rounded(first), function.__name__)
+        return known(*(arguments if function.__name__ in _FUNCTIONS else others), **(options or {}))
+
+    def __array_ufunc__(self, function, method, first, *others):
+        return getattr(_rounded(first), function.__name__)(*others)
 
 
 def _rounded(operand):
@@ -131,3 +147,32 @@ def _result(value, carried, roundings=1):
         error = numpy.where(carried == 0, _rounding(value), error)
     # An infinity comes from a zero that float32 has, too.
     return Rounded(value, numpy.where(numpy.isinf(value), 0.0, error))
+
+
+def _stack(tensors, dim=0):
+    tensors = [_rounded(tensor) for tensor in tensors]
+    return Rounded(*(numpy.stack([getattr(t, name) for t in tensors], dim) for name in ("value", "error")))
+
+
+def _einsum(equation, weights, tensors):
+    assert equation == "k,bkc...->bc...", f"no bound for the sum {equation}"
+    weights, tensors = _rounded(weights), _rounded(tensors)
+    return functools.reduce(operator.add, (weights[k] * tensors[:, k] for k in range(len(weights))))
+
+
+def _solve(matrix, right):
+    """Gaussian elimination with row exchanges, as LAPACK has it."""
+    rows = [[*(matrix[i, j] for j in range(len(right))), right[i]] for i in range(len(right))]
+    for i in range(len(rows)):
+        rows[i:] = sorted(rows[i:], key=lambda row: -abs(row[i].value))
+        for j in range(i + 1, len(rows)):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i])]
+    solution = []
+    for i in reversed(range(len(rows))):
+        known = (c * x for c, x in zip(rows[i][i + 1 : -1], solution))
+        solution.insert(0, functools.reduce(operator.sub, known, rows[i][-1]) / rows[i][i])
+    return _stack(solution)
+
+
+_FUNCTIONS = {"stack": _stack, "einsum": _einsum, "linalg_solve": _solve}

@@ -37,3 +37,24 @@ def test_exact_operands_leave_one_rounding():
 
 def test_a_root_near_zero_is_bounded_on_both_sides():
     assert (Rounded(0.0, 1e-8) ** 0.5).error >= 1e-4
+
+
+def test_sums_and_solutions_stay_within_their_bound():
+    """Weighted sums over an axis, and systems of two equations as multistep solvers have them."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        nodes, right = torch.rand(2, generator=generator) + 0.1, torch.rand(2, generator=generator)
+        tensors = torch.rand(1, 2, 500, generator=generator)
+
+        def formula(nodes, right, tensors):
+            matrix = torch.stack([torch.pow(nodes, 0), torch.pow(nodes, 1)])
+            return torch.einsum("k,bkc...->bc...", torch.linalg.solve(matrix, torch.expm1(-right)), tensors)
+
+        bound, exact = (
+            formula(Rounded(nodes), Rounded(right), Rounded(tensors)),
+            formula(nodes.double(), right.double(), tensors.double()),
+        )
+        assert numpy.allclose(bound.value, exact.numpy(), rtol=1e-9)
+        assert (abs(formula(nodes, right, tensors).double() - exact).numpy() <= bound.error).all()
+    with pytest.raises(AssertionError, match="no bound"):
+        torch.einsum("kk->k", Rounded(nodes), Rounded(nodes))

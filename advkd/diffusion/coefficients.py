@@ -184,14 +184,14 @@ def dpmsolver_coefficients(
     """
     if sigma <= 0:
         raise InputError(f"sigma must be positive, got {sigma}")
-    alpha_s, sigma_s = _path(sigma, flow)
-    alpha_t, sigma_t = _path(sigma_next, flow)
+    alpha_s, sigma_s = path_weights(sigma, flow)
+    alpha_t, sigma_t = path_weights(sigma_next, flow)
     k_x, k_m = x0_weights(alpha_s, sigma_s, prediction)
     h = _log_snr(alpha_t, sigma_t) - _log_snr(alpha_s, sigma_s)
     first, c_x = -alpha_t * math.expm1(-h), sigma_t / sigma_s
     if sigma_previous is None:
         return StepCoefficients(k_x, k_m, first, c_x)
-    h_0 = _log_snr(alpha_s, sigma_s) - _log_snr(*_path(sigma_previous, flow))
+    h_0 = _log_snr(alpha_s, sigma_s) - _log_snr(*path_weights(sigma_previous, flow))
     if h_0 == 0 or math.isinf(h_0) or math.isinf(h):
         raise InputError(
             f"no second-order step from sigma {sigma_previous} and {sigma} to {sigma_next}: a log-SNR gap is 0 or infinite"
@@ -213,8 +213,16 @@ def _posterior_variance(a_t, a_s):
     return (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
 
 
-def _path(sigma, flow):
-    """Weights ``(alpha, sigma)`` of x0 and noise in a state at noise level ``sigma``."""
+def path_weights(sigma: float, flow: bool) -> tuple[float, float]:
+    """Weights of x0 and of the noise in a state at a noise level.
+
+    Args:
+        sigma: noise level.
+        flow: sigma runs along the straight path x = (1 - sigma) x0 + sigma eps; otherwise the path preserves variance.
+
+    Returns:
+        ``(alpha, noise)`` with x = alpha x0 + noise eps.
+    """
     if flow:
         return 1 - sigma, sigma
     alpha = 1 / math.sqrt(sigma**2 + 1)

@@ -14,6 +14,8 @@ from ..ops import StepCoefficients, sampler_step
 from ..ops.arguments import flag
 from ..ops.philox import validated
 from ..ops.registry import require_known
+from .coefficients import path_weights
+from .schedule import Level
 from .step_arguments import are_plain, as_number, position_in, require_generator, require_noise, require_tensors
 from .step_tables import VARIANTS, remembered, unchanged
 
@@ -31,7 +33,7 @@ class Options:
 
 
 class FusedStep:
-    """The common part of the four schedulers: options, tables, and the way back to diffusers' own code."""
+    """The common part of all schedulers: options, tables, and the way back to diffusers' own code."""
 
     _published: ClassVar[type]
     to_json_string: Callable[[], str]
@@ -155,8 +157,8 @@ class FusedStep:
             message = f"{type(self).__qualname__} runs diffusers' own code: the fused step does not cover {reason}"
             warnings.warn(message, UserWarning, stacklevel=3)
 
-    def _advance(self, sample, model_output, coefficients, dtype, *, noise=None, previous_x0=None, x0=True):
-        """One fused step in ``dtype``'s storage: the next state and x0 (or None).
+    def _advance(self, sample, model_output, coefficients, dtype, *, noise=None, previous_x0=None, history=None, x0=True):
+        """One fused step in ``dtype``'s storage: the next state and what the step stores (or None).
 
         ``coefficients`` are :class:`StepCoefficients`, or a table and a key in it.
         """
@@ -171,6 +173,7 @@ class FusedStep:
             coefficients,
             noise=noise.to(x).expand_as(x) if isinstance(noise, torch.Tensor) else noise,
             previous_x0=None if previous_x0 is None else previous_x0.to(dtype),
+            history=None if history is None else history.to(dtype),
             return_x0=x0,
             backend=self._options.backend,
         )
@@ -241,7 +244,7 @@ class FusedVariancePreserving(FusedStep):
 
 
 class FusedSigmas(FusedStep):
-    """The common part of Euler and DPM-Solver++: steps by position in ``sigmas``, counted by diffusers' ``step_index``.
+    """The common part of the schedulers by sigma: steps by position in ``sigmas``, counted by diffusers' ``step_index``.
 
     Timesteps may repeat: those of a cosine schedule with Karras sigmas do. Given one that does, diffusers begins a run at the
     second of them, so that its own loop over all of ``timesteps`` runs out of them before its last step. Here a run whose first
@@ -259,6 +262,22 @@ class FusedSigmas(FusedStep):
 
     def _sigmas(self):
         return self._cached("sigmas", self.sigmas.tolist)
+
+    def _levels(self):
+        """The levels of ``sigmas``, on the straight path if the configuration says so; their timesteps are left out."""
+        return self._cached("levels", self._make_levels)
+
+    def _make_levels(self):
+        flow = bool(self.config.get("use_flow_sigmas", False))
+        weights = (path_weights(sigma, flow) for sigma in self._sigmas())
+        return [Level(-1.0, alpha, noise, alpha**2) for alpha, noise in weights]
+
+    def _unknown_output(self):
+        """The reason why diffusers' conversion of the network's output is none of ours, or None."""
+        prediction, flow = self.config.prediction_type, bool(self.config.use_flow_sigmas)
+        if (flow and prediction == "v_prediction") or (not flow and prediction == "flow_prediction"):
+            return f"prediction_type {prediction!r} with use_flow_sigmas={flow}"
+        return None
 
     def _begin(self, timestep):
         """The position of this step; the first of a run looks its timestep up, later ones count."""

@@ -12,11 +12,20 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..errors import InputError
 from .program import STATE, Evaluation, Writer
 from .schedule import IMAGE, Level
 
 Weights = tuple[float, list[float]]
 """Weight of the state, and weights of what is remembered, the newest first."""
+
+
+def require_apart(levels: Sequence[Level]) -> None:
+    """Refuse levels that no polynomial in lambda runs through: two are equal, or one holds no image or no noise."""
+    lambdas = [level.log_snr if level.alpha >= 0 else -math.inf for level in levels]
+    if any(map(math.isinf, lambdas)) or len(set(lambdas)) < len(lambdas):
+        sigmas = ", ".join(str(level.sigma) for level in levels)
+        raise InputError(f"no solver of a higher order for the noise levels {sigmas}: a log-SNR gap is 0 or infinite")
 
 
 def dpmpp_weights(past: Sequence[Level], following: Level) -> Weights:
@@ -60,6 +69,22 @@ def deis_weights(past: Sequence[Level], following: Level) -> Weights:
     return following.alpha / past[0].alpha, [following.alpha * w for w in _interpolatory(nodes, moments)]
 
 
+def deis_log_rho_weights(past: Sequence[Level], following: Level) -> Weights:
+    """DEIS as diffusers has it: the integral over rho = sigma of the polynomial in log rho through eps_j.
+
+    Args:
+        past: levels of the remembered eps, the newest first; that is the state's.
+        following: level after the step, of the same sigma or a lower one that is not 0.
+
+    Returns:
+        Weight of the state, and of every eps in ``past``.
+    """
+    # With log rho = -lambda the integrand is e^(-t) p(t) over [0, h]: that of exponential_weights from the other end.
+    h = following.log_snr - past[0].log_snr
+    weights = exponential_weights(h, [h - offset for offset in _offsets(past)]) if h else [0.0] * len(past)
+    return following.alpha / past[0].alpha, [-following.alpha * past[0].sigma * weight for weight in weights]
+
+
 def unipc_weights(past: Sequence[Level], following: Level, order: int) -> Weights:
     """UniPC with B(h) = e^-h - 1 (Zhao et al. 2023, "bh2"): the corrector for the state, then the predictor, in one step.
 
@@ -74,30 +99,69 @@ def unipc_weights(past: Sequence[Level], following: Level, order: int) -> Weight
     Returns:
         Weight of the state, and of every D in ``past``.
     """
-    ratio, predicted = _unipc_predictor(past[:order], following)
+    ratio, predicted = unipc_predictor(past[:order], following)
     weights = predicted + [0.0] * (len(past) - len(predicted))
     if len(past) == 1 or ratio == 0:
         return ratio, weights
-    level, before = past[0], past[1 : order + 1]
-    _, old = _unipc_predictor(before, level)
-    corrected = _unipc_corrector(before, level)
-    for j, weight in enumerate(corrected):
-        weights[j] += ratio * (weight - (old[j - 1] if j else 0.0))
+    for j, weight in enumerate(unipc_correction(past[: order + 1])):
+        weights[j] += ratio * weight
     return ratio, weights
 
 
-def _unipc_predictor(past, following):
-    # Its first two orders are DPM-Solver++'s, as is the third with the right second difference.
-    return dpmpp_weights(past, following)
+def unipc_predictor(past: Sequence[Level], following: Level, solver_type: str = "bh2") -> Weights:
+    """UniP of order 1, 2 or 3: as many D as there are in ``past``.
+
+    Its first two orders with "bh2" are DPM-Solver++'s, as is the third of both with the right second difference: B(h) enters
+    only where a single weight is set to 1 / 2 instead of solved for.
+
+    Args:
+        past: levels of the remembered D, the newest first; that is the state's.
+        following: level after the step.
+        solver_type: ``bh1``, B(h) = -h, or ``bh2``, B(h) = e^-h - 1.
+
+    Returns:
+        Weight of the state, and of every D in ``past``.
+    """
+    ratio, weights = dpmpp_weights(past, following)
+    if len(past) == 2 and solver_type == "bh1":
+        h, gap = following.log_snr - past[0].log_snr, past[0].log_snr - past[1].log_snr
+        slope = following.alpha * h * h / gap / 2
+        return ratio, [sum(weights) + slope, -slope]
+    return ratio, weights
 
 
-def _unipc_corrector(before, level):
-    """Weights of D_i and the D before it in the step from ``before[0]`` to ``level``."""
-    h = level.log_snr - before[0].log_snr
+def unipc_corrector(past: Sequence[Level], solver_type: str = "bh2") -> Weights:
+    """UniC of order 1, 2 or 3, the step that ends at the newest level: as many D as there are in ``past``, less one.
+
+    Args:
+        past: levels of the remembered D, the newest first; the step goes from the second to the first.
+        solver_type: as for :func:`unipc_predictor`.
+
+    Returns:
+        Weight of the corrected state at the second level, and of every D in ``past``.
+    """
+    level, *before = past
+    h, ratio = level.log_snr - before[0].log_snr, level.noise / before[0].noise
     if len(before) == 1:
         whole = level.alpha * -math.expm1(-h)
-        return [whole / 2, whole / 2]
-    return [level.alpha * weight for weight in exponential_weights(h, [h, *_offsets(before)])]
+        half = whole / 2 if solver_type == "bh2" else level.alpha * h / 2
+        return ratio, [half, whole - half]
+    return ratio, [level.alpha * weight for weight in exponential_weights(h, [h, *_offsets(before)])]
+
+
+def unipc_correction(past: Sequence[Level], solver_type: str = "bh2") -> list[float]:
+    """Weights of every D in the corrected state less the predicted one, at the newest level of ``past``.
+
+    Args:
+        past: levels of the remembered D, the newest first, one more than the order of predictor and corrector.
+        solver_type: as for :func:`unipc_predictor`.
+
+    Returns:
+        A weight for every D in ``past``.
+    """
+    _, corrected = unipc_corrector(past, solver_type)
+    _, predicted = unipc_predictor(past[1:], past[0], solver_type)
+    return [after - before for after, before in zip(corrected, [0.0, *predicted], strict=True)]
 
 
 def exponential_weights(h: float, offsets: Sequence[float]) -> list[float]:

@@ -1,6 +1,7 @@
-"""Tables of a schedule's coefficients, and evidence that their sources have not changed since they were made."""
+"""Tables of a schedule's coefficients, and evidence that their sources, or tensors of a run, have not changed."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -59,6 +60,43 @@ def unchanged(kept: object, source: object) -> bool:
     if source.device.type != "cpu":
         return isinstance(kept, tuple) and kept[0] is source and kept[1] == _version(source)
     return isinstance(kept, torch.Tensor) and kept.dtype == source.dtype and torch.equal(kept, source)
+
+
+class Handed:
+    """A tensor that the caller holds, too, and evidence of the caller's writes to it.
+
+    Writes that PyTorch does not count (through ``.data`` or a numpy view) are not seen. Tensors made in inference mode have no
+    count: they are never taken for untouched, and :func:`counted` makes others there.
+
+    Attributes:
+        tensor: the tensor; None in a copy of one that was written to.
+    """
+
+    def __init__(self, tensor: torch.Tensor | None):
+        self.tensor = tensor
+        self._version = None if tensor is None else _version(tensor)
+
+    def untouched(self) -> bool:
+        """True if nothing was written to the tensor."""
+        return self._version is not None and self._version == _version(self.tensor)
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        """True if ``tensor`` is this very tensor, and nothing was written to it."""
+        return tensor is self.tensor and self.untouched()
+
+    def __reduce__(self) -> tuple:
+        # A copy of a tensor counts its writes anew.
+        return type(self), (self.tensor if self.untouched() else None,)
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Tensors made within count writes to them, in inference mode, too."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _version(tensor):

@@ -13,14 +13,11 @@ import copy
 import functools
 import inspect
 import json
-import math
-import operator
 import pickle
 import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
-from typing import NamedTuple
 from unittest import mock
 
 import numpy
@@ -29,15 +26,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 
 from advkd.diffusion import fused_step as common
@@ -50,33 +39,39 @@ from advkd.diffusion.coefficients import (
     noise_coefficients,
     x0_coefficients,
 )
-from advkd.diffusion.schedulers import (
-    FusedDDIMScheduler,
-    FusedDDPMScheduler,
-    FusedDPMSolverMultistepScheduler,
-    FusedEulerDiscreteScheduler,
-)
+from advkd.diffusion.schedulers import FusedDDIMScheduler
 from advkd.errors import BackendUnavailableError, InputError
-from advkd.ops import (
-    coefficient_table,
-    philox_normal,
-    sampler_step,
-)
+from advkd.ops import philox_normal
 
 from ..conftest import DEFAULTS, other_default, process_environment, tiny_unet
-from ..rounding import UNIT, Rounded
-
-PAIRS = {
-    "ddim": (DDIMScheduler, FusedDDIMScheduler),
-    "ddpm": (DDPMScheduler, FusedDDPMScheduler),
-    "euler": (EulerDiscreteScheduler, FusedEulerDiscreteScheduler),
-    "dpmsolver": (DPMSolverMultistepScheduler, FusedDPMSolverMultistepScheduler),
-}
-NAMES = sorted(PAIRS)
-PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-SPACINGS = ["leading", "trailing", "linspace"]
-SHAPE = (2, 3, 8, 8)
+from ..rounding import Rounded
+from .scheduler_cases import (
+    BETAS,
+    FLOAT64,
+    NAMES,
+    PAIRS,
+    PREDICTIONS,
+    SHAPE,
+    SPACINGS,
+    assert_within,
+    compare,
+    diffusers_bound,
+    follow,
+    follow_sigmas,
+    fused_step,
+    gap,
+    kept,
+    network_at,
+    normal,
+    output_at,
+    pair,
+    run,
+    run_bound,
+    seeded,
+    storage,
+    taken,
+    with_tables,
+)
 
 pytestmark = pytest.mark.filterwarnings("error:.*runs diffusers' own code:UserWarning")
 
@@ -92,149 +87,6 @@ def fallbacks():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*runs diffusers' own code", UserWarning)
         yield
-
-
-def pair(name, steps=10, **config):
-    """diffusers' scheduler and ours, ready to run."""
-    theirs, ours = (kind(**config) for kind in PAIRS[name])
-    if steps:
-        theirs.set_timesteps(steps)
-        ours.set_timesteps(steps)
-    return theirs, ours
-
-
-def normal(seed, shape=SHAPE, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def network(x, alpha, sigma, prediction):
-    """The output of an almost perfect network for x = alpha x0 + sigma eps for data N(0.3, 0.2), so that x0 is of order 1.
-
-    Element by element and in float64, rounded once.
-    """
-    alpha, sigma, dtype, x = float(alpha), float(sigma), x.dtype, x.double()
-    posterior = 0.3 + alpha * 0.2 / (alpha**2 * 0.2 + sigma**2) * (x - alpha * 0.3) + 0.1 * torch.sin(5 * x)
-    eps = (x - alpha * posterior) / sigma
-    outputs = {"epsilon": eps, "sample": posterior, "v_prediction": alpha * eps - sigma * posterior}
-    return outputs.get(prediction, eps - posterior).to(dtype)
-
-
-def network_at(scheduler, x, t, prediction):
-    a = float(scheduler.alphas_cumprod[int(t)])
-    return network(x, math.sqrt(a), math.sqrt(1 - a), prediction)
-
-
-TABLES = ("alphas_cumprod", "final_alpha_cumprod", "one", "sigmas")
-"""The tables that diffusers' schedulers keep in float32 and compute their steps from."""
-
-NORMALS = 2e-6
-"""Largest difference of two backends' normals for one counter."""
-
-FLOAT64 = 2.0**-29
-"""A rounding of float64 relative to one of float32."""
-
-
-def with_tables(theirs, convert):
-    """A copy of diffusers' scheduler whose tables, and the x0 of the steps before, went through ``convert``."""
-    scheduler = copy.copy(theirs)
-    for name in TABLES:
-        if hasattr(theirs, name):
-            setattr(scheduler, name, convert(getattr(theirs, name)))
-    if hasattr(theirs, "model_outputs"):
-        scheduler.model_outputs = [None if m is None else convert(m) for m in theirs.model_outputs]
-    return scheduler
-
-
-# Steps to the image divide by sigma = 0.
-@numpy.errstate(divide="ignore", invalid="ignore")
-def diffusers_bound(theirs, output, t, x, **options):
-    """Next state and x0 of diffusers' step as :class:`Rounded`: its own code, run on them."""
-    scheduler = with_tables(theirs, Rounded)
-    result = scheduler.step(Rounded(output), t, Rounded(x), **options, return_dict=False)
-    return result if len(result) > 1 else (*result, scheduler.model_outputs[-1])
-
-
-def fused_bound(row, x, output, previous_x0, noise):
-    """Next state and x0 of the fused pass as :class:`Rounded`: two products for x0, up to five for the state, and the sums."""
-    row = Rounded.from_float32(row)
-    k_x, k_m, clip, *weights = (row[i] for i in range(len(row)))
-
-    def combination(coefficients, tensors):
-        return functools.reduce(operator.add, (c * t for c, t in zip(coefficients, tensors) if c.value != 0))
-
-    x, output = Rounded(x), Rounded(output)
-    x0 = combination((k_x, k_m), (x, output)).clamp(-clip, clip)
-    return combination(weights, (x0, x, output, previous_x0, noise)), x0
-
-
-def fused_step(ours, output, t, x, **options):
-    """Our step's outputs, and next state and x0 of its pass as :class:`Rounded`."""
-    passes = []
-
-    def recorded(*arguments, **given):
-        passes.append((arguments[-1], given["previous_x0"], given["noise"]))
-        return sampler_step(*arguments, **given)
-
-    with mock.patch.object(common, "sampler_step", recorded):
-        result = ours.step(output, t, x, **options, return_dict=False)
-    ((row, previous_x0, noise),) = passes
-    row = row if isinstance(row, torch.Tensor) else coefficient_table([row])[0]
-    if isinstance(noise, tuple):
-        seed, indices, position = noise
-        noise = Rounded(philox_normal(seed, indices, x.shape[1:], stream="step", step=position))
-        noise.error = noise.error + NORMALS
-    bounds = fused_bound(row, x, output, previous_x0, noise)
-    if row.dtype == torch.float64:
-        bounds = tuple(Rounded(bound.value, FLOAT64 * bound.error) for bound in bounds)
-    return result, bounds
-
-
-class Compared(NamedTuple):
-    """One step of both from the same state and history: outputs, both sides' bounds together, each side as :class:`Rounded`."""
-
-    theirs: tuple
-    ours: tuple
-    bounds: tuple
-    formula: tuple
-    fused: tuple
-
-
-@torch.no_grad()
-def compare(theirs, ours, output, t, x, generator=None, **options):
-    """Step both and compare ours with the formula in float64 and with diffusers', which advances ``generator``."""
-    if hasattr(ours, "model_outputs"):
-        ours.model_outputs = list(theirs.model_outputs)
-    formula = diffusers_bound(theirs, output, t, x, generator=copied(generator), **options)
-    result, fused = fused_step(ours, output, t, x, generator=copied(generator), **options)
-    expected = theirs.step(output, t, x, generator=generator, **options, return_dict=False)
-    bounds = tuple(f.error + o.error for f, o in zip(formula, fused))
-    for ours_value, theirs_value, exact, own, both in zip(result, expected, formula, fused, bounds):
-        assert ours_value.dtype == theirs_value.dtype and numpy.isfinite(own.error).all()
-        assert_within(ours_value, exact.value, own.error)
-        assert_within(ours_value, theirs_value, both)
-    return Compared(expected, result, bounds, formula, fused)
-
-
-def copied(generator):
-    """A generator in the same state; a list of them for a list."""
-    return [g.clone_state() for g in generator] if isinstance(generator, list) else generator and generator.clone_state()
-
-
-def assert_within(a, b, bound):
-    a, b = (tensor.double().numpy() if isinstance(tensor, torch.Tensor) else tensor for tensor in (a, b))
-    assert (abs(a - b) <= bound).all(), f"{(abs(a - b) / bound).max():.3g} times the bound"
-
-
-def gap(a, b):
-    return float((a.double() - b.double()).abs().max())
-
-
-def follow(theirs, ours, prediction, **arguments):
-    """Step both along diffusers' path."""
-    x = normal(0)
-    for i, t in enumerate(ours.timesteps):
-        noise = {"variance_noise": normal(100 + i)} if arguments.get("eta") else {}
-        x = compare(theirs, ours, network_at(theirs, x, t, prediction), t, x, **arguments, **noise).theirs[0]
 
 
 # The last timestep of the cosine schedule has alpha_bar = 2.4e-9; see test_ddim_cosine_end.
@@ -342,29 +194,6 @@ def test_ddpm_schedules_of_all_kinds():
         ours.step(normal(1), 501, normal(0))
 
 
-def sigma_states(theirs, i, x, prediction):
-    """The network's output for a state at position i of a sigma schedule."""
-    sigma = theirs.sigmas[i].double()
-    if hasattr(theirs, "_sigma_to_alpha_sigma_t"):
-        alpha, sigma = theirs._sigma_to_alpha_sigma_t(sigma)
-        return network(x, alpha, sigma, prediction)
-    # Euler's state is x0 + sigma eps; the network sees it scaled.
-    alpha = float(1 / (sigma**2 + 1) ** 0.5)
-    return network(x * alpha, alpha, sigma * alpha, prediction)
-
-
-def follow_sigmas(theirs, ours, prediction, begin=0):
-    """As ``follow``, for schedulers that count their steps."""
-    x = normal(0) * float(theirs.sigmas[begin] if theirs.init_noise_sigma != 1 else 1)
-    for scheduler in (theirs, ours):
-        scheduler.set_begin_index(begin)
-    for i, t in enumerate(ours.timesteps[begin:], begin):
-        for scheduler in (theirs, ours):
-            scheduler.scale_model_input(x, t)
-        x = compare(theirs, ours, sigma_states(theirs, i, x, prediction), t, x).theirs[0]
-        assert (ours.step_index, ours.begin_index) == (theirs.step_index, theirs.begin_index)
-
-
 SIGMAS = [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
 
 
@@ -419,56 +248,6 @@ def test_dpmsolver_flow(shift, final_sigmas_type):
         follow_sigmas(*pair("dpmsolver", steps, **config, final_sigmas_type=final_sigmas_type), "flow_prediction")
 
 
-def output_at(scheduler, i, x, prediction):
-    """The network's output for a state at position i of any scheduler's schedule."""
-    if hasattr(scheduler, "sigmas"):
-        return sigma_states(scheduler, i, x, prediction)
-    return network_at(scheduler, x, scheduler.timesteps[i], prediction)
-
-
-def run(scheduler, x, prediction="epsilon", begin=0, **arguments):
-    """A whole sampling run; returns the last state."""
-    for i, t in enumerate(scheduler.timesteps[begin:], begin):
-        scheduler.scale_model_input(x, t)
-        x = scheduler.step(output_at(scheduler, i, x, prediction), t, x, **arguments).prev_sample
-    return x
-
-
-@torch.enable_grad()
-def run_bound(theirs, ours, x, prediction="epsilon", begin=0, generator=None, **arguments):
-    """Bound on the distance between the ends of two runs from one state: each rounding times the derivative of the rest.
-
-    The bound is of first order. A step is rounded as in :func:`compare`, in the next state and in the x0 that is kept for the
-    next step, and the network's output once a run. Steps and network work element by element, so one backward pass through
-    diffusers' own code in float64, along its float32 path, gives all derivatives.
-    """
-    roundings, smooth = [], with_tables(theirs, torch.Tensor.double)
-
-    def rounded(value, bound):
-        roundings.append((torch.zeros_like(value, requires_grad=True), bound))
-        return value + roundings[-1][0]
-
-    x = x.double()
-    for i, t in enumerate(theirs.timesteps[begin:], begin):
-        for scheduler in (theirs, ours, smooth):
-            scheduler.scale_model_input(x, t)
-        output = output_at(theirs, i, x, prediction)
-        output = rounded(output, 2 * UNIT * abs(output.detach().numpy()))
-        following = smooth.step(output, t, x, generator=copied(generator), **arguments, return_dict=False)[0]
-        step = compare(theirs, ours, output.float(), t, x.float(), generator, **arguments)
-        x = rounded(step.theirs[0] + following - following.detach(), step.bounds[0])
-        if hasattr(smooth, "model_outputs"):
-            smooth.model_outputs[-1] = rounded(smooth.model_outputs[-1], step.bounds[1])
-    zeros, bounds = zip(*roundings)
-    derivatives = torch.autograd.grad(x.sum(), zeros, materialize_grads=True)
-    return sum(derivative.abs().numpy() * bound for derivative, bound in zip(derivatives, bounds))
-
-
-def seeded(*seeds):
-    """A generator per seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 @pytest.mark.parametrize("steps", [6, 50])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", NAMES)
@@ -490,19 +269,20 @@ def test_whole_runs(name, prediction, steps):
             assert torch.equal(a.get_state(), b.get_state())
 
 
-@pytest.mark.parametrize("name", ["euler", "dpmsolver"])
+@pytest.mark.parametrize("name", ["euler", "dpmsolver", "heun", "unipc", "deis"])
 def test_image_to_image_start(name):
     """A start in the middle: with a begin index, and by the first timestep alone."""
     for begin in (True, False):
         theirs, ours = pair(name, 10)
-        x = normal(0) * float(theirs.sigmas[4] if name == "euler" else 1)
+        count = len(theirs.timesteps)
+        x = normal(0) * float(theirs.sigmas[4] if theirs.init_noise_sigma != 1 else 1)
         results, others = [], pair(name, 10)
         for scheduler in (theirs, ours, *others):
             if begin:
                 scheduler.set_begin_index(4)
         for scheduler in (theirs, ours):
             results.append(run(scheduler, x, begin=4))
-            assert scheduler.step_index == 10
+            assert scheduler.step_index == count
         assert_within(*results, run_bound(*others, x, begin=4))
 
 
@@ -623,23 +403,22 @@ def test_dtypes_and_accuracy(name, sample_dtype, output_dtype, monkeypatch):
             output = output_at(theirs, i, x.double(), prediction).to(output_dtype)
             after_ours = copy.copy(theirs)
             after_ours.model_outputs = list(getattr(ours, "model_outputs", []))
-            formula = diffusers_bound(after_ours, output, t, x, **options)
+            for attribute in kept(theirs):
+                if hasattr(ours, attribute):
+                    # An assignment makes it an operand of our next step, too, and not a part of the state.
+                    setattr(ours, attribute, getattr(ours, attribute))
+                    setattr(after_ours, attribute, getattr(ours, attribute))
+            formula = diffusers_bound(with_tables(after_ours, Rounded), output, t, x, **options)
             expected = theirs.step(output, t, x, return_dict=False, **options)
             result, fused = fused_step(ours, output, t, x, **options)
             for ours_value, theirs_value, exact, own in zip(result, expected, formula, fused):
                 assert ours_value.dtype == theirs_value.dtype
                 bound = own.error + FLOAT64 * exact.error
                 assert_within(ours_value, exact.value, bound + storage(abs(exact.value) + bound, ours_value.dtype))
-            if name == "dpmsolver":
+            if hasattr(theirs, "model_outputs"):
                 histories = [[None if m is None else m.dtype for m in s.model_outputs] for s in (theirs, ours)]
                 assert histories[0] == histories[1] and theirs.lower_order_nums == ours.lower_order_nums
             x = expected[0].to(sample_dtype)
-
-
-def storage(size, dtype):
-    """The rounding of numbers up to ``size`` to a dtype: half an ulp, where it is subnormal half of the smallest number."""
-    information = torch.finfo(dtype)
-    return information.eps / 2 * numpy.maximum(size, information.smallest_normal)
 
 
 def test_noise_wider_than_the_state():
@@ -670,7 +449,7 @@ def test_half_precision_euler_without_x0_is_the_same(dtype):
 def test_shapes(name, shape):
     _, ours = pair(name, 10)
     t, x, output = ours.timesteps[3], normal(0, shape), normal(1, shape)
-    result = ours.step(output, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+    result = ours.step(output, t, x, **taken(ours, torch.Generator().manual_seed(0))).prev_sample
     assert result.shape == shape
     if name == "ddpm" and len(shape) == 1:
         # diffusers itself looks for a dimension of channels.
@@ -737,6 +516,15 @@ FALLBACKS = [
     ("dpmsolver", {"solver_order": 3}, {}, "solver_order 3"),
     ("dpmsolver", {"thresholding": True}, {}, "thresholding"),
     ("dpmsolver", {"variance_type": "learned"}, {}, "learned"),
+    ("unipc", {"predict_x0": False}, {}, "predict_x0=False"),
+    ("unipc", {"solver_p": DDIMScheduler()}, {}, "solver_p"),
+    ("unipc", {"solver_order": 4}, {}, "solver_order 4"),
+    ("unipc", {"thresholding": True}, {}, "thresholding"),
+    ("unipc", {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, {}, "v_prediction"),
+    ("unipc", {"prediction_type": "flow_prediction"}, {}, "flow_prediction"),
+    ("deis", {"thresholding": True}, {}, "thresholding"),
+    ("deis", {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, {}, "v_prediction"),
+    ("deis", {"prediction_type": "flow_prediction"}, {}, "flow_prediction"),
 ]
 
 
@@ -756,7 +544,7 @@ def test_uncovered_configurations_run_diffusers_code(name, config, arguments, wo
                 if learned:
                     # The variance comes as extra channels; a learned one is positive.
                     output = torch.cat([output, output.abs()], 1)
-                x = scheduler.step(output, t, x, generator=generator, **arguments).prev_sample
+                x = scheduler.step(output, t, x, **taken(scheduler, generator), **arguments).prev_sample
             results.append(x)
             states.append(generator.get_state())
     assert torch.equal(results[0].nan_to_num(7), results[1].nan_to_num(7)) and torch.equal(*states)
@@ -810,8 +598,8 @@ def test_gradients_and_a_change_of_path_within_a_run(name):
             scheduler.scale_model_input(x, t)
             output = output_at(theirs, i, x, "epsilon")
             with torch.set_grad_enabled(i == 2), warnings.catch_warnings():
-                warnings.simplefilter("ignore" if i == 2 else "error")
-                x = scheduler.step(output.requires_grad_(i == 2), t, x, generator=generator).prev_sample
+                warnings.simplefilter("ignore" if i == 2 else "error", UserWarning)
+                x = scheduler.step(output.requires_grad_(i == 2), t, x, **taken(scheduler, generator)).prev_sample
                 if i == 2:
                     gradients.append(torch.autograd.grad(x.sum(), output)[0])
             x = x.detach()
@@ -869,7 +657,7 @@ def test_derivatives_in_forward_mode_are_diffusers(name):
         start = (scheduler.timesteps[1], scheduler.scale_model_input(normal(0), scheduler.timesteps[1]))
 
         def step(output):
-            return scheduler.step(output, *start, generator=torch.Generator().manual_seed(0)).prev_sample
+            return scheduler.step(output, *start, **taken(scheduler, torch.Generator().manual_seed(0))).prev_sample
 
         tangents.append(torch.func.jvp(step, (normal(1),), (normal(2),))[1])
     assert torch.equal(*tangents) and tangents[0].abs().max() > 0
@@ -991,17 +779,17 @@ def test_timesteps_outside_the_schedule(name):
         for bad in (0.5, torch.tensor([1, 2]), "500", float("nan")):
             with pytest.raises(InputError, match="timestep"):
                 pair(name, 10)[1].step(x, bad, x)
-    if name in ("ddpm", "euler"):
+    if name in ("ddpm", "euler", "heun"):
         _, ours = pair(name, 10)
         with pytest.raises(InputError, match="timestep"):
             ours.step(x, 123 if name == "ddpm" else 123.0, x)
-    if name in ("euler", "dpmsolver"):
+    if name not in ("ddim", "ddpm"):
         _, ours = pair(name, 2)
         for t in ours.timesteps:
             x = ours.step(ours.scale_model_input(x, t), t, x).prev_sample
         with pytest.raises(InputError, match="set_timesteps"):
             ours.step(x, t, x)
-    if name == "euler":
+    if name in ("euler", "heun"):
         with pytest.raises(InputError, match="timestep"):
             pair(name, 10)[1].scale_model_input(x, 123.0)
 
@@ -1072,7 +860,7 @@ def test_a_schedule_may_leave_the_range():
 
 def test_errors_of_diffusers_stay():
     x = normal(0)
-    for name in ("ddim", "dpmsolver"):
+    for name in ("ddim", "dpmsolver", "unipc", "deis"):
         with pytest.raises(ValueError, match="set_timesteps"):
             pair(name, 0)[1].step(x, 0, x)
     with pytest.raises(ValueError, match="integer"):
@@ -1136,9 +924,9 @@ def test_tables_follow_what_they_come_from(name, write, made_in_inference_mode):
         for scheduler in (published, ours):
             if hasattr(scheduler, "sigmas"):
                 scheduler._step_index, scheduler.lower_order_nums = None, 0
-                scheduler.set_begin_index(3)
-                scheduler.scale_model_input(x, scheduler.timesteps[3])
-        return compare(published, ours, output, ours.timesteps[3], x, generator.manual_seed(0)).ours[0]
+                scheduler.set_begin_index(4)
+                scheduler.scale_model_input(x, scheduler.timesteps[4])
+        return compare(published, ours, output, ours.timesteps[4], x, generator.manual_seed(0)).ours[0]
 
     first = both()
     for scheduler in (theirs, ours):
