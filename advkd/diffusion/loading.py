@@ -22,7 +22,7 @@ from .noise_power import NoisePower
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-EMBEDDED = {"digits": PRETRAINED / "digits-teacher"}
+EMBEDDED = {"digits": PRETRAINED / "digits-teacher", "digits-conditional": PRETRAINED / "digits-conditional"}
 MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 
