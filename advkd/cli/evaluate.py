@@ -89,7 +89,7 @@ def _student(values: dict[str, Any], device: str) -> str:
 
 def _split(values: dict[str, Any], mode: str, config: Any, *names: str, file: str = "") -> list[Any]:
     """A mode's configuration, its arguments ``names`` and the folder of its ``file``; other options are refused."""
-    for name in values.keys() - {*names, "out", *vars(config)}:
+    for name in (name for name in values if name not in (*names, "out", *vars(config))):
         option = f"--{name.replace('_', '-')}"
         owner = "likelihood" if name in vars(LikelihoodConfig()) else "solvers"
         raise InputError(f"{option} does not go with --{mode}" if mode else f"{option} goes with --{owner} only")
