@@ -13,7 +13,7 @@ from ..ops.arguments import flag
 from .fused_step import FusedSigmas, saved_as_diffusers_class, step_output
 from .prediction import x0_weights
 from .step_arguments import as_number, why_unfit
-from .step_tables import Handed, Table, counted
+from .step_tables import Handed, Table, counted, handed_in
 
 __all__ = ["FusedHeunDiscreteScheduler"]
 
@@ -39,7 +39,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
     _slopes: tuple[tuple[Handed, Handed, float], ...] = ()
     """Differences that the slope is, and what they are divided by."""
     _returned = Handed(None)
-    sample: torch.Tensor | None = None
+    sample: torch.Tensor | None
 
     def step(
         self,
@@ -97,6 +97,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
 
     @prev_derivative.setter
     def prev_derivative(self, value: torch.Tensor | None) -> None:
+        """Keep a slope, or free it, in the place of what it would be computed from."""
         self._slope, self._slopes, self._returned = value, (), Handed(None)
 
     def _remember(self, position, kind, sample, x_next, x0):
@@ -107,7 +108,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         sigma, following = self._sigmas()[position : position + 2]
         self.dt = self.sigmas[position + 1] - self.sigmas[position]
         self.sample, self._returned = sample, Handed(x_next)
-        start, x0 = Handed(sample), Handed(x0)
+        start, x0 = handed_in(sample), Handed(x0)
         self._slopes = (start, x0, sigma), (self._returned, x0, following), (self._returned, start, following - sigma)
 
     def _difference(self):

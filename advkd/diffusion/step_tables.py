@@ -66,7 +66,7 @@ class Handed:
     """A tensor that the caller holds, too, and evidence of the caller's writes to it.
 
     Writes that PyTorch does not count (through ``.data`` or a numpy view) are not seen. Tensors made in inference mode have no
-    count: they are never taken for untouched, and :func:`counted` makes others there.
+    count: they are never taken for untouched. :func:`handed_in` copies them, and :func:`counted` makes others.
 
     Attributes:
         tensor: the tensor; None in a copy of one that was written to.
@@ -87,6 +87,12 @@ class Handed:
     def __reduce__(self) -> tuple:
         # A copy of a tensor counts its writes anew.
         return type(self), (self.tensor if self.untouched() else None,)
+
+
+def handed_in(tensor: torch.Tensor) -> Handed:
+    """A tensor that the caller made; a copy of it where it does not count writes."""
+    with counted():
+        return Handed(tensor.clone() if tensor.is_inference() else tensor)
 
 
 @contextmanager

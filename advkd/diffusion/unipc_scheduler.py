@@ -13,7 +13,7 @@ from .fused_step import FusedSigmas, saved_as_diffusers_class
 from .multistep import require_apart, unipc_correction, unipc_corrector, unipc_predictor
 from .prediction import x0_weights
 from .step_arguments import why_unfit
-from .step_tables import Handed, Table, counted, or_reason
+from .step_tables import Handed, Table, counted, handed_in, or_reason
 
 __all__ = ["FusedUniPCMultistepScheduler"]
 
@@ -49,7 +49,8 @@ class FusedUniPCMultistepScheduler(FusedSigmas, UniPCMultistepScheduler):
     The corrected state is what the step before returned, and a few x0: it is written nowhere, and ``last_sample`` is computed
     where it is asked for: by its reader, or by a step to which another state than the one returned is passed (inpainting, for
     one). Such a step takes a pass more. A write to the returned state in place makes another state of it; one that PyTorch does
-    not count (through ``.data`` or a numpy view) is not seen.
+    not count (through ``.data`` or a numpy view) is not seen. If the caller writes to the first state of a run, the corrector
+    still starts from what it was (diffusers' own from what it has become).
 
     The first step of a run starts at the begin index or at its timestep; as in diffusers, one in [0, T) that is not in the
     schedule means the last step. Later steps count. Diffusers' own code runs for ``predict_x0=False``, ``solver_p``, dynamic
@@ -125,6 +126,7 @@ class FusedUniPCMultistepScheduler(FusedSigmas, UniPCMultistepScheduler):
 
     @last_sample.setter
     def last_sample(self, value: torch.Tensor | None) -> None:
+        """Keep a state, or free it, in the place of what it would be computed from."""
         self._last, self._taken, self._returned = value, None, Handed(None)
 
     def _uncovered(self):
@@ -158,7 +160,7 @@ class FusedUniPCMultistepScheduler(FusedSigmas, UniPCMultistepScheduler):
         x0s = [x0, *self.model_outputs[::-1]]
         self.last_sample = None
         self._returned = Handed(x_next)
-        self._taken = Taken(key, Handed(sample), last, x0s, self._returned, x_next.dtype)
+        self._taken = Taken(key, handed_in(sample), last, x0s, self._returned, x_next.dtype)
         for kept, newest in ((self.model_outputs, x0), (self.timestep_list, timestep)):
             kept.append(newest)
             del kept[0]

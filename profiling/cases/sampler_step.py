@@ -1,4 +1,4 @@
-"""One step of the teacher's sampler: 64 images of 3x256x256, DDIM from t = 500 to 480.
+"""One step of the teacher's sampler: 64 images of 3x256x256, DDIM from t = 500 to 480, and solvers that remember.
 
 python -m profiling.cases.sampler_step [--device cuda] [--only noise] [--out FOLDER]      # scaling: --only scaling
 
@@ -13,8 +13,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+import advkd
 from advkd.data.plots import panels
 from advkd.diffusion.coefficients import ddim_coefficients
+from advkd.diffusion.schedule import Schedule
+from advkd.diffusion.solvers import Solver
 from advkd.ops import StepCoefficients, philox_normal, sampler_step
 from advkd.runtime.timing import measure
 
@@ -24,7 +27,13 @@ from ..sweep import curves, growth, medians
 
 SHAPE = (64, 3, 256, 256)
 T, FOLLOWING, STEPS, SEED = 500, 480, 50, 3
-PARITY_TESTS = ["tests/ops/test_sampler_step.py", "tests/system/test_schedulers.py"]
+PARITY_TESTS = [
+    "tests/ops/test_sampler_step.py",
+    "tests/system/test_schedulers.py",
+    "tests/system/test_heun_scheduler.py",
+    "tests/system/test_unipc_scheduler.py",
+    "tests/system/test_deis_scheduler.py",
+]
 DIFFUSERS, COMPILED = "diffusers, DDIMScheduler", "torch.compile of diffusers' step"
 
 
@@ -202,6 +211,95 @@ def pooled(device, r, dtype=torch.float32):
     return case(f"pooled by {r}", x, lambda: F.avg_pool2d(oracle(x, m, c), r), contestants, average.nbytes)
 
 
+HISTORIES = {
+    "unipc, order 2": ("unipc-2", 25, "UniPCMultistepScheduler", {"solver_order": 2}),
+    "unipc, order 3": ("unipc-3", 25, "UniPCMultistepScheduler", {"solver_order": 3}),
+    "deis, order 3": ("deis-3", 25, "DEISMultistepScheduler", {"solver_order": 3}),
+    "heun, second half": ("heun", 51, "HeunDiscreteScheduler", {}),
+}
+"""Our solver, a step in the middle of its run that has all its history, and diffusers' scheduler of the same method."""
+
+
+class Again:
+    """A scheduler's step in the middle of a run, the same one in every call; steps from ``state`` make its history.
+
+    ``tables``: dtype of the noise levels, in which diffusers computes coefficients.
+    """
+
+    def __init__(self, scheduler, position, state, output, tables=torch.float32, behind=4):
+        scheduler.set_timesteps(STEPS)
+        scheduler.sigmas = scheduler.sigmas.to(tables)
+        # Heun's steps are of two halves, of which the first stands at an even position.
+        begin = position - behind + (position - behind) % scheduler.order
+        scheduler.set_begin_index(begin)
+        for t in scheduler.timesteps[begin:position]:
+            state = scheduler.step(output, t, state, return_dict=False)[0]
+        self.scheduler, self.arguments = scheduler, (output, scheduler.timesteps[position], state)
+        self.kept = {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
+
+    def __call__(self):
+        kept = {name: list(value) if isinstance(value, list) else value for name, value in self.kept.items()}
+        vars(self.scheduler).update(kept)
+        return self.scheduler.step(*self.arguments, return_dict=False)[0]
+
+
+def remembering(x, m, c, operands):
+    """A step with its history, and what it stores; in float64 it is the oracle."""
+    x0 = c.k_x * x + c.k_m * m
+    earlier = sum(weight * operands[name] for name, weight in weights(c).items())
+    return c.c_0 * x0 + c.c_x * x + c.c_m * m + earlier, c.s_0 * x0 + c.s_x * x + c.s_m * m
+
+
+def weights(c):
+    """Weights of the tensors that earlier steps stored, those that are not 0, by their names in the op."""
+    return {name: weight for name, weight in (("previous_x0", c.c_h), ("history", c.c_g), ("noise", c.c_z)) if weight}
+
+
+def with_history(device, name, dtype=torch.float32):
+    """A step of a solver that remembers: the op on tensors given, the schedulers on those of their own run."""
+    solver, position, kind, config = HISTORIES[name]
+    x, m, y, _ = problem(device, dtype)
+    c = Solver(solver).program(Schedule(alpha_bars()), STEPS, "epsilon")[position].step
+    operands = {operand: torch.randn_like(x) for operand in weights(c)}
+    stored = torch.empty_like(x)
+
+    def step(make):
+        return Again(make(**config), position, x, m)
+
+    def published_kind(**options):
+        import diffusers
+
+        return getattr(diffusers, kind)(**options)
+
+    def fused_kind(**options):
+        return getattr(advkd, f"Fused{kind}")(**options)
+
+    def given():
+        wide = {operand: tensor.double() for operand, tensor in operands.items()}
+        return remembering(x.double(), m.double(), c, wide)[0]
+
+    def own_run(tables):
+        # Diffusers' closed forms of DEIS cancel in float32, to 3e-4: that scheduler is held to its own coefficients.
+        return lambda: Again(published_kind(**config), position, x.double(), m.double(), tables)()
+
+    def written(x, m, operands):
+        x_next, kept = remembering(x, m, c, operands)
+        stored.copy_(kept)
+        return y.copy_(x_next)
+
+    compiled = torch.compile(written, dynamic=False)
+    drop_in = f"advkd, Fused{kind}"
+    contestants = [
+        Contestant("advkd, sampler_step", lambda: lambda: sampler_step(x, m, c, **operands, out=y, x0=stored)[0], "ours"),
+        Contestant(drop_in, lambda: step(fused_kind), "ours", own_run(torch.float64)),
+        Contestant(f"diffusers, {kind}", lambda: step(published_kind), "baseline", own_run(torch.float32)),
+        Contestant("torch.compile of the formula, into tensors", lambda: functools.partial(compiled, x, m, operands)),
+        *floors(x, m, y),
+    ]
+    contestants = with_captured(contestants, device, leave=(drop_in,))
+    return case(name, x, given, contestants, (1 + len(operands)) * x.nbytes)
+
+
 def case(name, x, wanted, contestants, more_bytes=0, last=False):
     """A case that reads x and the network's output and writes a state, and so many bytes more."""
     title = f"{name}, {str(x.dtype)[6:]}" + (", channels_last" if last else "")
@@ -221,6 +319,7 @@ def cases(device):
         "with noise, bfloat16": lambda: noisy(device, half),
         "pooled by 2, float32": lambda: pooled(device, 2),
         "pooled by 4, float32": lambda: pooled(device, 4),
+        **{f"{name}, float32": functools.partial(with_history, device, name) for name in HISTORIES},
     }
 
 

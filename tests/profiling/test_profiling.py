@@ -604,6 +604,8 @@ def test_the_penaltys_contestants_agree(monkeypatch):
 
 
 def sampler_step_case(name):
+    if name in bench_sampler_step.HISTORIES:
+        return bench_sampler_step.with_history("cpu", name)
     return getattr(bench_sampler_step, name)("cpu", *((2,) if name == "pooled" else ()))
 
 
@@ -616,7 +618,10 @@ def student_case(peers):
 
 
 GPU_CASES = {
-    **{f"sampler_step, {name}": (sampler_step_case, name) for name in ("deterministic", "noisy", "pooled")},
+    **{
+        f"sampler_step, {name}": (sampler_step_case, name)
+        for name in ("deterministic", "noisy", "pooled", *bench_sampler_step.HISTORIES)
+    },
     "penalty": (penalty_case, False),
     "update": (penalty_case, True),
     "norm_act": (lambda upsample: bench_norm_act.case(upsample, torch.float32, "cpu"), False),

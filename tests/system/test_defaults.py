@@ -5,6 +5,7 @@ Each piece of work runs once as it is and once under each of the modes, from loa
 
 import copy
 import hashlib
+import inspect
 import shutil
 from functools import partial
 
@@ -17,8 +18,11 @@ from advkd import (
     AdvKDPipeline,
     FusedDDIMScheduler,
     FusedDDPMScheduler,
+    FusedDEISMultistepScheduler,
     FusedDPMSolverMultistepScheduler,
     FusedEulerDiscreteScheduler,
+    FusedHeunDiscreteScheduler,
+    FusedUniPCMultistepScheduler,
     Student,
     critic_gradients,
 )
@@ -218,7 +222,15 @@ CRITIC = Critic(CriticConfig(8, 1, 8, 8))
 
 SCHEDULERS = [
     kind(num_train_timesteps=100)
-    for kind in (FusedDDIMScheduler, FusedDDPMScheduler, FusedEulerDiscreteScheduler, FusedDPMSolverMultistepScheduler)
+    for kind in (
+        FusedDDIMScheduler,
+        FusedDDPMScheduler,
+        FusedEulerDiscreteScheduler,
+        FusedDPMSolverMultistepScheduler,
+        FusedHeunDiscreteScheduler,
+        FusedUniPCMultistepScheduler,
+        FusedDEISMultistepScheduler,
+    )
 ]
 for scheduler in SCHEDULERS:
     scheduler.set_timesteps(4)
@@ -229,8 +241,9 @@ def schedulers(folder, out):
     results = []
     for scheduler in copy.deepcopy(SCHEDULERS):
         state = x
+        draws = "generator" in inspect.signature(scheduler.step).parameters
         for t in scheduler.timesteps:
-            options = {"generator": torch.Generator("cpu").manual_seed(1)}
+            options = {"generator": torch.Generator("cpu").manual_seed(1)} if draws else {}
             state = scheduler.step(0.1 * state, t, scheduler.scale_model_input(state, t), **options).prev_sample
         results.append(state)
     return results
