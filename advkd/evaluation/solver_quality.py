@@ -141,6 +141,8 @@ def evaluate_solvers(
     real = real_images(config.real, model.shape)
     require_fit(extractor, real, "--real")
     runs = list(_runs(config, model))
+    if len(runs) == 1:
+        raise InputError(f"evaluations must be more: {config.solvers} cannot take {max(config.evaluations)}")
     for run in runs:
         model.program(run.solver, run.steps)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
@@ -192,15 +194,16 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _runs(config: SolverEvaluationConfig, model: Teacher) -> Iterator[Run]:
-    """The reference, then all sets; numbers of evaluations below a solver's order are left out."""
+    """The reference, then all sets once; numbers of evaluations below a solver's order are left out."""
     yield Run(FINE, config.fine_steps, config.seed + 1, config.num)
+    known = set()
     for evaluations in config.evaluations:
         for solver in config.chosen():
-            each = METHODS[solver.name].evaluations
-            steps = (evaluations - 1) // each + 1
-            if steps >= METHODS[solver.name].least:
-                num = config.num if solver.name in MAIN else config.other_num
-                yield Run(solver, min(steps, model.train_timesteps), config.seed, num)
+            method = METHODS[solver.name]
+            steps = min((evaluations - 1) // method.evaluations + 1, model.train_timesteps)
+            if steps >= method.least and (solver, steps) not in known:
+                known.add((solver, steps))
+                yield Run(solver, steps, config.seed, config.num if solver.name in MAIN else config.other_num)
 
 
 def _features(model, extractor, runs, batch_size, cache, progress):

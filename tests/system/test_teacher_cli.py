@@ -1,0 +1,106 @@
+"""Commands of a teacher: sampling by any solver, classes and guidance, recordings, noise power."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advkd.cli.sample import sample_teacher
+from advkd.data.pictures import to_uint8
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.recorder import record_trajectories
+from advkd.diffusion.solvers import Solver
+from advkd.diffusion.teacher import Teacher
+from advkd.errors import InputError
+
+from ..conftest import tiny_recording, tiny_teacher, tiny_unet
+from .test_cli import refused
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A tiny teacher of the classes a, b and c with a null class."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("conditional")
+    unet = tiny_unet(num_class_embeds=4)
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    (folder / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"], "null": 3}))
+    return folder
+
+
+def differences(folder, images):
+    """Largest differences of a folder's pictures from float images, in grey values."""
+    pictures = to_uint8(images)[..., 0].int().numpy()
+    return [abs(np.asarray(Image.open(folder / f"{i:06d}.png"), int) - pictures[i]).max() for i in range(len(pictures))]
+
+
+def test_pictures_of_a_teacher(teacher_folder, tmp_path):
+    """Sample i is the same in every batch, and a killed command goes on."""
+    arguments = (str(teacher_folder), 5, 3, tmp_path / "t", Solver("unipc"), 4)
+    said = sample_teacher(*arguments, batch_size=2, progress=False)
+    assert said == "unipc-2, 4 steps, 4 network evaluations an image"
+    assert max(differences(tmp_path / "t", Teacher.from_pretrained(teacher_folder).sample(5, 3, "unipc", 4))) <= 1
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*.png")}
+    (tmp_path / "t" / "000004.png").unlink()
+    sample_teacher(*arguments, batch_size=2, progress=False)
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "t").glob("*.png")}
+    assert [name for name in times if times[name] != again[name]] == ["000004.png"]
+    with pytest.raises(InputError, match="pictures of another solver"):
+        sample_teacher(*arguments[:4], Solver("ddim"), 4, progress=False)
+
+
+def test_classes_take_turns(conditional, tmp_path):
+    said = sample_teacher(str(conditional), 4, 0, tmp_path / "t", Solver("heun"), 3, "c, a", 1.0, batch_size=3, progress=False)
+    assert said == "heun, 3 steps, 10 network evaluations an image"
+    wanted = Teacher.from_pretrained(conditional).sample(4, 0, "heun", 3, labels=[2, 0, 2, 0], guidance=1.0)
+    assert max(differences(tmp_path / "t", wanted)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--teacher", "digits", "--student", "digits"), "--student and --teacher: name one of them"),
+        (("--steps", "5"), "--steps is an option of a teacher"),
+        (("--solver", "unipc"), "--solver is an option of a teacher"),
+        (("--teacher", "digits", "--interpolate"), "--interpolate is an option of a student"),
+        (("--teacher", "digits", "--solver", "rk4"), "solver must be one of"),
+        (("--teacher", "digits", "--solver", "unipc-3", "--steps", "2"), "steps must be at least 3"),
+        (("--teacher", "digits", "--churn", "1"), "churn is a number of heun"),
+        (("--teacher", "digits", "--classes", "3"), "unconditional"),
+        (("--teacher", "digits", "--guidance", "1"), "guidance needs labels"),
+        (("--teacher", "CONDITIONAL", "--classes", "d"), "'d' is not one of a, b, c"),
+        (("--teacher", "CONDITIONAL", "--classes", "a", "--guidance", "-1"), "guidance must be at least 0"),
+    ],
+)
+def test_bad_commands_are_one_line(options, message, conditional, capsys, tmp_path):
+    options = [str(conditional) if option == "CONDITIONAL" else option for option in options]
+    assert message in refused(capsys, "sample", *options, "-n", 2, "--out", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("solver", "spacing", "paired"),
+    [("unipc-2", "", True), ("heun", "linspace", True), ("dpmpp-3m", "leading", True), ("euler-maruyama", "", False)],
+)
+def test_recordings_by_any_solver(solver, spacing, paired, tmp_path):
+    """The recorded image is the sample, and the file says by which solver."""
+    teacher = tiny_teacher()
+    config = tiny_recording(solver=solver, spacing=spacing, steps=6)
+    record_trajectories(teacher, config, tmp_path / "t", progress=False)
+    data = Trajectories(tmp_path / "t")
+    assert (data.paired, data.info.solver, data.info.spacing, data.info.steps) == (paired, solver, spacing, 6)
+    assert data.info.config() == config or data.info.config(latent_size=config.latent_size) == config
+    images = data.batch(range(4), [4])[1][4]
+    wanted = teacher.sample(4, config.seed, Solver(solver, spacing), 6)
+    assert torch.allclose(images, wanted, atol=2e-3)  # float16
+    recipe = json.loads((tmp_path / "t" / "manifest.json").read_text())["recipe"]
+    assert recipe["sampler"] == solver and recipe.get("spacing", "") == spacing and recipe["paired"] is paired
+    with pytest.raises(InputError, match="another .*sampler"):
+        record_trajectories(teacher, tiny_recording(solver="ddim", spacing=spacing, steps=6), tmp_path / "t", progress=False)
+
+
+def test_spacings_between_whole_timesteps_are_not_recorded(tmp_path):
+    with pytest.raises(InputError, match="spacing must be one of leading, trailing, linspace"):
+        record_trajectories(tiny_teacher(), tiny_recording(spacing="karras"), tmp_path / "t", progress=False)
