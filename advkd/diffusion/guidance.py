@@ -136,7 +136,10 @@ def require_labels(
     Raises:
         InputError: other labels.
     """
-    given = torch.as_tensor(labels, device=device)
+    try:
+        given = torch.as_tensor(labels, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}") from None
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
         raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}")
     if given.ndim == 1 and len(given) != n:

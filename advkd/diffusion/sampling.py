@@ -26,6 +26,7 @@ class DiffusionModel:
         schedule: the noise schedule.
         prediction: meaning of the network's output, one of :data:`~advkd.diffusion.prediction.PREDICTIONS`.
         clip: x0 is clamped to [-clip, clip] in every step; infinity clamps nothing.
+        name: the model's name in errors and manifests.
         class_names: names of the classes; empty for an unconditional model.
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.

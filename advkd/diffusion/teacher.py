@@ -304,7 +304,8 @@ class Teacher(DiffusionModel):
         parameters = tuple((t.data_ptr(), t.dtype, t.device) for t in tensors)
         program = self.program(solver, steps)
         labels, guidance, classifier = condition
-        classes = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+        # numpy's text leaves out the middle of long arrays.
+        classes = labels.tolist() if hasattr(labels, "tolist") else labels
         key = (n, tuple(program), seed, compiled, self.unet, parameters, repr(classes), guidance, classifier)
         if self._loop is None or self._loop[0] != key:
             self._loop = None

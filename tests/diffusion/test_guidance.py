@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,9 +10,10 @@ from advkd.diffusion.exact import ExactTeacher, FiniteSetTeacher, GaussianTeache
 from advkd.diffusion.guidance import guided
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import METHODS, Solver
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 
-from ..conftest import tiny_teacher
+from ..conftest import tiny_teacher, tiny_unet
 from .runs import double, log_snr_schedule
 
 SCHEDULE = log_snr_schedule(-3, 3, 200)
@@ -145,6 +147,19 @@ def test_a_classifier_where_no_image_is_left(prediction):
     assert (found[-1] - states(teacher, solver, 10)[-1]).abs().max() > 1e-3
 
 
+def test_a_kept_loop_is_of_its_labels():
+    """A teacher runs the same loop again only for the same classes, however many there are and of whatever type."""
+    diffusers = pytest.importorskip("diffusers")
+    teacher = Teacher(tiny_unet(num_class_embeds=2), diffusers.DDPMScheduler())
+    zeros = np.zeros(1200, dtype=np.int64)
+    mixed = zeros.copy()
+    mixed[600] = 1
+    first, second = (teacher.sample(1200, solver="ddim", steps=1, labels=labels) for labels in (zeros, mixed))
+    changed = (first != second).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [600]
+    assert torch.equal(teacher.sample(2, steps=2, labels=range(2)), teacher.sample(2, steps=2, labels=torch.arange(2)))
+
+
 def without_null():
     teacher = two_gaussians()
     teacher.null_class = None
@@ -163,6 +178,8 @@ THREE = FiniteSetTeacher(double([[0.0], [1.0], [2.0]]), torch.arange(3), SCHEDUL
         (two_gaussians(), {"labels": torch.tensor([0, 1])}, "labels must be one per sample, 3, or one for all, got 2"),
         (two_gaussians(), {"labels": torch.zeros(3, 1).long()}, "labels must be whole numbers, one per sample or one for all"),
         (two_gaussians(), {"labels": torch.zeros(3)}, "labels must be whole numbers"),
+        (two_gaussians(), {"labels": "cat"}, "labels must be whole numbers, one per sample or one for all, got 'cat'"),
+        (two_gaussians(), {"labels": [[0], [0, 1], 0]}, "labels must be whole numbers, one per sample or one for all"),
         (two_gaussians(), {"labels": torch.zeros(3).bool()}, "labels must be whole numbers"),
         (
             GAUSSIAN,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from advkd.diffusion.exact import GaussianTeacher, MixtureTeacher
-from advkd.diffusion.multistep import dpmpp_weights, multistep
+from advkd.diffusion.multistep import dpmpp_weights, multistep, unipc_weights
 from advkd.diffusion.program import Writer
 from advkd.diffusion.schedule import Level
 from advkd.diffusion.solvers import METHODS, Solver
@@ -101,23 +101,43 @@ def test_half_the_second_difference_leaves_order_2():
     assert abs(fitted_order(COUNTS, errors) - 2) <= 0.15
 
 
+def diffusers_run(scheduler):
+    """A run of diffusers' scheduler on the Gaussian up to its last level with noise, and those levels."""
+    scheduler.set_timesteps(12)
+    sigmas = scheduler.sigmas[:12].double().tolist()
+    levels = [Level(0.0, 1 / math.hypot(1, s), s / math.hypot(1, s), 1 / (1 + s * s)) for s in sigmas]
+    network, x = exact_network(GAUSSIAN), start_states(GAUSSIAN)
+    for t, level in zip(scheduler.timesteps[:-1], levels):
+        x = scheduler.step(network(x, level), t, x).prev_sample
+    return x, levels
+
+
+def our_run(levels, remembered, weights):
+    program = list(multistep(Writer("sample"), levels, remembered, weights))
+    return end(program[:-1], start_states(GAUSSIAN), exact_network(GAUSSIAN))
+
+
+OPTIONS = {"prediction_type": "sample", "lower_order_final": False, "final_sigmas_type": "zero", "timestep_spacing": "linspace"}
+NEAR = {"atol": 1e-4, "rtol": 0}
+"""diffusers keeps its noise levels in float32, and takes differences of their logarithms."""
+
+
 def test_half_the_second_difference_is_what_diffusers_does():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        solver_order=3, prediction_type="sample", lower_order_final=False, final_sigmas_type="zero", timestep_spacing="linspace"
-    )
-    scheduler.set_timesteps(12)
-    levels = []
-    for sigma in scheduler.sigmas[:-1].double().tolist():
-        scale = math.hypot(1, sigma)
-        levels.append(Level(0.0, 1 / scale, sigma / scale, 1 / scale**2))
-    network, x = exact_network(GAUSSIAN), start_states(GAUSSIAN)
-    wanted = x
-    for t, level in zip(scheduler.timesteps[:-1], levels):
-        wanted = scheduler.step(network(wanted, level), t, wanted).prev_sample
-    runs = {}
-    for weights in (halved, dpmpp_weights):
-        runs[weights] = end(list(multistep(Writer("sample"), levels, 3, weights))[:-1], x, network)
-    # diffusers keeps its noise levels in float32, and takes differences of their logarithms.
-    assert torch.allclose(runs[halved], wanted, atol=1e-4, rtol=0)
-    assert (runs[dpmpp_weights] - wanted).abs().max() > 1e-3
+    wanted, levels = diffusers_run(diffusers.DPMSolverMultistepScheduler(solver_order=3, **OPTIONS))
+    assert torch.allclose(our_run(levels, 3, halved), wanted, **NEAR)
+    assert (our_run(levels, 3, dpmpp_weights) - wanted).abs().max() > 1e-3
+
+
+def test_second_order_is_that_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    wanted, levels = diffusers_run(diffusers.DPMSolverMultistepScheduler(solver_order=2, **OPTIONS))
+    assert torch.allclose(our_run(levels, 2, dpmpp_weights), wanted, **NEAR)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_is_that_of_diffusers(order):
+    """With B(h) = e^h - 1; the state after a step is its prediction, as the correction comes with the next evaluation."""
+    diffusers = pytest.importorskip("diffusers")
+    wanted, levels = diffusers_run(diffusers.UniPCMultistepScheduler(solver_order=order, solver_type="bh2", **OPTIONS))
+    assert torch.allclose(our_run(levels, order + 1, functools.partial(unipc_weights, order=order)), wanted, **NEAR)

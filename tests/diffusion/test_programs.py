@@ -109,6 +109,23 @@ def test_float32_is_float64_to_rounding(solver, unet_teacher):
     assert (loop.x - wanted).abs().max() <= 16 * 2**-24 * size
 
 
+@pytest.mark.parametrize(("spacing", "dtype"), [("trailing", torch.int64), ("karras", torch.float32)])
+def test_timesteps_reach_the_unet(spacing, dtype, unet_teacher, monkeypatch):
+    """Whole ones as they are, and fractions of others: diffusers would round a Python float without a word."""
+    told, forward = [], unet_teacher.unet.forward
+
+    def listening(x, t, **options):
+        told.append(t)
+        return forward(x, t, **options)
+
+    monkeypatch.setattr(unet_teacher.unet, "forward", listening)
+    solver = Solver("unipc", spacing)
+    unet_teacher.sample(1, solver=solver, steps=4)
+    assert {t.dtype for t in told} == {dtype}
+    assert torch.equal(torch.cat(told), torch.tensor(unet_teacher.timesteps(solver, 4), dtype=dtype))
+    assert spacing == "trailing" or (torch.cat(told)[1:3] % 1 > 0).all()
+
+
 def in_float64(program, x_T, outputs, drawing):
     """The last state by clamped float64 arithmetic, and a bound of all terms that go into it, carried along."""
     held, sizes = {0: x_T}, {0: x_T.abs().max().item()}

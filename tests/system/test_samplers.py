@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from advkd.data.draws import DataOrder, shift, training_latents
 from advkd.diffusion.coefficients import ddim_coefficients, ddpm_coefficients, dpmsolver_coefficients
 from advkd.diffusion.loop import SamplingLoop
+from advkd.diffusion.program import Evaluation
 from advkd.diffusion.renoising import sample_consistency, sample_dpdm
+from advkd.diffusion.schedule import Level
 from advkd.errors import InputError
 from advkd.ops import sampler_step
 
@@ -192,21 +195,23 @@ def test_ancestral_samples_have_the_computed_moments():
 
 def looped(run=None, make=None):
     """Results of two steps of the teacher's loop with noise and averages, and the network's inputs."""
-    steps, seen = [ddpm_coefficients(0.3, 0.6, "epsilon"), ddpm_coefficients(0.6, 0.9, "epsilon")], []
+    places = [Level(t, math.sqrt(a), math.sqrt(1 - a), a) for t, a in ((700.0, 0.3), (300.0, 0.6), (0.0, 0.9))]
+    pairs, seen = list(itertools.pairwise(places)), []
+    program = [Evaluation(a, ddpm_coefficients(a.alpha_bar, b.alpha_bar, "epsilon"), b) for a, b in pairs]
     x_T = torch.linspace(-1, 1, 32, dtype=torch.float32, device="cpu").reshape(2, 1, 4, 4)
 
-    def network(x, t):
-        seen.append(t.clone())
-        return 0.5 * x + t.float() / 1000
+    def network(x, place):
+        seen.append(place.t.clone())
+        return 0.5 * x + place.t.float() / 1000
 
     with make or contextlib.nullcontext():
-        loop = SamplingLoop(network, (2, 1, 4, 4), [700, 300], steps, 5, "cpu")
+        loop = SamplingLoop(network, (2, 1, 4, 4), program, 5, "cpu")
     with run or contextlib.nullcontext():
         loop.start(x_T, 3)
-        averages = [loop.step(2).clone() for _ in steps]
+        averages = [loop.step(2).clone() for _ in program]
     loop.start(x_T, 3)
-    again = [loop.step(2).clone() for _ in steps]
-    assert not any(t.is_inference() for t in (loop.x, loop._table, loop._timesteps, loop._indices, loop._step))
+    again = [loop.step(2).clone() for _ in program]
+    assert not any(t.is_inference() for t in (loop.x, loop._table, loop._timesteps, loop._indices, loop._counter))
     return [*averages, *again, loop.x, *seen]
 
 
