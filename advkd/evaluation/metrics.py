@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..ops.arguments import whole
 from .feature_sets import NEIGHBOUR, alike, both, checked, require_bootstrap, require_enough, require_least, require_samples
+from .resampling import recentred_interval, resample, rows_generator, thin
 
 BLOCK = 2**21
 """Distances held in memory at a time."""
@@ -82,7 +82,7 @@ def kernel_distance(generated: torch.Tensor, reference: torch.Tensor, subsets: i
     generated, reference = both(generated, reference, 4)
     require_least(1, subsets=subsets)
     generator, size = rows_generator(seed), min(1000, len(generated) // 2, len(reference) // 2)
-    pairs = ((_thin(reference, size, generator), _thin(generated, size, generator)) for _ in range(subsets))
+    pairs = ((thin(reference, size, generator), thin(generated, size, generator)) for _ in range(subsets))
     values = torch.stack([poly_mmd(*pair) for pair in pairs])
     return values.mean().item(), values.std(unbiased=False).item()
 
@@ -196,7 +196,7 @@ def frechet_interval(
     generated, reference = both(generated, reference, 2)
     require_bootstrap(resamples, level)
     generator = rows_generator(seed)
-    values = [_frechet(_resample(generated, generator), _resample(reference, generator)) for _ in range(resamples)]
+    values = [_frechet(resample(generated, generator), resample(reference, generator)) for _ in range(resamples)]
     return recentred_interval(values, _frechet(generated, reference), level)
 
 
@@ -305,7 +305,7 @@ def frechet_at_infinity(
     generator = rows_generator(seed)
     values = []
     for size in sizes:
-        pairs = [(_thin(generated, size, generator), _thin(reference, size, generator)) for _ in range(subsets)]
+        pairs = [(thin(generated, size, generator), thin(reference, size, generator)) for _ in range(subsets)]
         values.append(sum(_frechet(*pair) for pair in pairs) / subsets)
     value, slope = _line([1 / size for size in sizes], values)
     return {"value": value, "slope": slope, "sizes": sizes, "distances": values}
@@ -333,7 +333,7 @@ def frechet_floor(samples: torch.Tensor, splits: int = 20, seed: int = 0) -> lis
     require_least(1, splits=splits)
     generator, half, values = rows_generator(seed), len(samples) // 2, []
     for _ in range(splits):
-        mixed = _thin(samples, 2 * half, generator)
+        mixed = thin(samples, 2 * half, generator)
         values.append(_frechet(mixed[:half], mixed[half:]))
     return values
 
@@ -364,23 +364,3 @@ def compare(generated: torch.Tensor, reference: torch.Tensor, resamples: int = 2
         "kid_standard_deviation": kid_deviation,
         **neighbour_measures(generated, reference, resamples, seed),
     }
-
-
-def recentred_interval(resampled: list[float], measured: float, level: float) -> list[float]:
-    """The central ``level`` of resampled values, shifted so that their mean is the measured value."""
-    values = torch.tensor(resampled, dtype=torch.float64, device="cpu")
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
-    return torch.quantile(values + measured - values.mean(), tails).tolist()
-
-
-def rows_generator(seed: int) -> torch.Generator:
-    """Generator on the CPU of the draws of rows."""
-    return torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0, 2**64))
-
-
-def _resample(features, generator):
-    return features[torch.randint(len(features), (len(features),), generator=generator, dtype=torch.int64, device="cpu")]
-
-
-def _thin(features, size, generator):
-    return features[torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")[:size]]

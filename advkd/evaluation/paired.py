@@ -10,7 +10,8 @@ import torch
 
 from ..errors import InputError
 from .feature_sets import require_bootstrap
-from .metrics import frechet_at_infinity, frechet_distance, recentred_interval, rows_generator
+from .metrics import frechet_at_infinity, frechet_distance
+from .resampling import recentred_interval, rows_generator
 
 
 @dataclass(frozen=True)
