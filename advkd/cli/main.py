@@ -189,11 +189,15 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
     settings = {"name" if name == "solver" else name: value for name, value in values.items()}
     if student is not None and teacher is not None:
         raise InputError("--student and --teacher: name one of them")
-    foreign = [name for name, value in {**given, **(values if teacher is None else {})}.items() if value and name not in own]
+    foreign = [
+        name
+        for name, value in {**given, **(values if teacher is None else {})}.items()
+        if value not in (None, False) and name not in own
+    ]
     if foreign:
         option, model = foreign[0].replace("_", "-"), "student" if teacher is not None else "teacher"
         raise InputError(f"--{option} is an option of a {model}: leave it out, or name one by --{model}")
-    chosen = {name: given[name] for name in own if given[name]}
+    chosen = {name: given[name] for name in own if given[name] not in (None, False)}
     if teacher is None:
         work.sample(student or "digits", n, seed, out, device=local_device(device), batch_size=batch_size, **chosen)
         click.echo(f"{n} images in {out}")

@@ -103,8 +103,10 @@ def sample_teacher(
     guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
     labels = _labels(classes, model, guide)
     draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
-    model.check_run(1, solver, steps, labels=labels[:1] or None, guidance=guidance, classifier=guide)
-    record = {"teacher": {**model.identity(), "name": None}, "seed": seed, "solver": asdict(solver), "steps": steps}
+    if guide is not None and not guidance:
+        raise InputError("--classifier needs --guidance above 0, its weight")
+    model.check_run(len(labels) or 1, solver, steps, labels=labels or None, guidance=guidance, classifier=guide)
+    record = {"teacher": {**model.identity(solver), "name": None}, "seed": seed, "solver": asdict(solver), "steps": steps}
     record |= {"classes": labels, "guidance": guidance, "classifier": digest(guide.state_dict()) if guide else None}
     write_images(out, n, model.image_size, draw, record, batch_size, progress=progress)
     count = len(model.timesteps(solver, steps))
@@ -114,7 +116,10 @@ def sample_teacher(
 
 def _labels(classes: str, teacher: Teacher, classifier: Classifier | None) -> list[int]:
     """Numbers of classes from names or numbers."""
-    names = list(teacher.class_names) or [str(i) for i in range(classifier.config.classes if classifier else 0)]
+    known = [list(names) for names in (teacher.class_names, _names_of(classifier)) if names]
+    if len(known) == 2 and known[0] != known[1]:
+        raise InputError(f"--classifier was trained on other classes than teacher {teacher.name}: {', '.join(known[1])}")
+    names = known[0] if known else []
     chosen = [part.strip() for part in classes.split(",") if part.strip()]
     for part in chosen:
         if part not in names:
@@ -122,6 +127,14 @@ def _labels(classes: str, teacher: Teacher, classifier: Classifier | None) -> li
                 raise InputError(f"--classes {classes}: teacher {teacher.name} is unconditional; leave it out")
             raise InputError(f"--classes: {part!r} is not one of {', '.join(names)}")
     return [names.index(part) for part in chosen]
+
+
+def _names_of(classifier):
+    """Names of a classifier's classes, numbers where it has none."""
+    if classifier is None:
+        return []
+    record = classifier.training_record or {}
+    return record.get("classes") or [str(i) for i in range(classifier.config.classes)]
 
 
 def _from_teacher(teacher, seed, solver, steps, labels, guidance, classifier, parts) -> Iterator[torch.Tensor]:

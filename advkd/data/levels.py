@@ -31,9 +31,11 @@ def supervising_timesteps(solver: str, depth: int, timesteps: Sequence[int], tra
 
     All but DDPM: t(n) = 190 n - 10 n^2 + 80 at n = 11 - k for depth 12 (ADV-KD, section 3); for another depth, n spread evenly
     over [0, 10]. DDPM: the state after the first step for submodules 1 and 2, then 900, 800, ..., 100 for depth 12. Both are
-    scaled by T / 1000 and snapped to the run's timesteps.
+    scaled by T / 1000 and snapped to the run's timesteps; those of solvers but the paper's two to steps that do not end at x_0.
     """
     scale = train_timesteps / 1000
+    if solver not in ("ddim", "ddpm"):
+        timesteps = timesteps[:-1] or timesteps
     if solver != "ddpm":
         n = [10 * (1 - k / (depth - 2)) for k in range(depth - 1)]
         wanted = [190 * value - 10 * value * value + 80 for value in n]

@@ -18,7 +18,8 @@ from .prediction import eps_weights, require_prediction, x0_weights
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 """Variances of the ancestral step that do not come from the network; the first two are one variance written in two ways."""
 
-_OF_A_TIMESTEP = ("epsilon", "sample", "v_prediction")
+OF_A_TIMESTEP = ("epsilon", "sample", "v_prediction")
+"""Kinds of output that networks told a timestep have."""
 
 
 def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
@@ -34,7 +35,7 @@ def x0_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     Raises:
         InputError: another ``prediction``, or ``epsilon`` at ``a_t`` = 0, where the state holds no signal.
     """
-    require_prediction(prediction, _OF_A_TIMESTEP)
+    require_prediction(prediction, OF_A_TIMESTEP)
     return x0_weights(math.sqrt(a_t), math.sqrt(1 - a_t), prediction)
 
 
@@ -51,7 +52,7 @@ def noise_coefficients(a_t: float, prediction: str) -> tuple[float, float]:
     Raises:
         InputError: another ``prediction``, or ``sample`` at ``a_t`` = 1, where the state holds no noise.
     """
-    require_prediction(prediction, _OF_A_TIMESTEP)
+    require_prediction(prediction, OF_A_TIMESTEP)
     return eps_weights(math.sqrt(a_t), math.sqrt(1 - a_t), prediction)
 
 
@@ -147,7 +148,7 @@ def euler_coefficients(sigma: float, sigma_next: float, prediction: str) -> Step
     """
     if sigma <= 0:
         raise InputError(f"sigma must be positive, got {sigma}")
-    require_prediction(prediction, _OF_A_TIMESTEP)
+    require_prediction(prediction, OF_A_TIMESTEP)
     if prediction == "epsilon":
         # (x - x0) / sigma is the network's output itself.
         return StepCoefficients(1.0, -sigma, 0.0, 1.0, sigma_next - sigma)

@@ -2,8 +2,8 @@
 
 Data are Gaussian, a mixture of Gaussians, or a finite set of images; the posterior mean E[x0 | x_t] at every noise level is
 then a formula, and a solver's error, a sampler's marginals or a student's optimum can be compared with what they must be.
-Teachers compute in float64 with the solvers' own programs (:mod:`advkd.diffusion.solvers`), and take the place of
-:class:`advkd.Teacher` wherever its interface is used.
+Teachers compute in float64, on the CPU, with the solvers' own programs (:mod:`advkd.diffusion.solvers`); runs and ``predict``
+are those of :class:`advkd.Teacher`.
 """
 
 import math
@@ -41,7 +41,9 @@ class GaussianTeacher(ExactTeacher):
         schedule: Schedule | None = None,
         coordinates: str = "vp",
     ):
-        mean, covariance = mean.double(), covariance.double()
+        mean, covariance = mean.double().cpu(), covariance.double().cpu()
+        if not mean.ndim or not mean.isfinite().all():
+            raise InputError(f"mean must be finite numbers of one dimension or more, got {mean}")
         super().__init__(mean.shape, schedule, coordinates)
         d = mean.numel()
         if covariance.shape == mean.shape and not (mean.ndim == 2 and covariance.shape == (d, d)):
@@ -135,11 +137,17 @@ class MixtureTeacher(ExactTeacher):
         schedule: Schedule | None = None,
         coordinates: str = "vp",
     ):
-        means = means.double()
+        means = means.double().cpu()
+        if means.ndim < 2 or not means.isfinite().all():
+            raise InputError(f"means must be (K, ...) finite numbers, got {tuple(means.shape)}")
         super().__init__(means.shape[1:], schedule, coordinates, num_classes=len(means))
-        self.weights = torch.as_tensor(weights, dtype=torch.float64, device=means.device)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         self.variance = float(variance)
-        if self.weights.shape != means.shape[:1] or not (self.weights > 0).all() or not self.variance > 0:
+        if (
+            self.weights.shape != means.shape[:1]
+            or not ((self.weights > 0) & self.weights.isfinite()).all()
+            or not self.variance > 0
+        ):
             raise InputError(f"weights must be {len(means)} positive numbers and variance positive, got {weights}, {variance}")
         self.weights = self.weights / self.weights.sum()
         self.means = means.flatten(1)
@@ -248,7 +256,7 @@ class FiniteSetTeacher(ExactTeacher):
                 f"labels must be whole numbers 0 .. K - 1, each of them of an image, got {labels.unique().tolist()}"
             )
         super().__init__(images.shape[1:], schedule, coordinates, classes)
-        self.images, self.labels = images.double().flatten(1), labels
+        self.images, self.labels = images.double().cpu().flatten(1), None if labels is None else labels.cpu()
 
     def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """sum_i w_i x_i with w = softmax(-|x - alpha x_i|^2 / (2 noise^2)), over the images of the state's class.

@@ -16,7 +16,7 @@ Sigma = float | torch.Tensor
 
 
 class ExactTeacher(DiffusionModel):
-    """The common part of teachers with a known denoiser: :meth:`x0` of a subclass is their formula.
+    """The common part of teachers with a known denoiser: :meth:`x0` of a subclass is their formula. They compute on the CPU.
 
     Args:
         shape: of a sample.
@@ -134,8 +134,8 @@ class ExactTeacher(DiffusionModel):
         return (torch.ones_like(sigma), sigma) if self.coordinates == "ve" else vp_weights(sigma)
 
     def _normal(self, n, seed, shape, draw):
-        """Normal numbers for the data; draw 0 is that of :meth:`noise`."""
-        return philox_normal(seed, range(n), shape, stream="x_T", step=draw).double()
+        """Normal numbers for the data, from the end of the stream: noise by timestep is at its beginning."""
+        return philox_normal(seed, range(n), shape, stream="x_T", step=2**24 - draw).double()
 
 
 def _over(x, weight):

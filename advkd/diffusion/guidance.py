@@ -7,7 +7,7 @@ and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,19 +20,21 @@ Network = Callable[..., torch.Tensor]
 
 
 class Model(Protocol):
-    """What guidance asks of a :class:`~advkd.diffusion.sampling.DiffusionModel`."""
+    """The part of a :class:`~advkd.diffusion.sampling.DiffusionModel` that guidance reads."""
 
     name: str
     prediction: str
     num_classes: int
     null_class: int | None
+    shape: tuple[int, ...]
+    state_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the states."""
 
 
-class Classifier(Protocol):
+class NoisyClassifier(Protocol):
     """A classifier of noisy states."""
 
     def log_probability_gradient(self, x: torch.Tensor, alpha_bar: torch.Tensor, labels: torch.Tensor, /) -> torch.Tensor:
@@ -45,56 +47,102 @@ def guided(
     n: int,
     labels: torch.Tensor | Sequence[int] | int | None,
     guidance: float,
-    classifier: Classifier | None,
-) -> Network:
+    classifier: NoisyClassifier | None,
+) -> Callable[[torch.Tensor, Any], torch.Tensor]:
     """A network of state and level: the model's own for ``n`` samples, with their classes and guidance.
 
     Args:
         model: the model, which knows its classes.
         network: its network.
         n: number of samples.
-        labels: ``(n,)`` classes, or one for all, or None.
+        labels: ``(n,)`` classes, or one for all, or None; a tensor that :func:`classes_of` gave is read at every call.
         guidance: weight w, at least 0.
         classifier: for classifier guidance, or None for classifier-free guidance.
 
     Returns:
-        Function of the state and its level that gives the output of the same kind.
+        Function of the state and its :class:`~advkd.diffusion.loop.Place` that gives the output of the same kind.
 
     Raises:
-        InputError: classes out of range, classes of an unconditional model, or guidance without them.
+        InputError: as :func:`classes_of`.
+    """
+    labels = classes_of(model, n, labels, guidance, classifier)
+    if labels is None or classifier is not None:
+        null = null_labels(model, n)
+        plain = (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
+        return plain if labels is None else _classifier_guided(plain, classifier, labels, guidance, model.prediction)
+    if guidance == 0:
+        return lambda x, place: network(x, place, labels)
+    return _classifier_free(network, labels, model.null_class, guidance)
+
+
+def classes_of(
+    model: Model,
+    n: int,
+    labels: torch.Tensor | Sequence[int] | int | None,
+    guidance: float,
+    classifier: NoisyClassifier | None,
+) -> torch.Tensor | None:
+    """The classes of ``n`` samples, checked with the guidance towards them.
+
+    Args:
+        model: the model, which knows its classes.
+        n: number of samples.
+        labels: ``(n,)`` classes, or one for all, or None.
+        guidance: weight w, at least 0.
+        classifier: for classifier guidance, or None.
+
+    Returns:
+        ``(n,)`` int64 on the model's device; None without classes.
+
+    Raises:
+        InputError: classes out of range or of an unconditional model, guidance without classes or a null class, or a classifier
+            of clean images, of other shapes or on another device.
     """
     guidance = finite("guidance", guidance)
     if guidance < 0:
         raise InputError(f"guidance must be at least 0 (the model itself), got {guidance}")
+    if classifier is not None:
+        _require_fit(classifier, model)
     if labels is None:
-        return _unconditional(model, network, n, guidance, classifier)
+        if guidance or classifier is not None:
+            raise InputError("guidance needs labels: name the class of every sample")
+        null_labels(model, n)
+        return None
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    classes = model.num_classes if classifier is None else _classes_of(classifier)
-    labels = require_labels(labels, n, classes, model.device)
     if classifier is not None:
-        plain = _unconditional(model, network, n, 0.0, None)
-        return _classifier_guided(plain, classifier, labels, guidance, model.prediction)
-    if guidance == 0:
-        return lambda x, place: network(x, place, labels)
-    if model.null_class is None:
+        null_labels(model, n)
+    elif guidance and model.null_class is None:
         raise InputError(
-            f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop"
+            f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop 0.15"
         )
-    return _classifier_free(network, labels, model.null_class, guidance)
+    count = model.num_classes if classifier is None else _count_of(classifier)
+    return require_labels(labels, n, count, model.device)
 
 
-def _classes_of(classifier):
+def _count_of(classifier):
     """Number of classes of a classifier, or None where it does not say."""
     config = getattr(classifier, "config", classifier)
     return getattr(config, "classes", None) or getattr(config, "num_classes", None)
 
 
-def _unconditional(model, network, n, guidance, classifier):
-    if guidance or classifier is not None:
-        raise InputError("guidance needs labels: name the class of every sample")
-    null = null_labels(model, n)
-    return (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
+def _require_fit(classifier, model):
+    """Refuse a classifier, one of this package, that cannot see the model's states."""
+    config = getattr(classifier, "config", None)
+    if config is None:
+        return
+    if not getattr(config, "noisy", True):
+        raise InputError("classifier: it knows clean images only; train one with 'advkd classifier train --noisy'")
+    size, channels = getattr(config, "image_size", None), getattr(config, "image_channels", None)
+    if size is not None and (channels, size, size) != tuple(model.shape):
+        raise InputError(
+            f"classifier takes ({channels}, {size}, {size}) images, teacher {model.name} draws {tuple(model.shape)}"
+        )
+    parameter = next(iter(classifier.parameters()), None) if isinstance(classifier, torch.nn.Module) else None
+    if parameter is not None and parameter.device != model.device:
+        raise InputError(f"classifier is on {parameter.device}, the teacher on {model.device}: move one of them")
+    if parameter is not None and parameter.dtype != model.state_dtype:
+        raise InputError(f"classifier computes in {parameter.dtype}, states are {model.state_dtype}: convert it")
 
 
 def null_labels(model: Model, n: int) -> torch.Tensor | None:

@@ -10,8 +10,9 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerO
 from ..errors import InputError
 from ..ops import StepCoefficients
 from ..ops.arguments import flag
+from .coefficients import OF_A_TIMESTEP
 from .fused_step import FusedSigmas, saved_as_diffusers_class, step_output
-from .prediction import x0_weights
+from .prediction import require_prediction, x0_weights
 from .step_arguments import as_number, why_unfit
 from .step_tables import Handed, Table, counted, handed_in
 
@@ -150,6 +151,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
             clip = float(self.config.clip_sample_range)
         weight, own = (gap, 1.0) if kind == FIRST else (gap / 2, 0.5 if kind == SECOND else 0.0)
         earlier = {FIRST: {}, SECOND: {"c_h": 0.5}, GIVEN: {"c_h": 1.0, "c_g": gap / 2}}[kind]
+        require_prediction(prediction, OF_A_TIMESTEP)
         k_x, k_m = x0_weights(1.0, sigma, prediction)
         if prediction == "epsilon" and not self.config.clip_sample:
             # The slope (x - x0) / sigma is the network's output itself.

@@ -79,7 +79,12 @@ def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
         scheduler = _load_scheduler(folder)
-        return Loaded(_load_unet(source, folder, dtype), scheduler, _load_classes(folder), NoisePower.read(folder))
+        return Loaded(
+            _load_unet(source, folder, dtype),
+            scheduler,
+            _load_classes(folder),
+            NoisePower.read(folder, len(scheduler.alphas_cumprod)),
+        )
 
 
 def _load_classes(folder):

@@ -73,24 +73,28 @@ class NoisePower:
         return path
 
     @classmethod
-    def read(cls, folder: str | Path) -> "NoisePower | None":
+    def read(cls, folder: str | Path, timesteps: int) -> "NoisePower | None":
         """The estimates beside a teacher.
 
         Args:
             folder: the teacher's.
+            timesteps: T of the teacher.
 
         Returns:
             Estimates, or None where there are none.
 
         Raises:
-            InputError: a damaged file.
+            InputError: a damaged file, or one of another schedule.
         """
         path = Path(folder) / FILE
         if not path.exists():
             return None
         found = read_json(path, "noise power", _FIELDS)
         try:
-            return cls(tuple(found["timesteps"]), tuple(map(float, found["values"])), found["images"], found["seed"])
+            kept = cls(tuple(found["timesteps"]), tuple(map(float, found["values"])), found["images"], found["seed"])
+            if kept.timesteps[-1] != timesteps - 1:
+                raise InputError(f"it ends at timestep {kept.timesteps[-1]}, the teacher at {timesteps - 1}")
+            return kept
         except (TypeError, ValueError, InputError) as error:
             raise InputError(f"noise power {path} is damaged ({error}): run 'advkd teacher noise-power' again") from error
 

@@ -288,7 +288,7 @@ def _describe(teacher, config):
     return DatasetInfo(
         **{**vars(config), "solver": solver.name, "steps": len(timesteps), "latent_size": latent_size},
         paired=not solver.stochastic,
-        teacher=teacher.identity(),
+        teacher=teacher.identity(solver),
         image_channels=teacher.image_channels,
         image_size=size,
         resolutions=sides,

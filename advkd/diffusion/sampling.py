@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError
 from ..ops import philox_normal
-from .guidance import Classifier, guided
+from .guidance import NoisyClassifier, guided
 from .loop import SamplingLoop
 from .program import Evaluation
 from .schedule import Level, Schedule
@@ -139,7 +139,7 @@ class DiffusionModel:
         *,
         labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
-        classifier: Classifier | None = None,
+        classifier: NoisyClassifier | None = None,
     ) -> Iterator[tuple[int | float, torch.Tensor]]:
         """Walk a run step by step; the last state is x_0, not clamped to [-1, 1].
 
@@ -178,7 +178,7 @@ class DiffusionModel:
         *,
         labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
-        classifier: Classifier | None = None,
+        classifier: NoisyClassifier | None = None,
     ) -> None:
         """Refuse arguments of :meth:`sample` with which nothing can be drawn, without drawing.
 
@@ -206,7 +206,7 @@ class DiffusionModel:
         *,
         labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
-        classifier: Classifier | None = None,
+        classifier: NoisyClassifier | None = None,
     ) -> torch.Tensor:
         """Samples ``start .. start + n - 1``, the ends of their paths.
 

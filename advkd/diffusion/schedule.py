@@ -76,7 +76,7 @@ class Schedule:
     """
 
     def __init__(self, alpha_bars: torch.Tensor):
-        a = torch.as_tensor(alpha_bars, **_TABLE)
+        a = torch.as_tensor(alpha_bars, **_TABLE).clone()
         if a.ndim != 1 or not len(a) or not ((a >= 0) & (a <= 1)).all() or not (a.diff() <= 0).all():
             raise InputError(f"alpha_bars must be (T,) numbers that fall within [0, 1], got {a}")
         self.alpha_bars = a
@@ -145,10 +145,10 @@ class Schedule:
         below = wanted.floor().long().clamp_max(max(len(self) - 2, 0))
         above = (below + 1).clamp_max(len(self) - 1)
         share = wanted - below
-        mixed = torch.lerp(table[below], table[above], share)
-        # An infinite neighbour (alpha_bar = 0) has no share in a level that is not its own, and none lies between two of them.
-        own = (share == 0) | (table[below] == table[above])
-        return torch.where(own, table[below], torch.where(share == 1, table[above], mixed))
+        low, high = table[below], table[above]
+        # Between a finite level and an infinite one (alpha_bar of 0 or 1) all are infinite.
+        mixed = torch.where(low.isinf(), low, torch.where(high.isinf(), high, torch.lerp(low, high, share)))
+        return torch.where(share == 0, low, torch.where(share == 1, high, mixed))
 
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
         """Noise level sigma = sqrt((1 - a) / a) at timesteps; arguments and result as in :meth:`log_sigma`.
@@ -229,6 +229,8 @@ class Schedule:
         Returns:
             Level on the variance-preserving path.
         """
+        if math.isinf(sigma):
+            return Level(self.t(sigma).item(), 0.0, 1.0, 0.0)
         scale = math.hypot(1.0, sigma)
         return Level(self.t(sigma).item(), 1 / scale, sigma / scale, 1 / scale**2)
 

@@ -373,7 +373,7 @@ class FusedDPMSolverMultistepScheduler(FusedSigmas, DPMSolverMultistepScheduler)
             return f"solver_order {config.solver_order}"
         if config.thresholding:
             return "dynamic thresholding"
-        return f"variance_type {config.variance_type!r}" if config.variance_type is not None else None
+        return self._unknown_output() if config.variance_type is None else f"variance_type {config.variance_type!r}"
 
     def _order(self):
         """1 for the first step after a start, for orders that are not 2, and for a last step that diffusers lowers."""

@@ -32,14 +32,14 @@ NoisePower = Callable[[Level], float]
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a solver.
+    """Facts about a solver.
 
     Attributes:
         order: global order of accuracy on the probability-flow equation, once there is enough to remember; 0 for solvers that
             add noise. The first step of a run has order 1, whose error keeps whole runs of dpmpp-3m and deis-3 at 2, and those
             of unipc-3 at 3.
         evaluations: network evaluations of a step.
-        least: fewest steps of a run, with which it reaches its order at all.
+        least: fewest steps of a run: the order of a multistep solver, and two of a single-step one, whose last step is Euler's.
         paper: where it comes from.
     """
 
@@ -61,9 +61,9 @@ METHODS = {
     "deis-1": Method(1, paper="Zhang and Chen 2023, rho-AB1"),
     "deis-2": Method(2, least=2, paper="Zhang and Chen 2023, rho-AB2"),
     "deis-3": Method(3, least=3, paper="Zhang and Chen 2023, rho-AB3"),
-    "unipc-1": Method(2, paper="Zhao et al. 2023, UniPC-1, B(h) = e^h - 1"),
-    "unipc-2": Method(3, least=2, paper="Zhao et al. 2023, UniPC-2, B(h) = e^h - 1"),
-    "unipc-3": Method(4, least=3, paper="Zhao et al. 2023, UniPC-3, B(h) = e^h - 1"),
+    "unipc-1": Method(2, least=2, paper="Zhao et al. 2023, UniPC-1, bh2"),
+    "unipc-2": Method(3, least=3, paper="Zhao et al. 2023, UniPC-2, bh2"),
+    "unipc-3": Method(4, least=4, paper="Zhao et al. 2023, UniPC-3, bh2"),
     "euler-maruyama": Method(0, paper="Song et al. 2021, eq. 6"),
     "predictor-corrector": Method(0, 2, paper="Song et al. 2021, algorithms 1 and 4"),
     "analytic-ddpm": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDPM's mean"),
@@ -108,8 +108,9 @@ class Solver:
     snr: float = 0.16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
-        if self.name not in METHODS:
+        if isinstance(self.name, str):
+            object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
+        if not isinstance(self.name, str) or self.name not in METHODS:
             raise InputError(f"solver must be one of {', '.join([*METHODS, *ALIASES])}, got {self.name!r}")
         if self.spacing and self.spacing not in SPACINGS:
             raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
@@ -120,6 +121,11 @@ class Solver:
                 raise InputError(f"{name} must not be negative or infinite, got {value}")
             if value != default and self.name != owner and not (name == "rho" and self.spacing == "karras"):
                 raise InputError(f"{name} is a number of {owner}; solver {self.name} has none: leave it out")
+        limits = (self.churn_min, self.churn_max, self.churn_noise)
+        if not self.churn and limits != tuple(_DEFAULTS[name] for name in ("churn_min", "churn_max", "churn_noise")):
+            raise InputError("churn_min, churn_max and churn_noise need churn above 0: give it, or leave them out")
+        if self.churn_min > self.churn_max:
+            raise InputError(f"churn_min must be at most churn_max, {self.churn_max}, got {self.churn_min}")
 
     @property
     def order(self) -> int:
@@ -130,6 +136,11 @@ class Solver:
     def stochastic(self) -> bool:
         """True if steps add noise, so that x_0 is no function of x_T."""
         return METHODS[self.name].order == 0 or self.eta > 0 or self.churn > 0
+
+    @property
+    def analytic(self) -> bool:
+        """True if steps depend on the teacher's noise power."""
+        return self.name.startswith("analytic")
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """Levels at which the steps begin.
@@ -193,12 +204,14 @@ class Solver:
                 f"solver {self.name} needs a finite noise level at every step; this schedule begins at alpha_bar = 0: "
                 "take ddim or ddpm, or another spacing"
             )
-        if levels[-1].noise == 0:
-            raise InputError(f"solver {self.name}: the schedule has no noise at timestep {levels[-1].t:g}")
+        if levels[-1].noise == 0 and self.name != "ddim":
+            raise InputError(
+                f"the schedule has no noise at timestep {levels[-1].t:g}, and solver {self.name} needs some: take ddim"
+            )
         by_differences = self.name in _MULTISTEP or METHODS[self.name].order > 1
         if by_differences and any(a.sigma <= b.sigma for a, b in pairwise(levels)):
             raise InputError(f"solver {self.name} needs levels that fall; this schedule repeats one: take ddim, or fewer steps")
-        if self.name.startswith("analytic") and noise_power is None:
+        if self.analytic and noise_power is None:
             raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
         writer = Writer(prediction, clip)
         if self.name in _MULTISTEP:
@@ -309,8 +322,3 @@ def as_solver(solver: "str | Solver") -> Solver:
     if not isinstance(solver, str):
         raise InputError(f"solver must be a name or a Solver, got {solver!r}")
     return Solver(solver)
-
-
-def names() -> Sequence[str]:
-    """Names of all solvers."""
-    return tuple(METHODS)

@@ -40,7 +40,8 @@ def langevin_step(writer: Writer, level: Level, snr: float) -> Evaluation:
     """Langevin's corrector (Song et al. 2021, algorithm 4): x' = x + d score + sqrt(2 d) z.
 
     The paper sets d = 2 (snr |z| / |score|)^2 by the norms of a batch. Their expectations for a white state, of which |score|
-    is |z| / noise, make it d = 2 (snr noise)^2: a number of the schedule.
+    is |z| / noise, make it d = 2 (snr noise)^2: a number of the schedule. The authors' code also multiplies d by 1 - beta_t on
+    variance-preserving paths; a run of few steps has no such beta, and it is left out.
 
     Args:
         writer: of the network's kind.

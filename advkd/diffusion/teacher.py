@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .denoiser import Denoiser
-from .guidance import Classifier, guided
+from .guidance import NoisyClassifier, classes_of, guided, null_labels
 from .loading import Classes, load_pipeline
 from .loop import SamplingLoop, network_of
 from .noise_power import NoisePower
@@ -110,13 +111,18 @@ class Teacher(DiffusionModel):
         """The network's device."""
         return next(self.unet.parameters()).device
 
-    def identity(self) -> dict:
+    def identity(self, solver: Solver | None = None) -> dict:
         """Everything that its paths depend on, for a data set's manifest: weights, network, schedule, prediction, clipping.
+
+        Args:
+            solver: of the paths; an analytic one depends on the noise power, too.
 
         Returns:
             JSON values: ``name``, ``parameters`` (their number), ``weights_sha256``, ``network_sha256``, ``schedule_sha256``,
-            ``prediction``, ``clip`` (None without clipping), ``variance`` and, only where it is on, ``autocast``.
+            ``prediction``, ``clip`` (None without clipping), ``variance``, only where it is on ``autocast``, and for analytic
+            solvers ``noise_power``.
         """
+        analytic = solver is not None and solver.analytic and self.noise_powers is not None
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
         return {
             "name": self.name,
@@ -128,6 +134,7 @@ class Teacher(DiffusionModel):
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
             **({"autocast": str(self._autocast)} if self._autocast else {}),
+            **({"noise_power": list(self.noise_powers.values)} if analytic and self.noise_powers else {}),
         }
 
     def num_parameters(self) -> int:
@@ -142,13 +149,13 @@ class Teacher(DiffusionModel):
         Args:
             x: ``(N, C, H, W)`` float32 variance-preserving states, on the teacher's device.
             sigma: noise level sqrt((1 - a) / a), a number or ``(N,)``.
-            condition: ``(N,)`` int64 classes, or None.
+            condition: ``(N,)`` int64 classes; None: no class, which a conditional teacher needs its null class for.
 
         Returns:
             ``(x0, eps)``, both ``(N, C, H, W)`` float32; eps goes with the clamped x0. No gradient flows.
         """
         with torch.no_grad():
-            return self.denoiser.predict(x, sigma, condition)
+            return self.denoiser.predict(x, sigma, null_labels(self, len(x)) if condition is None else condition)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -157,9 +164,21 @@ class Teacher(DiffusionModel):
 
         def network(state, t, labels):
             classes = {} if labels is None else {"class_labels": labels}
-            return self.unet(state.to(parameter.dtype), t, **classes, return_dict=False)[0]
+            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), **classes, return_dict=False)[0]
 
         return Denoiser(network, self.schedule, self.prediction, self.clip)
+
+    def _looks_timesteps_up(self):
+        return self.unet.config.get("time_embedding_type") == "learned"
+
+    def _timesteps_for(self, t):
+        """Timesteps as the network takes them: one that looks them up in a table needs whole ones."""
+        if not self._looks_timesteps_up():
+            return t
+        whole = t.round()
+        if (t - whole).abs().max() > 1e-3:
+            raise InputError(f"teacher {self.name} knows whole timesteps only: choose noise levels of whole timesteps")
+        return whole.long()
 
     def noise_power(self, level: Level) -> float:
         """E|eps|^2 / d of the noise that the network finds at a level, from the estimates kept with the teacher.
@@ -218,7 +237,7 @@ class Teacher(DiffusionModel):
         *,
         labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
-        classifier: Classifier | None = None,
+        classifier: NoisyClassifier | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """A run that keeps area averages of some states, made within the steps.
 
@@ -270,7 +289,7 @@ class Teacher(DiffusionModel):
         *,
         labels: torch.Tensor | Sequence[int] | int | None = None,
         guidance: float = 0.0,
-        classifier: Classifier | None = None,
+        classifier: NoisyClassifier | None = None,
     ) -> torch.Tensor:
         """Images of samples ``start .. start + n - 1``, the ends of their paths.
 
@@ -300,25 +319,34 @@ class Teacher(DiffusionModel):
     def _kept_loop(self, n, solver, steps, seed, compiled, condition):
         # The last loop is kept: a recorder needs the same one again and again, and graphs hold memory. Its key has everything
         # that a captured graph reads: moved or replaced weights, another schedule.
-        tensors = (*self.unet.parameters(), *self.unet.buffers())
-        parameters = tuple((t.data_ptr(), t.dtype, t.device) for t in tensors)
-        program = self.program(solver, steps)
         labels, guidance, classifier = condition
-        # numpy's text leaves out the middle of long arrays.
-        classes = labels.tolist() if hasattr(labels, "tolist") else labels
-        key = (n, tuple(program), seed, compiled, self.unet, parameters, repr(classes), guidance, classifier)
+        tensors = [*self.unet.parameters(), *self.unet.buffers()]
+        if isinstance(classifier, nn.Module):
+            tensors += [*classifier.parameters(), *classifier.buffers()]
+        places = tuple((t.data_ptr(), t.dtype, t.device) for t in tensors)
+        told = classes_of(self, n, labels, guidance, classifier)
+        key = (n, tuple(self.program(solver, steps)), seed, compiled, self.unet, places, told is None, guidance, classifier)
         if self._loop is None or self._loop[0] != key:
             self._loop = None
-            network = guided(self, self._network(compiled), n, labels, guidance, classifier)
+            told = None if told is None else told.clone()  # theirs may be the caller's own memory
+            network = guided(self, self._network(compiled), n, told, guidance, classifier)
             shape, capture = (n, *self.shape), self.device.type == "cuda"
-            self._loop = (key, SamplingLoop(network, shape, program, seed, self.device, capture))
+            self._loop = (key, SamplingLoop(network, shape, key[1], seed, self.device, capture), told)
+        elif told is not None:
+            # Graphs read the classes where the first ones were.
+            self._loop[2].copy_(told)
         return self._loop[1]
 
     def _network(self, compiled=False):
         return network_of(self.unet, self._autocast, compiled)
 
     def _program(self, solver, steps):
-        return solver.program(self.schedule, steps, self.prediction, self.clip, self.variance_type, self.noise_power)
+        program = solver.program(self.schedule, steps, self.prediction, self.clip, self.variance_type, self.noise_power)
+        if self._looks_timesteps_up() and any(e.level.t % 1 for e in program if e.network):
+            raise InputError(
+                f"its network knows whole timesteps only, and {solver.name} needs others: take another or a spacing"
+            )
+        return program
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own loop.

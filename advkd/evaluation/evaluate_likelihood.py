@@ -8,8 +8,7 @@ import torch
 
 from ..data.dataset_info import differences
 from ..data.draws import DataOrder
-from ..data.images import describe_shape, load_images, read_pictures
-from ..data.pictures import to_uint8
+from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..runtime.devices import require_device
@@ -17,6 +16,7 @@ from ..runtime.files import digest, read_tensors, require_digest, restoring, wit
 from ..runtime.folders import locked, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import provenance
+from .image_sets import real_images
 from .likelihood import BATCH_SIZE, BOUND_VARIANCES, Likelihood, VariationalBound
 
 
@@ -79,7 +79,7 @@ def evaluate_likelihood(
     config.validate()
     model = Teacher.from_pretrained(teacher, require_device(device))
     bound = VariationalBound(model, config.steps or None, config.seed, config.variance or None)
-    chosen = _choose(_pictures(images, model), images, config)
+    chosen = _choose(real_images(str(images), model.shape, "--images"), images, config)
     labels, out = bound.check(chosen), require_output_folder(out)
     with locked(out):
         terms = _terms(bound, chosen, labels, out, progress)
@@ -114,18 +114,6 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def _pictures(source, teacher):
-    """All images of a source, uint8 ``(N, C, S, S)`` of the teacher's shape."""
-    if str(source) == "digits":
-        images = load_images("digits", teacher.image_size, teacher.image_channels)
-        return to_uint8(images).permute(0, 3, 1, 2).contiguous()
-    images = read_pictures(source, "--images")
-    if tuple(images.shape[1:]) != tuple(teacher.shape):
-        found, wanted = describe_shape(images.shape[1:]), describe_shape(teacher.shape)
-        raise InputError(f"--images {source} holds {found} images, the teacher draws {wanted} ones")
-    return images
-
-
 def _choose(images, source, config):
     """The images of an evaluation: the first of a seeded permutation, as sets are sorted by class or name."""
     if config.num > len(images):
@@ -157,7 +145,8 @@ def _path(out, first, count):
 def _description(bound, images, first):
     """Everything that a batch's terms depend on."""
     chain = {"timesteps": list(bound.timesteps), "variance": bound.variance, "seed": bound.seed, "first": first}
-    return {**chain, "teacher": bound.teacher.identity(), "images": digest({"images": images})}
+    solver = Solver("analytic-ddpm") if bound.variance == "analytic" else None
+    return {**chain, "teacher": bound.teacher.identity(solver), "images": digest({"images": images})}
 
 
 def _kept(bound, images, first, out):

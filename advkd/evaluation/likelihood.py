@@ -262,7 +262,7 @@ class VariationalBound:
         return Transition(level, small.c_0, small.c_z**2, variance)
 
     def _decoder_variance(self, level):
-        # The posterior has no variance at the image: the transition before lends its own (Ho et al. 2020, section 3.3).
+        # The posterior has no variance at the image: the transition before lends its own, as in the authors' code.
         return self._uncertainty(level) if self.variance == "analytic" else self.transitions[-1].posterior
 
     def _uncertainty(self, level):

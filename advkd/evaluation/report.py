@@ -85,8 +85,12 @@ def write_report(
     if metrics:
         read_metrics(metrics)
     by_solver = read_solvers(solvers) if solvers else None
-    if conditional is not None:
-        conditional.check_run(1, labels=0, guidance=1.0)
+    if by_solver is not None and not same_teacher(by_solver["teacher"], teacher.identity()):
+        raise InputError(f"solvers {solvers} is of another teacher: name that one by --teacher")
+    if conditional is not None and conditional.null_class is None:
+        raise InputError(
+            f"conditional: teacher {conditional.name} has no classes with a null class: name another by --conditional"
+        )
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
     save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
@@ -165,7 +169,7 @@ def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Pat
     if teacher.num_classes and teacher.null_class is not None:
         save_guidance(teacher, out / "guidance.png")
         captions["guidance.png"] = (
-            "Classes by weight w of classifier-free guidance; a column has one start noise, an image 2 x 10 evaluations."
+            "Classes by weight w of classifier-free guidance; a column has one start noise, and 20 evaluations an image."
         )
     return captions
 

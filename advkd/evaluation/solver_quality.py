@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..diffusion.solvers import ALIASES, METHODS, Solver
+from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.shape import batches
 from ..runtime.devices import require_device
-from ..runtime.files import digest, read_tensors, with_digest, write_json, write_tensors
+from ..runtime.files import digest, read_tensors, require_digest, with_digest, write_json, write_tensors
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import provenance
@@ -45,7 +45,7 @@ class SolverEvaluationConfig:
         solvers: comma-separated names of solvers, or ``all``.
         evaluations: network evaluations of a run, several separated by commas.
         num: images of ddim, unipc-2, dpmpp-2m and dpmpp-3m, and of the reference.
-        other_num: images of the other solvers.
+        other_num: images of the other solvers (0: at most 2,000).
         seed: of the start noise; the reference's is the next one.
         fine_steps: steps of the reference, by unipc-2.
         spacing: of the levels (empty: each solver's own).
@@ -58,9 +58,9 @@ class SolverEvaluationConfig:
     solvers: str = "all"
     evaluations: tuple[int, ...] = (5, 10, 50)
     num: int = 2000
-    other_num: int = 2000
+    other_num: int = 0
     seed: int = REFERENCE_SEED
-    fine_steps: int = 25
+    fine_steps: int = 100
     spacing: str = ""
     extractor: str = "digits"
     real: str = "digits"
@@ -69,11 +69,11 @@ class SolverEvaluationConfig:
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
-        for name in ("num", "other_num", "fine_steps", "batch_size"):
+        for name in ("num", "fine_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.other_num > self.num:
-            raise InputError(f"other_num must be at most num, {self.num}, got {self.other_num}")
+        if not 0 <= self.other_num <= self.num:
+            raise InputError(f"other_num must be in [0, num = {self.num}], got {self.other_num}")
         if self.resamples < 20:
             raise InputError(f"resamples must be at least 20, got {self.resamples}")
         if not self.evaluations or min(self.evaluations) < 1:
@@ -91,8 +91,8 @@ class SolverEvaluationConfig:
         Raises:
             InputError: an unknown name.
         """
-        names = list(METHODS) if self.solvers == "all" else [ALIASES.get(name, name) for name in self.solvers.split(",")]
-        return [Solver(name, self.spacing) for name in dict.fromkeys(names)]
+        names = list(METHODS) if self.solvers == "all" else [name.strip() for name in self.solvers.split(",")]
+        return list(dict.fromkeys(Solver(name, self.spacing) for name in names))
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def evaluate_solvers(
     runs = list(_runs(config, model))
     if len(runs) == 1:
         raise InputError(f"evaluations must be more: {config.solvers} cannot take {max(config.evaluations)}")
+    if model.num_classes and model.null_class is None:
+        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
     for run in runs:
         model.program(run.solver, run.steps)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
@@ -166,7 +168,7 @@ def evaluate_solvers(
         "config": asdict(config),
         "teacher": model.identity(),
         "real_sha256": digest({"images": real}),
-        "provenance": provenance(),
+        "provenance": provenance(device),
     }
     write_json(out / "solvers.json", result)
     return result
@@ -203,7 +205,8 @@ def _runs(config: SolverEvaluationConfig, model: Teacher) -> Iterator[Run]:
             steps = min((evaluations - 1) // method.evaluations + 1, model.train_timesteps)
             if steps >= method.least and (solver, steps) not in known:
                 known.add((solver, steps))
-                yield Run(solver, steps, config.seed, config.num if solver.name in MAIN else config.other_num)
+                other = config.other_num or min(config.num, 2000)
+                yield Run(solver, steps, config.seed, config.num if solver.name in MAIN else other)
 
 
 def _features(model, extractor, runs, batch_size, cache, progress):
@@ -216,26 +219,35 @@ def _features(model, extractor, runs, batch_size, cache, progress):
 
 
 def _features_of(model, extractor: Extractor, run: Run, batch_size: int, cache: Path, bar):
-    images = torch.cat([_shard(model, run, first, batch_size, cache, bar) for first in range(0, run.num, SHARD)])
-    return extract(extractor, images[: run.num], cache=cache)
+    parts = batches(run.num, SHARD)
+    images = torch.cat([_shard(model, run, first, count, batch_size, cache, bar) for first, count in parts])
+    return extract(extractor, images, cache=cache)
 
 
-def _shard(model, run, first, batch_size, cache, bar):
-    """Images ``first .. first + SHARD - 1``, uint8, from the cache or drawn now."""
-    identity = {**model.identity(), "name": None}
+def _shard(model, run, first, count, batch_size, cache, bar):
+    """Images ``first .. first + count - 1``, uint8, from the cache or drawn now."""
+    identity = {**model.identity(run.solver), "name": None}
     depends = json.dumps([identity, asdict(run.solver), run.steps, run.seed, batch_size], sort_keys=True)
     folder = cache / f"solvers-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
-    path = folder / f"images-{first:07d}.safetensors"
+    path = folder / f"images-{first:07d}-{count:03d}.safetensors"
     if path.exists():
-        tensors, _ = read_tensors(path, "the cache's images", ("digest",), "delete it")
-        bar.update(SHARD)
-        return tensors["images"]
-    drawn = []
-    for start, count in batches(SHARD, batch_size):
-        x_0 = model.sample(count, run.seed, run.solver, run.steps, first + start)
-        drawn.append(eight_bit(x_0))
         bar.update(count)
+        return _kept(path, (count, *model.shape))
+    drawn = []
+    for start, number in batches(count, batch_size):
+        drawn.append(eight_bit(model.sample(number, run.seed, run.solver, run.steps, first + start)))
+        bar.update(number)
     folder.mkdir(exist_ok=True)
     tensors = {"images": torch.cat(drawn)}
     write_tensors(path, tensors, with_digest(tensors, {}))
+    return tensors["images"]
+
+
+def _kept(path, shape):
+    """Images of an earlier run, as they were written."""
+    remedy = "delete it, and it is drawn again"
+    tensors, metadata = read_tensors(path, "the cache's images", ("digest",), remedy)
+    require_digest(path, tensors, metadata, remedy)
+    if tuple(tensors["images"].shape) != shape:
+        raise InputError(f"{path} holds {tuple(tensors['images'].shape)}, expected {shape}: {remedy}")
     return tensors["images"]

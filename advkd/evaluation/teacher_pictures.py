@@ -34,6 +34,8 @@ def read_solvers(path: str | Path) -> dict[str, Any]:
     """
     result = read_json(path, "solvers", ("rows", "baseline", "teacher", "config"))
     with restoring("solvers", path, "run 'advkd evaluate --solvers' again"):
+        if not result["rows"] or not result["config"]["evaluations"] or result["config"]["fine_steps"] < 1:
+            raise ValueError("it has no rows")
         for row in result["rows"]:
             for against in ("real", "fine"):
                 numbers = (row["evaluations"], *row[against]["at_infinity_interval"], row[against]["at_infinity"])
@@ -74,9 +76,14 @@ def _curve(axis, rows, against, name, colour, line):
 
 
 def guided_images(
-    teacher: Teacher, weights: Sequence[float] = WEIGHTS, seed: int = 0, solver: str | Solver = "unipc", steps: int = 10
+    teacher: Teacher,
+    weights: Sequence[float] = WEIGHTS,
+    seed: int = 0,
+    solver: str | Solver = "unipc",
+    steps: int = 10,
+    most: int = 10,
 ) -> torch.Tensor:
-    """One image of every class at every weight of guidance, from one start noise per class.
+    """One image of a class at every weight of guidance, from one start noise per class.
 
     Args:
         teacher: a conditional :class:`Teacher` with a null class.
@@ -84,16 +91,17 @@ def guided_images(
         seed: of the noise.
         solver: a name, or a :class:`~advkd.diffusion.solvers.Solver`.
         steps: number of steps.
+        most: classes that are drawn, the first ones.
 
     Returns:
-        ``(len(weights), num_classes, C, S, S)`` float32 in [-1, 1].
+        ``(len(weights), classes, C, S, S)`` float32 in [-1, 1].
 
     Raises:
         InputError: an unconditional teacher, or one without a null class.
     """
     if not teacher.num_classes:
         raise InputError(f"teacher {teacher.name} is unconditional: classes by guidance need a conditional one")
-    labels = torch.arange(teacher.num_classes, device=teacher.device)
+    labels = torch.arange(min(most, teacher.num_classes), device=teacher.device)
     draw = [teacher.sample(len(labels), seed, solver, steps, labels=labels, guidance=weight) for weight in weights]
     return torch.stack(draw).cpu()
 
@@ -107,7 +115,7 @@ def save_guidance(teacher: Teacher, path: str | Path, weights: Sequence[float] =
         weights: of guidance.
         most: classes that are shown, the first ones.
     """
-    images = guided_images(teacher, weights)[:, :most]
+    images = guided_images(teacher, weights, most=most)
     pixels = to_uint8(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     rows, columns = images.shape[:2]
     with panels(path, 0.95 * rows, rows, columns) as axes:

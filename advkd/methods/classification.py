@@ -54,6 +54,8 @@ class ClassifierTrainingConfig:
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out must be between 0 and 1, got {self.held_out}")
         require_schedule(self.schedule)
+        if self.schedule != type(self).schedule and not self.noisy:
+            raise InputError("schedule is that of noisy images: give --noisy, too")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:

@@ -66,6 +66,8 @@ class TeacherTrainingConfig:
             raise InputError(f"prediction must be epsilon, v_prediction or sample, got {self.prediction!r}")
         if not 0 <= self.drop < 1:
             raise InputError(f"drop must be in [0, 1), got {self.drop}")
+        if self.drop != type(self).drop and not self.conditional:
+            raise InputError("drop is the share of labels that a conditional teacher is not told: give --conditional, too")
         require_schedule(self.schedule)
         if any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
@@ -85,7 +87,7 @@ class Denoising(Method):
         network: ``network(x_t, t)``, or ``network(x_t, t, labels)`` of a conditional run, gives a tensor like x_t, or an output
             of diffusers with one in ``.sample``.
         scheduler: a diffusers scheduler with ``add_noise`` and ``get_velocity``.
-        null: number of the class that stands for no class; a run is conditional where it is given.
+        null: number of the class that stands for no class, or None: no label is dropped.
     """
 
     name = "denoising"
@@ -100,7 +102,7 @@ class Denoising(Method):
 
     def needs(self) -> Needs:
         """Images, and their classes in a conditional run."""
-        return Needs("images", labels=self.null is not None, student="denoiser")
+        return Needs("images", labels=self.config.conditional, student="denoiser")
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""
@@ -130,7 +132,7 @@ class Denoising(Method):
         x0 = batch.images
         noise = draw.host.normal(*x0.shape).to(x0)
         t = draw.host.integers(self.scheduler.config.num_train_timesteps).to(x0.device)
-        condition = () if self.null is None else (self._some_dropped(batch.labels, draw),)
+        condition = (self._some_dropped(batch.labels, draw),) if self.config.conditional else ()
         with step.autocast():
             output = self.network(self.scheduler.add_noise(x0, noise, t), t, *condition)
         loss = F.mse_loss(getattr(output, "sample", output), self._target(x0, noise, t))
@@ -139,6 +141,8 @@ class Denoising(Method):
 
     def _some_dropped(self, labels, draw):
         """Labels, some replaced by the null class: one network learns both scores (Ho and Salimans 2021, algorithm 1)."""
+        if self.null is None:
+            return labels
         return labels.masked_fill((draw.host.uniform() < self.config.drop).to(labels.device), self.null)
 
     def _target(self, x0, noise, t):

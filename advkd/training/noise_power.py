@@ -2,6 +2,7 @@
 
 import torch
 
+from ..data.images import normalize
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.noise_power import NoisePower
 from ..diffusion.teacher import Teacher
@@ -25,9 +26,9 @@ def estimate_noise_power(
 
     Args:
         teacher: the teacher; a conditional one is told its null class, or class 0 where it has none.
-        images: ``(M, C, S, S)`` float32 in [-1, 1], of the data that it was trained on.
+        images: ``(M, C, S, S)`` of the data that it was trained on, float32 in [-1, 1] or uint8.
         levels: number of timesteps, at least 2.
-        num: images noised at each of them, drawn from ``images`` in turn.
+        num: images noised at each of them, spread evenly over ``images``, which may be sorted by class.
         seed: of the noise, in [0, 2^64).
         batch_size: images that run through the network together.
         progress: show a bar.
@@ -56,7 +57,7 @@ def _mean_square(teacher, denoiser, images, t, num, seed, batch_size, bar):
     level, total = teacher.schedule.level(float(t)), 0.0
     for first in range(0, num, batch_size):
         indices = torch.arange(first, min(first + batch_size, num), device=teacher.device)
-        x0 = images[(indices % len(images)).cpu()].to(teacher.device)
+        x0 = normalize(images[(indices * len(images) // num % len(images)).cpu()]).to(teacher.device)
         eps = philox_normal(seed, indices + t * num, teacher.shape, stream="x_T")
         classes = torch.full_like(indices, teacher.null_class or 0) if teacher.num_classes else None
         found = denoiser.predict(level.alpha * x0 + level.noise * eps, level.sigma, classes)[1]

@@ -14,6 +14,7 @@ from torch import nn
 from ..data.images import load_images, load_labelled
 from ..data.sources import Tensors
 from ..diffusion.loading import CLASSES, Classes
+from ..diffusion.noise_power import FILE as NOISE_POWER
 from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
@@ -60,7 +61,9 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     source, classes = _read(config)
     images = source.tensors["images"]
     torch.manual_seed(config.seed)
-    unet = build_unet(images.shape[-1], images.shape[1], config.channels, len(classes.names) if classes else 0)
+    unet = build_unet(
+        images.shape[-1], images.shape[1], config.channels, len(classes.names) + (classes.null is not None) if classes else 0
+    )
     scheduler = noise_scheduler(config.schedule, config.prediction)
     method = Denoising(config, unet, scheduler, classes.null if classes else None)
     trainer = Trainer(
@@ -85,7 +88,9 @@ def _read(config):
     if not config.conditional:
         return Tensors(images=load_images(config.data, size, channels).to(config.device)), None
     images, labels, names = load_labelled(config.data, size, channels)
-    return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null=len(names))
+    # Without dropped labels the null class would never be trained.
+    null = len(names) if config.drop else None
+    return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
 
 
 def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), classes: int = 0) -> nn.Module:
@@ -97,7 +102,7 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         size: side of the images in pixels, 4 * 2^k and at least 8.
         image_channels: channels of the images.
         channels: from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
-        classes: number of classes; the network takes one more, the last, that stands for no class (0: it takes no classes).
+        classes: number of classes that the network is told, the null class among them (0: none).
 
     Returns:
         The network in training mode, its weights drawn from torch's global generator.
@@ -123,7 +128,7 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
         norm_num_groups=8,
         attention_head_dim=8,
-        num_class_embeds=classes + 1 if classes else None,
+        num_class_embeds=classes or None,
     )
 
 
@@ -139,6 +144,7 @@ def _save_pipeline(unet, out, scheduler, classes):
         with writing(out / "model_index.json", folder):
             folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
             DDPMPipeline(_in_half(unet), scheduler).save_pretrained(folder)
+            (out / NOISE_POWER).unlink(missing_ok=True)  # of other weights
             if classes:
                 write_json(folder / CLASSES, dataclasses.asdict(classes))
             synchronize_all(folder)

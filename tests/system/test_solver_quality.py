@@ -136,6 +136,10 @@ def test_noise_power_of_a_network_that_finds_a_known_share(tmp_path):
     teacher = tiny_teacher(100)
     teacher.unet.forward = lambda x, t, return_dict=False: (0.5 * x,)
     images = torch.zeros(3, 1, 8, 8)
+    # Pictures of a folder are bytes, of which 127.5 is the middle.
+    grey = torch.tensor([127, 128], dtype=torch.uint8).repeat(32).reshape(1, 1, 8, 8)
+    bytewise = estimate_noise_power(teacher, grey, levels=2, num=500, progress=False)
+    assert bytewise.values[-1] == pytest.approx(0.25 * (1 - teacher.alpha_bars[-1].item()), rel=0.05)
     power = estimate_noise_power(teacher, images, levels=5, num=500, progress=False)
     assert power.timesteps[0] == 0 and power.timesteps[-1] == 99
     for t, value in zip(power.timesteps, power.values):
@@ -144,7 +148,9 @@ def test_noise_power_of_a_network_that_finds_a_known_share(tmp_path):
     other = estimate_noise_power(teacher, images, levels=5, num=500, batch_size=7, progress=False)
     assert other.values == pytest.approx(power.values)
     power.write(tmp_path)
-    assert NoisePower.read(tmp_path) == power and NoisePower.read(tmp_path / "none") is None
+    assert NoisePower.read(tmp_path, 100) == power and NoisePower.read(tmp_path / "none", 100) is None
+    with pytest.raises(InputError, match="ends at timestep 99, the teacher at 49"):
+        NoisePower.read(tmp_path, 50)
     schedule = Schedule.linear(100)
     for t in power.timesteps:
         assert power.at(schedule.level(float(t))) == pytest.approx(power.values[power.timesteps.index(t)])
@@ -161,7 +167,7 @@ DAMAGED = ({"timesteps": [0, 5], "values": [1.0]}, {"timesteps": [1], "values": 
 def test_damaged_noise_power_is_refused(content, tmp_path):
     (tmp_path / FILE).write_text(content)
     with pytest.raises(InputError, match=f"{FILE}|noise power"):
-        NoisePower.read(tmp_path)
+        NoisePower.read(tmp_path, 1)
 
 
 def test_the_embedded_teacher_has_its_noise_power():
