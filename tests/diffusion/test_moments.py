@@ -15,7 +15,7 @@ from advkd.diffusion.exact import GaussianTeacher
 from advkd.diffusion.program import Writer
 from advkd.diffusion.schedule import IMAGE, Schedule
 from advkd.diffusion.solvers import Solver
-from advkd.diffusion.stochastic import analytic_step
+from advkd.diffusion.stochastic import analytic_step, x0_variance
 
 from .runs import STOCHASTIC, double, walk
 
@@ -167,6 +167,25 @@ def test_churn_keeps_the_marginal():
     mean, var = marginal(low)
     wanted = marginal(high)
     assert abs(step.c_x * mean - wanted[0]) <= 1e-14 and abs(step.c_x**2 * var + step.c_z**2 - wanted[1]) <= 1e-14
+
+
+def test_analytic_variance_of_images_is_clipped():
+    """The variance of x0 is at most 1, the noise before the last step 2 grey values in the mean, and the last step adds none."""
+    schedule, clipped, free = Schedule.linear(), Writer("sample", 1.0), Writer("sample")
+    noisy, quiet, last = (schedule.level(t) for t in (999.0, 400.0, 300.0))
+    # At the noisiest level a network that finds 90 % of the noise leaves x0 a variance of 2,475, of which images have 1.
+    assert x0_variance(noisy, 0.9, math.inf) == pytest.approx(0.1 * noisy.sigma**2)
+    assert x0_variance(noisy, 0.9, 1.0) == 1 and x0_variance(quiet, 1.2, 1.0) == 0
+    for ancestral in (True, False):
+        own, other = (analytic_step(w, noisy, quiet, 0.9, ancestral).step for w in (clipped, free))
+        gain = other.c_0**2
+        assert own.c_z**2 - other.c_z**2 == pytest.approx(gain * (1 - 0.1 * noisy.sigma**2))
+        assert analytic_step(clipped, last, IMAGE, 0.5, ancestral).step.c_z == 0
+        assert analytic_step(free, last, IMAGE, 0.5, ancestral).step.c_z > 0
+        most = analytic_step(clipped, quiet, last, 0.5, ancestral, last_noise=True).step.c_z
+        # The mean of |z| is sqrt(2 / pi); a grey value is 2 / 255.
+        assert most * math.sqrt(2 / math.pi) == pytest.approx(2 * 2 / 255)
+        assert analytic_step(clipped, quiet, last, 0.5, ancestral).step.c_z > most
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 40])

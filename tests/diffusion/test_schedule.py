@@ -234,3 +234,20 @@ def test_fractions_of_timesteps_reach_a_network():
         below, between, above = (unet(x, torch.tensor([t])).sample for t in (10.0, 10.5, 11.0))
         assert torch.equal(below, unet(x, 10).sample)
     assert min((between - below).abs().max(), (between - above).abs().max()) > 1e-5
+
+
+def test_levels_between_a_finite_and_an_infinite_one_are_infinite():
+    """alpha_bar of 1 at the clean end and of 0 at the noisy one: no timestep between them is a number that is none."""
+    schedule = Schedule(torch.tensor([1.0, 0.9, 0.5, 0.0], dtype=torch.float64))
+    for share in (0.2, 0.5, 0.8):
+        assert schedule.log_sigma(share) == -math.inf and schedule.log_sigma(2 + share) == math.inf
+        assert schedule.alpha_bar(share) == 1 and schedule.alpha_bar(2 + share) == 0
+        assert schedule.log_sigma(1 + share).isfinite()
+    assert schedule.at_sigma(math.inf).alpha == 0 and schedule.at_sigma(math.inf).noise == 1
+
+
+def test_a_schedule_keeps_its_own_table():
+    table = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    schedule = Schedule(table)
+    table[1] = 0.2
+    assert schedule.level(1.0).alpha_bar == 0.5 and schedule.alpha_bars[1] == 0.5

@@ -2,12 +2,16 @@
 
 import math
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from advkd.data.draws import HostDraws
 from advkd.data.sources import Tensors
+from advkd.diffusion.teacher import Teacher
+from advkd.errors import InputError
 from advkd.methods.denoising import Denoising, TeacherTrainingConfig
+from advkd.training.teacher import train_teacher
 from advkd.training.trainer import Trainer
 
 
@@ -92,3 +96,19 @@ def test_processes_drop_the_labels_that_one_drops():
         return HostDraws(torch.Generator().manual_seed(1), 8, first, count).uniform()
 
     assert torch.equal(torch.cat([drawn(0, 3), drawn(3, 5)]), drawn(0, 8)) and drawn(0, 8).unique().numel() == 8
+
+
+def test_a_teacher_whose_labels_are_never_dropped_has_no_null_class(tmp_path):
+    """Its network is told the classes alone, so that nothing is guided by a class that was never trained."""
+    config = TeacherTrainingConfig(size=8, channels=(8, 8), steps=1, batch_size=4, conditional=True, drop=0.0)
+    teacher = Teacher.from_pretrained(train_teacher(config, tmp_path / "t", progress=False))
+    assert (teacher.num_classes, teacher.null_class, teacher.unet.config.num_class_embeds) == (10, None, 10)
+    assert teacher.sample(2, steps=2, labels=3).isfinite().all()
+    with pytest.raises(InputError, match="no null class"):
+        teacher.sample(2, steps=2, labels=3, guidance=1.0)
+
+
+@pytest.mark.parametrize(("values", "message"), [({"drop": 0.3}, "drop is the share.*--conditional")])
+def test_options_without_their_switch_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        TeacherTrainingConfig(**values).validate()

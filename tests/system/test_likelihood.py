@@ -421,3 +421,14 @@ def test_options_that_do_not_go_together(options, message, folder, tmp_path):
     assert done.exit_code == 2
     assert done.stderr.startswith("advkd: ") and len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr), done.stderr
+
+
+def test_data_and_noise_of_one_seed_are_independent():
+    """With the analytic variance the bound of narrow Gaussian data is their entropy, whatever the seeds."""
+    variance = 1e-4
+    teacher = GaussianTeacher(torch.zeros(2), torch.full((2,), variance))
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * variance)
+    for seed in (0, 1):
+        found = variational_bound(teacher, teacher.data(4000, seed), 10, seed=0, variance="analytic")
+        low, high = found.interval
+        assert low - 0.02 < entropy < high + 0.02, (seed, found.bits_per_dimension, entropy)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from advkd.data.dataset_info import same_teacher
-from advkd.data.levels import downsample, record_trajectories
+from advkd.data.levels import downsample, supervising_timesteps
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion import recorder
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 from advkd.ops.latents import project
@@ -427,3 +428,13 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
     result = fork("-c", code, tmp_path).finish(60)
     assert "no space left to write" in result.stdout and "large.safetensors" in result.stdout, result.stderr
     assert os.listdir(tmp_path) == ["small.safetensors"]
+
+
+def test_no_level_of_a_short_run_is_the_image():
+    """A run of few steps ends from a high timestep: the paper's smallest ones snap to the step before it."""
+    for solver, steps in (("unipc", 10), ("dpmpp-2m", 4), ("heun", 2)):
+        teacher = tiny_teacher()
+        timesteps = teacher.timesteps(solver, steps)
+        found = supervising_timesteps(solver, 12, timesteps, 1000)
+        assert timesteps[-1] not in found and set(found) <= set(timesteps)
+    assert supervising_timesteps("unipc-2", 4, [999], 1000) == [999] * 3
