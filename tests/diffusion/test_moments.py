@@ -170,7 +170,7 @@ def test_churn_keeps_the_marginal():
 
 
 def test_analytic_variance_of_images_is_clipped():
-    """The variance of x0 is at most 1, the noise before the last step 2 grey values in the mean, and the last step adds none."""
+    """The variance of x0 is at most 1, the noise before the last step 2 grey values, and the last step adds none."""
     schedule, clipped, free = Schedule.linear(), Writer("sample", 1.0), Writer("sample")
     noisy, quiet, last = (schedule.level(t) for t in (999.0, 400.0, 300.0))
     # At the noisiest level a network that finds 90 % of the noise leaves x0 a variance of 2,475, of which images have 1.
