@@ -198,9 +198,9 @@ def require_labels(
 
 
 def _classifier_free(network, labels, null, guidance):
-    both = torch.cat((labels, torch.full_like(labels, null)))
-
     def evaluate(x, place):
+        # Here, as the next batch's classes may have taken the place of these.
+        both = torch.cat((labels, torch.full_like(labels, null)))
         conditional, unconditional = network(torch.cat((x, x)), place, both).chunk(2)
         return torch.lerp(unconditional, conditional, 1 + guidance)
 

@@ -58,7 +58,7 @@ class Teacher(DiffusionModel):
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
-        embedded = unet.config.get("num_class_embeds")
+        embedded = getattr(unet.config, "num_class_embeds", None)
         classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
         self.classes, self.noise_powers = classes, noise_powers
         self.class_names = classes.names if classes else ()
@@ -169,7 +169,7 @@ class Teacher(DiffusionModel):
         return Denoiser(network, self.schedule, self.prediction, self.clip)
 
     def _looks_timesteps_up(self):
-        return self.unet.config.get("time_embedding_type") == "learned"
+        return getattr(self.unet.config, "time_embedding_type", None) == "learned"
 
     def _timesteps_for(self, t):
         """Timesteps as the network takes them: one that looks them up in a table needs whole ones."""

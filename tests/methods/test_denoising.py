@@ -74,9 +74,10 @@ def test_labels_are_dropped_at_the_rate_that_is_asked_for(tmp_path):
     count, drop = 20_000, 0.3
     data = points(count)
     labels = (data[:, 0] > 1).long()
-    config = TeacherTrainingConfig(steps=1, batch_size=count, drop=drop)
     given, losses = {}, {}
     for null in (None, 2):
+        told = {"drop": drop, "conditional": True} if null else {}
+        config = TeacherTrainingConfig(steps=1, batch_size=count, **told)
         network, scheduler = (Affine if null is None else Labelled)(10), DDPMScheduler(num_train_timesteps=10)
         data_and_labels = Tensors(images=data, labels=labels)
         run = Trainer(Denoising(config, network, scheduler, null), data_and_labels, None, tmp_path / str(null), progress=False)

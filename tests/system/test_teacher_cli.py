@@ -66,7 +66,7 @@ def test_classes_take_turns(conditional, tmp_path):
         (("--solver", "unipc"), "--solver is an option of a teacher"),
         (("--teacher", "digits", "--interpolate"), "--interpolate is an option of a student"),
         (("--teacher", "digits", "--solver", "rk4"), "solver must be one of"),
-        (("--teacher", "digits", "--solver", "unipc-3", "--steps", "2"), "steps must be at least 3"),
+        (("--teacher", "digits", "--solver", "unipc-3", "--steps", "2"), "steps must be at least 4"),
         (("--teacher", "digits", "--churn", "1"), "churn is a number of heun"),
         (("--teacher", "digits", "--classes", "3"), "unconditional"),
         (("--teacher", "digits", "--guidance", "1"), "guidance needs labels"),
