@@ -44,7 +44,7 @@ def _one_normal(indices, steps, step_stride, sample, element, key, stream_step):
 
 @triton.jit
 def _step(x, m, previous_x0, history, noise, normals, row, place, mask, EXTENDED: tl.constexpr):
-    """What is stored and the next state, float32, under the coefficients at ``row``."""
+    """The stored output and the next state, float32, under the coefficients at ``row``."""
     state = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     output = tl.load(m + place, mask=mask, other=0.0).to(tl.float32)
     clip = tl.load(row + 2)

@@ -82,6 +82,7 @@ FIGURES = {
         lambda time: f"{1e6 * time['median']:.0f} microseconds",
     ),
     "gpu_state": front.gpu_state,
+    "guided_digits": guidance.sentence,
     **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARD_FIGURES.items()},
 }
 """Name of a figure in a sentence -> what makes its link."""

@@ -102,7 +102,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         self._slope, self._slopes, self._returned = value, (), Handed(None)
 
     def _remember(self, position, kind, sample, x_next, x0):
-        """What diffusers' own code keeps between two halves of a step, and frees after them."""
+        """State that diffusers' own code keeps between two halves of a step, and frees after them."""
         self.prev_derivative = self.dt = self.sample = None
         if kind != FIRST:
             return

@@ -160,7 +160,7 @@ class SamplingLoop:
 
 
 def _signature(e: Evaluation):
-    """What a captured pass depends on beside the scalars, which it reads from the table; registers first."""
+    """Registers and kinds that a captured pass depends on, beside the scalars, which it reads from the table."""
     return e.x, e.out, e.previous, e.history, e.third, e.stored, e.network, e.draws
 
 

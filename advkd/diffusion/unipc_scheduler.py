@@ -156,7 +156,7 @@ class FusedUniPCMultistepScheduler(FusedSigmas, UniPCMultistepScheduler):
         return x0s if last is None else [*x0s, last]
 
     def _remember(self, key, timestep, sample, last, x_next, x0):
-        """What diffusers' own code keeps after a step."""
+        """State that diffusers' own code keeps after a step."""
         x0s = [x0, *self.model_outputs[::-1]]
         self.last_sample = None
         self._returned = Handed(x_next)

@@ -69,6 +69,18 @@ def lines():
     return found[:-1] or NOTHING
 
 
+def sentence():
+    """The figures of a model card: without guidance, and at the weight of the best distance."""
+    result = stored("guidance")[0]
+    plain, best = result["rows"][0], min(result["rows"], key=lambda row: row["frechet"])
+    said = [
+        f"at w = {row['guidance']:g} the class that was asked for is found in {100 * row['accuracy']:.1f} % of the images, "
+        f"Frechet distance to real digits {row['frechet']:.3f}"
+        for row in ((plain, best) if best is not plain else (plain,))
+    ]
+    return f"{'; '.join(said)} (N = {result['config']['num']:,})"
+
+
 def main():
     """The command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -320,6 +320,7 @@ def cases(device):
         "pooled by 2, float32": lambda: pooled(device, 2),
         "pooled by 4, float32": lambda: pooled(device, 4),
         **{f"{name}, float32": functools.partial(with_history, device, name) for name in HISTORIES},
+        **{f"{name}, bfloat16": functools.partial(with_history, device, name, half) for name in HISTORIES},
     }
 
 

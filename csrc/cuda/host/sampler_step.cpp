@@ -16,7 +16,7 @@ i64 step_most_tiles(const StepParameters& p) {
   return p.pool ? (i64{1} << 31) - 1 : (i64{1} << 29) - 1;
 }
 
-// What the kernel does beside a plain linear combination.
+// Work of the kernel beside a plain linear combination.
 struct StepWork {
   bool draws, extended;
 };
