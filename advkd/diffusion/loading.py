@@ -18,6 +18,7 @@ from ..runtime.pickles import require_weights
 from ..runtime.progress import can_be_shown
 from .coefficients import VARIANCES
 from .noise_power import NoisePower
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
@@ -201,9 +202,10 @@ def _load_unet(source, folder, dtype):
 
 def _is_schedule(alpha_bars, steps):
     """True if the noise grows from step to step, and is never more than all of a state."""
-    if alpha_bars.shape != (steps,) or not alpha_bars.isfinite().all():
+    try:
+        return len(Schedule(alpha_bars)) == steps
+    except InputError:
         return False
-    return bool(((alpha_bars >= 0) & (alpha_bars <= 1)).all() and (alpha_bars.diff() <= 0).all())
 
 
 def _weight_files(paths, folder, suffix):
