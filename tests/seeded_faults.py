@@ -169,7 +169,7 @@ features-of-another-extractor | advkd/evaluation/features.py | tests/system/test
 + {digest({'images': images})} {extractor.score}
 
 real-images-by-class | advkd/evaluation/evaluate.py | tests/system/test_evaluate.py -k "student_against or real_"
-- _shuffled(extract(extractor, real, cache=cache))
+- shuffled(extract(extractor, real, cache=cache))
 + extract(extractor, real, cache=cache)
 
 multistep-ratio-inverted | advkd/diffusion/coefficients.py | tests/system/test_schedulers.py -k "dpmsolver or by_hand"

@@ -8,6 +8,7 @@ import torch
 
 from ..data.dataset_info import differences
 from ..data.draws import DataOrder
+from ..data.images import load_images
 from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -16,7 +17,7 @@ from ..runtime.files import digest, read_tensors, require_digest, restoring, wit
 from ..runtime.folders import locked, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import provenance
-from .image_sets import real_images
+from .image_sets import eight_bit, real_images
 from .likelihood import BATCH_SIZE, BOUND_VARIANCES, Likelihood, VariationalBound
 
 
@@ -79,7 +80,7 @@ def evaluate_likelihood(
     config.validate()
     model = Teacher.from_pretrained(teacher, require_device(device))
     bound = VariationalBound(model, config.steps or None, config.seed, config.variance or None)
-    chosen = _choose(real_images(str(images), model.shape, "--images"), images, config)
+    chosen = _choose(_pictures(images, model), images, config)
     labels, out = bound.check(chosen), require_output_folder(out)
     with locked(out):
         terms = _terms(bound, chosen, labels, out, progress)
@@ -112,6 +113,13 @@ def describe(result: dict[str, Any]) -> str:
         f"variance {result['variance']}: prior {found['prior']:.4f}, steps {sum(found['steps']):.4f}, "
         f"decoder {found['decoder']:.4f}"
     )
+
+
+def _pictures(source, teacher):
+    """All images of a source, uint8 ``(N, C, S, S)``; the digits are enlarged to the teacher's size."""
+    if str(source) == "digits":
+        return eight_bit(load_images("digits", teacher.image_size, teacher.image_channels))
+    return real_images(str(source), teacher.shape, "--images")
 
 
 def _choose(images, source, config):
