@@ -45,7 +45,7 @@ def test_size_of_the_embedded_teacher():
 
 def test_every_shipped_weight_file_has_a_card():
     folders = [folder for folder in (ROOT / "advkd" / "pretrained").iterdir() if any(folder.rglob("*.safetensors"))]
-    assert len(folders) == 3
+    assert len(folders) == 4
     for folder in folders:
         card = (folder / "README.md").read_text()
         assert "license: apache-2.0" in card and "**Intended use:**" in card and "**Not known:**" in card, folder
