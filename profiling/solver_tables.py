@@ -8,10 +8,17 @@ from .evidence import NOTHING, markdown, source, stored
 def solvers():
     """Every solver: order, evaluations of a step, whether it adds noise, and its paper."""
     rows = [
-        (f"`{name}`", method.order or "-", method.evaluations, "yes" if Solver(name).stochastic else "no", method.paper)
+        (
+            f"`{name}`",
+            method.order or "-",
+            method.whole or "-",
+            method.evaluations,
+            "yes" if Solver(name).stochastic else "no",
+            method.paper,
+        )
         for name, method in METHODS.items()
     ]
-    return markdown(("solver", "order", "evaluations of a step", "adds noise", "paper"), rows)
+    return markdown(("solver", "order", "order of whole runs", "evaluations of a step", "adds noise", "paper"), rows)
 
 
 def quality():

@@ -36,17 +36,23 @@ class Method:
 
     Attributes:
         order: global order of accuracy on the probability-flow equation, once there is enough to remember; 0 for solvers that
-            add noise. The first step of a run has order 1, whose error keeps whole runs of dpmpp-3m and deis-3 at 2, and those
-            of unipc-3 at 3.
+            add noise.
         evaluations: network evaluations of a step.
         least: fewest steps of a run: the order of a multistep solver, and two of a single-step one, whose last step is Euler's.
         paper: where it comes from.
+        first: order that the first step of a run, one of first order, leaves to the whole of it; 0 where it costs none.
     """
 
     order: int
     evaluations: int = 1
     least: int = 1
     paper: str = ""
+    first: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Order of accuracy of whole runs."""
+        return self.first or self.order
 
 
 METHODS = {
@@ -57,13 +63,13 @@ METHODS = {
     "dpm-2": Method(2, 2, 2, paper="Lu et al. 2022a, DPM-Solver-2"),
     "dpm-3": Method(3, 3, 2, paper="Lu et al. 2022a, DPM-Solver-3"),
     "dpmpp-2m": Method(2, least=2, paper="Lu et al. 2022b, DPM-Solver++ (2M)"),
-    "dpmpp-3m": Method(3, least=3, paper="Lu et al. 2022b, DPM-Solver++ (3M), second difference at its whole size"),
+    "dpmpp-3m": Method(3, least=3, paper="Lu et al. 2022b, DPM-Solver++ (3M), second difference at its whole size", first=2),
     "deis-1": Method(1, paper="Zhang and Chen 2023, rho-AB1"),
     "deis-2": Method(2, least=2, paper="Zhang and Chen 2023, rho-AB2"),
-    "deis-3": Method(3, least=3, paper="Zhang and Chen 2023, rho-AB3"),
+    "deis-3": Method(3, least=3, paper="Zhang and Chen 2023, rho-AB3", first=2),
     "unipc-1": Method(2, least=2, paper="Zhao et al. 2023, UniPC-1, bh2"),
     "unipc-2": Method(3, least=3, paper="Zhao et al. 2023, UniPC-2, bh2"),
-    "unipc-3": Method(4, least=4, paper="Zhao et al. 2023, UniPC-3, bh2"),
+    "unipc-3": Method(4, least=4, paper="Zhao et al. 2023, UniPC-3, bh2", first=3),
     "euler-maruyama": Method(0, paper="Song et al. 2021, eq. 6"),
     "predictor-corrector": Method(0, 2, paper="Song et al. 2021, algorithms 1 and 4"),
     "analytic-ddpm": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDPM's mean"),

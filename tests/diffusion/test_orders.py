@@ -21,7 +21,7 @@ SCHEDULE = log_snr_schedule(-0.5, 1.0)
 GAUSSIAN = GaussianTeacher(torch.tensor([0.5, -1.0, 0.25]), torch.tensor([0.3, 0.6, 1.5]), SCHEDULE)
 MIXTURE = MixtureTeacher(torch.tensor([[-1.0, 0.4], [0.8, -0.2]]), [0.3, 0.7], 0.3, SCHEDULE)
 
-OWN_START = {name: METHODS[name].order for name in DETERMINISTIC} | {"dpmpp-3m": 2, "deis-3": 2, "unipc-3": 3}
+OWN_START = {name: METHODS[name].whole for name in DETERMINISTIC}
 """Orders of whole runs. A run begins with a step of first order, whose error is O(h^2) once: it caps explicit methods at 2.
 UniPC corrects that state at the next evaluation by the trapezoidal rule, whose error O(h^3) caps it at 3. Single-step methods
 have no start."""
