@@ -215,7 +215,6 @@ def multistep(
     remembered: int,
     weights: Callable[[Sequence[Level], Level], Weights],
     kind: str = "x0",
-    first: int = 0,
 ) -> Iterator[Evaluation]:
     """The program of a multistep method.
 
@@ -225,13 +224,12 @@ def multistep(
         remembered: most evaluations that a step uses, with its own.
         weights: of a step, from the levels of the remembered evaluations.
         kind: what is remembered: ``x0`` or ``eps``.
-        first: step to begin with. Registers 1 + j % (remembered - 1) must then hold what steps j before it remembered.
 
     Yields:
         An evaluation for every step.
     """
     places = max(remembered - 1, 1)
-    for i, (level, following) in list(enumerate(pairwise([*levels, IMAGE])))[first:]:
+    for i, (level, following) in enumerate(pairwise([*levels, IMAGE])):
         past = levels[max(0, i - remembered + 1) : i + 1][::-1]
         x, (own, *older) = weights(past, following)
         if kind == "eps":

@@ -66,11 +66,6 @@ def registers(program: Program) -> int:
     return max(used) + 1
 
 
-def evaluations(program: Program) -> int:
-    """Number of network evaluations of a program."""
-    return sum(e.network for e in program)
-
-
 @dataclass(frozen=True)
 class Writer:
     """Writes evaluations for one kind of network: solvers speak of x0 alone.

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError
 from ..ops import philox_normal
-from .guidance import NoisyClassifier, guided
+from .guidance import NoisyClassifier, classes_of, guided
 from .loop import SamplingLoop
 from .program import Evaluation
 from .schedule import Level, Schedule
@@ -194,7 +194,7 @@ class DiffusionModel:
             InputError: a solver, a number of steps or classes that cannot be.
         """
         self.program(solver, steps)
-        guided(self, self._network(), n, labels, guidance, classifier)
+        classes_of(self, n, labels, guidance, classifier)
 
     def sample(
         self,

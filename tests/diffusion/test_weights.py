@@ -21,7 +21,7 @@ def integral(function, start, end):
 @pytest.mark.parametrize("h", [1e-9, 1e-4, 0.03, 0.5, 0.999, 1.0, 1.7, 6.0, 12.0])
 @pytest.mark.parametrize("offsets", [(0.0,), (0.0, -1.0), (0.0, -0.7, -2.0), (1.0, 0.0, -0.4, -1.3)])
 def test_exponential_weights_are_integrals(h, offsets):
-    """Of all monomials in t / h, relative to the integral of e^(t - h); offsets are in steps."""
+    """Errors of all monomials in t / h, relative to the integral of e^(t - h); offsets are in steps."""
     weights = exponential_weights(h, [h * offset for offset in offsets])
     for power in range(len(offsets)):
         found = math.fsum(w * offset**power for w, offset in zip(weights, offsets))
