@@ -1,6 +1,7 @@
 """Commands of a teacher: sampling by any solver, classes and guidance, recordings, noise power."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,15 +9,17 @@ import torch
 from PIL import Image
 
 from advkd.cli.sample import sample_teacher
-from advkd.data.pictures import to_uint8
+from advkd.data.pictures import save_image, to_pil, to_uint8
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
+from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.training.noise_power import estimate_noise_power
 
 from ..conftest import tiny_recording, tiny_teacher, tiny_unet
-from .test_cli import refused
+from .test_cli import refused, run
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,63 @@ def test_recordings_by_any_solver(solver, spacing, paired, tmp_path):
 def test_spacings_between_whole_timesteps_are_not_recorded(tmp_path):
     with pytest.raises(InputError, match="spacing must be one of leading, trailing, linspace"):
         record_trajectories(tiny_teacher(), tiny_recording(spacing="karras"), tmp_path / "t", progress=False)
+
+
+def test_noise_power_of_a_folder_of_pictures(teacher_folder, capsys, tmp_path):
+    """The command reads bytes and estimates on images in [-1, 1]."""
+    shutil.copytree(teacher_folder, tmp_path / "t")
+    pixels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(to_pil(pixels)):
+        save_image(picture, tmp_path / "pictures" / f"{i}.png")
+    options = ("--data", tmp_path / "pictures", "--num", 8)
+    assert run(capsys, "teacher", "noise-power", "--teacher", tmp_path / "t", *options)[0] == 0
+    found = Teacher.from_pretrained(tmp_path / "t").noise_powers
+    images = to_uint8(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    wanted = estimate_noise_power(Teacher.from_pretrained(teacher_folder), images, num=8, progress=False)
+    assert found.timesteps == wanted.timesteps and found.values == pytest.approx(wanted.values, rel=1e-5)
+    assert "a folder is needed" in refused(capsys, "teacher", "noise-power", "--teacher", "digits")
+
+
+def small_classifier(noisy=True, size=8, names=("cat", "dog")):
+    torch.manual_seed(0)
+    model = Classifier(ClassifierConfig("animals", size, 1, len(names), (8,) * (size.bit_length() - 3), 8, noisy=noisy))
+    model.training_record = {"config": {}, "classes": list(names), "images": 2, "accuracy": {}}
+    return model.eval()
+
+
+def test_a_classifier_names_the_classes_of_an_unconditional_teacher(teacher_folder, capsys, tmp_path):
+    guide = small_classifier()
+    guide.save_pretrained(tmp_path / "guide")
+    command = (
+        "sample",
+        "--teacher",
+        teacher_folder,
+        "--solver",
+        "ddim",
+        "--steps",
+        2,
+        "-n",
+        2,
+        "--classifier",
+        tmp_path / "guide",
+    )
+    assert run(capsys, *command, "--classes", "dog,cat", "--guidance", 2, "--out", tmp_path / "t")[0] == 0
+    wanted = Teacher.from_pretrained(teacher_folder).sample(2, 0, "ddim", 2, labels=[1, 0], guidance=2.0, classifier=guide)
+    assert max(differences(tmp_path / "t", wanted)) <= 1
+    picture = ("--out", tmp_path / "x.png")
+    assert "--guidance above 0" in refused(capsys, *command, "--classes", "dog", *picture)
+    assert "'1' is not one of cat, dog" in refused(capsys, *command, "--classes", "1", "--guidance", 2, *picture)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (small_classifier(noisy=False), "clean images only"),
+        (small_classifier(size=16), r"takes \(1, 16, 16\) images, teacher tiny draws \(1, 8, 8\)"),
+        (small_classifier().double(), "computes in torch.float64, states are torch.float32"),
+    ],
+)
+def test_classifiers_that_do_not_fit_are_refused_before_drawing(classifier, message):
+    with pytest.raises(InputError, match=message):
+        tiny_teacher().check_run(2, labels=[0, 1], guidance=1.0, classifier=classifier)
