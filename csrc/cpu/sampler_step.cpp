@@ -9,6 +9,7 @@
 #include "cpu/sampler_step.h"
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/normals.h"
@@ -38,23 +39,80 @@ constexpr float overflow(const float*) { return __builtin_inff(); }
 constexpr float overflow(const bf16*) { return 0x1.FFp127f; }
 constexpr float overflow(const f16*) { return 65520.0f; }
 
-template <bool kWhole, typename T>
-inline V get(const T* p, i64 count) {
-  if constexpr (kWhole) return load(p);
-  T part[kLanes] = {};
-  std::memcpy(part, p, count * sizeof(T));
-  return load(part);
+// Two vectors that are combined together. Of bfloat16 states they hold even and odd elements, else the first and the second half.
+struct Pair {
+  V a, b;
+};
+constexpr i64 kPair = 2 * kLanes;
+template <typename X>
+constexpr bool kEvenOdd = std::is_same_v<X, bf16>;
+
+inline Pair operator+(Pair x, Pair y) {
+  return {x.a + y.a, x.b + y.b};
 }
 
-template <bool kWhole, typename T>
-inline void put(T* p, V x, i64 count, bool stream) {
-  const auto narrowed = narrow(x, p);
+inline Pair operator*(V c, Pair x) {
+  return {c * x.a, c * x.b};
+}
+
+// In this form a NaN survives.
+inline V clamp(V x, V limit) {
+  x = x < -limit ? -limit : x;
+  return x > limit ? limit : x;
+}
+
+template <std::size_t... I>
+inline Pair evens_and_odds(V a, V b, std::index_sequence<I...>) {
+  return {__builtin_shufflevector(a, b, 2 * I...), __builtin_shufflevector(a, b, 2 * I + 1 ...)};
+}
+
+template <std::size_t... I>
+inline Pair halves(V evens, V odds, std::index_sequence<I...>) {
+  constexpr int kHalf = kLanes / 2;
+  return {__builtin_shufflevector(evens, odds, (I / 2 + I % 2 * kLanes)...),
+          __builtin_shufflevector(evens, odds, (kHalf + I / 2 + I % 2 * kLanes)...)};
+}
+
+constexpr auto kEach = std::make_index_sequence<kLanes>{};
+
+// Past the end a pair is made of zeros. X is the dtype of the states.
+template <bool kWhole, typename X, typename T>
+inline Pair get(const T* p, i64 count) {
   if constexpr (!kWhole) {
-    std::memcpy(p, &narrowed, count * sizeof(T));
-  } else if (stream) {
-    store_past_caches(p, narrowed);
+    T part[kPair] = {};
+    std::memcpy(part, p, count * sizeof(T));
+    return get<true, X>(part, kPair);
+  } else if constexpr (kEvenOdd<X> && kEvenOdd<T>) {
+    Pair pair;
+    load_even_odd(p, pair.a, pair.b);
+    return pair;
+  } else if constexpr (kEvenOdd<X>) {
+    return evens_and_odds(load(p), load(p + kLanes), kEach);
   } else {
-    std::memcpy(p, &narrowed, sizeof narrowed);
+    return {load(p), load(p + kLanes)};
+  }
+}
+
+template <typename T, typename Vector>
+inline void put_vector(T* p, Vector x, bool stream) {
+  if (stream)
+    store_past_caches(p, x);
+  else
+    std::memcpy(p, &x, sizeof x);
+}
+
+template <bool kWhole, typename X, typename T>
+inline void put(T* p, Pair x, i64 count, bool stream) {
+  if constexpr (!kWhole) {
+    T part[kPair];
+    put<true, X>(part, x, kPair, false);
+    std::memcpy(p, part, count * sizeof(T));
+  } else if constexpr (kEvenOdd<T>) {
+    put_vector(p, narrow_even_odd(x.a, x.b), stream);
+  } else {
+    if constexpr (kEvenOdd<X>) x = halves(x.a, x.b, kEach);
+    put_vector(p, narrow(x.a, p), stream);
+    put_vector(p + kLanes, narrow(x.b, p), stream);
   }
 }
 
@@ -75,34 +133,33 @@ struct Run {
   bool check;  // for infinities and NaN
 };
 
-// One vector of a run, from element i on; true lanes of the result are not finite (where that is looked for).
+// A pair of a run, from element i on; true lanes of the result are not finite (where that is looked for).
 template <bool kWhole, typename X, typename M, typename C>
 inline VI combine(const Run<X, M>& run, const C& c, i64 i, i64 count) {
-  const V x = get<kWhole>(run.x + i, count), m = get<kWhole>(run.model_output + i, count);
-  V clean = c.k_x * x + c.k_m * m;
-  // In this form a NaN survives.
-  clean = clean < -c.clip ? -c.clip : clean;
-  clean = clean > c.clip ? c.clip : clean;
-  V next = c.c_0 * clean + c.c_x * x + c.c_m * m;
-  if (run.previous_x0) next = next + c.c_h * get<kWhole>(run.previous_x0 + i, count);
+  const Pair x = get<kWhole, X>(run.x + i, count), m = get<kWhole, X>(run.model_output + i, count);
+  Pair clean = c.k_x * x + c.k_m * m;
+  clean = {clamp(clean.a, c.clip), clamp(clean.b, c.clip)};
+  Pair next = c.c_0 * clean + c.c_x * x + c.c_m * m;
+  if (run.previous_x0) next = next + c.c_h * get<kWhole, X>(run.previous_x0 + i, count);
   if constexpr (C::kExtended)
-    if (run.history) next = next + c.c_g * get<kWhole>(run.history + i, count);
-  if (run.noise) next = next + c.c_z * get<kWhole>(run.noise + i, count);
-  if (run.drawn) next = next + c.c_z * get<kWhole>(run.drawn + i, count);
-  put<kWhole>(run.out + i, next, count, run.stream);
-  V stored = clean;
+    if (run.history) next = next + c.c_g * get<kWhole, X>(run.history + i, count);
+  if (run.noise) next = next + c.c_z * get<kWhole, X>(run.noise + i, count);
+  if (run.drawn) next = next + c.c_z * get<kWhole, X>(run.drawn + i, count);
+  put<kWhole, X>(run.out + i, next, count, run.stream);
+  Pair stored = clean;
   if constexpr (C::kExtended) stored = c.s_0 * clean + c.s_x * x + c.s_m * m;
-  if (run.x0) put<kWhole>(run.x0 + i, stored, count, run.stream);
-  if (run.sums) put<kWhole>(run.sums + i, run.first ? next : next + get<kWhole>(run.sums + i, count), count, false);
-  return run.check ? !(next < overflow(run.out) && -next < overflow(run.out)) : VI{};
+  if (run.x0) put<kWhole, X>(run.x0 + i, stored, count, run.stream);
+  if (run.sums) put<kWhole, X>(run.sums + i, run.first ? next : next + get<kWhole, X>(run.sums + i, count), count, false);
+  if (!run.check) return VI{};
+  const V limit = splat(overflow(run.out));
+  return !(next.a < limit && -next.a < limit && next.b < limit && -next.b < limit);
 }
 
 template <typename X, typename M, typename C>
 bool is_finite_run(const Run<X, M>& run, const C& c, i64 count) {
   VI wrong{};
   i64 i = 0;
-  for (; i + kLanes <= count; i += kLanes) wrong |= combine<true>(run, c, i, kLanes);
-  // Past the end a partial vector is made of zeros.
+  for (; i + kPair <= count; i += kPair) wrong |= combine<true>(run, c, i, kPair);
   if (i < count) wrong |= combine<false>(run, c, i, count - i);
   std::int32_t any = 0;
   for (int lane = 0; lane < kLanes; ++lane) any |= wrong[lane];
@@ -183,8 +240,8 @@ void average(const SamplerStep& s, float* sums, X* pooled) {
   const i64 count = pixels / r * s.channels;
   const bool stream = s.stream && is_vector_aligned(pooled);
   i64 i = 0;
-  for (; i + kLanes <= count; i += kLanes) put<true>(pooled + i, load(sums + i) * scale, kLanes, stream);
-  if (i < count) put<false>(pooled + i, get<false>(sums + i, count - i) * scale, count - i, false);
+  for (; i + kPair <= count; i += kPair) put<true, X>(pooled + i, scale * get<true, X>(sums + i, kPair), kPair, stream);
+  if (i < count) put<false, X>(pooled + i, scale * get<false, X>(sums + i, count - i), count - i, false);
 }
 
 template <typename T>

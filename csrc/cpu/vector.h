@@ -94,9 +94,13 @@ inline VU words_of(VH halves) {
 #endif
 }
 
+// Of words below 2^16.
 inline VH low_halves(VU words) {
 #if defined(__AVX512F__)
   return (VH)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)words);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  return (VH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
   return __builtin_convertvector(words, VH);
 #endif
@@ -123,15 +127,34 @@ inline V narrow(V x, const float*) {
   return x;
 }
 
-// Round to nearest, ties to even; a NaN stays one.
+// Bits whose upper half is the bfloat16, rounded to nearest, ties to even; a NaN stays one. The lower half means nothing.
+inline VU rounded_to_bf16(V x) {
+  const VU bits = (VU)x;
+  return x == x ? bits + 0x7FFFu + ((bits >> 16) & 1u) : bits | 0x400000u;
+}
+
 inline VH narrow(V x, const bf16*) {
 #if defined(__AVX512BF16__)
   return (VH)_mm512_cvtneps_pbh(x);
 #else
-  const VU bits = (VU)x;
-  const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const VU quiet = (bits >> 16) | 0x40u;
-  return low_halves(x == x ? rounded : quiet);
+  return low_halves(rounded_to_bf16(x) >> 16);
+#endif
+}
+
+// Halves `even` and `odd` of each word of memory are elements of the two vectors: this needs no shuffles.
+inline void load_even_odd(const bf16* p, V& even, V& odd) {
+  VU words;
+  std::memcpy(&words, p, sizeof words);
+  even = (V)(words << 16);
+  odd = (V)(words & 0xFFFF0000u);
+}
+
+inline VU narrow_even_odd(V even, V odd) {
+  const VU low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(odd);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (VU)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xAA);
+#else
+  return low | (high & 0xFFFF0000u);
 #endif
 }
 
@@ -175,6 +198,10 @@ inline void store_past_caches(void* p, VH x) {
 #else
   std::memcpy(p, &x, sizeof x);
 #endif
+}
+
+inline void store_past_caches(void* p, VU x) {
+  store_past_caches(static_cast<float*>(p), (V)x);
 }
 
 // Stores past the caches come before what follows.
