@@ -94,13 +94,9 @@ inline VU words_of(VH halves) {
 #endif
 }
 
-// Of words below 2^16.
 inline VH low_halves(VU words) {
 #if defined(__AVX512F__)
   return (VH)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)words);
-#elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
-  return (VH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
   return __builtin_convertvector(words, VH);
 #endif
@@ -127,17 +123,19 @@ inline V narrow(V x, const float*) {
   return x;
 }
 
-// Bits whose upper half is the bfloat16, rounded to nearest, ties to even; a NaN stays one. The lower half means nothing.
-inline VU rounded_to_bf16(V x) {
+// Round to nearest, ties to even; a NaN stays one.
+inline VU bf16_words(V x) {
   const VU bits = (VU)x;
-  return x == x ? bits + 0x7FFFu + ((bits >> 16) & 1u) : bits | 0x400000u;
+  const VU rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const VU quiet = (bits >> 16) | 0x40u;
+  return x == x ? rounded : quiet;
 }
 
 inline VH narrow(V x, const bf16*) {
 #if defined(__AVX512BF16__)
   return (VH)_mm512_cvtneps_pbh(x);
 #else
-  return low_halves(rounded_to_bf16(x) >> 16);
+  return low_halves(bf16_words(x));
 #endif
 }
 
@@ -150,12 +148,7 @@ inline void load_even_odd(const bf16* p, V& even, V& odd) {
 }
 
 inline VU narrow_even_odd(V even, V odd) {
-  const VU low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(odd);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return (VU)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xAA);
-#else
-  return low | (high & 0xFFFF0000u);
-#endif
+  return bf16_words(even) | bf16_words(odd) << 16;
 }
 
 inline VH narrow(V x, const f16*) {
