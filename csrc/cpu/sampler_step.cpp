@@ -1,8 +1,8 @@
-// One step of a diffusion sampler: x0 = clamp(k_x x + k_m m), x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_g history +
-// c_z z, stored = s_0 x0 + s_x x + s_m m. Plain steps have no history and store x0: they are instances of their own.
+// One step of a diffusion sampler: x0 = clamp(k_x x + k_m m), x_next = c_0 x0 + c_x x + c_m m + c_h x0_prev + c_g history
+// + c_z z, stored = s_0 x0 + s_x x + s_m m. Plain steps have no history and store x0: they are instances of their own.
 //
-// Bound by memory, so that everything happens in one pass: a piece's noise is drawn into a buffer of the first-level cache, then
-// every vector is loaded, combined in registers and stored, past the caches where the result is larger than they are. With
+// Bound by memory, so that all happens in one pass: a piece's noise is drawn into a buffer of the first-level cache, then
+// every pair of vectors is loaded, combined and stored, past the caches where the result is larger than they are. With
 // pooling a piece is a strip of r rows: their sum over rows stays in a row of column sums, which is then summed over columns.
 // Products and sums in the reference's order and without contraction: every instruction set gives the same bits.
 
@@ -39,7 +39,7 @@ constexpr float overflow(const float*) { return __builtin_inff(); }
 constexpr float overflow(const bf16*) { return 0x1.FFp127f; }
 constexpr float overflow(const f16*) { return 65520.0f; }
 
-// Two vectors that are combined together. Of bfloat16 states they hold even and odd elements, else the first and the second half.
+// Two vectors that are combined together: even and odd elements where the states are bfloat16, else neighbouring halves.
 struct Pair {
   V a, b;
 };
@@ -103,6 +103,7 @@ inline void put_vector(T* p, Vector x, bool stream) {
 
 template <bool kWhole, typename X, typename T>
 inline void put(T* p, Pair x, i64 count, bool stream) {
+  static_assert(!kEvenOdd<T> || kEvenOdd<X>);
   if constexpr (!kWhole) {
     T part[kPair];
     put<true, X>(part, x, kPair, false);

@@ -139,7 +139,7 @@ inline VH narrow(V x, const bf16*) {
 #endif
 }
 
-// Halves `even` and `odd` of each word of memory are elements of the two vectors: this needs no shuffles.
+// The halves of a word of memory go to two vectors, or come from them: this needs no shuffles.
 inline void load_even_odd(const bf16* p, V& even, V& odd) {
   VU words;
   std::memcpy(&words, p, sizeof words);

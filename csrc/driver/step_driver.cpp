@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,18 @@ struct Shape {
   i64 place(i64 e) const { return last ? e % (height * width) * channels + e / (height * width) : e; }
 };
 
-double read(const std::vector<char>& bytes, Dtype dtype, i64 i) {
+// Outputs begin at a vector of any instruction set, so that they can pass the caches.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAlignment)); }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, kAlignment); }
+  bool operator==(const Aligned&) const { return true; }
+};
+using Bytes = std::vector<char, Aligned<char>>;
+
+double read(const Bytes& bytes, Dtype dtype, i64 i) {
   if (dtype == Dtype::float32) {
     float x;
     std::memcpy(&x, bytes.data() + 4 * i, 4);
@@ -43,8 +55,8 @@ double read(const std::vector<char>& bytes, Dtype dtype, i64 i) {
 }
 
 // Numbers in [-2, 2) that every dtype holds exactly.
-std::vector<char> random_bytes(Dtype dtype, i64 count, u32 state) {
-  std::vector<char> bytes(count * element_bytes(dtype));
+Bytes random_bytes(Dtype dtype, i64 count, u32 state) {
+  Bytes bytes(count * element_bytes(dtype));
   for (i64 i = 0; i < count; ++i) {
     state = state * 1664525u + 1013904223u;
     const float x = static_cast<float>(static_cast<int>(state >> 26) - 32) / 16;
@@ -87,8 +99,8 @@ void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool s
   const i64 count = shape.count(), all = shape.samples * count;
   const auto x = random_bytes(dtype, all, 1), m = random_bytes(model_dtype, all, 2), z = random_bytes(dtype, all, 4);
   const auto previous = random_bytes(dtype, all, 3), history = random_bytes(dtype, all, 5);
-  std::vector<char> out(all * element_bytes(dtype), -1), x0(all * element_bytes(dtype), -1);
-  std::vector<char> pooled(shape.pool ? all / (shape.pool * shape.pool) * element_bytes(dtype) : 0, -1);
+  Bytes out(all * element_bytes(dtype), -1), x0(all * element_bytes(dtype), -1);
+  Bytes pooled(shape.pool ? all / (shape.pool * shape.pool) * element_bytes(dtype) : 0, -1);
   std::vector<std::int32_t> flags(shape.samples);
   std::vector<std::int64_t> indices(shape.samples), steps(shape.samples);
   std::vector<ExtendedStepRow> rows(shape.samples);
@@ -152,11 +164,11 @@ void check(const Shape& shape, Dtype dtype, Dtype model_dtype, int noise, bool s
 // x_next = x for every half there is: what is read is written, subnormal numbers and infinities too, and flags see the latter.
 void check_all_halves(Dtype dtype) {
   ++cases;
-  std::vector<char> x(2 << 16), out(2 << 16);
+  Bytes x(2 << 16), out(2 << 16);
   for (u32 bits = 0; bits < 1 << 16; ++bits) std::memcpy(x.data() + 2 * bits, &bits, 2);
   const StepRow row{0, 0, INFINITY, 0, 1, 0, 0, 0};
   std::vector<std::int32_t> flags(1 << 16);
-  std::vector<char> zero(2 << 16);
+  Bytes zero(2 << 16);
   SamplerStep s{};
   s.x = x.data();
   s.model_output = zero.data();

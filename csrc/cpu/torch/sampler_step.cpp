@@ -72,7 +72,7 @@ void sampler_step(
   // In place the lines are in the caches already.
   const bool fresh = s.out != s.x && s.out != s.model_output && s.out != s.previous_x0 && s.out != s.history;
   const bool replaced = s.x0 && (s.x0 == s.previous_x0 || s.x0 == s.history || s.x0 == s.noise);
-  // Half precision fills a line by four stores, and with two outputs the processor's write buffers do not hold it so long.
+  // Two outputs of half precision fill a line by several turns, for which the processor's write buffers do not hold it.
   s.stream = fresh && !replaced && !(s.x0 && dtype != Dtype::float32) && passes_caches(x);
   constexpr i64 kElementsPerTask = 1 << 15;
   const i64 pieces = s.samples * step_pieces_per_sample(s), grain = std::max<i64>(1, kElementsPerTask / step_piece(s));
