@@ -49,13 +49,12 @@ def tiny_unet(channels=1, seed=0, **options):
     return diffusers.UNet2DModel(
         sample_size=8,
         in_channels=channels,
-        out_channels=channels,
         layers_per_block=1,
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
-        **options,
+        **{"out_channels": channels, **options},
     )
 
 

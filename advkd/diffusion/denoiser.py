@@ -93,11 +93,13 @@ def levels_of(x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         ``(N,)`` float64 on the states' device.
 
     Raises:
-        InputError: ``sigma`` of another length.
+        InputError: ``sigma`` of another length, or below 0.
     """
     levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
     if levels.ndim > 1 or (levels.ndim == 1 and len(levels) != len(x)):
         raise InputError(f"sigma must be a number or one per sample ({len(x)}), got shape {tuple(levels.shape)}")
+    if not (levels >= 0).all():
+        raise InputError(f"sigma must be at least 0, got {levels.min().item()}")
     return levels.expand(len(x))
 
 

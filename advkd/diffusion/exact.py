@@ -42,8 +42,8 @@ class GaussianTeacher(ExactTeacher):
         coordinates: str = "vp",
     ):
         mean, covariance = mean.double().cpu(), covariance.double().cpu()
-        if not mean.ndim or not mean.isfinite().all():
-            raise InputError(f"mean must be finite numbers of one dimension or more, got {mean}")
+        if not mean.ndim or not mean.isfinite().all() or not covariance.isfinite().all():
+            raise InputError(f"mean and covariance must be finite numbers, the mean of one dimension or more, got {mean}")
         super().__init__(mean.shape, schedule, coordinates)
         d = mean.numel()
         if covariance.shape == mean.shape and not (mean.ndim == 2 and covariance.shape == (d, d)):
@@ -250,6 +250,8 @@ class FiniteSetTeacher(ExactTeacher):
     ):
         if images.ndim < 2 or not len(images) or (labels is not None and labels.shape != images.shape[:1]):
             raise InputError(f"images must be (M, ...) with M >= 1 and labels (M,), got {tuple(images.shape)}")
+        if not images.is_floating_point() or not images.isfinite().all():
+            raise InputError(f"images must be finite floating-point numbers, got {images.dtype}: scale pixels to [-1, 1] first")
         classes = 0 if labels is None else len(labels.unique())
         if labels is not None and not torch.equal(labels.unique(), torch.arange(classes, device=labels.device)):
             raise InputError(

@@ -8,6 +8,7 @@ import torch
 
 from ..ops import philox_normal
 from .denoiser import levels_of, require_coordinates, vp_weights
+from .guidance import condition_of
 from .prediction import eps_weights
 from .sampling import DiffusionModel
 from .schedule import Level, Schedule
@@ -58,13 +59,16 @@ class ExactTeacher(DiffusionModel):
         Args:
             x: ``(N, ...)`` states in the teacher's coordinates.
             sigma: noise level, a number or ``(N,)``, positive.
-            condition: ``(N,)`` classes, or None.
+            condition: ``(N,)`` classes, ``num_classes`` standing for none; None: no class.
 
         Returns:
             ``(x0, eps)``, both ``(N, ...)`` float64; differentiable in ``x`` (any order).
+
+        Raises:
+            InputError: noise levels or classes that cannot be.
         """
         alpha, noise = self._weights(x, sigma)
-        clean = self.x0(x.double(), alpha, noise, condition)
+        clean = self.x0(x.double(), alpha, noise, condition_of(self, len(x), condition))
         e_x, e_m = eps_weights(_over(x, alpha), _over(x, noise), "sample")
         return clean, e_x * x.double() + e_m * clean
 
@@ -97,7 +101,7 @@ class ExactTeacher(DiffusionModel):
         a = torch.as_tensor(alpha_bar, dtype=torch.float64, device=x.device)
         alpha, noise = (w.reshape(-1, 1) if w.ndim else w for w in (a.sqrt(), (1 - a).sqrt()))
         x = x.double()
-        difference = self.x0(x, alpha, noise, labels) - self.x0(x, alpha, noise)
+        difference = self.x0(x, alpha, noise, condition_of(self, len(x), labels)) - self.x0(x, alpha, noise)
         return difference * _over(x, alpha / noise**2)
 
     def data(self, n: int, seed: int = 0) -> torch.Tensor:

@@ -127,7 +127,9 @@ def _count_of(classifier):
 
 
 def _require_fit(classifier, model):
-    """Refuse a classifier, one of this package, that cannot see the model's states."""
+    """Refuse what is no classifier of noisy states, and one of this package that cannot see the model's."""
+    if not hasattr(classifier, "log_probability_gradient"):
+        raise InputError(f"classifier must be a classifier of noisy images, got {classifier!r}")
     config = getattr(classifier, "config", None)
     if config is None:
         return
@@ -167,6 +169,27 @@ def null_labels(model: Model, n: int) -> torch.Tensor | None:
     return torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
 
 
+def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | int | None) -> torch.Tensor | None:
+    """The classes that a model's network is told of ``n`` states: those given, or the null class.
+
+    Args:
+        model: the model, which knows its classes.
+        n: number of states.
+        labels: ``(n,)`` classes, the null class among them, or one for all; None: no class.
+
+    Returns:
+        ``(n,)`` int64 on the model's device, or None for an unconditional model.
+
+    Raises:
+        InputError: classes out of range or of an unconditional model, or none where the model has no null class.
+    """
+    if labels is None:
+        return null_labels(model, n)
+    if not model.num_classes:
+        raise InputError(f"labels: teacher {model.name} is unconditional; leave them out")
+    return require_labels(labels, n, model.num_classes + (model.null_class is not None), model.device)
+
+
 def require_labels(
     labels: torch.Tensor | Sequence[int] | int, n: int, classes: int | None, device: torch.device
 ) -> torch.Tensor:
@@ -190,11 +213,12 @@ def require_labels(
         raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}") from None
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
         raise InputError(f"labels must be whole numbers, one per sample or one for all, got {labels!r}")
+    given = given.to(torch.int64)
     if given.ndim == 1 and len(given) != n:
         raise InputError(f"labels must be one per sample, {n}, or one for all, got {len(given)}")
     if given.numel() and classes is not None and not 0 <= int(given.min()) <= int(given.max()) < classes:
         raise InputError(f"labels must be in [0, {classes}), got {int(given.min())} to {int(given.max())}")
-    return given.to(torch.int64).expand(n).contiguous()
+    return given.expand(n).contiguous()
 
 
 def _classifier_free(network, labels, null, guidance):

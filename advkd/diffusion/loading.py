@@ -4,9 +4,10 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,7 +18,6 @@ from ..runtime.hub import PRETRAINED, reason, resolve
 from ..runtime.pickles import require_weights
 from ..runtime.progress import can_be_shown
 from .coefficients import VARIANCES
-from .noise_power import NoisePower
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Loaded(NamedTuple):
         scheduler: the scheduler of its folder.
         classes: those of a conditional teacher, or None. Without ``classes.json`` they are named by their numbers, and none of
             them is the null class.
-        noise_powers: what ``noise_power.json`` holds, or None.
+        folder: the files' own, which may have a ``noise_power.json``.
     """
 
     unet: "UNet2DModel"
     scheduler: "DDPMScheduler | DDIMScheduler"
     classes: Classes | None
-    noise_powers: NoisePower | None
+    folder: Path
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
@@ -80,12 +80,7 @@ def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
         scheduler = _load_scheduler(folder)
-        return Loaded(
-            _load_unet(source, folder, dtype),
-            scheduler,
-            _load_classes(folder),
-            NoisePower.read(folder, len(scheduler.alphas_cumprod)),
-        )
+        return Loaded(_load_unet(source, folder, dtype), scheduler, _load_classes(folder), folder)
 
 
 def _load_classes(folder):
@@ -133,11 +128,7 @@ def _require_fit(folder):
     classes = config.get("num_class_embeds")
     if classes is not None and (type(classes) is not int or not 1 <= classes <= MOST_CLASSES):
         raise InputError(f"teacher {folder}: num_class_embeds must be in [1, {MOST_CLASSES:,}], got {classes!r}")
-    if config.get("out_channels") != config.get("in_channels"):
-        shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
-        raise InputError(f"teacher {folder} has {shapes}: a learned variance is not supported")
-    if config.get("time_embedding_type") == "fourier":
-        raise InputError(f"teacher {folder} is told the noise's level (Fourier embedding), not a timestep: it is not supported")
+    require_network(config, folder)
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
@@ -154,6 +145,49 @@ def _require_fit(folder):
     if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:
         limits = f"at most {MOST_BLOCKS} block_out_channels and {MOST_LAYERS} layers_per_block"
         raise InputError(f"teacher {folder}: the network's configuration may have {limits}")
+
+
+def require_network(config: Mapping[str, Any], name: str | Path) -> None:
+    """Refuse a network that predicts more than one image, or that is not told a timestep.
+
+    Args:
+        config: of the network.
+        name: the teacher's, for errors.
+
+    Raises:
+        InputError: a learned variance, or a network that is told the noise's level.
+    """
+    if config.get("out_channels") != config.get("in_channels"):
+        shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
+        raise InputError(f"teacher {name} has {shapes}: a learned variance is not supported")
+    if config.get("time_embedding_type") == "fourier":
+        raise InputError(f"teacher {name} is told the noise's level (Fourier embedding), not a timestep: it is not supported")
+
+
+def require_scheduler(scheduler: Any, name: str | Path) -> None:
+    """Refuse a scheduler whose run the solvers do not know.
+
+    Args:
+        scheduler: diffusers' ``DDPMScheduler`` or ``DDIMScheduler``.
+        name: the teacher's, for errors.
+
+    Raises:
+        InputError: another kind, betas that make no noise schedule, another prediction, dynamic thresholding, or a variance
+            that is learned.
+    """
+    config = scheduler.config
+    if not {"DDPMScheduler", "DDIMScheduler"} & {kind.__name__ for kind in type(scheduler).__mro__}:
+        kind = type(scheduler).__name__
+        raise InputError(f"teacher {name} has a {kind}; a DDPMScheduler or DDIMScheduler configuration is needed")
+    if not _is_schedule(scheduler.alphas_cumprod, config.num_train_timesteps):
+        raise InputError(f"teacher {name}: its betas make no noise schedule: alpha_bar must fall within [0, 1]")
+    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise InputError(f"teacher {name}: prediction_type {config.prediction_type!r} is not supported")
+    if config.thresholding:
+        raise InputError(f"teacher {name}: dynamic thresholding is not supported")
+    variance = config.get("variance_type") or VARIANCES[0]
+    if variance not in VARIANCES:
+        raise InputError(f"teacher {name}: variance_type {variance!r} is not supported (known: {', '.join(VARIANCES)})")
 
 
 def _load_unet(source, folder, dtype):
@@ -264,13 +298,5 @@ def _load_scheduler(folder):
         scheduler = getattr(diffusers, kind).from_config(config)
     except Exception as error:
         raise InputError(f"teacher {folder}: the scheduler configuration cannot be used ({reason(error)})") from error
-    if not _is_schedule(scheduler.alphas_cumprod, steps):
-        raise InputError(f"teacher {folder}: its betas make no noise schedule: alpha_bar must fall within [0, 1]")
-    if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise InputError(f"teacher {folder}: prediction_type {scheduler.config.prediction_type!r} is not supported")
-    if scheduler.config.thresholding:
-        raise InputError(f"teacher {folder}: dynamic thresholding is not supported")
-    variance = scheduler.config.get("variance_type") or VARIANCES[0]
-    if variance not in VARIANCES:
-        raise InputError(f"teacher {folder}: variance_type {variance!r} is not supported (known: {', '.join(VARIANCES)})")
+    require_scheduler(scheduler, folder)
     return scheduler

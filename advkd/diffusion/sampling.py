@@ -7,6 +7,7 @@ import torch
 
 from ..errors import InputError
 from ..ops import philox_normal
+from ..ops.arguments import whole
 from .guidance import NoisyClassifier, classes_of, guided
 from .loop import SamplingLoop
 from .program import Evaluation
@@ -70,7 +71,8 @@ class DiffusionModel:
             ``(n, ...)`` standard normal numbers on the model's device, float32 (float64 for exact teachers, of the same
             numbers).
         """
-        indices = torch.arange(start, start + n, device=self.device)
+        start = whole("start", start)
+        indices = torch.arange(start, start + whole("n", n), device=self.device)
         return philox_normal(seed, indices, self.shape, stream="x_T").to(self.state_dtype)
 
     def timesteps(self, solver: str | Solver = "ddim", steps: int | None = None) -> list[int | float]:

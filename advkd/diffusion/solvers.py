@@ -159,12 +159,15 @@ class Solver:
             ``steps`` levels of falling noise.
 
         Raises:
-            InputError: a number of steps outside [1, T], or too few for the solver's order.
+            InputError: a number of steps outside [1, T], too few for the solver's order, or a single one of the leading
+                spacing, which begins at t = 0 and would give the start noise back.
         """
         steps, least = whole("steps", steps), METHODS[self.name].least
         if steps < least:
             raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
         spacing = self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
+        if spacing == "leading" and steps == 1 < len(schedule):
+            raise InputError("steps must be at least 2 with spacing leading, whose last one begins at t = 0: take trailing")
         return schedule.levels(spacing, steps, self.rho)
 
     def evaluations(self, steps: int) -> int:

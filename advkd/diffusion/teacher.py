@@ -1,5 +1,6 @@
 """The diffusion teacher: its noise, and the sampling paths that the student imitates."""
 
+import functools
 import hashlib
 import json
 import math
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..ops.arguments import whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .denoiser import Denoiser
-from .guidance import NoisyClassifier, classes_of, guided, null_labels
-from .loading import Classes, load_pipeline
+from .guidance import NoisyClassifier, classes_of, condition_of, guided
+from .loading import Classes, load_pipeline, require_network, require_scheduler
 from .loop import SamplingLoop, network_of
 from .noise_power import NoisePower
 from .sampling import DiffusionModel
@@ -34,7 +36,10 @@ class Teacher(DiffusionModel):
         scheduler: diffusers ``DDPMScheduler`` or ``DDIMScheduler``; its noise schedule, prediction type and clipping are used.
         name: its name in a data set's manifest and in errors.
         classes: names of the classes that the network takes, and which of them stands for none; None for an unconditional one.
-        noise_powers: :class:`~advkd.diffusion.noise_power.NoisePower` for the analytic solvers, or None.
+        folder: of its files, where the noise power for the analytic solvers is looked for; None: it has none.
+
+    Raises:
+        InputError: a network or a scheduler that the solvers do not know: a learned variance, dynamic thresholding.
 
     Attributes:
         schedule: the noise schedule in float64.
@@ -51,8 +56,10 @@ class Teacher(DiffusionModel):
         scheduler: "DDPMScheduler | DDIMScheduler",
         name: str = "teacher",
         classes: Classes | None = None,
-        noise_powers: NoisePower | None = None,
+        folder: str | Path | None = None,
     ):
+        require_network(unet.config, name)
+        require_scheduler(scheduler, name)
         side, config = unet.config.sample_size, scheduler.config
         super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.in_channels, side, side))
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -60,7 +67,7 @@ class Teacher(DiffusionModel):
         self.name = name
         embedded = getattr(unet.config, "num_class_embeds", None)
         classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
-        self.classes, self.noise_powers = classes, noise_powers
+        self.classes, self.folder = classes, folder
         self.class_names = classes.names if classes else ()
         self.num_classes, self.null_class = len(self.class_names), classes.null if classes else None
         self.prediction = config.prediction_type
@@ -89,7 +96,12 @@ class Teacher(DiffusionModel):
         """
         device = require_device(device)
         loaded = load_pipeline(source, dtype)
-        return cls(loaded.unet.to(device), loaded.scheduler, str(source), loaded.classes, loaded.noise_powers)
+        return cls(loaded.unet.to(device), loaded.scheduler, str(source), loaded.classes, loaded.folder)
+
+    @functools.cached_property
+    def noise_powers(self) -> NoisePower | None:
+        """What is kept of its noise power for the analytic solvers, or None; read where it is needed."""
+        return None if self.folder is None else NoisePower.read(self.folder, self.train_timesteps)
 
     @property
     def image_channels(self) -> int:
@@ -122,7 +134,7 @@ class Teacher(DiffusionModel):
             ``prediction``, ``clip`` (None without clipping), ``variance``, only where it is on ``autocast``, and for analytic
             solvers ``noise_power``.
         """
-        analytic = solver is not None and solver.analytic and self.noise_powers is not None
+        powers = self.noise_powers if solver is not None and solver.analytic else None
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
         return {
             "name": self.name,
@@ -134,7 +146,7 @@ class Teacher(DiffusionModel):
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
             **({"autocast": str(self._autocast)} if self._autocast else {}),
-            **({"noise_power": list(self.noise_powers.values)} if analytic and self.noise_powers else {}),
+            **({"noise_power": list(powers.values)} if powers else {}),
         }
 
     def num_parameters(self) -> int:
@@ -149,13 +161,17 @@ class Teacher(DiffusionModel):
         Args:
             x: ``(N, C, H, W)`` float32 variance-preserving states, on the teacher's device.
             sigma: noise level sqrt((1 - a) / a), a number or ``(N,)``.
-            condition: ``(N,)`` int64 classes; None: no class, which a conditional teacher needs its null class for.
+            condition: ``(N,)`` classes, whole numbers, the null class among them; None: no class, which a conditional teacher
+                needs its null class for.
 
         Returns:
             ``(x0, eps)``, both ``(N, C, H, W)`` float32; eps goes with the clamped x0. No gradient flows.
+
+        Raises:
+            InputError: noise levels or classes that cannot be.
         """
         with torch.no_grad():
-            return self.denoiser.predict(x, sigma, null_labels(self, len(x)) if condition is None else condition)
+            return self.denoiser.predict(x, sigma, condition_of(self, len(x), condition))
 
     @property
     def denoiser(self) -> Denoiser:
@@ -309,8 +325,9 @@ class Teacher(DiffusionModel):
             ``(n, C, H, W)`` float32 in [-1, 1], on the teacher's device.
 
         Raises:
-            InputError: a solver, a number of steps, a seed or classes that cannot be.
+            InputError: a number of images, a solver, a number of steps, a seed or classes that cannot be.
         """
+        n = whole("n", n, least=1)
         # Compiled only where that was asked for: every n would be compiled anew.
         condition = (labels, guidance, classifier)
         x_0, _ = self._run(self.noise(n, seed, start), {}, solver, steps, seed, start, bool(self._compiled), condition)
@@ -343,9 +360,8 @@ class Teacher(DiffusionModel):
     def _program(self, solver, steps):
         program = solver.program(self.schedule, steps, self.prediction, self.clip, self.variance_type, self.noise_power)
         if self._looks_timesteps_up() and any(e.level.t % 1 for e in program if e.network):
-            raise InputError(
-                f"its network knows whole timesteps only, and {solver.name} needs others: take another or a spacing"
-            )
+            needed = f"its network knows whole timesteps only, and {solver.name} needs others"
+            raise InputError(f"{needed}: take another solver, or a spacing of whole timesteps")
         return program
 
     def __getstate__(self) -> dict[str, Any]:

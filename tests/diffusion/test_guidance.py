@@ -154,7 +154,7 @@ def test_a_kept_loop_is_of_its_labels():
     zeros = np.zeros(1200, dtype=np.int64)
     mixed = zeros.copy()
     mixed[600] = 1
-    first, second = (teacher.sample(1200, solver="ddim", steps=1, labels=labels) for labels in (zeros, mixed))
+    first, second = (teacher.sample(1200, solver="ddim", steps=2, labels=labels) for labels in (zeros, mixed))
     changed = (first != second).flatten(1).any(1)
     assert changed.nonzero().flatten().tolist() == [600]
     assert torch.equal(teacher.sample(2, steps=2, labels=range(2)), teacher.sample(2, steps=2, labels=torch.arange(2)))
@@ -181,6 +181,12 @@ THREE = FiniteSetTeacher(double([[0.0], [1.0], [2.0]]), torch.arange(3), SCHEDUL
         (two_gaussians(), {"labels": "cat"}, "labels must be whole numbers, one per sample or one for all, got 'cat'"),
         (two_gaussians(), {"labels": [[0], [0, 1], 0]}, "labels must be whole numbers, one per sample or one for all"),
         (two_gaussians(), {"labels": torch.zeros(3).bool()}, "labels must be whole numbers"),
+        (two_gaussians(), {"labels": torch.tensor([0, 1, 2], dtype=torch.uint16)}, r"labels must be in \[0, 2\), got 0 to 2"),
+        (
+            two_gaussians(),
+            {"labels": 0, "classifier": object()},
+            "classifier must be a classifier of noisy images, got <object",
+        ),
         (
             GAUSSIAN,
             {"labels": 0},
@@ -223,6 +229,7 @@ def test_refused_guidance(teacher, options, message):
         (lambda: Solver("heun", churn="much"), 4, "churn must be a number, got 'much'"),
         (lambda: Solver("ddim", eta=2.0), 4, "eta = 2.0 asks for more noise than the next state has"),
         (lambda: "ddim", -1, "steps must be at least 0, got -1"),
+        (lambda: "ddim", 1, "steps must be at least 2 with spacing leading, .* take trailing"),
         (lambda: "ddim", 201, "steps must be between 1 and the schedule's 200 timesteps, got 201"),
         (lambda: "ddim", 2.5, "steps must be a whole number, got 2.5"),
         (lambda: "ddim", "ten", "steps must be a whole number, got 'ten'"),
@@ -248,6 +255,46 @@ def test_refused_shapes_and_needs():
         Solver("analytic-ddpm").program(SCHEDULE, 4, "sample")
     with pytest.raises(InputError, match="labels: teacher tiny is unconditional"):
         tiny_teacher().sample(2, steps=2, labels=0)
+    with pytest.raises(InputError, match="n must be at least 1, got 0"):
+        tiny_teacher().sample(0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_one_step_begins_at_the_last_timestep(spacing):
+    teacher = two_gaussians()
+    assert teacher.timesteps(Solver("ddim", spacing), 1) == [teacher.train_timesteps - 1]
+
+
+@pytest.mark.parametrize("labels", [[3, 0], [0, -1], torch.tensor([4, 0], dtype=torch.uint8)], ids=str)
+@pytest.mark.parametrize("teacher", [two_gaussians(), without_null()], ids=["null class", "none"])
+def test_predictions_refuse_other_classes(teacher, labels):
+    x = torch.zeros(2, 1)
+    message = rf"labels must be in \[0, {2 + (teacher.null_class is not None)}\)"
+    for call in (teacher.predict, teacher.score):
+        with pytest.raises(InputError, match=message):
+            call(x, 1.0, labels)
+    with pytest.raises(InputError, match=message):
+        teacher.log_probability_gradient(x, 0.5, labels)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.uint16], ids=str)
+def test_predictions_take_classes_of_any_integer_type(kind):
+    network = Teacher(tiny_unet(num_class_embeds=2), pytest.importorskip("diffusers").DDPMScheduler())
+    for teacher in (two_gaussians(), THREE, network):
+        x = torch.ones(3, *teacher.shape)
+        wanted, found = (teacher.predict(x, 1.0, torch.tensor([0, 1, 1], dtype=t)) for t in (torch.int64, kind))
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_a_network_refuses_other_classes():
+    told = Teacher(tiny_unet(num_class_embeds=2), pytest.importorskip("diffusers").DDPMScheduler())
+    x = torch.zeros(2, *told.shape)
+    with pytest.raises(InputError, match=r"labels must be in \[0, 2\), got 0 to 2"):
+        told.predict(x, 1.0, torch.tensor([0, 2]))
+    with pytest.raises(InputError, match="labels: teacher tiny is unconditional; leave them out"):
+        tiny_teacher().predict(x, 1.0, torch.tensor([0, 1]))
+    with pytest.raises(InputError, match="sigma must be at least 0, got -1.0"):
+        tiny_teacher().predict(x, -1.0)
 
 
 def test_no_samples():

@@ -134,7 +134,7 @@ def test_parity_of_pooling(shape, pool, noise, last, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 3], ids=["aligned", "off by 1", "off by 3"])
 def test_larger_than_the_caches(offset, dtype, stored, device):
-    # More than 4 MB: the CPU's stores pass the caches, where they are aligned; 3 x 801 x 401 elements end with 19 elements of 32.
+    # More than 4 MB: the CPU's stores pass the caches, where they are aligned; 3 x 801 x 401 elements end with 19 of 32.
     for height, width, pool in ((801, 401, 0), (800, 400, 8)):
         tensors = make((3, 3, height, width), dtype, device=device, offset=offset)
         for backend, extended in itertools.product(fast_backends(device), (False, True)):

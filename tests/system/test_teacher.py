@@ -5,7 +5,6 @@ import functools
 import json
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,10 +257,30 @@ def test_ancestral_path_ends_in_an_image_and_is_keyed_by_the_sample():
     assert not torch.allclose(whole, teacher.sample(4, seed=3, solver="ddpm"), atol=1e-2)
 
 
+class Configuration(dict):
+    """A dict whose keys are attributes, too, like diffusers'."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class DDPMScheduler:
+    """What a teacher reads of diffusers' scheduler of that name."""
+
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 20), 0)
+    config = Configuration(
+        {"prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
+        | {"variance_type": "fixed_small", "num_train_timesteps": 20}
+    )
+
+
 class Network(torch.nn.Module):
     """Stand-in for a teacher's network, without diffusers: a configuration, and an output from state and timestep."""
 
-    config = SimpleNamespace(in_channels=3, out_channels=3, sample_size=8)
+    config = Configuration({"in_channels": 3, "out_channels": 3, "sample_size": 8})
 
     def __init__(self):
         super().__init__()
@@ -275,17 +294,7 @@ class Network(torch.nn.Module):
 
 def networks_teacher():
     """A teacher of 20 timesteps with that network and DDPM's linear betas."""
-    config = {"prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small"}
-    betas = torch.linspace(1e-4, 0.02, 20)
-    return Teacher(
-        Network(), SimpleNamespace(alphas_cumprod=torch.cumprod(1 - betas, 0), config=Configuration(config)), "network"
-    )
-
-
-class Configuration(dict):
-    """A dict whose keys are attributes, too, like diffusers'."""
-
-    __getattr__ = dict.__getitem__
+    return Teacher(Network(), DDPMScheduler(), "network")
 
 
 def unets_teacher():
@@ -442,6 +451,22 @@ def test_timesteps_of_the_paper():
     assert len(supervising_timesteps("ddim", 14, list(range(980, -1, -20)), 1000)) == 13
     short = supervising_timesteps("ddim", 12, list(range(98, -1, -2)), 100)
     assert short[0] == 98 and short[-1] == 8 and all(t % 2 == 0 for t in short)
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "message"),
+    [
+        ({"out_channels": 2}, {}, "1 channels in, 2 out: a learned variance is not supported"),
+        ({}, {"thresholding": True}, "dynamic thresholding is not supported"),
+        ({}, {"variance_type": "learned_range"}, "variance_type 'learned_range' is not supported"),
+        ({}, None, "has a EulerDiscreteScheduler; a DDPMScheduler or DDIMScheduler"),
+    ],
+)
+def test_a_teacher_of_parts_is_refused_like_a_loaded_one(unet, scheduler, message):
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.EulerDiscreteScheduler() if scheduler is None else diffusers.DDPMScheduler(**scheduler)
+    with pytest.raises(InputError, match=message):
+        Teacher(tiny_unet(**unet), made)
 
 
 @pytest.mark.parametrize(("solver", "steps", "name"), [("rk4", None, "solver"), ("ddim", 1001, "steps")])

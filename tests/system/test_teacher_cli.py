@@ -125,6 +125,20 @@ def test_noise_power_of_a_folder_of_pictures(teacher_folder, capsys, tmp_path):
     assert "a folder is needed" in refused(capsys, "teacher", "noise-power", "--teacher", "digits")
 
 
+def test_a_damaged_noise_power_is_made_anew(teacher_folder, capsys, tmp_path):
+    """Solvers that do not need it draw, those that do say how it is made, and that command works."""
+    shutil.copytree(teacher_folder, tmp_path / "t")
+    (tmp_path / "t" / "noise_power.json").write_text("{}")
+    (tmp_path / "pictures").mkdir()
+    save_image(to_pil(torch.zeros(1, 1, 8, 8))[0], tmp_path / "pictures" / "0.png")
+    sample = ("sample", "--teacher", tmp_path / "t", "-n", 2, "--steps", 2, "--out", tmp_path / "grid.png", "--solver")
+    assert run(capsys, *sample, "ddim")[0] == 0
+    assert "noise_power.json" in refused(capsys, *sample, "analytic-ddpm")
+    power = ("teacher", "noise-power", "--teacher", tmp_path / "t", "--data", tmp_path / "pictures", "--num", 8)
+    assert run(capsys, *power)[0] == 0
+    assert run(capsys, *sample, "analytic-ddpm")[0] == 0
+
+
 def small_classifier(noisy=True, size=8, names=("cat", "dog")):
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig("animals", size, 1, len(names), (8,) * (size.bit_length() - 3), 8, noisy=noisy))
