@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..ops.arguments import finite
 from .prediction import eps_weights
 
-Network = Callable[..., torch.Tensor]
+ConditionalNetwork = Callable[..., torch.Tensor]
 """Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
 
 
@@ -43,7 +43,7 @@ class NoisyClassifier(Protocol):
 
 def guided(
     model: Model,
-    network: Network,
+    network: ConditionalNetwork,
     n: int,
     labels: torch.Tensor | Sequence[int] | int | None,
     guidance: float,
