@@ -32,8 +32,8 @@ SOLVERS = (
 @click.option("--reference", help="Folder of reference images, or 'digits'.")
 @click.option("--out", help="Folder for evaluation.json, likelihood.json or solvers.json.")
 @click.option("--likelihood", is_flag=True, help=LIKELIHOOD)
-@click.option("--steps", help="Of the chain of --likelihood, evenly spaced. Default: all of the teacher's.")
-@click.option("--variance", help="Of the steps of --likelihood: fixed_small, fixed_large or analytic. Default: the teacher's.")
+@click.option("--steps", help="With --likelihood: number of evenly spaced timesteps. Default: all of the teacher's.")
+@click.option("--variance", help="With --likelihood: variance, fixed_small, fixed_large or analytic. Default: the teacher's.")
 @click.option("--solvers", help=SOLVERS)
 @only(SolverEvaluationConfig, "evaluations", "other_num", "fine_steps", "spacing", of="--solvers")
 @device_option

@@ -1,6 +1,7 @@
 """The command line ``advkd``.
 
-Commands: info, teacher train, classifier train, trajectories, distill, sample, evaluate, report, warmup, demo.
+Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, report, warmup,
+demo.
 """
 
 from pathlib import Path
@@ -65,12 +66,14 @@ def info():
 
 @main.group()
 def teacher():
-    """Make a teacher."""
+    """Train a teacher, or estimate the noise that it finds."""
 
 
 @teacher.command("noise-power")
 @click.option("--teacher", "source", required=True, help="Folder of the teacher, in which noise_power.json is kept.")
-@click.option("--data", default="digits", show_default=True, help="What it was trained on: 'digits' or a folder of images.")
+@click.option(
+    "--data", default="digits", show_default=True, help="The teacher's training data: 'digits' or a folder of images."
+)
 @click.option("--num", default=256, show_default=True, help="Images at each of 48 levels.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @device_option
@@ -170,7 +173,7 @@ main.add_command(distill)
 @click.option("--backend", help="A student's: auto (the default), reference, cpu, triton or cuda.")
 @click.option("--dtype", help="A student's: float32 (the default), bfloat16, float16 or float64.")
 @click.option("--steps", type=int, help="A teacher's steps (default: 50 for ddim, all for ddpm, 10 for the others).")
-@click.option("--classes", help="A conditional teacher's classes, separated by commas; images take them in turn.")
+@click.option("--classes", help="Names of a teacher's or classifier's classes, separated by commas; images take them in turn.")
 @click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
 @click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
 @device_option
@@ -184,26 +187,19 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
     from . import sample as work
 
     of_student, of_teacher = ("interpolate", "backend", "dtype"), ("steps", "classes", "guidance", "classifier")
-    own = of_student if teacher is None else of_teacher
-    given = {name: values.pop(name) for name in (*of_student, *of_teacher)}
-    settings = {"name" if name == "solver" else name: value for name, value in values.items()}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}  # 0 was given
     if student is not None and teacher is not None:
         raise InputError("--student and --teacher: name one of them")
-    foreign = [
-        name
-        for name, value in {**given, **(values if teacher is None else {})}.items()
-        if value not in (None, False) and name not in own
-    ]
-    if foreign:
+    own = {name: given.pop(name) for name in (of_student if teacher is None else of_teacher) if name in given}
+    if foreign := [name for name in given if teacher is None or name in of_student]:
         option, model = foreign[0].replace("_", "-"), "student" if teacher is not None else "teacher"
         raise InputError(f"--{option} is an option of a {model}: leave it out, or name one by --{model}")
-    chosen = {name: given[name] for name in own if given[name] not in (None, False)}
     if teacher is None:
-        work.sample(student or "digits", n, seed, out, device=local_device(device), batch_size=batch_size, **chosen)
+        work.sample(student or "digits", n, seed, out, device=local_device(device), batch_size=batch_size, **own)
         click.echo(f"{n} images in {out}")
         return
-    solver = overlay(Solver(), settings, "sample")
-    said = work.sample_teacher(teacher, n, seed, out, solver, device=local_device(device), batch_size=batch_size, **chosen)
+    solver = overlay(Solver(), {"name" if name == "solver" else name: value for name, value in given.items()}, "sample")
+    said = work.sample_teacher(teacher, n, seed, out, solver, device=local_device(device), batch_size=batch_size, **own)
     click.echo(f"{n} images in {out} ({said})")
 
 

@@ -68,7 +68,7 @@ def sample_teacher(
     out: str | Path,
     solver: Solver,
     steps: int | None = None,
-    classes: str = "",
+    classes: str | None = None,
     guidance: float = 0.0,
     classifier: str = "",
     device: str | torch.device = "cpu",
@@ -84,7 +84,7 @@ def sample_teacher(
         out: a picture or a folder, as for :func:`sample`.
         solver: a :class:`~advkd.diffusion.solvers.Solver`.
         steps: number of steps; None: the solver's usual number.
-        classes: names or numbers of classes, separated by commas, which images have in turn; empty: no class.
+        classes: names of classes, separated by commas, which images have in turn; None: no class.
         guidance: weight of guidance towards them; 0 for the conditional model.
         classifier: folder of ``advkd classifier train --noisy``, for classifier guidance; empty: classifier-free.
         device: torch device that draws.
@@ -102,6 +102,10 @@ def sample_teacher(
     model = Teacher.from_pretrained(teacher, require_device(device))
     guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
     labels = _labels(classes, model, guide)
+    if classes is None and (guidance or guide is not None):
+        raise InputError("guidance needs --classes: name what it is towards")
+    if classes is None and model.num_classes and model.null_class is None:
+        raise InputError(f"teacher {model.name} has no null class: name its classes by --classes")
     draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
     if guide is not None and not guidance:
         raise InputError("--classifier needs --guidance above 0, its weight")
@@ -114,13 +118,15 @@ def sample_teacher(
     return f"{solver.name}, {count} steps, {evaluations} network evaluations an image"
 
 
-def _labels(classes: str, teacher: Teacher, classifier: Classifier | None) -> list[int]:
-    """Numbers of classes from names or numbers."""
+def _labels(classes: str | None, teacher: Teacher, classifier: Classifier | None) -> list[int]:
+    """Numbers of classes from their names, which are numbers where nobody named them."""
     known = [list(names) for names in (teacher.class_names, _names_of(classifier)) if names]
     if len(known) == 2 and known[0] != known[1]:
         raise InputError(f"--classifier was trained on other classes than teacher {teacher.name}: {', '.join(known[1])}")
     names = known[0] if known else []
-    chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    chosen = [part.strip() for part in (classes or "").split(",") if part.strip()]
+    if classes is not None and not chosen:
+        raise InputError(f"--classes must name a class, got {classes!r}")
     for part in chosen:
         if part not in names:
             if not names:

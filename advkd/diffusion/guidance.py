@@ -110,9 +110,7 @@ def classes_of(
         return None
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    if classifier is not None:
-        null_labels(model, n)
-    elif guidance and model.null_class is None:
+    if model.num_classes and model.null_class is None and (guidance or classifier is not None):
         raise InputError(
             f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop 0.15"
         )

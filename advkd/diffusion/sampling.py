@@ -12,7 +12,7 @@ from .guidance import NoisyClassifier, classes_of, guided
 from .loop import SamplingLoop
 from .program import Evaluation
 from .schedule import Level, Schedule
-from .solvers import Solver, as_solver
+from .solvers import METHODS, Solver, as_solver
 
 
 class DiffusionModel:
@@ -80,7 +80,7 @@ class DiffusionModel:
 
         Args:
             solver: a name of :data:`~advkd.diffusion.solvers.METHODS`, or a :class:`~advkd.diffusion.solvers.Solver`.
-            steps: number of steps; None or 0: all T for ``ddpm``, 50 for ``ddim`` and 10 for the others (T, if that is fewer).
+            steps: number of steps; None: all T for ``ddpm``, 50 for ``ddim`` and 10 for the others (T, if that is fewer).
 
         Returns:
             ``steps`` timesteps in [0, T): whole numbers, but for spacings by noise level.
@@ -127,8 +127,15 @@ class DiffusionModel:
         raise NotImplementedError
 
     def _steps(self, solver, steps):
-        default = self.train_timesteps if solver.name == "ddpm" else 50 if solver.name == "ddim" else 10
-        return steps or min(default, self.train_timesteps)
+        if steps is not None:
+            return whole("steps", steps, 1)
+        total, least = self.train_timesteps, METHODS[solver.name].least
+        if total < least:
+            raise InputError(
+                f"steps: the default is the schedule's {total} timesteps, and solver {solver.name} takes at least {least}: "
+                "give a solver of lower order"
+            )
+        return min({"ddpm": total, "ddim": 50}.get(solver.name, 10), total)
 
     @torch.no_grad()
     def path(

@@ -162,7 +162,7 @@ class Solver:
             InputError: a number of steps outside [1, T], too few for the solver's order, or a single one of the leading
                 spacing, which begins at t = 0 and would give the start noise back.
         """
-        steps, least = whole("steps", steps), METHODS[self.name].least
+        steps, least = whole("steps", steps, 1), METHODS[self.name].least
         if steps < least:
             raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
         spacing = self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")

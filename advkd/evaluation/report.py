@@ -16,7 +16,7 @@ from ..runtime.files import digest, read_json, restoring, write_bytes
 from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
-from .teacher_pictures import read_solvers, save_guidance, save_solver_curves
+from .teacher_pictures import STEPS, read_solvers, require_guidance, save_guidance, save_solver_curves
 
 FRESH_SEED = 12345
 """Seed of the pictures' noise."""
@@ -70,8 +70,8 @@ def write_report(
         The page's path.
 
     Raises:
-        InputError: a file that is missing or of another kind, or an evaluation of another student or teacher; nothing was
-            written.
+        InputError: a file that is missing or of another kind, an evaluation of another student or teacher, or a teacher that
+            cannot be shown; nothing was written.
 
     Examples:
         >>> write_report(student, teacher, "evaluation/evaluation.json", "report", metrics="student/metrics.csv")
@@ -87,10 +87,9 @@ def write_report(
     by_solver = read_solvers(solvers) if solvers else None
     if by_solver is not None and not same_teacher(by_solver["teacher"], teacher.identity()):
         raise InputError(f"solvers {solvers} is of another teacher: name that one by --teacher")
-    if conditional is not None and conditional.null_class is None:
-        raise InputError(
-            f"conditional: teacher {conditional.name} has no classes with a null class: name another by --conditional"
-        )
+    teacher.check_run(1)
+    if conditional is not None or teacher.null_class is not None:
+        require_guidance(conditional or teacher)
     out = require_output_folder(out)
     captions = save_pictures(teacher, student, metrics, out)
     save_extrapolation(_curves(result), result["score"], out / "extrapolation.png")
@@ -169,7 +168,8 @@ def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Pat
     if teacher.num_classes and teacher.null_class is not None:
         save_guidance(teacher, out / "guidance.png")
         captions["guidance.png"] = (
-            "Classes by weight w of classifier-free guidance; a column has one start noise, and 20 evaluations an image."
+            "Classes by weight w of classifier-free guidance; a column has one start noise. "
+            f"{STEPS} evaluations an image, {2 * STEPS} with guidance."
         )
     return captions
 

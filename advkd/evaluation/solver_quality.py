@@ -6,7 +6,7 @@ in shards that are kept in the cache, so that a killed run goes on and a larger 
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from .features import Extractor, build_extractor, extract, require_fit
 from .image_sets import eight_bit, real_images, shuffled
 from .paired import compare_paired
 
+_LOGGER = logging.getLogger(__name__)
+
 SHARD = 500
 """Images of a shard."""
 
@@ -42,8 +44,9 @@ class SolverEvaluationConfig:
     """Options of ``advkd evaluate --solvers``.
 
     Attributes:
-        solvers: comma-separated names of solvers, or ``all``.
-        evaluations: network evaluations of a run, several separated by commas.
+        solvers: comma-separated names of solvers, or ``all`` that can take the teacher.
+        evaluations: network evaluations of a run, at most; several separated by commas. A solver of two evaluations a step
+            takes 9 of 10.
         num: images of ddim, unipc-2, dpmpp-2m and dpmpp-3m, and of the reference.
         other_num: images of the other solvers (0: at most 2,000).
         seed: of the start noise; the reference's is the next one.
@@ -133,20 +136,22 @@ def evaluate_solvers(
         to ``fine``, a fine-step reference of other start noise.
 
     Raises:
-        InputError: bad configuration, a solver that cannot take this teacher, or images that do not fit it; nothing was drawn.
+        InputError: bad configuration, a named solver that cannot take this teacher, or images that do not fit it; nothing was
+            drawn.
     """
     config.validate()
     device = require_device(device)
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
     real = real_images(config.real, model.shape)
     require_fit(extractor, real, "--real")
-    runs = list(_runs(config, model))
+    runs, left_out = _runs(config, model)
     if len(runs) == 1:
-        raise InputError(f"evaluations must be more: {config.solvers} cannot take {max(config.evaluations)}")
+        raise InputError(f"no run is left: give more evaluations or other solvers ({left_out[0]})")
     if model.num_classes and model.null_class is None:
         raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
-    for run in runs:
-        model.program(run.solver, run.steps)
+    model.program(FINE, config.fine_steps)
+    for line in left_out:
+        _LOGGER.warning("left out: %s", line)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
     features = _features(model, extractor, runs, config.batch_size, cache, progress)
     fine = features.pop("fine")
@@ -195,18 +200,24 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _runs(config: SolverEvaluationConfig, model: Teacher) -> Iterator[Run]:
-    """The reference, then all sets once; numbers of evaluations below a solver's order are left out."""
-    yield Run(FINE, config.fine_steps, config.seed + 1, config.num)
-    known = set()
+def _runs(config: SolverEvaluationConfig, model: Teacher) -> tuple[list[Run], list[str]]:
+    """The reference, then all sets once; and a line for every solver and number of evaluations that is left out."""
+    runs, left_out = [Run(FINE, config.fine_steps, config.seed + 1, config.num)], []
     for evaluations in config.evaluations:
         for solver in config.chosen():
-            method = METHODS[solver.name]
+            method, other = METHODS[solver.name], config.other_num or min(config.num, 2000)
             steps = min((evaluations - 1) // method.evaluations + 1, model.train_timesteps)
-            if steps >= method.least and (solver, steps) not in known:
-                known.add((solver, steps))
-                other = config.other_num or min(config.num, 2000)
-                yield Run(solver, steps, config.seed, config.num if solver.name in MAIN else other)
+            run = Run(solver, steps, config.seed, config.num if solver.name in MAIN else other)
+            try:
+                model.program(solver, steps)
+            except InputError as error:
+                if config.solvers != "all" and steps >= method.least:
+                    raise
+                left_out.append(f"{solver.name} with {evaluations} evaluations: {error}")
+                continue
+            if run not in runs:
+                runs.append(run)
+    return runs, left_out
 
 
 def _features(model, extractor, runs, batch_size, cache, progress):

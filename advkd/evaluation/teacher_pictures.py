@@ -19,6 +19,9 @@ LINES = ("-", "--", ":")
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Weights of guidance, a row each."""
 
+SOLVER, STEPS = "unipc", 10
+"""The run that draws classes by weight of guidance."""
+
 
 def read_solvers(path: str | Path) -> dict[str, Any]:
     """The result of ``advkd evaluate --solvers``.
@@ -79,8 +82,8 @@ def guided_images(
     teacher: Teacher,
     weights: Sequence[float] = WEIGHTS,
     seed: int = 0,
-    solver: str | Solver = "unipc",
-    steps: int = 10,
+    solver: str | Solver = SOLVER,
+    steps: int = STEPS,
     most: int = 10,
 ) -> torch.Tensor:
     """One image of a class at every weight of guidance, from one start noise per class.
@@ -104,6 +107,21 @@ def guided_images(
     labels = torch.arange(min(most, teacher.num_classes), device=teacher.device)
     draw = [teacher.sample(len(labels), seed, solver, steps, labels=labels, guidance=weight) for weight in weights]
     return torch.stack(draw).cpu()
+
+
+def require_guidance(teacher: Teacher) -> None:
+    """Refuse a teacher whose classes :func:`save_guidance` cannot show.
+
+    Args:
+        teacher: a :class:`Teacher`.
+
+    Raises:
+        InputError: it has no classes or no null class, or the solver cannot take its schedule.
+    """
+    try:
+        teacher.check_run(1, SOLVER, STEPS, labels=0, guidance=max(WEIGHTS))
+    except InputError as error:
+        raise InputError(f"classes by weight of guidance cannot be shown ({error}): name another by --conditional") from error
 
 
 def save_guidance(teacher: Teacher, path: str | Path, weights: Sequence[float] = WEIGHTS, most: int = 10) -> None:

@@ -30,8 +30,8 @@ class TeacherTrainingConfig:
         ema: decay of the exponential moving average that is saved.
         prediction: ``epsilon``, ``v_prediction`` or ``sample``.
         conditional: the network is told the image's class, or none.
-        drop: probability, in [0, 1), with which a conditional network is told no class; at 0 there is no guidance without a
-            classifier.
+        drop: probability, in [0, 1), with which a conditional network is told no class; at 0 it learns no null class, which
+            guidance of either kind needs.
         schedule: noise schedule, ``linear`` (DDPM's), ``cosine`` or ``edm`` (levels from 0.002 to 80).
         seed: of weights, data order, timesteps and noise.
         checkpoint_every: steps between checkpoints.
@@ -140,7 +140,7 @@ class Denoising(Method):
         step.log(loss=loss.detach())
 
     def _some_dropped(self, labels, draw):
-        """Labels, some replaced by the null class: one network learns both scores (Ho and Salimans 2021, algorithm 1)."""
+        """Labels, some replaced by the null class: one network learns both scores (Ho and Salimans 2022, algorithm 1)."""
         if self.null is None:
             return labels
         return labels.masked_fill((draw.host.uniform() < self.config.drop).to(labels.device), self.null)

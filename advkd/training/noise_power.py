@@ -4,6 +4,7 @@ import torch
 
 from ..data.images import normalize
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.guidance import null_labels
 from ..diffusion.noise_power import NoisePower
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -25,7 +26,7 @@ def estimate_noise_power(
     """Estimate E|eps|^2 / d of a teacher's network, denser towards the image.
 
     Args:
-        teacher: the teacher; a conditional one is told its null class, or class 0 where it has none.
+        teacher: the teacher; a conditional one is told its null class.
         images: ``(M, C, S, S)`` of the data that it was trained on, float32 in [-1, 1] or uint8.
         levels: number of timesteps, at least 2.
         num: images noised at each of them, spread evenly over ``images``, which may be sorted by class.
@@ -37,10 +38,12 @@ def estimate_noise_power(
         Estimates; their standard error is about sqrt(2 / (num d)) of a value.
 
     Raises:
-        InputError: images of another shape, or numbers out of range.
+        InputError: images of another shape, numbers out of range, or a conditional teacher without a null class.
     """
     if tuple(images.shape[1:]) != teacher.shape or not len(images):
         raise InputError(f"images must be (M, {', '.join(map(str, teacher.shape))}), got {tuple(images.shape)}")
+    if teacher.num_classes and teacher.null_class is None:
+        raise InputError(f"teacher {teacher.name} has no null class: the noise that it finds is known of single classes only")
     total = teacher.train_timesteps
     levels, num = whole("levels", levels, 2, total), whole("num", num, 1)
     times = sorted({round((total - 1) * (i / (levels - 1)) ** 2) for i in range(levels)})
@@ -59,8 +62,7 @@ def _mean_square(teacher, denoiser, images, t, num, seed, batch_size, bar):
         indices = torch.arange(first, min(first + batch_size, num), device=teacher.device)
         x0 = normalize(images[(indices * len(images) // num % len(images)).cpu()]).to(teacher.device)
         eps = philox_normal(seed, indices + t * num, teacher.shape, stream="x_T")
-        classes = torch.full_like(indices, teacher.null_class or 0) if teacher.num_classes else None
-        found = denoiser.predict(level.alpha * x0 + level.noise * eps, level.sigma, classes)[1]
+        found = denoiser.predict(level.alpha * x0 + level.noise * eps, level.sigma, null_labels(teacher, len(indices)))[1]
         total += found.double().square().sum().item()
         bar.update(len(indices))
     return total / num / images[0].numel()

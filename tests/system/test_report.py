@@ -22,6 +22,7 @@ from advkd.models.student import Student
 from advkd.runtime.files import digest, write_json
 
 from ..conftest import fork_cli
+from .test_solver_quality import conditional_teacher
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = ["teacher_and_student.png", "levels.png", "student_samples.png", "loss_curves.png", "extrapolation.png"]
@@ -177,6 +178,24 @@ def test_bad_files_are_refused_before_anything_is_written(evaluation, tmp_path, 
     models = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
     with pytest.raises(InputError):
         write_report(*models, values["evaluation"], tmp_path / "out", values["metrics"], values["ablation"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_teachers_that_cannot_be_shown_are_refused_before_anything_is_written(evaluation, tmp_path):
+    """A schedule that begins without signal, which the pictures' solver cannot take, and no classes to guide towards."""
+    student, teacher = Student.from_pretrained("digits"), Teacher.from_pretrained("digits")
+    blind = conditional_teacher(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for other, reason in (
+        (blind, "alpha_bar = 0"),
+        (conditional_teacher(null=None), "no null class"),
+        (teacher, "unconditional"),
+    ):
+        with pytest.raises(InputError, match=f"{reason}.*--conditional"):
+            write_report(student, teacher, evaluation, tmp_path / "out", conditional=other)
+    nameless = conditional_teacher(null=None)
+    write_json(tmp_path / "e.json", {**json.loads(evaluation.read_text()), "teacher": nameless.identity()})
+    with pytest.raises(InputError, match="no null class"):
+        write_report(student, nameless, tmp_path / "e.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from advkd.diffusion.loading import Classes
 from advkd.diffusion.noise_power import FILE, NoisePower
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import METHODS, Solver
@@ -13,6 +14,7 @@ from advkd.errors import InputError
 from advkd.evaluation import solver_quality
 from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import compare_paired
+from advkd.evaluation.report import save_teacher_pictures
 from advkd.evaluation.solver_quality import SolverEvaluationConfig, describe, evaluate_solvers
 from advkd.evaluation.teacher_pictures import guided_images, read_solvers, save_guidance, save_solver_curves
 from advkd.training.noise_power import estimate_noise_power
@@ -130,6 +132,37 @@ def test_bad_evaluations_are_refused_before_work(values, message, large_teacher,
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("c/*"))
 
 
+@pytest.mark.parametrize(
+    ("solvers", "left_out"),
+    [
+        ("euler,heun,unipc-3", ["heun with 1", "unipc-3 with 1", "unipc-3 with 3"]),
+        (
+            "all",
+            ["heun with 1", "unipc-3 with 1", "unipc-3 with 3", "ddim with 1", "analytic-ddpm with 1", "analytic-ddpm with 3"],
+        ),
+    ],
+)
+def test_what_is_left_out_is_said(solvers, left_out, large_teacher, tmp_path, monkeypatch, caplog):
+    """A run below the order, and of all solvers one that cannot take the teacher; every other one is drawn."""
+    runs = []
+
+    def drawing(model, extractor, chosen, *others):
+        runs.extend(chosen)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solver_quality, "_features", drawing)
+    config = SolverEvaluationConfig(solvers, (1, 3), 90)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_solvers(large_teacher, config, tmp_path / "out", cache=tmp_path / "cache", progress=False)
+    said = [record.getMessage().removeprefix("left out: ") for record in caplog.records]
+    assert all(sum(line.startswith(f"{part} evaluations: ") for line in said) == 1 for part in left_out)
+    names = [solver.name for solver in config.chosen()]
+    wanted = {f"{name} {evaluations}" for name in names for evaluations in (1, 3)}
+    assert {run.name for run in runs[1:]} == wanted - {line.split(" evaluations")[0].replace(" with", "") for line in said}
+    assert len(said) == len(left_out) or solvers == "all"
+    assert all(METHODS[line.split()[0]].least > 1 or "noise power" in line or "leading" in line for line in said)
+
+
 def test_noise_power_of_a_network_that_finds_a_known_share(tmp_path):
     """A network that answers half of the state finds half of the state's mean square, whatever the level."""
     teacher = tiny_teacher(100)
@@ -159,6 +192,25 @@ def test_noise_power_of_a_network_that_finds_a_known_share(tmp_path):
     assert torch.isfinite(teacher.sample(2, solver="analytic-ddpm", steps=4)).all()
 
 
+def conditional_teacher(null=3, **scheduler):
+    """A tiny teacher of the classes a, b and c."""
+    diffusers = pytest.importorskip("diffusers")
+    classes = Classes(("a", "b", "c"), null)
+    return Teacher(tiny_unet(num_class_embeds=4), diffusers.DDPMScheduler(num_train_timesteps=50, **scheduler), "tiny", classes)
+
+
+def test_noise_power_is_that_of_the_null_class():
+    teacher, told = conditional_teacher(), []
+    forward = teacher.unet.forward
+    teacher.unet.forward = lambda x, t, class_labels, **options: (
+        told.append(class_labels) or forward(x, t, class_labels, **options)
+    )
+    estimate_noise_power(teacher, torch.zeros(3, 1, 8, 8), levels=2, num=4, progress=False)
+    assert told and set(torch.cat(told).tolist()) == {3}
+    with pytest.raises(InputError, match="no null class"):
+        estimate_noise_power(conditional_teacher(null=None), torch.zeros(3, 1, 8, 8), levels=2, num=4, progress=False)
+
+
 DAMAGED = ({"timesteps": [0, 5], "values": [1.0]}, {"timesteps": [1], "values": [1.0]}, {"timesteps": [0], "values": [-1.0]})
 
 
@@ -179,11 +231,7 @@ def test_the_embedded_teacher_has_its_noise_power():
 
 
 def test_classes_by_guidance(tmp_path):
-    unet = tiny_unet(num_class_embeds=4)
-    diffusers = pytest.importorskip("diffusers")
-    from advkd.diffusion.loading import Classes
-
-    teacher = Teacher(unet, diffusers.DDPMScheduler(num_train_timesteps=50), "tiny", Classes(("a", "b", "c"), 3))
+    teacher = conditional_teacher()
     images = guided_images(teacher, (0.0, 1.0), steps=3)
     assert images.shape == (2, 3, 1, 8, 8)
     for row, weight in enumerate((0.0, 1.0)):
@@ -194,6 +242,18 @@ def test_classes_by_guidance(tmp_path):
     assert (tmp_path / "classes.png").stat().st_size > 5_000
     with pytest.raises(InputError, match="unconditional"):
         guided_images(tiny_teacher(), (0.0,))
+
+
+def test_the_caption_counts_evaluations(tmp_path):
+    teacher, sizes = conditional_teacher(), []
+    teacher.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    counts = []
+    for weight in (0.0, 1.0):
+        sizes.clear()
+        guided_images(teacher, (weight,))
+        counts.append(sum(sizes) // 3)
+    caption = save_teacher_pictures(None, teacher, tmp_path)["guidance.png"]
+    assert "{} evaluations an image, {} with guidance".format(*counts) in caption
 
 
 def test_every_solver_is_known_to_the_evaluation():

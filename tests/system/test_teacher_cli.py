@@ -66,13 +66,19 @@ def test_classes_take_turns(conditional, tmp_path):
     [
         (("--teacher", "digits", "--student", "digits"), "--student and --teacher: name one of them"),
         (("--steps", "5"), "--steps is an option of a teacher"),
+        (("--student", "digits", "--steps", "0"), "--steps is an option of a teacher"),
+        (("--student", "digits", "--guidance", "0"), "--guidance is an option of a teacher"),
+        (("--teacher", "digits", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("--teacher", "digits", "--solver", "unipc", "--steps", "-1"), "steps must be at least 1, got -1"),
         (("--solver", "unipc"), "--solver is an option of a teacher"),
         (("--teacher", "digits", "--interpolate"), "--interpolate is an option of a student"),
         (("--teacher", "digits", "--solver", "rk4"), "solver must be one of"),
         (("--teacher", "digits", "--solver", "unipc-3", "--steps", "2"), "steps must be at least 4"),
         (("--teacher", "digits", "--churn", "1"), "churn is a number of heun"),
         (("--teacher", "digits", "--classes", "3"), "unconditional"),
-        (("--teacher", "digits", "--guidance", "1"), "guidance needs labels"),
+        (("--teacher", "digits", "--guidance", "1"), "guidance needs --classes"),
+        (("--teacher", "CONDITIONAL", "--classes", " ,"), "--classes must name a class, got ' ,'"),
+        (("--teacher", "CONDITIONAL", "--classes", ""), "--classes must name a class, got ''"),
         (("--teacher", "CONDITIONAL", "--classes", "d"), "'d' is not one of a, b, c"),
         (("--teacher", "CONDITIONAL", "--classes", "a", "--guidance", "-1"), "guidance must be at least 0"),
     ],
@@ -81,6 +87,15 @@ def test_bad_commands_are_one_line(options, message, conditional, capsys, tmp_pa
     options = [str(conditional) if option == "CONDITIONAL" else option for option in options]
     assert message in refused(capsys, "sample", *options, "-n", 2, "--out", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_classes_that_nobody_named_are_numbers(conditional, capsys, tmp_path):
+    shutil.copytree(conditional, tmp_path / "t")
+    (tmp_path / "t" / "classes.json").unlink()
+    command = ("sample", "--teacher", tmp_path / "t", "--steps", 2, "-n", 2, "--out", tmp_path / "x")
+    assert "no null class: name its classes by --classes" in refused(capsys, *command)
+    assert run(capsys, *command, "--classes", "2,0", "--guidance", 0)[0] == 0
+    assert max(differences(tmp_path / "x", Teacher.from_pretrained(tmp_path / "t").sample(2, steps=2, labels=[2, 0]))) <= 1
 
 
 @pytest.mark.parametrize(
@@ -167,6 +182,7 @@ def test_a_classifier_names_the_classes_of_an_unconditional_teacher(teacher_fold
     assert max(differences(tmp_path / "t", wanted)) <= 1
     picture = ("--out", tmp_path / "x.png")
     assert "--guidance above 0" in refused(capsys, *command, "--classes", "dog", *picture)
+    assert "guidance needs --classes" in refused(capsys, *command, *picture)
     assert "'1' is not one of cat, dog" in refused(capsys, *command, "--classes", "1", "--guidance", 2, *picture)
 
 
