@@ -61,29 +61,36 @@ def compare_paired(
     for name, features in sets.items():
         if len(features) > len(sets[baseline]):
             raise InputError(f"{name} has {len(features)} images, more than the baseline {baseline} with {len(sets[baseline])}")
-    return {name: _compared(features, sets[baseline], reference, resamples, seed) for name, features in sets.items()}
+    draws = {num: _Draws(sets[baseline][:num], reference, resamples, seed) for num in {len(f) for f in sets.values()}}
+    return {name: _compared(features, reference, draws[len(features)], seed) for name, features in sets.items()}
 
 
-def _compared(features, baseline, reference, resamples, seed):
-    num = len(features)
-    pair = (features, baseline[:num])
-    measured = [frechet_distance(one, reference) for one in pair]
+class _Draws:
+    """The rows of a bootstrap for sets of one length, and the baseline's distances at each draw."""
+
+    def __init__(self, baseline, reference, resamples, seed):
+        generator = rows_generator(seed)
+        sizes = len(baseline), len(reference)
+        self.rows = [[torch.randint(size, (size,), generator=generator) for size in sizes] for _ in range(resamples)]
+        self.measured = frechet_distance(baseline, reference)
+        self.distances = [frechet_distance(baseline[rows], reference[others]) for rows, others in self.rows]
+
+
+def _compared(features, reference, draws, seed):
+    measured = frechet_distance(features, reference)
     limit = frechet_at_infinity(features, reference, seed=seed)["value"]
-    generator = rows_generator(seed)
     distances, limits = [], []
-    for draw in range(resamples):
-        rows, others = (torch.randint(size, (size,), generator=generator) for size in (num, len(reference)))
-        drawn = reference[others]
-        distances.append([frechet_distance(one[rows], drawn) for one in pair])
-        limits.append(frechet_at_infinity(features[rows], drawn, points=4, subsets=1, seed=draw)["value"])
-    own, theirs = map(list, zip(*distances))
-    difference = measured[0] - measured[1]
+    for draw, (rows, others) in enumerate(draws.rows):
+        pair = features[rows], reference[others]
+        distances.append(frechet_distance(*pair))
+        limits.append(frechet_at_infinity(*pair, points=4, subsets=1, seed=draw)["value"])
+    difference = measured - draws.measured
     return Compared(
-        num,
-        measured[0],
-        recentred_interval(own, measured[0], 0.95),
+        len(features),
+        measured,
+        recentred_interval(distances, measured, 0.95),
         limit,
         recentred_interval(limits, limit, 0.95),
         difference,
-        recentred_interval([a - b for a, b in zip(own, theirs)], difference, 0.95),
+        recentred_interval([a - b for a, b in zip(distances, draws.distances, strict=True)], difference, 0.95),
     )
