@@ -128,7 +128,11 @@ class DiffusionModel:
 
     def _steps(self, solver, steps):
         if steps is not None:
-            return whole("steps", steps, 1)
+            steps = whole("steps", steps, 1)
+            if steps == 1 < self.train_timesteps and solver.chosen_spacing == "leading":
+                # The run would give its start noise back.
+                raise InputError("steps must be at least 2 with spacing leading, whose last one begins at t = 0: take trailing")
+            return steps
         total, least = self.train_timesteps, METHODS[solver.name].least
         if total < least:
             raise InputError(

@@ -148,6 +148,11 @@ class Solver:
         """True if steps depend on the teacher's noise power."""
         return self.name.startswith("analytic")
 
+    @property
+    def chosen_spacing(self) -> str:
+        """``spacing``, or the solver's own."""
+        return self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
+
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """Levels at which the steps begin.
 
@@ -159,16 +164,12 @@ class Solver:
             ``steps`` levels of falling noise.
 
         Raises:
-            InputError: a number of steps outside [1, T], too few for the solver's order, or a single one of the leading
-                spacing, which begins at t = 0 and would give the start noise back.
+            InputError: a number of steps outside [1, T], or too few for the solver's order.
         """
         steps, least = whole("steps", steps, 1), METHODS[self.name].least
         if steps < least:
             raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
-        spacing = self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
-        if spacing == "leading" and steps == 1 < len(schedule):
-            raise InputError("steps must be at least 2 with spacing leading, whose last one begins at t = 0: take trailing")
-        return schedule.levels(spacing, steps, self.rho)
+        return schedule.levels(self.chosen_spacing, steps, self.rho)
 
     def evaluations(self, steps: int) -> int:
         """Network evaluations of a run: single-step solvers take one in the last step, to the image.
