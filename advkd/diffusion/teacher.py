@@ -100,7 +100,7 @@ class Teacher(DiffusionModel):
 
     @functools.cached_property
     def noise_powers(self) -> NoisePower | None:
-        """What is kept of its noise power for the analytic solvers, or None; read where it is needed."""
+        """Noise power kept with its files for the analytic solvers, or None; read where it is needed."""
         return None if self.folder is None else NoisePower.read(self.folder, self.train_timesteps)
 
     @property
