@@ -85,13 +85,20 @@ def _kind_name(default):
 
 
 def field_documentation(config_class: type) -> dict[str, str]:
-    """The ``Attributes`` of a configuration's docstring: one line per field."""
+    """The ``Attributes`` of a configuration's docstring and of its bases': one line per field."""
+    documentation: dict[str, str] = {}
+    for kind in reversed(config_class.__mro__):
+        documentation |= _attributes(str(kind.__doc__).partition("Attributes:")[2])
+    return documentation
+
+
+def _attributes(text):
     documentation, name = {}, None
-    for line in str(config_class.__doc__).split("Attributes:")[1].splitlines():
-        head, _, text = line.strip().partition(": ")
-        if text and all(part.strip().isidentifier() for part in head.split(",")):
+    for line in text.splitlines():
+        head, _, said = line.strip().partition(": ")
+        if said and all(part.strip().isidentifier() for part in head.split(",")):
             for name in head.split(", "):
-                documentation[name] = text
+                documentation[name] = said
         elif name and line.strip():
             documentation[name] += " " + line.strip()
     return documentation

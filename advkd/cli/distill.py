@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..config import build_config, overlay
+from ..config import build_config, overlay, read_value
 from ..errors import InputError
 from ..methods import METHODS, method_class
 from ..runtime.files import parse_json, require_regular, why_unreadable
@@ -52,40 +52,112 @@ def method_command(name: str) -> click.Command:
     kind = method_class(name)
 
     @click.command(name, help=f"{str(kind.__doc__).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
-    @click.option(
-        "--trajectories", "data", required=True, multiple=True, help="Folder of 'advkd trajectories' (several: repeat)."
-    )
-    @click.option("--teacher", "teacher_source", help="The trajectories' teacher, which --grow needs.")
-    @click.option("--preset", help="paper-256, pyramid-256, digits, or a JSON file with a student's configuration.")
-    @click.option("--init", help="Start from a student ('digits', a folder or a hub id) instead of a preset's fresh weights.")
+    @_inputs(kind)
     @click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
     @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
     @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
     @device_option
     @options(kind.Config)
     @computing
-    def command(data, teacher_source, preset, init, out, config_file, resume, device, **values):
+    def command(out, config_file, resume, device, **values):
         import torch
 
         from ..runtime.devices import require_device
-        from ..training.distillation import distill as run
 
+        inputs = {key: values.pop(key, None) for key in ("trajectories", "data", "teacher", "preset", "init", "channels")}
         config = _configuration(kind, config_file, values)
         device = local_device(device)
         require_device(device)
         torch.manual_seed(config.seed % 2**63)
-        student = _build_student(preset, init)
-        needs, teacher = kind(config, student).needs(), None
-        if teacher_source:
-            from ..diffusion.teacher import Teacher
-
-            if not needs.grow and not needs.teacher:
-                raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
-            teacher = Teacher.from_pretrained(teacher_source, device)
-        run(data, student, config, out, resume, device, teacher=teacher, method=name)
+        student = _start(kind, inputs, config, device)
+        _run(kind, student, config, inputs, out, resume, device)
         click.echo(f"student saved in {out}")
 
     return command
+
+
+def _inputs(kind):
+    """Decorator with the options that name where a method's student begins and what it learns from."""
+    generator, denoiser = "generator" in kind.students, "denoiser" in kind.students
+    start = "Start from a student ('digits', a folder or a hub id)"
+    teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', a folder or a hub id."
+    known = [
+        ("trajectories" in kind.inputs, "--trajectories", "Folder of 'advkd trajectories' (several: repeat).", True),
+        ("data" in kind.inputs, "--data", "Images: 'digits' or a folder (with labels: of one folder a class).", False),
+        ("teacher" in kind.inputs, "--teacher", teacher, False),
+        (generator, "--preset", "paper-256, pyramid-256, digits, or a JSON file with a student's configuration.", False),
+        (True, "--init", f"{start} instead of {_instead(generator, denoiser)}.", False),
+        (
+            denoiser,
+            "--channels",
+            "Channels of a fresh denoiser student, from the highest resolution on, 16,32,64 say.",
+            False,
+        ),
+    ]
+
+    def decorate(command):
+        for there, option, text, multiple in reversed(known):
+            if there:
+                command = click.option(option, multiple=multiple, help=text)(command)
+        return command
+
+    return decorate
+
+
+def _instead(generator, denoiser):
+    fresh = ["a preset's fresh weights"] * generator + ["a copy of the teacher"] * denoiser
+    return " or ".join(fresh)
+
+
+def _start(kind, inputs, config, device):
+    """The student with which training begins: a generator or a denoiser."""
+    preset, init, channels = inputs["preset"], inputs["init"], inputs["channels"]
+    if kind.students == ("generator",):
+        return _build_student(preset, init)
+    from ..diffusion.denoiser_student import DenoiserStudent
+    from ..diffusion.students import load_start
+    from ..diffusion.teacher import Teacher
+
+    if preset is not None:
+        if "generator" not in kind.students:
+            raise InputError(
+                f"--preset is of students that draw in one pass; {kind.name} trains a denoiser: --init or --teacher"
+            )
+        return _build_student(preset, init)
+    widths = tuple(read_value(channels or "", (0,), "distill: --channels", "int"))
+    if init is not None:
+        if widths:
+            raise InputError("--channels are of a fresh student: leave --init out")
+        return load_start(init, device)
+    if inputs["teacher"] is None:
+        raise InputError("name a student to start from by --init, or a --teacher whose network is copied")
+    return DenoiserStudent.from_teacher(Teacher.from_pretrained(inputs["teacher"], device), widths)
+
+
+def _run(kind, student, config, inputs, out, resume, device):
+    """Train, by the runner of the student's kind."""
+    from ..diffusion.teacher import Teacher
+    from ..models.student import Student
+
+    named = inputs["teacher"]
+    if not isinstance(student, Student):
+        from ..training.denoisers import distill_denoiser
+
+        teacher = Teacher.from_pretrained(named, device) if named else None
+        folders, data = inputs["trajectories"] or None, inputs["data"]
+        sources = {"teacher": teacher, "data": data, "trajectories": folders}
+        distill_denoiser(kind.name, config, student, out, **sources, resume=resume, device=device)
+        return
+    from ..training.distillation import distill as run
+
+    if not inputs["trajectories"]:
+        raise InputError("name recorded trajectories by --trajectories")
+    needs, teacher = kind(config, student).needs(), None
+    if named:
+        if not needs.grow and not needs.teacher:
+            raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
+        teacher = Teacher.from_pretrained(named, device)
+    run(inputs["trajectories"], student, config, out, resume, device, teacher=teacher, method=kind.name)
 
 
 def _configuration(kind, config_file, values):

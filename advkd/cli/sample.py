@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +109,7 @@ def sample_teacher(
     if guide is not None and not guidance:
         raise InputError("--classifier needs --guidance above 0, its weight")
     model.check_run(len(labels) or 1, solver, steps, labels=labels or None, guidance=guidance, classifier=guide)
-    record = {"teacher": {**model.identity(solver), "name": None}, "seed": seed, "solver": asdict(solver), "steps": steps}
+    record = {"teacher": {**model.identity(solver), "name": None}, "seed": seed, "solver": solver.identity(), "steps": steps}
     record |= {"classes": labels, "guidance": guidance, "classifier": digest(guide.state_dict()) if guide else None}
     write_images(out, n, model.image_size, draw, record, batch_size, progress=progress)
     count = len(model.timesteps(solver, steps))

@@ -107,10 +107,29 @@ def vp_weights(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights ``(alpha, noise)`` of image and noise in a variance-preserving state of a noise level.
 
     Args:
-        sigma: noise levels, float64, of any shape.
+        sigma: noise levels, float64, of any shape; infinity for noise alone.
 
     Returns:
         1 / sqrt(1 + sigma^2) and sigma / sqrt(1 + sigma^2), of that shape.
     """
     scale = torch.hypot(sigma, torch.ones_like(sigma))
-    return 1 / scale, sigma / scale
+    # Infinity over infinity, where no image is left.
+    return 1 / scale, torch.where(sigma.isinf(), 1.0, sigma / scale)
+
+
+def noised(x0: torch.Tensor, eps: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    """Variance-preserving states of images at noise levels.
+
+    Args:
+        x0: ``(N, ...)`` images, float32 or float64.
+        eps: ``(N, ...)`` standard normal noise.
+        sigma: noise level, a number or ``(N,)``; infinity for noise alone.
+
+    Returns:
+        ``(N, ...)`` x0 / sqrt(1 + sigma^2) + sigma eps / sqrt(1 + sigma^2), in ``x0``'s dtype; differentiable in both.
+
+    Raises:
+        InputError: ``sigma`` of another length, or below 0.
+    """
+    alpha, noise = vp_weights(levels_of(x0, sigma).reshape(-1, *[1] * (x0.ndim - 1)))
+    return alpha.to(x0.dtype) * x0 + noise.to(x0.dtype) * eps

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import InputError
+from ..models.denoiser import pack
 from ..ops.arguments import finite
 from .prediction import eps_weights
 
@@ -26,6 +27,7 @@ class Model(Protocol):
     prediction: str
     num_classes: int
     null_class: int | None
+    most_guidance: float
     shape: tuple[int, ...]
     state_dtype: torch.dtype
 
@@ -66,6 +68,11 @@ def guided(
         InputError: as :func:`classes_of`.
     """
     labels = classes_of(model, n, labels, guidance, classifier)
+    if model.most_guidance:
+        told = null_labels(model, n) if labels is None else labels
+        weights = torch.full((n,), float(guidance), dtype=torch.float32, device=model.device)
+        # Packed at every call: the next batch's classes may have taken the place of these.
+        return lambda x, place: network(x, place, pack(told, weights))
     if labels is None or classifier is not None:
         null = null_labels(model, n)
         plain = (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
@@ -101,6 +108,8 @@ def classes_of(
     guidance = finite("guidance", guidance)
     if guidance < 0:
         raise InputError(f"guidance must be at least 0 (the model itself), got {guidance}")
+    if model.most_guidance:
+        _require_weight(model, labels, guidance, classifier)
     if classifier is not None:
         _require_fit(classifier, model)
     if labels is None:
@@ -110,12 +119,25 @@ def classes_of(
         return None
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    if model.num_classes and model.null_class is None and (guidance or classifier is not None):
+    own = not model.most_guidance and (guidance or classifier is not None)
+    if model.num_classes and model.null_class is None and own:
         raise InputError(
             f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop 0.15"
         )
     count = model.num_classes if classifier is None else _count_of(classifier)
     return require_labels(labels, n, count, model.device)
+
+
+def _require_weight(model, labels, guidance, classifier):
+    """Refuse what a network that takes the weight itself was not trained for."""
+    if guidance > model.most_guidance:
+        raise InputError(
+            f"guidance must be at most {model.most_guidance:g}, that of {model.name}'s training, got {guidance}"
+        )
+    if classifier is not None:
+        raise InputError(f"classifier: {model.name} takes the guidance weight itself; leave the classifier out")
+    if labels is None and model.num_classes and model.null_class is None:
+        raise InputError(f"labels: {model.name} is guided towards a class: name the class of every sample")
 
 
 def _count_of(classifier):
@@ -173,14 +195,19 @@ def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | in
     Args:
         model: the model, which knows its classes.
         n: number of states.
-        labels: ``(n,)`` classes, the null class among them, or one for all; None: no class.
+        labels: ``(n,)`` classes, the null class among them, or one for all; None: no class. A model that takes the guidance
+            weight itself needs ``(n, k)`` of :func:`advkd.models.denoiser.pack`.
 
     Returns:
-        ``(n,)`` int64 on the model's device, or None for an unconditional model.
+        ``(n,)`` int64 on the model's device, or None for an unconditional model; ``(n, k)`` is handed on.
 
     Raises:
         InputError: classes out of range or of an unconditional model, or none where the model has no null class.
     """
+    if model.most_guidance:
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != n:
+            raise InputError(f"condition: {model.name} takes classes and guidance weights together, packed as ({n}, k)")
+        return labels
     if labels is None:
         return null_labels(model, n)
     if not model.num_classes:

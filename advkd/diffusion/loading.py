@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import InputError
+from ..models.denoiser import ConditionEmbedding
 from ..runtime.files import damaged, read_json, require_regular, why_unreadable
 from ..runtime.hub import PRETRAINED, reason, resolve
 from ..runtime.pickles import require_weights
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 EMBEDDED = {"digits": PRETRAINED / "digits-teacher", "digits-conditional": PRETRAINED / "digits-conditional"}
 MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
+
+CONDITION = "condition"
+"""Folder of the :class:`~advkd.models.denoiser.ConditionEmbedding` of a network that takes more than classes."""
 
 CLASSES = "classes.json"
 """File beside ``model_index.json`` with a conditional teacher's :class:`Classes`."""
@@ -79,13 +83,30 @@ def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
     _require_fit(folder)
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
-        scheduler = _load_scheduler(folder)
-        return Loaded(_load_unet(source, folder, dtype), scheduler, _load_classes(folder), folder)
+        scheduler, unet = _load_scheduler(folder), _load_unet(source, folder, dtype)
+        condition = _load_condition(source, folder, unet)
+        return Loaded(unet, scheduler, _load_classes(folder, condition), folder)
 
 
-def _load_classes(folder):
+def _load_condition(source, folder, unet):
+    """Give a network that takes more than classes its :class:`ConditionEmbedding`."""
+    if unet.config.class_embed_type is None:
+        return None
+    folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", f"{CONDITION}/*"])
+    condition = ConditionEmbedding.from_pretrained(folder / CONDITION)
+    width = unet.time_embedding.linear_2.out_features
+    if condition.config.width != width:
+        raise InputError(
+            f"{folder / CONDITION} is {condition.config.width} numbers wide, the network {width}: restore the files"
+        )
+    unet.class_embedding = condition.to(unet.dtype)
+    return condition
+
+
+def _load_classes(folder, condition):
     """Classes of a teacher whose network takes any."""
     count = read_json(_part(folder, "unet") / "config.json", "teacher configuration").get("num_class_embeds")
+    count = count if condition is None else condition.config.classes or None
     if count is None:
         return None
     if not os.path.lexists(path := folder / CLASSES):
@@ -123,7 +144,8 @@ def _require_fit(folder):
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise InputError(f"teacher {folder} has a {kind}; only UNet2DModel teachers are supported")
-    if (embedding := config.get("class_embed_type")) is not None:
+    embedding, known = config.get("class_embed_type"), (folder / CONDITION / "config.json").is_file()
+    if embedding is not None and not (embedding == "identity" and known):
         raise InputError(f"teacher {folder} has class_embed_type {embedding!r}; only a table of num_class_embeds is supported")
     classes = config.get("num_class_embeds")
     if classes is not None and (type(classes) is not int or not 1 <= classes <= MOST_CLASSES):
@@ -217,6 +239,8 @@ def _load_unet(source, folder, dtype):
             x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
             zero = torch.zeros(1, dtype=torch.int64)
             labels = None if network.config.num_class_embeds is None else zero
+            if network.config.class_embed_type == "identity":
+                labels = torch.zeros(1, network.time_embedding.linear_2.out_features)
             if network(x, zero, labels).sample.shape != x.shape:
                 raise InputError("its network gives images of another shape than it takes")
         parameters = sum(p.numel() for p in network.parameters())

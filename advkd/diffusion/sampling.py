@@ -31,6 +31,7 @@ class DiffusionModel:
         class_names: names of the classes; empty for an unconditional model.
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.
+        most_guidance: largest guidance weight that the network itself takes; 0: guidance is made of two evaluations.
         variance_type: variance of the ancestral step, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
     """
 
@@ -40,6 +41,7 @@ class DiffusionModel:
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
+    most_guidance: float = 0.0
     variance_type: str = "fixed_small"
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
@@ -133,6 +135,8 @@ class DiffusionModel:
                 # The run would give its start noise back.
                 raise InputError("steps must be at least 2 with spacing leading, whose last one begins at t = 0: take trailing")
             return steps
+        if solver.alpha_bars:
+            return len(solver.alpha_bars)
         total, least = self.train_timesteps, METHODS[solver.name].least
         if total < least:
             raise InputError(

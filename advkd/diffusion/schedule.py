@@ -234,6 +234,24 @@ class Schedule:
         scale = math.hypot(1.0, sigma)
         return Level(self.t(sigma).item(), 1 / scale, sigma / scale, 1 / scale**2)
 
+    def at_alpha_bar(self, alpha_bar: float) -> Level:
+        """Level of one alpha_bar: a whole timestep's own where the table has it, else as :meth:`at_sigma`.
+
+        Args:
+            alpha_bar: in [0, 1), within the schedule's for the network's sake.
+
+        Returns:
+            Level on the variance-preserving path.
+
+        Raises:
+            InputError: ``alpha_bar`` outside [0, 1).
+        """
+        if not 0 <= alpha_bar < 1:
+            raise InputError(f"alpha_bars must be in [0, 1), got {alpha_bar}")
+        if len(whole_t := (self.alpha_bars == alpha_bar).nonzero()):
+            return self.level(float(whole_t[0]))
+        return self.at_sigma(math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar else math.inf)
+
     def at_log_snr(self, log_snr: float) -> Level:
         """Level of one lambda = log(alpha / noise).
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from ..errors import InputError
 from ..ops.arguments import real, whole
@@ -94,6 +95,8 @@ class Solver:
         churn_max: S_tmax: no noise above this sigma.
         churn_noise: S_noise, the factor of its deviation.
         snr: of ``predictor-corrector``: signal-to-noise ratio of the corrector.
+        alpha_bars: alpha_bar of the levels at which steps begin, rising, in the place of a spacing; a run takes a number of
+            steps that divides theirs.
 
     Raises:
         InputError: an unknown name or spacing, numbers out of range, or a number that the solver does not have.
@@ -112,6 +115,7 @@ class Solver:
     churn_max: float = math.inf
     churn_noise: float = 1.0
     snr: float = 0.16
+    alpha_bars: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.name, str):
@@ -130,6 +134,11 @@ class Solver:
         limits = (self.churn_min, self.churn_max, self.churn_noise)
         if not self.churn and limits != tuple(_DEFAULTS[name] for name in ("churn_min", "churn_max", "churn_noise")):
             raise InputError("churn_min, churn_max and churn_noise need churn above 0: give it, or leave them out")
+        object.__setattr__(self, "alpha_bars", tuple(real("alpha_bars", value) for value in self.alpha_bars))
+        if self.alpha_bars and self.spacing:
+            raise InputError("alpha_bars and spacing are two ways to place levels: give one of them")
+        if any(not 0 <= a < 1 for a in self.alpha_bars) or any(a >= b for a, b in pairwise(self.alpha_bars)):
+            raise InputError(f"alpha_bars must rise within [0, 1), got {self.alpha_bars}")
         if self.churn_min > self.churn_max:
             raise InputError(f"churn_min must be at most churn_max, {self.churn_max}, got {self.churn_min}")
 
@@ -150,8 +159,15 @@ class Solver:
 
     @property
     def chosen_spacing(self) -> str:
-        """``spacing``, or the solver's own."""
+        """``spacing``, or the solver's own; empty where levels are given one by one."""
+        if self.alpha_bars:
+            return ""
         return self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
+
+    def identity(self) -> dict[str, Any]:
+        """The numbers as JSON values, ``alpha_bars`` only where there are any."""
+        values = dataclasses.asdict(self)
+        return values if self.alpha_bars else {name: value for name, value in values.items() if name != "alpha_bars"}
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """Levels at which the steps begin.
@@ -164,11 +180,16 @@ class Solver:
             ``steps`` levels of falling noise.
 
         Raises:
-            InputError: a number of steps outside [1, T], or too few for the solver's order.
+            InputError: a number of steps outside [1, T] or that does not divide ``alpha_bars``, or too few for the solver's
+                order.
         """
         steps, least = whole("steps", steps, 1), METHODS[self.name].least
         if steps < least:
             raise InputError(f"steps must be at least {least} for the order of solver {self.name}, got {steps}")
+        if self.alpha_bars:
+            if len(self.alpha_bars) % steps:
+                raise InputError(f"steps must divide the {len(self.alpha_bars)} levels that are given, got {steps}")
+            return [schedule.at_alpha_bar(a) for a in self.alpha_bars[:: len(self.alpha_bars) // steps]]
         return schedule.levels(self.chosen_spacing, steps, self.rho)
 
     def evaluations(self, steps: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..models.denoiser import embedding_of
 from ..ops.arguments import whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest
@@ -65,7 +66,9 @@ class Teacher(DiffusionModel):
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
-        embedded = getattr(unet.config, "num_class_embeds", None)
+        condition = embedding_of(unet)
+        embedded = condition.config.classes if condition else getattr(unet.config, "num_class_embeds", None)
+        self.most_guidance = condition.config.guidance if condition else 0.0
         classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
         self.classes, self.folder = classes, folder
         self.class_names = classes.names if classes else ()

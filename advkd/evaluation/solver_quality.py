@@ -238,7 +238,7 @@ def _features_of(model, extractor: Extractor, run: Run, batch_size: int, cache: 
 def _shard(model, run, first, count, batch_size, cache, bar):
     """Images ``first .. first + count - 1``, uint8, from the cache or drawn now."""
     identity = {**model.identity(run.solver), "name": None}
-    depends = json.dumps([identity, asdict(run.solver), run.steps, run.seed, batch_size], sort_keys=True)
+    depends = json.dumps([identity, run.solver.identity(), run.steps, run.seed, batch_size], sort_keys=True)
     folder = cache / f"solvers-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     path = folder / f"images-{first:07d}-{count:03d}.safetensors"
     if path.exists():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 METHODS = {
     "adv-kd": "adv_kd.AdvKD",
     "pairs": "pairs.Pairs",
+    "reparametrize": "reparametrize.Reparametrize",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

@@ -214,6 +214,8 @@ class Method(Protocol):
         parallel: True if several processes may share a batch.
         distils: True if ``advkd distill`` offers the method.
         requires: what it needs, for people.
+        inputs: options of the command line that name what it learns from: ``trajectories``, ``data`` (images), ``teacher``.
+        students: kinds of students that it trains: ``generator``, ``denoiser``.
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
@@ -228,6 +230,8 @@ class Method(Protocol):
     parallel: ClassVar[bool] = True
     distils: ClassVar[bool] = True
     requires: ClassVar[str] = "trajectories of a teacher (advkd trajectories)"
+    inputs: ClassVar[tuple[str, ...]] = ("trajectories", "teacher")
+    students: ClassVar[tuple[str, ...]] = ("generator",)
     config: Any
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}
@@ -277,6 +281,17 @@ class Method(Protocol):
             draw: random numbers of these rows; each is a function of (seed, global draw, purpose).
         """
         ...
+
+    def evaluations(self, stage: Stage) -> tuple[int, int]:
+        """Network evaluations of an update by sample of the batch, the price of a run.
+
+        Args:
+            stage: one of :meth:`stages`.
+
+        Returns:
+            ``(forward, backward)``: passes forward of student and teacher, and passes backward of the student.
+        """
+        return 1, 1
 
     def identity(self) -> dict[str, Any]:
         """JSON values beside the configuration that must not change between a run and its resumption.

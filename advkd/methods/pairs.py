@@ -1,12 +1,18 @@
 """One-step distillation by regression on recorded pairs of start noise and image (Luhman and Luhman 2021)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser_student import Sampler
+from ..diffusion.schedule import Schedule
+from ..diffusion.solvers import Solver
 from ..errors import InputError
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
@@ -21,6 +27,7 @@ class PairsConfig:
         learning_rate: of Adam.
         final_learning_rate: fraction of the learning rate left at the end (cosine decay; 1 keeps it constant).
         ema: decay of the average that is saved (0: none).
+        level: noise level sigma at which a denoiser student is entered, once.
         pairs: only the first so many trajectories are used (0: all).
         grow: trajectories that the teacher adds to the data after every ``grow_every`` updates (0: none).
         grow_every: see ``grow``.
@@ -35,6 +42,7 @@ class PairsConfig:
     learning_rate: float = 5e-4
     final_learning_rate: float = 0.05
     ema: float = 0.99
+    level: float = 1.0
     pairs: int = 0
     grow: int = 0
     grow_every: int = 100
@@ -64,6 +72,8 @@ class PairsConfig:
         if not self.learning_rate > 0 or not 0 <= self.final_learning_rate <= 1 or not 0 <= self.ema < 1:
             values = f"{self.learning_rate}, {self.final_learning_rate}, {self.ema}"
             raise InputError(f"learning_rate must be positive, final_learning_rate in [0, 1], ema in [0, 1), got {values}")
+        if not 0 < self.level < math.inf:
+            raise InputError(f"level must be positive and finite, got {self.level}")
         if self.mixed_precision not in ("no", "bf16"):
             raise InputError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         if not 0 <= self.seed < 2**63:
@@ -75,7 +85,9 @@ class Pairs(Method):
 
     Args:
         config: a :class:`PairsConfig`.
-        student: module from z to images; of a :class:`advkd.Student` the submodules and the head are trained.
+        student: module from z to images; of a :class:`advkd.Student` the submodules and the head are trained. With ``schedule``
+            a network that gives v at a state, a timestep and a condition: its image at ``config.level`` is the student's.
+        schedule: noise schedule of a denoiser student; None: the student is a generator.
 
     Examples:
         >>> distill("trajectories", Student.from_preset("digits"), PairsConfig(updates=500), "out", method="pairs")
@@ -84,9 +96,12 @@ class Pairs(Method):
     name = "pairs"
     reference = "Luhman and Luhman 2021, Knowledge distillation in iterative generative models for improved sampling speed"
     Config = PairsConfig
+    students = ("generator", "denoiser")
 
-    def __init__(self, config: PairsConfig, student: nn.Module):
-        self.config, self.student = config, student
+    def __init__(self, config: PairsConfig, student: nn.Module, schedule: Schedule | None = None):
+        self.config, self.student, self.schedule = config, student, schedule
+        # The network is entered at a level where it is neither all noise nor all image: Luo et al. 2023 (Diff-Instruct) do so.
+        self._denoiser = None if schedule is None else Denoiser(student, schedule, "v_prediction")
 
     def check(self, data: Any) -> None:
         """Refuse trajectories that the configuration cannot be trained on.
@@ -135,7 +150,12 @@ class Pairs(Method):
         student, config = self.student.train(), self.config
         if hasattr(student, "terminals"):
             student.terminals.requires_grad_(False)
-        return {"student": Trained(student, config.learning_rate, schedule=self._schedule, average=config.ema)}
+        layout = torch.channels_last if self._denoiser else torch.preserve_format
+        if self._denoiser:
+            student.requires_grad_(True)
+        return {
+            "student": Trained(student, config.learning_rate, schedule=self._schedule, average=config.ema, memory_format=layout)
+        }
 
     def _schedule(self, update):
         return cosine(update, self.config.updates, self.config.final_learning_rate)
@@ -147,14 +167,41 @@ class Pairs(Method):
 
         Args:
             step: actions of the update.
-            batch: ``z`` and ``images``, one row a pair.
+            batch: ``z`` and ``images``, one row a pair; ``labels`` of a conditional denoiser.
             draw: not used: the update is not random.
         """
         with step.autocast():
-            images = self.student(batch.z)
+            images = self._images(batch)
         loss = 0.5 * (images.to(batch.images) - batch.images).square().mean()
         step("student", loss)
         step.log(loss=loss.detach())
+
+    def _images(self, batch):
+        if self._denoiser is None:
+            return self.student(batch.z)
+        return self._denoiser.predict(batch.z, self.config.level, batch.labels)[0]
+
+    def sampler(self, stage: Stage) -> Sampler:
+        """One evaluation of a denoiser student.
+
+        Args:
+            stage: the one stage.
+
+        Returns:
+            DDIM from the level at which the network is entered.
+        """
+        return Sampler(Solver("ddim", alpha_bars=(1 / (1 + self.config.level**2),)))
+
+    def folder(self, stage: Stage) -> str:
+        """A denoiser student is saved to the run's own folder.
+
+        Args:
+            stage: the one stage.
+
+        Returns:
+            An empty name.
+        """
+        return ""
 
     def samples(self, student: Any, stage: Stage) -> Tensor | None:
         """36 images, the same in every run of one seed.

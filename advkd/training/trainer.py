@@ -45,6 +45,7 @@ class Trainer:
         dtype: of modules and batches: float32, or float64 for tests of exactness.
         progress: show a bar.
         save: called with the result and ``out`` by the main process when all updates are done.
+        save_stage: called with the result so far, ``out`` and the stage by the main process when a stage ends.
         finished: names of files that ``save`` writes; a folder that holds one is refused.
         what: word for the result.
 
@@ -76,6 +77,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
         save: Callable[[nn.Module, Path], None] | None = None,
+        save_stage: Callable[[nn.Module, Path, Stage], None] | None = None,
         finished: Sequence[str] = ("config.json",),
         what: str = "student",
     ):
@@ -91,7 +93,7 @@ class Trainer:
         self.checkpoint = self.out / CHECKPOINT
         self._watched = [self.out / name for name in (CHECKPOINT, *finished)]
         self._found = [file_state(path) for path in self._watched]
-        self._save, self._shown, self._what = save, progress, what
+        self._save, self._save_stage, self._shown, self._what = save, save_stage, progress, what
         self.identity = self._identity()
         self.running: dict[str, Running] = {}
         self.cursor = self.stage_index = self.update = 0
@@ -252,6 +254,8 @@ class Trainer:
     def _end_stage(self):
         if self.accelerator.is_main_process:
             self._draw_samples(self.stage)
+            if self._save_stage:
+                self._save_stage(self.result, self.out, self.stage)
         self.stage_index, self.update = self.stage_index + 1, 0
         if self.stage_index < len(self.stages):
             self._build()

@@ -1,0 +1,253 @@
+"""Students that denoise: a network of the teacher's kind with v prediction, and the few steps in which it draws."""
+
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import build_config
+from ..errors import InputError
+from ..models.denoiser import with_condition
+from ..ops.arguments import whole
+from ..runtime.files import read_json, write_json
+from ..runtime.hub import resolve
+from .loading import EMBEDDED
+from .networks import build_unet
+from .saving import write_pipeline
+from .solvers import Solver
+from .teacher import Teacher
+
+SAMPLER = "sampler.json"
+"""File beside ``model_index.json`` with a student's :class:`Sampler`."""
+
+TRAINING = "training.json"
+"""File with the record of a student's training."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student draws.
+
+    Attributes:
+        solver: its solver, with the spacing or the levels at which the network was trained.
+        steps: number of its steps.
+        guidance: weight w of a network that takes it, where none is asked for.
+    """
+
+    solver: Solver = Solver("ddim", spacing="trailing")
+    steps: int = 1
+    guidance: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values from which :meth:`from_json` makes an equal sampler: steps, guidance and what is set of the solver."""
+        plain = dataclasses.asdict(Solver(self.solver.name))
+        numbers = {key: value for key, value in dataclasses.asdict(self.solver).items() if value != plain[key]}
+        return {"solver": self.solver.name, **numbers, "steps": self.steps, "guidance": self.guidance}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> "Sampler":
+        """A sampler from JSON values.
+
+        Args:
+            values: those of :meth:`to_json`.
+            where: name of their file, for errors.
+
+        Returns:
+            Sampler.
+
+        Raises:
+            InputError: an unknown key, or a value that cannot be.
+        """
+        own = {key: values[key] for key in ("steps", "guidance") if key in values}
+        numbers = {"name" if key == "solver" else key: value for key, value in values.items() if key not in own}
+        solver = build_config(Solver, numbers, where)
+        sampler = build_config(cls, {**own, "solver": solver}, where)
+        if sampler.steps < 1 or not 0 <= sampler.guidance < math.inf:
+            raise InputError(f"{where}: steps must be at least 1 and guidance not negative, got {values}")
+        return sampler
+
+
+class DenoiserStudent:
+    """A diffusion model of few steps.
+
+    Its folder is a diffusers pipeline (an unconditional one runs as ``DDIMPipeline`` there) with ``sampler.json`` beside, so
+    that :meth:`advkd.Teacher.from_pretrained` loads it, too: a student can be the teacher of the next one.
+
+    Args:
+        model: the diffusion model, of v prediction.
+        sampler: how it draws.
+        training_record: record of its training, or None.
+
+    Raises:
+        InputError: a model of another prediction, or a sampler that it cannot run.
+
+    Examples:
+        >>> DenoiserStudent.from_pretrained("pd/4").sample(16, seed=1)  # four network evaluations
+    """
+
+    def __init__(self, model: Teacher, sampler: Sampler, training_record: dict[str, Any] | None = None):
+        if model.prediction != "v_prediction":
+            raise InputError(
+                f"a denoiser student needs v prediction, {model.name} has {model.prediction}: run 'advkd distill reparametrize'"
+            )
+        if sampler.guidance > model.most_guidance:
+            raise InputError(f"sampler: guidance must be at most the network's {model.most_guidance:g}, got {sampler.guidance}")
+        model.program(sampler.solver, sampler.steps)
+        self.model, self.sampler, self.training_record = model, sampler, training_record
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: Teacher, channels: tuple[int, ...] = (), guidance: float = 0.0, sampler: Sampler | None = None
+    ) -> "DenoiserStudent":
+        """A student to be trained, with a copy of a teacher's weights; of fresh ones where ``channels`` are given.
+
+        Args:
+            teacher: the teacher; its schedule, clipping and classes are the student's.
+            channels: from the highest to the lowest resolution (empty: the teacher's network).
+            guidance: largest guidance weight that the network is to take (0: none).
+            sampler: None: DDIM with ten steps of the trailing spacing.
+
+        Returns:
+            Student on the teacher's device, float32. A teacher of another prediction gives weights to begin from only: until it
+            is trained, their output is not v.
+
+        Raises:
+            InputError: channels that the images cannot have.
+        """
+        from diffusers import DDIMScheduler
+
+        unet, config = teacher.unet, dict(teacher.scheduler.config)
+        if channels:
+            classes = teacher.num_classes + (teacher.null_class is not None)
+            network = build_unet(teacher.image_size, teacher.image_channels, channels, classes).to(teacher.device)
+        else:
+            network = copy.deepcopy(unet).float().requires_grad_(True)
+        if guidance > teacher.most_guidance:
+            network = with_condition(network, guidance)
+        scheduler = DDIMScheduler.from_config(
+            config, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0
+        )
+        model = Teacher(network, scheduler, "student", teacher.classes)
+        return cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> "DenoiserStudent":
+        """Load a student.
+
+        Args:
+            source: a folder of ``advkd distill``, or a hub id (owner/name).
+            device: where the network is put.
+
+        Returns:
+            Student in eval mode.
+
+        Raises:
+            InputError: missing or damaged files, or a folder without ``sampler.json``: a teacher's.
+        """
+        folder = resolve(source, EMBEDDED, "student", ["*.json", "*/*.json"])
+        if not os.path.lexists(folder / SAMPLER):
+            raise InputError(f"student {source} has no {SAMPLER}: it is a teacher, or no finished student")
+        sampler = Sampler.from_json(read_json(folder / SAMPLER, "sampler"), str(folder / SAMPLER))
+        record = read_json(folder / TRAINING, "training record") if os.path.lexists(folder / TRAINING) else None
+        return cls(Teacher.from_pretrained(source, device), sampler, record)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the student; what the folder had of an earlier one goes.
+
+        Args:
+            folder: made where it is missing.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        from diffusers import DDIMPipeline
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        extra, model = (SAMPLER, TRAINING), self.model
+        write_pipeline(
+            folder, DDIMPipeline, model.unet, model.scheduler, model.classes, extra=extra, write_extra=self._write_records
+        )
+
+    def _write_records(self, folder):
+        write_json(folder / SAMPLER, self.sampler.to_json())
+        if self.training_record is not None:
+            write_json(folder / TRAINING, self.training_record)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of an image."""
+        return self.sampler.solver.evaluations(self.sampler.steps)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images in pixels."""
+        return self.model.image_size
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.model.image_channels
+
+    @property
+    def device(self) -> torch.device:
+        """The network's device."""
+        return self.model.device
+
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return self.model.num_parameters()
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that its images depend on: the network's identity and the sampler."""
+        return {**self.model.identity(self.sampler.solver), "sampler": self.sampler.to_json()}
+
+    def latents(self, n: int, seed: int = 0, start: int = 0) -> torch.Tensor:
+        """Start noise of images ``start .. start + n - 1``, the teacher's x_T of the same seed and index.
+
+        Args:
+            n: number of images.
+            seed: key of the noise, in [0, 2^64).
+            start: index of the first image.
+
+        Returns:
+            ``(n, C, H, W)`` float32, standard normal, on the network's device.
+        """
+        return self.model.noise(n, seed, start)
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        steps: int | None = None,
+        start: int = 0,
+        *,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Images ``start .. start + n - 1``.
+
+        Args:
+            n: number of images; they run through the network as one batch.
+            seed: key of the start noise and of the step noise, in [0, 2^64).
+            steps: number of steps (None: the sampler's), one that divides the number of its levels where these are given one by
+                one.
+            start: index of the first image.
+            labels: ``(n,)`` classes, or one for all; None: no class.
+            guidance: weight w of a network that takes it (None: the sampler's); of another one, of classifier-free guidance.
+
+        Returns:
+            ``(n, C, H, W)`` float32 in [-1, 1] on the network's device. Order of differentiability 0.
+
+        Raises:
+            InputError: a number of images or steps, a seed, classes or a weight that cannot be.
+        """
+        steps = self.sampler.steps if steps is None else whole("steps", steps, least=1)
+        weight = self.sampler.guidance if guidance is None else guidance
+        return self.model.sample(n, seed, self.sampler.solver, steps, start, labels=labels, guidance=weight)

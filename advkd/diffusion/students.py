@@ -1,0 +1,52 @@
+"""Students of either kind by what a folder holds."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..models.student import Student
+from ..runtime.hub import resolve
+from .denoiser_student import SAMPLER, DenoiserStudent
+from .loading import EMBEDDED
+from .saving import INDEX
+from .teacher import Teacher
+
+
+def load_student(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:
+    """Load a student.
+
+    Args:
+        source: ``digits`` (embedded), a folder of ``advkd distill``, or a hub id (owner/name).
+        device: where it is put.
+
+    Returns:
+        A :class:`DenoiserStudent` where the folder holds ``sampler.json``, else a :class:`Student`, which draws in one pass;
+        both in eval mode.
+
+    Raises:
+        InputError: missing, damaged or foreign files.
+    """
+    folder = resolve(source, Student.embedded, "student", ["*.json"])
+    kind = DenoiserStudent if os.path.lexists(folder / SAMPLER) else Student
+    return kind.from_pretrained(source, device)
+
+
+def load_start(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:
+    """A student to be trained further: a student, or a teacher of v prediction as one.
+
+    Args:
+        source: as for :func:`load_student`, or a teacher's: ``digits-conditional``, a folder or a hub id.
+        device: where it is put.
+
+    Returns:
+        A :class:`Student` or a :class:`DenoiserStudent`.
+
+    Raises:
+        InputError: missing, damaged or foreign files, or a teacher of another prediction.
+    """
+    if str(source) not in Student.embedded:
+        folder = resolve(source, EMBEDDED, "student", ["*.json"])
+        if os.path.lexists(folder / INDEX) and not os.path.lexists(folder / SAMPLER) and not (folder / "student").is_dir():
+            return DenoiserStudent.from_teacher(Teacher.from_pretrained(source, device))
+    return load_student(source, device)

@@ -1,0 +1,167 @@
+"""The common part of methods whose student is a denoiser: a network with v prediction on a noise schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..data.draws import Draw
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser_student import Sampler
+from ..diffusion.schedule import Schedule
+from ..errors import InputError
+from .base import Method, Settings, Stage, Trained, cosine
+
+
+@dataclass
+class DenoiserConfig:
+    """Numbers that all methods on denoisers have.
+
+    Attributes:
+        updates: student updates, of every stage.
+        batch_size: global batch.
+        learning_rate: of Adam.
+        final_learning_rate: fraction of the learning rate left at the end of a stage (cosine decay; 1 keeps it constant).
+        clip: bound of the gradient's norm (0: none).
+        ema: decay of the average that is saved (0: none).
+        mixed_precision: ``no`` or ``bf16``.
+        seed: of all draws.
+        checkpoint_every: updates between checkpoints.
+        log_every: updates that one row of ``metrics.csv`` averages.
+    """
+
+    updates: int = 400
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.0
+    mixed_precision: str = "no"
+    seed: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 1
+
+    def validate(self) -> None:
+        """Raise :class:`advkd.InputError` that names the field that cannot work."""
+        for name in ("updates", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, holds, wanted in (
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("final_learning_rate", 0 <= self.final_learning_rate <= 1, "in [0, 1]"),
+            ("clip", self.clip >= 0, "at least 0"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("mixed_precision", self.mixed_precision in ("no", "bf16"), "no or bf16"),
+            ("seed", 0 <= self.seed < 2**63, "in [0, 2^63)"),
+        ):
+            if not holds:
+                raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+class DenoiserMethod(Method):
+    """A method whose student gives v = sqrt(a) eps - sqrt(1 - a) x0 at a variance-preserving state and a timestep.
+
+    Args:
+        config: the method's configuration.
+        student: network of state ``(N, ...)``, timesteps ``(N,)`` float32 and a condition (None, classes or
+            :func:`advkd.models.denoiser.pack`), that gives v in the state's shape.
+        schedule: noise schedule of the student, and of the teacher where the method has one.
+
+    Attributes:
+        student: the network, which is trained in place.
+        schedule: the noise schedule.
+    """
+
+    students = ("denoiser",)
+    requires: ClassVar[str] = "images (--data)"
+    inputs: ClassVar[tuple[str, ...]] = ("data", "teacher")
+    config: Any
+
+    def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
+        config.validate()
+        self.config, self.student, self.schedule = config, student, schedule
+
+    def settings(self) -> Settings:
+        """The trainer's part of the configuration."""
+        config = self.config
+        return Settings(config.seed, config.checkpoint_every, config.log_every, config.mixed_precision)
+
+    def stages(self) -> Sequence[Stage]:
+        """One stage.
+
+        Returns:
+            ``[Stage]``.
+        """
+        return [Stage(1, self.config.updates, self.config.batch_size)]
+
+    def folder(self, stage: Stage) -> str:
+        """Folder within the run's own that the student of a stage is saved to.
+
+        Args:
+            stage: one of :meth:`stages`.
+
+        Returns:
+            Its name; empty for the run's own folder.
+        """
+        return ""
+
+    def sampler(self, stage: Stage) -> Sampler:
+        """How the student of a stage draws.
+
+        Args:
+            stage: one of :meth:`stages`.
+
+        Returns:
+            Sampler, saved beside the student.
+        """
+        raise NotImplementedError
+
+    def denoiser(self, network: nn.Module) -> Denoiser:
+        """The posterior means of a network, which are not clamped: a clamped one has no gradient.
+
+        Args:
+            network: of the student's kind.
+
+        Returns:
+            Denoiser of variance-preserving states; gradients flow.
+        """
+        return Denoiser(network, self.schedule, "v_prediction")
+
+    def dropped(self, labels: Any, draw: Draw, share: float) -> Any:
+        """Labels, some replaced by the teacher's null class, so that the student learns it, too.
+
+        Args:
+            labels: ``(N,)`` classes, or None.
+            draw: of the rows.
+            share: probability of the null class.
+
+        Returns:
+            ``(N,)`` classes; ``labels`` themselves where the teacher has no null class.
+        """
+        null = getattr(self.teacher, "null_class", None)
+        if labels is None or null is None or not share:
+            return labels
+        return labels.masked_fill(draw.uniform("null class") < share, null)
+
+    def trained(self, module: nn.Module, updates: int) -> Trained:
+        """A network in training mode, with Adam under a cosine schedule.
+
+        Args:
+            module: the network.
+            updates: length of the schedule.
+
+        Returns:
+            :class:`~advkd.methods.base.Trained` with the configuration's numbers.
+        """
+        config = self.config
+        image_like = any(parameter.ndim == 4 for parameter in module.parameters())
+        return Trained(
+            module.train().requires_grad_(True),
+            config.learning_rate,
+            schedule=lambda update: cosine(update, updates, config.final_learning_rate),
+            clip=config.clip,
+            average=config.ema,
+            memory_format=torch.channels_last if image_like else torch.preserve_format,
+        )
