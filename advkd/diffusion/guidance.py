@@ -131,9 +131,7 @@ def classes_of(
 def _require_weight(model, labels, guidance, classifier):
     """Refuse what a network that takes the weight itself was not trained for."""
     if guidance > model.most_guidance:
-        raise InputError(
-            f"guidance must be at most {model.most_guidance:g}, that of {model.name}'s training, got {guidance}"
-        )
+        raise InputError(f"guidance must be at most {model.most_guidance:g}, that of {model.name}'s training, got {guidance}")
     if classifier is not None:
         raise InputError(f"classifier: {model.name} takes the guidance weight itself; leave the classifier out")
     if labels is None and model.num_classes and model.null_class is None:

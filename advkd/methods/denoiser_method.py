@@ -72,6 +72,7 @@ class DenoiserMethod(Method):
     Attributes:
         student: the network, which is trained in place.
         schedule: the noise schedule.
+        origin: JSON values of the network that training begins from and of the teacher, which the runner sets.
     """
 
     students = ("denoiser",)
@@ -82,6 +83,15 @@ class DenoiserMethod(Method):
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
         config.validate()
         self.config, self.student, self.schedule = config, student, schedule
+        self.origin: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """Where training began and who taught, as far as the runner has said.
+
+        Returns:
+            ``origin``.
+        """
+        return self.origin
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""

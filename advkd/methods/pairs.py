@@ -102,6 +102,15 @@ class Pairs(Method):
         self.config, self.student, self.schedule = config, student, schedule
         # The network is entered at a level where it is neither all noise nor all image: Luo et al. 2023 (Diff-Instruct) do so.
         self._denoiser = None if schedule is None else Denoiser(student, schedule, "v_prediction")
+        self.origin: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """Where the training of a denoiser student began.
+
+        Returns:
+            ``origin``, which the runner sets; empty for a generator.
+        """
+        return self.origin
 
     def check(self, data: Any) -> None:
         """Refuse trajectories that the configuration cannot be trained on.

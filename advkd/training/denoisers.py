@@ -21,6 +21,7 @@ from ..methods import method_class
 from ..methods.base import Stage
 from ..models.denoiser import DenoiserNetwork
 from ..runtime.devices import plain_defaults
+from ..runtime.files import digest
 from .trainer import Trainer
 
 
@@ -123,6 +124,8 @@ class DenoiserDistiller(Trainer):
             raise InputError(f"{method} needs a teacher: name it by --teacher")
         if teacher is not None:
             _require_alike(student, teacher)
+        taught = {} if teacher is None else {"taught_by": teacher.identity()}
+        run.origin = {"begins_with": digest(student.model.unet.state_dict()), **taught}
         source = _source(run, needs, student, data, trajectories)
         super().__init__(
             run,

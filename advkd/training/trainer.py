@@ -45,7 +45,7 @@ class Trainer:
         dtype: of modules and batches: float32, or float64 for tests of exactness.
         progress: show a bar.
         save: called with the result and ``out`` by the main process when all updates are done.
-        save_stage: called with the result so far, ``out`` and the stage by the main process when a stage ends.
+        save_stage: called likewise with the result so far, ``out`` and the stage when a stage ends.
         finished: names of files that ``save`` writes; a folder that holds one is refused.
         what: word for the result.
 
@@ -173,8 +173,7 @@ class Trainer:
 
     def _place(self, module, memory_format):
         # diffusers' networks warn where they are given a dtype, even their own.
-        tensors = module.state_dict().values()
-        other = any(t.is_floating_point() and t.dtype != self.dtype for t in tensors)
+        other = any(t.is_floating_point() and t.dtype != self.dtype for t in module.state_dict().values())
         dtype = {"dtype": self.dtype} if other else {}
         module.to(self.accelerator.device, memory_format=memory_format, **dtype)  # type: ignore[call-overload]
 
@@ -263,8 +262,8 @@ class Trainer:
     def next_batch(self) -> tuple[Batch, Draw]:
         """This process's rows of the next global batch, and their draws."""
         stage, rank, world = self.stage, self.accelerator.process_index, self.accelerator.num_processes
-        local = stage.batch_size // world
-        start, device = self.cursor + rank * local, self.accelerator.device
+        local, device = stage.batch_size // world, self.accelerator.device
+        start = self.cursor + rank * local
         generator = self._generator or self.method.generator(self.done)
         host = HostDraws(generator, stage.batch_size, rank * local, local) if generator else None
         rows = host.integers(len(self.data)).tolist() if host else self.rows(start, local)
@@ -291,9 +290,8 @@ class Trainer:
 
     def _set_learning_rates(self):
         for part in self.running.values():
-            if part.optimizer is not None:
-                for group in part.optimizer.param_groups:
-                    group["lr"] = part.part.learning_rate * part.part.schedule(self.update)
+            for group in part.optimizer.param_groups if part.optimizer else ():
+                group["lr"] = part.part.learning_rate * part.part.schedule(self.update)
 
     @torch.no_grad()
     def _update_averages(self):
@@ -341,8 +339,7 @@ class Trainer:
         if not math.isfinite(float(norm)):
             where = f"stage {self.stage.number}, update {self.update}"
             kept = f"the last checkpoint is kept in {self.out}" if self.checkpoint.exists() else "no checkpoint yet"
-            whose = self._what if name == "student" else name
-            what = f"the {whose}'s loss or gradient is not finite at {where}"
+            what = f"the {self._what if name == 'student' else name}'s loss or gradient is not finite at {where}"
             raise TrainingError(f"{what}; {kept}: run again with a lower learning rate, in another folder")
         for parameter, gradient in zip(part.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -371,9 +368,8 @@ def _averages(running):
 
 def _laid_out_as(parameter, gradient):
     """A gradient in its parameter's memory order, as ``backward`` leaves it: sums over it round in that order."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 class _Actions:
