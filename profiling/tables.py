@@ -13,7 +13,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, front, roofline, solver_tables
-from .cases import guidance, neighbours
+from .cases import guidance, guided, neighbours
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
@@ -94,6 +94,7 @@ TABLES = {
     "solvers": solver_tables.solvers,
     "solver_quality": solver_tables.quality,
     "guidance": guidance.lines,
+    "guided": guided.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,

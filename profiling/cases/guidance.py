@@ -27,18 +27,17 @@ from ..evidence import NOTHING, markdown, source, stored
 from ..harness import device_folder
 
 
-def measure(teacher, num, solver, steps, batch_size=50):
-    """A row for every weight of guidance."""
+def measure(draw, teacher, num, weights, batch_size=50):
+    """A row for every weight of guidance: ``draw(count, first, labels, weight)`` gives images of the teacher's classes."""
     classifier, extractor = Classifier.from_pretrained("digits"), build_extractor("digits")
     reference = shuffled(extract(extractor, real_images("digits", teacher.shape)))
     rows = []
-    with progress_bar(total=num * len(WEIGHTS), desc="guidance", unit="image") as bar:
-        for weight in WEIGHTS:
+    with progress_bar(total=num * len(weights), desc="guidance", unit="image") as bar:
+        for weight in weights:
             images, labels = [], torch.arange(num) % teacher.num_classes
             for first, count in batches(num, batch_size):
                 chosen = labels[first : first + count]
-                drawn = teacher.sample(count, REFERENCE_SEED, solver, steps, first, labels=chosen, guidance=weight)
-                images.append(eight_bit(drawn))
+                images.append(eight_bit(draw(count, first, chosen, weight)))
                 bar.update(count)
             images = torch.cat(images)
             features = extract(extractor, images)
@@ -91,7 +90,11 @@ def main():
     parser.add_argument("--results", help="folder of guidance.json (default: profiling/results/<device>)")
     options = parser.parse_args()
     teacher, solver = Teacher.from_pretrained(options.teacher), Solver(options.solver)
-    rows = measure(teacher, options.num, solver, options.steps)
+
+    def draw(count, first, labels, weight):
+        return teacher.sample(count, REFERENCE_SEED, solver, options.steps, first, labels=labels, guidance=weight)
+
+    rows = measure(draw, teacher, options.num, WEIGHTS)
     settings = {"num": options.num, "solver": solver.name, "steps": options.steps, "teacher": teacher.identity()}
     result = {"rows": rows, "config": settings, "provenance": provenance()}
     write_json(Path(options.results or device_folder()) / "guidance.json", result)
