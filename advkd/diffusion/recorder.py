@@ -6,7 +6,6 @@ one kind of machine every run writes the same bytes (another processor, or a com
 """
 
 import contextlib
-import math
 import multiprocessing
 import os
 import sys
@@ -20,32 +19,19 @@ from tqdm import tqdm
 
 from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
 from ..data.levels import downsample, resolutions, supervising_timesteps
-from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, shard_path
+from ..data.shards import SHARED_INFO, finish, is_of_older_version, missing_shards
+from ..data.trajectories import shard_path
 from ..errors import InputError, TrainingError
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
 from ..runtime.devices import keep_freed_memory
-from ..runtime.files import (
-    MANIFEST_LIMIT,
-    damaged,
-    digest,
-    read_json,
-    read_tensors,
-    require_digest,
-    sha256,
-    with_digest,
-    write_json,
-    write_tensors,
-)
-from ..runtime.folders import held, locked, require_output_folder, require_space
+from ..runtime.files import digest, read_json, with_digest, write_json, write_tensors
+from ..runtime.folders import held, locked, require_output_folder
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 from .solvers import Solver
 from .teacher import Teacher
-
-SHARED_INFO = ".recipe.json"
-"""Description of the data set of a launcher's processes, beside the shards until all are there."""
 
 
 def record_trajectories(teacher: Teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
@@ -103,13 +89,13 @@ def _record(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there, and the manifest if they were the last; return True if so."""
     _record_missing(teacher, info, out, rank, world, progress)
     with named("write"):
-        return _finish(out, info)
+        return finish(out, info)
 
 
 def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
-    mine = [shard for shard in _missing(out, info) if shard % world == rank]
-    older = bool(mine) and _is_of_older_version(out)
+    mine = [shard for shard in missing_shards(out, info) if shard % world == rank]
+    older = bool(mine) and is_of_older_version(out)
     bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=progress and rank == 0)
     # One shard is written while the next one is made; no more, to bound memory.
     with bar, ThreadPoolExecutor(1) as writer:
@@ -154,7 +140,7 @@ def record_in_processes(
     info, out = _describe(_load(*loading), config), require_output_folder(out)
     launcher.hold_standard_streams()
     with _alone(out):
-        _missing(out, info)
+        missing_shards(out, info)
         context = multiprocessing.get_context("spawn")
         workers, reports = [], []
         for rank in range(processes):
@@ -230,50 +216,6 @@ def _end_with(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _missing(out, info):
-    """Numbers of the shards that ``out`` lacks, once those that are there and the free space have been checked."""
-    present = {path.name for path in _check_existing(out, info)}
-    left = max(0, info.num - len(present) * info.shard_size)
-    bytes_per_sample = 2 * sum(map(math.prod, info.shapes(1).values()))
-    require_space(out, left * bytes_per_sample, "what is left of the trajectories")
-    return [s for s in range(info.num_shards) if shard_path(out, s).name not in present]
-
-
-def _finish(out, info):
-    """Write the manifest and return True if all shards are there."""
-    finished = all(shard_path(out, s).exists() for s in range(info.num_shards))
-    if finished:
-        _check_existing(out, info)
-        path, manifest = Path(out) / "manifest.json", _manifest(out, info)
-        if not _is_without_digest(path, manifest):
-            write_json(path, manifest)
-        (Path(out) / SHARED_INFO).unlink(missing_ok=True)
-    return finished
-
-
-def _is_of_older_version(out):
-    """True if an earlier version wrote the first shard that is there, or the manifest where all shards are lost.
-
-    Its digests are of tensors alone, and those of shards recorded again are so, too: runs know their data by its bytes.
-    """
-    for path in sorted(Path(out).glob("shard-*.safetensors"))[:1]:
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        return metadata["digest"] == digest(tensors)
-    try:
-        manifest = read_json(Path(out) / "manifest.json", "manifest", ("format", "recipe", "shards"), MANIFEST_LIMIT)
-        return "digest" not in manifest
-    except InputError:  # none, or a damaged one
-        return False
-
-
-def _is_without_digest(path, manifest):
-    """True for an earlier version's file of this manifest: it stays, since runs know their data by the file's bytes."""
-    try:
-        return read_json(path, "manifest", most=MANIFEST_LIMIT) == {k: v for k, v in manifest.items() if k != "digest"}
-    except InputError:  # none, or a damaged one
-        return False
 
 
 def _describe(teacher, config):
@@ -356,42 +298,3 @@ def _write_shard(out, info, shard, batches, older):
     metadata = {"recipe": info.to_json(), "start": shard * info.shard_size, "count": count}
     metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
     write_tensors(shard_path(out, shard), tensors, metadata)
-
-
-def _check_existing(out, info):
-    """The shards in ``out``, each whole and of this data set."""
-    paths = sorted(Path(out).glob("shard-*.safetensors"))
-    for path in paths:
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        if not isinstance(metadata["recipe"], dict):
-            raise damaged("shard", path, "it has no recipe", RECORD_AGAIN)
-        changed = differences(info.to_json(), metadata["recipe"])
-        if changed:
-            raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
-        require_digest(f"shard {path}", tensors, metadata, RECORD_AGAIN)
-    return paths
-
-
-def _manifest(out, info):
-    """The manifest of a finished data set. It holds no times and no host: equal descriptions give equal bytes."""
-    sums, entries = {}, []
-    for shard in range(info.num_shards):
-        path = shard_path(out, shard)
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
-        for name, tensor in tensors.items():
-            values = tensor.double()
-            moments = torch.stack((values.sum(), values.square().sum(), values.new_tensor(values.numel())))
-            sums[name] = sums.get(name, 0) + moments
-    deviations = {}
-    for name, (total, squares, number) in sums.items():
-        deviations[name] = float((squares / number - (total / number) ** 2).clamp_min(0).sqrt())
-    levels = [name for name in sorted(sums) if name != "z"]
-    manifest = {
-        "format": FORMAT,
-        "recipe": info.to_json(),
-        "standard_deviations": [deviations[name] for name in levels],
-        "latent_standard_deviation": deviations["z"],
-        "shards": entries,
-    }
-    return with_digest({}, manifest)
