@@ -20,7 +20,7 @@ from ..runtime.files import (
 )
 from ..runtime.folders import require_space
 from .dataset_info import DatasetInfo, differences
-from .trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, shard_path
+from .trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, require_layout, shard_path
 
 SHARED_INFO = ".recipe.json"
 """Description of the data set of a launcher's processes, beside the shards until all are there."""
@@ -30,7 +30,7 @@ def missing_shards(out: Path, info: DatasetInfo) -> list[int]:
     """Numbers of the shards that ``out`` lacks, once those that are there and the free space have been checked."""
     present = {path.name for path in _check_existing(out, info)}
     left = max(0, info.num - len(present) * info.shard_size)
-    bytes_per_sample = 2 * sum(map(math.prod, info.shapes(1).values()))
+    bytes_per_sample = sum(dtype.itemsize * math.prod(shape) for dtype, shape in info.layout(1).values())
     require_space(out, left * bytes_per_sample, "what is left of the trajectories")
     return [s for s in range(info.num_shards) if shard_path(out, s).name not in present]
 
@@ -71,6 +71,8 @@ def manifest_of(out: Path, info: DatasetInfo) -> dict[str, Any]:
         tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
         entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
         for name, tensor in tensors.items():
+            if name == "labels":
+                continue
             values = tensor.double()
             moments = torch.stack((values.sum(), values.square().sum(), values.new_tensor(values.numel())))
             sums[name] = sums.get(name, 0) + moments
@@ -99,6 +101,7 @@ def _check_existing(out, info):
         if changed:
             raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
         require_digest(f"shard {path}", tensors, metadata, RECORD_AGAIN)
+        require_layout(path, tensors, info, metadata["count"])
     return paths
 
 

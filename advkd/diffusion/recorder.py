@@ -30,6 +30,7 @@ from ..runtime.folders import held, locked, require_output_folder
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
+from .guidance import ALL, class_numbers, classes_of, labels_in_turn
 from .solvers import Solver
 from .teacher import Teacher
 
@@ -220,15 +221,14 @@ def _end_with(parent):
 
 def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
-    if teacher.num_classes:
-        raise InputError(f"teacher {teacher.name} is class-conditional; trajectories are recorded of unconditional teachers")
     sides = resolutions(size := teacher.image_size, config.depth)
     solver = Solver(config.solver, config.spacing)
     timesteps = teacher.timesteps(solver, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)
+    chosen = {"solver": solver.name, "steps": len(timesteps), "latent_size": latent_size, **_classes(teacher, config)}
     return DatasetInfo(
-        **{**vars(config), "solver": solver.name, "steps": len(timesteps), "latent_size": latent_size},
+        **{**vars(config), **chosen},
         paired=not solver.stochastic,
         teacher=teacher.identity(solver),
         image_channels=teacher.image_channels,
@@ -236,6 +236,17 @@ def _describe(teacher, config):
         resolutions=sides,
         timesteps=supervising_timesteps(solver.name, config.depth, timesteps, teacher.train_timesteps),
     )
+
+
+def _classes(teacher, config):
+    """Fields of :class:`DatasetInfo` about classes: equal ones for equal classes, however they were named."""
+    numbers, guidance = class_numbers(teacher, teacher.class_names, config.classes or None), float(config.guidance)
+    if numbers:
+        classes_of(teacher, len(numbers), numbers, guidance, None)
+    names = [teacher.class_names[number] for number in numbers]
+    every = numbers == list(range(teacher.num_classes)) and ALL not in names
+    classes = ALL if numbers and every else ",".join(names)
+    return {"classes": classes, "guidance": guidance, "class_numbers": numbers, "class_names": names}
 
 
 def _run_shard(teacher, info, shard, bar, written):
@@ -250,13 +261,15 @@ def _run_shard(teacher, info, shard, bar, written):
 
 def _run_batch(teacher, info, start, bar):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
+    first, solver = start + info.start, Solver(info.solver, info.spacing)
     with named("noise"):
-        x_T = teacher.noise(info.batch_size, info.seed, start + info.start)
+        x_T = teacher.noise(info.batch_size, info.seed, first)
     tensors = {"z": project(x_T, info.latent_size, info.detail_noise)}
     wanted = list(zip(info.timesteps, info.resolutions))
     # Levels of one state are averaged from the finest of them: areas nest.
     keep = {t: min(x_T.shape[-1] // side for other, side in wanted if other == t) for t, _ in wanted}
-    x_0, kept = teacher.record(x_T, keep, Solver(info.solver, info.spacing), info.steps, info.seed, start + info.start)
+    condition = {"labels": labels_in_turn(info.class_numbers, first, info.batch_size), "guidance": info.guidance}
+    x_0, kept = teacher.record(x_T, keep, solver, info.steps, info.seed, first, **condition)
     for k, (t, side) in enumerate(wanted, 1):
         tensors[f"level_{k:02d}"] = downsample(kept[t], side)
     tensors[f"level_{info.depth:02d}"] = x_0.clamp(-1, 1)
@@ -295,6 +308,9 @@ def _write_shard(out, info, shard, batches, older):
         if not torch.isfinite(tensor).all():
             said = f"{name} of teacher {info.teacher['name']} is not finite in float16"
             raise InputError(f"{said}: its weights or its schedule are damaged")
-    metadata = {"recipe": info.to_json(), "start": shard * info.shard_size, "count": count}
+    start = shard * info.shard_size
+    if info.classes:
+        tensors["labels"] = labels_in_turn(info.class_numbers, info.start + start, count)
+    metadata = {"recipe": info.to_json(), "start": start, "count": count}
     metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
     write_tensors(shard_path(out, shard), tensors, metadata)
