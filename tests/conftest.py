@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -104,6 +105,17 @@ def teacher_folder(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("teacher")
     diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(num_train_timesteps=1000)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conditional(tmp_path_factory):
+    """A tiny teacher of the classes a, b and c with a null class, in diffusers' pipeline layout."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("conditional")
+    unet = tiny_unet(num_class_embeds=4)
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    (folder / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"], "null": 3}))
     return folder
 
 

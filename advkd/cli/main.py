@@ -173,7 +173,9 @@ main.add_command(distill)
 @click.option("--backend", help="A student's: auto (the default), reference, cpu, triton or cuda.")
 @click.option("--dtype", help="A student's: float32 (the default), bfloat16, float16 or float64.")
 @click.option("--steps", type=int, help="A teacher's steps (default: 50 for ddim, all for ddpm, 10 for the others).")
-@click.option("--classes", help="Names of a teacher's or classifier's classes, separated by commas; images take them in turn.")
+@click.option(
+    "--classes", help="Names of a teacher's or classifier's classes, separated by commas, or 'all'; images take them in turn."
+)
 @click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
 @click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
 @device_option

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..diffusion.guidance import class_numbers, labels_in_turn
 from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -83,7 +84,7 @@ def sample_teacher(
         out: a picture or a folder, as for :func:`sample`.
         solver: a :class:`~advkd.diffusion.solvers.Solver`.
         steps: number of steps; None: the solver's usual number.
-        classes: names of classes, separated by commas, which images have in turn; None: no class.
+        classes: names of classes, separated by commas, which images have in turn (``all``: every class); None: no class.
         guidance: weight of guidance towards them; 0 for the conditional model.
         classifier: folder of ``advkd classifier train --noisy``, for classifier guidance; empty: classifier-free.
         device: torch device that draws.
@@ -100,11 +101,9 @@ def sample_teacher(
     require_output(out)
     model = Teacher.from_pretrained(teacher, require_device(device))
     guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
-    labels = _labels(classes, model, guide)
     if classes is None and (guidance or guide is not None):
         raise InputError("guidance needs --classes: name what it is towards")
-    if classes is None and model.num_classes and model.null_class is None:
-        raise InputError(f"teacher {model.name} has no null class: name its classes by --classes")
+    labels = class_numbers(model, _class_names(model, guide), classes)
     draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
     if guide is not None and not guidance:
         raise InputError("--classifier needs --guidance above 0, its weight")
@@ -117,21 +116,12 @@ def sample_teacher(
     return f"{solver.name}, {count} steps, {evaluations} network evaluations an image"
 
 
-def _labels(classes: str | None, teacher: Teacher, classifier: Classifier | None) -> list[int]:
-    """Numbers of classes from their names, which are numbers where nobody named them."""
+def _class_names(teacher: Teacher, classifier: Classifier | None) -> list[str]:
+    """Names of the classes that a teacher and a classifier know, numbers where nobody named them."""
     known = [list(names) for names in (teacher.class_names, _names_of(classifier)) if names]
     if len(known) == 2 and known[0] != known[1]:
         raise InputError(f"--classifier was trained on other classes than teacher {teacher.name}: {', '.join(known[1])}")
-    names = known[0] if known else []
-    chosen = [part.strip() for part in (classes or "").split(",") if part.strip()]
-    if classes is not None and not chosen:
-        raise InputError(f"--classes must name a class, got {classes!r}")
-    for part in chosen:
-        if part not in names:
-            if not names:
-                raise InputError(f"--classes {classes}: teacher {teacher.name} is unconditional; leave it out")
-            raise InputError(f"--classes: {part!r} is not one of {', '.join(names)}")
-    return [names.index(part) for part in chosen]
+    return known[0] if known else []
 
 
 def _names_of(classifier):
@@ -144,7 +134,7 @@ def _names_of(classifier):
 
 def _from_teacher(teacher, seed, solver, steps, labels, guidance, classifier, parts) -> Iterator[torch.Tensor]:
     for first, count in parts:
-        chosen = torch.tensor([labels[(first + i) % len(labels)] for i in range(count)]) if labels else None
+        chosen = labels_in_turn(labels, first, count)
         yield teacher.sample(count, seed, solver, steps, first, labels=chosen, guidance=guidance, classifier=classifier)
 
 

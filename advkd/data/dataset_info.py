@@ -4,11 +4,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import InputError
+from ..ops.arguments import finite
 from ..ops.latents import latent_numel
 
 SPACINGS = ("leading", "trailing", "linspace")
 """Spacings whose timesteps are whole, which levels of a trajectory can be told by."""
+
+LABELLED = ("classes", "guidance", "class_numbers", "class_names")
+"""Fields of a description that its JSON has only where samples have classes: others keep the bytes that they had before."""
 
 
 @dataclass
@@ -27,6 +33,9 @@ class TrajectoryConfig:
         detail_noise: store the Haar pyramid of x_T instead of blocks.
         batch_size: samples that run through the teacher at once; the last batch is padded to it.
         shard_size: samples per shard, a multiple of ``batch_size``.
+        classes: names of the teacher's classes, separated by commas, which samples take in turn by their index; ``all``: every
+            class in turn (empty: no class, which a conditional teacher needs its null class for).
+        guidance: w >= 0, the weight of classifier-free guidance towards the class; 0 is the conditional model.
     """
 
     solver: str = "ddim"
@@ -40,6 +49,8 @@ class TrajectoryConfig:
     detail_noise: bool = False
     batch_size: int = 32
     shard_size: int = 128
+    classes: str = ""
+    guidance: float = 0.0
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
@@ -54,6 +65,12 @@ class TrajectoryConfig:
             raise InputError(f"seed must be in [0, 2^64), got {self.seed}")
         if not 0 <= self.start < 2**62:
             raise InputError(f"start must be in [0, 2^62), got {self.start}")
+        if not isinstance(self.classes, str):
+            raise InputError(f"classes must be a text, names separated by commas, got {self.classes!r}")
+        if finite("guidance", self.guidance) < 0:
+            raise InputError(f"guidance must be at least 0 (the conditional model), got {self.guidance}")
+        if self.guidance and not self.classes:
+            raise InputError(f"guidance {self.guidance} needs classes: name what it is towards by --classes")
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class DatasetInfo:
     """Everything that the contents of a data set's shards depend on.
 
     Attributes:
-        solver: name of the teacher's solver; this and the next ten are the fields of :class:`TrajectoryConfig`.
+        solver: name of the teacher's solver; this and the next twelve are the fields of :class:`TrajectoryConfig`.
         spacing: of its timesteps; empty for the solver's own.
         steps: its steps, the default filled in (never 0).
         num: number of trajectories.
@@ -72,6 +89,10 @@ class DatasetInfo:
         detail_noise: True if z is the Haar pyramid of x_T, False for blocks.
         batch_size: samples that ran through the teacher at once.
         shard_size: samples per shard.
+        classes: names of the classes, separated by commas, or ``all``; empty where samples have none.
+        guidance: weight of classifier-free guidance.
+        class_numbers: the classes' numbers: sample i of the seed has class ``class_numbers[i mod K]``, K being their number.
+        class_names: the classes' names, in the same order.
         teacher: :meth:`Teacher.identity`.
         image_channels: channels C of the images.
         image_size: side S of the images in pixels, 4 * 2^k.
@@ -91,6 +112,10 @@ class DatasetInfo:
     detail_noise: bool
     batch_size: int
     shard_size: int
+    classes: str
+    guidance: float
+    class_numbers: list[int]
+    class_names: list[str]
     teacher: dict
     image_channels: int
     image_size: int
@@ -114,6 +139,7 @@ class DatasetInfo:
         """
         solver = values["sampler"]
         values = {"solver": solver, "spacing": "", "paired": solver == "ddim"} | values
+        values = {"classes": "", "guidance": 0.0, "class_numbers": [], "class_names": []} | values
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     def to_json(self) -> dict:
@@ -125,8 +151,10 @@ class DatasetInfo:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # Files name the solver as they did when there were two, of which DDIM is paired.
         solver, spacing, paired = (values.pop(name) for name in ("solver", "spacing", "paired"))
+        labelled = {name: values.pop(name) for name in LABELLED}
         added = {"spacing": spacing} if spacing else {}
         added |= {"paired": paired} if solver not in ("ddim", "ddpm") else {}
+        added |= labelled if self.classes else {}
         return {"sampler": solver, **values, **added}
 
     def config(self, **changes: Any) -> TrajectoryConfig:
@@ -160,20 +188,21 @@ class DatasetInfo:
         """
         return min(self.shard_size, self.num - shard * self.shard_size)
 
-    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of a shard, by name.
+    def layout(self, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of a shard, by name.
 
         Args:
             count: number of samples in the shard.
 
         Returns:
-            ``(count, numel)`` for ``z`` and ``(count, C, R_k, R_k)`` for level k, ``level_01`` to ``level_{depth}``; all are
-            float16 in a shard.
+            float16 ``(count, numel)`` for ``z`` and ``(count, C, R_k, R_k)`` for level k, ``level_01`` to ``level_{depth}``;
+            int64 ``(count,)`` for ``labels``, where samples have classes.
         """
         channels = self.image_channels
         latent = latent_numel(channels, self.image_size, self.latent_size, self.detail_noise)
         levels = {f"level_{k:02d}": (count, channels, side, side) for k, side in enumerate(self.resolutions, 1)}
-        return {"z": (count, latent), **levels}
+        labels = {"labels": (torch.int64, (count,))} if self.classes else {}
+        return {name: (torch.float16, shape) for name, shape in {"z": (count, latent), **levels}.items()} | labels
 
 
 def differences(described: dict, other: dict, ignored: tuple[str, ...] = ()) -> list[str]:

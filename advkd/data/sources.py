@@ -129,7 +129,7 @@ class Tensors:
 
 
 class Recorded:
-    """Recorded trajectories: latents and standardised levels.
+    """Recorded trajectories: latents and standardised levels, with the classes where samples have any.
 
     Args:
         data: the trajectories.
@@ -151,9 +151,15 @@ class Recorded:
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
         """See :class:`Source`."""
-        z, recorded = self.data.batch(self.places(rows), levels, self.latent)
+        places = self.places(rows)
+        z, recorded = self.data.batch(places, levels, self.latent)
         scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
-        return Batch(z.to(device, dtype), scaled.get(len(self.data.standard_deviations)), levels=scaled)
+        images = scaled.get(len(self.data.standard_deviations))
+        return Batch(z.to(device, dtype), images, self._labels(places, device), scaled)
+
+    def _labels(self, places, device):
+        labels = self.data.labels(places)
+        return None if labels is None else labels.to(device)
 
     def places(self, rows: Sequence[int]) -> list[int]:
         """Rows of the recordings that rows of an epoch are."""
@@ -166,3 +172,35 @@ class Recorded:
 
     def grow(self, updates: int) -> None:
         """Nothing: the recordings stay as they are."""
+
+
+class RecordedPairs(Recorded):
+    """Pairs of a deterministic solver: its start noise x_T and its image, with the class where samples have one.
+
+    Args:
+        data: the trajectories.
+        limit: number of rows that are used (0: all); rows that are appended to ``data`` later are used in any case.
+
+    Raises:
+        InputError: the solver adds noise, so that the image is no function of x_T.
+    """
+
+    def __init__(self, data: Trajectories, limit: int = 0):
+        data.require_paired()
+        super().__init__(data, limit=limit)
+
+    def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
+        """Start noise and image of some rows; see :class:`Source`.
+
+        Args:
+            rows: numbers from 0 to the length - 1.
+            levels: not used: pairs have none.
+            device: where the batch is put.
+            dtype: of ``z`` and ``images``.
+
+        Returns:
+            A batch of ``z``, x_T itself, and ``images`` in [-1, 1], both ``(N, C, H, W)``, and ``labels``.
+        """
+        places = self.places(rows)
+        z, images = (part(places).to(device, dtype) for part in (self.data.noise, self.data.images))
+        return Batch(z, images, self._labels(places, device))

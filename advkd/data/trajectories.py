@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,16 @@ class Trajectories:
         """True if x_0 is a function of the x_T that z comes from, so that pairs (z, x_0) can be learned."""
         return self.info.paired
 
+    def require_paired(self) -> None:
+        """Refuse data that pairs cannot be learned from.
+
+        Raises:
+            InputError: the solver adds noise, so that x_0 is no function of x_T.
+        """
+        if not self.paired:
+            reason = "a solver that adds noise: x_0 is not a function of z"
+            raise InputError(f"the trajectories are unpaired ({reason}): record with --solver ddim")
+
     def verify(self) -> None:
         """Check every shard's hash now.
 
@@ -106,15 +117,47 @@ class Trajectories:
 
         Returns:
             ``(len(rows), C, S, S)`` float32 on the CPU, standard normal.
+
+        Raises:
+            InputError: rows out of range.
         """
-        shape, pieces = (self.info.image_channels, self.info.image_size, self.info.image_size), []
-        for row in rows:
-            part = 0
-            while row >= self.parts[part]["num"]:
-                row, part = row - self.parts[part]["num"], part + 1
-            indices = torch.tensor([self.parts[part]["start"] + row], dtype=torch.int64, device="cpu")
-            pieces.append(philox_normal(self.parts[part]["seed"], indices, shape, stream="x_T"))
-        return torch.cat(pieces)
+        shape = (self.info.image_channels, self.info.image_size, self.info.image_size)
+        wanted = torch.tensor(self._checked(rows), dtype=torch.int64, device="cpu")
+        noise, first = torch.empty((len(wanted), *shape), dtype=torch.float32, device="cpu"), 0
+        for part in self.parts:
+            places = ((wanted >= first) & (wanted < first + part["num"])).nonzero().flatten()
+            indices = wanted[places] - first + part["start"]
+            noise[places] = philox_normal(part["seed"], indices, shape, stream="x_T")
+            first += part["num"]
+        return noise
+
+    def labels(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """Classes of some rows.
+
+        Args:
+            rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+
+        Returns:
+            ``(len(rows),)`` int64 on the CPU, the teacher's numbers of its classes; None where samples have none.
+
+        Raises:
+            InputError: rows out of range, or a shard that they are in is missing, truncated or altered.
+        """
+        return self._picked("labels", self._checked(rows)) if self.info.classes else None
+
+    def images(self, rows: Sequence[int]) -> torch.Tensor:
+        """x_0 of some rows.
+
+        Args:
+            rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+
+        Returns:
+            ``(len(rows), C, S, S)`` float32 on the CPU, in [-1, 1].
+
+        Raises:
+            InputError: rows out of range, or a shard that they are in is missing, truncated or altered.
+        """
+        return self._picked(_level(self.info.depth), self._checked(rows)).float()
 
     def batch(
         self, rows: Sequence[int], levels: Sequence[int], latent: tuple[int, bool] | None = None
@@ -131,15 +174,28 @@ class Trajectories:
             ``(len(rows), numel)``.
 
         Raises:
-            InputError: a shard that these rows are in is missing, truncated or altered.
+            InputError: rows out of range, or a shard that they are in is missing, truncated or altered.
         """
+        rows = self._checked(rows)
         recorded = (self.info.latent_size, self.info.detail_noise)
         wanted = None if latent is None or tuple(latent) == recorded else latent
-        names = [*(["z"] if wanted is None else []), *(f"level_{k:02d}" for k in levels)]
-        places = [self._place(row) for row in rows]
-        picked = [torch.stack([self._load(shard)[name][offset] for shard, offset in places]).float() for name in names]
-        z = picked.pop(0) if wanted is None else project(self.noise(rows), *wanted)
-        return z, dict(zip(levels, picked, strict=True))
+        z = self._picked("z", rows).float() if wanted is None else project(self.noise(rows), *wanted)
+        return z, {k: self._picked(_level(k), rows).float() for k in levels}
+
+    def _checked(self, rows):
+        """Rows as numbers from 0 to ``len(self) - 1``."""
+        try:
+            rows = [operator.index(row) for row in rows]
+        except TypeError:
+            raise InputError(f"rows must be whole numbers, got {rows!r}") from None
+        if rows and not 0 <= min(rows) <= max(rows) < len(self):
+            raise InputError(f"rows must be from 0 to {len(self) - 1}, got {min(rows)} to {max(rows)}")
+        return rows
+
+    def _picked(self, name, rows):
+        """A tensor of the shards at some rows."""
+        places = map(self._place, rows)
+        return torch.stack([self._load(shard)[name][offset] for shard, offset in places])
 
     def _place(self, row):
         shard = bisect.bisect_right(self._entries, row, key=lambda entry: entry["start"]) - 1
@@ -155,9 +211,7 @@ class Trajectories:
             if sha256(path) != entry["sha256"]:
                 raise damaged("shard", path, "it is truncated or altered", RECORD_AGAIN)
             tensors, metadata = read_tensors(path, "shard", remedy=RECORD_AGAIN)
-            wanted = {name: (torch.float16, shape) for name, shape in self.info.shapes(entry["count"]).items()}
-            if {name: (t.dtype, t.shape) for name, t in tensors.items()} != wanted:
-                raise damaged("shard", path, "it holds other tensors than its recipe says", RECORD_AGAIN)
+            require_layout(path, tensors, self.info, entry["count"])
             if differences(entry["described"], metadata.get("recipe", {})):
                 raise InputError(f"shard {path} has another recipe than the manifest beside it: {RECORD_AGAIN}")
             self._shards[shard] = tensors
@@ -200,7 +254,14 @@ def _is_possible(info: DatasetInfo) -> bool:
     shape = (info.image_size, info.image_channels, info.latent_size, info.depth)
     numbers = _are_whole(*info.timesteps, *info.resolutions, *shape)
     known = info.image_channels in (1, 2, 3, 4) and isinstance(info.teacher, dict)
-    return numbers and known and isinstance(info.paired, bool) and info.resolutions == resolutions(info.image_size, info.depth)
+    known = known and isinstance(info.paired, bool) and _are_classes(info.classes, info.class_numbers, info.class_names)
+    return numbers and known and info.resolutions == resolutions(info.image_size, info.depth)
+
+
+def _are_classes(classes: str, numbers: list[int], names: list[str]) -> bool:
+    """True if classes have a number and a name each; ``classes`` is empty where there are none."""
+    named = _are_whole(*numbers) and all(isinstance(name, str) for name in names)
+    return named and len(numbers) == len(names) and bool(numbers) == bool(classes)
 
 
 def _are_shards(entries: list[dict], info: DatasetInfo) -> bool:
@@ -218,6 +279,17 @@ def _are_shards(entries: list[dict], info: DatasetInfo) -> bool:
 
 def _are_whole(*values) -> bool:
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+def require_layout(path: Path, tensors: dict[str, torch.Tensor], info: DatasetInfo, count: int) -> None:
+    """Refuse a shard of ``count`` samples that holds other tensors than the data set's description says."""
+    if {name: (t.dtype, t.shape) for name, t in tensors.items()} != info.layout(count):
+        raise damaged("shard", path, ValueError("it holds other tensors than its recipe says"), RECORD_AGAIN)
+
+
+def _level(k: int) -> str:
+    """Name of a level in a shard."""
+    return f"level_{k:02d}"
 
 
 def shard_path(folder: str | Path, shard: int) -> Path:

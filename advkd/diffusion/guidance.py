@@ -16,6 +16,9 @@ from ..models.denoiser import pack
 from ..ops.arguments import finite
 from .prediction import eps_weights
 
+ALL = "all"
+"""Text that stands for every class in turn."""
+
 ConditionalNetwork = Callable[..., torch.Tensor]
 """Function of the state ``(N, ...)``, its :class:`~advkd.diffusion.loop.Place` and classes ``(N,)`` or None, to an output."""
 
@@ -242,6 +245,53 @@ def require_labels(
     if given.numel() and classes is not None and not 0 <= int(given.min()) <= int(given.max()) < classes:
         raise InputError(f"labels must be in [0, {classes}), got {int(given.min())} to {int(given.max())}")
     return given.expand(n).contiguous()
+
+
+def class_numbers(model: Model, names: Sequence[str], classes: str | None) -> list[int]:
+    """Numbers of the classes that samples take in turn, from their names.
+
+    Args:
+        model: the model that draws the samples.
+        names: names of the classes by number: the model's own, or those of the classifier that guides it.
+        classes: names, separated by commas; ``all`` for every class, unless one has that name; None: no class.
+
+    Returns:
+        The numbers, in the order of ``classes``; empty for no class.
+
+    Raises:
+        InputError: an unknown class, one of an unconditional model, or none where the model has no null class.
+    """
+    if classes is None:
+        if model.num_classes and model.null_class is None:
+            raise InputError(f"teacher {model.name} has no null class: name its classes by --classes")
+        return []
+    chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    if not chosen:
+        raise InputError(f"--classes must name a class, got {classes!r}")
+    if not names:
+        raise InputError(f"--classes {classes}: teacher {model.name} is unconditional; leave it out")
+    if chosen == [ALL] and ALL not in names:
+        return list(range(len(names)))
+    if unknown := [part for part in chosen if part not in names]:
+        raise InputError(f"--classes: {unknown[0]!r} is not one of {', '.join(names)}")
+    return [list(names).index(part) for part in chosen]
+
+
+def labels_in_turn(classes: Sequence[int], start: int, n: int) -> torch.Tensor | None:
+    """Classes of samples ``start .. start + n - 1``: sample i has ``classes[i mod K]``, a function of its index alone.
+
+    Args:
+        classes: K numbers of classes.
+        start: index of the first sample.
+        n: number of samples.
+
+    Returns:
+        ``(n,)`` int64 on the CPU; None where ``classes`` is empty.
+    """
+    if not classes:
+        return None
+    turns = torch.arange(start, start + n, device="cpu") % len(classes)
+    return torch.tensor(classes, dtype=torch.int64, device="cpu")[turns]
 
 
 def _classifier_free(network, labels, null, guidance):

@@ -6,7 +6,6 @@ one kind of machine every run writes the same bytes (another processor, or a com
 """
 
 import contextlib
-import math
 import multiprocessing
 import os
 import sys
@@ -20,32 +19,20 @@ from tqdm import tqdm
 
 from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
 from ..data.levels import downsample, resolutions, supervising_timesteps
-from ..data.trajectories import FORMAT, RECORD_AGAIN, SHARD_KEYS, shard_path
+from ..data.shards import SHARED_INFO, finish, is_of_older_version, missing_shards
+from ..data.trajectories import shard_path
 from ..errors import InputError, TrainingError
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
 from ..runtime.devices import keep_freed_memory
-from ..runtime.files import (
-    MANIFEST_LIMIT,
-    damaged,
-    digest,
-    read_json,
-    read_tensors,
-    require_digest,
-    sha256,
-    with_digest,
-    write_json,
-    write_tensors,
-)
-from ..runtime.folders import held, locked, require_output_folder, require_space
+from ..runtime.files import digest, read_json, with_digest, write_json, write_tensors
+from ..runtime.folders import held, locked, require_output_folder
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
+from .guidance import ALL, class_numbers, classes_of, labels_in_turn
 from .solvers import Solver
 from .teacher import Teacher
-
-SHARED_INFO = ".recipe.json"
-"""Description of the data set of a launcher's processes, beside the shards until all are there."""
 
 
 def record_trajectories(teacher: Teacher, config: TrajectoryConfig, out: str | Path, progress: bool = True) -> Path:
@@ -103,13 +90,13 @@ def _record(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there, and the manifest if they were the last; return True if so."""
     _record_missing(teacher, info, out, rank, world, progress)
     with named("write"):
-        return _finish(out, info)
+        return finish(out, info)
 
 
 def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
-    mine = [shard for shard in _missing(out, info) if shard % world == rank]
-    older = bool(mine) and _is_of_older_version(out)
+    mine = [shard for shard in missing_shards(out, info) if shard % world == rank]
+    older = bool(mine) and is_of_older_version(out)
     bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=progress and rank == 0)
     # One shard is written while the next one is made; no more, to bound memory.
     with bar, ThreadPoolExecutor(1) as writer:
@@ -154,7 +141,7 @@ def record_in_processes(
     info, out = _describe(_load(*loading), config), require_output_folder(out)
     launcher.hold_standard_streams()
     with _alone(out):
-        _missing(out, info)
+        missing_shards(out, info)
         context = multiprocessing.get_context("spawn")
         workers, reports = [], []
         for rank in range(processes):
@@ -232,61 +219,16 @@ def _end_with(parent):
     os._exit(1)
 
 
-def _missing(out, info):
-    """Numbers of the shards that ``out`` lacks, once those that are there and the free space have been checked."""
-    present = {path.name for path in _check_existing(out, info)}
-    left = max(0, info.num - len(present) * info.shard_size)
-    bytes_per_sample = 2 * sum(map(math.prod, info.shapes(1).values()))
-    require_space(out, left * bytes_per_sample, "what is left of the trajectories")
-    return [s for s in range(info.num_shards) if shard_path(out, s).name not in present]
-
-
-def _finish(out, info):
-    """Write the manifest and return True if all shards are there."""
-    finished = all(shard_path(out, s).exists() for s in range(info.num_shards))
-    if finished:
-        _check_existing(out, info)
-        path, manifest = Path(out) / "manifest.json", _manifest(out, info)
-        if not _is_without_digest(path, manifest):
-            write_json(path, manifest)
-        (Path(out) / SHARED_INFO).unlink(missing_ok=True)
-    return finished
-
-
-def _is_of_older_version(out):
-    """True if an earlier version wrote the first shard that is there, or the manifest where all shards are lost.
-
-    Its digests are of tensors alone, and those of shards recorded again are so, too: runs know their data by its bytes.
-    """
-    for path in sorted(Path(out).glob("shard-*.safetensors"))[:1]:
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        return metadata["digest"] == digest(tensors)
-    try:
-        manifest = read_json(Path(out) / "manifest.json", "manifest", ("format", "recipe", "shards"), MANIFEST_LIMIT)
-        return "digest" not in manifest
-    except InputError:  # none, or a damaged one
-        return False
-
-
-def _is_without_digest(path, manifest):
-    """True for an earlier version's file of this manifest: it stays, since runs know their data by the file's bytes."""
-    try:
-        return read_json(path, "manifest", most=MANIFEST_LIMIT) == {k: v for k, v in manifest.items() if k != "digest"}
-    except InputError:  # none, or a damaged one
-        return False
-
-
 def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
-    if teacher.num_classes:
-        raise InputError(f"teacher {teacher.name} is class-conditional; trajectories are recorded of unconditional teachers")
     sides = resolutions(size := teacher.image_size, config.depth)
     solver = Solver(config.solver, config.spacing)
     timesteps = teacher.timesteps(solver, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
     check_latent(size, latent_size, config.detail_noise)
+    chosen = {"solver": solver.name, "steps": len(timesteps), "latent_size": latent_size, **_classes(teacher, config)}
     return DatasetInfo(
-        **{**vars(config), "solver": solver.name, "steps": len(timesteps), "latent_size": latent_size},
+        **{**vars(config), **chosen},
         paired=not solver.stochastic,
         teacher=teacher.identity(solver),
         image_channels=teacher.image_channels,
@@ -294,6 +236,17 @@ def _describe(teacher, config):
         resolutions=sides,
         timesteps=supervising_timesteps(solver.name, config.depth, timesteps, teacher.train_timesteps),
     )
+
+
+def _classes(teacher, config):
+    """Fields of :class:`DatasetInfo` about classes: equal ones for equal classes, however they were named."""
+    numbers, guidance = class_numbers(teacher, teacher.class_names, config.classes or None), float(config.guidance)
+    if numbers:
+        classes_of(teacher, len(numbers), numbers, guidance, None)
+    names = [teacher.class_names[number] for number in numbers]
+    every = numbers == list(range(teacher.num_classes)) and ALL not in names
+    classes = ALL if numbers and every else ",".join(names)
+    return {"classes": classes, "guidance": guidance, "class_numbers": numbers, "class_names": names}
 
 
 def _run_shard(teacher, info, shard, bar, written):
@@ -308,13 +261,15 @@ def _run_shard(teacher, info, shard, bar, written):
 
 def _run_batch(teacher, info, start, bar):
     # A batch is always whole: the samples past the end pad the last one and are cut off by the caller.
+    first, solver = start + info.start, Solver(info.solver, info.spacing)
     with named("noise"):
-        x_T = teacher.noise(info.batch_size, info.seed, start + info.start)
+        x_T = teacher.noise(info.batch_size, info.seed, first)
     tensors = {"z": project(x_T, info.latent_size, info.detail_noise)}
     wanted = list(zip(info.timesteps, info.resolutions))
     # Levels of one state are averaged from the finest of them: areas nest.
     keep = {t: min(x_T.shape[-1] // side for other, side in wanted if other == t) for t, _ in wanted}
-    x_0, kept = teacher.record(x_T, keep, Solver(info.solver, info.spacing), info.steps, info.seed, start + info.start)
+    condition = {"labels": labels_in_turn(info.class_numbers, first, info.batch_size), "guidance": info.guidance}
+    x_0, kept = teacher.record(x_T, keep, solver, info.steps, info.seed, first, **condition)
     for k, (t, side) in enumerate(wanted, 1):
         tensors[f"level_{k:02d}"] = downsample(kept[t], side)
     tensors[f"level_{info.depth:02d}"] = x_0.clamp(-1, 1)
@@ -353,45 +308,9 @@ def _write_shard(out, info, shard, batches, older):
         if not torch.isfinite(tensor).all():
             said = f"{name} of teacher {info.teacher['name']} is not finite in float16"
             raise InputError(f"{said}: its weights or its schedule are damaged")
-    metadata = {"recipe": info.to_json(), "start": shard * info.shard_size, "count": count}
+    start = shard * info.shard_size
+    if info.classes:
+        tensors["labels"] = labels_in_turn(info.class_numbers, info.start + start, count)
+    metadata = {"recipe": info.to_json(), "start": start, "count": count}
     metadata = {**metadata, "digest": digest(tensors)} if older else with_digest(tensors, metadata)
     write_tensors(shard_path(out, shard), tensors, metadata)
-
-
-def _check_existing(out, info):
-    """The shards in ``out``, each whole and of this data set."""
-    paths = sorted(Path(out).glob("shard-*.safetensors"))
-    for path in paths:
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        if not isinstance(metadata["recipe"], dict):
-            raise damaged("shard", path, "it has no recipe", RECORD_AGAIN)
-        changed = differences(info.to_json(), metadata["recipe"])
-        if changed:
-            raise InputError(f"--out {out} holds trajectories made with another {', '.join(changed)}: name another folder")
-        require_digest(f"shard {path}", tensors, metadata, RECORD_AGAIN)
-    return paths
-
-
-def _manifest(out, info):
-    """The manifest of a finished data set. It holds no times and no host: equal descriptions give equal bytes."""
-    sums, entries = {}, []
-    for shard in range(info.num_shards):
-        path = shard_path(out, shard)
-        tensors, metadata = read_tensors(path, "shard", SHARD_KEYS, RECORD_AGAIN)
-        entries.append({"file": path.name, "start": metadata["start"], "count": metadata["count"], "sha256": sha256(path)})
-        for name, tensor in tensors.items():
-            values = tensor.double()
-            moments = torch.stack((values.sum(), values.square().sum(), values.new_tensor(values.numel())))
-            sums[name] = sums.get(name, 0) + moments
-    deviations = {}
-    for name, (total, squares, number) in sums.items():
-        deviations[name] = float((squares / number - (total / number) ** 2).clamp_min(0).sqrt())
-    levels = [name for name in sorted(sums) if name != "z"]
-    manifest = {
-        "format": FORMAT,
-        "recipe": info.to_json(),
-        "standard_deviations": [deviations[name] for name in levels],
-        "latent_standard_deviation": deviations["z"],
-        "shards": entries,
-    }
-    return with_digest({}, manifest)

@@ -123,7 +123,7 @@ def evaluate_student(
         "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
-        "pairs": _pairs(samples, model) if samples.paired else None,
+        "pairs": _pairs(samples, model) if samples.paired and not samples.info.classes else None,
         "models": describe_models(fused, model, drawer, samples.info.solver, samples.info.steps),
         "known_unseen": model.training_record is not None,
     }
@@ -291,7 +291,9 @@ def _recording(config):
 def _draw_teacher(source, drawer, config, cache, progress):
     """The teacher's samples, from the cache or drawn now; the folder's name is a hash of all that they depend on."""
     recording = _recording(config)
-    depends = json.dumps([{**drawer.identity(), "name": None}, asdict(recording)], sort_keys=True)
+    # Classes are none here, and were no fields when the first caches were filled.
+    recorded = {name: value for name, value in asdict(recording).items() if name not in ("classes", "guidance")}
+    depends = json.dumps([{**drawer.identity(), "name": None}, recorded], sort_keys=True)
     folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     if (folder / "manifest.json").exists():
         info = Trajectories(folder, option="the cache's").info

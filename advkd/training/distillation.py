@@ -179,10 +179,10 @@ def _require_fit(data, student, needs, teacher):
         teacher.match(data.info.teacher)
     if needs.grow and (teacher is None or not same_teacher(teacher.identity(), data.info.teacher)):
         raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")
-    if needs.paired and not data.paired:
-        raise InputError(
-            "the trajectories are unpaired (a solver that adds noise: x_0 is not a function of z): record with --solver ddim"
-        )
+    if needs.paired:
+        data.require_paired()
+    if data.info.classes:
+        raise InputError("the trajectories have classes, and this student takes none: record them without --classes")
     info, shape = data.info, student.config
     wanted = {
         "image_size": (info.image_size, shape.image_size),

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from advkd.data.levels import supervising_timesteps
 from advkd.diffusion.loading import CLASSES, Classes
-from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
 from advkd.diffusion.training_schedules import noise_scheduler
@@ -21,7 +20,7 @@ from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.training.teacher import build_unet, train_teacher
 from advkd.training.trainer import Trainer
 
-from ..conftest import tiny_recording, tiny_teacher, tiny_unet
+from ..conftest import tiny_teacher, tiny_unet
 
 
 def copy_with(folder, target, file, **changes):
@@ -118,12 +117,6 @@ def test_classes_that_do_not_fit_the_network_are_refused(tmp_path, classes, reas
     (conditional_folder(tmp_path) / CLASSES).write_text(json.dumps(classes))
     with pytest.raises(InputError, match=reason):
         Teacher.from_pretrained(tmp_path)
-
-
-def test_conditional_teachers_are_not_recorded(tmp_path):
-    with pytest.raises(InputError, match="class-conditional; trajectories are recorded of unconditional teachers"):
-        record_trajectories(Teacher.from_pretrained(conditional_folder(tmp_path / "t")), tiny_recording(), tmp_path / "paths")
-    assert not (tmp_path / "paths").exists()
 
 
 def test_learned_embeddings_of_timesteps_are_read(tmp_path):

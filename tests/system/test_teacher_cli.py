@@ -18,19 +18,8 @@ from advkd.errors import InputError
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.training.noise_power import estimate_noise_power
 
-from ..conftest import tiny_recording, tiny_teacher, tiny_unet
+from ..conftest import tiny_recording, tiny_teacher
 from .test_cli import refused, run
-
-
-@pytest.fixture(scope="module")
-def conditional(tmp_path_factory):
-    """A tiny teacher of the classes a, b and c with a null class."""
-    diffusers = pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("conditional")
-    unet = tiny_unet(num_class_embeds=4)
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
-    (folder / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"], "null": 3}))
-    return folder
 
 
 def differences(folder, images):

@@ -14,6 +14,7 @@ import torch
 
 from advkd.data.dataset_info import same_teacher
 from advkd.data.levels import downsample, supervising_timesteps
+from advkd.data.shards import manifest_of
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion import recorder
 from advkd.diffusion.recorder import record_trajectories
@@ -350,7 +351,7 @@ def in_the_older_form(folder):
     for path in folder.glob("shard-*.safetensors"):
         tensors, metadata = files.read_tensors(path)
         files.write_tensors(path, tensors, {**metadata, "digest": files.digest(tensors)})
-    manifest = recorder._manifest(folder, Trajectories(folder).info)
+    manifest = manifest_of(folder, Trajectories(folder).info)
     files.write_json(folder / "manifest.json", {key: value for key, value in manifest.items() if key != "digest"})
 
 
