@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__
 from ..data.images import load_images, load_labelled
-from ..data.sources import Source, Tensors
+from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.saving import INDEX
@@ -183,7 +183,7 @@ class DenoiserDistiller(Trainer):
         forward, backward = 0, 0
         if (recorded := self._recorded) is not None:
             each = Solver(recorded.info.solver).evaluations(recorded.info.steps)
-            forward = len(recorded) * each * (2 if getattr(recorded.info, "guidance", 0) else 1)
+            forward = len(recorded) * each * (2 if recorded.info.guidance else 1)
         for stage in self.stages[: last.number]:
             ahead, back = self.method.evaluations(stage)
             forward += ahead * stage.updates * stage.batch_size
@@ -218,8 +218,6 @@ def _pairs(run, needs, model, trajectories):
     run.check(trajectories)
     trajectories = Trajectories(*trajectories.folders)
     trajectories.verify()
-    from ..data.sources import RecordedPairs
-
     source = RecordedPairs(trajectories, needs.limit)
     if model.num_classes and trajectories.labels([0]) is None:
         raise InputError("the student is told classes and the trajectories have none: record them with --classes all")
