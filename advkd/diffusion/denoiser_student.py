@@ -84,6 +84,10 @@ class DenoiserStudent:
         sampler: how it draws.
         training_record: record of its training, or None.
 
+    Attributes:
+        trained_as: meaning of the output that the network was trained to give; another one than v prediction where training is
+            to begin with a teacher's weights.
+
     Raises:
         InputError: a model of another prediction, or a sampler that it cannot run.
 
@@ -100,6 +104,7 @@ class DenoiserStudent:
             raise InputError(f"sampler: guidance must be at most the network's {model.most_guidance:g}, got {sampler.guidance}")
         model.program(sampler.solver, sampler.steps)
         self.model, self.sampler, self.training_record = model, sampler, training_record
+        self.trained_as = model.prediction
 
     @classmethod
     def from_teacher(
@@ -134,7 +139,9 @@ class DenoiserStudent:
             config, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0
         )
         model = Teacher(network, scheduler, "student", teacher.classes)
-        return cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
+        student = cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
+        student.trained_as = student.trained_as if channels else teacher.prediction
+        return student
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> "DenoiserStudent":

@@ -12,6 +12,7 @@ METHODS = {
     "adv-kd": "adv_kd.AdvKD",
     "pairs": "pairs.Pairs",
     "reparametrize": "reparametrize.Reparametrize",
+    "progressive": "progressive.Progressive",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

@@ -1,5 +1,6 @@
 """The common part of methods whose student is a denoiser: a network with v prediction on a noise schedule."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.denoiser_student import Sampler
 from ..diffusion.schedule import Schedule
 from ..errors import InputError
-from .base import Method, Settings, Stage, Trained, cosine
+from .base import Kept, Method, Settings, Stage, Trained, cosine
 
 
 @dataclass
@@ -72,13 +73,21 @@ class DenoiserMethod(Method):
     Attributes:
         student: the network, which is trained in place.
         schedule: the noise schedule.
+        clip: x0 is clamped to [-clip, clip] when the student draws; the runner sets it, and the classes.
+        num_classes: number of classes that the student is told; 0 without.
+        null_class: label that stands for no class, or None.
+        starts_from_v: True if training must begin with a network that gives v already.
         origin: JSON values of the network that training begins from and of the teacher, which the runner sets.
     """
 
     students = ("denoiser",)
     requires: ClassVar[str] = "images (--data)"
     inputs: ClassVar[tuple[str, ...]] = ("data", "teacher")
+    starts_from_v: ClassVar[bool] = False
     config: Any
+    clip: float = math.inf
+    num_classes: int = 0
+    null_class: int | None = None
 
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
         config.validate()
@@ -128,19 +137,20 @@ class DenoiserMethod(Method):
         """
         raise NotImplementedError
 
-    def denoiser(self, network: nn.Module) -> Denoiser:
-        """The posterior means of a network, which are not clamped: a clamped one has no gradient.
+    def denoiser(self, network: nn.Module, clip: float = math.inf) -> Denoiser:
+        """The posterior means of a network, its own eps where x0 is clamped; a clamped x0 has no gradient.
 
         Args:
             network: of the student's kind.
+            clip: x0 is clamped to [-clip, clip]; infinity clamps nothing.
 
         Returns:
             Denoiser of variance-preserving states; gradients flow.
         """
-        return Denoiser(network, self.schedule, "v_prediction")
+        return Denoiser(network, self.schedule, "v_prediction", clip, clipped_eps=False)
 
     def dropped(self, labels: Any, draw: Draw, share: float) -> Any:
-        """Labels, some replaced by the teacher's null class, so that the student learns it, too.
+        """Labels, some replaced by the null class, so that the student learns it, too.
 
         Args:
             labels: ``(N,)`` classes, or None.
@@ -148,9 +158,9 @@ class DenoiserMethod(Method):
             share: probability of the null class.
 
         Returns:
-            ``(N,)`` classes; ``labels`` themselves where the teacher has no null class.
+            ``(N,)`` classes; ``labels`` themselves where neither student nor teacher has a null class.
         """
-        null = getattr(self.teacher, "null_class", None)
+        null = getattr(self.teacher, "null_class", None) if self.null_class is None else self.null_class
         if labels is None or null is None or not share:
             return labels
         return labels.masked_fill(draw.uniform("null class") < share, null)
@@ -166,12 +176,28 @@ class DenoiserMethod(Method):
             :class:`~advkd.methods.base.Trained` with the configuration's numbers.
         """
         config = self.config
-        image_like = any(parameter.ndim == 4 for parameter in module.parameters())
         return Trained(
             module.train().requires_grad_(True),
             config.learning_rate,
             schedule=lambda update: cosine(update, updates, config.final_learning_rate),
             clip=config.clip,
             average=config.ema,
-            memory_format=torch.channels_last if image_like else torch.preserve_format,
+            memory_format=_layout(module),
         )
+
+    def frozen(self, module: nn.Module) -> Kept:
+        """A network that teaches, in eval mode, without gradients.
+
+        Args:
+            module: the network.
+
+        Returns:
+            :class:`~advkd.methods.base.Kept`.
+        """
+        return Kept(module.eval().requires_grad_(False), _layout(module))
+
+
+def _layout(module):
+    """Convolutions are faster with channels last."""
+    image_like = any(parameter.ndim == 4 for parameter in module.parameters())
+    return torch.channels_last if image_like else torch.preserve_format

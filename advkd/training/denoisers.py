@@ -116,9 +116,16 @@ class DenoiserDistiller(Trainer):
             raise InputError(f"{method} trains a {kind.students[0]}, not a denoiser student")
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
+        if getattr(kind, "starts_from_v", False) and student.trained_as != "v_prediction":
+            raise InputError(
+                f"{method} begins with a network that gives v, and this one's weights are of {student.trained_as}: "
+                "run 'advkd distill reparametrize' first and name its result by --init"
+            )
         self._start_student, self._recorded = student, trajectories
-        run = kind(config, DenoiserNetwork(student.model.unet), student.model.schedule)
-        run.teacher = teacher
+        model = student.model
+        run = kind(config, DenoiserNetwork(model.unet), model.schedule)
+        run.teacher, run.clip = teacher, model.clip
+        run.num_classes, run.null_class = model.num_classes, model.null_class
         needs = run.needs()
         if needs.teacher and teacher is None:
             raise InputError(f"{method} needs a teacher: name it by --teacher")
