@@ -1,4 +1,4 @@
-"""Progressive distillation: affine students of Gaussian data keep the sampler's map, round by round; folders run in diffusers."""
+"""Progressive distillation: affine students of Gaussian data keep the sampler's map by rounds; folders run in diffusers."""
 
 import pytest
 import torch
