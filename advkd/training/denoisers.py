@@ -131,8 +131,8 @@ class DenoiserDistiller(Trainer):
             raise InputError(f"{method} needs a teacher: name it by --teacher")
         if teacher is not None:
             _require_alike(student, teacher)
-        taught = {} if teacher is None else {"taught_by": teacher.identity()}
-        run.origin = {"begins_with": digest(student.model.unet.state_dict()), **taught}
+        taught = {} if teacher is None else {"teacher": teacher.identity()}
+        run.origin = {"init": digest(student.model.unet.state_dict()), **taught}
         source = _source(run, needs, student, data, trajectories)
         super().__init__(
             run,
