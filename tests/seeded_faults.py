@@ -181,8 +181,8 @@ one-noise-for-all-steps | advkd/diffusion/renoising.py | tests/system/test_sampl
 + noise=(seed, indices, 1)
 
 noise-of-another-folder | advkd/data/trajectories.py | tests/system/test_distill.py -k "two_folders or latent_of or pairs_made"
-- [self.parts[part]["start"] + row]
-+ [row]
+- wanted[places] - first + part["start"]
++ wanted[places] - first
 
 shift-never-the-last | advkd/data/draws.py | tests/system/test_distill.py -k shift
 - words % (2 * reach + 1)
