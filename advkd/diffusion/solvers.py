@@ -3,8 +3,8 @@
 A :class:`Solver` holds a method's name and its numbers; :meth:`Solver.program` writes the run. The probability-flow equation is
 solved by ``euler``, ``ddim`` (the same step; it uses the network's noise where x0 is clipped, as diffusers does), ``heun``,
 ``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise is added by
-``ddpm``, ``ddim`` with ``eta``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``, ``analytic-ddim`` and ``heun``
-with ``churn``.
+``ddpm``, ``ddim`` with ``eta``, ``ddim-renoised``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``,
+``analytic-ddim`` and ``heun`` with ``churn``.
 """
 
 import dataclasses
@@ -71,6 +71,7 @@ METHODS = {
     "unipc-1": Method(2, least=2, paper="Zhao et al. 2023, UniPC-1, bh2"),
     "unipc-2": Method(3, least=3, paper="Zhao et al. 2023, UniPC-2, bh2"),
     "unipc-3": Method(4, least=4, paper="Zhao et al. 2023, UniPC-3, bh2", first=3),
+    "ddim-renoised": Method(0, paper="Meng et al. 2023, On distillation of guided diffusion models, N-step stochastic sampler"),
     "euler-maruyama": Method(0, paper="Song et al. 2021, eq. 6"),
     "predictor-corrector": Method(0, 2, paper="Song et al. 2021, algorithms 1 and 4"),
     "analytic-ddpm": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDPM's mean"),
@@ -85,7 +86,7 @@ class Solver:
 
     Attributes:
         name: method: ddim, ddpm, euler, heun, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to unipc-3,
-            euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis, unipc.
+            ddim-renoised, euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis, unipc.
         spacing: of the levels: leading, trailing, linspace, karras, log_snr or dpdm (empty: leading for ddim and ddpm, trailing
             for the others).
         rho: exponent of the ``karras`` spacing.
@@ -249,7 +250,9 @@ class Solver:
             remembered, weights, kind = _MULTISTEP[self.name]
             return list(multistep(writer, levels, remembered, weights, kind))
         steps_of = partial(_SINGLE[self.name], self, writer, schedule=schedule, variance=variance, noise_power=noise_power)
-        return [e for pair in pairwise([*levels, IMAGE]) for e in steps_of(*pair, steps=steps, last=levels[-1])]
+        ends = [*levels[1:], IMAGE, IMAGE]
+        triples = zip(levels, ends, ends[1:])
+        return [e for a, b, c in triples for e in steps_of(a, b, beyond=c, steps=steps, last=levels[-1])]
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Solver)}
@@ -275,6 +278,16 @@ _MULTISTEP: dict[str, tuple[int, Callable[[Sequence[Level], Level], Weights], st
 def _ddim(solver, writer, level, following, **_):
     a, after = level.alpha_bar, following.alpha_bar
     yield Evaluation(level, ddim_coefficients(a, after, writer.prediction, solver.eta, writer.clip), following)
+
+
+def _ddim_renoised(solver, writer, level, following, beyond, **_):
+    """DDIM to the level after the next one, and noise back up to the next one."""
+    step = ddim_coefficients(level.alpha_bar, beyond.alpha_bar, writer.prediction, clip=writer.clip)
+    if following.noise == 0:
+        yield Evaluation(level, step, following)
+        return
+    yield Evaluation(level, step)
+    yield dataclasses.replace(writer.add_noise(beyond, following), end=following)
 
 
 def _ddpm(solver, writer, level, following, variance, **_):
@@ -324,6 +337,7 @@ def _analytic(solver, writer, level, following, noise_power, last, **_):
 
 _SINGLE: dict[str, Callable[..., Iterator[Evaluation]]] = {
     "ddim": _ddim,
+    "ddim-renoised": _ddim_renoised,
     "ddpm": _ddpm,
     "euler": _euler,
     "heun": _heun,

@@ -27,6 +27,7 @@ SOLVERS = {
     "ddim, eta 0": Solver("ddim"),
     "ddim, eta 0.5": Solver("ddim", eta=0.5),
     "ddim, eta 1": Solver("ddim", "trailing", eta=1.0),
+    "ddim-renoised": Solver("ddim-renoised"),
     "euler-maruyama": Solver("euler-maruyama", "log_snr"),
     "predictor-corrector": Solver("predictor-corrector", "log_snr", snr=0.3),
     "heun": Solver("heun", "karras"),
@@ -42,17 +43,18 @@ def gaussian(schedule, mean=MEAN, variance=VARIANCE):
     return GaussianTeacher(double([mean]), double([variance]), schedule)
 
 
-def moments(program, first):
+def denoised(weights, level, one):
+    """The exact posterior mean."""
+    mean, variance = marginal(level)
+    return MEAN * one + level.alpha * VARIANCE / variance * (weights - mean * one)
+
+
+def moments(program, first, network=denoised):
     """Mean and variance after every step of a run whose first state has the moments ``first``."""
     size = 2 + len(program)
     basis = iter(torch.eye(size, dtype=torch.float64))
     one, x_T = next(basis), next(basis)
-
-    def denoised(weights, level):
-        mean, variance = marginal(level)
-        return MEAN * one + level.alpha * VARIANCE / variance * (weights - mean * one)
-
-    states = walk(program, x_T, denoised, draw=lambda: next(basis))
+    states = walk(program, x_T, lambda weights, level: network(weights, level, one), draw=lambda: next(basis))
     for weights in [state for state, e in zip(states, program) if e.end is not None]:
         constant, start, *noise = weights.tolist()
         yield constant + start * first[0], start**2 * first[1] + math.fsum(w * w for w in noise)
@@ -61,9 +63,24 @@ def moments(program, first):
 def expected(solver, schedule, levels, first, variance="fixed_small"):
     """The same by the papers' formulas, in mean and variance of the state."""
     mean, var = first
+    if solver.name == "ddim-renoised":
+        yield from renoised([*levels, IMAGE], mean, var)
+        return
     for level, following in pairwise([*levels, IMAGE]):
         mean, var = STEPS[solver.name](solver, schedule, level, following, mean, var, len(levels), variance)
         yield mean, var
+
+
+def renoised(levels, mean, var):
+    """A double step of DDIM in y = x / alpha, D + sigma'' / sigma (y - D), then noise up to sigma' of the level passed over."""
+    sigma, alpha = [level.sigma for level in levels], [level.alpha for level in levels]
+    mean, var = mean / alpha[0], var / alpha[0] ** 2
+    for i in range(len(levels) - 1):
+        far = min(i + 2, len(levels) - 1)
+        gain = VARIANCE / (VARIANCE + sigma[i] ** 2)
+        factor = gain + sigma[far] / sigma[i] * (1 - gain)
+        mean, var = MEAN + factor * (mean - MEAN), factor**2 * var + sigma[i + 1] ** 2 - sigma[far] ** 2
+        yield alpha[i + 1] * mean, alpha[i + 1] ** 2 * var
 
 
 def affine(level, a_0, a_x, mean, var, noise=0.0):
@@ -203,6 +220,25 @@ def test_analytic_marginals_are_exact(name, spacing, steps):
         assert_close(moments(program, marginal(levels[0])), wanted, tolerance)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_renoised_steps_of_the_exact_flow_keep_the_marginals(steps):
+    """A network whose double step is the flow's own map: the noise after it gives the marginal of the level passed over."""
+    schedule, solver = SCHEDULES["linear"], Solver("ddim-renoised", "trailing")
+    levels = solver.levels(schedule, steps)
+    far = dict(zip(levels, [*levels[2:], IMAGE, IMAGE]))
+
+    def distilled(weights, level, one):
+        (mean, variance), (mean_after, variance_after) = marginal(level), marginal(far[level])
+        after = mean_after * one + math.sqrt(variance_after / variance) * (weights - mean * one)
+        ratio = far[level].noise / level.noise
+        return (after - ratio * weights) / (far[level].alpha - ratio * level.alpha)
+
+    found = moments(solver.program(schedule, steps, "sample"), marginal(levels[0]), distilled)
+    assert_close(found, [marginal(level) for level in [*levels[1:], IMAGE]])
+    exact = moments(solver.program(schedule, steps, "sample"), marginal(levels[0]))
+    assert abs(list(exact)[-1][1] - VARIANCE) > 0.01
+
+
 @pytest.mark.parametrize("ancestral", [True, False])
 def test_analytic_variance_is_right_in_the_mean_over_directions(ancestral):
     """With several variances E|eps|^2 is their mean: one step from the marginal keeps the covariance's trace, not its parts."""
@@ -221,14 +257,16 @@ FALSE_ALARM = 1e-6
 """Probability that a right program fails in any of the comparisons of :func:`test_sampled_moments`, all of them together."""
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim, eta 1", "euler-maruyama", "predictor-corrector", "heun, churn"])
+@pytest.mark.parametrize(
+    "name", ["ddpm", "ddim, eta 1", "ddim-renoised", "euler-maruyama", "predictor-corrector", "heun, churn"]
+)
 def test_sampled_moments(name):
     """Samples of the real loop: mean by the normal law, variance by chi^2."""
     solver, schedule = SOLVERS[name], SCHEDULES["cosine"]
     teacher = gaussian(schedule)
     found = [x for _, x in teacher.path(teacher.noise(PATHS, seed=3), solver, STEPS_OF_A_PATH, seed=4)]
     wanted = moments(solver.program(schedule, STEPS_OF_A_PATH, "sample"), (0.0, 1.0))
-    least = FALSE_ALARM / (5 * STEPS_OF_A_PATH * 2)
+    least = FALSE_ALARM / (6 * STEPS_OF_A_PATH * 2)
     for x, (mean, var) in zip(found, wanted):
         z = (x.mean().item() - mean) / math.sqrt(var / PATHS)
         square = (x - x.mean()).square().sum().item() / var
