@@ -7,20 +7,18 @@ from typing import Any
 import torch
 
 from ..data.images import describe_shape
+from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.solvers import Solver
+from ..diffusion.students import load_student
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.student import Student
 from ..runtime.files import digest, restoring
 from .evaluate import has_seen
-from .kept_images import KeptSet, Run, solver_identity, solver_set
+from .kept_images import KeptSet, Run, solver_set
 
 UNKNOWN = "not recorded"
 """Method of a student without a training record."""
-
-
-def load_student(source: str, device: str | torch.device = "cpu") -> Any:
-    return Student.from_pretrained(source, device)
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def _require_comparable(source, student, setting):
     shape = tuple(setting.teacher.shape)
     if (found := _shape(student)) != shape:
         raise InputError(f"students: {source} draws {describe_shape(found)} images, the teacher {describe_shape(shape)} ones")
-    if not isinstance(student, Student) and student.num_classes and student.null_class is None:
+    if isinstance(student, DenoiserStudent) and student.model.num_classes and student.model.null_class is None:
         raise InputError(f"students: {source} has no null class: its images of no class cannot be drawn")
     with restoring("the training record of", source):
         for seed, set_ in ((setting.seed, "sets"), (setting.seed + 1, "reference")):
@@ -175,7 +173,7 @@ def _require_comparable(source, student, setting):
 def _shape(student):
     if isinstance(student, Student):
         return (student.config.image_channels, student.config.image_size, student.config.image_size)
-    return tuple(student.shape)
+    return tuple(student.model.shape)
 
 
 def _student(source, student, evaluations, setting):
@@ -188,7 +186,7 @@ def _student(source, student, evaluations, setting):
 
 
 def _generator(source, student, evaluations, setting, **known):
-    """A one-pass student through its fused engine, on the projections of the start setting."""
+    """A one-pass student through its fused engine, on the projections of the start noise."""
     if evaluations > 1:
         raise InputError(f"students: {source} draws in one pass: leave @{evaluations} out")
     # Without a search: figures must not depend on the noise of a measurement.
@@ -206,23 +204,24 @@ def _generator(source, student, evaluations, setting, **known):
 
 
 def _denoiser(source, student, evaluations, setting, **known):
-    solver, steps = student.sampler.solver, student.sampler.steps
+    """A student of few steps by its own solver, with its own number of steps or another one."""
+    model, solver, steps = student.model, student.sampler.solver, student.sampler.steps
     if evaluations:
-        run = Run.of_evaluations(solver, evaluations, student, setting.seed, setting.num)
-        steps = run.steps
+        steps = Run.of_evaluations(solver, evaluations, model, setting.seed, setting.num).steps
+    count = solver.evaluations(steps)
     try:
-        student.program(solver, steps)
+        model.program(solver, steps)
     except InputError as error:
-        raise InputError(f"students: {source} cannot take {solver.evaluations(steps)} evaluations ({error})") from error
+        raise InputError(f"students: {source} cannot take {count} evaluations ({error})") from error
 
-    def draw(count, first):
-        return student.sample(count, setting.seed, steps, first)
+    def draw(number, first):
+        return student.sample(number, setting.seed, steps, first)
 
     identity = {**student.identity(), "name": None}
-    depends = [identity, solver_identity(solver), steps, setting.seed, setting.batch_size]
+    depends = [identity, steps, setting.seed, setting.batch_size]
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
-    parameters, count = student.num_parameters(), solver.evaluations(steps)
-    return Sampler(source, kept, lambda n: draw(n, 0), parameters, count, identity["weights_sha256"], **known)
+    weights = identity["weights_sha256"]
+    return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
 
 
 def method_of(record: dict[str, Any] | None) -> str:
