@@ -43,7 +43,7 @@ def models(tmp_path_factory):
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, prediction_type="v_prediction")
     for seed, (name, classes) in enumerate({"four": 0, "other": 0, "told": 3}.items()):
         torch.manual_seed(seed)
-        teacher = Teacher(build_unet(32, 1, (8, 8), classes), scheduler)
+        teacher = Teacher(build_unet(32, 1, (8, 8, 8, 8), classes), scheduler)
         student = DenoiserStudent.from_teacher(teacher, sampler=Sampler(Solver("ddim", "trailing"), 4))
         student.training_record = record(forward=90, backward=30)
         student.save_pretrained(folder / name)
@@ -60,8 +60,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def among_models(models, monkeypatch):
-    """Students by their short names."""
+    """Students by their short names; times of two images."""
     monkeypatch.chdir(models)
+    monkeypatch.setattr(compare, "TIMED", 2)
 
 
 def run(folder, cache=None, **values):
