@@ -108,8 +108,9 @@ def reading(result: dict[str, Any]) -> str:
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "
         f"differences have intervals of their own.{spread} The floor, {result['floor']:.4f}, is the mean distance of random "
-        f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are of batches of "
-        f"{result['batch_size']}, all rows in turn. Training cost counts network evaluations."
+        f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are medians of "
+        f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
+        "network evaluations."
     )
 
 
@@ -141,10 +142,10 @@ def write_pages(result: dict[str, Any], pictures: dict[str, torch.Tensor], out: 
     body = [table_of(titles, rows), f"<p>{reading(result)}</p>"]
     body += [figure(out / "distances.png", "Distance to real images by network evaluations, with 95 % intervals.")]
     body += ["<h2>The same start noises</h2>"]
-    for i, (name, images) in enumerate(pictures.items(), 1):
-        path = out / f"pictures-{i:02d}.png"
+    for i, row in enumerate(result["rows"], 1):
+        path, images = out / f"pictures-{i:02d}.png", pictures[row["name"]]
         save_grid(normalize(images), path, columns=len(images))
-        body.append(figure(path, name))
+        body.append(figure(path, f"{row['name']}: {row['method']}, network evaluations: {row['evaluations']}"))
     body += ["<h2>Where this was measured</h2>", provenance_of(result)]
     write_bytes(out / "comparison.html", self_contained("Students and solvers", body).encode())
 
