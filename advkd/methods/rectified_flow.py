@@ -96,6 +96,18 @@ class RectifiedFlow(DenoiserMethod):
         super().__init__(config, student, schedule)
         self._flow, self._distance = self.denoiser(student), DISTANCES[config.distance]
 
+    def check(self, data: Any) -> None:
+        """Refuse trajectories of which there are fewer than asked for.
+
+        Args:
+            data: the trajectories.
+
+        Raises:
+            InputError: ``pairs`` above their number.
+        """
+        if self.config.pairs > len(data):
+            raise InputError(f"pairs must be at most the {len(data)} trajectories, got {self.config.pairs}")
+
     def needs(self) -> Needs:
         """Images, pairs or neither, as the run has them; a teacher with ``two_step``.
 

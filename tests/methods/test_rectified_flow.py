@@ -7,20 +7,39 @@ import pytest
 import torch
 from torch import nn
 
+from advkd import Teacher, Trajectories
 from advkd.data.draws import Draw
 from advkd.data.sources import Batch, Tensors
 from advkd.diffusion.denoiser import Denoiser
+from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
 from advkd.diffusion.exact import GaussianTeacher, MixtureTeacher
+from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import Solver
+from advkd.errors import InputError
 from advkd.methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig, straightness, two_steps, velocity
+from advkd.training.denoisers import DenoiserDistiller, distill_denoiser
 from advkd.training.trainer import Trainer
 
+from ..conftest import tiny_recording, tiny_teacher, tiny_unet
 from ..diffusion.runs import double, end, exact_network
 
 MEAN, VARIANCE = double([0.4, -0.7]), double([0.3, 1.6])
 SCHEDULE = Schedule.linear()
 TEACHER = GaussianTeacher(MEAN, VARIANCE, SCHEDULE)
+
+
+def tiny_run(data, out, seed=0, weights=0, **options):
+    """Six updates of a UNet on recorded pairs, annealed, with targets of a flow beside them."""
+    config = RectifiedFlowConfig(updates=6, batch_size=8, checkpoint_every=2, steps=1, anneal=0.5, two_step=0.5, seed=seed)
+    student, teacher = tiny_denoiser(seed + weights), tiny_denoiser(7).model
+    return DenoiserDistiller("rectified-flow", config, student, out, teacher, None, Trajectories(data), **options)
+
+
+def tiny_denoiser(seed=0):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
+    return DenoiserStudent(Teacher(tiny_unet(seed=seed), scheduler, "tiny"), Sampler())
 
 
 class Affine(nn.Module):
@@ -281,3 +300,72 @@ def test_straightness():
     wanted = (torch.stack(found) - (y - z)).square().mean().item()
     assert straightness(TEACHER, z, steps=steps) == pytest.approx(wanted, rel=1e-10)
     assert straightness(TEACHER, z) == pytest.approx(wanted, rel=0.1)
+
+
+def tiny_images(n=16):
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_flow_from_images_and_its_reflow(tmp_path):
+    """A student of eight steps, its straightness on record, records the pairs of the next one."""
+    config = RectifiedFlowConfig(updates=2, batch_size=8, tau="u-shaped", distance="huber")
+    first = distill_denoiser("rectified-flow", config, tiny_denoiser(), tmp_path / "1", data=tiny_images(), progress=False)
+    loaded = DenoiserStudent.from_pretrained(tmp_path / "1")
+    assert loaded.sampler == first.sampler == Sampler(Solver("ddim", "flow"), 8) and loaded.evaluations == 8
+    for steps in (None, 1, 3):
+        images = loaded.sample(2, seed=1, steps=steps)
+        assert images.isfinite().all() and torch.equal(images, first.sample(2, seed=1, steps=steps))
+    run = loaded.training_record["runs"][-1]
+    assert run["method"] == "rectified-flow" and run["cost"] == {"forward": 16, "backward": 16}
+    assert run["straightness"] == pytest.approx(straightness(first.model, first.model.noise(64)), rel=1e-5)
+    recording = tiny_recording(solver="unipc", steps=4)
+    pairs = record_trajectories(Teacher.from_pretrained(tmp_path / "1"), recording, tmp_path / "pairs", progress=False)
+    config = RectifiedFlowConfig(updates=2, batch_size=8, steps=2, pairs=20)
+    found = distill_denoiser("rectified-flow", config, loaded, tmp_path / "2", trajectories=pairs, progress=False)
+    assert found.sampler.steps == found.evaluations == 2
+    runs = found.training_record["runs"]
+    assert [run["method"] for run in runs] == ["rectified-flow"] * 2 and "straightness" not in runs[1]
+    assert runs[1]["cost"] == {"forward": 24 * 4 + 16, "backward": 16}
+
+
+def test_a_student_of_a_flow_alone(tmp_path):
+    config = RectifiedFlowConfig(updates=2, batch_size=8, steps=1, two_step=1.0)
+    teacher = tiny_denoiser(1).model
+    student = distill_denoiser("rectified-flow", config, tiny_denoiser(), tmp_path, teacher=teacher, progress=False)
+    assert student.evaluations == 1 and student.sample(2).isfinite().all()
+    assert student.training_record["runs"][0]["cost"] == {"forward": 48, "backward": 16}
+
+
+BAD = {"steps": -1, "tau": "normal", "anneal": 1.0, "two_step": -0.5, "distance": "kl", "pairs": -1, "updates": 0, "ema": 1.0}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_numbers_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} must be"):
+        RectifiedFlowConfig(**{name: BAD[name]}).validate()
+
+
+def test_numbers_that_do_not_go_together_are_refused():
+    with pytest.raises(InputError, match="tau is of a flow: a student of 4 steps is trained at their times"):
+        RectifiedFlowConfig(steps=4, tau="u-shaped").validate()
+    with pytest.raises(InputError, match="two_step is for students of one step: add --steps 1"):
+        RectifiedFlowConfig(two_step=1.0).validate()
+
+
+def test_data_that_cannot_be_trained_on_is_refused(trajectories, unpaired, tmp_path):
+    """One line before work starts."""
+
+    def refused(message, teacher=None, data=None, trajectories=None, **options):
+        config = RectifiedFlowConfig(**{"batch_size": 8, **options})
+        with pytest.raises(InputError, match=message):
+            given = {"teacher": teacher, "data": data, "trajectories": trajectories}
+            distill_denoiser("rectified-flow", config, tiny_denoiser(), tmp_path / "out", **given)
+
+    refused("needs images .--data., pairs .--trajectories., or --two-step with a flow as --teacher")
+    refused("anneal leads to recorded pairs: name them by --trajectories", data=tiny_images(), anneal=0.5)
+    refused("the trajectories are unpaired", trajectories=unpaired)
+    refused("pairs must be at most the 24 trajectories, got 25", trajectories=trajectories, pairs=25)
+    refused("rectified-flow needs a teacher", steps=1, two_step=1.0)
+    refused("two_step needs a flow as its teacher", tiny_teacher(), steps=1, two_step=1.0)
+    refused("leave --data out, or leave out --trajectories", data=tiny_images(), trajectories=trajectories)
+    assert not (tmp_path / "out").exists()
