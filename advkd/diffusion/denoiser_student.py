@@ -14,20 +14,16 @@ import torch
 from ..config import build_config
 from ..errors import InputError
 from ..models.denoiser import with_condition
+from ..models.saving import SAMPLER, TRAINING
+from ..models.student import Student
 from ..ops.arguments import whole
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
 from .loading import EMBEDDED
 from .networks import build_unet
-from .saving import write_pipeline
+from .saving import INDEX, write_pipeline
 from .solvers import Solver
 from .teacher import Teacher
-
-SAMPLER = "sampler.json"
-"""File beside ``model_index.json`` with a student's :class:`Sampler`."""
-
-TRAINING = "training.json"
-"""File with the record of a student's training."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,10 @@ class Sampler:
             InputError: an unknown key, or a value that cannot be.
         """
         own = {key: values[key] for key in ("steps", "guidance") if key in values}
-        numbers = {"name" if key == "solver" else key: value for key, value in values.items() if key not in own}
-        solver = build_config(Solver, numbers, where)
+        numbers = {key: value for key, value in values.items() if key not in (*own, "solver")}
+        if "name" in numbers:
+            raise InputError(f"{where}: unknown key 'name' (a solver's is called 'solver')")
+        solver = build_config(Solver, {**numbers, "name": values.get("solver", Solver.name)}, where)
         sampler = build_config(cls, {**own, "solver": solver}, where)
         if sampler.steps < 1 or not 0 <= sampler.guidance < math.inf:
             raise InputError(f"{where}: steps must be at least 1 and guidance not negative, got {values}")
@@ -155,13 +153,24 @@ class DenoiserStudent:
             Student in eval mode.
 
         Raises:
-            InputError: missing or damaged files, or a folder without ``sampler.json``: a teacher's.
+            InputError: missing or damaged files, or a folder without ``sampler.json``: a generator's or a teacher's.
         """
         folder = resolve(source, EMBEDDED, "student", ["*.json", "*/*.json"])
         if not os.path.lexists(folder / SAMPLER):
-            raise InputError(f"student {source} has no {SAMPLER}: it is a teacher, or no finished student")
-        sampler = Sampler.from_json(read_json(folder / SAMPLER, "sampler"), str(folder / SAMPLER))
-        record = read_json(folder / TRAINING, "training record") if os.path.lexists(folder / TRAINING) else None
+            why = (
+                "is a generator: advkd.load_student loads either kind"
+                if _is_generator(source, folder)
+                else (f"has no {SAMPLER}: it is a teacher, or no finished student")
+            )
+            raise InputError(f"student {source} {why}")
+        if not os.path.lexists(folder / INDEX):
+            raise InputError(f"student {source} has no {INDEX}: its saving was cut off, save it again")
+        values, record = read_json(folder / SAMPLER, "sampler", ("solver", "steps", "guidance")), None
+        sampler = Sampler.from_json(values, str(folder / SAMPLER))
+        if os.path.lexists(folder / TRAINING):
+            record = read_json(folder / TRAINING, "training record", Student.training_keys)
+            if not Student.is_record(record):
+                raise InputError(f"training record {folder / TRAINING} is damaged: restore or fetch a copy of it")
         return cls(Teacher.from_pretrained(source, device), sampler, record)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -255,6 +264,43 @@ class DenoiserStudent:
         Raises:
             InputError: a number of images or steps, a seed, classes or a weight that cannot be.
         """
+        x_T = self.latents(whole("n", n, least=1), seed, start)
+        return self.draw(x_T, steps, seed, start, labels=labels, guidance=guidance)
+
+    def draw(
+        self,
+        x_T: torch.Tensor,
+        steps: int | None = None,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Images of start noise that is given.
+
+        Args:
+            x_T: ``(N, C, H, W)`` start noise, as :meth:`latents` gives it.
+            steps: as for :meth:`sample`.
+            seed: key of the step noise, of samplers that add any.
+            start: index of the first image, for the step noise.
+            labels: as for :meth:`sample`.
+            guidance: as for :meth:`sample`.
+
+        Returns:
+            ``(N, C, H, W)`` float32 in [-1, 1] on the network's device.
+
+        Raises:
+            InputError: start noise of another shape, or a number of steps, a seed, classes or a weight that cannot be.
+        """
         steps = self.sampler.steps if steps is None else whole("steps", steps, least=1)
         weight = self.sampler.guidance if guidance is None else guidance
-        return self.model.sample(n, seed, self.sampler.solver, steps, start, labels=labels, guidance=weight)
+        return self.model.draw(x_T, self.sampler.solver, steps, seed, start, (labels, weight, None))
+
+
+def _is_generator(source, folder):
+    """True for a :class:`Student`, or a pipeline around one."""
+    if str(source) in Student.embedded or (folder / "student").is_dir():
+        return True
+    path = folder / "config.json"
+    return path.is_file() and read_json(path, "student configuration").get("_class_name") == "Student"
