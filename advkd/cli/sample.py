@@ -101,7 +101,7 @@ def sample_denoiser(
     require_output(out)
     model = DenoiserStudent.from_pretrained(student, require_device(device))
     sampler, steps = model.sampler, model.sampler.steps if steps is None else steps
-    weight = guidance if guidance is not None else sampler.guidance if classes is not None else 0.0
+    weight = model.weight(classes, guidance)
     labels = _classes(classes, model.model, None, weight)
     model.model.check_run(len(labels) or 1, sampler.solver, steps, labels=labels or None, guidance=weight)
 

@@ -33,7 +33,7 @@ class Sampler:
     Attributes:
         solver: its solver, with the spacing or the levels at which the network was trained.
         steps: number of its steps.
-        guidance: weight w of a network that takes it, where none is asked for.
+        guidance: weight w of guidance towards classes, where none is asked for.
     """
 
     solver: Solver = Solver("ddim", spacing="trailing")
@@ -133,21 +133,24 @@ class DenoiserStudent:
             network = copy.deepcopy(unet).float().requires_grad_(True)
         if guidance > teacher.most_guidance:
             network = with_condition(network, guidance)
-        scheduler = DDIMScheduler.from_config(
-            config, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0
-        )
+        # As the solvers do: the last step ends at the image itself, not at the first timestep.
+        changes = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        scheduler = DDIMScheduler.from_config(config, prediction_type="v_prediction", **changes)
         model = Teacher(network, scheduler, "student", teacher.classes)
         student = cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
         student.trained_as = student.trained_as if channels else teacher.prediction
         return student
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> "DenoiserStudent":
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "DenoiserStudent":
         """Load a student.
 
         Args:
             source: a folder of ``advkd distill``, or a hub id (owner/name).
             device: where the network is put.
+            dtype: of the network's weights and input; states stay float32.
 
         Returns:
             Student in eval mode.
@@ -171,7 +174,7 @@ class DenoiserStudent:
             record = read_json(folder / TRAINING, "training record", Student.training_keys)
             if not Student.is_record(record):
                 raise InputError(f"training record {folder / TRAINING} is damaged: restore or fetch a copy of it")
-        return cls(Teacher.from_pretrained(source, device), sampler, record)
+        return cls(Teacher.from_pretrained(source, device, dtype), sampler, record)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the student; what the folder had of an earlier one goes.
@@ -256,7 +259,8 @@ class DenoiserStudent:
                 one.
             start: index of the first image.
             labels: ``(n,)`` classes, or one for all; None: no class.
-            guidance: weight w of a network that takes it (None: the sampler's); of another one, of classifier-free guidance.
+            guidance: weight w of a network that takes it; of another one, of classifier-free guidance. None: the sampler's, or
+                0 without classes.
 
         Returns:
             ``(n, C, H, W)`` float32 in [-1, 1] on the network's device. Order of differentiability 0.
@@ -294,8 +298,22 @@ class DenoiserStudent:
             InputError: start noise of another shape, or a number of steps, a seed, classes or a weight that cannot be.
         """
         steps = self.sampler.steps if steps is None else whole("steps", steps, least=1)
-        weight = self.sampler.guidance if guidance is None else guidance
-        return self.model.draw(x_T, self.sampler.solver, steps, seed, start, (labels, weight, None))
+        condition = (labels, self.weight(labels, guidance), None)
+        return self.model.draw(x_T, self.sampler.solver, steps, seed, start, condition)
+
+    def weight(self, labels: Any, guidance: float | None = None) -> float:
+        """Weight of guidance of a call.
+
+        Args:
+            labels: its classes, or None.
+            guidance: its weight, or None.
+
+        Returns:
+            ``guidance``; where that is None, the sampler's, which is towards classes, or 0 without any.
+        """
+        if guidance is not None:
+            return guidance
+        return 0.0 if labels is None else self.sampler.guidance
 
 
 def _is_generator(source, folder):
