@@ -22,6 +22,14 @@ from .distill import distill
 from .evaluate import evaluate
 from .options import computing, device_option, options
 
+OWNERS = {
+    "interpolate": ("student",),
+    **dict.fromkeys(("backend", "dtype"), ("generator student",)),
+    **dict.fromkeys(("steps", "classes", "guidance"), ("teacher", "denoiser student")),
+    "classifier": ("teacher",),
+}
+"""Kinds of models that an option of ``advkd sample`` is for; a solver's numbers, which are not here, are for teachers."""
+
 
 class _Commands(click.Group):
     """Errors that a user can mend are one line and exit code 2 (a run that diverged: 1), not a traceback."""
@@ -169,13 +177,17 @@ main.add_command(distill)
 @click.option("-n", "--num", "n", default=16, show_default=True, help="Number of images.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image; its name may end in a slash).")
-@click.option("--interpolate", is_flag=True, help="A student's spherical walk between the seed's first two latents.")
+@click.option("--interpolate", is_flag=True, help="A student's spherical walk between the seed's first two noises.")
 @click.option("--batch-size", default=64, show_default=True, help="Images per pass.")
-@click.option("--backend", help="A student's: auto (the default), reference, cpu, triton or cuda.")
-@click.option("--dtype", help="A student's: float32 (the default), bfloat16, float16 or float64.")
-@click.option("--steps", type=int, help="A teacher's steps (default: 50 for ddim, all for ddpm, 10 for the others).")
+@click.option("--backend", help="A generator's: auto (the default), reference, cpu, triton or cuda.")
+@click.option("--dtype", help="A generator's: float32 (the default), bfloat16, float16 or float64.")
 @click.option(
-    "--classes", help="Names of a teacher's or classifier's classes, separated by commas, or 'all'; images take them in turn."
+    "--steps",
+    type=int,
+    help="Steps (default: a denoiser student's own; of a teacher 50 for ddim, all for ddpm, 10 for the others).",
+)
+@click.option(
+    "--classes", help="Names of a model's or classifier's classes, separated by commas, or 'all'; images take them in turn."
 )
 @click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
 @click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
@@ -183,27 +195,31 @@ main.add_command(distill)
 @options(Solver, rename={"name": "solver"})
 @computing
 def sample(student, teacher, n, seed, out, batch_size, device, **values):
-    """Draw images with a student, in one pass, or with a teacher. Into a folder, the same command goes on after a kill.
+    """Draw images with a student or with a teacher. Into a folder, the same command goes on after a kill.
+
+    A student is a generator, which draws in one pass, or a denoiser student, which takes its own few steps.
 
     Several processes or GPUs: torchrun --nproc-per-node N -m -- advkd.cli sample ...
     """
     from . import sample as work
 
-    of_student, of_teacher = ("interpolate", "backend", "dtype"), ("steps", "classes", "guidance", "classifier")
     given = {name: value for name, value in values.items() if value is not None and value is not False}  # 0 was given
     if student is not None and teacher is not None:
         raise InputError("--student and --teacher: name one of them")
-    own = {name: given.pop(name) for name in (of_student if teacher is None else of_teacher) if name in given}
-    if foreign := [name for name in given if teacher is None or name in of_student]:
-        option, model = foreign[0].replace("_", "-"), "student" if teacher is not None else "teacher"
-        raise InputError(f"--{option} is an option of a {model}: leave it out, or name one by --{model}")
-    if teacher is None:
-        work.sample(student or "digits", n, seed, out, device=local_device(device), batch_size=batch_size, **own)
-        click.echo(f"{n} images in {out}")
-        return
-    solver = overlay(Solver(), {"name" if name == "solver" else name: value for name, value in given.items()}, "sample")
-    said = work.sample_teacher(teacher, n, seed, out, solver, device=local_device(device), batch_size=batch_size, **own)
-    click.echo(f"{n} images in {out} ({said})")
+    kind = "teacher" if teacher is not None else work.kind_of_student(student or "digits")
+    for name in given:
+        if not kind.endswith(owners := OWNERS.get(name, ("teacher",))):
+            option, owner, place = name.replace("_", "-"), " or a ".join(owners), owners[0].split()[-1]
+            raise InputError(f"--{option} is an option of a {owner}: leave it out, or name one by --{place}")
+    numbers = {"name" if name == "solver" else name: given.pop(name) for name in list(given) if name not in OWNERS}
+    common = {**given, "device": local_device(device), "batch_size": batch_size}
+    if kind == "teacher":
+        said = work.sample_teacher(teacher, n, seed, out, overlay(Solver(), numbers, "sample"), **common)
+    elif kind == "denoiser student":
+        said = work.sample_denoiser(student, n, seed, out, **common)
+    else:
+        said = work.sample(student or "digits", n, seed, out, **common)
+    click.echo(f"{n} images in {out}" + (f" ({said})" if said else ""))
 
 
 @main.command()

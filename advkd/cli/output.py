@@ -1,5 +1,6 @@
 """Pictures of ``advkd sample``: one grid, or a folder in which a killed call goes on."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -113,6 +114,7 @@ def _require_one_picture(n, size, out):
 def _require_same(out, record):
     """Refuse a folder with pictures of something else; note what these are of."""
     path, picture = out / RECORD, next(out.glob("[0-9]*.png"), None)
+    record = json.loads(json.dumps(record))  # tuples are lists in the file
     if not path.exists():
         if picture is not None:
             raise InputError(f"--out {out} holds pictures of unknown origin (no {RECORD}): name another folder")

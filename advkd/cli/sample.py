@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.guidance import class_numbers, labels_in_turn
 from ..diffusion.solvers import Solver
+from ..diffusion.students import student_class
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.classifier import Classifier
@@ -55,10 +57,63 @@ def sample(
     folder = require_output(out)
     model = Student.from_pretrained(student, require_device(device))
     fused = model.fuse(backend, DTYPES[dtype])
-    draw = partial(_walk, fused, n, seed) if interpolate else partial(_drawn, fused, seed, folder)
+    walk = partial(_walk, lambda z, first: fused(z), fused.latents(2, seed), n) if interpolate else None
     record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
-    columns = min(n, 10) if interpolate else None
-    write_images(out, n, model.config.image_size, draw, record, batch_size, columns, progress)
+    draw = walk or partial(_drawn, fused, seed, folder)
+    write_images(out, n, model.config.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+
+
+def sample_denoiser(
+    student: str,
+    n: int,
+    seed: int,
+    out: str | Path,
+    steps: int | None = None,
+    classes: str | None = None,
+    guidance: float | None = None,
+    interpolate: bool = False,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> str:
+    """Draw ``n`` images of seed ``seed`` with a denoiser student and save them.
+
+    Args:
+        student: what :meth:`DenoiserStudent.from_pretrained` takes.
+        n: number of images.
+        seed: of the start noise and the step noise; image i of a seed is always the same (to rounding).
+        out: a picture or a folder, as for :func:`sample`.
+        steps: number of steps; None: the sampler's.
+        classes: as for :func:`sample_teacher`.
+        guidance: weight of guidance towards them; None: the sampler's, or 0 without classes.
+        interpolate: a spherical walk from the seed's first start noise to its second, in ``n`` pictures.
+        device: torch device that draws.
+        batch_size: images that are drawn at a time.
+        progress: show a bar.
+
+    Returns:
+        Sentence that names the solver and the network evaluations of an image.
+
+    Raises:
+        InputError: bad input, before anything is drawn.
+    """
+    require_counts(n, seed, batch_size)
+    require_output(out)
+    model = DenoiserStudent.from_pretrained(student, require_device(device))
+    sampler, steps = model.sampler, model.sampler.steps if steps is None else steps
+    weight = model.weight(classes, guidance)
+    labels = _classes(classes, model.model, None, weight)
+    model.model.check_run(len(labels) or 1, sampler.solver, steps, labels=labels or None, guidance=weight)
+
+    def images(x_T, first):
+        return model.draw(x_T, steps, seed, first, labels=labels_in_turn(labels, first, len(x_T)), guidance=weight)
+
+    walk = partial(_walk, images, model.latents(2, seed), n) if interpolate else None
+    record = {"student": {**model.identity(), "name": None}, "seed": seed, "walk": n if interpolate else None}
+    record |= {"steps": steps, "classes": labels, "guidance": weight}
+    draw = walk or (lambda parts: (images(model.latents(count, seed, first), first) for first, count in parts))
+    write_images(out, n, model.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+    return _cost(sampler.solver, steps, bool(weight) and not model.model.most_guidance)
 
 
 def sample_teacher(
@@ -101,9 +156,7 @@ def sample_teacher(
     require_output(out)
     model = Teacher.from_pretrained(teacher, require_device(device))
     guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
-    if classes is None and (guidance or guide is not None):
-        raise InputError("guidance needs --classes: name what it is towards")
-    labels = class_numbers(model, _class_names(model, guide), classes)
+    labels = _classes(classes, model, guide, guidance)
     draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
     if guide is not None and not guidance:
         raise InputError("--classifier needs --guidance above 0, its weight")
@@ -111,9 +164,24 @@ def sample_teacher(
     record = {"teacher": {**model.identity(solver), "name": None}, "seed": seed, "solver": solver.identity(), "steps": steps}
     record |= {"classes": labels, "guidance": guidance, "classifier": digest(guide.state_dict()) if guide else None}
     write_images(out, n, model.image_size, draw, record, batch_size, progress=progress)
-    count = len(model.timesteps(solver, steps))
-    evaluations = solver.evaluations(count) * (2 if guidance and guide is None else 1)
-    return f"{solver.name}, {count} steps, {evaluations} network evaluations an image"
+    return _cost(solver, len(model.timesteps(solver, steps)), bool(guidance) and guide is None)
+
+
+def kind_of_student(student: str) -> str:
+    """Kind of what :func:`advkd.load_student` would load, in words."""
+    return "denoiser student" if student_class(student) is DenoiserStudent else "generator student"
+
+
+def _cost(solver, steps, twice):
+    """Words for what an image costs; ``twice``: guidance by two evaluations."""
+    return f"{solver.name}, {steps} steps, {solver.evaluations(steps) * (1 + twice)} network evaluations an image"
+
+
+def _classes(classes: str | None, teacher: Teacher, classifier: Classifier | None, guidance: float) -> list[int]:
+    """Numbers of the classes that images take in turn."""
+    if classes is None and (guidance or classifier is not None):
+        raise InputError("guidance needs --classes: name what it is towards")
+    return class_numbers(teacher, _class_names(teacher, classifier), classes)
 
 
 def _class_names(teacher: Teacher, classifier: Classifier | None) -> list[str]:
@@ -142,11 +210,11 @@ def _drawn(fused, seed, as_pictures, parts):
     return fused.draw(parts, seed, torch.uint8 if as_pictures else torch.float32)
 
 
-def _walk(fused, n, seed, parts):
-    a, b = fused.latents(2, seed)
+def _walk(draw, latents, n, parts):
+    a, b = latents.flatten(1)
     for first, count in parts:
         z = torch.stack([slerp(a, b, i / max(n - 1, 1)) for i in range(first, first + count)])
-        yield fused(z).float().cpu()
+        yield draw(z.reshape(count, *latents.shape[1:]), first).float().cpu()
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, position: float) -> torch.Tensor:

@@ -14,20 +14,16 @@ import torch
 from ..config import build_config
 from ..errors import InputError
 from ..models.denoiser import with_condition
+from ..models.saving import SAMPLER, TRAINING
+from ..models.student import Student
 from ..ops.arguments import whole
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
 from .loading import EMBEDDED
 from .networks import build_unet
-from .saving import write_pipeline
+from .saving import INDEX, write_pipeline
 from .solvers import Solver
 from .teacher import Teacher
-
-SAMPLER = "sampler.json"
-"""File beside ``model_index.json`` with a student's :class:`Sampler`."""
-
-TRAINING = "training.json"
-"""File with the record of a student's training."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Sampler:
     Attributes:
         solver: its solver, with the spacing or the levels at which the network was trained.
         steps: number of its steps.
-        guidance: weight w of a network that takes it, where none is asked for.
+        guidance: weight w of guidance towards classes, where none is asked for.
     """
 
     solver: Solver = Solver("ddim", spacing="trailing")
@@ -65,8 +61,10 @@ class Sampler:
             InputError: an unknown key, or a value that cannot be.
         """
         own = {key: values[key] for key in ("steps", "guidance") if key in values}
-        numbers = {"name" if key == "solver" else key: value for key, value in values.items() if key not in own}
-        solver = build_config(Solver, numbers, where)
+        numbers = {key: value for key, value in values.items() if key not in (*own, "solver")}
+        if "name" in numbers:
+            raise InputError(f"{where}: unknown key 'name' (a solver's is called 'solver')")
+        solver = build_config(Solver, {**numbers, "name": values.get("solver", Solver.name)}, where)
         sampler = build_config(cls, {**own, "solver": solver}, where)
         if sampler.steps < 1 or not 0 <= sampler.guidance < math.inf:
             raise InputError(f"{where}: steps must be at least 1 and guidance not negative, got {values}")
@@ -135,34 +133,48 @@ class DenoiserStudent:
             network = copy.deepcopy(unet).float().requires_grad_(True)
         if guidance > teacher.most_guidance:
             network = with_condition(network, guidance)
-        scheduler = DDIMScheduler.from_config(
-            config, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0
-        )
+        # As the solvers do: the last step ends at the image itself, not at the first timestep.
+        changes = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        scheduler = DDIMScheduler.from_config(config, prediction_type="v_prediction", **changes)
         model = Teacher(network, scheduler, "student", teacher.classes)
         student = cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
         student.trained_as = student.trained_as if channels else teacher.prediction
         return student
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> "DenoiserStudent":
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "DenoiserStudent":
         """Load a student.
 
         Args:
             source: a folder of ``advkd distill``, or a hub id (owner/name).
             device: where the network is put.
+            dtype: of the network's weights and input; states stay float32.
 
         Returns:
             Student in eval mode.
 
         Raises:
-            InputError: missing or damaged files, or a folder without ``sampler.json``: a teacher's.
+            InputError: missing or damaged files, or a folder without ``sampler.json``: a generator's or a teacher's.
         """
         folder = resolve(source, EMBEDDED, "student", ["*.json", "*/*.json"])
         if not os.path.lexists(folder / SAMPLER):
-            raise InputError(f"student {source} has no {SAMPLER}: it is a teacher, or no finished student")
-        sampler = Sampler.from_json(read_json(folder / SAMPLER, "sampler"), str(folder / SAMPLER))
-        record = read_json(folder / TRAINING, "training record") if os.path.lexists(folder / TRAINING) else None
-        return cls(Teacher.from_pretrained(source, device), sampler, record)
+            why = (
+                "is a generator: advkd.load_student loads either kind"
+                if _is_generator(source, folder)
+                else (f"has no {SAMPLER}: it is a teacher, or no finished student")
+            )
+            raise InputError(f"student {source} {why}")
+        if not os.path.lexists(folder / INDEX):
+            raise InputError(f"student {source} has no {INDEX}: its saving was cut off, save it again")
+        values, record = read_json(folder / SAMPLER, "sampler", ("solver", "steps", "guidance")), None
+        sampler = Sampler.from_json(values, str(folder / SAMPLER))
+        if os.path.lexists(folder / TRAINING):
+            record = read_json(folder / TRAINING, "training record", Student.training_keys)
+            if not Student.is_record(record):
+                raise InputError(f"training record {folder / TRAINING} is damaged: restore or fetch a copy of it")
+        return cls(Teacher.from_pretrained(source, device, dtype), sampler, record)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the student; what the folder had of an earlier one goes.
@@ -247,7 +259,8 @@ class DenoiserStudent:
                 one.
             start: index of the first image.
             labels: ``(n,)`` classes, or one for all; None: no class.
-            guidance: weight w of a network that takes it (None: the sampler's); of another one, of classifier-free guidance.
+            guidance: weight w of a network that takes it; of another one, of classifier-free guidance. None: the sampler's, or
+                0 without classes.
 
         Returns:
             ``(n, C, H, W)`` float32 in [-1, 1] on the network's device. Order of differentiability 0.
@@ -255,6 +268,57 @@ class DenoiserStudent:
         Raises:
             InputError: a number of images or steps, a seed, classes or a weight that cannot be.
         """
+        x_T = self.latents(whole("n", n, least=1), seed, start)
+        return self.draw(x_T, steps, seed, start, labels=labels, guidance=guidance)
+
+    def draw(
+        self,
+        x_T: torch.Tensor,
+        steps: int | None = None,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        labels: torch.Tensor | Sequence[int] | int | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Images of start noise that is given.
+
+        Args:
+            x_T: ``(N, C, H, W)`` start noise, as :meth:`latents` gives it.
+            steps: as for :meth:`sample`.
+            seed: key of the step noise, of samplers that add any.
+            start: index of the first image, for the step noise.
+            labels: as for :meth:`sample`.
+            guidance: as for :meth:`sample`.
+
+        Returns:
+            ``(N, C, H, W)`` float32 in [-1, 1] on the network's device.
+
+        Raises:
+            InputError: start noise of another shape, or a number of steps, a seed, classes or a weight that cannot be.
+        """
         steps = self.sampler.steps if steps is None else whole("steps", steps, least=1)
-        weight = self.sampler.guidance if guidance is None else guidance
-        return self.model.sample(n, seed, self.sampler.solver, steps, start, labels=labels, guidance=weight)
+        condition = (labels, self.weight(labels, guidance), None)
+        return self.model.draw(x_T, self.sampler.solver, steps, seed, start, condition)
+
+    def weight(self, labels: Any, guidance: float | None = None) -> float:
+        """Weight of guidance of a call.
+
+        Args:
+            labels: its classes, or None.
+            guidance: its weight, or None.
+
+        Returns:
+            ``guidance``; where that is None, the sampler's, which is towards classes, or 0 without any.
+        """
+        if guidance is not None:
+            return guidance
+        return 0.0 if labels is None else self.sampler.guidance
+
+
+def _is_generator(source, folder):
+    """True for a :class:`Student`, or a pipeline around one."""
+    if str(source) in Student.embedded or (folder / "student").is_dir():
+        return True
+    path = folder / "config.json"
+    return path.is_file() and read_json(path, "student configuration").get("_class_name") == "Student"

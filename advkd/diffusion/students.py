@@ -5,12 +5,29 @@ from pathlib import Path
 
 import torch
 
+from ..models.saving import SAMPLER
 from ..models.student import Student
 from ..runtime.hub import resolve
-from .denoiser_student import SAMPLER, DenoiserStudent
+from .denoiser_student import DenoiserStudent
 from .loading import EMBEDDED
 from .saving import INDEX
 from .teacher import Teacher
+
+
+def student_class(source: str | Path) -> type[Student] | type[DenoiserStudent]:
+    """The kind of a student, of which no weights are read.
+
+    Args:
+        source: as for :func:`load_student`.
+
+    Returns:
+        :class:`DenoiserStudent` where the folder holds ``sampler.json``, else :class:`Student`, which draws in one pass.
+
+    Raises:
+        InputError: it is neither a known name nor a folder nor a repository of the hub that can be fetched.
+    """
+    folder = resolve(source, Student.embedded, "student", ["*.json"])
+    return DenoiserStudent if os.path.lexists(folder / SAMPLER) else Student
 
 
 def load_student(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:
@@ -21,15 +38,12 @@ def load_student(source: str | Path, device: str | torch.device = "cpu") -> Stud
         device: where it is put.
 
     Returns:
-        A :class:`DenoiserStudent` where the folder holds ``sampler.json``, else a :class:`Student`, which draws in one pass;
-        both in eval mode.
+        A student in eval mode, of the kind that :func:`student_class` finds.
 
     Raises:
         InputError: missing, damaged or foreign files.
     """
-    folder = resolve(source, Student.embedded, "student", ["*.json"])
-    kind = DenoiserStudent if os.path.lexists(folder / SAMPLER) else Student
-    return kind.from_pretrained(source, device)
+    return student_class(source).from_pretrained(source, device)
 
 
 def load_start(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:

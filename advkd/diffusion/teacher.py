@@ -330,11 +330,33 @@ class Teacher(DiffusionModel):
         Raises:
             InputError: a number of images, a solver, a number of steps, a seed or classes that cannot be.
         """
-        n = whole("n", n, least=1)
-        # Compiled only where that was asked for: every n would be compiled anew.
-        condition = (labels, guidance, classifier)
-        x_0, _ = self._run(self.noise(n, seed, start), {}, solver, steps, seed, start, bool(self._compiled), condition)
-        return x_0.clamp_(-1, 1)
+        x_T, condition = self.noise(whole("n", n, least=1), seed, start), (labels, guidance, classifier)
+        return self.draw(x_T, solver, steps, seed, start, condition)
+
+    def draw(
+        self,
+        x_T: torch.Tensor,
+        solver: str | Solver = "ddim",
+        steps: int | None = None,
+        seed: int = 0,
+        start: int = 0,
+        condition: tuple[Any, float, NoisyClassifier | None] = (None, 0.0, None),
+    ) -> torch.Tensor:
+        """Images of start noise that is given.
+
+        Args:
+            x_T: ``(N, C, H, W)`` start states.
+            solver: as for :meth:`sample`.
+            steps: number of steps.
+            seed: key of the step noise.
+            start: index of the first sample, for the step noise.
+            condition: labels, guidance and classifier of :meth:`sample`.
+
+        Returns:
+            ``(N, C, H, W)`` float32 in [-1, 1], on the teacher's device.
+        """
+        # Compiled only where that was asked for: every number of images would be compiled anew.
+        return self._run(x_T, {}, solver, steps, seed, start, bool(self._compiled), condition)[0].clamp_(-1, 1)
 
     def _kept_loop(self, n, solver, steps, seed, compiled, condition):
         # The last loop is kept: a recorder needs the same one again and again, and graphs hold memory. Its key has everything

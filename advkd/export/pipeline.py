@@ -17,7 +17,6 @@ from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError, safe_open
 
 from ..config import build_config
-from ..data.pictures import to_pil
 from ..errors import InputError
 from ..models.batch_norm import CannotFoldError, evaluating
 from ..models.folding import read_by_fusing
@@ -28,6 +27,7 @@ from ..runtime.devices import plain_defaults
 from ..runtime.files import read_json, require_regular, write_bytes
 from ..runtime.hub import reason, resolve
 from ..runtime.pickles import require_weights
+from .images import Generators, draw_seed, pipeline_output, require_call
 
 FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """Files that a student is loaded from."""
@@ -220,7 +220,7 @@ class AdvKDPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -240,24 +240,13 @@ class AdvKDPipeline(DiffusionPipeline):
         Raises:
             InputError: a batch size below 1, another output type, or another number of generators.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        if output_type not in ("pil", "np", "pt"):
-            raise InputError(f"output_type must be pil, np or pt, got {output_type!r}")
+        require_call(batch_size, generator, output_type)
         student, draw = self.student.student, self._current_fused()
         if isinstance(generator, (list, tuple)):
-            if len(generator) != batch_size:
-                raise InputError(f"generator: {len(generator)} generators came for batch_size {batch_size}")
-            z = torch.cat([student.latents(1, _draw_seed(g)) for g in generator])
+            z = torch.cat([student.latents(1, draw_seed(g)) for g in generator])
         else:
-            z = student.latents(batch_size, _draw_seed(generator))
-        images = draw(z).float()
-        if output_type == "pil":
-            images = to_pil(images)
-        else:
-            images = (images / 2 + 0.5).clamp(0, 1)
-            images = images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else images
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+            z = student.latents(batch_size, draw_seed(generator))
+        return pipeline_output(draw(z).float(), output_type, return_dict)
 
     def _current_fused(self):
         """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is.
@@ -355,9 +344,3 @@ def _require_student_alone(folder):
         raise InputError(f"{folder / 'model_index.json'} is of another pipeline: it names {named}, not {expected} alone")
     if code := sorted(str(path) for place in (folder, folder / "student") for path in place.glob("*.py")):
         raise InputError(f"a pipeline's folder holds no Python files, which could be run; remove {', '.join(code)}")
-
-
-def _draw_seed(generator):
-    device = generator.device if generator is not None else "cpu"
-    high, low = torch.randint(2**32, (2,), generator=generator, dtype=torch.int64, device=device).tolist()
-    return high << 32 | low

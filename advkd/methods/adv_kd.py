@@ -5,7 +5,6 @@ over the stage's levels. The paper's recipe goes stage by stage, the joint recip
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from ..ops.latents import split_latent
 from ..ops.registry import BACKENDS
 from ..runtime.ranges import named
 from .base import Kept, Method, Needs, Settings, Stage, Step, Trained, cosine
+from .distances import Scales, kl_divergence
 
 Images = dict[int, torch.Tensor]
 """Images by level."""
@@ -227,14 +227,6 @@ def _require(condition, message):
         raise InputError(message)
 
 
-class Scales(nn.Module):
-    """Logarithms of the standard deviations s of the divergence's normal distributions, one per level."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.log_s = nn.Parameter(torch.zeros(depth))
-
-
 class AdvKD(Method):
     """Adversarial distillation of a teacher's states into the submodules of a student."""
 
@@ -271,6 +263,12 @@ class AdvKD(Method):
     def stages(self) -> list[SubmoduleStage]:
         """One stage, or one per submodule."""
         return self.config.stages(self.student.depth)
+
+    def evaluations(self, stage: Stage) -> tuple[int, int]:
+        """The student draws in every critic update, the last of which shares its images; fresh latents are a second image."""
+        assert isinstance(stage, SubmoduleStage)
+        images = 2 if self.config.fresh and stage.critic_levels else 1
+        return images * (self.config.critic_updates if stage.critic_levels else 1), images
 
     def build(self, stage: Stage) -> dict[str, Trained | Kept]:
         """The student itself, no copy, with the stage's submodules in training, and fresh critics."""
@@ -391,9 +389,3 @@ class AdvKD(Method):
         k = stage.levels[-1]
         z = student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype)
         return student(z, levels=(k,))[k] / (1.0 if k == self.student.depth else 3.0)
-
-
-def kl_divergence(squared: torch.Tensor, log_s: torch.Tensor, floor: float) -> torch.Tensor:
-    """KL(N(x', floor^2 I) || N(y, s^2 I)) per dimension; with s learned its minimum is s^2 = floor^2 + mse."""
-    variance = torch.exp(2 * log_s)
-    return log_s - math.log(floor) + (floor * floor + squared) / (2 * variance) - 0.5

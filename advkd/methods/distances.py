@@ -1,9 +1,11 @@
 """Distances between a student's output and its target, as training losses."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 HUBER = 0.00054
 """Width of the pseudo-Huber distance by the square root of a sample's numbers (Song and Dhariwal 2024)."""
@@ -26,3 +28,17 @@ def pseudo_huber(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": F.mse_loss, "huber": pseudo_huber}
 """Distances of ``(N, ...)`` tensors by name: the mean of squares, or :func:`pseudo_huber`."""
+
+
+class Scales(nn.Module):
+    """Logarithms of the standard deviations s of the divergence's normal distributions, one per level."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.log_s = nn.Parameter(torch.zeros(depth))
+
+
+def kl_divergence(squared: torch.Tensor, log_s: torch.Tensor, floor: float) -> torch.Tensor:
+    """KL(N(x', floor^2 I) || N(y, s^2 I)) per dimension; with s learned its minimum is s^2 = floor^2 + mse."""
+    variance = torch.exp(2 * log_s)
+    return log_s - math.log(floor) + (floor * floor + squared) / (2 * variance) - 0.5

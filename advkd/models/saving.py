@@ -21,6 +21,8 @@ from ..runtime.hub import resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"
+SAMPLER = "sampler.json"
+"""File by which the folder of a denoiser student is known: a network of a teacher's kind, and how it draws."""
 DIGEST = re.compile("[0-9a-f]{64}", re.IGNORECASE)
 LARGEST_WEIGHT = 1e12
 """Largest magnitude of a weight that is read."""
@@ -52,9 +54,10 @@ class PretrainedModule(nn.Module):
         """
         device = require_device(device)
         part = cls.__name__.lower()
-        folder = resolve(
-            source, cls.embedded, cls.__name__, ["config.json", WEIGHTS, TRAINING, "model_index.json", f"{part}/*"]
-        )
+        files = ["config.json", WEIGHTS, TRAINING, SAMPLER, "model_index.json", f"{part}/*"]
+        folder = resolve(source, cls.embedded, cls.__name__, files)
+        if os.path.lexists(folder / SAMPLER):
+            raise InputError(f"{source} is a denoiser student, not a {cls.__name__}: advkd.load_student loads it")
         if not (folder / "config.json").exists() and (folder / "model_index.json").exists():
             folder = folder / part
         values = read_json(folder / "config.json", f"{cls.__name__} configuration")

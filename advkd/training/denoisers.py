@@ -14,7 +14,6 @@ from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.saving import INDEX
-from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods import method_class
@@ -22,6 +21,7 @@ from ..methods.base import Stage
 from ..models.denoiser import DenoiserNetwork
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
+from .cost import training_cost
 from .trainer import Trainer
 
 
@@ -171,34 +171,22 @@ class DenoiserDistiller(Trainer):
     def _record(self, stage, measured):
         """Record of training up to a stage's end; evaluation refuses reference samples that are among its ``samples``."""
         before = self._start_student.training_record or {"samples": [], "runs": []}
-        parts = self._recorded.parts if self._recorded is not None else []
+        recorded, stages = self._recorded, self.stages[: stage.number]
+        parts = recorded.parts if recorded is not None else []
         run: dict[str, Any] = {
             "method": self.method.name,
             "config": dataclasses.asdict(self.method.config),
             "stage": stage.number,
-            "cost": self._cost(stage),
+            "cost": training_cost(self.method, stages, recorded and recorded.info, len(recorded or ())),
             **measured,
             "version": __version__,
         }
-        if self._recorded is not None:
-            info = self._recorded.info
-            run |= {"sampler": info.solver, "steps": info.steps, "samples": parts}
+        if recorded is not None:
+            run |= {"sampler": recorded.info.solver, "steps": recorded.info.steps, "samples": parts}
         if self.method.teacher is not None:
             run["teacher"] = self.method.teacher.identity()
         samples = before["samples"] + [part for part in parts if part not in before["samples"]]
         return {"runs": [*before["runs"], run], "samples": samples}
-
-    def _cost(self, last):
-        """Network evaluations of all samples up to a stage's end, the recording of pairs among them."""
-        forward, backward = 0, 0
-        if (recorded := self._recorded) is not None:
-            each = Solver(recorded.info.solver).evaluations(recorded.info.steps)
-            forward = len(recorded) * each * (2 if recorded.info.guidance else 1)
-        for stage in self.stages[: last.number]:
-            ahead, back = self.method.evaluations(stage)
-            forward += ahead * stage.updates * stage.batch_size
-            backward += back * stage.updates * stage.batch_size
-        return {"forward": forward, "backward": backward}
 
 
 def _source(run, needs, student, data, trajectories) -> Source:

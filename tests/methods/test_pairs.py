@@ -7,6 +7,7 @@ import torch
 
 from advkd import Student, Trajectories
 from advkd.data.sources import Tensors
+from advkd.diffusion.schedule import Schedule
 from advkd.errors import InputError
 from advkd.methods.pairs import Pairs, PairsConfig
 from advkd.training.distillation import Distiller, distill
@@ -53,6 +54,36 @@ def test_an_affine_student_becomes_the_samplers_map(tmp_path):
     found = run.run()
     assert torch.allclose(found.weight, torch.diag(gain), atol=1e-9), (found.weight, gain)
     assert torch.allclose(found.bias, shift, atol=1e-9)
+
+
+class Entered(torch.nn.Module):
+    """An affine v network that notes its timesteps."""
+
+    def __init__(self):
+        super().__init__()
+        self.affine, self.timesteps = torch.nn.Linear(2, 2, dtype=torch.float64), set()
+
+    def forward(self, x, t, condition=None):
+        self.timesteps |= set(t.tolist())
+        return self.affine(x)
+
+
+def test_a_network_that_is_entered_once_becomes_the_samplers_map(tmp_path):
+    """At sigma = 1 its image is (z - v) / sqrt(2): v = z - sqrt(2) (gain z + shift)."""
+    gain, shift = ddim_map()
+    z = torch.randn(256, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    config = PairsConfig(updates=3000, batch_size=64, learning_rate=0.03, final_learning_rate=0.0, ema=0.0, level=1.0)
+    schedule = Schedule.linear()
+    method = Pairs(config, Entered(), schedule)
+    source = Tensors(z=z, images=sampled(z))
+    found = Trainer(method, source, None, tmp_path, dtype=torch.float64, progress=False).run()
+    assert torch.allclose(found.affine.weight, torch.diag(1 - math.sqrt(2) * gain), atol=1e-9)
+    assert torch.allclose(found.affine.bias, -math.sqrt(2) * shift, atol=1e-9)
+    (t,) = found.timesteps
+    assert abs(schedule.level(t).sigma - 1) < 1e-4  # float32 timesteps
+    # What is saved beside the network enters it there, too, once.
+    (evaluation,) = method.sampler(method.stages()[0]).solver.program(schedule, 1, "v_prediction")
+    assert evaluation.level.alpha_bar == pytest.approx(0.5, abs=1e-12) and float(torch.tensor(evaluation.level.t).float()) == t
 
 
 def test_the_pyramid_student_learns_the_recorded_images(trajectories, tmp_path):

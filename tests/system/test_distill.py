@@ -17,7 +17,8 @@ from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
-from advkd.methods.adv_kd import RECIPES, kl_divergence, recipe
+from advkd.methods.adv_kd import RECIPES, recipe
+from advkd.methods.distances import kl_divergence
 from advkd.models.student import Student
 from advkd.training.distillation import Distiller, distill
 from advkd.training.log import Board

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from advkd import AdvKDPipeline, Student
 from advkd.errors import InputError
 from advkd.export import pipeline as pipelines
+from advkd.export.images import draw_seed
 from advkd.export.pipeline import StudentModel
 from advkd.models.batch_norm import CannotFoldError
 from advkd.models.student import Submodule
@@ -170,7 +171,7 @@ def test_images_are_those_of_the_weights_that_the_model_has(name, layout):
     CHANGES[name](pipe.student)
     found = drawn(pipe)
     fresh = pipe.student.student.fuse(dtype=pipe.student.head.weight.dtype)
-    wanted = (fresh(fresh.latents(2, pipelines._draw_seed(seeded(0)))).float() / 2 + 0.5).clamp(0, 1)
+    wanted = (fresh(fresh.latents(2, draw_seed(seeded(0)))).float() / 2 + 0.5).clamp(0, 1)
     assert torch.equal(found, wanted)
     assert (before - wanted).abs().max() > (0 if name == "dtype" else 1e-3)
 
@@ -467,7 +468,7 @@ def plain_images(pipe, seed=0):
     modes = {module: module.training for module in pipe.student.student.modules()}
     student = pipe.student.student.eval()
     with torch.no_grad():
-        images = student(student.latents(2, pipelines._draw_seed(seeded(seed)))) / 2 + 0.5
+        images = student(student.latents(2, draw_seed(seeded(seed)))) / 2 + 0.5
     for module, training in modes.items():
         module.training = training
     return images.clamp(0, 1)
