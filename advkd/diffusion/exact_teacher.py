@@ -8,7 +8,7 @@ import torch
 
 from ..ops import philox_normal
 from .denoiser import levels_of, require_coordinates, vp_weights
-from .guidance import condition_of
+from .guidance import condition_of, require_null
 from .prediction import eps_weights
 from .sampling import DiffusionModel
 from .schedule import Level, Schedule
@@ -52,7 +52,7 @@ class ExactTeacher(DiffusionModel):
         raise NotImplementedError
 
     def predict(
-        self, x: torch.Tensor, sigma: Sigma, condition: torch.Tensor | None = None
+        self, x: torch.Tensor, sigma: Sigma, condition: torch.Tensor | None = None, guidance: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior means of the image and of the noise at a state.
 
@@ -60,15 +60,21 @@ class ExactTeacher(DiffusionModel):
             x: ``(N, ...)`` states in the teacher's coordinates.
             sigma: noise level, a number or ``(N,)``, positive.
             condition: ``(N,)`` classes, ``num_classes`` standing for none; None: no class.
+            guidance: ``(N,)`` weights w of classifier-free guidance: x0 is (1 + w) D(x, class) - w D(x); None: none.
 
         Returns:
             ``(x0, eps)``, both ``(N, ...)`` float64; differentiable in ``x`` (any order).
 
         Raises:
-            InputError: noise levels or classes that cannot be.
+            InputError: noise levels or classes that cannot be, or guidance of a teacher without classes.
         """
         alpha, noise = self._weights(x, sigma)
-        clean = self.x0(x.double(), alpha, noise, condition_of(self, len(x), condition))
+        told = condition_of(self, len(x), condition)
+        clean = self.x0(x.double(), alpha, noise, told)
+        if guidance is not None:
+            null = torch.full((len(x),), require_null(self), dtype=torch.int64, device=x.device)
+            plain = self.x0(x.double(), alpha, noise, null)
+            clean = torch.lerp(plain, clean, 1 + _over(x, guidance.double()))
         e_x, e_m = eps_weights(_over(x, alpha), _over(x, noise), "sample")
         return clean, e_x * x.double() + e_m * clean
 

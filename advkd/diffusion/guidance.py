@@ -294,6 +294,49 @@ def labels_in_turn(classes: Sequence[int], start: int, n: int) -> torch.Tensor |
     return torch.tensor(classes, dtype=torch.int64, device="cpu")[turns]
 
 
+def classifier_free(
+    network: Callable[..., torch.Tensor], guidance: torch.Tensor, null: int
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A network whose output is guided towards the class, by a weight of each sample.
+
+    Args:
+        network: function of states ``(N, ...)``, timesteps ``(N,)`` and classes ``(N,)``.
+        guidance: ``(N,)`` weights w, at least 0.
+        null: the class that stands for none.
+
+    Returns:
+        A function of the same arguments, (1 + w) m(x, class) - w m(x) with the network's outputs m, one batch of 2 N.
+    """
+
+    def evaluate(x, t, labels):
+        both = torch.cat((labels, torch.full_like(labels, null)))
+        conditional, unconditional = network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)
+        weight = 1 + guidance.to(conditional.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.lerp(unconditional, conditional, weight)
+
+    return evaluate
+
+
+def require_null(model: Model) -> int:
+    """The null class of a model that is to be guided without a classifier.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Its number.
+
+    Raises:
+        InputError: an unconditional model, one without a null class, or one that takes the guidance weight itself.
+    """
+    if model.most_guidance:
+        raise InputError(f"guidance: {model.name} takes the weight itself: name the conditional teacher that it comes from")
+    if not model.num_classes or model.null_class is None:
+        lack = "is unconditional" if not model.num_classes else "has no null class"
+        raise InputError(f"guidance: teacher {model.name} {lack}: train one with --conditional --drop 0.15")
+    return model.null_class
+
+
 def _classifier_free(network, labels, null, guidance):
     def evaluate(x, place):
         # Here, as the next batch's classes may have taken the place of these.

@@ -17,7 +17,7 @@ from ..ops.arguments import whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest
 from .denoiser import Denoiser
-from .guidance import NoisyClassifier, classes_of, condition_of, guided
+from .guidance import NoisyClassifier, classes_of, classifier_free, condition_of, guided, require_null
 from .loading import Classes, load_pipeline, require_network, require_scheduler
 from .loop import SamplingLoop, network_of
 from .noise_power import NoisePower
@@ -157,7 +157,11 @@ class Teacher(DiffusionModel):
         return sum(p.numel() for p in self.unet.parameters())
 
     def predict(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, condition: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sigma: float | torch.Tensor,
+        condition: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and the noise that the network finds in states, x0 clamped to [-``clip``, ``clip``].
 
@@ -166,15 +170,19 @@ class Teacher(DiffusionModel):
             sigma: noise level sqrt((1 - a) / a), a number or ``(N,)``.
             condition: ``(N,)`` classes, whole numbers, the null class among them; None: no class, which a conditional teacher
                 needs its null class for.
+            guidance: ``(N,)`` weights w of classifier-free guidance, after which x0 is clamped; None: no guidance.
 
         Returns:
             ``(x0, eps)``, both ``(N, C, H, W)`` float32; eps goes with the clamped x0. No gradient flows.
 
         Raises:
-            InputError: noise levels or classes that cannot be.
+            InputError: noise levels or classes that cannot be, or guidance of a teacher without a null class.
         """
+        denoiser = self.denoiser
+        if guidance is not None:
+            denoiser.network = classifier_free(denoiser.network, guidance, require_null(self))
         with torch.no_grad():
-            return self.denoiser.predict(x, sigma, condition_of(self, len(x), condition))
+            return denoiser.predict(x, sigma, condition_of(self, len(x), condition))
 
     @property
     def denoiser(self) -> Denoiser:

@@ -236,6 +236,22 @@ class Method(Protocol):
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}
 
+    @classmethod
+    def begin(cls, config: Any, student: Any) -> Any:
+        """The student with which training begins, from the one that the user named.
+
+        Args:
+            config: a ``Config``.
+            student: a student of one of the kinds of :attr:`students`.
+
+        Returns:
+            The student, the default, or one that is told more.
+
+        Raises:
+            InputError: a student that the method cannot begin with.
+        """
+        return student
+
     def check(self, data: Any) -> None:
         """Raise :class:`advkd.InputError` where recorded trajectories do not suit the configuration.
 

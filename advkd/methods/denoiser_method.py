@@ -76,7 +76,6 @@ class DenoiserMethod(Method):
         clip: x0 is clamped to [-clip, clip] when the student draws; the runner sets it, and the classes.
         num_classes: number of classes that the student is told; 0 without.
         null_class: label that stands for no class, or None.
-        starts_from_v: True if training must begin with a network that gives v already.
         origin: JSON values of the network that training begins from and of the teacher, which the runner sets.
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
@@ -84,7 +83,6 @@ class DenoiserMethod(Method):
     students = ("denoiser",)
     requires: ClassVar[str] = "images (--data)"
     inputs: ClassVar[tuple[str, ...]] = ("data", "teacher")
-    starts_from_v: ClassVar[bool] = False
     config: Any
     clip: float = math.inf
     num_classes: int = 0

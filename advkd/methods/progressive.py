@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +83,39 @@ class Progressive(DenoiserMethod):
     reference = "Salimans and Ho 2022, Progressive distillation for fast sampling of diffusion models, algorithm 2"
     requires = "images (--data), and a student of v prediction (--init); a teacher (--teacher) for the first round if you like"
     Config = ProgressiveConfig
-    starts_from_v = True
+    first_round: ClassVar[int] = 1
     config: ProgressiveConfig
 
     def __init__(self, config: ProgressiveConfig, student: nn.Module, schedule: Schedule):
         super().__init__(config, student, schedule)
         self.sigmas = nested_levels(schedule, config.rounds)
         self._steps, self._taught = config.rounds[0], False
+
+    @classmethod
+    def begin(cls, config: Any, student: Any) -> Any:
+        """The student, which must give v already.
+
+        Args:
+            config: not used.
+            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
+
+        Returns:
+            The student.
+
+        Raises:
+            InputError: a copy of a teacher of another prediction.
+        """
+        if student.trained_as != "v_prediction":
+            raise InputError(
+                f"{cls.name} begins with a network that gives v, and this one's weights are of {student.trained_as}: "
+                "run 'advkd distill reparametrize' first and name its result by --init"
+            )
+        return student
+
+    @property
+    def reach(self) -> int:
+        """Levels of its own that a step of a student passes."""
+        return 1
 
     def needs(self) -> Needs:
         """Images, with labels where the student is told classes."""
@@ -103,7 +129,7 @@ class Progressive(DenoiserMethod):
         """
         config, count = self.config, len(self.config.rounds)
         updates = [config.last_updates or config.updates if i >= count - 2 else config.updates for i in range(count)]
-        return [Stage(1 + i, updates[i], config.batch_size) for i in range(count)]
+        return [Stage(self.first_round + i, updates[i], config.batch_size) for i in range(count)]
 
     def steps(self, stage: Stage) -> int:
         """Steps of the student of a stage.
@@ -114,7 +140,7 @@ class Progressive(DenoiserMethod):
         Returns:
             Their number.
         """
-        return self.config.rounds[stage.number - 1]
+        return self.config.rounds[stage.number - self.first_round]
 
     def build(self, stage: Stage) -> dict[str, Trained | Kept]:
         """A copy of the student of the round before, and that one as the round's teacher.
@@ -212,9 +238,11 @@ class Progressive(DenoiserMethod):
 
     def _levels(self, draw):
         """Noise levels of a student's step of the round and of the teacher's step within it: start, middle and end."""
-        sigmas = self.sigmas[:: (len(self.sigmas) - 1) // (2 * self._steps)].to(draw.indices.device)
-        place = 2 * draw.integers("level", self._steps)
-        return sigmas[place], sigmas[place + 1], sigmas[place + 2]
+        count = 2 * self._steps
+        sigmas = self.sigmas[:: (len(self.sigmas) - 1) // count].to(draw.indices.device)
+        start = 2 * draw.integers("level", self._steps)
+        # Beyond the image there is nothing: D of an image is itself.
+        return tuple(sigmas[(start + i * self.reach).clamp_max(count)] for i in range(3))
 
     def _teach(self, x, sigma, condition):
         """x0 and eps of the round's teacher."""

@@ -13,6 +13,7 @@ from ..data.images import load_images, load_labelled
 from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.guidance import require_labels
 from ..diffusion.saving import INDEX
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -32,7 +33,7 @@ def distill_denoiser(
     out: str | Path,
     *,
     teacher: Teacher | None = None,
-    data: "str | Path | torch.Tensor | None" = None,
+    data: "str | Path | torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None" = None,
     trajectories: "str | Path | Sequence[str | Path] | Trajectories | None" = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
@@ -47,7 +48,7 @@ def distill_denoiser(
         out: folder for the student, ``checkpoint.safetensors``, ``metrics.csv`` and TensorBoard files.
         teacher: of methods that call one, of the student's schedule.
         data: images of methods that need them: ``digits``, a folder, or ``(N, C, H, W)`` in [-1, 1]; with labels a folder of
-            one folder a class.
+            one folder a class, or a pair of images and ``(N,)`` classes.
         trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`, of methods that need pairs.
         resume: go on from ``out``'s checkpoint.
         device: torch device of a single process (several processes: what accelerate gives).
@@ -103,7 +104,7 @@ class DenoiserDistiller(Trainer):
         student: DenoiserStudent,
         out: str | Path,
         teacher: Teacher | None = None,
-        data: "str | Path | torch.Tensor | None" = None,
+        data: "str | Path | torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None" = None,
         trajectories: Trajectories | None = None,
         *,
         resume: bool = False,
@@ -116,11 +117,7 @@ class DenoiserDistiller(Trainer):
             raise InputError(f"{method} trains a {kind.students[0]}, not a denoiser student")
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
-        if getattr(kind, "starts_from_v", False) and student.trained_as != "v_prediction":
-            raise InputError(
-                f"{method} begins with a network that gives v, and this one's weights are of {student.trained_as}: "
-                "run 'advkd distill reparametrize' first and name its result by --init"
-            )
+        student = kind.begin(config, student)
         self._start_student, self._recorded = student, trajectories
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
@@ -135,6 +132,9 @@ class DenoiserDistiller(Trainer):
         taught = {} if teacher is None else {"teacher": teacher.identity()}
         run.origin = {"init": digest(student.model.unet.state_dict()), **taught}
         source = _source(run, needs, student, data, trajectories)
+        for stage in run.stages():
+            sampler = run.sampler(stage)
+            model.program(sampler.solver, sampler.steps)
         super().__init__(
             run,
             source,
@@ -228,6 +228,8 @@ def _images(needs, model, data):
     size, channels = model.image_size, model.image_channels
     if isinstance(data, torch.Tensor):
         images, labels = data, None
+    elif isinstance(data, tuple):
+        images, labels = data[0], require_labels(data[1], len(data[0]), model.num_classes, data[0].device)
     elif needs.labels or model.num_classes:
         images, labels, names = load_labelled(data, size, channels)
         if tuple(names) != tuple(model.class_names):

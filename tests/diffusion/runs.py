@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from advkd.diffusion.exact import ExactTeacher
 from advkd.diffusion.program import registers
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import METHODS
@@ -16,6 +17,20 @@ STOCHASTIC = [name for name, method in METHODS.items() if not method.order]
 def log_snr_schedule(low, high, timesteps=1000):
     """A schedule whose log-SNR falls from ``high`` at timestep 0 to ``low``, linearly."""
     return Schedule(torch.sigmoid(2 * torch.linspace(high, low, timesteps, dtype=torch.float64)))
+
+
+class Hierarchy(ExactTeacher):
+    """x0 given c is N(c, v), and c is N(0, s2): class 0 is c = 0, and the null class leaves c open."""
+
+    def __init__(self, v, s2, schedule):
+        super().__init__((1,), schedule, num_classes=1)
+        self.v, self.s2 = v, s2
+
+    def x0(self, x, alpha, noise, labels=None):
+        variance = torch.full((len(x), 1), self.v + self.s2, dtype=torch.float64)
+        if labels is not None:
+            variance = torch.where((labels == 0)[:, None], self.v, variance)
+        return alpha * variance / (alpha**2 * variance + noise**2) * x
 
 
 def walk(program, x, network, memory=None, draw=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkd.diffusion.exact import ExactTeacher, FiniteSetTeacher, GaussianTeacher, MixtureTeacher
+from advkd.diffusion.exact import FiniteSetTeacher, GaussianTeacher, MixtureTeacher
 from advkd.diffusion.guidance import guided
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import METHODS, Solver
@@ -14,7 +14,7 @@ from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
 
 from ..conftest import tiny_teacher, tiny_unet
-from .runs import double, log_snr_schedule
+from .runs import Hierarchy, double, log_snr_schedule
 
 SCHEDULE = log_snr_schedule(-3, 3, 200)
 LABELS = torch.tensor([0, 1, 1, 0, 1])
@@ -38,20 +38,6 @@ def two_gaussians(prediction="sample", schedule=SCHEDULE):
     teacher = (MixtureTeacher if prediction == "sample" else Outputs).from_preset("two-gaussians", schedule)
     teacher.prediction = prediction
     return teacher
-
-
-class Hierarchy(ExactTeacher):
-    """x0 given c is N(c, v), and c is N(0, s2): class 0 is c = 0, and the null class leaves c open."""
-
-    def __init__(self, v, s2):
-        super().__init__((1,), SCHEDULE, num_classes=1)
-        self.v, self.s2 = v, s2
-
-    def x0(self, x, alpha, noise, labels=None):
-        variance = torch.full((len(x), 1), self.v + self.s2).double()
-        if labels is not None:
-            variance = torch.where((labels == 0)[:, None], self.v, variance)
-        return alpha * variance / (alpha**2 * variance + noise**2) * x
 
 
 def states(teacher, solver, steps=40, **options):
@@ -84,7 +70,7 @@ def test_classifier_free_guidance_is_the_classifiers_with_weight_1_more(solver, 
 def test_guided_flow_in_closed_form(weight):
     """y(sigma) goes with (v + sigma^2)^((1 + w) / 2) (v + s2 + sigma^2)^(-w / 2)."""
     v, s2 = 0.3, 0.8
-    teacher, solver = Hierarchy(v, s2), Solver("unipc-3", "log_snr")
+    teacher, solver = Hierarchy(v, s2, SCHEDULE), Solver("unipc-3", "log_snr")
     levels = solver.levels(SCHEDULE, 200)
     found = states(teacher, solver, 200, labels=0, guidance=weight)
 
