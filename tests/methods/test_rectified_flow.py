@@ -165,6 +165,22 @@ def test_noise_while_annealing():
     assert torch.equal(half, method.noise(batch, draws(n, 2 * n))[2048:]), "another process has the second half"
 
 
+def test_loss_while_annealing(tmp_path):
+    """The target of an update is x - z' for the noise z' of its state, by hand from the student's numbers before it."""
+    z = normal(24)
+    student, data, n = Affine(1), Tensors(z=z, images=straight(z)), 8
+    method = RectifiedFlow(RectifiedFlowConfig(anneal=0.5, updates=6, batch_size=n, steps=1), student, SCHEDULE)
+    method.given = "pairs"
+    run = Trainer(method, data, None, tmp_path, dtype=torch.float64, progress=False)
+    for update in range(6):
+        batch = data.batch(run.rows(update * n, n), (), torch.device("cpu"), torch.float64)
+        noise = method.noise(batch, draws(n, update * n))
+        assert torch.equal(noise, batch.z) == (update >= 3)
+        v = student.gain[0, 0] * noise + student.shift[0, 0]
+        wanted = (-noise - v - (batch.images - noise)).square().mean().item()
+        assert run.step()["loss"] == pytest.approx(wanted, rel=1e-12)
+
+
 def draws(n, start=0):
     return Draw(0, start, n, "cpu", torch.float64)
 
@@ -281,7 +297,7 @@ def test_paths_straighten_with_every_reflow(tmp_path):
     images = end(program, z, exact_network(ring))
     for i in (2, 3):
         data = Tensors(z=z, images=images)
-        student = trained(Network(), data, tmp_path / str(i), updates=1000, batch_size=256, learning_rate=5e-3)
+        student = trained(Network(), data, tmp_path / str(i), updates=600, batch_size=256, learning_rate=5e-3)
         found.append(straightness(flow(student), probe))
         with torch.no_grad():
             images = drawn(student, z, 20)
