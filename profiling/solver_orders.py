@@ -18,7 +18,7 @@ COUNTS = (16, 32, 64, 128, 256)
 TICKS = (16, 32, 64, 128, 256, 512)
 
 PANELS = {
-    "whole runs of order 1 and 2": (("ddim", "heun", "dpm-2", "dpmpp-2m", "deis-2", "unipc-1"), (1, 2)),
+    "whole runs of order 1 and 2": (("ddim", "heun", "heun-flow", "dpm-2", "dpmpp-2m", "deis-2", "unipc-1"), (1, 2)),
     "higher orders: whole runs of order 2 and 3": (("dpm-3", "dpmpp-3m", "deis-3", "unipc-2", "unipc-3"), (2, 3)),
 }
 """Title -> solvers, and slopes of the lines beside them."""
@@ -52,7 +52,7 @@ def plot(path):
     """A panel of lower orders and one of higher ones; the legend has fitted slopes, thin lines have whole ones."""
     with panels(path, 4.4, columns=2, sharex=True, sharey=True) as figure:
         for axes, (title, (names, slopes)) in zip(figure, PANELS.items()):
-            for name, marker in zip(names, "osD^vP"):
+            for name, marker in zip(names, "osXD^vP"):
                 counts, found = errors(name)
                 axes.loglog(counts, found, marker + "-", label=f"{SAME.get(name, name)}: {fitted_order(counts, found):.2f}")
             for slope in slopes:

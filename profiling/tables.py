@@ -12,7 +12,7 @@ from operator import itemgetter
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
-from . import billion, front, roofline, solver_tables
+from . import billion, comparison_tables, front, roofline, solver_tables
 from .cases import guidance, guided, neighbours
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
@@ -93,6 +93,7 @@ TABLES = {
     "methods": front.methods,
     "solvers": solver_tables.solvers,
     "solver_quality": solver_tables.quality,
+    "comparison": comparison_tables.lines,
     "guidance": guidance.lines,
     "guided": guided.lines,
     "roofline": roofline.TABLE.lines,

@@ -1,7 +1,7 @@
 """The command line ``advkd``.
 
-Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, report, warmup,
-demo.
+Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, compare, report,
+warmup, demo.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..methods.denoising import TeacherTrainingConfig
 from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
+from .compare import compare
 from .distill import distill
 from .evaluate import evaluate
 from .options import computing, device_option, options
@@ -241,6 +242,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 
 
 main.add_command(evaluate)
+main.add_command(compare)
 
 
 @main.command()

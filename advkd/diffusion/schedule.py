@@ -16,7 +16,7 @@ import torch
 from ..errors import InputError
 from ..ops.arguments import whole
 
-SPACINGS = ("leading", "trailing", "linspace", "karras", "log_snr", "dpdm")
+SPACINGS = ("leading", "trailing", "linspace", "karras", "log_snr", "dpdm", "flow")
 """Ways to place the levels of a run; see :meth:`Schedule.levels`."""
 
 _TABLE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
@@ -270,7 +270,8 @@ class Schedule:
             spacing: ``leading`` (t = i floor(T / steps)), ``trailing`` (t = T - 1 first) and ``linspace`` (0 and T - 1 among
                 them) are whole timesteps, as diffusers names them; ``karras`` (Karras et al. 2022, eq. 5), ``log_snr`` (equal
                 steps of lambda) and ``dpdm`` (rho = 40, lowest level by number of steps) are noise levels within the
-                schedule's, whose timesteps lie between whole ones.
+                schedule's, whose timesteps lie between whole ones; ``flow`` (equal steps of tau = 1 / (1 + sigma), Liu et al.
+                2023) begins at noise alone, whatever the schedule's highest level is.
             steps: number of levels, in [1, T].
             rho: exponent of ``karras``.
 
@@ -288,6 +289,8 @@ class Schedule:
             raise InputError(f"steps must be between 1 and the schedule's {total} timesteps, got {steps}")
         if spacing in _TIMESTEPS:
             return [self.level(float(t)) for t in _TIMESTEPS[spacing](total, steps)]
+        if spacing == "flow":
+            return [self.at_sigma((steps - i) / i if i else math.inf) for i in range(steps)]
         if not self._log_sigmas.isfinite().all():
             raise InputError(f"spacing {spacing} needs finite noise levels; this schedule reaches alpha_bar 0 or 1")
         # The ends are levels of the table: exponentials of their logarithms would miss them by a rounding.

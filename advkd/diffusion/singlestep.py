@@ -61,6 +61,37 @@ def heun_step(writer: Writer, level: Level, following: Level) -> Iterator[Evalua
     )
 
 
+def heun_flow_step(writer: Writer, level: Level, following: Level) -> Iterator[Evaluation]:
+    """Heun's step in tau = alpha / (alpha + noise), the time of rectified flow (Liu et al. 2023): order 2, valid at alpha = 0.
+
+    With y = tau x0 + (1 - tau) eps = x / (alpha + noise), the velocity u = D - eps and z Euler's state, y' = (y + z) / 2 +
+    (tau' - tau) / 2 u(z), as Euler's slope is (z - y) / (tau' - tau). Euler's step in tau is that in sigma.
+
+    Args:
+        writer: of the network's kind.
+        level: level of the state.
+        following: level after the step.
+
+    Yields:
+        Two evaluations, or one to the image.
+    """
+    if following.noise == 0:
+        yield euler_step(writer, level, following)
+        return
+    yield euler_step(writer, level, following, out=BETWEEN, end=False)
+    scale, scale_next = level.alpha + level.noise, following.alpha + following.noise
+    # u(z) = ((alpha' + noise') D - x) / noise' for the state x there.
+    slope = (following.alpha - level.alpha * scale_next / scale) / (2 * following.noise)
+    yield writer.evaluate(
+        following,
+        x0=slope * scale_next,
+        x=0.5 - slope,
+        previous=(STATE, scale_next / scale / 2),
+        source=BETWEEN,
+        end=following,
+    )
+
+
 def dpm2_step(writer: Writer, level: Level, following: Level, schedule: Schedule) -> Iterator[Evaluation]:
     """DPM-Solver-2 (Lu et al. 2022a, algorithm 1): eps at the midpoint of lambda; order 2.
 

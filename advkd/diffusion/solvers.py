@@ -2,8 +2,8 @@
 
 A :class:`Solver` holds a method's name and its numbers; :meth:`Solver.program` writes the run. The probability-flow equation is
 solved by ``euler``, ``ddim`` (the same step; it uses the network's noise where x0 is clipped, as diffusers does), ``heun``,
-``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise is added by
-``ddpm``, ``ddim`` with ``eta``, ``ddim-renoised``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``,
+``heun-flow``, ``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise
+is added by ``ddpm``, ``ddim`` with ``eta``, ``ddim-renoised``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``,
 ``analytic-ddim`` and ``heun`` with ``churn``.
 """
 
@@ -21,7 +21,7 @@ from .coefficients import VARIANCES, ddim_coefficients, ddpm_coefficients
 from .multistep import Weights, deis_weights, dpmpp_weights, multistep, unipc_weights
 from .program import Evaluation, Writer
 from .schedule import IMAGE, SPACINGS, Level, Schedule
-from .singlestep import dpm2_step, dpm3_step, euler_step, heun_step
+from .singlestep import dpm2_step, dpm3_step, euler_step, heun_flow_step, heun_step
 from .stochastic import analytic_step, euler_maruyama_step, langevin_step
 
 ALIASES = {"dpmpp": "dpmpp-2m", "deis": "deis-3", "unipc": "unipc-2"}
@@ -61,6 +61,7 @@ METHODS = {
     "ddpm": Method(0, paper="Ho et al. 2020, Denoising diffusion probabilistic models"),
     "euler": Method(1, paper="Karras et al. 2022, algorithm 1, first order"),
     "heun": Method(2, 2, 2, paper="Karras et al. 2022, algorithms 1 and 2"),
+    "heun-flow": Method(2, 2, 2, paper="Liu et al. 2023, Flow straight and fast; Heun's step in its time"),
     "dpm-2": Method(2, 2, 2, paper="Lu et al. 2022a, DPM-Solver-2"),
     "dpm-3": Method(3, 3, 2, paper="Lu et al. 2022a, DPM-Solver-3"),
     "dpmpp-2m": Method(2, least=2, paper="Lu et al. 2022b, DPM-Solver++ (2M)"),
@@ -79,16 +80,20 @@ METHODS = {
 }
 """Every solver by its name."""
 
+FROM_NOISE = ("ddim", "ddpm", "heun-flow")
+"""Solvers whose first step may begin at alpha_bar = 0."""
+
 
 @dataclass(frozen=True)
 class Solver:
     """A solver and its numbers.
 
     Attributes:
-        name: method: ddim, ddpm, euler, heun, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to unipc-3,
-            ddim-renoised, euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis, unipc.
-        spacing: of the levels: leading, trailing, linspace, karras, log_snr or dpdm (empty: leading for ddim and ddpm, trailing
-            for the others).
+        name: method: ddim, ddpm, euler, heun, heun-flow, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to
+            unipc-3, ddim-renoised, euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis,
+            unipc.
+        spacing: of the levels: leading, trailing, linspace, karras, log_snr, dpdm or flow (empty: leading for ddim and ddpm,
+            trailing for the others).
         rho: exponent of the ``karras`` spacing.
         eta: of ``ddim``: 0 adds no noise, 1 as much as DDPM.
         churn: of ``heun``: S_churn of Karras et al. 2022, algorithm 2 (0: no noise).
@@ -231,10 +236,10 @@ class Solver:
             InputError: a number of steps that cannot be, a schedule that the solver cannot take, or a missing ``noise_power``.
         """
         levels = self.levels(schedule, steps)
-        if levels[0].alpha == 0 and self.name not in ("ddim", "ddpm"):
+        if levels[0].alpha == 0 and self.name not in FROM_NOISE:
             raise InputError(
-                f"solver {self.name} needs a finite noise level at every step; this schedule begins at alpha_bar = 0: "
-                "take ddim or ddpm, or another spacing"
+                f"solver {self.name} needs a finite noise level at every step; this run begins at alpha_bar = 0: "
+                f"take {', '.join(FROM_NOISE)}, or another spacing"
             )
         if levels[-1].noise == 0 and self.name != "ddim":
             raise InputError(
@@ -309,6 +314,10 @@ def _heun(solver, writer, level, following, schedule, steps, **_):
     yield from heun_step(writer, level, following)
 
 
+def _heun_flow(solver, writer, level, following, **_):
+    yield from heun_flow_step(writer, level, following)
+
+
 def _dpm2(solver, writer, level, following, schedule, **_):
     yield from dpm2_step(writer, level, following, schedule)
 
@@ -341,6 +350,7 @@ _SINGLE: dict[str, Callable[..., Iterator[Evaluation]]] = {
     "ddpm": _ddpm,
     "euler": _euler,
     "heun": _heun,
+    "heun-flow": _heun_flow,
     "dpm-2": _dpm2,
     "dpm-3": _dpm3,
     "euler-maruyama": _euler_maruyama,

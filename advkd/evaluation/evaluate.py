@@ -5,6 +5,7 @@ The floor is the distance of two disjoint halves of the reference at the same N:
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +198,13 @@ def _header(extractor, config, device):
 
 def table(result: dict[str, Any]) -> str:
     """A result as text: the rows aligned, then the models."""
-    lines = cells(result)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(text + _describe(result))
+    return "\n".join([*aligned(cells(result)), *_describe(result)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of texts as lines with aligned columns."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:

@@ -1,6 +1,5 @@
 """One page to look at: samples, levels, loss curves and the tables, in a single HTML file and as PNGs."""
 
-import base64
 import html
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..runtime.files import digest, read_json, restoring, write_bytes
 from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
+from .html_page import figure, provenance_of, self_contained, table_of
 from .teacher_pictures import STEPS, read_solvers, require_guidance, save_guidance, save_solver_curves
 
 FRESH_SEED = 12345
@@ -195,17 +195,15 @@ def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: i
 
 
 def _page(title, result, runs, pictures):
-    body = [f"<h1>{html.escape(title)}</h1>", _summary(result)]
-    body += [_figure(path, caption) for path, caption in pictures[:2]]
+    body = [_summary(result)]
+    body += [figure(path, caption) for path, caption in pictures[:2]]
     titles, *rows = cells(result)
-    body += ["<h2>How far from the teacher, how far from real images</h2>", _table(titles, rows), _reading(result)]
-    body += [_figure(path, caption) for path, caption in pictures[2:]]
+    body += ["<h2>How far from the teacher, how far from real images</h2>", table_of(titles, rows), _reading(result)]
+    body += [figure(path, caption) for path, caption in pictures[2:]]
     if runs:
         body += ["<h2>What helped</h2>", _ablation_table(runs, result["score"])]
-    body += ["<h2>Where this was measured</h2>", _provenance(result)]
-    joined = "\n".join(body)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body><main>\n{joined}\n</main></body></html>\n"
+    body += ["<h2>Where this was measured</h2>", provenance_of(result)]
+    return self_contained(title, body)
 
 
 def _summary(result):
@@ -221,7 +219,7 @@ def _summary(result):
     if pairs:
         likeness = f"{pairs['correlation']:.3f} (images of different noises: {pairs['mismatched']:.3f})"
         text = f"From the same {pairs['num']:d} noises, the student's image correlates with the teacher's by {likeness}. {text}"
-    return _table(titles, rows) + f"<p>{text}</p>"
+    return table_of(titles, rows) + f"<p>{text}</p>"
 
 
 def _reading(result):
@@ -242,40 +240,9 @@ def _ablation_table(runs, score):
         + [f"{run['recall']:.3f}", f"{run['correlation']:.3f}", seconds(run), run["command"]]
         for run in runs
     ]
-    return _table(titles, rows)
+    return table_of(titles, rows)
 
 
 def seconds(run: dict) -> str:
     """A run's CPU seconds as text, empty for a run that was killed and resumed, whose time is not known."""
     return "" if run["cpu_seconds"] is None else f"{run['cpu_seconds']:.0f}"
-
-
-def _provenance(result):
-    known = {k: v for k, v in result["provenance"].items() if v is not None and not isinstance(v, dict)}
-    known |= {k: v for k, v in result["provenance"]["versions"].items() if v}
-    known |= {f"option {k}": v for k, v in result["config"].items() if v != ""}
-    return _table(("", ""), [[str(k), str(v)] for k, v in known.items()])
-
-
-def _table(titles, rows):
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-
-
-def _figure(path, caption):
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    caption = html.escape(caption)
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-
-
-STYLE = """
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff; }
-main { max-width: 1880px; margin: 0 auto; padding: 24px; } p { max-width: 90ch; }
-h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 36px; }
-figure { margin: 24px 0; } img { max-width: 100%; display: block; }
-figcaption { color: #566; font-size: 13px; margin-top: 6px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
-th { color: #566; font-weight: 600; }
-"""

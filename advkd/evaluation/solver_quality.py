@@ -1,11 +1,9 @@
 """Quality of a teacher's images by solver and number of evaluations (``advkd evaluate --solvers``).
 
-All sets begin at one start noise; distances are to real images and to a fine-step reference of other noise. Images are drawn
-in shards that are kept in the cache, so that a killed run goes on and a larger one draws what is missing.
+All sets begin at one start noise; distances are to real images and to a fine-step reference of other noise. Images are kept in
+the cache (:mod:`advkd.evaluation.kept_images`), so that a killed run goes on.
 """
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,24 +14,18 @@ import torch
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..models.shape import batches
 from ..runtime.devices import require_device
-from ..runtime.files import digest, read_tensors, require_digest, with_digest, write_json, write_tensors
+from ..runtime.files import digest, write_json
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import provenance
 from .evaluate import REFERENCE_SEED
-from .features import Extractor, build_extractor, extract, require_fit
-from .image_sets import eight_bit, real_images, shuffled
+from .features import build_extractor, extract, require_fit
+from .image_sets import real_images, shuffled
+from .kept_images import FINE, Run, fine_run, solver_set
 from .paired import compare_paired
 
 _LOGGER = logging.getLogger(__name__)
-
-SHARD = 500
-"""Images of a shard."""
-
-FINE = Solver("unipc-2")
-"""Solver of the fine-step reference."""
 
 MAIN = ("ddim", "unipc-2", "dpmpp-2m", "dpmpp-3m")
 """Solvers whose sets have ``num`` images; the others have ``other_num``."""
@@ -98,21 +90,6 @@ class SolverEvaluationConfig:
         return list(dict.fromkeys(Solver(name, self.spacing) for name in names))
 
 
-@dataclass(frozen=True)
-class Run:
-    """A set of images: a solver, its steps, the seed of its noise, and their number."""
-
-    solver: Solver
-    steps: int
-    seed: int
-    num: int
-
-    @property
-    def name(self) -> str:
-        """Solver and evaluations."""
-        return f"{self.solver.name} {self.solver.evaluations(self.steps)}"
-
-
 def evaluate_solvers(
     teacher: str | Path,
     config: SolverEvaluationConfig,
@@ -162,7 +139,7 @@ def evaluate_solvers(
         {
             "solver": run.solver.name,
             "steps": run.steps,
-            "evaluations": run.solver.evaluations(run.steps),
+            "evaluations": run.evaluations,
             **{name: asdict(compared[name][run.name]) for name in against},
         }
         for run in runs[1:]
@@ -202,16 +179,15 @@ def describe(result: dict[str, Any]) -> str:
 
 def _runs(config: SolverEvaluationConfig, model: Teacher) -> tuple[list[Run], list[str]]:
     """The reference, then all sets once; and a line for every solver and number of evaluations that is left out."""
-    runs, left_out = [Run(FINE, config.fine_steps, config.seed + 1, config.num)], []
+    runs, left_out = [fine_run(config.fine_steps, config.seed, config.num)], []
     for evaluations in config.evaluations:
         for solver in config.chosen():
-            method, other = METHODS[solver.name], config.other_num or min(config.num, 2000)
-            steps = min((evaluations - 1) // method.evaluations + 1, model.train_timesteps)
-            run = Run(solver, steps, config.seed, config.num if solver.name in MAIN else other)
+            num = config.num if solver.name in MAIN else config.other_num or min(config.num, 2000)
+            run = Run.of_evaluations(solver, evaluations, model, config.seed, num)
             try:
-                model.program(solver, steps)
+                model.program(solver, run.steps)
             except InputError as error:
-                if config.solvers != "all" and steps >= method.least:
+                if config.solvers != "all" and run.steps >= METHODS[solver.name].least:
                     raise
                 left_out.append(f"{solver.name} with {evaluations} evaluations: {error}")
                 continue
@@ -224,41 +200,5 @@ def _features(model, extractor, runs, batch_size, cache, progress):
     """Features of every set by its name; the first is the reference."""
     with progress_bar(total=sum(run.num for run in runs), desc="solvers", unit="image", shown=progress) as bar:
         names = ["fine", *(run.name for run in runs[1:])]
-        return {
-            name: _features_of(model, extractor, run, batch_size, cache, bar) for name, run in zip(names, runs, strict=True)
-        }
-
-
-def _features_of(model, extractor: Extractor, run: Run, batch_size: int, cache: Path, bar):
-    parts = batches(run.num, SHARD)
-    images = torch.cat([_shard(model, run, first, count, batch_size, cache, bar) for first, count in parts])
-    return extract(extractor, images, cache=cache)
-
-
-def _shard(model, run, first, count, batch_size, cache, bar):
-    """Images ``first .. first + count - 1``, uint8, from the cache or drawn now."""
-    identity = {**model.identity(run.solver), "name": None}
-    depends = json.dumps([identity, run.solver.identity(), run.steps, run.seed, batch_size], sort_keys=True)
-    folder = cache / f"solvers-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
-    path = folder / f"images-{first:07d}-{count:03d}.safetensors"
-    if path.exists():
-        bar.update(count)
-        return _kept(path, (count, *model.shape))
-    drawn = []
-    for start, number in batches(count, batch_size):
-        drawn.append(eight_bit(model.sample(number, run.seed, run.solver, run.steps, first + start)))
-        bar.update(number)
-    folder.mkdir(exist_ok=True)
-    tensors = {"images": torch.cat(drawn)}
-    write_tensors(path, tensors, with_digest(tensors, {}))
-    return tensors["images"]
-
-
-def _kept(path, shape):
-    """Images of an earlier run, as they were written."""
-    remedy = "delete it, and it is drawn again"
-    tensors, metadata = read_tensors(path, "the cache's images", ("digest",), remedy)
-    require_digest(path, tensors, metadata, remedy)
-    if tuple(tensors["images"].shape) != shape:
-        raise InputError(f"{path} holds {tuple(tensors['images'].shape)}, expected {shape}: {remedy}")
-    return tensors["images"]
+        images = (solver_set(model, run, batch_size).images(cache, bar) for run in runs)
+        return {name: extract(extractor, drawn, cache=cache) for name, drawn in zip(names, images, strict=True)}

@@ -13,6 +13,7 @@ METHODS = {
     "pairs": "pairs.Pairs",
     "reparametrize": "reparametrize.Reparametrize",
     "progressive": "progressive.Progressive",
+    "rectified-flow": "rectified_flow.RectifiedFlow",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

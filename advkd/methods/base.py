@@ -293,6 +293,18 @@ class Method(Protocol):
         """
         return 1, 1
 
+    def measured(self, model: Any, stage: Stage) -> dict[str, Any]:
+        """Numbers about a stage's result that its record keeps.
+
+        Args:
+            model: the student as the model that it is saved as, a :class:`advkd.Teacher`.
+            stage: one of :meth:`stages`.
+
+        Returns:
+            JSON values by name; none by default.
+        """
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """JSON values beside the configuration that must not change between a run and its resumption.
 

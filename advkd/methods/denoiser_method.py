@@ -78,6 +78,7 @@ class DenoiserMethod(Method):
         null_class: label that stands for no class, or None.
         starts_from_v: True if training must begin with a network that gives v already.
         origin: JSON values of the network that training begins from and of the teacher, which the runner sets.
+        given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
 
     students = ("denoiser",)
@@ -88,6 +89,7 @@ class DenoiserMethod(Method):
     clip: float = math.inf
     num_classes: int = 0
     null_class: int | None = None
+    given: str = "images"
 
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
         config.validate()

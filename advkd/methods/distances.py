@@ -1,9 +1,33 @@
-"""Distances between a student's images and their targets."""
+"""Distances between a student's output and its target, as training losses."""
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+HUBER = 0.00054
+"""Width of the pseudo-Huber distance by the square root of a sample's numbers (Song and Dhariwal 2024)."""
+
+
+def pseudo_huber(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """sqrt(|output - target|^2 + c^2) - c with c = 0.00054 sqrt(d), by sample (Song and Dhariwal 2024, eq. 8).
+
+    Args:
+        output: ``(N, ...)``, of d numbers a sample.
+        target: ``(N, ...)``.
+
+    Returns:
+        Mean over samples, a scalar; differentiable of any order.
+    """
+    squares = (output - target).flatten(1).square()
+    width = HUBER * squares.shape[1] ** 0.5
+    return ((squares.sum(1) + width**2).sqrt() - width).mean()
+
+
+DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": F.mse_loss, "huber": pseudo_huber}
+"""Distances of ``(N, ...)`` tensors by name: the mean of squares, or :func:`pseudo_huber`."""
 
 
 class Scales(nn.Module):

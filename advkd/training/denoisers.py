@@ -126,6 +126,7 @@ class DenoiserDistiller(Trainer):
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
         run.teacher, run.clip = teacher, model.clip
         run.num_classes, run.null_class = model.num_classes, model.null_class
+        run.given = "pairs" if trajectories is not None else "images" if data is not None else "none"
         needs = run.needs()
         if needs.teacher and teacher is None:
             raise InputError(f"{method} needs a teacher: name it by --teacher")
@@ -161,12 +162,13 @@ class DenoiserDistiller(Trainer):
         assert isinstance(network, DenoiserNetwork)
         unet = copy.deepcopy(network.unet).to(memory_format=torch.contiguous_format)
         model = Teacher(unet, start.scheduler, "student", start.classes)
-        return DenoiserStudent(model, self.method.sampler(stage), self._record(stage))  # type: ignore[attr-defined]
+        method: Any = self.method
+        return DenoiserStudent(model, method.sampler(stage), self._record(stage, method.measured(model, stage)))
 
     def _keep(self, network, out, stage):
         self.kept(network, stage).save_pretrained(out / self.method.folder(stage))  # type: ignore[attr-defined]
 
-    def _record(self, stage):
+    def _record(self, stage, measured):
         """Record of training up to a stage's end; evaluation refuses reference samples that are among its ``samples``."""
         before = self._start_student.training_record or {"samples": [], "runs": []}
         recorded, stages = self._recorded, self.stages[: stage.number]
@@ -176,6 +178,7 @@ class DenoiserDistiller(Trainer):
             "config": dataclasses.asdict(self.method.config),
             "stage": stage.number,
             "cost": training_cost(self.method, stages, recorded and recorded.info, len(recorded or ())),
+            **measured,
             "version": __version__,
         }
         if recorded is not None:
@@ -211,6 +214,8 @@ def _pairs(run, needs, model, trajectories):
     if shape != tuple(model.shape):
         raise InputError(f"the trajectories hold images {shape}, the student draws {tuple(model.shape)}: record again")
     run.check(trajectories)
+    if needs.paired and not trajectories.paired:
+        raise InputError("the trajectories are unpaired (a solver that adds noise): record with --solver unipc")
     trajectories = Trajectories(*trajectories.folders)
     trajectories.verify()
     source = RecordedPairs(trajectories, needs.limit)

@@ -12,7 +12,7 @@ from advkd.diffusion.program import Writer
 from advkd.diffusion.schedule import Level
 from advkd.diffusion.solvers import METHODS, Solver
 
-from .runs import DETERMINISTIC, end, exact_network, fine_flow, fitted_order, log_snr_schedule, remembered
+from .runs import DETERMINISTIC, double, end, exact_network, fine_flow, fitted_order, log_snr_schedule, remembered
 
 COUNTS = (32, 48, 64, 96, 128)
 SCHEDULE = log_snr_schedule(-0.5, 1.0)
@@ -71,7 +71,41 @@ def test_order_from_exact_history(name, spacing):
     assert abs(order(name, spacing, GAUSSIAN, exact_history=True) - METHODS[name].order) <= 0.15
 
 
-@pytest.mark.parametrize("name", ["heun", "dpm-2", "dpm-3", "dpmpp-2m", "unipc-1", "unipc-2"])
+@pytest.mark.parametrize(("name", "wanted"), [("ddim", 1), ("heun-flow", 2)])
+def test_order_from_noise_alone_to_the_image(name, wanted):
+    """Runs in equal steps of tau, the last one of them Euler's, whose error is of second order in its length."""
+    z, errors = start_states(GAUSSIAN), []
+    for steps in COUNTS:
+        program = Solver(name, "flow").program(SCHEDULE, steps, "sample")
+        image = GAUSSIAN.mean + z * GAUSSIAN.variances.sqrt()
+        errors.append((end(program, z, exact_network(GAUSSIAN)) - image).square().mean().sqrt().item())
+    assert abs(fitted_order(COUNTS, errors) - wanted) <= 0.15
+
+
+def velocity(y, tau):
+    """D - eps = (D - y) / (1 - tau) at y = tau x0 + (1 - tau) eps."""
+    return (MIXTURE.x0(y, double(tau), double(1 - tau)) - y) / (1 - tau)
+
+
+def test_euler_in_the_time_of_a_flow_is_ddim():
+    y = z = start_states(MIXTURE)
+    for i in range(5):
+        y = y + velocity(y, i / 5) / 5
+    run = end(Solver("ddim", "flow").program(SCHEDULE, 5, "sample"), z, exact_network(MIXTURE))
+    assert torch.allclose(run, y, rtol=0, atol=1e-13)
+
+
+def test_heun_in_the_time_of_a_flow():
+    y = z = start_states(MIXTURE)
+    for i in range(4):
+        u = velocity(y, i / 5)
+        y = y + (u + velocity(y + u / 5, (i + 1) / 5)) / 10
+    y = y + velocity(y, 4 / 5) / 5
+    run = end(Solver("heun-flow", "flow").program(SCHEDULE, 5, "sample"), z, exact_network(MIXTURE))
+    assert torch.allclose(run, y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["heun", "heun-flow", "dpm-2", "dpm-3", "dpmpp-2m", "unipc-1", "unipc-2"])
 def test_order_on_a_denoiser_that_is_not_linear(name):
     assert abs(order(name, "log_snr", MIXTURE, exact_history=False) - OWN_START[name]) <= 0.15
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from advkd.diffusion.exact import GaussianTeacher
 from advkd.diffusion.schedule import DPDM_SIGMA_MIN, SPACINGS, Schedule
-from advkd.diffusion.solvers import METHODS, Solver
+from advkd.diffusion.solvers import FROM_NOISE, METHODS, Solver
 from advkd.errors import InputError
 
 from ..conftest import DEFAULTS, other_default, tiny_unet
@@ -131,6 +131,19 @@ def test_levels_by_noise():
         assert math.isclose(schedule.sigma(level.t).item(), level.sigma, rel_tol=1e-11)
 
 
+def test_levels_of_a_flow():
+    """Equal steps of tau in y = tau x0 + (1 - tau) eps, from noise alone; beyond the schedule's ends timesteps are its ends."""
+    schedule = Schedule.linear()
+    for steps in (1, 2, 7, 400):
+        levels = schedule.levels("flow", steps)
+        assert (levels[0].alpha, levels[0].noise, levels[0].alpha_bar) == (0, 1, 0)
+        taus = [level.alpha / (level.alpha + level.noise) for level in levels]
+        assert np.allclose(taus, np.arange(steps) / steps, rtol=0, atol=4e-16)
+        lengths = [math.hypot(level.alpha, level.noise) for level in levels]
+        assert np.allclose(lengths, 1, rtol=0, atol=4e-16) and levels[0].t == 999
+    assert schedule.sigma(0) > levels[-1].sigma and levels[-1].t == 0
+
+
 def zero_terminal(zeros=1):
     return Schedule(torch.cat((Schedule.linear(20).alpha_bars, torch.zeros(zeros))))
 
@@ -147,10 +160,10 @@ def test_spacings_of_a_schedule_that_ends_in_noise(spacing):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_solvers_of_a_schedule_that_ends_in_noise(name):
-    """DDIM and DDPM begin there where the network's output holds the image; the others say what to do."""
+    """DDIM, DDPM and Heun in tau begin there where the network's output holds the image; the others say what to do."""
     schedule = zero_terminal()
-    if name not in ("ddim", "ddpm"):
-        with pytest.raises(InputError, match="begins at alpha_bar = 0: take ddim or ddpm, or another spacing"):
+    if name not in FROM_NOISE:
+        with pytest.raises(InputError, match="begins at alpha_bar = 0: take ddim, ddpm, heun-flow, or another spacing"):
             Solver(name, "trailing").program(schedule, 5, "sample", noise_power=lambda level: 0.5)
         assert Solver(name, "leading").program(schedule, 5, "sample", noise_power=lambda level: 0.5)
         return

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from advkd.diffusion.loading import Classes
 from advkd.diffusion.noise_power import FILE, NoisePower
@@ -11,7 +12,7 @@ from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.solvers import METHODS, Solver
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.evaluation import solver_quality
+from advkd.evaluation import kept_images, solver_quality
 from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import compare_paired
 from advkd.evaluation.report import save_teacher_pictures
@@ -71,7 +72,7 @@ SMALL = SolverEvaluationConfig("ddim,unipc,heun", (3, 4), 90, 80, seed=3, fine_s
 
 
 def test_a_killed_evaluation_draws_what_is_missing(large_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(solver_quality, "SHARD", 40)
+    monkeypatch.setattr(kept_images, "SHARD", 40)
     drawn, sample, dies_after = [], Teacher.sample, 5
 
     def counted(self, *arguments, **options):
@@ -93,8 +94,32 @@ def test_a_killed_evaluation_draws_what_is_missing(large_teacher, tmp_path, monk
     assert fresh["rows"] == result["rows"]
 
 
+@pytest.mark.parametrize(
+    ("solver", "folder"),
+    [
+        (Solver("ddim"), "solvers-7600fd0fb31ff3ef37cb59fc28c00305"),
+        (Solver("heun", "karras", churn=3.0), "solvers-a5997ec3c41299a8e192e6d93daee5ed"),
+    ],
+)
+def test_kept_sets_have_the_names_of_earlier_versions(solver, folder, tmp_path):
+    """Hours of images lie in users' caches; churn_max, which is infinite, is part of a name."""
+
+    class Model:
+        shape = (1, 2, 2)
+
+        def identity(self, solver):
+            return {"name": "anything", "weights_sha256": "00", "clip": 1.0}
+
+        def sample(self, n, seed, solver, steps, start):
+            return torch.zeros(n, *self.shape)
+
+    run = kept_images.Run(solver, 4, 7, 3)
+    kept_images.solver_set(Model(), run, 2).images(tmp_path, tqdm(disable=True))
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+
+
 def test_rows_of_an_evaluation(large_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(solver_quality, "SHARD", 40)
+    monkeypatch.setattr(kept_images, "SHARD", 40)
     result = evaluate_solvers(large_teacher, SMALL, tmp_path / "out", cache=tmp_path / "cache", progress=False)
     assert json.loads((tmp_path / "out" / "solvers.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     found = [(row["solver"], row["steps"], row["evaluations"], row["real"]["num"]) for row in result["rows"]]

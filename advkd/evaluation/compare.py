@@ -1,0 +1,264 @@
+"""One table of students and solvers (``advkd compare``): quality, time and training cost, from the same start noise.
+
+All sets begin at one start noise and are measured against the same references with the same bootstrap draws, so that the
+difference of any two rows has an interval of its own. The cache keeps images, features and measures: a killed run goes on.
+"""
+
+import itertools
+import logging
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..diffusion.teacher import Teacher
+from ..errors import InputError
+from ..runtime.devices import require_device
+from ..runtime.files import digest, write_json
+from ..runtime.folders import cache_folder, require_output_folder
+from ..runtime.progress import progress_bar
+from ..runtime.timing import measure, provenance
+from .comparison_page import PICTURES, write_pages
+from .contestants import Contestant, Setting, parse_solvers, parse_students, solver_rows, student_rows
+from .evaluate import REFERENCE_SEED
+from .features import build_extractor, extract, require_fit
+from .image_sets import real_images, shuffled
+from .kept_images import FINE, fine_run, solver_set
+from .paired import Resampled
+from .yardstick import SHARES, Yardstick
+
+_LOGGER = logging.getLogger(__name__)
+
+TIMED = 16
+"""Images of a timed call."""
+
+
+@dataclass
+class CompareConfig:
+    """Options of ``advkd compare``.
+
+    Attributes:
+        students: folders separated by commas, a row each. Trainings of one student are joined by ``+`` and make one row; a
+            student that samples with several numbers of steps takes another one as FOLDER@EVALUATIONS.
+        solvers: comma-separated names of the teacher's solvers, a row for each of ``evaluations`` that they can take.
+        evaluations: network evaluations of the solvers' runs, at most; several separated by commas.
+        num: images of a row, and of the fine-step reference.
+        baseline: name of the row that the others are compared with (empty: the solver with most evaluations; without solvers
+            the first student).
+        seed: of the start noise; the reference's is the next one.
+        fine_steps: steps of the reference, by unipc-2.
+        spacing: of the solvers' levels (empty: each solver's own).
+        extractor: ``digits`` or a folder of ``advkd classifier train``.
+        real: ``digits`` or a folder of images.
+        resamples: of the bootstrap behind the intervals.
+        batch_size: images that run through a network together.
+    """
+
+    students: str = ""
+    solvers: str = ""
+    evaluations: tuple[int, ...] = (1, 2, 4, 8)
+    num: int = 10_000
+    baseline: str = ""
+    seed: int = REFERENCE_SEED
+    fine_steps: int = 100
+    spacing: str = ""
+    extractor: str = "digits"
+    real: str = "digits"
+    resamples: int = 100
+    batch_size: int = 50
+
+    def validate(self) -> None:
+        """Raise :class:`InputError` that names the field that cannot work."""
+        for name, least in (("num", 4), ("fine_steps", 1), ("batch_size", 1), ("resamples", 20)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.evaluations or min(self.evaluations) < 1:
+            raise InputError(f"evaluations must be positive numbers, got {self.evaluations}")
+        if not 0 <= self.seed < 2**64 - 1:
+            raise InputError(f"seed must be in [0, 2^64 - 1), got {self.seed}")
+        if not parse_students(self.students) and not parse_solvers(self.solvers, self.spacing):
+            raise InputError("nothing to compare: name folders by --students, solvers by --solvers, or both")
+        parse_solvers(self.solvers, self.spacing)
+
+
+def compare_models(
+    teacher: str | Path,
+    config: CompareConfig,
+    out: str | Path,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare students and solvers, and write ``comparison.json``, ``.md`` and ``.html`` (self-contained) under ``out``.
+
+    Args:
+        teacher: source for :meth:`advkd.Teacher.from_pretrained`.
+        config: a :class:`CompareConfig`.
+        out: folder, made where it is missing.
+        device: torch device of the networks and the extractor; distances are computed on the CPU.
+        cache: folder of kept images, features and measures (default :func:`advkd.runtime.folders.cache_folder`).
+        progress: show bars.
+
+    Returns:
+        The contents of ``comparison.json``: ``rows``, one per student or solver's run; ``differences``, of every two rows;
+        ``baseline``, ``floor`` and its ``floor_num``, ``batch_size`` of the times, ``config`` and ``provenance``.
+
+    Raises:
+        InputError: bad configuration, a student that does not fit the teacher, or images that do not fit the extractor;
+            nothing was drawn.
+
+    Examples:
+        >>> config = CompareConfig(students="pd/4,pd/1", solvers="ddim,unipc-2", num=2000)
+        >>> compare_models("digits", config, "comparison")["baseline"]
+        'unipc-2 8'
+    """
+    config.validate()
+    device = require_device(device)
+    model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
+    real = real_images(config.real, model.shape)
+    require_fit(extractor, real, "--real")
+    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
+    if model.num_classes and model.null_class is None:
+        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
+    model.program(FINE, config.fine_steps)
+    contestants = _contestants(config, Setting(model, config.seed, config.num, config.batch_size), device)
+    baseline = _baseline(config, contestants)
+    cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
+
+    fine, features, pictures = _features(model, extractor, contestants, config, cache, progress)
+    yardstick = Yardstick(shuffled(extract(extractor, real, cache=cache)), fine, config.resamples)
+    rows = _rows(contestants, features, yardstick, baseline, cache, progress)
+    result = {
+        **rows,
+        "baseline": baseline,
+        "score": extractor.score,
+        "floor": yardstick.floor,
+        "floor_num": yardstick.half,
+        "batch_size": TIMED,
+        "config": asdict(config),
+        "teacher": model.identity(),
+        "real_sha256": digest({"images": real}),
+        "provenance": provenance(device),
+    }
+    times = _times(contestants, device)
+    for row in result["rows"]:
+        row["seconds"] = times[row["name"]]
+    write_json(out / "comparison.json", result)
+    write_pages(result, pictures, out)
+    return result
+
+
+def _contestants(config, setting, device):
+    """All rows; what a solver cannot take is said."""
+    solvers, left_out = solver_rows(parse_solvers(config.solvers, config.spacing), config.evaluations, setting)
+    rows = [*student_rows(config.students, setting, device), *solvers]
+    if not rows:
+        raise InputError(f"no row is left: give more evaluations or other solvers ({left_out[0]})")
+    names = [row.name for row in rows]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--students {twice[0]} is the name of a solver's row, too: name its folder by another path")
+    for line in left_out:
+        _LOGGER.warning("left out: %s", line)
+    return rows
+
+
+def _baseline(config, contestants):
+    names = [row.name for row in contestants]
+    if config.baseline and config.baseline not in names:
+        raise InputError(f"--baseline must be a row, one of {', '.join(names)}; got {config.baseline!r}")
+    solvers = [row for row in contestants if row.kind == "solver"]
+    return config.baseline or max(solvers or contestants[:1], key=lambda row: row.samplers[0].evaluations).name
+
+
+def _features(model, extractor, contestants, config, cache, progress):
+    """Features of the reference and of every sampler by its source, and the first images of every row."""
+    sets = {sampler.source: sampler.kept for row in contestants for sampler in row.samplers}
+    fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size)
+    with progress_bar(total=(1 + len(sets)) * config.num, desc="images", unit="image", shown=progress) as bar:
+        reference = extract(extractor, fine.images(cache, bar), cache=cache)
+        features, first = {}, {}
+        for source, kept in sets.items():
+            images = kept.images(cache, bar)
+            features[source], first[source] = extract(extractor, images, cache=cache), images[:PICTURES].clone()
+    return reference, features, {row.name: first[row.samplers[0].source] for row in contestants}
+
+
+def _rows(contestants: list[Contestant], features, yardstick: Yardstick, baseline: str, cache, progress) -> dict[str, Any]:
+    """Rows of the table without times, and the differences of every two."""
+    measured = {}
+    for source in progress_bar(features, desc="measures", unit="set", shown=progress):
+        measured[source] = yardstick.measure(features[source], cache)
+    medians = {row.name: _medians(measured[sampler.source][0] for sampler in row.samplers) for row in contestants}
+    rows = []
+    for row in contestants:
+        figures = _figures(medians[row.name], [measured[sampler.source] for sampler in row.samplers])
+        figures["real"]["difference"] = _figure(medians[row.name]["real"] - medians[baseline]["real"])
+        trainings = [
+            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.source])} for one in row.samplers
+        ]
+        rows.append({**_facts(row), "num": yardstick.num, **figures, "trainings": trainings})
+    return {"rows": rows, "differences": _differences(medians)}
+
+
+def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:
+    """The median over trainings of every distance, draw by draw."""
+    measured = list(measured)
+    return {name: Resampled.median([one[name] for one in measured]) for name in measured[0]}
+
+
+def _facts(row):
+    first, costs = row.samplers[0], [sampler.cost for sampler in row.samplers]
+    cost = None if None in costs else {n: statistics.median(each[n] for each in costs) for n in ("forward", "backward")}
+    facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations")}
+    return {"name": row.name, "kind": row.kind, **facts, "cost": cost}
+
+
+def _figures(medians, trainings):
+    """Figures of a row, each with the spread of its trainings."""
+    distances = {name: _figure(one, [training[0][name].value for training in trainings]) for name, one in medians.items()}
+    shares = {}
+    for name in ("precision", "recall"):
+        values = [training[1][name] for training in trainings]
+        shares[name] = {"value": statistics.median(values), "spread": [min(values), max(values)]}
+    return {
+        "real": {"frechet": distances["real"], "at_infinity": distances["real_at_infinity"], **shares},
+        "fine": {
+            "frechet": distances["fine"],
+            "at_infinity": distances["fine_at_infinity"],
+            "times_floor": distances["times_floor"],
+        },
+    }
+
+
+def _figure(one: Resampled, values: list[float] | None = None) -> dict[str, Any]:
+    spread = {} if values is None else {"spread": [min(values), max(values)]}
+    return {"value": one.value, "interval": one.interval, **spread}
+
+
+def _alone(measured):
+    """The figures of one training."""
+    distances, shares = measured
+    return {**{name: _figure(one) for name, one in distances.items()}, **{name: shares[name] for name in SHARES}}
+
+
+def _differences(medians):
+    """Differences of every two rows in their distances to real images, the second less the first."""
+    return [
+        {
+            "row": other,
+            "less": one,
+            "frechet": _figure(medians[other]["real"] - medians[one]["real"]),
+            "at_infinity": _figure(medians[other]["real_at_infinity"] - medians[one]["real_at_infinity"]),
+        }
+        for one, other in itertools.combinations(medians, 2)
+    ]
+
+
+def _times(contestants, device):
+    """Seconds per image of every row, in turn; the untimed call before each captures what a timed one replays."""
+    calls = {row.name: lambda sample=row.samplers[0].sample: sample(TIMED) for row in contestants}
+    times = measure(calls, repeats=5, device=device, settle=0.05)
+    return {name: {key: v if key == "repeats" else v / TIMED for key, v in time.items()} for name, time in times.items()}

@@ -1,0 +1,283 @@
+"""Rows of a comparison: students, of one training or several, and a teacher's solvers, all from the same start setting."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ..data.images import describe_shape
+from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.solvers import Solver
+from ..diffusion.students import load_student
+from ..diffusion.teacher import Teacher
+from ..errors import InputError
+from ..models.student import Student
+from ..runtime.files import digest, restoring
+from .evaluate import has_seen
+from .kept_images import KeptSet, Run, solver_set
+
+UNKNOWN = "not recorded"
+"""Method of a student without a training record."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Conditions that all sets of a comparison share.
+
+    Attributes:
+        teacher: the model whose start noise all sets begin at.
+        seed: of that noise; the fine-step reference has the next one.
+        num: images of a set.
+        batch_size: images that are drawn together.
+    """
+
+    teacher: Teacher
+    seed: int
+    num: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One set of images.
+
+    Attributes:
+        source: folder of the student, with ``@k`` where its evaluations are asked for, or name of the solver's run.
+        kept: its images.
+        sample: function of a number of images that draws them as a user would, for timing.
+        parameters: of the network.
+        evaluations: of the network for an image.
+        weights_sha256: digest of the network's weights.
+        method: of the last training, or the solver.
+        cost: network evaluations of its trainings, ``{"forward": n, "backward": n}``; None where that is not known.
+    """
+
+    source: str
+    kept: KeptSet
+    sample: Callable[[int], torch.Tensor]
+    parameters: int
+    evaluations: int
+    weights_sha256: str
+    method: str
+    cost: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A row: several trainings of one student, one student, or a run of a solver.
+
+    Attributes:
+        name: of the row.
+        kind: ``student`` or ``solver``.
+        samplers: one of each training.
+    """
+
+    name: str
+    kind: str
+    samplers: tuple[Sampler, ...]
+
+
+def parse_students(text: str) -> dict[str, list[tuple[str, int]]]:
+    """Rows of students by name.
+
+    Args:
+        text: rows separated by commas; trainings of a row are joined by ``+``, and ``@k`` behind a folder asks for k network
+            evaluations.
+
+    Returns:
+        ``{row: [(folder, evaluations; 0 for the student's own), ...]}``.
+
+    Raises:
+        InputError: an empty name, or one that is there twice.
+    """
+    rows = _distinct([row.strip() for row in text.split(",")] if text.strip() else [], "students")
+    return {row: [_entry(part) for part in _distinct(row.split("+"), f"students: {row}")] for row in rows}
+
+
+def parse_solvers(text: str, spacing: str = "") -> list[Solver]:
+    """Solvers by their names, separated by commas.
+
+    Args:
+        text: names.
+        spacing: of the levels; empty: each solver's own.
+
+    Returns:
+        A :class:`~advkd.diffusion.solvers.Solver` for each.
+
+    Raises:
+        InputError: an unknown name, or a solver that is there twice.
+    """
+    solvers = [Solver(name.strip(), spacing) for name in text.split(",")] if text.strip() else []
+    _distinct([solver.name for solver in solvers], "solvers")
+    return solvers
+
+
+def _distinct(names, option):
+    for i, name in enumerate(names):
+        if not name.strip() or name in names[:i]:
+            raise InputError(f"{option}: {name!r} is there twice" if name.strip() else f"{option}: a name is empty")
+    return names
+
+
+def _entry(text):
+    folder, _, evaluations = text.strip().rpartition("@")
+    return (folder, int(evaluations)) if folder and evaluations.isdecimal() else (text.strip(), 0)
+
+
+def student_rows(text: str, setting: Setting, device: str | torch.device) -> list[Contestant]:
+    """The students of a comparison, loaded.
+
+    Args:
+        text: as :func:`parse_students` takes it.
+        setting: conditions that all sets share.
+        device: torch device of the students.
+
+    Returns:
+        A :class:`Contestant` for every row.
+
+    Raises:
+        InputError: a folder that holds no student, a student that cannot be compared, or trainings of one row that differ in
+            more than their weights.
+    """
+    rows, loaded = [], {}
+    for name, entries in parse_students(text).items():
+        for folder, _ in entries:
+            if folder not in loaded:
+                loaded[folder] = load_student(folder, device)
+                _require_comparable(folder, loaded[folder], setting)
+        samplers = tuple(_student(folder, loaded[folder], evaluations, setting) for folder, evaluations in entries)
+        for one in samplers[1:]:
+            for what in ("method", "parameters", "evaluations"):
+                if (ours := getattr(one, what)) != (first := getattr(samplers[0], what)):
+                    found = f"{what} of {one.source} is {ours}, of {samplers[0].source} {first}"
+                    raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
+        rows.append(Contestant(name, "student", samplers))
+    return rows
+
+
+def _require_comparable(source, student, setting):
+    shape = tuple(setting.teacher.shape)
+    if (found := _shape(student)) != shape:
+        raise InputError(f"students: {source} draws {describe_shape(found)} images, the teacher {describe_shape(shape)} ones")
+    if isinstance(student, DenoiserStudent) and student.model.num_classes and student.model.null_class is None:
+        raise InputError(f"students: {source} has no null class: its images of no class cannot be drawn")
+    with restoring("the training record of", source):
+        for seed, set_ in ((setting.seed, "sets"), (setting.seed + 1, "reference")):
+            if has_seen(student.training_record, {"seed": seed, "start": 0, "num": setting.num}):
+                raise InputError(
+                    f"students: {source} was trained on the {set_}' start noise, seed {seed}: choose another --seed"
+                )
+
+
+def _shape(student):
+    if isinstance(student, Student):
+        return (student.config.image_channels, student.config.image_size, student.config.image_size)
+    return tuple(student.model.shape)
+
+
+def _student(source, student, evaluations, setting):
+    make = _generator if isinstance(student, Student) else _denoiser
+    with restoring("the training record of", source):
+        record = student.training_record
+        method, cost = method_of(record), training_cost(record)
+    sampler = make(source, student, evaluations, setting, method=method, cost=cost)
+    return replace(sampler, source=f"{source}@{evaluations}") if evaluations else sampler
+
+
+def _generator(source, student, evaluations, setting, **known):
+    """A one-pass student through its fused engine, on the projections of the start noise."""
+    if evaluations > 1:
+        raise InputError(f"students: {source} draws in one pass: leave @{evaluations} out")
+    # Without a search: figures must not depend on the noise of a measurement.
+    fused, weights = student.fuse(tune=False), digest(student.state_dict())
+
+    def draw(count, first):
+        return fused(student.project(setting.teacher.noise(count, setting.seed, first)))
+
+    def sample(count):
+        return fused.sample(count, setting.seed, count)
+
+    depends = [weights, asdict(student.config), setting.seed, setting.batch_size]
+    kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
+    return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known)
+
+
+def _denoiser(source, student, evaluations, setting, **known):
+    """A student of few steps by its own solver, with its own number of steps or another one."""
+    model, solver, steps = student.model, student.sampler.solver, student.sampler.steps
+    if evaluations:
+        steps = Run.of_evaluations(solver, evaluations, model, setting.seed, setting.num).steps
+    count = solver.evaluations(steps)
+    try:
+        model.program(solver, steps)
+    except InputError as error:
+        raise InputError(f"students: {source} cannot take {count} evaluations ({error})") from error
+
+    def draw(number, first):
+        return student.sample(number, setting.seed, steps, first)
+
+    identity = {**student.identity(), "name": None}
+    depends = [identity, steps, setting.seed, setting.batch_size]
+    kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
+    weights = identity["weights_sha256"]
+    return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
+
+
+def method_of(record: dict[str, Any] | None) -> str:
+    """The method of a student's last training.
+
+    Args:
+        record: its training record, or None.
+
+    Returns:
+        The method's name; ``adv-kd`` for records without one.
+    """
+    return record["runs"][-1].get("method", "adv-kd") if record and record["runs"] else UNKNOWN
+
+
+def training_cost(record: dict[str, Any] | None) -> dict[str, int] | None:
+    """Network evaluations of all trainings that a student went through.
+
+    Args:
+        record: its training record, or None.
+
+    Returns:
+        ``{"forward": n, "backward": n}``, or None where a training does not say them.
+    """
+    costs = [run.get("cost") for run in record["runs"]] if record else []
+    if not costs or None in costs:
+        return None
+    return {name: sum(int(cost[name]) for cost in costs) for name in ("forward", "backward")}
+
+
+def solver_rows(solvers: Sequence[Solver], evaluations: Sequence[int], setting: Setting) -> tuple[list[Contestant], list[str]]:
+    """The runs of a teacher's solvers, each once.
+
+    Args:
+        solvers: see :func:`parse_solvers`.
+        evaluations: network evaluations of a run, at most.
+        setting: conditions that all sets share.
+
+    Returns:
+        ``(rows, left_out)``: a :class:`Contestant` for every run, and a line for every one that the solver cannot take.
+    """
+    model, runs, left_out = setting.teacher, [], []
+    for solver in solvers:
+        for number in sorted(evaluations):
+            run = Run.of_evaluations(solver, number, model, setting.seed, setting.num)
+            try:
+                model.program(solver, run.steps)
+            except InputError as error:
+                left_out.append(f"{solver.name} with {number} evaluations: {error}")
+                continue
+            if run not in runs:
+                runs.append(run)
+    return [Contestant(run.name, "solver", (_solver(model, run, setting),)) for run in runs], left_out
+
+
+def _solver(model, run, setting):
+    kept = solver_set(model, run, setting.batch_size)
+    weights, free = model.identity()["weights_sha256"], {"forward": 0, "backward": 0}
+    parameters = model.num_parameters()
+    return Sampler(run.name, kept, lambda n: kept.draw(n, 0), parameters, run.evaluations, weights, run.solver.name, free)

@@ -1,0 +1,56 @@
+"""The table of students and solvers from stored results."""
+
+import pytest
+
+from advkd.errors import InputError
+from profiling import comparison_tables
+from profiling.evidence import NOTHING
+
+
+def row(name, distance, trainings=1, cost=None):
+    figure = {"value": distance, "interval": [distance - 0.5, distance + 0.5], "spread": [distance - 0.1, distance + 0.1]}
+    real = dict.fromkeys(("frechet", "at_infinity", "difference", "precision", "recall"), figure)
+    return {
+        **{"name": name, "kind": "student", "method": "progressive", "parameters": 12_345, "evaluations": 2, "num": 200},
+        "real": real,
+        "fine": dict.fromkeys(("frechet", "at_infinity", "times_floor"), figure),
+        "seconds": {"median": 0.002, "p20": 0.0019, "p80": 0.0021, "repeats": 5},
+        "cost": cost,
+        "trainings": [{}] * trainings,
+    }
+
+
+RESULT = {
+    "rows": [row("ddim 2", 3.0), row("a/2+b/2", 1.25, 2, {"forward": 12_000, "backward": 3_000})],
+    **{"baseline": "ddim 2", "score": "FD-digits", "floor": 0.125, "floor_num": 100, "batch_size": 16},
+    "config": {"fine_steps": 100},
+    "provenance": {
+        "commit": "0123456789",
+        "device": "a processor",
+        "versions": {"torch": "2.13.0"},
+        "threads": 2,
+        "dirty": False,
+    },
+    **{"path": "profiling/results/a/comparison.json", "changed": []},
+}
+
+
+def test_the_best_row_comes_first(monkeypatch):
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [RESULT] if name == "comparison" else [])
+    above, _, titles, _, best, other, _, reading = comparison_tables.lines()
+    assert "[`comparison.json`](profiling/results/a/comparison.json): a processor" in above and "spread" in above
+    assert "less ddim 2" in titles and "x floor at N = 100" in titles
+    assert best.startswith("| `a/2+b/2` | progressive | 12,345 | 2 | 200 | 1.250 (0.750 to 1.750) [1.150 to 1.350] |")
+    assert best.endswith("| 2 (1.9 to 2.1) | 12,000 / 3,000 |")
+    # The brackets are for several trainings alone.
+    assert other.startswith("| `ddim 2` |") and "[" not in other and other.endswith("| not recorded |")
+    assert "0.1250" in reading and "in brackets" in reading
+
+
+def test_nothing_without_a_result_and_no_result_of_changed_sources(monkeypatch):
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [])
+    assert comparison_tables.lines() == NOTHING
+    dirty = {**RESULT, "provenance": {**RESULT["provenance"], "dirty": True}}
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [dirty])
+    with pytest.raises(InputError, match="measured on changed sources"):
+        comparison_tables.lines()

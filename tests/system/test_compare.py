@@ -1,0 +1,258 @@
+"""``advkd compare``: students and solvers from one start noise, with paired differences; killed runs go on."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
+from advkd.diffusion.networks import build_unet
+from advkd.diffusion.solvers import Solver
+from advkd.diffusion.teacher import Teacher
+from advkd.errors import InputError
+from advkd.evaluation import compare, kept_images
+from advkd.evaluation.compare import CompareConfig, compare_models
+from advkd.evaluation.comparison_page import PICTURES, describe
+from advkd.evaluation.contestants import parse_students, training_cost
+from advkd.evaluation.features import ClassifierFeatures
+from advkd.evaluation.metrics import frechet_distance
+from advkd.evaluation.paired import Resampled, paired_rows, resampled_frechet
+from advkd.models.shape import StudentConfig
+from advkd.models.student import Student
+
+from ..conftest import fork_cli, tiny_student
+
+SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "spacing": "trailing", "resamples": 20, "batch_size": 20}
+
+
+def record(method="progressive", **cost):
+    runs = [{"method": "reparametrize", "cost": {"forward": 10, "backward": 4}}, {"method": method, "cost": cost or None}]
+    return {"samples": [], "runs": runs}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a teacher of v prediction; students of it; and students that do not fit it.
+
+    ``four`` has the teacher's weights and takes four steps, ``other`` has other weights; ``one-0`` to ``one-2`` draw in one
+    pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("models")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, prediction_type="v_prediction")
+    for seed, (name, classes) in enumerate({"four": 0, "other": 0, "told": 3}.items()):
+        torch.manual_seed(seed)
+        teacher = Teacher(build_unet(32, 1, (8, 8, 8, 8), classes), scheduler)
+        student = DenoiserStudent.from_teacher(teacher, sampler=Sampler(Solver("ddim", "trailing"), 4))
+        student.training_record = record(forward=90, backward=30)
+        student.save_pretrained(folder / name)
+        if name == "four":
+            diffusers.DDPMPipeline(teacher.unet, scheduler).save_pretrained(folder / "teacher")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        one = Student(StudentConfig(image_size=32, image_channels=1, channels=(8,) * 6, latent_size=8)).eval()
+        one.training_record = record("pairs", forward=100 + seed, backward=50)
+        one.save_pretrained(folder / f"one-{seed}")
+    tiny_student().save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def among_models(models, monkeypatch):
+    """Students by their short names; times of two images."""
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(compare, "TIMED", 2)
+
+
+def run(folder, cache=None, **values):
+    config = CompareConfig(**{**SMALL, **values})
+    return compare_models("teacher", config, folder / "out", cache=cache or folder / "cache", progress=False)
+
+
+def row_of(result, name):
+    (found,) = [row for row in result["rows"] if row["name"] == name]
+    return found
+
+
+def test_a_student_that_is_a_solver_reads_the_same_distances(tmp_path):
+    students = "four,four@2,one-0"
+    result = run(tmp_path, students=students, solvers="ddim,unipc-2", evaluations=(4, 2))
+    names = ["four", "four@2", "one-0", "ddim 2", "ddim 4", "unipc-2 4"]
+    assert [row["name"] for row in result["rows"]] == names and result["baseline"] == "ddim 4"
+    for student, solver in (("four", "ddim 4"), ("four@2", "ddim 2")):
+        ours, theirs = row_of(result, student), row_of(result, solver)
+        assert ours["real"] == theirs["real"] and ours["fine"] == theirs["fine"]
+        assert (ours["evaluations"], ours["parameters"]) == (theirs["evaluations"], theirs["parameters"])
+    none = row_of(result, "four")["real"]["difference"]
+    assert none["value"] == 0 and none["interval"] == [0, 0]
+    assert row_of(result, "ddim 2")["real"]["difference"]["value"] != 0
+    assert (
+        row_of(result, "four")["cost"] == {"forward": 100, "backward": 34} and row_of(result, "four")["method"] == "progressive"
+    )
+    assert row_of(result, "one-0")["cost"] == {"forward": 110, "backward": 54}
+    assert row_of(result, "ddim 4")["cost"] == {"forward": 0, "backward": 0}
+    pairs = {(pair["row"], pair["less"]): pair for pair in result["differences"]}
+    assert len(pairs) == len(names) * (len(names) - 1) // 2
+    assert pairs["ddim 4", "four"]["frechet"] == {"value": 0, "interval": [0, 0]}
+    apart = pairs["ddim 4", "ddim 2"]["at_infinity"]["value"]
+    limits = [row_of(result, name)["real"]["at_infinity"]["value"] for name in ("ddim 4", "ddim 2")]
+    assert apart == limits[0] - limits[1]
+
+
+def test_files_of_a_comparison(tmp_path):
+    result = run(tmp_path, students="four,one-0", solvers="ddim", evaluations=(2,))
+    assert json.loads((tmp_path / "out/comparison.json").read_text()) == json.loads(json.dumps(result))
+    page, text = ((tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
+    assert page.count("data:image/png;base64,") == 1 + len(result["rows"])
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    for row in result["rows"]:
+        assert f"<td>{row['name']}</td>" in page and f"| {row['name']} | " in text
+        assert row["seconds"]["median"] > 0
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert f"x floor at N = {SMALL['num'] // 2}" in page and f"batches of {compare.TIMED}" in page
+    assert len(describe(result).splitlines()) == 1 + len(result["rows"])
+
+
+def test_sets_begin_at_one_start_noise(tmp_path, monkeypatch):
+    """A one-pass student draws from projections of the noise that the teacher's runs begin at, in the sets' order."""
+    pictures = {}
+    monkeypatch.setattr(compare, "write_pages", lambda result, images, out: pictures.update(images))
+    run(tmp_path, students="four,one-0", solvers="ddim", evaluations=(4,))
+    teacher, student = Teacher.from_pretrained("teacher"), Student.from_pretrained("one-0")
+    with torch.no_grad():
+        drawn = student(student.project(teacher.noise(PICTURES, SMALL["seed"])))
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round()
+    # One step of eight bits, where another arithmetic rounds a value in the middle to the other side.
+    assert (pictures["one-0"].float() - expected).abs().max() <= 1
+    assert torch.equal(pictures["four"], pictures["ddim 4"])
+
+
+def test_trainings_of_a_row(tmp_path):
+    each = ["one-0", "one-1", "one-2"]
+    joined = "+".join(each)
+    result = run(tmp_path, students=",".join([joined, *each]))
+    assert result["baseline"] == joined
+    for against, name in (("real", "frechet"), ("real", "at_infinity"), ("fine", "times_floor"), ("real", "precision")):
+        least, middle, most = sorted(row_of(result, one)[against][name]["value"] for one in each)
+        figure = row_of(result, joined)[against][name]
+        assert (figure["value"], figure["spread"]) == (middle, [least, most])
+    row = row_of(result, joined)
+    assert [training["source"] for training in row["trainings"]] == each
+    for training in row["trainings"]:
+        assert training["real"]["value"] == row_of(result, training["source"])["real"]["frechet"]["value"]
+        assert training["real"]["interval"] == row_of(result, training["source"])["real"]["frechet"]["interval"]
+    assert row["cost"] == {"forward": 111, "backward": 54} and row["real"]["difference"]["interval"] == [0, 0]
+    assert "[" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_the_median_of_trainings_is_taken_draw_by_draw():
+    several = [Resampled(1.0, [1.0, 5.0]), Resampled(3.0, [4.0, 2.0]), Resampled(2.0, [9.0, 3.0])]
+    assert Resampled.median(several) == Resampled(2.0, [4.0, 3.0])
+    assert several[1] - several[0] == Resampled(2.0, [3.0, -3.0]) and several[1] / 2 == Resampled(1.5, [2.0, 1.0])
+
+
+def test_draws_of_rows_are_those_of_the_sets():
+    features, reference = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    rows = paired_rows(30, 30, 4)
+    found = resampled_frechet(features, reference, rows)
+    assert found.value == frechet_distance(features, reference)
+    assert found.draws == [frechet_distance(features[own], reference[others]) for own, others in rows]
+    assert found.interval[0] < found.value < found.interval[1]
+
+
+def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_images, "SHARD", 40)
+    monkeypatch.setattr(compare, "_times", lambda rows, device: {row.name: {"median": 1, "p20": 1, "p80": 1} for row in rows})
+    options = {"students": "four,other,one-0", "solvers": "ddim", "evaluations": (4,)}
+    drawn, eight_bit, dies_after = [], kept_images.eight_bit, 20
+
+    def counted(images):
+        drawn.append(len(images))
+        if len(drawn) == dies_after:
+            raise KeyboardInterrupt
+        return eight_bit(images)
+
+    monkeypatch.setattr(kept_images, "eight_bit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, **options)
+    first, dies_after = len(drawn), None
+    result = run(tmp_path, **options)
+    # A set of 140 is seven batches of 20 in three shards of 40 and one of 20; the twentieth batch was the last of a shard's two
+    # (the sixth of the third set), so that its shard is drawn again whole.
+    assert first == 20 and len(drawn) - first == 5 * 7 - 18
+    again = len(drawn)
+    measured = []
+    monkeypatch.setattr("advkd.evaluation.yardstick.resampled_frechet", lambda *rows: measured.append(rows))
+    monkeypatch.setattr(ClassifierFeatures, "forward", lambda *arguments: measured.append(arguments))
+    kept = run(tmp_path, **options)
+    assert len(drawn) == again and not measured and kept["rows"] == result["rows"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "nothing to compare"),
+        ({"students": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"students": "four,four"}, "students: 'four' is there twice"),
+        ({"students": "four,"}, "students: a name is empty"),
+        ({"students": "four+four"}, "'four' is there twice"),
+        ({"students": "four+four@2"}, "trainings of one row must be alike, but evaluations of four@2 is 2"),
+        ({"students": "one-0@2"}, "draws in one pass"),
+        ({"solvers": "ddim,ddim"}, "solvers: 'ddim' is there twice"),
+        ({"solvers": "ddim,rk4"}, "solver must be one of"),
+        ({"solvers": "unipc-3", "evaluations": (2,)}, "no row is left"),
+        ({"students": "four", "baseline": "five"}, "--baseline must be a row, one of four; got 'five'"),
+        ({"students": "four", "num": 100}, "--num 100: 100 images are too few for 64 features"),
+        ({"students": "four", "resamples": 5}, "resamples must be at least 20"),
+        ({"students": "four", "evaluations": (0,)}, "evaluations must be positive"),
+        ({"students": "four", "seed": 2**64 - 1}, "seed must be in"),
+        ({"students": "digits", "seed": 0}, "was trained on the sets' start noise, seed 0"),
+        ({"students": "told"}, "students: told has no null class"),
+        ({"students": "small"}, "draws gray 8x8 images, the teacher gray 32x32 ones"),
+    ],
+)
+def test_bad_comparisons_are_refused_before_work(values, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(tmp_path, **values)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_what_a_solver_cannot_take_is_left_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(compare, "_features", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, solvers="ddim,unipc-2", evaluations=(1, 2, 4))
+    said = [line.getMessage().removeprefix("left out: ").partition(" evaluations")[0] for line in caplog.records]
+    assert said == ["unipc-2 with 1", "unipc-2 with 2"]
+
+
+def test_names_of_students():
+    assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", 0)], "b@2": [("b", 2)], "c+d@1": [("c", 0), ("d", 1)]}
+    assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", 0)]} and parse_students("") == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "cost"),
+    [
+        (None, None),
+        ({"runs": []}, None),
+        ({"runs": [{"cost": {"forward": 3, "backward": 1}}, {}]}, None),
+        ({"runs": [{"cost": {"forward": 3, "backward": 1}}, {"cost": {"forward": 4, "backward": 0}}]}, (7, 1)),
+    ],
+)
+def test_cost_of_trainings(record, cost):
+    assert training_cost(record) == (cost and dict(zip(("forward", "backward"), cost)))
+
+
+def test_the_command(models, tmp_path):
+    options = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+    command = ["compare", "--teacher", models / "teacher", "--solvers", "ddim,heun", "--evaluations", "2,4", *options]
+    done = fork_cli(*command, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    titles, *lines = done.stdout.splitlines()
+    assert titles.startswith("row ") and "less ddim 4" in titles
+    assert sorted(line.split("  ")[0] for line in lines) == ["ddim 2", "ddim 4", "heun 3"]
+    assert "left out: heun with 2 evaluations" in done.stderr
+    done = fork_cli(*command, "--baseline", "ddim 3", "--out", tmp_path / "other")
+    assert done.returncode == 2 and done.stderr.count("\n") == 2 and "--baseline must be a row" in done.stderr
+    assert not (tmp_path / "other").exists()
