@@ -4,6 +4,9 @@ from torch import nn
 
 from ..errors import InputError
 
+GROUPS = 8
+"""Groups of channels that group normalisation takes together."""
+
 
 def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), classes: int = 0) -> nn.Module:
     """A small ``UNet2DModel``: one resnet per block, attention at the lowest resolution only.
@@ -20,7 +23,7 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         The network in training mode, its weights drawn from torch's global generator.
 
     Raises:
-        InputError: a size that cannot be, or too many channels for it.
+        InputError: a size that cannot be, too many channels for it, or channels that are no multiples of 8.
     """
     from diffusers import UNet2DModel
 
@@ -28,6 +31,8 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         raise InputError(f"size must be 4 * 2^k and at least 8, got {size}")
     depth = len(channels) or size.bit_length() - 2
     channels = tuple(channels) or (16, 32, *[64] * (depth - 2))[:depth]
+    if any(c < GROUPS or c % GROUPS for c in channels):
+        raise InputError(f"channels must be positive multiples of {GROUPS}, got {', '.join(map(str, channels))}")
     if size >> (depth - 1) < 2:
         raise InputError(f"channels has {depth} entries, too many for images of {size} pixels")
     return UNet2DModel(
@@ -38,7 +43,7 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         block_out_channels=channels,
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        norm_num_groups=8,
+        norm_num_groups=GROUPS,
         attention_head_dim=8,
         num_class_embeds=classes or None,
     )
