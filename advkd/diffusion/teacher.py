@@ -133,9 +133,8 @@ class Teacher(DiffusionModel):
             solver: of the paths; an analytic one depends on the noise power, too.
 
         Returns:
-            JSON values: ``name``, ``parameters`` (their number), ``weights_sha256``, ``network_sha256``, ``schedule_sha256``,
-            ``prediction``, ``clip`` (None without clipping), ``variance``, only where it is on ``autocast``, and for analytic
-            solvers ``noise_power``.
+            JSON values: ``name``, number of ``parameters``, digests of weights, network and schedule, ``prediction``, ``clip``
+            (None: no clipping), ``variance``, only where it is on ``autocast``, and for analytic solvers ``noise_power``.
         """
         powers = self.noise_powers if solver is not None and solver.analytic else None
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
@@ -190,8 +189,7 @@ class Teacher(DiffusionModel):
         parameter = next(self.unet.parameters())
 
         def network(state, t, labels):
-            classes = {} if labels is None else {"class_labels": labels}
-            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), **classes, return_dict=False)[0]
+            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), labels, return_dict=False)[0]
 
         return Denoiser(network, self.schedule, self.prediction, self.clip)
 
