@@ -117,22 +117,15 @@ def compare_models(
     """
     config.validate()
     device = require_device(device)
-    model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    real = real_images(config.real, model.shape)
-    require_fit(extractor, real, "--real")
-    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
-    if model.num_classes and model.null_class is None:
-        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
-    model.program(FINE, config.fine_steps)
+    model, extractor, real = _references(teacher, config, device)
     contestants = _contestants(config, Setting(model, config.seed, config.num, config.batch_size), device)
     baseline = _baseline(config, contestants)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
     fine, features, pictures = _features(model, extractor, contestants, config, cache, progress)
     yardstick = Yardstick(shuffled(extract(extractor, real, cache=cache)), fine, config.resamples)
-    rows = _rows(contestants, features, yardstick, baseline, cache, progress)
     result = {
-        **rows,
+        **_rows(contestants, features, yardstick, baseline, cache, progress),
         "baseline": baseline,
         "score": extractor.score,
         "floor": yardstick.floor,
@@ -149,6 +142,18 @@ def compare_models(
     write_json(out / "comparison.json", result)
     write_pages(result, pictures, out)
     return result
+
+
+def _references(teacher, config, device):
+    """Teacher, extractor and real images, which fit each other and the number of images."""
+    model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
+    real = real_images(config.real, model.shape)
+    require_fit(extractor, real, "--real")
+    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
+    if model.num_classes and model.null_class is None:
+        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
+    model.program(FINE, config.fine_steps)
+    return model, extractor, real
 
 
 def _contestants(config, setting, device):
