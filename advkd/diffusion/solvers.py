@@ -80,7 +80,7 @@ METHODS = {
 }
 """Every solver by its name."""
 
-FROM_NOISE = ("ddim", "ddpm", "heun-flow")
+FROM_NOISE = ("ddim", "ddim-renoised", "ddpm", "heun-flow")
 """Solvers whose first step may begin at alpha_bar = 0."""
 
 

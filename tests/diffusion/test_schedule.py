@@ -160,10 +160,12 @@ def test_spacings_of_a_schedule_that_ends_in_noise(spacing):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_solvers_of_a_schedule_that_ends_in_noise(name):
-    """DDIM, DDPM and Heun in tau begin there where the network's output holds the image; the others say what to do."""
+    """DDIM, renoised too, DDPM and Heun in tau begin there where the output holds the image; the others say what to do."""
     schedule = zero_terminal()
     if name not in FROM_NOISE:
-        with pytest.raises(InputError, match="begins at alpha_bar = 0: take ddim, ddpm, heun-flow, or another spacing"):
+        with pytest.raises(
+            InputError, match="begins at alpha_bar = 0: take ddim, ddim-renoised, ddpm, heun-flow, or another spacing"
+        ):
             Solver(name, "trailing").program(schedule, 5, "sample", noise_power=lambda level: 0.5)
         assert Solver(name, "leading").program(schedule, 5, "sample", noise_power=lambda level: 0.5)
         return
