@@ -180,7 +180,7 @@ def _student(source, student, evaluations, setting):
     make = _generator if isinstance(student, Student) else _denoiser
     with restoring("the training record of", source):
         record = student.training_record
-        method, cost = method_of(record), training_cost(record)
+        method, cost = method_of(record), total_cost(record)
     sampler = make(source, student, evaluations, setting, method=method, cost=cost)
     return replace(sampler, source=f"{source}@{evaluations}") if evaluations else sampler
 
@@ -236,7 +236,7 @@ def method_of(record: dict[str, Any] | None) -> str:
     return record["runs"][-1].get("method", "adv-kd") if record and record["runs"] else UNKNOWN
 
 
-def training_cost(record: dict[str, Any] | None) -> dict[str, int] | None:
+def total_cost(record: dict[str, Any] | None) -> dict[str, int] | None:
     """Network evaluations of all trainings that a student went through.
 
     Args:

@@ -14,7 +14,7 @@ from advkd.errors import InputError
 from advkd.evaluation import compare, kept_images
 from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.comparison_page import PICTURES, describe
-from advkd.evaluation.contestants import parse_students, training_cost
+from advkd.evaluation.contestants import parse_students, total_cost
 from advkd.evaluation.features import ClassifierFeatures
 from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import Resampled, paired_rows, resampled_frechet
@@ -241,7 +241,7 @@ def test_names_of_students():
     ],
 )
 def test_cost_of_trainings(record, cost):
-    assert training_cost(record) == (cost and dict(zip(("forward", "backward"), cost)))
+    assert total_cost(record) == (cost and dict(zip(("forward", "backward"), cost)))
 
 
 def test_the_command(models, tmp_path):
