@@ -8,14 +8,14 @@ from ..diffusion.solvers import Solver
 from ..methods.base import Method, Stage
 
 
-def training_cost(method: Method, stages: Sequence[Stage], info: DatasetInfo | None = None, num: int = 0) -> dict[str, Any]:
+def run_cost(method: Method, stages: Sequence[Stage], info: DatasetInfo | None = None, num: int = 0) -> dict[str, Any]:
     """Network evaluations of all samples in some stages, the recording of trajectories among them.
 
     Args:
         method: the run's method.
         stages: those that count.
         info: description of the trajectories, or None.
-        num: number of the trajectories.
+        num: number of the trajectories that no earlier run has paid for.
 
     Returns:
         ``forward`` (of student and teacher) and ``backward`` evaluations.

@@ -22,7 +22,7 @@ from ..methods.base import Stage
 from ..models.denoiser import DenoiserNetwork
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
-from .cost import training_cost
+from .cost import run_cost
 from .trainer import Trainer
 
 
@@ -172,21 +172,21 @@ class DenoiserDistiller(Trainer):
         """Record of training up to a stage's end; evaluation refuses reference samples that are among its ``samples``."""
         before = self._start_student.training_record or {"samples": [], "runs": []}
         recorded, stages = self._recorded, self.stages[: stage.number]
-        parts = recorded.parts if recorded is not None else []
+        parts, info = (recorded.parts, recorded.info) if recorded is not None else ([], None)
+        new = [part for part in parts if part not in before["samples"]]
         run: dict[str, Any] = {
             "method": self.method.name,
             "config": dataclasses.asdict(self.method.config),
             "stage": stage.number,
-            "cost": training_cost(self.method, stages, recorded and recorded.info, len(recorded or ())),
+            "cost": run_cost(self.method, stages, info, sum(part["num"] for part in new)),
             **measured,
             "version": __version__,
         }
-        if recorded is not None:
-            run |= {"sampler": recorded.info.solver, "steps": recorded.info.steps, "samples": parts}
+        if info is not None:
+            run |= {"sampler": info.solver, "steps": info.steps, "samples": parts}
         if self.method.teacher is not None:
             run["teacher"] = self.method.teacher.identity()
-        samples = before["samples"] + [part for part in parts if part not in before["samples"]]
-        return {"runs": [*before["runs"], run], "samples": samples}
+        return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
 
 
 def _source(run, needs, student, data, trajectories) -> Source:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..methods import method_class
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
-from .cost import training_cost
+from .cost import run_cost
 from .processes import barrier
 from .trainer import Trainer
 
@@ -148,9 +148,9 @@ class Distiller(Trainer):
         if self.method.name != "adv-kd":
             run["method"] = self.method.name
         run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher}
-        run["cost"] = training_cost(self.method, self.stages, info, sum(part["num"] for part in parts))
-        samples = before["samples"] + [part for part in parts if part not in before["samples"]]
-        return {"runs": [*before["runs"], run], "samples": samples}
+        new = [part for part in parts if part not in before["samples"]]
+        run["cost"] = run_cost(self.method, self.stages, info, sum(part["num"] for part in new))
+        return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
 
 
 class _Growing(Recorded):

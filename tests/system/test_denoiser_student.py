@@ -326,7 +326,7 @@ def small(kind, **changes):
 
 
 def test_records_chain_runs_and_costs(trajectories, tmp_path):
-    """Network evaluations of each run, those of its recording among them; samples that were seen are named once."""
+    """Network evaluations of each run, those of a recording in the first that reads it; samples once."""
     quiet, teacher = {"progress": False}, tiny_teacher()
     start = DenoiserStudent.from_teacher(teacher)
     config = small(ReparametrizeConfig)
@@ -340,8 +340,8 @@ def test_records_chain_runs_and_costs(trajectories, tmp_path):
     record = advkd.load_student(tmp_path / "more").training_record
     assert [run["method"] for run in record["runs"]] == ["reparametrize", "pairs", "pairs"]
     taught = {"forward": 2 * 4 * 2, "backward": 2 * 4}
-    paired = {"forward": 24 * 10 + 2 * 4, "backward": 2 * 4}
-    assert [run["cost"] for run in record["runs"]] == [taught, paired, paired]
+    recorded, again = ({"forward": recording + 2 * 4, "backward": 2 * 4} for recording in (24 * 10, 0))
+    assert [run["cost"] for run in record["runs"]] == [taught, recorded, again]
     assert record["runs"][0]["teacher"] == teacher.identity() and record["runs"][1]["sampler"] == "ddim"
     assert record["samples"] == record["runs"][1]["samples"] and sum(part["num"] for part in record["samples"]) == 24
     # Entered at sigma = 1, once.
