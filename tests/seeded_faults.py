@@ -133,8 +133,8 @@ cpu-details-of-the-first-image | csrc/cpu/student_forward.cpp | tests/ops/test_s
 + run.import(z + offsets[i + 1],
 
 rows-of-every-process | advkd/training/trainer.py | tests/methods/test_every_method.py -k "two_processes and pairs"
-- self.cursor + rank * local,
-+ self.cursor + rank,
+- start = self.cursor + rank * local
++ start = self.cursor + rank
 
 average-lost-in-a-resumption | advkd/training/checkpoint.py | tests/methods/test_every_method.py -k "killed and pairs"
 - _under(f"{name}.average/", tensors)
