@@ -99,7 +99,8 @@ class DenoiserStudent:
                 f"a denoiser student needs v prediction, {model.name} has {model.prediction}: run 'advkd distill reparametrize'"
             )
         if sampler.guidance > model.most_guidance:
-            raise InputError(f"sampler: guidance must be at most the network's {model.most_guidance:g}, got {sampler.guidance}")
+            limit = f"must be at most the network's {model.most_guidance:g}"
+            raise InputError(f"{model.name}: the sampler's guidance {limit}, got {sampler.guidance}")
         model.program(sampler.solver, sampler.steps)
         self.model, self.sampler, self.training_record = model, sampler, training_record
         self.trained_as = model.prediction

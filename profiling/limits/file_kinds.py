@@ -80,6 +80,7 @@ TEACHER, SHARDED, PICKLED = (
 )
 # An index may name a part that is not there, or that lacks what it should hold.
 INDEX = {**SHARDED, "named": (*SHARDED["named"], "the teacher's weights {folder}/")}
+DENOISED, DENOISER = (read.denoised, read.denoised_meaning), ("{case}/denoiser: ",)
 SHARDS = {"named": ("shard {folder}/shard-",)}
 FIELDS = tuple(field.name for field in dataclasses.fields(RECIPES["joint"]))
 TAUGHT, PARTS = (
@@ -177,5 +178,12 @@ KINDS = {
         for name in FORMATS
     },
     "picture of a classifier's": Kind("classes/a/00.png", read.classes_read, has_other=False),
+    "denoiser student's sampler": Kind("denoiser/sampler.json", *DENOISED, named=DENOISER),
+    "denoiser student's training record": Kind("denoiser/training.json", *DENOISED),
+    "denoiser student's classes": Kind("denoiser/classes.json", *DENOISED),
+    "condition's configuration": Kind(
+        "denoiser/condition/config.json", *DENOISED, named=(*MODEL["named"], *DENOISER, "{folder} is")
+    ),
+    "condition's weights": Kind(f"denoiser/condition/{WEIGHTS}", *DENOISED, sealed=True),
 }
 """Every kind by its name."""

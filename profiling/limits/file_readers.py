@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from advkd import AdvKDPipeline, FusedStudent, Student, StudentConfig
+from advkd import AdvKDPipeline, DenoiserStudent, FusedStudent, Sampler, Student, StudentConfig, load_student
 from advkd.data.images import load_images
 from advkd.data.pictures import read_metrics, save_curves, save_grid
 from advkd.data.trajectories import Trajectories
+from advkd.diffusion.loading import Classes
+from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
 from advkd.evaluation import report
 from advkd.evaluation.features import build_extractor
 from advkd.methods.adv_kd import RECIPES
 from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.models.denoiser import ConditionConfig, ConditionEmbedding
 from advkd.runtime.files import sha256
 
 from .plain import Meaningless, finite, known_fields, own_fields, parse_json, parse_safetensors, with_tensors
@@ -101,6 +104,27 @@ def taught_meaning(name):
         return finite(teacher.sample(2, steps=2)).half()
 
     return meaning
+
+
+def denoised(place):
+    """Images of a denoiser student, and what it says of itself."""
+    student = load_student(place / "denoiser")
+    facts = [list(student.model.class_names), student.model.most_guidance, student.training_record]
+    return student.sample(2, labels=[0, 1]), facts
+
+
+def denoised_meaning(place):
+    folder = place / "denoiser"
+    values, classes = parse_json(folder / "sampler.json"), parse_json(folder / "classes.json")
+    steps, guidance, name = (values.pop(key) for key in ("steps", "guidance", "solver"))
+    condition = ConditionEmbedding(ConditionConfig(**own_fields(parse_json(folder / "condition" / "config.json"))))
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    unet.class_embedding = with_tensors(condition, parse_safetensors(folder / "condition" / WEIGHTS))
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    teacher = Teacher(unet, scheduler, "plain", Classes(tuple(classes["names"]), classes["null"]))
+    student = DenoiserStudent(teacher, Sampler(Solver(name, **own_fields(values)), steps, guidance))
+    facts = [classes["names"], condition.config.guidance, parse_json(folder / "training.json")]
+    return finite(student.sample(2, labels=[0, 1])), facts
 
 
 def older(place):

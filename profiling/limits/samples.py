@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from advkd import AdvKDPipeline, Student, StudentConfig
+from advkd import AdvKDPipeline, DenoiserStudent, Sampler, Student, StudentConfig, Teacher
 from advkd.cli.main import main
+from advkd.diffusion.loading import Classes
+from advkd.diffusion.solvers import Solver
 from advkd.engines.kept import kept_file
 from advkd.evaluation.report import RUN_KEYS
+from advkd.models.denoiser import embedding_of
 from advkd.runtime.files import write_json
 from advkd.runtime.timing import processor_identity
 from advkd.training.trainer import Trainer
@@ -86,6 +89,7 @@ def _make_samples(folder):
     for name, student in zip(("pipeline", "pipeline-other"), students):
         AdvKDPipeline(student.eval()).save_pretrained(folder / name)
     _make_teachers(folder)
+    _make_denoisers(folder)
     _make_pictures(folder)
     for name, seed in (("data", 0), ("data-other", 1)):
         models = ("--teacher", folder / "teacher")
@@ -132,6 +136,20 @@ def _make_teachers(folder):
         sharded = folder / name.replace("teacher", "sharded") / "unet"
         (sharded / WEIGHTS).unlink()
         unet.save_pretrained(sharded, max_shard_size="30KB")
+
+
+def _make_denoisers(folder):
+    """Conditional denoiser students that take the guidance weight."""
+    for name, seed in (("denoiser", 0), ("denoiser-other", 1)):
+        torch.manual_seed(seed)
+        teacher = Teacher.from_pretrained(folder / name.replace("denoiser", "teacher"))
+        unet = diffusers.UNet2DModel.from_config(teacher.unet.config, num_class_embeds=3)
+        told = Teacher(unet, teacher.scheduler, "told", Classes(("a", "b") if seed else ("c", "d"), 2))
+        sampler = Sampler(Solver("ddim", spacing="trailing"), 2 + seed, 1.0 + seed)
+        student = DenoiserStudent.from_teacher(told, guidance=4.0 + seed)
+        torch.nn.init.normal_(embedding_of(student.model.unet).guidance[-1].weight)
+        record = {"samples": [{"seed": seed, "start": 0, "num": 4}], "runs": []}
+        DenoiserStudent(student.model, sampler, record).save_pretrained(folder / name)
 
 
 def _make_pictures(folder):

@@ -194,7 +194,7 @@ def test_students_that_take_the_weight(weighted):
     assert torch.equal(again, asked[4.0])
     with pytest.raises(InputError, match="guidance must be at most 4"):
         student.sample(2, labels=0, guidance=4.5)
-    with pytest.raises(InputError, match="sampler: guidance must be at most the network's 4"):
+    with pytest.raises(InputError, match="the sampler's guidance must be at most the network's 4"):
         DenoiserStudent(student.model, Sampler(guidance=5.0))
     plain = tiny_student(timesteps=100).model
     with pytest.raises(InputError, match="guidance must be at most the network's 0"):
