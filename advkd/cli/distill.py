@@ -128,7 +128,10 @@ def _start(kind, inputs, config, device):
     if init is not None:
         if widths:
             raise InputError("--channels are of a fresh student: leave --init out")
-        return load_start(init, device)
+        student = load_start(init, device)
+        if not isinstance(student, DenoiserStudent) and "generator" not in kind.students:
+            raise InputError(f"--init {init}: {kind.name} trains a denoiser student, and this one draws in one pass")
+        return student
     if inputs["teacher"] is None:
         raise InputError("name a student to start from by --init, or a --teacher whose network is copied")
     return DenoiserStudent.from_teacher(Teacher.from_pretrained(inputs["teacher"], device), widths)
@@ -143,7 +146,11 @@ def _run(kind, student, config, inputs, out, resume, device):
     if not isinstance(student, Student):
         from ..training.denoisers import distill_denoiser
 
-        teacher = Teacher.from_pretrained(named, device) if named else None
+        teacher = Teacher.from_pretrained(named, device) if named and kind.calls_teacher(config) else None
+        if named and teacher is None and inputs["init"] is not None:
+            raise InputError(
+                f"--teacher: {kind.name} does not call one with these options, and --init names the start: leave it out"
+            )
         folders, data = inputs["trajectories"] or None, inputs["data"]
         sources = {"teacher": teacher, "data": data, "trajectories": folders}
         distill_denoiser(kind.name, config, student, out, **sources, resume=resume, device=device)

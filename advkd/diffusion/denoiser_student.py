@@ -74,7 +74,8 @@ class Sampler:
 class DenoiserStudent:
     """A diffusion model of few steps.
 
-    Its folder is a diffusers pipeline (an unconditional one runs as ``DDIMPipeline`` there) with ``sampler.json`` beside, so
+    Its folder is a diffusers pipeline (one without classes whose sampler is DDIM at the trailing spacing runs as
+    ``DDIMPipeline`` there) with ``sampler.json`` beside, so
     that :meth:`advkd.Teacher.from_pretrained` loads it, too: a student can be the teacher of the next one.
 
     Args:
@@ -184,16 +185,34 @@ class DenoiserStudent:
             folder: made where it is missing.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written or holds a generator, or the network has not been trained to give v.
         """
         from diffusers import DDIMPipeline
 
+        self.require_v("saving")
         folder = Path(folder)
+        if os.path.lexists(folder / "config.json"):
+            raise InputError(f"{folder} holds a student that draws in one pass: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         extra, model = (SAMPLER, TRAINING), self.model
         write_pipeline(
             folder, DDIMPipeline, model.unet, model.scheduler, model.classes, extra=extra, write_extra=self._write_records
         )
+
+    def require_v(self, who: str) -> None:
+        """Refuse a network whose weights were trained to give another output.
+
+        Args:
+            who: name of the method, or of what cannot be done, for the error.
+
+        Raises:
+            InputError: ``trained_as`` is another prediction than v.
+        """
+        if self.trained_as != "v_prediction":
+            raise InputError(
+                f"{who} begins with a network that gives v, and this one's weights are of {self.trained_as}: "
+                "run 'advkd distill reparametrize' first and name its result by --init"
+            )
 
     def _write_records(self, folder):
         write_json(folder / SAMPLER, self.sampler.to_json())

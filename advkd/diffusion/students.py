@@ -47,17 +47,17 @@ def load_student(source: str | Path, device: str | torch.device = "cpu") -> Stud
 
 
 def load_start(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:
-    """A student to be trained further: a student, or a teacher of v prediction as one.
+    """A student to be trained further: a student, or a copy of a teacher as one.
 
     Args:
         source: as for :func:`load_student`, or a teacher's: ``digits-conditional``, a folder or a hub id.
         device: where it is put.
 
     Returns:
-        A :class:`Student` or a :class:`DenoiserStudent`.
+        A :class:`Student` or a :class:`DenoiserStudent`; of a teacher of another prediction one whose ``trained_as`` says so.
 
     Raises:
-        InputError: missing, damaged or foreign files, or a teacher of another prediction.
+        InputError: missing, damaged or foreign files.
     """
     if str(source) not in Student.embedded:
         folder = resolve(source, EMBEDDED, "student", ["*.json"])

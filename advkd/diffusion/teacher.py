@@ -148,6 +148,7 @@ class Teacher(DiffusionModel):
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
             **({"autocast": str(self._autocast)} if self._autocast else {}),
+            **({"takes_guidance": self.most_guidance} if self.most_guidance else {}),
             **({"noise_power": list(powers.values)} if powers else {}),
         }
 
@@ -299,8 +300,7 @@ class Teacher(DiffusionModel):
         loop.start(x_T, start)
         kept = {}
         for t in self.timesteps(solver, steps):
-            pooled = loop.step(keep.get(t))
-            if pooled is not None:
+            if (pooled := loop.step(keep.get(t))) is not None:
                 kept[t] = pooled.clone(memory_format=torch.contiguous_format)
         return loop.x.clone(memory_format=torch.contiguous_format), kept
 

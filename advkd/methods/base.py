@@ -216,6 +216,7 @@ class Method(Protocol):
         requires: what it needs, for people.
         inputs: options of the command line that name what it learns from: ``trajectories``, ``data`` (images), ``teacher``.
         students: kinds of students that it trains: ``generator``, ``denoiser``.
+        takes_weights: True if it tells a denoiser student a guidance weight.
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
@@ -232,6 +233,7 @@ class Method(Protocol):
     requires: ClassVar[str] = "trajectories of a teacher (advkd trajectories)"
     inputs: ClassVar[tuple[str, ...]] = ("trajectories", "teacher")
     students: ClassVar[tuple[str, ...]] = ("generator",)
+    takes_weights: ClassVar[bool] = False
     config: Any
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}
@@ -259,6 +261,15 @@ class Method(Protocol):
             data: the :class:`advkd.data.trajectories.Trajectories` of the run.
         """
         return None
+
+    @classmethod
+    def calls_teacher(cls, config: Any) -> bool:
+        """True if updates of a denoiser student may call a teacher.
+
+        Args:
+            config: the method's configuration.
+        """
+        return False
 
     def needs(self) -> Needs:
         """Requirements of this configuration."""

@@ -50,9 +50,9 @@ class DenoiserConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name, holds, wanted in (
-            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
             ("final_learning_rate", 0 <= self.final_learning_rate <= 1, "in [0, 1]"),
-            ("clip", self.clip >= 0, "at least 0"),
+            ("clip", 0 <= self.clip < math.inf, "at least 0 and finite"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
             ("mixed_precision", self.mixed_precision in ("no", "bf16"), "no or bf16"),
             ("seed", 0 <= self.seed < 2**63, "in [0, 2^63)"),
@@ -93,6 +93,32 @@ class DenoiserMethod(Method):
         config.validate()
         self.config, self.student, self.schedule = config, student, schedule
         self.origin: dict[str, Any] = {}
+
+    @classmethod
+    def begin(cls, config: Any, student: Any) -> Any:
+        """The student, which must give v already.
+
+        Args:
+            config: not used.
+            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
+
+        Returns:
+            The student.
+
+        Raises:
+            InputError: a copy of a teacher of another prediction.
+        """
+        student.require_v(cls.name)
+        return student
+
+    @classmethod
+    def calls_teacher(cls, config: Any) -> bool:
+        """True: updates call a teacher.
+
+        Args:
+            config: not used.
+        """
+        return True
 
     def identity(self) -> dict[str, Any]:
         """Where training began and who taught, as far as the runner has said.
@@ -158,12 +184,11 @@ class DenoiserMethod(Method):
             share: probability of the null class.
 
         Returns:
-            ``(N,)`` classes; ``labels`` themselves where neither student nor teacher has a null class.
+            ``(N,)`` classes; ``labels`` themselves where the student has no null class.
         """
-        null = getattr(self.teacher, "null_class", None) if self.null_class is None else self.null_class
-        if labels is None or null is None or not share:
+        if labels is None or self.null_class is None or not share:
             return labels
-        return labels.masked_fill(draw.uniform("null class") < share, null)
+        return labels.masked_fill(draw.uniform("null class") < share, self.null_class)
 
     def trained(self, module: nn.Module, updates: int) -> Trained:
         """A network in training mode, with Adam under a cosine schedule.

@@ -33,12 +33,14 @@ class GuidedConfig(ProgressiveConfig):
         first_updates: student updates before the rounds, in which it learns to take the weight.
         first_steps: steps of DDIM of the student before the rounds (0: those of the first round's teacher).
         sampler: of the rounds' students: ``deterministic`` (DDIM), or ``stochastic`` (steps of double length, then noise).
+        usual: weight with which the saved students draw where none is asked for.
     """
 
     guidance: float = 4.0
     first_updates: int = 1000
     first_steps: int = 0
     sampler: str = "deterministic"
+    usual: float = 1.0
 
     def validate(self) -> None:
         """Raise :class:`advkd.InputError` that names the field that cannot work."""
@@ -47,6 +49,7 @@ class GuidedConfig(ProgressiveConfig):
             ("guidance", 0 < self.guidance < math.inf, "positive and finite"),
             ("first_updates", self.first_updates >= 1, "at least 1"),
             ("first_steps", self.first_steps >= 0, "at least 0"),
+            ("usual", 0 <= self.usual <= self.guidance, f"in [0, {self.guidance:g}], the largest weight"),
             ("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
         ):
             if not holds:
@@ -70,6 +73,7 @@ class Guided(Progressive):
     requires = "a teacher told classes and none of them (--teacher), and labelled images (--data)"
     Config = GuidedConfig
     first_round = 2
+    takes_weights = True
     config: GuidedConfig
 
     def __init__(self, config: GuidedConfig, student: nn.Module, schedule: Schedule):
@@ -97,7 +101,7 @@ class Guided(Progressive):
         if most:
             return student
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
             begun = DenoiserStudent.from_teacher(student.model, guidance=config.guidance)
         begun.training_record = student.training_record
         return begun
@@ -169,7 +173,7 @@ class Guided(Progressive):
             Sampler.
         """
         name = "ddim" if stage.number < self.first_round else SAMPLERS[self.config.sampler][0]
-        return Sampler(Solver(name, spacing="trailing"), self.steps(stage))
+        return Sampler(Solver(name, spacing="trailing"), self.steps(stage), self.config.usual)
 
     @property
     def reach(self) -> int:

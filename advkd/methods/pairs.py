@@ -69,9 +69,11 @@ class PairsConfig:
             raise InputError(f"pairs must be at most the {num} trajectories, got {self.pairs}")
         if not 2 <= self.batch_size <= (self.pairs or num):
             raise InputError(f"batch_size must be from 2 to the {self.pairs or num} trajectories, got {self.batch_size}")
-        if not self.learning_rate > 0 or not 0 <= self.final_learning_rate <= 1 or not 0 <= self.ema < 1:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.final_learning_rate <= 1 or not 0 <= self.ema < 1:
             values = f"{self.learning_rate}, {self.final_learning_rate}, {self.ema}"
-            raise InputError(f"learning_rate must be positive, final_learning_rate in [0, 1], ema in [0, 1), got {values}")
+            raise InputError(
+                f"learning_rate must be positive and finite, final_learning_rate in [0, 1], ema in [0, 1), got {values}"
+            )
         if not 0 < self.level < math.inf:
             raise InputError(f"level must be positive and finite, got {self.level}")
         if self.mixed_precision not in ("no", "bf16"):
@@ -102,7 +104,30 @@ class Pairs(Method):
         self.config, self.student, self.schedule = config, student, schedule
         # The network is entered at a level where it is neither all noise nor all image: Luo et al. 2023 (Diff-Instruct) do so.
         self._denoiser = None if schedule is None else Denoiser(student, schedule, "v_prediction")
+        if schedule is not None:
+            least, most = schedule.sigma(0).item(), schedule.sigma(len(schedule) - 1).item()
+            if not least <= config.level <= most:
+                raise InputError(
+                    f"level must be within the schedule's noise levels, {least:.3g} to {most:.3g}, got {config.level}"
+                )
         self.origin: dict[str, Any] = {}
+
+    @classmethod
+    def begin(cls, config: PairsConfig, student: Any) -> Any:
+        """A denoiser student, which must give v already.
+
+        Args:
+            config: not used.
+            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
+
+        Returns:
+            The student.
+
+        Raises:
+            InputError: a copy of a teacher of another prediction.
+        """
+        student.require_v(cls.name)
+        return student
 
     def identity(self) -> dict[str, Any]:
         """Where the training of a denoiser student began.

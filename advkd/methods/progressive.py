@@ -91,27 +91,6 @@ class Progressive(DenoiserMethod):
         self.sigmas = nested_levels(schedule, config.rounds)
         self._steps, self._taught = config.rounds[0], False
 
-    @classmethod
-    def begin(cls, config: Any, student: Any) -> Any:
-        """The student, which must give v already.
-
-        Args:
-            config: not used.
-            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
-
-        Returns:
-            The student.
-
-        Raises:
-            InputError: a copy of a teacher of another prediction.
-        """
-        if student.trained_as != "v_prediction":
-            raise InputError(
-                f"{cls.name} begins with a network that gives v, and this one's weights are of {student.trained_as}: "
-                "run 'advkd distill reparametrize' first and name its result by --init"
-            )
-        return student
-
     @property
     def reach(self) -> int:
         """Levels of its own that a step of a student passes."""
@@ -192,7 +171,7 @@ class Progressive(DenoiserMethod):
         return Sampler(Solver("ddim", spacing="trailing"), self.steps(stage))
 
     def condition(self, batch: Batch, draw: Draw) -> Any:
-        """What the networks are told beside the timestep.
+        """The condition that the networks are told beside the timestep.
 
         Args:
             batch: of an update.

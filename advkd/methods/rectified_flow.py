@@ -42,6 +42,7 @@ class RectifiedFlowConfig(DenoiserConfig):
         two_step: weight of targets by two steps of the teacher, a flow, from fresh noise (SlimFlow), for ``steps`` 1.
         distance: ``mse``, or ``huber`` for pseudo-Huber.
         pairs: only the first so many trajectories are used (0: all).
+        drop: share of the labels that are replaced by the null class of a conditional student, where a flow learns from images.
     """
 
     updates: int = 2000
@@ -52,6 +53,7 @@ class RectifiedFlowConfig(DenoiserConfig):
     two_step: float = 0.0
     distance: str = "mse"
     pairs: int = 0
+    drop: float = 0.1
 
     def validate(self) -> None:
         """Raise :class:`advkd.InputError` that names the field that cannot work."""
@@ -63,6 +65,7 @@ class RectifiedFlowConfig(DenoiserConfig):
             ("two_step", 0 <= self.two_step < math.inf, "at least 0 and finite"),
             ("distance", self.distance in DISTANCES, f"one of {', '.join(DISTANCES)}"),
             ("pairs", self.pairs >= 0, "at least 0"),
+            ("drop", 0 <= self.drop < 1, "in [0, 1)"),
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
@@ -96,6 +99,15 @@ class RectifiedFlow(DenoiserMethod):
         super().__init__(config, student, schedule)
         self._flow, self._distance = self.denoiser(student), DISTANCES[config.distance]
 
+    @classmethod
+    def calls_teacher(cls, config: RectifiedFlowConfig) -> bool:
+        """True with ``two_step``.
+
+        Args:
+            config: the configuration.
+        """
+        return config.two_step > 0
+
     def check(self, data: Any) -> None:
         """Refuse trajectories of which there are fewer than asked for.
 
@@ -121,6 +133,13 @@ class RectifiedFlow(DenoiserMethod):
         if given == "none" and not config.two_step:
             raise InputError(
                 "rectified-flow needs images (--data), pairs (--trajectories), or --two-step with a flow as --teacher"
+            )
+        if config.pairs and given != "pairs":
+            raise InputError("pairs limits recorded pairs: name them by --trajectories, or leave it out")
+        if config.steps == 1 and given == "images":
+            raise InputError(
+                "a student of one step learns from pairs: with fresh noise its best image is the mean of all; name "
+                "--trajectories, or --two-step with a flow as --teacher"
             )
         if config.anneal and given != "pairs":
             raise InputError("anneal leads to recorded pairs: name them by --trajectories, or leave it out")
@@ -190,12 +209,15 @@ class RectifiedFlow(DenoiserMethod):
             batch: ``images`` and their noise ``z``, ``images`` alone, or nothing; ``labels`` of a conditional student.
             draw: noise and times.
         """
+        target = self._target(batch, draw) if self.config.two_step else None  # outside of autocast, as all teachers
         with step.autocast():
             losses = []
             if batch.images is not None:
                 losses.append(self._straight(batch, draw))
-            if self.config.two_step:
-                losses.append(self.config.two_step * self._two_step(batch, draw))
+            if target is not None:
+                z, labels, goal = target
+                at_noise = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+                losses.append(self.config.two_step * self._distance(velocity(self._flow, z, at_noise, labels), goal))
         loss = torch.stack(losses).sum()
         step("student", loss)
         step.log(loss=loss.detach())
@@ -248,18 +270,19 @@ class RectifiedFlow(DenoiserMethod):
     def _straight(self, batch, draw):
         x, z, tau = batch.images, self.noise(batch, draw), self.times(draw)
         share = _over(x, tau)
-        u = velocity(self._flow, share * x + (1 - share) * z, tau, batch.labels)
+        labels = batch.labels if self.given == "pairs" else self.dropped(batch.labels, draw, self.config.drop)
+        u = velocity(self._flow, share * x + (1 - share) * z, tau, labels)
         return self._distance(u, x - z)
 
-    def _two_step(self, batch, draw):
+    def _target(self, batch, draw):
+        """Fresh noise, its classes, and x - z after two steps of the teacher."""
         z, labels = draw.normal("two-step", *self.teacher.shape), batch.labels
         if labels is None and self.num_classes:
             labels = draw.integers("labels", self.num_classes)
         low, high = MIDDLE
         middle = low + (high - low) * draw.uniform("middle").double()
         with torch.no_grad():
-            target = two_steps(self.teacher, z, middle, labels)
-        return self._distance(velocity(self._flow, z, torch.zeros_like(middle), labels), target)
+            return z, labels, two_steps(self.teacher, z, middle, labels)
 
 
 def velocity(model: Any, y: Tensor, tau: Tensor, condition: Any = None) -> Tensor:

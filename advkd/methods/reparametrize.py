@@ -1,6 +1,7 @@
 """The teacher as a v network (Salimans and Ho 2022, section 4 and appendix D): the start of students of few steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 
@@ -49,6 +50,19 @@ class Reparametrize(DenoiserMethod):
     requires = "a teacher (--teacher) and images (--data)"
     Config = ReparametrizeConfig
     config: ReparametrizeConfig
+
+    @classmethod
+    def begin(cls, config: Any, student: Any) -> Any:
+        """The student, whose network may be a copy of the teacher's: it is here that it learns to give v.
+
+        Args:
+            config: not used.
+            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
+
+        Returns:
+            The student.
+        """
+        return student
 
     def needs(self) -> Needs:
         """Images and a teacher, with labels where the teacher is told classes."""

@@ -79,7 +79,7 @@ class ConditionEmbedding(PretrainedModule):
             found = found + self.label(condition[:, 0].round().long())
             columns = columns[:, 1:]
         if config.guidance:
-            found = found + self.guidance(_waves(columns[:, 0]))
+            found = found + self.guidance(_waves(condition[:, int(config.classes > 0)]).to(columns.dtype))
             columns = columns[:, 1:]
         return found + self.latent(columns) if config.latent else found
 
@@ -177,7 +177,7 @@ def _ending_in_zero(inputs, outputs):
 
 
 def _waves(weight):
-    """Cosines and sines of weights at periods from 1/2 to about 60."""
+    """Cosines and sines of weights at periods from 1/2 to about 60, before they are rounded to half precision."""
     steps = torch.arange(FREQUENCIES, dtype=weight.dtype, device=weight.device) / (FREQUENCIES - 1)
     angles = weight[:, None] * (0.1 * 120.0**steps)
     return torch.cat((angles.cos(), angles.sin()), dim=1)

@@ -116,13 +116,15 @@ class PretrainedModule(nn.Module):
             folder: made where it is not there.
 
         Raises:
-            InputError: ``folder`` is a file or no path.
+            InputError: ``folder`` is a file or no path, or holds a denoiser student.
         """
         if not isinstance(folder, (str, os.PathLike)):
             raise InputError(f"folder must be a path, got {folder!r}")
         folder = Path(folder)
         if folder.is_file():
             raise InputError(f"{folder} is a file; name a folder")
+        if os.path.lexists(folder / SAMPLER):
+            raise InputError(f"{folder} holds a denoiser student: name another folder")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, _in_order(save(tensors, {"format": "pt", "digest": digest(tensors)})))
         if self.training_record is not None:

@@ -22,9 +22,31 @@ def run_cost(method: Method, stages: Sequence[Stage], info: DatasetInfo | None =
     """
     forward, backward = 0, 0
     if info is not None:
-        forward = num * Solver(info.solver).evaluations(info.steps) * (2 if info.guidance else 1)
+        # A teacher that takes the weight itself evaluates its network once.
+        each = 2 if info.guidance and "takes_guidance" not in info.teacher else 1
+        forward = num * each * Solver(info.solver).evaluations(info.steps)
     for stage in stages:
         ahead, back = method.evaluations(stage)
         forward += ahead * stage.updates * stage.batch_size
         backward += back * stage.updates * stage.batch_size
     return {"forward": forward, "backward": backward}
+
+
+def unpaid(record: dict[str, Any], manifests: Sequence[str], parts: Sequence[dict[str, int]]) -> int:
+    """Number of recorded trajectories that no earlier run of a student has paid for.
+
+    Args:
+        record: the student's training record.
+        manifests: digests of the recordings' manifests, which runs keep under ``trajectories``.
+        parts: what each recording holds, in the same order.
+
+    Returns:
+        Their number; a recording of a run that did not keep its digest counts as paid where its samples are in the record.
+    """
+    kept = {digest for run in record["runs"] for digest in run.get("trajectories", ())}
+    older = any("samples" in run and "trajectories" not in run for run in record["runs"])
+    return sum(
+        part["num"]
+        for digest, part in zip(manifests, parts, strict=True)
+        if digest not in kept and not (older and part in record["samples"])
+    )

@@ -9,20 +9,19 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..data.images import load_images, load_labelled
-from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.guidance import require_labels
 from ..diffusion.saving import INDEX
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods import method_class
 from ..methods.base import Stage
 from ..models.denoiser import DenoiserNetwork
+from ..models.saving import SAMPLER
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
-from .cost import run_cost
+from .cost import run_cost, unpaid
+from .denoiser_data import require_alike, source_of
 from .trainer import Trainer
 
 
@@ -44,7 +43,7 @@ def distill_denoiser(
     Args:
         method: name of the method (:data:`advkd.methods.METHODS`).
         config: its configuration.
-        student: where training begins; its network is trained in place.
+        student: where training begins; its network may be trained in place: load another one to compare with.
         out: folder for the student, ``checkpoint.safetensors``, ``metrics.csv`` and TensorBoard files.
         teacher: of methods that call one, of the student's schedule.
         data: images of methods that need them: ``digits``, a folder, or ``(N, C, H, W)`` in [-1, 1]; with labels a folder of
@@ -73,7 +72,7 @@ def distill_denoiser(
         method, config, student, out, teacher, data, trajectories, resume=resume, device=device, progress=progress
     )
     run.run()
-    return run.kept(run.result, run.stages[-1])
+    return run.last()
 
 
 class DenoiserDistiller(Trainer):
@@ -117,8 +116,13 @@ class DenoiserDistiller(Trainer):
             raise InputError(f"{method} trains a {kind.students[0]}, not a denoiser student")
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
+        if not isinstance(student, DenoiserStudent):
+            raise InputError(
+                f"{method} trains a denoiser student here, got a {type(student).__name__}: begin with one by --init"
+            )
+        _require_plain(kind, config, student, teacher, device)
         student = kind.begin(config, student)
-        self._start_student, self._recorded = student, trajectories
+        self._start_student, self._recorded, self._last = student, trajectories, None
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
         run.teacher, run.clip = teacher, model.clip
@@ -128,10 +132,10 @@ class DenoiserDistiller(Trainer):
         if needs.teacher and teacher is None:
             raise InputError(f"{method} needs a teacher: name it by --teacher")
         if teacher is not None:
-            _require_alike(student, teacher)
-        taught = {} if teacher is None else {"teacher": teacher.identity()}
+            require_alike(student, teacher)
+        taught = {} if teacher is None else {"teacher": {**teacher.identity(), "name": None}}
         run.origin = {"init": digest(student.model.unet.state_dict()), **taught}
-        source = _source(run, needs, student, data, trajectories)
+        source = source_of(run, needs, student, data, trajectories)
         for stage in run.stages():
             sampler = run.sampler(stage)
             model.program(sampler.solver, sampler.steps)
@@ -145,7 +149,10 @@ class DenoiserDistiller(Trainer):
             dtype=dtype,
             progress=progress,
             save_stage=self._keep,
-            finished=tuple(str(Path(run.folder(stage)) / INDEX) for stage in run.stages()),
+            finished=(
+                "config.json",
+                *(str(Path(run.folder(stage)) / name) for stage in run.stages() for name in (INDEX, SAMPLER)),
+            ),
         )
 
     def kept(self, network: torch.nn.Module, stage: Stage) -> DenoiserStudent:
@@ -165,95 +172,61 @@ class DenoiserDistiller(Trainer):
         method: Any = self.method
         return DenoiserStudent(model, method.sampler(stage), self._record(stage, method.measured(model, stage)))
 
+    def run(self) -> torch.nn.Module:
+        """Run all updates that are left; a complete run saves its last student again, whose files may have gone.
+
+        Returns:
+            The network to keep, in eval mode.
+        """
+        complete = self.stage_index == len(self.stages)
+        network = super().run()
+        if complete and self.accelerator.is_main_process:
+            self._keep(network, self.out, self.stages[-1])
+        return network
+
+    def last(self) -> DenoiserStudent:
+        """The student of a complete run.
+
+        Returns:
+            The one that was saved, on the process that saved it.
+        """
+        return self._last or self.kept(self.result, self.stages[-1])
+
     def _keep(self, network, out, stage):
-        self.kept(network, stage).save_pretrained(out / self.method.folder(stage))  # type: ignore[attr-defined]
+        self._last = self.kept(network, stage)
+        self._last.save_pretrained(out / self.method.folder(stage))  # type: ignore[attr-defined]
 
     def _record(self, stage, measured):
         """Record of training up to a stage's end; evaluation refuses reference samples that are among its ``samples``."""
         before = self._start_student.training_record or {"samples": [], "runs": []}
         recorded, stages = self._recorded, self.stages[: stage.number]
         parts, info = (recorded.parts, recorded.info) if recorded is not None else ([], None)
+        manifests = recorded.manifests if recorded is not None else []
         new = [part for part in parts if part not in before["samples"]]
         run: dict[str, Any] = {
             "method": self.method.name,
             "config": dataclasses.asdict(self.method.config),
             "stage": stage.number,
-            "cost": run_cost(self.method, stages, info, sum(part["num"] for part in new)),
+            "cost": run_cost(self.method, stages, info, unpaid(before, manifests, parts)),
             **measured,
             "version": __version__,
         }
         if info is not None:
-            run |= {"sampler": info.solver, "steps": info.steps, "samples": parts}
+            run |= {"sampler": info.solver, "steps": info.steps, "samples": parts, "trajectories": manifests}
         if self.method.teacher is not None:
             run["teacher"] = self.method.teacher.identity()
         return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
 
 
-def _source(run, needs, student, data, trajectories) -> Source:
-    """The data set that a method's configuration needs, and no other."""
-    model = student.model
-    if needs.data == "pairs":
-        if trajectories is None:
-            raise InputError(f"{run.name} needs pairs of a deterministic solver: record them and name them by --trajectories")
-        if data is not None:
-            raise InputError(f"{run.name} learns from pairs here: leave --data out, or leave out --trajectories")
-        return _pairs(run, needs, model, trajectories)
-    if trajectories is not None:
-        raise InputError(f"{run.name} does not read trajectories with these options: leave --trajectories out")
-    if needs.data == "none":
-        return Tensors()
-    if data is None:
-        raise InputError(f"{run.name} needs images: name them by --data")
-    return _images(needs, model, data)
-
-
-def _pairs(run, needs, model, trajectories):
-    if needs.grow:
-        raise InputError("grow adds trajectories for students that draw in one pass: leave it out, and record more")
-    shape = (trajectories.info.image_channels, trajectories.info.image_size, trajectories.info.image_size)
-    if shape != tuple(model.shape):
-        raise InputError(f"the trajectories hold images {shape}, the student draws {tuple(model.shape)}: record again")
-    run.check(trajectories)
-    if needs.paired and not trajectories.paired:
-        raise InputError("the trajectories are unpaired (a solver that adds noise): record with --solver unipc")
-    trajectories = Trajectories(*trajectories.folders)
-    trajectories.verify()
-    source = RecordedPairs(trajectories, needs.limit)
-    if model.num_classes and trajectories.labels([0]) is None:
-        raise InputError("the student is told classes and the trajectories have none: record them with --classes all")
-    return source
-
-
-def _images(needs, model, data):
-    size, channels = model.image_size, model.image_channels
-    if isinstance(data, torch.Tensor):
-        images, labels = data, None
-    elif isinstance(data, tuple):
-        images, labels = data[0], require_labels(data[1], len(data[0]), model.num_classes, data[0].device)
-    elif needs.labels or model.num_classes:
-        images, labels, names = load_labelled(data, size, channels)
-        if tuple(names) != tuple(model.class_names):
-            raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(model.class_names)}")
-    else:
-        images, labels = load_images(data, size, channels), None
-    if tuple(images.shape[1:]) != tuple(model.shape):
-        raise InputError(f"data holds images {tuple(images.shape[1:])}, the student draws {tuple(model.shape)}")
-    if needs.labels and labels is None:
-        raise InputError("data has no labels, and the method needs them: name a folder of one folder a class")
-    return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
-
-
-def _require_alike(student, teacher):
-    """Refuse a teacher whose states are not the student's."""
-    model = student.model
-    if tuple(model.shape) != tuple(teacher.shape):
-        raise InputError(
-            f"the teacher draws images {tuple(teacher.shape)}, the student {tuple(model.shape)}: they must be alike"
-        )
-    ours, theirs = model.schedule.alpha_bars, teacher.schedule.alpha_bars
-    if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-        raise InputError("teacher and student have different noise schedules: begin with one of the teacher's own students")
-    if model.num_classes != teacher.num_classes:
-        raise InputError(
-            f"the teacher knows {teacher.num_classes} classes, the student {model.num_classes}: they must be alike"
-        )
+def _require_plain(kind, config, student, teacher, device):
+    """Refuse a teacher that is not called or elsewhere, and networks that take a guidance weight where none is given."""
+    if teacher is not None and not kind.calls_teacher(config):
+        raise InputError(f"{kind.name} does not call a teacher with these options: leave --teacher out")
+    if student.model.most_guidance and not kind.takes_weights:
+        raise InputError(f"--init: the student takes a guidance weight, which {kind.name} does not give: continue it by guided")
+    if teacher is None:
+        return
+    if teacher.most_guidance:
+        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    if teacher.device.type != torch.device(device).type:
+        raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")

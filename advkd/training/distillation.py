@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..methods import method_class
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
-from .cost import run_cost
+from .cost import run_cost, unpaid
 from .processes import barrier
 from .trainer import Trainer
 
@@ -142,14 +142,15 @@ class Distiller(Trainer):
         """Record of a student's training; evaluation refuses reference samples that are among its ``samples``."""
         info, before = self._recorded.info, self.student.training_record or {"samples": [], "runs": []}
         # A finished run that is resumed has not opened the folders that it grew.
-        grown = [Trajectories(path.parent).parts[0] for path in sorted(out.glob("trajectories/*/manifest.json"))]
-        parts = self._recorded.parts + [part for part in grown if part not in self._recorded.parts]
+        grown = [Trajectories(path.parent) for path in sorted(out.glob("trajectories/*/manifest.json"))]
+        read = [self._recorded, *(one for one in grown if one.parts[0] not in self._recorded.parts)]
+        parts, manifests = ([item for one in read for item in getattr(one, name)] for name in ("parts", "manifests"))
         run = {"config": dataclasses.asdict(self.method.config), "samples": parts, "version": __version__}
         if self.method.name != "adv-kd":
             run["method"] = self.method.name
-        run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher}
+        run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher, "trajectories": manifests}
         new = [part for part in parts if part not in before["samples"]]
-        run["cost"] = run_cost(self.method, self.stages, info, sum(part["num"] for part in new))
+        run["cost"] = run_cost(self.method, self.stages, info, unpaid(before, manifests, parts))
         return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
 
 

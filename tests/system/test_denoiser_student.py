@@ -36,6 +36,13 @@ SAMPLERS = [
 ]
 
 
+def begun(teacher, **options):
+    """A student with a teacher's weights, taken for weights that give v."""
+    student = DenoiserStudent.from_teacher(teacher, **options)
+    student.trained_as = "v_prediction"
+    return student
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A student of four steps with a record of its training."""
@@ -48,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weighted(conditional, tmp_path_factory):
     """A conditional student that takes the guidance weight itself, its embedding of that not zero."""
-    student = DenoiserStudent.from_teacher(
+    student = begun(
         Teacher.from_pretrained(conditional), guidance=4.0, sampler=Sampler(TRAILING, 2, 1.5)
     )
     torch.manual_seed(1)
@@ -164,7 +171,7 @@ def test_levels_that_are_given_are_taken_at_equal_distances():
 
 def test_conditional_students(conditional, tmp_path):
     """Guidance of a network that does not take the weight is that of its teacher: two evaluations."""
-    student = DenoiserStudent.from_teacher(Teacher.from_pretrained(conditional), sampler=Sampler(TRAILING, 2))
+    student = begun(Teacher.from_pretrained(conditional), sampler=Sampler(TRAILING, 2))
     student.save_pretrained(tmp_path / "s")
     loaded, teacher = advkd.load_student(tmp_path / "s"), Teacher.from_pretrained(tmp_path / "s")
     assert loaded.model.class_names == ("a", "b", "c") and loaded.model.null_class == 3
@@ -177,8 +184,8 @@ def test_conditional_students(conditional, tmp_path):
 
 def test_a_network_that_takes_the_weight_begins_as_it_was_without(conditional):
     teacher = Teacher.from_pretrained(conditional)
-    plain = DenoiserStudent.from_teacher(teacher, sampler=Sampler(TRAILING, 2))
-    student = DenoiserStudent.from_teacher(teacher, guidance=4.0, sampler=Sampler(TRAILING, 2))
+    plain = begun(teacher, sampler=Sampler(TRAILING, 2))
+    student = begun(teacher, guidance=4.0, sampler=Sampler(TRAILING, 2))
     for weight in (0.0, 3.5):
         assert torch.equal(student.sample(2, labels=[0, 2], guidance=weight), plain.sample(2, labels=[0, 2]))
     assert torch.equal(student.sample(2), plain.sample(2))  # the null class
@@ -355,9 +362,9 @@ def test_what_does_not_fit_is_refused_before_work(trajectories, unpaired, condit
         tiny_teacher(),
         tiny_teacher(beta_schedule="squaredcos_cap_v2"),
     )
-    own, wide = DenoiserStudent.from_teacher(teacher), DenoiserStudent.from_teacher(tiny_teacher(channels=3))
-    told, short = Teacher.from_pretrained(conditional), DenoiserStudent.from_teacher(tiny_teacher(100))
-    labelled, big = DenoiserStudent.from_teacher(told), torch.zeros(9, 1, 16, 16)
+    own, wide = begun(teacher), begun(tiny_teacher(channels=3))
+    told, short = Teacher.from_pretrained(conditional), begun(tiny_teacher(100))
+    labelled, big = begun(told), torch.zeros(9, 1, 16, 16)
     taught, paths = {"teacher": teacher, "data": images}, {"trajectories": trajectories}
 
     def refuse(message, method, student, inputs, **changes):

@@ -1,0 +1,131 @@
+"""Data that denoiser students learn from, and checks that student, teacher and data fit each other."""
+
+from typing import Any
+
+import torch
+
+from ..data.images import load_images, load_labelled
+from ..data.sources import RecordedPairs, Source, Tensors
+from ..data.trajectories import Trajectories
+from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.guidance import require_labels
+from ..diffusion.teacher import Teacher
+from ..errors import InputError
+from ..methods.base import Method, Needs
+
+
+def source_of(method: Method, needs: Needs, student: DenoiserStudent, data: Any, trajectories: Trajectories | None) -> Source:
+    """The data set that a method's configuration needs, and no other.
+
+    Args:
+        method: the method.
+        needs: what its configuration needs.
+        student: the student, of whose shape and classes the data must be.
+        data: images; see :func:`advkd.training.denoisers.distill_denoiser`.
+        trajectories: recorded pairs.
+
+    Returns:
+        Source of images, of pairs, or of nothing.
+
+    Raises:
+        InputError: data that is missing, not needed, or of another shape or other classes.
+    """
+    model = student.model
+    if needs.data == "pairs":
+        if trajectories is None:
+            raise InputError(
+                f"{method.name} needs pairs of a deterministic solver: record them and name them by --trajectories"
+            )
+        if data is not None:
+            raise InputError(f"{method.name} learns from pairs here: leave --data out, or leave out --trajectories")
+        return _pairs(method, needs, model, trajectories)
+    if trajectories is not None:
+        raise InputError(f"{method.name} does not read trajectories with these options: leave --trajectories out")
+    if needs.data == "none":
+        return Tensors()
+    if data is None:
+        raise InputError(f"{method.name} needs images: name them by --data")
+    return _images(needs, model, data)
+
+
+def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
+    """Refuse a teacher whose states or classes are not the student's.
+
+    Args:
+        student: the student.
+        teacher: its teacher.
+
+    Raises:
+        InputError: another shape, another noise schedule, other classes or another null class.
+    """
+    model = student.model
+    if tuple(model.shape) != tuple(teacher.shape):
+        raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {tuple(model.shape)}")
+    ours, theirs = model.schedule.alpha_bars, teacher.schedule.alpha_bars
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+        raise InputError("teacher and student have different noise schedules: begin with one of the teacher's own students")
+    if model.num_classes != teacher.num_classes:
+        raise InputError(f"the teacher knows {teacher.num_classes} classes, the student {model.num_classes}")
+    if model.class_names != teacher.class_names or model.null_class != teacher.null_class:
+        known = [", ".join((*m.class_names, *["none"] * (m.null_class is not None))) for m in (teacher, model)]
+        raise InputError(f"the teacher's classes are {known[0]}, the student's {known[1]}")
+
+
+def _pairs(method, needs, model, trajectories):
+    info = trajectories.info
+    if needs.grow:
+        raise InputError("grow adds trajectories for students that draw in one pass: leave it out, and record more")
+    shape = (info.image_channels, info.image_size, info.image_size)
+    if shape != tuple(model.shape):
+        raise InputError(f"the trajectories hold images {shape}, the student draws {tuple(model.shape)}: record again")
+    method.check(trajectories)
+    if needs.paired:
+        trajectories.require_paired()
+    _require_classes(info, model)
+    trajectories = Trajectories(*trajectories.folders)
+    trajectories.verify()
+    return RecordedPairs(trajectories, needs.limit)
+
+
+def _require_classes(info, model):
+    """Refuse recordings whose classes are not the student's."""
+    if model.num_classes and not info.classes:
+        raise InputError("the student is told classes and the trajectories have none: record them with --classes all")
+    if info.classes and not model.num_classes:
+        raise InputError(
+            "the trajectories have classes and the student is told none: begin with a conditional student by --init"
+        )
+    names = dict(enumerate(model.class_names))
+    if any(names.get(number) != name for number, name in zip(info.class_numbers, info.class_names, strict=True)):
+        raise InputError(
+            f"the trajectories' classes are {', '.join(info.class_names)}, the student's {', '.join(model.class_names)}"
+        )
+
+
+def _images(needs, model, data):
+    size, channels = model.image_size, model.image_channels
+    if isinstance(data, (torch.Tensor, tuple)):
+        images, labels = data if isinstance(data, tuple) else (data, None)
+        if labels is not None:
+            if not model.num_classes:
+                raise InputError("data: the student is told no classes: leave the labels out")
+            labels = require_labels(labels, len(images), model.num_classes, images.device)
+    elif needs.labels or model.num_classes:
+        images, labels, names = load_labelled(data, size, channels)
+        if tuple(names) != tuple(model.class_names):
+            raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(model.class_names)}")
+    else:
+        images, labels = load_images(data, size, channels), None
+    if tuple(images.shape[1:]) != tuple(model.shape):
+        raise InputError(f"data holds images {tuple(images.shape[1:])}, the student draws {tuple(model.shape)}")
+    _require_pictures(images)
+    if labels is None and (needs.labels or model.num_classes):
+        raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
+    return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
+
+
+def _require_pictures(images):
+    if not len(images):
+        raise InputError("data holds no image")
+    if images.dtype != torch.uint8 and not (images.is_floating_point() and bool(images.isfinite().all())):
+        raise InputError(f"data must be finite images in [-1, 1], or of 8 bits, got {images.dtype}")
