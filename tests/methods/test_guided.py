@@ -1,11 +1,13 @@
 """Guided distillation: the weight of guidance is learnt, then the guided sampler's map is kept, round by round."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from advkd.data.sources import Tensors
+from advkd.diffusion.denoiser import vp_weights
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
 from advkd.diffusion.exact import GaussianTeacher
 from advkd.diffusion.loading import Classes
@@ -168,6 +170,26 @@ def test_ddim_of_the_guided_teacher_tends_to_its_flow():
         wanted = scale * x * growth(sigma[1]) / growth(sigma[0])
         errors.append((walked(guided, x, path, condition) - wanted).abs())
     assert ((errors[0] / errors[1]).log2() - 1).abs().max() < 0.1
+
+
+def test_a_teacher_is_clamped_after_guidance():
+    """(1 + w) D(x, c) - w D(x) of a network, of which neither term is clamped."""
+    teacher, labels, weights = tiny_teacher(), torch.tensor([0, 1, 2, 3]), torch.tensor([0.0, 1.0, 3.0, 2.0])
+    x, sigma = normal(4, 1, 8, 8).float(), double([0.1, 1.0, 10.0, 100.0])
+    free = teacher.denoiser
+    free.clip = math.inf
+    with torch.no_grad():
+        conditional, plain = (free.predict(x, sigma, told)[0] for told in (labels, torch.full_like(labels, 3)))
+    combined = torch.lerp(plain, conditional, (1 + weights).reshape(-1, 1, 1, 1))
+    assert (combined.abs() > 1).any() and (conditional[2].abs() > 1).any()
+    found, eps = teacher.predict(x, sigma, labels, weights)
+    # The two evaluations are one batch here, which rounds otherwise; w multiplies their roundings.
+    assert torch.allclose(found, combined.clamp(-1, 1), rtol=0, atol=2e-5)
+    assert (
+        found - torch.lerp(plain.clamp(-1, 1), conditional.clamp(-1, 1), (1 + weights).reshape(-1, 1, 1, 1))
+    ).abs().max() > 0.1
+    alpha, noise = (weight.reshape(-1, 1, 1, 1).float() for weight in vp_weights(sigma))
+    assert torch.allclose(alpha * found + noise * eps, x, rtol=0, atol=1e-5)
 
 
 def test_folders_of_all_stages(tmp_path):
