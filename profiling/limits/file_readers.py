@@ -227,7 +227,7 @@ def reported(*options):
             mock.patch(
                 "advkd.evaluation.report.save_pictures", lambda teacher, student, metrics, out: curves.append(metrics) or {}
             ),
-            mock.patch("advkd.evaluation.report._figure", lambda path, caption: ""),
+            mock.patch("advkd.evaluation.report.figure", lambda path, caption: ""),
         ):
             run_command("report", *models, "--evaluation", tables / "evaluation.json", *given, "--out", place / "out")
         if "metrics" in options:
@@ -260,7 +260,7 @@ def page_meaning(name=""):
     def meaning(place):
         result = parse_json(place / "tables" / "evaluation.json")
         runs = parse_json(place / "tables" / "ablation.json")["runs"] if name == "ablation" else []
-        with mock.patch("advkd.evaluation.report._figure", lambda path, caption: ""):
+        with mock.patch("advkd.evaluation.report.figure", lambda path, caption: ""):
             return report._page("advkd: one pass against many", result, runs, [("", "")])
 
     return meaning
