@@ -91,6 +91,7 @@ def trained(student, out, **changes):
     config = GuidedConfig(**{"guidance": MOST, "batch_size": 64, "learning_rate": 0.05, "clip": 0.0, "drop": 0.5, **changes})
     data = Tensors(images=normal(256, 1), labels=torch.zeros(256, dtype=torch.int64))
     method, found = Guided(config, student, TEACHER.schedule), []
+    method.num_classes, method.null_class = TEACHER.num_classes, TEACHER.null_class
     save = lambda network, out, stage: found.append(copy.deepcopy(network))  # noqa: E731
     Trainer(method, data, TEACHER, out, save_stage=save, **FLOAT64).run()
     return method, found
@@ -199,9 +200,9 @@ def test_folders_of_all_stages(tmp_path):
     start = DenoiserStudent.from_teacher(teacher)
     result = distill_denoiser("guided", config, start, tmp_path, teacher=teacher, data=tiny_data(), progress=False)
     samplers = {
-        "w": Sampler(Solver("ddim", "trailing"), 4),
-        "2": Sampler(Solver("ddim-renoised", "trailing"), 2),
-        "1": Sampler(Solver("ddim-renoised", "trailing"), 1),
+        "w": Sampler(Solver("ddim", "trailing"), 4, 1.0),
+        "2": Sampler(Solver("ddim-renoised", "trailing"), 2, 1.0),
+        "1": Sampler(Solver("ddim-renoised", "trailing"), 1, 1.0),
     }
     for name, sampler in samplers.items():
         student = DenoiserStudent.from_pretrained(tmp_path / name)

@@ -113,6 +113,7 @@ def test_a_share_of_the_labels_is_the_null_class_for_teacher_and_student():
         return torch.zeros_like(x, requires_grad=True)
 
     method.student, method.teacher, n = student, Labelled(schedule, 1.0), 4096
+    method.null_class = 3
     labels = torch.arange(n) % 3
     method.update(Recorder(), Batch(images=torch.zeros(n, 2), labels=labels), Draw(0, 0, n, "cpu", torch.float32))
     teachers, students = told

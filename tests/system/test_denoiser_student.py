@@ -386,7 +386,7 @@ def test_what_does_not_fit_is_refused_before_work(trajectories, unpaired, condit
     refuse("unpaired", "pairs", own, {"trajectories": unpaired})
     refuse("grow adds trajectories for students that draw in one pass", "pairs", own, paths, grow=4)
     refuse("batch_size must be from 2 to the 24", "pairs", own, paths, batch_size=25)
-    refuse("level must be positive", "pairs", own, paths, level=0.0)
+    refuse("level must be within", "pairs", own, paths, level=0.0)
     refuse("the trajectories hold images .1, 8, 8., the student draws .3, 8, 8.", "pairs", wide, paths)
     refuse("is told classes and the trajectories have none", "pairs", labelled, paths)
     refuse("adv-kd trains a generator", "adv-kd", own, paths)
