@@ -118,16 +118,12 @@ def _start(kind, inputs, config, device):
     from ..diffusion.students import load_start
     from ..diffusion.teacher import Teacher
 
-    if preset is not None:
-        if "generator" not in kind.students:
-            raise InputError(
-                f"--preset is of students that draw in one pass; {kind.name} trains a denoiser: --init or --teacher"
-            )
-        return _build_student(preset, init)
     widths = tuple(read_value(channels or "", (0,), "distill: --channels", "int"))
+    if widths and (preset is not None or init is not None):
+        raise InputError("--channels are of a fresh denoiser student: leave --preset and --init out")
+    if preset is not None:
+        return _build_student(preset, init)
     if init is not None:
-        if widths:
-            raise InputError("--channels are of a fresh student: leave --init out")
         student = load_start(init, device)
         if not isinstance(student, DenoiserStudent) and "generator" not in kind.students:
             raise InputError(f"--init {init}: {kind.name} trains a denoiser student, and this one draws in one pass")

@@ -209,8 +209,9 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
     kind = "teacher" if teacher is not None else work.kind_of_student(student or "digits")
     for name in given:
         if not kind.endswith(owners := OWNERS.get(name, ("teacher",))):
-            option, owner, place = name.replace("_", "-"), " or a ".join(owners), owners[0].split()[-1]
-            raise InputError(f"--{option} is an option of a {owner}: leave it out, or name one by --{place}")
+            option, owner = name.replace("_", "-"), " or a ".join(owners)
+            places = " or ".join(f"--{kind.split()[-1]}" for kind in owners)
+            raise InputError(f"--{option} is an option of a {owner}: leave it out, or name one by {places}")
     numbers = {"name" if name == "solver" else name: given.pop(name) for name in list(given) if name not in OWNERS}
     common = {**given, "device": local_device(device), "batch_size": batch_size}
     if kind == "teacher":

@@ -105,6 +105,9 @@ def sample_denoiser(
     labels = _classes(classes, model.model, None, weight)
     model.model.check_run(len(labels) or 1, sampler.solver, steps, labels=labels or None, guidance=weight)
 
+    if interpolate and (sampler.solver.stochastic or len(labels) > 1):
+        raise InputError("--interpolate: a walk is of one class, or of none, and of a sampler that adds no noise")
+
     def images(x_T, first):
         return model.draw(x_T, steps, seed, first, labels=labels_in_turn(labels, first, len(x_T)), guidance=weight)
 
@@ -174,7 +177,8 @@ def kind_of_student(student: str) -> str:
 
 def _cost(solver, steps, twice):
     """Words for what an image costs; ``twice``: guidance by two evaluations."""
-    return f"{solver.name}, {steps} steps, {solver.evaluations(steps) * (1 + twice)} network evaluations an image"
+    count = solver.evaluations(steps) * (1 + twice)
+    return f"{solver.name}, {steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)} an image"
 
 
 def _classes(classes: str | None, teacher: Teacher, classifier: Classifier | None, guidance: float) -> list[int]:
@@ -185,7 +189,7 @@ def _classes(classes: str | None, teacher: Teacher, classifier: Classifier | Non
 
 
 def _class_names(teacher: Teacher, classifier: Classifier | None) -> list[str]:
-    """Names of the classes that a teacher and a classifier know, numbers where nobody named them."""
+    """Names of the classes of a teacher and a classifier, numbers where nobody named them."""
     known = [list(names) for names in (teacher.class_names, _names_of(classifier)) if names]
     if len(known) == 2 and known[0] != known[1]:
         raise InputError(f"--classifier was trained on other classes than teacher {teacher.name}: {', '.join(known[1])}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
 from ..models.saving import SAMPLER
 from ..models.student import Student
 from ..runtime.hub import resolve
@@ -24,9 +25,15 @@ def student_class(source: str | Path) -> type[Student] | type[DenoiserStudent]:
         :class:`DenoiserStudent` where the folder holds ``sampler.json``, else :class:`Student`, which draws in one pass.
 
     Raises:
-        InputError: it is neither a known name nor a folder nor a repository of the hub that can be fetched.
+        InputError: it is neither a known name nor a folder nor a repository of the hub that can be fetched, or it is a folder
+            with the students of several rounds.
     """
     folder = resolve(source, Student.embedded, "student", ["*.json"])
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{SAMPLER}"))
+    if inner and not any((folder / name).exists() for name in (SAMPLER, "config.json", INDEX)):
+        raise InputError(
+            f"student {source} holds the students of several rounds, {', '.join(inner)}: name one, {source}/{inner[0]}"
+        )
     return DenoiserStudent if os.path.lexists(folder / SAMPLER) else Student
 
 

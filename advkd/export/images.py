@@ -1,4 +1,4 @@
-"""What diffusers' pipelines of images have in common: their seeds, and the forms of their images."""
+"""Parts that diffusers' pipelines of images have in common: their seeds, and the forms of their images."""
 
 from typing import Any
 

@@ -104,6 +104,8 @@ class Pairs(Method):
         self.config, self.student, self.schedule = config, student, schedule
         # The network is entered at a level where it is neither all noise nor all image: Luo et al. 2023 (Diff-Instruct) do so.
         self._denoiser = None if schedule is None else Denoiser(student, schedule, "v_prediction")
+        if schedule is None and config.level != type(config).level:
+            raise InputError("level is of a denoiser student, which is entered there: leave it out")
         if schedule is not None:
             least, most = schedule.sigma(0).item(), schedule.sigma(len(schedule) - 1).item()
             if not least <= config.level <= most:

@@ -305,7 +305,7 @@ def test_paths_straighten_with_every_reflow(tmp_path):
 
 
 def test_straightness():
-    """Of a straight flow 0, of the Gaussian's the integral by other steps."""
+    """Zero for a straight flow, of the Gaussian's the integral by other steps."""
     z = normal(1000)
     assert straightness(Straight(), z) <= 1e-28
     y, steps, found = z, 1000, []

@@ -55,9 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weighted(conditional, tmp_path_factory):
     """A conditional student that takes the guidance weight itself, its embedding of that not zero."""
-    student = begun(
-        Teacher.from_pretrained(conditional), guidance=4.0, sampler=Sampler(TRAILING, 2, 1.5)
-    )
+    student = begun(Teacher.from_pretrained(conditional), guidance=4.0, sampler=Sampler(TRAILING, 2, 1.5))
     torch.manual_seed(1)
     embedding = embedding_of(student.model.unet)
     torch.nn.init.normal_(embedding.guidance[-1].weight)
