@@ -20,7 +20,7 @@ from ..ops.arguments import whole
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
 from .loading import EMBEDDED
-from .networks import build_unet
+from .networks import GROUPS, build_unet
 from .saving import INDEX, write_pipeline
 from .solvers import Solver
 from .teacher import Teacher
@@ -129,6 +129,9 @@ class DenoiserStudent:
 
         unet, config = teacher.unet, dict(teacher.scheduler.config)
         if channels:
+            if min(channels) < 2 * GROUPS:
+                # Normalised alone, a channel loses the timestep's embedding, which is added to it.
+                raise InputError(f"channels must be at least {2 * GROUPS} for the network to hear its timestep, got {channels}")
             classes = teacher.num_classes + (teacher.null_class is not None)
             network = build_unet(teacher.image_size, teacher.image_channels, channels, classes).to(teacher.device)
         else:

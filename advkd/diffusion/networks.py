@@ -5,7 +5,7 @@ from torch import nn
 from ..errors import InputError
 
 GROUPS = 8
-"""Most groups of group normalisation, each of two channels or more."""
+"""Groups of channels that group normalisation takes together."""
 
 
 def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), classes: int = 0) -> nn.Module:
@@ -43,8 +43,7 @@ def build_unet(size: int, image_channels: int, channels: tuple[int, ...] = (), c
         block_out_channels=channels,
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        # One channel a group would take away the embedding of the timestep, which is added before the normalisation.
-        norm_num_groups=min(GROUPS, min(channels) // 2),
+        norm_num_groups=GROUPS,
         attention_head_dim=8,
         num_class_embeds=classes or None,
     )

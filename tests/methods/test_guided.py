@@ -216,7 +216,7 @@ def test_folders_of_all_stages(tmp_path):
     assert Guided.begin(config, again) is again
     with pytest.raises(InputError, match="guidance must be at most 3, that of the student's own training, got 4"):
         Guided.begin(GuidedConfig(), again)
-    with pytest.raises(InputError, match="takes the weight itself"):
+    with pytest.raises(InputError, match="takes a guidance weight itself"):
         distill_denoiser("guided", config, start, tmp_path / "x", teacher=again.model, data=tiny_data())
 
 

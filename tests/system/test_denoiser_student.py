@@ -279,14 +279,17 @@ def test_an_interrupted_save_leaves_the_old_student_or_none(folder, weighted, tm
 def test_a_smaller_student(conditional):
     teacher = Teacher.from_pretrained(conditional)
     torch.manual_seed(0)
-    student = DenoiserStudent.from_teacher(teacher, channels=(8,), sampler=Sampler(TRAILING, 2))
+    student = DenoiserStudent.from_teacher(teacher, channels=(16,), sampler=Sampler(TRAILING, 2))
     assert student.num_parameters() < teacher.num_parameters() and student.trained_as == "v_prediction"
     assert student.model.class_names == teacher.class_names and student.model.null_class == 3
     assert student.sample(2, labels=[0, 2]).shape == (2, 1, 8, 8)
+    x, network = teacher.noise(1), student.model.unet
+    low, high, other = (network(x, torch.tensor([t]), torch.tensor([c])).sample for t, c in ((5, 0), (90, 0), (5, 2)))
+    assert (low - high).abs().max() > 1e-3 and (low - other).abs().max() > 1e-3
     for channels, message in (
-        ((12, 20), "positive multiples of 8, got 12, 20"),
-        ((0, 8), "multiples of 8"),
-        ((8,) * 4, "too many for"),
+        ((20, 20), "positive multiples of 8, got 20, 20"),
+        ((8,), "channels must be at least 16 for the network to hear its timestep"),
+        ((16,) * 4, "too many for"),
     ):
         with pytest.raises(InputError, match=message):
             DenoiserStudent.from_teacher(teacher, channels=channels)
