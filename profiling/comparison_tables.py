@@ -4,6 +4,29 @@ from advkd.evaluation.comparison_page import cells, reading
 
 from .evidence import NOTHING, markdown, source, stored
 
+OF_A_METHOD = (0, 3, 5, 6, 7, 8, 9, 12, 14)
+"""Columns of a method's own table."""
+
+METHODS = ("reparametrize", "progressive", "guided", "rectified_flow", "pairs")
+"""Methods on denoisers, as the tables of their pages name them."""
+
+
+def of_method(name):
+    """The rows of one method's students, and the table's baseline below them."""
+
+    def rows_of():
+        found = []
+        for result in stored("comparison"):
+            rows = [row for row in result["rows"] if row["method"] == name.replace("_", "-") and row["name"] != "digits"]
+            base = [row for row in result["rows"] if row["name"] == result["baseline"]]
+            if rows:
+                titles, *table = [[line[i] for i in OF_A_METHOD] for line in cells({**result, "rows": [*rows, *base]})]
+                above = source(result, [row["seconds"] for row in rows], "95 % intervals are in the table")
+                found += [*above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), ""]
+        return found[:-1] or NOTHING
+
+    return rows_of
+
 
 def lines():
     """The rows of every machine's comparison, the best at real images first, and how to read them."""
