@@ -16,17 +16,18 @@ import torch
 
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..ops.arguments import finite
 from ..runtime.devices import require_device
 from ..runtime.files import digest, write_json
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import measure, provenance
 from .comparison_page import PICTURES, write_pages
-from .contestants import Contestant, Setting, parse_solvers, parse_students, solver_rows, student_rows
+from .contestants import Contestant, Setting, class_names, parse_solvers, parse_students, solver_rows, student_rows
 from .evaluate import REFERENCE_SEED
 from .features import build_extractor, extract, require_fit
 from .image_sets import real_images, shuffled
-from .kept_images import FINE, fine_run, solver_set
+from .kept_images import FINE, Condition, fine_run, solver_set
 from .paired import Resampled
 from .yardstick import SHARES, Yardstick
 
@@ -55,6 +56,9 @@ class CompareConfig:
         real: ``digits`` or a folder of images.
         resamples: of the bootstrap behind the intervals.
         batch_size: images that run through a network together.
+        classes: names of classes separated by commas, or ``all``: conditional models, the reference's too, draw them in turn
+            by the image's index (empty: no class).
+        guidance: weight w of guidance towards ``classes``, told to networks that take it; of others two evaluations a step.
     """
 
     students: str = ""
@@ -69,6 +73,8 @@ class CompareConfig:
     real: str = "digits"
     resamples: int = 100
     batch_size: int = 50
+    classes: str = ""
+    guidance: float = 0.0
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
@@ -79,6 +85,10 @@ class CompareConfig:
             raise InputError(f"evaluations must be positive numbers, got {self.evaluations}")
         if not 0 <= self.seed < 2**64 - 1:
             raise InputError(f"seed must be in [0, 2^64 - 1), got {self.seed}")
+        if finite("guidance", self.guidance) < 0:
+            raise InputError(f"guidance must be at least 0 (the model itself), got {self.guidance}")
+        if self.guidance and not self.classes:
+            raise InputError("guidance needs classes: name them by --classes, or take 'all'")
         if not parse_students(self.students) and not parse_solvers(self.solvers, self.spacing):
             raise InputError("nothing to compare: name folders by --students, solvers by --solvers, or both")
         parse_solvers(self.solvers, self.spacing)
@@ -118,7 +128,8 @@ def compare_models(
     config.validate()
     device = require_device(device)
     model, extractor, real = _references(teacher, config, device)
-    contestants = _contestants(config, Setting(model, config.seed, config.num, config.batch_size), device)
+    setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
+    contestants = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
@@ -150,8 +161,7 @@ def _references(teacher, config, device):
     real = real_images(config.real, model.shape)
     require_fit(extractor, real, "--real")
     require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
-    if model.num_classes and model.null_class is None:
-        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
+    Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
     return model, extractor, real
 
@@ -165,9 +175,24 @@ def _contestants(config, setting, device):
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--students {twice[0]} is the name of a solver's row, too: name its folder by another path")
+    _require_same_classes(setting, rows)
     for line in left_out:
         _LOGGER.warning("left out: %s", line)
     return rows
+
+
+def _require_same_classes(setting, rows):
+    """Image i of the reference and of every row that is told classes has the same one."""
+    told = {f"teacher {setting.teacher.name}": class_names(setting.teacher, setting.condition(setting.teacher))}
+    told = {name: own for name, own in (told | {row.name: row.samplers[0].classes for row in rows}).items() if own}
+    if setting.classes and not told:
+        raise InputError("classes: the teacher and all students are unconditional: leave --classes out")
+    first = next(iter(told), "")
+    for name, own in told.items():
+        if own != told[first]:
+            raise InputError(
+                f"classes: {name} draws {','.join(own)}, {first} {','.join(told[first])}: name some that both have"
+            )
 
 
 def _baseline(config, contestants):
@@ -181,7 +206,8 @@ def _baseline(config, contestants):
 def _features(model, extractor, contestants, config, cache, progress):
     """Features of the reference and of every sampler by its source, and the first images of every row."""
     sets = {sampler.source: sampler.kept for row in contestants for sampler in row.samplers}
-    fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size)
+    condition = Condition.of(model, config.classes, config.guidance)
+    fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size, condition)
     with progress_bar(total=(1 + len(sets)) * config.num, desc="images", unit="image", shown=progress) as bar:
         reference = extract(extractor, fine.images(cache, bar), cache=cache)
         features, first = {}, {}
@@ -217,7 +243,7 @@ def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:
 def _facts(row):
     first, costs = row.samplers[0], [sampler.cost for sampler in row.samplers]
     cost = None if None in costs else {n: statistics.median(each[n] for each in costs) for n in ("forward", "backward")}
-    facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations")}
+    facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations", "classes", "guidance")}
     return {"name": row.name, "kind": row.kind, **facts, "cost": cost}
 
 

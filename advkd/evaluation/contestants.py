@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..models.student import Student
 from ..runtime.files import digest, restoring
 from .evaluate import has_seen
-from .kept_images import KeptSet, Run, solver_set
+from .kept_images import Condition, KeptSet, Run, solver_set
 
 UNKNOWN = "not recorded"
 """Method of a student without a training record."""
@@ -30,12 +30,20 @@ class Setting:
         seed: of that noise; the fine-step reference has the next one.
         num: images of a set.
         batch_size: images that are drawn together.
+        classes: names of the classes that conditional models draw in turn; empty: no class.
+        guidance: weight w of guidance towards them.
     """
 
     teacher: Teacher
     seed: int
     num: int
     batch_size: int
+    classes: str = ""
+    guidance: float = 0.0
+
+    def condition(self, model: Teacher) -> Condition:
+        """Classes and guidance of a model's images; see :meth:`Condition.of`."""
+        return Condition.of(model, self.classes, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,12 @@ class Sampler:
         kept: its images.
         sample: function of a number of images that draws them as a user would, for timing.
         parameters: of the network.
-        evaluations: of the network for an image.
+        evaluations: of the network for an image; guidance doubles them where the network does not take its weight.
         weights_sha256: digest of the network's weights.
         method: of the last training, or the solver.
         cost: network evaluations of its trainings, ``{"forward": n, "backward": n}``; None where that is not known.
+        classes: names of the classes that its images take in turn; empty: no class; None: an unconditional model.
+        guidance: weight towards them; None: an unconditional model.
     """
 
     source: str
@@ -61,6 +71,8 @@ class Sampler:
     weights_sha256: str
     method: str
     cost: dict[str, int] | None
+    classes: tuple[str, ...] | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ def student_rows(text: str, setting: Setting, device: str | torch.device) -> lis
                 _require_comparable(folder, loaded[folder], setting)
         samplers = tuple(_student(folder, loaded[folder], evaluations, setting) for folder, evaluations in entries)
         for one in samplers[1:]:
-            for what in ("method", "parameters", "evaluations"):
+            for what in ("method", "parameters", "evaluations", "classes"):
                 if (ours := getattr(one, what)) != (first := getattr(samplers[0], what)):
                     found = f"{what} of {one.source} is {ours}, of {samplers[0].source} {first}"
                     raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
@@ -160,14 +172,23 @@ def _require_comparable(source, student, setting):
     shape = tuple(setting.teacher.shape)
     if (found := _shape(student)) != shape:
         raise InputError(f"students: {source} draws {describe_shape(found)} images, the teacher {describe_shape(shape)} ones")
-    if isinstance(student, DenoiserStudent) and student.model.num_classes and student.model.null_class is None:
-        raise InputError(f"students: {source} has no null class: its images of no class cannot be drawn")
+    if isinstance(student, DenoiserStudent):
+        _require_condition(source, student.model, setting)
     with restoring("the training record of", source):
         for seed, set_ in ((setting.seed, "sets"), (setting.seed + 1, "reference")):
             if has_seen(student.training_record, {"seed": seed, "start": 0, "num": setting.num}):
                 raise InputError(
                     f"students: {source} was trained on the {set_}' start noise, seed {seed}: choose another --seed"
                 )
+
+
+def _require_condition(source, model, setting):
+    if not setting.classes and model.num_classes and model.null_class is None:
+        raise InputError(f"students: {source} has no null class: name its classes by --classes")
+    try:
+        setting.condition(model)
+    except InputError as error:
+        raise InputError(f"students: {source} cannot be told these classes ({error})") from error
 
 
 def _shape(student):
@@ -206,22 +227,42 @@ def _generator(source, student, evaluations, setting, **known):
 def _denoiser(source, student, evaluations, setting, **known):
     """A student of few steps by its own solver, with its own number of steps or another one."""
     model, solver, steps = student.model, student.sampler.solver, student.sampler.steps
+    condition = setting.condition(model)
+    passes = condition.passes(model)
     if evaluations:
-        steps = Run.of_evaluations(solver, evaluations, model, setting.seed, setting.num).steps
-    count = solver.evaluations(steps)
+        steps = Run.of_evaluations(solver, evaluations // passes, model, setting.seed, setting.num).steps
+    count = passes * solver.evaluations(steps)
     try:
         model.program(solver, steps)
     except InputError as error:
         raise InputError(f"students: {source} cannot take {count} evaluations ({error})") from error
 
     def draw(number, first):
-        return student.sample(number, setting.seed, steps, first)
+        return student.sample(number, setting.seed, steps, first, **condition.arguments(number, first))
 
     identity = {**student.identity(), "name": None}
-    depends = [identity, steps, setting.seed, setting.batch_size]
+    depends = [identity, steps, setting.seed, setting.batch_size, *condition.identity()]
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
-    weights = identity["weights_sha256"]
+    weights, known = identity["weights_sha256"], known | _told(model, condition)
     return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
+
+
+def _told(model, condition):
+    """Fields of :class:`Sampler` about classes."""
+    return {"classes": class_names(model, condition), "guidance": condition.guidance if model.num_classes else None}
+
+
+def class_names(model: Teacher, condition: Condition) -> tuple[str, ...] | None:
+    """Names of the classes that a model's images take in turn.
+
+    Args:
+        model: the model.
+        condition: of its images.
+
+    Returns:
+        The names; None of an unconditional model.
+    """
+    return tuple(model.class_names[number] for number in condition.classes) if model.num_classes else None
 
 
 def method_of(record: dict[str, Any] | None) -> str:
@@ -256,16 +297,17 @@ def solver_rows(solvers: Sequence[Solver], evaluations: Sequence[int], setting: 
 
     Args:
         solvers: see :func:`parse_solvers`.
-        evaluations: network evaluations of a run, at most.
+        evaluations: network evaluations of a run, at most; a guided one takes two where others take one.
         setting: conditions that all sets share.
 
     Returns:
         ``(rows, left_out)``: a :class:`Contestant` for every run, and a line for every one that the solver cannot take.
     """
     model, runs, left_out = setting.teacher, [], []
+    passes = setting.condition(model).passes(model)
     for solver in solvers:
         for number in sorted(evaluations):
-            run = Run.of_evaluations(solver, number, model, setting.seed, setting.num)
+            run = Run.of_evaluations(solver, number // passes, model, setting.seed, setting.num)
             try:
                 model.program(solver, run.steps)
             except InputError as error:
@@ -273,11 +315,14 @@ def solver_rows(solvers: Sequence[Solver], evaluations: Sequence[int], setting: 
                 continue
             if run not in runs:
                 runs.append(run)
-    return [Contestant(run.name, "solver", (_solver(model, run, setting),)) for run in runs], left_out
+    samplers = [_solver(model, run, setting) for run in runs]
+    return [Contestant(sampler.source, "solver", (sampler,)) for sampler in samplers], left_out
 
 
 def _solver(model, run, setting):
-    kept = solver_set(model, run, setting.batch_size)
+    condition = setting.condition(model)
+    kept, evaluations = solver_set(model, run, setting.batch_size, condition), condition.passes(model) * run.evaluations
     weights, free = model.identity()["weights_sha256"], {"forward": 0, "backward": 0}
-    parameters = model.num_parameters()
-    return Sampler(run.name, kept, lambda n: kept.draw(n, 0), parameters, run.evaluations, weights, run.solver.name, free)
+    parameters, name, told = model.num_parameters(), run.solver.name, _told(model, condition)
+    row = f"{name} {evaluations}"
+    return Sampler(row, kept, lambda n: kept.draw(n, 0), parameters, evaluations, weights, name, free, **told)

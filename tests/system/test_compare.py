@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
+from advkd.diffusion.loading import Classes
 from advkd.diffusion.networks import build_unet
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
@@ -14,7 +15,7 @@ from advkd.errors import InputError
 from advkd.evaluation import compare, kept_images
 from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.comparison_page import PICTURES, describe
-from advkd.evaluation.contestants import parse_students, total_cost
+from advkd.evaluation.contestants import Setting, parse_students, solver_rows, student_rows, total_cost
 from advkd.evaluation.features import ClassifierFeatures
 from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import Resampled, paired_rows, resampled_frechet
@@ -36,7 +37,8 @@ def models(tmp_path_factory):
     """A folder with a teacher of v prediction; students of it; and students that do not fit it.
 
     ``four`` has the teacher's weights and takes four steps, ``other`` has other weights; ``one-0`` to ``one-2`` draw in one
-    pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class.
+    pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class. ``free`` is told classes and has one,
+    and ``weighted`` takes the weight of guidance beside.
     """
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("models")
@@ -49,6 +51,13 @@ def models(tmp_path_factory):
         student.save_pretrained(folder / name)
         if name == "four":
             diffusers.DDPMPipeline(teacher.unet, scheduler).save_pretrained(folder / "teacher")
+    teacher = Teacher(build_unet(32, 1, (8, 8, 8, 8), 4), scheduler, classes=Classes(("a", "b", "c"), 3))
+    for name, most in (("free", 0.0), ("weighted", 4.0)):
+        student = DenoiserStudent.from_teacher(teacher, guidance=most, sampler=Sampler(Solver("ddim", "trailing"), 4))
+        for parameter in student.model.unet.parameters():
+            # Embeddings of conditions may begin at zero, where weights would make no difference.
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if most else 0.0)
+        student.save_pretrained(folder / name)
     for seed in range(3):
         torch.manual_seed(seed)
         one = Student(StudentConfig(image_size=32, image_channels=1, channels=(8,) * 6, latent_size=8)).eval()
@@ -65,9 +74,9 @@ def among_models(models, monkeypatch):
     monkeypatch.setattr(compare, "TIMED", 2)
 
 
-def run(folder, cache=None, **values):
+def run(folder, cache=None, teacher="teacher", **values):
     config = CompareConfig(**{**SMALL, **values})
-    return compare_models("teacher", config, folder / "out", cache=cache or folder / "cache", progress=False)
+    return compare_models(teacher, config, folder / "out", cache=cache or folder / "cache", progress=False)
 
 
 def row_of(result, name):
@@ -126,6 +135,58 @@ def test_sets_begin_at_one_start_noise(tmp_path, monkeypatch):
     # One step of eight bits, where another arithmetic rounds a value in the middle to the other side.
     assert (pictures["one-0"].float() - expected).abs().max() <= 1
     assert torch.equal(pictures["four"], pictures["ddim 4"])
+
+
+def setting_of(classes="", guidance=0.0, teacher="free"):
+    return Setting(Teacher.from_pretrained(teacher), 3, 140, 20, classes, guidance)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("free", 2), ("weighted", 1)])
+def test_conditional_students_are_told_classes_and_weight(name, passes):
+    """Image i takes class i mod 3, in the second batch, too; guidance by two evaluations counts them."""
+    (row,) = student_rows(name, setting_of("all", 1.5), "cpu")
+    (sampler,), student = row.samplers, DenoiserStudent.from_pretrained(name)
+    labels = torch.arange(20, 26) % 3
+    drawn = sampler.kept.draw(6, 20)
+    assert torch.equal(drawn, student.sample(6, 3, None, 20, labels=labels, guidance=1.5))
+    for other in (student.sample(6, 3, None, 20, labels=labels), student.sample(6, 3, None, 20)):
+        assert not torch.equal(drawn, other)
+    assert torch.equal(sampler.sample(3), student.sample(3, 3, labels=torch.arange(3), guidance=1.5))
+    assert (sampler.classes, sampler.guidance, sampler.evaluations) == (("a", "b", "c"), 1.5, 4 * passes)
+    ((alone,),) = (row.samplers for row in student_rows(name, setting_of(), "cpu"))
+    assert torch.equal(alone.kept.draw(6, 20), student.sample(6, 3, None, 20))
+    assert (alone.classes, alone.guidance, alone.evaluations) == ((), 0.0, 4)
+    assert len(alone.kept.depends) == 4 and sampler.kept.depends[:4] == alone.kept.depends
+    assert sampler.kept.depends[4:] == [{"classes": [0, 1, 2], "guidance": 1.5}]
+
+
+def test_solvers_of_a_conditional_teacher_are_told_classes():
+    setting, solver = setting_of("c,a", 1.5), Solver("ddim", "trailing")
+    (row,), (left_out,) = solver_rows([solver], (1, 8), setting)
+    (sampler,) = row.samplers
+    assert (row.name, sampler.evaluations, sampler.classes) == ("ddim 8", 8, ("c", "a")) and "ddim with 1" in left_out
+    told = setting.teacher.sample(5, 3, solver, 4, 7, labels=[0, 2, 0, 2, 0], guidance=1.5)
+    assert torch.equal(sampler.kept.draw(5, 7), told)
+    # An unconditional teacher draws as without classes, under the name that its shards have had.
+    plain, unconditional = (solver_rows([solver], (4,), setting_of(*told, teacher="teacher")) for told in ((), ("all", 1.5)))
+    assert plain[0][0].samplers[0].kept.depends == unconditional[0][0].samplers[0].kept.depends
+    assert len(plain[0][0].samplers[0].kept.depends) == 5 and unconditional[0][0].samplers[0].classes is None
+
+
+def test_a_comparison_of_conditional_models(tmp_path):
+    classes = {"classes": "all", "guidance": 1.5}
+    result = run(tmp_path, teacher="free", students="free,weighted,four", solvers="ddim", evaluations=(8,), **classes)
+    assert row_of(result, "free")["real"] == row_of(result, "ddim 8")["real"]
+    told = {row["name"]: (row["classes"], row["guidance"], row["evaluations"]) for row in result["rows"]}
+    names = ("a", "b", "c")
+    assert told == {
+        "free": (names, 1.5, 8),
+        "weighted": (names, 1.5, 4),
+        "four": (None, None, 4),
+        "ddim 8": (names, 1.5, 8),
+    }
+    said = "Rows drawn with classes in turn, a, b, c, and weight 1.5 of guidance: free, weighted, ddim 8. All other rows"
+    assert all(said in (tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
 
 
 def test_trainings_of_a_row(tmp_path):
@@ -208,7 +269,15 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four", "evaluations": (0,)}, "evaluations must be positive"),
         ({"students": "four", "seed": 2**64 - 1}, "seed must be in"),
         ({"students": "digits", "seed": 0}, "was trained on the sets' start noise, seed 0"),
-        ({"students": "told"}, "students: told has no null class"),
+        ({"students": "told"}, "students: told has no null class: name its classes by --classes"),
+        ({"teacher": "told", "students": "four"}, "teacher told has no null class: name its classes by --classes"),
+        ({"students": "free", "guidance": 1.0}, "guidance needs classes"),
+        ({"students": "free", "classes": "a", "guidance": -1.0}, "guidance must be at least 0"),
+        ({"students": "free", "classes": "a,z"}, "students: free cannot be told these classes (--classes: 'z' is not one of"),
+        ({"students": "weighted", "classes": "a", "guidance": 5.0}, "guidance must be at most 4"),
+        ({"students": "told", "classes": "all", "guidance": 1.0}, "has no null class: take guidance 0"),
+        ({"students": "four", "classes": "all"}, "the teacher and all students are unconditional"),
+        ({"students": "told,free", "classes": "all"}, "classes: free draws a,b,c, told 0,1,2: name some that both have"),
         ({"students": "small"}, "draws gray 8x8 images, the teacher gray 32x32 ones"),
     ],
 )
