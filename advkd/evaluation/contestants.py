@@ -1,5 +1,6 @@
 """Rows of a comparison: students, of one training or several, and a teacher's solvers, all from the same start setting."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from ..data.images import describe_shape
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.solvers import Solver
+from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.students import load_student
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -90,7 +91,7 @@ class Contestant:
     samplers: tuple[Sampler, ...]
 
 
-def parse_students(text: str) -> dict[str, list[tuple[str, int]]]:
+def parse_students(text: str) -> dict[str, list[tuple[str, int | None]]]:
     """Rows of students by name.
 
     Args:
@@ -98,10 +99,10 @@ def parse_students(text: str) -> dict[str, list[tuple[str, int]]]:
             evaluations.
 
     Returns:
-        ``{row: [(folder, evaluations; 0 for the student's own), ...]}``.
+        ``{row: [(folder, evaluations; None for the student's own), ...]}``.
 
     Raises:
-        InputError: an empty name, or one that is there twice.
+        InputError: an empty name, one that is there twice, or fewer than one evaluation.
     """
     rows = _distinct([row.strip() for row in text.split(",")] if text.strip() else [], "students")
     return {row: [_entry(part) for part in _distinct(row.split("+"), f"students: {row}")] for row in rows}
@@ -133,8 +134,12 @@ def _distinct(names, option):
 
 
 def _entry(text):
-    folder, _, evaluations = text.strip().rpartition("@")
-    return (folder, int(evaluations)) if folder and evaluations.isdecimal() else (text.strip(), 0)
+    asked = re.fullmatch(r"(.+)@(-?\d+)", text)
+    if asked is None:
+        return text, None
+    if (evaluations := int(asked[2])) < 1:
+        raise InputError(f"students: {text} asks for {evaluations} evaluations: a run has at least 1")
+    return asked[1], evaluations
 
 
 def student_rows(text: str, setting: Setting, device: str | torch.device) -> list[Contestant]:
@@ -203,12 +208,12 @@ def _student(source, student, evaluations, setting):
         record = student.training_record
         method, cost = method_of(record), total_cost(record)
     sampler = make(source, student, evaluations, setting, method=method, cost=cost)
-    return replace(sampler, source=f"{source}@{evaluations}") if evaluations else sampler
+    return sampler if evaluations is None else replace(sampler, source=f"{source}@{evaluations}")
 
 
 def _generator(source, student, evaluations, setting, **known):
     """A one-pass student through its fused engine, on the projections of the start noise."""
-    if evaluations > 1:
+    if evaluations not in (None, 1):
         raise InputError(f"students: {source} draws in one pass: leave @{evaluations} out")
     # Without a search: figures must not depend on the noise of a measurement.
     fused, weights = student.fuse(tune=False), digest(student.state_dict())
@@ -229,8 +234,8 @@ def _denoiser(source, student, evaluations, setting, **known):
     model, solver, steps = student.model, student.sampler.solver, student.sampler.steps
     condition = setting.condition(model)
     passes = condition.passes(model)
-    if evaluations:
-        steps = Run.of_evaluations(solver, evaluations // passes, model, setting.seed, setting.num).steps
+    if evaluations is not None:
+        steps = _steps(source, solver, evaluations, model, passes)
     count = passes * solver.evaluations(steps)
     try:
         model.program(solver, steps)
@@ -245,6 +250,18 @@ def _denoiser(source, student, evaluations, setting, **known):
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
     weights, known = identity["weights_sha256"], known | _told(model, condition)
     return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
+
+
+def _steps(source, solver, evaluations, model, passes):
+    """Steps of a run of exactly so many evaluations."""
+    levels, least = len(solver.alpha_bars), METHODS[solver.name].least
+    steps = [n for n in range(least, (levels or model.train_timesteps) + 1) if not levels or levels % n == 0]
+    taken = {passes * solver.evaluations(n): n for n in steps}
+    if evaluations not in taken:
+        below, above = [n for n in taken if n < evaluations], [n for n in taken if n > evaluations]
+        near = " or ".join(map(str, [*below[-3:], *above[:3]]))
+        raise InputError(f"students: {source} by {solver.name} cannot take {evaluations} evaluations exactly: ask for {near}")
+    return taken[evaluations]
 
 
 def _told(model, condition):

@@ -260,6 +260,10 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four+four"}, "'four' is there twice"),
         ({"students": "four+four@2"}, "trainings of one row must be alike, but evaluations of four@2 is 2"),
         ({"students": "one-0@2"}, "draws in one pass"),
+        ({"students": "four@0"}, "four@0 asks for 0 evaluations"),
+        ({"students": "one-0@-1"}, "one-0@-1 asks for -1 evaluations"),
+        ({"students": "four@101"}, "four by ddim cannot take 101 evaluations exactly: ask for 98 or 99 or 100"),
+        ({"students": "free@5", "classes": "a", "guidance": 1.0}, "cannot take 5 evaluations exactly: ask for 2 or 4 or 6"),
         ({"solvers": "ddim,ddim"}, "solvers: 'ddim' is there twice"),
         ({"solvers": "ddim,rk4"}, "solver must be one of"),
         ({"solvers": "unipc-3", "evaluations": (2,)}, "no row is left"),
@@ -295,9 +299,27 @@ def test_what_a_solver_cannot_take_is_left_out(tmp_path, caplog, monkeypatch):
     assert said == ["unipc-2 with 1", "unipc-2 with 2"]
 
 
+@pytest.mark.parametrize(
+    ("solver", "taken", "refused", "near"),
+    [
+        (Solver("heun", "trailing"), {3: 2, 199: 100}, 4, "3 or 5 or 7 or 9"),
+        (Solver("ddim", alpha_bars=(0.1, 0.3, 0.6, 0.9)), {1: 1, 2: 2, 4: 4}, 3, "1 or 2 or 4"),
+    ],
+)
+def test_evaluations_asked_for_are_exact(solver, taken, refused, near, tmp_path):
+    student = DenoiserStudent(DenoiserStudent.from_pretrained("four").model, Sampler(solver, 4))
+    student.save_pretrained(tmp_path / "one")
+    setting = setting_of(teacher="teacher")
+    for evaluations, steps in taken.items():
+        (row,) = student_rows(f"{tmp_path}/one@{evaluations}", setting, "cpu")
+        assert row.samplers[0].evaluations == evaluations and row.samplers[0].kept.depends[1] == steps
+    with pytest.raises(InputError, match=f"cannot take {refused} evaluations exactly: ask for {near}$"):
+        student_rows(f"{tmp_path}/one@{refused}", setting, "cpu")
+
+
 def test_names_of_students():
-    assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", 0)], "b@2": [("b", 2)], "c+d@1": [("c", 0), ("d", 1)]}
-    assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", 0)]} and parse_students("") == {}
+    assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", None)], "b@2": [("b", 2)], "c+d@1": [("c", None), ("d", 1)]}
+    assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", None)]} and parse_students("") == {}
 
 
 @pytest.mark.parametrize(
