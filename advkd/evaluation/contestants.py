@@ -104,8 +104,11 @@ def parse_students(text: str) -> dict[str, list[tuple[str, int | None]]]:
     Raises:
         InputError: an empty name, one that is there twice, or fewer than one evaluation.
     """
-    rows = _distinct([row.strip() for row in text.split(",")] if text.strip() else [], "students")
-    return {row: [_entry(part) for part in _distinct(row.split("+"), f"students: {row}")] for row in rows}
+    rows = [[part.strip() for part in row.split("+")] for row in text.split(",")] if text.strip() else []
+    names = _distinct(["+".join(parts) for parts in rows], "students")
+    return {
+        name: [_entry(part) for part in _distinct(parts, f"students: {name}")] for name, parts in zip(names, rows, strict=True)
+    }
 
 
 def parse_solvers(text: str, spacing: str = "") -> list[Solver]:
@@ -155,7 +158,7 @@ def student_rows(text: str, setting: Setting, device: str | torch.device) -> lis
 
     Raises:
         InputError: a folder that holds no student, a student that cannot be compared, or trainings of one row that differ in
-            more than their weights.
+            more than their weights or are one.
     """
     rows, loaded = [], {}
     for name, entries in parse_students(text).items():
@@ -164,13 +167,21 @@ def student_rows(text: str, setting: Setting, device: str | torch.device) -> lis
                 loaded[folder] = load_student(folder, device)
                 _require_comparable(folder, loaded[folder], setting)
         samplers = tuple(_student(folder, loaded[folder], evaluations, setting) for folder, evaluations in entries)
-        for one in samplers[1:]:
-            for what in ("method", "parameters", "evaluations", "classes"):
-                if (ours := getattr(one, what)) != (first := getattr(samplers[0], what)):
-                    found = f"{what} of {one.source} is {ours}, of {samplers[0].source} {first}"
-                    raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
+        _require_trainings(samplers)
         rows.append(Contestant(name, "student", samplers))
     return rows
+
+
+def _require_trainings(samplers):
+    """Refuse trainings of one row that differ in more than their weights, or do not differ in these."""
+    first, known = samplers[0], {}
+    for one in samplers:
+        for what in ("method", "parameters", "evaluations", "classes"):
+            if (ours := getattr(one, what)) != (its := getattr(first, what)):
+                found = f"{what} of {one.source} is {ours}, of {first.source} {its}"
+                raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
+        if (other := known.setdefault(one.weights_sha256, one)) is not one:
+            raise InputError(f"students: {one.source} and {other.source} are one training: leave one of them out of the row")
 
 
 def _require_comparable(source, student, setting):

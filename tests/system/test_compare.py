@@ -258,6 +258,11 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four,four"}, "students: 'four' is there twice"),
         ({"students": "four,"}, "students: a name is empty"),
         ({"students": "four+four"}, "'four' is there twice"),
+        ({"students": "one-0 + one-0"}, "students: one-0+one-0: 'one-0' is there twice"),
+        ({"students": "four+ "}, "students: four+: a name is empty"),
+        ({"students": "one-0+one-1,one-0 + one-1"}, "students: 'one-0+one-1' is there twice"),
+        ({"students": "one-0+./one-0"}, "students: ./one-0 and one-0 are one training"),
+        ({"students": "four+four@4"}, "students: four@4 and four are one training"),
         ({"students": "four+four@2"}, "trainings of one row must be alike, but evaluations of four@2 is 2"),
         ({"students": "one-0@2"}, "draws in one pass"),
         ({"students": "four@0"}, "four@0 asks for 0 evaluations"),
@@ -319,6 +324,7 @@ def test_evaluations_asked_for_are_exact(solver, taken, refused, near, tmp_path)
 
 def test_names_of_students():
     assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", None)], "b@2": [("b", 2)], "c+d@1": [("c", None), ("d", 1)]}
+    assert parse_students("a + b@2 , c") == {"a+b@2": [("a", None), ("b", 2)], "c": [("c", None)]}
     assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", None)]} and parse_students("") == {}
 
 
