@@ -204,31 +204,32 @@ def _baseline(config, contestants):
 
 
 def _features(model, extractor, contestants, config, cache, progress):
-    """Features of the reference and of every sampler by its source, and the first images of every row."""
-    sets = {sampler.source: sampler.kept for row in contestants for sampler in row.samplers}
+    """Features of the reference and of every set by its name, and the first images of every row."""
+    sets = {sampler.kept.name: sampler.kept for row in contestants for sampler in row.samplers}
     condition = Condition.of(model, config.classes, config.guidance)
     fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size, condition)
     with progress_bar(total=(1 + len(sets)) * config.num, desc="images", unit="image", shown=progress) as bar:
         reference = extract(extractor, fine.images(cache, bar), cache=cache)
         features, first = {}, {}
-        for source, kept in sets.items():
+        for name, kept in sets.items():
             images = kept.images(cache, bar)
-            features[source], first[source] = extract(extractor, images, cache=cache), images[:PICTURES].clone()
-    return reference, features, {row.name: first[row.samplers[0].source] for row in contestants}
+            features[name], first[name] = extract(extractor, images, cache=cache), images[:PICTURES].clone()
+    return reference, features, {row.name: first[row.samplers[0].kept.name] for row in contestants}
 
 
 def _rows(contestants: list[Contestant], features, yardstick: Yardstick, baseline: str, cache, progress) -> dict[str, Any]:
     """Rows of the table without times, and the differences of every two."""
     measured = {}
-    for source in progress_bar(features, desc="measures", unit="set", shown=progress):
-        measured[source] = yardstick.measure(features[source], cache)
-    medians = {row.name: _medians(measured[sampler.source][0] for sampler in row.samplers) for row in contestants}
+    for name in progress_bar(features, desc="measures", unit="set", shown=progress):
+        measured[name] = yardstick.measure(features[name], cache)
+    medians = {row.name: _medians(measured[sampler.kept.name][0] for sampler in row.samplers) for row in contestants}
     rows = []
     for row in contestants:
-        figures = _figures(medians[row.name], [measured[sampler.source] for sampler in row.samplers])
+        figures = _figures(medians[row.name], [measured[sampler.kept.name] for sampler in row.samplers])
         figures["real"]["difference"] = _figure(medians[row.name]["real"] - medians[baseline]["real"])
         trainings = [
-            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.source])} for one in row.samplers
+            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.kept.name])}
+            for one in row.samplers
         ]
         rows.append({**_facts(row), "num": yardstick.num, **figures, "trainings": trainings})
     return {"rows": rows, "differences": _differences(medians)}

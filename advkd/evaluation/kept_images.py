@@ -123,6 +123,12 @@ class KeptSet:
     batch_size: int
     draw: Callable[[int, int], torch.Tensor]
 
+    @property
+    def name(self) -> str:
+        """Name of its folder, another one of other images."""
+        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
+        return f"{self.kind}-{key[:32]}"
+
     def images(self, cache: Path, bar: Any) -> torch.Tensor:
         """The images, from the cache or drawn now.
 
@@ -136,8 +142,7 @@ class KeptSet:
         Raises:
             InputError: a kept file that is damaged; the message names it.
         """
-        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
-        folder = cache / f"{self.kind}-{key[:32]}"
+        folder = cache / self.name
         return torch.cat([self._shard(folder, first, count, bar) for first, count in batches(self.num, SHARD)])
 
     def _shard(self, folder, first, count, bar):

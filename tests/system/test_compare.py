@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -205,6 +206,14 @@ def test_trainings_of_a_row(tmp_path):
         assert training["real"]["interval"] == row_of(result, training["source"])["real"]["frechet"]["interval"]
     assert row["cost"] == {"forward": 111, "backward": 54} and row["real"]["difference"]["interval"] == [0, 0]
     assert "[" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_a_training_that_is_named_like_a_solver(models, tmp_path):
+    shutil.copytree(models / "one-1", models / "ddim 4")
+    result = run(tmp_path, students="one-0+ddim 4,one-1", solvers="ddim", evaluations=(4,))
+    one = row_of(result, "one-0+ddim 4")["trainings"][1]
+    assert one["real"]["value"] == row_of(result, "one-1")["real"]["frechet"]["value"]
+    assert row_of(result, "ddim 4")["real"]["frechet"]["value"] != one["real"]["value"]
 
 
 def test_the_median_of_trainings_is_taken_draw_by_draw():
