@@ -150,8 +150,8 @@ def compare_models(
     times = _times(contestants, device)
     for row in result["rows"]:
         row["seconds"] = times[row["name"]]
-    write_json(out / "comparison.json", result)
     write_pages(result, pictures, out)
+    write_json(out / "comparison.json", result)
     return result
 
 

@@ -146,13 +146,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_pages(result: dict[str, Any], pictures: dict[str, torch.Tensor], out: Path) -> None:
-    """Write ``comparison.md`` and ``comparison.html``, and the PNGs that it holds.
+    """Write ``comparison.md`` and ``comparison.html``, and the PNGs that it holds; pictures of an earlier one go.
 
     Args:
         result: of :func:`advkd.evaluation.compare.compare_models`.
         pictures: the first images of every row, uint8 ``(n, C, H, W)``, by its name.
         out: folder that is there.
     """
+    for earlier in out.glob("pictures-[0-9]*.png"):
+        earlier.unlink()
     write_bytes(out / "comparison.md", markdown(result).encode())
     save_distances(result["rows"], result["score"], out / "distances.png")
     titles, *rows = cells(result)

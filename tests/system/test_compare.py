@@ -111,7 +111,14 @@ def test_a_student_that_is_a_solver_reads_the_same_distances(tmp_path):
 
 
 def test_files_of_a_comparison(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pictures-04.png").write_bytes(b"of an earlier, larger comparison")
+    (tmp_path / "out/pictures-mine.png").write_bytes(b"of the user")
     result = run(tmp_path, students="four,one-0", solvers="ddim", evaluations=(2,))
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("pictures-*"))
+    assert pictures == ["pictures-01.png", "pictures-02.png", "pictures-03.png", "pictures-mine.png"]
+    files = [path for path in (tmp_path / "out").iterdir() if path.name != "comparison.json"]
+    assert max(path.stat().st_mtime_ns for path in files) <= (tmp_path / "out/comparison.json").stat().st_mtime_ns
     assert json.loads((tmp_path / "out/comparison.json").read_text()) == json.loads(json.dumps(result))
     page, text = ((tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
     assert page.count("data:image/png;base64,") == 1 + len(result["rows"])
