@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
-from ..ops.arguments import finite
+from ..ops.arguments import finite, whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest, write_json
 from ..runtime.folders import cache_folder, require_output_folder
@@ -81,17 +82,22 @@ class CompareConfig:
         for name, least in (("num", 4), ("fine_steps", 1), ("batch_size", 1), ("resamples", 20)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.evaluations or min(self.evaluations) < 1:
-            raise InputError(f"evaluations must be positive numbers, got {self.evaluations}")
+        if not self.evaluations:
+            raise InputError("evaluations must name a number at least")
+        for number in self.evaluations:
+            whole("evaluations", number, least=1)
         if not 0 <= self.seed < 2**64 - 1:
             raise InputError(f"seed must be in [0, 2^64 - 1), got {self.seed}")
         if finite("guidance", self.guidance) < 0:
             raise InputError(f"guidance must be at least 0 (the model itself), got {self.guidance}")
         if self.guidance and not self.classes:
             raise InputError("guidance needs classes: name them by --classes, or take 'all'")
-        if not parse_students(self.students) and not parse_solvers(self.solvers, self.spacing):
+        Solver(spacing=self.spacing)
+        students, solvers = parse_students(self.students), parse_solvers(self.solvers, self.spacing)
+        if not students and not solvers:
             raise InputError("nothing to compare: name folders by --students, solvers by --solvers, or both")
-        parse_solvers(self.solvers, self.spacing)
+        if self.spacing and not solvers:
+            raise InputError("spacing places the levels of solvers: name some by --solvers, or leave it out")
 
 
 def compare_models(

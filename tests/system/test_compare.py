@@ -25,7 +25,7 @@ from advkd.models.student import Student
 
 from ..conftest import fork_cli, tiny_student
 
-SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "spacing": "trailing", "resamples": 20, "batch_size": 20}
+SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "resamples": 20, "batch_size": 20}
 
 
 def record(method="progressive", **cost):
@@ -76,7 +76,8 @@ def among_models(models, monkeypatch):
 
 
 def run(folder, cache=None, teacher="teacher", **values):
-    config = CompareConfig(**{**SMALL, **values})
+    spacing = {"spacing": "trailing"} if values.get("solvers") else {}
+    config = CompareConfig(**{**SMALL, **spacing, **values})
     return compare_models(teacher, config, folder / "out", cache=cache or folder / "cache", progress=False)
 
 
@@ -291,7 +292,11 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four", "baseline": "five"}, "--baseline must be a row, one of four; got 'five'"),
         ({"students": "four", "num": 100}, "--num 100: 100 images are too few for 64 features"),
         ({"students": "four", "resamples": 5}, "resamples must be at least 20"),
-        ({"students": "four", "evaluations": (0,)}, "evaluations must be positive"),
+        ({"students": "four", "evaluations": (0,)}, "evaluations must be at least 1, got 0"),
+        ({"students": "four", "evaluations": (2, 2.5)}, "evaluations must be a whole number, got 2.5"),
+        ({"students": "four", "evaluations": ()}, "evaluations must name a number at least"),
+        ({"students": "four", "spacing": "even"}, "spacing must be one of"),
+        ({"students": "four", "spacing": "trailing"}, "spacing places the levels of solvers: name some by --solvers"),
         ({"students": "four", "seed": 2**64 - 1}, "seed must be in"),
         ({"students": "digits", "seed": 0}, "was trained on the sets' start noise, seed 0"),
         ({"students": "told"}, "students: told has no null class: name its classes by --classes"),
@@ -360,6 +365,7 @@ def test_cost_of_trainings(record, cost):
 def test_the_command(models, tmp_path):
     options = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = ["compare", "--teacher", models / "teacher", "--solvers", "ddim,heun", "--evaluations", "2,4", *options]
+    command += ["--spacing", "trailing"]
     done = fork_cli(*command, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     titles, *lines = done.stdout.splitlines()
