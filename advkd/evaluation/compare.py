@@ -251,7 +251,9 @@ def _facts(row):
     first, costs = row.samplers[0], [sampler.cost for sampler in row.samplers]
     cost = None if None in costs else {n: statistics.median(each[n] for each in costs) for n in ("forward", "backward")}
     facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations", "classes", "guidance")}
-    return {"name": row.name, "kind": row.kind, **facts, "cost": cost}
+    unseen = [sampler.known_unseen for sampler in row.samplers]
+    known = {"known_unseen": None if None in unseen else True} if row.kind == "student" else {}
+    return {"name": row.name, "kind": row.kind, **facts, "cost": cost, **known}
 
 
 def _figures(medians, trainings):

@@ -111,7 +111,7 @@ def reading(result: dict[str, Any]) -> str:
         f"differences have intervals of their own.{spread} The floor, {result['floor']:.4f}, is the mean distance of random "
         f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
-        f"network evaluations.{told(result)}"
+        f"network evaluations.{told(result)}{unknown(result)}"
     )
 
 
@@ -129,6 +129,16 @@ def told(result: dict[str, Any]) -> str:
     drawn = "".join(f" Rows drawn{how}: {', '.join(rows)}." for how, rows in names.items())
     others = any(row["classes"] is None for row in result["rows"])
     return drawn + (" All other rows are of unconditional models." if drawn and others else "")
+
+
+def unknown(result: dict[str, Any]) -> str:
+    """Sentence about students without a training record; empty where there are none.
+
+    Args:
+        result: of :func:`advkd.evaluation.compare.compare_models`.
+    """
+    rows = [row["name"] for row in result["rows"] if row.get("known_unseen", True) is None]
+    return f" No record says if these were trained on the sets' start noise: {', '.join(rows)}." if rows else ""
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -62,6 +62,7 @@ class Sampler:
         cost: network evaluations of its trainings, ``{"forward": n, "backward": n}``; None where that is not known.
         classes: names of the classes that its images take in turn; empty: no class; None: an unconditional model.
         guidance: weight towards them; None: an unconditional model.
+        known_unseen: True if the training record says that the sets' noise was not trained on; None where it does not say.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Sampler:
     cost: dict[str, int] | None
     classes: tuple[str, ...] | None = None
     guidance: float | None = None
+    known_unseen: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ def _student(source, student, evaluations, setting):
     with restoring("the training record of", source):
         record = student.training_record
         method, cost = method_of(record), total_cost(record)
-    sampler = make(source, student, evaluations, setting, method=method, cost=cost)
+    # Students that have seen some are refused by now.
+    known = {"method": method, "cost": cost, "known_unseen": None if record is None else True}
+    sampler = make(source, student, evaluations, setting, **known)
     return sampler if evaluations is None else replace(sampler, source=f"{source}@{evaluations}")
 
 

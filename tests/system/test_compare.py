@@ -186,6 +186,9 @@ def test_a_comparison_of_conditional_models(tmp_path):
     classes = {"classes": "all", "guidance": 1.5}
     result = run(tmp_path, teacher="free", students="free,weighted,four", solvers="ddim", evaluations=(8,), **classes)
     assert row_of(result, "free")["real"] == row_of(result, "ddim 8")["real"]
+    assert [row.get("known_unseen", "a solver") for row in result["rows"]] == [None, None, True, "a solver"]
+    unknown = "trained on the sets' start noise: free, weighted."
+    assert unknown in (tmp_path / "out/comparison.md").read_text()
     told = {row["name"]: (row["classes"], row["guidance"], row["evaluations"]) for row in result["rows"]}
     names = ("a", "b", "c")
     assert told == {
