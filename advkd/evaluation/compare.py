@@ -50,12 +50,12 @@ class CompareConfig:
         num: images of a row, and of the fine-step reference.
         baseline: name of the row that the others are compared with (empty: the solver with most evaluations; without solvers
             the first student).
-        seed: of the start noise; the reference's is the next one.
+        seed: seed of the start noise; the reference's is the next one.
         fine_steps: steps of the reference, by unipc-2.
-        spacing: of the solvers' levels (empty: each solver's own).
+        spacing: spacing of the solvers' levels (empty: each solver's own).
         extractor: ``digits`` or a folder of ``advkd classifier train``.
         real: ``digits`` or a folder of images.
-        resamples: of the bootstrap behind the intervals.
+        resamples: draws of the bootstrap behind the intervals.
         batch_size: images that run through a network together.
         classes: names of classes separated by commas, or ``all``: conditional models, the reference's too, draw them in turn
             by the image's index (empty: no class).
