@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
+from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..ops.arguments import finite, whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest, write_json
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.timing import measure, provenance
 from .comparison_page import PICTURES, write_pages
-from .contestants import Contestant, Setting, parse_solvers, parse_students, solver_rows, student_rows
+from .contestants import Contestant, Setting, class_names, parse_solvers, parse_students, solver_rows, student_rows
 from .evaluate import REFERENCE_SEED
 from .features import build_extractor, extract, require_fit
 from .image_sets import real_images, shuffled
-from .kept_images import FINE, fine_run, solver_set
+from .kept_images import FINE, Condition, fine_run, solver_set
 from .paired import Resampled
 from .yardstick import SHARES, Yardstick
 
@@ -48,13 +50,16 @@ class CompareConfig:
         num: images of a row, and of the fine-step reference.
         baseline: name of the row that the others are compared with (empty: the solver with most evaluations; without solvers
             the first student).
-        seed: of the start noise; the reference's is the next one.
+        seed: seed of the start noise; the reference's is the next one.
         fine_steps: steps of the reference, by unipc-2.
-        spacing: of the solvers' levels (empty: each solver's own).
+        spacing: spacing of the solvers' levels (empty: each solver's own).
         extractor: ``digits`` or a folder of ``advkd classifier train``.
         real: ``digits`` or a folder of images.
-        resamples: of the bootstrap behind the intervals.
+        resamples: draws of the bootstrap behind the intervals.
         batch_size: images that run through a network together.
+        classes: names of classes separated by commas, or ``all``: conditional models, the reference's too, draw them in turn
+            by the image's index (empty: no class).
+        guidance: weight w of guidance towards ``classes``, told to networks that take it; of others two evaluations a step.
     """
 
     students: str = ""
@@ -69,19 +74,30 @@ class CompareConfig:
     real: str = "digits"
     resamples: int = 100
     batch_size: int = 50
+    classes: str = ""
+    guidance: float = 0.0
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
         for name, least in (("num", 4), ("fine_steps", 1), ("batch_size", 1), ("resamples", 20)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.evaluations or min(self.evaluations) < 1:
-            raise InputError(f"evaluations must be positive numbers, got {self.evaluations}")
+        if not self.evaluations:
+            raise InputError("evaluations must name a number at least")
+        for number in self.evaluations:
+            whole("evaluations", number, least=1)
         if not 0 <= self.seed < 2**64 - 1:
             raise InputError(f"seed must be in [0, 2^64 - 1), got {self.seed}")
-        if not parse_students(self.students) and not parse_solvers(self.solvers, self.spacing):
+        if finite("guidance", self.guidance) < 0:
+            raise InputError(f"guidance must be at least 0 (the model itself), got {self.guidance}")
+        if self.guidance and not self.classes:
+            raise InputError("guidance needs classes: name them by --classes, or take 'all'")
+        Solver(spacing=self.spacing)
+        students, solvers = parse_students(self.students), parse_solvers(self.solvers, self.spacing)
+        if not students and not solvers:
             raise InputError("nothing to compare: name folders by --students, solvers by --solvers, or both")
-        parse_solvers(self.solvers, self.spacing)
+        if self.spacing and not solvers:
+            raise InputError("spacing places the levels of solvers: name some by --solvers, or leave it out")
 
 
 def compare_models(
@@ -118,7 +134,8 @@ def compare_models(
     config.validate()
     device = require_device(device)
     model, extractor, real = _references(teacher, config, device)
-    contestants = _contestants(config, Setting(model, config.seed, config.num, config.batch_size), device)
+    setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
+    contestants = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
@@ -139,8 +156,8 @@ def compare_models(
     times = _times(contestants, device)
     for row in result["rows"]:
         row["seconds"] = times[row["name"]]
-    write_json(out / "comparison.json", result)
     write_pages(result, pictures, out)
+    write_json(out / "comparison.json", result)
     return result
 
 
@@ -150,8 +167,7 @@ def _references(teacher, config, device):
     real = real_images(config.real, model.shape)
     require_fit(extractor, real, "--real")
     require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
-    if model.num_classes and model.null_class is None:
-        raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
+    Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
     return model, extractor, real
 
@@ -165,9 +181,24 @@ def _contestants(config, setting, device):
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--students {twice[0]} is the name of a solver's row, too: name its folder by another path")
+    _require_same_classes(setting, rows)
     for line in left_out:
         _LOGGER.warning("left out: %s", line)
     return rows
+
+
+def _require_same_classes(setting, rows):
+    """Image i of the reference and of every row that is told classes has the same one."""
+    told = {f"teacher {setting.teacher.name}": class_names(setting.teacher, setting.condition(setting.teacher))}
+    told = {name: own for name, own in (told | {row.name: row.samplers[0].classes for row in rows}).items() if own}
+    if setting.classes and not told:
+        raise InputError("classes: the teacher and all students are unconditional: leave --classes out")
+    first = next(iter(told), "")
+    for name, own in told.items():
+        if own != told[first]:
+            raise InputError(
+                f"classes: {name} draws {','.join(own)}, {first} {','.join(told[first])}: name some that both have"
+            )
 
 
 def _baseline(config, contestants):
@@ -179,30 +210,32 @@ def _baseline(config, contestants):
 
 
 def _features(model, extractor, contestants, config, cache, progress):
-    """Features of the reference and of every sampler by its source, and the first images of every row."""
-    sets = {sampler.source: sampler.kept for row in contestants for sampler in row.samplers}
-    fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size)
+    """Features of the reference and of every set by its name, and the first images of every row."""
+    sets = {sampler.kept.name: sampler.kept for row in contestants for sampler in row.samplers}
+    condition = Condition.of(model, config.classes, config.guidance)
+    fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size, condition)
     with progress_bar(total=(1 + len(sets)) * config.num, desc="images", unit="image", shown=progress) as bar:
         reference = extract(extractor, fine.images(cache, bar), cache=cache)
         features, first = {}, {}
-        for source, kept in sets.items():
+        for name, kept in sets.items():
             images = kept.images(cache, bar)
-            features[source], first[source] = extract(extractor, images, cache=cache), images[:PICTURES].clone()
-    return reference, features, {row.name: first[row.samplers[0].source] for row in contestants}
+            features[name], first[name] = extract(extractor, images, cache=cache), images[:PICTURES].clone()
+    return reference, features, {row.name: first[row.samplers[0].kept.name] for row in contestants}
 
 
 def _rows(contestants: list[Contestant], features, yardstick: Yardstick, baseline: str, cache, progress) -> dict[str, Any]:
     """Rows of the table without times, and the differences of every two."""
     measured = {}
-    for source in progress_bar(features, desc="measures", unit="set", shown=progress):
-        measured[source] = yardstick.measure(features[source], cache)
-    medians = {row.name: _medians(measured[sampler.source][0] for sampler in row.samplers) for row in contestants}
+    for name in progress_bar(features, desc="measures", unit="set", shown=progress):
+        measured[name] = yardstick.measure(features[name], cache)
+    medians = {row.name: _medians(measured[sampler.kept.name][0] for sampler in row.samplers) for row in contestants}
     rows = []
     for row in contestants:
-        figures = _figures(medians[row.name], [measured[sampler.source] for sampler in row.samplers])
+        figures = _figures(medians[row.name], [measured[sampler.kept.name] for sampler in row.samplers])
         figures["real"]["difference"] = _figure(medians[row.name]["real"] - medians[baseline]["real"])
         trainings = [
-            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.source])} for one in row.samplers
+            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.kept.name])}
+            for one in row.samplers
         ]
         rows.append({**_facts(row), "num": yardstick.num, **figures, "trainings": trainings})
     return {"rows": rows, "differences": _differences(medians)}
@@ -217,8 +250,10 @@ def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:
 def _facts(row):
     first, costs = row.samplers[0], [sampler.cost for sampler in row.samplers]
     cost = None if None in costs else {n: statistics.median(each[n] for each in costs) for n in ("forward", "backward")}
-    facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations")}
-    return {"name": row.name, "kind": row.kind, **facts, "cost": cost}
+    facts = {name: getattr(first, name) for name in ("method", "parameters", "evaluations", "classes", "guidance")}
+    unseen = [sampler.known_unseen for sampler in row.samplers]
+    known = {"known_unseen": None if None in unseen else True} if row.kind == "student" else {}
+    return {"name": row.name, "kind": row.kind, **facts, "cost": cost, **known}
 
 
 def _figures(medians, trainings):

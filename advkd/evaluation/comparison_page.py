@@ -1,5 +1,6 @@
 """The table of a comparison as text, Markdown and one self-contained HTML page, with pictures of every row."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,34 @@ def reading(result: dict[str, Any]) -> str:
         f"differences have intervals of their own.{spread} The floor, {result['floor']:.4f}, is the mean distance of random "
         f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
-        "network evaluations."
+        f"network evaluations.{told(result)}{unknown(result)}"
     )
+
+
+def told(result: dict[str, Any]) -> str:
+    """Sentences about the classes of rows; empty where all models are unconditional.
+
+    Args:
+        result: of :func:`advkd.evaluation.compare.compare_models`.
+    """
+    names: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["classes"] is not None:
+            taken = f"classes in turn, {', '.join(row['classes'])}" if row["classes"] else "no class"
+            names.setdefault(f" with {taken}, and weight {row['guidance']:g} of guidance", []).append(row["name"])
+    drawn = "".join(f" Rows drawn{how}: {', '.join(rows)}." for how, rows in names.items())
+    others = any(row["classes"] is None for row in result["rows"])
+    return drawn + (" All other rows are of unconditional models." if drawn and others else "")
+
+
+def unknown(result: dict[str, Any]) -> str:
+    """Sentence about students without a training record; empty where there are none.
+
+    Args:
+        result: of :func:`advkd.evaluation.compare.compare_models`.
+    """
+    rows = [row["name"] for row in result["rows"] if row.get("known_unseen", True) is None]
+    return f" No record says if these were trained on the sets' start noise: {', '.join(rows)}." if rows else ""
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -129,17 +156,19 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_pages(result: dict[str, Any], pictures: dict[str, torch.Tensor], out: Path) -> None:
-    """Write ``comparison.md`` and ``comparison.html``, and the PNGs that it holds.
+    """Write ``comparison.md`` and ``comparison.html``, and the PNGs that it holds; pictures of an earlier one go.
 
     Args:
         result: of :func:`advkd.evaluation.compare.compare_models`.
         pictures: the first images of every row, uint8 ``(n, C, H, W)``, by its name.
         out: folder that is there.
     """
+    for earlier in out.glob("pictures-[0-9]*.png"):
+        earlier.unlink()
     write_bytes(out / "comparison.md", markdown(result).encode())
     save_distances(result["rows"], result["score"], out / "distances.png")
     titles, *rows = cells(result)
-    body = [table_of(titles, rows), f"<p>{reading(result)}</p>"]
+    body = [table_of(titles, rows), f"<p>{html.escape(reading(result))}</p>"]
     body += [figure(out / "distances.png", "Distance to real images by network evaluations, with 95 % intervals.")]
     body += ["<h2>The same start noises</h2>"]
     for i, row in enumerate(result["rows"], 1):

@@ -1,5 +1,6 @@
 """Rows of a comparison: students, of one training or several, and a teacher's solvers, all from the same start setting."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,14 +9,14 @@ import torch
 
 from ..data.images import describe_shape
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.solvers import Solver
+from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.students import load_student
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.student import Student
 from ..runtime.files import digest, restoring
 from .evaluate import has_seen
-from .kept_images import KeptSet, Run, solver_set
+from .kept_images import Condition, KeptSet, Run, solver_set
 
 UNKNOWN = "not recorded"
 """Method of a student without a training record."""
@@ -30,12 +31,20 @@ class Setting:
         seed: of that noise; the fine-step reference has the next one.
         num: images of a set.
         batch_size: images that are drawn together.
+        classes: names of the classes that conditional models draw in turn; empty: no class.
+        guidance: weight w of guidance towards them.
     """
 
     teacher: Teacher
     seed: int
     num: int
     batch_size: int
+    classes: str = ""
+    guidance: float = 0.0
+
+    def condition(self, model: Teacher) -> Condition:
+        """Classes and guidance of a model's images; see :meth:`Condition.of`."""
+        return Condition.of(model, self.classes, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,13 @@ class Sampler:
         kept: its images.
         sample: function of a number of images that draws them as a user would, for timing.
         parameters: of the network.
-        evaluations: of the network for an image.
+        evaluations: of the network for an image; guidance doubles them where the network does not take its weight.
         weights_sha256: digest of the network's weights.
         method: of the last training, or the solver.
         cost: network evaluations of its trainings, ``{"forward": n, "backward": n}``; None where that is not known.
+        classes: names of the classes that its images take in turn; empty: no class; None: an unconditional model.
+        guidance: weight towards them; None: an unconditional model.
+        known_unseen: True if the training record says that the sets' noise was not trained on; None where it does not say.
     """
 
     source: str
@@ -61,6 +73,9 @@ class Sampler:
     weights_sha256: str
     method: str
     cost: dict[str, int] | None
+    classes: tuple[str, ...] | None = None
+    guidance: float | None = None
+    known_unseen: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ class Contestant:
     samplers: tuple[Sampler, ...]
 
 
-def parse_students(text: str) -> dict[str, list[tuple[str, int]]]:
+def parse_students(text: str) -> dict[str, list[tuple[str, int | None]]]:
     """Rows of students by name.
 
     Args:
@@ -86,13 +101,16 @@ def parse_students(text: str) -> dict[str, list[tuple[str, int]]]:
             evaluations.
 
     Returns:
-        ``{row: [(folder, evaluations; 0 for the student's own), ...]}``.
+        ``{row: [(folder, evaluations; None for the student's own), ...]}``.
 
     Raises:
-        InputError: an empty name, or one that is there twice.
+        InputError: an empty name, one that is there twice, or fewer than one evaluation.
     """
-    rows = _distinct([row.strip() for row in text.split(",")] if text.strip() else [], "students")
-    return {row: [_entry(part) for part in _distinct(row.split("+"), f"students: {row}")] for row in rows}
+    rows = [[part.strip() for part in row.split("+")] for row in text.split(",")] if text.strip() else []
+    names = _distinct(["+".join(parts) for parts in rows], "students")
+    return {
+        name: [_entry(part) for part in _distinct(parts, f"students: {name}")] for name, parts in zip(names, rows, strict=True)
+    }
 
 
 def parse_solvers(text: str, spacing: str = "") -> list[Solver]:
@@ -121,8 +139,12 @@ def _distinct(names, option):
 
 
 def _entry(text):
-    folder, _, evaluations = text.strip().rpartition("@")
-    return (folder, int(evaluations)) if folder and evaluations.isdecimal() else (text.strip(), 0)
+    asked = re.fullmatch(r"(.+)@(-?\d+)", text)
+    if asked is None:
+        return text, None
+    if (evaluations := int(asked[2])) < 1:
+        raise InputError(f"students: {text} asks for {evaluations} evaluations: a run has at least 1")
+    return asked[1], evaluations
 
 
 def student_rows(text: str, setting: Setting, device: str | torch.device) -> list[Contestant]:
@@ -138,7 +160,7 @@ def student_rows(text: str, setting: Setting, device: str | torch.device) -> lis
 
     Raises:
         InputError: a folder that holds no student, a student that cannot be compared, or trainings of one row that differ in
-            more than their weights.
+            more than their weights or are one.
     """
     rows, loaded = [], {}
     for name, entries in parse_students(text).items():
@@ -147,27 +169,44 @@ def student_rows(text: str, setting: Setting, device: str | torch.device) -> lis
                 loaded[folder] = load_student(folder, device)
                 _require_comparable(folder, loaded[folder], setting)
         samplers = tuple(_student(folder, loaded[folder], evaluations, setting) for folder, evaluations in entries)
-        for one in samplers[1:]:
-            for what in ("method", "parameters", "evaluations"):
-                if (ours := getattr(one, what)) != (first := getattr(samplers[0], what)):
-                    found = f"{what} of {one.source} is {ours}, of {samplers[0].source} {first}"
-                    raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
+        _require_trainings(samplers)
         rows.append(Contestant(name, "student", samplers))
     return rows
+
+
+def _require_trainings(samplers):
+    """Refuse trainings of one row that differ in more than their weights, or do not differ in these."""
+    first, known = samplers[0], {}
+    for one in samplers:
+        for what in ("method", "parameters", "evaluations", "classes"):
+            if (ours := getattr(one, what)) != (its := getattr(first, what)):
+                found = f"{what} of {one.source} is {ours}, of {first.source} {its}"
+                raise InputError(f"students: trainings of one row must be alike, but {found}: name them as rows")
+        if (other := known.setdefault(one.weights_sha256, one)) is not one:
+            raise InputError(f"students: {one.source} and {other.source} are one training: leave one of them out of the row")
 
 
 def _require_comparable(source, student, setting):
     shape = tuple(setting.teacher.shape)
     if (found := _shape(student)) != shape:
         raise InputError(f"students: {source} draws {describe_shape(found)} images, the teacher {describe_shape(shape)} ones")
-    if isinstance(student, DenoiserStudent) and student.model.num_classes and student.model.null_class is None:
-        raise InputError(f"students: {source} has no null class: its images of no class cannot be drawn")
+    if isinstance(student, DenoiserStudent):
+        _require_condition(source, student.model, setting)
     with restoring("the training record of", source):
         for seed, set_ in ((setting.seed, "sets"), (setting.seed + 1, "reference")):
             if has_seen(student.training_record, {"seed": seed, "start": 0, "num": setting.num}):
                 raise InputError(
                     f"students: {source} was trained on the {set_}' start noise, seed {seed}: choose another --seed"
                 )
+
+
+def _require_condition(source, model, setting):
+    if not setting.classes and model.num_classes and model.null_class is None:
+        raise InputError(f"students: {source} has no null class: name its classes by --classes")
+    try:
+        setting.condition(model)
+    except InputError as error:
+        raise InputError(f"students: {source} cannot be told these classes ({error})") from error
 
 
 def _shape(student):
@@ -181,13 +220,15 @@ def _student(source, student, evaluations, setting):
     with restoring("the training record of", source):
         record = student.training_record
         method, cost = method_of(record), total_cost(record)
-    sampler = make(source, student, evaluations, setting, method=method, cost=cost)
-    return replace(sampler, source=f"{source}@{evaluations}") if evaluations else sampler
+    # Students that have seen some are refused by now.
+    known = {"method": method, "cost": cost, "known_unseen": None if record is None else True}
+    sampler = make(source, student, evaluations, setting, **known)
+    return sampler if evaluations is None else replace(sampler, source=f"{source}@{evaluations}")
 
 
 def _generator(source, student, evaluations, setting, **known):
     """A one-pass student through its fused engine, on the projections of the start noise."""
-    if evaluations > 1:
+    if evaluations not in (None, 1):
         raise InputError(f"students: {source} draws in one pass: leave @{evaluations} out")
     # Without a search: figures must not depend on the noise of a measurement.
     fused, weights = student.fuse(tune=False), digest(student.state_dict())
@@ -206,22 +247,54 @@ def _generator(source, student, evaluations, setting, **known):
 def _denoiser(source, student, evaluations, setting, **known):
     """A student of few steps by its own solver, with its own number of steps or another one."""
     model, solver, steps = student.model, student.sampler.solver, student.sampler.steps
-    if evaluations:
-        steps = Run.of_evaluations(solver, evaluations, model, setting.seed, setting.num).steps
-    count = solver.evaluations(steps)
+    condition = setting.condition(model)
+    passes = condition.passes(model)
+    if evaluations is not None:
+        steps = _steps(source, solver, evaluations, model, passes)
+    count = passes * solver.evaluations(steps)
     try:
         model.program(solver, steps)
     except InputError as error:
         raise InputError(f"students: {source} cannot take {count} evaluations ({error})") from error
 
     def draw(number, first):
-        return student.sample(number, setting.seed, steps, first)
+        return student.sample(number, setting.seed, steps, first, **condition.arguments(number, first))
 
     identity = {**student.identity(), "name": None}
-    depends = [identity, steps, setting.seed, setting.batch_size]
+    depends = [identity, steps, setting.seed, setting.batch_size, *condition.identity()]
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
-    weights = identity["weights_sha256"]
+    weights, known = identity["weights_sha256"], known | _told(model, condition)
     return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
+
+
+def _steps(source, solver, evaluations, model, passes):
+    """Steps of a run of exactly so many evaluations."""
+    levels, least = len(solver.alpha_bars), METHODS[solver.name].least
+    steps = [n for n in range(least, (levels or model.train_timesteps) + 1) if not levels or levels % n == 0]
+    taken = {passes * solver.evaluations(n): n for n in steps}
+    if evaluations not in taken:
+        below, above = [n for n in taken if n < evaluations], [n for n in taken if n > evaluations]
+        near = " or ".join(map(str, [*below[-3:], *above[:3]]))
+        raise InputError(f"students: {source} by {solver.name} cannot take {evaluations} evaluations exactly: ask for {near}")
+    return taken[evaluations]
+
+
+def _told(model, condition):
+    """Fields of :class:`Sampler` about classes."""
+    return {"classes": class_names(model, condition), "guidance": condition.guidance if model.num_classes else None}
+
+
+def class_names(model: Teacher, condition: Condition) -> tuple[str, ...] | None:
+    """Names of the classes that a model's images take in turn.
+
+    Args:
+        model: the model.
+        condition: of its images.
+
+    Returns:
+        The names; None of an unconditional model.
+    """
+    return tuple(model.class_names[number] for number in condition.classes) if model.num_classes else None
 
 
 def method_of(record: dict[str, Any] | None) -> str:
@@ -256,16 +329,17 @@ def solver_rows(solvers: Sequence[Solver], evaluations: Sequence[int], setting: 
 
     Args:
         solvers: see :func:`parse_solvers`.
-        evaluations: network evaluations of a run, at most.
+        evaluations: network evaluations of a run, at most; a guided one takes two where others take one.
         setting: conditions that all sets share.
 
     Returns:
         ``(rows, left_out)``: a :class:`Contestant` for every run, and a line for every one that the solver cannot take.
     """
     model, runs, left_out = setting.teacher, [], []
+    passes = setting.condition(model).passes(model)
     for solver in solvers:
         for number in sorted(evaluations):
-            run = Run.of_evaluations(solver, number, model, setting.seed, setting.num)
+            run = Run.of_evaluations(solver, number // passes, model, setting.seed, setting.num)
             try:
                 model.program(solver, run.steps)
             except InputError as error:
@@ -273,11 +347,14 @@ def solver_rows(solvers: Sequence[Solver], evaluations: Sequence[int], setting: 
                 continue
             if run not in runs:
                 runs.append(run)
-    return [Contestant(run.name, "solver", (_solver(model, run, setting),)) for run in runs], left_out
+    samplers = [_solver(model, run, setting) for run in runs]
+    return [Contestant(sampler.source, "solver", (sampler,)) for sampler in samplers], left_out
 
 
 def _solver(model, run, setting):
-    kept = solver_set(model, run, setting.batch_size)
+    condition = setting.condition(model)
+    kept, evaluations = solver_set(model, run, setting.batch_size, condition), condition.passes(model) * run.evaluations
     weights, free = model.identity()["weights_sha256"], {"forward": 0, "backward": 0}
-    parameters = model.num_parameters()
-    return Sampler(run.name, kept, lambda n: kept.draw(n, 0), parameters, run.evaluations, weights, run.solver.name, free)
+    parameters, name, told = model.num_parameters(), run.solver.name, _told(model, condition)
+    row = f"{name} {evaluations}"
+    return Sampler(row, kept, lambda n: kept.draw(n, 0), parameters, evaluations, weights, name, free, **told)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..diffusion.guidance import class_numbers, classes_of, labels_in_turn
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -50,6 +51,58 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Classes that images take in turn by their index, and guidance towards them.
+
+    Attributes:
+        classes: numbers of the classes; empty: no class.
+        guidance: weight w.
+    """
+
+    classes: tuple[int, ...] = ()
+    guidance: float = 0.0
+
+    @classmethod
+    def of(cls, model: Teacher, classes: str, guidance: float) -> "Condition":
+        """Condition of a model's images.
+
+        Args:
+            model: the model that draws them.
+            classes: names, as for :func:`advkd.diffusion.guidance.class_numbers`; empty: no class.
+            guidance: weight w, at least 0.
+
+        Returns:
+            The condition; the empty one of an unconditional model, whatever the classes.
+
+        Raises:
+            InputError: an unknown class, none where the model has no null class, or a weight that it cannot take.
+        """
+        numbers = class_numbers(model, model.class_names, classes or None) if model.num_classes else []
+        if not numbers:
+            return cls()
+        classes_of(model, len(numbers), numbers, guidance, None)
+        return cls(tuple(numbers), guidance)
+
+    def passes(self, model: Teacher) -> int:
+        """Network evaluations where a run without guidance has one: two, unless the model takes the weight itself."""
+        return 2 if self.guidance and not model.most_guidance else 1
+
+    def arguments(self, count: int, first: int) -> dict[str, Any]:
+        """Arguments of ``sample`` for images ``first .. first + count - 1``; none without classes."""
+        if not self.classes:
+            return {}
+        return {"labels": labels_in_turn(self.classes, first, count), "guidance": self.guidance}
+
+    def identity(self) -> list[Any]:
+        """JSON values; none without classes, whose images were kept before there were any."""
+        return [{"classes": list(self.classes), "guidance": self.guidance}] if self.classes else []
+
+
+NO_CLASS = Condition()
+"""Condition of images of no class."""
+
+
+@dataclass(frozen=True)
 class KeptSet:
     """Images ``0 .. num - 1`` of one sampler and one seed, kept in the cache.
 
@@ -70,6 +123,12 @@ class KeptSet:
     batch_size: int
     draw: Callable[[int, int], torch.Tensor]
 
+    @property
+    def name(self) -> str:
+        """Name of its folder, another one of other images."""
+        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
+        return f"{self.kind}-{key[:32]}"
+
     def images(self, cache: Path, bar: Any) -> torch.Tensor:
         """The images, from the cache or drawn now.
 
@@ -83,8 +142,7 @@ class KeptSet:
         Raises:
             InputError: a kept file that is damaged; the message names it.
         """
-        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
-        folder = cache / f"{self.kind}-{key[:32]}"
+        folder = cache / self.name
         return torch.cat([self._shard(folder, first, count, bar) for first, count in batches(self.num, SHARD)])
 
     def _shard(self, folder, first, count, bar):
@@ -102,22 +160,23 @@ class KeptSet:
         return tensors["images"]
 
 
-def solver_set(model: Teacher, run: Run, batch_size: int) -> KeptSet:
+def solver_set(model: Teacher, run: Run, batch_size: int, condition: Condition = NO_CLASS) -> KeptSet:
     """A teacher's images by a solver.
 
     Args:
         model: the teacher.
         run: solver, steps, seed and number.
         batch_size: images that run through the network together.
+        condition: classes of the images.
 
     Returns:
         The set; nothing is drawn yet.
     """
     identity = {**model.identity(run.solver), "name": None}
-    depends = [identity, run.solver.identity(), run.steps, run.seed, batch_size]
+    depends = [identity, run.solver.identity(), run.steps, run.seed, batch_size, *condition.identity()]
 
     def draw(count, first):
-        return model.sample(count, run.seed, run.solver, run.steps, first)
+        return model.sample(count, run.seed, run.solver, run.steps, first, **condition.arguments(count, first))
 
     return KeptSet("solvers", depends, run.num, model.shape, batch_size, draw)
 

@@ -14,7 +14,7 @@ from .metrics import frechet_floor, neighbour_measures
 from .paired import Resampled, paired_rows, resampled_frechet, resampled_limit
 
 VERSION = 1
-"""Of the measures: kept ones of another version are measured again."""
+"""Version of the measures: kept ones of another one are measured again."""
 
 
 class Yardstick:

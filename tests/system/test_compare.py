@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
+from advkd.diffusion.loading import Classes
 from advkd.diffusion.networks import build_unet
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
@@ -14,7 +16,7 @@ from advkd.errors import InputError
 from advkd.evaluation import compare, kept_images
 from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.comparison_page import PICTURES, describe
-from advkd.evaluation.contestants import parse_students, total_cost
+from advkd.evaluation.contestants import Setting, parse_students, solver_rows, student_rows, total_cost
 from advkd.evaluation.features import ClassifierFeatures
 from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import Resampled, paired_rows, resampled_frechet
@@ -23,7 +25,7 @@ from advkd.models.student import Student
 
 from ..conftest import fork_cli, tiny_student
 
-SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "spacing": "trailing", "resamples": 20, "batch_size": 20}
+SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "resamples": 20, "batch_size": 20}
 
 
 def record(method="progressive", **cost):
@@ -36,7 +38,8 @@ def models(tmp_path_factory):
     """A folder with a teacher of v prediction; students of it; and students that do not fit it.
 
     ``four`` has the teacher's weights and takes four steps, ``other`` has other weights; ``one-0`` to ``one-2`` draw in one
-    pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class.
+    pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class. ``free`` is told classes and has one,
+    and ``weighted`` takes the weight of guidance beside.
     """
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("models")
@@ -49,6 +52,13 @@ def models(tmp_path_factory):
         student.save_pretrained(folder / name)
         if name == "four":
             diffusers.DDPMPipeline(teacher.unet, scheduler).save_pretrained(folder / "teacher")
+    teacher = Teacher(build_unet(32, 1, (8, 8, 8, 8), 4), scheduler, classes=Classes(("a", "b", "c"), 3))
+    for name, most in (("free", 0.0), ("weighted", 4.0)):
+        student = DenoiserStudent.from_teacher(teacher, guidance=most, sampler=Sampler(Solver("ddim", "trailing"), 4))
+        for parameter in student.model.unet.parameters():
+            # Embeddings of conditions may begin at zero, where weights would make no difference.
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if most else 0.0)
+        student.save_pretrained(folder / name)
     for seed in range(3):
         torch.manual_seed(seed)
         one = Student(StudentConfig(image_size=32, image_channels=1, channels=(8,) * 6, latent_size=8)).eval()
@@ -65,9 +75,10 @@ def among_models(models, monkeypatch):
     monkeypatch.setattr(compare, "TIMED", 2)
 
 
-def run(folder, cache=None, **values):
-    config = CompareConfig(**{**SMALL, **values})
-    return compare_models("teacher", config, folder / "out", cache=cache or folder / "cache", progress=False)
+def run(folder, cache=None, teacher="teacher", **values):
+    spacing = {"spacing": "trailing"} if values.get("solvers") else {}
+    config = CompareConfig(**{**SMALL, **spacing, **values})
+    return compare_models(teacher, config, folder / "out", cache=cache or folder / "cache", progress=False)
 
 
 def row_of(result, name):
@@ -101,7 +112,14 @@ def test_a_student_that_is_a_solver_reads_the_same_distances(tmp_path):
 
 
 def test_files_of_a_comparison(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/pictures-04.png").write_bytes(b"of an earlier, larger comparison")
+    (tmp_path / "out/pictures-mine.png").write_bytes(b"of the user")
     result = run(tmp_path, students="four,one-0", solvers="ddim", evaluations=(2,))
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("pictures-*"))
+    assert pictures == ["pictures-01.png", "pictures-02.png", "pictures-03.png", "pictures-mine.png"]
+    files = [path for path in (tmp_path / "out").iterdir() if path.name != "comparison.json"]
+    assert max(path.stat().st_mtime_ns for path in files) <= (tmp_path / "out/comparison.json").stat().st_mtime_ns
     assert json.loads((tmp_path / "out/comparison.json").read_text()) == json.loads(json.dumps(result))
     page, text = ((tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
     assert page.count("data:image/png;base64,") == 1 + len(result["rows"])
@@ -128,6 +146,61 @@ def test_sets_begin_at_one_start_noise(tmp_path, monkeypatch):
     assert torch.equal(pictures["four"], pictures["ddim 4"])
 
 
+def setting_of(classes="", guidance=0.0, teacher="free"):
+    return Setting(Teacher.from_pretrained(teacher), 3, 140, 20, classes, guidance)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("free", 2), ("weighted", 1)])
+def test_conditional_students_are_told_classes_and_weight(name, passes):
+    """Image i takes class i mod 3, in the second batch, too; guidance by two evaluations counts them."""
+    (row,) = student_rows(name, setting_of("all", 1.5), "cpu")
+    (sampler,), student = row.samplers, DenoiserStudent.from_pretrained(name)
+    labels = torch.arange(20, 26) % 3
+    drawn = sampler.kept.draw(6, 20)
+    assert torch.equal(drawn, student.sample(6, 3, None, 20, labels=labels, guidance=1.5))
+    for other in (student.sample(6, 3, None, 20, labels=labels), student.sample(6, 3, None, 20)):
+        assert not torch.equal(drawn, other)
+    assert torch.equal(sampler.sample(3), student.sample(3, 3, labels=torch.arange(3), guidance=1.5))
+    assert (sampler.classes, sampler.guidance, sampler.evaluations) == (("a", "b", "c"), 1.5, 4 * passes)
+    ((alone,),) = (row.samplers for row in student_rows(name, setting_of(), "cpu"))
+    assert torch.equal(alone.kept.draw(6, 20), student.sample(6, 3, None, 20))
+    assert (alone.classes, alone.guidance, alone.evaluations) == ((), 0.0, 4)
+    assert len(alone.kept.depends) == 4 and sampler.kept.depends[:4] == alone.kept.depends
+    assert sampler.kept.depends[4:] == [{"classes": [0, 1, 2], "guidance": 1.5}]
+
+
+def test_solvers_of_a_conditional_teacher_are_told_classes():
+    setting, solver = setting_of("c,a", 1.5), Solver("ddim", "trailing")
+    (row,), (left_out,) = solver_rows([solver], (1, 8), setting)
+    (sampler,) = row.samplers
+    assert (row.name, sampler.evaluations, sampler.classes) == ("ddim 8", 8, ("c", "a")) and "ddim with 1" in left_out
+    told = setting.teacher.sample(5, 3, solver, 4, 7, labels=[0, 2, 0, 2, 0], guidance=1.5)
+    assert torch.equal(sampler.kept.draw(5, 7), told)
+    # An unconditional teacher draws as without classes, under the name that its shards have had.
+    plain, unconditional = (solver_rows([solver], (4,), setting_of(*told, teacher="teacher")) for told in ((), ("all", 1.5)))
+    assert plain[0][0].samplers[0].kept.depends == unconditional[0][0].samplers[0].kept.depends
+    assert len(plain[0][0].samplers[0].kept.depends) == 5 and unconditional[0][0].samplers[0].classes is None
+
+
+def test_a_comparison_of_conditional_models(tmp_path):
+    classes = {"classes": "all", "guidance": 1.5}
+    result = run(tmp_path, teacher="free", students="free,weighted,four", solvers="ddim", evaluations=(8,), **classes)
+    assert row_of(result, "free")["real"] == row_of(result, "ddim 8")["real"]
+    assert [row.get("known_unseen", "a solver") for row in result["rows"]] == [None, None, True, "a solver"]
+    unknown = "trained on the sets' start noise: free, weighted."
+    assert unknown in (tmp_path / "out/comparison.md").read_text()
+    told = {row["name"]: (row["classes"], row["guidance"], row["evaluations"]) for row in result["rows"]}
+    names = ("a", "b", "c")
+    assert told == {
+        "free": (names, 1.5, 8),
+        "weighted": (names, 1.5, 4),
+        "four": (None, None, 4),
+        "ddim 8": (names, 1.5, 8),
+    }
+    said = "Rows drawn with classes in turn, a, b, c, and weight 1.5 of guidance: free, weighted, ddim 8. All other rows"
+    assert all(said in (tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
+
+
 def test_trainings_of_a_row(tmp_path):
     each = ["one-0", "one-1", "one-2"]
     joined = "+".join(each)
@@ -144,6 +217,14 @@ def test_trainings_of_a_row(tmp_path):
         assert training["real"]["interval"] == row_of(result, training["source"])["real"]["frechet"]["interval"]
     assert row["cost"] == {"forward": 111, "backward": 54} and row["real"]["difference"]["interval"] == [0, 0]
     assert "[" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_a_training_that_is_named_like_a_solver(models, tmp_path):
+    shutil.copytree(models / "one-1", models / "ddim 4")
+    result = run(tmp_path, students="one-0+ddim 4,one-1", solvers="ddim", evaluations=(4,))
+    one = row_of(result, "one-0+ddim 4")["trainings"][1]
+    assert one["real"]["value"] == row_of(result, "one-1")["real"]["frechet"]["value"]
+    assert row_of(result, "ddim 4")["real"]["frechet"]["value"] != one["real"]["value"]
 
 
 def test_the_median_of_trainings_is_taken_draw_by_draw():
@@ -197,18 +278,39 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four,four"}, "students: 'four' is there twice"),
         ({"students": "four,"}, "students: a name is empty"),
         ({"students": "four+four"}, "'four' is there twice"),
+        ({"students": "one-0 + one-0"}, "students: one-0+one-0: 'one-0' is there twice"),
+        ({"students": "four+ "}, "students: four+: a name is empty"),
+        ({"students": "one-0+one-1,one-0 + one-1"}, "students: 'one-0+one-1' is there twice"),
+        ({"students": "one-0+./one-0"}, "students: ./one-0 and one-0 are one training"),
+        ({"students": "four+four@4"}, "students: four@4 and four are one training"),
         ({"students": "four+four@2"}, "trainings of one row must be alike, but evaluations of four@2 is 2"),
         ({"students": "one-0@2"}, "draws in one pass"),
+        ({"students": "four@0"}, "four@0 asks for 0 evaluations"),
+        ({"students": "one-0@-1"}, "one-0@-1 asks for -1 evaluations"),
+        ({"students": "four@101"}, "four by ddim cannot take 101 evaluations exactly: ask for 98 or 99 or 100"),
+        ({"students": "free@5", "classes": "a", "guidance": 1.0}, "cannot take 5 evaluations exactly: ask for 2 or 4 or 6"),
         ({"solvers": "ddim,ddim"}, "solvers: 'ddim' is there twice"),
         ({"solvers": "ddim,rk4"}, "solver must be one of"),
         ({"solvers": "unipc-3", "evaluations": (2,)}, "no row is left"),
         ({"students": "four", "baseline": "five"}, "--baseline must be a row, one of four; got 'five'"),
         ({"students": "four", "num": 100}, "--num 100: 100 images are too few for 64 features"),
         ({"students": "four", "resamples": 5}, "resamples must be at least 20"),
-        ({"students": "four", "evaluations": (0,)}, "evaluations must be positive"),
+        ({"students": "four", "evaluations": (0,)}, "evaluations must be at least 1, got 0"),
+        ({"students": "four", "evaluations": (2, 2.5)}, "evaluations must be a whole number, got 2.5"),
+        ({"students": "four", "evaluations": ()}, "evaluations must name a number at least"),
+        ({"students": "four", "spacing": "even"}, "spacing must be one of"),
+        ({"students": "four", "spacing": "trailing"}, "spacing places the levels of solvers: name some by --solvers"),
         ({"students": "four", "seed": 2**64 - 1}, "seed must be in"),
         ({"students": "digits", "seed": 0}, "was trained on the sets' start noise, seed 0"),
-        ({"students": "told"}, "students: told has no null class"),
+        ({"students": "told"}, "students: told has no null class: name its classes by --classes"),
+        ({"teacher": "told", "students": "four"}, "teacher told has no null class: name its classes by --classes"),
+        ({"students": "free", "guidance": 1.0}, "guidance needs classes"),
+        ({"students": "free", "classes": "a", "guidance": -1.0}, "guidance must be at least 0"),
+        ({"students": "free", "classes": "a,z"}, "students: free cannot be told these classes (--classes: 'z' is not one of"),
+        ({"students": "weighted", "classes": "a", "guidance": 5.0}, "guidance must be at most 4"),
+        ({"students": "told", "classes": "all", "guidance": 1.0}, "has no null class: take guidance 0"),
+        ({"students": "four", "classes": "all"}, "the teacher and all students are unconditional"),
+        ({"students": "told,free", "classes": "all"}, "classes: free draws a,b,c, told 0,1,2: name some that both have"),
         ({"students": "small"}, "draws gray 8x8 images, the teacher gray 32x32 ones"),
     ],
 )
@@ -226,9 +328,28 @@ def test_what_a_solver_cannot_take_is_left_out(tmp_path, caplog, monkeypatch):
     assert said == ["unipc-2 with 1", "unipc-2 with 2"]
 
 
+@pytest.mark.parametrize(
+    ("solver", "taken", "refused", "near"),
+    [
+        (Solver("heun", "trailing"), {3: 2, 199: 100}, 4, "3 or 5 or 7 or 9"),
+        (Solver("ddim", alpha_bars=(0.1, 0.3, 0.6, 0.9)), {1: 1, 2: 2, 4: 4}, 3, "1 or 2 or 4"),
+    ],
+)
+def test_evaluations_asked_for_are_exact(solver, taken, refused, near, tmp_path):
+    student = DenoiserStudent(DenoiserStudent.from_pretrained("four").model, Sampler(solver, 4))
+    student.save_pretrained(tmp_path / "one")
+    setting = setting_of(teacher="teacher")
+    for evaluations, steps in taken.items():
+        (row,) = student_rows(f"{tmp_path}/one@{evaluations}", setting, "cpu")
+        assert row.samplers[0].evaluations == evaluations and row.samplers[0].kept.depends[1] == steps
+    with pytest.raises(InputError, match=f"cannot take {refused} evaluations exactly: ask for {near}$"):
+        student_rows(f"{tmp_path}/one@{refused}", setting, "cpu")
+
+
 def test_names_of_students():
-    assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", 0)], "b@2": [("b", 2)], "c+d@1": [("c", 0), ("d", 1)]}
-    assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", 0)]} and parse_students("") == {}
+    assert parse_students("a/4, b@2 ,c+d@1") == {"a/4": [("a/4", None)], "b@2": [("b", 2)], "c+d@1": [("c", None), ("d", 1)]}
+    assert parse_students("a + b@2 , c") == {"a+b@2": [("a", None), ("b", 2)], "c": [("c", None)]}
+    assert parse_students("me@home/4") == {"me@home/4": [("me@home/4", None)]} and parse_students("") == {}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +368,7 @@ def test_cost_of_trainings(record, cost):
 def test_the_command(models, tmp_path):
     options = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = ["compare", "--teacher", models / "teacher", "--solvers", "ddim,heun", "--evaluations", "2,4", *options]
+    command += ["--spacing", "trailing"]
     done = fork_cli(*command, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     titles, *lines = done.stdout.splitlines()
