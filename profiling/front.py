@@ -119,6 +119,8 @@ def gpu_state():
 TABLES_OF_METHODS = {
     f"method_{name.replace('-', '_')}": replace(TABLES["evaluation"], name=f"evaluation-{name}")
     for name in METHODS
-    if name not in SHIPPED and (ROOT / "docs" / "pages" / "methods" / f"{name}.md").exists()
+    if name not in SHIPPED
+    and "generator" in method_class(name).students
+    and (ROOT / "docs" / "pages" / "methods" / f"{name}.md").exists()
 }
 """The evaluation of each method that has a page, for it."""

@@ -366,7 +366,7 @@ def test_every_row_of_the_ablation_is_a_recipe(name):
     program, command, *arguments = ablation.command(name, ["paths"], "out")
     assert (program, command) == ("advkd", "distill")
     values = method_command("adv-kd").make_context("distill", arguments).params
-    for key in ("data", "teacher_source", "preset", "out", "config_file", "resume", "device"):
+    for key in ("trajectories", "teacher", "preset", "init", "out", "config_file", "resume", "device"):
         values.pop(key)
     config = overlay(RECIPES[values.pop("recipe") or "joint"], values, "distill")
     config.validate(12, True, 8192)
