@@ -13,7 +13,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, comparison_tables, front, roofline, solver_tables
-from .cases import guidance, guided, neighbours
+from .cases import guidance, guided, neighbours, straightness
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
@@ -97,6 +97,7 @@ TABLES = {
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
+    "straightness": straightness.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,

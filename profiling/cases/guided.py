@@ -20,9 +20,6 @@ from ..evidence import NOTHING, markdown, source, stored
 from ..harness import device_folder
 from .guidance import measure
 
-WEIGHTS = (0.0, 1.0, 2.0, 4.0)
-"""Weights w that are compared; students are trained on all from 0 to 4."""
-
 
 def lines():
     """The table of stored results."""
@@ -59,6 +56,7 @@ def main():
     parser.add_argument("--teacher", default="digits-conditional", help="the students' teacher")
     parser.add_argument("--students", required=True, help="folders of 'advkd distill guided', separated by commas")
     parser.add_argument("--num", type=int, default=1000, help="images of every weight")
+    parser.add_argument("--weights", default="0,2", help="weights w, separated by commas")
     parser.add_argument("--solver", default="ddim", help="name of the teacher's solver")
     parser.add_argument("--steps", type=int, default=50, help="its steps")
     parser.add_argument("--results", help="folder of guided.json (default: profiling/results/<device>)")
@@ -67,9 +65,9 @@ def main():
     students = {folder: DenoiserStudent.from_pretrained(folder) for folder in options.students.split(",")}
     sets = [("teacher", f"2 x {solver.evaluations(options.steps)}", _of_teacher(teacher, solver, options.steps))]
     sets += [(Path(folder).name, student.evaluations, _of_student(student)) for folder, student in students.items()]
-    rows = []
+    rows, weights = [], [float(weight) for weight in options.weights.split(",")]
     for name, evaluations, draw in sets:
-        measured = measure(draw, teacher, options.num, WEIGHTS)
+        measured = measure(draw, teacher, options.num, weights)
         rows += [{"model": name, "evaluations": evaluations, **row} for row in measured]
     identities = {folder: student.identity() for folder, student in students.items()}
     settings = {"num": options.num, "solver": solver.name, "steps": options.steps, "teacher": teacher.identity()}
