@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--students", required=True, help="folders of 'advkd distill guided', separated by commas")
     parser.add_argument("--num", type=int, default=1000, help="images of every weight")
     parser.add_argument("--weights", default="0,2", help="weights w, separated by commas")
-    parser.add_argument("--solver", default="ddim", help="name of the teacher's solver")
+    parser.add_argument("--solver", default="euler", help="name of the teacher's solver: ddim keeps eps where x0 is clamped")
     parser.add_argument("--steps", type=int, default=50, help="its steps")
     parser.add_argument("--results", help="folder of guided.json (default: profiling/results/<device>)")
     options = parser.parse_args()
