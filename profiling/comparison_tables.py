@@ -1,6 +1,6 @@
 """Table of students and solvers from stored results of ``advkd compare``."""
 
-from advkd.evaluation.comparison_page import cells, reading
+from advkd.evaluation.comparison_page import cells, reading, said
 
 from .evidence import NOTHING, markdown, source, stored
 
@@ -26,6 +26,44 @@ def of_method(name):
         return found[:-1] or NOTHING
 
     return rows_of
+
+
+DIFFERENCES = (
+    ("pd/4", "dpmpp-3m 4"),
+    ("pairs", "ddim 10"),
+    ("pairs", "rf2-1"),
+    ("pairs", "digits"),
+    ("rf2-1", "rf2@1"),
+    *((row, f"prototype/{row}") for row in ("pd/4", "pd/1", "pairs", "rf2", "rf2@1")),
+)
+"""Pairs of rows that the pages speak of."""
+
+
+def differences():
+    """Paired differences of distances to real images, below 0 where the first row is better."""
+    found = []
+    for result in stored("comparison"):
+        known = {(one["row"], one["less"]): one for one in result["differences"]}
+        rows = []
+        for pair in DIFFERENCES:
+            one = known.get(pair) or _turned(known.get(pair[::-1]))
+            if one:
+                rows.append(
+                    (*(f"`{name}`" for name in pair), *(said(one[key], 3, sign="+") for key in ("frechet", "at_infinity")))
+                )
+        if rows:
+            above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
+            titles = ("row", "less", f"{result['score']} to real images, difference", "at infinity, difference")
+            found += [*above, *markdown(titles, rows), ""]
+    return found[:-1] or NOTHING
+
+
+def _turned(one):
+    """A difference the other way round."""
+    if one is None:
+        return None
+    keys = ("frechet", "at_infinity")
+    return {key: {"value": -one[key]["value"], "interval": [-end for end in reversed(one[key]["interval"])]} for key in keys}
 
 
 def lines():

@@ -94,6 +94,7 @@ TABLES = {
     "solvers": solver_tables.solvers,
     "solver_quality": solver_tables.quality,
     "comparison": comparison_tables.lines,
+    "differences": comparison_tables.differences,
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
