@@ -187,6 +187,8 @@ def save_distances(rows: Sequence[dict[str, Any]], score: str, path: str | Path)
         score: name of the distance.
         path: picture to write.
     """
+    from matplotlib.ticker import LogLocator
+
     methods = list(dict.fromkeys((row["kind"], row["method"]) for row in rows))
     with panels(path, 4.6) as (axis,):
         for i, (kind, method) in enumerate(methods):
@@ -195,6 +197,8 @@ def save_distances(rows: Sequence[dict[str, Any]], score: str, path: str | Path)
         axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=f"{score} to real images")
         axis.set_xticks(sorted({_evaluations(row) for row in rows}))
         axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.get_yaxis().set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.get_yaxis().set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.legend()
 
