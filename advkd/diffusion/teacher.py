@@ -190,7 +190,8 @@ class Teacher(DiffusionModel):
         parameter = next(self.unet.parameters())
 
         def network(state, t, labels):
-            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), labels, return_dict=False)[0]
+            told = {} if labels is None else {"class_labels": labels}
+            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), **told, return_dict=False)[0]
 
         return Denoiser(network, self.schedule, self.prediction, self.clip)
 
@@ -381,8 +382,7 @@ class Teacher(DiffusionModel):
             shape, capture = (n, *self.shape), self.device.type == "cuda"
             self._loop = (key, SamplingLoop(network, shape, key[1], seed, self.device, capture), told)
         elif told is not None:
-            # Graphs read the classes where the first ones were.
-            self._loop[2].copy_(told)
+            self._loop[2].copy_(told)  # graphs read the classes where the first ones were
         return self._loop[1]
 
     def _network(self, compiled=False):
