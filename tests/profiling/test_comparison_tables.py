@@ -15,8 +15,8 @@ def row(name, distance, trainings=1, cost=None):
         "real": real,
         "fine": dict.fromkeys(("frechet", "at_infinity", "times_floor"), figure),
         "seconds": {"median": 0.002, "p20": 0.0019, "p80": 0.0021, "repeats": 5},
-        "cost": cost,
-        "trainings": [{}] * trainings,
+        **{"cost": cost, "classes": None, "guidance": 0.0},
+        "trainings": [{"known_unseen": True}] * trainings,
     }
 
 
@@ -54,3 +54,27 @@ def test_nothing_without_a_result_and_no_result_of_changed_sources(monkeypatch):
     monkeypatch.setattr(comparison_tables, "stored", lambda name: [dirty])
     with pytest.raises(InputError, match="measured on changed sources"):
         comparison_tables.lines()
+
+
+def test_a_methods_rows_stand_above_the_baseline(monkeypatch):
+    solver = {**row("ddim 2", 3.0), "method": "ddim", "kind": "solver"}
+    result = {**RESULT, "rows": [solver, RESULT["rows"][1]]}
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [result])
+    _, _, titles, _, own, base = comparison_tables.of_method("progressive")()
+    assert titles.startswith("| row | evaluations | FD-digits to real images | at infinity | less ddim 2 |")
+    assert own.startswith("| `a/2+b/2` | 2 |") and base.startswith("| `ddim 2` | 2 |")
+    assert comparison_tables.of_method("rectified_flow")() == NOTHING
+
+
+def test_differences_are_those_of_the_pages_whichever_way_they_are_stored(monkeypatch):
+    """Stored as the second less the first, a difference is turned: its sign, and the ends of its interval."""
+    one = {"value": -1.0, "interval": [-1.25, -0.5]}
+    turned = {"value": 0.75, "interval": [0.5, 1.5]}
+    stored = [
+        {"row": "pd/4", "less": "dpmpp-3m 4", "frechet": one, "at_infinity": one},
+        {"row": "prototype/pd/4", "less": "pd/4", "frechet": turned, "at_infinity": turned},
+    ]
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [{**RESULT, "differences": stored}])
+    *_, first, second = comparison_tables.differences()
+    assert first == "| `pd/4` | `dpmpp-3m 4` | -1.000 (-1.250 to -0.500) | -1.000 (-1.250 to -0.500) |"
+    assert second == "| `pd/4` | `prototype/pd/4` | -0.750 (-1.500 to -0.500) | -0.750 (-1.500 to -0.500) |"
