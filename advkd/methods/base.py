@@ -220,6 +220,7 @@ class Method(Protocol):
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
+        origin: JSON values of the network that training begins from and of the teacher, where the runner says them.
         config: this run's configuration, a ``Config``.
     """
 
@@ -237,21 +238,24 @@ class Method(Protocol):
     config: Any
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}
+    origin: Mapping[str, Any] = {}
 
     @classmethod
     def begin(cls, config: Any, student: Any) -> Any:
-        """The student with which training begins, from the one that the user named.
+        """The denoiser student with which training begins, from the one that the user named.
 
         Args:
             config: a ``Config``.
-            student: a student of one of the kinds of :attr:`students`.
+            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
 
         Returns:
             The student, the default, or one that is told more.
 
         Raises:
-            InputError: a student that the method cannot begin with.
+            InputError: a student that the method cannot begin with: by default a copy of a teacher that gives another output
+                than v.
         """
+        student.require_v(cls.name)
         return student
 
     def check(self, data: Any) -> None:
@@ -338,7 +342,7 @@ class Method(Protocol):
         Returns:
             Values by name, other names than those of the configuration's fields and of :meth:`Source.identity`.
         """
-        return {}
+        return dict(self.origin)
 
     def generator(self, update: int) -> torch.Generator | None:
         """Generator that an update of the run draws rows and noise from, instead of Philox.

@@ -76,7 +76,6 @@ class DenoiserMethod(Method):
         clip: x0 is clamped to [-clip, clip] when the student draws; the runner sets it, and the classes.
         num_classes: number of classes that the student is told; 0 without.
         null_class: label that stands for no class, or None.
-        origin: JSON values of the network that training begins from and of the teacher, which the runner sets.
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
 
@@ -92,24 +91,6 @@ class DenoiserMethod(Method):
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
         config.validate()
         self.config, self.student, self.schedule = config, student, schedule
-        self.origin: dict[str, Any] = {}
-
-    @classmethod
-    def begin(cls, config: Any, student: Any) -> Any:
-        """The student, which must give v already.
-
-        Args:
-            config: not used.
-            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
-
-        Returns:
-            The student.
-
-        Raises:
-            InputError: a copy of a teacher of another prediction.
-        """
-        student.require_v(cls.name)
-        return student
 
     @classmethod
     def calls_teacher(cls, config: Any) -> bool:
@@ -119,14 +100,6 @@ class DenoiserMethod(Method):
             config: not used.
         """
         return True
-
-    def identity(self) -> dict[str, Any]:
-        """Where training began and who taught, as far as the runner has said.
-
-        Returns:
-            ``origin``.
-        """
-        return self.origin
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""

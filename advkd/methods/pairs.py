@@ -112,32 +112,6 @@ class Pairs(Method):
                 raise InputError(
                     f"level must be within the schedule's noise levels, {least:.3g} to {most:.3g}, got {config.level}"
                 )
-        self.origin: dict[str, Any] = {}
-
-    @classmethod
-    def begin(cls, config: PairsConfig, student: Any) -> Any:
-        """A denoiser student, which must give v already.
-
-        Args:
-            config: not used.
-            student: a :class:`~advkd.diffusion.denoiser_student.DenoiserStudent`.
-
-        Returns:
-            The student.
-
-        Raises:
-            InputError: a copy of a teacher of another prediction.
-        """
-        student.require_v(cls.name)
-        return student
-
-    def identity(self) -> dict[str, Any]:
-        """Where the training of a denoiser student began.
-
-        Returns:
-            ``origin``, which the runner sets; empty for a generator.
-        """
-        return self.origin
 
     def check(self, data: Any) -> None:
         """Refuse trajectories that the configuration cannot be trained on.

@@ -81,7 +81,7 @@ def test_a_network_that_is_entered_once_becomes_the_samplers_map(tmp_path):
     assert torch.allclose(found.affine.bias, -math.sqrt(2) * shift, atol=1e-9)
     (t,) = found.timesteps
     assert abs(schedule.level(t).sigma - 1) < 1e-4  # float32 timesteps
-    # What is saved beside the network enters it there, too, once.
+    # The saved sampler enters the network there, too, once.
     (evaluation,) = method.sampler(method.stages()[0]).solver.program(schedule, 1, "v_prediction")
     assert evaluation.level.alpha_bar == pytest.approx(0.5, abs=1e-12) and float(torch.tensor(evaluation.level.t).float()) == t
 
