@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..ops.arguments import whole
+from . import glyphs
 from .decoding import in_mode, open_picture, pixels_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -40,7 +41,9 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volu
 """Folders that systems put among a user's, with thumbnails or remains of files."""
 
 
-def load_images(source: str | os.PathLike, size: int | None = None, channels: int | None = None) -> torch.Tensor:
+def load_images(
+    source: str | os.PathLike, size: int | None = None, channels: int | None = None, classes: str = "", num: int = 0
+) -> torch.Tensor:
     """Load a whole image data set.
 
     Args:
@@ -63,6 +66,8 @@ def load_images(source: str | os.PathLike, size: int | None = None, channels: in
     size = _checked_size(source, size, channels)
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
+    if str(source) == "glyphs":
+        return _glyphs(size, channels, classes, num)[0]
     if not os.path.isdir(source):
         raise InputError(f"--data {source} is neither 'digits' nor a folder of images")
     return _squares(_image_paths(Path(source), "--data"), size, channels)
@@ -86,6 +91,13 @@ def _digits(size, channels):
     images = torch.from_numpy(load_digits().images).to(torch.float32).unsqueeze(1) / 8 - 1
     images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
     return images.expand(-1, channels, -1, -1).contiguous()
+
+
+def _glyphs(size, channels, classes, num):
+    """Images and labels of the training range."""
+    if channels not in (None, 3):
+        raise InputError(f"glyphs are in colour: channels must be 3, got {channels}")
+    return glyphs.draw_glyphs(range(num or glyphs.TRAINED), size or 32, classes or "all")
 
 
 def _squares(paths, size, channels):
@@ -138,7 +150,7 @@ def _square(image, size):
 
 
 def load_labelled(
-    source: str | os.PathLike, size: int | None = None, channels: int | None = None
+    source: str | os.PathLike, size: int | None = None, channels: int | None = None, classes: str = "", num: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images with classes.
 
@@ -161,6 +173,8 @@ def load_labelled(
         from sklearn.datasets import load_digits
 
         return _digits(size or 32, channels or 1), torch.from_numpy(load_digits().target).long(), [str(i) for i in range(10)]
+    if str(source) == "glyphs":
+        return *_glyphs(size, channels, classes, num), list(glyphs.CLASSES[classes or "all"])
     found = _entries(Path(source), "--data") if os.path.isdir(source) else []
     folders = [path for path, is_folder, _ in found if is_folder]
     if len(folders) < 2:

@@ -19,8 +19,10 @@ class ClassifierTrainingConfig:
     """How ``advkd classifier train`` trains.
 
     Attributes:
-        data: ``digits`` or a folder that holds one folder of images per class.
+        data: ``digits``, ``glyphs`` or a folder that holds one folder of images per class.
         size: side of the images in pixels (0: from the data).
+        classes: of glyphs ``digits``, ``letters`` or ``all``, the default.
+        images: number of glyphs that are trained on (0: 32,768).
         num_features: features of an image.
         steps: optimiser steps.
         batch_size: images per step.
@@ -34,6 +36,8 @@ class ClassifierTrainingConfig:
 
     data: str = "digits"
     size: int = 0
+    classes: str = ""
+    images: int = 0
     num_features: int = 64
     steps: int = 600
     batch_size: int = 64

@@ -19,8 +19,10 @@ class TeacherTrainingConfig:
     """How ``advkd teacher train`` trains.
 
     Attributes:
-        data: ``digits`` or a folder of images; with ``conditional`` one that holds one folder of images per class.
+        data: ``digits``, ``glyphs`` or a folder of images; with ``conditional`` one that holds one folder of images per class.
         size: side of the images in pixels (0: from the data).
+        classes: of glyphs ``digits``, ``letters`` or ``all``, the default.
+        images: number of glyphs that are trained on (0: 32,768).
         image_channels: 1 or 3 (0: from the data).
         channels: UNet channels from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
         steps: optimiser steps.
@@ -40,6 +42,8 @@ class TeacherTrainingConfig:
 
     data: str = "digits"
     size: int = 0
+    classes: str = ""
+    images: int = 0
     image_channels: int = 0
     channels: tuple[int, ...] = ()
     steps: int = 5400

@@ -47,7 +47,7 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
     """
     config.validate()
     claim(out, resume, ("config.json",), "model")
-    images, labels, names = load_labelled(config.data, config.size or None)
+    images, labels, names = load_labelled(config.data, config.size or None, None, config.classes, config.images)
     generator = torch.Generator("cpu").manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator, dtype=torch.int64, device="cpu")
     held_out = max(1, round(config.held_out * len(images)))
@@ -91,7 +91,7 @@ def _shape(config, images, classes):
     halvings = size.bit_length() - 3
     channels = tuple(min(64, 32 << i) for i in range(halvings))
     return ClassifierConfig(
-        name=Path(config.data).resolve().name if config.data != "digits" else "digits",
+        name=Path(config.data).resolve().name if config.data not in ("digits", "glyphs") else config.data,
         image_size=size,
         image_channels=images.shape[1],
         classes=classes,

@@ -79,8 +79,8 @@ def _read(config):
     """The images, with labels for a conditional teacher, and its classes."""
     size, channels = config.size or None, config.image_channels or None
     if not config.conditional:
-        return Tensors(images=load_images(config.data, size, channels).to(config.device)), None
-    images, labels, names = load_labelled(config.data, size, channels)
+        return Tensors(images=load_images(config.data, size, channels, config.classes, config.images).to(config.device)), None
+    images, labels, names = load_labelled(config.data, size, channels, config.classes, config.images)
     # Without dropped labels the null class would never be trained.
     null = len(names) if config.drop else None
     return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
