@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,9 @@ def tiny_teacher(timesteps=1000, channels=1, **scheduler):
     return Teacher(tiny_unet(channels), diffusers.DDPMScheduler(num_train_timesteps=timesteps, **scheduler), "tiny")
 
 
-def tiny_student(seed=0):
+def tiny_student(seed=0, **changes):
     torch.manual_seed(seed)
-    return Student(TINY_STUDENT)
+    return Student(replace(TINY_STUDENT, **changes))
 
 
 def tiny_recording(**changes):
@@ -123,6 +124,14 @@ def conditional(tmp_path_factory):
 def trajectories(teacher, tmp_path_factory):
     """Paired (DDIM) trajectories of the tiny teacher."""
     return record_trajectories(teacher, tiny_recording(), tmp_path_factory.mktemp("ddim"), progress=False)
+
+
+@pytest.fixture(scope="session")
+def labelled_paths(conditional, tmp_path_factory):
+    """Paired trajectories of the tiny conditional teacher: of its classes c and a in turn, guided."""
+    config = tiny_recording(classes="c,a", guidance=1.5)
+    teacher = Teacher.from_pretrained(conditional)
+    return record_trajectories(teacher, config, tmp_path_factory.mktemp("labelled-paths"), progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """``advkd distill``: one subcommand a method, made of its configuration."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -113,7 +114,7 @@ def _start(kind, inputs, config, device):
     """The student with which training begins: a generator or a denoiser."""
     preset, init, channels = inputs["preset"], inputs["init"], inputs["channels"]
     if kind.students == ("generator",):
-        return _build_student(preset, init)
+        return _build_student(preset, init, inputs["trajectories"])
     from ..diffusion.denoiser_student import DenoiserStudent
     from ..diffusion.students import load_start
     from ..diffusion.teacher import Teacher
@@ -122,7 +123,7 @@ def _start(kind, inputs, config, device):
     if widths and (preset is not None or init is not None):
         raise InputError("--channels are of a fresh denoiser student: leave --preset and --init out")
     if preset is not None:
-        return _build_student(preset, init)
+        return _build_student(preset, init, inputs["trajectories"])
     if init is not None:
         student = load_start(init, device)
         if not isinstance(student, DenoiserStudent) and "generator" not in kind.students:
@@ -190,7 +191,8 @@ def _read_config(path):
     return values
 
 
-def _build_student(preset, init=None):
+def _build_student(preset, init, trajectories):
+    """A student to start from: a loaded one, or a fresh one of a preset's shape with the classes of the trajectories."""
     from ..models.shape import PRESETS, StudentConfig
     from ..models.student import Student
     from ..runtime.files import read_json
@@ -199,9 +201,17 @@ def _build_student(preset, init=None):
         raise InputError("name either a --preset or a student to start from by --init")
     if init is not None:
         return Student.from_pretrained(init)
-    if preset in PRESETS:
-        return Student.from_preset(preset)
-    if not preset.endswith(".json"):
+    if preset not in PRESETS and not preset.endswith(".json"):
         raise InputError(f"--preset must be one of {', '.join(PRESETS)} or a JSON file, got {preset!r}")
-    values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
-    return Student(build_config(StudentConfig, values, f"--preset {preset}"))
+    config = PRESETS.get(preset)
+    if config is None:
+        values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
+        config = build_config(StudentConfig, values, f"--preset {preset}")
+    return Student(config if config.classes else replace(config, classes=_classes(trajectories)))
+
+
+def _classes(trajectories):
+    """Names of the classes of the first recording; none where it has none or is not named."""
+    from ..data.trajectories import Trajectories
+
+    return Trajectories(trajectories[0]).info.student_classes if trajectories else ()

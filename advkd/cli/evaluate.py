@@ -70,7 +70,7 @@ def _folders(values: dict[str, Any], device: str) -> str:
 
     if "reference" not in values:
         raise InputError("--images and --reference go together")
-    fixed = ("num", "seed", "real", "processes", "dtype")
+    fixed = ("num", "seed", "real", "processes", "dtype", "classes", "guidance")
     if foreign := [name for name in fixed if name in values]:
         raise InputError(f"--{foreign[0]} does not go with --images")
     config, images, reference, out = _split(values, "images", EvaluationConfig(), "images", "reference")

@@ -25,7 +25,8 @@ from .options import computing, device_option, options
 OWNERS = {
     "interpolate": ("student",),
     **dict.fromkeys(("backend", "dtype"), ("generator student",)),
-    **dict.fromkeys(("steps", "classes", "guidance"), ("teacher", "denoiser student")),
+    **dict.fromkeys(("steps", "guidance"), ("teacher", "denoiser student")),
+    "classes": ("teacher", "student"),
     "classifier": ("teacher",),
 }
 """Kinds of models that an option of ``advkd sample`` is for; a solver's numbers, which are not here, are for teachers."""

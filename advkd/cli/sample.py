@@ -10,7 +10,7 @@ import torch
 from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.guidance import class_numbers, labels_in_turn
 from ..diffusion.solvers import Solver
-from ..diffusion.students import student_class
+from ..diffusion.students import generator_classes, student_class
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.classifier import Classifier
@@ -27,6 +27,7 @@ def sample(
     seed: int,
     out: str | Path,
     interpolate: bool = False,
+    classes: str | None = None,
     device: str | torch.device = "cpu",
     backend: str = "auto",
     dtype: str = "float32",
@@ -42,7 +43,8 @@ def sample(
         out: a picture (a grid; .png, .jpg, .jpeg, .webp or .bmp; a symbolic link stays and its target is written) or a folder
             (a name without a suffix, or one that ends in a slash: one PNG per image; pictures that are there are kept, so that
             the same call goes on after a kill, or with a larger ``n``).
-        interpolate: a spherical walk from the seed's first latent to its second, in ``n`` pictures.
+        interpolate: a spherical walk from the seed's first latent to its second, in ``n`` pictures, within one class.
+        classes: names of a conditional student's classes, separated by commas, which images have in turn; None: every class.
         device: torch device that draws.
         backend: of the kernels, see :func:`advkd.ops.registry.choose`.
         dtype: of the network, a name of :data:`advkd.models.shape.DTYPES`.
@@ -56,10 +58,19 @@ def sample(
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = require_output(out)
     model = Student.from_pretrained(student, require_device(device))
+    labels = generator_classes(student, model, classes)
+    if interpolate and len(labels) > 1:
+        raise InputError("--interpolate: a walk is within one class: name it by --classes")
     fused = model.fuse(backend, DTYPES[dtype])
-    walk = partial(_walk, lambda z, first: fused(z), fused.latents(2, seed), n) if interpolate else None
+
+    def images(z, first):
+        told = labels_in_turn(labels, first, len(z))
+        return fused(z, None if told is None else told.to(z.device))
+
+    walk = partial(_walk, images, fused.latents(2, seed), n) if interpolate else None
     record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
-    draw = walk or partial(_drawn, fused, seed, folder)
+    record |= {"classes": [model.class_names[label] for label in labels]} if labels else {}
+    draw = walk or partial(_drawn, fused, seed, labels, folder)
     write_images(out, n, model.config.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
 
 
@@ -210,8 +221,8 @@ def _from_teacher(teacher, seed, solver, steps, labels, guidance, classifier, pa
         yield teacher.sample(count, seed, solver, steps, first, labels=chosen, guidance=guidance, classifier=classifier)
 
 
-def _drawn(fused, seed, as_pictures, parts):
-    return fused.draw(parts, seed, torch.uint8 if as_pictures else torch.float32)
+def _drawn(fused, seed, labels, as_pictures, parts):
+    return fused.draw(parts, seed, torch.uint8 if as_pictures else torch.float32, labels=labels or None)
 
 
 def _walk(draw, latents, n, parts):

@@ -173,6 +173,11 @@ class DatasetInfo:
         return TrajectoryConfig(**{**{name: getattr(self, name) for name in names}, **changes})
 
     @property
+    def student_classes(self) -> tuple[str, ...]:
+        """Names of the classes, each once: those of a student that is trained on the data; empty where samples have none."""
+        return tuple(dict.fromkeys(self.class_names))
+
+    @property
     def num_shards(self) -> int:
         """Number of shards; the last one may hold fewer samples."""
         return -(-self.num // self.shard_size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..runtime.files import digest
 from .images import normalize
+from .levels import downsample
 from .trajectories import Trajectories
 
 
@@ -135,10 +136,19 @@ class Recorded:
         data: the trajectories.
         latent: ``(latent_size, detail_noise)`` of the z that is wanted; by default that of the recording.
         limit: number of rows that are used (0: all); rows that are appended to ``data`` later are used in any case.
+        classes: names of the classes by the numbers that labels are to have; none: the teacher's numbers.
+        averaged: levels are area averages of the final image instead of the teacher's states.
     """
 
-    def __init__(self, data: Trajectories, latent: tuple[int, bool] | None = None, limit: int = 0):
-        self.data, self.latent = data, latent
+    def __init__(
+        self,
+        data: Trajectories,
+        latent: tuple[int, bool] | None = None,
+        limit: int = 0,
+        classes: Sequence[str] = (),
+        averaged: bool = False,
+    ):
+        self.data, self.latent, self.classes, self.averaged = data, latent, classes, averaged
         self._skipped = len(data) - (limit or len(data))
         self._used = limit or len(data)
 
@@ -151,14 +161,17 @@ class Recorded:
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
         """See :class:`Source`."""
-        places = self.places(rows)
-        z, recorded = self.data.batch(places, levels, self.latent)
-        scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
-        images = scaled.get(len(self.data.standard_deviations))
-        return Batch(z.to(device, dtype), images, self._labels(places, device), scaled)
+        places, last = self.places(rows), self.data.info.depth
+        z, recorded = self.data.batch(places, [last] if self.averaged else levels, self.latent)
+        if self.averaged:
+            image, sides = recorded[last].to(device, dtype), self.data.info.resolutions
+            scaled = {k: downsample(image, sides[k - 1]) for k in levels}
+        else:
+            scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
+        return Batch(z.to(device, dtype), scaled.get(last), self._labels(places, device), scaled)
 
     def _labels(self, places, device):
-        labels = self.data.labels(places)
+        labels = self.data.labels(places, self.classes)
         return None if labels is None else labels.to(device)
 
     def places(self, rows: Sequence[int]) -> list[int]:

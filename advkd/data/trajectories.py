@@ -131,19 +131,32 @@ class Trajectories:
             first += part["num"]
         return noise
 
-    def labels(self, rows: Sequence[int]) -> torch.Tensor | None:
+    def labels(self, rows: Sequence[int], names: Sequence[str] = ()) -> torch.Tensor | None:
         """Classes of some rows.
 
         Args:
             rows: sample numbers from 0 to ``len(self) - 1``, one or more.
+            names: names of the classes by the numbers that are wanted; none: the teacher's own numbers.
 
         Returns:
-            ``(len(rows),)`` int64 on the CPU, the teacher's numbers of its classes; None where samples have none.
+            ``(len(rows),)`` int64 on the CPU; None where samples have no class.
 
         Raises:
-            InputError: rows out of range, or a shard that they are in is missing, truncated or altered.
+            InputError: rows out of range, a class that is not among ``names``, or a shard that the rows are in is missing,
+                truncated or altered.
         """
-        return self._picked("labels", self._checked(rows)) if self.info.classes else None
+        if not self.info.classes:
+            return None
+        labels = self._picked("labels", self._checked(rows))
+        return self._renumbered(labels, list(names)) if names else labels
+
+    def _renumbered(self, labels, names):
+        """The teacher's numbers of classes as their places in a list of names."""
+        known = dict(zip(self.info.class_numbers, self.info.class_names, strict=True))
+        places = {number: names.index(name) for number, name in known.items() if name in names}
+        if unknown := [known.get(label, label) for label in labels.tolist() if label not in places]:
+            raise InputError(f"{self._option}: class {unknown[0]!r} of the samples is not one of {', '.join(names)}")
+        return torch.tensor([places[label] for label in labels.tolist()], dtype=torch.int64, device="cpu")
 
     def images(self, rows: Sequence[int]) -> torch.Tensor:
         """x_0 of some rows.

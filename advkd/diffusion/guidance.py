@@ -265,11 +265,28 @@ def class_numbers(model: Model, names: Sequence[str], classes: str | None) -> li
         if model.num_classes and model.null_class is None:
             raise InputError(f"teacher {model.name} has no null class: name its classes by --classes")
         return []
+    return named_classes(f"teacher {model.name}", names, classes)
+
+
+def named_classes(owner: str, names: Sequence[str], classes: str) -> list[int]:
+    """Numbers of classes from their names.
+
+    Args:
+        owner: the model in messages, ``teacher digits`` say.
+        names: names of its classes by number; empty for an unconditional one.
+        classes: names, separated by commas; ``all`` for every class, unless one has that name.
+
+    Returns:
+        The numbers, in the order of ``classes``.
+
+    Raises:
+        InputError: an unknown class, or one of an unconditional model.
+    """
     chosen = [part.strip() for part in classes.split(",") if part.strip()]
     if not chosen:
         raise InputError(f"--classes must name a class, got {classes!r}")
     if not names:
-        raise InputError(f"--classes {classes}: teacher {model.name} is unconditional; leave it out")
+        raise InputError(f"--classes {classes}: {owner} is unconditional; leave it out")
     if chosen == [ALL] and ALL not in names:
         return list(range(len(names)))
     if unknown := [part for part in chosen if part not in names]:

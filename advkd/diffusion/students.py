@@ -10,6 +10,7 @@ from ..models.saving import SAMPLER
 from ..models.student import Student
 from ..runtime.hub import resolve
 from .denoiser_student import DenoiserStudent
+from .guidance import named_classes
 from .loading import EMBEDDED
 from .saving import INDEX
 from .teacher import Teacher
@@ -51,6 +52,25 @@ def load_student(source: str | Path, device: str | torch.device = "cpu") -> Stud
         InputError: missing, damaged or foreign files.
     """
     return student_class(source).from_pretrained(source, device)
+
+
+def generator_classes(source: str | Path, student: Student, classes: str | None) -> list[int]:
+    """Numbers of the classes that images of a generator student take in turn.
+
+    Args:
+        source: name of the student in messages.
+        student: the student.
+        classes: as for :func:`advkd.diffusion.guidance.named_classes`; None: every class of a conditional student.
+
+    Returns:
+        The numbers; empty for an unconditional student.
+
+    Raises:
+        InputError: an unknown class, or one of an unconditional student.
+    """
+    if classes is None:
+        return list(range(student.num_classes))
+    return named_classes(f"student {source}", student.class_names, classes)
 
 
 def load_start(source: str | Path, device: str | torch.device = "cpu") -> Student | DenoiserStudent:

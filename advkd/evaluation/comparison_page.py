@@ -125,7 +125,9 @@ def told(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         if row["classes"] is not None:
             taken = f"classes in turn, {', '.join(row['classes'])}" if row["classes"] else "no class"
-            names.setdefault(f" with {taken}, and weight {row['guidance']:g} of guidance", []).append(row["name"])
+            weight = row["guidance"]
+            guided = "guidance distilled in" if weight is None else f"weight {weight:g} of guidance"
+            names.setdefault(f" with {taken}, and {guided}", []).append(row["name"])
     drawn = "".join(f" Rows drawn{how}: {', '.join(rows)}." for how, rows in names.items())
     others = any(row["classes"] is None for row in result["rows"])
     return drawn + (" All other rows are of unconditional models." if drawn and others else "")

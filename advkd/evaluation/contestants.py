@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from ..data.images import describe_shape
 from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.guidance import labels_in_turn
 from ..diffusion.solvers import METHODS, Solver
-from ..diffusion.students import load_student
+from ..diffusion.students import generator_classes, load_student
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.student import Student
@@ -61,7 +63,7 @@ class Sampler:
         method: of the last training, or the solver.
         cost: network evaluations of its trainings, ``{"forward": n, "backward": n}``; None where that is not known.
         classes: names of the classes that its images take in turn; empty: no class; None: an unconditional model.
-        guidance: weight towards them; None: an unconditional model.
+        guidance: weight towards them; None: an unconditional model, or one whose guidance was distilled into it.
         known_unseen: True if the training record says that the sets' noise was not trained on; None where it does not say.
     """
 
@@ -192,6 +194,8 @@ def _require_comparable(source, student, setting):
         raise InputError(f"students: {source} draws {describe_shape(found)} images, the teacher {describe_shape(shape)} ones")
     if isinstance(student, DenoiserStudent):
         _require_condition(source, student.model, setting)
+    else:
+        _turns(source, student, setting)
     with restoring("the training record of", source):
         for seed, set_ in ((setting.seed, "sets"), (setting.seed + 1, "reference")):
             if has_seen(student.training_record, {"seed": seed, "start": 0, "num": setting.num}):
@@ -203,10 +207,23 @@ def _require_comparable(source, student, setting):
 def _require_condition(source, model, setting):
     if not setting.classes and model.num_classes and model.null_class is None:
         raise InputError(f"students: {source} has no null class: name its classes by --classes")
-    try:
+    with _telling(source):
         setting.condition(model)
+
+
+@contextmanager
+def _telling(source):
+    """Context in which a student that cannot be told the setting's classes is named."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"students: {source} cannot be told these classes ({error})") from error
+
+
+def _turns(source, student, setting):
+    """Numbers of the classes that a one-pass student's images take in turn; none of an unconditional one."""
+    with _telling(source):
+        return generator_classes(source, student, setting.classes or None) if student.num_classes else []
 
 
 def _shape(student):
@@ -232,16 +249,19 @@ def _generator(source, student, evaluations, setting, **known):
         raise InputError(f"students: {source} draws in one pass: leave @{evaluations} out")
     # Without a search: figures must not depend on the noise of a measurement.
     fused, weights = student.fuse(tune=False), digest(student.state_dict())
+    turns = _turns(source, student, setting)
+    told = {"classes": tuple(student.class_names[number] for number in turns)} if turns else {}
 
     def draw(count, first):
-        return fused(student.project(setting.teacher.noise(count, setting.seed, first)))
+        z, labels = student.project(setting.teacher.noise(count, setting.seed, first)), labels_in_turn(turns, first, count)
+        return fused(z, None if labels is None else labels.to(z.device))
 
     def sample(count):
-        return fused.sample(count, setting.seed, count)
+        return fused.sample(count, setting.seed, count, labels=turns or None)
 
-    depends = [weights, asdict(student.config), setting.seed, setting.batch_size]
+    depends = [weights, asdict(student.config), setting.seed, setting.batch_size, *([turns] if turns else [])]
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
-    return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known)
+    return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known, **told)
 
 
 def _denoiser(source, student, evaluations, setting, **known):

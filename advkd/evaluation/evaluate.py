@@ -3,8 +3,6 @@
 The floor is the distance of two disjoint halves of the reference at the same N: no generator can be expected to do better.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..data.dataset_info import TrajectoryConfig, same_teacher, samples_overlap
+from ..data.dataset_info import DatasetInfo, same_teacher, samples_overlap
 from ..data.images import describe_shape
 from ..data.trajectories import Trajectories
-from ..diffusion.recorder import record_in_processes, record_trajectories
+from ..diffusion.students import generator_classes
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..models.fused_student import FusedStudent
@@ -28,7 +26,10 @@ from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
 from .features import build_extractor, extract, require_fit
 from .image_sets import eight_bit, gather, read_images, real_images, shuffled
+from .kept_images import Condition
 from .metrics import compare, frechet_floor
+from .taught import all_in_turn, taught
+from .teacher_samples import kept_recording, recording_of
 
 REFERENCE_SEED = 1_000_001
 """Default seed of evaluation, far from the small numbers that training usually takes."""
@@ -47,6 +48,9 @@ class EvaluationConfig:
         resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
         dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
+        classes: names of a conditional student's classes, separated by commas, which images take in turn, the student's and the
+            teacher's alike (empty: every class of the student).
+        guidance: weight of the teacher's guidance towards them, that of the student's trajectories say.
     """
 
     num: int = 2000
@@ -57,6 +61,8 @@ class EvaluationConfig:
     resamples: int = 200
     processes: int = 1
     dtype: str = "float32"
+    classes: str = ""
+    guidance: float = 0.0
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
@@ -100,18 +106,21 @@ def evaluate_student(
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
     extractor, model, drawer, real = _load(student, teacher, config, device)
+    turns = generator_classes(student, model, config.classes or None)
     if teacher_samples is None:
-        _require_unseen(model.training_record, asdict(_recording(config)))
+        names = [model.class_names[number] for number in turns]
+        recording = recording_of(drawer, 2 * config.num, config.seed, names, config.guidance)
+        _require_unseen(model.training_record, asdict(recording))
     else:
         _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = require_output_folder(out)
-    folder = teacher_samples or _draw_teacher(teacher, drawer, config, cache, progress)
+    folder = teacher_samples or kept_recording(teacher, drawer, recording, cache, config.processes, progress)
     samples = Trajectories(folder, option="--teacher-samples")
 
     # Without a search: figures must not depend on the noise of a measurement.
     fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
-    drawn = _draw_student(fused, config)
+    drawn = _draw_student(fused, config, turns)
     ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
     if real is not None:
@@ -121,11 +130,12 @@ def evaluate_student(
         **_header(extractor, config, device),
         "rows": rows,
         "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
+        "classes": {"student": [model.class_names[number] for number in turns], "teacher": samples.info.class_names},
         "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
-        "pairs": _pairs(samples, model) if samples.paired and not samples.info.classes else None,
-        "models": describe_models(fused, model, drawer, samples.info.solver, samples.info.steps),
+        "pairs": _pairs(samples, model),
+        "models": describe_models(fused, model, drawer, samples.info),
         "known_unseen": model.training_record is not None,
     }
     write_json(out / "evaluation.json", result)
@@ -278,6 +288,8 @@ def _require_unseen(record, part):
 
 
 def _require_samples(samples, teacher, model, config):
+    if config.guidance:
+        raise InputError("--guidance is of samples that are drawn: leave it out, as --teacher-samples have their own")
     teacher.match(samples.info.teacher)
     if not same_teacher(samples.info.teacher, teacher.identity()):
         raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
@@ -287,32 +299,9 @@ def _require_samples(samples, teacher, model, config):
         _require_unseen(model.training_record, part)
 
 
-def _recording(config):
-    """The teacher's images of an evaluation: two disjoint sets."""
-    return TrajectoryConfig(num=2 * config.num, seed=config.seed)
-
-
-def _draw_teacher(source, drawer, config, cache, progress):
-    """The teacher's samples, from the cache or drawn now; the folder's name is a hash of all that they depend on."""
-    recording = _recording(config)
-    # Classes are none here, and were no fields when the first caches were filled.
-    recorded = {name: value for name, value in asdict(recording).items() if name not in ("classes", "guidance")}
-    depends = json.dumps([{**drawer.identity(), "name": None}, recorded], sort_keys=True)
-    folder = cache / f"teacher-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
-    if (folder / "manifest.json").exists():
-        info = Trajectories(folder, option="the cache's").info
-        same = all(getattr(info, key) == getattr(recording, key) for key in ("solver", "num", "start", "seed", "depth"))
-        if not same or not same_teacher(info.teacher, drawer.identity()):
-            raise InputError(f"the cache's {folder} holds other samples than its name says: delete it")
-        return folder
-    if config.processes > 1:
-        return record_in_processes(source, recording, folder, config.processes, progress)
-    return record_trajectories(drawer, recording, folder, progress)
-
-
-def _draw_student(fused, config):
+def _draw_student(fused, config, turns=()):
     """The student's images, uint8 ``(num, C, S, S)``."""
-    batches = fused.stream(config.num, config.seed, dtype=torch.uint8)
+    batches = fused.stream(config.num, config.seed, dtype=torch.uint8, labels=turns or None)
     return gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
 
 
@@ -324,13 +313,15 @@ def _images(samples, num):
 
 
 def _pairs(samples, model, n=256):
-    """The likeness of the student's image to the teacher's from the same noise, unseen in training."""
-    n = min(n, len(samples))
-    last = samples.info.depth
-    images = samples.batch(range(n), [last])[1][last]
+    """The likeness of the student's image to the teacher's from the same noise and class, unseen in training, or None."""
+    n, info, classes = min(n, len(samples)), samples.info, set(samples.info.class_names)
+    if not samples.paired or bool(classes) != bool(model.num_classes) or not classes <= set(model.class_names):
+        return None
+    images, labels = samples.batch(range(n), [info.depth])[1][info.depth], samples.labels(range(n), model.class_names)
     device = model.head.weight.device
     with torch.no_grad():
-        drawn = model(model.project(samples.noise(range(n))).to(device)).cpu()
+        z = model.project(samples.noise(range(n))).to(device)
+        drawn = model(z, labels=None if labels is None else labels.to(device)).cpu()
     a, b = (x.flatten(1) - x.flatten(1).mean(dim=1, keepdim=True) for x in (drawn, images))
     correlation = torch.nn.functional.cosine_similarity(a, b)
     other = torch.nn.functional.cosine_similarity(a.roll(1, dims=0), b)
@@ -339,19 +330,26 @@ def _pairs(samples, model, n=256):
 
 
 def describe_models(
-    fused: FusedStudent, student: Student, teacher: Teacher, solver: str = "ddim", steps: int | None = None, n: int = 16
+    fused: FusedStudent, student: Student, teacher: Teacher, samples: DatasetInfo | None = None, n: int = 16
 ) -> dict[str, Any]:
-    """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn."""
-    z, passes = fused.latents(n, REFERENCE_SEED), 10
+    """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn.
+
+    ``samples`` describes the teacher's run; None: DDIM with its usual steps, and the classes that the student was taught.
+    """
+    z, labels, passes = fused.latents(n, REFERENCE_SEED), all_in_turn(student, n), 10
+    solver, steps, condition = "ddim", None, taught(student, teacher)
+    if samples is not None:
+        solver, steps = samples.solver, samples.steps
+        condition = Condition(tuple(samples.class_numbers), samples.guidance)
 
     def draw():
         with named("student"):
             for _ in range(passes):
-                fused(z)
+                fused(z, labels)
 
-    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, solver, steps), "student": draw}
+    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, solver, steps, **condition.arguments(n, 0)), "student": draw}
     times = measure(calls, repeats=5, device=z.device)
-    evaluations = len(teacher.timesteps(solver, steps))
+    evaluations = len(teacher.timesteps(solver, steps)) * condition.passes(teacher)
     quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)
     return {
         "batch_size": n,

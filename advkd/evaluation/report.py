@@ -16,6 +16,7 @@ from ..runtime.folders import require_output_folder
 from ..runtime.ranges import named
 from .evaluate import cells, has_seen
 from .html_page import figure, provenance_of, self_contained, table_of
+from .taught import all_in_turn, learned_image, taught
 from .teacher_pictures import STEPS, read_solvers, require_guidance, save_guidance, save_solver_curves
 
 FRESH_SEED = 12345
@@ -26,6 +27,9 @@ UNSEEN = {
     False: "Training has not seen this noise.",
     True: "Training has seen this noise.",
 }
+
+LEARNED = {False: "The teacher's states", True: "Area averages of the teacher's image"}
+"""What submodules learned."""
 
 EVALUATION_KEYS = (
     "score",
@@ -87,7 +91,7 @@ def write_report(
     by_solver = read_solvers(solvers) if solvers else None
     if by_solver is not None and not same_teacher(by_solver["teacher"], teacher.identity()):
         raise InputError(f"solvers {solvers} is of another teacher: name that one by --teacher")
-    teacher.check_run(1)
+    teacher.check_run(1, **taught(student, teacher).arguments(1, 0))
     if conditional is not None or teacher.null_class is not None:
         require_guidance(conditional or teacher)
     out = require_output_folder(out)
@@ -144,12 +148,12 @@ def save_pictures(teacher: Teacher, student: Student, metrics: str | Path | None
     with named("fuse"):
         fused = student.fuse()
     save_grid(fused.sample(64, seed=FRESH_SEED), out / "student_samples.png")
-    evaluations = len(teacher.timesteps("ddim"))
+    evaluations = len(teacher.timesteps("ddim")) * taught(student, teacher).passes(teacher)
     captions = {
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one. "
         + UNSEEN[has_seen(student.training_record, {"seed": FRESH_SEED, "start": 0, "num": 12})],
-        "levels.png": "The teacher's states that supervise the submodules, and what the submodules draw.",
-        "student_samples.png": "64 images of the student, not chosen.",
+        "levels.png": f"{LEARNED[learned_image(student)]} that supervise the submodules, and what the submodules draw.",
+        "student_samples.png": f"64 images of the student, not chosen{', its classes in turn' * bool(student.num_classes)}.",
     }
     if metrics:
         save_curves(metrics, out / "loss_curves.png")
@@ -177,21 +181,24 @@ def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Pat
 def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int = 12, seed: int = FRESH_SEED) -> None:
     """Write teacher and student side by side, from the same noise."""
     x_T = teacher.noise(n, seed)
-    x_0 = teacher.sample(n, seed)
+    x_0 = teacher.sample(n, seed, **taught(student, teacher).arguments(n, 0))
     with named("student"), torch.no_grad():
-        drawn = student(student.project(x_T))
+        drawn = student(student.project(x_T), labels=all_in_turn(student, n))
     save_pairs(x_0, drawn, path)
 
 
 def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: int = FRESH_SEED) -> None:
-    """Write the strip of all levels beneath the teacher's states, from one noise."""
+    """Write the strip of all levels beneath what they learned of the teacher, from one noise."""
     x_T = teacher.noise(1, seed)
-    states = dict(teacher.path(x_T, "ddim"))
+    states = dict(teacher.path(x_T, "ddim", **taught(student, teacher).arguments(1, 0)))
     timesteps = supervising_timesteps("ddim", student.depth, [int(t) for t in states], teacher.train_timesteps)
+    shown: list[int | None] = [*timesteps, None]
+    if learned_image(student):
+        timesteps, shown = [min(states)] * len(timesteps), [None] * len(shown)
     targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
     with named("student"), torch.no_grad():
-        levels = [level[0] for level in student.levels(student.project(x_T))]
-    save_levels([*targets, states[min(states)][0]], levels, [*timesteps, None], path)
+        levels = [level[0] for level in student.levels(student.project(x_T), all_in_turn(student, 1))]
+    save_levels([*targets, states[min(states)][0]], levels, shown, path)
 
 
 def _page(title, result, runs, pictures):

@@ -18,11 +18,11 @@ from ..errors import InputError
 from ..models.critic import Critic, CriticConfig
 from ..models.student import Student
 from ..ops.critic.update import critic_gradients
-from ..ops.latents import split_latent
 from ..ops.registry import BACKENDS
 from ..runtime.ranges import named
 from .base import Kept, Method, Needs, Settings, Stage, Step, Trained, cosine
 from .distances import Scales, kl_divergence
+from .generator import condition_channels, condition_planes, preview
 
 Images = dict[int, torch.Tensor]
 """Images by level."""
@@ -34,6 +34,8 @@ class DistillConfig:
 
     Attributes:
         recipe: ``joint`` (one stage, all levels) or ``paper`` (stage k supervises level k).
+        targets: what levels before the last learn: ``states`` (the teacher's standardised states) or ``image`` (the area average
+            of the teacher's final image at the level's resolution).
         updates: student updates per stage; one number serves all stages.
         batch_sizes: global batch per stage; the last number serves all further stages.
         mse: weight of the mean squared error between a submodule's image and its (standardised) target.
@@ -46,7 +48,7 @@ class DistillConfig:
         critic_updates: critic updates per student update.
         critic_channels: features after a critic's first convolution; they double with each further one.
         critic_max_channels: upper bound of the critics' features.
-        conditional: critics see the latent's 4x4 parts.
+        conditional: critics see the latent's 4x4 parts. Those of a student with classes are told the class in any case.
         fresh: critics judge the student's images of new latents, as many as pairs, instead of those of the pairs' latents
             (unconditional critics only): the adversarial loss then reaches what the pairs do not cover.
         augment: critics see real and generated images shifted by up to an eighth of their side (differentiable augmentation).
@@ -70,6 +72,7 @@ class DistillConfig:
     """
 
     recipe: str = "joint"
+    targets: str = "states"
     updates: tuple[int, ...] = (1000,)
     batch_sizes: tuple[int, ...] = (64,)
     mse: float = 1.0
@@ -111,6 +114,7 @@ class DistillConfig:
             num: number of trajectories in the data.
         """
         _require(self.recipe in ("joint", "paper"), f"recipe must be joint or paper, got {self.recipe!r}")
+        _require(self.targets in ("states", "image"), f"targets must be states or image, got {self.targets!r}")
         for name in ("updates", "batch_sizes"):
             values = getattr(self, name)
             _require(values and min(values) >= 1, f"{name} must hold positive numbers, got {values}")
@@ -247,8 +251,9 @@ class AdvKD(Method):
     def needs(self) -> Needs:
         """Recorded levels; pairs where a distance compares with the teacher's image of the same noise."""
         config = self.config
-        paired = bool(config.mse or config.kl or config.conditional)
-        return Needs("levels", paired=paired, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
+        paired, labels = bool(config.mse or config.kl or config.conditional), bool(self.student.num_classes)
+        given = {"labels": labels, "averaged": config.targets == "image", "limit": config.pairs}
+        return Needs("levels", paired=paired, **given, grow=config.grow, grow_every=config.grow_every)
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""
@@ -279,6 +284,7 @@ class AdvKD(Method):
         student.eval()
         trained = [student.submodules[k - 1] for k in stage.trained]
         trained += [student.head if k == student.depth else student.terminals[k - 1] for k in stage.levels]
+        trained += [student.embedding] if student.num_classes and 1 in stage.trained else []
         for module in trained:
             module.requires_grad_(True).train()
         parameters = [p for p in student.parameters() if p.requires_grad] + ([self.scales.log_s] if config.kl else [])
@@ -296,13 +302,12 @@ class AdvKD(Method):
 
     def _critic(self, stage, k):
         config, student = self.config, self.student
-        condition = sum(channels for channels, side in student.latent_parts if side == 4)
         shape = CriticConfig(
             image_size=student.resolutions[k - 1],
             image_channels=student.config.image_channels,
             channels=config.critic_channels,
             max_channels=config.critic_max_channels,
-            condition_channels=condition if config.conditional else 0,
+            condition_channels=condition_channels(student, config.conditional),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((config.seed * 2**16 + stage.number * 2**8 + k) % 2**63)
@@ -324,12 +329,12 @@ class AdvKD(Method):
     def _forward(self, step, batch, draw, trained):
         """Images of the batch's latents by level, and those that the critics judge: of fresh latents where there are any."""
         z, n = batch.z, len(batch.z)
-        latents = z
+        latents, labels = z, batch.labels
         if self.config.fresh and self.critics:
             fresh = training_latents(draw.seed, draw.start, n, z.shape[1], z.device)
-            latents = torch.cat((z, fresh.to(z.dtype)))
+            latents, labels = torch.cat((z, fresh.to(z.dtype))), None if labels is None else labels.repeat(2)
         with named("student forward"), torch.set_grad_enabled(trained), step.autocast():
-            images = self.student(latents, levels=self.stage.levels)
+            images = self.student(latents, levels=self.stage.levels, labels=labels)
         images = {k: image.to(z.dtype) for k, image in images.items()}
         judged = {k: images[k][-n:] for k in self.stage.critic_levels}
         return {k: image[:n] for k, image in images.items()}, judged
@@ -337,7 +342,7 @@ class AdvKD(Method):
     def update_critics(self, step: Step, batch: Batch, draw: Draw, judged: Images) -> None:
         """One update of the critics on the batch's levels and the judged images."""
         # L(D) = E[D(fake)] - E[D(real)] + penalty (eq. 9 with the sign of a minimisation), one critic per level.
-        config, condition, updates = self.config, self._condition(batch.z), []
+        config, condition, updates = self.config, self._condition(batch), []
         for k in self.stage.critic_levels:
             real = self._seen(batch.levels[k], draw, k, 1)
             fake = self._seen(judged[k].detach(), draw, k, 2)
@@ -364,7 +369,7 @@ class AdvKD(Method):
             if config.kl and k in regressed:
                 terms.append(weight * config.kl * kl_divergence(squared, self.scales.log_s[k - 1], config.kl_floor))
         if self.critics:
-            condition = self._condition(batch.z)
+            condition = self._condition(batch)
             arguments = () if condition is None else (condition,)
             seen = {k: self._seen(judged[k], draw, k, 2) for k in self.stage.critic_levels}
             scores = [-self.critics[str(k)](image, *arguments).mean() for k, image in seen.items()]
@@ -378,14 +383,12 @@ class AdvKD(Method):
         """An image as a critic sees it."""
         return shift(image, draw.seed, draw.start, level, kind) if self.config.augment else image
 
-    def _condition(self, z):
-        if not self.config.conditional:
-            return None
-        parts = zip(split_latent(z, self.student.latent_parts), self.student.latent_parts, strict=True)
-        return torch.cat([piece for piece, (_, side) in parts if side == 4], dim=1)
+    def _condition(self, batch):
+        return condition_planes(self.student, batch.z, batch.labels, self.config.conditional)
 
     def samples(self, student: Any, stage: Stage) -> torch.Tensor:
-        """36 images of the stage's last level; earlier levels than the image are shown at a third of their contrast."""
+        """Images of the stage's last level, all classes in turn; standardised states are shown at a third of their contrast."""
         k = stage.levels[-1]
-        z = student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype)
-        return student(z, levels=(k,))[k] / (1.0 if k == self.student.depth else 3.0)
+        z, labels = preview(student, self.config.seed)
+        standardised = k < self.student.depth and self.config.targets == "states"
+        return student(z, levels=(k,), labels=labels)[k] / (3.0 if standardised else 1.0)

@@ -25,6 +25,7 @@ class Needs:
         paired: True if x_0 must be a function of x_T.
         teacher: True if updates call the teacher.
         labels: True if updates read class labels.
+        averaged: True if levels are area averages of the final image instead of the teacher's states.
         student: ``generator`` (latent to image in one pass), ``denoiser`` or ``classifier``.
         limit: number of recorded trajectories that are used (0: all).
         grow: trajectories that the teacher adds after every ``grow_every`` updates (0: none).
@@ -35,6 +36,7 @@ class Needs:
     paired: bool = False
     teacher: bool = False
     labels: bool = False
+    averaged: bool = False
     student: str = "generator"
     limit: int = 0
     grow: int = 0

@@ -15,6 +15,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
 from ..errors import InputError
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
+from .generator import preview
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Pairs(Method):
 
         Args:
             step: actions of the update.
-            batch: ``z`` and ``images``, one row a pair; ``labels`` of a conditional denoiser.
+            batch: ``z`` and ``images``, one row a pair; ``labels`` of a conditional student.
             draw: not used: the update is not random.
         """
         with step.autocast():
@@ -188,7 +189,7 @@ class Pairs(Method):
 
     def _images(self, batch):
         if self._denoiser is None:
-            return self.student(batch.z)
+            return self.student(batch.z) if batch.labels is None else self.student(batch.z, labels=batch.labels)
         return self._denoiser.predict(batch.z, self.config.level, batch.labels)[0]
 
     def sampler(self, stage: Stage) -> Sampler:
@@ -214,15 +215,16 @@ class Pairs(Method):
         return ""
 
     def samples(self, student: Any, stage: Stage) -> Tensor | None:
-        """36 images, the same in every run of one seed.
+        """Images, the same in every run of one seed, of all classes in turn.
 
         Args:
             student: the result so far.
             stage: the one stage.
 
         Returns:
-            ``(36, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
+            ``(N, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
         """
         if not hasattr(student, "latents"):
             return None
-        return student(student.latents(36, seed=self.config.seed).to(next(student.parameters()).dtype))
+        z, labels = preview(student, self.config.seed)
+        return student(z, labels=labels)

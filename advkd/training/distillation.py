@@ -36,8 +36,8 @@ def distill(
 
     Args:
         trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
-        student: a :class:`Student`, fresh or loaded; it is trained in place. Image size, channels and depth must be those
-            of the trajectories; the latent may be another than the recorded one.
+        student: a :class:`Student`, fresh or loaded; it is trained in place. Image size, channels, depth and classes must be
+            those of the trajectories (``info.student_classes`` in any order); the latent may be another than the recorded one.
         config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``, a :class:`PairsConfig` for ``pairs``.
         out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
             TensorBoard files and sample grids.
@@ -149,6 +149,7 @@ class Distiller(Trainer):
         if self.method.name != "adv-kd":
             run["method"] = self.method.name
         run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher, "trajectories": manifests}
+        run |= {"classes": info.classes, "guidance": info.guidance} if info.classes else {}
         new = [part for part in parts if part not in before["samples"]]
         run["cost"] = run_cost(self.method, self.stages, info, unpaid(before, manifests, parts))
         return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
@@ -158,7 +159,8 @@ class _Growing(Recorded):
     """Recorded trajectories to which the teacher adds some while a student is trained."""
 
     def __init__(self, data, student, needs, teacher, folder):
-        super().__init__(data, (student.config.latent_size, student.config.detail_noise), needs.limit)
+        latent = (student.config.latent_size, student.config.detail_noise)
+        super().__init__(data, latent, needs.limit, student.class_names, needs.averaged)
         self._teacher, self._needs, self._folder = teacher, needs, folder
         self._given = len(data.folders)
         self._first = max(part["start"] + part["num"] for part in data.parts)
@@ -184,8 +186,7 @@ def _require_fit(data, student, needs, teacher):
         raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")
     if needs.paired:
         data.require_paired()
-    if data.info.classes:
-        raise InputError("the trajectories have classes, and this student takes none: record them without --classes")
+    _require_classes(data.info.student_classes, student.class_names)
     info, shape = data.info, student.config
     wanted = {
         "image_size": (info.image_size, shape.image_size),
@@ -197,3 +198,20 @@ def _require_fit(data, student, needs, teacher):
             raise InputError(
                 f"the trajectories have {name} {theirs}, the student {ours}: choose another preset or record again"
             )
+
+
+def _require_classes(theirs, ours):
+    """Refuse recordings whose classes, by name, are not the student's."""
+    if set(theirs) == set(ours):
+        return
+    if not ours:
+        raise InputError(
+            "the trajectories have classes and the student knows none: begin with a fresh one by --preset, or with "
+            "Student(StudentConfig(classes=trajectories.info.student_classes, ...)), or record them without --classes"
+        )
+    if not theirs:
+        raise InputError("the student has classes and the trajectories have none: record them with --classes all")
+    raise InputError(
+        f"the trajectories' classes are {', '.join(theirs)}, the student's {', '.join(ours)}: record those of the student, or "
+        "begin with a fresh one by --preset"
+    )

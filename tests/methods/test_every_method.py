@@ -15,50 +15,59 @@ from .worker import follow, tiny_run
 UPDATES, KILL_AT = 6, 5
 """Updates of a tiny run, which writes a checkpoint every second one, and the one before which it is killed."""
 
+RUNS = [*((name, "trajectories") for name in METHODS), ("adv-kd", "labelled_paths"), ("pairs", "labelled_paths")]
+"""Methods with their data: those whose generator takes classes learn from labelled trajectories, too."""
+
 
 def work(name, data, out, how):
     return fork("-m", "tests.methods.worker", name, data, out, how).finish(240)
 
 
 @pytest.fixture(scope="module")
-def whole(trajectories, tmp_path_factory):
-    """An uninterrupted run of a method in one process, made once."""
+def whole(tmp_path_factory):
+    """An uninterrupted run of a method on trajectories in one process, made once."""
     runs = {}
 
-    def run(name):
-        if name not in runs:
-            done = work(name, trajectories, out := tmp_path_factory.mktemp("whole") / "run", "-")
+    def run(name, data):
+        if (name, data) not in runs:
+            done = work(name, data, out := tmp_path_factory.mktemp("whole") / "run", "-")
             assert done.returncode == 0, done.stderr[-3000:]
-            runs[name] = json.loads(out.with_name("run.json").read_text())
-            assert len(runs[name]["history"]) == UPDATES
-        return runs[name]
+            runs[name, data] = json.loads(out.with_name("run.json").read_text())
+            assert len(runs[name, data]["history"]) == UPDATES
+        return runs[name, data]
 
     return run
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_killed_run_goes_on_bit_for_bit(name, whole, trajectories, tmp_path):
+@pytest.fixture
+def data(request):
+    """The trajectories that a row of :data:`RUNS` names."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize(("name", "data"), RUNS, indirect=["data"])
+def test_a_killed_run_goes_on_bit_for_bit(name, data, whole, tmp_path):
     out = tmp_path / "run"
-    assert work(name, trajectories, out, str(KILL_AT)).returncode == -9
+    assert work(name, data, out, str(KILL_AT)).returncode == -9
     with pytest.raises(InputError, match="add --resume"):
-        tiny_run(name, trajectories, out)
-    done = work(name, trajectories, out, "resume")
+        tiny_run(name, data, out)
+    done = work(name, data, out, "resume")
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = json.loads((tmp_path / "run.json").read_text())
-    assert resumed["state"] == whole(name)["state"]
+    assert resumed["state"] == whole(name, data)["state"]
     assert 0 < len(resumed["history"]) < UPDATES
-    assert resumed["history"] == whole(name)["history"][-len(resumed["history"]) :]
+    assert resumed["history"] == whole(name, data)["history"][-len(resumed["history"]) :]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_do_what_one_does(name, whole, trajectories, tmp_path):
-    ranks = fork_ranks("-m", "tests.methods.worker", name, trajectories, tmp_path / "run", "-")
+@pytest.mark.parametrize(("name", "data"), RUNS, indirect=["data"])
+def test_two_processes_do_what_one_does(name, data, whole, tmp_path):
+    ranks = fork_ranks("-m", "tests.methods.worker", name, data, tmp_path / "run", "-")
     if not method_class(name).parallel:
         assert all(done.returncode and "runs in one process" in done.stderr for done in ranks)
         return
     assert all(done.returncode == 0 for done in ranks), ranks[0].stderr[-3000:]
     both = json.loads((tmp_path / "run.json").read_text())["history"]
-    for one, two in zip(whole(name)["history"], both, strict=True):
+    for one, two in zip(whole(name, data)["history"], both, strict=True):
         assert one.keys() == two.keys()
         assert all(abs(one[key] - two[key]) <= 1e-9 * max(1.0, abs(one[key])) for key in one)
 
@@ -67,7 +76,7 @@ def test_two_processes_do_what_one_does(name, whole, trajectories, tmp_path):
 def test_seeds_give_other_runs(name, whole, trajectories, tmp_path):
     """Equality above is not that of runs that do nothing."""
     history = follow(tiny_run(name, trajectories, tmp_path, seed=1))["history"]
-    assert history[0]["loss"] != whole(name)["history"][0]["loss"] and len({row["loss"] for row in history}) == UPDATES
+    assert history[0]["loss"] != whole(name, trajectories)["history"][0]["loss"] and len({row["loss"] for row in history}) == UPDATES
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from advkd import Student, Trajectories
 from advkd.data.sources import Tensors
@@ -22,8 +23,9 @@ LEVELS = torch.cos(torch.linspace(1.4, 0.1, 11, dtype=torch.float64)).square().t
 
 def tiny_run(data, out, seed=0, weights=0, **options):
     """Six updates of the tiny student."""
-    config = PairsConfig(updates=6, batch_size=8, checkpoint_every=2, seed=seed)
-    return Distiller(Trajectories(data), tiny_student(seed + weights), config, out, method="pairs", **options)
+    config, data = PairsConfig(updates=6, batch_size=8, checkpoint_every=2, seed=seed), Trajectories(data)
+    student = tiny_student(seed + weights, classes=data.info.student_classes)
+    return Distiller(data, student, config, out, method="pairs", **options)
 
 
 def sampled(x):
@@ -99,6 +101,26 @@ def test_the_pyramid_student_learns_the_recorded_images(trajectories, tmp_path):
     assert torch.equal(loaded(z), trained(z))
     assert loaded.training_record["runs"][0]["method"] == "pairs"
     assert (tmp_path / "samples-stage-01.png").exists() and (tmp_path / "metrics.csv").read_text().count("\n") == 61
+
+
+def test_a_student_learns_its_classes(tmp_path):
+    """Images are of one grey each, that of their class: a student ends there from any noise."""
+    greys = torch.tensor([-0.6, 0.0, 0.6], dtype=torch.float64)
+    labels = torch.arange(60) % 3
+    student = tiny_student(classes=("dark", "grey", "light"))
+    z = student.latents(60).double()
+    images = greys[labels].reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    config = PairsConfig(updates=300, batch_size=30, learning_rate=0.01, ema=0.0)
+    run = Trainer(Pairs(config, student), Tensors(z, images, labels), None, tmp_path, dtype=torch.float64, progress=False)
+    found = run.run()
+    fresh = found.latents(30, seed=1).double()
+    for label, grey in enumerate(greys):
+        drawn = found(fresh, labels=torch.full((30,), label))
+        assert (drawn - grey).abs().max() < 0.1, label
+    with Image.open(tmp_path / "samples-stage-01.png") as grid:
+        middles = [(2 + 98 * i + 48, 50) for i in range(6)]  # tiles of 96 pixels and gaps of 2
+        shown = torch.tensor([grid.convert("L").getpixel(middle) for middle in middles], dtype=torch.float64)
+    assert torch.allclose(shown / 127.5 - 1, greys.repeat(2), atol=0.1)
 
 
 def test_unpaired_data_and_bad_numbers_are_refused(trajectories, unpaired, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,12 +21,13 @@ from advkd.methods.adv_kd import recipe
 from advkd.methods.pairs import PairsConfig
 from advkd.ops.latents import project
 from advkd.runtime import files
-from advkd.training.distillation import distill
+from advkd.training.distillation import Distiller, distill
 
 from ..conftest import ROOT, fork_cli, tiny_recording, tiny_student, tiny_unet
 from .test_trajectories import contents
 
 GUIDED = {"solver": "unipc-2", "classes": "c,a", "guidance": 1.5}
+SMALL = recipe("joint", updates=(2,), batch_sizes=(8,), critic_channels=4, critic_max_channels=8, checkpoint_every=2)
 STORED = 2**-11
 """Rounding of an image in [-1, 1] to float16."""
 
@@ -270,9 +272,67 @@ def test_pairs_of_a_solver_that_adds_noise_are_refused(unpaired, trajectories):
     assert RecordedPairs(Trajectories(trajectories)).batch([0], [], torch.device("cpu"), torch.float32).labels is None
 
 
-@pytest.mark.parametrize(("method", "config"), [("pairs", PairsConfig(batch_size=2)), ("adv-kd", recipe("joint"))])
-def test_students_that_take_no_class_refuse_labelled_trajectories(method, config, told, tmp_path):
-    data = record_trajectories(told, tiny_recording(num=64, classes="all"), tmp_path / "data", progress=False)
-    with pytest.raises(InputError, match="the trajectories have classes, and this student takes none: record them without"):
-        distill(data, tiny_student(), config, tmp_path / "out", method=method, progress=False)
+@pytest.mark.parametrize(("method", "config"), [("pairs", PairsConfig(batch_size=2)), ("adv-kd", SMALL)])
+def test_students_of_other_classes_are_refused(method, config, labelled, trajectories, tmp_path):
+    for data, classes, message in (
+        (labelled, (), "the trajectories have classes and the student knows none: begin with a fresh one by --preset"),
+        (trajectories, ("a",), "the student has classes and the trajectories have none: record them with --classes all"),
+        (labelled, ("a", "b", "c"), "the trajectories' classes are c, a, the student's a, b, c: record those of the student"),
+        (labelled, ("a",), "the trajectories' classes are c, a, the student's a: "),
+        (labelled, ("c", "b"), "the trajectories' classes are c, a, the student's c, b: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            distill(data, tiny_student(classes=classes), config, tmp_path / "out", method=method, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_by_the_names_of_a_student(both):
+    rows = [26, 0, 21, 22]
+    by_name = both.labels(rows, ("a", "b", "c")), both.labels(rows, ["c", "a"])
+    assert torch.equal(by_name[0], both.labels(rows)) and torch.equal(by_name[1], (both.labels(rows) == 0).long())
+    assert by_name[1].dtype == torch.int64
+    with pytest.raises(InputError, match="class 'a' of the samples is not one of b, c"):
+        both.labels(rows, ("b", "c"))
+    assert both.labels([row for row in rows if both.labels([row]) == 2], ("b", "c")).tolist() == [1, 1], "only c among these"
+
+
+def test_a_class_that_is_named_twice_is_one_of_the_students(told, tmp_path):
+    """Naming it twice gives it two of three samples."""
+    data = Trajectories(record_trajectories(told, tiny_recording(num=12, classes="c,c,a"), tmp_path / "t", progress=False))
+    assert data.info.student_classes == ("c", "a") and data.info.class_names == ["c", "c", "a"]
+    assert data.labels(range(6), data.info.student_classes).tolist() == [0, 0, 1] * 2
+    trained = distill(data, tiny_student(classes=("c", "a")), SMALL, tmp_path / "out", progress=False)
+    assert trained.class_names == ("c", "a")
+
+
+def test_pairs_made_while_training_have_classes(told, labelled, tmp_path):
+    """Of the recording's classes and guidance; a run that goes on behind a kill equals one that was not killed."""
+    config = replace(SMALL, updates=(4,), grow=7, grow_every=2, checkpoint_every=3)
+    start = {"classes": ("a", "c")}
+    whole = distill(labelled, tiny_student(**start), config, tmp_path / "whole", progress=False, teacher=told)
+    (grown,) = (tmp_path / "whole" / "trajectories").iterdir()
+    data = Trajectories(labelled, grown)
+    assert data.parts[1] == {"seed": 0, "start": 27, "num": 7} and data.info.guidance == 1.5
+    assert data.labels(range(22, 29)).tolist() == [[2, 0][(27 + i) % 2] for i in range(7)]
+    run = Distiller(Trajectories(labelled), tiny_student(**start), config, tmp_path / "cut", progress=False, teacher=told)
+    step, done = run.step, []
+
+    def killed():
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step()
+
+    run.step = killed
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    resumed = distill(labelled, tiny_student(**start), config, tmp_path / "cut", True, progress=False, teacher=told)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_a_students_record_has_classes_and_guidance(labelled, trajectories, tmp_path):
+    distill(labelled, tiny_student(classes=("c", "a")), SMALL, tmp_path / "told", progress=False)
+    distill(trajectories, tiny_student(), SMALL, tmp_path / "plain", progress=False)
+    told, plain = (json.loads((tmp_path / name / "training.json").read_text())["runs"][0] for name in ("told", "plain"))
+    assert (told["classes"], told["guidance"]) == ("c,a", 1.5) and not {"classes", "guidance"} & set(plain)
+    assert told["cost"]["forward"] - plain["cost"]["forward"] == 22 * 2 * 10 - 24 * 10, "guided paths cost twice"
