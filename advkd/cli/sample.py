@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..data.labels import labels_in_turn
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.guidance import class_numbers, labels_in_turn
+from ..diffusion.guidance import class_numbers
 from ..diffusion.solvers import Solver
 from ..diffusion.students import generator_classes, student_class
 from ..diffusion.teacher import Teacher

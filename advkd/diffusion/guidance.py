@@ -294,23 +294,6 @@ def named_classes(owner: str, names: Sequence[str], classes: str) -> list[int]:
     return [list(names).index(part) for part in chosen]
 
 
-def labels_in_turn(classes: Sequence[int], start: int, n: int) -> torch.Tensor | None:
-    """Classes of samples ``start .. start + n - 1``: sample i has ``classes[i mod K]``, a function of its index alone.
-
-    Args:
-        classes: K numbers of classes.
-        start: index of the first sample.
-        n: number of samples.
-
-    Returns:
-        ``(n,)`` int64 on the CPU; None where ``classes`` is empty.
-    """
-    if not classes:
-        return None
-    turns = torch.arange(start, start + n, device="cpu") % len(classes)
-    return torch.tensor(classes, dtype=torch.int64, device="cpu")[turns]
-
-
 def classifier_free(
     network: Callable[..., torch.Tensor], guidance: torch.Tensor, null: int
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:

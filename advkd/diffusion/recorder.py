@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
+from ..data.labels import labels_in_turn
 from ..data.levels import downsample, resolutions, supervising_timesteps
 from ..data.shards import SHARED_INFO, finish, is_of_older_version, missing_shards
 from ..data.trajectories import shard_path
@@ -30,7 +31,7 @@ from ..runtime.folders import held, locked, require_output_folder
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
-from .guidance import ALL, class_numbers, classes_of, labels_in_turn
+from .guidance import ALL, class_numbers, classes_of
 from .solvers import Solver
 from .teacher import Teacher
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..diffusion.guidance import class_numbers, classes_of, labels_in_turn
+from ..data.labels import labels_in_turn
+from ..diffusion.guidance import class_numbers, classes_of
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError

@@ -5,6 +5,7 @@ import operator
 import threading
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,12 +91,12 @@ def fold(convolution: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.T
         CannotFoldError: see :func:`require_foldable`.
     """
     require_foldable(convolution, norm)
-    weight, bias = _tensors(convolution, "weight", "bias")
+    weight, bias = tensors_of(convolution, "weight", "bias")
     dtype, weight = weight.dtype, weight.detach().double()
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias.detach().double()
     if isinstance(norm, nn.Identity):
         return weight.to(dtype), bias.to(dtype)
-    gamma, beta, mean, variance = _tensors(norm, *NORMS_TENSORS)
+    gamma, beta, mean, variance = tensors_of(norm, *NORMS_TENSORS)
     scale = torch.rsqrt(variance.double() + norm.eps)
     if gamma is not None:
         scale = gamma.detach().double() * scale
@@ -165,13 +166,13 @@ NORMS_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 def read_by_fold(convolution: nn.Module, norm: nn.Module) -> tuple[tuple, list[torch.Tensor]]:
     """The inputs of :func:`fold`: a tuple of everything but tensors, and a list of the tensors."""
-    tensors, eps = _tensors(convolution, "weight", "bias"), None
+    tensors, eps = tensors_of(convolution, "weight", "bias"), None
     if isinstance(norm, _BatchNorm):
-        tensors, eps = [*tensors, *_tensors(norm, *NORMS_TENSORS)], norm.eps
+        tensors, eps = [*tensors, *tensors_of(norm, *NORMS_TENSORS)], norm.eps
     return (type(norm), eps, *[tensor is None for tensor in tensors]), [tensor for tensor in tensors if tensor is not None]
 
 
-def _tensors(module, *names):
+def tensors_of(module: nn.Module, *names: str) -> list[Any]:
     """Attributes of a module, from its dictionaries where those have them: asking the module takes three times as long."""
     own = vars(module)
     known = own["_parameters"] | own["_buffers"]

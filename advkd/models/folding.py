@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..ops.conv_layer import ConvLayer
-from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, unwrapped
+from .batch_norm import CannotFoldError, fold, geometry, has_own_code, read_by_fold, require_foldable, tensors_of, unwrapped
 
 GEOMETRIES = tuple(((3, 3), (1, 1), padding, (1, 1), 1, "zeros") for padding in ((1, 1), "same"))
 """The form of every convolution of an engine, as :func:`advkd.models.batch_norm.geometry` gives it."""
@@ -46,6 +46,8 @@ def read_by_fusing(student: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """
     stages = require_fusable(student)
     described, tensors = [*vars(student.config).values(), student.submodules[0].slope], []
+    if student.config.classes:
+        tensors.append(folded_embedding(student))
     described += [block.upsample for block in student.submodules]
     for stage in stages:
         own, parts = read_by_fold(*stage)
@@ -68,6 +70,22 @@ def folded(student: Any, layers: Sequence[ConvLayer]) -> list[tuple[torch.Tensor
         if weight.shape != expected:
             raise CannotFoldError(f"convolution {i} must have weights {expected}, got {tuple(weight.shape)}")
     return pairs
+
+
+def folded_embedding(student: Any) -> torch.Tensor:
+    """The features of a conditional student's classes, ``(classes, class_channels * 16)``: its embedding's weight.
+
+    Raises:
+        CannotFoldError: an embedding with code of its own, one that scales its rows when it is called, or one of another shape.
+    """
+    config, module = student.config, unwrapped(student.embedding)
+    if has_own_code(module, nn.Embedding) or module.max_norm is not None:
+        raise CannotFoldError(f"an embedding with hooks, code or a max_norm of its own cannot be fused, got {module}")
+    (weight,) = tensors_of(module, "weight")
+    if weight.shape != (len(config.classes), 16 * config.class_channels):
+        expected = f"({len(config.classes)}, {16 * config.class_channels})"
+        raise CannotFoldError(f"the embedding of the classes must have weights {expected}, got {tuple(weight.shape)}")
+    return weight
 
 
 def _has_own_code(part):

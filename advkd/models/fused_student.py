@@ -1,14 +1,14 @@
 """The student as it is used: batch norm folded into the convolutions, terminal modules gone, the whole network one engine."""
 
-import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from ..data.pictures import to_uint8
+from ..data.labels import labels_in_turn
 from ..engines.base import Engine, Options
 from ..engines.cpu import CpuEngine
 from ..engines.gpu import GpuEngine
@@ -21,11 +21,14 @@ from ..ops.conv_block import require_finite
 from ..ops.latents import latent_numel, latent_parts
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
+from ..ops.student_forward import require_latents
 from ..runtime.devices import to_host
 from ..runtime.ranges import named
-from .folding import folded, require_fusable
+from .classes import Conditional, Labels, flat_join, require_labels, turns
+from .folding import folded, folded_embedding, require_fusable
 from .saving import PretrainedModule
 from .shape import DTYPES, FusedStudentConfig, StudentConfig, batches, convolutions, gather
+from .streaming import fitting, form_of
 
 ENGINES: dict[str, type[Engine]] = {
     "reference": ReferenceEngine,
@@ -35,16 +38,13 @@ ENGINES: dict[str, type[Engine]] = {
 }
 """The engine of each backend."""
 
-STREAMED = {torch.float32: torch.Tensor.float, torch.uint8: to_uint8}
-"""How :meth:`FusedStudent.stream` hands images out."""
-
 
 def _prepare_loaded(module, incompatible_keys):
     # Pickled modules refer to this function by its name.
     module._prepare()
 
 
-class FusedStudent(PretrainedModule):
+class FusedStudent(Conditional, PretrainedModule):
     """A student for sampling only. Made by :meth:`Student.fuse`, or loaded by :meth:`from_pretrained`.
 
     Its dtype is chosen when it is made; ``to(device)``, copies, pickles and ``load_state_dict`` work. Weights are packed then:
@@ -63,7 +63,8 @@ class FusedStudent(PretrainedModule):
         dtype: of activations and images.
         layers: the :class:`advkd.ops.conv_layer.ConvLayer` of each convolution, in order.
         latent_parts: ``[(channels, side), ...]``, the parts of a flat latent in order.
-        latent_numel: elements of one latent z.
+        latent_numel: elements of one latent z, the noise alone.
+        embedding: of a student with classes, ``(classes, class_channels * 16)``.
         engine: the :class:`advkd.engines.base.Engine` that computes.
 
     Examples:
@@ -76,6 +77,7 @@ class FusedStudent(PretrainedModule):
     config_class = FusedStudentConfig
     config: FusedStudentConfig
     engine: Engine
+    embedding: torch.Tensor
     weight0: torch.Tensor
     tune, mixed = False, True
     """True if plans for GPUs are measured, and if they may take kernels of both GPU backends."""
@@ -93,6 +95,8 @@ class FusedStudent(PretrainedModule):
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"weight{i}", torch.empty(layer.c_out, layer.c_in, 3, 3, dtype=wide))
             self.register_buffer(f"bias{i}", torch.empty(layer.c_out, dtype=wide))
+        if config.classes:
+            self.register_buffer("embedding", torch.empty(len(config.classes), 16 * config.class_channels, dtype=wide))
         self.register_load_state_dict_post_hook(_prepare_loaded)
 
     @classmethod
@@ -130,6 +134,8 @@ class FusedStudent(PretrainedModule):
         for i, (weight, bias) in enumerate(folded(student, module.layers)):
             module._weight(i).copy_(weight)
             module._bias(i).copy_(bias)
+        if config.classes:
+            module.embedding.copy_(folded_embedding(student))
         if tune:
             config.algorithms = ENGINES[chosen].search(module.layers, dtype)
         return module._prepare()
@@ -164,6 +170,8 @@ class FusedStudent(PretrainedModule):
         self.backend = _choose(self.backend, self.layers, self.dtype, self.weight0.device)
         for i in range(len(self.layers)):
             require_finite(**{f"the weight of convolution {i}": self._weight(i), f"the bias of convolution {i}": self._bias(i)})
+        if self.config.classes:
+            require_finite(**{"the embedding": self.embedding})
         self.engine = self._make_engine(ENGINES[self.backend])
         self.config.algorithms = self.engine.options.algorithms
         for i, (weight, bias) in enumerate(zip(self.engine.weights, self.engine.biases, strict=True)):
@@ -225,23 +233,34 @@ class FusedStudent(PretrainedModule):
         return philox_normal(seed, indices, (self.latent_numel,), stream="z")
 
     @torch.no_grad()
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Images of latents.
 
         Args:
             z: ``(N, latent_numel)``, any floating-point dtype of the ops, on the engine's device.
+            labels: ``(N,)`` int64 class numbers on the engine's device; None: the student has no classes.
 
         Returns:
             ``(N, C, S, S)`` in [-1, 1], in the engine's dtype, on its device and without a gradient.
 
         Raises:
-            InputError: a ``z`` of another shape, device or kind of dtype.
+            InputError: a ``z`` of another shape, device or kind of dtype, or labels as :meth:`Student.forward` refuses them.
         """
         require_floating("z", z)
-        return self.engine(z)
+        require_labels(labels, self.class_names, z)
+        if labels is None:
+            return self.engine(z)
+        require_latents(z, self.latent_numel, self.weight0.device)
+        return self.engine(self._joined(z, labels))
 
     def stream(
-        self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        seed: int = 0,
+        batch_size: int = 64,
+        start: int = 0,
+        dtype: torch.dtype = torch.float32,
+        labels: Labels = None,
     ) -> Iterator[torch.Tensor]:
         """An iterator over the images of :meth:`sample`, about ``batch_size`` at a time; memory does not grow with ``n``.
 
@@ -254,12 +273,13 @@ class FusedStudent(PretrainedModule):
             batch_size: images that are drawn at a time.
             start: index of the first image.
             dtype: float32: ``(batch, C, S, S)`` in [-1, 1]; uint8: ``(batch, S, S, C)`` in 0 .. 255, as pictures are stored.
+            labels: classes that images take in turn by their index, as for :meth:`Student.sample`.
 
         Returns:
             An iterator over tensors on the CPU.
 
         Raises:
-            InputError: a number out of its range or another dtype, at the call.
+            InputError: a number out of its range, another dtype, or labels of an unconditional student, at the call.
             torch.OutOfMemoryError: half a batch does not fit either, while images are taken.
 
         Examples:
@@ -269,10 +289,10 @@ class FusedStudent(PretrainedModule):
             [4, 4, 2]
         """
         start = whole("start", start)
-        return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype)
+        return self.draw(((start + first, count) for first, count in batches(n, batch_size)), seed, dtype, labels)
 
     def draw(
-        self, parts: Iterable[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float32
+        self, parts: Iterable[tuple[int, int]], seed: int = 0, dtype: torch.dtype = torch.float32, labels: Labels = None
     ) -> Iterator[torch.Tensor]:
         """:meth:`stream` of chosen images: ``parts`` are ``(first, count)``, drawn one after the other.
 
@@ -282,55 +302,33 @@ class FusedStudent(PretrainedModule):
             parts: pairs of the first image's index and the number of images.
             seed: int in [0, 2^64) of the latents.
             dtype: float32 or uint8, as for :meth:`stream`.
+            labels: as for :meth:`stream`.
 
         Returns:
             An iterator over tensors on the CPU, one for each part (several for a part that had to be halved).
 
         Raises:
-            InputError: another dtype or a seed out of its range, at the call.
+            InputError: another dtype, a seed out of its range or labels of an unconditional student, at the call.
             torch.OutOfMemoryError: as for :meth:`stream`.
         """
-        if not isinstance(dtype, torch.dtype) or dtype not in STREAMED:
-            raise InputError(f"dtype must be one of {', '.join(map(str, STREAMED))}, got {dtype}")
-        seed = whole("seed", seed, 0, 2**64)
-        pieces = (STREAMED[dtype](images) for images in self._drawn(parts, seed))
-        return to_host(pieces, self.weight0.device)
+        form, seed = form_of(dtype), whole("seed", seed, 0, 2**64)
+        device, size = self.weight0.device, self.config.image_size
+        numbers = torch.tensor(turns(labels, self.class_names), dtype=torch.int64, device=device)
+        what = f"images of {size}x{size} do not fit the memory of {device}"
+        drawn = fitting(partial(self._draw, seed, numbers), parts, self._forget, what)
+        return to_host(map(form, drawn), device)
 
-    def _drawn(self, parts, seed):
-        """Batches of images on the engine's device."""
-        most = math.inf
-        for first, count in parts:
-            last = first + count
-            while True:
-                taken = min(last - first, most)
-                images = self._try(taken, seed, first)
-                if images is None:
-                    most = self._halved(taken, most)
-                    continue
-                yield images
-                first += taken
-                if first == last:
-                    break
+    def _draw(self, seed, numbers, first, count):
+        """A batch of images on the engine's device, which take the class ``numbers`` in turn."""
+        with named("latents"):
+            z = self.latents(count, seed, first)
+        with named("student"):
+            labels = labels_in_turn(numbers, first, count)
+            # Numbers in turn are known to fit: a look at them would wait for the device.
+            return self(z) if labels is None else self.engine(self._joined(z, labels))
 
-    def _halved(self, count, most):
-        """How many images a batch may have, as ``count`` do not fit; an error where they have been halved (``most``) before."""
-        if most < math.inf or count == 1:
-            text = f"{count} images of {self.config.image_size}x{self.config.image_size} do not fit the memory of"
-            raise torch.OutOfMemoryError(f"out of memory: {text} {self.weight0.device}: lower batch_size")
-        half = -(-count // 2)
-        warnings.warn(f"out of memory with batches of {count} images: going on with {half}", stacklevel=3)
-        self._forget()
-        return half
-
-    def _try(self, count, seed, first):
-        """Images, or None where they do not fit: then nothing of the attempt keeps memory, its traceback neither."""
-        try:
-            with named("latents"):
-                z = self.latents(count, seed, first)
-            with named("student"):
-                return self(z)
-        except torch.OutOfMemoryError:
-            return None
+    def _joined(self, z, labels):
+        return flat_join(z, self.latent_parts, F.embedding(labels, self.embedding))
 
     def _forget(self):
         """Give a GPU's graphs and cached memory back."""
@@ -338,7 +336,7 @@ class FusedStudent(PretrainedModule):
         if self.weight0.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
+    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0, labels: Labels = None) -> torch.Tensor:
         """Images of a seed.
 
         Batches are written straight into the result: beside it this takes one batch of images (two on a GPU) and
@@ -349,15 +347,16 @@ class FusedStudent(PretrainedModule):
             seed: int in [0, 2^64) of the latents.
             batch_size: images that are drawn at a time.
             start: index of the first image.
+            labels: as for :meth:`stream`.
 
         Returns:
             ``(n, C, S, S)`` float32 in [-1, 1] on the CPU; image i is that of index ``start + i``.
 
         Raises:
-            InputError: a number out of its range.
+            InputError: a number out of its range, or labels of an unconditional student.
             torch.OutOfMemoryError: as for :meth:`stream`.
         """
-        return gather(self.stream(n, seed, batch_size, start), n, self.config)
+        return gather(self.stream(n, seed, batch_size, start, labels=labels), n, self.config)
 
     def memory(self, batch_size: int = 1) -> dict[str, int]:
         """Bytes that the engine takes beside latents and images, on a CPU for torch's current number of threads.

@@ -1,6 +1,7 @@
 """The shape of a student: its configuration, its convolutions, and how many images it draws at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ class StudentConfig:
         latent_size: m, the latent is ``(C m m, 4, 4)``; 1 to S / 4.
         detail_noise: feed the Haar detail bands of the noise before each up-sampling (latent_size must be 1).
         slope: of LeakyReLU, in [0, 1).
+        classes: names of the classes that the student is told, unique and at most 2^16; empty: it takes none.
+        class_channels: features of a class's learned embedding at 4x4, 1 to 2^16; without classes they have no effect.
 
     Raises:
         InputError: a value out of its range or of another type; it is named.
@@ -42,9 +45,16 @@ class StudentConfig:
     latent_size: int = 4
     detail_noise: bool = False
     slope: float = 0.2
+    classes: tuple[str, ...] = ()
+    class_channels: int = 8
+
+    @property
+    def class_features(self) -> int:
+        """Input channels of the first convolution that belong to the class; 0 without classes."""
+        return self.class_channels if self.classes else 0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "latent_size"):
+        for name in ("image_size", "image_channels", "latent_size", "class_channels"):
             setattr(self, name, _integer(name, getattr(self, name)))
         # Products of larger ones are no sizes of tensors.
         if not isinstance(self.channels, (tuple, list)) or any(
@@ -63,6 +73,9 @@ class StudentConfig:
             raise InputError(f"image_size must be at most 2^20, got {self.image_size}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
+        self.classes = _names(self.classes)
+        if not 1 <= self.class_channels <= 2**16:
+            raise InputError(f"class_channels must be 1 to 2^16, got {self.class_channels}")
 
 
 def _integer(name, value):
@@ -72,11 +85,26 @@ def _integer(name, value):
     return whole(name, value, -math.inf, math.inf)
 
 
+def _names(classes):
+    """Names of classes as a tuple."""
+    if not isinstance(classes, (tuple, list)) or not all(isinstance(name, str) and name for name in classes):
+        raise InputError(f"classes must be names, texts that are not empty, got {classes!r}")
+    if len(classes) > 2**16:
+        raise InputError(f"classes must be at most 2^16 names, got {len(classes)}")
+    if len(set(classes)) < len(classes):
+        raise InputError(f"classes must have names of their own, got {Counter(classes).most_common(1)[0][0]!r} twice")
+    return tuple(classes)
+
+
 PRESETS = {
     "paper-256": StudentConfig(),
     "pyramid-256": StudentConfig(channels=(144, 144, 144, 144, 128, 128, 64, 64, 48, 48, 32, 32)),
     "digits": StudentConfig(
         image_size=32, image_channels=1, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
+    ),
+    # Its classes are those of a run's trajectories.
+    "glyphs": StudentConfig(
+        image_size=32, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=1, detail_noise=True
     ),
 }
 
@@ -112,7 +140,7 @@ def convolutions(config: StudentConfig) -> list[ConvLayer]:
     """The :class:`ConvLayer` of every convolution of a student, in order."""
     parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
     details = {side: channels for channels, side in parts[1:]}
-    layers, features, previous = [], parts[0][0], 4
+    layers, features, previous = [], parts[0][0] + config.class_features, 4
     for channels, side in zip(config.channels, resolutions(config.image_size, len(config.channels)), strict=True):
         upsample = side > previous
         detail = details.get(previous, 0) if upsample else 0

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.labels import labels_in_turn
 from ..data.levels import resolutions
 from ..errors import InputError
 from ..ops import philox_normal
 from ..ops.arguments import whole
-from ..ops.latents import latent_numel, latent_parts, project, split_latent
+from ..ops.latents import latent_numel, latent_parts, project
 from ..ops.layout import require_floating
 from ..ops.philox import indices_of
 from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
+from .classes import Conditional, Labels, join_class, require_labels, turns
 from .fused_student import FusedStudent
 from .saving import PretrainedModule
 from .shape import PRESETS, StudentConfig, batches, gather
@@ -47,11 +49,12 @@ class Submodule(nn.Module):
         return normalize(self.norm2, self.convolution2(x), self.slope, upsample)
 
 
-class Student(PretrainedModule):
+class Student(Conditional, PretrainedModule):
     """Network that makes an image of low-dimensional noise in one pass.
 
     ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
-    training only: :meth:`fuse` drops them. ``Student.from_pretrained`` loads a student in eval mode, by an embedded name
+    training only: :meth:`fuse` drops them. A student with classes is told one for each latent, by its number, and has their
+    embedding. ``Student.from_pretrained`` loads a student in eval mode, by an embedded name
     (``digits``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor or
     :meth:`from_preset` is in training mode: its batch norm takes the statistics of each batch until ``eval()``.
 
@@ -62,6 +65,7 @@ class Student(PretrainedModule):
         config: the student's shape.
         resolutions: side of each submodule's image in pixels, R_1 .. R_depth.
         latent_parts: ``[(channels, side), ...]``, the parts of a flat latent in order.
+        embedding: of a student with classes, an ``nn.Embedding`` of ``class_channels`` maps of 4x4 a class.
 
     Examples:
         >>> student = Student.from_pretrained("digits")
@@ -74,6 +78,7 @@ class Student(PretrainedModule):
     training_keys = ("samples", "runs")
     folded_forward = True
     config: StudentConfig
+    embedding: nn.Embedding
 
     @staticmethod
     def is_record(record: dict[str, Any]) -> bool:
@@ -99,7 +104,7 @@ class Student(PretrainedModule):
         self.resolutions = sides
         self.latent_parts = latent_parts(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
         detail = dict(zip((side for _, side in self.latent_parts[1:]), (c for c, _ in self.latent_parts[1:])))
-        blocks, features, previous = [], self.latent_parts[0][0], 4
+        blocks, features, previous = [], self.latent_parts[0][0] + config.class_features, 4
         for out_channels, side in zip(config.channels, sides, strict=True):
             upsample = side > previous
             features += detail.get(previous, 0) if upsample else 0
@@ -109,6 +114,10 @@ class Student(PretrainedModule):
         terminals = [nn.Conv2d(c, config.image_channels, 3, padding=1) for c in config.channels[:-1]]
         self.terminals = nn.ModuleList(terminals)
         self.head = nn.Conv2d(features, config.image_channels, 3, padding=1)
+        if config.classes:
+            # Numbers come with the others': the module's own would be drawn before them.
+            weight = torch.empty(len(config.classes), 16 * config.class_channels)
+            self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
         self._initialize()
 
     @classmethod
@@ -116,7 +125,7 @@ class Student(PretrainedModule):
         """A student of a known shape with fresh weights.
 
         Args:
-            name: ``paper-256``, ``pyramid-256`` or ``digits``.
+            name: ``paper-256``, ``pyramid-256``, ``digits`` or ``glyphs``, none of them with classes.
 
         Returns:
             Student in training mode, in torch's default dtype and on its default device; its weights are drawn from torch's
@@ -136,7 +145,7 @@ class Student(PretrainedModule):
 
     @property
     def latent_numel(self) -> int:
-        """Elements of one latent z."""
+        """Elements of one latent z, the noise alone."""
         config = self.config
         return latent_numel(config.image_channels, config.image_size, config.latent_size, config.detail_noise)
 
@@ -147,6 +156,7 @@ class Student(PretrainedModule):
             terminals: count the terminal modules too, which exist for training only.
         """
         kept = [self.submodules, self.head, *([self.terminals] if terminals else [])]
+        kept += [self.embedding] if self.num_classes else []
         return sum(p.numel() for module in kept for p in module.parameters())
 
     def latents(self, n: int, seed: int = 0, start: int = 0, device: str | torch.device | None = None) -> torch.Tensor:
@@ -182,7 +192,7 @@ class Student(PretrainedModule):
         """
         return project(x_T, self.config.latent_size, self.config.detail_noise)
 
-    def forward(self, z: torch.Tensor, levels: Iterable[int] | None = None) -> Any:
+    def forward(self, z: torch.Tensor, levels: Iterable[int] | None = None, labels: torch.Tensor | None = None) -> Any:
         """Images of latents.
 
         Differentiable any number of times in eval mode, once in training mode (:func:`advkd.ops.norm_act`).
@@ -190,6 +200,7 @@ class Student(PretrainedModule):
         Args:
             z: ``(N, latent_numel)`` in the weights' dtype, on the student's device.
             levels: a collection of k in 1 .. depth, the submodules whose images are wanted; None: the last one's alone.
+            labels: ``(N,)`` int64 class numbers on the student's device; None: the student has no classes.
 
         Returns:
             ``(N, C, S, S)`` in [-1, 1]. With ``levels`` a dict ``{k: image of submodule k}``, ``(N, C, R_k, R_k)`` each; images
@@ -197,7 +208,8 @@ class Student(PretrainedModule):
             not run.
 
         Raises:
-            InputError: a ``z`` of another shape, on another device or without a floating-point dtype.
+            InputError: a ``z`` of another shape, on another device or without a floating-point dtype; labels of an
+                unconditional student, none of a conditional one, or such as are no class numbers of these latents.
         """
         require_floating("z", z)
         # Any layer may have been replaced by a module of another kind.
@@ -206,7 +218,8 @@ class Student(PretrainedModule):
             raise InputError(f"z must be on {device} like the student, got {z.device}")
         depth = len(self.submodules)
         wanted = {depth} if levels is None else set(levels)
-        details = split_latent(z, self.latent_parts)
+        require_labels(labels, self.class_names, z)
+        details = join_class(z, self.latent_parts, None if labels is None else self.embedding(labels))
         outputs, x, upsampled = {}, details.pop(0), False
         blocks = self.submodules[: max(wanted)]
         for k, block in enumerate(blocks, 1):
@@ -219,16 +232,17 @@ class Student(PretrainedModule):
                 outputs[k] = torch.tanh(self.head(x)) if k == depth else self.terminals[k - 1](x)
         return outputs[depth] if levels is None else outputs
 
-    def levels(self, z: torch.Tensor) -> list[torch.Tensor]:
+    def levels(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Images of all submodules.
 
         Args:
             z: ``(N, latent_numel)`` in the weights' dtype, on the student's device.
+            labels: as for :meth:`forward`.
 
         Returns:
             List of ``(N, C, R_k, R_k)`` for k = 1 .. depth, as :meth:`forward` gives them.
         """
-        outputs = self(z, levels=range(1, self.depth + 1))
+        outputs = self(z, levels=range(1, self.depth + 1), labels=labels)
         return [outputs[k] for k in sorted(outputs)]
 
     def fuse(self, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True) -> FusedStudent:
@@ -253,7 +267,7 @@ class Student(PretrainedModule):
         return FusedStudent.from_student(self, backend, dtype, tune)
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0) -> torch.Tensor:
+    def sample(self, n: int, seed: int = 0, batch_size: int = 64, start: int = 0, labels: Labels = None) -> torch.Tensor:
         """Images of a seed by the student's own modules; :meth:`fuse` draws faster.
 
         In eval mode no image depends on ``batch_size``. In training mode batch norm takes each batch's statistics and moves its
@@ -264,17 +278,24 @@ class Student(PretrainedModule):
             seed: int in [0, 2^64) of the latents.
             batch_size: images that are drawn at a time.
             start: index of the first image; image i of a seed is always the same.
+            labels: number of a class, or a sequence that images take in turn by their index: image i of K numbers has
+                ``labels[i % K]``. None: every class of the student in turn.
 
         Returns:
             ``(n, C, S, S)`` float32 in [-1, 1] on the CPU.
 
         Raises:
-            InputError: a number out of its range.
+            InputError: a number out of its range, or labels of an unconditional student.
         """
         seed = whole("seed", seed, 0, 2**64)
         parts, dtype, start = batches(n, batch_size), next(self.parameters()).dtype, whole("start", start)
-        pieces = (self(self.latents(count, seed, start + first).to(dtype)).cpu() for first, count in parts)
-        return gather(pieces, n, self.config)
+        numbers = torch.tensor(turns(labels, self.class_names), dtype=torch.int64, device=next(self.parameters()).device)
+
+        def draw(first, count):
+            z = self.latents(count, seed, first).to(dtype)
+            return self(z, labels=labels_in_turn(numbers, first, count))
+
+        return gather((draw(start + first, count).cpu() for first, count in parts), n, self.config)
 
     def _initialize(self):
         if self.head.weight.is_meta:
@@ -287,3 +308,5 @@ class Student(PretrainedModule):
                     nn.init.zeros_(module.bias)
         for terminal in (*self.terminals, self.head):
             nn.init.normal_(terminal.weight, std=1 / math.sqrt(9 * terminal.in_channels))
+        if self.num_classes:
+            nn.init.normal_(self.embedding.weight)

@@ -331,13 +331,15 @@ def test_parts_are_taken_when_they_are_drawn():
 
 def test_a_batch_that_does_not_fit_is_halved_once(monkeypatch):
     fused = tiny_student().fuse(tune=False)
-    draw, tried, most = fused._try, [], 4
+    draw, tried, most = fused._draw, [], 4
 
-    def attempt(count, seed, first):
+    def attempt(seed, labels, first, count):
         tried.append((first, count))
-        return draw(count, seed, first) if count <= most else None
+        if count > most:
+            raise torch.OutOfMemoryError
+        return draw(seed, labels, first, count)
 
-    monkeypatch.setattr(fused, "_try", attempt)
+    monkeypatch.setattr(fused, "_draw", attempt)
     with pytest.warns(UserWarning, match="out of memory with batches of 7 images: going on with 4"):
         pieces = list(fused.draw(iter([(0, 3), (3, 7), (10, 5)]), seed=5))
     assert tried == [(0, 3), (3, 7), (3, 4), (7, 3), (10, 4), (14, 1)]

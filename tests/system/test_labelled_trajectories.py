@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from advkd.data.dataset_info import LABELLED, DatasetInfo
+from advkd.data.labels import labels_in_turn
 from advkd.data.shards import manifest_of
 from advkd.data.sources import Recorded, RecordedPairs
 from advkd.data.trajectories import Trajectories
-from advkd.diffusion.guidance import class_numbers, labels_in_turn
+from advkd.diffusion.guidance import class_numbers
 from advkd.diffusion.loading import Classes
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher

@@ -1,0 +1,138 @@
+"""The classes of a conditional student: the labels that it takes, and how a class joins the latent.
+
+The features of a class at 4x4 follow those of the noise as further input channels of the first convolution: flat latents are
+``[4x4 part | class | detail parts]``. The convolutions of a conditional student differ from others by that number alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..ops.arguments import whole
+from ..ops.latents import split_latent
+from .shape import StudentConfig
+
+Labels = int | Sequence[int] | torch.Tensor | None
+"""Class numbers that images take in turn: one for all, several, or None for every class."""
+
+_SHOWN = 8
+"""Names of classes that an error lists."""
+
+
+class Conditional:
+    """The names of a student's classes, as its configuration has them."""
+
+    config: StudentConfig
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number; empty for an unconditional student."""
+        return self.config.classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional student."""
+        return len(self.config.classes)
+
+
+def join_class(z: torch.Tensor, parts: Sequence[tuple[int, int]], features: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The parts of latents as maps, the features of their classes behind the 4x4 part's channels.
+
+    Args:
+        z: ``(N, latent_numel)`` noise.
+        parts: ``[(channels, side), ...]``, the parts of the noise.
+        features: ``(N, class_channels * 16)``, one row of the embedding for each latent; None without classes.
+
+    Returns:
+        ``[(N, channels + class_channels, 4, 4), (N, channels, side, side), ...]``.
+
+    Raises:
+        InputError: a ``z`` of another shape.
+    """
+    pieces = split_latent(z, parts)
+    if features is not None:
+        pieces[0] = torch.cat((pieces[0], features.reshape(z.shape[0], -1, *pieces[0].shape[2:])), dim=1)
+    return pieces
+
+
+def flat_join(z: torch.Tensor, parts: Sequence[tuple[int, int]], features: torch.Tensor) -> torch.Tensor:
+    """:func:`join_class` as one flat latent, which engines take.
+
+    Args:
+        z: ``(N, latent_numel)`` noise.
+        parts: ``[(channels, side), ...]``, the parts of the noise.
+        features: ``(N, class_channels * 16)``.
+
+    Returns:
+        ``(N, latent_numel + class_channels * 16)``: ``[4x4 part | class | detail parts]``.
+    """
+    return torch.cat([piece.flatten(1) for piece in join_class(z, parts, features)], dim=1)
+
+
+def require_labels(labels: torch.Tensor | None, names: Sequence[str], z: torch.Tensor) -> None:
+    """Refuse labels that do not fit a student's classes or its latents.
+
+    Numbers are not looked at where they have none yet (in an export or a compilation) or cannot be read (while a CUDA graph is
+    captured).
+
+    Args:
+        labels: class numbers, or None.
+        names: names of the classes; empty for an unconditional student.
+        z: the latents ``(N, latent_numel)``.
+
+    Raises:
+        InputError: labels of an unconditional student, none of a conditional one, or others than ``(N,)`` int64 in range on
+            the latents' device.
+    """
+    if labels is None and not names:
+        return
+    _require_conditional(names)
+    if labels is None:
+        said = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        raise InputError(f"labels are missing: the student has classes ({said}); give the number of one for each latent")
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
+        raise InputError(f"labels must be an int64 tensor {tuple(z.shape[:1])}, one class number a latent, got {found}")
+    if labels.device != z.device:
+        raise InputError(f"labels must be on {z.device} like z, got {labels.device}")
+    if len(labels) and _are_known(labels):
+        least, most = (int(number) for number in labels.aminmax())
+        if not 0 <= least <= most < len(names):
+            raise InputError(f"labels must be in [0, {len(names)}), got {least} to {most}")
+
+
+def turns(labels: Labels, names: Sequence[str]) -> list[int]:
+    """The class numbers that images take in turn by their index.
+
+    Args:
+        labels: as :data:`Labels`.
+        names: names of the student's classes; empty for an unconditional one.
+
+    Returns:
+        Numbers; empty for an unconditional student.
+
+    Raises:
+        InputError: labels of an unconditional student, an empty sequence, or a number that is no class.
+    """
+    if labels is None:
+        return list(range(len(names)))
+    _require_conditional(names)
+    found: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    found = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
+    if not found:
+        raise InputError("labels must name a class, got an empty sequence: leave them out for every class in turn")
+    return [whole("labels", number, 0, len(names)) for number in found]
+
+
+def _require_conditional(names):
+    if not names:
+        raise InputError("labels: the student is unconditional; leave them out")
+
+
+def _are_known(labels):
+    """True for numbers that can be read now."""
+    if labels.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not labels.is_cuda or not torch.cuda.is_current_stream_capturing()
