@@ -28,7 +28,7 @@ from .features import build_extractor, extract, require_fit
 from .image_sets import eight_bit, gather, read_images, real_images, shuffled
 from .kept_images import Condition
 from .metrics import compare, frechet_floor
-from .taught import all_in_turn, taught
+from .taught import Lesson, all_in_turn, taught
 from .teacher_samples import kept_recording, recording_of
 
 REFERENCE_SEED = 1_000_001
@@ -334,26 +334,24 @@ def describe_models(
 ) -> dict[str, Any]:
     """Parameters, network evaluations and seconds per image (batches of ``n``), teacher and student in turn.
 
-    ``samples`` describes the teacher's run; None: DDIM with its usual steps, and the classes that the student was taught.
+    ``samples`` describes the teacher's run; None: the one that the student was taught.
     """
     z, labels, passes = fused.latents(n, REFERENCE_SEED), all_in_turn(student, n), 10
-    solver, steps, condition = "ddim", None, taught(student, teacher)
+    run = taught(student, teacher)
     if samples is not None:
-        solver, steps = samples.solver, samples.steps
-        condition = Condition(tuple(samples.class_numbers), samples.guidance)
+        run = Lesson(samples.solver, samples.steps, Condition(tuple(samples.class_numbers), samples.guidance))
 
     def draw():
         with named("student"):
             for _ in range(passes):
                 fused(z, labels)
 
-    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, solver, steps, **condition.arguments(n, 0)), "student": draw}
+    calls = {"teacher": lambda: teacher.sample(n, REFERENCE_SEED, **run.arguments(n)), "student": draw}
     times = measure(calls, repeats=5, device=z.device)
-    evaluations = len(teacher.timesteps(solver, steps)) * condition.passes(teacher)
     quick, slow = _each(times["student"], n * passes), _each(times["teacher"], n)
     return {
         "batch_size": n,
-        "teacher": {"parameters": teacher.num_parameters(), "evaluations": evaluations, "seconds": slow},
+        "teacher": {"parameters": teacher.num_parameters(), "evaluations": run.evaluations(teacher), "seconds": slow},
         "student": {"parameters": student.num_parameters(terminals=False), "evaluations": 1, "seconds": quick},
     }
 

@@ -91,7 +91,7 @@ def write_report(
     by_solver = read_solvers(solvers) if solvers else None
     if by_solver is not None and not same_teacher(by_solver["teacher"], teacher.identity()):
         raise InputError(f"solvers {solvers} is of another teacher: name that one by --teacher")
-    teacher.check_run(1, **taught(student, teacher).arguments(1, 0))
+    teacher.check_run(1, **taught(student, teacher).arguments(1))
     if conditional is not None or teacher.null_class is not None:
         require_guidance(conditional or teacher)
     out = require_output_folder(out)
@@ -148,7 +148,7 @@ def save_pictures(teacher: Teacher, student: Student, metrics: str | Path | None
     with named("fuse"):
         fused = student.fuse()
     save_grid(fused.sample(64, seed=FRESH_SEED), out / "student_samples.png")
-    evaluations = len(teacher.timesteps("ddim")) * taught(student, teacher).passes(teacher)
+    evaluations = taught(student, teacher).evaluations(teacher)
     captions = {
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one. "
         + UNSEEN[has_seen(student.training_record, {"seed": FRESH_SEED, "start": 0, "num": 12})],
@@ -181,7 +181,7 @@ def save_teacher_pictures(solvers: dict | None, teacher: Teacher, out: str | Pat
 def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int = 12, seed: int = FRESH_SEED) -> None:
     """Write teacher and student side by side, from the same noise."""
     x_T = teacher.noise(n, seed)
-    x_0 = teacher.sample(n, seed, **taught(student, teacher).arguments(n, 0))
+    x_0 = teacher.sample(n, seed, **taught(student, teacher).arguments(n))
     with named("student"), torch.no_grad():
         drawn = student(student.project(x_T), labels=all_in_turn(student, n))
     save_pairs(x_0, drawn, path)
@@ -189,9 +189,9 @@ def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int =
 
 def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: int = FRESH_SEED) -> None:
     """Write the strip of all levels beneath what they learned of the teacher, from one noise."""
-    x_T = teacher.noise(1, seed)
-    states = dict(teacher.path(x_T, "ddim", **taught(student, teacher).arguments(1, 0)))
-    timesteps = supervising_timesteps("ddim", student.depth, [int(t) for t in states], teacher.train_timesteps)
+    x_T, lesson = teacher.noise(1, seed), taught(student, teacher)
+    states = dict(teacher.path(x_T, **lesson.arguments(1)))
+    timesteps = supervising_timesteps(lesson.solver, student.depth, [int(t) for t in states], teacher.train_timesteps)
     shown: list[int | None] = [*timesteps, None]
     if learned_image(student):
         timesteps, shown = [min(states)] * len(timesteps), [None] * len(shown)

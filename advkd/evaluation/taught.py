@@ -1,30 +1,64 @@
 """What a generator student was taught, of which pictures and evaluations draw the teacher's counterpart."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..diffusion.guidance import labels_in_turn
+from ..data.labels import labels_in_turn
+from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
 from ..models.student import Student
 from .kept_images import NO_CLASS, Condition
 
 
-def taught(student: Student, teacher: Teacher) -> Condition:
-    """Condition of the teacher's images beside a student's.
+@dataclass(frozen=True)
+class Lesson:
+    """The teacher's run that made the images which a student learned.
+
+    Attributes:
+        solver: name of the solver.
+        steps: its steps; None: the solver's usual number.
+        condition: classes that the images take in turn, and guidance towards them.
+    """
+
+    solver: str = "ddim"
+    steps: int | None = None
+    condition: Condition = NO_CLASS
+
+    def arguments(self, count: int, first: int = 0) -> dict[str, Any]:
+        """Arguments of the teacher's ``sample`` and ``path`` for images ``first .. first + count - 1``."""
+        return {"solver": self.solver, "steps": self.steps, **self.condition.arguments(count, first)}
+
+    def evaluations(self, teacher: Teacher) -> int:
+        """Network evaluations of an image.
+
+        Args:
+            teacher: the teacher that draws it.
+        """
+        steps = len(teacher.timesteps(self.solver, self.steps))
+        return Solver(self.solver).evaluations(steps) * self.condition.passes(teacher)
+
+
+def taught(student: Student, teacher: Teacher) -> Lesson:
+    """The run of the teacher's images beside a student's.
 
     Args:
-        student: the student, whose training record has the guidance.
+        student: the student, whose training record has the run.
         teacher: its teacher.
 
     Returns:
-        The student's classes in turn with the guidance of its last training, 0 where that is not recorded; no class of an
-        unconditional student, or of a teacher that does not know the classes.
+        The solver and steps of the student's last training, or DDIM where they are not recorded or add noise; the student's
+        classes in turn with that training's guidance, but no class of an unconditional student, or of a teacher that does not
+        know the classes.
     """
-    known = list(teacher.class_names)
+    run, known = _last_run(student), list(teacher.class_names)
+    solver = run.get("sampler")
+    paired = isinstance(solver, str) and solver in METHODS and not Solver(solver).stochastic
+    sampled = (solver, run.get("steps")) if paired else ("ddim", None)
     if not student.num_classes or not set(student.class_names) <= set(known):
-        return NO_CLASS
-    return Condition(tuple(known.index(name) for name in student.class_names), _last_run(student).get("guidance", 0.0))
+        return Lesson(*sampled)
+    return Lesson(*sampled, Condition(tuple(known.index(name) for name in student.class_names), run.get("guidance", 0.0)))
 
 
 def learned_image(student: Student) -> bool:
