@@ -7,13 +7,14 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a figure w
 import os
 import re
 import statistics
+from functools import partial
 from operator import itemgetter
 
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, comparison_tables, front, roofline, solver_tables
-from .cases import guidance, guided, neighbours, straightness
+from .cases import glyphs, guidance, guided, neighbours, straightness
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
@@ -83,6 +84,9 @@ FIGURES = {
     ),
     "gpu_state": front.gpu_state,
     "guided_digits": guidance.sentence,
+    "glyphs_classifier": glyphs.classifier_sentence,
+    "glyphs_memory": glyphs.memory_sentence,
+    **{f"glyphs_{model}": partial(glyphs.model_sentence, model) for model in ("teacher", "student")},
     **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARD_FIGURES.items()},
 }
 """Name of a figure in a sentence -> what makes its link."""
@@ -98,6 +102,7 @@ TABLES = {
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
+    "glyphs": glyphs.lines,
     "straightness": straightness.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,

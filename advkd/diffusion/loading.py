@@ -24,7 +24,11 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-EMBEDDED = {"digits": PRETRAINED / "digits-teacher", "digits-conditional": PRETRAINED / "digits-conditional"}
+EMBEDDED = {
+    "digits": PRETRAINED / "digits-teacher",
+    "digits-conditional": PRETRAINED / "digits-conditional",
+    "glyphs": PRETRAINED / "glyphs-teacher",
+}
 MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 

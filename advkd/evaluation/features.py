@@ -140,13 +140,13 @@ def _inception(state, what):
 
 
 def build_extractor(name: str, inception_weights: str | Path | None = None) -> Extractor:
-    """The extractor ``digits``, ``inception`` or of a folder by ``advkd classifier train``, in eval mode."""
+    """The extractor ``digits``, ``glyphs``, ``inception`` or of a folder by ``advkd classifier train``, in eval mode."""
     if name == "inception":
         if inception_weights is None:
             raise InputError(f"--extractor inception needs --inception-weights, a file {INCEPTION_FILE} of torch-fidelity")
         return InceptionFeatures(inception_weights).eval()
-    if name != "digits" and not Path(name).is_dir():
-        raise InputError(f"--extractor must be digits, inception or a folder of 'advkd classifier train', got {name!r}")
+    if name not in Classifier.embedded and not Path(name).is_dir():
+        raise InputError(f"--extractor must be digits, glyphs, inception or a folder of 'advkd classifier train', got {name!r}")
     return ClassifierFeatures(Classifier.from_pretrained(name)).eval()
 
 

@@ -70,7 +70,7 @@ class Classifier(PretrainedModule):
 
     One of noisy images is told their level by a further, constant channel, c_noise = log(sigma) / 4 with
     sigma = sqrt((1 - alpha_bar) / alpha_bar) (Karras et al. 2022, table 1). Its weights are float32.
-    ``Classifier.from_pretrained("digits")`` loads the embedded classifier of handwritten digits.
+    ``Classifier.from_pretrained("digits")`` loads the embedded classifier of handwritten digits, ``"glyphs"`` that of glyphs.
 
     Args:
         config: a :class:`ClassifierConfig`.
@@ -82,7 +82,7 @@ class Classifier(PretrainedModule):
     """
 
     config_class = ClassifierConfig
-    embedded = {"digits": PRETRAINED / "digits-classifier"}
+    embedded = {name: PRETRAINED / f"{name}-classifier" for name in ("digits", "glyphs")}
     training_keys = ("accuracy",)
     config: ClassifierConfig
     scale: torch.Tensor

@@ -55,7 +55,7 @@ class Student(Conditional, PretrainedModule):
     ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
     training only: :meth:`fuse` drops them. A student with classes is told one for each latent, by its number, and has their
     embedding. ``Student.from_pretrained`` loads a student in eval mode, by an embedded name
-    (``digits``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor or
+    (``digits``, ``glyphs``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor or
     :meth:`from_preset` is in training mode: its batch norm takes the statistics of each batch until ``eval()``.
 
     Args:
@@ -74,7 +74,7 @@ class Student(Conditional, PretrainedModule):
     """
 
     config_class = StudentConfig
-    embedded = {"digits": PRETRAINED / "digits"}
+    embedded = {name: PRETRAINED / name for name in ("digits", "glyphs")}
     training_keys = ("samples", "runs")
     folded_forward = True
     config: StudentConfig

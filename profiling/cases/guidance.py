@@ -17,6 +17,7 @@ from advkd.evaluation.evaluate import REFERENCE_SEED
 from advkd.evaluation.features import build_extractor, extract
 from advkd.evaluation.image_sets import eight_bit, real_images, shuffled
 from advkd.evaluation.metrics import frechet_distance, frechet_interval, neighbour_measures
+from advkd.evaluation.recognition import recognised
 from advkd.evaluation.teacher_pictures import WEIGHTS
 from advkd.models.shape import batches
 from advkd.runtime.files import write_json
@@ -27,14 +28,17 @@ from ..evidence import NOTHING, markdown, source, stored
 from ..harness import device_folder
 
 
-def measure(draw, teacher, num, weights, batch_size=50):
-    """A row for every weight of guidance: ``draw(count, first, labels, weight)`` gives images of the teacher's classes."""
-    classifier, extractor = Classifier.from_pretrained("digits"), build_extractor("digits")
-    reference = shuffled(extract(extractor, real_images("digits", teacher.shape)))
+def measure(draw, teacher, num, weights, batch_size=50, data="digits"):
+    """A row for every weight of guidance: ``draw(count, first, labels, weight)`` gives images of the teacher's classes.
+
+    ``data`` names classifier, features and real images.
+    """
+    classifier, extractor = Classifier.from_pretrained(data), build_extractor(data)
+    reference = shuffled(extract(extractor, real_images(data, teacher.shape)))
     rows = []
     with progress_bar(total=num * len(weights), desc="guidance", unit="image") as bar:
         for weight in weights:
-            images, labels = [], torch.arange(num) % teacher.num_classes
+            images, labels = [], torch.arange(num) % len(teacher.class_names)
             for first, count in batches(num, batch_size):
                 chosen = labels[first : first + count]
                 images.append(eight_bit(draw(count, first, chosen, weight)))
@@ -43,6 +47,7 @@ def measure(draw, teacher, num, weights, batch_size=50):
             features = extract(extractor, images)
             near = neighbour_measures(features, reference, resamples=100)
             row = {"guidance": weight, "accuracy": classifier.accuracy(images, labels)}
+            row |= {"recognised": recognised(classifier, images, labels).double().mean().item()}
             row |= {"frechet": frechet_distance(features, reference), "interval": frechet_interval(features, reference, 100)}
             rows.append(row | {key: near[key] for key in ("precision", "recall", "diversity")})
     return rows
