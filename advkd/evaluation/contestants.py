@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..data.images import describe_shape
+from ..data.labels import labels_in_turn
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.guidance import labels_in_turn
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.students import generator_classes, load_student
 from ..diffusion.teacher import Teacher

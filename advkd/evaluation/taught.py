@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.guidance import labels_in_turn
+from ..data.labels import labels_in_turn
 from ..diffusion.teacher import Teacher
 from ..models.student import Student
 from .kept_images import NO_CLASS, Condition

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.guidance import labels_in_turn
+from ..data.labels import labels_in_turn
 from ..models.student import Student
 from ..ops.latents import split_latent
 
