@@ -194,7 +194,7 @@ def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: i
     timesteps = supervising_timesteps(lesson.solver, student.depth, [int(t) for t in states], teacher.train_timesteps)
     shown: list[int | None] = [*timesteps, None]
     if learned_image(student):
-        timesteps, shown = [min(states)] * len(timesteps), [None] * len(shown)
+        timesteps, shown = [int(min(states))] * len(timesteps), [None] * len(shown)
     targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
     with named("student"), torch.no_grad():
         levels = [level[0] for level in student.levels(student.project(x_T), all_in_turn(student, 1))]

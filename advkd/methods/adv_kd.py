@@ -34,8 +34,8 @@ class DistillConfig:
 
     Attributes:
         recipe: ``joint`` (one stage, all levels) or ``paper`` (stage k supervises level k).
-        targets: what levels before the last learn: ``states`` (the teacher's standardised states) or ``image`` (the area average
-            of the teacher's final image at the level's resolution).
+        targets: what levels before the last learn: ``states`` (the teacher's, standardised) or ``image`` (area averages of the
+            teacher's final image).
         updates: student updates per stage; one number serves all stages.
         batch_sizes: global batch per stage; the last number serves all further stages.
         mse: weight of the mean squared error between a submodule's image and its (standardised) target.
@@ -252,8 +252,8 @@ class AdvKD(Method):
         """Recorded levels; pairs where a distance compares with the teacher's image of the same noise."""
         config = self.config
         paired, labels = bool(config.mse or config.kl or config.conditional), bool(self.student.num_classes)
-        given = {"labels": labels, "averaged": config.targets == "image", "limit": config.pairs}
-        return Needs("levels", paired=paired, **given, grow=config.grow, grow_every=config.grow_every)
+        needs = Needs("levels", paired, labels=labels, averaged=config.targets == "image")
+        return replace(needs, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""

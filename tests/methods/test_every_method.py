@@ -75,8 +75,8 @@ def test_two_processes_do_what_one_does(name, data, whole, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_seeds_give_other_runs(name, whole, trajectories, tmp_path):
     """Equality above is not that of runs that do nothing."""
-    history = follow(tiny_run(name, trajectories, tmp_path, seed=1))["history"]
-    assert history[0]["loss"] != whole(name, trajectories)["history"][0]["loss"] and len({row["loss"] for row in history}) == UPDATES
+    history, other = follow(tiny_run(name, trajectories, tmp_path, seed=1))["history"], whole(name, trajectories)["history"]
+    assert history[0]["loss"] != other[0]["loss"] and len({row["loss"] for row in history}) == UPDATES
 
 
 @pytest.mark.parametrize("name", METHODS)
