@@ -11,10 +11,6 @@ import torch
 from ..data.images import describe_shape
 from ..data.labels import labels_in_turn
 from ..diffusion.denoiser_student import DenoiserStudent
-<<<<<<< HEAD
-from ..data.labels import labels_in_turn
-=======
->>>>>>> g25-b
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.students import generator_classes, load_student
 from ..diffusion.teacher import Teacher
