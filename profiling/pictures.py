@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 
 from advkd import Student, Teacher
-from advkd.data.pictures import save_strip
+from advkd.data.glyphs import TRAINED, draw_glyphs
+from advkd.data.images import normalize
+from advkd.data.pictures import save_grid, save_strip
+from advkd.evaluation.image_sets import eight_bit
 from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
+from advkd.evaluation.taught import all_in_turn, taught
 
 from . import roofline, solver_orders
-from .cases import gradient_penalty, neighbours, sampler_step, student
+from .cases import glyphs, gradient_penalty, neighbours, sampler_step, student
 from .evidence import ROOT, checked, device_of, stale, stored
 from .gpu import summary
 from .trace import demo
@@ -40,6 +44,21 @@ def strip(teacher, student, n=16):
     save_strip(images, titles, captions(), PICTURES / "strip.png")
 
 
+def glyph_pictures(teacher, student, n=16):
+    """The shipped student of glyphs, not chosen: beside its teacher, 64 images, and some above their nearest training images."""
+    lesson, noise = taught(student, teacher), teacher.noise(n, FRESH_SEED)
+    with torch.no_grad():
+        drawn = student(student.project(noise), labels=all_in_turn(student, n))
+    images = torch.stack((noise.clamp(-3, 3) / 3, teacher.sample(n, FRESH_SEED, **lesson.arguments(n)), drawn))
+    titles = ("noise", f"teacher, {lesson.evaluations(teacher)} evaluations", "student, one evaluation")
+    save_strip(images, titles, ("", "", ""), PICTURES / "glyphs_strip.png")
+    many = student.sample(64, FRESH_SEED)
+    save_grid(many, PICTURES / "glyphs_student.png", columns=16, scale=2)
+    trained, _ = draw_glyphs(range(TRAINED))
+    _, places = glyphs.nearest(eight_bit(many[:n]), trained)
+    save_grid(torch.cat((many[:n], normalize(trained[places]))), PICTURES / "glyphs_neighbours.png", columns=n, scale=2)
+
+
 def captions():
     """The machine, and milliseconds of an image in batches of 16: on kernels as they are, where there are such results."""
     machines = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
@@ -62,6 +81,7 @@ def main():
     strip(teacher, small)
     save_pairs_of(teacher, small, PICTURES / "teacher_and_student.png")
     save_levels_of(teacher, small, PICTURES / "levels.png")
+    glyph_pictures(Teacher.from_pretrained("glyphs"), Student.from_pretrained("glyphs"))
     solver_orders.plot(PICTURES / "solver_orders.png")
     for name, (plot, _) in PLOTS.items():
         for result in stored(name):

@@ -36,7 +36,7 @@ PAGE = "demo.html"
 
 @plain_defaults()
 def run_demo(out: str | Path, num: int = 2048, updates: int = 600, device: str = "cpu", progress: bool = True) -> str:
-    """Record ``num`` images of the teacher, distil for ``updates`` updates and write a page under ``out``; a killed run goes on.
+    """Record ``num`` images of the teacher, distil for ``updates`` updates, write a page under ``out``; a killed run goes on.
 
     Args:
         out: folder for trajectories, student, pictures and ``demo.html``.
@@ -46,7 +46,7 @@ def run_demo(out: str | Path, num: int = 2048, updates: int = 600, device: str =
         progress: show bars.
 
     Returns:
-        Two sentences: how many images of fresh noise are recognised; parameters, network evaluations and time per image of teacher
+        Two lines: how many images of fresh noise are recognised; parameters, evaluations and time per image of teacher
         and student.
     """
     out, config, recording = Path(out), demo_recipe(updates), demo_recording(num)

@@ -55,8 +55,8 @@ class Student(Conditional, PretrainedModule):
     ``student(z)`` gives images, ``student.levels(z)`` all intermediate images through the terminal modules, which exist for
     training only: :meth:`fuse` drops them. A student with classes is told one for each latent, by its number, and has their
     embedding. ``Student.from_pretrained`` loads a student in eval mode, by an embedded name
-    (``digits``, ``glyphs``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor or
-    :meth:`from_preset` is in training mode: its batch norm takes the statistics of each batch until ``eval()``.
+    (``digits``, ``glyphs``), from a folder or from the hub; ``save_pretrained`` writes one. A student made by its constructor
+    or :meth:`from_preset` is in training mode: its batch norm takes the statistics of each batch until ``eval()``.
 
     Args:
         config: a :class:`StudentConfig`.

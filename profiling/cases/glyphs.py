@@ -2,8 +2,8 @@
 
 python -m profiling.cases.glyphs --num 1000
 
-Real glyphs are of the held-out range, whose images no training reached. Classes take turns and all sets begin at one start noise. An
-image is recognised where the classifier's probability of the class that was asked for is over 0.9. The table is
+Real glyphs are of the held-out range, whose images no training reached. Classes take turns and all sets begin at one start
+noise. An image is recognised where the classifier's probability of the class that was asked for is over 0.9. The table is
 ``profiling/results/<device>/glyphs.json``.
 """
 
@@ -60,14 +60,14 @@ def lines():
         found += source(result, [], "intervals are in the table")
         of_real = [(row["images"], f"{row['accuracy']:.3f}", f"{row['recognised']:.3f}") for row in result["classifier"]]
         found += [*markdown(("classifier on", "class found", "recognised"), of_real), ""]
-        titles = ("model", "evaluations", "w", "class found", "recognised", "FD to real glyphs", "95 % interval", "precision", "recall")
+        titles = ("model", "evaluations", "w", "class found", "recognised", "FD to real glyphs", "95 % interval")
         rows = [
             (row["model"], row["evaluations"], "distilled in" if row["guidance"] is None else f"{row['guidance']:g}")
             + (f"{row['accuracy']:.3f}", f"{row['recognised']:.3f}", f"{row['frechet']:.3f}")
             + ("{:.3f} to {:.3f}".format(*row["interval"]), f"{row['precision']:.3f}", f"{row['recall']:.3f}")
             for row in result["rows"]
         ]
-        found += [*markdown(titles, rows), ""]
+        found += [*markdown((*titles, "precision", "recall"), rows), ""]
     return found[:-1] or NOTHING
 
 
@@ -75,20 +75,25 @@ def classifier_sentence():
     """Quality of the classifier, for its model card."""
     rows = stored("glyphs")[0]["classifier"]
     return "; ".join(
-        f"{row['images']}: class found in {100 * row['accuracy']:.1f} %, recognised {100 * row['recognised']:.1f} %" for row in rows
+        f"{row['images']}: class found in {100 * row['accuracy']:.1f} %, recognised {100 * row['recognised']:.1f} %"
+        for row in rows
     )
 
 
 def model_sentence(model):
     """Quality of the teacher or the student, for its model card."""
     result = stored("glyphs")[0]
+    rows = [row for row in result["rows"] if row["model"] == model]
     said = [
-        f"{'' if row['guidance'] is None else f'at w = {row["guidance"]:g} '}the classifier is sure of the class that was asked for in "
-        f"{100 * row['recognised']:.1f} % of the images, Frechet distance to real glyphs {row['frechet']:.3f}"
-        for row in result["rows"]
-        if row["model"] == model
+        f"{_weight(row)}the classifier is sure of the class that was asked for in {100 * row['recognised']:.1f} % of the images, "
+        f"Frechet distance to real glyphs {row['frechet']:.3f}"
+        for row in rows
     ]
     return f"{'; '.join(said)} (N = {result['config']['num']:,})"
+
+
+def _weight(row):
+    return "" if row["guidance"] is None else f"at w = {row['guidance']:g} "
 
 
 def memory_sentence():
@@ -135,7 +140,13 @@ def main():
         "classifier": of_classifier(classifier, options.num),
         "rows": rows,
         "nearest": memorised(drawn, len(drawn)),
-        "config": {"num": options.num, "solver": solver.name, "steps": options.steps, "teacher": teacher.identity(), "glyphs": versions()},
+        "config": {
+            "num": options.num,
+            "solver": solver.name,
+            "steps": options.steps,
+            "teacher": teacher.identity(),
+            "glyphs": versions(),
+        },
         "provenance": provenance(),
     }
     write_json(Path(options.results or device_folder()) / "glyphs.json", result)
