@@ -45,7 +45,7 @@ def strip(teacher, student, n=16):
 
 
 def glyph_pictures(teacher, student, n=16):
-    """The shipped student of glyphs, not chosen: beside its teacher, 64 images, and some above their nearest training images."""
+    """The shipped student of glyphs, not chosen: beside its teacher, 64 images, some above their nearest training images."""
     lesson, noise = taught(student, teacher), teacher.noise(n, FRESH_SEED)
     with torch.no_grad():
         drawn = student(student.project(noise), labels=all_in_turn(student, n))

@@ -277,15 +277,15 @@ def report(student, teacher, evaluation, metrics, ablation, solvers, conditional
 
 @main.command()
 @click.option("--out", default="demo", show_default=True, help="Folder for trajectories, student and pictures.")
-@click.option("--num", default=1024, show_default=True, help="Trajectories.")
-@click.option("--updates", default=300, show_default=True, help="Student updates.")
+@click.option("--num", default=2048, show_default=True, help="Images of the teacher.")
+@click.option("--updates", default=600, show_default=True, help="Student updates.")
 @device_option
 @computing
 def demo(out, num, updates, device):
-    """The main job on the embedded teacher: trajectories, distillation, samples, pictures."""
+    """The main job on the embedded teacher of digits by class: its images, distillation, a page of pictures."""
     from ..runtime.devices import require_device
     from .demo import run_demo
 
     require_device(device)
     click.echo(run_demo(out, num, updates, device))
-    click.echo(f"pictures in {out}: teacher_and_student.png, levels.png, loss_curves.png, student_samples.png")
+    click.echo(f"the page with the pictures: {Path(out) / 'demo.html'}")

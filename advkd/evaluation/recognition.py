@@ -4,10 +4,13 @@ import torch
 
 from ..data.images import normalize
 from ..models.classifier import Classifier
-from ..models.shape import batches
+from .image_sets import eight_bit
 
 SURE = 0.9
 """Probability over which a classifier is sure."""
+
+BATCH = 256
+"""Images that a classifier sees at a time."""
 
 
 @torch.no_grad()
@@ -23,14 +26,8 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
         ``(N,)`` bool on the CPU: the class has a probability of more than :data:`SURE`.
     """
     classifier.eval()
-    found = []
-    for first, count in batches(len(images), 256):
-        shown = normalize(images[first : first + count]).clamp(-1, 1)
-        pixels = ((shown + 1) * 127.5).round() / 127.5 - 1
-        probabilities = classifier(pixels.to(classifier.scale)).softmax(dim=1).cpu()
-        found.append(
-            probabilities.amax(1)
-            if labels is None
-            else probabilities.gather(1, labels[first : first + count, None].cpu())[:, 0]
-        )
-    return torch.cat(found) > SURE
+    seen = images if images.dtype == torch.uint8 else eight_bit(images)
+    parts = [classifier(normalize(part).to(classifier.scale)).softmax(dim=1).cpu() for part in seen.split(BATCH)]
+    probabilities = torch.cat(parts)
+    found = probabilities.amax(1) if labels is None else probabilities.gather(1, labels.cpu()[:, None])[:, 0]
+    return found > SURE

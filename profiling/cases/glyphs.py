@@ -85,7 +85,7 @@ def model_sentence(model):
     result = stored("glyphs")[0]
     rows = [row for row in result["rows"] if row["model"] == model]
     said = [
-        f"{_weight(row)}the classifier is sure of the class that was asked for in {100 * row['recognised']:.1f} % of the images, "
+        f"{_weight(row)}the classifier is sure of the class asked for in {100 * row['recognised']:.1f} % of the images, "
         f"Frechet distance to real glyphs {row['frechet']:.3f}"
         for row in rows
     ]

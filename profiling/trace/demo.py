@@ -31,7 +31,7 @@ MOST = 0.1
 SMALL = 0.005
 """Share below which tables and plot do not name a part."""
 
-PICTURES = ("teacher_and_student.png", "levels.png", "student_samples.png", "loss_curves.png")
+PICTURES = ("demo.html", "teacher_and_student.png", "levels.png", "student_samples.png", "loss_curves.png")
 
 SUMMARY = re.compile(
     r"^teacher: .*?, (?P<teacher_ms_per_image>[\d.]+) ms per image; "
