@@ -42,6 +42,7 @@ from advkd.models.student import Student
 from .forked import ROOT, SEEDS, Forked, Fresh
 
 TINY_STUDENT = StudentConfig(image_size=8, image_channels=1, channels=(8, 8, 8, 8), latent_size=2)
+CLASSES = ("ant", "bee", "cow")
 
 
 def tiny_unet(channels=1, seed=0, **options):
@@ -74,6 +75,17 @@ def tiny_recording(**changes):
     """Depth 4, ten teacher steps, 24 samples in shards of 8."""
     values = {"num": 24, "depth": 4, "steps": 10, "batch_size": 4, "shard_size": 8, **changes}
     return TrajectoryConfig(**values)
+
+
+def conditional_student(seed=0, detail_noise=True, **changes):
+    """A tiny student of three classes, in eval mode, with batch-norm statistics of its own activations."""
+    torch.manual_seed(seed)
+    shape = {"image_size": 16, "channels": (8, 8, 8, 8, 4, 4), "latent_size": 1 if detail_noise else 2, **changes}
+    student = Student(StudentConfig(detail_noise=detail_noise, classes=CLASSES, class_channels=5, **shape)).train()
+    with torch.no_grad():
+        for seed in range(3):
+            student(student.latents(12, seed), labels=torch.arange(12) % 3)
+    return student.eval()
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
 from ..models.batch_norm import evaluating
+from ..models.classes import flat_join
 from ..models.fused_student import FusedStudent
 from ..models.student import Student
 from ..ops.student_forward import student_forward_reference
@@ -18,7 +20,7 @@ PACKAGES = ("onnx", "onnxscript")
 
 
 def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version: int | None = None) -> Path:
-    """Write a student to an ONNX file with one input ``z`` and one output ``images``.
+    """Write a student to an ONNX file with the input ``z``, that of a student with classes also ``labels``, and ``images``.
 
     Args:
         student: a student, whose own modules are exported in eval mode and keep their mode, or a fused student, whose folded
@@ -29,6 +31,7 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
     Returns:
         ``path``. For every batch size the file's network gives ``images`` ``(batch, C, S, S)`` in [-1, 1] of ``z``
         ``(batch, latent_numel)``, in the student's dtype; a fused student's ``z`` is float32, its images are in its dtype.
+        ``labels`` are ``(batch,)`` int64 class numbers, which the network does not check.
 
     Raises:
         InputError: an object that is no student, or packages that are missing.
@@ -45,8 +48,11 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
     z = student.latents(2)
     if isinstance(student, Student):
         z = z.to(next(student.parameters()).dtype)
+    inputs = {"z": z}
+    if student.num_classes:
+        inputs["labels"] = torch.zeros(2, dtype=torch.int64, device=z.device)
     with torch.no_grad(), evaluating(student):
-        model = _model(student if isinstance(student, Student) else _Folded(student).eval(), z, opset_version)
+        model = _model(student if isinstance(student, Student) else _Folded(student).eval(), inputs, opset_version)
     write_bytes(path, model.SerializeToString())
     return Path(path)
 
@@ -57,22 +63,27 @@ class _Folded(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.layers, self.slope, self.dtype = fused.layers, fused.config.slope, fused.dtype
+        self.latent_parts = fused.latent_parts
         for name, tensor in fused.named_buffers():
             self.register_buffer(name, tensor.to(fused.dtype))
 
-    def forward(self, z):
+    def forward(self, z, labels=None):
+        if labels is not None:
+            z = flat_join(z, self.latent_parts, F.embedding(labels, self.embedding))
         weights, biases = ([getattr(self, f"{kind}{i}") for i in range(len(self.layers))] for kind in ("weight", "bias"))
         return student_forward_reference(z.to(self.dtype), weights, biases, self.layers, self.slope)
 
 
-def _model(network, z, opset_version):
-    """ONNX's protocol buffer of a network."""
+def _model(network, inputs, opset_version):
+    """ONNX's protocol buffer of a network, whose ``inputs`` by name have a batch of two."""
+    batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         network,
-        (z,),
-        input_names=["z"],
+        (),
+        kwargs=inputs,
+        input_names=list(inputs),
         output_names=["images"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes={name: {0: batch} for name in inputs},
         opset_version=opset_version,
         dynamo=True,
         external_data=False,

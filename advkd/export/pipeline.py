@@ -17,8 +17,10 @@ from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError, safe_open
 
 from ..config import build_config
+from ..data.labels import labels_in_turn
 from ..errors import InputError
 from ..models.batch_norm import CannotFoldError, evaluating
+from ..models.classes import listed, told, turns
 from ..models.folding import read_by_fusing
 from ..models.saving import require_plausible
 from ..models.shape import StudentConfig
@@ -32,22 +34,25 @@ from .images import Generators, draw_seed, pipeline_output, require_call
 FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """Files that a student is loaded from."""
 
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
+"""Numbers or names of classes, one for all images or one for each; None: every class in turn."""
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 MODEL_CARD = """---
 library_name: advkd
-pipeline_tag: unconditional-image-generation
+{tag}
 license: apache-2.0
 ---
 
 # One-step student distilled with advkd
 
-Draws {size}x{size} images with {channels} channel(s) in one network evaluation; {parameters:,} parameters.
+Draws {size}x{size} images with {channels} channel(s) in one network evaluation; {parameters:,} parameters.{classes}
 
 ```python
 from advkd import AdvKDPipeline  # pip install advkd; diffusers' own DiffusionPipeline does not know the class
 
-images = AdvKDPipeline.from_pretrained(".")(batch_size=4).images
+images = AdvKDPipeline.from_pretrained(".")({arguments}).images
 ```
 
 **Intended use.** Research on fast sampling of diffusion models, and drawing images of the kind its teacher was trained on.
@@ -71,11 +76,18 @@ class StudentModel(ModelMixin, ConfigMixin):
         latent_size: int = 4,
         detail_noise: bool = False,
         slope: float = 0.2,
+        classes: Sequence[str] = (),
+        class_channels: int = 8,
     ):
         super().__init__()
         channels = tuple(channels) if channels else StudentConfig().channels
-        student = Student(StudentConfig(image_size, image_channels, channels, latent_size, detail_noise, slope))
-        self._share(student)
+        shape = (image_size, image_channels, channels, latent_size, detail_noise, slope, tuple(classes), class_channels)
+        self._share(Student(StudentConfig(*shape)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number; empty for an unconditional student."""
+        return self.student.class_names
 
     @classmethod
     def from_student(cls, student: Student) -> Self:
@@ -118,9 +130,9 @@ class StudentModel(ModelMixin, ConfigMixin):
             raise InputError(f"the weights in {folder} do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
         return (model, report) if reported else model
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``."""
-        return Student.forward(self, z)
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Images ``(N, C, S, S)`` in [-1, 1] of latents ``(N, latent_numel)``, with classes of their numbers ``(N,)``."""
+        return Student.forward(self, z, labels=labels)
 
 
 class _Content:
@@ -177,7 +189,8 @@ _MEMCMP.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 class AdvKDPipeline(DiffusionPipeline):
     """The student as a diffusers pipeline: ``pipe(batch_size=4, generator=..., output_type="pil")`` draws images in one pass.
 
-    It draws with a fused student, which is made anew when the student's weights have changed.
+    It draws with a fused student, which is made anew when the student's weights have changed. A student with classes is told
+    them by ``class_labels``, numbers or names: ``pipe(class_labels=["A", "7"])``.
 
     Args:
         student: a :class:`StudentModel` (or a :class:`Student`, a copy of which is wrapped).
@@ -219,34 +232,41 @@ class AdvKDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         Args:
-            batch_size: number of images.
+            batch_size: number of images; None: as many as ``class_labels`` where that is a sequence, else one.
             generator: None, a ``torch.Generator`` (one 64-bit seed is drawn from it; image i has index i) or a list of
                 ``batch_size`` generators (one seed is drawn from each, for one image).
             output_type: ``pil`` (a list of Pillow images), ``np`` (``(N, H, W, C)`` in [0, 1]) or ``pt`` (``(N, C, H, W)`` in
                 [0, 1], on the student's device); the last two are float32.
             return_dict: False returns a tuple.
+            class_labels: number or name of a class, or a sequence of them, one for each image; None: every class of the student
+                in turn.
 
         Returns:
             An ``ImagePipelineOutput`` with the field ``images``, or the tuple ``(images,)``.
 
         Raises:
-            InputError: a batch size below 1, another output type, or another number of generators.
+            InputError: a batch size below 1, another output type, another number of generators or of classes, an unknown class,
+                or classes of an unconditional student.
         """
+        student = self.student.student
+        numbers, batch_size = _numbers(class_labels, student.class_names, batch_size)
         require_call(batch_size, generator, output_type)
-        student, draw = self.student.student, self._current_fused()
+        draw = self._current_fused()
         if isinstance(generator, (list, tuple)):
             z = torch.cat([student.latents(1, draw_seed(g)) for g in generator])
         else:
             z = student.latents(batch_size, draw_seed(generator))
-        return pipeline_output(draw(z).float(), output_type, return_dict)
+        labels = labels_in_turn(torch.tensor(numbers, dtype=torch.int64, device=z.device), 0, batch_size)
+        return pipeline_output(draw(z, **told(labels)).float(), output_type, return_dict)
 
     def _current_fused(self):
         """The fused student, made anew when anything that it is made of has changed; the student's mode stays as it is.
@@ -271,20 +291,39 @@ class AdvKDPipeline(DiffusionPipeline):
             save_directory: made where it is not there; its ``README.md`` is overwritten by the card.
             **options: of diffusers' ``save_pretrained``.
         """
-        config = self.student.config
+        config, names = self.student.config, self.student.class_names
         card = MODEL_CARD.format(
             size=config.image_size,
             channels=config.image_channels,
             parameters=self.student.student.num_parameters(terminals=False),
+            tag="tags: [class-conditional-image-generation]" if names else "pipeline_tag: unconditional-image-generation",
+            classes=f" It is told one of {len(names)} classes: {listed(names)}." if names else "",
+            arguments=f"class_labels=[{names[0]!r}] * 4" if names else "batch_size=4",
         )
         write_bytes(Path(save_directory) / "README.md", card.encode())
         super().save_pretrained(save_directory, **options)
 
 
-def _drawn_by(student, z):
+def _drawn_by(student, z, **labels):
     """Images by a student's own modules in eval mode, which each of them has for this alone."""
     with evaluating(student):
-        return student(z.to(next(student.parameters()).dtype))
+        return student(z.to(next(student.parameters()).dtype), **labels)
+
+
+def _numbers(class_labels, names, batch_size):
+    """Class numbers that images take in turn, and the number of images."""
+    several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
+    several = several or isinstance(class_labels, torch.Tensor) and class_labels.ndim == 1
+    given = class_labels if several else [] if class_labels is None else [class_labels]
+    if unknown := [one for one in given if names and isinstance(one, str) and one not in names]:
+        raise InputError(f"class_labels: {unknown[0]!r} is not one of {listed(names)}")
+    found = [names.index(one) if names and isinstance(one, str) else one for one in given]
+    numbers = turns(None if class_labels is None else found, names, "class_labels")
+    if batch_size is None:
+        return numbers, len(numbers) if several else 1
+    if several and len(numbers) != batch_size:
+        raise InputError(f"class_labels: {len(numbers)} classes came for batch_size {batch_size}")
+    return numbers, batch_size
 
 
 def _safe(options):

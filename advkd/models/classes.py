@@ -17,8 +17,8 @@ from .shape import StudentConfig
 Labels = int | Sequence[int] | torch.Tensor | None
 """Class numbers that images take in turn: one for all, several, or None for every class."""
 
-_SHOWN = 8
-"""Names of classes that an error lists."""
+SHOWN = 100
+"""Most names of classes that a message lists."""
 
 
 class Conditional:
@@ -53,7 +53,7 @@ def join_class(z: torch.Tensor, parts: Sequence[tuple[int, int]], features: torc
     """
     pieces = split_latent(z, parts)
     if features is not None:
-        pieces[0] = torch.cat((pieces[0], features.reshape(z.shape[0], -1, *pieces[0].shape[2:])), dim=1)
+        pieces[0] = torch.cat((pieces[0], features.unflatten(1, (-1, *pieces[0].shape[2:]))), dim=1)
     return pieces
 
 
@@ -90,25 +90,37 @@ def require_labels(labels: torch.Tensor | None, names: Sequence[str], z: torch.T
         return
     _require_conditional(names)
     if labels is None:
-        said = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        raise InputError(f"labels are missing: the student has classes ({said}); give the number of one for each latent")
+        raise InputError(f"labels are missing: the student has classes ({listed(names)}); give the number of one a latent")
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != z.shape[:1]:
         found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
         raise InputError(f"labels must be an int64 tensor {tuple(z.shape[:1])}, one class number a latent, got {found}")
     if labels.device != z.device:
         raise InputError(f"labels must be on {z.device} like z, got {labels.device}")
-    if len(labels) and _are_known(labels):
+    if _are_known(labels) and len(labels):
         least, most = (int(number) for number in labels.aminmax())
         if not 0 <= least <= most < len(names):
             raise InputError(f"labels must be in [0, {len(names)}), got {least} to {most}")
 
 
-def turns(labels: Labels, names: Sequence[str]) -> list[int]:
+def told(labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The labels as keywords of a student's call: an unconditional one may have a forward that knows none.
+
+    Args:
+        labels: class numbers, or None.
+
+    Returns:
+        ``{"labels": labels}``, empty without labels.
+    """
+    return {} if labels is None else {"labels": labels}
+
+
+def turns(labels: Labels, names: Sequence[str], argument: str = "labels") -> list[int]:
     """The class numbers that images take in turn by their index.
 
     Args:
         labels: as :data:`Labels`.
         names: names of the student's classes; empty for an unconditional one.
+        argument: name of the argument, for errors.
 
     Returns:
         Numbers; empty for an unconditional student.
@@ -118,17 +130,26 @@ def turns(labels: Labels, names: Sequence[str]) -> list[int]:
     """
     if labels is None:
         return list(range(len(names)))
-    _require_conditional(names)
+    _require_conditional(names, argument)
     found: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels
     found = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
     if not found:
-        raise InputError("labels must name a class, got an empty sequence: leave them out for every class in turn")
-    return [whole("labels", number, 0, len(names)) for number in found]
+        raise InputError(f"{argument} must name a class, got an empty sequence: leave them out for every class in turn")
+    return [whole(argument, number, 0, len(names)) for number in found]
 
 
-def _require_conditional(names):
+def listed(names: Sequence[str]) -> str:
+    """Names of classes for a message: all of them, or the first ones of many.
+
+    Args:
+        names: the names.
+    """
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _require_conditional(names, argument="labels"):
     if not names:
-        raise InputError("labels: the student is unconditional; leave them out")
+        raise InputError(f"{argument}: the student is unconditional; leave them out")
 
 
 def _are_known(labels):

@@ -18,7 +18,7 @@ from ..ops.layout import require_floating
 from ..ops.philox import indices_of
 from ..runtime.hub import PRETRAINED
 from .batch_norm import BatchNorm2d, normalize
-from .classes import Conditional, Labels, join_class, require_labels, turns
+from .classes import Conditional, Labels, join_class, require_labels, told, turns
 from .fused_student import FusedStudent
 from .saving import PretrainedModule
 from .shape import PRESETS, StudentConfig, batches, gather
@@ -242,7 +242,7 @@ class Student(Conditional, PretrainedModule):
         Returns:
             List of ``(N, C, R_k, R_k)`` for k = 1 .. depth, as :meth:`forward` gives them.
         """
-        outputs = self(z, levels=range(1, self.depth + 1), labels=labels)
+        outputs = self(z, levels=range(1, self.depth + 1), **told(labels))
         return [outputs[k] for k in sorted(outputs)]
 
     def fuse(self, backend: str = "auto", dtype: torch.dtype = torch.float32, tune: bool = True) -> FusedStudent:
@@ -293,7 +293,7 @@ class Student(Conditional, PretrainedModule):
 
         def draw(first, count):
             z = self.latents(count, seed, first).to(dtype)
-            return self(z, labels=labels_in_turn(numbers, first, count))
+            return self(z, **told(labels_in_turn(numbers, first, count)))
 
         return gather((draw(start + first, count).cpu() for first, count in parts), n, self.config)
 

@@ -26,7 +26,7 @@ from advkd.errors import BackendUnavailableError, InputError
 from advkd.ops import registry
 from advkd.runtime import extension
 
-from ..conftest import ROOT, process_environment, run_cli, tiny_student
+from ..conftest import ROOT, conditional_student, process_environment, run_cli, tiny_student
 from .test_student_gpu import launchers  # noqa: F401
 
 GPU = pytest.mark.gpu
@@ -69,15 +69,34 @@ def test_images_of_an_engine(backend, on_gpu_kernels):
     assert fused(torch.zeros(0, fused.latent_numel)).shape == (0, 1, 8, 8)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_images_of_classes(backend, on_gpu_kernels):
+    """The class and the detail noise together, against float64; batches, streams and copies are told the same classes."""
+    student = conditional_student()
+    fused, z, labels = student.fuse(backend, tune=False), student.latents(5, seed=3), torch.tensor([2, 0, 0, 1, 2])
+    wanted = copy.deepcopy(student).double()(z.double(), labels=labels)
+    images = fused(z, labels)
+    assert fused.backend == backend and on_gpu_kernels.started and (images - wanted).abs().max() < 1e-2
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(z, labels), images)
+    whole = student.sample(5, seed=3, start=4, labels=[0, 2])
+    assert (fused.sample(5, seed=3, start=4, batch_size=2, labels=[0, 2]) - whole).abs().max() < 1e-2
+    with pytest.raises(InputError, match=r"z must have shape \(N, 768\)"):
+        fused(torch.zeros(2, 3), labels[:2])
+    assert fused(z[:0], labels[:0]).shape == (0, 3, 16, 16)
+
+
 INTERPRETED = """
 import torch
-from tests.conftest import tiny_student
+from tests.conftest import conditional_student, tiny_student
 student = tiny_student().eval()
 wanted = student.sample(3, seed=1)
 for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
     fused = student.fuse("triton", dtype)
     print(fused.backend, dtype, bool((fused.sample(3, seed=1) - wanted).abs().max() < bound))
     print(str(fused.plan()).splitlines()[-1].split()[0])
+student = conditional_student()
+fused = student.fuse("triton")
+print(fused.backend, bool((fused.sample(3, seed=1) - student.sample(3, seed=1)).abs().max() < 1e-5))
 """
 
 
@@ -85,7 +104,8 @@ def test_students_in_tritons_interpreter():
     environment = process_environment({"TRITON_INTERPRET": "1"})
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, cwd=ROOT, capture_output=True, text=True)
     names = ("float32", "float16", "bfloat16")
-    assert done.stdout.splitlines() == [line for n in names for line in (f"triton torch.{n} True", "all")], done.stderr[-2000:]
+    wanted = [line for n in names for line in (f"triton torch.{n} True", "all")]
+    assert done.stdout.splitlines() == [*wanted, "triton True"], done.stderr[-2000:]
 
 
 def test_saved_engines_load_on_gpu_kernels(on_gpu_kernels, tmp_path):
@@ -372,6 +392,28 @@ def test_modes_and_captures_of_the_caller():
     # The rest of a run takes the larger batch's graph once, then has its own.
     few = [fused(z[:3]) for _ in range(2)]
     assert torch.equal(captured(lambda: fused(z[:3])), few[1])
+
+
+@GPU
+@pytest.mark.parametrize("backend, dtype", ENGINES)
+def test_classes_on_a_gpu(backend, dtype):
+    """Streams, calls and a caller's own graph, whose labels may be written to between replays."""
+    student = conditional_student().cuda()
+    fused, z = student.fuse(backend, dtype, tune=False), student.latents(7, seed=1)
+    labels = torch.arange(7, device="cuda") % 3
+    wanted = copy.deepcopy(student).double()(z.double(), labels=labels)
+    plain = copy.deepcopy(student).to(dtype)(z.to(dtype), labels=labels)
+    images = fused(z, labels)
+    assert (images - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-5
+    assert torch.equal(fused.sample(7, seed=1, batch_size=7), images.float().cpu())
+    told, graph = labels.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fused(z, told)
+    told.copy_(labels.flip(0))
+    graph.replay()
+    assert torch.equal(found, fused(z, labels.flip(0)))
+    with pytest.raises(InputError, match="labels must be in .0, 3., got 0 to 3"):
+        fused(z, labels + (labels == 2))
 
 
 def captured(function):

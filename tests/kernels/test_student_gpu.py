@@ -22,10 +22,14 @@ from advkd.ops.student_steps import Step, decode_steps, encode_steps, pack_gpu, 
 from .cases import activated, convolve
 
 F32 = torch.float32
-# Channels that are no multiple of a unit, and detail bands after them.
+# Channels that are no multiple of a unit, and detail bands after them; with classes 3 + 14 channels of the first layer, which are
+# two units.
 CONFIGS = {
     "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
     "detail": StudentConfig(32, 3, channels=(16, 33, 20, 20, 24, 8, 5, 9), latent_size=1, detail_noise=True),
+    "classes": StudentConfig(
+        8, 3, channels=(16, 33, 8, 9), latent_size=1, detail_noise=True, classes=("A", "b", "7"), class_channels=14
+    ),
 }
 
 
@@ -195,6 +199,10 @@ CHAINS = {
             Step("pair", 15, 2),
         ],
     ],
+    "classes": [
+        [Step("triton_conv", 0), *(Step("conv", i) for i in range(1, 8)), Step("image", 8)],
+        [Step("pair", 0, 2), Step("stem", 2, 2, (2, 1)), *(Step("pair", i, 2) for i in (4, 6)), Step("triton_image", 8)],
+    ],
 }
 
 
@@ -279,6 +287,7 @@ def test_a_plan_is_the_cheapest_chain():
 
 NETWORKS = [
     ("small", torch.bfloat16, 2),
+    ("classes", torch.bfloat16, 1),
     pytest.param("detail", torch.bfloat16, 1, marks=pytest.mark.slow),
     *(pytest.param(name, F32, 4, marks=pytest.mark.slow) for name in CONFIGS),
 ]
@@ -292,6 +301,12 @@ def test_networks_on_the_cuda_kernels(name, dtype, cluster, cupy_on_host):
     engine._steps[len(z)] = {
         "small": [Step("stem", 0, 6, (cluster, 2)), *CHAINS["small"][2][1:]],
         "detail": [*(Step("pair", i, 2) for i in range(0, 14, 2)), *(Step("conv", i) for i in (14, 15)), Step("image", 16)],
+        "classes": [
+            Step("stem", 0, 2, (cluster, 1)),
+            Step("pair", 2, 2),
+            *(Step("conv", i) for i in range(4, 8)),
+            Step("image", 8),
+        ],
     }[name]
     found = engine(z)
     wanted = student_forward_reference(z.double(), [w.double() for w in weights], [b.double() for b in biases], layers, 0.2)

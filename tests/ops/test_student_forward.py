@@ -1,6 +1,7 @@
 """The whole student as one op against float64, for every backend, dtype and algorithm."""
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -23,11 +24,15 @@ from ..conftest import fork, process_environment
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
 # 64x64: the last layers go image by image; detail noise: latents enter at several layers; 12 and 20 channels: no vector's
-# multiple; 4 features: as few as an image's channels, but not an image.
+# multiple; 4 features: as few as an image's channels, but not an image. Classes: 1 + 4 channels of the first layer are no vector's
+# multiple, with detail noise behind them in the latent.
 CONFIGS = {
     "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
     "large": StudentConfig(64, 3, channels=(16, 32, 32, 24, 24, 16, 16, 16), latent_size=1),
     "detail": StudentConfig(64, 3, channels=(16, 32, 32, 24, 24, 16, 16, 16), latent_size=1, detail_noise=True),
+    "classes": StudentConfig(
+        32, 1, (24, 20, 20, 12, 12, 12, 4, 12), latent_size=1, detail_noise=True, classes=("A", "b", "7"), class_channels=4
+    ),
 }
 
 
@@ -37,13 +42,19 @@ def a_student(name):
     student = Student(CONFIGS[name]).train()
     with torch.no_grad():
         for seed in range(3):
-            student(student.latents(8, seed))
+            z = student.latents(8, seed)
+            student(z, **labels_of(student, z))
     return student.eval()
+
+
+def labels_of(student, z):
+    """A call's labels, which differ between neighbours and between batches; none without classes."""
+    return {"labels": (torch.arange(len(z)) ** 2 + 1) % 3} if student.num_classes else {}
 
 
 @torch.no_grad()
 def exact(student, z):
-    return copy.deepcopy(student).double()(z.double())
+    return copy.deepcopy(student).double()(z.double(), **labels_of(student, z))
 
 
 @pytest.fixture
@@ -84,7 +95,7 @@ def test_parity(backend, name):
             plans += [tuple(at.algorithms()[min(i, len(at.algorithms()) - 1)] for at in fused.layers) for i in range(4)]
         for algorithms in plans:
             fused.config.algorithms = algorithms
-            images = fused._prepare()(z)
+            images = fused._prepare()(z, **labels_of(student, z))
             assert images.dtype == dtype and images.is_contiguous()
             error = images.double() - wanted
             if dtype == torch.float32:
@@ -99,11 +110,16 @@ def test_parity(backend, name):
 def test_bits_depend_on_neither_batch_nor_threads(name, dtype):
     fused = a_student(name).fuse("cpu", dtype, tune=False)
     z, threads = fused.latents(33, seed=2), torch.get_num_threads()
-    found = []
+    labels, found = labels_of(fused, z).get("labels"), []
+
+    def drawn(size):
+        told = labels.split(size) if labels is not None else itertools.repeat(None)
+        return torch.cat([fused(part, labels) for part, labels in zip(z.split(size), told)])
+
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found += [torch.cat([fused(part) for part in z.split(size)]) for size in (33, 7, 1)]
+            found += [drawn(size) for size in (33, 7, 1)]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(images, found[0]) for images in found)

@@ -11,6 +11,8 @@ from advkd.export import onnx as export
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
 
+from ..conftest import conditional_student
+
 BATCHES = (1, 2, 5)
 
 
@@ -59,10 +61,11 @@ def run():
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
 
-    def run(path, z):
-        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        assert [i.name for i in session.get_inputs()] == ["z"] and session.get_inputs()[0].shape[0] == "batch"
-        (images,) = session.run(["images"], {"z": z.numpy()})
+    def run(path, z, **labels):
+        session, inputs = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]), {"z": z, **labels}
+        assert [i.name for i in session.get_inputs()] == list(inputs)
+        assert all(i.shape[0] == "batch" for i in session.get_inputs())
+        (images,) = session.run(["images"], {name: tensor.numpy() for name, tensor in inputs.items()})
         return torch.from_numpy(images)
 
     return run
@@ -90,6 +93,17 @@ def test_an_onnx_file_draws_the_students_images(student, kind, run, tmp_path):
     for n in BATCHES:
         z = student.latents(n, seed=n)
         assert (run(path, z) - student(z)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["student", pytest.param("auto", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("detail_noise", [True, pytest.param(False, marks=pytest.mark.kernels)], ids=["pyramid", "blocks"])
+def test_an_onnx_file_of_a_student_with_classes(detail_noise, kind, run, tmp_path):
+    """It has a second input, the numbers of the classes."""
+    student = conditional_student(detail_noise=detail_noise)
+    path = advkd.export_onnx(student if kind == "student" else student.fuse(kind, tune=False), tmp_path / "student.onnx")
+    for n in BATCHES:
+        z, labels = student.latents(n, seed=n), torch.tensor([2, 0, 1, 1, 2])[:n]
+        assert (run(path, z, labels=labels) - student(z, labels=labels)).abs().max() <= 1e-5
 
 
 @pytest.mark.kernels
