@@ -89,6 +89,7 @@ def teacher():
 @computing
 def teacher_noise_power(source, data, num, seed, device):
     """Estimate how much noise a teacher finds at every level, once: the analytic solvers need it."""
+    from ..data.glyph_sets import trained_glyphs
     from ..data.images import load_images
     from ..diffusion.teacher import Teacher
     from ..runtime.devices import require_device
@@ -97,7 +98,9 @@ def teacher_noise_power(source, data, num, seed, device):
     if not Path(source).is_dir():
         raise InputError(f"--teacher {source}: a folder is needed, in which the estimates are kept")
     model = Teacher.from_pretrained(source, require_device(device))
-    images = load_images(data, model.image_size, model.image_channels, progress=True)
+    # Any glyphs are a fair sample of all.
+    known = num if trained_glyphs(data) is not None else 0
+    images = load_images(data, model.image_size, model.image_channels, num=known, progress=True)
     click.echo(f"noise power in {estimate_noise_power(model, images, num=num, seed=seed).write(source)}")
 
 

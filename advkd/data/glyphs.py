@@ -41,6 +41,8 @@ HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic", "DejaVuSansMono-Oblique", "DejaVuSan
 """Fonts that no image of the data set is in: what a model makes of them tells whether it knows letters or files."""
 
 DIGITS = "0123456789"
+"""Characters of the digits, in the order of their labels."""
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijmnqrty"
 """Letters, without the lower-case ones that differ from capitals by size alone, or from a capital I by nothing."""
 
