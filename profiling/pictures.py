@@ -1,7 +1,7 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
-The shipped student beside its teacher, from noise that training has not seen, the orders of solvers, and the plots of the
-stored results. (The picture of a report, and a method's on its page, are those of ``advkd report``.)
+The shipped student beside its teacher, from noise that training has not seen, glyphs, the orders of solvers, and the plots of
+the stored results. (The picture of a report, and a method's on its page, are those of ``advkd report``.)
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from advkd import Student, Teacher
 from advkd.data.glyphs import TRAINED, draw_glyphs
 from advkd.data.images import normalize
-from advkd.data.pictures import save_grid, save_strip
+from advkd.data.pictures import save_grid, save_image, save_strip, to_pil
 from advkd.evaluation.image_sets import eight_bit
 from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 from advkd.evaluation.taught import all_in_turn, taught
@@ -59,6 +59,19 @@ def glyph_pictures(teacher, student, n=16):
     save_grid(torch.cat((many[:n], normalize(trained[places]))), PICTURES / "glyphs_neighbours.png", columns=n, scale=2)
 
 
+def data_set(rows=3, columns=16):
+    """Rows of the data set of glyphs at 32x32, each pixel shown as four, and below them the first ones at 128x128."""
+    small, great = (draw_glyphs(range(n), size)[0] for n, size in ((rows * columns, 32), (columns // 2, 128)))
+    sheet = [_tiled(small.repeat_interleave(2, 2).repeat_interleave(2, 3), rows), _tiled(great, 1)]
+    save_image(to_pil(torch.cat(sheet).unsqueeze(0))[0], PICTURES / "glyphs.png")
+
+
+def _tiled(images, rows):
+    """``(N, C, S, S)`` as one picture, ``(rows * S, N / rows * S, C)``."""
+    lines = images.unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2)
+    return lines.flatten(2, 3).flatten(0, 1)
+
+
 def captions():
     """The machine, and milliseconds of an image in batches of 16: on kernels as they are, where there are such results."""
     machines = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
@@ -82,6 +95,7 @@ def main():
     save_pairs_of(teacher, small, PICTURES / "teacher_and_student.png")
     save_levels_of(teacher, small, PICTURES / "levels.png")
     glyph_pictures(Teacher.from_pretrained("glyphs"), Student.from_pretrained("glyphs"))
+    data_set()
     solver_orders.plot(PICTURES / "solver_orders.png")
     for name, (plot, _) in PLOTS.items():
         for result in stored(name):

@@ -84,7 +84,12 @@ def _inputs(kind):
     teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', a folder or a hub id."
     known = [
         ("trajectories" in kind.inputs, "--trajectories", "Folder of 'advkd trajectories' (several: repeat).", True),
-        ("data" in kind.inputs, "--data", "Images: 'digits' or a folder (with labels: of one folder a class).", False),
+        (
+            "data" in kind.inputs,
+            "--data",
+            "Images: 'digits', 'glyphs' or a folder (with labels: of one folder a class).",
+            False,
+        ),
         ("teacher" in kind.inputs, "--teacher", teacher, False),
         (generator, "--preset", "paper-256, pyramid-256, digits, or a JSON file with a student's configuration.", False),
         (True, "--init", f"{start} instead of {_instead(generator, denoiser)}.", False),

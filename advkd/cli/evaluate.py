@@ -12,9 +12,9 @@ from ..evaluation.solver_quality import SolverEvaluationConfig
 from .options import computing, device_option, only, options
 
 LIKELIHOOD = (
-    "Bound the teacher's negative log-likelihood of --images (a folder, or 'digits', the default) in bits per dimension. "
-    "By default --num 96, all steps and --seed 0: about five minutes on two cores for the embedded teacher; time grows with "
-    "both numbers. A killed run goes on, and a larger --num adds to a smaller one."
+    "Bound the teacher's negative log-likelihood of --images ('digits', the default, 'glyphs' or a folder) in bits per "
+    "dimension. By default --num 96, all steps and --seed 0: about five minutes on two cores for the embedded teacher; time "
+    "grows with both numbers. A killed run goes on, and a larger --num adds to a smaller one."
 )
 """Help of the option."""
 
@@ -29,7 +29,7 @@ SOLVERS = (
 @click.option("--teacher", help="'digits' (the default), a folder or a hub id.")
 @click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
 @click.option("--images", help="Measure a folder of images instead, against --reference.")
-@click.option("--reference", help="Folder of reference images, or 'digits'.")
+@click.option("--reference", help="Folder of reference images, 'digits' or 'glyphs'.")
 @click.option("--out", help="Folder for evaluation.json, likelihood.json or solvers.json.")
 @click.option("--likelihood", is_flag=True, help=LIKELIHOOD)
 @click.option("--steps", help="With --likelihood: number of evenly spaced timesteps. Default: all of the teacher's.")

@@ -82,7 +82,7 @@ def teacher():
 @teacher.command("noise-power")
 @click.option("--teacher", "source", required=True, help="Folder of the teacher, in which noise_power.json is kept.")
 @click.option(
-    "--data", default="digits", show_default=True, help="The teacher's training data: 'digits' or a folder of images."
+    "--data", default="digits", show_default=True, help="The teacher's training data: 'digits', 'glyphs' or a folder."
 )
 @click.option("--num", default=256, show_default=True, help="Images at each of 48 levels.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
@@ -90,6 +90,7 @@ def teacher():
 @computing
 def teacher_noise_power(source, data, num, seed, device):
     """Estimate how much noise a teacher finds at every level, once: the analytic solvers need it."""
+    from ..data.glyph_sets import trained_glyphs
     from ..data.images import load_images
     from ..diffusion.teacher import Teacher
     from ..runtime.devices import require_device
@@ -98,7 +99,9 @@ def teacher_noise_power(source, data, num, seed, device):
     if not Path(source).is_dir():
         raise InputError(f"--teacher {source}: a folder is needed, in which the estimates are kept")
     model = Teacher.from_pretrained(source, require_device(device))
-    images = load_images(data, model.image_size, model.image_channels)
+    # Any glyphs are a fair sample of all.
+    known = num if trained_glyphs(data) is not None else 0
+    images = load_images(data, model.image_size, model.image_channels, num=known, progress=True)
     click.echo(f"noise power in {estimate_noise_power(model, images, num=num, seed=seed).write(source)}")
 
 
@@ -108,7 +111,7 @@ def teacher_noise_power(source, data, num, seed, device):
 @options(TeacherTrainingConfig)
 @computing
 def teacher_train(out, resume, **values):
-    """Train a small diffusers teacher on the digits or on a folder of images."""
+    """Train a small diffusers teacher on the digits, on glyphs, or on a folder of images."""
     from ..runtime.devices import require_device
     from ..training.teacher import train_teacher
 
@@ -128,7 +131,7 @@ def classifier():
 @options(ClassifierTrainingConfig)
 @computing
 def classifier_train(out, resume, **values):
-    """Train a small classifier on the digits or on a folder that holds one folder of images per class."""
+    """Train a small classifier on the digits, on glyphs, or on a folder that holds one folder of images per class."""
     from ..training.classifier import train_classifier
 
     accuracy = train_classifier(overlay(ClassifierTrainingConfig(), values, "classifier train"), out, resume=resume)

@@ -1,7 +1,7 @@
 """Glyphs: a procedural, labelled, unlimited data set in colour, letters and digits in the fonts that matplotlib brings.
 
-An image is a function of (seed, index), drawn by Philox's counters: the same scene at every size. FreeType, which Pillow brings,
-draws the outlines, so that pixels are equal for equal versions of both and alike for others (:func:`versions`).
+An image is a function of (seed, index), drawn by Philox's counters: the same scene at every size. FreeType, which Pillow
+brings, draws the outlines, so that pixels are equal for equal versions of both and alike for others (:func:`versions`).
 """
 
 import colorsys
@@ -41,6 +41,8 @@ HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic", "DejaVuSansMono-Oblique", "DejaVuSan
 """Fonts that no image of the data set is in: what a model makes of them tells whether it knows letters or files."""
 
 DIGITS = "0123456789"
+"""Characters of the digits, in the order of their labels."""
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijmnqrty"
 """Letters, without the lower-case ones that differ from capitals by size alone, or from a capital I by nothing."""
 
@@ -95,15 +97,31 @@ def draw_glyphs(
         >>> images.shape
         torch.Size([4, 3, 32, 32])
     """
-    size, names = require_glyphs(size, classes), CLASSES[classes]
-    paths = [_font_path(name) for name in fonts]
-    places = torch.as_tensor(list(indices), dtype=torch.int64)
-    numbers = philox_words(seed, places, _NUMBERS, stream="draw", step=_STEP).numpy() / 2.0**32
-    chosen = (numbers[:, 0] * len(names)).astype(np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
-    images = np.empty((len(places), size, size, 3), dtype=np.uint8)
-    for image, u, label in zip(images, numbers, chosen, strict=True):
+    size, names, paths = require_glyphs(size, classes), CLASSES[classes], _font_paths(fonts)
+    numbers = _numbers(indices, seed)
+    chosen = _labels(numbers, names) if labels is None else _given(labels, len(numbers), names)
+    images = np.empty((len(numbers), size, size, 3), dtype=np.uint8)
+    for image, u, label in zip(images, numbers, chosen):
         image[:] = _picture(names[label], paths[int(u[1] * len(paths))], u[2:], size)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(chosen)
+
+
+def glyph_labels(indices: range | Sequence[int], classes: str = "all", seed: int = 0) -> torch.Tensor:
+    """Classes of images that :func:`draw_glyphs` chooses, without the drawing.
+
+    Args:
+        indices: numbers of the images, in [0, 2^62).
+        classes: ``digits``, ``letters`` or ``all``.
+        seed: int in [0, 2^64).
+
+    Returns:
+        int64 ``(N,)`` on the CPU, places in :data:`CLASSES`.
+
+    Raises:
+        InputError: an argument out of its range.
+    """
+    require_glyphs(LARGEST, classes)
+    return torch.from_numpy(_labels(_numbers(indices, seed, 1), CLASSES[classes]))
 
 
 def require_glyphs(size: int, classes: str) -> int:
@@ -138,12 +156,38 @@ def versions() -> dict[str, Any]:
     return {**named, "digest": digest({"images": images, "labels": labels})}
 
 
+def _numbers(indices, seed, count=_NUMBERS):
+    """Random numbers in [0, 1) of every image, float64 ``(N, count)``."""
+    places = [*indices[:1], *indices[-1:]] if isinstance(indices, range) else list(indices)
+    places = [whole("indices", index, 0, 2**62) for index in places]
+    if not isinstance(indices, range):
+        indices = torch.tensor(places, dtype=torch.int64, device="cpu")
+    return philox_words(seed, indices, count, stream="draw", step=_STEP).numpy() / 2.0**32
+
+
+def _labels(numbers, names):
+    return (numbers[:, 0] * len(names)).astype(np.int64)
+
+
+def _given(labels, count, names):
+    """Classes that the caller has chosen."""
+    found = np.array([whole("labels", label, 0, len(names)) for label in labels], dtype=np.int64)
+    if len(found) != count:
+        raise InputError(f"labels must be one of each image: there are {count} images and {len(found)} labels")
+    return found
+
+
+def _font_paths(fonts):
+    known = (*FONTS, *HELD_OUT_FONTS)
+    if isinstance(fonts, str) or not fonts or any(name not in known for name in fonts):
+        raise InputError(f"fonts must be some of {', '.join(known)}; got {fonts!r}")
+    return [_font_path(name) for name in fonts]
+
+
 def _font_path(name):
     from matplotlib import get_data_path
 
     path = Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")
-    if name not in (*FONTS, *HELD_OUT_FONTS):
-        raise InputError(f"fonts must be among {', '.join((*FONTS, *HELD_OUT_FONTS))}, got {name!r}")
     if not path.exists():
         raise InputError(f"the font {name} is not among matplotlib's files: install matplotlib 3.8 to 3.11 from its wheel")
     return str(path)
@@ -153,7 +197,12 @@ def _font_path(name):
 def _font(path, pixels):
     from PIL import ImageFont
 
-    return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.BASIC)
+    try:
+        return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.BASIC)
+    except (OSError, ImportError) as error:
+        raise InputError(
+            f"the font {path} cannot be read ({error}): install matplotlib and Pillow from their wheels"
+        ) from error
 
 
 def _picture(character, path, u, size):

@@ -1,4 +1,4 @@
-"""Image data sets for training a teacher: the embedded digits, or any folder of pictures.
+"""Image data sets for training a teacher: the embedded digits, glyphs, or any folder of pictures.
 
 Rules for reading folders, everywhere in this module and in :mod:`advkd.data.decoding`, which has the two limits:
 
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..ops.arguments import whole
-from . import glyphs
 from .decoding import in_mode, open_picture, pixels_of
+from .glyph_sets import trained_glyphs
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -42,41 +42,50 @@ SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volu
 
 
 def load_images(
-    source: str | os.PathLike, size: int | None = None, channels: int | None = None, classes: str = "", num: int = 0
+    source: str | os.PathLike,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: str = "",
+    num: int = 0,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Load a whole image data set.
 
     Args:
-        source: ``"digits"`` (scikit-learn's 1,797 handwritten digits) or a folder that holds pictures at any depth (PNG, JPEG,
-            WebP, BMP, GIF, TIFF), also behind symbolic links. Hidden entries (``.ipynb_checkpoints``) and systems' folders
-            (``__MACOSX``) are left out.
-        size: side in pixels; default 32 for the digits, else the first image's shorter side, rounded down to 4 * 2^k.
+        source: ``"digits"`` (scikit-learn's 1,797 handwritten digits), ``"glyphs"``, ``"glyphs-digits"`` or
+            ``"glyphs-letters"`` (:mod:`advkd.data.glyphs`), or a folder that holds pictures at any depth (PNG, JPEG, WebP, BMP,
+            GIF, TIFF), also behind symbolic links. Hidden entries (``.ipynb_checkpoints``) and systems' folders (``__MACOSX``)
+            are left out.
+        size: side in pixels; default 32 for digits and glyphs, else the first image's shorter side, rounded down to 4 * 2^k.
         channels: 1 (gray) or 3 (RGB); default 1 for the digits, else what the first image has (one with a palette of grays
-            leaves it to the next).
+            leaves it to the next). Glyphs have 3.
+        classes: of ``"glyphs"``: ``digits``, ``letters`` or ``all``, the default.
+        num: number of glyphs, 0 for 32,768; large sets are kept in the cache.
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         ``(N, channels, size, size)``, sorted by path, turned as EXIF says, transparency blended over white, bicubically resized
         (after a centre crop to a square): float32 in [-1, 1] for the digits, uint8 for a folder (a quarter of the memory, and
-        little more than the result while it is read); :func:`normalize` takes both.
+        little more than the result while it is read) and glyphs; :func:`normalize` takes both.
 
     Raises:
         InputError: no such folder, no image in it, a folder that cannot be read, or an image that cannot: damaged, of another
             format, of more than ``PIXEL_LIMIT`` (2^27) pixels, or of values without a known range (it is named).
     """
-    size = _checked_size(source, size, channels)
+    size, glyphs = _checked_size(source, size, channels), trained_glyphs(source, classes, num)
+    if glyphs is not None:
+        return glyphs.images(size or 32, channels, progress)
     if str(source) == "digits":
         return _digits(size or 32, channels or 1)
-    if str(source) == "glyphs":
-        return _glyphs(size, channels, classes, num)[0]
     if not os.path.isdir(source):
-        raise InputError(f"--data {source} is neither 'digits' nor a folder of images")
+        raise InputError(f"--data {source} is neither 'digits' nor 'glyphs' nor a folder of images")
     return _squares(_image_paths(Path(source), "--data"), size, channels)
 
 
 def _checked_size(source, size, channels):
     """``size`` as an int or None; an :class:`InputError` for arguments that no images can have."""
     if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"source must be 'digits' or a folder of images, got {source!r}")
+        raise InputError(f"source must be 'digits', 'glyphs' or a folder of images, got {source!r}")
     if channels is not None and whole("channels", channels) not in (1, 3):
         raise InputError(f"channels must be 1 or 3, got {channels}")
     size = size if size is None else whole("size", size, 1)
@@ -91,13 +100,6 @@ def _digits(size, channels):
     images = torch.from_numpy(load_digits().images).to(torch.float32).unsqueeze(1) / 8 - 1
     images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
     return images.expand(-1, channels, -1, -1).contiguous()
-
-
-def _glyphs(size, channels, classes, num):
-    """Images and labels of the training range."""
-    if channels not in (None, 3):
-        raise InputError(f"glyphs are in colour: channels must be 3, got {channels}")
-    return glyphs.draw_glyphs(range(num or glyphs.TRAINED), size or 32, classes or "all")
 
 
 def _squares(paths, size, channels):
@@ -150,7 +152,12 @@ def _square(image, size):
 
 
 def load_labelled(
-    source: str | os.PathLike, size: int | None = None, channels: int | None = None, classes: str = "", num: int = 0
+    source: str | os.PathLike,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: str = "",
+    num: int = 0,
+    progress: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images with classes.
 
@@ -158,9 +165,12 @@ def load_labelled(
     ``source``.
 
     Args:
-        source: ``"digits"`` or a folder that holds one folder of images per class.
+        source: ``"digits"``, a data set of glyphs, or a folder that holds one folder of images per class.
         size: side in pixels, as for :func:`load_images`.
         channels: 1 (gray) or 3 (RGB), as for :func:`load_images`.
+        classes: of ``"glyphs"``, as for :func:`load_images`.
+        num: number of glyphs, as for :func:`load_images`.
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         ``(images, labels, names)``: images as :func:`load_images` gives them, labels int64 ``(N,)``, the classes' names.
@@ -168,17 +178,19 @@ def load_labelled(
     Raises:
         InputError: fewer than two classes, one without a picture, or what :func:`load_images` refuses.
     """
-    size = _checked_size(source, size, channels)
+    size, glyphs = _checked_size(source, size, channels), trained_glyphs(source, classes, num)
+    if glyphs is not None:
+        return glyphs.images(size or 32, channels, progress), glyphs.labels(), glyphs.class_names
     if str(source) == "digits":
         from sklearn.datasets import load_digits
 
         return _digits(size or 32, channels or 1), torch.from_numpy(load_digits().target).long(), [str(i) for i in range(10)]
-    if str(source) == "glyphs":
-        return *_glyphs(size, channels, classes, num), list(glyphs.CLASSES[classes or "all"])
     found = _entries(Path(source), "--data") if os.path.isdir(source) else []
     folders = [path for path, is_folder, _ in found if is_folder]
     if len(folders) < 2:
-        raise InputError(f"--data {source} is neither 'digits' nor a folder that holds one folder of images per class")
+        raise InputError(
+            f"--data {source} is neither 'digits' nor 'glyphs' nor a folder that holds one folder of images per class"
+        )
     places: dict[str, Path] = {}
     for path in folders:
         first = places.setdefault(os.path.realpath(path), path)

@@ -28,6 +28,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def eight_bit(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8 ``(N, C, H, W)``, which all are compared in: PNGs of the same images give the same figures."""
+    return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
+
+
 def to_pil(images: torch.Tensor) -> list["Image.Image"]:
     """``(N, C, H, W)`` in [-1, 1], C = 1, 3 or 4 (or the result of :func:`to_uint8` for them), to a list of Pillow images."""
     from PIL import Image

@@ -54,7 +54,8 @@ class CompareConfig:
         fine_steps: steps of the reference, by unipc-2.
         spacing: spacing of the solvers' levels (empty: each solver's own).
         extractor: ``digits`` or a folder of ``advkd classifier train``.
-        real: ``digits`` or a folder of images.
+        real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), or a folder of images.
+        real_num: number of real glyphs (0: 10,000).
         resamples: draws of the bootstrap behind the intervals.
         batch_size: images that run through a network together.
         classes: names of classes separated by commas, or ``all``: conditional models, the reference's too, draw them in turn
@@ -72,6 +73,7 @@ class CompareConfig:
     spacing: str = ""
     extractor: str = "digits"
     real: str = "digits"
+    real_num: int = 0
     resamples: int = 100
     batch_size: int = 50
     classes: str = ""
@@ -133,7 +135,7 @@ def compare_models(
     """
     config.validate()
     device = require_device(device)
-    model, extractor, real = _references(teacher, config, device)
+    model, extractor, real = _references(teacher, config, device, progress)
     setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
     contestants = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
@@ -161,10 +163,10 @@ def compare_models(
     return result
 
 
-def _references(teacher, config, device):
+def _references(teacher, config, device, progress):
     """Teacher, extractor and real images, which fit each other and the number of images."""
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    real = real_images(config.real, model.shape)
+    real = real_images(config.real, model.shape, num=config.real_num, progress=progress)
     require_fit(extractor, real, "--real")
     require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
     Condition.of(model, config.classes, config.guidance)

@@ -25,7 +25,7 @@ from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
 from .features import build_extractor, extract, require_fit
-from .image_sets import eight_bit, gather, read_images, real_images, shuffled
+from .image_sets import eight_bit, gather, read_images, real_images, reference_images, shuffled
 from .kept_images import Condition
 from .metrics import compare, frechet_floor
 from .taught import Lesson, all_in_turn, taught
@@ -44,7 +44,9 @@ class EvaluationConfig:
         seed: of the student's and the teacher's noise; what the student was trained on must not be among its samples.
         extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
         inception_weights: file of the Inception weights.
-        real: ``digits``, a folder of images of the student's size, ``none``, or ``auto``: digits with the digits' extractor.
+        real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), a folder of images of the student's
+            size, ``none``, or ``auto``: digits with the digits' extractor.
+        real_num: number of glyphs that stand for the real images or the reference (0: 10,000).
         resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
         dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
@@ -58,6 +60,7 @@ class EvaluationConfig:
     extractor: str = "digits"
     inception_weights: str = ""
     real: str = "auto"
+    real_num: int = 0
     resamples: int = 200
     processes: int = 1
     dtype: str = "float32"
@@ -105,7 +108,7 @@ def evaluate_student(
     Raises:
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
-    extractor, model, drawer, real = _load(student, teacher, config, device)
+    extractor, model, drawer, real = _load(student, teacher, config, device, progress)
     turns = generator_classes(student, model, config.classes or None)
     if teacher_samples is None:
         names = [model.class_names[number] for number in turns]
@@ -142,7 +145,7 @@ def evaluate_student(
     return result
 
 
-def _load(student, teacher, config, device):
+def _load(student, teacher, config, device, progress):
     """Extractor, student, teacher and real images (None: without), which fit each other."""
     config.validate()
     device = require_device(device)
@@ -151,7 +154,7 @@ def _load(student, teacher, config, device):
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
     _require_drawable(extractor, model, drawer, config)
-    real = _real_images(config, model)
+    real = _real_images(config, model, progress)
     if real is not None:
         require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
     return extractor, model, drawer, real
@@ -167,6 +170,8 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
+    The reference may be a data set of glyphs, too, of the images' size and ``config.real_num`` of them.
+
     Args:
         images: of the reference's size and channels; others, or too few on either side, are an :class:`InputError`.
         reference: one half is compared with, the other is for the floor; N is the smaller of a half and of ``images``.
@@ -181,7 +186,8 @@ def evaluate_folders(
     config.validate()
     device = require_device(device)
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
-    found, wanted = (read_images(str(source), option) for option, source in (("--images", images), ("--reference", reference)))
+    found = read_images(str(images), "--images")
+    wanted = reference_images(str(reference), found.shape[1:], config.real_num)
     if found.shape[1:] != wanted.shape[1:]:
         ours, theirs = (describe_shape(pictures.shape[1:]) for pictures in (found, wanted))
         raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
@@ -360,10 +366,14 @@ def _each(times, n):
     return {name: value if name == "repeats" else value / n for name, value in times.items()}
 
 
-def _real_images(config, model):
+def _real_images(config, model, progress):
     """Images of ``config.real``, or None."""
     source = config.real
     if source == "auto":
         source = "digits" if config.extractor == "digits" else "none"
     shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
-    return None if source == "none" else real_images(source, shape)
+    if source != "none":
+        return real_images(source, shape, num=config.real_num, progress=progress)
+    if config.real_num:
+        raise InputError("real_num is a number of glyphs: name them by --real, or leave --real-num out")
+    return None

@@ -8,6 +8,7 @@ import torch
 
 from ..data.dataset_info import differences
 from ..data.draws import DataOrder
+from ..data.glyph_sets import held_out_glyphs
 from ..data.images import load_images
 from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
@@ -26,7 +27,8 @@ class LikelihoodConfig:
     """Options of ``advkd evaluate --likelihood``.
 
     Attributes:
-        num: images, drawn from the set without repetition; those of a smaller ``num`` are the first of a larger one.
+        num: images, drawn from the set without repetition (of glyphs the first held-out ones); those of a smaller ``num`` are
+            the first of a larger one.
         steps: timesteps of the chain, evenly spaced; 0 for all T.
         seed: of the choice of images and of the noise.
         variance: of the reverse transitions, ``fixed_small``, ``fixed_large`` or ``analytic``; empty for the teacher's.
@@ -63,7 +65,8 @@ def evaluate_likelihood(
 
     Args:
         teacher: source for :meth:`advkd.Teacher.from_pretrained`.
-        images: ``digits`` (enlarged to the teacher's size), or a folder of images of the teacher's size and channels.
+        images: ``digits`` (enlarged to the teacher's size), ``glyphs`` (held-out ones of its size; ``glyphs-digits``,
+            ``glyphs-letters``), or a folder of images of the teacher's size and channels.
         config: a :class:`LikelihoodConfig`.
         out: folder, made where it is missing.
         device: torch device of the network.
@@ -80,7 +83,7 @@ def evaluate_likelihood(
     config.validate()
     model = Teacher.from_pretrained(teacher, require_device(device))
     bound = VariationalBound(model, config.steps or None, config.seed, config.variance or None)
-    chosen = _choose(_pictures(images, model), images, config)
+    chosen = _chosen(str(images), model, config, progress)
     labels, out = bound.check(chosen), require_output_folder(out)
     with locked(out):
         terms = _terms(bound, chosen, labels, out, progress)
@@ -117,13 +120,16 @@ def describe(result: dict[str, Any]) -> str:
 
 def _pictures(source, teacher):
     """All images of a source, uint8 ``(N, C, S, S)``; the digits are enlarged to the teacher's size."""
-    if str(source) == "digits":
+    if source == "digits":
         return eight_bit(load_images("digits", teacher.image_size, teacher.image_channels))
-    return real_images(str(source), teacher.shape, "--images")
+    return real_images(source, teacher.shape, "--images")
 
 
-def _choose(images, source, config):
-    """The images of an evaluation: the first of a seeded permutation, as sets are sorted by class or name."""
+def _chosen(source, teacher, config, progress):
+    """Images of an evaluation: the first of a seeded permutation, as sets are sorted by class or name, or the first glyphs."""
+    if held_out_glyphs(source) is not None:
+        return real_images(source, teacher.shape, "--images", config.num, progress)
+    images = _pictures(source, teacher)
     if config.num > len(images):
         raise InputError(f"--images {source} holds {len(images)} images, --num {config.num} are needed: lower --num")
     return images[DataOrder(len(images), config.seed).rows(0, config.num)]

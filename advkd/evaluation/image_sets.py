@@ -4,25 +4,32 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..data.glyph_sets import held_out_glyphs
 from ..data.images import describe_shape, load_images, read_pictures
-from ..data.pictures import to_uint8
+from ..data.pictures import eight_bit
 from ..errors import InputError
 
 
-def real_images(source: str, shape: Sequence[int], option: str = "--real") -> torch.Tensor:
+def real_images(
+    source: str, shape: Sequence[int], option: str = "--real", num: int = 0, progress: bool = False
+) -> torch.Tensor:
     """Real images to compare with.
 
     Args:
-        source: ``digits`` or a folder of pictures.
+        source: ``digits``, a data set of glyphs, of which held-out ones are taken, or a folder of pictures.
         shape: ``(C, S, S)`` that they must have.
         option: name of the source in errors.
+        num: number of glyphs (0: :data:`advkd.data.glyph_sets.REFERENCE`).
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         uint8 ``(N, C, S, S)``.
 
     Raises:
-        InputError: a folder without pictures, or images of another shape.
+        InputError: a folder without pictures, images of another shape, or a number of images that are no glyphs.
     """
+    if (glyphs := held_out_glyphs(source, num, option)) is not None:
+        return glyphs.images(shape[-1], shape[0], progress)
     images = read_images(source, option)
     if tuple(images.shape[1:]) != tuple(shape):
         found, wanted = describe_shape(images.shape[1:]), describe_shape(shape)
@@ -32,7 +39,27 @@ def real_images(source: str, shape: Sequence[int], option: str = "--real") -> to
 
 def read_images(source: str, option: str) -> torch.Tensor:
     """The digits, or a folder's pictures, uint8 ``(N, C, H, W)``; ``option`` names the source in errors."""
+    if held_out_glyphs(source) is not None:
+        raise InputError(f"{option} {source}: glyphs have the size of what they are compared with: name them by --reference")
     return eight_bit(load_images("digits")) if source == "digits" else read_pictures(source, option)
+
+
+def reference_images(source: str, shape: Sequence[int], num: int = 0) -> torch.Tensor:
+    """Images of ``--reference``.
+
+    Args:
+        source: ``digits``, a data set of glyphs, or a folder of pictures, which keep their own size.
+        shape: ``(C, S, S)`` of what is compared with them, which glyphs have, too.
+        num: number of glyphs, as for :func:`real_images`.
+
+    Returns:
+        uint8 ``(N, C, H, W)``.
+
+    Raises:
+        InputError: as for :func:`real_images`.
+    """
+    glyphs = held_out_glyphs(source, num, "--reference")
+    return real_images(source, shape, "--reference", num) if glyphs is not None else read_images(source, "--reference")
 
 
 def gather(batches: Iterable[torch.Tensor], num: int) -> torch.Tensor:
@@ -44,11 +71,6 @@ def gather(batches: Iterable[torch.Tensor], num: int) -> torch.Tensor:
         images[first : first + len(batch)] = batch
         first += len(batch)
     return images
-
-
-def eight_bit(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as uint8 ``(N, C, H, W)``, which all are compared in: PNGs of the same images give the same figures."""
-    return to_uint8(images).cpu().permute(0, 3, 1, 2).contiguous()
 
 
 def shuffled(features: torch.Tensor, seed: int = 0) -> torch.Tensor:

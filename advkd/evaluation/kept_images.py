@@ -1,25 +1,13 @@
-"""Sets of images, drawn in shards that the cache keeps: a killed run goes on, and a larger one draws what is missing."""
+"""Sets of images of a teacher's solvers that the cache keeps."""
 
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..data.kept_sets import KeptSet
 from ..data.labels import labels_in_turn
 from ..diffusion.guidance import class_numbers, classes_of
 from ..diffusion.solvers import METHODS, Solver
 from ..diffusion.teacher import Teacher
-from ..errors import InputError
-from ..models.shape import batches
-from ..runtime.files import read_tensors, require_digest, with_digest, write_tensors
-from .image_sets import eight_bit
-
-SHARD = 500
-"""Images of a shard."""
 
 FINE = Solver("unipc-2")
 """Solver of the fine-step reference."""
@@ -103,64 +91,6 @@ NO_CLASS = Condition()
 """Condition of images of no class."""
 
 
-@dataclass(frozen=True)
-class KeptSet:
-    """Images ``0 .. num - 1`` of one sampler and one seed, kept in the cache.
-
-    Attributes:
-        kind: first word of the folder's name.
-        depends: JSON values that determine every image; their hash names the folder.
-        num: number of images.
-        shape: of an image, ``(C, H, W)``.
-        batch_size: images that are drawn together.
-        draw: function of a batch's number of images and the index of its first one that gives them, ``(n, C, H, W)`` in
-            [-1, 1].
-    """
-
-    kind: str
-    depends: list[Any]
-    num: int
-    shape: tuple[int, ...]
-    batch_size: int
-    draw: Callable[[int, int], torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        """Name of its folder, another one of other images."""
-        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
-        return f"{self.kind}-{key[:32]}"
-
-    def images(self, cache: Path, bar: Any) -> torch.Tensor:
-        """The images, from the cache or drawn now.
-
-        Args:
-            cache: folder that the set's folder is in.
-            bar: progress bar, moved on by every image.
-
-        Returns:
-            ``(num, C, H, W)`` uint8 on the CPU.
-
-        Raises:
-            InputError: a kept file that is damaged; the message names it.
-        """
-        folder = cache / self.name
-        return torch.cat([self._shard(folder, first, count, bar) for first, count in batches(self.num, SHARD)])
-
-    def _shard(self, folder, first, count, bar):
-        path = folder / f"images-{first:07d}-{count:03d}.safetensors"
-        if path.exists():
-            bar.update(count)
-            return _kept(path, (count, *self.shape))
-        drawn = []
-        for start, number in batches(count, self.batch_size):
-            drawn.append(eight_bit(self.draw(number, first + start)))
-            bar.update(number)
-        folder.mkdir(exist_ok=True)
-        tensors = {"images": torch.cat(drawn)}
-        write_tensors(path, tensors, with_digest(tensors, {}))
-        return tensors["images"]
-
-
 def solver_set(model: Teacher, run: Run, batch_size: int, condition: Condition = NO_CLASS) -> KeptSet:
     """A teacher's images by a solver.
 
@@ -185,13 +115,3 @@ def solver_set(model: Teacher, run: Run, batch_size: int, condition: Condition =
 def fine_run(steps: int, seed: int, num: int) -> Run:
     """The fine-step reference of sets of ``seed``, whose noise is another one's."""
     return Run(FINE, steps, seed + 1, num)
-
-
-def _kept(path, shape):
-    """Images of an earlier run, as they were written."""
-    remedy = "delete it, and it is drawn again"
-    tensors, metadata = read_tensors(path, "the cache's images", ("digest",), remedy)
-    require_digest(path, tensors, metadata, remedy)
-    if tuple(tensors["images"].shape) != shape:
-        raise InputError(f"{path} holds {tuple(tensors['images'].shape)}, expected {shape}: {remedy}")
-    return tensors["images"]

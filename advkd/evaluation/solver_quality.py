@@ -45,7 +45,8 @@ class SolverEvaluationConfig:
         fine_steps: steps of the reference, by unipc-2.
         spacing: of the levels (empty: each solver's own).
         extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
-        real: ``digits`` or a folder of images.
+        real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), or a folder of images.
+        real_num: number of real glyphs (0: 10,000).
         resamples: of the bootstrap behind the intervals.
         batch_size: images that run through the network together.
     """
@@ -59,6 +60,7 @@ class SolverEvaluationConfig:
     spacing: str = ""
     extractor: str = "digits"
     real: str = "digits"
+    real_num: int = 0
     resamples: int = 100
     batch_size: int = 50
 
@@ -119,7 +121,7 @@ def evaluate_solvers(
     config.validate()
     device = require_device(device)
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    real = real_images(config.real, model.shape)
+    real = real_images(config.real, model.shape, num=config.real_num, progress=progress)
     require_fit(extractor, real, "--real")
     runs, left_out = _runs(config, model)
     if len(runs) == 1:

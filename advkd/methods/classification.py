@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.draws import Draw
+from ..data.glyph_sets import trained_glyphs
 from ..data.sources import Batch
 from ..diffusion.training_schedules import require_schedule
 from ..errors import InputError
@@ -64,6 +65,9 @@ class ClassifierTrainingConfig:
             raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
+        glyphs = trained_glyphs(self.data, self.classes, self.images)
+        if glyphs is not None:
+            glyphs.require(self.size or 32)
 
 
 class Classification(Method):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.draws import Draw
+from ..data.glyph_sets import trained_glyphs
 from ..data.sources import Batch
 from ..diffusion.training_schedules import require_schedule
 from ..errors import InputError
@@ -19,7 +20,7 @@ class TeacherTrainingConfig:
     """How ``advkd teacher train`` trains.
 
     Attributes:
-        data: ``digits``, ``glyphs`` or a folder of images; with ``conditional`` one that holds one folder of images per class.
+        data: ``digits``, ``glyphs``, or a folder of images; with ``conditional`` one that holds one folder of images per class.
         size: side of the images in pixels (0: from the data).
         classes: of glyphs ``digits``, ``letters`` or ``all``, the default.
         images: number of glyphs that are trained on (0: 32,768).
@@ -81,6 +82,9 @@ class TeacherTrainingConfig:
             raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
+        glyphs = trained_glyphs(self.data, self.classes, self.images)
+        if glyphs is not None:
+            glyphs.require(self.size or 32, self.image_channels or None)
 
 
 class Denoising(Method):

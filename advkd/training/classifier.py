@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data.glyph_sets import trained_glyphs
 from ..data.images import load_labelled
 from ..data.sources import Tensors
 from ..diffusion.training_schedules import noise_scheduler
@@ -47,7 +48,7 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
     """
     config.validate()
     claim(out, resume, ("config.json",), "model")
-    images, labels, names = load_labelled(config.data, config.size or None, None, config.classes, config.images)
+    images, labels, names = load_labelled(config.data, config.size or None, None, config.classes, config.images, progress)
     generator = torch.Generator("cpu").manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator, dtype=torch.int64, device="cpu")
     held_out = max(1, round(config.held_out * len(images)))
@@ -59,6 +60,8 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
     method = Classification(config, Classifier(_shape(config, images, len(names))), generator, alpha_bars)
     parts = {"held_out": test, "trained": train}
     record: dict[str, Any] = {"config": asdict(config), "classes": names, "images": len(images)}
+    if (glyphs := trained_glyphs(config.data, config.classes, config.images)) is not None:
+        record["data"] = glyphs.description()
     source = Tensors(images=images, labels=labels, rows=train)
     save = partial(_save, images=images, labels=labels, parts=parts, record=record, alpha_bars=alpha_bars)
     Trainer(method, source, None, out, resume=resume, progress=progress, save=save, what="model").run()
@@ -87,11 +90,11 @@ def _accuracies(classifier, images, labels, alpha_bars):
 
 
 def _shape(config, images, classes):
-    size = images.shape[-1]
+    size, glyphs = images.shape[-1], trained_glyphs(config.data, config.classes, config.images)
     halvings = size.bit_length() - 3
     channels = tuple(min(64, 32 << i) for i in range(halvings))
     return ClassifierConfig(
-        name=Path(config.data).resolve().name if config.data not in ("digits", "glyphs") else config.data,
+        name=glyphs.name if glyphs else config.data if config.data == "digits" else Path(config.data).resolve().name,
         image_size=size,
         image_channels=images.shape[1],
         classes=classes,

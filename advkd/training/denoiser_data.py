@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..data.glyph_sets import trained_glyphs
 from ..data.images import load_images, load_labelled
 from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
@@ -14,7 +15,14 @@ from ..errors import InputError
 from ..methods.base import Method, Needs
 
 
-def source_of(method: Method, needs: Needs, student: DenoiserStudent, data: Any, trajectories: Trajectories | None) -> Source:
+def source_of(
+    method: Method,
+    needs: Needs,
+    student: DenoiserStudent,
+    data: Any,
+    trajectories: Trajectories | None,
+    progress: bool = True,
+) -> Source:
     """The data set that a method's configuration needs, and no other.
 
     Args:
@@ -23,6 +31,7 @@ def source_of(method: Method, needs: Needs, student: DenoiserStudent, data: Any,
         student: the student, of whose shape and classes the data must be.
         data: images; see :func:`advkd.training.denoisers.distill_denoiser`.
         trajectories: recorded pairs.
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         Source of images, of pairs, or of nothing.
@@ -45,7 +54,7 @@ def source_of(method: Method, needs: Needs, student: DenoiserStudent, data: Any,
         return Tensors()
     if data is None:
         raise InputError(f"{method.name} needs images: name them by --data")
-    return _images(needs, model, data)
+    return _images(needs, model, data, progress)
 
 
 def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
@@ -102,7 +111,7 @@ def _require_classes(info, model):
         )
 
 
-def _images(needs, model, data):
+def _images(needs, model, data, progress):
     size, channels = model.image_size, model.image_channels
     if isinstance(data, (torch.Tensor, tuple)):
         images, labels = data if isinstance(data, tuple) else (data, None)
@@ -111,17 +120,23 @@ def _images(needs, model, data):
                 raise InputError("data: the student is told no classes: leave the labels out")
             labels = require_labels(labels, len(images), model.num_classes, images.device)
     elif needs.labels or model.num_classes:
-        images, labels, names = load_labelled(data, size, channels)
-        if tuple(names) != tuple(model.class_names):
-            raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(model.class_names)}")
+        if (glyphs := trained_glyphs(data)) is not None:
+            _require_names(data, glyphs.class_names, model)  # before they are drawn
+        images, labels, names = load_labelled(data, size, channels, progress=progress)
+        _require_names(data, names, model)
     else:
-        images, labels = load_images(data, size, channels), None
+        images, labels = load_images(data, size, channels, progress=progress), None
     if tuple(images.shape[1:]) != tuple(model.shape):
         raise InputError(f"data holds images {tuple(images.shape[1:])}, the student draws {tuple(model.shape)}")
     _require_pictures(images)
     if labels is None and (needs.labels or model.num_classes):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
+
+
+def _require_names(data, names, model):
+    if tuple(names) != tuple(model.class_names):
+        raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(model.class_names)}")
 
 
 def _require_pictures(images):

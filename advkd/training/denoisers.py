@@ -46,8 +46,8 @@ def distill_denoiser(
         student: where training begins; its network may be trained in place: load another one to compare with.
         out: folder for the student, ``checkpoint.safetensors``, ``metrics.csv`` and TensorBoard files.
         teacher: of methods that call one, of the student's schedule.
-        data: images of methods that need them: ``digits``, a folder, or ``(N, C, H, W)`` in [-1, 1]; with labels a folder of
-            one folder a class, or a pair of images and ``(N,)`` classes.
+        data: images of methods that need them: ``digits``, ``glyphs``, a folder, or ``(N, C, H, W)`` in [-1, 1]; with labels a
+            folder of one folder a class, or a pair of images and ``(N,)`` classes.
         trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`, of methods that need pairs.
         resume: go on from ``out``'s checkpoint.
         device: torch device of a single process (several processes: what accelerate gives).
@@ -135,7 +135,7 @@ class DenoiserDistiller(Trainer):
             require_alike(student, teacher)
         taught = {} if teacher is None else {"teacher": {**teacher.identity(), "name": None}}
         run.origin = {"init": digest(student.model.unet.state_dict()), **taught}
-        source = source_of(run, needs, student, data, trajectories)
+        source = source_of(run, needs, student, data, trajectories, progress)
         for stage in run.stages():
             sampler = run.sampler(stage)
             model.program(sampler.solver, sampler.steps)

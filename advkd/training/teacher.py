@@ -1,10 +1,11 @@
-"""Training of a small diffusers teacher on digits or on a folder of images (``advkd teacher train``)."""
+"""Training of a small diffusers teacher on digits, glyphs, or a folder of images (``advkd teacher train``)."""
 
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..data.glyph_sets import trained_glyphs
 from ..data.images import load_images, load_labelled
 from ..data.sources import Tensors
 from ..diffusion.loading import CLASSES, Classes
@@ -14,10 +15,14 @@ from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..runtime.devices import plain_defaults, require_device
+from ..runtime.files import write_json
 from .checkpoint import CHECKPOINT, claim
 from .trainer import Trainer
 
-PIPELINE = ("unet", "scheduler", CLASSES, "model_index.json")
+DATA = "data.json"
+"""File that tells which glyphs a teacher was trained on, and with which versions they were drawn."""
+
+PIPELINE = ("unet", "scheduler", CLASSES, DATA, "model_index.json")
 
 
 @plain_defaults()
@@ -30,8 +35,8 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
 
     Args:
         config: a :class:`~advkd.methods.denoising.TeacherTrainingConfig`, with the data and the device.
-        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json`` and the checkpoint, which is removed at
-            the end.
+        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json``, ``data.json`` of glyphs, and the
+            checkpoint, which is removed at the end.
         resume: go on from ``out``'s checkpoint.
         progress: show a bar.
 
@@ -51,7 +56,7 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
     claim(out, resume, PIPELINE, "teacher")
-    source, classes = _read(config)
+    source, classes = _read(config, progress)
     images = source.tensors["images"]
     torch.manual_seed(config.seed)
     unet = build_unet(
@@ -67,7 +72,7 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         resume=resume,
         device=config.device,
         progress=progress,
-        save=partial(_save_pipeline, scheduler=scheduler, classes=classes),
+        save=partial(_save_pipeline, scheduler=scheduler, classes=classes, config=config),
         finished=PIPELINE,
         what="teacher",
     )
@@ -75,20 +80,24 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     return trainer.out
 
 
-def _read(config):
+def _read(config, progress):
     """The images, with labels for a conditional teacher, and its classes."""
     size, channels = config.size or None, config.image_channels or None
     if not config.conditional:
-        return Tensors(images=load_images(config.data, size, channels, config.classes, config.images).to(config.device)), None
-    images, labels, names = load_labelled(config.data, size, channels, config.classes, config.images)
+        images = load_images(config.data, size, channels, config.classes, config.images, progress)
+        return Tensors(images=images.to(config.device)), None
+    images, labels, names = load_labelled(config.data, size, channels, config.classes, config.images, progress)
     # Without dropped labels the null class would never be trained.
     null = len(names) if config.drop else None
     return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
 
 
-def _save_pipeline(unet, out, scheduler, classes):
+def _save_pipeline(unet, out, scheduler, classes, config):
     from diffusers import DDPMPipeline
 
     # The checkpoint stays until all is there, so a kill loses nothing.
     write_pipeline(out, DDPMPipeline, unet, scheduler, classes, torch.float16)
+    glyphs = trained_glyphs(config.data, config.classes, config.images)
+    if glyphs is not None:
+        write_json(out / DATA, glyphs.description())
     (out / CHECKPOINT).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from advkd import Teacher
 from advkd.cli.distill import method_command
 from advkd.config import overlay
+from advkd.data.glyphs import draw_glyphs
 from advkd.errors import InputError
 from advkd.evaluation.features import build_extractor
 from advkd.methods.adv_kd import RECIPES
@@ -661,6 +663,7 @@ def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkey
 WITHOUT = """
 import sys
 sys.modules["diffusers"] = None
+import numpy as np
 import pytest
 sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
@@ -922,6 +925,17 @@ def test_kernels_that_have_run_are_counted(monkeypatch):
     monkeypatch.setattr(front, "families", lambda: range(3))
     monkeypatch.setattr(front, "last_run", lambda family: next(runs))
     assert front.gpu_state() == "1 of 3 GPU kernels have run at their current source"
+
+
+def test_the_picture_of_glyphs(tmp_path, monkeypatch):
+    """Rows of 32x32 at twice their size above half as many of 128x128: image i is in column i."""
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path)
+    pictures.glyphs(rows=2, columns=4)
+    with Image.open(tmp_path / "glyphs.png") as picture:
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+    small, large = draw_glyphs(range(8), 32)[0], draw_glyphs(range(2), 128)[0]
+    assert pixels.shape == (3, 2 * 64 + 128, 4 * 64)
+    assert torch.equal(pixels[:, 64:128:2, 65:128:2], small[5]) and torch.equal(pixels[:, 128:, 128:], large[1])
 
 
 def test_the_first_picture(tmp_path, monkeypatch):

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 
+from advkd.data import kept_sets
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
 from advkd.diffusion.loading import Classes
 from advkd.diffusion.networks import build_unet
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError
-from advkd.evaluation import compare, kept_images
+from advkd.evaluation import compare
 from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.comparison_page import PICTURES, describe
 from advkd.evaluation.contestants import Setting, parse_students, solver_rows, student_rows, total_cost
@@ -243,10 +244,10 @@ def test_draws_of_rows_are_those_of_the_sets():
 
 
 def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_images, "SHARD", 40)
+    monkeypatch.setattr(kept_sets, "SHARD", 40)
     monkeypatch.setattr(compare, "_times", lambda rows, device: {row.name: {"median": 1, "p20": 1, "p80": 1} for row in rows})
     options = {"students": "four,other,one-0", "solvers": "ddim", "evaluations": (4,)}
-    drawn, eight_bit, dies_after = [], kept_images.eight_bit, 20
+    drawn, eight_bit, dies_after = [], kept_sets.eight_bit, 20
 
     def counted(images):
         drawn.append(len(images))
@@ -254,7 +255,7 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return eight_bit(images)
 
-    monkeypatch.setattr(kept_images, "eight_bit", counted)
+    monkeypatch.setattr(kept_sets, "eight_bit", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, **options)
     first, dies_after = len(drawn), None

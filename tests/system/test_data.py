@@ -51,7 +51,7 @@ def test_sixteen_bit_gray_is_scaled(tmp_path):
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(InputError, match="neither 'digits' nor a folder"):
+    with pytest.raises(InputError, match="neither 'digits' nor 'glyphs' nor a folder"):
         load_images(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no image"):
         load_images(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from advkd.data import kept_sets
 from advkd.diffusion.loading import Classes
 from advkd.diffusion.noise_power import FILE, NoisePower
 from advkd.diffusion.schedule import Schedule
@@ -72,7 +73,7 @@ SMALL = SolverEvaluationConfig("ddim,unipc,heun", (3, 4), 90, 80, seed=3, fine_s
 
 
 def test_a_killed_evaluation_draws_what_is_missing(large_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_images, "SHARD", 40)
+    monkeypatch.setattr(kept_sets, "SHARD", 40)
     drawn, sample, dies_after = [], Teacher.sample, 5
 
     def counted(self, *arguments, **options):
@@ -119,7 +120,7 @@ def test_kept_sets_have_the_names_of_earlier_versions(solver, folder, tmp_path):
 
 
 def test_rows_of_an_evaluation(large_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept_images, "SHARD", 40)
+    monkeypatch.setattr(kept_sets, "SHARD", 40)
     result = evaluate_solvers(large_teacher, SMALL, tmp_path / "out", cache=tmp_path / "cache", progress=False)
     assert json.loads((tmp_path / "out" / "solvers.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     found = [(row["solver"], row["steps"], row["evaluations"], row["real"]["num"]) for row in result["rows"]]

@@ -1,0 +1,156 @@
+"""Data sets of glyphs by name: a training range, and held-out references of any number. The cache keeps what takes long."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..ops.arguments import whole
+from ..runtime.folders import cache_folder, require_output_folder
+from ..runtime.progress import progress_bar
+from .glyphs import CLASSES, HELD_OUT, TRAINED, draw_glyphs, glyph_labels, require_glyphs, versions
+from .kept_sets import KeptSet
+
+NAMES = {"glyphs": "all", "glyphs-digits": "digits", "glyphs-letters": "letters"}
+"""Classes by the name of a data set."""
+
+REFERENCE = 10_000
+"""Images of a reference whose number is not given."""
+
+FEW = 1000
+"""Images that take seconds: they are drawn anew."""
+
+LARGEST_KEPT = 2**31
+"""Bytes of images that the cache keeps at most; of larger sets it keeps nothing."""
+
+BATCH_SIZE = 50
+"""Images between two moves of the progress bar."""
+
+
+@dataclass(frozen=True)
+class GlyphSet:
+    """Consecutive images of glyphs, of seed 0.
+
+    Attributes:
+        classes: name of a set of classes, one of :data:`advkd.data.glyphs.CLASSES`.
+        num: number of images.
+        first: index of the first image.
+    """
+
+    classes: str = "all"
+    num: int = TRAINED
+    first: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return next(name for name, classes in NAMES.items() if classes == self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The characters, in the order of their labels."""
+        return list(CLASSES[self.classes])
+
+    def require(self, size: int, channels: int | None = None) -> None:
+        """Refuse a shape that glyphs do not have.
+
+        Args:
+            size: side in pixels.
+            channels: number of channels; None: theirs.
+
+        Raises:
+            InputError: a size that is not 4 * 2^k from 8 to 512, or other channels than 3.
+        """
+        require_glyphs(size, self.classes)
+        if channels not in (None, 3):
+            raise InputError(f"glyphs are in colour: channels must be 3, got {channels}")
+
+    def images(self, size: int, channels: int | None = None, progress: bool = False) -> torch.Tensor:
+        """The images, from the cache or drawn now: a killed run draws what is missing.
+
+        Args:
+            size: side in pixels, 4 * 2^k, from 8 to 512.
+            channels: 3 or None.
+            progress: show a bar.
+
+        Returns:
+            ``(num, 3, size, size)`` uint8 on the CPU.
+
+        Raises:
+            InputError: another shape, fonts that are not there, or a kept file that is damaged.
+        """
+        self.require(size, channels)
+
+        def draw(count, start):
+            return draw_glyphs(range(self.first + start, self.first + start + count), size, self.classes)[0]
+
+        is_kept = self.num >= FEW and self.num * 3 * size**2 <= LARGEST_KEPT
+        cache = require_output_folder(cache_folder(), "the cache (ADVKD_CACHE)") if is_kept else None
+        depends = [size, self.classes, self.first, versions()] if is_kept else []
+        kept = KeptSet("glyphs", depends, self.num, (3, size, size), BATCH_SIZE, draw)
+        with progress_bar(total=self.num, desc="glyphs", unit="image", shown=progress) as bar:
+            return kept.images(cache, bar)
+
+    def labels(self) -> torch.Tensor:
+        """The images' classes.
+
+        Returns:
+            ``(num,)`` int64 on the CPU.
+        """
+        return glyph_labels(range(self.first, self.first + self.num), self.classes)
+
+    def description(self) -> dict[str, Any]:
+        """JSON values that tell the images, but for their size: classes, range, and the versions that drew them."""
+        return {"data": "glyphs", "classes": self.classes, "first": self.first, "images": self.num, "versions": versions()}
+
+
+def trained_glyphs(source: Any, classes: str = "", num: int = 0) -> GlyphSet | None:
+    """The training range of glyphs, if ``source`` names them.
+
+    Args:
+        source: a name or a folder.
+        classes: of ``glyphs``: ``digits``, ``letters`` or ``all``; empty for ``all``.
+        num: number of images; 0 for :data:`advkd.data.glyphs.TRAINED`.
+
+    Returns:
+        The set; None for other data.
+
+    Raises:
+        InputError: an unknown set of classes, more images than the range has, or classes or a number with other data.
+    """
+    own = NAMES.get(str(source))
+    if classes and str(source) != "glyphs":
+        raise InputError(f"classes are of --data glyphs, not of {source}: leave --classes out")
+    if own is None:
+        _require_no_number("images", num, f"--data {source}")
+        return None
+    if classes and classes not in CLASSES:
+        raise InputError(f"classes of glyphs must be one of {', '.join(CLASSES)}, got {classes!r}")
+    return GlyphSet(classes or own, whole("images", num, 0, HELD_OUT + 1) or TRAINED)
+
+
+def held_out_glyphs(source: Any, num: int = 0, option: str = "--real") -> GlyphSet | None:
+    """Glyphs that nothing is trained on, if ``source`` names them: the true distribution.
+
+    Args:
+        source: a name or a folder.
+        num: number of images; 0 for :data:`REFERENCE`. Those of a smaller number are the first of a larger one.
+        option: name of the source in errors.
+
+    Returns:
+        The set; None for other data.
+
+    Raises:
+        InputError: a number with other data, which have their own.
+    """
+    own = NAMES.get(str(source))
+    if own is None:
+        _require_no_number("real_num", num, f"{option} {source}")
+        return None
+    return GlyphSet(own, whole("real_num", num, 0, HELD_OUT) or REFERENCE, HELD_OUT)
+
+
+def _require_no_number(name, num, source):
+    if num:
+        raise InputError(f"{name} is a number of glyphs, and {source} has its own: leave --{name.replace('_', '-')} out")
