@@ -1,6 +1,6 @@
 """What a generator student was taught, of which pictures and evaluations draw the teacher's counterpart."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,11 @@ def taught(student: Student, teacher: Teacher) -> Lesson:
     run, known = _last_run(student), list(teacher.class_names)
     solver = run.get("sampler")
     paired = isinstance(solver, str) and solver in METHODS and not Solver(solver).stochastic
-    sampled = (solver, run.get("steps")) if paired else ("ddim", None)
+    lesson = Lesson(solver, run.get("steps")) if paired else Lesson()
     if not student.num_classes or not set(student.class_names) <= set(known):
-        return Lesson(*sampled)
-    return Lesson(*sampled, Condition(tuple(known.index(name) for name in student.class_names), run.get("guidance", 0.0)))
+        return lesson
+    numbers = tuple(known.index(name) for name in student.class_names)
+    return replace(lesson, condition=Condition(numbers, run.get("guidance", 0.0)))
 
 
 def learned_image(student: Student) -> bool:
