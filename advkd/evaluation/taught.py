@@ -53,8 +53,8 @@ def taught(student: Student, teacher: Teacher) -> Lesson:
         know the classes.
     """
     run, known = _last_run(student), list(teacher.class_names)
-    solver = run.get("sampler")
-    paired = isinstance(solver, str) and solver in METHODS and not Solver(solver).stochastic
+    solver = run.get("sampler", "")
+    paired = solver in METHODS and not Solver(solver).stochastic
     lesson = Lesson(solver, run.get("steps")) if paired else Lesson()
     if not student.num_classes or not set(student.class_names) <= set(known):
         return lesson

@@ -17,7 +17,7 @@ from advkd.errors import InputError
 from advkd.evaluation import evaluate as evaluation
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
 from advkd.evaluation.report import write_report
-from advkd.evaluation.taught import learned_image, taught
+from advkd.evaluation.taught import Lesson, learned_image, taught
 from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.student import Student
 from advkd.runtime import timing
@@ -220,8 +220,9 @@ def test_evaluations_that_cannot_be(distilled, conditional, teacher_folder, labe
 def test_a_report_of_a_conditional_student(evaluated, distilled, conditional, tmp_path, monkeypatch):
     """The teacher is told the classes and the guidance that the student was taught; levels stand beneath its image."""
     student, teacher = Student.from_pretrained(distilled), Teacher.from_pretrained(conditional)
-    told = taught(student, teacher)
-    assert (told.classes, told.guidance) == ((2, 0), 1.5) and learned_image(student)
+    told, run = taught(student, teacher), student.training_record["runs"][-1]
+    assert (told.condition.classes, told.condition.guidance) == ((2, 0), 1.5) and learned_image(student)
+    assert (told.solver, told.steps) == (run["sampler"], run["steps"])
     shown = {}
     for name in ("save_pairs", "save_levels"):
         monkeypatch.setattr(f"advkd.evaluation.report.{name}", lambda *arguments, name=name: shown.setdefault(name, arguments))
@@ -229,22 +230,22 @@ def test_a_report_of_a_conditional_student(evaluated, distilled, conditional, tm
     page = write_report(student, teacher, evaluated[1] / "evaluation.json", tmp_path / "out").read_text()
     x_0, drawn, _ = shown["save_pairs"]
     z, seed = student.project(teacher.noise(12, 12345)), 12345
-    assert torch.equal(x_0, teacher.sample(12, seed, labels=[2, 0] * 6, guidance=1.5))
+    assert torch.equal(x_0, teacher.sample(12, seed, told.solver, told.steps, labels=[2, 0] * 6, guidance=1.5))
     assert torch.equal(drawn, student(z, labels=torch.tensor([0, 1] * 6)))
     states, levels, timesteps, _ = shown["save_levels"]
     assert timesteps == [None] * 4 and [tuple(state.shape) for state in states] == [(1, side, side) for side in (4, 8, 8, 8)]
     assert torch.equal(states[1], states[3]) and torch.allclose(states[0].mean(), states[3].mean(), atol=1e-6)
     assert torch.allclose(levels[3], drawn[0], atol=1e-5)
     assert "Area averages of the teacher's image that supervise the submodules" in page
-    assert "64 images of the student, not chosen, its classes in turn." in page and "the teacher after 100 evaluations" in page
+    assert "64 images of the student, not chosen, its classes in turn." in page and f"the teacher after {2 * told.steps} evaluations" in page
     assert (tmp_path / "out" / "student_samples.png").exists() and not os.path.exists(tmp_path / "out" / "loss_curves.png")
 
 
 def test_a_teacher_of_other_classes_is_told_none(teacher, conditional):
     student = tiny_student(classes=("a", "z"))
-    assert taught(student, Teacher.from_pretrained(conditional)).classes == () and taught(student, teacher).classes == ()
-    assert taught(tiny_student(), Teacher.from_pretrained(conditional)).classes == ()
-    assert taught(tiny_student(classes=("b",)), Teacher.from_pretrained(conditional)).classes == (1,)
+    known = Teacher.from_pretrained(conditional)
+    assert taught(student, known) == taught(student, teacher) == taught(tiny_student(), known) == Lesson("ddim", None)
+    assert taught(tiny_student(classes=("b",)), known).condition.classes == (1,)
     assert not learned_image(student)
 
 
