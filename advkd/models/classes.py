@@ -97,7 +97,7 @@ def require_labels(labels: torch.Tensor | None, names: Sequence[str], z: torch.T
     if labels.device != z.device:
         raise InputError(f"labels must be on {z.device} like z, got {labels.device}")
     if _are_known(labels) and len(labels):
-        least, most = (int(number) for number in labels.aminmax())
+        least, most = torch.stack(labels.aminmax()).tolist()
         if not 0 <= least <= most < len(names):
             raise InputError(f"labels must be in [0, {len(names)}), got {least} to {most}")
 
