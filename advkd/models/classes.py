@@ -131,7 +131,7 @@ def turns(labels: Labels, names: Sequence[str], argument: str = "labels") -> lis
     if labels is None:
         return list(range(len(names)))
     _require_conditional(names, argument)
-    found: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    found: Any = labels.tolist() if hasattr(labels, "tolist") else labels
     found = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
     if not found:
         raise InputError(f"{argument} must name a class, got an empty sequence: leave them out for every class in turn")
