@@ -59,7 +59,7 @@ class CompareConfig:
         resamples: draws of the bootstrap behind the intervals.
         batch_size: images that run through a network together.
         classes: names of classes separated by commas, or ``all``: conditional models, the reference's too, draw them in turn
-            by the image's index (empty: no class).
+            by the image's index (empty: no class, but every class of a conditional student of one pass).
         guidance: weight w of guidance towards ``classes``, told to networks that take it; of others two evaluations a step.
     """
 

@@ -40,7 +40,7 @@ def models(tmp_path_factory):
 
     ``four`` has the teacher's weights and takes four steps, ``other`` has other weights; ``one-0`` to ``one-2`` draw in one
     pass; ``small`` draws 8x8 images, and ``told`` is told classes and has no null class. ``free`` is told classes and has one,
-    and ``weighted`` takes the weight of guidance beside.
+    and ``weighted`` takes the weight of guidance beside. ``one-told`` and ``one-ca`` draw in one pass and are told classes.
     """
     diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("models")
@@ -65,6 +65,10 @@ def models(tmp_path_factory):
         one = Student(StudentConfig(image_size=32, image_channels=1, channels=(8,) * 6, latent_size=8)).eval()
         one.training_record = record("pairs", forward=100 + seed, backward=50)
         one.save_pretrained(folder / f"one-{seed}")
+    for name, classes in (("one-told", ("a", "b", "c")), ("one-ca", ("c", "a"))):
+        torch.manual_seed(5)
+        shape = StudentConfig(image_size=32, image_channels=1, channels=(8,) * 6, latent_size=8, classes=classes)
+        Student(shape).eval().save_pretrained(folder / name)
     tiny_student().save_pretrained(folder / "small")
     return folder
 
@@ -170,6 +174,20 @@ def test_conditional_students_are_told_classes_and_weight(name, passes):
     assert sampler.kept.depends[4:] == [{"classes": [0, 1, 2], "guidance": 1.5}]
 
 
+@pytest.mark.parametrize(("classes", "labels"), [("", [0, 1, 2]), ("all", [0, 1, 2]), ("c,a,c", [2, 0, 2])])
+def test_conditional_students_of_one_pass_take_classes_in_turn(classes, labels):
+    """Every class, where none is named; image i takes class i mod K, in the second batch, too."""
+    ((sampler,),) = (row.samplers for row in student_rows("one-told", setting_of(classes), "cpu"))
+    student = Student.from_pretrained("one-told")
+    told = torch.tensor([labels[i % 3] for i in range(20, 26)])
+    with torch.no_grad():
+        expected = student(student.project(Teacher.from_pretrained("free").noise(6, 3, 20)), labels=told)
+    assert torch.allclose(sampler.kept.draw(6, 20), expected, atol=1e-5)
+    assert torch.equal(sampler.sample(4), student.fuse(tune=False).sample(4, 3, 4, labels=labels))
+    assert (sampler.classes, sampler.guidance) == (tuple("abc"[label] for label in labels), None)
+    assert sampler.kept.depends[4:] == [labels]
+
+
 def test_solvers_of_a_conditional_teacher_are_told_classes():
     setting, solver = setting_of("c,a", 1.5), Solver("ddim", "trailing")
     (row,), (left_out,) = solver_rows([solver], (1, 8), setting)
@@ -185,20 +203,22 @@ def test_solvers_of_a_conditional_teacher_are_told_classes():
 
 def test_a_comparison_of_conditional_models(tmp_path):
     classes = {"classes": "all", "guidance": 1.5}
-    result = run(tmp_path, teacher="free", students="free,weighted,four", solvers="ddim", evaluations=(8,), **classes)
+    result = run(tmp_path, teacher="free", students="free,weighted,one-told,four", solvers="ddim", evaluations=(8,), **classes)
     assert row_of(result, "free")["real"] == row_of(result, "ddim 8")["real"]
-    assert [row.get("known_unseen", "a solver") for row in result["rows"]] == [None, None, True, "a solver"]
-    unknown = "trained on the sets' start noise: free, weighted."
+    assert [row.get("known_unseen", "a solver") for row in result["rows"]] == [None, None, None, True, "a solver"]
+    unknown = "trained on the sets' start noise: free, weighted, one-told."
     assert unknown in (tmp_path / "out/comparison.md").read_text()
     told = {row["name"]: (row["classes"], row["guidance"], row["evaluations"]) for row in result["rows"]}
     names = ("a", "b", "c")
     assert told == {
         "free": (names, 1.5, 8),
         "weighted": (names, 1.5, 4),
+        "one-told": (names, None, 1),
         "four": (None, None, 4),
         "ddim 8": (names, 1.5, 8),
     }
-    said = "Rows drawn with classes in turn, a, b, c, and weight 1.5 of guidance: free, weighted, ddim 8. All other rows"
+    said = "Rows drawn with classes in turn, a, b, c, and weight 1.5 of guidance: free, weighted, ddim 8. "
+    said += "Rows drawn with classes in turn, a, b, c, and guidance distilled in: one-told. All other rows"
     assert all(said in (tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
 
 
@@ -312,6 +332,15 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "told", "classes": "all", "guidance": 1.0}, "has no null class: take guidance 0"),
         ({"students": "four", "classes": "all"}, "the teacher and all students are unconditional"),
         ({"students": "told,free", "classes": "all"}, "classes: free draws a,b,c, told 0,1,2: name some that both have"),
+        (
+            {"students": "one-told", "classes": "z"},
+            "students: one-told cannot be told these classes (--classes: 'z' is not one",
+        ),
+        ({"students": "one-told,one-ca"}, "classes: one-ca draws c,a, one-told a,b,c: name some that both have"),
+        (
+            {"teacher": "free", "students": "one-ca", "classes": "all"},
+            "classes: one-ca draws c,a, teacher free a,b,c: name some that both have",
+        ),
         ({"students": "small"}, "draws gray 8x8 images, the teacher gray 32x32 ones"),
     ],
 )
