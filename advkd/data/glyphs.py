@@ -149,11 +149,13 @@ def versions() -> dict[str, Any]:
     """What pixels depend on beside (seed, index): two data sets with equal ones are equal bit for bit.
 
     Returns:
-        ``matplotlib`` and ``pillow``, versions, and ``digest``, the SHA-256 of 51 images of 32x32.
+        ``matplotlib``, ``pillow`` and ``freetype``, versions, and ``digest``, the SHA-256 of 51 images of 32x32.
     """
+    from PIL import features
+
     images, labels = draw_glyphs(range(51), labels=range(51))
     named = {name: importlib.metadata.version(name) for name in ("matplotlib", "pillow")}
-    return {**named, "digest": digest({"images": images, "labels": labels})}
+    return {**named, "freetype": features.version("freetype2"), "digest": digest({"images": images, "labels": labels})}
 
 
 def _numbers(indices, seed, count=_NUMBERS):

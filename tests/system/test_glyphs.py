@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +16,15 @@ from advkd.data.glyphs import CLASSES, FONTS, HELD_OUT, HELD_OUT_FONTS, TRAINED,
 from advkd.data.images import load_images, load_labelled
 from advkd.data.pictures import save_image, to_pil
 from advkd.errors import InputError
+from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_folders, evaluate_student
 from advkd.evaluation.evaluate_likelihood import LikelihoodConfig, evaluate_likelihood
 from advkd.evaluation.image_sets import read_images, real_images
+from advkd.evaluation.solver_quality import SolverEvaluationConfig, evaluate_solvers
 from advkd.methods.classification import ClassifierTrainingConfig
 from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.models.student import Student
+from advkd.runtime.files import digest
 from advkd.training.classifier import train_classifier
 from advkd.training.teacher import train_teacher
 
@@ -135,11 +139,20 @@ def test_other_versions_draw_alike():
 
     That is a sixteenth of a thumbnail's pixel for each of the two edges of a stroke, of up to 255 levels.
     """
-    stored = torch.tensor(json.loads(THUMBNAILS.read_text())["thumbnails"], dtype=torch.float64).reshape(16, 3, 8, 8)
+    record = json.loads(THUMBNAILS.read_text())
+    stored = torch.tensor(record["thumbnails"], dtype=torch.float64).reshape(16, 3, 8, 8)
     bound = 2 * 255 / 16
     assert (thumbnails() - stored).abs().max() <= bound
     for other in (thumbnails(fonts=FONTS[1:]), thumbnails(seed=1), thumbnails(labels=[0] * 16)):
         assert (other - stored).abs().max() > bound
+
+
+def test_pixels_stay_what_they_are():
+    """Trained models and kept images are of these pixels: with the versions of the stored digest it is the same."""
+    stored, now = json.loads(THUMBNAILS.read_text())["versions"], versions()
+    if any(stored[name] != now[name] for name in ("matplotlib", "pillow", "freetype")):
+        pytest.skip("the stored digest is of other versions")
+    assert now == stored
 
 
 def steepest(images):
@@ -277,8 +290,6 @@ def colour_teacher(tmp_path_factory):
 
 
 def test_a_student_against_glyphs(features, colour_teacher, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     Student(replace(TINY_STUDENT, image_channels=3)).save_pretrained(tmp_path / "student")
     seen = []
     monkeypatch.setattr("advkd.evaluation.evaluate.real_images", lambda *a, **o: seen.append(real_images(*a, **o)) or seen[-1])
@@ -286,6 +297,16 @@ def test_a_student_against_glyphs(features, colour_teacher, tmp_path, monkeypatc
     result = evaluate_student(tmp_path / "student", colour_teacher, config, tmp_path / "out", progress=False)
     assert {row["samples"][0] for row in result["rows"] if row["against"] == "real"} == {24}
     assert torch.equal(seen[0], draw_glyphs(range(HELD_OUT, HELD_OUT + 50), 8)[0])
+
+
+def test_solvers_against_glyphs(features, colour_teacher, tmp_path):
+    common = {"solvers": "ddim", "evaluations": (2, 3), "num": 24, "fine_steps": 3, "extractor": features, "resamples": 20}
+    common |= {"real": "glyphs-digits", "real_num": 30}
+    wanted = digest({"images": draw_glyphs(range(HELD_OUT, HELD_OUT + 30), 8, "digits")[0]})
+    for measure, kind in ((evaluate_solvers, SolverEvaluationConfig), (compare_models, CompareConfig)):
+        out, cache = tmp_path / kind.__name__, tmp_path / "cache"
+        result = measure(colour_teacher, kind(**common), out, cache=cache, progress=False)
+        assert result["real_sha256"] == wanted and len(result["rows"]) == 2
 
 
 def test_the_likelihood_of_more_glyphs_goes_on(colour_teacher, tmp_path):
