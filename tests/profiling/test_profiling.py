@@ -968,7 +968,7 @@ def test_kernels_that_have_run_are_counted(monkeypatch):
 def test_the_picture_of_glyphs(tmp_path, monkeypatch):
     """Rows of 32x32 at twice their size above half as many of 128x128: image i is in column i."""
     monkeypatch.setattr(pictures, "PICTURES", tmp_path)
-    pictures.glyphs(rows=2, columns=4)
+    pictures.data_set(rows=2, columns=4)
     with Image.open(tmp_path / "glyphs.png") as picture:
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
     small, large = draw_glyphs(range(8), 32)[0], draw_glyphs(range(2), 128)[0]
