@@ -1,5 +1,6 @@
 """Other engines in their best configuration for a network ``module(x) -> tensor`` of one fixed input shape.
 
+On a CPU ``x`` may be a tuple, the network's several inputs: floating-point ones, and whole numbers, which keep their dtype.
 On a CPU ``dtype`` is float32 or bfloat16, of weights and activations; PyTorch takes its input in it, the other engines take
 float32. On a GPU it is that of weights, activations and input: bfloat16, float16 or float32 (TensorFloat-32 as torch's switches
 say), and cuDNN times all of its algorithms for every shape.
@@ -19,19 +20,30 @@ from .harness import Replay, measure_events
 
 
 def prepared(module, x, dtype):
-    """Module and input in the dtype on the input's device, channels_last; cuDNN's search on."""
+    """Module and inputs, as a tuple, in the dtype on the inputs' device, channels_last; cuDNN's search on."""
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
-    module = module.to(device=x.device, dtype=dtype, memory_format=torch.channels_last)
-    return module, x.to(dtype).contiguous(memory_format=torch.channels_last)
+    inputs = inputs_of(x)
+    module = module.to(device=inputs[0].device, dtype=dtype, memory_format=torch.channels_last)
+    return module, tuple(_placed(one, dtype) for one in inputs)
+
+
+def inputs_of(x):
+    """A network's inputs as a tuple."""
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _placed(x, dtype):
+    x = x.to(dtype) if x.is_floating_point() else x
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def eager(module, x, dtype=torch.float32):
     """PyTorch eager; on a GPU cuDNN's convolutions, launched one by one."""
-    module, x = prepared(module, x, dtype)
+    module, inputs = prepared(module, x, dtype)
 
     def call():
         with torch.inference_mode():
-            return module(x)
+            return module(*inputs)
 
     call()
     return call
@@ -41,18 +53,18 @@ def compiled(module, x, dtype=torch.float32, mode="reduce-overhead"):
     """torch.compile: on a CPU with freezing (constants folded, weights pre-packed), on a GPU in a mode that captures graphs."""
     import torch._inductor.config as inductor
 
-    module, x = prepared(module, x, dtype)
-    words = {"mode": mode} if x.device.type == "cuda" else {}
+    module, inputs = prepared(module, x, dtype)
+    words = {"mode": mode} if inputs[0].device.type == "cuda" else {}
     with inductor.patch(freezing=not words), many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False, **words)
         # On a GPU compiled, warmed up, captured; then replayed.
         for _ in range(3 if words else 1):
             with torch.no_grad():
-                function(x)
+                function(*inputs)
 
     def call():
         with torch.no_grad():
-            return function(x)
+            return function(*inputs)
 
     return call
 
@@ -69,16 +81,17 @@ def onnx_runtime(module, x, dtype=torch.float32):
     import onnx  # noqa: F401
     import onnxruntime
 
-    buffer = io.BytesIO()
+    buffer, inputs = io.BytesIO(), {f"x{i}": one for i, one in enumerate(inputs_of(x))}
     with warnings.catch_warnings():
         # The exporter of traced modules says that it is the older one; its graph is the one measured.
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(module, (x,), buffer, input_names=["x"], opset_version=17, dynamo=False)
+        names = {"input_names": list(inputs)}
+        torch.onnx.export(module, tuple(inputs.values()), buffer, **names, opset_version=17, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.numpy()}
+    feed = {name: one.numpy() for name, one in inputs.items()}
     return lambda: session.run(None, feed)[0]
 
 
@@ -90,7 +103,7 @@ def openvino(module, x, dtype=torch.float32):
         # Tracing warns about every Python condition that becomes a constant; the shape is fixed here.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         network = ov.convert_model(module, example_input=x)
-    network.reshape(list(x.shape))
+    network.reshape({i: list(one.shape) for i, one in enumerate(inputs_of(x))})
     precision = "f32" if dtype == torch.float32 else "bf16"
     hints = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -98,8 +111,8 @@ def openvino(module, x, dtype=torch.float32):
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     request = ov.compile_model(network, "CPU", hints).create_infer_request()
-    feed = x.numpy()
-    return lambda: request.infer([feed], share_inputs=True, share_outputs=True)[0]
+    feed = [one.numpy() for one in inputs_of(x)]
+    return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
 
 
 def ncnn(module, x, dtype=torch.float32):
@@ -113,21 +126,29 @@ def ncnn(module, x, dtype=torch.float32):
     net.opt.use_bf16_storage = dtype == torch.bfloat16
     # The converter writes a dozen files into the working folder, and talks.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), _quiet():
-        pnnx.export(module, "network.pt", (x[:1],), fp16=False)
+        pnnx.export(module, "network.pt", tuple(one[:1] for one in inputs_of(x)), fp16=False)
         net.load_param("network.ncnn.param")
         net.load_model("network.ncnn.bin")
-    images, found = [ncnn.Mat(image.numpy()).clone() for image in x], []
+    images, found = [[_mat(ncnn, one) for one in image] for image in zip(*inputs_of(x))], []
 
     def call():
         found.clear()
         for image in images:
             extractor = net.create_extractor()
-            extractor.input("in0", image)
+            for i, one in enumerate(image):
+                extractor.input(f"in{i}", one)
             found.append(extractor.extract("out0")[1])
         # Views of ncnn's memory; parity alone makes one tensor of them.
         return found[0].numpy()[None] if len(found) == 1 else [image.numpy() for image in found]
 
     return call
+
+
+def _mat(ncnn, x):
+    """One image's input as ncnn's; whole numbers have 32 bits there."""
+    # Named, as a Mat does not keep the memory that it is made of.
+    array = (x if x.is_floating_point() else x.int().reshape(1)).numpy()
+    return ncnn.Mat(array).clone()
 
 
 @contextlib.contextmanager
@@ -147,7 +168,7 @@ def _quiet():
 
 def graphed(module, x, dtype, mode=None, more=()):
     """The same launches as one CUDA graph, on x and more inputs in turn; with a mode, torch.compile's without its guards."""
-    module, x = prepared(module, x, dtype)
+    module, (x,) = prepared(module, x, dtype)
     inputs = [x, *(other.to(dtype).contiguous(memory_format=torch.channels_last) for other in more)]
     with many_networks():
         function = torch.compile(module, fullgraph=True, dynamic=False, mode=mode) if mode else module
@@ -171,7 +192,7 @@ def cudnn_graph(module, x, dtype):
     """
     import cudnn  # noqa: F401
 
-    module, x = prepared(module, x, dtype)
+    module, (x,) = prepared(module, x, dtype)
     last, steps, known, given = len(module.convolutions) - 1, [], {}, x
     for i, convolution in enumerate(module.convolutions):
         if module.ups[i] and not module.transposed:
@@ -303,7 +324,7 @@ def tensorrt(module, x, dtype):
     """TensorRT, strongly typed, its optimiser at its highest level, through ONNX, as one CUDA graph."""
     import tensorrt
 
-    module, x = prepared(module, x, dtype)
+    module, (x,) = prepared(module, x, dtype)
     buffer = io.BytesIO()
     torch.onnx.export(module, (x,), buffer, input_names=["x"], output_names=["y"], opset_version=17, dynamo=False)
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)

@@ -1,6 +1,7 @@
 """A student as an ONNX file: plain operations, for any batch size."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -77,18 +78,21 @@ class _Folded(nn.Module):
 def _model(network, inputs, opset_version):
     """ONNX's protocol buffer of a network, whose ``inputs`` by name have a batch of two."""
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        network,
-        (),
-        kwargs=inputs,
-        input_names=list(inputs),
-        output_names=["images"],
-        dynamic_shapes={name: {0: batch} for name in inputs},
-        opset_version=opset_version,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # Inputs whose batch is the same are named twice.
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
+        program = torch.onnx.export(
+            network,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=["images"],
+            dynamic_shapes={name: {0: batch} for name in inputs},
+            opset_version=opset_version,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     model = program.model_proto
     for node in model.graph.node:
         # Lines of the source, with their place on this machine.

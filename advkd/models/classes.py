@@ -97,7 +97,7 @@ def require_labels(labels: torch.Tensor | None, names: Sequence[str], z: torch.T
     if labels.device != z.device:
         raise InputError(f"labels must be on {z.device} like z, got {labels.device}")
     if _are_known(labels) and len(labels):
-        least, most = (int(number) for number in labels.aminmax())
+        least, most = torch.stack(labels.aminmax()).tolist()
         if not 0 <= least <= most < len(names):
             raise InputError(f"labels must be in [0, {len(names)}), got {least} to {most}")
 
@@ -131,7 +131,7 @@ def turns(labels: Labels, names: Sequence[str], argument: str = "labels") -> lis
     if labels is None:
         return list(range(len(names)))
     _require_conditional(names, argument)
-    found: Any = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    found: Any = labels.tolist() if hasattr(labels, "tolist") else labels
     found = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
     if not found:
         raise InputError(f"{argument} must name a class, got an empty sequence: leave them out for every class in turn")

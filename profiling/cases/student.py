@@ -25,8 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from advkd import EvaluationConfig, Student, StudentConfig, evaluate_student
+from advkd.data.glyphs import CLASSES as CHARACTERS
+from advkd.data.labels import labels_in_turn
 from advkd.data.plots import panels
-from advkd.models.shape import convolutions
+from advkd.models.classes import told
+from advkd.models.shape import PRESETS, convolutions
+from advkd.ops.student_forward import latent_numel
 from advkd.runtime.timing import measure, percentiles
 
 from .. import peers as engines
@@ -41,6 +45,8 @@ PARITY_TESTS = ["tests/ops/test_conv_block.py", "tests/ops/test_student_forward.
 class Folded(nn.Module):
     """The student as an engine's user folds it: convolutions with bias, LeakyReLU, nearest up-sampling, input (N, C, 4, 4).
 
+    Detail parts of the latent are further inputs, which join the features before each up-sampling.
+
     With ``transposed`` each up-sampling is folded into its convolution by hand: ``conv_transpose2d`` with 4x4 taps, stride 2
     and padding 1 makes the same image from (w2, w1 + w2, w0 + w1, w0) along each axis. ``inplace``: LeakyReLU takes no memory
     of its own.
@@ -49,7 +55,7 @@ class Folded(nn.Module):
     def __init__(self, fused, transposed=False, inplace=False):
         super().__init__()
         self.transposed, self.inplace, self.tanh, self.slope = transposed, inplace, True, fused.config.slope
-        self.ups = [layer.upsample for layer in fused.layers]
+        self.ups, self.joins = [[getattr(layer, of) for layer in fused.layers] for of in ("upsample", "detail")]
         self.convolutions = nn.ModuleList()
         for i, layer in enumerate(fused.layers):
             by_hand, weight = transposed and layer.upsample, getattr(fused, f"weight{i}")
@@ -60,14 +66,31 @@ class Folded(nn.Module):
             self.convolutions.append(convolution)
         self.eval().requires_grad_(False)
 
-    def forward(self, x):
-        last = len(self.convolutions) - 1
+    def forward(self, x, *details):
+        last, details = len(self.convolutions) - 1, list(details)
         for i, convolution in enumerate(self.convolutions):
+            if self.joins[i]:
+                x = torch.cat((x, details.pop(0)), dim=1)
             if self.ups[i] and not self.transposed:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = convolution(x)
             x = torch.tanh(x) if i == last and self.tanh else F.leaky_relu(x, self.slope, self.inplace)
         return x
+
+
+class Told(nn.Module):
+    """A folded network of flat latents and class numbers: the whole work of a conditional student, its embedding included."""
+
+    def __init__(self, fused, *how):
+        super().__init__()
+        self.network, self.parts = Folded(fused, *how), fused.latent_parts
+        self.embedding = nn.Embedding.from_pretrained(fused.embedding.clone())
+
+    def forward(self, z, labels):
+        pieces = torch.split(z, [channels * side * side for channels, side in self.parts], dim=1)
+        x, *details = (piece.reshape(-1, *(c, side, side)) for piece, (c, side) in zip(pieces, self.parts))
+        features = self.embedding(labels).reshape(-1, self.embedding.embedding_dim // 16, 4, 4)
+        return self.network(torch.cat((x, features), dim=1), *details)
 
 
 def _transposed(weight):
@@ -86,27 +109,34 @@ def plausible_student(preset):
     if preset in Student.embedded:
         return Student.from_pretrained(preset)
     torch.manual_seed(0)
-    student = Student.from_preset(preset).train()
+    student = Student(replace(PRESETS[preset], classes=CLASSES.get(preset, ()))).train()
     for seed in range(2):
-        student(student.latents(4, seed))
+        student(student.latents(4, seed), **labels_of(student, 4))
     return student.eval()
+
+
+def labels_of(student, n):
+    """The keyword for the classes of ``n`` latents, which take them in turn; none without classes."""
+    return told(labels_in_turn(range(student.num_classes), 0, n))
 
 
 _plausible_once = functools.cache(plausible_student)
 
 
 @torch.no_grad()
-def _oracle(double, z, images=4):
+def _oracle(double, z, images=4, **labels):
     """Float64 images, so many at a time, to bound memory."""
-    return torch.cat([double(rows.double()) for rows in z.split(images)])
+    parts = [{name: rows[i : i + images] for name, rows in labels.items()} for i in range(0, len(z), images)]
+    return torch.cat([double(rows.double(), **part) for rows, part in zip(z.split(images), parts, strict=True)])
 
 
 @functools.lru_cache(maxsize=4)
 def _oracle_once(preset, batch, device):
-    """The latents and float64 images of a case on its device, whatever its dtype and peers."""
+    """The latents, labels and float64 images of a case on its device, whatever its dtype and peers."""
     student = _plausible_once(preset)
     z = student.latents(batch, seed=1).to(device)
-    return z, _oracle(copy.deepcopy(student).double().to(device), z)
+    labels = {name: rows.to(device) for name, rows in labels_of(student, batch).items()}
+    return z, labels, _oracle(copy.deepcopy(student).double().to(device), z, **labels)
 
 
 BY_HAND = ", conv_transpose2d"
@@ -161,11 +191,12 @@ def case(preset, batch, dtype="float32", peers="cpu", device=None):
     set_tf32(product == "tf32")
     # Code compiled for other cases would be looked through on every call.
     torch._dynamo.reset()
-    student, (z, wanted) = copy.deepcopy(_plausible_once(preset)), _oracle_once(preset, batch, device)
+    student, (z, labels, wanted) = copy.deepcopy(_plausible_once(preset)), _oracle_once(preset, batch, device)
     fused = student.fuse("reference", tune=False)
     channels, side = fused.latent_parts[0]
-    x = z.reshape(batch, channels, side, side)
-    folded = {by_hand: Folded(fused, by_hand, inplace=not on_cpu) for by_hand in (False, True)}
+    x = (z, labels["labels"]) if labels else z.reshape(batch, channels, side, side)
+    network = Told if labels else Folded
+    folded = {by_hand: network(fused, by_hand, not on_cpu) for by_hand in (False, True)}
     # float32: 1e-4 of the output's range. Where operands are rounded: four times eager's error, so that no engine is left out
     # by a single pixel.
     error = (engines.eager(copy.deepcopy(folded[False]), x, kind)().double() - wanted).abs().max().item()
@@ -173,9 +204,10 @@ def case(preset, batch, dtype="float32", peers="cpu", device=None):
     found = Case(predictions.case_name(preset, batch, dtype), lambda: wanted, tolerance, images=batch, device=device)
     if on_cpu:
         found.flop = 2 * batch * direct_products(student.config)
-        found.moved_bytes = 4 * (sum(p.numel() for p in folded[False].parameters()) + x.numel() + wanted.numel())
-        found.repeats = {"digits": 30, "pyramid-256": 10, "paper-256": 10 if batch == 1 else 5}[preset]
-        found.contestants = _cpu_ours(student, z, dtype)
+        weights = sum(layer.c_out * (9 * layer.c_in + 1) for layer in fused.layers)
+        found.moved_bytes = 4 * (weights + batch * latent_numel(fused.layers) + wanted.numel())
+        found.repeats = {"pyramid-256": 10, "paper-256": 10 if batch == 1 else 5}.get(preset, 30)
+        found.contestants = _cpu_ours(student, z, labels, dtype)
     else:
         floor = predictions.floor(convolutions(student.config), product, batch, gpu_rates())
         found.name += SEARCHED if peers == "searched" else ""
@@ -192,15 +224,15 @@ def case(preset, batch, dtype="float32", peers="cpu", device=None):
     return found
 
 
-def _cpu_ours(student, z, dtype):
+def _cpu_ours(student, z, labels, dtype):
     """Our engine and, in float32, the student as it was trained."""
 
     def plain():
         model = student.to(memory_format=torch.channels_last)
-        return lambda: torch.inference_mode()(model)(z)
+        return lambda: torch.inference_mode()(model)(z, **labels)
 
     def fused():
-        return functools.partial(student.fuse(dtype=GPU_DTYPES[dtype]), z)
+        return functools.partial(student.fuse(dtype=GPU_DTYPES[dtype]), z, **labels)
 
     found = [Contestant(f"advkd, FusedStudent {dtype}", fused, "ours"), Contestant("PyTorch eager", plain, "baseline")]
     return found if dtype == "float32" else found[:1]
@@ -228,9 +260,11 @@ def gpu_rates():
 
 
 MEASURED_RATES = []
-SHAPES = {"digits": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
+SHAPES = {"digits": (1, 16, 64), "glyphs": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 DTYPES = ("float32", "bfloat16")
-"""Presets with their batches, and dtypes, on a CPU."""
+"""Presets with their batches, and dtypes, on a CPU; ``glyphs`` is told its classes and takes the detail bands of the noise."""
+CLASSES = {"glyphs": tuple(CHARACTERS["all"])}
+"""Names of the classes of a preset that is measured with them."""
 WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")
 
 

@@ -22,8 +22,7 @@ from advkd.ops.student_steps import Step, decode_steps, encode_steps, pack_gpu, 
 from .cases import activated, convolve
 
 F32 = torch.float32
-# Channels that are no multiple of a unit, and detail bands after them; with classes 3 + 14 channels of the first layer, which are
-# two units.
+# Channels that are no multiple of a unit, and detail bands after them; with classes 17 channels of the first layer: two units.
 CONFIGS = {
     "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
     "detail": StudentConfig(32, 3, channels=(16, 33, 20, 20, 24, 8, 5, 9), latent_size=1, detail_noise=True),

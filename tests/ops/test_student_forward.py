@@ -24,8 +24,8 @@ from ..conftest import fork, process_environment
 CPU = pytest.mark.skipif(extension_gap("cpu") is not None, reason="the cpu extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=CPU)]
 # 64x64: the last layers go image by image; detail noise: latents enter at several layers; 12 and 20 channels: no vector's
-# multiple; 4 features: as few as an image's channels, but not an image. Classes: 1 + 4 channels of the first layer are no vector's
-# multiple, with detail noise behind them in the latent.
+# multiple; 4 features: as few as an image's channels, but not an image; classes: 1 + 4 channels of the first layer, and
+# detail noise behind them in the latent.
 CONFIGS = {
     "small": StudentConfig(32, 1, channels=(24, 20, 20, 12, 12, 12, 4, 12), latent_size=2),
     "large": StudentConfig(64, 3, channels=(16, 32, 32, 24, 24, 16, 16, 16), latent_size=1),

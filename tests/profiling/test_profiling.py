@@ -1,6 +1,7 @@
 """The harness refuses wrong results before it times anything; the tables agree with the results."""
 
 import contextlib
+import copy
 import importlib.util
 import json
 import re
@@ -285,6 +286,43 @@ def test_small_benchmark_runs(tmp_path):
     maps = [(64, 96, 4), (96, 96, 4), *[(96, 96, 8)] * 4, (96, 64, 16), *[(64, 64, 16)] * 3, (64, 32, 32), *[(32, 32, 32)] * 3]
     maps += [(32, 24, 32), *[(24, 24, 32)] * 5, (24, 16, 32), *[(16, 16, 32)] * 3, (16, 1, 32)]
     assert result["flop"] == sum(18 * a * b * side * side for a, b, side in maps)
+
+
+def test_the_case_of_a_student_that_is_told_classes():
+    """Everybody does the whole work: flat noise and class numbers in, the embedding and the detail bands included."""
+    case = bench_student.case("glyphs", 3)
+    student = bench_student.plausible_student("glyphs")
+    z, labels = student.latents(3, seed=1), torch.arange(3)
+    with torch.no_grad():
+        assert torch.equal(case.oracle(), copy.deepcopy(student).double()(z.double(), labels=labels))
+        for by_hand in (False, True):
+            network = bench_student.Told(student.fuse("reference", tune=False), by_hand, True)
+            assert (network.double()(z.double(), labels) - case.oracle()).abs().max() <= 1e-5
+    case.contestants = [c for c in case.contestants if c.name != "ncnn" and not c.name.startswith("torch.compile")]
+    case.repeats = 2
+    result = harness.run_case(case)
+    ran = [entry for entry in result["contestants"] if "parity" in entry]
+    assert [e["kind"] for e in ran[:3]] == ["ours", "baseline", "peer"] and all(e["parity"]["passed"] for e in ran)
+    # 2 x 9 x (inputs x outputs x pixels): 3 channels of noise and 8 of the class first, 9 detail channels before up-sampling.
+    maps = [(11, 96, 4), (96, 96, 4), (105, 96, 8), *[(96, 96, 8)] * 3, (105, 64, 16), *[(64, 64, 16)] * 3]
+    maps += [
+        (73, 32, 32),
+        *[(32, 32, 32)] * 3,
+        (32, 24, 32),
+        *[(24, 24, 32)] * 5,
+        (24, 16, 32),
+        *[(16, 16, 32)] * 3,
+        (16, 3, 32),
+    ]
+    assert result["flop"] == 3 * sum(18 * a * b * side * side for a, b, side in maps)
+    # Results of before, which lack the case, and those with it make tables alike.
+    stored = evidence.stored("bench_student")[0]
+    more = {**stored, "cases": [*stored["cases"], {**result, "ratio": 1.0}]}
+    before, after = (bench_student.TABLES["student"].of(found) for found in (stored, more))
+    assert after[:-1] == before and after[-1].startswith("| glyphs, batch 3, float32 |")
+    assert {f"glyphs, batch {n}, {dtype}" for n in (1, 16, 64) for dtype in ("float32", "bfloat16")} <= set(
+        bench_student.cases("cpu")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

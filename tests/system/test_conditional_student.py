@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,10 +115,16 @@ def test_classes_make_the_image(either):
     assert torch.equal(levels[-1], images) and torch.pdist(levels[0].flatten(1)).min() > 1e-2
 
 
-TURNS = [(None, [0, 1, 2]), (1, [1]), ([2, 0], [2, 0]), (torch.tensor([1, 1, 2, 0]), [1, 1, 2, 0]), (torch.tensor(2), [2])]
+TURNS = [
+    (None, [0, 1, 2]),
+    (1, [1]),
+    ([2, 0], [2, 0]),
+    (torch.tensor([1, 1, 2, 0]), [1, 1, 2, 0]),
+    (np.array([2, 2, 1]), [2, 2, 1]),
+]
 
 
-@pytest.mark.parametrize("labels, turns", TURNS, ids=["all", "one", "two", "tensor", "scalar"])
+@pytest.mark.parametrize("labels, turns", TURNS, ids=["all", "one", "two", "tensor", "array"])
 def test_images_take_classes_in_turn_by_their_index(student, labels, turns):
     """Image i of a seed has class ``turns[i % len(turns)]``, whatever the batch and where a run starts."""
     fused = student.fuse(tune=False)

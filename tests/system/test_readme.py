@@ -1,11 +1,14 @@
 """The README: short, and its Python runs; the site's Python runs; sizes of the students agree with the code."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from advkd import Student, Teacher
+from advkd.data.glyphs import CLASSES
+from advkd.models.shape import PRESETS
 
 from ..conftest import ROOT
 
@@ -30,9 +33,10 @@ def test_it_is_short():
     assert len(commands.strip().splitlines()) == 6
 
 
-@pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits"])
+@pytest.mark.parametrize("preset", ["paper-256", "pyramid-256", "digits", "glyphs"])
 def test_sizes_of_the_students(preset):
-    student = Student.from_preset(preset)
+    classes = tuple(CLASSES["all"]) if preset == "glyphs" else ()
+    student = Student(replace(PRESETS[preset], classes=classes))
     row = next(line for line in MODELS.splitlines() if line.startswith(f"| `{preset}`"))
     small, full = (student.num_parameters(terminals) for terminals in (False, True))
     expected = [f"{small:,}", f"{full:,}", f"{4 * small / 1e6:.1f} MB", f"{4 * full / 1e6:.1f} MB", "1"]
@@ -70,6 +74,8 @@ def test_the_sites_python_runs():
     exec(python_of((PAGES / "speed" / "critic.md").read_text())[0], names)
     assert names["y"].shape == (8, 64, 32, 32) and all(p.grad is not None for p in names["critic"].parameters())
     assert len(names["update"].gradients) == len(list(names["critic"].parameters()))
+    exec(python_of((PAGES / "models.md").read_text())[0], names)
+    assert names["images"].shape == (2, 3, 32, 32) and len(names["some"]) == 6 and len(names["pictures"]) == 2
 
 
 def test_the_python_of_getting_started_runs(tmp_path, monkeypatch):
