@@ -53,7 +53,7 @@ class CompareConfig:
         seed: seed of the start noise; the reference's is the next one.
         fine_steps: steps of the reference, by unipc-2.
         spacing: spacing of the solvers' levels (empty: each solver's own).
-        extractor: ``digits`` or a folder of ``advkd classifier train``.
+        extractor: ``digits``, ``glyphs`` or a folder of ``advkd classifier train``.
         real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), or a folder of images.
         real_num: number of real glyphs (0: 10,000).
         resamples: draws of the bootstrap behind the intervals.

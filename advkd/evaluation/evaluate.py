@@ -16,6 +16,7 @@ from ..data.trajectories import Trajectories
 from ..diffusion.students import generator_classes
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..models.classifier import Classifier
 from ..models.fused_student import FusedStudent
 from ..models.shape import DTYPES
 from ..models.student import Student
@@ -42,10 +43,10 @@ class EvaluationConfig:
     Attributes:
         num: images of the student, and of each of two disjoint sets of the teacher's.
         seed: of the student's and the teacher's noise; what the student was trained on must not be among its samples.
-        extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
+        extractor: ``digits``, ``glyphs``, ``inception`` or a folder of ``advkd classifier train``.
         inception_weights: file of the Inception weights.
         real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), a folder of images of the student's
-            size, ``none``, or ``auto``: digits with the digits' extractor.
+            size, ``none``, or ``auto``: those of the extractor ``digits`` or ``glyphs``.
         real_num: number of glyphs that stand for the real images or the reference (0: 10,000).
         resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
@@ -370,7 +371,7 @@ def _real_images(config, model, progress):
     """Images of ``config.real``, or None."""
     source = config.real
     if source == "auto":
-        source = "digits" if config.extractor == "digits" else "none"
+        source = config.extractor if config.extractor in Classifier.embedded else "none"
     shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
     if source != "none":
         return real_images(source, shape, num=config.real_num, progress=progress)

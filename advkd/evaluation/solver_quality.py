@@ -44,7 +44,7 @@ class SolverEvaluationConfig:
         seed: of the start noise; the reference's is the next one.
         fine_steps: steps of the reference, by unipc-2.
         spacing: of the levels (empty: each solver's own).
-        extractor: ``digits``, ``inception`` or a folder of ``advkd classifier train``.
+        extractor: ``digits``, ``glyphs``, ``inception`` or a folder of ``advkd classifier train``.
         real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), or a folder of images.
         real_num: number of real glyphs (0: 10,000).
         resamples: of the bootstrap behind the intervals.

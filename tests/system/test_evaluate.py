@@ -350,7 +350,7 @@ def test_the_shipped_student_records_its_training():
         ({"real": "digits"}, "--real digits holds gray 32x32 images, gray 8x8 ones are compared"),
         ({"num": 0}, "num must be at least 1"),
         ({"extractor": "digits"}, "takes gray 32x32 images, these are gray 8x8"),
-        ({"extractor": "no-such"}, "--extractor must be digits, inception or a folder"),
+        ({"extractor": "no-such"}, "--extractor must be digits, glyphs, inception or a folder"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work_starts(tiny, teacher_folder, tmp_path, change, message):
