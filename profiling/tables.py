@@ -7,7 +7,6 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a figure w
 import os
 import re
 import statistics
-from functools import partial
 from operator import itemgetter
 
 from advkd.errors import InputError
@@ -61,15 +60,28 @@ def demo_parts():
     return lines[:-1] or NOTHING
 
 
+def _results(name):
+    results = stored(name)
+    if not results:
+        raise InputError(f"a page states a figure of {name}.json, which no device has: restore it or measure again")
+    return results
+
+
 def _figures(name, value, text):
     """A figure of every result of that name, with its device."""
 
     def linked():
-        results = stored(name)
-        if not results:
-            raise InputError(f"a page states a figure of {name}.json, which no device has: restore it or measure again")
-        found = [(figure(result, [value(result)], text(value(result))), device_of(result["provenance"])) for result in results]
+        found = [(figure(r, [value(r)], text(value(r))), device_of(r["provenance"])) for r in _results(name)]
         return " and ".join(f"{made} ({device})" for made, device in found)
+
+    return linked
+
+
+def _said(name, value, text):
+    """A sentence about every result of that name, of figures that are no times, each with a link to the result."""
+
+    def linked():
+        return "; ".join(f"{text(value(r))} ({link(r, device_of(checked(r)))})" for r in _results(name))
 
     return linked
 
@@ -84,9 +96,8 @@ FIGURES = {
     ),
     "gpu_state": front.gpu_state,
     "guided_digits": guidance.sentence,
-    "glyphs_classifier": glyphs.classifier_sentence,
-    "glyphs_memory": glyphs.memory_sentence,
-    **{f"glyphs_{model}": partial(glyphs.model_sentence, model) for model in ("teacher", "student")},
+    "demo_recognised": _said("demo", itemgetter("recognised"), lambda runs: f"{100 * min(runs):.0f} of 100 images"),
+    **{f"glyphs_{part}": _said("glyphs", *value_and_text) for part, value_and_text in glyphs.SENTENCES.items()},
     **{f"quality_of_{name}": front.quality_of(*rows) for name, rows in front.CARD_FIGURES.items()},
 }
 """Name of a figure in a sentence -> what makes its link."""

@@ -104,16 +104,19 @@ def _record(teacher, config, out, device, progress):
 def _save_pictures(teacher, student, fused, out):
     """Write the PNGs and return ``{file name: caption}``, the contact sheet first."""
     labels = torch.arange(IMAGES) % student.num_classes
+    lesson, classifier = taught(student, teacher), Classifier.from_pretrained("digits")
     images = fused.sample(IMAGES, FRESH_SEED, labels=labels.tolist())
     save_grid(images, out / "student_samples.png", columns=student.num_classes)
-    sure = int(recognised(Classifier.from_pretrained("digits"), images, labels).sum())
+    theirs = teacher.sample(IMAGES, FRESH_SEED, **lesson.arguments(IMAGES))
+    sure, of_teacher = (int(recognised(classifier, group, labels).sum()) for group in (images, theirs))
     save_pairs_of(teacher, student, out / "teacher_and_student.png")
     save_levels_of(teacher, student, out / "levels.png")
     save_curves(out / "student" / "metrics.csv", out / "loss_curves.png")
-    evaluations = taught(student, teacher).evaluations(teacher)
+    evaluations = lesson.evaluations(teacher)
     return {
-        "student_samples.png": f"{IMAGES} images of the student from fresh noise, not chosen, the classes in turn: of {sure} a "
-        f"classifier of real digits is sure (its probability of the class asked for is over {SURE:g}).",
+        "student_samples.png": f"{IMAGES} images of the student from fresh noise, not chosen; each column was asked "
+        f"for one digit, 0 to 9. A classifier of real digits is sure of {sure} of them (probability of that digit over "
+        f"{SURE:g}), and of {of_teacher} of the teacher's from the same noise.",
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one.",
         "levels.png": "What the submodules draw, from 4x4 pixels to the image, beneath the averages that they learned.",
         "loss_curves.png": "The training's losses.",

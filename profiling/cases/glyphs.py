@@ -8,6 +8,7 @@ noise. An image is recognised where the classifier's probability of the class th
 """
 
 import argparse
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from advkd import Classifier, Student, Teacher
 from advkd.data.glyphs import HELD_OUT, HELD_OUT_FONTS, TRAINED, draw_glyphs, versions
 from advkd.diffusion.solvers import Solver
+from advkd.errors import InputError
 from advkd.evaluation.evaluate import REFERENCE_SEED
 from advkd.evaluation.image_sets import eight_bit
 from advkd.evaluation.recognition import recognised
@@ -71,38 +73,42 @@ def lines():
     return found[:-1] or NOTHING
 
 
-def classifier_sentence():
-    """Quality of the classifier, for its model card."""
-    rows = stored("glyphs")[0]["classifier"]
+def _said_of_real(rows):
     return "; ".join(
         f"{row['images']}: class found in {100 * row['accuracy']:.1f} %, recognised {100 * row['recognised']:.1f} %"
         for row in rows
     )
 
 
-def model_sentence(model):
-    """Quality of the teacher or the student, for its model card."""
-    result = stored("glyphs")[0]
-    rows = [row for row in result["rows"] if row["model"] == model]
-    said = [
+def _said_of_model(rows):
+    return "; ".join(
         f"{_weight(row)}the classifier is sure of the class asked for in {100 * row['recognised']:.1f} % of the images, "
         f"Frechet distance to real glyphs {row['frechet']:.3f}"
         for row in rows
-    ]
-    return f"{'; '.join(said)} (N = {result['config']['num']:,})"
+    )
 
 
 def _weight(row):
     return "" if row["guidance"] is None else f"at w = {row['guidance']:g} "
 
 
-def memory_sentence():
-    """Distance of the student's images to training images beside that of real ones."""
-    found = stored("glyphs")[0]["nearest"]
+def _said_of_memory(found):
     return (
         f"the median distance of an image to the nearest of the {TRAINED:,} training images is {found['drawn']:.3f} "
         f"(root mean square, range 2), that of real held-out images {found['real']:.3f}"
     )
+
+
+def _rows_of(model):
+    return lambda result: [row for row in result["rows"] if row["model"] == model]
+
+
+SENTENCES = {
+    "classifier": (itemgetter("classifier"), _said_of_real),
+    "memory": (itemgetter("nearest"), _said_of_memory),
+    **{model: (_rows_of(model), _said_of_model) for model in ("teacher", "student")},
+}
+"""Part of a model card -> the values that it states of a result, and the sentence that they make."""
 
 
 def main():
@@ -119,6 +125,10 @@ def main():
     classifier, solver = Classifier.from_pretrained("glyphs"), Solver(options.solver)
     teacher, student = Teacher.from_pretrained(options.teacher), Student.from_pretrained(options.student)
     fused = student.fuse(tune=False)
+    known = classifier.training_record["classes"]
+    for name, model in (("teacher", teacher), ("student", student)):
+        if list(model.class_names) != known:
+            raise InputError(f"--{name}: its classes are not those of the classifier of glyphs, {', '.join(known)}")
 
     def by_teacher(count, first, labels, weight):
         return teacher.sample(count, REFERENCE_SEED, solver, options.steps, first, labels=labels, guidance=weight)

@@ -39,6 +39,11 @@ SUMMARY = re.compile(
     re.MULTILINE,
 )
 
+RECOGNISED = re.compile(r"^(?P<images>\d+) images of the student .* is sure of (?P<recognised>\d+) of them", re.MULTILINE)
+
+LEAST = 0.8
+"""Share of the student's images in which a classifier must be sure of the class asked for."""
+
 
 def run_once(folder):
     """One demo under ``folder``: its seconds, its parts, and the figures of its summary line."""
@@ -56,11 +61,12 @@ def run_once(folder):
 
 
 def figures(text):
-    """Numbers of the summary line, by name."""
-    found = SUMMARY.search(text)
-    if not found:
+    """Numbers of the summary line and the share of recognised images, by name."""
+    found, seen = SUMMARY.search(text), RECOGNISED.search(text)
+    if not found or not seen:
         raise InputError(f"the demo's output holds no summary line: {text.strip()[-200:]!r}")
-    return {name: float(value) for name, value in found.groupdict().items()}
+    numbers = {name: float(value) for name, value in found.groupdict().items()}
+    return {**numbers, "recognised": int(seen["recognised"]) / int(seen["images"])}
 
 
 def parts(clocks, seconds):
@@ -92,7 +98,7 @@ def combined(runs):
     """Every run's figures side by side; a part that a run has not is 0 there."""
     paths = dict.fromkeys(path for run in runs for path in run["parts"])
     seconds = {path: [run["parts"].get(path, 0.0) for run in runs] for path in paths}
-    kept = ("seconds", "teacher_ms_per_image", "student_ms_per_image", "times_faster")
+    kept = ("seconds", "teacher_ms_per_image", "student_ms_per_image", "times_faster", "recognised")
     return {
         "benchmark": "demo",
         **{name: [run[name] for run in runs] for name in kept},
@@ -137,17 +143,22 @@ def spread(values):
 
 
 def complaints(result):
-    """Parts outside of the networks that take more than :data:`MOST` of the whole, summed by the paths' last names."""
+    """Parts outside of the networks that take more than :data:`MOST` of the whole, by last names, and too few good images."""
     kinds = {}
     for part, _, share, network in rows(result):
         if not network:
             kind = part.rpartition(" / ")[2]
             kinds[kind] = kinds.get(kind, 0.0) + share
     over = {kind: share for kind, share in kinds.items() if share > MOST}
-    return [
+    found = [
         f"{kind}: {100 * share:.0f} % of the demo's time, at most {100 * MOST:.0f} % are allowed"
         for kind, share in over.items()
     ]
+    if min(result["recognised"]) < LEAST:
+        found.append(
+            f"{100 * min(result['recognised']):.0f} % of the images are recognised, at least {100 * LEAST:.0f} % must be"
+        )
+    return found
 
 
 def plot(result, path):

@@ -232,7 +232,7 @@ def test_small_demo(tmp_path):
 
     done = fork("-c", DEMO, "demo", "--out", tmp_path / "demo", "--num", 32, "--updates", 2).finish(300)
     assert done.returncode == 0 and "20 evaluations" in done.stdout and "1 evaluation" in done.stdout, done.stderr
-    assert "a classifier of real digits is sure" in done.stdout and (tmp_path / "demo" / "demo.html").exists()
+    assert "A classifier of real digits is sure of" in done.stdout and (tmp_path / "demo" / "demo.html").exists()
     for name in ("teacher_and_student", "levels", "loss_curves", "student_samples"):
         with Image.open(tmp_path / "demo" / f"{name}.png") as picture:
             assert picture.width > 300 and len(picture.convert("L").getcolors(1 << 16)) > 10

@@ -34,8 +34,8 @@ def test_a_short_demo_learns_the_teachers_images(tmp_path):
             # The same images of another class do not match; those of other noise and the same class match less.
             assert correlation(drawn.roll(1, dims=0), images) < 0.5
             assert correlation(drawn.roll(10, dims=0), images) < correlation(drawn, images) - 0.02
-    sure = int(re.match(r"100 images .*: of (\d+) a classifier of real digits is sure", said)[1])
-    assert sure >= 80 and f"of {sure} a classifier of real digits is sure" in (tmp_path / "demo.html").read_text()
+    sure = int(re.match(r"100 images .* A classifier of real digits is sure of (\d+) of them", said)[1])
+    assert sure >= 80 and f"is sure of {sure} of them" in (tmp_path / "demo.html").read_text()
 
 
 def test_the_shipped_student_follows_the_shipped_teacher():
