@@ -9,7 +9,9 @@ import pytest
 from advkd.errors import InputError
 from profiling.trace import demo, workloads
 
-SUMMARY = (
+SEEN = "100 images of the student from fresh noise, not chosen. A classifier of real digits is sure of 97 of them (p), and of 99.\n"
+
+SUMMARY = SEEN + (
     "teacher: 1,234 parameters, 50 evaluations, 93.5 ms per image; student: 567 parameters, 1 evaluation, 0.43 ms per image "
     "(217 times faster; batches of 16, 2 threads)\n"
 )
@@ -57,9 +59,9 @@ def test_clocks_of_something_else(clocks):
 
 
 def test_the_summary_line():
-    wanted = {"teacher_ms_per_image": 93.5, "student_ms_per_image": 0.43, "times_faster": 217.0}
+    wanted = {"teacher_ms_per_image": 93.5, "student_ms_per_image": 0.43, "times_faster": 217.0, "recognised": 0.97}
     assert demo.figures("recording\n" + SUMMARY) == wanted
-    for bad in ("", SUMMARY.replace("217 times faster", "faster"), SUMMARY.replace("0.43", "-"), "x " + SUMMARY):
+    for bad in ("", SUMMARY.removeprefix(SEEN), SEEN, SUMMARY.replace("217 times faster", "faster"), SUMMARY.replace("0.43", "-"), SEEN + "x " + SUMMARY.removeprefix(SEEN)):
         with pytest.raises(InputError, match="no summary line"):
             demo.figures(bad)
 
@@ -104,6 +106,12 @@ def test_a_part_outside_of_the_networks_is_too_large():
     assert said.startswith("load: 11 %")
 
 
+def test_too_few_recognised_images():
+    assert demo.complaints({**made(**RESULT), "recognised": [0.97, 0.8]}) == []
+    (said,) = demo.complaints({**made(**RESULT), "recognised": [0.97, 0.79]})
+    assert said == "79 % of the images are recognised, at least 80 % must be"
+
+
 def test_the_plot_is_a_picture(tmp_path):
     from PIL import Image
 
@@ -144,7 +152,7 @@ def test_a_run_that_failed(monkeypatch, tmp_path):
 
 def test_a_run_without_a_picture(monkeypatch, tmp_path):
     demonstration(monkeypatch, [MAIN], demo.PICTURES[1:])
-    with pytest.raises(InputError, match="has not made teacher_and_student.png"):
+    with pytest.raises(InputError, match="has not made demo.html"):
         demo.run_once(tmp_path)
 
 
