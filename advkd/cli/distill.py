@@ -82,7 +82,7 @@ def _inputs(kind):
     from ..models.shape import PRESETS
 
     generator, denoiser = "generator" in kind.students, "denoiser" in kind.students
-    start = "Start from a student ('digits', 'glyphs', a folder or a hub id)"
+    starts = ["a student ('digits', 'glyphs')"] * generator + ["a teacher ('digits-conditional', 'glyphs-teacher')"] * denoiser
     teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', 'glyphs', a folder or a hub id."
     known = [
         ("trajectories" in kind.inputs, "--trajectories", "Folder of 'advkd trajectories' (several: repeat).", True),
@@ -94,7 +94,12 @@ def _inputs(kind):
         ),
         ("teacher" in kind.inputs, "--teacher", teacher, False),
         (generator, "--preset", f"{', '.join(PRESETS)}, or a JSON file with a student's configuration.", False),
-        (True, "--init", f"{start} instead of {_instead(generator, denoiser)}.", False),
+        (
+            True,
+            "--init",
+            f"Start from {' or '.join(starts)}, a folder or a hub id, instead of {_instead(generator, denoiser)}.",
+            False,
+        ),
         (
             denoiser,
             "--channels",
