@@ -8,7 +8,7 @@ from .options import computing, device_option, options
 
 
 @click.command()
-@click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--teacher", default="digits", show_default=True, help="'digits', 'glyphs', a folder or a hub id.")
 @click.option("--out", required=True, help="Folder for comparison.json, comparison.md and comparison.html.")
 @device_option
 @options(CompareConfig)

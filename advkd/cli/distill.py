@@ -79,9 +79,11 @@ def method_command(name: str) -> click.Command:
 
 def _inputs(kind):
     """Decorator with the options that name where a method's student begins and what it learns from."""
+    from ..models.shape import PRESETS
+
     generator, denoiser = "generator" in kind.students, "denoiser" in kind.students
-    start = "Start from a student ('digits', a folder or a hub id)"
-    teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', a folder or a hub id."
+    starts = ["a student ('digits', 'glyphs')"] * generator + ["a teacher ('digits-conditional', 'glyphs-teacher')"] * denoiser
+    teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', 'glyphs', a folder or a hub id."
     known = [
         ("trajectories" in kind.inputs, "--trajectories", "Folder of 'advkd trajectories' (several: repeat).", True),
         (
@@ -91,8 +93,13 @@ def _inputs(kind):
             False,
         ),
         ("teacher" in kind.inputs, "--teacher", teacher, False),
-        (generator, "--preset", "paper-256, pyramid-256, digits, or a JSON file with a student's configuration.", False),
-        (True, "--init", f"{start} instead of {_instead(generator, denoiser)}.", False),
+        (generator, "--preset", f"{', '.join(PRESETS)}, or a JSON file with a student's configuration.", False),
+        (
+            True,
+            "--init",
+            f"Start from {' or '.join(starts)}, a folder or a hub id, instead of {_instead(generator, denoiser)}.",
+            False,
+        ),
         (
             denoiser,
             "--channels",

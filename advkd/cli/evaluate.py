@@ -25,8 +25,8 @@ SOLVERS = (
 
 
 @click.command()
-@click.option("--student", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher", help="'digits' (the default), a folder or a hub id.")
+@click.option("--student", help="'digits' (the default), 'glyphs', a folder or a hub id.")
+@click.option("--teacher", help="'digits' (the default), 'glyphs', a folder or a hub id.")
 @click.option("--teacher-samples", help="Folder of 'advkd trajectories' (by default they are drawn and kept in the cache).")
 @click.option("--images", help="Measure a folder of images instead, against --reference.")
 @click.option("--reference", help="Folder of reference images, 'digits' or 'glyphs'.")

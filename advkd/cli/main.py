@@ -139,7 +139,9 @@ def classifier_train(out, resume, **values):
 
 
 @main.command()
-@click.option("--teacher", "teacher_source", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option(
+    "--teacher", "teacher_source", default="digits", show_default=True, help="'digits', 'glyphs', a folder or a hub id."
+)
 @click.option("--out", required=True, help="Folder for the shards and the manifest.")
 @click.option("--processes", default=1, show_default=True, help="Local processes of one thread each (CPU only).")
 @click.option("--compiled/--no-compiled", default=None, help="The network through torch.compile (default: on GPUs).")
@@ -176,8 +178,8 @@ main.add_command(distill)
 
 
 @main.command()
-@click.option("--student", help="'digits' (the default), a folder or a hub id.")
-@click.option("--teacher", help="A teacher instead: 'digits', a folder or a hub id.")
+@click.option("--student", help="'digits' (the default), 'glyphs', a folder or a hub id.")
+@click.option("--teacher", help="A teacher instead: 'digits', 'glyphs', a folder or a hub id.")
 @click.option("-n", "--num", "n", default=16, show_default=True, help="Number of images.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option("--out", required=True, help="A picture (a grid) or a folder (one PNG per image; its name may end in a slash).")
@@ -228,7 +230,7 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
 
 
 @main.command()
-@click.option("--student", default="digits", show_default=True, help="'digits', a preset, a folder or a hub id.")
+@click.option("--student", default="digits", show_default=True, help="'digits', 'glyphs', a preset, a folder or a hub id.")
 @click.option("--batch-sizes", default="1,64", show_default=True, help="Comma-separated images per pass.")
 @click.option("--dtypes", default="float32", show_default=True, help="Comma-separated, of float32, bfloat16, float16.")
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or cuda.")
@@ -251,8 +253,8 @@ main.add_command(compare)
 
 
 @main.command()
-@click.option("--student", default="digits", show_default=True, help="'digits', a folder or a hub id.")
-@click.option("--teacher", default="digits", show_default=True, help="'digits', a folder or a hub id.")
+@click.option("--student", default="digits", show_default=True, help="'digits', 'glyphs', a folder or a hub id.")
+@click.option("--teacher", default="digits", show_default=True, help="'digits', 'glyphs', a folder or a hub id.")
 @click.option("--evaluation", required=True, help="evaluation.json of 'advkd evaluate' for this student.")
 @click.option("--metrics", help="metrics.csv of the training (default: the student's own, where it has one).")
 @click.option("--ablation", help="Table of runs by profiling/cases/ablation.py.")

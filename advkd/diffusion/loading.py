@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 EMBEDDED = {
     "digits": PRETRAINED / "digits-teacher",
     "digits-conditional": PRETRAINED / "digits-conditional",
-    "glyphs": PRETRAINED / "glyphs-teacher",
+    **dict.fromkeys(("glyphs", "glyphs-teacher"), PRETRAINED / "glyphs-teacher"),
 }
+"""Folders of the embedded teachers; of the two names of one, the second is no student's."""
+
 MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 

@@ -42,7 +42,7 @@ def load_student(source: str | Path, device: str | torch.device = "cpu") -> Stud
     """Load a student.
 
     Args:
-        source: ``digits`` (embedded), a folder of ``advkd distill``, or a hub id (owner/name).
+        source: ``digits`` or ``glyphs`` (embedded), a folder of ``advkd distill``, or a hub id (owner/name).
         device: where it is put.
 
     Returns:
@@ -77,7 +77,7 @@ def load_start(source: str | Path, device: str | torch.device = "cpu") -> Studen
     """A student to be trained further: a student, or a copy of a teacher as one.
 
     Args:
-        source: as for :func:`load_student`, or a teacher's: ``digits-conditional``, a folder or a hub id.
+        source: as for :func:`load_student`, or a teacher's: ``digits-conditional``, ``glyphs-teacher``, a folder or a hub id.
         device: where it is put.
 
     Returns:

@@ -1,6 +1,7 @@
 """A student as an ONNX file: plain operations, for any batch size."""
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from ..runtime.files import write_bytes
 PACKAGES = ("onnx", "onnxscript")
 """Packages that torch's exporter needs."""
 
+CLASS_NAMES = "class_names"
+"""Key of a file's metadata."""
+
 
 def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version: int | None = None) -> Path:
     """Write a student to an ONNX file with the input ``z``, that of a student with classes also ``labels``, and ``images``.
@@ -32,7 +36,8 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
     Returns:
         ``path``. For every batch size the file's network gives ``images`` ``(batch, C, S, S)`` in [-1, 1] of ``z``
         ``(batch, latent_numel)``, in the student's dtype; a fused student's ``z`` is float32, its images are in its dtype.
-        ``labels`` are ``(batch,)`` int64 class numbers, which the network does not check.
+        ``labels`` are ``(batch,)`` int64 class numbers, which the network does not check: -1 is the last class, as in ONNX's
+        Gather. The names of the classes by number are a JSON list in the file's ``metadata_props`` under ``class_names``.
 
     Raises:
         InputError: an object that is no student, or packages that are missing.
@@ -54,6 +59,8 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
         inputs["labels"] = torch.zeros(2, dtype=torch.int64, device=z.device)
     with torch.no_grad(), evaluating(student):
         model = _model(student if isinstance(student, Student) else _Folded(student).eval(), inputs, opset_version)
+    if student.num_classes:
+        model.metadata_props.add(key=CLASS_NAMES, value=json.dumps(student.class_names, ensure_ascii=False))
     write_bytes(path, model.SerializeToString())
     return Path(path)
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -34,7 +35,7 @@ from .images import Generators, draw_seed, pipeline_output, require_call
 FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 """Files that a student is loaded from."""
 
-ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
+ClassLabels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None
 """Numbers or names of classes, one for all images or one for each; None: every class in turn."""
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -312,8 +313,8 @@ def _drawn_by(student, z, **labels):
 
 def _numbers(class_labels, names, batch_size):
     """Class numbers that images take in turn, and the number of images."""
+    class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
     several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
-    several = several or isinstance(class_labels, torch.Tensor) and class_labels.ndim == 1
     given = class_labels if several else [] if class_labels is None else [class_labels]
     if unknown := [one for one in given if names and isinstance(one, str) and one not in names]:
         raise InputError(f"class_labels: {unknown[0]!r} is not one of {listed(names)}")

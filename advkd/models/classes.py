@@ -126,7 +126,7 @@ def turns(labels: Labels, names: Sequence[str], argument: str = "labels") -> lis
         Numbers; empty for an unconditional student.
 
     Raises:
-        InputError: labels of an unconditional student, an empty sequence, or a number that is no class.
+        InputError: labels of an unconditional student, an empty sequence, a number that is no class, or True or False.
     """
     if labels is None:
         return list(range(len(names)))
@@ -135,7 +135,7 @@ def turns(labels: Labels, names: Sequence[str], argument: str = "labels") -> lis
     found = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else [found]
     if not found:
         raise InputError(f"{argument} must name a class, got an empty sequence: leave them out for every class in turn")
-    return [whole(argument, number, 0, len(names)) for number in found]
+    return [_number(argument, value, len(names)) for value in found]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -145,6 +145,14 @@ def listed(names: Sequence[str]) -> str:
         names: the names.
     """
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _number(argument, value, below):
+    """A class number of Python, numpy or a tensor; a truth value would be class 0 or 1 without a word."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, bool):
+        raise InputError(f"{argument} must be a whole number, got {value!r}")
+    return whole(argument, value, 0, below)
 
 
 def _require_conditional(names, argument="labels"):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import click
 import numpy as np
 import pytest
 
@@ -40,6 +41,21 @@ def test_info_shows_every_op_and_the_reason_for_each_gap(capsys):
     assert "torch" in out and "not written for this op yet" in out
     philox = out[out.index("  philox") : out.index("  sampler_step")]
     assert "cpu        yes" in philox
+
+
+def described(command, *names):
+    """Words of a command and its options, with those of every subcommand."""
+    if not isinstance(command, click.Group):
+        return [(" ".join(names), option.name, option.help) for option in command.params]
+    context = click.Context(command)
+    subcommands = ((name, command.get_command(context, name)) for name in command.list_commands(context))
+    return [row for name, subcommand in subcommands for row in described(subcommand, *names, name)]
+
+
+def test_help_that_names_the_digits_names_the_glyphs():
+    texts = [row for row in described(main) if "digits" in (row[2] or "")]
+    assert {"sample", "report", "evaluate", "distill adv-kd"} <= {command for command, _, _ in texts}
+    assert [row for row in texts if "glyphs" not in row[2]] == []
 
 
 def test_sample_to_a_picture_and_to_a_folder(capsys, tmp_path):

@@ -299,11 +299,16 @@ def test_labels_of_an_unconditional_student_are_refused():
         tiny_student().eval().levels(torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64))
 
 
+TRUTHS = [True, [0, True], np.array([True, False]), torch.tensor([True]), [torch.tensor(True)], [np.True_]]
+"""Of Python, numpy and torch, which an index would take for class 1."""
+
+
 def test_classes_in_turn_that_do_not_exist_are_refused(student):
     """At the call: no image has been drawn yet."""
     fused = student.fuse("reference")
     wrong = [([], "labels must name a class, got an empty sequence"), (3, "labels must be at least 0 and below 3, got 3")]
     wrong += [([0, -1], "labels must be at least 0 and below 3, got -1"), ("ant", "labels must be a whole number, got 'ant'")]
+    wrong += [(truth, "labels must be a whole number, got True") for truth in TRUTHS]
     wrong += [([0.5], "labels must be a whole number, got 0.5"), (torch.zeros(2), "labels must be a whole number, got 0.0")]
     for labels, message in wrong:
         for draw in (student.sample, fused.sample, fused.stream):
@@ -379,12 +384,14 @@ def test_a_pipeline_takes_numbers_and_names(student, drawn):
     pipe = AdvKDPipeline(student)
     wanted = drawn(pipe, class_labels=[1, 0, 1])
     assert wanted.shape == (3, 3, 16, 16)
-    for labels in (["bee", "ant", "bee"], ["bee", 0, 1], torch.tensor([1, 0, 1]), (1, "ant", 1)):
+    arrays = torch.tensor([1, 0, 1]), np.array([1, 0, 1]), np.array(["bee", "ant", "bee"]), list(np.array([1, 0, 1], np.uint8))
+    for labels in (["bee", "ant", "bee"], ["bee", 0, 1], (1, "ant", 1), *arrays):
         assert torch.equal(drawn(pipe, class_labels=labels), wanted) and torch.equal(
             drawn(pipe, 3, class_labels=labels), wanted
         )
     assert torch.equal(drawn(pipe, 3, class_labels="cow"), drawn(pipe, class_labels=[2, 2, 2]))
-    assert torch.equal(drawn(pipe, 3, class_labels=2), drawn(pipe, class_labels=[2, 2, 2]))
+    for one in (2, np.int64(2), np.array(2), torch.tensor(2), np.str_("cow")):
+        assert torch.equal(drawn(pipe, 3, class_labels=one), drawn(pipe, class_labels=[2, 2, 2]))
     assert torch.equal(drawn(pipe, 4), drawn(pipe, class_labels=[0, 1, 2, 0]))
     assert len(drawn(pipe)) == len(drawn(pipe, class_labels="ant")) == 1
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
@@ -401,6 +408,8 @@ def test_a_pipeline_refuses_other_classes(student, drawn):
         ([0, 3], "class_labels must be at least 0 and below 3, got 3"),
         ([], "class_labels must name a class, got an empty sequence"),
         (0.5, "class_labels must be a whole number, got 0.5"),
+        (np.array([[0, 1]]), r"class_labels must be a whole number, got \[0, 1\]"),
+        *((truth, "class_labels must be a whole number, got True") for truth in TRUTHS),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
             pipe(class_labels=labels)

@@ -105,6 +105,15 @@ def test_a_student_is_a_teacher_too(folder):
     assert following.trained_as == "v_prediction" and torch.equal(following.sample(3, 2), student.sample(3, 2))
 
 
+def test_a_student_begins_with_the_teacher_of_glyphs():
+    """By the name that is the teacher's alone."""
+    student, teacher = load_start("glyphs-teacher"), Teacher.from_pretrained("glyphs")
+    assert isinstance(student, DenoiserStudent) and student.trained_as == teacher.prediction == "v_prediction"
+    found, wanted = student.model.unet.state_dict(), teacher.unet.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert student.model.class_names == teacher.class_names
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_come_back_from_json(sampler):
     assert Sampler.from_json(json.loads(json.dumps(sampler.to_json())), "here") == sampler

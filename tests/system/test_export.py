@@ -1,6 +1,7 @@
 """Students exported as programs: torch.export, ONNX and onnxruntime."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from advkd.export import onnx as export
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
 
-from ..conftest import conditional_student
+from ..conftest import CLASSES, conditional_student
 
 BATCHES = (1, 2, 5)
 
@@ -98,12 +99,15 @@ def test_an_onnx_file_draws_the_students_images(student, kind, run, tmp_path):
 @pytest.mark.parametrize("kind", ["student", pytest.param("auto", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("detail_noise", [True, pytest.param(False, marks=pytest.mark.kernels)], ids=["pyramid", "blocks"])
 def test_an_onnx_file_of_a_student_with_classes(detail_noise, kind, run, tmp_path):
-    """It has a second input, the numbers of the classes."""
+    """It has a second input, the numbers of the classes, whose names are with it; numbers below 0 count from the end."""
     student = conditional_student(detail_noise=detail_noise)
     path = advkd.export_onnx(student if kind == "student" else student.fuse(kind, tune=False), tmp_path / "student.onnx")
     for n in BATCHES:
         z, labels = student.latents(n, seed=n), torch.tensor([2, 0, 1, 1, 2])[:n]
         assert (run(path, z, labels=labels) - student(z, labels=labels)).abs().max() <= 1e-5
+        assert torch.equal(run(path, z, labels=labels - 3), run(path, z, labels=labels))
+    metadata = pytest.importorskip("onnxruntime").InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(CLASSES)
 
 
 @pytest.mark.kernels
