@@ -109,14 +109,15 @@ def evaluate_student(
     Raises:
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
-    extractor, model, drawer, real = _load(student, teacher, config, device, progress)
+    extractor, model, drawer = _load(student, teacher, config, device)
     turns = generator_classes(student, model, config.classes or None)
+    names = [model.class_names[number] for number in turns]
     if teacher_samples is None:
-        names = [model.class_names[number] for number in turns]
         recording = recording_of(drawer, 2 * config.num, config.seed, names, config.guidance)
         _require_unseen(model.training_record, asdict(recording))
     else:
         _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
+    real = _real_images(extractor, config, drawer, names, progress)
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = require_output_folder(out)
     folder = teacher_samples or kept_recording(teacher, drawer, recording, cache, config.processes, progress)
@@ -134,7 +135,7 @@ def evaluate_student(
         **_header(extractor, config, device),
         "rows": rows,
         "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
-        "classes": {"student": [model.class_names[number] for number in turns], "teacher": samples.info.class_names},
+        "classes": {"student": names, "teacher": samples.info.class_names},
         "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
@@ -146,8 +147,8 @@ def evaluate_student(
     return result
 
 
-def _load(student, teacher, config, device, progress):
-    """Extractor, student, teacher and real images (None: without), which fit each other."""
+def _load(student, teacher, config, device):
+    """Extractor, student and teacher, which fit each other."""
     config.validate()
     device = require_device(device)
     if config.processes > 1 and device.type != "cpu":
@@ -155,10 +156,7 @@ def _load(student, teacher, config, device, progress):
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
     _require_drawable(extractor, model, drawer, config)
-    real = _real_images(config, model, progress)
-    if real is not None:
-        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
-    return extractor, model, drawer, real
+    return extractor, model, drawer
 
 
 def evaluate_folders(
@@ -367,14 +365,16 @@ def _each(times, n):
     return {name: value if name == "repeats" else value / n for name, value in times.items()}
 
 
-def _real_images(config, model, progress):
-    """Images of ``config.real``, or None."""
+def _real_images(extractor, config, teacher, names, progress):
+    """Images of ``config.real`` of the named classes (none: of the teacher's), or None."""
     source = config.real
     if source == "auto":
         source = config.extractor if config.extractor in Classifier.embedded else "none"
-    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
     if source != "none":
-        return real_images(source, shape, num=config.real_num, progress=progress)
+        classes = names or teacher.class_names
+        real = real_images(source, teacher.shape, num=config.real_num, progress=progress, classes=classes)
+        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
+        return real
     if config.real_num:
         raise InputError("real_num is a number of glyphs: name them by --real, or leave --real-num out")
     return None
