@@ -134,7 +134,8 @@ class GlyphSet:
     def description(self) -> dict[str, Any]:
         """JSON values that tell the images, but for their size: classes, range, and the versions that drew them."""
         told = {"chosen": list(self.chosen)} if self.chosen else {}
-        return {"data": "glyphs", "classes": self.classes, **told, "first": self.first, "images": self.num, "versions": versions()}
+        told |= {"first": self.first, "images": self.num, "versions": versions()}
+        return {"data": "glyphs", "classes": self.classes, **told}
 
 
 def named_like(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ The floor is the distance of two disjoint halves of the reference at the same N:
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class EvaluationConfig:
         dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
         classes: names of a conditional student's classes, separated by commas, which images take in turn, the student's and the
             teacher's alike (empty: every class of the student).
-        guidance: weight of the teacher's guidance towards them, that of the student's trajectories say.
+        guidance: weight of the teacher's guidance towards them (empty: that of the student's trajectories, 0 where its training
+            record has none).
     """
 
     num: int = 2000
@@ -66,7 +67,7 @@ class EvaluationConfig:
     processes: int = 1
     dtype: str = "float32"
     classes: str = ""
-    guidance: float = 0.0
+    guidance: float | None = None
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
@@ -113,7 +114,9 @@ def evaluate_student(
     turns = generator_classes(student, model, config.classes or None)
     names = [model.class_names[number] for number in turns]
     if teacher_samples is None:
-        recording = recording_of(drawer, 2 * config.num, config.seed, names, config.guidance)
+        weight = taught(model, drawer).condition.guidance if config.guidance is None else config.guidance
+        config = replace(config, guidance=weight)
+        recording = recording_of(drawer, 2 * config.num, config.seed, names, weight)
         _require_unseen(model.training_record, asdict(recording))
     else:
         _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)

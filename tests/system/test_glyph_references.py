@@ -130,7 +130,10 @@ def test_refusals_come_before_glyphs_are_drawn(digit_teacher, features, tmp_path
     for message, call in (
         ("missing", lambda: compare_models(digit_teacher, CompareConfig(**solvers, students="missing"), tmp_path / "out")),
         ("1000", lambda: evaluate_solvers(digit_teacher, SolverEvaluationConfig(**solvers | {"fine_steps": 1001}), tmp_path)),
-        ("takes gray", lambda: evaluate_solvers(digit_teacher, SolverEvaluationConfig(**solvers | {"extractor": "digits"}), "")),
+        (
+            "takes gray",
+            lambda: evaluate_solvers(digit_teacher, SolverEvaluationConfig(**solvers | {"extractor": "digits"}), ""),
+        ),
         ("'9'", lambda: evaluate_student(tmp_path / "student", digit_teacher, EvaluationConfig(**common, classes="9"), "out")),
     ):
         with pytest.raises(InputError, match=message):
