@@ -53,7 +53,11 @@ def overlay(config: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def read_value(value: Any, default: Any, where: str, kind: Any) -> Any:
-    """``value``, a text or a JSON value, as the type of ``default``; ``kind``: the annotation, which tuples are told by."""
+    """``value``, a text or a JSON value, as the type of ``default``; ``kind``: the annotation, which tuples are told by.
+
+    A default of None stands for a number that is found otherwise.
+    """
+    default = 0.0 if default is None else default
     try:
         if isinstance(default, tuple):
             parts = value.split(",") if isinstance(value, str) else value

@@ -4,6 +4,7 @@ Commands: info, teacher train, teacher noise-power, classifier train, trajectori
 warmup, demo.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from ..diffusion.solvers import Solver
 from ..errors import BackendUnavailableError, InputError, TrainingError
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
+from ..ops.arguments import whole
 from ..runtime.devices import keep_freed_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
@@ -96,12 +98,16 @@ def teacher_noise_power(source, data, num, seed, device):
     from ..runtime.devices import require_device
     from ..training.noise_power import estimate_noise_power
 
+    whole("num", num, 1)
     if not Path(source).is_dir():
         raise InputError(f"--teacher {source}: a folder is needed, in which the estimates are kept")
     model = Teacher.from_pretrained(source, require_device(device))
-    # Any glyphs are a fair sample of all.
-    known = num if trained_glyphs(data) is not None else 0
-    images = load_images(data, model.image_size, model.image_channels, num=known, progress=True)
+    if (glyphs := trained_glyphs(data)) is not None:
+        # Any glyphs are a fair sample of all.
+        glyphs, shape = replace(glyphs, num=num).of(model.class_names, "--data"), (model.image_size, model.image_channels)
+        images = glyphs.images(*shape, progress=True)
+    else:
+        images = load_images(data, model.image_size, model.image_channels)
     click.echo(f"noise power in {estimate_noise_power(model, images, num=num, seed=seed).write(source)}")
 
 

@@ -1,6 +1,7 @@
 """Data sets of glyphs by name: a training range, and held-out references of any number. The cache keeps what takes long."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from ..errors import InputError
 from ..ops.arguments import whole
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
-from .glyphs import CLASSES, HELD_OUT, TRAINED, draw_glyphs, glyph_labels, require_glyphs, versions
+from .glyphs import CLASSES, FONTS, HELD_OUT, TRAINED, draw_glyphs, glyph_labels, require_glyphs, versions
 from .kept_sets import KeptSet
+from .labels import labels_in_turn
 
 NAMES = {"glyphs": "all", "glyphs-digits": "digits", "glyphs-letters": "letters"}
 """Classes by the name of a data set."""
@@ -36,11 +38,13 @@ class GlyphSet:
         classes: name of a set of classes, one of :data:`advkd.data.glyphs.CLASSES`.
         num: number of images.
         first: index of the first image.
+        chosen: characters that the images take in turn by their place; empty: each image has a random one of the set.
     """
 
     classes: str = "all"
     num: int = TRAINED
     first: int = 0
+    chosen: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,6 +55,25 @@ class GlyphSet:
     def class_names(self) -> list[str]:
         """The characters, in the order of their labels."""
         return list(CLASSES[self.classes])
+
+    def of(self, names: Sequence[str], option: str) -> "GlyphSet":
+        """The set to compare images of some classes with.
+
+        Args:
+            names: names of the classes that these images take in turn; empty where they are not known.
+            option: name of the set in errors.
+
+        Returns:
+            This set for all its classes, or for none that is known; else one of the classes in turn.
+
+        Raises:
+            InputError: a class that is not in the set.
+        """
+        if not names or sorted(names) == sorted(self.class_names):
+            return self
+        if missing := [name for name in names if name not in self.class_names]:
+            raise InputError(f"{option} {self.name} has no class {missing[0]!r} as the model has{_remedy(names)}")
+        return replace(self, chosen=tuple(names))
 
     def require(self, size: int, channels: int | None = None) -> None:
         """Refuse a shape that glyphs do not have.
@@ -83,11 +106,12 @@ class GlyphSet:
         self.require(size, channels)
 
         def draw(count, start):
-            return draw_glyphs(range(self.first + start, self.first + start + count), size, self.classes)[0]
+            indices, labels = range(self.first + start, self.first + start + count), self._in_turn(start, count)
+            return draw_glyphs(indices, size, self.classes, 0, FONTS, labels)[0]
 
         is_kept = self.num >= FEW and self.num * 3 * size**2 <= LARGEST_KEPT
         cache = require_output_folder(cache_folder(), "the cache (ADVKD_CACHE)") if is_kept else None
-        depends = [size, self.classes, self.first, versions()] if is_kept else []
+        depends = [size, self.classes, self.first, versions(), *([self.chosen] if self.chosen else [])] if is_kept else []
         kept = KeptSet("glyphs", depends, self.num, (3, size, size), BATCH_SIZE, draw)
         with progress_bar(total=self.num, desc="glyphs", unit="image", shown=progress) as bar:
             return kept.images(cache, bar)
@@ -98,11 +122,38 @@ class GlyphSet:
         Returns:
             ``(num,)`` int64 on the CPU.
         """
+        if (labels := self._in_turn(0, self.num)) is not None:
+            return torch.tensor(labels, dtype=torch.int64, device="cpu")
         return glyph_labels(range(self.first, self.first + self.num), self.classes)
+
+    def _in_turn(self, start, count):
+        """Labels of images ``start .. start + count - 1``, or None where they are random."""
+        labels = labels_in_turn([self.class_names.index(name) for name in self.chosen], start, count)
+        return None if labels is None else labels.tolist()
 
     def description(self) -> dict[str, Any]:
         """JSON values that tell the images, but for their size: classes, range, and the versions that drew them."""
-        return {"data": "glyphs", "classes": self.classes, "first": self.first, "images": self.num, "versions": versions()}
+        told = {"chosen": list(self.chosen)} if self.chosen else {}
+        told |= {"first": self.first, "images": self.num, "versions": versions()}
+        return {"data": "glyphs", "classes": self.classes, **told}
+
+
+def named_like(names: Sequence[str]) -> str:
+    """Name of the data set with exactly these classes.
+
+    Args:
+        names: names of the classes.
+
+    Returns:
+        A key of :data:`NAMES`; empty where there is none.
+    """
+    return next((name for name, own in NAMES.items() if sorted(names) == sorted(CLASSES[own])), "")
+
+
+def _remedy(names):
+    """End of a message: the smallest set that has the classes."""
+    fitting = [name for name, own in NAMES.items() if set(names) <= set(CLASSES[own])]
+    return f": name {fitting[-1]}" if fitting else ": glyphs are no measure of it"
 
 
 def trained_glyphs(source: Any, classes: str = "", num: int = 0) -> GlyphSet | None:

@@ -135,10 +135,12 @@ def compare_models(
     """
     config.validate()
     device = require_device(device)
-    model, extractor, real = _references(teacher, config, device, progress)
+    model, extractor = _measure(teacher, config, device)
     setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
-    contestants = _contestants(config, setting, device)
+    contestants, classes = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
+    real = real_images(config.real, model.shape, num=config.real_num, progress=progress, classes=classes)
+    require_fit(extractor, real, "--real")
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
     fine, features, pictures = _features(model, extractor, contestants, config, cache, progress)
@@ -163,19 +165,17 @@ def compare_models(
     return result
 
 
-def _references(teacher, config, device, progress):
-    """Teacher, extractor and real images, which fit each other and the number of images."""
+def _measure(teacher, config, device):
+    """Teacher and extractor, which fit each other and the number of images."""
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    real = real_images(config.real, model.shape, num=config.real_num, progress=progress)
-    require_fit(extractor, real, "--real")
     require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
     Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
-    return model, extractor, real
+    return model, extractor
 
 
 def _contestants(config, setting, device):
-    """All rows; what a solver cannot take is said."""
+    """All rows, and the names of their images' classes; what a solver cannot take is said."""
     solvers, left_out = solver_rows(parse_solvers(config.solvers, config.spacing), config.evaluations, setting)
     rows = [*student_rows(config.students, setting, device), *solvers]
     if not rows:
@@ -183,14 +183,14 @@ def _contestants(config, setting, device):
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"--students {twice[0]} is the name of a solver's row, too: name its folder by another path")
-    _require_same_classes(setting, rows)
+    classes = _same_classes(setting, rows)
     for line in left_out:
         _LOGGER.warning("left out: %s", line)
-    return rows
+    return rows, classes
 
 
-def _require_same_classes(setting, rows):
-    """Image i of the reference and of every row that is told classes has the same one."""
+def _same_classes(setting, rows):
+    """Classes in turn of the reference and of every row that is told some, all the same; else all that the teacher has."""
     told = {f"teacher {setting.teacher.name}": class_names(setting.teacher, setting.condition(setting.teacher))}
     told = {name: own for name, own in (told | {row.name: row.samplers[0].classes for row in rows}).items() if own}
     if setting.classes and not told:
@@ -201,6 +201,7 @@ def _require_same_classes(setting, rows):
             raise InputError(
                 f"classes: {name} draws {','.join(own)}, {first} {','.join(told[first])}: name some that both have"
             )
+    return told[first] if told else setting.teacher.class_names
 
 
 def _baseline(config, contestants):

@@ -4,7 +4,7 @@ The floor is the distance of two disjoint halves of the reference at the same N:
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class EvaluationConfig:
         dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
         classes: names of a conditional student's classes, separated by commas, which images take in turn, the student's and the
             teacher's alike (empty: every class of the student).
-        guidance: weight of the teacher's guidance towards them, that of the student's trajectories say.
+        guidance: weight of the teacher's guidance towards them (empty: that of the student's trajectories, 0 where its training
+            record has none).
     """
 
     num: int = 2000
@@ -66,7 +67,7 @@ class EvaluationConfig:
     processes: int = 1
     dtype: str = "float32"
     classes: str = ""
-    guidance: float = 0.0
+    guidance: float | None = None
 
     def validate(self) -> None:
         """Raise :class:`InputError` that names the field that cannot work."""
@@ -109,14 +110,17 @@ def evaluate_student(
     Raises:
         InputError: sets, extractor and seeds that do not fit each other; nothing was drawn.
     """
-    extractor, model, drawer, real = _load(student, teacher, config, device, progress)
+    extractor, model, drawer = _load(student, teacher, config, device)
     turns = generator_classes(student, model, config.classes or None)
+    names = [model.class_names[number] for number in turns]
     if teacher_samples is None:
-        names = [model.class_names[number] for number in turns]
-        recording = recording_of(drawer, 2 * config.num, config.seed, names, config.guidance)
+        weight = taught(model, drawer).condition.guidance if config.guidance is None else config.guidance
+        config = replace(config, guidance=weight)
+        recording = recording_of(drawer, 2 * config.num, config.seed, names, weight)
         _require_unseen(model.training_record, asdict(recording))
     else:
         _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
+    real = _real_images(extractor, config, drawer, names, progress)
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = require_output_folder(out)
     folder = teacher_samples or kept_recording(teacher, drawer, recording, cache, config.processes, progress)
@@ -134,7 +138,7 @@ def evaluate_student(
         **_header(extractor, config, device),
         "rows": rows,
         "student": {"weights_sha256": digest(model.state_dict()), "config": asdict(model.config)},
-        "classes": {"student": [model.class_names[number] for number in turns], "teacher": samples.info.class_names},
+        "classes": {"student": names, "teacher": samples.info.class_names},
         "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
@@ -146,8 +150,8 @@ def evaluate_student(
     return result
 
 
-def _load(student, teacher, config, device, progress):
-    """Extractor, student, teacher and real images (None: without), which fit each other."""
+def _load(student, teacher, config, device):
+    """Extractor, student and teacher, which fit each other."""
     config.validate()
     device = require_device(device)
     if config.processes > 1 and device.type != "cpu":
@@ -155,10 +159,7 @@ def _load(student, teacher, config, device, progress):
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     model, drawer = Student.from_pretrained(student, device), Teacher.from_pretrained(teacher, device)
     _require_drawable(extractor, model, drawer, config)
-    real = _real_images(config, model, progress)
-    if real is not None:
-        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
-    return extractor, model, drawer, real
+    return extractor, model, drawer
 
 
 def evaluate_folders(
@@ -367,14 +368,16 @@ def _each(times, n):
     return {name: value if name == "repeats" else value / n for name, value in times.items()}
 
 
-def _real_images(config, model, progress):
-    """Images of ``config.real``, or None."""
+def _real_images(extractor, config, teacher, names, progress):
+    """Images of ``config.real`` of the named classes (none: of the teacher's), or None."""
     source = config.real
     if source == "auto":
         source = config.extractor if config.extractor in Classifier.embedded else "none"
-    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
     if source != "none":
-        return real_images(source, shape, num=config.real_num, progress=progress)
+        classes = names or teacher.class_names
+        real = real_images(source, teacher.shape, num=config.real_num, progress=progress, classes=classes)
+        require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
+        return real
     if config.real_num:
         raise InputError("real_num is a number of glyphs: name them by --real, or leave --real-num out")
     return None

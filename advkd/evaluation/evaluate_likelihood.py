@@ -128,7 +128,7 @@ def _pictures(source, teacher):
 def _chosen(source, teacher, config, progress):
     """Images of an evaluation: the first of a seeded permutation, as sets are sorted by class or name, or the first glyphs."""
     if held_out_glyphs(source) is not None:
-        return real_images(source, teacher.shape, "--images", config.num, progress)
+        return real_images(source, teacher.shape, "--images", config.num, progress, teacher.class_names)
     images = _pictures(source, teacher)
     if config.num > len(images):
         raise InputError(f"--images {source} holds {len(images)} images, --num {config.num} are needed: lower --num")

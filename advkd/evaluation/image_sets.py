@@ -11,7 +11,12 @@ from ..errors import InputError
 
 
 def real_images(
-    source: str, shape: Sequence[int], option: str = "--real", num: int = 0, progress: bool = False
+    source: str,
+    shape: Sequence[int],
+    option: str = "--real",
+    num: int = 0,
+    progress: bool = False,
+    classes: Sequence[str] = (),
 ) -> torch.Tensor:
     """Real images to compare with.
 
@@ -21,15 +26,17 @@ def real_images(
         option: name of the source in errors.
         num: number of glyphs (0: :data:`advkd.data.glyph_sets.REFERENCE`).
         progress: show a bar while glyphs are drawn.
+        classes: names of the classes of what is compared, which glyphs then have, too; empty: not known.
 
     Returns:
         uint8 ``(N, C, S, S)``.
 
     Raises:
-        InputError: a folder without pictures, images of another shape, or a number of images that are no glyphs.
+        InputError: a folder without pictures, images of another shape, a number of images that are no glyphs, or a class that
+            the glyphs do not have.
     """
     if (glyphs := held_out_glyphs(source, num, option)) is not None:
-        return glyphs.images(shape[-1], shape[0], progress)
+        return glyphs.of(classes, option).images(shape[-1], shape[0], progress)
     images = read_images(source, option)
     if tuple(images.shape[1:]) != tuple(shape):
         found, wanted = describe_shape(images.shape[1:]), describe_shape(shape)

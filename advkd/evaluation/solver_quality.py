@@ -121,14 +121,15 @@ def evaluate_solvers(
     config.validate()
     device = require_device(device)
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    real = real_images(config.real, model.shape, num=config.real_num, progress=progress)
-    require_fit(extractor, real, "--real")
+    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
     runs, left_out = _runs(config, model)
     if len(runs) == 1:
         raise InputError(f"no run is left: give more evaluations or other solvers ({left_out[0]})")
     if model.num_classes and model.null_class is None:
         raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
     model.program(FINE, config.fine_steps)
+    real = real_images(config.real, model.shape, num=config.real_num, progress=progress, classes=model.class_names)
+    require_fit(extractor, real, "--real")
     for line in left_out:
         _LOGGER.warning("left out: %s", line)
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ def quickly(monkeypatch):
 def evaluated(distilled, conditional, extractor, tmp_path_factory):
     """An evaluation by the command line, and its folder."""
     out = tmp_path_factory.mktemp("evaluated")
-    options = ["--num", 12, "--resamples", 20, "--real", "none", "--extractor", extractor, "--guidance", 1.5]
+    options = ["--num", 12, "--resamples", 20, "--real", "none", "--extractor", extractor]
     done = fork_cli("evaluate", "--student", distilled, "--teacher", conditional, *options, "--out", out)
     assert done.returncode == 0, done.stderr
     return json.loads((out / "evaluation.json").read_text()), out
@@ -158,6 +158,7 @@ def test_an_evaluation_takes_all_classes_in_turn(evaluated, distilled, condition
     assert result["classes"] == {"student": ["c", "a"], "teacher": ["c", "a"]}
     student, teacher = Student.from_pretrained(distilled), Teacher.from_pretrained(conditional)
     seed = result["config"]["seed"]
+    assert result["config"]["guidance"] == 1.5
     expected = teacher.sample(24, seed, labels=[2, 0] * 12, guidance=1.5)
     drawn = student(student.project(teacher.noise(24, seed)), labels=torch.tensor([0, 1] * 12))
     assert result["pairs"]["mse"] == pytest.approx((drawn - expected).square().mean().item(), rel=1e-2)
@@ -175,9 +176,12 @@ def test_an_evaluation_of_some_classes(classes, labels, distilled, conditional, 
     assert torch.equal(seen[0], to_uint8(fused.sample(12, seed, labels=labels)).permute(0, 3, 1, 2))
     (folder,) = (tmp_path / "cache").glob("teacher-*")
     data = Trajectories(folder)
-    assert data.labels(range(6), ("c", "a")).tolist() == (labels * 6)[:6] and data.info.guidance == 0
+    assert data.labels(range(6), ("c", "a")).tolist() == (labels * 6)[:6] and data.info.guidance == 1.5
     evaluate_student(*arguments, cache=tmp_path / "cache", progress=False)
     assert len(list((tmp_path / "cache").glob("teacher-*"))) == 1
+    unguided = (distilled, conditional, replace(config, guidance=0.0), tmp_path / "out")
+    result = evaluate_student(*unguided, cache=tmp_path / "cache", progress=False)
+    assert result["config"]["guidance"] == 0 and len(list((tmp_path / "cache").glob("teacher-*"))) == 2
 
 
 def test_an_evaluation_against_labelled_samples(distilled, conditional, teacher_folder, extractor, tmp_path, quickly):
