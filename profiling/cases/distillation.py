@@ -9,13 +9,13 @@ of the two replacements alone, and both. Amdahl's bound is the gain if the criti
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from advkd.cli.demo import demo_recipe
-from advkd.data.dataset_info import TrajectoryConfig
+from advkd.cli.demo import TEACHER, demo_recipe, demo_recording
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
@@ -30,7 +30,7 @@ from ..harness import Sweep, main
 from .tables import TABLES
 
 PARITY_TESTS = ["tests/ops/test_norm_act.py", "tests/system/test_critic_update.py"]
-UPDATES, WARMUP = 40, 4
+NUM, UPDATES, WARMUP = 64, 40, 4
 METHODS = {
     "plain PyTorch": ("autograd", True),
     "advkd, critic alone": ("auto", True),
@@ -61,7 +61,8 @@ def distiller(data, out, backend):
     torch.manual_seed(0)
     config = demo_recipe(UPDATES)
     config.critic_backend = backend
-    run = Distiller(data, Student(PRESETS["digits"]), config, out, progress=False)
+    student = Student(replace(PRESETS["digits"], classes=data.info.student_classes))
+    run = Distiller(data, student, config, out, progress=False)
     run.spent = {}
     _time(run, "update_critics")
     return run
@@ -108,10 +109,10 @@ def compared():
     """Rows of every method, and Amdahl's bound."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as root:
-        teacher = Teacher.from_pretrained("digits")
-        data = Trajectories(record_trajectories(teacher, TrajectoryConfig(num=64), Path(root) / "paths"))
+        teacher = Teacher.from_pretrained(TEACHER)
+        data = Trajectories(record_trajectories(teacher, demo_recording(NUM), Path(root) / "paths"))
         rows = measure(data, root)
-    return {"rows": rows, "amdahl_critic": amdahl(rows)}
+    return {"rows": rows, "amdahl_critic": amdahl(rows), "teacher": TEACHER}
 
 
 if __name__ == "__main__":

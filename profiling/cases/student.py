@@ -215,7 +215,7 @@ def case(preset, batch, dtype="float32", peers="cpu", device=None):
         found.notes = {"floor": floor, "cudnn_error": error, "tf32": product == "tf32", "peers": peers}
         found.notes["predicted_microseconds"] = predictions.predicted_microseconds(preset, batch, dtype)
         floors = [copying("a copy that moves as many bytes", floor["bytes"], device)]
-        found.contestants = [*_gpu_ours(student, z, kind), *with_captured(floors, device)]
+        found.contestants = [*_gpu_ours(student, z, labels, kind), *with_captured(floors, device)]
     for peer in PEERS[peers]:
         if kind == torch.float32 or peer.prepare is not engines.onnx_runtime:
             module = folded[peer.name.endswith(BY_HAND)]
@@ -238,12 +238,12 @@ def _cpu_ours(student, z, labels, dtype):
     return found if dtype == "float32" else found[:1]
 
 
-def _gpu_ours(student, z, kind):
+def _gpu_ours(student, z, labels, kind):
     """Our engine: each GPU backend alone, and the plan that may mix them, as it is called and as a bare graph."""
 
     @functools.cache
     def call(backend):
-        return functools.partial(copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True), z)
+        return functools.partial(copy.deepcopy(student).to(z.device).fuse(backend=backend, dtype=kind, tune=True), z, **labels)
 
     def bare():
         # The plan is measured and the weights are packed before anything is captured; latents and images stay where they are.
@@ -262,7 +262,10 @@ def gpu_rates():
 MEASURED_RATES = []
 SHAPES = {"digits": (1, 16, 64), "glyphs": (1, 16, 64), "pyramid-256": (1, 8), "paper-256": (1, 8)}
 DTYPES = ("float32", "bfloat16")
-"""Presets with their batches, and dtypes, on a CPU; ``glyphs`` is told its classes and takes the detail bands of the noise."""
+"""Presets with their batches, and dtypes, on a CPU; ``glyphs`` is told its classes and takes the detail bands of the noise.
+
+It is not among the cases of GPUs, :data:`profiling.limits.predictions.BATCHES`: their captured peers take one input.
+"""
 CLASSES = {"glyphs": tuple(CHARACTERS["all"])}
 """Names of the classes of a preset that is measured with them."""
 WHOLE = ("paper-256, batch 8, bfloat16", "pyramid-256, batch 1, bfloat16")

@@ -43,7 +43,7 @@ from profiling.harness import Case, Contestant
 from profiling.limits import instruction_counts as counts
 from profiling.trace import demo
 
-from ..conftest import ROOT, process_environment
+from ..conftest import ROOT, conditional_student, process_environment
 from ..kernels.test_fused_student_gpu import on_gpu_kernels  # noqa: F401
 from ..kernels.test_student_gpu import launchers  # noqa: F401
 
@@ -698,10 +698,18 @@ def test_cases_of_a_gpu_on_the_host(name, graphs_on_host, on_gpu_kernels, monkey
         assert result["tf32"] is torch.backends.cudnn.allow_tf32 is (name == "update")
 
 
+def test_our_engines_for_a_gpu_are_told_the_classes(on_gpu_kernels, monkeypatch):  # noqa: F811
+    student = conditional_student(detail_noise=True)
+    monkeypatch.setattr(bench_student, "_plausible_once", lambda preset: student)
+    case = bench_student.case("with classes", 2, "bfloat16", "all", device="cpu")
+    case.contestants, case.repeats = [one for one in case.contestants if one.name == "advkd, cuda"], 1
+    result = harness.run_case(case)
+    assert harness.is_green(result) and ["seconds" in entry for entry in result["contestants"]] == [True]
+
+
 WITHOUT = """
 import sys
 sys.modules["diffusers"] = None
-import numpy as np
 import pytest
 sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """

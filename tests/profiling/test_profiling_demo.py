@@ -2,11 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from advkd.cli import demo as advkd_demo
+from advkd.diffusion.recorder import record_trajectories
 from advkd.errors import InputError
+from profiling.cases import distillation
 from profiling.trace import demo, workloads
 
 SEEN = "100 images of the student from fresh noise. A classifier of real digits is sure of 97 of them (p), and of 99.\n"
@@ -176,3 +180,36 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", "--repeats", "0"])
     with pytest.raises(SystemExit):
         demo.main()
+
+
+class Stopped(Exception):
+    """Ends a demo where its distillation would begin."""
+
+
+def test_the_updates_that_are_timed_are_the_demos(monkeypatch, tmp_path):
+    """The same teacher, recording, shape of the student and recipe; the number of updates and the backend are the bench's."""
+    recorded, distilled = [], []
+
+    def record(teacher, config, out, progress=False):
+        recorded.append((teacher.name, replace(config, num=32)))
+        return record_trajectories(teacher, replace(config, num=32, steps=3), tmp_path / "paths", progress=False)
+
+    def distil(data, student, config, *rest):
+        distilled.append((student.config, config))
+        raise Stopped
+
+    def measure(data, root):
+        run = distillation.distiller(data, root, "auto")
+        distilled.append((run.student.config, replace(run.method.config, updates=(600,))))
+        return {"plain PyTorch": {part: {"median": 1.0} for part in ("seconds", "rest")}}
+
+    monkeypatch.setattr(advkd_demo.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(advkd_demo, "distill", distil)
+    monkeypatch.setattr(distillation, "measure", measure)
+    for module in (advkd_demo, distillation):
+        monkeypatch.setattr(module, "record_trajectories", record)
+    with pytest.raises(Stopped):
+        advkd_demo.run_demo(tmp_path / "demo")
+    found = distillation.compared()
+    assert recorded[0] == recorded[1] and found["teacher"] == recorded[0][0]
+    assert distilled[1] == (distilled[0][0], replace(distilled[0][1], critic_backend="auto"))

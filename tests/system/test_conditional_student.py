@@ -191,7 +191,9 @@ def test_orders_of_differentiability(student):
     assert torch.autograd.gradgradcheck(images, (z, weight), **options)
     student.train()
     assert torch.autograd.gradcheck(images, (z, weight), **options)
-    with pytest.raises(RuntimeError, match="differentiable|order|gradient"):
+    with pytest.raises(
+        RuntimeError, match="^norm_act is differentiable once: its gradients have no gradient; for that take plain PyTorch$"
+    ):
         torch.autograd.grad(images(z, weight).square().sum(), weight, create_graph=True)[0].sum().backward()
 
 
@@ -223,11 +225,11 @@ def test_an_embedding_that_is_not_finite_is_refused(student, tmp_path):
     save_file(state, path, {"format": "pt"})
     with pytest.raises(InputError, match="embedding holds numbers that are not finite"):
         FusedStudent.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="the embedding must be finite|embedding"):
+    with pytest.raises(InputError, match="^the embedding holds numbers that are not finite$"):
         copy.deepcopy(fused).load_state_dict(state)
     broken = copy.deepcopy(student)
     broken.embedding.weight.data[0, 0] = float("inf")
-    with pytest.raises(InputError, match="embedding"):
+    with pytest.raises(InputError, match="^the embedding holds numbers that are not finite$"):
         broken.fuse("reference")
 
 
