@@ -133,7 +133,7 @@ class GlyphSet:
 
     def description(self) -> dict[str, Any]:
         """JSON values that tell the images, but for their size: classes, range, and the versions that drew them."""
-        told = {"chosen": list(self.chosen)} if self.chosen else {}
+        told: dict[str, Any] = {"chosen": list(self.chosen)} if self.chosen else {}
         told |= {"first": self.first, "images": self.num, "versions": versions()}
         return {"data": "glyphs", "classes": self.classes, **told}
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..data.dataset_info import DatasetInfo, same_teacher, samples_overlap
+from ..data.glyph_sets import NAMES
 from ..data.images import describe_shape
 from ..data.trajectories import Trajectories
 from ..diffusion.students import generator_classes
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..models.classes import listed
 from ..models.classifier import Classifier
 from ..models.fused_student import FusedStudent
 from ..models.shape import DTYPES
@@ -47,7 +49,8 @@ class EvaluationConfig:
         inception_weights: file of the Inception weights.
         real: ``digits``, ``glyphs`` (held-out ones; ``glyphs-digits``, ``glyphs-letters``), a folder of images of the student's
             size, ``none``, or ``auto``: those of the extractor ``digits`` or ``glyphs``.
-        real_num: number of glyphs that stand for the real images or the reference (0: 10,000).
+        real_num: number of glyphs that stand for the real images (0: twice ``num``) or the reference (0: 10,000). Distances
+            are of N images a side, the smaller of ``num`` and half of it.
         resamples: of the bootstrap behind the intervals (with Inception each takes seconds).
         processes: local processes that draw the teacher's samples (CPU only).
         dtype: in which the fused student draws, ``float32`` or ``bfloat16`` say.
@@ -119,7 +122,7 @@ def evaluate_student(
         recording = recording_of(drawer, 2 * config.num, config.seed, names, weight)
         _require_unseen(model.training_record, asdict(recording))
     else:
-        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config)
+        _require_samples(Trajectories(teacher_samples, option="--teacher-samples"), drawer, model, config, names)
     real = _real_images(extractor, config, drawer, names, progress)
     cache = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)")
     out = require_output_folder(out)
@@ -169,6 +172,7 @@ def evaluate_folders(
     out: str | Path | None = None,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Measure a folder of images against a folder of reference images (each also ``"digits"``), as :func:`evaluate_student`.
 
@@ -181,6 +185,7 @@ def evaluate_folders(
         out: folder for ``evaluation.json``, made where it is missing; None: nothing is written.
         device: torch device of the extractor; distances are computed on the CPU.
         cache: folder of kept features (default :func:`advkd.runtime.folders.cache_folder`).
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         Contents of ``evaluation.json``: ``score``, ``rows``, ``images`` and ``reference`` (folder, digest), ``provenance``, ...
@@ -189,7 +194,7 @@ def evaluate_folders(
     device = require_device(device)
     extractor = build_extractor(config.extractor, config.inception_weights or None).to(device)
     found = read_images(str(images), "--images")
-    wanted = reference_images(str(reference), found.shape[1:], config.real_num)
+    wanted = reference_images(str(reference), found.shape[1:], config.real_num, progress)
     if found.shape[1:] != wanted.shape[1:]:
         ours, theirs = (describe_shape(pictures.shape[1:]) for pictures in (found, wanted))
         raise InputError(f"--images {images} are {ours}, --reference {reference} are {theirs}: they must be alike")
@@ -295,12 +300,18 @@ def _require_unseen(record, part):
         raise InputError(f"seed {part['seed']} is that of the student's training trajectories: choose another --seed")
 
 
-def _require_samples(samples, teacher, model, config):
+def _require_samples(samples, teacher, model, config, names):
     if config.guidance:
         raise InputError("--guidance is of samples that are drawn: leave it out, as --teacher-samples have their own")
     teacher.match(samples.info.teacher)
     if not same_teacher(samples.info.teacher, teacher.identity()):
         raise InputError(f"--teacher-samples {samples.folder} are of another teacher than --teacher")
+    theirs = samples.info.class_names or teacher.class_names
+    if names and theirs and sorted(names) != sorted(theirs):
+        raise InputError(
+            f"--teacher-samples {samples.folder} are of the classes {listed(theirs)}, the student's images of {listed(names)}: "
+            "name the same by --classes, or other samples"
+        )
     if len(samples) < 2 * config.num:
         raise InputError(f"--teacher-samples {samples.folder} holds {len(samples)} samples, 2 x {config.num} are needed")
     for part in samples.parts:
@@ -375,7 +386,8 @@ def _real_images(extractor, config, teacher, names, progress):
         source = config.extractor if config.extractor in Classifier.embedded else "none"
     if source != "none":
         classes = names or teacher.class_names
-        real = real_images(source, teacher.shape, num=config.real_num, progress=progress, classes=classes)
+        num = config.real_num or 2 * config.num * (source in NAMES)
+        real = real_images(source, teacher.shape, num=num, progress=progress, classes=classes)
         require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
         return real
     if config.real_num:

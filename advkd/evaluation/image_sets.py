@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..data.glyph_sets import held_out_glyphs
+from ..data.glyphs import LARGEST
 from ..data.images import describe_shape, load_images, read_pictures
 from ..data.pictures import eight_bit
 from ..errors import InputError
@@ -51,13 +52,14 @@ def read_images(source: str, option: str) -> torch.Tensor:
     return eight_bit(load_images("digits")) if source == "digits" else read_pictures(source, option)
 
 
-def reference_images(source: str, shape: Sequence[int], num: int = 0) -> torch.Tensor:
+def reference_images(source: str, shape: Sequence[int], num: int = 0, progress: bool = False) -> torch.Tensor:
     """Images of ``--reference``.
 
     Args:
         source: ``digits``, a data set of glyphs, or a folder of pictures, which keep their own size.
         shape: ``(C, S, S)`` of what is compared with them, which glyphs have, too.
         num: number of glyphs, as for :func:`real_images`.
+        progress: show a bar while glyphs are drawn.
 
     Returns:
         uint8 ``(N, C, H, W)``.
@@ -65,8 +67,12 @@ def reference_images(source: str, shape: Sequence[int], num: int = 0) -> torch.T
     Raises:
         InputError: as for :func:`real_images`.
     """
-    glyphs = held_out_glyphs(source, num, "--reference")
-    return real_images(source, shape, "--reference", num) if glyphs is not None else read_images(source, "--reference")
+    if (glyphs := held_out_glyphs(source, num, "--reference")) is None:
+        return read_images(source, "--reference")
+    if shape[0] != 3 or shape[1] != shape[2] or not 8 <= shape[2] <= LARGEST or shape[2] & (shape[2] - 1):
+        wanted = f"colour ones of 4 * 2^k x 4 * 2^k pixels, from 8 to {LARGEST}"
+        raise InputError(f"--images are {describe_shape(shape)}, --reference {source} can be compared with {wanted}")
+    return glyphs.images(shape[2], progress=progress)
 
 
 def gather(batches: Iterable[torch.Tensor], num: int) -> torch.Tensor:

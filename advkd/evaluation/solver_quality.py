@@ -121,7 +121,8 @@ def evaluate_solvers(
     config.validate()
     device = require_device(device)
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
+    some = torch.empty(2 * extractor.num_features, *model.shape, dtype=torch.uint8, device="meta")
+    require_fit(extractor, some, f"--teacher {teacher}")
     runs, left_out = _runs(config, model)
     if len(runs) == 1:
         raise InputError(f"no run is left: give more evaluations or other solvers ({left_out[0]})")

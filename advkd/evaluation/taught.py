@@ -1,4 +1,4 @@
-"""What a generator student was taught, of which pictures and evaluations draw the teacher's counterpart."""
+"""The teacher's run that a generator student was taught by, for the teacher's images in pictures and evaluations."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,18 +48,20 @@ def taught(student: Student, teacher: Teacher) -> Lesson:
         teacher: its teacher.
 
     Returns:
-        The solver and steps of the student's last training, or DDIM where they are not recorded or add noise; the student's
-        classes in turn with that training's guidance, but no class of an unconditional student, or of a teacher that does not
-        know the classes.
+        The solver and steps of the student's last training, or DDIM where they are not recorded, damaged or add noise; the
+        student's classes in turn with that training's guidance, but no class of an unconditional student, or of a teacher that
+        does not know the classes.
     """
     run, known = _last_run(student), list(teacher.class_names)
-    solver = run.get("sampler", "")
-    paired = solver in METHODS and not Solver(solver).stochastic
-    lesson = Lesson(solver, run.get("steps")) if paired else Lesson()
+    solver, steps, guidance = run.get("sampler"), run.get("steps"), run.get("guidance")
+    lesson = Lesson()
+    if isinstance(solver, str) and solver in METHODS and not Solver(solver).stochastic:
+        lesson = Lesson(solver, steps if type(steps) is int and steps > 0 else None)
     if not student.num_classes or not set(student.class_names) <= set(known):
         return lesson
     numbers = tuple(known.index(name) for name in student.class_names)
-    return replace(lesson, condition=Condition(numbers, run.get("guidance", 0.0)))
+    weight = float(guidance) if isinstance(guidance, (int, float)) and 0 <= guidance < 2**53 else 0.0
+    return replace(lesson, condition=Condition(numbers, weight))
 
 
 def learned_image(student: Student) -> bool:
@@ -88,5 +90,5 @@ def all_in_turn(student: Student, n: int) -> torch.Tensor | None:
 
 def _last_run(student: Student) -> dict[str, Any]:
     """Record of a student's last training; empty where there is none."""
-    runs = (student.training_record or {}).get("runs") or [{}]
-    return runs[-1] if isinstance(runs[-1], dict) else {}
+    runs = (student.training_record or {}).get("runs")
+    return runs[-1] if isinstance(runs, list) and runs and isinstance(runs[-1], dict) else {}

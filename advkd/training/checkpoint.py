@@ -28,6 +28,9 @@ from ..runtime.folders import require_output_folder, require_space
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "advkd-run-1"
 
+ADDED = {"targets": "states", "classes": "", "images": 0}
+"""Values in every run's identity before these fields of configurations were."""
+
 
 @dataclass
 class Running:
@@ -138,13 +141,21 @@ def read_checkpoint(
             "version, or start again in another folder"
         )
     with restoring("checkpoint", path):
-        changed = sorted(k for k in identity if metadata["run"].get(k) != identity[k])
+        run = {**ADDED, **metadata["run"]}
+        ours, theirs = ({name: _told(value) for name, value in known.items()} for known in (identity, run))
+        changed = sorted(name for name in identity if theirs.get(name) != ours[name])
     if changed:
         raise InputError(
             f"{path.parent} holds a run with another {', '.join(changed)}: repeat its options or name another folder"
         )
     with restoring("checkpoint", path):
         return tensors, _position(metadata, stages)
+
+
+def _told(value):
+    """A value of a run's identity; a student without classes is described without them, as before there were any."""
+    is_plain = isinstance(value, dict) and value.get("classes") == [] and "class_channels" in value
+    return {k: v for k, v in value.items() if k not in ("classes", "class_channels")} if is_plain else value
 
 
 def _position(metadata, stages):

@@ -1,6 +1,7 @@
 """Generator students with classes from the command line: training, images, evaluation, comparison, report."""
 
 import json
+import math
 import os
 from dataclasses import asdict, replace
 
@@ -185,14 +186,18 @@ def test_an_evaluation_of_some_classes(classes, labels, distilled, conditional, 
 
 
 def test_an_evaluation_against_labelled_samples(distilled, conditional, teacher_folder, extractor, tmp_path, quickly):
-    """Classes are told by name; of an unconditional teacher, or of samples without classes, there are no pairs."""
+    """Classes are told by name and must be the student's; of an unconditional teacher there are no pairs."""
     config = EvaluationConfig(num=12, resamples=20, real="none", extractor=str(extractor))
     teacher = Teacher.from_pretrained(conditional)
-    for name, classes, there in (("two", "a,c", True), ("more", "all", False), ("none", "", False)):
+    options = {"cache": tmp_path / "cache", "progress": False}
+    for name, classes in (("two", "a,c"), ("more", "all"), ("none", "")):
         record_trajectories(teacher, tiny_recording(seed=9, classes=classes), tmp_path / name, progress=False)
-        options = {"cache": tmp_path / "cache", "progress": False}
-        result = evaluate_student(distilled, conditional, config, tmp_path / "out", tmp_path / name, **options)
-        assert (result["pairs"] is not None) == there
+        arguments = (distilled, conditional, config, tmp_path / "out", tmp_path / name)
+        if name == "two":
+            assert evaluate_student(*arguments, **options)["pairs"] is not None
+            continue
+        with pytest.raises(InputError, match=f"{name} are of the classes a, b, c, the student's images of c, a: name the same"):
+            evaluate_student(*arguments, **options)
     plain = evaluate_student(distilled, teacher_folder, config, tmp_path / "out", cache=tmp_path / "cache", progress=False)
     assert plain["pairs"] is None and plain["classes"] == {"student": ["c", "a"], "teacher": []}
 
@@ -244,6 +249,19 @@ def test_a_report_of_a_conditional_student(evaluated, distilled, conditional, tm
     assert "64 images of the student, not chosen, its classes in turn." in page
     assert f"the teacher after {2 * told.steps} evaluations" in page
     assert (tmp_path / "out" / "student_samples.png").exists() and not os.path.exists(tmp_path / "out" / "loss_curves.png")
+
+
+@pytest.mark.parametrize("damage", [["unipc"], {"a": 1}, -1, "4", math.nan, True, 10**400])
+def test_a_damaged_record_counts_as_none(damage, distilled, conditional):
+    student, teacher = Student.from_pretrained(distilled), Teacher.from_pretrained(conditional)
+    run = student.training_record["runs"][-1]
+    run |= {"sampler": damage, "steps": damage, "guidance": damage}
+    told = taught(student, teacher)
+    assert told.solver == "ddim" and told.steps is None and told.condition.guidance in (0, 1)
+    run |= {"sampler": "unipc", "guidance": 2}
+    assert taught(student, teacher).steps in (None, 10**400) and taught(student, teacher).condition.guidance == 2
+    student.training_record["runs"] = damage
+    assert taught(student, teacher).solver == "ddim" and not learned_image(student)
 
 
 def test_a_teacher_of_other_classes_is_told_none(teacher, conditional):

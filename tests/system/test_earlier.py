@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from advkd.methods.adv_kd import recipe
 from advkd.methods.classification import Classification, ClassifierTrainingConfig
 from advkd.methods.denoising import Denoising, TeacherTrainingConfig
 from advkd.models.classifier import Classifier, ClassifierConfig
+from advkd.runtime.files import read_tensors, with_digest, write_tensors
 from advkd.training.distillation import Distiller, distill
 from advkd.training.teacher import build_unet, train_teacher
 from advkd.training.trainer import Trainer
@@ -108,6 +110,27 @@ def test_recordings_and_configurations_are_read(tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, arguments)), prog_name="advkd")
     assert ended.value.code == 0 and (tmp_path / "out" / "config.json").exists()
+
+
+def test_runs_of_before_there_were_classes_and_targets_go_on(tmp_path, monkeypatch):
+    """Their checkpoints name neither; one of other targets remains refused."""
+    config, out = recipe("joint", updates=(6,), checkpoint_every=4, **SMALL), tmp_path / "cut"
+    run = Distiller(Trajectories(EARLIER / "recording"), tiny_student(), config, out, progress=False)
+    draw = run.next_batch
+    monkeypatch.setattr(run, "next_batch", lambda: pytest.fail("killed") if run.update == 5 else draw())
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        run.run()
+    path = out / "checkpoint.safetensors"
+    tensors, record = read_tensors(path, "checkpoint", ("digest",))
+    told = record["run"]
+    assert told.pop("targets") == "states" and told["student"].pop("classes") == [] and told["student"].pop("class_channels")
+    del record["digest"]
+    write_tensors(path, tensors, with_digest(tensors, record))
+    with pytest.raises(InputError, match="holds a run with another targets:"):
+        distill(EARLIER / "recording", tiny_student(), replace(config, targets="image"), out, resume=True)
+    resumed = distill(EARLIER / "recording", tiny_student(), config, out, resume=True, progress=False)
+    whole = distill(EARLIER / "recording", tiny_student(), config, tmp_path / "whole", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
 def test_unfinished_runs_of_before_are_refused_with_the_remedy(tmp_path):

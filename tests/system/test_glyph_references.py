@@ -12,7 +12,7 @@ from advkd.errors import InputError
 from advkd.evaluation.compare import CompareConfig, compare_models
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
 from advkd.evaluation.evaluate_likelihood import LikelihoodConfig, evaluate_likelihood
-from advkd.evaluation.image_sets import real_images
+from advkd.evaluation.image_sets import real_images, reference_images
 from advkd.evaluation.solver_quality import SolverEvaluationConfig, evaluate_solvers
 from advkd.methods.classification import ClassifierTrainingConfig
 from advkd.methods.denoising import TeacherTrainingConfig
@@ -32,6 +32,11 @@ def in_turn(names, num):
     every = GlyphSet().class_names
     labels = [every.index(names[i % len(names)]) for i in range(num)]
     return draw_glyphs(range(HELD_OUT, HELD_OUT + num), 8, "all", 0, FONTS, labels)[0]
+
+
+def in_order(num):
+    """Held-out glyphs of random classes."""
+    return draw_glyphs(range(HELD_OUT, HELD_OUT + num), 8)[0]
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +110,20 @@ def test_a_teacher_is_measured_against_its_classes(digit_teacher, features, tmp_
 def test_a_student_is_measured_against_its_classes(digit_teacher, features, tmp_path):
     Student(replace(TINY_STUDENT, image_channels=3, classes=("7", "3"))).save_pretrained(tmp_path / "student")
     config = EvaluationConfig(num=24, extractor=features, real="glyphs-digits", real_num=48, resamples=20)
-    result = evaluate_student(tmp_path / "student", digit_teacher, config, tmp_path / "out", progress=False)
-    assert result["real_sha256"] == digest({"images": in_turn("73", 48)})
+    for few in (config, replace(config, real_num=0)):  # by default as many as are used
+        result = evaluate_student(tmp_path / "student", digit_teacher, few, tmp_path / "out", progress=False)
+        assert result["real_sha256"] == digest({"images": in_turn("73", 48)})
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 12, 12), (1, 8, 8), (3, 4, 4)])
+def test_pictures_that_glyphs_cannot_be_compared_with(shape, undrawn):
+    with pytest.raises(InputError, match=r"^--images are (colour|gray) .* --reference glyphs can be compared with colour ones"):
+        reference_images("glyphs", shape)
+
+
+def test_a_reference_is_drawn_with_a_bar(capsys):
+    assert torch.equal(reference_images("glyphs", (3, 8, 8), 3, progress=True), in_order(3))
+    assert "glyphs: 100%" in capsys.readouterr().err
 
 
 def test_noise_power_is_of_the_teachers_classes(digit_teacher, capsys, undrawn):
