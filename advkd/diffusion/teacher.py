@@ -85,9 +85,8 @@ class Teacher(DiffusionModel):
         """Load a teacher in diffusers' format.
 
         Args:
-            source: ``"digits"``, ``"digits-conditional"`` or ``"glyphs"`` (embedded), a folder (a pipeline with
-                ``model_index.json``, or a bare UNet folder with a scheduler beside it) or a hub id such as
-                ``google/ddpm-celebahq-256``.
+            source: ``"digits"``, ``"digits-conditional"``, ``"glyphs"``, a folder (a pipeline with ``model_index.json``, or a
+                bare UNet folder with a scheduler beside it) or a hub id such as ``google/ddpm-celebahq-256``.
             device: torch device that the network computes on.
             dtype: dtype of the network's weights and input; states stay float32.
 
