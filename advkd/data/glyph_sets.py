@@ -1,4 +1,4 @@
-"""Data sets of glyphs by name: a training range, and held-out references of any number. The cache keeps what takes long."""
+"""Data sets of glyphs by name: a training range, and held-out references of any number, kept in the cache up to 2 GiB."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..ops.arguments import whole
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.progress import progress_bar
-from .glyphs import CLASSES, FONTS, HELD_OUT, TRAINED, draw_glyphs, glyph_labels, require_glyphs, versions
+from .glyphs import CLASSES, FONTS, HELD_OUT, LARGEST, TRAINED, draw_glyphs, glyph_labels, require_glyphs, versions
 from .kept_sets import KeptSet
 from .labels import labels_in_turn
 
@@ -39,12 +39,21 @@ class GlyphSet:
         num: number of images.
         first: index of the first image.
         chosen: characters that the images take in turn by their place; empty: each image has a random one of the set.
+
+    Raises:
+        InputError: an unknown set of classes, a chosen character that is not in it, or a number out of range.
     """
 
     classes: str = "all"
     num: int = TRAINED
     first: int = 0
     chosen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_glyphs(LARGEST, self.classes)
+        whole("num", self.num, 0, 2**62 - whole("first", self.first, 0, 2**62) + 1)
+        if not isinstance(self.chosen, tuple) or any(name not in CLASSES[self.classes] for name in self.chosen):
+            raise InputError(f"chosen must be some of {', '.join(CLASSES[self.classes])}, got {self.chosen!r}")
 
     @property
     def name(self) -> str:
@@ -176,7 +185,7 @@ def trained_glyphs(source: Any, classes: str = "", num: int = 0) -> GlyphSet | N
     if own is None:
         _require_no_number("images", num, f"--data {source}")
         return None
-    if classes and classes not in CLASSES:
+    if classes and (not isinstance(classes, str) or classes not in CLASSES):
         raise InputError(f"classes of glyphs must be one of {', '.join(CLASSES)}, got {classes!r}")
     return GlyphSet(classes or own, whole("images", num, 0, HELD_OUT + 1) or TRAINED)
 

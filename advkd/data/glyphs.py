@@ -38,7 +38,7 @@ FONTS = (
 """Fonts of the data set, files of matplotlib."""
 
 HELD_OUT_FONTS = ("DejaVuSerif-BoldItalic", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "STIXGeneralBolIta")
-"""Fonts that no image of the data set is in: what a model makes of them tells whether it knows letters or files."""
+"""Fonts that no image of the data set is in: a model that reads them has learned letters, not files."""
 
 DIGITS = "0123456789"
 """Characters of the digits, in the order of their labels."""
@@ -97,7 +97,7 @@ def draw_glyphs(
         >>> images.shape
         torch.Size([4, 3, 32, 32])
     """
-    size, names, paths = require_glyphs(size, classes), CLASSES[classes], _font_paths(fonts)
+    size, paths, names = require_glyphs(size, classes), _font_paths(fonts), CLASSES[classes]
     numbers = _numbers(indices, seed)
     chosen = _labels(numbers, names) if labels is None else _given(labels, len(numbers), names)
     images = np.empty((len(numbers), size, size, 3), dtype=np.uint8)
@@ -140,13 +140,13 @@ def require_glyphs(size: int, classes: str) -> int:
     size = whole("size", size)
     if not 8 <= size <= LARGEST or size & (size - 1):
         raise InputError(f"size of glyphs must be 4 * 2^k from 8 to {LARGEST}, got {size}")
-    if classes not in CLASSES:
+    if not isinstance(classes, str) or classes not in CLASSES:
         raise InputError(f"classes of glyphs must be one of {', '.join(CLASSES)}, got {classes!r}")
     return size
 
 
 def versions() -> dict[str, Any]:
-    """What pixels depend on beside (seed, index): two data sets with equal ones are equal bit for bit.
+    """Versions that pixels depend on beside (seed, index): two data sets with equal ones are equal bit for bit.
 
     Returns:
         ``matplotlib``, ``pillow`` and ``freetype``, versions, and ``digest``, the SHA-256 of 51 images of 32x32.
@@ -160,7 +160,7 @@ def versions() -> dict[str, Any]:
 
 def _numbers(indices, seed, count=_NUMBERS):
     """Random numbers in [0, 1) of every image, float64 ``(N, count)``."""
-    places = [*indices[:1], *indices[-1:]] if isinstance(indices, range) else list(indices)
+    places = [*indices[:1], *indices[-1:]] if isinstance(indices, range) else _values("indices", indices)
     places = [whole("indices", index, 0, 2**62) for index in places]
     if not isinstance(indices, range):
         indices = torch.tensor(places, dtype=torch.int64, device="cpu")
@@ -173,15 +173,23 @@ def _labels(numbers, names):
 
 def _given(labels, count, names):
     """Classes that the caller has chosen."""
-    found = np.array([whole("labels", label, 0, len(names)) for label in labels], dtype=np.int64)
+    found = np.array([whole("labels", label, 0, len(names)) for label in _values("labels", labels)], dtype=np.int64)
     if len(found) != count:
         raise InputError(f"labels must be one of each image: there are {count} images and {len(found)} labels")
     return found
 
 
+def _values(name, values):
+    """A sequence's values as a list."""
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name} must be a sequence of whole numbers, got {values!r}") from None
+
+
 def _font_paths(fonts):
     known = (*FONTS, *HELD_OUT_FONTS)
-    if isinstance(fonts, str) or not fonts or any(name not in known for name in fonts):
+    if not isinstance(fonts, (list, tuple)) or not fonts or any(name not in known for name in fonts):
         raise InputError(f"fonts must be some of {', '.join(known)}; got {fonts!r}")
     return [_font_path(name) for name in fonts]
 
@@ -191,7 +199,7 @@ def _font_path(name):
 
     path = Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")
     if not path.exists():
-        raise InputError(f"the font {name} is not among matplotlib's files: install matplotlib 3.8 to 3.11 from its wheel")
+        raise InputError(f"the font {name} is not among matplotlib's files: install matplotlib from its wheel")
     return str(path)
 
 

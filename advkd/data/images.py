@@ -60,7 +60,7 @@ def load_images(
         channels: 1 (gray) or 3 (RGB); default 1 for the digits, else what the first image has (one with a palette of grays
             leaves it to the next). Glyphs have 3.
         classes: of ``"glyphs"``: ``digits``, ``letters`` or ``all``, the default.
-        num: number of glyphs, 0 for 32,768; large sets are kept in the cache.
+        num: number of glyphs, 0 for 32,768; sets of 1,000 and more, up to 2 GiB, are kept in the cache.
         progress: show a bar while glyphs are drawn.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,9 @@ class KeptSet:
             ``(num, C, H, W)`` uint8 on the CPU.
 
         Raises:
-            InputError: a kept file that is damaged; the message names it.
+            InputError: a kept file that is damaged; the message names it. Or a set that does not fit the memory.
         """
-        images = torch.empty(self.num, *self.shape, dtype=torch.uint8, device="cpu")
+        images = self._room()
         for first in range(0, self.num, SHARD):
             part = images[first : first + SHARD]
             if cache is None:
@@ -65,6 +66,17 @@ class KeptSet:
             else:
                 self._read_or_draw(part, first, cache / self.name, bar)
         return images
+
+    def _room(self):
+        """Memory for all images at once."""
+        try:
+            return torch.empty(self.num, *self.shape, dtype=torch.uint8, device="cpu")
+        except (RuntimeError, MemoryError):
+            needed, sides = self.num * math.prod(self.shape) / 2**30, "x".join(map(str, self.shape[1:]))
+            raise InputError(
+                f"{self.num:,} images of {sides} need {needed:,.1f} GiB of memory: lower their number (--images, --real-num or "
+                "--num) or their --size"
+            ) from None
 
     def _read_or_draw(self, part, first, folder, bar):
         path = folder / f"images-{first:07d}-{len(part):03d}.safetensors"

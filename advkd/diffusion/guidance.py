@@ -6,6 +6,7 @@ the unconditional model, where the classifier is the one that both networks impl
 and the unconditional one in the first; diffusers' ``guidance_scale`` is 1 + w.
 """
 
+import csv
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -274,7 +275,8 @@ def named_classes(owner: str, names: Sequence[str], classes: str) -> list[int]:
     Args:
         owner: the model in messages, ``teacher digits`` say.
         names: names of its classes by number; empty for an unconditional one.
-        classes: names, separated by commas; ``all`` for every class, unless one has that name.
+        classes: names, separated by commas, one with a comma or outer spaces in double quotes; ``all`` for every class, unless
+            one has that name.
 
     Returns:
         The numbers, in the order of ``classes``.
@@ -283,6 +285,8 @@ def named_classes(owner: str, names: Sequence[str], classes: str) -> list[int]:
         InputError: an unknown class, or one of an unconditional model.
     """
     chosen = [part.strip() for part in classes.split(",") if part.strip()]
+    if '"' in classes and not set(chosen) <= set(names):
+        chosen = [part if part in names else part.strip() for part in next(csv.reader([classes], skipinitialspace=True))]
     if not chosen:
         raise InputError(f"--classes must name a class, got {classes!r}")
     if not names:
@@ -292,6 +296,19 @@ def named_classes(owner: str, names: Sequence[str], classes: str) -> list[int]:
     if unknown := [part for part in chosen if part not in names]:
         raise InputError(f"--classes: {unknown[0]!r} is not one of {', '.join(names)}")
     return [list(names).index(part) for part in chosen]
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names of classes as the text that :func:`named_classes` takes.
+
+    Args:
+        names: the names.
+
+    Returns:
+        The names separated by commas, those with a comma, a double quote or outer spaces in double quotes.
+    """
+    quoted = ('"' + name.replace('"', '""') + '"' for name in names)
+    return ",".join(text if "," in name or '"' in name or name != name.strip() else name for name, text in zip(names, quoted))
 
 
 def classifier_free(

@@ -31,7 +31,7 @@ from ..runtime.folders import held, locked, require_output_folder
 from ..runtime.neighbours import unconfined
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
-from .guidance import ALL, class_numbers, classes_of
+from .guidance import ALL, class_numbers, classes_of, joined
 from .solvers import Solver
 from .teacher import Teacher
 
@@ -246,7 +246,7 @@ def _classes(teacher, config):
         classes_of(teacher, len(numbers), numbers, guidance, None)
     names = [teacher.class_names[number] for number in numbers]
     every = numbers == list(range(teacher.num_classes)) and ALL not in names
-    classes = ALL if numbers and every else ",".join(names)
+    classes = ALL if numbers and every else joined(names)
     return {"classes": classes, "guidance": guidance, "class_numbers": numbers, "class_names": names}
 
 

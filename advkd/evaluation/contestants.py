@@ -259,7 +259,9 @@ def _generator(source, student, evaluations, setting, **known):
     def sample(count):
         return fused.sample(count, setting.seed, count, labels=turns or None)
 
-    depends = [weights, asdict(student.config), setting.seed, setting.batch_size, *([turns] if turns else [])]
+    # Students without classes keep the names that their images had before there were any.
+    shape = {k: v for k, v in asdict(student.config).items() if turns or k not in ("classes", "class_channels")}
+    depends = [weights, shape, setting.seed, setting.batch_size, *([turns] if turns else [])]
     kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
     return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known, **told)
 

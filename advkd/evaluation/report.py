@@ -29,7 +29,7 @@ UNSEEN = {
 }
 
 LEARNED = {False: "The teacher's states", True: "Area averages of the teacher's image"}
-"""What submodules learned."""
+"""Targets of the submodules by :func:`learned_image`."""
 
 EVALUATION_KEYS = (
     "score",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.dataset_info import TrajectoryConfig, same_teacher
 from ..data.trajectories import Trajectories
-from ..diffusion.guidance import ALL
+from ..diffusion.guidance import ALL, joined
 from ..diffusion.recorder import record_in_processes, record_trajectories
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -37,8 +37,7 @@ def recording_of(teacher: Teacher, num: int, seed: int, classes: Sequence[str], 
     names = tuple(classes) if teacher.num_classes else ()
     if guidance and not names:
         raise InputError("--guidance is towards classes, which student and teacher must have: leave it out")
-    # Names may have commas.
-    told = ALL if names and names == tuple(teacher.class_names) and ALL not in names else ",".join(names)
+    told = ALL if names and names == tuple(teacher.class_names) and ALL not in names else joined(names)
     Condition.of(teacher, told, guidance)
     return TrajectoryConfig(num=num, seed=seed, classes=told, guidance=guidance)
 

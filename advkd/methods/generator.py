@@ -1,4 +1,4 @@
-"""Parts that methods of generator students share: what critics are told, and the images that show a stage's result."""
+"""Parts that methods of generator students share: the conditions of critics, and the images that show a stage's result."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def condition_channels(student: Student, latent: bool) -> int:
 
 
 def condition_planes(student: Student, z: Tensor, labels: Tensor | None, latent: bool) -> Tensor | None:
-    """What critics are told beside an image: the latent's 4x4 parts, and the class as planes of 0 and 1.
+    """Inputs of critics beside an image: the latent's 4x4 parts, and the class as planes of 0 and 1.
 
     Args:
         student: the student.

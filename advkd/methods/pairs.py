@@ -129,10 +129,10 @@ class Pairs(Method):
         """Start noise and image of deterministic paths.
 
         Returns:
-            ``pairs`` of a deterministic sampler, limited and grown as the configuration says.
+            ``pairs`` of a deterministic sampler, labelled for a student with classes, limited and grown as configured.
         """
-        config = self.config
-        return Needs("pairs", paired=True, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
+        config, labels = self.config, bool(getattr(self.student, "num_classes", 0))
+        return Needs("pairs", paired=True, labels=labels, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""

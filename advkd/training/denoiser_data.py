@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..data.glyph_sets import trained_glyphs
+from ..data.glyph_sets import named_like, trained_glyphs
 from ..data.images import load_images, load_labelled
 from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
@@ -136,7 +136,9 @@ def _images(needs, model, data, progress):
 
 def _require_names(data, names, model):
     if tuple(names) != tuple(model.class_names):
-        raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(model.class_names)}")
+        remedy = f": name {fitting}" if (fitting := named_like(model.class_names)) else ""
+        known = f"the student knows {', '.join(model.class_names)}"
+        raise InputError(f"--data {data} has classes {', '.join(names)}, {known}{remedy}")
 
 
 def _require_pictures(images):

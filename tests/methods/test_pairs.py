@@ -111,6 +111,7 @@ def test_a_student_learns_its_classes(tmp_path):
     z = student.latents(60).double()
     images = greys[labels].reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     config = PairsConfig(updates=120, batch_size=30, learning_rate=0.02, ema=0.0)
+    assert Pairs(config, student).needs().labels and not Pairs(config, tiny_student()).needs().labels
     run = Trainer(Pairs(config, student), Tensors(z, images, labels), None, tmp_path, dtype=torch.float64, progress=False)
     found = run.run()
     fresh = found.latents(30, seed=1).double()

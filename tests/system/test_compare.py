@@ -23,8 +23,9 @@ from advkd.evaluation.metrics import frechet_distance
 from advkd.evaluation.paired import Resampled, paired_rows, resampled_frechet
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
+from advkd.runtime.files import digest
 
-from ..conftest import fork_cli, tiny_student
+from ..conftest import fork_cli, tiny_student, tiny_teacher
 
 SMALL = {"num": 140, "seed": 3, "fine_steps": 5, "resamples": 20, "batch_size": 20}
 
@@ -408,3 +409,13 @@ def test_the_command(models, tmp_path):
     done = fork_cli(*command, "--baseline", "ddim 3", "--out", tmp_path / "other")
     assert done.returncode == 2 and done.stderr.count("\n") == 2 and "--baseline must be a row" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_kept_images_of_students_without_classes_keep_their_name(tmp_path):
+    """The name that they had before students had classes."""
+    student = tiny_student()
+    student.save_pretrained(tmp_path / "student")
+    shape = {"image_size": 8, "image_channels": 1, "channels": [8, 8, 8, 8], "latent_size": 2, "detail_noise": False}
+    depends = [digest(student.state_dict()), {**shape, "slope": 0.2}, 7, 5]
+    (row,) = student_rows(str(tmp_path / "student"), Setting(tiny_teacher(), seed=7, num=4, batch_size=5), "cpu")
+    assert row.samplers[0].kept.name == kept_sets.KeptSet("students", depends, 4, (1, 8, 8), 5, None).name

@@ -242,6 +242,7 @@ def test_a_teacher_and_its_data(tmp_path, capsys):
     assert run(capsys, *power)[0] == 0 and (tmp_path / "teacher" / "noise_power.json").exists()
     said = refused(capsys, "distill", "reparametrize", *named, "glyphs", "--out", tmp_path / "v")
     assert "--data glyphs has classes A, B" in said and "the student knows 0, 1" in said
+    assert said.endswith("9: name glyphs-digits")
 
 
 def test_a_method_learns_from_glyphs(tmp_path, capsys, monkeypatch):
@@ -335,6 +336,10 @@ def test_the_likelihood_of_more_glyphs_goes_on(colour_teacher, tmp_path):
         ({"fonts": ("Arial",)}, "fonts must be some of DejaVuSans"),
         ({"labels": [51]}, "labels must be at least 0 and below 51"),
         ({"labels": [-1]}, "labels must be at least 0"),
+        ({"classes": ["all"]}, "classes of glyphs must be one of digits, letters, all, got ['all']"),
+        ({"fonts": 5}, "fonts must be some of DejaVuSans"),
+        ({"labels": 5}, "labels must be a sequence of whole numbers, got 5"),
+        ({"indices": 3}, "indices must be a sequence of whole numbers, got 3"),
         ({"labels": [0, 1]}, "labels must be one of each image: there are 1 images and 2 labels"),
     ],
 )
@@ -342,6 +347,30 @@ def test_bad_arguments(options, message):
     with pytest.raises(InputError) as refusal:
         draw_glyphs(**{"indices": range(1), **options})
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("runes", 3), "classes of glyphs must be one of digits, letters, all, got 'runes'"),
+        ((["all"], 3), "classes of glyphs must be one of"),
+        (("all", -1), "num must be at least 0"),
+        (("all", 1, -1), "first must be at least 0"),
+        (("all", 2, 2**62 - 1), "num must be at least 0 and below 2"),
+        (("letters", 3, 0, ("7",)), "chosen must be some of A, B"),
+        (("letters", 3, 0, 7), "chosen must be some of A, B"),
+    ],
+)
+def test_bad_sets(arguments, message):
+    with pytest.raises(InputError) as refusal:
+        GlyphSet(*arguments)
+    assert message in str(refusal.value)
+
+
+def test_a_set_that_does_not_fit_the_memory():
+    remedy = r"need .* GiB of memory: lower their number \(--images, --real-num or --num\) or their --size"
+    with pytest.raises(InputError, match=remedy):
+        GlyphSet(num=2**41).images(512)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from advkd.data.labels import labels_in_turn
 from advkd.data.shards import manifest_of
 from advkd.data.sources import Recorded, RecordedPairs
 from advkd.data.trajectories import Trajectories
-from advkd.diffusion.guidance import class_numbers
+from advkd.diffusion.guidance import class_numbers, joined
 from advkd.diffusion.loading import Classes
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
@@ -98,6 +98,10 @@ def test_turns():
 def test_names_of_classes(told):
     assert class_numbers(told, told.class_names, "all") == [0, 1, 2] and class_numbers(told, told.class_names, None) == []
     assert class_numbers(told, ("all", "b", "c"), "all") == [0], "a class of that name comes first"
+    names = ("tench, Tinca", " b ", 'c"', "d", '"')
+    for numbers in ([0], [1, 0], [3, 1, 2], [4, 3], [4], [2, 0, 4]):
+        assert class_numbers(told, names, joined([names[number] for number in numbers])) == numbers
+    assert joined(["a", "b c"]) == "a,b c" and class_numbers(told, names, '"tench, Tinca", d') == [0, 3]
 
 
 def test_every_class_is_one_recording_however_it_is_named(told, tmp_path):
