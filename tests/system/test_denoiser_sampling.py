@@ -135,9 +135,11 @@ def test_options_of_others_are_one_line(options, message, folder, capsys, tmp_pa
 
 
 def test_options_of_denoisers_are_not_a_generators(told, capsys, tmp_path):
-    for option in ("--steps", "--classes", "--guidance"):
+    for option in ("--steps", "--guidance"):
         said = refused(capsys, "sample", option, 1, "--out", tmp_path / "x.png")
         assert f"{option} is an option of a teacher or a denoiser student" in said
+    said = refused(capsys, "sample", "--classes", 1, "--out", tmp_path / "x.png")
+    assert "--classes 1: student digits is unconditional; leave it out" in said
     command = ("sample", "--student", told, "--out", tmp_path / "x.png")
     assert "'d' is not one of a, b, c" in refused(capsys, *command, "--classes", "d")
     assert "neither a folder nor a hub id" in refused(capsys, "sample", "--student", "nothing", "--out", tmp_path / "x.png")
