@@ -321,8 +321,12 @@ def told(option, file):
     def read(place):
         asked = []
         given = {"preset": (), "config": ("--preset", "digits")}[option]
-        with mock.patch(
-            "advkd.training.distillation.distill", lambda data, student, config, *_, **__: asked.append((student, config))
+        with (
+            mock.patch(
+                "advkd.training.distillation.distill", lambda data, student, config, *_, **__: asked.append((student, config))
+            ),
+            # There is no recording here, and a fresh student takes its classes.
+            mock.patch("advkd.cli.distill._classes", lambda trajectories: ()),
         ):
             told = (*given, f"--{option}", place / "tables" / file)
             run_command("distill", "--trajectories", place, *told, "--out", place / "out")
