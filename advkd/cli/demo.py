@@ -14,7 +14,7 @@ from ..evaluation.evaluate import describe_models
 from ..evaluation.html_page import figure, self_contained
 from ..evaluation.recognition import SURE, recognised
 from ..evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
-from ..evaluation.taught import taught
+from ..evaluation.taught import all_in_turn, taught
 from ..methods.adv_kd import DistillConfig, recipe
 from ..models.classifier import Classifier
 from ..models.fused_student import FusedStudent
@@ -27,11 +27,13 @@ from ..training.checkpoint import CHECKPOINT
 from ..training.distillation import distill
 
 TEACHER = "digits-conditional"
+"""The embedded teacher, told the class."""
 
 IMAGES = 100
 """Images of the contact sheet."""
 
 PAGE = "demo.html"
+"""File of the page, in the demo's folder."""
 
 
 @plain_defaults()
@@ -103,9 +105,8 @@ def _record(teacher, config, out, device, progress):
 
 def _save_pictures(teacher, student, fused, out):
     """Write the PNGs and return ``{file name: caption}``, the contact sheet first."""
-    labels = torch.arange(IMAGES) % student.num_classes
-    lesson, classifier = taught(student, teacher), Classifier.from_pretrained("digits")
-    images = fused.sample(IMAGES, FRESH_SEED, labels=labels.tolist())
+    lesson, classifier, labels = taught(student, teacher), Classifier.from_pretrained("digits"), all_in_turn(student, IMAGES)
+    images = fused.sample(IMAGES, FRESH_SEED)
     save_grid(images, out / "student_samples.png", columns=student.num_classes)
     theirs = teacher.sample(IMAGES, FRESH_SEED, **lesson.arguments(IMAGES))
     sure, of_teacher = (int(recognised(classifier, group, labels).sum()) for group in (images, theirs))
@@ -118,7 +119,7 @@ def _save_pictures(teacher, student, fused, out):
         f"for one digit, 0 to 9. A classifier of real digits is sure of {sure} of them (probability of that digit over "
         f"{SURE:g}), and of {of_teacher} of the teacher's from the same noise.",
         "teacher_and_student.png": f"The same noise: the teacher after {evaluations} evaluations, the student after one.",
-        "levels.png": "What the submodules draw, from 4x4 pixels to the image, beneath the averages that they learned.",
+        "levels.png": "Images of the submodules, from 4x4 pixels on, beneath the averages that they learned.",
         "loss_curves.png": "The training's losses.",
     }
 

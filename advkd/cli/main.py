@@ -295,8 +295,8 @@ def report(student, teacher, evaluation, metrics, ablation, solvers, conditional
 def demo(out, num, updates, device):
     """The main job on the embedded teacher of digits by class: its images, distillation, a page of pictures."""
     from ..runtime.devices import require_device
-    from .demo import run_demo
+    from .demo import PAGE, run_demo
 
     require_device(device)
     click.echo(run_demo(out, num, updates, device))
-    click.echo(f"the page with the pictures: {Path(out) / 'demo.html'}")
+    click.echo(f"the page with the pictures: {Path(out) / PAGE}")

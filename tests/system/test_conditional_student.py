@@ -94,7 +94,7 @@ def by_hand(student, z, labels):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_class_lies_behind_the_coarse_part_of_the_latent(either, backend):
-    """What an engine is given, to the bit; and float64 images by the student's modules and by that layout."""
+    """The input of an engine, to the bit; and float64 images by the student's modules and by that layout."""
     fused, z = either.fuse(backend, tune=False), either.latents(5, seed=1)
     given = []
     run, fused.engine = fused.engine, lambda latents: given.append(latents) or run(latents)
@@ -302,7 +302,7 @@ def test_labels_of_an_unconditional_student_are_refused():
 
 
 TRUTHS = [True, [0, True], np.array([True, False]), torch.tensor([True]), [torch.tensor(True)], [np.True_]]
-"""Of Python, numpy and torch, which an index would take for class 1."""
+"""Truth values of Python, numpy and torch, which an index would take for class 1."""
 
 
 def test_classes_in_turn_that_do_not_exist_are_refused(student):

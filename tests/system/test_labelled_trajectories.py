@@ -311,7 +311,7 @@ def test_a_class_that_is_named_twice_is_one_of_the_students(told, tmp_path):
 
 
 def test_pairs_made_while_training_have_classes(told, labelled, tmp_path):
-    """Of the recording's classes and guidance; a run that goes on behind a kill equals one that was not killed."""
+    """Grown samples have the recording's classes; a run that goes on behind a kill equals one that was not killed."""
     config = replace(SMALL, updates=(4,), grow=7, grow_every=2, checkpoint_every=3)
     start = {"classes": ("a", "c")}
     whole = distill(labelled, tiny_student(**start), config, tmp_path / "whole", progress=False, teacher=told)
