@@ -24,7 +24,7 @@ def test_a_short_demo_learns_the_teachers_images(tmp_path):
     said = run_demo(tmp_path, num=640, updates=150, progress=False)
     teacher, student = Teacher.from_pretrained(TEACHER), Student.from_pretrained(tmp_path / "student")
     lesson = taught(student, teacher)
-    assert (lesson.solver, lesson.steps, lesson.condition.guidance) == ("unipc", 10, 1.0)
+    assert (lesson.solver, lesson.steps, lesson.condition.guidance) == ("unipc-2", 10, 1.0)
     labels = all_in_turn(student, 40)
     with torch.no_grad():
         for seed, least in ((0, 0.75), (FRESH_SEED, 0.7)):
