@@ -25,7 +25,9 @@ class TeacherTrainingConfig:
         classes: of glyphs ``digits``, ``letters`` or ``all``, the default.
         images: number of glyphs that are trained on (0: 32,768).
         image_channels: 1 or 3 (0: from the data).
-        channels: UNet channels from the highest to the lowest resolution (empty: 16, 32, 64, 64, ... down to 4x4).
+        channels: UNet channels from the highest to the lowest resolution (empty: those of ``init``, or 16, 32, 64, 64, ... down
+            to 4x4).
+        init: teacher to train on: ``digits-conditional``, ``glyphs-teacher``, a folder or a hub id (empty: a fresh network).
         steps: optimiser steps.
         batch_size: images per step.
         learning_rate: peak of the cosine schedule (after ``warmup`` linear steps).
@@ -47,6 +49,7 @@ class TeacherTrainingConfig:
     images: int = 0
     image_channels: int = 0
     channels: tuple[int, ...] = ()
+    init: str = ""
     steps: int = 5400
     batch_size: int = 64
     learning_rate: float = 1e-3

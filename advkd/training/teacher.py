@@ -8,7 +8,7 @@ import torch
 from ..data.glyph_sets import trained_glyphs
 from ..data.images import load_images, load_labelled
 from ..data.sources import Tensors
-from ..diffusion.loading import CLASSES, Classes
+from ..diffusion.loading import CLASSES, Classes, load_pipeline
 from ..diffusion.networks import build_unet
 from ..diffusion.saving import write_pipeline
 from ..diffusion.training_schedules import noise_scheduler
@@ -58,11 +58,8 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     claim(out, resume, PIPELINE, "teacher")
     source, classes = _read(config, progress)
     images = source.tensors["images"]
-    torch.manual_seed(config.seed)
-    unet = build_unet(
-        images.shape[-1], images.shape[1], config.channels, len(classes.names) + (classes.null is not None) if classes else 0
-    )
     scheduler = noise_scheduler(config.schedule, config.prediction)
+    unet = _network(config, images.shape[-1], images.shape[1], classes, scheduler)
     method = Denoising(config, unet, scheduler, classes.null if classes else None)
     trainer = Trainer(
         method,
@@ -90,6 +87,31 @@ def _read(config, progress):
     # Without dropped labels the null class would never be trained.
     null = len(names) if config.drop else None
     return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
+
+
+def _network(config, size, channels, classes, scheduler):
+    """A fresh network of the data's shape, or that of the teacher that is trained on."""
+    if not config.init:
+        torch.manual_seed(config.seed)
+        return build_unet(size, channels, config.channels, len(classes.names) + (classes.null is not None) if classes else 0)
+    found = load_pipeline(config.init, torch.float32)
+    made, kind = found.unet.config, found.scheduler.config.prediction_type
+    refusals = {
+        "takes more than classes: train a denoiser student on by advkd distill": made.class_embed_type is None,
+        f"draws images of {made.sample_size} pixels and {made.in_channels} channels, the data have {size} and {channels}: give "
+        "others by --size and --image-channels": (made.sample_size, made.in_channels) == (size, channels),
+        f"has the channels {tuple(made.block_out_channels)}, got {config.channels}: leave --channels out": config.channels
+        in ((), tuple(made.block_out_channels)),
+        f"predicts {kind}: give --prediction {kind}": kind == config.prediction,
+        "has other noise levels: give its --schedule": torch.equal(found.scheduler.alphas_cumprod, scheduler.alphas_cumprod),
+        "has other classes than the data: give its --classes, and --conditional and --drop as it was trained": (
+            found.classes == classes
+        ),
+    }
+    for refusal, fits in refusals.items():
+        if not fits:
+            raise InputError(f"init: the teacher {config.init} {refusal}")
+    return found.unet
 
 
 def _save_pipeline(unet, out, scheduler, classes, config):
