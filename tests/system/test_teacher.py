@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from advkd.data.levels import supervising_timesteps
+from advkd.diffusion.denoiser_student import DenoiserStudent
 from advkd.diffusion.loading import CLASSES, Classes
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
@@ -585,6 +586,51 @@ def test_a_checkpoint_stays_until_the_teacher_is_there(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "unet")
     train_teacher(config, tmp_path, resume=True, progress=False)
     assert Teacher.from_pretrained(tmp_path).image_size == 8
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A conditional teacher of digits after one step."""
+    config = TeacherTrainingConfig(size=8, channels=(8, 16), steps=1, batch_size=2, **TRAININGS["conditional"])
+    return train_teacher(config, tmp_path_factory.mktemp("trained") / "teacher", progress=False)
+
+
+def test_training_goes_on_from_another_teacher(trained, tmp_path):
+    """At a rate of next to nothing the run ends with the weights that it began with."""
+    options = {"size": 8, "init": str(trained), "seed": 1, "learning_rate": 1e-12, **TRAININGS["conditional"]}
+    config = TeacherTrainingConfig(steps=1, batch_size=2, **options)
+    second = Teacher.from_pretrained(train_teacher(config, tmp_path / "second", progress=False))
+    first = Teacher.from_pretrained(trained)
+    assert second.classes == first.classes and torch.equal(second.alpha_bars, first.alpha_bars)
+    assert all(map(torch.equal, second.unet.parameters(), first.unet.parameters()))
+
+
+UNFIT = {
+    "size": ({"size": 16}, "draws images of 8 pixels and 1 channels, the data have 16 and 1: give others by --size"),
+    "channels": ({"channels": (8, 8)}, r"has the channels \(8, 16\), got \(8, 8\): leave --channels out"),
+    "prediction": ({"prediction": "sample"}, "predicts v_prediction: give --prediction v_prediction"),
+    "schedule": ({"schedule": "cosine"}, "has other noise levels: give its --schedule"),
+    "classes": ({"conditional": False, "drop": 0.15}, "has other classes than the data"),
+    "null": ({"drop": 0.0}, "has other classes than the data"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_training_from_an_unfit_teacher_is_refused(what, trained, tmp_path):
+    changes, message = UNFIT[what]
+    config = TeacherTrainingConfig(**{"size": 8, "init": str(trained), **TRAININGS["conditional"], **changes})
+    with pytest.raises(InputError, match=f"init: the teacher .*teacher {message}"):
+        train_teacher(config, tmp_path / "t", progress=False)
+
+
+def test_training_from_a_denoiser_student_is_refused(conditional, tmp_path):
+    """Its network is told a weight, too, which training on images would not give."""
+    student = DenoiserStudent.from_teacher(Teacher.from_pretrained(conditional), guidance=4.0)
+    student.trained_as = "v_prediction"
+    student.save_pretrained(tmp_path / "student")
+    config = TeacherTrainingConfig(size=8, conditional=True, init=str(tmp_path / "student"))
+    with pytest.raises(InputError, match="takes more than classes: train a denoiser student on by advkd distill"):
+        train_teacher(config, tmp_path / "t", progress=False)
 
 
 @pytest.mark.parametrize(
