@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..models.denoiser import embedding_of
-from ..runtime.files import synchronize_all, write_json
+from ..runtime.files import read_json, synchronize_all, write_json
 from ..runtime.folders import temporary_path, writing
 from .loading import CLASSES, CONDITION, Classes
 from .noise_power import FILE as NOISE_POWER
@@ -63,6 +63,7 @@ def write_pipeline(
             folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
             plain, condition = _separated(unet, dtype)
             pipeline(plain, scheduler).save_pretrained(folder)
+            _forget_origin(folder / "unet" / "config.json")
             (out / NOISE_POWER).unlink(missing_ok=True)  # of other weights
             if condition is not None:
                 condition.save_pretrained(folder / CONDITION)
@@ -87,6 +88,11 @@ def _take_place(new, old):
         os.replace(new, old)
     else:
         old.unlink(missing_ok=True)
+
+
+def _forget_origin(config):
+    """Take out of a configuration the folder that diffusers read the network from: a published one would tell of its maker's."""
+    write_json(config, {name: value for name, value in read_json(config).items() if name != "_name_or_path"})
 
 
 def _separated(unet, dtype):

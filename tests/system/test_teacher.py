@@ -603,6 +603,8 @@ def test_training_goes_on_from_another_teacher(trained, tmp_path):
     first = Teacher.from_pretrained(trained)
     assert second.classes == first.classes and torch.equal(second.alpha_bars, first.alpha_bars)
     assert all(map(torch.equal, second.unet.parameters(), first.unet.parameters()))
+    configurations = [(folder / "unet" / "config.json").read_text() for folder in (trained, tmp_path / "second")]
+    assert configurations[0] == configurations[1]  # without the place of the first
 
 
 UNFIT = {
