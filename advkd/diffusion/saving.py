@@ -91,7 +91,7 @@ def _take_place(new, old):
 
 
 def _forget_origin(config):
-    """Take out of a configuration the folder that diffusers read the network from, which would tell of a maker's machine."""
+    """Take out of a configuration the folder that diffusers read the network from, which would reveal a local path."""
     write_json(config, {name: value for name, value in read_json(config).items() if name != "_name_or_path"})
 
 

@@ -27,7 +27,8 @@ class TeacherTrainingConfig:
         image_channels: 1 or 3 (0: from the data).
         channels: UNet channels from the highest to the lowest resolution (empty: those of ``init``, or 16, 32, 64, 64, ... down
             to 4x4).
-        init: teacher to train on: ``digits-conditional``, ``glyphs-teacher``, a folder or a hub id (empty: a fresh network).
+        init: teacher whose weights the run begins with: ``digits``, ``digits-conditional``, ``glyphs``, a folder or a hub id
+            (empty: a fresh network).
         steps: optimiser steps.
         batch_size: images per step.
         learning_rate: peak of the cosine schedule (after ``warmup`` linear steps).
@@ -38,7 +39,7 @@ class TeacherTrainingConfig:
         drop: probability, in [0, 1), with which a conditional network is told no class; at 0 it learns no null class, which
             guidance of either kind needs.
         schedule: noise schedule, ``linear`` (DDPM's), ``cosine`` or ``edm`` (levels from 0.002 to 80).
-        seed: of weights, data order, timesteps and noise.
+        seed: of weights, data order, timesteps and noise; a run that goes on from one of the same seed repeats its draws.
         checkpoint_every: steps between checkpoints.
         device: torch device.
     """
@@ -117,7 +118,7 @@ class Denoising(Method):
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""
-        return Settings(self.config.seed, self.config.checkpoint_every, free=("checkpoint_every", "device"))
+        return Settings(self.config.seed, self.config.checkpoint_every, free=("checkpoint_every", "device", "init"))
 
     def stages(self) -> list[Stage]:
         """One stage."""
@@ -125,8 +126,8 @@ class Denoising(Method):
 
     def build(self, stage: Stage) -> dict[str, Trained]:
         """The network, its gradients clipped to norm 1."""
-        config = self.config
-        return {"student": Trained(self.network, config.learning_rate, schedule=self._schedule, clip=1.0, average=config.ema)}
+        config, network = self.config, self.network.train()
+        return {"student": Trained(network, config.learning_rate, schedule=self._schedule, clip=1.0, average=config.ema)}
 
     def _schedule(self, update):
         """Linear warm-up times cosine decay."""

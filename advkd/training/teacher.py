@@ -6,21 +6,21 @@ from pathlib import Path
 import torch
 
 from ..data.glyph_sets import trained_glyphs
-from ..data.images import load_images, load_labelled
+from ..data.images import describe_shape, load_images, load_labelled
 from ..data.sources import Tensors
 from ..diffusion.loading import CLASSES, Classes, load_pipeline
 from ..diffusion.networks import build_unet
 from ..diffusion.saving import write_pipeline
-from ..diffusion.training_schedules import noise_scheduler
+from ..diffusion.training_schedules import SCHEDULES, noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..runtime.devices import plain_defaults, require_device
-from ..runtime.files import write_json
+from ..runtime.files import digest, read_json, write_json
 from .checkpoint import CHECKPOINT, claim
 from .trainer import Trainer
 
 DATA = "data.json"
-"""File that tells which glyphs a teacher was trained on, and with which versions they were drawn."""
+"""File that tells which glyphs a teacher was trained on, drawn with which versions, and which teacher it began with."""
 
 PIPELINE = ("unet", "scheduler", CLASSES, DATA, "model_index.json")
 
@@ -35,16 +35,17 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
 
     Args:
         config: a :class:`~advkd.methods.denoising.TeacherTrainingConfig`, with the data and the device.
-        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json``, ``data.json`` of glyphs, and the
-            checkpoint, which is removed at the end.
-        resume: go on from ``out``'s checkpoint.
+        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json``, ``data.json`` (of glyphs, or with a
+            start), and the checkpoint, which is removed at the end.
+        resume: go on from ``out``'s checkpoint; a start must still be there, and have the same weights.
         progress: show a bar.
 
     Returns:
         The folder, a source for :meth:`advkd.Teacher.from_pretrained`.
 
     Raises:
-        InputError: bad configuration, data that cannot be read, or ``out`` that holds another run or teacher.
+        InputError: bad configuration, data that cannot be read, a start that does not fit, or ``out`` that holds another run
+            or teacher.
         TrainingError: the loss is not finite; the last checkpoint is kept.
 
     Examples:
@@ -56,11 +57,13 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
     claim(out, resume, PIPELINE, "teacher")
+    start = _start(config)
     source, classes = _read(config, progress)
-    images = source.tensors["images"]
+    unet = _network(config, source.tensors["images"].shape[1:], classes, start)
     scheduler = noise_scheduler(config.schedule, config.prediction)
-    unet = _network(config, images.shape[-1], images.shape[1], classes, scheduler)
     method = Denoising(config, unet, scheduler, classes.null if classes else None)
+    weights = None if start is None else digest(unet.state_dict())
+    method.origin = {"init": weights}
     trainer = Trainer(
         method,
         source,
@@ -69,7 +72,7 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         resume=resume,
         device=config.device,
         progress=progress,
-        save=partial(_save_pipeline, scheduler=scheduler, classes=classes, config=config),
+        save=partial(_save_pipeline, scheduler=scheduler, classes=classes, record=_record(config, start, weights)),
         finished=PIPELINE,
         what="teacher",
     )
@@ -89,37 +92,63 @@ def _read(config, progress):
     return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
 
 
-def _network(config, size, channels, classes, scheduler):
-    """A fresh network of the data's shape, or that of the teacher that is trained on."""
+def _start(config):
+    """The teacher that a run begins with, or None; one that fits no data with these options is refused before they are read."""
     if not config.init:
-        torch.manual_seed(config.seed)
+        return None
+    start = load_pipeline(config.init, torch.float32)
+    made, kind = start.unet.config, start.scheduler.config.prediction_type
+    own, given = (",".join(map(str, channels)) for channels in (made.block_out_channels, config.channels))
+    levels = [name for name in SCHEDULES if torch.equal(start.scheduler.alphas_cumprod, noise_scheduler(name).alphas_cumprod)]
+    remedy = f"those of --schedule {levels[0]}" if levels else "which no --schedule makes: it cannot be trained here"
+    if made.class_embed_type is not None:
+        _refuse(config, "takes more than classes: advkd distill trains denoiser students")
+    if given not in ("", own):
+        _refuse(config, f"has the channels {own}, got {given}: leave --channels out")
+    if kind != config.prediction:
+        _refuse(config, f"predicts {kind}: give --prediction {kind}")
+    if config.schedule not in levels:
+        _refuse(config, f"has other noise levels, {remedy}")
+    return start
+
+
+def _refuse(config, why):
+    raise InputError(f"init: the teacher {config.init} {why}")
+
+
+def _network(config, shape, classes, start):
+    """A fresh network for the data, or that of the teacher that the run begins with."""
+    channels, size = shape[:2]
+    torch.manual_seed(config.seed)
+    if start is None:
         return build_unet(size, channels, config.channels, len(classes.names) + (classes.null is not None) if classes else 0)
-    found = load_pipeline(config.init, torch.float32)
-    made, kind = found.unet.config, found.scheduler.config.prediction_type
-    refusals = {
-        "takes more than classes: train a denoiser student on by advkd distill": made.class_embed_type is None,
-        f"draws images of {made.sample_size} pixels and {made.in_channels} channels, the data have {size} and {channels}: give "
-        "others by --size and --image-channels": (made.sample_size, made.in_channels) == (size, channels),
-        f"has the channels {tuple(made.block_out_channels)}, got {config.channels}: leave --channels out": config.channels
-        in ((), tuple(made.block_out_channels)),
-        f"predicts {kind}: give --prediction {kind}": kind == config.prediction,
-        "has other noise levels: give its --schedule": torch.equal(found.scheduler.alphas_cumprod, scheduler.alphas_cumprod),
-        "has other classes than the data: give its --classes, and --conditional and --drop as it was trained": (
-            found.classes == classes
-        ),
-    }
-    for refusal, fits in refusals.items():
-        if not fits:
-            raise InputError(f"init: the teacher {config.init} {refusal}")
-    return found.unet
+    made = start.unet.config
+    if (made.in_channels, made.sample_size) != (channels, size):
+        own, found = (describe_shape((c, s, s)) for c, s in ((made.in_channels, made.sample_size), (channels, size)))
+        remedy = f"give --size {made.sample_size} and --image-channels {made.in_channels}"
+        _refuse(config, f"draws {own} images, the data have {found}: {remedy}")
+    if start.classes != classes:
+        remedy = "give data of exactly its classes, --conditional where it has any, a --drop over 0 where it has a null class"
+        _refuse(config, f"has other classes than the data: {remedy}")
+    return start.unet
 
 
-def _save_pipeline(unet, out, scheduler, classes, config):
+def _record(config, start, weights):
+    """JSON values of ``data.json``: the glyphs that are trained on, and the start with those of its own training."""
+    glyphs = trained_glyphs(config.data, config.classes, config.images)
+    record = {} if glyphs is None else glyphs.description()
+    if start is not None:
+        path = start.folder / DATA
+        before = read_json(path, "the record of the start's data") if path.exists() else None
+        record["init"] = {"weights_sha256": weights, "data": before}
+    return record
+
+
+def _save_pipeline(unet, out, scheduler, classes, record):
     from diffusers import DDPMPipeline
 
     # The checkpoint stays until all is there, so a kill loses nothing.
     write_pipeline(out, DDPMPipeline, unet, scheduler, classes, torch.float16)
-    glyphs = trained_glyphs(config.data, config.classes, config.images)
-    if glyphs is not None:
-        write_json(out / DATA, glyphs.description())
+    if record:
+        write_json(out / DATA, record)
     (out / CHECKPOINT).unlink(missing_ok=True)

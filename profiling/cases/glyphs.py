@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--num", type=int, default=1000, help="images of every set")
     parser.add_argument("--teacher", default="glyphs", help="a conditional teacher of glyphs")
     parser.add_argument("--student", default="glyphs", help="a conditional student of glyphs")
-    parser.add_argument("--weights", default="0,1,2", help="the teacher's weights of guidance, separated by commas")
+    parser.add_argument("--weights", default="0,2,4", help="the teacher's weights of guidance, separated by commas")
     parser.add_argument("--solver", default="unipc", help="name of the teacher's solver")
     parser.add_argument("--steps", type=int, default=10, help="its steps")
     parser.add_argument("--results", help="folder of glyphs.json (default: profiling/results/<device>)")

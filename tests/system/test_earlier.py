@@ -133,6 +133,23 @@ def test_runs_of_before_there_were_classes_and_targets_go_on(tmp_path, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
+def test_unfinished_teachers_of_before_starts_go_on(tmp_path, monkeypatch):
+    """The identity of their run has no start, and none of the fields of glyphs."""
+    config = TeacherTrainingConfig(size=8, channels=(8,), steps=3, batch_size=4, checkpoint_every=1)
+    whole, out, real = train_teacher(config, tmp_path / "whole", progress=False), tmp_path / "out", Trainer.step
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="killed"):
+        patch.setattr(Trainer, "step", lambda run: pytest.fail("killed") if run.update == 2 else real(run))
+        train_teacher(config, out, progress=False)
+    path = out / "checkpoint.safetensors"
+    tensors, record = read_tensors(path, "checkpoint", ("digest",))
+    assert [record["run"].pop(name) for name in ("init", "classes", "images")] == [None, "", 0]
+    del record["digest"]
+    write_tensors(path, tensors, with_digest(tensors, record))
+    train_teacher(config, out, resume=True, progress=False)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+
+
 def test_unfinished_runs_of_before_are_refused_with_the_remedy(tmp_path):
     remedy = "of another version of advkd.*finish the run with that version, or start again in another folder"
     shutil.copytree(EARLIER / "distillation", tmp_path / "distillation")

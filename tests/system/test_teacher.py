@@ -595,24 +595,59 @@ def trained(tmp_path_factory):
     return train_teacher(config, tmp_path_factory.mktemp("trained") / "teacher", progress=False)
 
 
-def test_training_goes_on_from_another_teacher(trained, tmp_path):
-    """At a rate of next to nothing the run ends with the weights that it began with."""
-    options = {"size": 8, "init": str(trained), "seed": 1, "learning_rate": 1e-12, **TRAININGS["conditional"]}
-    config = TeacherTrainingConfig(steps=1, batch_size=2, **options)
-    second = Teacher.from_pretrained(train_teacher(config, tmp_path / "second", progress=False))
-    first = Teacher.from_pretrained(trained)
-    assert second.classes == first.classes and torch.equal(second.alpha_bars, first.alpha_bars)
-    assert all(map(torch.equal, second.unet.parameters(), first.unet.parameters()))
-    configurations = [(folder / "unet" / "config.json").read_text() for folder in (trained, tmp_path / "second")]
+def test_training_begins_with_another_teacher(trained, tmp_path):
+    """At a rate of next to nothing the run ends with the weights that it began with, at an ordinary one with others."""
+    options = {"size": 8, "init": str(trained), "seed": 1, "steps": 1, "batch_size": 2, "warmup": 0, "ema": 0.0}
+    options |= TRAININGS["conditional"]
+    for name, rate in (("still", 1e-12), ("moved", 1e-2)):
+        train_teacher(TeacherTrainingConfig(learning_rate=rate, **options), tmp_path / name, progress=False)
+    first, still, moved = map(Teacher.from_pretrained, (trained, tmp_path / "still", tmp_path / "moved"))
+    assert still.classes == first.classes and torch.equal(still.alpha_bars, first.alpha_bars)
+    assert all(map(torch.equal, still.unet.parameters(), first.unet.parameters()))
+    assert not any(map(torch.equal, moved.unet.parameters(), first.unet.parameters()))
+    configurations = [(folder / "unet" / "config.json").read_text() for folder in (trained, tmp_path / "still")]
     assert configurations[0] == configurations[1]  # without the place of the first
+    record = json.loads((tmp_path / "still" / "data.json").read_text())
+    assert record == {"init": {"data": None, "weights_sha256": first.identity()["weights_sha256"]}}
+
+
+def test_a_run_that_began_with_a_teacher_resumes(trained, tmp_path, monkeypatch):
+    """Wherever the start is now; one of other weights is refused. Dropout is on, as in training from scratch."""
+    start = tmp_path / "start"
+    shutil.copytree(trained, start)
+    path = start / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dropout": 0.5}))
+    options = {"size": 8, "steps": 3, "batch_size": 2, "checkpoint_every": 1, **TRAININGS["conditional"]}
+    whole = train_teacher(TeacherTrainingConfig(init=str(start), **options), tmp_path / "whole", progress=False)
+    real = Trainer.step
+
+    def dies(trainer):
+        assert trainer.running["student"].part.module.training
+        if trainer.update == 2:
+            raise KeyboardInterrupt
+        return real(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", dies)
+        train_teacher(TeacherTrainingConfig(init=str(start), **options), tmp_path / "out", progress=False)
+    start.rename(tmp_path / "moved")
+    for other in ("", str(whole)):
+        config = TeacherTrainingConfig(init=other, **options)
+        with pytest.raises(InputError, match="another init"):
+            train_teacher(config, tmp_path / "out", resume=True, progress=False)
+    config = TeacherTrainingConfig(init=str(tmp_path / "moved"), **options)
+    train_teacher(config, tmp_path / "out", resume=True, progress=False)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 UNFIT = {
-    "size": ({"size": 16}, "draws images of 8 pixels and 1 channels, the data have 16 and 1: give others by --size"),
-    "channels": ({"channels": (8, 8)}, r"has the channels \(8, 16\), got \(8, 8\): leave --channels out"),
+    "size": ({"size": 16}, "draws gray 8x8 images, the data have gray 16x16: give --size 8 and --image-channels 1"),
+    "colour": ({"image_channels": 3}, "draws gray 8x8 images, the data have colour 8x8"),
+    "channels": ({"channels": (8, 8)}, "has the channels 8,16, got 8,8: leave --channels out"),
     "prediction": ({"prediction": "sample"}, "predicts v_prediction: give --prediction v_prediction"),
-    "schedule": ({"schedule": "cosine"}, "has other noise levels: give its --schedule"),
-    "classes": ({"conditional": False, "drop": 0.15}, "has other classes than the data"),
+    "schedule": ({"schedule": "cosine"}, "has other noise levels, those of --schedule edm"),
+    "classes": ({"conditional": False, "drop": 0.15}, "has other classes than the data: give data of exactly its classes"),
     "null": ({"drop": 0.0}, "has other classes than the data"),
 }
 
@@ -625,13 +660,23 @@ def test_training_from_an_unfit_teacher_is_refused(what, trained, tmp_path):
         train_teacher(config, tmp_path / "t", progress=False)
 
 
+def test_training_from_a_teacher_of_other_timesteps_is_refused_before_the_data_are_read(teacher_folder, tmp_path):
+    config = TeacherTrainingConfig(data="nowhere", init=str(teacher_folder))
+    train_teacher(TeacherTrainingConfig(size=8, channels=(8,), steps=1, batch_size=2), tmp_path / "t", progress=False)
+    path = tmp_path / "t" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 100}))
+    config.init = str(tmp_path / "t")
+    with pytest.raises(InputError, match="has other noise levels, which no --schedule makes: it cannot be trained here"):
+        train_teacher(config, tmp_path / "u", progress=False)
+
+
 def test_training_from_a_denoiser_student_is_refused(conditional, tmp_path):
     """Its network is told a weight, too, which training on images would not give."""
     student = DenoiserStudent.from_teacher(Teacher.from_pretrained(conditional), guidance=4.0)
     student.trained_as = "v_prediction"
     student.save_pretrained(tmp_path / "student")
     config = TeacherTrainingConfig(size=8, conditional=True, init=str(tmp_path / "student"))
-    with pytest.raises(InputError, match="takes more than classes: train a denoiser student on by advkd distill"):
+    with pytest.raises(InputError, match="takes more than classes: advkd distill trains denoiser students"):
         train_teacher(config, tmp_path / "t", progress=False)
 
 
