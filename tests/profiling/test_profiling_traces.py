@@ -497,7 +497,7 @@ OTHER_JSON = (b"", b'{"traceEvents": [{', b"{}", b"[]", b'{"traceEvents": [1]}',
     "data",
     [
         *(b"", TRACE[: len(TRACE) // 2], TRACE[:-8] + bytes(8), TRACE[:200] + b"damaged" + TRACE[207:]),
-        *(gzip.compress(text, mtime=0) for text in OTHER_JSON),  # the hour would be in the tests' names
+        *(gzip.compress(text, mtime=0) for text in OTHER_JSON),  # the time would be in the tests' names
     ],
 )
 def test_a_damaged_chrome_trace_costs_its_own_row(data, tmp_path, monkeypatch):
