@@ -4,7 +4,7 @@ A :class:`Solver` holds a method's name and its numbers; :meth:`Solver.program` 
 solved by ``euler``, ``ddim`` (the same step; it uses the network's noise where x0 is clipped, as diffusers does), ``heun``,
 ``heun-flow``, ``dpm-2``, ``dpm-3``, ``dpmpp-2m``, ``dpmpp-3m``, ``deis-1`` to ``deis-3`` and ``unipc-1`` to ``unipc-3``; noise
 is added by ``ddpm``, ``ddim`` with ``eta``, ``ddim-renoised``, ``euler-maruyama``, ``predictor-corrector``, ``analytic-ddpm``,
-``analytic-ddim`` and ``heun`` with ``churn``.
+``analytic-ddim``, ``consistency``, ``dpdm`` and ``heun`` with ``churn``.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from .multistep import Weights, deis_weights, dpmpp_weights, multistep, unipc_we
 from .program import Evaluation, Writer
 from .schedule import IMAGE, SPACINGS, Level, Schedule
 from .singlestep import dpm2_step, dpm3_step, euler_step, heun_flow_step, heun_step
-from .stochastic import analytic_step, euler_maruyama_step, langevin_step
+from .stochastic import analytic_step, euler_maruyama_step, langevin_step, renoising_step, skip_weight
 
 ALIASES = {"dpmpp": "dpmpp-2m", "deis": "deis-3", "unipc": "unipc-2"}
 """Short names of solvers."""
@@ -77,6 +77,8 @@ METHODS = {
     "predictor-corrector": Method(0, 2, paper="Song et al. 2021, algorithms 1 and 4"),
     "analytic-ddpm": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDPM's mean"),
     "analytic-ddim": Method(0, paper="Bao et al. 2022, Analytic-DPM with DDIM's mean"),
+    "consistency": Method(0, paper="Song et al. 2023, Consistency models, algorithm 1"),
+    "dpdm": Method(0, paper="Data-prediction denoising models, algorithm 2"),
 }
 """Every solver by its name."""
 
@@ -90,10 +92,10 @@ class Solver:
 
     Attributes:
         name: method: ddim, ddpm, euler, heun, heun-flow, dpm-2, dpm-3, dpmpp-2m, dpmpp-3m, deis-1 to deis-3, unipc-1 to
-            unipc-3, ddim-renoised, euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim; short: dpmpp, deis,
-            unipc.
+            unipc-3, ddim-renoised, euler-maruyama, predictor-corrector, analytic-ddpm, analytic-ddim, consistency, dpdm;
+            short: dpmpp, deis, unipc.
         spacing: of the levels: leading, trailing, linspace, karras, log_snr, dpdm or flow (empty: leading for ddim and ddpm,
-            trailing for the others).
+            dpdm for dpdm, trailing for the others).
         rho: exponent of the ``karras`` spacing.
         eta: of ``ddim``: 0 adds no noise, 1 as much as DDPM.
         churn: of ``heun``: S_churn of Karras et al. 2022, algorithm 2 (0: no noise).
@@ -101,6 +103,8 @@ class Solver:
         churn_max: S_tmax: no noise above this sigma.
         churn_noise: S_noise, the factor of its deviation.
         snr: of ``predictor-corrector``: signal-to-noise ratio of the corrector.
+        sigma_min: of ``consistency``: noise level at which the consistency function is the identity.
+        sigma_data: of ``consistency``: deviation of the data in the weight of the state.
         alpha_bars: alpha_bar of the levels at which steps begin, rising, in the place of a spacing; a run takes a number of
             steps that divides theirs.
 
@@ -121,6 +125,8 @@ class Solver:
     churn_max: float = math.inf
     churn_noise: float = 1.0
     snr: float = 0.16
+    sigma_min: float = 0.0
+    sigma_data: float = 0.5
     alpha_bars: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -168,12 +174,12 @@ class Solver:
         """``spacing``, or the solver's own; empty where levels are given one by one."""
         if self.alpha_bars:
             return ""
-        return self.spacing or ("leading" if self.name in ("ddim", "ddpm") else "trailing")
+        return self.spacing or {"ddim": "leading", "ddpm": "leading", "dpdm": "dpdm"}.get(self.name, "trailing")
 
     def identity(self) -> dict[str, Any]:
-        """The numbers as JSON values, ``alpha_bars`` only where there are any."""
+        """The numbers as JSON values; those of :data:`_NEWER` only where they are not the default."""
         values = dataclasses.asdict(self)
-        return values if self.alpha_bars else {name: value for name, value in values.items() if name != "alpha_bars"}
+        return {name: value for name, value in values.items() if name not in _NEWER or value != _DEFAULTS[name]}
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """Levels at which the steps begin.
@@ -245,8 +251,8 @@ class Solver:
             raise InputError(
                 f"the schedule has no noise at timestep {levels[-1].t:g}, and solver {self.name} needs some: take ddim"
             )
-        by_differences = self.name in _MULTISTEP or METHODS[self.name].order > 1
-        if by_differences and any(a.sigma <= b.sigma for a, b in pairwise(levels)):
+        remembers = self.name in _MULTISTEP or METHODS[self.name].order > 1
+        if remembers and any(a.sigma <= b.sigma for a, b in pairwise(levels)):
             raise InputError(f"solver {self.name} needs levels that fall; this schedule repeats one: take ddim, or fewer steps")
         if self.analytic and noise_power is None:
             raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
@@ -269,8 +275,13 @@ _OWNERS = {
     "churn_max": "heun",
     "churn_noise": "heun",
     "snr": "predictor-corrector",
+    "sigma_min": "consistency",
+    "sigma_data": "consistency",
 }
 """The solver that has a number."""
+
+_NEWER = ("alpha_bars", "sigma_min", "sigma_data")
+"""Numbers that solvers did not always have: identities from before are still the same."""
 
 _MULTISTEP: dict[str, tuple[int, Callable[[Sequence[Level], Level], Weights], str]] = {
     "dpmpp-2m": (2, dpmpp_weights, "x0"),
@@ -344,6 +355,15 @@ def _analytic(solver, writer, level, following, noise_power, last, **_):
     yield analytic_step(writer, level, following, power, ancestral, following == last)
 
 
+def _consistency(solver, writer, level, following, **_):
+    skip = skip_weight(level.sigma, solver.sigma_min, solver.sigma_data)
+    yield renoising_step(writer, level, following, skip, solver.sigma_min)
+
+
+def _dpdm(solver, writer, level, following, **_):
+    yield renoising_step(writer, level, following)
+
+
 _SINGLE: dict[str, Callable[..., Iterator[Evaluation]]] = {
     "ddim": _ddim,
     "ddim-renoised": _ddim_renoised,
@@ -357,6 +377,8 @@ _SINGLE: dict[str, Callable[..., Iterator[Evaluation]]] = {
     "predictor-corrector": _predictor_corrector,
     "analytic-ddpm": _analytic,
     "analytic-ddim": _analytic,
+    "consistency": _consistency,
+    "dpdm": _dpdm,
 }
 
 

@@ -5,6 +5,7 @@ the state is (alpha D - x) / noise^2. To the image the step is its mean.
 """
 
 import math
+from typing import Any
 
 from ..errors import InputError
 from .program import Evaluation, Writer
@@ -54,6 +55,45 @@ def langevin_step(writer: Writer, level: Level, snr: float) -> Evaluation:
     d = 2 * (snr * level.noise) ** 2
     x, x0 = score_weights(level, d)
     return writer.evaluate(level, x0=x0, x=1 + x, noise=math.sqrt(2 * d), end=level)
+
+
+def skip_weight(sigma: Any, sigma_min: float, sigma_data: float) -> Any:
+    """Weight of the state in a consistency function, s^2 / ((sigma - sigma_min)^2 + s^2) (Song et al. 2023, appendix C).
+
+    Args:
+        sigma: noise level, a number or a tensor; infinity has the weight 0.
+        sigma_min: level at which the function is the identity: its weight is 1 there, exactly.
+        sigma_data: s, positive.
+
+    Returns:
+        Weight in (0, 1], of ``sigma``'s kind.
+    """
+    return sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+
+
+def renoising_step(writer: Writer, level: Level, following: Level, skip: float = 0.0, sigma_min: float = 0.0) -> Evaluation:
+    """Denoise to an image, and add the noise of the next level (Song et al. 2023, algorithm 1; DPDM, algorithm 2).
+
+    The image is f = skip y + (1 - skip) D with y = x / alpha, and x' = alpha' (f + sqrt(sigma'^2 - sigma_min^2) z).
+
+    Args:
+        writer: of the network's kind.
+        level: level of the state, with some image in it where ``skip`` is positive.
+        following: level after the step, not below ``sigma_min``, or the image.
+        skip: weight of the state.
+        sigma_min: noise level that the network's images have.
+
+    Returns:
+        Evaluation.
+
+    Raises:
+        InputError: a level after the step below ``sigma_min``.
+    """
+    if 0 < following.sigma < sigma_min:
+        raise InputError(f"sigma_min must not be above the levels of the run, {following.sigma:.3g}, got {sigma_min}")
+    noise = following.alpha * math.sqrt(following.sigma**2 - sigma_min**2) if following.noise else 0.0
+    kept = following.alpha * skip / level.alpha if skip else 0.0
+    return writer.evaluate(level, x0=following.alpha * (1 - skip), x=kept, noise=noise, end=following)
 
 
 def score_weights(level: Level, weight: float) -> tuple[float, float]:

@@ -15,6 +15,7 @@ METHODS = {
     "progressive": "progressive.Progressive",
     "guided": "guided.Guided",
     "rectified-flow": "rectified_flow.RectifiedFlow",
+    "consistency": "consistency.Consistency",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

@@ -11,23 +11,41 @@ HUBER = 0.00054
 """Width of the pseudo-Huber distance by the square root of a sample's numbers (Song and Dhariwal 2024)."""
 
 
-def pseudo_huber(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def mean_square(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of squares.
+
+    Args:
+        output: ``(N, ...)``.
+        target: ``(N, ...)``.
+        weight: ``(N,)`` weights of the samples; None: 1.
+
+    Returns:
+        Mean over samples and their numbers, a scalar; differentiable of any order.
+    """
+    if weight is None:
+        return F.mse_loss(output, target)
+    return (weight * (output - target).square().flatten(1).mean(dim=1)).mean()
+
+
+def pseudo_huber(output: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """sqrt(|output - target|^2 + c^2) - c with c = 0.00054 sqrt(d), by sample (Song and Dhariwal 2024, eq. 8).
 
     Args:
         output: ``(N, ...)``, of d numbers a sample.
         target: ``(N, ...)``.
+        weight: ``(N,)`` weights of the samples; None: 1.
 
     Returns:
         Mean over samples, a scalar; differentiable of any order.
     """
     squares = (output - target).flatten(1).square()
     width = HUBER * squares.shape[1] ** 0.5
-    return ((squares.sum(1) + width**2).sqrt() - width).mean()
+    distances = (squares.sum(1) + width**2).sqrt() - width
+    return (distances if weight is None else weight * distances).mean()
 
 
-DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": F.mse_loss, "huber": pseudo_huber}
-"""Distances of ``(N, ...)`` tensors by name: the mean of squares, or :func:`pseudo_huber`."""
+DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"mse": mean_square, "huber": pseudo_huber}
+"""Distances of ``(N, ...)`` tensors by name: the mean of squares, or :func:`pseudo_huber`; weights of samples are optional."""
 
 
 class Scales(nn.Module):

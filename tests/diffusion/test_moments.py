@@ -30,6 +30,8 @@ SOLVERS = {
     "ddim-renoised": Solver("ddim-renoised"),
     "euler-maruyama": Solver("euler-maruyama", "log_snr"),
     "predictor-corrector": Solver("predictor-corrector", "log_snr", snr=0.3),
+    "consistency": Solver("consistency", "log_snr", sigma_min=0.001, sigma_data=0.7),
+    "dpdm": Solver("dpdm", "log_snr"),
     "heun": Solver("heun", "karras"),
     "heun, churn": Solver("heun", "karras", churn=4.0, churn_min=0.05, churn_max=20.0, churn_noise=1.1),
 }
@@ -137,7 +139,21 @@ def heun(solver, schedule, level, following, mean, var, steps, variance):
     return following.alpha * (MEAN + factor * (mean - MEAN)), following.alpha_bar * factor**2 * var
 
 
+def consistency(solver, schedule, level, following, mean, var, steps, variance):
+    """f = c y + (1 - c) D of y = x / alpha; then x' = alpha' (f + sqrt(sigma'^2 - sigma_min^2) z)."""
+    s, lowest = solver.sigma_data, solver.sigma_min
+    skip = s * s / ((level.sigma - lowest) ** 2 + s * s)
+    noise = following.alpha_bar * (following.sigma**2 - lowest**2) if following.noise else 0.0
+    return affine(level, following.alpha * (1 - skip), following.alpha * skip / level.alpha, mean, var, noise)
+
+
+def dpdm(solver, schedule, level, following, mean, var, steps, variance):
+    return affine(level, following.alpha, 0.0, mean, var, 1 - following.alpha_bar)
+
+
 STEPS = {
+    "consistency": consistency,
+    "dpdm": dpdm,
     "ddpm": ddpm,
     "ddim": ddim,
     "euler-maruyama": euler_maruyama,
