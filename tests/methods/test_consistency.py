@@ -38,6 +38,7 @@ def tiny_run(data, out, seed=0, weights=0, **options):
     """Six updates by a teacher, with a target average and levels that double on the way."""
     config = ConsistencyConfig(updates=6, batch_size=4, levels=4, final_levels=16, ema=0.5, checkpoint_every=2, seed=seed)
     teacher = tiny_teacher()
+    teacher.unet.double()  # its rounding must not depend on the size of a process's batch
     return DenoiserDistiller("consistency", config, tiny_student(weights), out, teacher, tiny_images(), **options)
 
 
