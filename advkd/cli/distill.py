@@ -126,7 +126,7 @@ def _start(kind, inputs, config, device):
     """The student with which training begins: a generator or a denoiser."""
     preset, init, channels = inputs["preset"], inputs["init"], inputs["channels"]
     if kind.students == ("generator",):
-        return _build_student(preset, init, inputs["trajectories"])
+        return _build_student(preset, init, inputs)
     from ..diffusion.denoiser_student import DenoiserStudent
     from ..diffusion.students import load_start
     from ..diffusion.teacher import Teacher
@@ -135,7 +135,7 @@ def _start(kind, inputs, config, device):
     if widths and (preset is not None or init is not None):
         raise InputError("--channels are of a fresh denoiser student: leave --preset and --init out")
     if preset is not None:
-        return _build_student(preset, init, inputs["trajectories"])
+        return _build_student(preset, init, inputs)
     if init is not None:
         student = load_start(init, device)
         if not isinstance(student, DenoiserStudent) and "generator" not in kind.students:
@@ -166,14 +166,14 @@ def _run(kind, student, config, inputs, out, resume, device):
         return
     from ..training.distillation import distill as run
 
-    if not inputs["trajectories"]:
+    calls = kind.calls_teacher(config)
+    if named and not calls and not config.grow:
+        raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
+    if not inputs["trajectories"] and not calls:
         raise InputError("name recorded trajectories by --trajectories")
-    needs, teacher = kind(config, student).needs(), None
-    if named:
-        if not needs.grow and not needs.teacher:
-            raise InputError("--teacher is for --grow: the trajectories hold what the teacher drew")
-        teacher = Teacher.from_pretrained(named, device)
-    run(inputs["trajectories"], student, config, out, resume, device, teacher=teacher, method=kind.name)
+    teacher = Teacher.from_pretrained(named, device) if named else None
+    folders, images = inputs["trajectories"] or None, inputs["data"]
+    run(folders, student, config, out, resume, device, teacher=teacher, method=kind.name, images=images)
 
 
 def _configuration(kind, config_file, values):
@@ -203,8 +203,8 @@ def _read_config(path):
     return values
 
 
-def _build_student(preset, init, trajectories):
-    """A student to start from: a loaded one, or a fresh one of a preset's shape with the classes of the trajectories."""
+def _build_student(preset, init, inputs):
+    """A student to start from: a loaded one, or a fresh one of a preset's shape with the classes of what it learns from."""
     from ..models.shape import PRESETS, StudentConfig
     from ..models.student import Student
     from ..runtime.files import read_json
@@ -219,11 +219,14 @@ def _build_student(preset, init, trajectories):
     if config is None:
         values = {k: v for k, v in read_json(preset, "--preset").items() if not k.startswith("_")}
         config = build_config(StudentConfig, values, f"--preset {preset}")
-    return Student(config if config.classes else replace(config, classes=_classes(trajectories)))
+    return Student(config if config.classes else replace(config, classes=_classes(inputs)))
 
 
-def _classes(trajectories):
-    """Names of the classes of the first recording; none where it has none or is not named."""
+def _classes(inputs):
+    """Names of the classes of the first recording, or without one of the teacher; none where neither has any."""
     from ..data.trajectories import Trajectories
+    from ..diffusion.teacher import Teacher
 
-    return Trajectories(trajectories[0]).info.student_classes if trajectories else ()
+    if inputs["trajectories"]:
+        return Trajectories(inputs["trajectories"][0]).info.student_classes
+    return Teacher.from_pretrained(inputs["teacher"]).class_names if inputs["teacher"] else ()

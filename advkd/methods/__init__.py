@@ -16,6 +16,8 @@ METHODS = {
     "guided": "guided.Guided",
     "rectified-flow": "rectified_flow.RectifiedFlow",
     "consistency": "consistency.Consistency",
+    "diff-instruct": "diff_instruct.DiffInstruct",
+    "dpdm": "dpdm.DPDM",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }

@@ -79,7 +79,7 @@ class DenoiserMethod(Method):
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
 
-    students = ("denoiser",)
+    students: ClassVar[tuple[str, ...]] = ("denoiser",)
     requires: ClassVar[str] = "images (--data)"
     inputs: ClassVar[tuple[str, ...]] = ("data", "teacher")
     config: Any

@@ -1,5 +1,6 @@
 """Data that denoiser students learn from, and checks that student, teacher and data fit each other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,11 +51,7 @@ def source_of(
         return _pairs(method, needs, model, trajectories)
     if trajectories is not None:
         raise InputError(f"{method.name} does not read trajectories with these options: leave --trajectories out")
-    if needs.data == "none":
-        return Tensors()
-    if data is None:
-        raise InputError(f"{method.name} needs images: name them by --data")
-    return _images(needs, model, data, progress)
+    return images_of(method, needs, tuple(model.shape), model.class_names, data, progress)
 
 
 def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
@@ -111,34 +108,55 @@ def _require_classes(info, model):
         )
 
 
-def _images(needs, model, data, progress):
-    size, channels = model.image_size, model.image_channels
+def images_of(
+    method: Method, needs: Needs, shape: tuple[int, ...], class_names: Sequence[str], data: Any, progress: bool = True
+) -> Tensors:
+    """Images that a method learns from, with labels where the student is told classes; or no data at all.
+
+    Args:
+        method: the method.
+        needs: what its configuration needs, ``images`` or ``none``.
+        shape: of the student's images, ``(C, H, W)``.
+        class_names: names of the student's classes.
+        data: see :func:`advkd.training.denoisers.distill_denoiser`.
+        progress: show a bar while glyphs are drawn.
+
+    Returns:
+        Source of images, or of nothing.
+
+    Raises:
+        InputError: data that is missing, or of another shape or other classes.
+    """
+    if needs.data == "none":
+        return Tensors()
+    if data is None:
+        raise InputError(f"{method.name} needs images: name them by --data")
+    channels, size = shape[0], shape[-1]
     if isinstance(data, (torch.Tensor, tuple)):
         images, labels = data if isinstance(data, tuple) else (data, None)
         if labels is not None:
-            if not model.num_classes:
+            if not class_names:
                 raise InputError("data: the student is told no classes: leave the labels out")
-            labels = require_labels(labels, len(images), model.num_classes, images.device)
-    elif needs.labels or model.num_classes:
+            labels = require_labels(labels, len(images), len(class_names), images.device)
+    elif needs.labels or class_names:
         if (glyphs := trained_glyphs(data)) is not None:
-            _require_names(data, glyphs.class_names, model)  # before they are drawn
+            _require_names(data, glyphs.class_names, class_names)  # before they are drawn
         images, labels, names = load_labelled(data, size, channels, progress=progress)
-        _require_names(data, names, model)
+        _require_names(data, names, class_names)
     else:
         images, labels = load_images(data, size, channels, progress=progress), None
-    if tuple(images.shape[1:]) != tuple(model.shape):
-        raise InputError(f"data holds images {tuple(images.shape[1:])}, the student draws {tuple(model.shape)}")
+    if tuple(images.shape[1:]) != shape:
+        raise InputError(f"data holds images {tuple(images.shape[1:])}, the student draws {shape}")
     _require_pictures(images)
-    if labels is None and (needs.labels or model.num_classes):
+    if labels is None and (needs.labels or class_names):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
 
 
-def _require_names(data, names, model):
-    if tuple(names) != tuple(model.class_names):
-        remedy = f": name {fitting}" if (fitting := named_like(model.class_names)) else ""
-        known = f"the student knows {', '.join(model.class_names)}"
-        raise InputError(f"--data {data} has classes {', '.join(names)}, {known}{remedy}")
+def _require_names(data, names, known):
+    if tuple(names) != tuple(known):
+        remedy = f": name {fitting}" if (fitting := named_like(tuple(known))) else ""
+        raise InputError(f"--data {data} has classes {', '.join(names)}, the student knows {', '.join(known)}{remedy}")
 
 
 def _require_pictures(images):

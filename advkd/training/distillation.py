@@ -1,4 +1,4 @@
-"""Distillation of recorded trajectories into a student, by any method that reads them."""
+"""Distillation into a student that draws in one pass, by any method that trains one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,20 +9,22 @@ import torch
 
 from .. import __version__
 from ..data.dataset_info import TrajectoryConfig, same_teacher
-from ..data.sources import Recorded
+from ..data.sources import Recorded, Source
 from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_trajectories
 from ..errors import InputError
 from ..methods import method_class
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
+from ..runtime.files import digest
 from .cost import run_cost, unpaid
+from .denoiser_data import images_of
 from .processes import barrier
 from .trainer import Trainer
 
 
 def distill(
-    trajectories: "str | Path | Sequence[str | Path] | Trajectories",
+    trajectories: "str | Path | Sequence[str | Path] | Trajectories | None",
     student: Student,
     config: Any,
     out: str | Path,
@@ -31,11 +33,12 @@ def distill(
     progress: bool = True,
     teacher: Any = None,
     method: str = "adv-kd",
+    images: "str | Path | torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None" = None,
 ) -> Student:
-    """Train ``student`` on recorded trajectories and save it (its average, where ``config.ema`` is positive) under ``out``.
+    """Train ``student`` and save it (its average, where ``config.ema`` is positive) under ``out``.
 
     Args:
-        trajectories: folder of ``advkd trajectories``, several of them, or a :class:`Trajectories`.
+        trajectories: folder of ``advkd trajectories``, several, or a :class:`Trajectories`; None: ``method`` needs none.
         student: a :class:`Student`, fresh or loaded; it is trained in place. Image size, channels, depth and classes must be
             those of the trajectories (``info.student_classes`` in any order); the latent may be another than the recorded one.
         config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``, a :class:`PairsConfig` for ``pairs``.
@@ -45,8 +48,10 @@ def distill(
         device: torch device of a single process (several processes: what accelerate gives). A process group that accelerate
             starts here serves all later runs of the process and is destroyed at exit; one that exists already is the caller's.
         progress: show a bar (on the main process).
-        teacher: the :class:`Teacher` of the trajectories, where ``config.grow`` adds some while training.
+        teacher: the :class:`Teacher` that ``method`` calls, or that of the trajectories, where ``config.grow`` adds some.
         method: name of the method (:data:`advkd.methods.METHODS`).
+        images: of a method that learns from images without trajectories: ``digits``, ``glyphs``, a folder, or ``(N, C, H, W)``
+            in [-1, 1]; with labels a folder of one folder a class, or a pair of images and ``(N,)`` classes.
 
     Returns:
         The :class:`Student` that was saved, in eval mode.
@@ -58,10 +63,12 @@ def distill(
     Examples:
         >>> student = distill("trajectories", Student.from_preset("digits"), recipe("digits"), "student", device="cuda")
     """
-    if not isinstance(trajectories, Trajectories):
+    if trajectories is not None and not isinstance(trajectories, Trajectories):
         folders = [trajectories] if isinstance(trajectories, (str, Path)) else trajectories
         trajectories = Trajectories(*folders)
-    run = Distiller(trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method)
+    run = Distiller(
+        trajectories, student, config, out, resume, device, progress=progress, teacher=teacher, method=method, images=images
+    )
     trained = run.run()
     assert isinstance(trained, Student)
     return trained
@@ -71,7 +78,7 @@ class Distiller(Trainer):
     """One distillation run; see :func:`distill`. ``dtype`` is float32, or float64 for tests of exactness.
 
     Args:
-        data: a :class:`Trajectories`; it is opened anew, so that the caller's does not grow.
+        data: a :class:`Trajectories`, which is opened anew, so that the caller's does not grow; None: ``method`` needs none.
         student: a :class:`Student`, trained in place.
         config: configuration of the method, an instance of its ``Config``.
         out: folder for all that :func:`distill` writes.
@@ -79,8 +86,9 @@ class Distiller(Trainer):
         device: torch device of a single process (several processes: what accelerate gives).
         dtype: of the student, the critics and the batches.
         progress: show a bar (on the main process).
-        teacher: the :class:`Teacher` of the trajectories, for a ``config`` that grows them.
+        teacher: the :class:`Teacher` that ``method`` calls, or that of the trajectories, for a ``config`` that grows them.
         method: name of the method (:data:`advkd.methods.METHODS`).
+        images: see :func:`distill`.
 
     Raises:
         InputError: data, student, configuration, device or folder do not fit each other, or a shard is damaged; nothing was
@@ -93,7 +101,7 @@ class Distiller(Trainer):
     @plain_defaults()
     def __init__(
         self,
-        data: Trajectories,
+        data: Trajectories | None,
         student: Student,
         config: Any,
         out: str | Path,
@@ -103,18 +111,28 @@ class Distiller(Trainer):
         progress: bool = True,
         teacher: Any = None,
         method: str = "adv-kd",
+        images: "str | Path | torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None" = None,
     ):
         kind: Any = method_class(method)
+        if "generator" not in kind.students:
+            raise InputError(f"{method} trains a {kind.students[0]}, not a student that draws in one pass")
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
         run = kind(config, student)
-        run.check(data)
+        run.given = "pairs" if data is not None else "images" if images is not None else "none"
+        if data is not None:
+            run.check(data)
         needs = run.needs()
-        _require_fit(data, student, needs, teacher)
-        data = Trajectories(*data.folders)
-        data.verify()
-        source = _Growing(data, student, needs, teacher, Path(out) / "trajectories")
-        self._recorded = data
+        if needs.teacher:
+            _require_teacher(method, student, teacher)
+            taught = {**teacher.identity(), "name": None}
+            run.origin = {"init": digest(student.state_dict()), "teacher": taught}
+        self._recorded = data = _recorded(data, student, needs, teacher, images)
+        if data is not None:
+            source: Source = _Growing(data, student, needs, teacher, Path(out) / "trajectories")
+        else:
+            shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
+            source = images_of(run, needs, shape, student.class_names, images, progress)
         super().__init__(
             run,
             source,
@@ -140,7 +158,12 @@ class Distiller(Trainer):
 
     def _provenance(self, out):
         """Record of a student's training; evaluation refuses reference samples that are among its ``samples``."""
-        info, before = self._recorded.info, self.student.training_record or {"samples": [], "runs": []}
+        before = self.student.training_record or {"samples": [], "runs": []}
+        if self._recorded is None:
+            run = {"method": self.method.name, "config": dataclasses.asdict(self.method.config), "version": __version__}
+            run |= {"teacher": self.method.teacher.identity(), "cost": run_cost(self.method, self.stages, None, [])}
+            return {"runs": [*before["runs"], run], "samples": before["samples"]}
+        info = self._recorded.info
         # A finished run that is resumed has not opened the folders that it grew.
         grown = [Trajectories(path.parent) for path in sorted(out.glob("trajectories/*/manifest.json"))]
         read = [self._recorded, *(one for one in grown if one.parts[0] not in self._recorded.parts)]
@@ -177,6 +200,33 @@ class _Growing(Recorded):
             record_trajectories(self._teacher, TrajectoryConfig(**values), folder, progress=False)
             barrier()
             self.data.append(folder)
+
+
+def _recorded(data, student, needs, teacher, images):
+    """The trajectories that a method reads, opened anew; None where it needs none."""
+    if needs.data not in ("levels", "pairs"):
+        return None
+    if data is None:
+        raise InputError("name recorded trajectories by --trajectories")
+    if images is not None:
+        raise InputError("the run learns from trajectories: leave --data out, or leave out --trajectories")
+    _require_fit(data, student, needs, teacher)
+    data = Trajectories(*data.folders)
+    data.verify()
+    return data
+
+
+def _require_teacher(method, student, teacher):
+    """Refuse a teacher that is missing, takes weights itself, or draws other images or classes than the student."""
+    if teacher is None:
+        raise InputError(f"{method} needs a teacher: name it by --teacher")
+    if teacher.most_guidance:
+        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
+    if tuple(teacher.shape) != shape:
+        raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")
+    if student.num_classes and not teacher.num_classes:
+        raise InputError("the student has classes and the teacher knows none: name a conditional teacher")
 
 
 def _require_fit(data, student, needs, teacher):
