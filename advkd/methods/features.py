@@ -19,7 +19,7 @@ from .distances import diversity, entropy, feature_kl
 from .progressive import Progressive, ProgressiveConfig
 
 REMEDY = "train another one: advkd classifier train --data {} --seed 1 --num-features 48 --out second"
-"""What helps where a classifier is missing, or is that of a data set's Frechet distances."""
+"""Remedy for a classifier that is missing, or is that of a data set's Frechet distances."""
 
 
 @dataclass
@@ -78,9 +78,7 @@ class Features(Progressive):
     Config = FeaturesConfig
     config: FeaturesConfig
 
-    def __init__(
-        self, config: FeaturesConfig, student: nn.Module, schedule: Schedule, classifier: nn.Module | Classifier | None = None
-    ):
+    def __init__(self, config: FeaturesConfig, student: nn.Module, schedule: Schedule, classifier: nn.Module | None = None):
         super().__init__(config, student, schedule)
         self.classifier: Any = load_classifier(config.classifier) if classifier is None else classifier
         self._digest = digest(self.classifier.state_dict())
@@ -115,7 +113,7 @@ class Features(Progressive):
         return replace(settings, free=(*settings.free, "classifier"))
 
     def identity(self) -> dict[str, Any]:
-        """What :class:`Progressive` names, and the digest of the classifier's weights."""
+        """Values of :class:`Progressive`, and the digest of the classifier's weights."""
         return {**super().identity(), "classifier": self._digest}
 
     def measured(self, model: Any, stage: Stage) -> dict[str, Any]:
@@ -137,7 +135,7 @@ class Features(Progressive):
             stage: the round.
 
         Returns:
-            What :class:`Progressive` builds, and ``classifier``.
+            Modules of :class:`Progressive`, and ``classifier``.
         """
         return {**super().build(stage), "classifier": self.frozen(self.classifier)}
 
