@@ -14,6 +14,7 @@ METHODS = {
     "reparametrize": "reparametrize.Reparametrize",
     "progressive": "progressive.Progressive",
     "guided": "guided.Guided",
+    "features": "features.Features",
     "rectified-flow": "rectified_flow.RectifiedFlow",
     "consistency": "consistency.Consistency",
     "diff-instruct": "diff_instruct.DiffInstruct",

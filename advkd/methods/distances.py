@@ -48,6 +48,47 @@ DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"mse": mean_square, "huber"
 """Distances of ``(N, ...)`` tensors by name: the mean of squares, or :func:`pseudo_huber`; weights of samples are optional."""
 
 
+def feature_kl(features: torch.Tensor, target: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    """KL(softmax(target / tau) || softmax(features / tau)) by sample (Sun et al. 2023).
+
+    Args:
+        features: ``(N, ...)``.
+        target: ``(N, ...)``.
+        tau: temperature, positive.
+
+    Returns:
+        Mean over samples, a scalar; 0 exactly where features differ by one number for all of a sample's.
+    """
+    ours, theirs = (F.log_softmax(f.flatten(1) / tau, dim=1) for f in (features, target))
+    return (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """-sum_c p_c log p_c of each sample's prediction p = softmax(logits).
+
+    Args:
+        logits: ``(N, classes)``.
+
+    Returns:
+        Mean over samples, a scalar.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1).mean()
+
+
+def diversity(logits: torch.Tensor) -> torch.Tensor:
+    """-sum_c m_c log m_c of the mean m of all samples' predictions softmax(logits).
+
+    Args:
+        logits: ``(N, classes)``.
+
+    Returns:
+        Scalar, which is no mean over samples: parts of a batch do not tell it.
+    """
+    log_mean = F.log_softmax(logits, dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
+
+
 class Scales(nn.Module):
     """Logarithms of the standard deviations s of the divergence's normal distributions, one per level."""
 

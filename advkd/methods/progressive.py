@@ -199,7 +199,7 @@ class Progressive(DenoiserMethod):
         self.regress(step, x, start, condition, target)
 
     def regress(self, step: Step, x: Tensor, sigma: Tensor, condition: Any, target: Tensor) -> None:
-        """Move the student down the weighted error of its x0, which is not clamped, and log it.
+        """Move the student down the loss of its x0, which is not clamped, and log it.
 
         Args:
             step: actions of the update.
@@ -210,10 +210,23 @@ class Progressive(DenoiserMethod):
         """
         with step.autocast():
             x0, _ = self.denoiser(self.student).predict(x, sigma, condition)
-        weight = WEIGHTS[self.config.weight](sigma**-2).to(x.dtype)
-        loss = (weight * (x0 - target).square().flatten(1).mean(dim=1)).mean()
+        loss = self.loss(x0, target, sigma)
         step("student", loss)
         step.log(loss=loss.detach())
+
+    def loss(self, x0: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+        """The weighted error of x0, w(SNR) |x0 - target|^2 by number of a sample.
+
+        Args:
+            x0: ``(N, ...)`` of the student.
+            target: ``(N, ...)`` x0 to be learnt.
+            sigma: ``(N,)`` noise levels.
+
+        Returns:
+            Scalar.
+        """
+        weight = WEIGHTS[self.config.weight](sigma**-2).to(x0.dtype)
+        return (weight * (x0 - target).square().flatten(1).mean(dim=1)).mean()
 
     def _levels(self, draw):
         """Noise levels of a student's step of the round and of the teacher's step within it: start, middle and end."""
