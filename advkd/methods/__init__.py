@@ -15,6 +15,7 @@ METHODS = {
     "progressive": "progressive.Progressive",
     "guided": "guided.Guided",
     "rectified-flow": "rectified_flow.RectifiedFlow",
+    "score-distillation": "score_distillation.ScoreDistillation",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
 }
