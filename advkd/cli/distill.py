@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import replace
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -52,7 +53,7 @@ def method_command(name: str) -> click.Command:
     """The subcommand of a method, with an option for each of its configuration's fields."""
     kind = method_class(name)
 
-    @click.command(name, help=f"{str(kind.__doc__).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
+    @click.command(name, help=f"{cleandoc(str(kind.__doc__)).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
     @_inputs(kind)
     @click.option("--out", required=True, help="Folder for the result, checkpoint, metrics and samples.")
     @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")

@@ -95,7 +95,7 @@ class ScoreDistillationConfig:
 class ScoreDistillation(Method):
     """An optimiser of images, not a student: each of --num images moves along the teacher's score of its noised versions.
 
-    The result is the images; no others can be drawn. They seek modes: no two images of one class need differ.
+    The result is the images, and no others can be drawn. They seek the teacher's modes, so that images of one class may end alike.
 
     Args:
         config: a :class:`ScoreDistillationConfig`.
@@ -112,7 +112,7 @@ class ScoreDistillation(Method):
 
     name = "score-distillation"
     reference = "Poole et al. 2023, DreamFusion: text-to-3D using 2D diffusion, equation 3"
-    requires = "a teacher (--teacher); images (--data) with --generator warp. It optimises images and trains no student"
+    requires = "a teacher (--teacher), and images (--data) with --generator warp; it optimises images and trains no student"
     inputs = ("data", "teacher")
     students: ClassVar[tuple[str, ...]] = ("images",)
     Config = ScoreDistillationConfig

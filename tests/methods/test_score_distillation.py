@@ -131,7 +131,7 @@ def test_the_expected_gradient_of_a_gaussian_is_the_closed_form(weight, tmp_path
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_the_gradient_is_the_weighted_difference_of_noises(weight):
-    """w(t) (e_p - eps) as the paper writes it, in float64: its division by the noise of the lowest level costs 100 roundings."""
+    """w(t) (e_p - eps) as the paper writes it, in float64: dividing by the noise of the lowest level costs 100 roundings."""
     generator = torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 50, 2, generator=generator, dtype=torch.float64)
     sigma = TEACHER.schedule.sigma(torch.linspace(0, 999, 50))
@@ -164,8 +164,8 @@ def test_pixels_collapse_onto_the_mode(tmp_path):
 def test_score_distillation_has_no_spread_where_diff_instruct_keeps_the_datas(tmp_path):
     """x = m + c z: one loop, one function; with the image c ends at 0, with q's posterior mean at sqrt(v).
 
-    The noise of score distillation is averaged over 64 images. Diff-Instruct's gradient is 0 at its end for every draw, so
-    that the error is at most a few of Adam's last steps.
+    The noise of score distillation is averaged over 64 images. Diff-Instruct's gradient is 0 at its end for every draw: both
+    posterior means are one function there, and only roundings are left, for which 1e-9 has room.
     """
     start = [0.5, 0.1], [0.4, 0.1]
     images, rate = collapsed(ScoreDistillation, Affine(64, *start), tmp_path / "sds")
@@ -173,9 +173,9 @@ def test_score_distillation_has_no_spread_where_diff_instruct_keeps_the_datas(tm
     tolerance = 5 * spread_of_adam(rate, slope, noise / math.sqrt(64))
     assert (tolerance < 0.1 * VARIANCE.sqrt()).all(), tolerance
     assert (images.scale.abs() < tolerance).all() and ((images.mean - MEAN).abs() < tolerance).all(), (images.scale, tolerance)
-    images, rate = collapsed(DiffInstruct, Affine(64, *start), tmp_path / "di")
-    assert torch.allclose(images.scale, VARIANCE.sqrt(), rtol=0, atol=3 * rate), images.scale - VARIANCE.sqrt()
-    assert torch.allclose(images.mean, MEAN, rtol=0, atol=3 * rate), images.mean - MEAN
+    images, _ = collapsed(DiffInstruct, Affine(64, *start), tmp_path / "di")
+    assert torch.allclose(images.scale, VARIANCE.sqrt(), rtol=0, atol=1e-9), images.scale - VARIANCE.sqrt()
+    assert torch.allclose(images.mean, MEAN, rtol=0, atol=1e-9), images.mean - MEAN
 
 
 def mixture(distance=0.5):
