@@ -95,7 +95,7 @@ class ScoreDistillationConfig:
 class ScoreDistillation(Method):
     """An optimiser of images, not a student: each of --num images moves along the teacher's score of its noised versions.
 
-    The result is the images, and no others can be drawn. They seek the teacher's modes, so that images of one class may end alike.
+    The result is the images, and no others can be drawn. They seek the teacher's modes: images of one class may end alike.
 
     Args:
         config: a :class:`ScoreDistillationConfig`.

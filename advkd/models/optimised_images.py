@@ -52,7 +52,7 @@ class Pixels(OptimisedImages):
     """
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """See :class:`OptimisedImages`."""
+        """Some of the images; see :class:`OptimisedImages`."""
         return self.values[numbers].tanh()
 
 
@@ -69,7 +69,7 @@ class Coefficients(OptimisedImages):
         self.size = tuple(size)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """See :class:`OptimisedImages`."""
+        """Some of the images; see :class:`OptimisedImages`."""
         return F.interpolate(self.values[numbers], self.size, mode="bilinear", align_corners=False).tanh()
 
 
@@ -93,7 +93,7 @@ class Warp(OptimisedImages):
         self.register_buffer("identity", torch.eye(2, 3, dtype=start.dtype, device=start.device))
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """See :class:`OptimisedImages`."""
+        """Some of the images; see :class:`OptimisedImages`."""
         prototypes = self.prototypes[numbers]
         grid = F.affine_grid(self.identity + self.values[numbers], list(prototypes.shape), align_corners=False)
         return F.grid_sample(prototypes, grid, mode="bilinear", padding_mode="border", align_corners=False)
