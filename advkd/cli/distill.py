@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import replace
+from inspect import cleandoc
 from pathlib import Path
 
 import click
@@ -52,9 +53,9 @@ def method_command(name: str) -> click.Command:
     """The subcommand of a method, with an option for each of its configuration's fields."""
     kind = method_class(name)
 
-    @click.command(name, help=f"{str(kind.__doc__).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
+    @click.command(name, help=f"{cleandoc(str(kind.__doc__)).partition('Args:')[0].strip()}\n\nReference: {kind.reference}.")
     @_inputs(kind)
-    @click.option("--out", required=True, help="Folder for the student, checkpoint, metrics and samples.")
+    @click.option("--out", required=True, help="Folder for the result, checkpoint, metrics and samples.")
     @click.option("--config", "config_file", help="JSON or TOML file with fields of the recipe; options override it.")
     @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
     @device_option
@@ -70,6 +71,9 @@ def method_command(name: str) -> click.Command:
         device = local_device(device)
         require_device(device)
         torch.manual_seed(config.seed % 2**63)
+        if kind.students == ("images",):
+            _optimise(config, inputs, out, resume, device)
+            return
         student = _start(kind, inputs, config, device)
         _run(kind, student, config, inputs, out, resume, device)
         click.echo(f"student saved in {out}")
@@ -83,7 +87,10 @@ def _inputs(kind):
 
     generator, denoiser = "generator" in kind.students, "denoiser" in kind.students
     starts = ["a student ('digits', 'glyphs')"] * generator + ["a teacher ('digits-conditional', 'glyphs-teacher')"] * denoiser
-    teacher = "The trajectories' teacher, which --grow needs." if not denoiser else "'digits', 'glyphs', a folder or a hub id."
+    only_generator = generator and not denoiser
+    teacher = (
+        "The trajectories' teacher, which --grow needs." if only_generator else "'digits', 'glyphs', a folder or a hub id."
+    )
     known = [
         ("trajectories" in kind.inputs, "--trajectories", "Folder of 'advkd trajectories' (several: repeat).", True),
         (
@@ -95,7 +102,7 @@ def _inputs(kind):
         ("teacher" in kind.inputs, "--teacher", teacher, False),
         (generator, "--preset", f"{', '.join(PRESETS)}, or a JSON file with a student's configuration.", False),
         (
-            True,
+            generator or denoiser,
             "--init",
             f"Start from {' or '.join(starts)}, a folder or a hub id, instead of {_instead(generator, denoiser)}.",
             False,
@@ -174,6 +181,18 @@ def _run(kind, student, config, inputs, out, resume, device):
     teacher = Teacher.from_pretrained(named, device) if named else None
     folders, images = inputs["trajectories"] or None, inputs["data"]
     run(folders, student, config, out, resume, device, teacher=teacher, method=kind.name, images=images)
+
+
+def _optimise(config, inputs, out, resume, device):
+    """Optimise images, of a method that trains no student."""
+    from ..diffusion.teacher import Teacher
+    from ..training.optimised_images import optimise_images
+
+    if inputs["teacher"] is None:
+        raise InputError("name the teacher whose score moves the images by --teacher")
+    teacher = Teacher.from_pretrained(inputs["teacher"], device)
+    optimise_images(config, teacher, out, data=inputs["data"], resume=resume, device=device)
+    click.echo(f"images saved in {out}")
 
 
 def _configuration(kind, config_file, values):

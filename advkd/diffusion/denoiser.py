@@ -61,12 +61,16 @@ class Denoiser:
             ``(x0, eps)``, both ``(N, ...)`` in ``x``'s dtype; differentiable as the network is.
 
         Raises:
-            InputError: ``sigma`` of another length.
+            InputError: ``sigma`` of another length, or a network that gives another shape.
         """
         levels = levels_of(x, sigma)
         alpha, noise = vp_weights(levels.reshape(-1, *[1] * (x.ndim - 1)))
         state = x if self.coordinates == "vp" else (alpha * x).to(x.dtype)
         output = self.network(state, self.schedule.t(levels).float(), condition).to(x.dtype)
+        if output.shape != state.shape:
+            raise InputError(
+                f"the network gives {tuple(output.shape)} for states {tuple(state.shape)}: it must give their shape"
+            )
         k_x, k_m = (weight.to(x.dtype) for weight in x0_weights(alpha, noise, self.prediction))
         x0 = (k_x * state + k_m * output).clamp(-self.clip, self.clip)
         if self.clipped_eps and math.isfinite(self.clip):

@@ -26,7 +26,7 @@ class Needs:
         teacher: True if updates call the teacher.
         labels: True if updates read class labels.
         averaged: True if levels are area averages of the final image instead of the teacher's states.
-        student: ``generator`` (latent to image in one pass), ``denoiser`` or ``classifier``.
+        student: ``generator`` (latent to image in one pass), ``denoiser``, ``classifier``, or ``images``: none.
         limit: number of recorded trajectories that are used (0: all).
         grow: trajectories that the teacher adds after every ``grow_every`` updates (0: none).
         grow_every: updates between two such additions.
@@ -217,7 +217,7 @@ class Method(Protocol):
         distils: True if ``advkd distill`` offers the method.
         requires: what it needs, for people.
         inputs: options of the command line that name what it learns from: ``trajectories``, ``data`` (images), ``teacher``.
-        students: kinds of students that it trains: ``generator``, ``denoiser``.
+        students: kinds of students that it trains: ``generator``, ``denoiser``; ``images`` alone where it optimises them.
         takes_weights: True if it tells a denoiser student a guidance weight.
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:

@@ -84,7 +84,7 @@ class DiffInstruct(ScoreMethod):
     """
 
     name = "diff-instruct"
-    reference = "Luo et al. 2023, Diff-Instruct, algorithm 1; Yin et al. 2024, One-step diffusion with distribution matching"
+    reference = "Luo et al. 2023, Diff-Instruct, algorithm 1; Yin et al. 2024, Distribution matching distillation"
     requires = "a teacher (--teacher); pairs (--trajectories) for --regression, these or images (--data) for --gan, if you like"
     inputs = ("trajectories", "data", "teacher")
     students: ClassVar[tuple[str, ...]] = ("generator", "denoiser")
@@ -117,9 +117,10 @@ class DiffInstruct(ScoreMethod):
             Needs.
 
         Raises:
-            InputError: data that would not be read, or a critic without any.
+            InputError: data that would not be read, a critic without any, or guidance that cannot be.
         """
         config, given, kind = self.config, self.given, "generator" if self._draws else "denoiser"
+        self.require_guidable(self._classes)
         if given == "none" and config.gan:
             raise InputError("gan compares with images: name them by --data, or pairs by --trajectories")
         if given == "images" and not config.gan:
@@ -301,20 +302,15 @@ def critic_condition(sigma: Tensor, labels: Tensor | None, classes: int, dtype: 
 
 
 def numbers_of(ours: Sequence[str], theirs: Sequence[str]) -> Tensor | None:
-    """Numbers of the teacher's classes by those of the student's, which have the same names.
+    """Numbers of the teacher's classes by those of the student's.
 
     Args:
         ours: names of the student's classes.
-        theirs: names of the teacher's.
+        theirs: names of the teacher's, those among them.
 
     Returns:
         ``(len(ours),)`` int64; None without classes.
-
-    Raises:
-        InputError: a class that the teacher does not know.
     """
     if not ours:
         return None
-    if missing := [name for name in ours if name not in theirs]:
-        raise InputError(f"the teacher does not know the student's classes {', '.join(missing)}: name the teacher that does")
     return torch.tensor([list(theirs).index(name) for name in ours], dtype=torch.int64, device="cpu")

@@ -49,17 +49,17 @@ DISTANCES: dict[str, Callable[..., torch.Tensor]] = {"mse": mean_square, "huber"
 
 
 def feature_kl(features: torch.Tensor, target: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    """KL(softmax(target / tau) || softmax(features / tau)) by sample (Sun et al. 2023).
+    """KL(softmax(target / tau) || softmax(features)) by sample (Sun et al. 2023): below 1, tau sharpens the target.
 
     Args:
         features: ``(N, ...)``.
         target: ``(N, ...)``.
-        tau: temperature, positive.
+        tau: temperature of the target, positive.
 
     Returns:
-        Mean over samples, a scalar; 0 exactly where features differ by one number for all of a sample's.
+        Mean over samples, a scalar; 0 exactly where ``features`` are ``target / tau`` but for one number for all of a sample's.
     """
-    ours, theirs = (F.log_softmax(f.flatten(1) / tau, dim=1) for f in (features, target))
+    ours, theirs = (F.log_softmax(f.flatten(1), dim=1) for f in (features, target / tau))
     return (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
 
 

@@ -5,7 +5,6 @@ begins as the posterior mean; a denoiser and its mirror image are both minima.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -83,8 +82,9 @@ class DPDM(ScoreMethod):
             Needs.
 
         Raises:
-            InputError: images that would not be read.
+            InputError: images that would not be read, or guidance that cannot be.
         """
+        self.require_guidable(self.num_classes)
         if self.config.inputs == "data":
             return Needs("images", teacher=True, labels=self.num_classes > 0, student="denoiser")
         if self.given != "none":
@@ -161,18 +161,3 @@ class DPDM(ScoreMethod):
             noise = draw.normal(f"simulated {k}", *self.teacher.shape)[on]
             x[on] = noised(image.to(x.dtype), noise, sigmas[k + 1])
         return x, sigmas[chosen]
-
-
-def recovered(model: Any, images: torch.Tensor, eps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Noised images, denoised once: the set that the recovery table measures (table 1).
-
-    Args:
-        model: teacher or denoiser student's model, with ``predict``.
-        images: ``(N, ...)`` images.
-        eps: ``(N, ...)`` standard normal noise.
-        sigma: noise level.
-
-    Returns:
-        ``(N, ...)`` images, clamped to [-1, 1].
-    """
-    return model.predict(noised(images, eps, sigma), sigma)[0].clamp(-1, 1)

@@ -28,7 +28,7 @@ class FeaturesConfig(ProgressiveConfig):
 
     Attributes:
         classifier: folder of ``advkd classifier train``: another network than that of the Frechet distances.
-        tau: temperature by which features are divided before softmax.
+        tau: temperature by which the target's features are divided before softmax; below 1 they are sharpened.
         alpha: weight of entropy and diversity; above 0 it takes a run in one process.
         beta: share of the entropy of each prediction, which falls; the rest is that of the mean prediction's, which rises.
         pixels: weight of the error of progressive, ``weight`` times the squared error of x0.

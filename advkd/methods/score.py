@@ -118,8 +118,6 @@ class ScoreMethod(DenoiserMethod):
             ``student`` and ``score``.
         """
         config = self.config
-        if config.guidance:
-            require_null(self.teacher)
         if self._score is None:
             self._score = DenoiserNetwork(copy.deepcopy(self.teacher.unet).float())
         student, score = self.trained(self.student, stage.updates), self.trained(self._score, stage.updates)
@@ -127,6 +125,22 @@ class ScoreMethod(DenoiserMethod):
         score.learning_rate, score.average = config.score_learning_rate, config.score_ema
         student.schedule = lambda update: 0.0 if update < config.score_first else self._rate(update)
         return {"student": student, "score": score}
+
+    def require_guidable(self, classes: int) -> None:
+        """Refuse guidance without classes to be guided to, and a teacher that has no null class.
+
+        Args:
+            classes: number of the student's classes.
+
+        Raises:
+            InputError: guidance that cannot be.
+        """
+        if not self.config.guidance:
+            return
+        if self.teacher is not None:
+            require_null(self.teacher)
+        if not classes:
+            raise InputError("guidance is towards classes, and the student is told none: leave it out")
 
     def _rate(self, update):
         return cosine(update, self.config.updates, self.config.final_learning_rate)

@@ -119,7 +119,7 @@ class Distiller(Trainer):
         if not isinstance(config, kind.Config):
             raise InputError(f"config of {method} must be a {kind.Config.__name__}, got {type(config).__name__}")
         run = kind(config, student)
-        run.given = "pairs" if data is not None else "images" if images is not None else "none"
+        run.teacher, run.given = teacher, "pairs" if data is not None else "images" if images is not None else "none"
         if data is not None:
             run.check(data)
         needs = run.needs()
@@ -225,8 +225,8 @@ def _require_teacher(method, student, teacher):
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")
-    if student.num_classes and not teacher.num_classes:
-        raise InputError("the student has classes and the teacher knows none: name a conditional teacher")
+    if missing := [name for name in student.class_names if name not in teacher.class_names]:
+        raise InputError(f"the teacher does not know the student's classes {', '.join(missing)}: name the teacher that does")
 
 
 def _require_fit(data, student, needs, teacher):

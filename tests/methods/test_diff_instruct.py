@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,24 @@ from torch import nn
 from advkd import Student
 from advkd.data.draws import Draw
 from advkd.data.sources import Tensors
-from advkd.diffusion.denoiser import vp_weights
+from advkd.data.trajectories import Trajectories
+from advkd.diffusion.denoiser import Denoiser, noised, vp_weights
 from advkd.diffusion.denoiser_student import DenoiserStudent
 from advkd.diffusion.exact import GaussianTeacher, MixtureTeacher
+from advkd.diffusion.loading import Classes
 from advkd.diffusion.schedule import Schedule
+from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
 from advkd.methods.diff_instruct import DiffInstruct, DiffInstructConfig, critic_condition, numbers_of
+from advkd.methods.dpdm import DPDMConfig
+from advkd.methods.pairs import PairsConfig
 from advkd.methods.score import DIRECTIONS, OWN_ERROR
 from advkd.models.denoiser import DenoiserNetwork
-from advkd.training.denoisers import DenoiserDistiller, distill_denoiser
+from advkd.training.denoisers import distill_denoiser
 from advkd.training.distillation import Distiller, distill
 from advkd.training.trainer import Trainer
 
-from ..conftest import TINY_STUDENT, conditional_student, tiny_student, tiny_teacher, tiny_unet
+from ..conftest import tiny_student, tiny_teacher, tiny_unet
 from .test_progressive import normal, tiny_images
 from .test_progressive import tiny_student as tiny_denoiser
 
@@ -63,9 +69,8 @@ def tiny_run(data, out, seed=0, weights=0, **options):
     config = DiffInstructConfig(
         updates=6, batch_size=4, score_updates=2, gan=0.1, critic_channels=4, score_ema=0.5, checkpoint_every=2, seed=seed
     )
-    from advkd.data.trajectories import Trajectories
-
-    teacher = tiny_teacher()
+    teacher = tiny_teacher(clip_sample=False)
+    teacher.unet.double()  # its rounding must not depend on the size of a process's batch
     student = tiny_student(weights)
     return Distiller(Trajectories(data), student, config, out, teacher=teacher, method="diff-instruct", **options)
 
@@ -131,7 +136,13 @@ def test_pairs_hold_the_sign_that_a_divergence_leaves_open(tmp_path):
     z = normal(512, 2)
     pairs = Tensors(z=z, images=MEAN - VARIANCE.sqrt() * z)
     config = DiffInstructConfig(
-        updates=1000, batch_size=64, learning_rate=0.02, final_learning_rate=0.01, score_learning_rate=0.03, regression=1.0, clip=0.0
+        updates=1000,
+        batch_size=64,
+        learning_rate=0.02,
+        final_learning_rate=0.01,
+        score_learning_rate=0.03,
+        regression=1.0,
+        clip=0.0,
     )
     network = run_of(config, TEACHER, AffineGenerator(), GaussianScore(SCHEDULE), tmp_path, pairs, "pairs").run()
     assert torch.allclose(network.gain, -VARIANCE.sqrt(), rtol=0, atol=0.05)
@@ -153,7 +164,7 @@ class Perceptron(nn.Module):
         return self.layers(x)
 
 
-class Denoising(nn.Module):
+class SmallDenoiser(nn.Module):
     """x0 by the state and log sigma, with EDM's skip of data of deviation 1.4."""
 
     def __init__(self, schedule):
@@ -190,6 +201,175 @@ def test_pairs_keep_modes_of_25_gaussians(tmp_path):
             updates=2000, batch_size=256, learning_rate=2e-3, score_learning_rate=2e-3, score_updates=2, regression=regression
         )
         given = (pairs, "pairs") if regression else (None, "none")
-        network = run_of(config, teacher, Perceptron(2), Denoising(teacher.schedule), tmp_path / name, *given).run()
+        network = run_of(config, teacher, Perceptron(2), SmallDenoiser(teacher.schedule), tmp_path / name, *given).run()
         kept[name] = modes_kept(network, teacher)
     assert kept["pairs"] >= kept["alone"], kept
+
+
+def generator_run(student, out, data=None, teacher=None, **changes):
+    config = DiffInstructConfig(**{"updates": 2, "batch_size": 4, "checkpoint_every": 2, **changes})
+    return Distiller(
+        None, student, config, out, teacher=teacher or tiny_teacher(), method="diff-instruct", images=data, progress=False
+    )
+
+
+def test_a_one_pass_student_needs_no_data(tmp_path):
+    """A fresh one learns its batch norm's statistics; a trained one keeps those it came with, unless it is told otherwise."""
+    student = distill(
+        None,
+        tiny_student(),
+        DiffInstructConfig(updates=2, batch_size=4),
+        tmp_path / "fresh",
+        teacher=tiny_teacher(),
+        method="diff-instruct",
+        progress=False,
+    )
+    assert student.training_record["samples"] == [] and (tmp_path / "fresh" / "samples-stage-01.png").is_file()
+    run = student.training_record["runs"][-1]
+    # An update: the student, the score network twice and the teacher forward; the student and the score network backward.
+    assert run["method"] == "diff-instruct" and run["cost"] == {"forward": 32, "backward": 16}
+    assert run["teacher"]["name"] == "tiny"
+    loaded = Student.from_pretrained(tmp_path / "fresh")
+    assert torch.equal(loaded.sample(2, seed=1), student.sample(2, seed=1))
+    for name, norm, moved in (("kept", "", False), ("moved", "batch", True)):
+        start = copy.deepcopy(loaded)
+        start.training_record = loaded.training_record
+        before = start.submodules[0].norm1.running_mean.clone()
+        weight = start.submodules[0].convolution1.weight.clone()
+        again = generator_run(start, tmp_path / name, norm=norm).run()
+        assert torch.equal(again.submodules[0].norm1.running_mean, before) != moved
+        assert not torch.equal(again.submodules[0].convolution1.weight, weight)
+        assert len(again.training_record["runs"]) == 2
+
+
+def test_an_update_is_the_sum_of_its_three_losses(tmp_path):
+    """Divergence on fresh noise, squared error on pairs and the critic's score: from the modules before the update."""
+    teacher, images = tiny_teacher(clip_sample=False), tiny_images(6).double()
+    pairs = Tensors(z=normal(6, 1, 8, 8, seed=2), images=images)
+    student = tiny_denoiser()
+    config = DiffInstructConfig(updates=1, batch_size=6, regression=0.5, gan=0.3, entry=2.0, critic_channels=4, ema=0.0)
+    method = DiffInstruct(config, DenoiserNetwork(student.model.unet), student.model.schedule)
+    method.given = "pairs"
+    run = Trainer(method, pairs, teacher, tmp_path, **FLOAT64)
+    network, critic = copy.deepcopy(run.running["student"].part.module), run.running["critic"].part.module
+    draw = Draw(0, 0, 6, "cpu", torch.float64)
+    batch = pairs.batch(run.rows(0, 6), (), torch.device("cpu"), torch.float64)
+    found = run.step()
+    score, schedule = run.running["score"].part.module, student.model.schedule
+    with torch.no_grad():
+        generator = Denoiser(network, schedule, "v_prediction")
+        fresh, paired = (generator.predict(z, 2.0)[0] for z in (draw.normal("z", 1, 8, 8), batch.z))
+        sigma = method.noise_levels(draw, "level")
+        x = noised(fresh, draw.normal("noise", 1, 8, 8), sigma)
+        direction = Denoiser(score, schedule, "epsilon").predict(x, sigma)[0] - teacher.predict(x, sigma)[0]
+        sigma = method.noise_levels(draw, "critic level")
+        fake = noised(fresh, draw.normal("fake noise", 1, 8, 8), sigma)
+        judged = -critic(fake, critic_condition(sigma, None, 0, torch.float64)).mean()
+        wanted = (direction * fresh).mean() + 0.5 * (paired - batch.images).square().mean() + 0.3 * judged
+    # The teacher rounds in float32.
+    assert found["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert method.evaluations(run.stage) == (5, 3)
+
+
+def test_a_denoiser_student_is_entered_at_one_level(tmp_path):
+    config, teacher = DiffInstructConfig(updates=2, batch_size=4, entry=2.0, score_updates=2), tiny_teacher()
+    student = distill_denoiser("diff-instruct", config, tiny_denoiser(), tmp_path, teacher=teacher, progress=False)
+    loaded, z = DenoiserStudent.from_pretrained(tmp_path), normal(2, 1, 8, 8, dtype=torch.float32)
+    assert loaded.evaluations == 1 and loaded.sampler.solver.alpha_bars == (0.2,)
+    denoiser = Denoiser(DenoiserNetwork(loaded.model.unet), loaded.model.schedule, "v_prediction")
+    with torch.no_grad():
+        wanted = denoiser.predict(z, 2.0)[0].clamp(-1, 1)
+    assert torch.allclose(loaded.draw(z), wanted, rtol=0, atol=1e-5)
+    assert torch.equal(student.draw(z), loaded.draw(z))
+
+
+def test_classes_reach_both_scores_by_the_teachers_numbers(tmp_path):
+    """Students know some of the teacher's classes, in an order of their own."""
+    teacher = Teacher(tiny_unet(num_class_embeds=4), tiny_teacher().scheduler, "told", Classes(("a", "b", "c"), 3))
+    student = tiny_student(classes=("c", "a"))
+    told = []
+    original = teacher.predict
+    teacher.predict = lambda x, sigma, labels, *weights: told.append((labels, *weights)) or original(x, sigma, labels, *weights)
+    run = generator_run(student, tmp_path, teacher=teacher, batch_size=200, updates=1, guidance=1.5)
+    labels, score = [], run.method._score
+    run.running["score"].part.module.register_forward_pre_hook(lambda module, inputs: labels.append(inputs[2]))
+    run.step()
+    assert set(told[0][0].tolist()) == {0, 2} and torch.equal(told[0][1], torch.full((200,), 1.5).to(told[0][1]))
+    assert len(labels) == 2 and all(torch.equal(given.long(), told[0][0]) for given in labels) and score is not None
+    with pytest.raises(InputError, match="does not know the student's classes z"):
+        generator_run(Student(replace(student.config, classes=("z", "a"))), tmp_path / "other", teacher=teacher)
+
+
+def test_critics_are_told_level_and_class():
+    sigma = torch.tensor([1.0, math.e**4], dtype=torch.float64)
+    planes = critic_condition(sigma, torch.tensor([2, 0]), 3, torch.float64)
+    assert planes.shape == (2, 4, 4, 4) and torch.equal(planes[:, :, 1, 2], planes[:, :, 0, 0])
+    assert torch.allclose(planes[:, :, 0, 0], torch.tensor([[0, 0, 0, 1], [1, 1, 0, 0]]).double())
+    assert numbers_of(("c", "a"), ("a", "b", "c")).tolist() == [2, 0] and numbers_of((), ("a",)) is None
+
+
+@pytest.mark.parametrize("prediction", OWN_ERROR)
+def test_the_weight_of_x0_gives_the_error_of_the_networks_own_output(prediction):
+    sigma = torch.tensor([0.02, 0.5, 3.0, 100.0], dtype=torch.float64)
+    x, first, second = normal(4, 3), normal(4, 3, seed=1), normal(4, 3, seed=2)
+    images = [Denoiser(lambda *_, out=out: out, Schedule.linear(), prediction).predict(x, sigma)[0] for out in (first, second)]
+    error = OWN_ERROR[prediction](sigma) * (images[0] - images[1]).square().mean(1)
+    assert torch.allclose(error, (first - second).square().mean(1), rtol=1e-9)
+
+
+def test_bad_numbers_and_data_are_refused(tmp_path):
+    wrong = {"regression": -1.0, "gan": math.inf, "gradient_penalty": -1.0, "entry": 0.0, "critic_learning_rate": 0.0}
+    wrong |= {"critic_channels": 0, "norm": "group", "score_updates": 0, "weight": "snr"}
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=f"^{name} must be"):
+            DiffInstruct(DiffInstructConfig(**{name: value}), nn.Linear(2, 2))
+    with pytest.raises(InputError, match="entry is of a denoiser student"):
+        DiffInstruct(DiffInstructConfig(entry=2.0), nn.Linear(2, 2))
+    with pytest.raises(InputError, match="norm is of a one-pass student"):
+        DiffInstruct(DiffInstructConfig(norm="batch"), nn.Linear(2, 2), SCHEDULE)
+    with pytest.raises(InputError, match="entry must be within the schedule's levels, 0.05 to 10, got 11"):
+        DiffInstruct(DiffInstructConfig(entry=11.0), nn.Linear(2, 2), SCHEDULE)
+    out = tmp_path / "out"
+    for options, message in (
+        ({"gan": 0.1}, "gan compares with images: name them by --data"),
+        ({"data": tiny_images()}, "images are for the critic: give --gan a weight"),
+        ({"guidance": 1.0}, "guidance: teacher tiny is unconditional"),
+        ({"teacher": tiny_teacher(channels=3)}, r"the teacher draws images \(3, 8, 8\), the student \(1, 8, 8\)"),
+        ({"data": torch.zeros(4, 3, 8, 8), "gan": 0.1}, r"data holds images \(3, 8, 8\), the student draws \(1, 8, 8\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generator_run(tiny_student(), out, **options)
+    with pytest.raises(InputError, match="diff-instruct needs a teacher: name it by --teacher"):
+        Distiller(None, tiny_student(), DiffInstructConfig(), out, method="diff-instruct", images=None)
+    with pytest.raises(InputError, match="trains a denoiser, not a student that draws in one pass"):
+        Distiller(None, tiny_student(), DPDMConfig(), out, method="dpdm")
+    with pytest.raises(InputError, match="name recorded trajectories by --trajectories"):
+        Distiller(None, tiny_student(), PairsConfig(), out, method="pairs")
+    assert not out.exists()
+
+
+def test_a_score_network_of_another_shape_is_refused(tmp_path):
+    class Wide(nn.Linear):
+        def forward(self, x, t, condition):
+            return super().forward(x)
+
+    wide = Wide(2, 4, dtype=torch.float64)
+    run = run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), wide, tmp_path)
+    with pytest.raises(InputError, match=r"the network gives \(4, 4\) for states \(4, 2\): it must give their shape"):
+        run.step()
+
+
+@pytest.mark.parametrize("part", ["score", "critic"])
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(part, tmp_path):
+    options = {"gan": 0.1, "updates": 4, "critic_channels": 4, "data": tiny_images()}
+    run = generator_run(tiny_student(), tmp_path, **options)
+    for _ in range(2):
+        run.step()
+    run._write_checkpoint(None)
+    with torch.no_grad():
+        next(run.running[part].part.module.parameters()).fill_(math.nan)
+    with pytest.raises(
+        TrainingError, match=f"the {part}'s loss or gradient is not finite at stage 1, update 2; the last checkp"
+    ):
+        run.step()
+    assert (tmp_path / "checkpoint.safetensors").is_file()

@@ -44,12 +44,13 @@ def test_entropy_and_diversity_of_three_classes():
 
 
 def test_feature_kl_by_hand():
-    """p = (3/4, 1/4) and q = (1/2, 1/2) at tau = 2, for samples of any shape; the direction matters."""
-    target = 2 * torch.tensor([3.0, 1.0], dtype=torch.float64).log().reshape(1, 2, 1)
+    """p = (3/4, 1/4), after its features are halved, and q = (1/2, 1/2), for samples of any shape; the direction matters."""
+    half = torch.tensor([3.0, 1.0], dtype=torch.float64).log().reshape(1, 2, 1)
+    target = 2 * half
     features = torch.full((1, 2, 1), 5.0, dtype=torch.float64)
     forth = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     back = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert math.isclose(feature_kl(features, target, 2.0).item(), forth, rel_tol=1e-12)
-    assert math.isclose(feature_kl(target, features, 2.0).item(), back, rel_tol=1e-12)
-    both = feature_kl(torch.cat([features, target]), torch.cat([target, target]), 2.0)
+    assert math.isclose(feature_kl(half, features, 2.0).item(), back, rel_tol=1e-12)
+    both = feature_kl(torch.cat([features, half]), torch.cat([target, target]), 2.0)
     assert math.isclose(both.item(), forth / 2, rel_tol=1e-12)
