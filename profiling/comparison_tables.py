@@ -7,7 +7,17 @@ from .evidence import NOTHING, markdown, source, stored
 OF_A_METHOD = (0, 3, 5, 6, 7, 8, 9, 12, 14)
 """Columns of a method's own table."""
 
-METHODS = ("reparametrize", "progressive", "guided", "rectified_flow", "pairs")
+METHODS = (
+    "reparametrize",
+    "progressive",
+    "guided",
+    "features",
+    "rectified_flow",
+    "pairs",
+    "consistency",
+    "diff_instruct",
+    "dpdm",
+)
 """Methods on denoisers, as the tables of their pages name them."""
 
 
