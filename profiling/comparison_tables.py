@@ -44,7 +44,16 @@ DIFFERENCES = (
     ("pairs", "rf2-1"),
     ("pairs", "digits"),
     ("rf2-1", "rf2@1"),
-    *((row, f"prototype/{row}") for row in ("pd/4", "pd/1", "pairs", "rf2", "rf2@1")),
+    *((row, f"prototype/{row}") for row in ("pd/4", "pd/1", "pairs", "rf2", "rf2@1", "cd", "cd@1", "di")),
+    ("cd-2", "cd@1"),
+    ("ct", "ct@1"),
+    ("cd@1", "ct@1"),
+    ("di", "digits"),
+    ("prototype/di", "digits"),
+    ("dpdm", "dpdm@4"),
+    ("dpdm", "unipc-2 8"),
+    ("cfd/1", "pd-on/1"),
+    ("cfd/2", "pd-on/2"),
 )
 """Pairs of rows that the pages speak of."""
 

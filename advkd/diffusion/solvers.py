@@ -178,8 +178,7 @@ class Solver:
 
     def identity(self) -> dict[str, Any]:
         """The numbers as JSON values; those of :data:`_NEWER` only where they are not the default."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _NEWER or value != _DEFAULTS[name]}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NEWER or v != _DEFAULTS[k]}
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """Levels at which the steps begin.
