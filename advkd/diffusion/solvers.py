@@ -230,7 +230,7 @@ class Solver:
             schedule: the teacher's noise schedule.
             steps: number of steps.
             prediction: meaning of the network's output.
-            clip: x0 is clamped to [-clip, clip].
+            clip: x0 is clamped to [-clip, clip], but for ``consistency``.
             variance: of ``ddpm``, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
             noise_power: E|eps|^2 / d by level, which the ``analytic`` solvers need.
 
@@ -255,7 +255,7 @@ class Solver:
             raise InputError(f"solver {self.name} needs levels that fall; this schedule repeats one: take ddim, or fewer steps")
         if self.analytic and noise_power is None:
             raise InputError(f"solver {self.name} needs the teacher's noise power (run advkd teacher noise-power once)")
-        writer = Writer(prediction, clip)
+        writer = Writer(prediction, math.inf if self.name == "consistency" else clip)  # D takes the state's noise away
         if self.name in _MULTISTEP:
             remembered, weights, kind = _MULTISTEP[self.name]
             return list(multistep(writer, levels, remembered, weights, kind))

@@ -215,17 +215,18 @@ class Consistency(DenoiserMethod):
         interval = max(1, int(config.updates / (doublings + 1)))
         return min(config.levels * 2 ** (update // interval), config.final_levels)
 
-    def function(self, network: nn.Module, clip: float = math.inf) -> Function:
+    def function(self, network: nn.Module) -> Function:
         """The consistency function of a network; at ``sigma_min`` it is the identity, bit for bit.
+
+        D is not clamped: what the state's noise brings to c y it has to take away, beyond the range of images.
 
         Args:
             network: of the student's kind.
-            clip: its image D is clamped to [-clip, clip].
 
         Returns:
             Function of states x0 + sigma eps; gradients flow.
         """
-        denoiser = self.denoiser(network, clip)
+        denoiser = self.denoiser(network)
 
         def f(y, sigma, condition=None):
             skip = _over(y, skip_weight(sigma, self.sigma_min, self.config.sigma_data))
@@ -253,7 +254,7 @@ class Consistency(DenoiserMethod):
             else:
                 y_low = STEPS[config.solver][0](self.teacher, y, high, low, condition)
             with step.autocast():
-                target = self.function(self._target, self.clip)(y_low, low, condition)
+                target = self.function(self._target)(y_low, low, condition)
         with step.autocast():
             image = self.function(self.student)(y, high, condition)
         weight = WEIGHTS[config.weight](high, low).to(images.dtype)

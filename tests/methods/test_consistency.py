@@ -11,6 +11,7 @@ from advkd.data.sources import Tensors
 from advkd.diffusion.denoiser_student import DenoiserStudent
 from advkd.diffusion.exact import GaussianTeacher
 from advkd.diffusion.schedule import Schedule, karras_sigmas
+from advkd.diffusion.solvers import Solver
 from advkd.errors import InputError, TrainingError
 from advkd.methods.consistency import (
     STEPS,
@@ -26,6 +27,7 @@ from advkd.training.denoisers import DenoiserDistiller, distill_denoiser
 from advkd.training.trainer import Trainer
 
 from ..conftest import tiny_teacher
+from ..diffusion.runs import walk
 from .test_progressive import Affine, normal, tiny_images, tiny_student
 
 FLOAT64 = {"dtype": torch.float64, "progress": False}
@@ -126,26 +128,44 @@ def test_the_function_is_the_identity_at_the_lowest_level_bit_for_bit(dtype):
     network = DenoiserNetwork(student.model.unet).to(dtype)
     method = Consistency(ConsistencyConfig(), network, student.model.schedule)
     y = normal(5, 1, 8, 8).to(dtype)
-    f = method.function(network, 1.0)
+    f = method.function(network)
     lowest = torch.tensor(method.sigma_min, dtype=torch.float64).expand(5)
     assert torch.equal(f(y, lowest), y) and not torch.equal(f(y, 2 * lowest), y)
 
 
 def test_the_saved_student_draws_with_its_function(tmp_path):
-    """One evaluation from the highest level is the clamped function of sigma_max x_T; two add noise between."""
+    """One evaluation from the highest level is the function of sigma_max x_T, clamped at the end; two add noise between."""
     config = ConsistencyConfig(updates=1, batch_size=4, levels=4, sigmas=(1.5,))
     student = distill_denoiser("consistency", config, tiny_student(), tmp_path, data=tiny_images(), progress=False)
     loaded = DenoiserStudent.from_pretrained(tmp_path)
     assert loaded.sampler == student.sampler and loaded.evaluations == 2
     assert loaded.training_record["runs"][-1]["cost"] == {"forward": 8, "backward": 4}
     method = Consistency(config, DenoiserNetwork(loaded.model.unet), loaded.model.schedule)
-    f, noise = method.function(method.student, loaded.model.clip), loaded.latents(3, seed=4)
+    f, noise = method.function(method.student), loaded.latents(3, seed=4)
     highest = torch.tensor(method.sigma_max, dtype=torch.float64).expand(3)
     with torch.no_grad():
         wanted = f(math.hypot(1.0, method.sigma_max) * noise, highest)
     # Both round in float32, the sampler in variance-preserving states.
     assert torch.allclose(loaded.draw(noise, steps=1), wanted.clamp(-1, 1), rtol=0, atol=1e-4)
     assert not torch.allclose(loaded.draw(noise, seed=4), wanted.clamp(-1, 1), rtol=0, atol=1e-2)
+
+
+def test_noise_leaves_the_images_of_low_levels():
+    """White images, noised and read by the exact function: D is beyond 1 where the noise is, and is not clamped.
+
+    Clamped as solvers of images clamp x0, it would leave the c sigma of noise that the state brings, a tenth here.
+    """
+    schedule, white = Schedule.linear(), torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    level, sigma = schedule.at_sigma(0.4), 0.4
+    solver = Solver("consistency", sigma_min=0.01, alpha_bars=(level.alpha_bar,))
+    skip, noise = 0.25 / (0.39**2 + 0.25), normal(1, 1, 8, 8)
+    x = level.alpha * (white + sigma * noise)
+    output = (white - skip * x / level.alpha) / (1 - skip)
+    for clip in (math.inf, 1.0):
+        (image,) = walk(solver.program(schedule, 1, "sample", clip), x, lambda state, at: output)
+        assert torch.allclose(image, white, rtol=0, atol=1e-12)
+        assert all(e.step.clip == math.inf for e in solver.program(schedule, 1, "sample", clip))
+    assert output.max() > 1.2
 
 
 def test_the_number_of_levels_doubles():
@@ -172,7 +192,7 @@ def test_levels_are_drawn_as_the_lognormal_says():
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("weight", ["constant", "inverse-step"])
 def test_an_update_is_the_distance_of_the_two_functions(distance, weight, tmp_path):
-    """From its own draws: the student's at the higher level, the target's, clamped, where the teacher's step leads."""
+    """From its own draws: the student's at the higher level, the target's where the teacher's step leads."""
     teacher, images = tiny_teacher(), tiny_images(6)
     config = ConsistencyConfig(updates=1, batch_size=6, levels=5, distance=distance, weight=weight)
     run = DenoiserDistiller("consistency", config, tiny_student(), tmp_path, teacher, images, **FLOAT64)
@@ -182,7 +202,7 @@ def test_an_update_is_the_distance_of_the_two_functions(distance, weight, tmp_pa
     high, low = sigmas[j + 1], sigmas[j]
     y = x + high.reshape(-1, 1, 1, 1) * draw.normal("z", 1, 8, 8)
     with torch.no_grad():
-        target = method.function(network, 1.0)(heun_step(teacher, y, high, low), low)
+        target = method.function(network)(heun_step(teacher, y, high, low), low)
         image = method.function(network)(y, high)
     squares = (image - target).square().flatten(1)
     width = 0.00054 * 8
