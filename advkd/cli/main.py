@@ -1,7 +1,7 @@
 """The command line ``advkd``.
 
-Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, compare, report,
-warmup, demo.
+Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, compare,
+search-levels, report, warmup, demo.
 """
 
 from dataclasses import replace
@@ -23,6 +23,7 @@ from .compare import compare
 from .distill import distill
 from .evaluate import evaluate
 from .options import computing, device_option, options
+from .search_levels import search_levels
 
 OWNERS = {
     "interpolate": ("student",),
@@ -256,6 +257,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 
 main.add_command(evaluate)
 main.add_command(compare)
+main.add_command(search_levels)
 
 
 @main.command()
