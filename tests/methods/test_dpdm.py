@@ -28,9 +28,7 @@ TEACHER = GaussianTeacher(MEAN, VARIANCE, Schedule.edm(COUNT, LOWEST, HIGHEST))
 
 def tiny_run(data, out, seed=0, weights=0, **options):
     """Six updates with two score updates each, on states of the student's own sampler."""
-    config = DPDMConfig(
-        updates=6, batch_size=4, inputs="simulated", steps=3, score_updates=2, score_ema=0.5, checkpoint_every=2, seed=seed
-    )
+    config = DPDMConfig(updates=6, batch_size=4, inputs="simulated", steps=3, score_updates=2, checkpoint_every=2, seed=seed)
     teacher = tiny_teacher(clip_sample=False)
     teacher.unet.double()  # its rounding must not depend on the size of a process's batch
     return DenoiserDistiller("dpdm", config, tiny_student(weights), out, teacher, **options)
