@@ -23,7 +23,7 @@ from ..diffusion.solvers import Solver
 from ..diffusion.stochastic import skip_weight
 from ..errors import InputError
 from .base import Kept, Needs, Stage, Step, Trained
-from .denoiser_method import DenoiserConfig, DenoiserMethod
+from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
 from .distances import DISTANCES
 
 Function = Callable[[Tensor, Tensor, Any], Tensor]
@@ -100,6 +100,7 @@ class ConsistencyConfig(DenoiserConfig):
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        require_unused(self, self.level == "uniform", "level lognormal", "level_mean", "level_deviation")
 
 
 class Consistency(DenoiserMethod):

@@ -195,6 +195,23 @@ class DenoiserMethod(Method):
         return Kept(module.eval().requires_grad_(False), _layout(module))
 
 
+def require_unused(config: Any, unused: bool, owner: str, *names: str) -> None:
+    """Refuse numbers that would do nothing.
+
+    Args:
+        config: a configuration.
+        unused: True if the numbers do nothing with its other fields.
+        owner: what has them.
+        names: their fields.
+
+    Raises:
+        InputError: they do nothing and one of them is not the default.
+    """
+    for name in names:
+        if unused and getattr(config, name) != getattr(type(config), name):
+            raise InputError(f"{name} is of {owner}, which is not chosen: choose it, or leave {name} out")
+
+
 def _layout(module):
     """Convolutions are faster with channels last."""
     image_like = any(parameter.ndim == 4 for parameter in module.parameters())

@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..models.critic import Critic, CriticConfig
 from ..ops.critic.update import critic_gradients
 from .base import Kept, Needs, Stage, Step, Trained
+from .denoiser_method import require_unused
 from .generator import preview
 from .score import ScoreConfig, ScoreMethod, along
 
@@ -66,6 +67,8 @@ class DiffInstructConfig(ScoreConfig):
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.norm not in NORMS:
             raise InputError(f"norm must be batch or frozen, or empty, got {self.norm!r}")
+        critic = ("gradient_penalty", "critic_learning_rate", "critic_channels", "critic_max_channels")
+        require_unused(self, not self.gan, "the critic (--gan)", *critic)
 
 
 class DiffInstruct(ScoreMethod):

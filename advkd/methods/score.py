@@ -20,7 +20,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import InputError
 from ..models.denoiser import DenoiserNetwork
 from .base import Kept, Stage, Step, Trained, cosine
-from .denoiser_method import DenoiserConfig, DenoiserMethod
+from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
 
 LEVELS = ("uniform", "lognormal")
 """Distributions of the noise level; see :class:`ScoreConfig`."""
@@ -88,6 +88,7 @@ class ScoreConfig(DenoiserConfig):
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        require_unused(self, self.level == "uniform", "level lognormal", "level_mean", "level_deviation")
 
 
 class ScoreMethod(DenoiserMethod):

@@ -341,6 +341,8 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
     for name, value in wrong.items():
         with pytest.raises(InputError, match=f"^{name} must be"):
             DiffInstruct(DiffInstructConfig(**{name: value}), nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"critic_channels is of the critic \(--gan\), which is not chosen"):
+        DiffInstruct(DiffInstructConfig(critic_channels=8), nn.Linear(2, 2))
     with pytest.raises(InputError, match="entry is of a denoiser student"):
         DiffInstruct(DiffInstructConfig(entry=2.0), nn.Linear(2, 2))
     with pytest.raises(InputError, match="norm is of a one-pass student"):

@@ -193,6 +193,8 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
     for name, value in wrong.items():
         with pytest.raises(InputError, match=f"^{name} must be"):
             DPDM(DPDMConfig(**{name: value}), Affine(1000), Schedule.linear())
+    with pytest.raises(InputError, match="level_deviation is of level lognormal, which is not chosen"):
+        DPDM(DPDMConfig(level_deviation=2.0), Affine(1000), Schedule.linear())
     with pytest.raises(InputError, match="steps must be between 1 and the schedule's 9 timesteps, got 10"):
         DPDM(DPDMConfig(steps=10), Affine(9), TEACHER.schedule)
     config, out = DPDMConfig(updates=1, batch_size=2), tmp_path / "out"
