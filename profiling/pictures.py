@@ -1,7 +1,8 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
-The shipped student beside its teacher, from noise that training has not seen, glyphs, the orders of solvers, and the plots of
-the stored results. (The picture of a report, and a method's on its page, are those of ``advkd report``.)
+The shipped student beside its teacher, from noise that training has not seen, glyphs, the orders of solvers, the errors of
+score networks, and the plots of the stored results. (The picture of a report, and a method's on its page, are those of
+``advkd report``.)
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 from advkd.evaluation.taught import all_in_turn, taught
 
 from . import roofline, solver_orders
-from .cases import glyphs, gradient_penalty, neighbours, sampler_step, student
+from .cases import glyphs, gradient_penalty, neighbours, sampler_step, score_error, student
 from .evidence import ROOT, checked, device_of, stale, stored
 from .gpu import summary
 from .trace import demo
@@ -97,6 +98,8 @@ def main():
     glyph_pictures(Teacher.from_pretrained("glyphs"), Student.from_pretrained("glyphs"))
     data_set()
     solver_orders.plot(PICTURES / "solver_orders.png")
+    for result in stored("score_error"):
+        score_error.plot(result, PICTURES / "score-error.png")
     for name, (plot, _) in PLOTS.items():
         for result in stored(name):
             checked(result)

@@ -13,7 +13,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, comparison_tables, front, roofline, solver_tables
-from .cases import glyphs, guidance, guided, neighbours, recovery, straightness
+from .cases import glyphs, guidance, guided, neighbours, recovery, score_error, straightness
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
@@ -116,6 +116,7 @@ TABLES = {
     "glyphs": glyphs.lines,
     "straightness": straightness.lines,
     "recovery": recovery.lines,
+    "score_error": score_error.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
     "neighbours": neighbours.TABLE.lines,
