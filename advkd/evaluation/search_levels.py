@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +40,9 @@ from .metrics import frechet_distance
 FILE = "levels.json"
 """File with all candidates of a search, beside the student that it ends with."""
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Ratio by which a golden-section search narrows its interval."""
+
 REMEDY = "name a student of 'advkd distill consistency'"
 """End of the errors about students whose levels cannot be searched."""
 
@@ -61,7 +65,7 @@ class SearchLevelsConfig:
 
     steps: int = 2
     num: int = 2000
-    tries: int = 8
+    tries: int = 10
     real: str = "digits"
     extractor: str = "digits"
     seed: int = 77
@@ -110,20 +114,19 @@ def golden_section(f: Callable[[float], float], low: float, high: float, evaluat
             raise InputError(f"the distance at log sigma {x:.6g} is {found}, and must be finite: look at the student's images")
         return found
 
-    share = (math.sqrt(5) - 1) / 2
-    left = high - share * (high - low)
+    left = high - GOLDEN * (high - low)
     at_left = value(left)
     if evaluations > 1:
-        right = low + share * (high - low)
+        right = low + GOLDEN * (high - low)
         at_right = value(right)
     for _ in range(evaluations - 2):
         if at_left <= at_right:
             high, right, at_right = right, left, at_left
-            left = high - share * (high - low)
+            left = high - GOLDEN * (high - low)
             at_left = value(left)
         else:
             low, left, at_left = left, right, at_right
-            right = low + share * (high - low)
+            right = low + GOLDEN * (high - low)
             at_right = value(right)
     return min(tried)[1]
 
@@ -135,7 +138,7 @@ def search_levels(student: str | Path, config: SearchLevelsConfig, out: str | Pa
     Args:
         student: folder of ``advkd distill consistency``, or a hub id (owner/name).
         config: a :class:`SearchLevelsConfig`.
-        out: folder for the copy and ``levels.json``: a new one, or that of a killed search with the same settings.
+        out: folder for the copy and ``levels.json``: a new or empty one, or that of a killed search with the same settings.
         progress: show a bar.
 
     Returns:
@@ -145,7 +148,8 @@ def search_levels(student: str | Path, config: SearchLevelsConfig, out: str | Pa
 
     Raises:
         InputError: bad configuration, a student that is of another solver, images that do not fit the extractor, or a folder
-            that holds something else; nothing was drawn. Or a distance that is not finite.
+            that holds something else; nothing was drawn. Or images or a distance that are not finite,
+            or levels that have come so close to the lowest one that none fits between.
 
     Examples:
         >>> search_levels("cd", SearchLevelsConfig(steps=2), "cd-2")["sigmas"]
@@ -156,6 +160,7 @@ def search_levels(student: str | Path, config: SearchLevelsConfig, out: str | Pa
     _require_new(out)
     model = _load(student, device)
     first, lowest = _ends(student, model)
+    _require_room(lowest, first.sigma, config.tries, 2)
     extractor = build_extractor(config.extractor).to(device)
     shape = model.model.shape
     if extractor.shape is not None and tuple(extractor.shape) != tuple(shape):
@@ -183,7 +188,7 @@ def search_levels(student: str | Path, config: SearchLevelsConfig, out: str | Pa
 
 
 def _require_new(out):
-    """Refuse a folder that is finished or holds something else; a killed search has left its file, or its lock alone."""
+    """Refuse a folder that is finished or holds something else; hidden files, as locks and leftovers are, do not count."""
     if not os.path.lexists(out):
         return
     if not out.is_dir():
@@ -191,8 +196,8 @@ def _require_new(out):
     names = {path.name for path in out.iterdir()}
     if FILE in names and INDEX in names:
         raise InputError(f"--out {out} holds the student of a finished search: name another folder")
-    if FILE not in names and (".lock" not in names or any(not name.startswith(".") for name in names)):
-        raise InputError(f"--out {out} exists and holds no unfinished search: name a new folder")
+    if FILE not in names and any(not name.startswith(".") for name in names):
+        raise InputError(f"--out {out} is not empty and holds no unfinished search: name a new folder")
 
 
 def _load(source, device):
@@ -216,6 +221,17 @@ def _ends(source, student):
         found = f"from {first.sigma:.3g} to {lowest:.3g}"
         raise InputError(f"--student {source} has no levels to search between, {found}: {REMEDY}")
     return first, lowest
+
+
+def _require_room(lowest, above, tries, evaluation):
+    """Refuse an interval whose narrowest part float64's alpha_bars, near 1 at the lowest level, would not resolve."""
+    narrowest = math.log(above / lowest) * GOLDEN**tries
+    if 2 * lowest**2 / (1 + lowest**2) ** 2 * narrowest < 8 * sys.float_info.epsilon:
+        remedy = f"--steps {evaluation - 1} in another --out" if evaluation > 2 else "fewer --tries"
+        raise InputError(
+            f"{tries} tries have no room for the level of evaluation {evaluation} between sigma {above:.6g} and the lowest, "
+            f"{lowest:.6g}: ask for {remedy}"
+        )
 
 
 def _known(out, facts):
@@ -256,7 +272,11 @@ class _Distance:
         student, num, size = self.drawing(sigmas), self.config.num, self.config.batch_size
         for start in range(0, num, size):
             count = min(size, num - start)
-            yield eight_bit(student.sample(count, self.config.seed, start=start))
+            images = student.sample(count, self.config.seed, start=start)
+            if not images.isfinite().all():  # in eight bits they would be black
+                levels = ", ".join(f"{sigma:.6g}" for sigma in sigmas)
+                raise InputError(f"--student: its images with sigmas {levels} are not finite: name another student")
+            yield eight_bit(images)
             self.bar.update(count)
 
     def drawing(self, sigmas: Sequence[float]) -> DenoiserStudent:
@@ -289,9 +309,10 @@ class _Search:
         lowest, highest = self.ends
         if not self.known:
             self._write()
-        for _ in range(self.config.steps - 1):
-            measure = partial(self._candidate, sigmas)
-            best = golden_section(measure, math.log(lowest), math.log(sigmas[-1] if sigmas else highest), self.config.tries)
+        for evaluation in range(2, self.config.steps + 1):
+            above = sigmas[-1] if sigmas else highest
+            _require_room(lowest, above, self.config.tries, evaluation)
+            best = golden_section(partial(self._candidate, sigmas), math.log(lowest), math.log(above), self.config.tries)
             sigmas = (*sigmas, math.exp(best))
         result = self._write(sigmas=list(sigmas))
         # Last, as its index marks the folder as finished.

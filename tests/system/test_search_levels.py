@@ -105,7 +105,9 @@ def models(tmp_path_factory):
         student = tiny_student(**classes)
         DenoiserStudent(student.model, Sampler(solver, 2), record).save_pretrained(folder / name)
     DenoiserStudent(tiny_student(1).model, Sampler(solver, 2), record).save_pretrained(folder / "other")
-    tiny_student().save_pretrained(folder / "ddim")
+    for name in ("ddim", "teacher"):
+        tiny_student().save_pretrained(folder / name)
+    (folder / "teacher" / "sampler.json").unlink()
     tiny_generator().save_pretrained(folder / "generator")
     torch.manual_seed(0)
     Classifier(ClassifierConfig("tiny", 8, 1, 3, (8,), 4)).eval().save_pretrained(folder / "classifier")
@@ -218,12 +220,14 @@ def test_a_damaged_file_is_refused(found, tmp_path, monkeypatch):
 
 REFUSED = {
     "generator": ({"student": "generator"}, "--student generator is a generator.* or a teacher: name a student of"),
+    "teacher": ({"student": "teacher"}, "--student teacher is a generator.* or a teacher: name a student of"),
     "other solver": ({"student": "ddim"}, "--student ddim draws by the solver ddim, not consistency: name a student of"),
     "no null class": ({"student": "told"}, "--student told has no null class"),
     "steps": ({"steps": 1}, "steps must be at least 2"),
     "num": ({"num": 0}, "num must be at least 1"),
     "tries": ({"tries": 0}, "tries must be at least 1"),
     "batch size": ({"batch_size": 0}, "batch_size must be at least 1"),
+    "many tries": ({"tries": 90}, "no room for the level of evaluation 2 .*: ask for fewer --tries$"),
     "few images": ({"num": 7}, "--num 7: 7 images are too few for 4 features; 8 or more are needed"),
     "other real images": ({"real": "digits"}, "--real digits holds gray 32x32 images, gray 8x8 ones are compared"),
     "few real images": ({"real": "few"}, "--real: 6 images are too few for 4 features; 8 or more are needed"),
@@ -248,12 +252,54 @@ def test_folders_that_exist_are_refused(found, tmp_path, monkeypatch):
     monkeypatch.setattr(DenoiserStudent, "sample", None)
     with pytest.raises(InputError, match="holds the student of a finished search: name another folder"):
         search(found[0], steps=3)
-    for out in ("cd", tmp_path):
-        with pytest.raises(InputError, match=f"--out {out} exists and holds no unfinished search: name a new folder"):
-            search(out)
     (tmp_path / "file").write_text("")
+    for out in ("cd", tmp_path):
+        with pytest.raises(InputError, match=f"--out {out} is not empty and holds no unfinished search: name a new folder"):
+            search(out)
     with pytest.raises(InputError, match=r"--out .*file is a file; name a folder"):
         search(tmp_path / "file")
+
+
+@pytest.mark.parametrize("left", [(), (".lock", ".levels.json.host.1-1.tmp")])
+def test_an_empty_folder_is_taken(found, tmp_path, left):
+    """Empty but for hidden files, which a search leaves that is killed before its first candidate."""
+    for name in left:
+        (tmp_path / name).write_text("")
+    assert search(tmp_path, steps=3) == found[1]
+
+
+def test_images_that_are_not_finite_are_refused_with_their_levels(found, tmp_path, monkeypatch):
+    """One NaN in the second candidate's last image; the first candidate is kept, and goes into a search of finite images."""
+    sample, calls = DenoiserStudent.sample, []
+
+    def failing(*arguments, **options):
+        images = sample(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 6:
+            images[-1, 0, -1, -1] = math.nan
+        return images
+
+    first, second = found[1]["candidates"][:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiserStudent, "sample", failing)
+        with pytest.raises(InputError, match=f"--student: its images with sigmas {second['sigmas'][0]:.6g} are not finite"):
+            search(tmp_path / "out", steps=3)
+    assert json.loads((tmp_path / "out/levels.json").read_text())["candidates"] == [first]
+    assert search(tmp_path / "out", steps=3) == found[1]
+
+
+def test_levels_that_come_to_the_lowest_one_leave_no_room_for_others(tmp_path, monkeypatch):
+    """A distance that is least at the lowest sigma narrows every interval by g^tries, until alpha_bars would be equal."""
+    bars = []
+
+    def sample(student, n, *arguments, **options):
+        bars.append(student.sampler.solver.alpha_bars[-1])
+        return torch.zeros(n, 1, 8, 8)
+
+    monkeypatch.setattr(DenoiserStudent, "sample", sample)
+    monkeypatch.setattr("advkd.evaluation.search_levels.frechet_distance", lambda generated, reference: 1 - bars[-1])
+    with pytest.raises(InputError, match=r"no room for the level of evaluation \d+ .*: ask for --steps \d+ in another --out"):
+        search(tmp_path / "out", steps=30, tries=10)
 
 
 def test_the_default_seed_is_none_of_a_comparisons():
