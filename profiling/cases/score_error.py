@@ -275,7 +275,7 @@ def lines():
         config = result["config"]
         found += source(result, [], f"median of {config['seeds']} seeds (least to greatest)")
         titles = ("setting", "updates of q for each of g", f"error / signal, {config['updates']:,} of g", "error of q")
-        titles += ("KL, end of these", f"error / signal, end of {config['score_total']:,} of q", "KL, end of these")
+        titles += ("KL, their last quarter", f"error / signal, last quarter of {config['score_total']:,} of q", "KL, likewise")
         names = ("ratio", "error", "divergence", "late_ratio", "late_divergence")
         rows = [(row["setting"], row["rounds"], *(_spread(row[name]) for name in names)) for row in summary(result)]
         found += [*markdown(titles, rows), ""]
@@ -295,15 +295,14 @@ def plot(result, path):
         for axes, below, title in zip(found, found[len(settings) :], settings):
             for rounds in config["rounds"]:
                 runs = [run for run in result["runs"] if run["setting"] == title and run["rounds"] == rounds]
-                name = "update" if rounds == 1 else "updates"
-                _line(axes, runs, [ratios(run) for run in runs], 1, config["updates"], f"{rounds} {name} of q")
+                _line(axes, runs, [ratios(run) for run in runs], 1, config["updates"], str(rounds))
                 _line(below, runs, [run["divergence"] for run in runs], rounds, config["score_total"], "")
             axes.axhline(1, color="gray", linewidth=0.8)
             axes.set(title=title.replace(", ", ",\n"), xlabel="updates of the generator", yscale="log")
             below.set(xlabel="updates of q", yscale="log")
         found[0].set_ylabel("error of q over the signal")
         found[len(settings)].set_ylabel("KL of generator and data")
-        found[0].legend(title="for each of the generator", loc="lower right", ncols=2)
+        found[len(settings) - 1].legend(title="updates of q for each of the generator", loc="lower right", ncols=4)
 
 
 def _line(axes, runs, values, scale, last, label):
