@@ -140,6 +140,13 @@ class Consistency(DenoiserMethod):
         if (most := max(config.levels, config.final_levels)) > len(schedule):
             name = "final_levels" if config.final_levels else "levels"
             raise InputError(f"{name} must be at most the schedule's {len(schedule)} timesteps, got {most}")
+        if config.level == "lognormal":
+            for count in {config.levels, config.final_levels or config.levels}:
+                levels = torch.tensor(
+                    karras_sigmas(count, self.sigma_min, self.sigma_max, config.rho)[::-1], dtype=torch.float64
+                )
+                if not lognormal_chances(levels, config.level_mean, config.level_deviation).isfinite().all():
+                    raise InputError(f"level_mean must be near the logarithms of the levels, got {config.level_mean}")
         ends = (self.sigma_max, *config.sigmas, self.sigma_min)
         if any(a <= b for a, b in zip(ends, ends[1:])):
             raise InputError(f"sigmas must fall between {self.sigma_max:.3g} and {self.sigma_min:.3g}, got {config.sigmas}")

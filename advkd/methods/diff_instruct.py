@@ -177,6 +177,8 @@ class DiffInstruct(ScoreMethod):
     def evaluations(self, stage: Stage) -> tuple[int, int]:
         """The student once for each update of the score network, which is compared with the teacher once, and on pairs.
 
+        The critic is not counted; guidance takes the teacher twice.
+
         Args:
             stage: not used.
 
@@ -184,7 +186,7 @@ class DiffInstruct(ScoreMethod):
             ``(forward, backward)`` by sample of the batch.
         """
         updates, pairs = self.config.score_updates, int(self._regresses)
-        return 2 * updates + 2 + pairs, updates + 1 + pairs
+        return 2 * updates + 2 + pairs + (self.config.guidance > 0), updates + 1 + pairs
 
     @property
     def _regresses(self):

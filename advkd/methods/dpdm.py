@@ -101,7 +101,7 @@ class DPDM(ScoreMethod):
             ``(forward, backward)`` by sample of the batch, the mean number of steps before a simulated input among them.
         """
         updates, before = self.config.score_updates, (self.config.steps - 1) / 2 if self.config.inputs == "simulated" else 0
-        return round(updates * (2 + before)) + 2, updates + 1
+        return round(updates * (2 + before)) + 2 + (self.config.guidance > 0), updates + 1
 
     def sampler(self, stage: Stage) -> Sampler:
         """DPDM's: denoise, and add the noise of the next level; ``--steps`` of ``advkd sample`` takes other numbers of them.

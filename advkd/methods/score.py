@@ -45,12 +45,12 @@ class ScoreConfig(DenoiserConfig):
 
     Attributes:
         score_updates: updates of the score network for each of the student.
-        score_first: updates of the student that are left out at the beginning, where the score network learns alone.
+        score_first: updates of the student that are left out at the beginning, where score and critic learn alone.
         score_learning_rate: of the score network's Adam.
         score_ema: decay of the score network's average, which then gives the student's gradient (0: the network itself).
         betas: of both Adams.
         level: distribution of the noise level: ``uniform`` over the timesteps, or ``lognormal``.
-        level_mean: mean of log sigma of ``lognormal``, which is cut at the schedule's ends.
+        level_mean: mean of log sigma of ``lognormal``, which is clamped to the schedule's levels.
         level_deviation: its deviation.
         weight: of D_q - D_p: ``constant``, or ``dmd`` for 1 / mean|x - D_p|.
         guidance: weight w of the teacher's classifier-free guidance towards a conditional student's classes.

@@ -124,7 +124,7 @@ class Distiller(Trainer):
             run.check(data)
         needs = run.needs()
         if needs.teacher:
-            _require_teacher(method, student, teacher)
+            _require_teacher(method, student, teacher, device)
             taught = {**teacher.identity(), "name": None}
             run.origin = {"init": digest(student.state_dict()), "teacher": taught}
         self._recorded = data = _recorded(data, student, needs, teacher, images)
@@ -216,7 +216,7 @@ def _recorded(data, student, needs, teacher, images):
     return data
 
 
-def _require_teacher(method, student, teacher):
+def _require_teacher(method, student, teacher, device):
     """Refuse a teacher that is missing, takes weights itself, or draws other images or classes than the student."""
     if teacher is None:
         raise InputError(f"{method} needs a teacher: name it by --teacher")
@@ -225,6 +225,10 @@ def _require_teacher(method, student, teacher):
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")
+    if teacher.device.type != torch.device(device).type:
+        raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")
+    if teacher.num_classes and not student.num_classes:
+        raise InputError("the teacher is told classes and the student knows none: begin with a fresh one by --preset")
     if missing := [name for name in student.class_names if name not in teacher.class_names]:
         raise InputError(f"the teacher does not know the student's classes {', '.join(missing)}: name the teacher that does")
 

@@ -260,6 +260,8 @@ def test_bad_numbers_are_refused():
             Consistency(ConsistencyConfig(**{name: value}), Affine(1000), Schedule.linear())
     with pytest.raises(InputError, match="level_mean is of level lognormal, which is not chosen"):
         Consistency(ConsistencyConfig(level_mean=-2.0), Affine(1000), Schedule.linear())
+    with pytest.raises(InputError, match="level_mean must be near the logarithms of the levels, got 100"):
+        Consistency(ConsistencyConfig(level="lognormal", level_mean=100.0), Affine(1000), Schedule.linear())
     for options in ({"sigma_min": 0.001}, {"sigma_max": 200.0}, {"sigma_min": 3.0, "sigma_max": 2.0}):
         with pytest.raises(InputError, match="within the schedule's levels, 0.01 to 157"):
             Consistency(ConsistencyConfig(**options), Affine(1000), Schedule.linear())

@@ -261,7 +261,7 @@ def test_a_one_pass_student_needs_no_data(tmp_path):
 
 
 def test_an_update_is_the_sum_of_its_three_losses(tmp_path):
-    """Divergence on fresh noise, squared error on pairs and the critic's score: from the modules before the update."""
+    """Divergence on fresh noise, squared error on pairs, critic: the student before the update, score and critic after theirs."""
     teacher, images = tiny_teacher(clip_sample=False), tiny_images(6).double()
     pairs = Tensors(z=normal(6, 1, 8, 8, seed=2), images=images)
     student = tiny_denoiser()
@@ -301,9 +301,13 @@ def test_a_denoiser_student_is_entered_at_one_level(tmp_path):
     assert torch.equal(student.draw(z), loaded.draw(z))
 
 
+def conditional_teacher():
+    return Teacher(tiny_unet(num_class_embeds=4), tiny_teacher().scheduler, "told", Classes(("a", "b", "c"), 3))
+
+
 def test_classes_reach_both_scores_by_the_teachers_numbers(tmp_path):
     """Students know some of the teacher's classes, in an order of their own."""
-    teacher = Teacher(tiny_unet(num_class_embeds=4), tiny_teacher().scheduler, "told", Classes(("a", "b", "c"), 3))
+    teacher = conditional_teacher()
     student = tiny_student(classes=("c", "a"))
     told = []
     original = teacher.predict
@@ -353,6 +357,7 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
     for options, message in (
         ({"gan": 0.1}, "gan compares with images: name them by --data"),
         ({"data": tiny_images()}, "images are for the critic: give --gan a weight"),
+        ({"teacher": conditional_teacher()}, "the teacher is told classes and the student knows none"),
         ({"guidance": 1.0}, "guidance: teacher tiny is unconditional"),
         ({"teacher": tiny_teacher(channels=3)}, r"the teacher draws images \(3, 8, 8\), the student \(1, 8, 8\)"),
         ({"data": torch.zeros(4, 3, 8, 8), "gan": 0.1}, r"data holds images \(3, 8, 8\), the student draws \(1, 8, 8\)"),
