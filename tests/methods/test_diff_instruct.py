@@ -261,7 +261,7 @@ def test_a_one_pass_student_needs_no_data(tmp_path):
 
 
 def test_an_update_is_the_sum_of_its_three_losses(tmp_path):
-    """Divergence on fresh noise, squared error on pairs, critic: the student before the update, score and critic after theirs."""
+    """Divergence on fresh noise, squared error on pairs, critic: the student before its update, the others after theirs."""
     teacher, images = tiny_teacher(clip_sample=False), tiny_images(6).double()
     pairs = Tensors(z=normal(6, 1, 8, 8, seed=2), images=images)
     student = tiny_denoiser()
