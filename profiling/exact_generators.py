@@ -108,24 +108,24 @@ def gaussian_of(generator):
     return GaussianTeacher(generator.offset.detach(), generator.gain.detach().square(), SCHEDULE)
 
 
-def gaussian_distance(generator, teacher):
-    """Wasserstein-2 distance of an affine generator's images from independent Gaussian data: that of means and deviations."""
-    shift = generator.offset.detach() - teacher.mean
-    return torch.cat((shift, generator.gain.detach().abs() - teacher.covariance.diag().sqrt())).norm().item()
+def gaussian_divergence(generator, teacher):
+    """KL divergence of an affine generator's states from the teacher's at the lowest noise level."""
+    alpha, noise = vp_weights(SCHEDULE.sigma(0.0))
+    data, covariance = teacher.mean, teacher.covariance.diag()
+    own, wanted = (alpha**2 * variance + noise**2 for variance in (generator.gain.detach().square(), covariance))
+    shift = (alpha * (generator.offset.detach() - data)).square()
+    return 0.5 * (own / wanted + shift / wanted - 1 - (own / wanted).log()).sum().item()
 
 
-@torch.no_grad()
-def mixture_distance(generator, teacher, n=2**14):
-    """Wasserstein-2 distance of a generator's images from a mixture's in one dimension, by n quantiles of each."""
-    shares = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    own = generator(torch.special.ndtri(shares)[:, None])[:, 0].sort().values
-    spread = teacher.variance**0.5
-    low, high = (teacher.means[:, 0].min() - 8 * spread).expand(n), (teacher.means[:, 0].max() + 8 * spread).expand(n)
-    for _ in range(50):
-        middle = (low + high) / 2
-        below = torch.special.ndtr((middle[:, None] - teacher.means[:, 0]) / spread) @ teacher.weights < shares
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (own - low).square().mean().sqrt().item()
+def mixture_divergence(generator, teacher):
+    """KL divergence of a generator's states from a mixture's at the lowest noise level, by the trapezoidal rule."""
+    own, (alpha, noise) = Pushforward(generator), vp_weights(SCHEDULE.sigma(0.0))
+    low, high = (alpha * own.images.aminmax()[i].item() + side for i, side in ((0, -1.0), (1, 1.0)))
+    x = torch.linspace(low, high, NODES, dtype=torch.float64)
+    log_q = own.log_density(x[:, None], SCHEDULE.sigma(0.0))
+    spread = alpha**2 * teacher.variance + noise**2
+    log_p = mixture_log_density(x[:, None], alpha * teacher.means[:, 0], teacher.weights.log(), spread)
+    return torch.trapezoid(log_q.exp() * (log_q - log_p), x).item()
 
 
 @torch.no_grad()

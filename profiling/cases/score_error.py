@@ -10,6 +10,7 @@ constant weight and uniform levels, averages D_q - D_p. The table is ``profiling
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -38,9 +39,9 @@ from ..exact_generators import (
     Perceptron,
     PerceptronScore,
     Pushforward,
-    gaussian_distance,
+    gaussian_divergence,
     gaussian_of,
-    mixture_distance,
+    mixture_divergence,
     refinement,
 )
 from ..harness import device_folder
@@ -56,22 +57,32 @@ class Budget:
     """Size of the measurement.
 
     Attributes:
-        updates: updates of the generator in a run.
+        updates: updates of the generator that all runs have in common.
+        score_total: updates of the score network that all runs have in common.
         rounds: updates of the score network for each of the generator, one run each.
         seeds: runs of every setting.
         batch_size: images of an update.
         fit: updates that bring a score perceptron to the teacher's denoiser before the run.
-        every: updates of the generator from one measurement to the next.
+        every: updates of the generator from one measurement to the next; five times as many beyond ``updates``.
         draws: states of a measurement at every timestep.
     """
 
     updates: int = 400
+    score_total: int = 4000
     rounds: tuple[int, ...] = (1, 2, 5, 10)
     seeds: int = 3
-    batch_size: int = 128
+    batch_size: int = 256
     fit: int = 600
     every: int = 20
     draws: int = 128
+
+    def length(self, rounds: int) -> int:
+        """Updates of the generator in a run: enough for both common numbers."""
+        return max(self.updates, math.ceil(self.score_total / rounds))
+
+    def measures(self, update: int) -> bool:
+        """True at updates of the generator that end in a measurement."""
+        return update % (self.every if update <= self.updates else 5 * self.every) == 0
 
 
 DEFAULT = Budget()
@@ -86,7 +97,7 @@ class Setting:
         generator: function of a seed.
         score: function of a seed.
         exact: function of the generator that gives the teacher of its own images.
-        distance: function of generator and teacher.
+        divergence: function of generator and teacher.
         learning_rate: of the generator.
         score_learning_rate: of the score network.
     """
@@ -95,34 +106,32 @@ class Setting:
     generator: Callable
     score: Callable
     exact: Callable
-    distance: Callable
+    divergence: Callable
     learning_rate: float
     score_learning_rate: float
 
 
 GAUSSIAN = GaussianTeacher(torch.tensor([0.4, -1.0]), torch.tensor([0.3, 2.0]), SCHEDULE)
 MIXTURE = MixtureTeacher.from_preset("two-gaussians", SCHEDULE)
+AFFINE = (gaussian_of, gaussian_divergence, 0.01)
 SETTINGS = {
     "affine generator, q of the exact form": Setting(
-        GAUSSIAN,
-        lambda seed: Affine(),
-        lambda seed: GaussianScore(GAUSSIAN.mean, GAUSSIAN.covariance.diag()),
-        gaussian_of,
-        gaussian_distance,
-        0.01,
-        0.02,
+        GAUSSIAN, lambda seed: Affine(), lambda seed: GaussianScore(GAUSSIAN.mean, GAUSSIAN.covariance.diag()), *AFFINE, 0.02
+    ),
+    "affine generator, q a perceptron": Setting(
+        GAUSSIAN, lambda seed: Affine(), lambda seed: PerceptronScore(2, 1.4, seed), *AFFINE, 0.002
     ),
     "perceptron generator, q a perceptron": Setting(
         MIXTURE,
         lambda seed: Perceptron(1, 1, 32, 1000 + seed),
         lambda seed: PerceptronScore(1, 1.05, seed),
         Pushforward,
-        mixture_distance,
+        mixture_divergence,
         0.002,
         0.002,
     ),
 }
-"""Title -> setting. The learning rates stay constant."""
+"""Title -> setting. The learning rates stay constant, so that a run of few updates is the beginning of a longer one."""
 
 
 @torch.no_grad()
@@ -168,7 +177,7 @@ def fitted(score, teacher, updates, seed):
 def curves(setting, rounds, seed, budget, score):
     """One run of Diff-Instruct in the trainer: measurements along it, as lists by name."""
     config = DiffInstructConfig(
-        updates=budget.updates,
+        updates=budget.length(rounds),
         batch_size=budget.batch_size,
         score_updates=rounds,
         learning_rate=setting.learning_rate,
@@ -181,11 +190,11 @@ def curves(setting, rounds, seed, budget, score):
     generator, score = setting.generator(seed), copy.deepcopy(score)
     method = DiffInstruct(config, generator, score=score)
     method.given = "none"
-    found: dict[str, list] = {"updates": [], "error": [], "signal": [], "distance": []}
+    found: dict[str, list] = {"updates": [], "error": [], "signal": [], "divergence": []}
 
     def measure(update):
         measured = compared(generator, score, setting.exact(generator), setting.teacher, budget.draws)
-        measured |= {"updates": update, "distance": setting.distance(generator, setting.teacher)}
+        measured |= {"updates": update, "divergence": setting.divergence(generator, setting.teacher)}
         for name, values in found.items():
             values.append(float(f"{measured[name]:.4g}"))
 
@@ -194,7 +203,7 @@ def curves(setting, rounds, seed, budget, score):
         measure(0)
         for update in range(1, config.updates + 1):
             trainer.step()
-            if update % budget.every == 0:
+            if budget.measures(update):
                 measure(update)
     return found if setting.exact is not Pushforward else found | {"refinement": refinement(generator)}
 
@@ -238,21 +247,22 @@ def within(run, values, first, last):
 
 
 def summary(result):
-    """Rows of the table: ``{"setting", "rounds", "ratio", "late_ratio", "error", "distance"}``, by seed.
+    """Rows of the table: ``{"setting", "rounds", "ratio", "error", "divergence", "late_ratio", "late_divergence"}``, by seed.
 
-    Ratio and error are medians over the updates behind the start, the late ratio over their last quarter; the distance is that
-    behind the last update.
+    The first three figures are medians over the generator's updates that all runs have in common, the divergence over their
+    last quarter; the late ones are those of the last quarter of the common updates of q.
     """
     config, rows = result["config"], []
     for title in dict.fromkeys(run["setting"] for run in result["runs"]):
         for rounds in config["rounds"]:
             runs = [run for run in result["runs"] if run["setting"] == title and run["rounds"] == rounds]
-            last = config["updates"]
+            common, late = config["updates"], config["score_total"] / rounds
             figures = {
-                "ratio": [within(run, ratios(run), 0, last) for run in runs],
-                "late_ratio": [within(run, ratios(run), 0.75 * last, last) for run in runs],
-                "error": [within(run, run["error"], 0, last) for run in runs],
-                "distance": [run["distance"][-1] for run in runs],
+                "ratio": [within(run, ratios(run), 0, common) for run in runs],
+                "error": [within(run, run["error"], 0, common) for run in runs],
+                "divergence": [within(run, run["divergence"], 0.75 * common, common) for run in runs],
+                "late_ratio": [within(run, ratios(run), 0.75 * late, late) for run in runs],
+                "late_divergence": [within(run, run["divergence"], 0.75 * late, late) for run in runs],
             }
             rows.append({"setting": title, "rounds": rounds, **figures})
     return rows
@@ -264,9 +274,9 @@ def lines():
     for result in stored("score_error"):
         config = result["config"]
         found += source(result, [], f"median of {config['seeds']} seeds (least to greatest)")
-        titles = ("setting", "updates of q for each of g", f"error / signal, {config['updates']:,} of g", "last quarter")
-        titles += ("error of q", "Wasserstein-2 distance to the data, at the end")
-        names = ("ratio", "late_ratio", "error", "distance")
+        titles = ("setting", "updates of q for each of g", f"error / signal, {config['updates']:,} of g", "error of q")
+        titles += ("KL, their last quarter", f"error / signal, last quarter of {config['score_total']:,} of q", "KL, likewise")
+        names = ("ratio", "error", "divergence", "late_ratio", "late_divergence")
         rows = [(row["setting"], row["rounds"], *(_spread(row[name]) for name in names)) for row in summary(result)]
         found += [*markdown(titles, rows), ""]
     return found[:-1] or NOTHING
@@ -277,23 +287,29 @@ def _spread(values):
 
 
 def plot(result, path):
-    """Error of q over the signal by updates of the generator: a panel a setting, a line for each number of updates of q."""
+    """Above, error of q over the signal by updates of the generator; below, the generator's divergence by updates of q."""
     checked({"path": str(path), **result})
+    config = result["config"]
     settings = list(dict.fromkeys(run["setting"] for run in result["runs"]))
-    with panels(path, 3.8, 1, len(settings), sharey="row") as found:
-        for axes, title in zip(found, settings):
-            for rounds in result["config"]["rounds"]:
+    with panels(path, 6.2, 2, len(settings), sharey="row") as found:
+        for axes, below, title in zip(found, found[len(settings) :], settings):
+            for rounds in config["rounds"]:
                 runs = [run for run in result["runs"] if run["setting"] == title and run["rounds"] == rounds]
-                _line(axes, runs, "1 update of q" if rounds == 1 else f"{rounds} updates of q")
+                _line(axes, runs, [ratios(run) for run in runs], 1, config["updates"], str(rounds))
+                _line(below, runs, [run["divergence"] for run in runs], rounds, config["score_total"], "")
             axes.axhline(1, color="gray", linewidth=0.8)
-            axes.set(title=title, xlabel="updates of the generator", yscale="log")
+            axes.set(title=title.replace(", ", ",\n"), xlabel="updates of the generator", yscale="log")
+            below.set(xlabel="updates of q", yscale="log")
         found[0].set_ylabel("error of q over the signal")
-        found[-1].legend(title="for each of the generator", loc="lower right", ncols=2)
+        found[len(settings)].set_ylabel("KL of generator and data")
+        found[len(settings) - 1].legend(title="updates of q for each of the generator", loc="lower right", ncols=4)
 
 
-def _line(axes, runs, label):
+def _line(axes, runs, values, scale, last, label):
     """Median of the seeds, in a band from the least to the greatest."""
-    x, columns = runs[0]["updates"], list(zip(*map(ratios, runs), strict=True))
+    kept = [i for i, update in enumerate(runs[0]["updates"]) if scale * update <= last]
+    x = [scale * runs[0]["updates"][i] for i in kept]
+    columns = [[of_run[i] for of_run in values] for i in kept]
     (line,) = axes.plot(x, [statistics.median(column) for column in columns], label=label)
     axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.15, linewidth=0)
 
