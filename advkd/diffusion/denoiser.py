@@ -107,6 +107,19 @@ def levels_of(x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
     return levels.expand(len(x))
 
 
+def over(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weights of samples in a shape and the dtype that multiply states.
+
+    Args:
+        x: ``(N, ...)`` states.
+        weight: ``(N,)`` weights.
+
+    Returns:
+        ``(N, 1, ...)`` in ``x``'s dtype.
+    """
+    return weight.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def vp_weights(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights ``(alpha, noise)`` of image and noise in a variance-preserving state of a noise level.
 

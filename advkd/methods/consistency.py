@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
-from ..diffusion.denoiser import vp_weights
+from ..diffusion.denoiser import over, vp_weights
 from ..diffusion.denoiser_student import Sampler
 from ..diffusion.schedule import Schedule, karras_sigmas
 from ..diffusion.solvers import Solver
@@ -237,7 +237,7 @@ class Consistency(DenoiserMethod):
         denoiser = self.denoiser(network)
 
         def f(y, sigma, condition=None):
-            skip = _over(y, skip_weight(sigma, self.sigma_min, self.config.sigma_data))
+            skip = over(y, skip_weight(sigma, self.sigma_min, self.config.sigma_data))
             return skip * y + (1 - skip) * image_at(denoiser, y, sigma, condition)
 
         return f
@@ -255,10 +255,10 @@ class Consistency(DenoiserMethod):
         j = self._level(draw, sigmas)
         low, high = sigmas[j], sigmas[j + 1]
         noise, condition = draw.normal("z", *images.shape[1:]), self.dropped(batch.labels, draw, config.drop)
-        y = images + _over(images, high) * noise
+        y = images + over(images, high) * noise
         with torch.no_grad():
             if self.teacher is None:
-                y_low = images + _over(images, low) * noise
+                y_low = images + over(images, low) * noise
             else:
                 y_low = STEPS[config.solver][0](self.teacher, y, high, low, condition)
             with step.autocast():
@@ -333,7 +333,7 @@ def image_at(model: Any, y: Tensor, sigma: Tensor, condition: Any = None) -> Ten
         ``(N, ...)`` in ``y``'s dtype; differentiable as ``model`` is.
     """
     alpha, _ = vp_weights(sigma)
-    return model.predict(_over(y, alpha) * y, sigma, condition)[0].to(y.dtype)
+    return model.predict(over(y, alpha) * y, sigma, condition)[0].to(y.dtype)
 
 
 def euler_step(model: Any, y: Tensor, high: Tensor, low: Tensor, condition: Any = None) -> Tensor:
@@ -349,7 +349,7 @@ def euler_step(model: Any, y: Tensor, high: Tensor, low: Tensor, condition: Any 
     Returns:
         ``(N, ...)`` states.
     """
-    return y + _over(y, (low - high) / high) * (y - image_at(model, y, high, condition))
+    return y + over(y, (low - high) / high) * (y - image_at(model, y, high, condition))
 
 
 def heun_step(model: Any, y: Tensor, high: Tensor, low: Tensor, condition: Any = None) -> Tensor:
@@ -365,16 +365,11 @@ def heun_step(model: Any, y: Tensor, high: Tensor, low: Tensor, condition: Any =
     Returns:
         ``(N, ...)`` states.
     """
-    slope = (y - image_at(model, y, high, condition)) / _over(y, high)
-    reached = y + _over(y, low - high) * slope
-    second = (reached - image_at(model, reached, low, condition)) / _over(y, low)
-    return y + _over(y, (low - high) / 2) * (slope + second)
+    slope = (y - image_at(model, y, high, condition)) / over(y, high)
+    reached = y + over(y, low - high) * slope
+    second = (reached - image_at(model, reached, low, condition)) / over(y, low)
+    return y + over(y, (low - high) / 2) * (slope + second)
 
 
 STEPS: dict[str, tuple[Callable[..., Tensor], int]] = {"heun": (heun_step, 2), "euler": (euler_step, 1)}
 """Steps of the teacher by name, with their evaluations."""
-
-
-def _over(y, weight):
-    """``(N,)`` weights in a shape and the dtype that multiply states."""
-    return weight.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))

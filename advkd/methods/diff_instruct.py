@@ -24,7 +24,7 @@ from ..models.critic import Critic, CriticConfig
 from ..ops.critic.update import critic_gradients
 from .base import Kept, Needs, Stage, Step, Trained
 from .denoiser_method import require_unused
-from .generator import preview
+from .generator import previewed
 from .score import ScoreConfig, ScoreMethod, along
 
 NORMS = ("", "batch", "frozen")
@@ -282,10 +282,7 @@ class DiffInstruct(ScoreMethod):
         Returns:
             ``(N, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
         """
-        if not hasattr(student, "latents"):
-            return None
-        z, labels = preview(student, self.config.seed)
-        return student(z, labels=labels)
+        return previewed(student, self.config.seed)
 
 
 def critic_condition(sigma: Tensor, labels: Tensor | None, classes: int, dtype: torch.dtype) -> Tensor:

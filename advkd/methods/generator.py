@@ -1,5 +1,7 @@
 """Parts that methods of generator students share: the conditions of critics, and the images that show a stage's result."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,22 @@ def condition_planes(student: Student, z: Tensor, labels: Tensor | None, latent:
     if labels is not None:
         planes.append(F.one_hot(labels, student.num_classes).to(z.dtype)[:, :, None, None].expand(-1, -1, 4, 4))
     return torch.cat(planes, dim=1) if planes else None
+
+
+def previewed(student: Any, seed: int) -> Tensor | None:
+    """Images that show a stage's result, the same in every run of one seed, of all classes in turn.
+
+    Args:
+        student: the result so far.
+        seed: of the latents.
+
+    Returns:
+        ``(N, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
+    """
+    if not hasattr(student, "latents"):
+        return None
+    z, labels = preview(student, seed)
+    return student(z, labels=labels)
 
 
 def preview(student: Student, seed: int) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
 from ..errors import InputError
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
-from .generator import preview
+from .generator import previewed
 
 
 @dataclass
@@ -224,7 +224,4 @@ class Pairs(Method):
         Returns:
             ``(N, C, H, W)``, or None for a module that has no ``latents`` as :class:`advkd.Student` has.
         """
-        if not hasattr(student, "latents"):
-            return None
-        z, labels = preview(student, self.config.seed)
-        return student(z, labels=labels)
+        return previewed(student, self.config.seed)

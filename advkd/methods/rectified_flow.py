@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.draws import Draw
 from ..data.sources import Batch
+from ..diffusion.denoiser import over
 from ..diffusion.denoiser_student import Sampler
 from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
@@ -269,7 +270,7 @@ class RectifiedFlow(DenoiserMethod):
 
     def _straight(self, batch, draw):
         x, z, tau = batch.images, self.noise(batch, draw), self.times(draw)
-        share = _over(x, tau)
+        share = over(x, tau)
         labels = batch.labels if self.given == "pairs" else self.dropped(batch.labels, draw, self.config.drop)
         u = velocity(self._flow, share * x + (1 - share) * z, tau, labels)
         return self._distance(u, x - z)
@@ -297,7 +298,7 @@ def velocity(model: Any, y: Tensor, tau: Tensor, condition: Any = None) -> Tenso
     Returns:
         ``(N, ...)`` in ``y``'s dtype; differentiable as ``model`` is.
     """
-    x0, eps = model.predict(y / _over(y, torch.hypot(tau, 1 - tau)), (1 - tau) / tau, condition)
+    x0, eps = model.predict(y / over(y, torch.hypot(tau, 1 - tau)), (1 - tau) / tau, condition)
     return (x0 - eps).to(y.dtype)
 
 
@@ -313,7 +314,7 @@ def two_steps(model: Any, z: Tensor, middle: Tensor, condition: Any = None) -> T
     Returns:
         ``(N, ...)``.
     """
-    share = _over(z, middle)
+    share = over(z, middle)
     first = velocity(model, z, torch.zeros_like(middle), condition)
     return share * first + (1 - share) * velocity(model, z + share * first, middle, condition)
 
@@ -336,8 +337,3 @@ def straightness(model: Any, z: Tensor, condition: Any = None, steps: int = 16) 
         found.append(velocity(model, y, torch.full((len(z),), i / steps, dtype=torch.float64, device=z.device), condition))
         y = y + found[-1] / steps
     return (torch.stack(found) - (y - z)).square().mean().item()
-
-
-def _over(x, weight):
-    """``(N,)`` weights in a shape and the dtype that multiply states."""
-    return weight.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.draws import Draw
-from ..diffusion.denoiser import Denoiser, noised
+from ..diffusion.denoiser import Denoiser, noised, over
 from ..diffusion.guidance import require_null
 from ..diffusion.schedule import Schedule
 from ..errors import InputError
@@ -208,7 +208,7 @@ class ScoreMethod(DenoiserMethod):
         guided = (torch.full((len(x),), self.config.guidance).to(sigma),) if self.config.guidance else ()
         taught = self.teacher.predict(x, sigma, condition, *guided)[0].to(x.dtype)
         weight = DIRECTIONS[self.config.weight](images, taught)
-        return weight.reshape(-1, *[1] * (x.ndim - 1)) * (found.to(x.dtype) - taught)
+        return over(x, weight) * (found.to(x.dtype) - taught)
 
     def _q(self, network, clip):
         return Denoiser(network, self.schedule, self.teacher.prediction, clip)

@@ -245,10 +245,8 @@ def classes_in_turn(teacher: Any, config: ScoreDistillationConfig) -> list[int]:
         The numbers; empty without classes.
 
     Raises:
-        InputError: a teacher that takes the guidance weight itself or cannot be guided, or classes that it does not know.
+        InputError: a teacher that cannot be guided, or classes that it does not know.
     """
-    if teacher.most_guidance:
-        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
     if config.guidance:
         require_null(teacher)
     return class_numbers(teacher, teacher.class_names, config.classes or None)

@@ -54,6 +54,22 @@ def source_of(
     return images_of(method, needs, tuple(model.shape), model.class_names, data, progress)
 
 
+def require_callable(teacher: Teacher, device: str | torch.device) -> None:
+    """Refuse a teacher that a method cannot call.
+
+    Args:
+        teacher: the teacher.
+        device: torch device of the run.
+
+    Raises:
+        InputError: a teacher on another device, or one that takes a guidance weight itself.
+    """
+    if teacher.most_guidance:
+        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    if teacher.device.type != torch.device(device).type:
+        raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")
+
+
 def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
     """Refuse a teacher whose states or classes are not the student's.
 

@@ -21,7 +21,7 @@ from ..models.saving import SAMPLER
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
 from .cost import run_cost, unpaid
-from .denoiser_data import require_alike, source_of
+from .denoiser_data import require_alike, require_callable, source_of
 from .trainer import Trainer
 
 
@@ -222,9 +222,7 @@ def _require_plain(kind, config, student, teacher, device):
     """Refuse a teacher that is not called or elsewhere, and networks that take a guidance weight where none is given."""
     if teacher is not None and not kind.calls_teacher(config):
         raise InputError(f"{kind.name} does not call a teacher with these options: leave --teacher out")
-    if teacher is not None and teacher.most_guidance:
-        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    if teacher is not None:
+        require_callable(teacher, device)
     if student.model.most_guidance and not kind.takes_weights:
         raise InputError(f"--init: the student takes a guidance weight, which {kind.name} does not give: continue it by guided")
-    if teacher is not None and teacher.device.type != torch.device(device).type:
-        raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")

@@ -18,7 +18,7 @@ from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
 from .cost import run_cost, unpaid
-from .denoiser_data import images_of
+from .denoiser_data import images_of, require_callable
 from .processes import barrier
 from .trainer import Trainer
 
@@ -220,13 +220,10 @@ def _require_teacher(method, student, teacher, device):
     """Refuse a teacher that is missing, takes weights itself, or draws other images or classes than the student."""
     if teacher is None:
         raise InputError(f"{method} needs a teacher: name it by --teacher")
-    if teacher.most_guidance:
-        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    require_callable(teacher, device)
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")
-    if teacher.device.type != torch.device(device).type:
-        raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")
     if teacher.num_classes and not student.num_classes:
         raise InputError("the teacher is told classes and the student knows none: begin with a fresh one by --preset")
     if missing := [name for name in student.class_names if name not in teacher.class_names]:

@@ -21,6 +21,7 @@ from ..models.saving import TRAINING
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest, with_digest, write_json, write_tensors
 from .cost import run_cost
+from .denoiser_data import require_callable
 from .trainer import Trainer
 
 IMAGES = "images.safetensors"
@@ -99,8 +100,7 @@ class ImageOptimiser(Trainer):
         progress: bool = True,
     ):
         config.validate()
-        if teacher.device.type != torch.device(device).type:
-            raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")
+        require_callable(teacher, device)
         numbers = classes_in_turn(teacher, config)
         self.labels = labels_in_turn(numbers, 0, config.num)
         prototypes = _prototypes(config, teacher, self.labels, data, progress)
