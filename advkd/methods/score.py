@@ -25,11 +25,13 @@ from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
 LEVELS = ("uniform", "lognormal")
 """Distributions of the noise level; see :class:`ScoreConfig`."""
 
-DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "constant": lambda image, taught: torch.ones(len(image), dtype=image.dtype, device=image.device),
-    "dmd": lambda image, taught: 1 / (image - taught).abs().flatten(1).mean(dim=1).clamp_min(1e-5),
+DIRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "constant": lambda image, taught, sigma, deviation: torch.ones_like(sigma),
+    "dmd": lambda image, taught, sigma, deviation: 1 / (image - taught).abs().flatten(1).mean(dim=1).clamp_min(1e-5),
+    "edm": lambda image, taught, sigma, deviation: deviation**-2 + sigma**-2,
 }
-"""Weight of D_q - D_p by the student's image and D_p: 1, or 1 / mean|x - D_p| (Yin et al. 2024, eq. 8)."""
+"""Weight of D_q - D_p by the student's image, D_p, the noise level and the data's deviation: 1, 1 / mean|x - D_p| (Yin et al.
+2024, eq. 8), or (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1)."""
 
 OWN_ERROR: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": lambda sigma: sigma**-2,
@@ -52,7 +54,8 @@ class ScoreConfig(DenoiserConfig):
         level: distribution of the noise level: ``uniform`` over the timesteps, or ``lognormal``.
         level_mean: mean of log sigma of ``lognormal``, which is clamped to the schedule's levels.
         level_deviation: its deviation.
-        weight: of D_q - D_p: ``constant``, or ``dmd`` for 1 / mean|x - D_p|.
+        weight: of D_q - D_p: ``constant``, ``dmd`` for 1 / mean|x - D_p|, or ``edm`` for 1 / sigma_data^2 + 1 / sigma^2.
+        sigma_data: deviation of the data in ``edm``.
         guidance: weight w of the teacher's classifier-free guidance towards a conditional student's classes.
     """
 
@@ -69,6 +72,7 @@ class ScoreConfig(DenoiserConfig):
     level_mean: float = -1.2
     level_deviation: float = 1.2
     weight: str = "constant"
+    sigma_data: float = 0.5
     guidance: float = 0.0
 
     def validate(self) -> None:
@@ -84,11 +88,13 @@ class ScoreConfig(DenoiserConfig):
             ("level_mean", math.isfinite(self.level_mean), "finite"),
             ("level_deviation", 0 < self.level_deviation < math.inf, "positive and finite"),
             ("weight", self.weight in DIRECTIONS, f"one of {', '.join(DIRECTIONS)}"),
+            ("sigma_data", 0 < self.sigma_data < math.inf, "positive and finite"),
             ("guidance", 0 <= self.guidance < math.inf, "at least 0 and finite"),
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         require_unused(self, self.level == "uniform", "level lognormal", "level_mean", "level_deviation")
+        require_unused(self, self.weight != "edm", "weight edm", "sigma_data")
 
 
 class ScoreMethod(DenoiserMethod):
@@ -207,7 +213,7 @@ class ScoreMethod(DenoiserMethod):
         found, _ = self._q(network, self.teacher.clip).predict(x, sigma, condition)
         guided = (torch.full((len(x),), self.config.guidance).to(sigma),) if self.config.guidance else ()
         taught = self.teacher.predict(x, sigma, condition, *guided)[0].to(x.dtype)
-        weight = DIRECTIONS[self.config.weight](images, taught)
+        weight = DIRECTIONS[self.config.weight](images, taught, sigma, self.config.sigma_data)
         return over(x, weight) * (found.to(x.dtype) - taught)
 
     def _q(self, network, clip):
