@@ -315,14 +315,15 @@ class Method(Protocol):
         """
         ...
 
-    def evaluations(self, stage: Stage) -> tuple[int, int]:
+    def evaluations(self, stage: Stage) -> tuple[float, float]:
         """Network evaluations of an update by sample of the batch, the price of a run.
 
         Args:
             stage: one of :meth:`stages`.
 
         Returns:
-            ``(forward, backward)``: passes forward of student and teacher, and passes backward of the student.
+            ``(forward, backward)``, means over the stage's updates: passes forward of student, score network and teacher, and
+            passes backward.
         """
         return 1, 1
 

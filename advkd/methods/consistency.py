@@ -23,14 +23,11 @@ from ..diffusion.solvers import Solver
 from ..diffusion.stochastic import skip_weight
 from ..errors import InputError
 from .base import Kept, Needs, Stage, Step, Trained
-from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
+from .denoiser_method import DenoiserConfig, DenoiserMethod, require_level_distribution, require_unused
 from .distances import DISTANCES
 
 Function = Callable[[Tensor, Tensor, Any], Tensor]
 """Function of the state y ``(N, ...)``, its noise levels ``(N,)`` and a condition that gives an image."""
-
-LEVELS = ("uniform", "lognormal")
-"""Distributions of the level; see :class:`ConsistencyConfig`."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda high, low: torch.ones_like(high),
@@ -89,9 +86,6 @@ class ConsistencyConfig(DenoiserConfig):
             ("sigma_min", 0 <= self.sigma_min < math.inf, "at least 0 and finite"),
             ("sigma_max", 0 <= self.sigma_max < math.inf, "at least 0 and finite"),
             ("sigma_data", 0 < self.sigma_data < math.inf, "positive and finite"),
-            ("level", self.level in LEVELS, f"one of {', '.join(LEVELS)}"),
-            ("level_mean", math.isfinite(self.level_mean), "finite"),
-            ("level_deviation", 0 < self.level_deviation < math.inf, "positive and finite"),
             ("weight", self.weight in WEIGHTS, f"one of {', '.join(WEIGHTS)}"),
             ("distance", self.distance in DISTANCES, f"one of {', '.join(DISTANCES)}"),
             ("solver", self.solver in STEPS, f"one of {', '.join(STEPS)}"),
@@ -100,7 +94,7 @@ class ConsistencyConfig(DenoiserConfig):
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        require_unused(self, self.level == "uniform", "level lognormal", "level_mean", "level_deviation")
+        require_level_distribution(self)
 
 
 class Consistency(DenoiserMethod):
@@ -153,7 +147,15 @@ class Consistency(DenoiserMethod):
         self._target = student
 
     def needs(self) -> Needs:
-        """Images, with labels where the student is told classes."""
+        """Images, with labels where the student is told classes.
+
+        Returns:
+            Needs.
+
+        Raises:
+            InputError: a solver without a teacher to take its steps.
+        """
+        require_unused(self.config, self.teacher is None, "a teacher (--teacher)", "solver")
         return Needs("images", labels=self.num_classes > 0, student="denoiser")
 
     def build(self, stage: Stage) -> dict[str, Trained | Kept]:

@@ -15,6 +15,9 @@ from ..diffusion.schedule import Schedule
 from ..errors import InputError
 from .base import Kept, Method, Settings, Stage, Trained, cosine
 
+LEVELS = ("uniform", "lognormal")
+"""Distributions of the noise level: see ``level`` of a method's configuration."""
+
 
 @dataclass
 class DenoiserConfig:
@@ -201,7 +204,7 @@ def require_unused(config: Any, unused: bool, owner: str, *names: str) -> None:
     Args:
         config: a configuration.
         unused: True if the numbers do nothing with its other fields.
-        owner: what has them.
+        owner: what has them, and is not chosen.
         names: their fields.
 
     Raises:
@@ -209,7 +212,26 @@ def require_unused(config: Any, unused: bool, owner: str, *names: str) -> None:
     """
     for name in names:
         if unused and getattr(config, name) != getattr(type(config), name):
-            raise InputError(f"{name} is of {owner}, which is not chosen: choose it, or leave {name} out")
+            raise InputError(f"{name} does nothing without {owner}: choose that, or leave {name} out")
+
+
+def require_level_distribution(config: Any) -> None:
+    """Refuse ``level``, ``level_mean`` and ``level_deviation`` that cannot work.
+
+    Args:
+        config: a configuration that has them.
+
+    Raises:
+        InputError: the one that cannot.
+    """
+    for name, holds, wanted in (
+        ("level", config.level in LEVELS, f"one of {', '.join(LEVELS)}"),
+        ("level_mean", math.isfinite(config.level_mean), "finite"),
+        ("level_deviation", 0 < config.level_deviation < math.inf, "positive and finite"),
+    ):
+        if not holds:
+            raise InputError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+    require_unused(config, config.level == "uniform", "level lognormal", "level_mean", "level_deviation")
 
 
 def _layout(module):

@@ -68,7 +68,7 @@ class DiffInstructConfig(ScoreConfig):
         if self.norm not in NORMS:
             raise InputError(f"norm must be batch or frozen, or empty, got {self.norm!r}")
         critic = ("gradient_penalty", "critic_learning_rate", "critic_channels", "critic_max_channels")
-        require_unused(self, not self.gan, "the critic (--gan)", *critic)
+        require_unused(self, not self.gan, "a critic (--gan)", *critic)
 
 
 class DiffInstruct(ScoreMethod):
@@ -103,6 +103,8 @@ class DiffInstruct(ScoreMethod):
             self.columns = (*self.columns, "critic", "penalty")
         self._critic: nn.Module | None = None
         self._numbers: Tensor | None = None
+        trained = getattr(student, "training_record", None)
+        self._norm = (config.norm or ("frozen" if trained else "batch")) if self._draws else ""
         if schedule is None:
             if config.entry != type(config).entry:
                 raise InputError("entry is of a denoiser student, which is entered there: leave it out")
@@ -112,6 +114,22 @@ class DiffInstruct(ScoreMethod):
         least, most = schedule.sigma(0.0).item(), schedule.sigma(len(schedule) - 1.0).item()
         if not least <= config.entry <= most:
             raise InputError(f"entry must be within the schedule's levels, {least:.3g} to {most:.3g}, got {config.entry}")
+
+    def check(self, data: Any) -> None:
+        """Refuse pairs that the teacher was guided to with another weight than that of its score.
+
+        Args:
+            data: the recorded pairs.
+
+        Raises:
+            InputError: two weights.
+        """
+        recorded, ours = data.info.guidance, self.config.guidance
+        if recorded != ours:
+            raise InputError(
+                f"guidance {ours:g}: the pairs were recorded with {recorded:g}, and two losses would lead to different images: "
+                f"give --guidance {recorded:g}, or record others"
+            )
 
     def needs(self) -> Needs:
         """A teacher, and the pairs or images that the run has.
@@ -124,6 +142,7 @@ class DiffInstruct(ScoreMethod):
         """
         config, given, kind = self.config, self.given, "generator" if self._draws else "denoiser"
         self.require_guidable(self._classes)
+        require_unused(config, given != "pairs", "pairs (--trajectories)", "regression")
         if given == "none" and config.gan:
             raise InputError("gan compares with images: name them by --data, or pairs by --trajectories")
         if given == "images" and not config.gan:
@@ -163,7 +182,7 @@ class DiffInstruct(ScoreMethod):
         parts = super().build(stage)
         if hasattr(student, "terminals"):
             student.terminals.requires_grad_(False)
-        if config.norm == "frozen" or (not config.norm and getattr(student, "training_record", None)):
+        if self._norm == "frozen":
             student.eval()
         if config.gan:
             channels, side = teacher.shape[0], teacher.shape[-1]
@@ -174,7 +193,7 @@ class DiffInstruct(ScoreMethod):
             parts["critic"] = Trained(self._critic, config.critic_learning_rate, config.betas, schedule=self._rate)
         return parts
 
-    def evaluations(self, stage: Stage) -> tuple[int, int]:
+    def evaluations(self, stage: Stage) -> tuple[float, float]:
         """The student once for each update of the score network, which is compared with the teacher once, and on pairs.
 
         The critic is not counted; guidance takes the teacher twice.
@@ -185,8 +204,8 @@ class DiffInstruct(ScoreMethod):
         Returns:
             ``(forward, backward)`` by sample of the batch.
         """
-        updates, pairs = self.config.score_updates, int(self._regresses)
-        return 2 * updates + 2 + pairs + (self.config.guidance > 0), updates + 1 + pairs
+        updates, trained, pairs = self.config.score_updates, self.trained_share, int(self._regresses)
+        return 2 * updates + 2 + pairs * trained + (self.config.guidance > 0), updates + (1 + pairs) * trained
 
     @property
     def _regresses(self):
@@ -271,6 +290,18 @@ class DiffInstruct(ScoreMethod):
         step.gradients("critic", found.gradients)
         step.log(critic=found.loss, penalty=found.penalty)
         return -self._critic(fake, condition).mean()
+
+    def measured(self, model: Any, stage: Stage) -> dict[str, Any]:
+        """The statistics that a generator's batch norm was trained with.
+
+        Args:
+            model: not used.
+            stage: not used.
+
+        Returns:
+            ``{"norm": ...}`` of a generator, ``batch`` or ``frozen``; nothing of a denoiser.
+        """
+        return {"norm": self._norm} if self._draws else {}
 
     def samples(self, student: Any, stage: Stage) -> Tensor | None:
         """Images, the same in every run of one seed, of all classes in turn.

@@ -17,6 +17,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
 from ..errors import InputError
 from .base import Needs, Stage, Step
+from .denoiser_method import require_unused
 from .score import ScoreConfig, ScoreMethod, along
 
 INPUTS = ("data", "simulated")
@@ -87,11 +88,12 @@ class DPDM(ScoreMethod):
         self.require_guidable(self.num_classes)
         if self.config.inputs == "data":
             return Needs("images", teacher=True, labels=self.num_classes > 0, student="denoiser")
+        require_unused(self.config, True, "inputs data", "level", "level_mean", "level_deviation")
         if self.given != "none":
             raise InputError("inputs simulated needs no images: leave --data out")
         return Needs("none", teacher=True, student="denoiser")
 
-    def evaluations(self, stage: Stage) -> tuple[int, int]:
+    def evaluations(self, stage: Stage) -> tuple[float, float]:
         """The student once for each update of the score network, which is compared with the teacher once.
 
         Args:
@@ -101,7 +103,7 @@ class DPDM(ScoreMethod):
             ``(forward, backward)`` by sample of the batch, the mean number of steps before a simulated input among them.
         """
         updates, before = self.config.score_updates, (self.config.steps - 1) / 2 if self.config.inputs == "simulated" else 0
-        return round(updates * (2 + before)) + 2 + (self.config.guidance > 0), updates + 1
+        return updates * (2 + before) + 2 + (self.config.guidance > 0), updates + self.trained_share
 
     def sampler(self, stage: Stage) -> Sampler:
         """DPDM's: denoise, and add the noise of the next level; ``--steps`` of ``advkd sample`` takes other numbers of them.
@@ -127,7 +129,7 @@ class DPDM(ScoreMethod):
             if i:
                 batch, draw = step.next_batch()
             last = i + 1 == self.config.score_updates and not waits
-            x, sigma, condition = self._input(batch, draw)
+            x, sigma, condition = self._input(step, batch, draw)
             with torch.set_grad_enabled(last), step.autocast():
                 image = self._denoiser.predict(x, sigma, condition)[0]
             image = image.to(x.dtype)
@@ -137,18 +139,18 @@ class DPDM(ScoreMethod):
         if not waits:
             step("student", along(direction, image))
 
-    def _input(self, batch, draw):
+    def _input(self, step, batch, draw):
         """States that the student denoises, their levels and classes."""
         if self.config.inputs == "simulated":
             labels = draw.integers("labels", self.num_classes) if self.num_classes else None
             condition = self.dropped(labels, draw, self.config.drop)
-            return *self._simulated(draw, condition), condition
+            return *self._simulated(step, draw, condition), condition
         images, sigma = batch.images, self.noise_levels(draw, "level")
         condition = self.dropped(batch.labels, draw, self.config.drop)
         return noised(images, draw.normal("x_t", *images.shape[1:]), sigma), sigma, condition
 
     @torch.no_grad()
-    def _simulated(self, draw, condition):
+    def _simulated(self, step, draw, condition):
         """States at levels of the sampler, each after as many of its steps as lie before."""
         sigmas = self._sigmas.to(draw.indices.device)
         chosen, x = draw.integers("level", len(sigmas)), draw.normal("x_T", *self.teacher.shape)
@@ -157,7 +159,8 @@ class DPDM(ScoreMethod):
             if not len(on):
                 break
             told = None if condition is None else condition[on]
-            image = self._denoiser.predict(x[on], sigmas[k], told)[0].clamp(-self.clip, self.clip)
+            with step.autocast():
+                image = self._denoiser.predict(x[on], sigmas[k], told)[0].clamp(-self.clip, self.clip)
             noise = draw.normal(f"simulated {k}", *self.teacher.shape)[on]
             x[on] = noised(image.to(x.dtype), noise, sigmas[k + 1])
         return x, sigmas[chosen]

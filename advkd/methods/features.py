@@ -15,6 +15,7 @@ from ..models.classifier import Classifier
 from ..runtime.files import digest
 from ..runtime.launcher import processes
 from .base import Kept, Settings, Stage, Trained
+from .denoiser_method import require_unused
 from .distances import diversity, entropy, feature_kl
 from .progressive import Progressive, ProgressiveConfig
 
@@ -51,6 +52,8 @@ class FeaturesConfig(ProgressiveConfig):
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        require_unused(self, not self.alpha, "alpha", "beta")
+        require_unused(self, not self.pixels, "pixels", "weight")
         if self.alpha and processes()[1] > 1:
             raise InputError(
                 "alpha: the mean prediction is that of a whole batch, which one process must have: "

@@ -19,7 +19,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
 from ..errors import InputError
 from .base import Needs, Stage, Step, Trained
-from .denoiser_method import DenoiserConfig, DenoiserMethod
+from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
 from .distances import DISTANCES
 
 TIMES = ("uniform", "u-shaped")
@@ -149,6 +149,7 @@ class RectifiedFlow(DenoiserMethod):
                 "two_step needs a flow as its teacher, and one that predicts the noise has no image where all is noise: "
                 "name a student of rectified-flow"
             )
+        require_unused(config, given != "images", "images (--data)", "drop")
         return Needs(given, given == "pairs", teacher=config.two_step > 0, student="denoiser", limit=config.pairs)
 
     def build(self, stage: Stage) -> dict[str, Trained]:

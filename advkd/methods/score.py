@@ -20,10 +20,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import InputError
 from ..models.denoiser import DenoiserNetwork
 from .base import Kept, Stage, Step, Trained, cosine
-from .denoiser_method import DenoiserConfig, DenoiserMethod, require_unused
-
-LEVELS = ("uniform", "lognormal")
-"""Distributions of the noise level; see :class:`ScoreConfig`."""
+from .denoiser_method import DenoiserConfig, DenoiserMethod, require_level_distribution, require_unused
 
 DIRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "constant": lambda image, taught, sigma, deviation: torch.ones_like(sigma),
@@ -84,16 +81,13 @@ class ScoreConfig(DenoiserConfig):
             ("score_learning_rate", 0 < self.score_learning_rate < math.inf, "positive and finite"),
             ("score_ema", 0 <= self.score_ema < 1, "in [0, 1)"),
             ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)"),
-            ("level", self.level in LEVELS, f"one of {', '.join(LEVELS)}"),
-            ("level_mean", math.isfinite(self.level_mean), "finite"),
-            ("level_deviation", 0 < self.level_deviation < math.inf, "positive and finite"),
             ("weight", self.weight in DIRECTIONS, f"one of {', '.join(DIRECTIONS)}"),
             ("sigma_data", 0 < self.sigma_data < math.inf, "positive and finite"),
             ("guidance", 0 <= self.guidance < math.inf, "at least 0 and finite"),
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        require_unused(self, self.level == "uniform", "level lognormal", "level_mean", "level_deviation")
+        require_level_distribution(self)
         require_unused(self, self.weight != "edm", "weight edm", "sigma_data")
 
 
@@ -104,7 +98,7 @@ class ScoreMethod(DenoiserMethod):
         config: a :class:`ScoreConfig`.
         student: the student.
         schedule: noise schedule of student and teacher.
-        score: network of the teacher's prediction and of the student's images, trained in place; None: a copy of the teacher's.
+        score: network of the teacher's prediction for the student's images, trained in place; None: a copy of the teacher's.
     """
 
     columns: tuple[str, ...] = ("loss", "score", "difference")
@@ -123,10 +117,15 @@ class ScoreMethod(DenoiserMethod):
 
         Returns:
             ``student`` and ``score``.
+
+        Raises:
+            InputError: a score network that takes or gives other states than the teacher.
         """
         config = self.config
         if self._score is None:
             self._score = DenoiserNetwork(copy.deepcopy(self.teacher.unet).float())
+        else:
+            self._require_states(self._score)
         student, score = self.trained(self.student, stage.updates), self.trained(self._score, stage.updates)
         student.betas = score.betas = config.betas
         score.learning_rate, score.average = config.score_learning_rate, config.score_ema
@@ -149,8 +148,27 @@ class ScoreMethod(DenoiserMethod):
         if not classes:
             raise InputError("guidance is towards classes, and the student is told none: leave it out")
 
+    def _require_states(self, score):
+        teacher, weights = self.teacher, next(score.parameters())
+        state, told = weights.new_zeros(1, *teacher.shape), None
+        if getattr(teacher, "num_classes", 0):
+            told = torch.zeros(1, dtype=torch.int64, device=weights.device)
+        try:
+            with torch.no_grad():
+                self._q(score, math.inf).predict(state, self.schedule.sigma(0.0).item(), told)
+        except (InputError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"score: the network does not take and give states {tuple(state.shape[1:])} as the teacher does ({error}): "
+                "leave it out for a copy of the teacher's"
+            ) from error
+
     def _rate(self, update):
         return cosine(update, self.config.updates, self.config.final_learning_rate)
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the updates in which the student is trained, too."""
+        return 1 - self.config.score_first / self.config.updates
 
     def waits(self, draw: Draw) -> bool:
         """True in the updates that the score network is given for itself.

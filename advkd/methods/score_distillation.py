@@ -20,6 +20,7 @@ from ..diffusion.schedule import Schedule
 from ..errors import InputError
 from ..models.optimised_images import GENERATORS
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
+from .denoiser_method import require_unused
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "variance": lambda alpha, noise: alpha * noise,
@@ -88,6 +89,8 @@ class ScoreDistillationConfig:
         ):
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        require_unused(self, self.generator != "coefficients", "generator coefficients", "grid")
+        require_unused(self, self.generator != "warp", "generator warp", "prototype")
         if self.guidance and not self.classes:
             raise InputError(f"guidance {self.guidance:g} leads towards a class: name the images' by --classes")
 

@@ -18,7 +18,7 @@ def run_cost(method: Method, stages: Sequence[Stage], info: DatasetInfo | None =
         num: number of the trajectories that no earlier run has paid for.
 
     Returns:
-        ``forward`` (of student and teacher) and ``backward`` evaluations.
+        ``forward`` and ``backward`` evaluations, those of :meth:`Method.evaluations`.
     """
     forward, backward = 0, 0
     if info is not None:
@@ -27,8 +27,8 @@ def run_cost(method: Method, stages: Sequence[Stage], info: DatasetInfo | None =
         forward = num * each * Solver(info.solver).evaluations(info.steps)
     for stage in stages:
         ahead, back = method.evaluations(stage)
-        forward += ahead * stage.updates * stage.batch_size
-        backward += back * stage.updates * stage.batch_size
+        forward += round(ahead * stage.updates * stage.batch_size)
+        backward += round(back * stage.updates * stage.batch_size)
     return {"forward": forward, "backward": backward}
 
 

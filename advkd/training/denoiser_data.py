@@ -169,6 +169,21 @@ def images_of(
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
 
 
+def learnt_from(method: Method, source: Source) -> dict[str, str]:
+    """Digests of what a run began with, for the record of its student.
+
+    Args:
+        method: the run's method.
+        source: the run's data.
+
+    Returns:
+        ``init``, the network that training began with, where the runner says it, and ``images`` where the run has images.
+    """
+    begun = {"init": method.origin["init"]} if "init" in method.origin else {}
+    images = isinstance(source, Tensors) and source.tensors
+    return {**begun, "images": source.identity()["tensors"]} if images else begun
+
+
 def _require_names(data, names, known):
     if tuple(names) != tuple(known):
         remedy = f": name {fitting}" if (fitting := named_like(tuple(known))) else ""

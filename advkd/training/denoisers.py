@@ -16,12 +16,13 @@ from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods import method_class
 from ..methods.base import Stage
+from ..methods.denoiser_method import require_unused
 from ..models.denoiser import DenoiserNetwork
 from ..models.saving import SAMPLER
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
 from .cost import run_cost, unpaid
-from .denoiser_data import require_alike, require_callable, source_of
+from .denoiser_data import learnt_from, require_alike, require_callable, source_of
 from .trainer import Trainer
 
 
@@ -127,6 +128,8 @@ class DenoiserDistiller(Trainer):
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
         run.teacher, run.clip = teacher, model.clip
         run.num_classes, run.null_class = model.num_classes, model.null_class
+        if run.null_class is None and hasattr(config, "drop"):
+            require_unused(config, True, "a student that has a null class (--init)", "drop")
         run.given = "pairs" if trajectories is not None else "images" if data is not None else "none"
         needs = run.needs()
         if needs.teacher and teacher is None:
@@ -208,11 +211,13 @@ class DenoiserDistiller(Trainer):
             "config": dataclasses.asdict(self.method.config),
             "stage": stage.number,
             "cost": run_cost(self.method, stages, info, unpaid(before, manifests, parts)),
+            **learnt_from(self.method, self.data),
             **measured,
             "version": __version__,
         }
         if info is not None:
             run |= {"sampler": info.solver, "steps": info.steps, "samples": parts, "trajectories": manifests}
+            run["recorded_by"] = info.teacher
         if self.method.teacher is not None:
             run["teacher"] = self.method.teacher.identity()
         return {"runs": [*before["runs"], run], "samples": before["samples"] + new}

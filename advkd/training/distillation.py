@@ -18,7 +18,7 @@ from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
 from .cost import run_cost, unpaid
-from .denoiser_data import images_of, require_callable
+from .denoiser_data import images_of, learnt_from, require_callable
 from .processes import barrier
 from .trainer import Trainer
 
@@ -153,28 +153,31 @@ class Distiller(Trainer):
         return student
 
     def _save_student(self, student, out):
-        student.training_record = self._provenance(out)
+        student.training_record = self._provenance(student, out)
         student.save_pretrained(out)
 
-    def _provenance(self, out):
+    def _provenance(self, student, out):
         """Record of a student's training; evaluation refuses reference samples that are among its ``samples``."""
-        before = self.student.training_record or {"samples": [], "runs": []}
+        before, method = self.student.training_record or {"samples": [], "runs": []}, self.method
+        begun = {**learnt_from(method, self.data), **method.measured(student, self.stage)}
         if self._recorded is None:
-            run = {"method": self.method.name, "config": dataclasses.asdict(self.method.config), "version": __version__}
-            run |= {"teacher": self.method.teacher.identity(), "cost": run_cost(self.method, self.stages, None, [])}
+            run = {"method": method.name, "config": dataclasses.asdict(method.config), "version": __version__, **begun}
+            run |= {"teacher": method.teacher.identity(), "cost": run_cost(method, self.stages)}
             return {"runs": [*before["runs"], run], "samples": before["samples"]}
         info = self._recorded.info
         # A finished run that is resumed has not opened the folders that it grew.
         grown = [Trajectories(path.parent) for path in sorted(out.glob("trajectories/*/manifest.json"))]
         read = [self._recorded, *(one for one in grown if one.parts[0] not in self._recorded.parts)]
         parts, manifests = ([item for one in read for item in getattr(one, name)] for name in ("parts", "manifests"))
-        run = {"config": dataclasses.asdict(self.method.config), "samples": parts, "version": __version__}
-        if self.method.name != "adv-kd":
-            run["method"] = self.method.name
-        run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher, "trajectories": manifests}
+        run = {"config": dataclasses.asdict(method.config), "samples": parts, "version": __version__}
+        if method.name != "adv-kd":
+            run["method"] = method.name
+        run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher, "trajectories": manifests, **begun}
+        if method.needs().teacher:
+            run |= {"teacher": method.teacher.identity(), "recorded_by": info.teacher}
         run |= {"classes": info.classes, "guidance": info.guidance} if info.classes else {}
         new = [part for part in parts if part not in before["samples"]]
-        run["cost"] = run_cost(self.method, self.stages, info, unpaid(before, manifests, parts))
+        run["cost"] = run_cost(method, self.stages, info, unpaid(before, manifests, parts))
         return {"runs": [*before["runs"], run], "samples": before["samples"] + new}
 
 
@@ -231,7 +234,7 @@ def _require_teacher(method, student, teacher, device):
 
 
 def _require_fit(data, student, needs, teacher):
-    if teacher is not None:
+    if needs.grow and teacher is not None:
         teacher.match(data.info.teacher)
     if needs.grow and (teacher is None or not same_teacher(teacher.identity(), data.info.teacher)):
         raise InputError(f"grow {needs.grow} needs the teacher of the trajectories: --teacher")

@@ -81,9 +81,9 @@ class Trainer:
         finished: Sequence[str] = ("config.json",),
         what: str = "student",
     ):
+        method.teacher = teacher
         if method.needs().teacher and teacher is None:
             raise InputError(f"{method.name} needs a teacher: --teacher")
-        method.teacher = teacher
         self.method, self.data, self.dtype = method, data, dtype
         self.settings, self.stages = method.settings(), method.stages()
         self._require_intervals()

@@ -258,7 +258,7 @@ def test_bad_numbers_are_refused():
     for name, value in wrong.items():
         with pytest.raises(InputError, match=f"^{name} must be"):
             Consistency(ConsistencyConfig(**{name: value}), Affine(1000), Schedule.linear())
-    with pytest.raises(InputError, match="level_mean is of level lognormal, which is not chosen"):
+    with pytest.raises(InputError, match="level_mean does nothing without level lognormal"):
         Consistency(ConsistencyConfig(level_mean=-2.0), Affine(1000), Schedule.linear())
     with pytest.raises(InputError, match="level_mean must be near the logarithms of the levels, got 100"):
         Consistency(ConsistencyConfig(level="lognormal", level_mean=100.0), Affine(1000), Schedule.linear())

@@ -24,6 +24,7 @@ from advkd.methods.dpdm import DPDMConfig
 from advkd.methods.pairs import PairsConfig
 from advkd.methods.score import DIRECTIONS, OWN_ERROR
 from advkd.models.denoiser import DenoiserNetwork
+from advkd.runtime.files import digest
 from advkd.training.denoisers import distill_denoiser
 from advkd.training.distillation import Distiller, distill
 from advkd.training.trainer import Trainer
@@ -199,8 +200,8 @@ def run_on_the_grid(centres, out, score_updates, pairs=None, rate=0.01):
         final_learning_rate=0.01,
         score_learning_rate=2 * rate,
         score_updates=score_updates,
-        regression=1.0,
         clip=0.0,
+        **({} if pairs is None else {"regression": 1.0}),
     )
     score, given = MixtureScore(GRID.schedule, centres, 0.15), "none" if pairs is None else "pairs"
     return run_of(config, GRID, Centres(centres, 0.15), score, out, pairs, given).run()
@@ -322,6 +323,29 @@ def test_classes_reach_both_scores_by_the_teachers_numbers(tmp_path):
         generator_run(Student(replace(student.config, classes=("z", "a"))), tmp_path / "other", teacher=teacher)
 
 
+def test_pairs_and_score_are_of_one_guidance_and_the_record_names_both_teachers(labelled_paths, conditional, tmp_path):
+    recorded, teacher = Trajectories(labelled_paths), Teacher.from_pretrained(conditional)
+    student = tiny_student(classes=("a", "c"))
+
+    def run(out, **changes):
+        config = DiffInstructConfig(updates=2, batch_size=4, score_first=1, **changes)
+        return Distiller(recorded, student, config, tmp_path / out, teacher=teacher, method="diff-instruct", progress=False)
+
+    with pytest.raises(
+        InputError, match="guidance 0: the pairs were recorded with 1.5, .* give --guidance 1.5, or record others"
+    ):
+        run("other")
+    assert not (tmp_path / "other").exists()
+    with torch.no_grad():
+        next(teacher.unet.parameters()).add_(0.1)
+    begun = digest(student.state_dict())
+    record = run("same", guidance=1.5).run().training_record["runs"][-1]
+    assert record["recorded_by"] == recorded.info.teacher and record["teacher"] == teacher.identity() != record["recorded_by"]
+    assert record["norm"] == "batch" and record["init"] == begun and record["guidance"] == 1.5
+    # 24 paths of ten guided steps; of two updates of 4 samples one trains the student, which takes the pairs too.
+    assert record["cost"] == {"forward": 480 + 8 * 5 + 4, "backward": 8 + 2 * 4}
+
+
 def test_critics_are_told_level_and_class():
     sigma = torch.tensor([1.0, math.e**4], dtype=torch.float64)
     planes = critic_condition(sigma, torch.tensor([2, 0]), 3, torch.float64)
@@ -345,7 +369,7 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
     for name, value in wrong.items():
         with pytest.raises(InputError, match=f"^{name} must be"):
             DiffInstruct(DiffInstructConfig(**{name: value}), nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"critic_channels is of the critic \(--gan\), which is not chosen"):
+    with pytest.raises(InputError, match=r"critic_channels does nothing without a critic \(--gan\)"):
         DiffInstruct(DiffInstructConfig(critic_channels=8), nn.Linear(2, 2))
     with pytest.raises(InputError, match="entry is of a denoiser student"):
         DiffInstruct(DiffInstructConfig(entry=2.0), nn.Linear(2, 2))
@@ -379,9 +403,10 @@ def test_a_score_network_of_another_shape_is_refused(tmp_path):
             return super().forward(x)
 
     wide = Wide(2, 4, dtype=torch.float64)
-    run = run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), wide, tmp_path)
-    with pytest.raises(InputError, match=r"the network gives \(4, 4\) for states \(4, 2\): it must give their shape"):
-        run.step()
+    with pytest.raises(InputError, match=r"score: .* states \(2,\) as the teacher does \(the network gives \(1, 4\) for"):
+        run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), wide, tmp_path / "run")
+    with pytest.raises(InputError, match=r"score: .* as the teacher does \(.*shapes cannot be multiplied.*leave it out"):
+        run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), Wide(4, 2).double(), tmp_path / "run")
 
 
 @pytest.mark.parametrize("part", ["score", "critic"])

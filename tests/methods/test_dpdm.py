@@ -1,6 +1,8 @@
 """DPDM: the images of every level's denoiser are distributed as the data; one level throughout an update."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +117,9 @@ def test_one_level_noises_denoises_and_is_that_of_both_scores(tmp_path):
             return original(x, sigma, condition)
 
     teacher = Watched(MEAN, VARIANCE, TEACHER.schedule)
-    Trainer(method, Tensors(images=TEACHER.data(50)), teacher, tmp_path, **FLOAT64).run()
+    run = Trainer(method, Tensors(images=TEACHER.data(50)), teacher, tmp_path, **FLOAT64)
+    seen.clear()  # of the check of the score network's states
+    run.run()
     levels = [TEACHER.schedule.t(taught[0][0]).float(), *(t for t, _ in seen)]
     assert len(seen) == 3 and len(taught) == 1 and all(torch.equal(level, levels[0]) for level in levels)
     assert len(levels[0].unique()) > 3
@@ -124,8 +128,9 @@ def test_one_level_noises_denoises_and_is_that_of_both_scores(tmp_path):
     assert torch.equal(compared, taught[0][1]) and not torch.equal(learnt, compared) and not torch.equal(entered, learnt)
 
 
-def test_the_loss_is_along_the_difference_of_the_scores(tmp_path):
-    config = DPDMConfig(updates=1, batch_size=20, steps=8, weight="dmd")
+@pytest.mark.parametrize("options", [{"weight": "dmd"}, {"weight": "edm", "sigma_data": 0.3}])
+def test_the_loss_is_along_the_difference_of_the_scores(options, tmp_path):
+    config = DPDMConfig(updates=1, batch_size=20, steps=8, **options)
     student = velocities(posterior_mean)
     method, run = trained(config, student, tmp_path, Tensors(images=TEACHER.data(20)))
     start = {name: tensor.clone() for name, tensor in method.student.state_dict().items()}
@@ -140,7 +145,8 @@ def test_the_loss_is_along_the_difference_of_the_scores(tmp_path):
     with torch.no_grad():
         ours = Denoiser(score, TEACHER.schedule, "sample").predict(state, sigma)[0]
     theirs = TEACHER.predict(state, sigma)[0]
-    direction = (ours - theirs) / (image - theirs).abs().mean(1, keepdim=True)
+    by_dmd, by_edm = 1 / (image - theirs).abs().mean(1), (sigma**2 + 0.3**2) / (sigma * 0.3) ** 2
+    direction = (by_dmd if options["weight"] == "dmd" else by_edm)[:, None] * (ours - theirs)
     assert found["loss"] == pytest.approx((direction * image).mean().item(), rel=1e-9)
     assert found["difference"] == pytest.approx(direction.square().mean().item(), rel=1e-9)
     assert any(not torch.equal(start[name], tensor) for name, tensor in method.student.state_dict().items())
@@ -151,7 +157,7 @@ def test_simulated_inputs_are_states_of_the_sampler(tmp_path):
     config, levels = DPDMConfig(updates=1, batch_size=8000, inputs="simulated", steps=COUNT), range(COUNT - 1, -1, -1)
     method, _ = trained(config, velocities(recovery), tmp_path)
     method._sigmas = sigmas = TEACHER.schedule.sigma(torch.tensor(levels, dtype=torch.float64))  # the network knows no others
-    x, sigma = method._simulated(Draw(0, 0, 40_000, "cpu", torch.float64), None)
+    x, sigma = method._simulated(SimpleNamespace(autocast=nullcontext), Draw(0, 0, 40_000, "cpu", torch.float64), None)
     mean, variance = torch.zeros(2).double(), torch.full((2,), 1 + HIGHEST**2).double()
     for k, s in enumerate(sigmas):
         here = x[sigma == s] / vp_weights(s)[0]
@@ -193,7 +199,7 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
     for name, value in wrong.items():
         with pytest.raises(InputError, match=f"^{name} must be"):
             DPDM(DPDMConfig(**{name: value}), Affine(1000), Schedule.linear())
-    with pytest.raises(InputError, match="level_deviation is of level lognormal, which is not chosen"):
+    with pytest.raises(InputError, match="level_deviation does nothing without level lognormal"):
         DPDM(DPDMConfig(level_deviation=2.0), Affine(1000), Schedule.linear())
     with pytest.raises(InputError, match="steps must be between 1 and the schedule's 9 timesteps, got 10"):
         DPDM(DPDMConfig(steps=10), Affine(9), TEACHER.schedule)

@@ -226,6 +226,9 @@ def test_bad_numbers_are_refused(monkeypatch):
         for value in values:
             with pytest.raises(InputError, match=f"^{name} must be"):
                 Features(FeaturesConfig(**{name: value}), Affine(8), TEACHER.schedule, Linear(PLANE))
+    for option, owner in (({"beta": 0.5}, "alpha"), ({"weight": "x0"}, "pixels")):
+        with pytest.raises(InputError, match=f"{next(iter(option))} does nothing without {owner}"):
+            FeaturesConfig(**option).validate()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     method(Linear(PLANE))

@@ -17,6 +17,7 @@ from advkd.diffusion.loading import Classes
 from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.teacher import Teacher
 from advkd.errors import InputError, TrainingError
+from advkd.methods.diff_instruct import DiffInstructConfig
 from advkd.methods.score_distillation import (
     WEIGHTS,
     ScoreDistillation,
@@ -29,6 +30,7 @@ from advkd.training.optimised_images import ImageOptimiser, drawn, optimise_imag
 from advkd.training.trainer import Trainer
 
 from ..conftest import tiny_teacher, tiny_unet
+from . import test_diff_instruct as broad
 
 FLOAT64 = {"dtype": torch.float64, "progress": False}
 MEAN, VARIANCE = torch.tensor([0.3, -0.6], dtype=torch.float64), torch.tensor([0.01, 0.04], dtype=torch.float64)
@@ -68,22 +70,6 @@ class Affine(torch.nn.Module):
 
     def forward(self, numbers):
         return self.mean + self.scale * self.z[numbers]
-
-
-class DiffInstruct(ScoreDistillation):
-    """The same update with the generator's own posterior mean, q = N(mean, scale^2), in the place of its image."""
-
-    def update(self, step, batch, draw):
-        numbers, (low, high) = draw.indices % self.config.num, self.timesteps
-        x = self.images(numbers)
-        sigma = self.schedule.sigma(low + draw.integers("t", high - low + 1))
-        x_t = noised(x.detach(), draw.normal("x_t", 2), sigma)
-        own = GaussianTeacher(self.images.mean.detach(), self.images.scale.detach().square(), self.schedule).predict(
-            x_t, sigma
-        )[0]
-        gradient = score_distillation_gradient(self.teacher.predict, own, x_t, sigma, weight=self.config.weight)
-        step("student", (gradient * x).sum())
-        step.log(loss=gradient.square().mean())
 
 
 def rates(weight, variance, sigmas=SIGMAS):
@@ -143,18 +129,18 @@ def test_the_gradient_is_the_weighted_difference_of_noises(weight):
     assert torch.allclose(found, (w * (TEACHER.predict(x_t, sigma)[1] - eps)).detach(), rtol=1e-10, atol=1e-10)
 
 
-def collapsed(kind, images, tmp_path, updates=1500):
+def collapsed(images, tmp_path, updates=1500, teacher=TEACHER):
     """The optimised module, and the last of its learning rates."""
     config = ScoreDistillationConfig(
         num=64, updates=updates, learning_rate=0.02, final_learning_rate=0.02, checkpoint_every=updates
     )
-    Trainer(kind(config, images, TEACHER.schedule), Tensors(), TEACHER, tmp_path, **FLOAT64).run()
+    Trainer(ScoreDistillation(config, images, teacher.schedule), Tensors(), teacher, tmp_path, **FLOAT64).run()
     return images, config.learning_rate * config.final_learning_rate
 
 
 def test_pixels_collapse_onto_the_mode(tmp_path):
     """From random starts all 64 images end at the mean; 5 standard deviations of Adam's last rate are far below sqrt(v)."""
-    images, rate = collapsed(ScoreDistillation, optimised_images("pixels", (2,), 64, seed=3), tmp_path)
+    images, rate = collapsed(optimised_images("pixels", (2,), 64, seed=3), tmp_path)
     tolerance = 5 * spread_of_adam(rate, *rates("variance", VARIANCE))
     assert (tolerance < 0.25 * VARIANCE.sqrt()).all(), tolerance
     found = images(torch.arange(64)).detach()
@@ -162,20 +148,26 @@ def test_pixels_collapse_onto_the_mode(tmp_path):
 
 
 def test_score_distillation_has_no_spread_where_diff_instruct_keeps_the_datas(tmp_path):
-    """x = m + c z: one loop, one function; with the image c ends at 0, with q's posterior mean at sqrt(v).
+    """x = m + c z on one teacher, by the two methods: c ends at 0, or at sqrt(v) where a network learns the score of x.
 
-    The noise of score distillation is averaged over 64 images. Diff-Instruct's gradient is 0 at its end for every draw: both
-    posterior means are one function there, and only roundings are left, for which 1e-9 has room.
+    The noise of score distillation is averaged over 64 images, and 5 standard deviations are far below sqrt(v).
     """
-    start = [0.5, 0.1], [0.4, 0.1]
-    images, rate = collapsed(ScoreDistillation, Affine(64, *start), tmp_path / "sds")
-    slope, noise = rates("variance", VARIANCE)
-    tolerance = 5 * spread_of_adam(rate, slope, noise / math.sqrt(64))
-    assert (tolerance < 0.1 * VARIANCE.sqrt()).all(), tolerance
-    assert (images.scale.abs() < tolerance).all() and ((images.mean - MEAN).abs() < tolerance).all(), (images.scale, tolerance)
-    images, _ = collapsed(DiffInstruct, Affine(64, *start), tmp_path / "di")
-    assert torch.allclose(images.scale, VARIANCE.sqrt(), rtol=0, atol=1e-9), images.scale - VARIANCE.sqrt()
-    assert torch.allclose(images.mean, MEAN, rtol=0, atol=1e-9), images.mean - MEAN
+    gain, offset = (1.2, 0.7), (-0.5, 0.3)
+    images, rate = collapsed(Affine(64, offset, gain), tmp_path / "sds", teacher=broad.TEACHER)
+    slope, noise = rates("variance", broad.VARIANCE, broad.SCHEDULE.sigma(torch.arange(1, 39)))
+    tolerance, deviation = 5 * spread_of_adam(rate, slope, noise / math.sqrt(64)), broad.VARIANCE.sqrt()
+    assert (tolerance < 0.1 * deviation).all(), tolerance
+    assert (images.scale.abs() < tolerance).all() and ((images.mean - broad.MEAN).abs() < tolerance).all(), (
+        images.scale,
+        tolerance,
+    )
+    config = DiffInstructConfig(
+        updates=800, batch_size=256, learning_rate=0.02, score_learning_rate=0.03, final_learning_rate=0.01, clip=0.0
+    )
+    start, score = broad.AffineGenerator(gain, offset), broad.GaussianScore(broad.SCHEDULE)
+    kept = broad.run_of(config, broad.TEACHER, start, score, tmp_path / "di").run()
+    assert ((kept.gain.abs() - deviation).abs() < 0.1 * deviation).all(), kept.gain
+    assert ((kept.offset - broad.MEAN).abs() < 0.1 * deviation).all(), kept.offset
 
 
 def mixture(distance=0.5):
@@ -336,6 +328,9 @@ def test_numbers_that_cannot_be_are_refused():
         ScoreDistillationConfig(t_max=1.5).validate()
     with pytest.raises(InputError, match="^guidance 2 leads towards a class: name the images' by --classes"):
         ScoreDistillationConfig(guidance=2.0).validate()
+    for option, owner in (({"grid": 8}, "generator coefficients"), ({"prototype": "3"}, "generator warp")):
+        with pytest.raises(InputError, match=f"does nothing without {owner}: choose that, or leave {next(iter(option))} out"):
+            ScoreDistillationConfig(**option).validate()
     images = optimised_images("pixels", (2,), 1)
     for ends in ([1.0, 0.5], [0.5, 0.0]):
         with pytest.raises(InputError, match="t_min and t_max must keep to levels with noise and image.*raise t_min"):
