@@ -114,7 +114,8 @@ def test_the_gradient_is_that_of_the_integral_divergence(tmp_path):
 def test_the_generator_ends_with_the_datas_moments(weight, score_updates, tmp_path):
     """Mean and deviation of an affine generator on Gaussian data, whose score network has the exact form.
 
-    What is left is the lag of the score and the noise of the last, small updates, a few hundredths.
+    What is left is the score's lag, which its further updates take away: of three seeds and all weights the furthest number
+    was 0.036 off with one update of the score, and 0.005 with five.
     """
     config = DiffInstructConfig(
         updates=800,
@@ -128,8 +129,9 @@ def test_the_generator_ends_with_the_datas_moments(weight, score_updates, tmp_pa
         weight=weight,
     )
     network = run_of(config, TEACHER, AffineGenerator(), GaussianScore(SCHEDULE), tmp_path).run()
-    assert torch.allclose(network.offset, MEAN, rtol=0, atol=0.05)
-    assert torch.allclose(network.gain.abs(), VARIANCE.sqrt(), rtol=0, atol=0.05)
+    tolerance = {1: 0.05, 5: 0.01}[score_updates]
+    assert torch.allclose(network.offset, MEAN, rtol=0, atol=tolerance)
+    assert torch.allclose(network.gain.abs(), VARIANCE.sqrt(), rtol=0, atol=tolerance)
 
 
 def test_pairs_hold_the_sign_that_a_divergence_leaves_open(tmp_path):

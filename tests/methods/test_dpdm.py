@@ -75,7 +75,10 @@ def moments(network, level, n=20_000):
 
 
 def test_every_levels_images_end_with_the_datas_moments(tmp_path):
-    """Begun at the posterior mean, whose images lack deviation: at the highest level a tenth of it is left in one direction."""
+    """Begun at the posterior mean, whose images lack deviation: at the highest level a tenth of it is left in one direction.
+
+    The tolerances are five standard errors of the moments of 2^14 images learnt from and 20,000 measured.
+    """
     config = DPDMConfig(
         updates=2500,
         batch_size=1024,
@@ -92,10 +95,11 @@ def test_every_levels_images_end_with_the_datas_moments(tmp_path):
     assert torch.allclose(before[8], (VARIANCE / (VARIANCE + HIGHEST**2)).sqrt(), rtol=0.05)
     _, run = trained(config, student, tmp_path, Tensors(images=TEACHER.data(2**14)))
     network = run.run()
+    error = 5 * math.sqrt(1 / 2**14 + 1 / 20_000)
     for level in range(3, COUNT):
         mean, deviation = moments(network, level)
-        assert torch.allclose(deviation / VARIANCE.sqrt(), torch.ones(2).double(), rtol=0, atol=0.08), (level, deviation)
-        assert torch.allclose(mean, MEAN, rtol=0, atol=0.08), (level, mean)
+        assert ((deviation / VARIANCE.sqrt() - 1).abs() < error / math.sqrt(2)).all(), (level, deviation)
+        assert ((mean - MEAN).abs() < error * VARIANCE.sqrt()).all(), (level, mean)
     assert before[8].max() < 0.3 and before[8].min() < 0.11 and before[6].max() < 0.8
 
 
