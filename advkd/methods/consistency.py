@@ -129,7 +129,7 @@ class Consistency(DenoiserMethod):
         if not 0 < lowest <= self.sigma_min < self.sigma_max <= highest or math.isinf(self.sigma_max):
             raise InputError(
                 f"sigma_min and sigma_max must be finite and within the schedule's levels, {lowest:.3g} to {highest:.3g}, got "
-                f" {self.sigma_min:.3g} and {self.sigma_max:.3g}"
+                f"{self.sigma_min:.3g} and {self.sigma_max:.3g}"
             )
         if (most := max(config.levels, config.final_levels)) > len(schedule):
             name = "final_levels" if config.final_levels else "levels"
