@@ -67,6 +67,9 @@ class DiffInstructConfig(ScoreConfig):
                 raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.norm not in NORMS:
             raise InputError(f"norm must be batch or frozen, or empty, got {self.norm!r}")
+        if self.critic_channels > self.critic_max_channels:
+            most = self.critic_max_channels
+            raise InputError(f"critic_channels must be at most critic_max_channels, {most}, got {self.critic_channels}")
         critic = ("gradient_penalty", "critic_learning_rate", "critic_channels", "critic_max_channels")
         require_unused(self, not self.gan, "a critic (--gan)", *critic)
 
@@ -93,6 +96,7 @@ class DiffInstruct(ScoreMethod):
     students: ClassVar[tuple[str, ...]] = ("generator", "denoiser")
     Config = DiffInstructConfig
     config: DiffInstructConfig
+    given = "none"
 
     def __init__(
         self, config: DiffInstructConfig, student: Any, schedule: Schedule | None = None, score: nn.Module | None = None
@@ -138,10 +142,10 @@ class DiffInstruct(ScoreMethod):
             Needs.
 
         Raises:
-            InputError: data that would not be read, a critic without any, or guidance that cannot be.
+            InputError: data that would not be read, a critic without any or of other images, or what does not fit the teacher.
         """
         config, given, kind = self.config, self.given, "generator" if self._draws else "denoiser"
-        self.require_guidable(self._classes)
+        self.require_fit(self._classes)
         require_unused(config, given != "pairs", "pairs (--trajectories)", "regression")
         if given == "none" and config.gan:
             raise InputError("gan compares with images: name them by --data, or pairs by --trajectories")
@@ -149,8 +153,17 @@ class DiffInstruct(ScoreMethod):
             raise InputError("images are for the critic: give --gan a weight, or leave --data out")
         if given == "pairs" and not config.gan and not config.regression:
             raise InputError("pairs are for --regression and --gan: give one of them a weight, or leave --trajectories out")
+        if config.gan and self.teacher is not None:
+            self._critic_config()
         labels = given != "none" and self._classes > 0
         return Needs(given, given == "pairs" and config.regression > 0, teacher=True, labels=labels, student=kind)
+
+    def _critic_config(self):
+        config, (channels, *_, side) = self.config, self.teacher.shape
+        try:
+            return CriticConfig(side, channels, config.critic_channels, config.critic_max_channels, 1 + self._classes)
+        except InputError as error:
+            raise InputError(f"gan: there is no critic of the teacher's images, {self.teacher.shape}: {error}") from error
 
     @property
     def _classes(self):
@@ -185,11 +198,9 @@ class DiffInstruct(ScoreMethod):
         if self._norm == "frozen":
             student.eval()
         if config.gan:
-            channels, side = teacher.shape[0], teacher.shape[-1]
-            sizes = (side, channels, config.critic_channels, config.critic_max_channels, 1 + self._classes)
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
-                self._critic = Critic(CriticConfig(*sizes))
+                self._critic = Critic(self._critic_config())
             parts["critic"] = Trained(self._critic, config.critic_learning_rate, config.betas, schedule=self._rate)
         return parts
 
@@ -244,10 +255,11 @@ class DiffInstruct(ScoreMethod):
             losses.append(self.config.regression * F.mse_loss(paired, batch.images))
         if self._critic is not None:
             losses.append(self.config.gan * self._judged(step, batch, draw, labels, fresh))
-        loss = torch.stack(losses).sum()
-        step.log(loss=loss.detach(), difference=direction.square().mean())
+        step.log(difference=direction.square().mean())
         if not waits:
+            loss = torch.stack(losses).sum()
             step("student", loss)
+            step.log(loss=loss.detach())
 
     def _labels(self, batch, draw):
         """Classes of fresh noise: those of the batch, or of one's own."""

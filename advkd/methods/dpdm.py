@@ -31,7 +31,7 @@ class DPDMConfig(ScoreConfig):
     Attributes:
         inputs: states that the student denoises: noised images (``data``), or those of its own sampler (``simulated``), which
             needs no images.
-        steps: steps of the saved student, and of the sampler with simulated inputs.
+        steps: steps of the saved student; with simulated inputs the student learns the noise levels of this number alone.
         drop: share of the labels that are replaced by a conditional student's null class.
     """
 
@@ -83,9 +83,9 @@ class DPDM(ScoreMethod):
             Needs.
 
         Raises:
-            InputError: images that would not be read, or guidance that cannot be.
+            InputError: images or levels that would not be read, or what does not fit the teacher.
         """
-        self.require_guidable(self.num_classes)
+        self.require_fit(self.num_classes)
         if self.config.inputs == "data":
             return Needs("images", teacher=True, labels=self.num_classes > 0, student="denoiser")
         require_unused(self.config, True, "inputs data", "level", "level_mean", "level_deviation")
@@ -107,6 +107,8 @@ class DPDM(ScoreMethod):
 
     def sampler(self, stage: Stage) -> Sampler:
         """DPDM's: denoise, and add the noise of the next level; ``--steps`` of ``advkd sample`` takes other numbers of them.
+
+        Other numbers have other levels, between which a student of simulated inputs has learnt none.
 
         Args:
             stage: not used.

@@ -117,50 +117,37 @@ class ScoreMethod(DenoiserMethod):
 
         Returns:
             ``student`` and ``score``.
-
-        Raises:
-            InputError: a score network that takes or gives other states than the teacher.
         """
         config = self.config
         if self._score is None:
             self._score = DenoiserNetwork(copy.deepcopy(self.teacher.unet).float())
-        else:
-            self._require_states(self._score)
         student, score = self.trained(self.student, stage.updates), self.trained(self._score, stage.updates)
         student.betas = score.betas = config.betas
         score.learning_rate, score.average = config.score_learning_rate, config.score_ema
         student.schedule = lambda update: 0.0 if update < config.score_first else self._rate(update)
         return {"student": student, "score": score}
 
-    def require_guidable(self, classes: int) -> None:
-        """Refuse guidance without classes to be guided to, and a teacher that has no null class.
+    def require_fit(self, classes: int) -> None:
+        """Refuse guidance that cannot be, and a score network that is not of the teacher's states.
 
         Args:
             classes: number of the student's classes.
 
         Raises:
-            InputError: guidance that cannot be.
+            InputError: guidance without classes to be guided to, or of a teacher that has no null class; a score network that
+                takes or gives other states than the teacher, or none where the teacher has none to copy.
         """
-        if not self.config.guidance:
-            return
-        if self.teacher is not None:
-            require_null(self.teacher)
-        if not classes:
+        guidance, teacher = self.config.guidance, self.teacher
+        if guidance and teacher is not None:
+            require_null(teacher)
+        if guidance and not classes:
             raise InputError("guidance is towards classes, and the student is told none: leave it out")
-
-    def _require_states(self, score):
-        teacher, weights = self.teacher, next(score.parameters())
-        state, told = weights.new_zeros(1, *teacher.shape), None
-        if getattr(teacher, "num_classes", 0):
-            told = torch.zeros(1, dtype=torch.int64, device=weights.device)
-        try:
-            with torch.no_grad():
-                self._q(score, math.inf).predict(state, self.schedule.sigma(0.0).item(), told)
-        except (InputError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"score: the network does not take and give states {tuple(state.shape[1:])} as the teacher does ({error}): "
-                "leave it out for a copy of the teacher's"
-            ) from error
+        if teacher is None:
+            return
+        if self._score is not None:
+            _require_states(self._score, teacher)
+        elif not hasattr(teacher, "unet"):
+            raise InputError("score: the teacher has no network to begin with a copy of: give one")
 
     def _rate(self, update):
         return cosine(update, self.config.updates, self.config.final_learning_rate)
@@ -179,18 +166,19 @@ class ScoreMethod(DenoiserMethod):
         return draw.start // (self.config.batch_size * self.config.score_updates) < self.config.score_first
 
     def noise_levels(self, draw: Draw, purpose: str) -> Tensor:
-        """Noise levels as the configuration distributes them.
+        """Noise levels as the configuration distributes them; an infinite one of the schedule is never drawn.
 
         Args:
             draw: of the rows.
             purpose: name of the draw.
 
         Returns:
-            ``(N,)`` float64, within the schedule's.
+            ``(N,)`` float64, within the schedule's finite ones.
         """
-        config, schedule, last = self.config, self.schedule, len(self.schedule) - 1
+        config, schedule = self.config, self.schedule
+        last = int((schedule.alpha_bars > 0).sum()) - 1
         if config.level == "uniform":
-            return schedule.sigma(draw.integers(purpose, len(schedule)))
+            return schedule.sigma(draw.integers(purpose, last + 1))
         sigma = (config.level_mean + config.level_deviation * draw.normal(purpose).double()).exp()
         return sigma.clamp(schedule.sigma(0.0).item(), schedule.sigma(float(last)).item())
 
@@ -236,6 +224,21 @@ class ScoreMethod(DenoiserMethod):
 
     def _q(self, network, clip):
         return Denoiser(network, self.schedule, self.teacher.prediction, clip)
+
+
+def _require_states(score, teacher):
+    weights = next(score.parameters())
+    state, told = weights.new_zeros(1, *teacher.shape), None
+    if getattr(teacher, "num_classes", 0):
+        told = torch.zeros(1, dtype=torch.int64, device=weights.device)
+    try:
+        with torch.no_grad():
+            Denoiser(score, teacher.schedule, teacher.prediction).predict(state, teacher.schedule.sigma(0.0).item(), told)
+    except (InputError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"score: the network does not take and give states {tuple(state.shape[1:])} as the teacher does ({error}): "
+            "leave it out for a copy of the teacher's"
+        ) from error
 
 
 def along(direction: Tensor, images: Tensor) -> Tensor:

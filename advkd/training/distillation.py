@@ -41,7 +41,8 @@ def distill(
         trajectories: folder of ``advkd trajectories``, several, or a :class:`Trajectories`; None: ``method`` needs none.
         student: a :class:`Student`, fresh or loaded; it is trained in place. Image size, channels, depth and classes must be
             those of the trajectories (``info.student_classes`` in any order); the latent may be another than the recorded one.
-        config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``, a :class:`PairsConfig` for ``pairs``.
+        config: configuration of the method: a :class:`DistillConfig` for ``adv-kd``, a :class:`PairsConfig` for ``pairs``, a
+            :class:`~advkd.methods.diff_instruct.DiffInstructConfig` for ``diff-instruct``.
         out: folder for the student, ``checkpoint.safetensors``, ``training.json`` (what it was trained on), ``metrics.csv``,
             TensorBoard files and sample grids.
         resume: go on from ``out``'s checkpoint.
@@ -123,6 +124,10 @@ class Distiller(Trainer):
         if data is not None:
             run.check(data)
         needs = run.needs()
+        if teacher is not None and not needs.teacher and not needs.grow:
+            raise InputError(
+                f"teacher: {method} calls none with these options, the trajectories hold what it drew: leave it out"
+            )
         if needs.teacher:
             _require_teacher(method, student, teacher, device)
             taught = {**teacher.identity(), "name": None}

@@ -373,15 +373,23 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
             DiffInstruct(DiffInstructConfig(**{name: value}), nn.Linear(2, 2))
     with pytest.raises(InputError, match=r"critic_channels does nothing without a critic \(--gan\)"):
         DiffInstruct(DiffInstructConfig(critic_channels=8), nn.Linear(2, 2))
+    with pytest.raises(InputError, match="critic_channels must be at most critic_max_channels, 128, got 256"):
+        DiffInstruct(DiffInstructConfig(gan=0.1, critic_channels=256), nn.Linear(2, 2))
     with pytest.raises(InputError, match="entry is of a denoiser student"):
         DiffInstruct(DiffInstructConfig(entry=2.0), nn.Linear(2, 2))
     with pytest.raises(InputError, match="norm is of a one-pass student"):
         DiffInstruct(DiffInstructConfig(norm="batch"), nn.Linear(2, 2), SCHEDULE)
     with pytest.raises(InputError, match="entry must be within the schedule's levels, 0.05 to 10, got 11"):
         DiffInstruct(DiffInstructConfig(entry=11.0), nn.Linear(2, 2), SCHEDULE)
-    out = tmp_path / "out"
+    out, wide = tmp_path / "out", tiny_unet()
+    wide.register_to_config(sample_size=12)
+    wide = Teacher(wide, tiny_teacher().scheduler)
     for options, message in (
         ({"gan": 0.1}, "gan compares with images: name them by --data"),
+        (
+            {"gan": 0.1, "teacher": wide, "data": tiny_images()},
+            "gan: there is no critic of the teacher's images, .*12",
+        ),
         ({"data": tiny_images()}, "images are for the critic: give --gan a weight"),
         ({"teacher": conditional_teacher()}, "the teacher is told classes and the student knows none"),
         ({"guidance": 1.0}, "guidance: teacher tiny is unconditional"),
@@ -409,6 +417,20 @@ def test_a_score_network_of_another_shape_is_refused(tmp_path):
         run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), wide, tmp_path / "run")
     with pytest.raises(InputError, match=r"score: .* as the teacher does \(.*shapes cannot be multiplied.*leave it out"):
         run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), Wide(4, 2).double(), tmp_path / "run")
+    with pytest.raises(InputError, match="score: the teacher has no network to begin with a copy of: give one"):
+        run_of(DiffInstructConfig(batch_size=4), TEACHER, AffineGenerator(), None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_without_signal_at_its_end_is_learnt_at_its_finite_levels(tmp_path):
+    """Zero terminal SNR: the last timestep has an infinite noise level, of which scores have no difference."""
+    teacher = tiny_teacher(20, rescale_betas_zero_snr=True)
+    assert teacher.schedule.sigma(19.0) == math.inf
+    run = generator_run(
+        tiny_student(), tmp_path, teacher=teacher, batch_size=64, gan=0.1, critic_channels=4, data=tiny_images(64)
+    )
+    assert run.method.noise_levels(Draw(0, 0, 1000, "cpu", torch.float32), "level").max() == teacher.schedule.sigma(18.0)
+    assert all(math.isfinite(value) for value in run.step().values())
 
 
 @pytest.mark.parametrize("part", ["score", "critic"])
