@@ -178,7 +178,7 @@ class Distiller(Trainer):
         if method.name != "adv-kd":
             run["method"] = method.name
         run |= {"sampler": info.solver, "steps": info.steps, "teacher": info.teacher, "trajectories": manifests, **begun}
-        if method.needs().teacher:
+        if self.needs.teacher:
             run |= {"teacher": method.teacher.identity(), "recorded_by": info.teacher}
         run |= {"classes": info.classes, "guidance": info.guidance} if info.classes else {}
         new = [part for part in parts if part not in before["samples"]]

@@ -51,6 +51,7 @@ class Trainer:
 
     Attributes:
         running: modules of the current stage by name, with optimisers and averages.
+        needs: what the method asked for before the first stage.
         stages: the method's stages, in order.
         stage_index: place of the current stage in ``stages``; their number when the run is complete.
         update: updates of the current stage so far.
@@ -82,9 +83,9 @@ class Trainer:
         what: str = "student",
     ):
         method.teacher = teacher
-        if method.needs().teacher and teacher is None:
+        self.method, self.data, self.dtype, self.needs = method, data, dtype, method.needs()
+        if self.needs.teacher and teacher is None:
             raise InputError(f"{method.name} needs a teacher: --teacher")
-        self.method, self.data, self.dtype = method, data, dtype
         self.settings, self.stages = method.settings(), method.stages()
         self._require_intervals()
         self.accelerator = processes_of(self.settings.mixed_precision, device)
@@ -273,9 +274,8 @@ class Trainer:
         return batch, Draw(self.settings.seed, start, local, device, self.dtype, host)
 
     def _require_parts(self, batch):
-        needs = self.method.needs()
-        wanted = {"levels": ("z", "levels"), "pairs": ("z", "images"), "images": ("images",), "none": ()}[needs.data]
-        wanted += ("labels",) if needs.labels else ()
+        wanted = {"levels": ("z", "levels"), "pairs": ("z", "images"), "images": ("images",), "none": ()}[self.needs.data]
+        wanted += ("labels",) if self.needs.labels else ()
         missing = [name for name in wanted if getattr(batch, name) is None or name == "levels" and not batch.levels]
         if missing:
             raise InputError(f"{self.method.name} needs {' and '.join(missing)}, and the data has none")
