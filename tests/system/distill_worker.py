@@ -24,6 +24,7 @@ def fail_in_the_second_update(run, ending):
         if run.update == 1 and ending == "error":
             raise RuntimeError("only here")
         if run.update == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background ignores it
             os.kill(os.getpid(), signal.SIGINT)
         return step()
 
