@@ -163,7 +163,9 @@ class DiffInstruct(ScoreMethod):
         try:
             return CriticConfig(side, channels, config.critic_channels, config.critic_max_channels, 1 + self._classes)
         except InputError as error:
-            raise InputError(f"gan: there is no critic of the teacher's images, {self.teacher.shape}: {error}") from error
+            raise InputError(
+                f"gan: there is no critic of the teacher's images, {self.teacher.shape} ({error}): leave gan out"
+            ) from error
 
     @property
     def _classes(self):

@@ -12,52 +12,21 @@ from advkd.diffusion.students import load_student
 from ..conftest import tiny_student as tiny_generator
 from .test_progressive import tiny_images, tiny_student
 
+TAUGHT = "--teacher TEACHER --init START"
 RUNS = {
-    "consistency": [
-        "consistency",
-        "--teacher",
-        "TEACHER",
-        "--init",
-        "START",
-        "--data",
-        "IMAGES",
-        "--levels",
-        "4",
-        "--solver",
-        "euler",
-    ],
-    "consistency without a teacher": [
-        "consistency",
-        "--init",
-        "START",
-        "--data",
-        "IMAGES",
-        "--levels",
-        "2",
-        "--final-levels",
-        "4",
-    ],
-    "diff-instruct": ["diff-instruct", "--teacher", "TEACHER", "--init", "PASS", "--trajectories", "PAIRS", "--weight", "edm"],
-    "diff-instruct of a network": [
-        "diff-instruct",
-        "--teacher",
-        "TEACHER",
-        "--init",
-        "START",
-        "--data",
-        "IMAGES",
-        "--gan",
-        "0.1",
-    ],
-    "dpdm": ["dpdm", "--teacher", "TEACHER", "--init", "START", "--data", "IMAGES", "--steps", "4"],
-    "dpdm without images": ["dpdm", "--teacher", "TEACHER", "--init", "START", "--inputs", "simulated", "--steps", "2"],
+    "consistency": f"consistency {TAUGHT} --data IMAGES --levels 4 --solver euler",
+    "consistency without a teacher": "consistency --init START --data IMAGES --levels 2 --final-levels 4",
+    "diff-instruct": "diff-instruct --teacher TEACHER --init PASS --trajectories PAIRS --weight edm",
+    "diff-instruct of a network": f"diff-instruct {TAUGHT} --data IMAGES --gan 0.1",
+    "dpdm": f"dpdm {TAUGHT} --data IMAGES --steps 4",
+    "dpdm without images": f"dpdm {TAUGHT} --inputs simulated --steps 2",
 }
 SMALL = ["--updates", "2", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
 def folders(teacher_folder, trajectories, tmp_path_factory):
-    """What a command names: a teacher, students to begin with, images and pairs."""
+    """Folders that a command names: a teacher, students to begin with, images and pairs."""
     folder = tmp_path_factory.mktemp("commands")
     tiny_student().save_pretrained(folder / "start")
     tiny_generator().save_pretrained(folder / "pass")
@@ -70,7 +39,7 @@ def folders(teacher_folder, trajectories, tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_command_leaves_a_student_that_draws(name, folders, tmp_path):
-    words = [folders.get(word, word) for word in RUNS[name]]
+    words = [folders.get(word, word) for word in RUNS[name].split()]
     done = CliRunner().invoke(main, ["distill", *words, *SMALL, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert f"student saved in {tmp_path / 'out'}" in done.output
@@ -79,7 +48,7 @@ def test_a_command_leaves_a_student_that_draws(name, folders, tmp_path):
     assert drawn.shape == (3, 1, 8, 8) and drawn.isfinite().all() and drawn.std() > 0
     assert torch.equal(drawn, load_student(str(tmp_path / "out")).sample(3, seed=1))
     run = student.training_record["runs"][-1]
-    assert run["method"] == RUNS[name][0] and run["cost"]["backward"] > 0 and len(run["init"]) == 64
+    assert run["method"] == RUNS[name].split()[0] and run["cost"]["backward"] > 0 and len(run["init"]) == 64
     assert ("images" in run) == ("IMAGES" in RUNS[name]) and ("recorded_by" in run) == ("PAIRS" in RUNS[name])
     picture = tmp_path / "picture.png"
     sampled = CliRunner().invoke(main, ["sample", "--student", str(tmp_path / "out"), "-n", "2", "--out", str(picture)])
@@ -103,7 +72,7 @@ def test_a_command_leaves_a_student_that_draws(name, folders, tmp_path):
     ],
 )
 def test_a_command_that_cannot_work_says_why(name, left_out, more, message, folders, tmp_path):
-    words = [folders.get(word, word) for word in RUNS[name]]
+    words = [folders.get(word, word) for word in RUNS[name].split()]
     if left_out:
         place = words.index(left_out)
         del words[place : place + 2]
