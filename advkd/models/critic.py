@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
@@ -18,7 +19,9 @@ class CriticConfig:
         image_channels: channels of the images, at least 1.
         channels: features after the first strided convolution; they double with each further one.
         max_channels: upper bound of the features.
-        condition_channels: channels of the 4x4 condition (the latent's 4x4 parts), 0 for an unconditional critic.
+        condition_channels: channels of the condition, 0 for an unconditional critic.
+        condition_size: side of the condition in pixels. 4: it joins the 4x4 features. ``image_size``: it joins the image, and
+            its area averages the 4x4 features.
         slope: of LeakyReLU, in [0, 1).
 
     Raises:
@@ -30,6 +33,7 @@ class CriticConfig:
     channels: int = 32
     max_channels: int = 128
     condition_channels: int = 0
+    condition_size: int = 4
     slope: float = 0.2
 
     def __post_init__(self) -> None:
@@ -37,6 +41,8 @@ class CriticConfig:
             raise InputError(f"image_size must be 4 * 2^k, got {self.image_size}")
         if min(self.image_channels, self.channels, self.max_channels) < 1 or self.condition_channels < 0:
             raise InputError("image_channels, channels and max_channels must be positive, condition_channels not negative")
+        if self.condition_size not in (4, self.image_size):
+            raise InputError(f"condition_size must be 4 or the image_size {self.image_size}, got {self.condition_size}")
         if not 0 <= self.slope < 1:
             raise InputError(f"slope must be in [0, 1), got {self.slope}")
 
@@ -45,7 +51,8 @@ class Critic(PretrainedModule):
     """A network that scores images: ``critic(x)`` or ``critic(x, condition)`` -> ``(N,)`` scores (Wasserstein: unbounded).
 
     Strided 4x4 convolutions bring the image to 4x4, where a conditional critic joins the condition; a 3x3 convolution and
-    a linear map follow. It is made of layers that :func:`advkd.ops.gradient_penalty` takes.
+    a linear map follow. A condition of the image's own size joins the image, too. It is made of layers that
+    :func:`advkd.ops.gradient_penalty` takes.
 
     Args:
         config: a :class:`CriticConfig`.
@@ -61,7 +68,9 @@ class Critic(PretrainedModule):
     def __init__(self, config: CriticConfig):
         super().__init__()
         self.config = config
+        self.joins_image = config.condition_channels > 0 and config.condition_size > 4
         layers, features, wider, side = [], config.image_channels, config.channels, config.image_size
+        features += config.condition_channels if self.joins_image else 0
         while side > 4:
             layers += [nn.Conv2d(features, wider, 4, stride=2, padding=1), nn.LeakyReLU(config.slope)]
             features, wider, side = wider, min(2 * wider, config.max_channels), side // 2
@@ -78,7 +87,7 @@ class Critic(PretrainedModule):
 
         Args:
             x: ``(N, C, S, S)`` images in the critic's dtype, on its device.
-            condition: ``(N, condition_channels, 4, 4)`` where the configuration has a condition, else None.
+            condition: ``(N, condition_channels, condition_size, condition_size)`` where the configuration has one, else None.
 
         Returns:
             ``(N,)`` in ``x``'s dtype, on its device, unbounded; differentiable any number of times.
@@ -88,7 +97,8 @@ class Critic(PretrainedModule):
         """
         if (condition is None) != (self.config.condition_channels == 0):
             raise InputError(f"condition must have {self.config.condition_channels} channels, got {condition}")
-        features = self.trunk(x)
-        if condition is not None:
-            features = torch.cat((features, condition), dim=1)
-        return self.tail(features).squeeze(1)
+        if condition is None:
+            return self.tail(self.trunk(x)).squeeze(1)
+        if self.joins_image:
+            x, condition = torch.cat((x, condition), dim=1), F.avg_pool2d(condition, self.config.condition_size // 4)
+        return self.tail(torch.cat((self.trunk(x), condition), dim=1)).squeeze(1)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import advkd
 from advkd import Critic, CriticConfig, InputError, critic_gradients, critic_step
 from advkd.ops import registry
+from advkd.ops.critic import passes
 
 from ..conftest import DEFAULTS, fork, fork_ranks, other_default
 from ..ops.random_critics import relative
@@ -48,14 +50,15 @@ def problem(kind="plain", dtype=torch.float64, n=5, device="cpu", layout=torch.c
     """A critic, real and generated samples, and options with drawn weights and a condition."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
-    channels = 4 if kind == "conditional" else 0
-    critic = Branched() if kind == "branched" else Critic(CriticConfig(16, 3, channels=8, condition_channels=channels))
+    channels, side = {"conditional": (4, 4), "second image": (5, 16)}.get(kind, (0, 4))
+    config = CriticConfig(16, 3, channels=8, condition_channels=channels, condition_size=side)
+    critic = Branched() if kind == "branched" else Critic(config)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     real, fake = (draw(n, 3, 16, 16).contiguous(memory_format=layout) for _ in range(2))
-    shapes = {"plain": None, "conditional": (n, 4, 4, 4), "branched": (n, 6)}
+    shapes = {"plain": None, "conditional": (n, 4, 4, 4), "second image": (n, 5, 16, 16), "branched": (n, 6)}
     condition = shapes[kind] and draw(*shapes[kind])
     a = torch.rand(n, generator=generator, dtype=torch.float64).to(device, torch.promote_types(dtype, torch.float32))
     return critic.to(device, dtype), real, fake, {"a": a, "condition": condition}
@@ -65,7 +68,7 @@ def problem(kind="plain", dtype=torch.float64, n=5, device="cpu", layout=torch.c
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("loss", ["wasserstein", "softplus"])
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
-@pytest.mark.parametrize("kind", ["plain", "conditional", "branched"])
+@pytest.mark.parametrize("kind", ["plain", "conditional", "second image", "branched"])
 def test_equals_autograd(kind, penalty, loss, layout, device):
     if (kind, penalty.get("mode"), loss) == ("branched", "r1", "softplus"):
         pytest.skip("a map of scores has no one factor per sample: refused, see below")
@@ -81,12 +84,52 @@ def test_equals_autograd(kind, penalty, loss, layout, device):
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-def test_every_backend_and_its_bits(backend):
-    critic, real, fake, options = problem("conditional", torch.float32)
+@pytest.mark.parametrize("kind", ["conditional", "second image"])
+def test_every_backend_and_its_bits(kind, backend):
+    critic, real, fake, options = problem(kind, torch.float32)
     exact = critic_gradients(critic, real, fake, backend="autograd", **options)
     ours, again = (critic_gradients(critic, real, fake, backend=backend, **options) for _ in range(2))
     assert relative(ours.gradients, exact.gradients) <= 1e-5
     assert all(torch.equal(a, b) for a, b in zip(ours.gradients, again.gradients))
+
+
+def test_a_second_image_is_not_penalised():
+    """R1 of a linear critic of both is its weight on the first image alone, whose channels alone its adjoint is asked for."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.joint = nn.Conv2d(5, 1, 4)
+
+        def forward(self, x, condition):
+            return self.joint(torch.cat((x, condition), dim=1)).flatten(1).squeeze(1)
+
+    critic, pairs = Linear().double(), torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    condition = torch.randn(6, 2, 4, 4, dtype=torch.float64)
+    found = critic_gradients(critic, *pairs, condition=condition, loss="softplus", mode="r1", weight=3.0)
+    weight = critic.joint.weight.detach()
+    assert abs(found.penalty - 1.5 * weight[:, :3].square().sum()) < 1e-12
+    without = critic_gradients(critic, *pairs, condition=condition, loss="softplus", mode="r1", weight=0.0)
+    assert relative([found.gradients[0] - without.gradients[0]], [3 * weight * (torch.arange(5) < 3)[:, None, None]]) < 1e-12
+    with watched_shapes() as shapes:
+        critic_gradients(critic, *pairs, condition=condition, mode="r1")
+    assert shapes == [(6, 3, 4, 4)]
+
+
+@contextmanager
+def watched_shapes():
+    """Shapes of the inputs that convolutions' adjoints are asked for."""
+    shapes, original = [], passes.narrow_image_gradient
+
+    def watched(d, weight, shape, options):
+        shapes.append(tuple(shape))
+        return original(d, weight, shape, options)
+
+    passes.narrow_image_gradient = watched
+    try:
+        yield shapes
+    finally:
+        passes.narrow_image_gradient = original
 
 
 def test_is_pure():

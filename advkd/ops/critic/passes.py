@@ -62,6 +62,7 @@ class Passes:
         self.in_place = not torch.compiler.is_compiling()
         self.weight_inputs = {layer.inputs[0] for layer, own in zip(plan.layers, trained) if own[0]}
         self.activated = {layer.inputs[0] for layer in plan.layers if layer.kind == "activation"}
+        self.image_beside = _image_beside(plan, self.above)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None, keep: bool) -> torch.Tensor:
         """The critic's scores. ``keep``: the inputs of trained layers stay in ``values``."""
@@ -191,7 +192,9 @@ class Passes:
                 alone = self.in_place and owned and len(layer.inputs) == 1 and not any(self.trained[i])
                 # Above every trained layer nothing is left but the wanted rows.
                 kept = None if self.above[i + 2] else rows
-                gradient, fresh = self._adjoint(i, layer, position, part, alone, kept)
+                if layer.kind == "convolution" and n in self.image_beside and self.options[i][3] == 1:
+                    n = IMAGE  # the others' share of the gradient is not wanted
+                gradient, fresh = self._adjoint(i, layer, n, position, part, alone, kept)
                 found[n] = (found[n][0] + gradient, True) if n in found else (gradient, fresh)
         return found[IMAGE][0]
 
@@ -199,14 +202,14 @@ class Passes:
         """True if the image flows through value ``n``."""
         return n == IMAGE or (n != CONDITION and self.plan.layers[n - 2].moved)
 
-    def _adjoint(self, i, layer, position, d, owned, rows):
-        """The gradient by a layer's input from that by its result, and True if it may be overwritten."""
-        n = layer.inputs[position]
+    def _adjoint(self, i, layer, n, position, d, owned, rows):
+        """The gradient by value ``n``, a layer's input, from that by its result, and True if it may be overwritten."""
         shape = (d.shape[0], *self.shapes[n])
         if layer.kind == "convolution":
+            weight, alone = self.weights[i][0], n == layer.inputs[position]
             thin = n == IMAGE and d.device.type == "cpu" and self.backend != "reference"
             adjoint = narrow_image_gradient if thin else transposed_convolution
-            return adjoint(d, self.weights[i][0], shape, self.options[i]), True
+            return adjoint(d, weight if alone else weight[:, : shape[1]].contiguous(), shape, self.options[i]), True
         if layer.kind == "linear":
             return (d @ self.weights[i][0]).reshape(shape), True
         if layer.kind == "activation":
@@ -279,6 +282,16 @@ class Passes:
         stride, padding, dilation, groups = self.options[i]
         options = (stride, padding, dilation, False, [0, 0], groups, [False, True, False])
         return aten.convolution_backward(d, x, weight, None, *options)[1]
+
+
+def _image_beside(plan, above):
+    """Values that only join the image, first, with what neither depends on it nor on a trained layer."""
+    return {
+        i + 2
+        for i, layer in enumerate(plan.layers)
+        if layer.kind == "concatenation" and layer.inputs[0] == IMAGE and plan.uses[i + 2] == 1
+        if not any(n == IMAGE or above[n] or (n > CONDITION and plan.layers[n - 2].moved) for n in layer.inputs[1:])
+    }
 
 
 def _trained_above(plan, trained):
