@@ -108,14 +108,13 @@ class DenoiserStudent:
 
     @classmethod
     def from_teacher(
-        cls, teacher: Teacher, channels: tuple[int, ...] = (), guidance: float = 0.0, sampler: Sampler | None = None
+        cls, teacher: Teacher, channels: tuple[int, ...] = (), sampler: Sampler | None = None
     ) -> "DenoiserStudent":
         """A student to be trained, with a copy of a teacher's weights; of fresh ones where ``channels`` are given.
 
         Args:
             teacher: the teacher; its schedule, clipping and classes are the student's.
             channels: from the highest to the lowest resolution (empty: the teacher's network).
-            guidance: largest guidance weight that the network is to take (0: none).
             sampler: None: DDIM with ten steps of the trailing spacing.
 
         Returns:
@@ -136,14 +135,31 @@ class DenoiserStudent:
             network = build_unet(teacher.image_size, teacher.image_channels, channels, classes).to(teacher.device)
         else:
             network = copy.deepcopy(unet).float().requires_grad_(True)
-        if guidance > teacher.most_guidance:
-            network = with_condition(network, guidance)
         # As the solvers do: the last step ends at the image itself, not at the first timestep.
         changes = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
         scheduler = DDIMScheduler.from_config(config, prediction_type="v_prediction", **changes)
         model = Teacher(network, scheduler, "student", teacher.classes)
         student = cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
         student.trained_as = student.trained_as if channels else teacher.prediction
+        return student
+
+    def told_more(self, seed: int, guidance: float = 0.0, latent: int = 0) -> "DenoiserStudent":
+        """A copy whose network takes a guidance weight or a latent, too, and at first pays no heed to it.
+
+        Args:
+            seed: of the weights of its embedding.
+            guidance: largest weight w (0: none).
+            latent: numbers of the latent u (0: none).
+
+        Returns:
+            Student with the record of this one's training.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)  # torch's own function would seed GPUs, too
+            network = with_condition(self.model.unet, guidance, latent).float().requires_grad_(True)
+        model = Teacher(network, self.model.scheduler, "student", self.model.classes)
+        student = DenoiserStudent(model, self.sampler, self.training_record)
+        student.trained_as = self.trained_as
         return student
 
     @classmethod

@@ -32,6 +32,7 @@ class Model(Protocol):
     num_classes: int
     null_class: int | None
     most_guidance: float
+    latent: int
     shape: tuple[int, ...]
     state_dtype: torch.dtype
 
@@ -72,11 +73,11 @@ def guided(
         InputError: as :func:`classes_of`.
     """
     labels = classes_of(model, n, labels, guidance, classifier)
-    if model.most_guidance:
-        told = null_labels(model, n) if labels is None else labels
-        weights = torch.full((n,), float(guidance), dtype=torch.float32, device=model.device)
+    if is_packed(model):
+        told, most = null_labels(model, n) if labels is None else labels, model.most_guidance
+        weights = torch.full((n,), float(guidance), dtype=torch.float32, device=model.device) if most else None
         # Packed at every call: the next batch's classes may have taken the place of these.
-        return lambda x, place: network(x, place, pack(told, weights))
+        return lambda x, place: network(x, place, pack(told, weights, place.latent))
     if labels is None or classifier is not None:
         null = null_labels(model, n)
         plain = (lambda x, place: network(x, place)) if null is None else lambda x, place: network(x, place, null)
@@ -84,6 +85,15 @@ def guided(
     if guidance == 0:
         return lambda x, place: network(x, place, labels)
     return _classifier_free(network, labels, model.null_class, guidance)
+
+
+def is_packed(model: Model) -> bool:
+    """True if a model's network takes :func:`advkd.models.denoiser.pack` in the place of classes.
+
+    Args:
+        model: the model.
+    """
+    return bool(model.most_guidance or model.latent)
 
 
 def classes_of(
@@ -112,7 +122,7 @@ def classes_of(
     guidance = finite("guidance", guidance)
     if guidance < 0:
         raise InputError(f"guidance must be at least 0 (the model itself), got {guidance}")
-    if model.most_guidance:
+    if is_packed(model):
         _require_weight(model, labels, guidance, classifier)
     if classifier is not None:
         _require_fit(classifier, model)
@@ -123,7 +133,7 @@ def classes_of(
         return None
     if not model.num_classes and classifier is None:
         raise InputError(f"labels: teacher {model.name} is unconditional; leave them out, or give a classifier of noisy images")
-    own = not model.most_guidance and (guidance or classifier is not None)
+    own = not is_packed(model) and (guidance or classifier is not None)
     if model.num_classes and model.null_class is None and own:
         raise InputError(
             f"guidance: teacher {model.name} has no null class: take guidance 0, or train one with --conditional --drop 0.15"
@@ -133,13 +143,15 @@ def classes_of(
 
 
 def _require_weight(model, labels, guidance, classifier):
-    """Refuse what a network that takes the weight itself was not trained for."""
+    """Refuse what a network that takes a weight or a latent itself was not trained for."""
+    if guidance and not model.most_guidance:
+        raise InputError(f"guidance: {model.name} draws with a latent and is not guided: leave it out")
     if guidance > model.most_guidance:
         raise InputError(f"guidance must be at most {model.most_guidance:g}, that of {model.name}'s training, got {guidance}")
     if classifier is not None:
-        raise InputError(f"classifier: {model.name} takes the guidance weight itself; leave the classifier out")
+        raise InputError(f"classifier: {model.name} takes its conditions itself; leave the classifier out")
     if labels is None and model.num_classes and model.null_class is None:
-        raise InputError(f"labels: {model.name} is guided towards a class: name the class of every sample")
+        raise InputError(f"labels: {model.name} has no null class: name the class of every sample")
 
 
 def _count_of(classifier):
@@ -198,7 +210,7 @@ def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | in
         model: the model, which knows its classes.
         n: number of states.
         labels: ``(n,)`` classes, the null class among them, or one for all; None: no class. A model that takes the guidance
-            weight itself needs ``(n, k)`` of :func:`advkd.models.denoiser.pack`.
+            weight itself or a latent needs ``(n, k)`` of :func:`advkd.models.denoiser.pack`.
 
     Returns:
         ``(n,)`` int64 on the model's device, or None for an unconditional model; ``(n, k)`` is handed on.
@@ -206,9 +218,9 @@ def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | in
     Raises:
         InputError: classes out of range or of an unconditional model, or none where the model has no null class.
     """
-    if model.most_guidance:
+    if is_packed(model):
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != n:
-            raise InputError(f"condition: {model.name} takes classes and guidance weights together, packed as ({n}, k)")
+            raise InputError(f"condition: {model.name} takes classes, weights and latents together, packed as ({n}, k)")
         return labels
     if labels is None:
         return null_labels(model, n)
@@ -346,8 +358,8 @@ def require_null(model: Model) -> int:
     Raises:
         InputError: an unconditional model, one without a null class, or one that takes the guidance weight itself.
     """
-    if model.most_guidance:
-        raise InputError(f"guidance: {model.name} takes the weight itself: name the conditional teacher that it comes from")
+    if is_packed(model):
+        raise InputError(f"guidance: {model.name} takes its conditions itself: name the conditional teacher that it comes from")
     if not model.num_classes or model.null_class is None:
         lack = "is unconditional" if not model.num_classes else "has no null class"
         raise InputError(f"guidance: teacher {model.name} {lack}: train one with --conditional --drop 0.15")

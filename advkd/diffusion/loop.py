@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..errors import InputError
-from ..ops import coefficient_table, sampler_step
+from ..ops import coefficient_table, philox_normal, sampler_step
 from ..runtime.hub import reason
 from ..runtime.ranges import named
 from .program import STATE, Evaluation, Program, registers
@@ -28,14 +28,19 @@ class Place(NamedTuple):
         t: timestep ``(1,)``: int64, or float32 in runs with timesteps that are not whole.
         alpha: weight of the image, a float64 scalar.
         noise: weight of the noise, a float64 scalar.
+        latent: ``(N, latent)`` float32, the latents u of this evaluation; None in loops without them.
     """
 
     t: torch.Tensor
     alpha: torch.Tensor
     noise: torch.Tensor
+    latent: torch.Tensor | None = None
 
 
 Network = Callable[[torch.Tensor, Place], torch.Tensor]
+
+LATENT_STEP = 2
+"""Step of Philox's latents that keeps those of denoisers apart from one-pass students' and from training's."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,6 +56,8 @@ class SamplingLoop:
         device: of the network.
         capture: replay CUDA graphs (on a CUDA device).
         dtype: of the state: float32, or float64 for exact networks.
+        latent: numbers of the latent u that the network is given in every evaluation (0: none), standard normal by seed, sample
+            and evaluation.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class SamplingLoop:
         device: str | torch.device,
         capture: bool = False,
         dtype: torch.dtype = torch.float32,
+        latent: int = 0,
     ):
         self._network, self._seed, self._program, self._capture_graphs = network, seed, program, capture
         # diffusers' networks keep the layout of their input; convolutions are faster in this one.
@@ -79,6 +87,8 @@ class SamplingLoop:
             self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu").to(device)
             self._indices = torch.empty(shape[0], dtype=torch.int64, device=device)
             self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+            drawn = (len(program), shape[0], latent)
+            self._latents = torch.empty(drawn, dtype=torch.float32, device=device) if latent else None
         self._done = 0
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._memory = torch.cuda.graph_pool_handle() if capture else None
@@ -95,6 +105,9 @@ class SamplingLoop:
             raise InputError(f"x_T must have shape {tuple(self.x.shape)}, got {tuple(x_T.shape)}")
         self.x.copy_(x_T)
         self._indices.copy_(torch.arange(first, first + len(x_T), dtype=torch.int64, device=self.x.device))
+        if self._latents is not None:
+            each = (len(self._latents), self._latents.shape[2])
+            self._latents.copy_(philox_normal(self._seed, self._indices, each, stream="z", step=LATENT_STEP).movedim(1, 0))
         self._counter.zero_()
         self._done = 0
 
@@ -136,7 +149,8 @@ class SamplingLoop:
 
     def _place(self):
         alpha, noise = self._weights.index_select(0, self._counter)[0].unbind()
-        return Place(self._timesteps.index_select(0, self._counter), alpha, noise)
+        latent = None if self._latents is None else self._latents.index_select(0, self._counter)[0]
+        return Place(self._timesteps.index_select(0, self._counter), alpha, noise, latent)
 
     def _capture(self, evaluation, pool):
         """One pass as a graph. Graphs share their memory: what one leaves there is copied before the next one runs."""

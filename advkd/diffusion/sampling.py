@@ -32,6 +32,7 @@ class DiffusionModel:
         num_classes: number of classes; 0 for an unconditional model.
         null_class: label that stands for no class, or None.
         most_guidance: largest guidance weight that the network itself takes; 0: guidance is made of two evaluations.
+        latent: numbers of the latent that the network is given in every evaluation; 0: none.
         variance_type: variance of the ancestral step, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
     """
 
@@ -42,6 +43,7 @@ class DiffusionModel:
     num_classes: int = 0
     null_class: int | None = None
     most_guidance: float = 0.0
+    latent: int = 0
     variance_type: str = "fixed_small"
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
@@ -181,7 +183,8 @@ class DiffusionModel:
         network = guided(self, self._network(), len(x_T), labels, guidance, classifier)
         program = self.program(solver, steps)
         # A loop of its own: several paths may be walked at the same time.
-        loop = SamplingLoop(network, (len(x_T), *self.shape), program, seed, self.device, dtype=self.state_dtype)
+        shape, dtype = (len(x_T), *self.shape), self.state_dtype
+        loop = SamplingLoop(network, shape, program, seed, self.device, dtype=dtype, latent=self.latent)
         loop.start(x_T, start)
         for t in self.timesteps(solver, steps):
             loop.step()

@@ -68,7 +68,7 @@ class Teacher(DiffusionModel):
         self.name = name
         condition = embedding_of(unet)
         embedded = condition.config.classes if condition else getattr(unet.config, "num_class_embeds", None)
-        self.most_guidance = condition.config.guidance if condition else 0.0
+        self.most_guidance, self.latent = (condition.config.guidance, condition.config.latent) if condition else (0.0, 0)
         classes = classes or (Classes(tuple(map(str, range(embedded)))) if embedded else None)
         self.classes, self.folder = classes, folder
         self.class_names = classes.names if classes else ()
@@ -148,7 +148,7 @@ class Teacher(DiffusionModel):
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
             **({"autocast": str(self._autocast)} if self._autocast else {}),
-            **({"takes_guidance": self.most_guidance} if self.most_guidance else {}),
+            **{k: v for k, v in (("takes_guidance", self.most_guidance), ("takes_latent", self.latent)) if v},
             **({"noise_power": list(powers.values)} if powers else {}),
         }
 
@@ -380,7 +380,7 @@ class Teacher(DiffusionModel):
             told = None if told is None else told.clone()  # theirs may be the caller's own memory
             network = guided(self, self._network(compiled), n, told, guidance, classifier)
             shape, capture = (n, *self.shape), self.device.type == "cuda"
-            self._loop = (key, SamplingLoop(network, shape, key[1], seed, self.device, capture), told)
+            self._loop = (key, SamplingLoop(network, shape, key[1], seed, self.device, capture, latent=self.latent), told)
         elif told is not None:
             self._loop[2].copy_(told)  # graphs read the classes where the first ones were
         return self._loop[1]

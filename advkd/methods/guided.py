@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.draws import Draw
 from ..data.sources import Batch
 from ..diffusion.denoiser import noised
-from ..diffusion.denoiser_student import DenoiserStudent, Sampler
+from ..diffusion.denoiser_student import Sampler
 from ..diffusion.guidance import require_null
 from ..diffusion.schedule import Schedule
 from ..diffusion.solvers import Solver
@@ -98,13 +98,7 @@ class Guided(Progressive):
         student, most = super().begin(config, student), student.model.most_guidance
         if most and config.guidance > most:
             raise InputError(f"guidance must be at most {most:g}, that of the student's own training, got {config.guidance}")
-        if most:
-            return student
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
-            begun = DenoiserStudent.from_teacher(student.model, guidance=config.guidance)
-        begun.training_record = student.training_record
-        return begun
+        return student if most else student.told_more(config.seed, guidance=config.guidance)
 
     def needs(self) -> Needs:
         """Labelled images and a teacher that knows classes and none of them.

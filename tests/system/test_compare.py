@@ -56,7 +56,8 @@ def models(tmp_path_factory):
             diffusers.DDPMPipeline(teacher.unet, scheduler).save_pretrained(folder / "teacher")
     teacher = Teacher(build_unet(32, 1, (8, 8, 8, 8), 4), scheduler, classes=Classes(("a", "b", "c"), 3))
     for name, most in (("free", 0.0), ("weighted", 4.0)):
-        student = DenoiserStudent.from_teacher(teacher, guidance=most, sampler=Sampler(Solver("ddim", "trailing"), 4))
+        student = DenoiserStudent.from_teacher(teacher, sampler=Sampler(Solver("ddim", "trailing"), 4))
+        student = student.told_more(0, guidance=most) if most else student
         for parameter in student.model.unet.parameters():
             # Embeddings of conditions may begin at zero, where weights would make no difference.
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if most else 0.0)

@@ -55,7 +55,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weighted(conditional, tmp_path_factory):
     """A conditional student that takes the guidance weight itself, its embedding of that not zero."""
-    student = begun(Teacher.from_pretrained(conditional), guidance=4.0, sampler=Sampler(TRAILING, 2, 1.5))
+    student = begun(Teacher.from_pretrained(conditional)).told_more(0, guidance=4.0)
+    student.sampler = Sampler(TRAILING, 2, 1.5)
     torch.manual_seed(1)
     embedding = embedding_of(student.model.unet)
     torch.nn.init.normal_(embedding.guidance[-1].weight)
@@ -192,7 +193,7 @@ def test_conditional_students(conditional, tmp_path):
 def test_a_network_that_takes_the_weight_begins_as_it_was_without(conditional):
     teacher = Teacher.from_pretrained(conditional)
     plain = begun(teacher, sampler=Sampler(TRAILING, 2))
-    student = begun(teacher, guidance=4.0, sampler=Sampler(TRAILING, 2))
+    student = begun(teacher, sampler=Sampler(TRAILING, 2)).told_more(0, guidance=4.0)
     for weight in (0.0, 3.5):
         assert torch.equal(student.sample(2, labels=[0, 2], guidance=weight), plain.sample(2, labels=[0, 2]))
     assert torch.equal(student.sample(2), plain.sample(2))  # the null class

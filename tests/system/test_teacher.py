@@ -672,7 +672,7 @@ def test_training_from_a_teacher_of_other_timesteps_is_refused_before_the_data_a
 
 def test_training_from_a_denoiser_student_is_refused(conditional, tmp_path):
     """Its network is told a weight, too, which training on images would not give."""
-    student = DenoiserStudent.from_teacher(Teacher.from_pretrained(conditional), guidance=4.0)
+    student = DenoiserStudent.from_teacher(Teacher.from_pretrained(conditional)).told_more(0, guidance=4.0)
     student.trained_as = "v_prediction"
     student.save_pretrained(tmp_path / "student")
     config = TeacherTrainingConfig(size=8, conditional=True, init=str(tmp_path / "student"))
