@@ -19,6 +19,7 @@ METHODS = {
     "consistency": "consistency.Consistency",
     "diff-instruct": "diff_instruct.DiffInstruct",
     "dpdm": "dpdm.DPDM",
+    "ddgan": "ddgan.DDGAN",
     "score-distillation": "score_distillation.ScoreDistillation",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",

@@ -219,6 +219,7 @@ class Method(Protocol):
         inputs: options of the command line that name what it learns from: ``trajectories``, ``data`` (images), ``teacher``.
         students: kinds of students that it trains: ``generator``, ``denoiser``; ``images`` alone where it optimises them.
         takes_weights: True if it tells a denoiser student a guidance weight.
+        takes_latents: True if it tells a denoiser student a latent.
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
@@ -237,6 +238,7 @@ class Method(Protocol):
     inputs: ClassVar[tuple[str, ...]] = ("trajectories", "teacher")
     students: ClassVar[tuple[str, ...]] = ("generator",)
     takes_weights: ClassVar[bool] = False
+    takes_latents: ClassVar[bool] = False
     config: Any
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}

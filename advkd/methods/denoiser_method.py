@@ -76,7 +76,8 @@ class DenoiserMethod(Method):
     Attributes:
         student: the network, which is trained in place.
         schedule: the noise schedule.
-        clip: x0 is clamped to [-clip, clip] when the student draws; the runner sets it, and the classes.
+        clip: x0 is clamped to [-clip, clip] when the student draws; the runner sets it, the classes and the shape.
+        shape: of an image, ``(C, H, W)``; empty where no runner says so.
         num_classes: number of classes that the student is told; 0 without.
         null_class: label that stands for no class, or None.
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
@@ -87,6 +88,7 @@ class DenoiserMethod(Method):
     inputs: ClassVar[tuple[str, ...]] = ("data", "teacher")
     config: Any
     clip: float = math.inf
+    shape: tuple[int, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
     given: str = "images"

@@ -10,7 +10,7 @@ from ..data.images import load_images, load_labelled
 from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
-from ..diffusion.guidance import require_labels
+from ..diffusion.guidance import is_packed, require_labels
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods.base import Method, Needs
@@ -62,10 +62,11 @@ def require_callable(teacher: Teacher, device: str | torch.device) -> None:
         device: torch device of the run.
 
     Raises:
-        InputError: a teacher on another device, or one that takes a guidance weight itself.
+        InputError: a teacher on another device, or one that takes a guidance weight or a latent itself.
     """
-    if teacher.most_guidance:
-        raise InputError("--teacher takes a guidance weight itself: name the teacher that it was distilled from")
+    if is_packed(teacher):
+        what = "a guidance weight" if teacher.most_guidance else "a latent"
+        raise InputError(f"--teacher takes {what} itself: name the teacher that it was distilled from")
     if teacher.device.type != torch.device(device).type:
         raise InputError(f"the teacher is on {teacher.device}, the run on {device}: load it there")
 

@@ -126,7 +126,7 @@ class DenoiserDistiller(Trainer):
         self._start_student, self._recorded, self._last = student, trajectories, None
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
-        run.teacher, run.clip = teacher, model.clip
+        run.teacher, run.clip, run.shape = teacher, model.clip, tuple(model.shape)
         run.num_classes, run.null_class = model.num_classes, model.null_class
         if run.null_class is None and hasattr(config, "drop"):
             require_unused(config, True, "a student that has a null class (--init)", "drop")
@@ -224,10 +224,14 @@ class DenoiserDistiller(Trainer):
 
 
 def _require_plain(kind, config, student, teacher, device):
-    """Refuse a teacher that is not called or elsewhere, and networks that take a guidance weight where none is given."""
+    """Refuse a teacher that is not called or elsewhere, and networks that take a weight or a latent where none is given."""
     if teacher is not None and not kind.calls_teacher(config):
         raise InputError(f"{kind.name} does not call a teacher with these options: leave --teacher out")
     if teacher is not None:
         require_callable(teacher, device)
-    if student.model.most_guidance and not kind.takes_weights:
-        raise InputError(f"--init: the student takes a guidance weight, which {kind.name} does not give: continue it by guided")
+    for told, name, takes, owner in (
+        (student.model.most_guidance, "guidance weight", kind.takes_weights, "guided"),
+        (student.model.latent, "latent", kind.takes_latents, "ddgan"),
+    ):
+        if told and not takes:
+            raise InputError(f"--init: the student takes a {name}, which {kind.name} does not give: continue it by {owner}")
