@@ -177,7 +177,7 @@ class DDGAN(DenoiserMethod):
             scores = self._critic(x, self._told(x, k, k if self._classes else None))
         except (InputError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"critic: it does not take images {shape} in {config.steps} steps ({error}): leave it out"
+                f"critic: it does not take images {shape} and their conditions ({error}): leave it out"
             ) from error
         if scores.shape != (2,):
             raise InputError(f"critic: it gives {tuple(scores.shape)} for 2 images, not one score each: leave it out")
