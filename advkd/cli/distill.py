@@ -148,8 +148,14 @@ def _start(kind, inputs, config, device):
         if not isinstance(student, DenoiserStudent) and "generator" not in kind.students:
             raise InputError(f"--init {init}: {kind.name} trains a denoiser student, and this one draws in one pass")
         return student
+    if inputs["teacher"] is None and widths and inputs["data"] is not None:
+        from ..training.denoiser_data import fresh_student
+
+        return fresh_student(inputs["data"], widths, device)
     if inputs["teacher"] is None:
-        raise InputError("name a student to start from by --init, or a --teacher whose network is copied")
+        raise InputError(
+            "name a student to start from by --init, or a --teacher whose network is copied, or --channels and --data"
+        )
     return DenoiserStudent.from_teacher(Teacher.from_pretrained(inputs["teacher"], device), widths)
 
 

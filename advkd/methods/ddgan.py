@@ -167,7 +167,7 @@ class DDGAN(DenoiserMethod):
         return CriticConfig(side, channels, config.critic_channels, config.critic_max_channels, planes, side)
 
     def _require_critic(self):
-        config, shape = self.config, self.shape
+        shape = self.shape
         try:
             if self._critic is None:
                 self._critic_config(shape[0], shape[-1])
@@ -176,9 +176,7 @@ class DDGAN(DenoiserMethod):
             x, k = like.new_zeros(2, *shape), torch.zeros(2, dtype=torch.int64, device=like.device)
             scores = self._critic(x, self._told(x, k, k if self._classes else None))
         except (InputError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"critic: it does not take images {shape} and their conditions ({error}): leave it out"
-            ) from error
+            raise InputError(f"critic: it does not take images {shape} and their conditions ({error}): leave it out") from error
         if scores.shape != (2,):
             raise InputError(f"critic: it gives {tuple(scores.shape)} for 2 images, not one score each: leave it out")
 

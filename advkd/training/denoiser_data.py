@@ -11,7 +11,9 @@ from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.guidance import is_packed, require_labels
+from ..diffusion.networks import build_unet
 from ..diffusion.teacher import Teacher
+from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.base import Method, Needs
 
@@ -168,6 +170,25 @@ def images_of(
     if labels is None and (needs.labels or class_names):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
+
+
+def fresh_student(data: str, channels: tuple[int, ...], device: str | torch.device = "cpu") -> DenoiserStudent:
+    """An unconditional student of fresh weights on the usual noise levels, for methods that call no teacher.
+
+    Args:
+        data: images whose shape it takes: ``digits``, ``glyphs`` or a folder.
+        channels: of the network, from the highest to the lowest resolution.
+        device: where it is put.
+
+    Returns:
+        Student with linear betas and T = 1000, x0 clamped to [-1, 1]; its weights are drawn from torch's global generator.
+
+    Raises:
+        InputError: data that cannot be read, or channels that its images cannot have.
+    """
+    shape = load_images(data).shape[1:]
+    network = build_unet(shape[-1], shape[0], channels).to(device)
+    return DenoiserStudent.from_teacher(Teacher(network, noise_scheduler("linear", "v_prediction"), "student"), channels)
 
 
 def learnt_from(method: Method, source: Source) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The methods by consistency and by scores from the command line: from folders to a student that draws, and what is refused."""
+"""Methods by consistency, scores and critics from the command line: folders, a student that draws, and what is refused."""
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ RUNS = {
     "diff-instruct of a network": f"diff-instruct {TAUGHT} --data IMAGES --gan 0.1",
     "dpdm": f"dpdm {TAUGHT} --data IMAGES --steps 4",
     "dpdm without images": f"dpdm {TAUGHT} --inputs simulated --steps 2",
+    "ddgan": "ddgan --init START --data IMAGES --steps 2 --latent 4",
+    "ddgan of a fresh network": "ddgan --channels 16,16 --data IMAGES --steps 1 --latent 4",
 }
 SMALL = ["--updates", "2", "--batch-size", "4"]
 
@@ -68,6 +70,12 @@ def test_a_command_leaves_a_student_that_draws(name, folders, tmp_path):
         ("diff-instruct", "", ["--critic-channels", "8"], "critic_channels does nothing without a critic (--gan)"),
         ("dpdm", "--data", [], "dpdm needs images: name them by --data"),
         ("dpdm", "", ["--steps", "1001"], "steps must be between 1 and the schedule's 1000 timesteps, got 1001"),
+        ("ddgan", "", ["--steps", "0"], "steps must be at least 1, got 0"),
+        ("ddgan", "", ["--critic-channels", "256"], "critic_channels must be at most critic_max_channels, 128, got 256"),
+        ("ddgan", "--data", [], "ddgan needs images: name them by --data"),
+        ("ddgan", "", ["--teacher", "TEACHER"], "--teacher: ddgan does not call one with these options"),
+        ("ddgan of a fresh network", "--data", [], "name a student to start from by --init, or a --teacher whose network is"),
+        ("ddgan of a fresh network", "", ["--init", "START"], "--channels are of a fresh denoiser student: leave --preset and"),
         ("dpdm without images", "", ["--level", "lognormal"], "level does nothing without inputs data"),
     ],
 )

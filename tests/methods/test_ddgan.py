@@ -1,6 +1,7 @@
 """DDGAN: with q(x0 | x_t) any number of steps gives the data, and the trained generator is q(x0 | x_t)."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from advkd.training.trainer import Trainer
 from ..conftest import tiny_teacher
 from .test_progressive import tiny_images, tiny_student
 
-import os
 SEED = int(os.environ.get("SEED", 0))
 FLOAT64 = {"dtype": torch.float64, "progress": False}
 MEAN, VARIANCE = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.3, 2.0]).double()
@@ -321,4 +321,3 @@ def test_more_steps_than_levels_are_refused():
     with pytest.raises(InputError, match="steps must be between 1 and the schedule's 10 timesteps, got 11"):
         DDGAN(DDGANConfig(steps=11), torch.nn.Identity(), Schedule.linear(10))
     assert DDGAN(DDGANConfig(steps=10), torch.nn.Identity(), Schedule.linear(10)).alpha_bars[0] < IMAGE.alpha_bar
-
