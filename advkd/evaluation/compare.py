@@ -37,6 +37,9 @@ _LOGGER = logging.getLogger(__name__)
 TIMED = 16
 """Images of a timed call."""
 
+FEW = 8
+"""Network evaluations of rows that have all ``num`` images; ``num_long`` is of those with more."""
+
 
 @dataclass
 class CompareConfig:
@@ -48,6 +51,8 @@ class CompareConfig:
         solvers: comma-separated names of the teacher's solvers, a row for each of ``evaluations`` that they can take.
         evaluations: network evaluations of the solvers' runs, at most; several separated by commas.
         num: images of a row, and of the fine-step reference.
+        num_long: images of a row with more than 8 evaluations, at most ``num`` (0: as many); it is compared with the first
+            images of the others.
         baseline: name of the row that the others are compared with (empty: the solver with most evaluations; without solvers
             the first student).
         seed: seed of the start noise; the reference's is the next one.
@@ -67,6 +72,7 @@ class CompareConfig:
     solvers: str = ""
     evaluations: tuple[int, ...] = (1, 2, 4, 8)
     num: int = 10_000
+    num_long: int = 0
     baseline: str = ""
     seed: int = REFERENCE_SEED
     fine_steps: int = 100
@@ -84,6 +90,8 @@ class CompareConfig:
         for name, least in (("num", 4), ("fine_steps", 1), ("batch_size", 1), ("resamples", 20)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.num_long and not 4 <= self.num_long <= self.num:
+            raise InputError(f"num_long must be 0, or at least 4 and at most num, {self.num}, got {self.num_long}")
         if not self.evaluations:
             raise InputError("evaluations must name a number at least")
         for number in self.evaluations:
@@ -144,13 +152,16 @@ def compare_models(
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
     fine, features, pictures = _features(model, extractor, contestants, config, cache, progress)
-    yardstick = Yardstick(shuffled(extract(extractor, real, cache=cache)), fine, config.resamples)
+    known = shuffled(extract(extractor, real, cache=cache))
+    lengths = sorted({row.num for row in contestants}, reverse=True)
+    yardsticks = {num: Yardstick(known, fine[:num], config.resamples) for num in lengths}
     result = {
-        **_rows(contestants, features, yardstick, baseline, cache, progress),
+        **_rows(contestants, features, yardsticks, baseline, cache, progress),
         "baseline": baseline,
         "score": extractor.score,
-        "floor": yardstick.floor,
-        "floor_num": yardstick.half,
+        "floor": yardsticks[lengths[0]].floor,
+        "floor_num": yardsticks[lengths[0]].half,
+        "floors": [{"num": one.half, "value": one.floor} for one in yardsticks.values()],
         "batch_size": TIMED,
         "config": asdict(config),
         "teacher": model.identity(),
@@ -168,7 +179,8 @@ def compare_models(
 def _measure(teacher, config, device):
     """Teacher and extractor, which fit each other and the number of images."""
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
+    for name, num in (("num", config.num), ("num-long", config.num_long or config.num)):
+        require_fit(extractor, torch.empty(num, *model.shape, dtype=torch.uint8, device="meta"), f"--{name} {num}")
     Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
     return model, extractor
@@ -178,6 +190,7 @@ def _contestants(config, setting, device):
     """All rows, and the names of their images' classes; what a solver cannot take is said."""
     solvers, left_out = solver_rows(parse_solvers(config.solvers, config.spacing), config.evaluations, setting)
     rows = [*student_rows(config.students, setting, device), *solvers]
+    rows = [row.shortened(config.num_long) if config.num_long and row.evaluations > FEW else row for row in rows]
     if not rows:
         raise InputError(f"no row is left: give more evaluations or other solvers ({left_out[0]})")
     names = [row.name for row in rows]
@@ -209,7 +222,7 @@ def _baseline(config, contestants):
     if config.baseline and config.baseline not in names:
         raise InputError(f"--baseline must be a row, one of {', '.join(names)}; got {config.baseline!r}")
     solvers = [row for row in contestants if row.kind == "solver"]
-    return config.baseline or max(solvers or contestants[:1], key=lambda row: row.samplers[0].evaluations).name
+    return config.baseline or max(solvers or contestants[:1], key=lambda row: row.evaluations).name
 
 
 def _features(model, extractor, contestants, config, cache, progress):
@@ -217,7 +230,8 @@ def _features(model, extractor, contestants, config, cache, progress):
     sets = {sampler.kept.name: sampler.kept for row in contestants for sampler in row.samplers}
     condition = Condition.of(model, config.classes, config.guidance)
     fine = solver_set(model, fine_run(config.fine_steps, config.seed, config.num), config.batch_size, condition)
-    with progress_bar(total=(1 + len(sets)) * config.num, desc="images", unit="image", shown=progress) as bar:
+    total = config.num + sum(kept.num for kept in sets.values())
+    with progress_bar(total=total, desc="images", unit="image", shown=progress) as bar:
         reference = extract(extractor, fine.images(cache, bar), cache=cache)
         features, first = {}, {}
         for name, kept in sets.items():
@@ -226,22 +240,32 @@ def _features(model, extractor, contestants, config, cache, progress):
     return reference, features, {row.name: first[row.samplers[0].kept.name] for row in contestants}
 
 
-def _rows(contestants: list[Contestant], features, yardstick: Yardstick, baseline: str, cache, progress) -> dict[str, Any]:
-    """Rows of the table without times, and the differences of every two."""
+def _rows(
+    contestants: list[Contestant], features, yardsticks: dict[int, Yardstick], baseline: str, cache, progress
+) -> dict[str, Any]:
+    """Rows of the table without times, and the differences of every two, of as many images as both have."""
     measured = {}
-    for name in progress_bar(features, desc="measures", unit="set", shown=progress):
-        measured[name] = yardstick.measure(features[name], cache)
-    medians = {row.name: _medians(measured[sampler.kept.name][0] for sampler in row.samplers) for row in contestants}
-    rows = []
+    wanted = [(name, num) for name, found in features.items() for num in yardsticks if num <= len(found)]
+    for name, num in progress_bar(wanted, desc="measures", unit="set", shown=progress):
+        measured[name, num] = yardsticks[num].measure(features[name][:num], cache)
+    medians = {
+        (row.name, num): _medians(measured[sampler.kept.name, num][0] for sampler in row.samplers)
+        for row in contestants
+        for num in yardsticks
+        if num <= row.num
+    }
+    lengths, rows = {row.name: row.num for row in contestants}, []
     for row in contestants:
-        figures = _figures(medians[row.name], [measured[sampler.kept.name] for sampler in row.samplers])
-        figures["real"]["difference"] = _figure(medians[row.name]["real"] - medians[baseline]["real"])
+        num = row.num
+        figures = _figures(medians[row.name, num], [measured[sampler.kept.name, num] for sampler in row.samplers])
+        shared = min(num, lengths[baseline])
+        figures["real"]["difference"] = _figure(medians[row.name, shared]["real"] - medians[baseline, shared]["real"])
         trainings = [
-            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.kept.name])}
+            {"source": one.source, "weights_sha256": one.weights_sha256, **_alone(measured[one.kept.name, num])}
             for one in row.samplers
         ]
-        rows.append({**_facts(row), "num": yardstick.num, **figures, "trainings": trainings})
-    return {"rows": rows, "differences": _differences(medians)}
+        rows.append({**_facts(row), "num": num, **figures, "trainings": trainings})
+    return {"rows": rows, "differences": _differences(medians, lengths)}
 
 
 def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:
@@ -287,17 +311,17 @@ def _alone(measured):
     return {**{name: _figure(one) for name, one in distances.items()}, **{name: shares[name] for name in SHARES}}
 
 
-def _differences(medians):
+def _differences(medians, lengths):
     """Differences of every two rows in their distances to real images, the second less the first."""
-    return [
-        {
-            "row": other,
-            "less": one,
-            "frechet": _figure(medians[other]["real"] - medians[one]["real"]),
-            "at_infinity": _figure(medians[other]["real_at_infinity"] - medians[one]["real_at_infinity"]),
+    found = []
+    for one, other in itertools.combinations(lengths, 2):
+        shared = min(lengths[one], lengths[other])
+        ours, its = medians[other, shared], medians[one, shared]
+        figures = {
+            key: _figure(ours[name] - its[name]) for key, name in (("frechet", "real"), ("at_infinity", "real_at_infinity"))
         }
-        for one, other in itertools.combinations(medians, 2)
-    ]
+        found.append({"row": other, "less": one, **figures})
+    return found
 
 
 def _times(contestants, device):

@@ -30,8 +30,14 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     reference = f"unipc-2, {result['config']['fine_steps']} steps"
     titles = ["row", "method", "parameters", "evaluations", "N", f"{result['score']} to real images", "at infinity"]
     titles += [f"less {result['baseline']}", "precision", "recall", f"{result['score']} to {reference}", "at infinity"]
-    titles += [f"x floor at N = {result['floor_num']:,}", "ms an image", "training: forward / backward"]
+    titles += [f"x floor at {_halves(result)}", "ms an image", "training: forward / backward"]
     return [titles, *(_cells(row) for row in result["rows"])]
+
+
+def _halves(result):
+    """Numbers of images at which rows are measured in units of the floor."""
+    one_length = len(result.get("floors", ())) < 2
+    return f"N = {result['floor_num']:,}" if one_length else "half of N"
 
 
 def _cells(row):
@@ -104,12 +110,15 @@ def reading(result: dict[str, Any]) -> str:
     """
     several = any(len(row["trainings"]) > 1 for row in result["rows"])
     spread = " A row of several trainings has their median, and in brackets the least and the most." if several else ""
-    score, half = result["score"], f"{result['floor_num']:,}"
+    score, (first, *others) = result["score"], result.get("floors", [{"num": result["floor_num"], "value": result["floor"]}])
+    floors = f"{first['value']:.4f}" + "".join(f" ({one['value']:.4f} where N is {2 * one['num']:,})" for one in others)
+    shared = " Rows of fewer images are compared with as many of the others." if others else ""
+    half = "as many images" if others else f"{first['num']:,} images"
     return (
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "
-        f"differences have intervals of their own.{spread} The floor, {result['floor']:.4f}, is the mean distance of random "
-        f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are medians of "
+        f"differences have intervals of their own.{shared}{spread} The floor, {floors}, is the mean distance of random "
+        f"halves of the fine-step reference; x floor is the distance of {half} to a half of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
         f"network evaluations.{told(result)}{unknown(result)}"
     )

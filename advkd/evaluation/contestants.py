@@ -94,6 +94,20 @@ class Contestant:
     kind: str
     samplers: tuple[Sampler, ...]
 
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of an image."""
+        return self.samplers[0].evaluations
+
+    @property
+    def num(self) -> int:
+        """Images of each of its sets."""
+        return self.samplers[0].kept.num
+
+    def shortened(self, num: int) -> "Contestant":
+        """The row with the first ``num`` images of its sets."""
+        return replace(self, samplers=tuple(replace(one, kept=replace(one.kept, num=num)) for one in self.samplers))
+
 
 def parse_students(text: str) -> dict[str, list[tuple[str, int | None]]]:
     """Rows of students by name.

@@ -118,6 +118,27 @@ def test_a_student_that_is_a_solver_reads_the_same_distances(tmp_path):
     assert apart == limits[0] - limits[1]
 
 
+def test_rows_of_many_evaluations_may_have_fewer_images(tmp_path):
+    """Each length is what a comparison of that many images finds, and differences are of as many as both rows have."""
+    options, num = {"students": "four", "solvers": "ddim", "evaluations": (4, 9)}, SMALL["num"]
+    few, all_ = run(tmp_path, **options), run(tmp_path, **options, num=2 * num)
+    mixed = run(tmp_path, **options, num=2 * num, num_long=num)
+    assert [row["num"] for row in mixed["rows"]] == [2 * num, 2 * num, num]
+    assert [floor["num"] for floor in mixed["floors"]] == [num, num // 2]
+    for name, alone in (("four", all_), ("ddim 4", all_), ("ddim 9", few)):
+        for part in ("real", "fine"):
+            ours, theirs = (dict(row_of(result, name)[part]) for result in (mixed, alone))
+            ours.pop("difference", None), theirs.pop("difference", None)
+            assert ours == theirs
+    # The baseline is the longest run, which has fewer images.
+    assert mixed["baseline"] == "ddim 9"
+    assert row_of(mixed, "four")["real"]["difference"] == row_of(few, "four")["real"]["difference"]
+    found, wanted = ({(d["row"], d["less"]): d for d in result["differences"]} for result in (mixed, few))
+    assert found["ddim 9", "four"] == wanted["ddim 9", "four"]
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "x floor at half of N" in page and f"where N is {num})" in page
+
+
 def test_files_of_a_comparison(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/pictures-04.png").write_bytes(b"of an earlier, larger comparison")
@@ -318,6 +339,8 @@ def test_a_killed_comparison_draws_nothing_twice(tmp_path, monkeypatch):
         ({"students": "four", "baseline": "five"}, "--baseline must be a row, one of four; got 'five'"),
         ({"students": "four", "num": 100}, "--num 100: 100 images are too few for 64 features"),
         ({"students": "four", "resamples": 5}, "resamples must be at least 20"),
+        ({"students": "four", "num_long": 141}, "num_long must be 0, or at least 4 and at most num, 140, got 141"),
+        ({"students": "four", "num_long": 100}, "--num-long 100: 100 images are too few for 64 features"),
         ({"students": "four", "evaluations": (0,)}, "evaluations must be at least 1, got 0"),
         ({"students": "four", "evaluations": (2, 2.5)}, "evaluations must be a whole number, got 2.5"),
         ({"students": "four", "evaluations": ()}, "evaluations must name a number at least"),
