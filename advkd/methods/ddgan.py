@@ -47,13 +47,13 @@ class DDGANConfig(DenoiserConfig):
     """
 
     updates: int = 3000
-    learning_rate: float = 1.6e-4
+    learning_rate: float = 1e-4
     ema: float = 0.999
     steps: int = 4
     latent: int = 64
     r1: float = 0.05
     r1_every: int = 15
-    critic_learning_rate: float = 1.25e-4
+    critic_learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.9)
     critic_channels: int = 32
     critic_max_channels: int = 128
