@@ -1,6 +1,10 @@
 """Table of students and solvers from stored results of ``advkd compare``."""
 
-from advkd.evaluation.comparison_page import cells, reading, said
+import re
+import shlex
+
+from advkd.evaluation.compare import CompareConfig
+from advkd.evaluation.comparison_page import cells, cost_of, reading, said
 
 from .evidence import NOTHING, markdown, source, stored
 
@@ -17,6 +21,7 @@ METHODS = (
     "consistency",
     "diff_instruct",
     "dpdm",
+    "ddgan",
 )
 """Methods on denoisers, as the tables of their pages name them."""
 
@@ -100,3 +105,46 @@ def lines():
         above = source(result, [row["seconds"] for row in rows], "95 % intervals are in the table")
         found += [*above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), "", reading(result), ""]
     return found[:-1] or NOTHING
+
+
+def budgets():
+    """A row for each student and solver, a column for each number of evaluations: distance, and precision and recall."""
+    found = []
+    for result in stored("budget"):
+        counts, models = sorted({row["evaluations"] for row in result["rows"]}), {}
+        for row in result["rows"]:
+            models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"])), {})[row["evaluations"]] = row
+        table = [_budget(*model, models[model], counts) for model in sorted(models)]
+        titles = ["method", "student", *(f"{count} evaluation{'s' * (count > 1)}" for count in counts), "training"]
+        above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
+        found += [*above, *markdown(titles, table), "", reading(result), "", "```sh", command(result), "```", ""]
+    return found[:-1] or NOTHING
+
+
+def command(result):
+    """The command that makes a result, with the options that are not the default."""
+    config, plain = result["config"], CompareConfig()
+    given = {name: value for name, value in config.items() if value not in (getattr(plain, name), list(plain.evaluations))}
+    text = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
+    options = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in text.items())
+    return f"advkd compare --teacher {result['teacher']['name']} {options} --out comparison"
+
+
+def _budget(solver, method, name, rows, counts):
+    cells = [_quality(rows[count]) if count in rows else "" for count in counts]
+    costs = [row["cost"] for row in rows.values()]
+    dearest = {"cost": None if None in costs else max(costs, key=lambda cost: cost["forward"])}
+    return [method, "teacher" if solver else f"`{name}`", *cells, "" if solver else cost_of(dearest)]
+
+
+def _quality(row):
+    """Distance to real images with its interval, over precision and recall."""
+    real, several = row["real"], len(row["trainings"]) > 1
+    shares = " / ".join(f"{real[name]['value']:.3f}" for name in ("precision", "recall"))
+    return f"{said(real['frechet'], 3, several)}<br>{shares}"
+
+
+def stem(name):
+    """A row's name without its number of evaluations: ``pd/4``, ``cd@1`` and ``ddim 8`` are of ``pd``, ``cd`` and ``ddim``."""
+    first, *others = [re.sub(r"(/\d+)?(@\d+)?( \d+)?$", "", part) for part in name.split("+")]
+    return first + (f", {1 + len(others)} trainings" if others else "")

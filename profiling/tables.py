@@ -110,6 +110,7 @@ TABLES = {
     "solver_quality": solver_tables.quality,
     "comparison": comparison_tables.lines,
     "differences": comparison_tables.differences,
+    "budgets": comparison_tables.budgets,
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
