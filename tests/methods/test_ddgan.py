@@ -151,20 +151,20 @@ def test_latents_are_those_of_the_sample_and_of_the_step():
 def test_the_generator_ends_as_the_posterior(tmp_path):
     """Three steps: gains, offsets and deviations of q(x0 | x_t) at each, and the data's moments at the end.
 
-    The tolerance is that of adversarial training at its last learning rates: over three seeds the furthest was 0.02.
+    Errors are those of x_s, which is what the critic sees, in units of its deviation; their tolerance is what a batch of 1,024
+    tells apart. Over three seeds the furthest was 0.012, and that of a moment 0.016.
     """
-    config = {"updates": 3000, "batch_size": 1024, "learning_rate": 6e-3, "final_learning_rate": 0.01}
-    method = made(3, THREE, **config, critic_learning_rate=3e-2, betas=(0.0, 0.9), ema=0.99, clip=0.0, seed=SEED)
+    config = {"updates": 3000, "batch_size": 1024, "learning_rate": 3e-3, "final_learning_rate": 0.01, "ema": 0.995}
+    method = made(3, THREE, **config, critic_learning_rate=3e-2, r1=0.05, r1_every=5, clip=0.0)
     Trainer(method, images(2**16), None, tmp_path, **FLOAT64).run()
     found = method.averages["student"].affine.detach()
-    wanted = torch.stack([torch.stack(part) for part in zip(*(posterior(a) for a in method.alpha_bars))])
-    # By the data's deviation; a gain is multiplied by that of the state.
-    state = torch.stack([(a * VARIANCE + 1 - a).sqrt() for a in method.alpha_bars])
-    errors = torch.stack(((found[0] - wanted[0]) * state, found[1] - wanted[1], found[2].abs() - wanted[2])) / VARIANCE.sqrt()
-    assert errors.abs().max() < 0.05, errors
+    for k, (a, after) in enumerate(zip(method.alpha_bars, (*method.alpha_bars[1:], 1.0))):
+        state, deviation = ((level * VARIANCE + 1 - level).sqrt() for level in (a, after))
+        (gain, offset, spread), wanted = found[:, k], posterior(a)
+        errors = torch.stack(((gain - wanted[0]) * state, offset - wanted[1], spread.abs() - wanted[2]))
+        assert (coefficients(method.alpha_bars)[k].c_0 * errors / deviation).abs().max() < 1 / 32, (k, errors)
     mean, variance = moments(method.alpha_bars, found.unbind(1))
-    print(errors.abs().max(), (mean - MEAN).abs().max(), (variance / VARIANCE - 1).abs().max())
-    assert torch.allclose(mean, MEAN, rtol=0, atol=0.05) and torch.allclose(variance, VARIANCE, rtol=0.06)
+    assert ((mean - MEAN) / VARIANCE.sqrt()).abs().max() < 0.05 and (variance / VARIANCE - 1).abs().max() < 0.05
 
 
 def test_the_pair_is_of_the_chain(tmp_path):
