@@ -6,7 +6,6 @@ A new method is a function of a :class:`~advkd.evaluation.toy.laboratory.Laborat
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -57,7 +56,7 @@ class Row:
 def reparametrize(lab: Laboratory) -> Outcome:
     """The exact teacher as a v network, which other methods begin with."""
     outcome = Outcome()
-    config = ReparametrizeConfig(**lab.settings(2500))
+    config = ReparametrizeConfig(**lab.settings(3000, learning_rate=3e-3))
     network = lab.run(Reparametrize(config, lab.network(), lab.teacher.schedule), lab.images(), lab.teacher, outcome)
     model = lab.model(network)
     for steps in (20, 5):
@@ -72,7 +71,7 @@ def reparametrize(lab: Laboratory) -> Outcome:
 def pairs(lab: Laboratory) -> Outcome:
     """Regression of a generator on the teacher's pairs."""
     outcome, generator = Outcome(), lab.drawn(ToyGenerator)
-    config = PairsConfig(**lab.settings(2500))
+    config = PairsConfig(**lab.settings(3000, learning_rate=4e-3))
     network = lab.run(Pairs(config, generator), lab.pairs(), None, outcome)
     lab.place(outcome, "one evaluation", network(lab.noise()))
     return outcome
@@ -97,7 +96,7 @@ def progressive(lab: Laboratory) -> Outcome:
 
 def _consistency(lab, teacher, **numbers):
     outcome, schedule = Outcome(), lab.teacher.schedule
-    config = ConsistencyConfig(**lab.settings(2500, learning_rate=1e-3), **numbers)
+    config = ConsistencyConfig(**lab.settings(2500), **numbers)
     method = Consistency(config, lab.network("reparametrize"), schedule)
     model = lab.model(lab.run(method, lab.images(), teacher, outcome))
     for steps, sigmas in ((1, ()), (2, (TWO_STEPS,))):
@@ -107,12 +106,12 @@ def _consistency(lab, teacher, **numbers):
 
 def consistency_distillation(lab: Laboratory) -> Outcome:
     """One image for all states of the exact teacher's paths, by its Heun steps."""
-    return _consistency(lab, lab.teacher, levels=18)
+    return _consistency(lab, lab.teacher, levels=18, weight="inverse-step")
 
 
 def consistency_training(lab: Laboratory) -> Outcome:
     """The same without a teacher, the levels doubled on the way."""
-    return _consistency(lab, None, levels=10, final_levels=160, target=0.0, weight="inverse-step", level="lognormal")
+    return _consistency(lab, None, levels=10, final_levels=80, target=0.0, weight="inverse-step")
 
 
 def rectified_flow(lab: Laboratory) -> Outcome:
@@ -129,7 +128,7 @@ def reflow(lab: Laboratory) -> Outcome:
 
 def _flow(lab, network, source, given):
     outcome = Outcome()
-    method = RectifiedFlow(RectifiedFlowConfig(**lab.settings(2500)), network, lab.teacher.schedule)
+    method = RectifiedFlow(RectifiedFlowConfig(**lab.settings(3000, learning_rate=3e-3)), network, lab.teacher.schedule)
     method.given = given
     trained = lab.run(method, source, None, outcome)
     model = lab.model(trained)
@@ -184,8 +183,8 @@ def dpdm(lab: Laboratory) -> Outcome:
 def score_distillation(lab: Laboratory) -> Outcome:
     """Points that are optimised by the teacher's score alone."""
     outcome = Outcome()
-    rates = {"learning_rate": 0.03, "final_learning_rate": 0.003}
-    config = ScoreDistillationConfig(num=1024, updates=lab.updates(800), seed=lab.seed, checkpoint_every=10**6, **rates)
+    settings = {"num": 1024, "learning_rate": 0.03, "final_learning_rate": 0.003, "checkpoint_every": 10**6}
+    config = ScoreDistillationConfig(**settings, updates=lab.updates(800), seed=lab.seed)  # type: ignore[arg-type]
     start = lab.noise(config.num)
     method = ScoreDistillation(config, ToyPoints(start.clone()), lab.teacher.schedule)
     points = lab.run(method, Tensors(), lab.teacher, outcome)(torch.arange(config.num))

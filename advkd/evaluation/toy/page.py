@@ -57,7 +57,7 @@ class Section:
         data = self.data
         return (
             f"{len(data.teacher.means)} Gaussians of deviation {data.deviation:.3f}; a mode is a {data.what}, and there are "
-            f"{data.total}. A sample is within if the nearest centre is at most {REACH:g} deviations away (blue; the others are "
+            f"{data.total}. A sample is within if the nearest centre is at most {REACH:g} deviations away (blue; others are "
             f"orange). A mode is kept if {FAIR:.0%} of its fair share of all samples are within it. Width is the root mean "
             "square distance from the nearest centre of those within, over the data's. Paths are drawn in tau x + (1 - tau) z, "
             "where a straight flow has straight lines; all begin at the same noise."

@@ -93,7 +93,8 @@ def show_points(axis: "Axes", data: ToyData, points: Tensor, title: str) -> None
     points = points[:SHOWN]
     near = data.nearest(points)[0] <= REACH
     for chosen, colour in ((near, COLOURS[0]), (~near, COLOURS[1])):
-        axis.scatter(*points[chosen].T.numpy(), s=2.5, color=colour, linewidths=0, alpha=0.8)
+        x, y = points[chosen].T.numpy()
+        axis.scatter(x, y, s=2.5, color=colour, linewidths=0, alpha=0.8)
     axis.set_title(title, fontsize=9)
 
 
@@ -109,8 +110,9 @@ def show_paths(axis: "Axes", data: ToyData, paths: Tensor) -> None:
     paths = paths if len(paths) <= SMOOTH else paths[:, :FEW]
     for path in paths.transpose(0, 1).numpy():
         axis.plot(path[:, 0], path[:, 1], color=INK, lw=0.6, alpha=0.6)
-    axis.scatter(*paths[0].T.numpy(), s=9, facecolors="none", edgecolors=COLOURS[6], linewidths=0.7)
-    axis.scatter(*paths[-1].T.numpy(), s=7, color=COLOURS[0], linewidths=0, zorder=3)
+    (x, y), (ends_x, ends_y) = paths[0].T.numpy(), paths[-1].T.numpy()
+    axis.scatter(x, y, s=9, facecolors="none", edgecolors=COLOURS[6], linewidths=0.7)
+    axis.scatter(ends_x, ends_y, s=7, color=COLOURS[0], linewidths=0, zorder=3)
 
 
 def save_orders(orders: Mapping[str, Any], path: Path) -> None:
@@ -122,7 +124,7 @@ def save_orders(orders: Mapping[str, Any], path: Path) -> None:
     """
     with panels(path, 4.6) as (axis,):
         for i, (name, (counts, errors, slope)) in enumerate(orders.items()):
-            style = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 7 else "--"}
+            style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 7 else "--"}
             axis.loglog(counts, errors, **style, label=f"{name}: {slope:.2f}")
         _evaluations_axis(axis, (8, 16, 32, 64, 128, 256))
         axis.set(ylabel="median distance from the flow")
@@ -140,7 +142,7 @@ def save_shares(whole: Mapping[str, Any], path: Path) -> None:
         for axis, title in zip(axes, ("the probability flow", "with noise")):
             names = [name for name in whole if bool(METHODS[name].order) == (title != "with noise")]
             for i, name in enumerate(names):
-                style = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 7 else "--"}
+                style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 7 else "--"}
                 axis.plot(*whole[name], **style, label=name)
             axis.set(title=title, xscale="log")
             _evaluations_axis(axis, (4, 8, 16, 32, 64))
@@ -233,7 +235,7 @@ def save_summary(measured: Sequence[Measured], path: Path) -> None:
         for axis, key, label in zip(axes, ("within", "modes"), ("share within three deviations", "share of modes kept")):
             for i, name in enumerate(dict.fromkeys(row.name for row in measured)):
                 own = sorted((row.evaluations, row.found[key]) for row in measured if row.name == name)
-                style = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < len(COLOURS) else "--"}
+                style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < len(COLOURS) else "--"}
                 axis.plot(*zip(*own, strict=True), **style, label="DDPM, exact" if name == "teacher" else name)
             axis.set(title=label, xscale="log", ylim=(-0.03, 1.05))
             _evaluations_axis(axis, (1, 2, 4, 8, 20, 100, 500))
