@@ -31,11 +31,20 @@ def solvers(lab: Laboratory) -> Outcome:
         Outcome whose numbers are ``order``, ``{solver: [evaluations, errors, slope]}``, and ``whole``, ``{solver:
         [evaluations, shares within three deviations]}``.
     """
-    outcome = Outcome()
-    wanted = _before_the_image(lab, *REFERENCE)
+    outcome, wanted = shown(lab), _before_the_image(lab, *REFERENCE)
     deterministic = [name for name, method in METHODS.items() if method.order]
     outcome.numbers["order"] = {name: _errors(lab, name, wanted) for name in deterministic}
     outcome.numbers["whole"] = {name: _shares(lab, name) for name in METHODS}
+    return outcome
+
+
+def shown(lab: Laboratory) -> Outcome:
+    """Samples and paths of some solvers.
+
+    Args:
+        lab: of the data set.
+    """
+    outcome = Outcome()
     for name, steps in SHOWN.items():
         lab.draw(outcome, f"{name}, steps: {steps}", lab.teacher, Solver(name, "trailing"), steps)
     return outcome
