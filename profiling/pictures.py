@@ -1,7 +1,7 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
-The shipped student beside its teacher, from noise that training has not seen, glyphs, the orders of solvers, the errors of
-score networks, and the plots of the stored results. (The picture of a report, and a method's on its page, are those of
+The shipped student beside its teacher, from noise that training has not seen, glyphs, solvers on two moons, the orders of
+solvers, the errors of score networks, and the plots of the stored results. (The picture of a report, and a method's on its page, are those of
 ``advkd report``.)
 """
 
@@ -16,6 +16,10 @@ from advkd.data.pictures import save_grid, save_image, save_strip, to_pil
 from advkd.evaluation.image_sets import eight_bit
 from advkd.evaluation.report import FRESH_SEED, save_levels_of, save_pairs_of
 from advkd.evaluation.taught import all_in_turn, taught
+from advkd.evaluation.toy.data import DATA
+from advkd.evaluation.toy.laboratory import Laboratory
+from advkd.evaluation.toy.pictures import save_samples, shrink
+from advkd.evaluation.toy.solvers import shown
 
 from . import roofline, solver_orders
 from .cases import glyphs, gradient_penalty, neighbours, sampler_step, score_error, student
@@ -73,6 +77,14 @@ def _tiled(images, rows):
     return lines.flatten(2, 3).flatten(0, 1)
 
 
+def toy():
+    """Samples and paths of some solvers on two moons."""
+    lab = Laboratory(DATA["two-moons"](), samples=2000, seed=0, scale=1.0)
+    drawn = shown(lab)
+    save_samples(lab.data, drawn.samples, drawn.paths, PICTURES / "toy.png")
+    shrink(PICTURES / "toy.png")
+
+
 def captions():
     """The machine, and milliseconds of an image in batches of 16: on kernels as they are, where there are such results."""
     machines = {Path(result["path"]).parent: result for result in stored("bench_teacher")}
@@ -97,6 +109,7 @@ def main():
     save_levels_of(teacher, small, PICTURES / "levels.png")
     glyph_pictures(Teacher.from_pretrained("glyphs"), Student.from_pretrained("glyphs"))
     data_set()
+    toy()
     solver_orders.plot(PICTURES / "solver_orders.png")
     for result in stored("score_error"):
         score_error.plot(result, PICTURES / "score-error.png")

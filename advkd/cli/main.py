@@ -1,7 +1,7 @@
 """The command line ``advkd``.
 
 Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, compare,
-search-levels, report, warmup, demo.
+search-levels, report, warmup, demo, toy.
 """
 
 from dataclasses import replace
@@ -24,6 +24,7 @@ from .distill import distill
 from .evaluate import evaluate
 from .options import computing, device_option, options
 from .search_levels import search_levels
+from .toy import toy
 
 OWNERS = {
     "interpolate": ("student",),
@@ -258,6 +259,7 @@ def warmup(student, batch_sizes, dtypes, backend, tune, device):
 main.add_command(evaluate)
 main.add_command(compare)
 main.add_command(search_levels)
+main.add_command(toy)
 
 
 @main.command()

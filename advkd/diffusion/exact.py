@@ -112,7 +112,7 @@ class GaussianTeacher(ExactTeacher):
 
 
 class MixtureTeacher(ExactTeacher):
-    """A mixture of Gaussians of one variance; a sample's class is its component.
+    """A mixture of Gaussians of one variance; a sample's class is that of its component.
 
     Args:
         means: ``(K, ...)`` means of the components.
@@ -120,9 +120,10 @@ class MixtureTeacher(ExactTeacher):
         variance: variance of every component in every direction.
         schedule: noise schedule; None: linear betas, T = 1000.
         coordinates: ``vp`` or ``ve``.
+        labels: ``(K,)`` classes 0, 1, ... of the components; None: a class each.
 
     Raises:
-        InputError: weights or a variance that are not positive, or of another number.
+        InputError: weights or a variance that are not positive, or of another number, or classes of which one has no component.
 
     Examples:
         >>> MixtureTeacher.from_preset("25-gaussians").data(3).shape
@@ -136,11 +137,15 @@ class MixtureTeacher(ExactTeacher):
         variance: float,
         schedule: Schedule | None = None,
         coordinates: str = "vp",
+        labels: torch.Tensor | None = None,
     ):
         means = means.double().cpu()
         if means.ndim < 2 or not means.isfinite().all():
             raise InputError(f"means must be (K, ...) finite numbers, got {tuple(means.shape)}")
-        super().__init__(means.shape[1:], schedule, coordinates, num_classes=len(means))
+        self.labels = torch.arange(len(means), device="cpu") if labels is None else labels.cpu()
+        if self.labels.shape != means.shape[:1]:
+            raise InputError(f"labels must be ({len(means)},), one for each of the means, got {tuple(self.labels.shape)}")
+        super().__init__(means.shape[1:], schedule, coordinates, num_classes=_count(self.labels))
         self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         self.variance = float(variance)
         if (
@@ -176,35 +181,38 @@ class MixtureTeacher(ExactTeacher):
         centres = means()
         return cls(centres, [1.0] * len(centres), variance, schedule, coordinates)
 
-    def responsibilities(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """p(component | x) for x = alpha x0 + noise eps.
+    def responsibilities(
+        self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """p(component | x) for x = alpha x0 + noise eps, among the components of the state's class.
 
         Args:
             x: ``(N, ...)`` float64 states.
             alpha: weight of the image, a scalar or ``(N, 1)``.
             noise: weight of the noise, likewise.
+            labels: ``(N,)`` classes; the number of classes stands for none; None: no class at all.
 
         Returns:
             ``(N, K)`` float64, rows summing to 1.
         """
         distances = _square_distances(x.flatten(1), alpha, self.means)
         spread = alpha**2 * self.variance + noise**2
-        return torch.softmax(self.weights.log() - distances / (2 * spread), dim=1)
+        exponents = _of_class(self.weights.log() - distances / (2 * spread), labels, self.labels, self.num_classes)
+        return torch.softmax(exponents, dim=1)
 
     def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Posterior mean: every component's, mixed by responsibility or chosen by class.
+        """Posterior mean: those of the components of the state's class, mixed by responsibility.
 
         Args:
             x: ``(N, ...)`` float64 states.
             alpha: weight of the image, a scalar or ``(N, 1)``.
             noise: weight of the noise, likewise.
-            labels: ``(N,)`` components; K stands for none; None: no class at all.
+            labels: ``(N,)`` classes; the number of classes stands for none; None: no class at all.
 
         Returns:
             ``(N, ...)`` float64.
         """
-        share = self.responsibilities(x, alpha, noise)
-        centre = _chosen(share, labels) @ self.means
+        centre = self.responsibilities(x, alpha, noise, labels) @ self.means
         gain = alpha * self.variance / (alpha**2 * self.variance + noise**2)
         return (centre + gain * (x.flatten(1) - alpha * centre)).reshape(x.shape)
 
@@ -252,12 +260,7 @@ class FiniteSetTeacher(ExactTeacher):
             raise InputError(f"images must be (M, ...) with M >= 1 and labels (M,), got {tuple(images.shape)}")
         if not images.is_floating_point() or not images.isfinite().all():
             raise InputError(f"images must be finite floating-point numbers, got {images.dtype}: scale pixels to [-1, 1] first")
-        classes = 0 if labels is None else len(labels.unique())
-        if labels is not None and not torch.equal(labels.unique(), torch.arange(classes, device=labels.device)):
-            raise InputError(
-                f"labels must be whole numbers 0 .. K - 1, each of them of an image, got {labels.unique().tolist()}"
-            )
-        super().__init__(images.shape[1:], schedule, coordinates, classes)
+        super().__init__(images.shape[1:], schedule, coordinates, 0 if labels is None else _count(labels))
         self.images, self.labels = images.double().cpu().flatten(1), None if labels is None else labels.cpu()
 
     def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -273,9 +276,7 @@ class FiniteSetTeacher(ExactTeacher):
             ``(N, ...)`` float64.
         """
         exponents = -_square_distances(x.flatten(1), alpha, self.images) / (2 * noise**2)
-        if labels is not None and self.labels is not None:
-            other = (labels[:, None] != self.labels) & (labels[:, None] != self.num_classes)
-            exponents = exponents.masked_fill(other, -math.inf)
+        exponents = _of_class(exponents, labels, self.labels, self.num_classes)
         return (torch.softmax(exponents, dim=1) @ self.images).reshape(x.shape)
 
     def data(self, n: int, seed: int = 0) -> torch.Tensor:
@@ -297,12 +298,20 @@ def _square_distances(x, alpha, centres):
     return alpha**2 * centres.square().sum(1) - 2 * alpha * (x @ centres.T)
 
 
-def _chosen(share, labels):
-    """Responsibilities, or all of them for a state's class."""
-    if labels is None:
-        return share
-    known = torch.nn.functional.one_hot(labels, share.shape[1] + 1)[:, :-1].to(share)
-    return torch.where((labels == share.shape[1])[:, None], share, known)
+def _of_class(exponents, labels, own, classes):
+    """Logarithms of weights ``(N, K)``, those of another class than the state's at minus infinity."""
+    if labels is None or own is None:
+        return exponents
+    other = (labels[:, None] != own) & (labels[:, None] != classes)
+    return exponents.masked_fill(other, -math.inf)
+
+
+def _count(labels):
+    """Number of the classes 0 .. K - 1 that labels name."""
+    found = labels.unique()
+    if not torch.equal(found, torch.arange(len(found), device=labels.device)):
+        raise InputError(f"labels must be whole numbers 0 .. K - 1, each of them of an image, got {found.tolist()}")
+    return len(found)
 
 
 _PRESET = {"dtype": torch.float64, "device": "cpu"}

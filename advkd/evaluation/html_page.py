@@ -30,7 +30,8 @@ def self_contained(title: str, body: Sequence[str]) -> str:
     """
     text = html.escape(title)
     joined = "\n".join([f"<h1>{text}</h1>", *body])
-    head = f'<meta charset="utf-8"><title>{text}</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{text}</title><style>{STYLE}</style>"
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body><main>\n{joined}\n</main></body></html>\n"
 
 

@@ -29,6 +29,12 @@ def mixture(coordinates="vp"):
     return MixtureTeacher(MEANS, [1.0, 2.0, 5.0], 0.2, coordinates=coordinates)
 
 
+def grouped(coordinates="vp"):
+    """Two components of class 0, one of class 1, and one of class 2."""
+    means, labels = torch.cat((MEANS, -MEANS[:1])), torch.tensor([0, 1, 0, 2])
+    return MixtureTeacher(means, [1.0, 2.0, 5.0, 2.0], 0.2, coordinates=coordinates, labels=labels)
+
+
 def finite_set(coordinates="vp"):
     return FiniteSetTeacher(IMAGES, CLASSES, coordinates=coordinates)
 
@@ -48,6 +54,12 @@ def mixture_density(x, alpha, noise, label):
     return log_mixture(x, MEANS, shares, alpha, alpha**2 * 0.2 + noise**2)
 
 
+def grouped_density(x, alpha, noise, label):
+    means, shares = grouped().means, double([1.0, 2.0, 5.0, 2.0])
+    shares = shares if label in (None, 3) else torch.where(torch.tensor([0, 1, 0, 2]) == label, shares, 0.0)
+    return log_mixture(x, means, shares, alpha, alpha**2 * 0.2 + noise**2)
+
+
 def finite_set_density(x, alpha, noise, label):
     shares = torch.ones(12).double() if label in (None, 3) else (CLASSES == label).double()
     return log_mixture(x, IMAGES, shares, alpha, noise**2)
@@ -56,6 +68,7 @@ def finite_set_density(x, alpha, noise, label):
 CASES = {
     "gaussian": (gaussian, gaussian_density),
     "mixture": (mixture, mixture_density),
+    "grouped": (grouped, grouped_density),
     "set": (finite_set, finite_set_density),
 }
 
@@ -275,6 +288,8 @@ def test_torch_defaults_change_nothing(other):
         (lambda: MixtureTeacher(MEANS, [1.0, 2.0], 0.1), "weights must be 3 positive numbers and variance positive"),
         (lambda: MixtureTeacher(MEANS, [1.0, 2.0, 0.0], 0.1), "weights must be 3 positive numbers"),
         (lambda: MixtureTeacher(MEANS, [1.0, 2.0, 3.0], 0.0), "variance positive"),
+        (lambda: MixtureTeacher(MEANS, [1.0, 2.0, 3.0], 0.1, labels=torch.arange(2)), r"labels must be \(3,\), one for each"),
+        (lambda: MixtureTeacher(MEANS, [1.0, 2.0, 3.0], 0.1, labels=torch.tensor([0, 2, 0])), "labels must be whole numbers 0"),
         (lambda: MixtureTeacher.from_preset("9-gaussians"), "name must be one of 25-gaussians, .*, got '9-gaussians'"),
         (lambda: FiniteSetTeacher(torch.zeros(0, 3)), r"images must be \(M, ...\) with M >= 1"),
         (lambda: FiniteSetTeacher(IMAGES, CLASSES[:3]), r"labels \(M,\)"),

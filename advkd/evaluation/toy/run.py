@@ -1,0 +1,158 @@
+"""``advkd toy``: all rows in turn, each kept when it is done, and the page."""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...runtime.devices import plain_defaults
+from ...runtime.files import read_tensors, restoring, write_bytes, write_json, write_tensors
+from ...runtime.folders import locked, require_output_folder
+from ...runtime.progress import progress_bar
+from ...runtime.timing import provenance
+from ..html_page import provenance_of, self_contained
+from .data import DATA
+from .laboratory import Laboratory, Outcome
+from .methods import ROWS
+from .page import Section, left_out, numbers_of
+from .solvers import exact_teacher, solvers
+
+PAGE, NUMBERS = "toy.html", "toy.json"
+"""Files of the page and of its numbers, in the output folder."""
+BOTH = "both"
+"""Name of all data sets together."""
+ALWAYS: dict[str, Callable[[Laboratory], Outcome]] = {"teacher": exact_teacher, "solvers": solvers}
+"""Rows without a student."""
+PARTS = ("samples", "paths", "weights")
+"""Tensors of an outcome."""
+
+
+@dataclass
+class ToyConfig:
+    """What ``advkd toy`` shows.
+
+    Attributes:
+        data: 25-gaussians, two-moons or both.
+        methods: rows of the page, separated by commas, or ``all``; rows that they begin with are shown, too.
+        updates_scale: factor of every method's number of updates.
+        samples: points that every picture is measured with.
+        seed: of weights and draws.
+    """
+
+    data: str = BOTH
+    methods: str = "all"
+    updates_scale: float = 1.0
+    samples: int = 4000
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise :class:`advkd.InputError` that names the field that cannot work."""
+        if self.data not in (*DATA, BOTH):
+            raise InputError(f"data must be {', '.join(DATA)} or {BOTH}, got {self.data!r}")
+        unknown = [name for name in self.methods.split(",") if name not in ROWS] if self.methods != "all" else []
+        if unknown:
+            raise InputError(f"methods must be all, or some of {', '.join(ROWS)}, got {unknown[0]!r}")
+        for name, holds, wanted in (
+            ("updates_scale", 0 < self.updates_scale < math.inf, "positive and finite"),
+            ("samples", 100 <= self.samples <= 10**6, "from 100 to 1,000,000"),
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
+        ):
+            if not holds:
+                raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def rows(self) -> list[str]:
+        """Rows that were chosen and those that they begin with, in the page's order."""
+        if self.methods == "all":
+            return list(ROWS)
+        wanted = set(self.methods.split(","))
+        for name in reversed(ROWS):
+            wanted |= set(ROWS[name].after) if name in wanted else set()
+        return [name for name in ROWS if name in wanted]
+
+
+@plain_defaults()
+def write_toy(config: ToyConfig, out: str | Path, progress: bool = True) -> Path:
+    """Run every row that is not kept yet, and write ``toy.html`` and ``toy.json``; a killed run goes on.
+
+    Args:
+        config: what is shown.
+        out: folder for the page, its pictures, and the rows' results.
+        progress: show a bar.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: a configuration or a folder that cannot be; nothing was started.
+
+    Examples:
+        >>> write_toy(ToyConfig(data="two-moons", methods="pairs,reflow"), "toy")
+    """
+    config.validate()
+    out, rows = require_output_folder(out), config.rows()
+    names = list(DATA) if config.data == BOTH else [config.data]
+    with locked(out), progress_bar(total=len(names) * (len(ALWAYS) + len(rows) + 1), desc="toy", shown=progress) as bar:
+        sections = [_section(name, rows, config, out, bar) for name in names]
+        body = [part for section in sections for part in _told(section.body(), bar)]
+        result: dict[str, Any] = {"config": vars(config), "provenance": provenance()}
+        body += [left_out(rows), "<h2>Where this was measured</h2>", provenance_of(result)]
+        write_json(out / NUMBERS, {"data": {section.data.name: numbers_of(section) for section in sections}, **result})
+        write_bytes(out / PAGE, self_contained("Every method and every solver on a plane", body).encode())
+    return out / PAGE
+
+
+def _section(name, rows, config, out, bar):
+    """All rows of a data set: read, or run and kept."""
+    lab = Laboratory(DATA[name](), config.samples, config.seed, config.updates_scale)
+    for row in (*ALWAYS, *rows):
+        bar.set_postfix_str(f"{name}: {row}")
+        path = out / "kept" / f"{name}-{row}-{_key(name, row, config)}.safetensors"
+        if not path.exists():
+            _run(lab, row, path)
+        lab.outcomes[row] = _read(path)  # a page of kept rows is that of fresh ones
+        bar.update()
+    return Section(lab, out / "pictures")
+
+
+def _told(body, bar):
+    bar.set_postfix_str("pictures")
+    bar.update()
+    return body
+
+
+def _run(lab, row, path):
+    outcome = (ALWAYS[row] if row in ALWAYS else ROWS[row].run)(lab)
+    tensors = {f"{part}/{title}": tensor for part in PARTS for title, tensor in getattr(outcome, part).items()}
+    order = {part: list(getattr(outcome, part)) for part in PARTS}
+    facts = {"evaluations": outcome.evaluations, "numbers": outcome.numbers, "cost": outcome.cost, "order": order}
+    write_tensors(path, tensors, facts)
+
+
+def _read(path):
+    """A kept outcome; its titles in their first order, as headers are sorted."""
+    what, remedy = "kept row", "delete it and run again"
+    tensors, facts = read_tensors(path, what, ("evaluations", "numbers", "cost", "order"), remedy)
+    with restoring(what, path, remedy):
+        parts = {part: {title: tensors[f"{part}/{title}"] for title in facts["order"][part]} for part in PARTS}
+        return Outcome(**parts, **{name: facts[name] for name in ("evaluations", "numbers")}, cost=tuple(facts["cost"]))
+
+
+def _key(name, row, config):
+    """Digest of all that a row's result depends on: the configuration and the package's source."""
+    values = [name, row, config.updates_scale, config.samples, config.seed, source_digest()]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hexadecimal SHA-256 of the package's Python files, the code's version."""
+    package = Path(__file__).resolve().parents[2]
+    state = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        state.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
