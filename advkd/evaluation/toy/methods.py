@@ -6,6 +6,7 @@ A new method is a function of a :class:`~advkd.evaluation.toy.laboratory.Laborat
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from ...data.sources import Tensors
 from ...diffusion.denoiser import Denoiser
 from ...diffusion.solvers import Solver
 from ...methods.consistency import Consistency, ConsistencyConfig, consistency_solver
+from ...methods.ddgan import DDGAN, DDGANConfig
 from ...methods.diff_instruct import DiffInstruct, DiffInstructConfig
 from ...methods.dpdm import DPDM, DPDMConfig
 from ...methods.guided import Guided, GuidedConfig
@@ -22,7 +24,7 @@ from ...methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig, straig
 from ...methods.reparametrize import Reparametrize, ReparametrizeConfig
 from ...methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
 from .laboratory import EXACT, PATHS, Laboratory, Outcome, noise_errors, own_teacher, state_of
-from .students import ToyGenerator, ToyPoints, ToyScore
+from .students import PointsAsImages, ToyCritic, ToyGenerator, ToyPoints, ToyScore
 
 LEVELS = torch.logspace(-1.5, 1.0, 11, dtype=torch.float64)
 """Noise levels at which scores are compared."""
@@ -30,6 +32,8 @@ TWO_STEPS = 0.5
 """Noise level of a consistency function's second evaluation."""
 ENTRY = 2.0
 """Noise level at which Diff-Instruct's generators are entered."""
+LATENT = 2
+"""Numbers of the latent of DDGAN's generators."""
 GUIDANCE = 2.0
 """Largest weight that the guided student takes."""
 
@@ -180,6 +184,23 @@ def dpdm(lab: Laboratory) -> Outcome:
     return outcome
 
 
+def ddgan(lab: Laboratory) -> Outcome:
+    """Generators of one, two and four steps against a critic of pairs, beside the ancestral steps of the exact teacher."""
+    outcome, schedule, points = Outcome(), lab.teacher.schedule, lab.images().tensors["images"]
+    for steps in (100, 500):
+        lab.draw(outcome, f"{EXACT}, DDPM, steps: {steps}", lab.teacher, "ddpm", steps)
+    for steps in (1, 2, 4):
+        # Modes are narrow, and scores have to be steep: a penalty by far below that of images.
+        settings = lab.settings(3000, learning_rate=1e-3, critic_learning_rate=2e-3, ema=0.995)
+        config = DDGANConfig(**settings, steps=steps, latent=LATENT, r1=0.002)
+        student, critic = PointsAsImages(lab.network(latent=LATENT)), lab.drawn(partial(ToyCritic, 2 + steps))
+        method = DDGAN(config, student, schedule, critic)
+        network = lab.run(method, Tensors(images=points[:, :, None, None]), None, outcome).network
+        sampler = method.sampler(method.stages()[0])
+        lab.draw(outcome, f"student, steps: {steps}", lab.model(network, latent=LATENT), sampler.solver, steps)
+    return outcome
+
+
 def score_distillation(lab: Laboratory) -> Outcome:
     """Points that are optimised by the teacher's score alone."""
     outcome = Outcome()
@@ -234,6 +255,7 @@ ROWS: dict[str, Row] = {
         "diff-instruct",
     ),
     "dpdm": Row("dpdm", "DPDM", dpdm, ("reparametrize",)),
+    "ddgan": Row("ddgan", "Denoising diffusion GANs", ddgan),
 }
 """Name of a row -> the row, in the page's order; a row comes after those that it begins with."""
 

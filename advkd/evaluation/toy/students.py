@@ -25,12 +25,13 @@ class ToyNetwork(nn.Module):
         timesteps: of the schedule.
         classes: classes that it is told, the null class among them (0: none).
         guidance: largest guidance weight that it is told beside them (0: none).
+        latent: numbers of the latent that it is told (0: none).
     """
 
-    def __init__(self, timesteps: int, classes: int = 0, guidance: float = 0.0):
+    def __init__(self, timesteps: int, classes: int = 0, guidance: float = 0.0, latent: int = 0):
         super().__init__()
         self.timesteps, self.classes, self.guidance = timesteps, classes, guidance
-        self.layers = perceptron(3 * (1 + 2 * len(WAVES)) + classes + (guidance > 0))
+        self.layers = perceptron(3 * (1 + 2 * len(WAVES)) + classes + (guidance > 0) + latent)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The network's output.
@@ -38,7 +39,7 @@ class ToyNetwork(nn.Module):
         Args:
             x: ``(N, 2)`` variance-preserving states.
             t: ``(N,)`` timesteps.
-            condition: ``(N,)`` classes, ``(N, 2)`` of :func:`advkd.models.denoiser.pack`, or None.
+            condition: ``(N,)`` classes, ``(N, k)`` of :func:`advkd.models.denoiser.pack`, or None.
 
         Returns:
             ``(N, 2)``.
@@ -46,10 +47,43 @@ class ToyNetwork(nn.Module):
         parts = [embedded(torch.cat((x, 2 * t.to(x)[:, None] / self.timesteps - 1), dim=1))]
         if condition is not None:
             told = condition.reshape(len(x), -1)
-            parts.append(nn.functional.one_hot(told[:, 0].round().long(), self.classes).to(x))
-            if self.guidance:
-                parts.append((told[:, 1:] / self.guidance).to(x))
+            if self.classes:
+                parts.append(nn.functional.one_hot(told[:, 0].round().long(), self.classes).to(x))
+                told = told[:, 1:] / (self.guidance or 1.0)
+            parts.append(told.to(x))
         return self.layers(torch.cat(parts, dim=1))
+
+
+class PointsAsImages(nn.Module):
+    """A network of points for images of two channels and one pixel, which critics take.
+
+    Args:
+        network: module of states, timesteps and a condition.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The network's output ``(N, 2, 1, 1)`` at states of that shape."""
+        return self.network(x.flatten(1), t, condition)[:, :, None, None]
+
+
+class ToyCritic(nn.Module):
+    """Scores of points beside a condition, by a perceptron of layers that the fused update takes.
+
+    Args:
+        condition: numbers of the condition.
+    """
+
+    def __init__(self, condition: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), perceptron(2 + condition, 1, nn.LeakyReLU(0.2)))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Scores ``(N,)`` of points ``(N, 2, 1, 1)`` and conditions ``(N, condition, 1, 1)``."""
+        return self.layers(torch.cat((x, condition), dim=1)).squeeze(1)
 
 
 class ToyGenerator(nn.Module):
@@ -100,13 +134,15 @@ class ToyModel(DiffusionModel):
         schedule: the noise schedule.
         classes: classes that it is told, without the null class, the last one.
         guidance: largest guidance weight that it is told.
+        latent: numbers of the latent that it is told.
     """
 
     prediction = "v_prediction"
     clip = math.inf
 
-    def __init__(self, network: nn.Module, schedule: Schedule, classes: int = 0, guidance: float = 0.0):
+    def __init__(self, network: nn.Module, schedule: Schedule, classes: int = 0, guidance: float = 0.0, latent: int = 0):
         super().__init__(schedule, (2,))
+        self.latent = latent
         self.network, self.num_classes, self.most_guidance = network.eval(), classes, guidance
         self.null_class = classes or None
 
@@ -118,19 +154,21 @@ class ToyModel(DiffusionModel):
         return lambda x, place, labels=None: self.network(x, place.t.float().expand(len(x)), labels)
 
 
-def perceptron(inputs: int) -> nn.Sequential:
-    """A perceptron that gives two numbers.
+def perceptron(inputs: int, outputs: int = 2, activation: nn.Module | None = None) -> nn.Sequential:
+    """A perceptron.
 
     Args:
         inputs: numbers of a sample.
+        outputs: numbers that it gives.
+        activation: between its layers (None: SiLU).
 
     Returns:
         Module of ``(N, inputs)``, with :data:`DEPTH` hidden layers of :data:`WIDTH` units.
     """
     sizes, layers = [inputs, *[WIDTH] * DEPTH], []
     for before, after in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(before, after), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 2))
+        layers += [nn.Linear(before, after), activation or nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, outputs))
 
 
 def embedded(numbers: Tensor) -> Tensor:
