@@ -3,6 +3,7 @@
 import re
 import shlex
 
+from advkd.errors import InputError
 from advkd.evaluation.compare import CompareConfig
 from advkd.evaluation.comparison_page import cells, cost_of, reading, said
 
@@ -113,7 +114,10 @@ def budgets():
     for result in stored("budget"):
         counts, models = sorted({row["evaluations"] for row in result["rows"]}), {}
         for row in result["rows"]:
-            models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"])), {})[row["evaluations"]] = row
+            cells_of = models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"])), {})
+            if row["evaluations"] in cells_of:
+                raise InputError(f"{result['path']}: {row['name']} is there twice with {row['evaluations']} evaluations")
+            cells_of[row["evaluations"]] = row
         table = [_budget(*model, models[model], counts) for model in sorted(models)]
         titles = ["method", "student", *(f"{count} evaluation{'s' * (count > 1)}" for count in counts), "training"]
         above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
@@ -132,9 +136,7 @@ def command(result):
 
 def _budget(solver, method, name, rows, counts):
     cells = [_quality(rows[count]) if count in rows else "" for count in counts]
-    costs = [row["cost"] for row in rows.values()]
-    dearest = {"cost": None if None in costs else max(costs, key=lambda cost: cost["forward"])}
-    return [method, "teacher" if solver else f"`{name}`", *cells, "" if solver else cost_of(dearest)]
+    return [method, "teacher" if solver else f"`{name}`", *cells, "" if solver else cost_of(next(iter(rows.values())))]
 
 
 def _quality(row):
@@ -145,6 +147,6 @@ def _quality(row):
 
 
 def stem(name):
-    """A row's name without its number of evaluations: ``pd/4``, ``cd@1`` and ``ddim 8`` are of ``pd``, ``cd`` and ``ddim``."""
-    first, *others = [re.sub(r"(/\d+)?(@\d+)?( \d+)?$", "", part) for part in name.split("+")]
+    """A row's name without its number of evaluations: ``cd@1`` is of the student ``cd``, ``ddim 8`` of the solver ``ddim``."""
+    first, *others = [re.sub(r"(@\d+)?( \d+)?$", "", part) for part in name.split("+")]
     return first + (f", {1 + len(others)} trainings" if others else "")

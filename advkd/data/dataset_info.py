@@ -153,7 +153,7 @@ class DatasetInfo:
         solver, spacing, paired = (values.pop(name) for name in ("solver", "spacing", "paired"))
         labelled = {name: values.pop(name) for name in LABELLED}
         added = {"spacing": spacing} if spacing else {}
-        added |= {"paired": paired} if solver not in ("ddim", "ddpm") else {}
+        added |= {"paired": paired} if solver not in ("ddim", "ddpm") or paired != (solver == "ddim") else {}
         added |= labelled if self.classes else {}
         return {"sampler": solver, **values, **added}
 

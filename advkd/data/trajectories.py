@@ -94,8 +94,12 @@ class Trajectories:
         """Refuse data that pairs cannot be learned from.
 
         Raises:
-            InputError: the solver adds noise, so that x_0 is no function of x_T.
+            InputError: the solver adds noise or the teacher is told a latent, so that x_0 is no function of x_T.
         """
+        if not self.paired and "takes_latent" in self.info.teacher:
+            raise InputError(
+                "the trajectories are unpaired (a teacher told a latent: x_0 is not a function of z): record another's"
+            )
         if not self.paired:
             reason = "a solver that adds noise: x_0 is not a function of z"
             raise InputError(f"the trajectories are unpaired ({reason}): record with --solver ddim")

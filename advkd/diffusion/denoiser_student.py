@@ -19,6 +19,7 @@ from ..models.student import Student
 from ..ops.arguments import whole
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
+from .guidance import is_packed
 from .loading import EMBEDDED
 from .networks import GROUPS, build_unet
 from .saving import INDEX, write_pipeline
@@ -144,7 +145,7 @@ class DenoiserStudent:
         return student
 
     def told_more(self, seed: int, guidance: float = 0.0, latent: int = 0) -> "DenoiserStudent":
-        """A copy whose network takes a guidance weight or a latent, too, and at first pays no heed to it.
+        """A copy whose network takes a guidance weight or a latent, too, which at first changes nothing.
 
         Args:
             seed: of the weights of its embedding.
@@ -152,12 +153,24 @@ class DenoiserStudent:
             latent: numbers of the latent u (0: none).
 
         Returns:
-            Student with the record of this one's training.
+            Student with the record of this one's training. With a latent it is drawn as it is trained: x0 is not clamped on the
+            way, and ancestral steps have the posterior's variance.
+
+        Raises:
+            InputError: this one takes a weight or a latent already.
         """
+        if is_packed(self.model):
+            raise InputError(
+                f"{self.model.name} takes a guidance weight or a latent already: begin with one that takes neither"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)  # torch's own function would seed GPUs, too
             network = with_condition(self.model.unet, guidance, latent).float().requires_grad_(True)
-        model = Teacher(network, self.model.scheduler, "student", self.model.classes)
+        scheduler: Any = self.model.scheduler
+        if latent:
+            config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}
+            scheduler = type(scheduler).from_config(config, clip_sample=False)
+        model = Teacher(network, scheduler, "student", self.model.classes)
         student = DenoiserStudent(model, self.sampler, self.training_record)
         student.trained_as = self.trained_as
         return student

@@ -220,7 +220,7 @@ def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | in
     """
     if is_packed(model):
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != n:
-            raise InputError(f"condition: {model.name} takes classes, weights and latents together, packed as ({n}, k)")
+            raise InputError(f"condition: {model.name} takes conditions packed as ({n}, k), see advkd.models.denoiser.pack")
         return labels
     if labels is None:
         return null_labels(model, n)

@@ -230,7 +230,7 @@ def _describe(teacher, config):
     chosen = {"solver": solver.name, "steps": len(timesteps), "latent_size": latent_size, **_classes(teacher, config)}
     return DatasetInfo(
         **{**vars(config), **chosen},
-        paired=not solver.stochastic,
+        paired=not (solver.stochastic or teacher.latent),
         teacher=teacher.identity(solver),
         image_channels=teacher.image_channels,
         image_size=size,

@@ -161,7 +161,7 @@ def compare_models(
         "score": extractor.score,
         "floor": yardsticks[lengths[0]].floor,
         "floor_num": yardsticks[lengths[0]].half,
-        "floors": [{"num": one.half, "value": one.floor} for one in yardsticks.values()],
+        "floors": [{"num": one.num, "half": one.half, "value": one.floor} for one in yardsticks.values()],
         "batch_size": TIMED,
         "config": asdict(config),
         "teacher": model.identity(),

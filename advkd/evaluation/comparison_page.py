@@ -110,15 +110,16 @@ def reading(result: dict[str, Any]) -> str:
     """
     several = any(len(row["trainings"]) > 1 for row in result["rows"])
     spread = " A row of several trainings has their median, and in brackets the least and the most." if several else ""
-    score, (first, *others) = result["score"], result.get("floors", [{"num": result["floor_num"], "value": result["floor"]}])
-    floors = f"{first['value']:.4f}" + "".join(f" ({one['value']:.4f} where N is {2 * one['num']:,})" for one in others)
-    shared = " Rows of fewer images are compared with as many of the others." if others else ""
-    half = "as many images" if others else f"{first['num']:,} images"
+    score, (first, *others) = result["score"], result.get("floors", [{"half": result["floor_num"], "value": result["floor"]}])
+    floors = f"{first['value']:.4f}" + "".join(f" ({one['value']:.4f} where N is {one['num']:,})" for one in others)
+    shared = " Two rows of different N are compared by the first images of the longer one." if others else ""
+    that = "an equally large part" if others else "a half"
+    half = "half of a row's images" if others else f"{first['half']:,} images"
     return (
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "
         f"differences have intervals of their own.{shared}{spread} The floor, {floors}, is the mean distance of random "
-        f"halves of the fine-step reference; x floor is the distance of {half} to a half of it. Times are medians of "
+        f"halves of the fine-step reference; x floor is the distance of {half} to {that} of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
         f"network evaluations.{told(result)}{unknown(result)}"
     )

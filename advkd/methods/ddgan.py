@@ -21,6 +21,7 @@ from ..diffusion.denoiser_student import Sampler
 from ..diffusion.schedule import IMAGE, Schedule
 from ..diffusion.solvers import Solver
 from ..errors import InputError
+from ..models.batch_norm import evaluating
 from ..models.critic import Critic, CriticConfig
 from ..models.denoiser import pack
 from ..ops.critic.update import critic_gradients
@@ -117,7 +118,7 @@ class DDGAN(DenoiserMethod):
 
     @classmethod
     def calls_teacher(cls, config: Any) -> bool:
-        """False: images alone are learnt from.
+        """False: it learns from images alone.
 
         Args:
             config: not used.
@@ -126,7 +127,7 @@ class DDGAN(DenoiserMethod):
 
     @classmethod
     def begin(cls, config: Any, student: Any) -> Any:
-        """The student, or a copy that takes a latent and at first pays no heed to it.
+        """The student, or a copy that takes a latent, which at first changes nothing.
 
         Args:
             config: a :class:`DDGANConfig`.
@@ -151,9 +152,11 @@ class DDGAN(DenoiserMethod):
             Needs.
 
         Raises:
-            InputError: a critic that does not fit the images.
+            InputError: a critic that does not fit the images, or images that no critic is made for.
         """
-        if self.shape:
+        if self._critic is None:
+            self._critic_config()
+        elif self.shape:
             self._require_critic()
         return Needs("images", labels=self.num_classes > 0, student="denoiser")
 
@@ -162,23 +165,32 @@ class DDGAN(DenoiserMethod):
         """Classes that the critic is told, the null class among them."""
         return self.num_classes + (self.null_class is not None)
 
-    def _critic_config(self, channels, side):
-        config, planes = self.config, channels + self.config.steps + self._classes
-        return CriticConfig(side, channels, config.critic_channels, config.critic_max_channels, planes, side)
-
-    def _require_critic(self):
-        shape = self.shape
+    def _critic_config(self):
+        """Shape of a critic of the images and their conditions."""
+        if len(self.shape) != 3:
+            raise InputError(f"critic: there is none of samples {self.shape}, which are no images: name one")
+        config, (channels, _, side) = self.config, self.shape
+        planes = channels + config.steps + self._classes
         try:
-            if self._critic is None:
-                self._critic_config(shape[0], shape[-1])
-                return
-            like = next(self._critic.parameters())
-            x, k = like.new_zeros(2, *shape), torch.zeros(2, dtype=torch.int64, device=like.device)
-            scores = self._critic(x, self._told(x, k, k if self._classes else None))
-        except (InputError, RuntimeError, ValueError) as error:
-            raise InputError(f"critic: it does not take images {shape} and their conditions ({error}): leave it out") from error
-        if scores.shape != (2,):
-            raise InputError(f"critic: it gives {tuple(scores.shape)} for 2 images, not one score each: leave it out")
+            return CriticConfig(side, channels, config.critic_channels, config.critic_max_channels, planes, side)
+        except InputError as error:
+            raise InputError(f"there is no critic of images {self.shape} ({error}): resize them") from error
+
+    @torch.no_grad()
+    def _require_critic(self):
+        """Run the critic that was given once, in eval mode: nothing of it may change."""
+        like = next(self._critic.parameters(), torch.zeros((), device="cpu"))
+        x, k = like.new_zeros(2, *self.shape), torch.zeros(2, dtype=torch.int64, device=like.device)
+        try:
+            with evaluating(self._critic):
+                scores = self._critic(x, self._told(x, k, k if self._classes else None))
+            found = tuple(scores.shape)
+        except Exception as error:  # it may be any module
+            raise InputError(
+                f"critic: it does not take images {self.shape} and their conditions ({error}): leave it out"
+            ) from error
+        if found != (2,):
+            raise InputError(f"critic: it gives {found} for 2 images, not one score each: leave it out")
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration; a resumed run may take another backend."""
@@ -200,7 +212,7 @@ class DDGAN(DenoiserMethod):
         if self._critic is None:
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
-                self._critic = Critic(self._critic_config(self.shape[0], self.shape[-1]))
+                self._critic = Critic(self._critic_config())
         critic = Trained(self._critic, config.critic_learning_rate, config.betas, schedule=student.schedule)
         return {"student": student, "critic": critic}
 
@@ -240,7 +252,7 @@ class DDGAN(DenoiserMethod):
             backend=config.critic_backend,
             check_finite=False,
         )
-        step.gradients("critic", found.gradients)
+        step.gradients("critic", (gradient for gradient in found.gradients if gradient is not None))
         loss = F.softplus(-self._critic(fake, told)).mean()
         step("student", loss)
         step.log(loss=loss.detach(), critic=found.loss, penalty=found.penalty)

@@ -82,7 +82,7 @@ class Guided(Progressive):
 
     @classmethod
     def begin(cls, config: Any, student: Any) -> Any:
-        """The student, or a copy that takes a guidance weight beside its classes and at first pays no heed to it.
+        """The student, or a copy that takes a guidance weight beside its classes, which at first changes nothing.
 
         Args:
             config: a :class:`GuidedConfig`.

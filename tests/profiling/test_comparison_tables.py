@@ -82,8 +82,8 @@ def test_differences_are_those_of_the_pages_whichever_way_they_are_stored(monkey
 
 def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkeypatch):
     one, four = (
-        {**row("pd/1", 3.0, cost={"forward": 9, "backward": 4}), "evaluations": 1},
-        {**row("pd/4", 2.0), "evaluations": 4},
+        {**row("pd@1", 3.0), "evaluations": 1},
+        {**row("pd", 2.0), "evaluations": 4},
     )
     solver = {**row("ddim 4", 4.0), "method": "ddim", "kind": "solver", "evaluations": 4}
     several = {**row("a/1+b/1", 1.0, 2, {"forward": 12_000, "backward": 3_000}), "evaluations": 1}
@@ -94,7 +94,7 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
     assert made == "advkd compare --teacher digits --students 'a b,c' --evaluations 4,8 --fine-steps 20 --out comparison"
     assert titles == "| method | student | 1 evaluation | 4 evaluations | training |"
     assert rows == [
-        f"| progressive | `a, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  | 12,000 / 3,000 |",
+        f"| progressive | `a/1, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  | 12,000 / 3,000 |",
         f"| progressive | `pd` | {cell(3)} | {cell(2)} | not recorded |",
         f"| ddim | teacher |  | {cell(4)} |  |",
     ]
@@ -104,7 +104,11 @@ def cell(value):
     return f"{value:.3f} ({value - 0.5:.3f} to {value + 0.5:.3f})<br>{value:.3f} / {value:.3f}"
 
 
-def test_stems():
-    names = {"pd/4": "pd", "simulated/3@4": "simulated", "cd@1": "cd", "rf2-1": "rf2-1", "unipc-2 8": "unipc-2", "di": "di"}
+def test_stems(monkeypatch):
+    names = {"pd/4": "pd/4", "simulated/3@4": "simulated/3", "cd@1": "cd", "rf2-1": "rf2-1", "unipc-2 8": "unipc-2", "di": "di"}
     assert {name: comparison_tables.stem(name) for name in names} == names
-    assert comparison_tables.stem("s0/4@2+s1/4@2+s2/4@2") == "s0, 3 trainings"
+    assert comparison_tables.stem("s0/4@2+s1/4@2+s2/4@2") == "s0/4, 3 trainings"
+    rows = [{**row("cd@1", 1.0), "evaluations": 1}, {**row("cd", 2.0), "evaluations": 1}]
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [{**RESULT, "rows": rows}])
+    with pytest.raises(InputError, match="comparison.json: cd is there twice with 1 evaluations"):
+        comparison_tables.budgets()

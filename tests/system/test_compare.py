@@ -124,7 +124,7 @@ def test_rows_of_many_evaluations_may_have_fewer_images(tmp_path):
     few, all_ = run(tmp_path, **options), run(tmp_path, **options, num=2 * num)
     mixed = run(tmp_path, **options, num=2 * num, num_long=num)
     assert [row["num"] for row in mixed["rows"]] == [2 * num, 2 * num, num]
-    assert [floor["num"] for floor in mixed["floors"]] == [num, num // 2]
+    assert [(floor["num"], floor["half"]) for floor in mixed["floors"]] == [(2 * num, num), (num, num // 2)]
     for name, alone in (("four", all_), ("ddim 4", all_), ("ddim 9", few)):
         for part in ("real", "fine"):
             ours, theirs = (dict(row_of(result, name)[part]) for result in (mixed, alone))

@@ -285,7 +285,7 @@ class Passes:
 
 
 def _image_beside(plan, above):
-    """Values that only join the image, first, with what neither depends on it nor on a trained layer."""
+    """Concatenations of the image, first, with values that need no gradient."""
     return {
         i + 2
         for i, layer in enumerate(plan.layers)
