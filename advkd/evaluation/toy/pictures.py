@@ -54,7 +54,7 @@ def save_samples(data: ToyData, samples: Mapping[str, Tensor], paths: Mapping[st
         paths: by title, of some of them.
         path: file to write.
     """
-    columns, rows = max(3, len(samples)), 2 if paths else 1
+    columns, rows = max(2, len(samples)), 2 if paths else 1
     with panels(path, 0.3 + rows * 9.4 / columns, rows, columns) as axes:
         for axis in axes:
             axis.set_visible(False)
