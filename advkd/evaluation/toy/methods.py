@@ -146,7 +146,7 @@ def diff_instruct(lab: Laboratory) -> Outcome:
 
 def diff_instruct_with_pairs(lab: Laboratory) -> Outcome:
     """The same, held by the teacher's pairs: distribution matching distillation."""
-    return _two_scores(lab, "pairs", lab.pairs(), regression=1.0)
+    return _two_scores(lab, "pairs", lab.pairs(), regression=50.0)
 
 
 def _two_scores(lab, given, source, **numbers):
