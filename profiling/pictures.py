@@ -1,8 +1,8 @@
 """Draw the pictures of README and site anew: python -m profiling.pictures.
 
 The shipped student beside its teacher, from noise that training has not seen, glyphs, solvers on two moons, the orders of
-solvers, the errors of score networks, and the plots of the stored results. (The picture of a report, and a method's on its page, are those of
-``advkd report``.)
+solvers, the errors of score networks, and the plots of the stored results. (The picture of a report, and a method's on its
+page, are those of ``advkd report``.)
 """
 
 from pathlib import Path

@@ -29,8 +29,12 @@ TINY = ToyConfig(data="25-gaussians", updates_scale=0.002, samples=120)
 
 @pytest.fixture(scope="module")
 def small():
-    """Few points and runs of solvers."""
+    """Few points, runs of solvers and pixels."""
+    from matplotlib.figure import Figure
+
+    original = Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, dpi, format: original(figure, path, dpi=dpi / 4, format=format))
         patch.setattr(laboratory, "TRAINED", 600)
         for name, value in {"COUNTS": (8, 16, 32), "WHOLE": (4, 8), "POINTS": 16, "REFERENCE": ("dpm-3", 60)}.items():
             patch.setattr(solvers, name, value)

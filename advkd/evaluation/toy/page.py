@@ -70,16 +70,25 @@ class Section:
         return figure(path, reading)
 
     def _row(self, name, title):
-        outcome, samples = self.outcomes[name], dict(self.outcomes[name].samples)
-        paths = dict(outcome.paths)
-        if name in ROWS and (beside := ROWS[name].beside):
-            first, points = next(iter(self.outcomes[beside].samples.items()))
-            samples = {first if beside == "teacher" else f"{beside}, {first}": points, **samples}
+        outcome = self.outcomes[name]
+        samples, paths = self._beside(name)
+        samples, paths = samples | outcome.samples, (paths if outcome.paths else {}) | outcome.paths
         read = readings.guided_reading if name == "guided" else readings.samples_reading
         drawn = self._picture(
             name, lambda path: pictures.save_samples(self.data, samples, paths, path), read(self.data, outcome)
         )
         return [f"<h3>{html.escape(title)}</h3>", drawn]
+
+    def _beside(self, name):
+        """First samples and paths of the rows that are shown beside one."""
+        samples, paths = {}, {}
+        for other in ROWS[name].beside if name in ROWS else ():
+            first, points = next(iter(self.outcomes[other].samples.items()))
+            title = EXACT if other == "teacher" else f"{other}, {first}"
+            samples[title] = points
+            if first in self.outcomes[other].paths:
+                paths[title] = self.outcomes[other].paths[first]
+        return samples, paths
 
     def _solvers(self):
         solvers = self.outcomes["solvers"]

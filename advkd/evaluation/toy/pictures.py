@@ -39,9 +39,10 @@ def shrink(path: Path) -> None:
     from PIL import Image
 
     with Image.open(path) as picture:
-        smaller = picture.convert("RGB").quantize(COLOURS_KEPT, dither=Image.Dither.NONE)
+        # This way keeps rare colours, those of single points.
+        smaller = picture.convert("RGB").quantize(COLOURS_KEPT, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     with replacing(path) as temporary:
-        smaller.save(temporary, format="PNG", optimize=True)
+        smaller.save(temporary, format="PNG")
 
 
 def save_samples(data: ToyData, samples: Mapping[str, Tensor], paths: Mapping[str, Tensor], path: Path) -> None:
@@ -53,7 +54,7 @@ def save_samples(data: ToyData, samples: Mapping[str, Tensor], paths: Mapping[st
         paths: by title, of some of them.
         path: file to write.
     """
-    columns, rows = max(3, len(samples)), 2 if paths else 1
+    columns, rows = max(2, len(samples)), 2 if paths else 1
     with panels(path, 0.3 + rows * 9.4 / columns, rows, columns) as axes:
         for axis in axes:
             axis.set_visible(False)

@@ -52,11 +52,11 @@ def guided_reading(data: ToyData, outcome: Outcome) -> str:
         data: the data set.
         outcome: of guided distillation.
     """
-    said = [
-        f"{title}: {outcome.numbers[title]:.0%} and {data.measured(points)['within']:.0%}"
-        for title, points in outcome.samples.items()
-    ]
-    return f"Samples in the {data.classes} that was asked for, and within three deviations, {'; '.join(said)}."
+    said = []
+    for title, points in outcome.samples.items():
+        found = data.measured(points)
+        said.append(f"{title}: {outcome.numbers[title]:.0%}, {found['within']:.0%}, {found['width']:.2f}")
+    return f"Samples in the {data.classes} that was asked for, those within, and their width: {'; '.join(said)}."
 
 
 def facts(data: ToyData, found: dict[str, float]) -> str:
@@ -199,7 +199,7 @@ def two_scores_reading(outcome: Outcome, what: str) -> str:
 
 
 def summary_reading(data: ToyData, measured: list[Measured]) -> str:
-    """The row that is best in one evaluation, by the share within three deviations and by modes.
+    """The row that is best in one evaluation: the lesser of its shares of good samples and of modes is the greatest.
 
     Args:
         data: the data set.
@@ -208,10 +208,10 @@ def summary_reading(data: ToyData, measured: list[Measured]) -> str:
     one = {row.name: row.found for row in measured if row.evaluations == 1}
     if not one:
         return "No method that was chosen draws in one evaluation."
-    sharp, whole = (max(one, key=lambda name: one[name][key]) for key in ("within", "modes"))
+    worst, best = _ends({name: min(found["within"], found["modes"]) for name, found in one.items()})
     return (
-        f"In one evaluation {sharp} has the most samples within three deviations, {one[sharp]['within']:.0%}, and {whole} the "
-        f"most modes, {round(one[whole]['modes'] * data.total)} of {data.total}."
+        f"In one evaluation {best} is best in the lesser of both shares ({facts(data, one[best])}), and {worst} last "
+        f"({facts(data, one[worst])})."
     )
 
 
