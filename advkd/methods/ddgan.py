@@ -37,8 +37,9 @@ class DDGANConfig(DenoiserConfig):
     Attributes:
         steps: K, the steps from noise to image; each begins at a level of its own.
         latent: numbers of the latent u that the generator is told in every step.
+        critic_updates: updates of the critic for each of the generator.
         r1: weight of the critic's gradient penalty on real x_s, r1 / 2 |grad D|^2.
-        r1_every: updates between two penalties, each of which counts so many times.
+        r1_every: updates of the critic between two penalties, each of which counts so many times.
         critic_learning_rate: of the critic's Adam.
         betas: of Adam, for generator and critic.
         critic_channels: features after the critic's first convolution; they double with each further one.
@@ -52,6 +53,7 @@ class DDGANConfig(DenoiserConfig):
     ema: float = 0.999
     steps: int = 4
     latent: int = 64
+    critic_updates: int = 1
     r1: float = 0.05
     r1_every: int = 15
     critic_learning_rate: float = 1e-3
@@ -64,7 +66,7 @@ class DDGANConfig(DenoiserConfig):
     def validate(self) -> None:
         """Raise :class:`advkd.InputError` that names the field that cannot work."""
         super().validate()
-        for name in ("steps", "latent", "r1_every", "critic_channels", "critic_max_channels"):
+        for name in ("steps", "latent", "critic_updates", "r1_every", "critic_channels", "critic_max_channels"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         most, known = self.critic_max_channels, ("autograd", "auto", *BACKENDS)
@@ -227,6 +229,17 @@ class DDGAN(DenoiserMethod):
         """
         return Sampler(Solver("ddpm", alpha_bars=self.alpha_bars), self.config.steps)
 
+    def evaluations(self, stage: Stage) -> tuple[int, int]:
+        """The generator once for each update of the critic, whose last images are its own; the critic is not counted.
+
+        Args:
+            stage: not used.
+
+        Returns:
+            ``(forward, backward)`` by sample of the batch.
+        """
+        return self.config.critic_updates, 1
+
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """The critic on (x_s, x_t) of the chain and of the generator, softplus and lazy R1; then the generator against it.
 
@@ -235,27 +248,36 @@ class DDGAN(DenoiserMethod):
             batch: ``images``, and ``labels`` where the student is told classes.
             draw: steps, noise and latents.
         """
-        config, k = self.config, draw.integers("step", self.config.steps)
-        labels = self.dropped(batch.labels, draw, config.drop)
-        x_s, x_t = self._pair(batch.images, k, draw)
-        with step.autocast():
-            fake = self._step(x_t, k, labels, draw).to(x_s.dtype)
-        told, penalised = self._told(x_t, k, labels), draw.start // config.batch_size % config.r1_every == 0
+        updates = self.config.critic_updates
+        for i in range(updates):
+            if i:
+                batch, draw = step.next_batch()
+            k, labels = draw.integers("step", self.config.steps), self.dropped(batch.labels, draw, self.config.drop)
+            x_s, x_t = self._pair(batch.images, k, draw)
+            with torch.set_grad_enabled(i + 1 == updates), step.autocast():
+                fake = self._step(x_t, k, labels, draw).to(x_s.dtype)
+            told = self._told(x_t, k, labels)
+            self._judge(step, x_s, fake.detach(), told, draw.start // self.config.batch_size)
+        loss = F.softplus(-self._critic(fake, told)).mean()
+        step("student", loss)
+        step.log(loss=loss.detach())
+
+    def _judge(self, step, real, fake, told, number):
+        """Update ``number`` of the critic; every ``r1_every``-th one has the penalty."""
+        config = self.config
         found = critic_gradients(
             self._critic,
-            x_s,
-            fake.detach(),
+            real,
+            fake,
             condition=told,
             loss="softplus",
             mode="r1",
-            weight=config.r1 * config.r1_every * penalised,
+            weight=config.r1 * config.r1_every * (number % config.r1_every == 0),
             backend=config.critic_backend,
             check_finite=False,
         )
         step.gradients("critic", (gradient for gradient in found.gradients if gradient is not None))
-        loss = F.softplus(-self._critic(fake, told)).mean()
-        step("student", loss)
-        step.log(loss=loss.detach(), critic=found.loss, penalty=found.penalty)
+        step.log(critic=found.loss, penalty=found.penalty)
 
     def _weights(self, x, k):
         """The numbers of each sample's step in shapes that multiply states."""
