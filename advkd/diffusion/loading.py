@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..errors import InputError
+from ..models.autoencoder import Autoencoder, autoencoder_part, load_autoencoder
 from ..models.denoiser import ConditionEmbedding
 from ..models.weights import load_network, require_ordinary
 from ..runtime.files import read_json
@@ -59,12 +60,14 @@ class Loaded(NamedTuple):
         classes: those of a conditional teacher, or None. Without ``classes.json`` they are named by their numbers, and none of
             them is the null class.
         folder: the files' own, which may have a ``noise_power.json``.
+        autoencoder: of a latent teacher, on the CPU, or None.
     """
 
     unet: "UNet2DModel"
     scheduler: "DDPMScheduler | DDIMScheduler"
     classes: Classes | None
     folder: Path
+    autoencoder: Autoencoder | None
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
@@ -82,12 +85,13 @@ def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
     """
     # An unfit repository of the hub is refused before its weights are fetched.
     folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
-    _require_fit(folder)
+    part = _require_fit(folder)
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
         scheduler, unet = _load_scheduler(folder), _load_unet(source, folder, dtype)
         condition = _load_condition(source, folder, unet)
-        return Loaded(unet, scheduler, _load_classes(folder, condition), folder)
+        autoencoder = load_autoencoder(folder, part, partial(_fetched, source)) if part else None
+        return Loaded(unet, scheduler, _load_classes(folder, condition), folder, autoencoder)
 
 
 def _load_condition(source, folder, unet):
@@ -131,12 +135,11 @@ def _part(folder, name):
 
 
 def _require_fit(folder):
-    """Refuse a pipeline that is not a pixel-space model, told classes at most, with a network of ordinary size."""
+    """Refuse a pipeline that is told more than classes, or has no network of ordinary size; name its autoencoder's folder."""
     index = folder / "model_index.json"
     parts = read_json(index, "pipeline index") if os.path.lexists(index) else {}
-    for part in ("vae", "vqvae", "movq"):
-        if part in parts:
-            raise InputError(f"teacher {folder} works on latents (it has a {part}); advkd distils pixel-space teachers")
+    if "movq" in parts:
+        raise InputError(f"teacher {folder} has a movq; latents of a vqvae or vae are supported")
     for part in ("text_encoder", "image_encoder"):
         if part in parts:
             raise InputError(
@@ -157,6 +160,7 @@ def _require_fit(folder):
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
     require_ordinary(config, f"teacher {folder}")
+    return autoencoder_part(folder, parts)
 
 
 def require_network(config: Mapping[str, Any], name: str | Path) -> None:

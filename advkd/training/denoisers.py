@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.latent import around
 from ..diffusion.saving import INDEX
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -171,7 +172,7 @@ class DenoiserDistiller(Trainer):
         start = self._start_student.model
         assert isinstance(network, DenoiserNetwork)
         unet = copy.deepcopy(network.unet).to(memory_format=torch.contiguous_format)
-        model = Teacher(unet, start.scheduler, "student", start.classes)
+        model = around(unet, start, start.scheduler, "student")
         method: Any = self.method
         return DenoiserStudent(model, method.sampler(stage), self._record(stage, method.measured(model, stage)))
 
