@@ -25,6 +25,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.timing import measure, provenance
 from .comparison_page import PICTURES, write_pages
 from .contestants import Contestant, Setting, class_names, parse_solvers, parse_students, solver_rows, student_rows
+from .decoded import decoded_features
 from .evaluate import REFERENCE_SEED
 from .features import build_extractor, extract, require_fit
 from .image_sets import real_images, shuffled
@@ -122,7 +123,8 @@ def compare_models(
 
     Returns:
         The contents of ``comparison.json``: ``rows``, one per student or solver's run; ``differences``, of every two rows;
-        ``baseline``, ``floor`` and its ``floor_num``, ``batch_size`` of the times, ``config`` and ``provenance``.
+        ``decoder`` of a latent teacher, the distance of decoded real images; ``baseline``, ``floor`` and its ``floor_num``,
+        ``batch_size`` of the times, ``config`` and ``provenance``.
 
     Raises:
         InputError: bad configuration, a student that does not fit the teacher, or images that do not fit the extractor;
@@ -139,7 +141,7 @@ def compare_models(
     setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
     contestants, classes = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
-    real = real_images(config.real, model.shape, num=config.real_num, progress=progress, classes=classes)
+    real = real_images(config.real, model.image_shape, num=config.real_num, progress=progress, classes=classes)
     require_fit(extractor, real, "--real")
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
@@ -147,6 +149,7 @@ def compare_models(
     yardstick = Yardstick(shuffled(extract(extractor, real, cache=cache)), fine, config.resamples)
     result = {
         **_rows(contestants, features, yardstick, baseline, cache, progress),
+        **_decoder(model, extractor, real, yardstick, cache),
         "baseline": baseline,
         "score": extractor.score,
         "floor": yardstick.floor,
@@ -168,7 +171,7 @@ def compare_models(
 def _measure(teacher, config, device):
     """Teacher and extractor, which fit each other and the number of images."""
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    require_fit(extractor, torch.empty(config.num, *model.shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
+    require_fit(extractor, torch.empty(config.num, *model.image_shape, dtype=torch.uint8, device="meta"), f"--num {config.num}")
     Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
     return model, extractor
@@ -242,6 +245,14 @@ def _rows(contestants: list[Contestant], features, yardstick: Yardstick, baselin
         ]
         rows.append({**_facts(row), "num": yardstick.num, **figures, "trainings": trainings})
     return {"rows": rows, "differences": _differences(medians)}
+
+
+def _decoder(model, extractor, real, yardstick, cache):
+    """Row of a latent teacher's decoder: what a model of perfect latents would have."""
+    if (decoded := decoded_features(model, extractor, real, cache)) is None:
+        return {}
+    distances = {name: _figure(one) for name, one in yardstick.of_decoded(decoded).items()}
+    return {"decoder": {**distances, "num": len(real) // 2, "parameters": model.autoencoder.num_parameters()}}
 
 
 def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:

@@ -11,6 +11,7 @@ from ..data.images import normalize
 from ..data.pictures import save_grid
 from ..data.plots import COLOURS, panels
 from ..runtime.files import write_bytes
+from .decoded import DECODED
 from .evaluate import aligned
 from .html_page import figure, provenance_of, self_contained, table_of
 
@@ -31,7 +32,16 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     titles = ["row", "method", "parameters", "evaluations", "N", f"{result['score']} to real images", "at infinity"]
     titles += [f"less {result['baseline']}", "precision", "recall", f"{result['score']} to {reference}", "at infinity"]
     titles += [f"x floor at N = {result['floor_num']:,}", "ms an image", "training: forward / backward"]
-    return [titles, *(_cells(row) for row in result["rows"])]
+    return [titles, *(_cells(row) for row in result["rows"]), *_decoder_cells(result, len(titles))]
+
+
+def _decoder_cells(result, columns):
+    """Row of a latent teacher's decoder, its figures alone."""
+    if (row := result.get("decoder")) is None:
+        return []
+    facts = [DECODED, "autoencoder", f"{row['parameters']:,}", "", f"{row['num']:,}"]
+    told = [*facts, said(row["frechet"], 3), said(row["at_infinity"], 3)]
+    return [told + [""] * (columns - len(told))]
 
 
 def _cells(row):
@@ -93,6 +103,8 @@ def describe(result: dict[str, Any]) -> str:
         real = row["real"]
         figures = [f"{real[name]['value']:.3f}" for name in ("frechet", "at_infinity")]
         table.append([row["name"], str(row["evaluations"]), *figures, said(real["difference"], 3, sign="+"), time_of(row)])
+    if (row := result.get("decoder")) is not None:
+        table.append([DECODED, "", *(f"{row[name]['value']:.3f}" for name in ("frechet", "at_infinity")), "", ""])
     return "\n".join(aligned(table))
 
 
@@ -105,13 +117,16 @@ def reading(result: dict[str, Any]) -> str:
     several = any(len(row["trainings"]) > 1 for row in result["rows"])
     spread = " A row of several trainings has their median, and in brackets the least and the most." if several else ""
     score, half = result["score"], f"{result['floor_num']:,}"
+    decoded = (
+        f" The row of {DECODED} has one half of them, encoded and decoded, against the other." if "decoder" in result else ""
+    )
     return (
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "
         f"differences have intervals of their own.{spread} The floor, {result['floor']:.4f}, is the mean distance of random "
         f"halves of the fine-step reference; x floor is the distance of {half} images to a half of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
-        f"network evaluations.{told(result)}{unknown(result)}"
+        f"network evaluations.{decoded}{told(result)}{unknown(result)}"
     )
 
 

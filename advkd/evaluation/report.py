@@ -183,7 +183,7 @@ def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int =
     x_T = teacher.noise(n, seed)
     x_0 = teacher.sample(n, seed, **taught(student, teacher).arguments(n))
     with named("student"), torch.no_grad():
-        drawn = student(student.project(x_T), labels=all_in_turn(student, n))
+        drawn = student.images(student(student.project(x_T), labels=all_in_turn(student, n)))
     save_pairs(x_0, drawn, path)
 
 

@@ -1,6 +1,7 @@
 """Autoencoders between pictures and the latents that a diffusion model draws (Rombach et al. 2022, sections 3.1 and 4.1)."""
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,7 @@ from torch import nn
 from ..errors import InputError
 from ..runtime.files import digest, read_json, write_bytes, write_json
 from ..runtime.hub import resolve
-from .saving import WEIGHTS
-from .weights import load_network, require_ordinary
+from .weights import WEIGHTS, load_network, require_ordinary
 
 PARTS = ("vqvae", "vae")
 """Folders of a pipeline's autoencoder; the first is that of diffusers' ``LDMPipeline``, whatever the autoencoder's kind."""
@@ -129,9 +129,14 @@ class Autoencoder:
         return torch.cat([function(part.to(dtype)) for part in x.split(TOGETHER)])
 
     @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Digest of the weights."""
+        return digest(self.network.state_dict())
+
+    @property
     def sha256(self) -> str:
         """Digest of the weights and the scaling factor."""
-        return digest({**self.network.state_dict(), "scaling_factor": torch.tensor(self.scaling, dtype=torch.float64)})
+        return hashlib.sha256(f"{self.weights_sha256} {self.scaling!r}".encode()).hexdigest()
 
     def num_parameters(self) -> int:
         """Number of parameters, the encoder's and the decoder's."""
@@ -198,6 +203,20 @@ class Pictured:
             ``(N, C, H, W)``, decoded and in [-1, 1]; ``x`` itself of a model that draws pictures.
         """
         return x if self.autoencoder is None else self.autoencoder.decode(x).clamp_(-1, 1)
+
+
+def require_pixels(model: Pictured, what: str) -> None:
+    """Refuse a model that draws latents.
+
+    Args:
+        model: the model.
+        what: what works on pictures alone, for the error.
+
+    Raises:
+        InputError: the model has an autoencoder.
+    """
+    if model.autoencoder is not None:
+        raise InputError(f"{what} takes models of pictures, and this one draws latents of an autoencoder")
 
 
 def build_autoencoder(

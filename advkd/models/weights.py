@@ -15,6 +15,9 @@ from ..runtime.files import damaged, read_json, require_regular, why_unreadable
 from ..runtime.pickles import require_weights
 from ..runtime.progress import can_be_shown
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""File of a network's weights."""
+
 MOST_BLOCKS, MOST_LAYERS = 32, 64
 """Limits for configurations that come from elsewhere."""
 
