@@ -117,9 +117,8 @@ def reading(result: dict[str, Any]) -> str:
     several = any(len(row["trainings"]) > 1 for row in result["rows"])
     spread = " A row of several trainings has their median, and in brackets the least and the most." if several else ""
     score, half = result["score"], f"{result['floor_num']:,}"
-    decoded = (
-        f" The row of {DECODED} has one half of them, encoded and decoded, against the other." if "decoder" in result else ""
-    )
+    halves = f" The row of {DECODED} has one half of them, encoded and decoded, against the other."
+    decoded = halves if "decoder" in result else ""
     return (
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "

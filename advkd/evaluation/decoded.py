@@ -24,8 +24,8 @@ def decoded_features(model: Teacher, extractor: Extractor, images: torch.Tensor,
         cache: folder of kept features.
 
     Returns:
-        ``(N - N // 2, D)``, of the second half in the order of :func:`~advkd.evaluation.image_sets.shuffled`; None for a model of
-        pixels.
+        ``(N - N // 2, D)``, of the second half in the order of :func:`~advkd.evaluation.image_sets.shuffled`; None for a model
+        of pixels.
     """
     if model.autoencoder is None:
         return None
