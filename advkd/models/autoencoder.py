@@ -90,7 +90,6 @@ class Autoencoder:
         """
         return self._in_parts(lambda x: _latents(self.network.encode(x)) * self.scaling, images)
 
-    @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Images of latents.
 
@@ -98,7 +97,7 @@ class Autoencoder:
             z: ``(N, *latent_shape)`` latents, as :meth:`encode` gives them.
 
         Returns:
-            ``(N, C, H, W)`` in the network's dtype on the latents' device, not clamped. Order of differentiability 0.
+            ``(N, C, H, W)`` in the network's dtype on the latents' device, not clamped; differentiable, of any order.
         """
         return self._in_parts(lambda x: self.network.decode(x / self.scaling).sample, z)
 
@@ -193,6 +192,7 @@ class Pictured:
         """Side of the (square) pictures in pixels."""
         return self.image_shape[-1]
 
+    @torch.no_grad()
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """Pictures of what the model draws, to be shown or measured.
 
@@ -200,7 +200,7 @@ class Pictured:
             x: ``(N, *shape)``.
 
         Returns:
-            ``(N, C, H, W)``, decoded and in [-1, 1]; ``x`` itself of a model that draws pictures.
+            ``(N, C, H, W)``, decoded and in [-1, 1]; ``x`` itself of a model that draws pictures. Order of differentiability 0.
         """
         return x if self.autoencoder is None else self.autoencoder.decode(x).clamp_(-1, 1)
 

@@ -127,7 +127,7 @@ class DenoiserDistiller(Trainer):
         self._start_student, self._recorded, self._last = student, trajectories, None
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
-        run.teacher, run.clip = teacher, model.clip
+        run.teacher, run.clip, run.autoencoder = teacher, model.clip, model.autoencoder
         run.num_classes, run.null_class = model.num_classes, model.null_class
         if run.null_class is None and hasattr(config, "drop"):
             require_unused(config, True, "a student that has a null class (--init)", "drop")

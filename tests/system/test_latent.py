@@ -15,13 +15,25 @@ from advkd.data.images import load_images
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
 from advkd.diffusion.exact import GaussianTeacher
+from advkd.diffusion.loading import Classes
 from advkd.diffusion.recorder import record_trajectories
+from advkd.diffusion.schedule import Schedule
 from advkd.diffusion.teacher import LatentTeacher, Teacher
 from advkd.errors import InputError
+from advkd.evaluation.decoded import DECODED
+from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
 from advkd.export.denoiser_pipeline import DenoiserPipeline
 from advkd.export.onnx import export_onnx
 from advkd.export.pipeline import StudentModel
 from advkd.methods.adv_kd import recipe
+from advkd.methods.consistency import ConsistencyConfig
+from advkd.methods.diff_instruct import DiffInstructConfig
+from advkd.methods.dpdm import DPDMConfig
+from advkd.methods.features import Features, FeaturesConfig
+from advkd.methods.guided import GuidedConfig
+from advkd.methods.pairs import PairsConfig
+from advkd.methods.progressive import ProgressiveConfig
+from advkd.methods.rectified_flow import RectifiedFlowConfig
 from advkd.methods.reparametrize import ReparametrizeConfig
 from advkd.models.autoencoder import Autoencoder, Pictured, build_autoencoder, scaling_of
 from advkd.models.shape import StudentConfig
@@ -341,3 +353,80 @@ def test_pixels_and_latents_do_not_mix(recording, trajectories, tmp_path):
     student.save_pretrained(tmp_path / "one")
     with pytest.raises(InputError, match="holds the autoencoder of another model"):
         Student(STUDENT).save_pretrained(tmp_path / "one")
+
+
+ONE = {"updates": 1, "batch_size": 4}
+METHOD_RUNS = {
+    "reparametrize": (ReparametrizeConfig(**ONE), "teacher", "images"),
+    "progressive": (ProgressiveConfig(rounds=(2,), **ONE), "", "images"),
+    "guided": (GuidedConfig(rounds=(1,), first_updates=1, **ONE), "teacher", "images"),
+    "consistency": (ConsistencyConfig(levels=3, **ONE), "teacher", "images"),
+    "diff-instruct": (DiffInstructConfig(**ONE), "teacher", ""),
+    "dpdm": (DPDMConfig(steps=2, **ONE), "teacher", "images"),
+    "rectified-flow": (RectifiedFlowConfig(steps=1, **ONE), "", "trajectories"),
+    "pairs": (PairsConfig(**ONE), "", "trajectories"),
+}
+"""Methods on denoisers, an update each, with what they call and learn from."""
+
+
+@pytest.mark.parametrize("name", METHOD_RUNS)
+def test_every_denoiser_method_trains_on_latents(name, recording, tmp_path):
+    """Its student keeps the autoencoder and draws pictures; images are encoded once, to unit variance."""
+    config, called, learnt = METHOD_RUNS[name]
+    conditional = name == "guided"
+    classes = Classes(("even", "odd"), 2) if conditional else None
+    told = {"num_class_embeds": 3} if conditional else {}
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    teacher = LatentTeacher(tiny_unet(LATENTS[0], **told), scheduler, tiny_autoencoder(), "tiny", classes)
+    images = load_images("digits")[:16]
+    data = (images, torch.arange(16) % 2) if conditional else images
+    given = {"data": data} if learnt == "images" else {"trajectories": recording} if learnt else {}
+    student = distill_denoiser(
+        name,
+        config,
+        DenoiserStudent.from_teacher(teacher),
+        tmp_path,
+        teacher=teacher if called else None,
+        progress=False,
+        **given,
+    )
+    assert student.model.autoencoder.sha256 == teacher.autoencoder.sha256
+    drawn = student.sample(1, labels=0 if conditional else None)
+    assert drawn.shape == (1, *SHAPE) and drawn.isfinite().all()
+
+
+def test_features_are_those_of_decoded_latents():
+    """The gradient by latents is that by pixels through the decoder's derivative."""
+
+    class Pixels(torch.nn.Module):
+        def features(self, x):
+            return x.flatten(1)
+
+    autoencoder = tiny_autoencoder()
+    autoencoder.network.double()
+    method = Features(FeaturesConfig(rounds=(1,)), torch.nn.Identity(), Schedule.linear(), Pixels())
+    z, target = (torch.randn(2, *LATENTS, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    method.autoencoder = autoencoder
+    found = torch.autograd.grad(method.loss(z.requires_grad_(), target, torch.ones(2)), z)[0]
+    decoded = autoencoder.decode(z.detach()).requires_grad_()
+    method.autoencoder = None
+    by_pixels = torch.autograd.grad(method.loss(decoded, autoencoder.decode(target), torch.ones(2)), decoded)[0]
+    _, expected = torch.autograd.functional.vjp(autoencoder.decode, z.detach(), by_pixels)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-15) and found.abs().max() > 0
+
+
+def test_an_evaluation_has_the_decoders_row(tmp_path):
+    """Pictures of student, teacher and decoder against real ones; a decoder that has learnt nothing is far from them."""
+    torch.manual_seed(0)
+    student = Student(STUDENT).eval()
+    teacher = tiny_latent_teacher()
+    student.autoencoder = teacher.autoencoder.rescaled(4.0)
+    student.save_pretrained(tmp_path / "s")
+    pipeline_folder(tmp_path / "t")
+    config = EvaluationConfig(num=130, resamples=20)
+    found = evaluate_student(tmp_path / "s", tmp_path / "t", config, tmp_path / "o", cache=tmp_path / "cache", progress=False)
+    rows = {(row["images"], row["against"]): row for row in found["rows"]}
+    decoded, other = rows[DECODED, "real"], rows["other real images", "real"]
+    assert decoded["frechet"] > 2 * other["frechet"] and decoded["samples"] == other["samples"]
+    assert {"student", "teacher"} < {images for images, against in rows if against == "real"}
+    assert found["pairs"]["num"] == 256 and abs(found["pairs"]["correlation"]) <= 1
