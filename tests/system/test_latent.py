@@ -22,6 +22,7 @@ from advkd.diffusion.teacher import LatentTeacher, Teacher
 from advkd.errors import InputError
 from advkd.evaluation.decoded import DECODED
 from advkd.evaluation.evaluate import EvaluationConfig, evaluate_student
+from advkd.evaluation.report import save_levels_of, save_pairs_of
 from advkd.export.denoiser_pipeline import DenoiserPipeline
 from advkd.export.onnx import export_onnx
 from advkd.export.pipeline import StudentModel
@@ -336,6 +337,8 @@ def test_the_pyramid_learns_latents_and_draws_pictures(recording, tmp_path):
     more = distill(recording, again, config, tmp_path / "more", progress=False)
     assert more.autoencoder.scaling == again.autoencoder.scaling
     run("sample", "--student", tmp_path / "s", "-n", 2, "--interpolate", "--out", tmp_path / "walk.png")
+    save_pairs_of(teacher := tiny_latent_teacher(), again, tmp_path / "pairs.png", n=2)
+    save_levels_of(teacher, again, tmp_path / "levels.png")
     with pytest.raises(InputError, match="export to ONNX takes models of pictures"):
         export_onnx(again, tmp_path / "s.onnx")
     with pytest.raises(InputError, match="is a student that draws latents"):
