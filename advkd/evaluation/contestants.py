@@ -260,6 +260,7 @@ def _generator(source, student, evaluations, setting, **known):
     # Students without classes keep the names that their images had before there were any.
     shape = {k: v for k, v in asdict(student.config).items() if turns or k not in ("classes", "class_channels")}
     depends = [weights, shape, setting.seed, setting.batch_size, *([turns] if turns else [])]
+    depends += [student.autoencoder.sha256] if student.autoencoder is not None else []
     kept = KeptSet("students", depends, setting.num, setting.teacher.image_shape, setting.batch_size, draw)
     return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known, **told)
 

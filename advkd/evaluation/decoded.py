@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import normalize
 from ..data.pictures import eight_bit
 from ..diffusion.teacher import Teacher
 from .features import Extractor, extract
@@ -29,5 +28,5 @@ def decoded_features(model: Teacher, extractor: Extractor, images: torch.Tensor,
     """
     if model.autoencoder is None:
         return None
-    decoded = model.images(model.autoencoder.encode(normalize(images).to(model.device)))
+    decoded = model.images(model.autoencoder.encode(images.to(model.device)))
     return shuffled(extract(extractor, eight_bit(decoded), cache=cache))[len(images) // 2 :]

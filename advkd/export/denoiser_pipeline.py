@@ -49,11 +49,9 @@ class DenoiserPipeline(DiffusionPipeline):
         autoencoder: Autoencoder | None = None,
     ):
         super().__init__()
-        if autoencoder is None:
-            self.register_modules(unet=unet, scheduler=scheduler)
-            model = Teacher(unet, scheduler, "student", classes)
-        else:
-            self.register_modules(vqvae=autoencoder.network, unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        model = Teacher(unet, scheduler, "student", classes)
+        if autoencoder is not None:
             model = LatentTeacher(unet, scheduler, autoencoder, "student", classes)
         self.student = DenoiserStudent(model, sampler or Sampler())
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from ..data.images import normalize
 from ..errors import InputError
 from ..runtime.files import digest, read_json, write_bytes, write_json
 from ..runtime.hub import resolve
@@ -82,13 +83,13 @@ class Autoencoder:
         """Latents of images: the posterior's mean of a KL-regularised network, the vectors before quantisation of the other.
 
         Args:
-            images: ``(N, C, H, W)`` in [-1, 1].
+            images: ``(N, C, H, W)`` in [-1, 1], or of 8 bits.
 
         Returns:
             ``(N, *latent_shape)`` in the network's dtype on the images' device, of unit variance over the data. Order of
             differentiability 0.
         """
-        return self._in_parts(lambda x: _latents(self.network.encode(x)) * self.scaling, images)
+        return self._in_parts(lambda x, dtype: _latents(self.network.encode(normalize(x).to(dtype))) * self.scaling, images)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Images of latents.
@@ -99,7 +100,7 @@ class Autoencoder:
         Returns:
             ``(N, C, H, W)`` in the network's dtype on the latents' device, not clamped; differentiable, of any order.
         """
-        return self._in_parts(lambda x: self.network.decode(x / self.scaling).sample, z)
+        return self._in_parts(lambda x, dtype: self.network.decode(x.to(dtype) / self.scaling).sample, z)
 
     def require_latents(self, shape: Shape, name: str) -> "Autoencoder":
         """Refuse latents of another shape than the autoencoder's.
@@ -125,7 +126,7 @@ class Autoencoder:
     def _in_parts(self, function, x):
         network = self.network.to(x.device)
         dtype = next(network.parameters()).dtype
-        return torch.cat([function(part.to(dtype)) for part in x.split(TOGETHER)])
+        return torch.cat([function(part, dtype) for part in x.split(TOGETHER)])
 
     @functools.cached_property
     def weights_sha256(self) -> str:

@@ -76,10 +76,10 @@ def train_autoencoder(
 
 def _save(network, out, images, config):
     """Measure the scale of the latents and the decoded images' error, and write; the checkpoint has served then."""
-    images = normalize(images)
     plain = Autoencoder(network, 1.0, images.shape[1:])
     scaled = Autoencoder(network, scaling_of(plain.encode(images)), images.shape[1:])
-    error = (scaled.decode(scaled.encode(images)).clamp(-1, 1) - images).abs().mean().item()
+    with torch.no_grad():
+        error = (scaled.decode(scaled.encode(images)).clamp(-1, 1) - normalize(images)).abs().mean().item()
     glyphs = trained_glyphs(config.data, config.classes, config.images)
     record = {"config": asdict(config), "images": digest({"images": images}), "scaling_factor": scaled.scaling, "error": error}
     record |= {"data": glyphs.description()} if glyphs else {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..data.glyph_sets import named_like, trained_glyphs
-from ..data.images import load_images, load_labelled, normalize
+from ..data.images import load_images, load_labelled
 from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
@@ -177,7 +177,7 @@ def images_of(
     if labels is None and (needs.labels or class_names):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
     if autoencoder is not None:
-        images = autoencoder.encode(normalize(images))
+        images = autoencoder.encode(images)
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
 
 

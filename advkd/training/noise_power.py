@@ -48,7 +48,7 @@ def estimate_noise_power(
     levels, num = whole("levels", levels, 2, total), whole("num", num, 1)
     times = sorted({round((total - 1) * (i / (levels - 1)) ** 2) for i in range(levels)})
     if teacher.autoencoder is not None:
-        images = teacher.autoencoder.encode(normalize(images))
+        images = teacher.autoencoder.encode(images)
     plain = teacher.denoiser
     denoiser = Denoiser(plain.network, plain.schedule, plain.prediction)
     values = []

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..data.glyph_sets import trained_glyphs
-from ..data.images import describe_shape, load_images, load_labelled, normalize
+from ..data.images import describe_shape, load_images, load_labelled
 from ..data.sources import Tensors
 from ..diffusion.loading import CLASSES, Classes, load_pipeline
 from ..diffusion.networks import build_unet
@@ -116,7 +116,7 @@ def _read(config, autoencoder, progress):
 
 
 def _states(images, autoencoder):
-    return images if autoencoder is None else autoencoder.encode(normalize(images))
+    return images if autoencoder is None else autoencoder.encode(images)
 
 
 def _start(config, autoencoder):
