@@ -104,7 +104,7 @@ PRESETS = {
     ),
     # For latents of a latent teacher of digits, 4x8x8.
     "latent": StudentConfig(
-        image_size=8, image_channels=4, channels=(96, 96, 96, 96, 64, 64, 64, 64, 48, 48, 48, 48), latent_size=2
+        image_size=8, image_channels=4, channels=(64, 64, 64, 64, 64, 64, 48, 48, 48, 32, 32, 32), latent_size=2
     ),
     # Its classes are those of a run's trajectories.
     "glyphs": StudentConfig(
