@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdvKDPipeline": "export.pipeline",
+    "Autoencoder": "models.autoencoder",
     "BackendUnavailableError": "errors",
     "Classifier": "models.classifier",
     "Critic": "models.critic",
@@ -33,6 +34,7 @@ _EXPORTS = {
     "FusedStudent": "models.fused_student",
     "FusedUniPCMultistepScheduler": "diffusion.unipc_scheduler",
     "InputError": "errors",
+    "LatentTeacher": "diffusion.teacher",
     "Sampler": "diffusion.denoiser_student",
     "Student": "models.student",
     "StudentConfig": "models.shape",
@@ -47,6 +49,7 @@ _EXPORTS = {
     "load_student": "diffusion.students",
     "record_trajectories": "diffusion.recorder",
     "sharing": "runtime.neighbours",
+    "train_autoencoder": "training.autoencoder",
     "train_classifier": "training.classifier",
     "train_teacher": "training.teacher",
     "write_report": "evaluation.report",

@@ -1,7 +1,7 @@
 """The command line ``advkd``.
 
-Commands: info, teacher train, teacher noise-power, classifier train, trajectories, distill, sample, evaluate, compare,
-search-levels, report, warmup, demo, toy.
+Commands: info, teacher train, teacher noise-power, classifier train, autoencoder train, trajectories, distill, sample,
+evaluate, compare, search-levels, report, warmup, demo, toy.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from ..config import overlay, read_value
 from ..data.dataset_info import TrajectoryConfig
 from ..diffusion.solvers import Solver
 from ..errors import BackendUnavailableError, InputError, TrainingError
+from ..methods.autoencoding import AutoencoderTrainingConfig
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
 from ..ops.arguments import whole
@@ -144,6 +145,25 @@ def classifier_train(out, resume, **values):
 
     accuracy = train_classifier(overlay(ClassifierTrainingConfig(), values, "classifier train"), out, resume=resume)
     click.echo(f"classifier saved in {out}, held-out accuracy {accuracy:.4f}")
+
+
+@main.group()
+def autoencoder():
+    """Make the latents in which a teacher is trained."""
+
+
+@autoencoder.command("train")
+@click.option("--out", required=True, help="Folder for the autoencoder (diffusers' format).")
+@click.option("--resume", is_flag=True, help="Go on from an unfinished run.")
+@options(AutoencoderTrainingConfig)
+@computing
+def autoencoder_train(out, resume, **values):
+    """Train a small autoencoder on the digits, on glyphs, or on a folder of images."""
+    from ..training.autoencoder import train_autoencoder
+
+    found = train_autoencoder(overlay(AutoencoderTrainingConfig(), values, "autoencoder train"), out, resume)
+    sides = "x".join(map(str, found.latent_shape))
+    click.echo(f"autoencoder saved in {out}, latents {sides}, scaling factor {found.scaling:.4g}")
 
 
 @main.command()

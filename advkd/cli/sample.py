@@ -66,13 +66,13 @@ def sample(
 
     def images(z, first):
         told = labels_in_turn(labels, first, len(z))
-        return fused(z, None if told is None else told.to(z.device))
+        return model.images(fused(z, None if told is None else told.to(z.device)))
 
     walk = partial(_walk, images, fused.latents(2, seed), n) if interpolate else None
     record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
     record |= {"classes": [model.class_names[label] for label in labels]} if labels else {}
     draw = walk or partial(_drawn, fused, seed, labels, folder)
-    write_images(out, n, model.config.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+    write_images(out, n, model.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
 
 
 def sample_denoiser(

@@ -94,8 +94,8 @@ class DatasetInfo:
         class_numbers: the classes' numbers: sample i of the seed has class ``class_numbers[i mod K]``, K being their number.
         class_names: the classes' names, in the same order.
         teacher: :meth:`Teacher.identity`.
-        image_channels: channels C of the images.
-        image_size: side S of the images in pixels, 4 * 2^k.
+        image_channels: channels C of the images, or of a latent teacher's latents.
+        image_size: side S of the images in pixels, or of the latents, 4 * 2^k.
         resolutions: R_k of every level.
         timesteps: the teacher's timestep of every level but the last, which is x_0.
         paired: True if x_0 is a function of z's x_T.
@@ -176,6 +176,11 @@ class DatasetInfo:
     def student_classes(self) -> tuple[str, ...]:
         """Names of the classes, each once: those of a student that is trained on the data; empty where samples have none."""
         return tuple(dict.fromkeys(self.class_names))
+
+    @property
+    def latents(self) -> bool:
+        """True if the images are latents of the teacher's autoencoder, which are not in [-1, 1]."""
+        return "autoencoder_sha256" in self.teacher
 
     @property
     def num_shards(self) -> int:

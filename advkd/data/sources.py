@@ -138,6 +138,7 @@ class Recorded:
         limit: number of rows that are used (0: all); rows that are appended to ``data`` later are used in any case.
         classes: names of the classes by the numbers that labels are to have; none: the teacher's numbers.
         averaged: levels are area averages of the final image instead of the teacher's states.
+        bound: number that the final image is divided by: 1, or the largest magnitude of latents, for a student in [-1, 1].
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class Recorded:
         limit: int = 0,
         classes: Sequence[str] = (),
         averaged: bool = False,
+        bound: float = 1.0,
     ):
-        self.data, self.latent, self.classes, self.averaged = data, latent, classes, averaged
+        self.data, self.latent, self.classes, self.averaged, self.bound = data, latent, classes, averaged, bound
         self._skipped = len(data) - (limit or len(data))
         self._used = limit or len(data)
 
@@ -164,7 +166,7 @@ class Recorded:
         places, last = self.places(rows), self.data.info.depth
         z, recorded = self.data.batch(places, [last] if self.averaged else levels, self.latent)
         if self.averaged:
-            image, sides = recorded[last].to(device, dtype), self.data.info.resolutions
+            image, sides = recorded[last].to(device, dtype) / self.bound, self.data.info.resolutions
             scaled = {k: downsample(image, sides[k - 1]) for k in levels}
         else:
             scaled = {k: self._standardised(k, level.to(device, dtype)) for k, level in recorded.items()}
@@ -179,9 +181,9 @@ class Recorded:
         return [row + self._skipped if row >= self._used else row for row in rows]
 
     def _standardised(self, k, level):
-        # The last level is the image itself, in [-1, 1].
+        # The last level is the image itself, in [-1, 1] where the bound is that of latents.
         deviations = self.data.standard_deviations
-        return level if k == len(deviations) else level / max(deviations[k - 1], 1e-6)
+        return level / self.bound if k == len(deviations) else level / max(deviations[k - 1], 1e-6)
 
     def grow(self, updates: int) -> None:
         """Nothing: the recordings stay as they are."""

@@ -169,12 +169,21 @@ class Trajectories:
             rows: sample numbers from 0 to ``len(self) - 1``, one or more.
 
         Returns:
-            ``(len(rows), C, S, S)`` float32 on the CPU, in [-1, 1].
+            ``(len(rows), C, S, S)`` float32 on the CPU, in [-1, 1] but for latents.
 
         Raises:
             InputError: rows out of range, or a shard that they are in is missing, truncated or altered.
         """
         return self._picked(_level(self.info.depth), self._checked(rows)).float()
+
+    def largest(self) -> float:
+        """Largest magnitude of a number of x_0, over all samples.
+
+        Raises:
+            InputError: a shard is missing, truncated or altered.
+        """
+        images = (self._load(shard)[_level(self.info.depth)] for shard in range(len(self._entries)))
+        return max(float(image.abs().max()) for image in images)
 
     def batch(
         self, rows: Sequence[int], levels: Sequence[int], latent: tuple[int, bool] | None = None
@@ -183,7 +192,7 @@ class Trajectories:
 
         Args:
             rows: sample numbers from 0 to ``len(self) - 1``, one or more.
-            levels: level numbers k from 1 to ``info.depth``; the last level is the image x_0, in [-1, 1].
+            levels: level numbers k from 1 to ``info.depth``; the last level is the image x_0, in [-1, 1] but for latents.
             latent: ``(latent_size, detail_noise)`` of the returned z; by default that of the recording.
 
         Returns:

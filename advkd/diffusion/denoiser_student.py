@@ -20,6 +20,7 @@ from ..ops.arguments import whole
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
 from .guidance import is_packed
+from .latent import around
 from .loading import EMBEDDED
 from .networks import GROUPS, build_unet
 from .saving import INDEX, write_pipeline
@@ -76,7 +77,7 @@ class DenoiserStudent:
     """A diffusion model of few steps.
 
     Its folder is a diffusers pipeline (one without classes whose sampler is DDIM at the trailing spacing runs as
-    ``DDIMPipeline`` there) with ``sampler.json`` beside, so
+    ``DDIMPipeline`` there, one of latents as ``LDMPipeline``) with ``sampler.json`` beside, so
     that :meth:`advkd.Teacher.from_pretrained` loads it, too: a student can be the teacher of the next one.
 
     Args:
@@ -133,13 +134,13 @@ class DenoiserStudent:
                 # Normalised alone, a channel loses the timestep's embedding, which is added to it.
                 raise InputError(f"channels must be at least {2 * GROUPS} for the network to hear its timestep, got {channels}")
             classes = teacher.num_classes + (teacher.null_class is not None)
-            network = build_unet(teacher.image_size, teacher.image_channels, channels, classes).to(teacher.device)
+            network = build_unet(teacher.shape[-1], teacher.shape[0], channels, classes).to(teacher.device)
         else:
             network = copy.deepcopy(unet).float().requires_grad_(True)
         # As the solvers do: the last step ends at the image itself, not at the first timestep.
         changes = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
         scheduler = DDIMScheduler.from_config(config, prediction_type="v_prediction", **changes)
-        model = Teacher(network, scheduler, "student", teacher.classes)
+        model = around(network, teacher, scheduler, "student")
         student = cls(model, sampler or Sampler(steps=min(10, len(teacher.schedule))))
         student.trained_as = student.trained_as if channels else teacher.prediction
         return student
@@ -170,8 +171,7 @@ class DenoiserStudent:
         if latent:
             config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}
             scheduler = type(scheduler).from_config(config, clip_sample=False)
-        model = Teacher(network, scheduler, "student", self.model.classes)
-        student = DenoiserStudent(model, self.sampler, self.training_record)
+        student = DenoiserStudent(around(network, self.model, scheduler, "student"), self.sampler, self.training_record)
         student.trained_as = self.trained_as
         return student
 
@@ -227,9 +227,8 @@ class DenoiserStudent:
             raise InputError(f"{folder} holds a student that draws in one pass: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         extra, model = (SAMPLER, TRAINING), self.model
-        write_pipeline(
-            folder, DDIMPipeline, model.unet, model.scheduler, model.classes, extra=extra, write_extra=self._write_records
-        )
+        parts = (model.unet, model.scheduler, model.classes, torch.float32, model.autoencoder)
+        write_pipeline(folder, DDIMPipeline, *parts, extra=extra, write_extra=self._write_records)
 
     def require_v(self, who: str) -> None:
         """Refuse a network whose weights were trained to give another output.

@@ -1,23 +1,20 @@
 """Teachers in diffusers' format: loading, and refusals of those that cannot be distilled."""
 
-import math
 import os
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from ..errors import InputError
+from ..models.autoencoder import Autoencoder, autoencoder_part, load_autoencoder
 from ..models.denoiser import ConditionEmbedding
-from ..runtime.files import damaged, read_json, require_regular, why_unreadable
+from ..models.weights import load_network, require_ordinary
+from ..runtime.files import read_json
 from ..runtime.hub import PRETRAINED, reason, resolve
-from ..runtime.pickles import require_weights
-from ..runtime.progress import can_be_shown
 from .coefficients import VARIANCES
 from .schedule import Schedule
 
@@ -31,7 +28,7 @@ EMBEDDED = {
 }
 """Folders of the embedded teachers; of the two names of one, the second is no student's."""
 
-MOST_BLOCKS, MOST_LAYERS, MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 32, 64, 10**5, 10**6, 1e30
+MOST_CLASSES, MOST_TIMESTEPS, LARGEST_CLIP = 10**5, 10**6, 1e30
 """Limits for configurations that come from elsewhere."""
 
 CONDITION = "condition"
@@ -63,12 +60,14 @@ class Loaded(NamedTuple):
         classes: those of a conditional teacher, or None. Without ``classes.json`` they are named by their numbers, and none of
             them is the null class.
         folder: the files' own, which may have a ``noise_power.json``.
+        autoencoder: of a latent teacher, on the CPU, or None.
     """
 
     unet: "UNet2DModel"
     scheduler: "DDPMScheduler | DDIMScheduler"
     classes: Classes | None
     folder: Path
+    autoencoder: Autoencoder | None
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
@@ -86,12 +85,13 @@ def load_pipeline(source: str | Path, dtype: torch.dtype) -> Loaded:
     """
     # An unfit repository of the hub is refused before its weights are fetched.
     folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json"])
-    _require_fit(folder)
+    part = _require_fit(folder)
     # Torch's default device and the mode of autograd may be any.
     with torch.inference_mode(False), torch.device("cpu"):
         scheduler, unet = _load_scheduler(folder), _load_unet(source, folder, dtype)
         condition = _load_condition(source, folder, unet)
-        return Loaded(unet, scheduler, _load_classes(folder, condition), folder)
+        autoencoder = load_autoencoder(folder, part, partial(_fetched, source)) if part else None
+        return Loaded(unet, scheduler, _load_classes(folder, condition), folder, autoencoder)
 
 
 def _load_condition(source, folder, unet):
@@ -135,12 +135,11 @@ def _part(folder, name):
 
 
 def _require_fit(folder):
-    """Refuse a pipeline that is not a pixel-space model, told classes at most, with a network of ordinary size."""
+    """Refuse a pipeline that is told more than classes, or has no network of ordinary size; name its autoencoder's folder."""
     index = folder / "model_index.json"
     parts = read_json(index, "pipeline index") if os.path.lexists(index) else {}
-    for part in ("vae", "vqvae", "movq"):
-        if part in parts:
-            raise InputError(f"teacher {folder} works on latents (it has a {part}); advkd distils pixel-space teachers")
+    if "movq" in parts:
+        raise InputError(f"teacher {folder} has a movq; latents of a vqvae or vae are supported")
     for part in ("text_encoder", "image_encoder"):
         if part in parts:
             raise InputError(
@@ -160,19 +159,8 @@ def _require_fit(folder):
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
-    if config.get("quantization_config") is not None:
-        raise InputError(f"teacher {folder} is quantized; save it with plain weights")
-    for name, value in config.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"teacher {folder}: {name} must be finite, got {value}")
-    for name in ("norm_eps", "mid_block_scale_factor"):
-        if isinstance(value := config.get(name, 1), (int, float)) and value <= 0:
-            raise InputError(f"teacher {folder}: {name} must be positive, got {value}")
-    # Checked before a network of so many parts is built: a file of a few bytes can ask for any number.
-    channels, layers = config.get("block_out_channels", ()), config.get("layers_per_block", 1)
-    if not isinstance(channels, list) or len(channels) > MOST_BLOCKS or not isinstance(layers, int) or layers > MOST_LAYERS:
-        limits = f"at most {MOST_BLOCKS} block_out_channels and {MOST_LAYERS} layers_per_block"
-        raise InputError(f"teacher {folder}: the network's configuration may have {limits}")
+    require_ordinary(config, f"teacher {folder}")
+    return autoencoder_part(folder, parts)
 
 
 def require_network(config: Mapping[str, Any], name: str | Path) -> None:
@@ -219,49 +207,25 @@ def require_scheduler(scheduler: Any, name: str | Path) -> None:
 
 
 def _load_unet(source, folder, dtype):
-    """Safetensors where there are any; else diffusers' older ``.bin`` files, read as weights only, never as code."""
     from diffusers import UNet2DModel
-    from diffusers.utils import logging
 
-    place = "unet/" if (folder / "unet").is_dir() else ""
-    for suffix in ("safetensors", "bin"):
-        weights = f"{place}diffusion_pytorch_model*.{suffix}"
-        folder = resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", weights])
-        if any(folder.glob(weights)):
-            break
-    else:
-        raise InputError(f"teacher {folder}: there is no {place}diffusion_pytorch_model.safetensors")
-    if not can_be_shown():
-        logging.disable_progress_bar()
-    part = _part(folder, "unet")
-    paths = _weight_files(sorted(folder.glob(weights)), part, suffix)
-    size = sum(path.stat().st_size for path in paths)
-    options = {"torch_dtype": dtype, "use_safetensors": suffix == "safetensors"}
-    options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
-    try:
-        # A pass through the network on the meta device, which takes no memory: with some configurations only that fails.
-        with torch.device("meta"), torch.no_grad():
-            network = UNet2DModel.from_config(UNet2DModel.load_config(part))
-            x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
-            zero = torch.zeros(1, dtype=torch.int64)
-            labels = None if network.config.num_class_embeds is None else zero
-            if network.config.class_embed_type == "identity":
-                labels = torch.zeros(1, network.time_embedding.linear_2.out_features)
-            if network(x, zero, labels).sample.shape != x.shape:
-                raise InputError("its network gives images of another shape than it takes")
-        parameters = sum(p.numel() for p in network.parameters())
-        if parameters > size:
-            raise InputError(f"the configuration asks for {parameters:,} parameters, the weights have {size:,} bytes")
-        unet, report = UNet2DModel.from_pretrained(part, **options)
-    except Exception as error:
-        why = why_unreadable(paths[0], error)
-        raise InputError(f"teacher {folder}: the weights cannot be read ({why}): restore or fetch a copy of them") from error
-    wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
-    if wrong:
-        raise InputError(f"teacher {folder}: the weights do not fit the configuration ({len(wrong)} tensors, {wrong[0]} first)")
-    if not all(p.is_floating_point() and p.isfinite().all() for p in unet.parameters()):
-        raise InputError(f"teacher {folder}: its weights are not finite real numbers: restore or fetch a copy of them")
-    return unet
+    part = "unet" if (folder / "unet").is_dir() else ""
+    return load_network(UNet2DModel, partial(_fetched, source), part, "teacher", dtype, _run_unet)
+
+
+def _fetched(source, weights):
+    """The teacher's folder with its JSON files and some weights."""
+    return resolve(source, EMBEDDED, "teacher", ["*.json", "*/*.json", weights])
+
+
+def _run_unet(network):
+    x = torch.empty(1, network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    zero = torch.zeros(1, dtype=torch.int64)
+    labels = None if network.config.num_class_embeds is None else zero
+    if network.config.class_embed_type == "identity":
+        labels = torch.zeros(1, network.time_embedding.linear_2.out_features)
+    if network(x, zero, labels).sample.shape != x.shape:
+        raise InputError("its network gives images of another shape than it takes")
 
 
 def _is_schedule(alpha_bars, steps):
@@ -270,46 +234,6 @@ def _is_schedule(alpha_bars, steps):
         return len(Schedule(alpha_bars)) == steps
     except InputError:
         return False
-
-
-def _weight_files(paths, folder, suffix):
-    """A network's files of weights, ``paths`` and what an index names; all are of the kind ``suffix`` and of this folder."""
-    indexes = {}
-    for index in folder.glob(f"diffusion_pytorch_model.{suffix}.index.json"):
-        named = read_json(index, "index of weights", ("weight_map",))["weight_map"]
-        files = list(named.values()) if isinstance(named, dict) else [None]
-        if not all(isinstance(name, str) and re.fullmatch(rf"[\w.-]+\.{suffix}", name) for name in files):
-            raise InputError(f"index of weights {index} may name .{suffix} files of its own folder only")
-        paths += [folder / name for name in sorted(set(files)) if folder / name not in paths]
-        indexes[index] = named
-    for path in paths:
-        require_regular(path, "the teacher's weights")
-        if suffix == "bin":
-            require_weights(path, "the teacher's weights")
-    for index, named in indexes.items():
-        _require_named(index, named)
-    return paths
-
-
-def _require_named(index, named):
-    """Refuse files without the tensors that their index says: diffusers believes it, and leaves others as they were drawn."""
-    for path in {index.parent / file for file in named.values()}:
-        try:
-            missing = {name for name, file in named.items() if file == path.name} - _names(path)
-        except Exception as error:  # damaged files raise about anything
-            raise damaged("the teacher's weights", path, error, "restore or fetch a copy of it") from error
-        if missing:
-            said = f"the teacher's weights {path} lack {min(missing)}, which {index.name} says they hold"
-            raise InputError(f"{said}: restore or fetch a copy of both")
-
-
-def _names(path):
-    """Names of a file's tensors."""
-    if path.suffix == ".bin":
-        mapped = zipfile.is_zipfile(path)  # older files are no archives, and only those can be mapped
-        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
 
 
 def _load_scheduler(folder):

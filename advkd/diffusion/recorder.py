@@ -1,6 +1,7 @@
 """Distillation data: the teacher's paths, reduced to what the student's submodules imitate.
 
 A data set is a folder of shards (safetensors, float16) and a ``manifest.json``, which is written once all shards are there.
+A latent teacher's levels are averages of latents, and its autoencoder lies beside the shards, in ``vqvae``.
 Shard s holds samples ``[s * shard_size, (s + 1) * shard_size)``; it depends on the data set's description alone, so that on
 one kind of machine every run writes the same bytes (another processor, or a compiled network, rounds differently).
 """
@@ -23,6 +24,7 @@ from ..data.levels import downsample, resolutions, supervising_timesteps
 from ..data.shards import SHARED_INFO, finish, is_of_older_version, missing_shards
 from ..data.trajectories import shard_path
 from ..errors import InputError, TrainingError
+from ..models.autoencoder import PARTS
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
 from ..runtime.devices import keep_freed_memory
@@ -97,6 +99,8 @@ def _record(teacher, info, out, rank, world, progress):
 def _record_missing(teacher, info, out, rank, world, progress):
     """Record the shards of this process that are not there."""
     mine = [shard for shard in missing_shards(out, info) if shard % world == rank]
+    if teacher.autoencoder is not None and rank == 0:
+        teacher.autoencoder.save_pretrained(out / PARTS[0])
     older = bool(mine) and is_of_older_version(out)
     bar = progress_bar(total=len(mine) * info.shard_size, desc="trajectories", unit="sample", shown=progress and rank == 0)
     # One shard is written while the next one is made; no more, to bound memory.
@@ -222,7 +226,8 @@ def _end_with(parent):
 
 def _describe(teacher, config):
     """:class:`DatasetInfo` of what a teacher and a configuration give."""
-    sides = resolutions(size := teacher.image_size, config.depth)
+    channels, size = teacher.shape[:2]
+    sides = resolutions(size, config.depth)
     solver = Solver(config.solver, config.spacing)
     timesteps = teacher.timesteps(solver, config.steps or None)
     latent_size = config.latent_size or (1 if config.detail_noise else size // 4 if size <= 32 else 4)
@@ -232,7 +237,7 @@ def _describe(teacher, config):
         **{**vars(config), **chosen},
         paired=not (solver.stochastic or teacher.latent),
         teacher=teacher.identity(solver),
-        image_channels=teacher.image_channels,
+        image_channels=channels,
         image_size=size,
         resolutions=sides,
         timesteps=supervising_timesteps(solver.name, config.depth, timesteps, teacher.train_timesteps),
@@ -273,7 +278,7 @@ def _run_batch(teacher, info, start, bar):
     x_0, kept = teacher.record(x_T, keep, solver, info.steps, info.seed, first, **condition)
     for k, (t, side) in enumerate(wanted, 1):
         tensors[f"level_{k:02d}"] = downsample(kept[t], side)
-    tensors[f"level_{info.depth:02d}"] = x_0.clamp(-1, 1)
+    tensors[f"level_{info.depth:02d}"] = x_0 if info.latents else x_0.clamp(-1, 1)
     bar.update(min(info.batch_size, info.num - start))
     return _ToHost({name: tensor.half() for name, tensor in tensors.items()})
 

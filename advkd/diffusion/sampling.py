@@ -55,6 +55,11 @@ class DiffusionModel:
         return torch.device("cpu")
 
     @property
+    def alpha_bars(self) -> torch.Tensor:
+        """alpha_bar of every training timestep, ``(T,)`` float64."""
+        return self.schedule.alpha_bars
+
+    @property
     def train_timesteps(self) -> int:
         """T, the number of timesteps of the schedule."""
         return len(self.schedule)

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import InputError
+from ..models.autoencoder import PARTS as AUTOENCODERS
+from ..models.autoencoder import Autoencoder
 from ..models.denoiser import embedding_of
 from ..runtime.files import read_json, synchronize_all, write_json
 from ..runtime.folders import temporary_path, writing
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 """File by which a folder is taken for a finished pipeline; it is written last."""
 
-PARTS = ("unet", "scheduler", CONDITION, CLASSES)
+PARTS = ("unet", "scheduler", *AUTOENCODERS, CONDITION, CLASSES)
 """Files and folders of a pipeline beside :data:`INDEX`."""
 
 
@@ -36,6 +38,7 @@ def write_pipeline(
     scheduler: Any,
     classes: Classes | None = None,
     dtype: torch.dtype = torch.float32,
+    autoencoder: Autoencoder | None = None,
     extra: Sequence[str] = (),
     write_extra: Callable[[Path], None] | None = None,
 ) -> None:
@@ -43,11 +46,12 @@ def write_pipeline(
 
     Args:
         out: folder, made where it is missing.
-        pipeline: diffusers' class that ``model_index.json`` names.
+        pipeline: diffusers' class that ``model_index.json`` names; with an autoencoder it is ``LDMPipeline``.
         unet: network; its :class:`~advkd.models.denoiser.ConditionEmbedding`, where it has one, goes to ``condition``.
         scheduler: diffusers' scheduler.
         classes: of a conditional network, for ``classes.json``.
-        dtype: of the weights.
+        dtype: of the network's weights; an autoencoder keeps its own.
+        autoencoder: between the network's latents and pictures, for ``vqvae``.
         extra: names of further files that ``write_extra`` writes.
         write_extra: called with the folder that they are written to.
 
@@ -62,7 +66,10 @@ def write_pipeline(
         with writing(out / INDEX, folder):
             folder.mkdir()  # here and now: a link that somebody else has put in its place would be written through
             plain, condition = _separated(unet, dtype)
-            pipeline(plain, scheduler).save_pretrained(folder)
+            if autoencoder is None:
+                pipeline(plain, scheduler).save_pretrained(folder)
+            else:
+                _save_latent(folder, plain, scheduler, autoencoder)
             _forget_origin(folder / "unet" / "config.json")
             (out / NOISE_POWER).unlink(missing_ok=True)  # of other weights
             if condition is not None:
@@ -79,6 +86,13 @@ def write_pipeline(
         raise InputError(f"the pipeline cannot be written to {out} ({error})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_latent(folder, unet, scheduler, autoencoder):
+    from diffusers import LDMPipeline
+
+    LDMPipeline(autoencoder.network, unet, scheduler).save_pretrained(folder)
+    autoencoder.save_pretrained(folder / AUTOENCODERS[0])  # its scaling factor may be another than the network was made with
 
 
 def _take_place(new, old):

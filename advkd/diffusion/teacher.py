@@ -1,8 +1,6 @@
 """The diffusion teacher: its noise, and the sampling paths that the student imitates."""
 
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +10,13 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..models.autoencoder import Autoencoder, Pictured
 from ..models.denoiser import embedding_of
 from ..ops.arguments import whole
 from ..runtime.devices import require_device
-from ..runtime.files import digest
 from .denoiser import Denoiser
 from .guidance import NoisyClassifier, classes_of, classifier_free, condition_of, guided, require_null
+from .identity import identity_of
 from .loading import Classes, load_pipeline, require_network, require_scheduler
 from .loop import SamplingLoop, network_of
 from .noise_power import NoisePower
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 
-class Teacher(DiffusionModel):
-    """A pixel-space diffusion model, unconditional or told classes, with its noise schedule.
+class Teacher(Pictured, DiffusionModel):
+    """A diffusion model of images, unconditional or told classes, with its noise schedule.
 
     Args:
         unet: diffusers ``UNet2DModel``; it is put into eval mode, frozen and laid out channels_last, in place.
@@ -91,35 +90,23 @@ class Teacher(DiffusionModel):
             dtype: dtype of the network's weights and input; states stay float32.
 
         Returns:
-            Teacher named ``str(source)``, its network frozen and in eval mode.
+            Teacher named ``str(source)``, its network frozen and in eval mode; a :class:`LatentTeacher` where the folder has a
+            ``vqvae`` or a ``vae``, which stays float32.
 
         Raises:
-            InputError: missing or damaged files, a device that is not there, or a teacher that is told more than classes, works
-                on latents, learns its variance, or whose scheduler is neither DDPM nor DDIM.
+            InputError: missing or damaged files, a device that is not there, or a teacher that is told more than classes,
+                learns its variance, whose scheduler is neither DDPM nor DDIM, or whose autoencoder does not fit its network.
         """
         device = require_device(device)
-        loaded = load_pipeline(source, dtype)
-        return cls(loaded.unet.to(device), loaded.scheduler, str(source), loaded.classes, loaded.folder)
+        unet, scheduler, classes, folder, autoencoder = load_pipeline(source, dtype)
+        if autoencoder is None:
+            return Teacher(unet.to(device), scheduler, str(source), classes, folder)
+        return LatentTeacher(unet.to(device), scheduler, autoencoder, str(source), classes, folder)
 
     @functools.cached_property
     def noise_powers(self) -> NoisePower | None:
         """Noise power kept with its files for the analytic solvers, or None; read where it is needed."""
         return None if self.folder is None else NoisePower.read(self.folder, self.train_timesteps)
-
-    @property
-    def image_channels(self) -> int:
-        """Channels of the images."""
-        return self.unet.config.in_channels
-
-    @property
-    def image_size(self) -> int:
-        """Side of the (square) images in pixels."""
-        return self.unet.config.sample_size
-
-    @property
-    def alpha_bars(self) -> torch.Tensor:
-        """alpha_bar of every training timestep, ``(T,)`` float64."""
-        return self.schedule.alpha_bars
 
     @property
     def device(self) -> torch.device:
@@ -134,23 +121,11 @@ class Teacher(DiffusionModel):
 
         Returns:
             JSON values: ``name``, number of ``parameters``, digests of weights, network and schedule, ``prediction``, ``clip``
-            (None: no clipping), ``variance``, only where it is on ``autocast``, and for analytic solvers ``noise_power``.
+            (None: no clipping), ``variance``, only where it is on ``autocast``, for analytic solvers ``noise_power``, and the
+            digest of a latent teacher's autoencoder.
         """
         powers = self.noise_powers if solver is not None and solver.analytic else None
-        network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
-        return {
-            "name": self.name,
-            "parameters": self.num_parameters(),
-            "weights_sha256": digest(self.unet.state_dict()),
-            "network_sha256": hashlib.sha256(json.dumps(network, sort_keys=True).encode()).hexdigest(),
-            "schedule_sha256": digest({"alpha_bars": self.alpha_bars}),
-            "prediction": self.prediction,
-            "clip": self.clip if math.isfinite(self.clip) else None,
-            "variance": str(self.scheduler.config.get("variance_type")),
-            **({"autocast": str(self._autocast)} if self._autocast else {}),
-            **{k: v for k, v in (("takes_guidance", self.most_guidance), ("takes_latent", self.latent)) if v},
-            **({"noise_power": list(powers.values)} if powers else {}),
-        }
+        return identity_of(self, self._autocast, powers)
 
     def num_parameters(self) -> int:
         """Number of parameters of the network."""
@@ -290,8 +265,8 @@ class Teacher(DiffusionModel):
         for t, r in keep.items():
             if t not in timesteps:
                 raise InputError(f"keep: there is no timestep {t} in this run (see Teacher.timesteps)")
-            if r < 1 or self.image_size % r:
-                raise InputError(f"keep: an average over {r} x {r} pixels does not divide images of {self.image_size}")
+            if r < 1 or self.shape[-1] % r:
+                raise InputError(f"keep: an average over {r} x {r} pixels does not divide images of {self.shape[-1]}")
         compiled = self.device.type == "cuda" if self._compiled is None else self._compiled
         return self._run(x_T, keep, solver, steps, seed, start, compiled, (labels, guidance, classifier))
 
@@ -363,7 +338,7 @@ class Teacher(DiffusionModel):
             ``(N, C, H, W)`` float32 in [-1, 1], on the teacher's device.
         """
         # Compiled only where that was asked for: every number of images would be compiled anew.
-        return self._run(x_T, {}, solver, steps, seed, start, bool(self._compiled), condition)[0].clamp_(-1, 1)
+        return self.images(self._run(x_T, {}, solver, steps, seed, start, bool(self._compiled), condition)[0]).clamp_(-1, 1)
 
     def _kept_loop(self, n, solver, steps, seed, compiled, condition):
         # The last loop is kept: a recorder needs the same one again and again, and graphs hold memory. Its key has everything
@@ -398,3 +373,28 @@ class Teacher(DiffusionModel):
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own loop.
         return {**self.__dict__, "_loop": None}
+
+
+class LatentTeacher(Teacher):
+    """A teacher whose states are the latents of an autoencoder: ``sample`` and ``draw`` decode, ``record`` and ``path`` do not.
+
+    ``unet``, ``scheduler``, ``name``, ``classes`` and ``folder`` are as for :class:`Teacher`.
+
+    Args:
+        autoencoder: between latents of unit variance and pictures.
+
+    Raises:
+        InputError: as for :class:`Teacher`, or an autoencoder whose latents have another shape.
+    """
+
+    def __init__(
+        self,
+        unet: "UNet2DModel",
+        scheduler: "DDPMScheduler | DDIMScheduler",
+        autoencoder: Autoencoder,
+        name: str = "teacher",
+        classes: Classes | None = None,
+        folder: str | Path | None = None,
+    ):
+        super().__init__(unet, scheduler, name, classes, folder)
+        self.autoencoder = autoencoder.require_latents(self.shape, name)

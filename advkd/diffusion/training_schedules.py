@@ -20,14 +20,15 @@ def require_schedule(schedule: str) -> None:
         raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
-def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int = 1000) -> "DDPMScheduler":
-    """A scheduler that clips x0 to [-1, 1].
+def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int = 1000, clip: bool = True) -> "DDPMScheduler":
+    """A scheduler of a teacher's noise.
 
     Args:
         schedule: ``linear`` (Ho et al. 2020), ``cosine`` (Nichol and Dhariwal 2021) or ``edm``: alpha_bar = 1 / (1 + sigma^2)
             at levels that ascend from 0.002 to 80 as those of Karras et al. 2022 (rho = 7).
         prediction: ``epsilon``, ``v_prediction`` or ``sample``.
         timesteps: T, at least 2.
+        clip: x0 is clamped to [-1, 1] when a teacher draws; latents are not.
 
     Returns:
         diffusers' scheduler with T values of ``alphas_cumprod``, float32.
@@ -40,7 +41,7 @@ def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int =
     require_schedule(schedule)
     cosine, edm = {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": _edm_betas(timesteps)}
     betas = {"linear": {}, "cosine": cosine, "edm": edm}[schedule]
-    return DDPMScheduler(num_train_timesteps=timesteps, prediction_type=prediction, clip_sample=True, **betas)
+    return DDPMScheduler(num_train_timesteps=timesteps, prediction_type=prediction, clip_sample=clip, **betas)
 
 
 def _edm_betas(timesteps):

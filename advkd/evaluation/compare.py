@@ -25,6 +25,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.timing import measure, provenance
 from .comparison_page import PICTURES, write_pages
 from .contestants import Contestant, Setting, class_names, parse_solvers, parse_students, solver_rows, student_rows
+from .decoded import decoded_features
 from .evaluate import REFERENCE_SEED
 from .features import build_extractor, extract, require_fit
 from .image_sets import real_images, shuffled
@@ -130,7 +131,8 @@ def compare_models(
 
     Returns:
         The contents of ``comparison.json``: ``rows``, one per student or solver's run; ``differences``, of every two rows;
-        ``baseline``, ``floor`` and its ``floor_num``, ``batch_size`` of the times, ``config`` and ``provenance``.
+        ``decoder`` of a latent teacher, the distance of decoded real images; ``baseline``, ``floor`` and its ``floor_num``,
+        ``batch_size`` of the times, ``config`` and ``provenance``.
 
     Raises:
         InputError: bad configuration, a student that does not fit the teacher, or images that do not fit the extractor;
@@ -147,7 +149,7 @@ def compare_models(
     setting = Setting(model, config.seed, config.num, config.batch_size, config.classes, config.guidance)
     contestants, classes = _contestants(config, setting, device)
     baseline = _baseline(config, contestants)
-    real = real_images(config.real, model.shape, num=config.real_num, progress=progress, classes=classes)
+    real = real_images(config.real, model.image_shape, num=config.real_num, progress=progress, classes=classes)
     require_fit(extractor, real, "--real")
     cache, out = require_output_folder(cache or cache_folder(), "the cache (ADVKD_CACHE)"), require_output_folder(out)
 
@@ -157,6 +159,7 @@ def compare_models(
     yardsticks = {num: Yardstick(known, fine[:num], config.resamples) for num in lengths}
     result = {
         **_rows(contestants, features, yardsticks, baseline, cache, progress),
+        **_decoder(model, extractor, real, yardsticks[lengths[0]], cache),
         "baseline": baseline,
         "score": extractor.score,
         "floor": yardsticks[lengths[0]].floor,
@@ -180,7 +183,7 @@ def _measure(teacher, config, device):
     """Teacher and extractor, which fit each other and the number of images."""
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
     for name, num in (("num", config.num), ("num-long", config.num_long or config.num)):
-        require_fit(extractor, torch.empty(num, *model.shape, dtype=torch.uint8, device="meta"), f"--{name} {num}")
+        require_fit(extractor, torch.empty(num, *model.image_shape, dtype=torch.uint8, device="meta"), f"--{name} {num}")
     Condition.of(model, config.classes, config.guidance)
     model.program(FINE, config.fine_steps)
     return model, extractor
@@ -266,6 +269,14 @@ def _rows(
         ]
         rows.append({**_facts(row), "num": num, **figures, "trainings": trainings})
     return {"rows": rows, "differences": _differences(medians, lengths)}
+
+
+def _decoder(model, extractor, real, yardstick, cache):
+    """Row of a latent teacher's decoder: what a model of perfect latents would have."""
+    if (decoded := decoded_features(model, extractor, real, cache)) is None:
+        return {}
+    distances = {name: _figure(one) for name, one in yardstick.of_decoded(decoded).items()}
+    return {"decoder": {**distances, "num": len(real) // 2, "parameters": model.autoencoder.num_parameters()}}
 
 
 def _medians(measured: Iterable[dict[str, Resampled]]) -> dict[str, Resampled]:

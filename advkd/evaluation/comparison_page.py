@@ -11,6 +11,7 @@ from ..data.images import normalize
 from ..data.pictures import save_grid
 from ..data.plots import COLOURS, panels
 from ..runtime.files import write_bytes
+from .decoded import DECODED
 from .evaluate import aligned
 from .html_page import figure, provenance_of, self_contained, table_of
 
@@ -31,7 +32,16 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     titles = ["row", "method", "parameters", "evaluations", "N", f"{result['score']} to real images", "at infinity"]
     titles += [f"less {result['baseline']}", "precision", "recall", f"{result['score']} to {reference}", "at infinity"]
     titles += [f"x floor at {_halves(result)}", "ms an image", "training: forward / backward"]
-    return [titles, *(_cells(row) for row in result["rows"])]
+    return [titles, *(_cells(row) for row in result["rows"]), *_decoder_cells(result, len(titles))]
+
+
+def _decoder_cells(result, columns):
+    """Row of a latent teacher's decoder, its figures alone."""
+    if (row := result.get("decoder")) is None:
+        return []
+    facts = [DECODED, "autoencoder", f"{row['parameters']:,}", "", f"{row['num']:,}"]
+    told = [*facts, said(row["frechet"], 3), said(row["at_infinity"], 3)]
+    return [told + [""] * (columns - len(told))]
 
 
 def _halves(result):
@@ -99,6 +109,8 @@ def describe(result: dict[str, Any]) -> str:
         real = row["real"]
         figures = [f"{real[name]['value']:.3f}" for name in ("frechet", "at_infinity")]
         table.append([row["name"], str(row["evaluations"]), *figures, said(real["difference"], 3, sign="+"), time_of(row)])
+    if (row := result.get("decoder")) is not None:
+        table.append([DECODED, "", *(f"{row[name]['value']:.3f}" for name in ("frechet", "at_infinity")), "", ""])
     return "\n".join(aligned(table))
 
 
@@ -115,13 +127,15 @@ def reading(result: dict[str, Any]) -> str:
     shared = " Two rows of different N are compared by the first images of the longer one." if others else ""
     that = "an equally large part" if others else "a half"
     half = "half of a row's images" if others else f"{first['half']:,} images"
+    halves = f" The row of {DECODED} has one half of them, encoded and decoded, against the other."
+    decoded = halves if "decoder" in result else ""
     return (
         f"All rows begin at the same start noise. {score} is a Frechet distance; smaller is better, and at infinity it is "
         "without the bias of N. Parentheses hold 95 % intervals of a bootstrap that draws the same images of all rows, so that "
         f"differences have intervals of their own.{shared}{spread} The floor, {floors}, is the mean distance of random "
         f"halves of the fine-step reference; x floor is the distance of {half} to {that} of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
-        f"network evaluations.{told(result)}{unknown(result)}"
+        f"network evaluations.{decoded}{told(result)}{unknown(result)}"
     )
 
 

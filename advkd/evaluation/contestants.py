@@ -241,9 +241,7 @@ def _turns(source, student, setting):
 
 
 def _shape(student):
-    if isinstance(student, Student):
-        return (student.config.image_channels, student.config.image_size, student.config.image_size)
-    return tuple(student.model.shape)
+    return tuple(student.shape if isinstance(student, Student) else student.model.shape)
 
 
 def _student(source, student, evaluations, setting):
@@ -268,7 +266,7 @@ def _generator(source, student, evaluations, setting, **known):
 
     def draw(count, first):
         z, labels = student.project(setting.teacher.noise(count, setting.seed, first)), labels_in_turn(turns, first, count)
-        return fused(z, None if labels is None else labels.to(z.device))
+        return student.images(fused(z, None if labels is None else labels.to(z.device)))
 
     def sample(count):
         return fused.sample(count, setting.seed, count, labels=turns or None)
@@ -276,7 +274,8 @@ def _generator(source, student, evaluations, setting, **known):
     # Students without classes keep the names that their images had before there were any.
     shape = {k: v for k, v in asdict(student.config).items() if turns or k not in ("classes", "class_channels")}
     depends = [weights, shape, setting.seed, setting.batch_size, *([turns] if turns else [])]
-    kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
+    depends += [student.autoencoder.sha256] if student.autoencoder is not None else []
+    kept = KeptSet("students", depends, setting.num, setting.teacher.image_shape, setting.batch_size, draw)
     return Sampler(source, kept, sample, student.num_parameters(terminals=False), 1, weights, **known, **told)
 
 
@@ -298,7 +297,7 @@ def _denoiser(source, student, evaluations, setting, **known):
 
     identity = {**student.identity(), "name": None}
     depends = [identity, steps, setting.seed, setting.batch_size, *condition.identity()]
-    kept = KeptSet("students", depends, setting.num, setting.teacher.shape, setting.batch_size, draw)
+    kept = KeptSet("students", depends, setting.num, setting.teacher.image_shape, setting.batch_size, draw)
     weights, known = identity["weights_sha256"], known | _told(model, condition)
     return Sampler(source, kept, lambda number: draw(number, 0), student.num_parameters(), count, weights, **known)
 

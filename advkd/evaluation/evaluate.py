@@ -27,6 +27,7 @@ from ..runtime.files import digest, write_json
 from ..runtime.folders import cache_folder, require_output_folder
 from ..runtime.ranges import named
 from ..runtime.timing import measure, provenance
+from .decoded import DECODED, decoded_features
 from .features import build_extractor, extract, require_fit
 from .image_sets import eight_bit, gather, read_images, real_images, reference_images, shuffled
 from .kept_images import Condition
@@ -132,11 +133,12 @@ def evaluate_student(
     # Without a search: figures must not depend on the noise of a measurement.
     fused = model.fuse(dtype=DTYPES[config.dtype], tune=False)
     drawn = _draw_student(fused, config, turns)
-    ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, 2 * config.num)))
+    ours, theirs = (extract(extractor, images, cache=cache) for images in (drawn, _images(samples, drawer, 2 * config.num)))
     rows = _rows("teacher", {"student": ours}, theirs, "fresh teacher samples", config)
     if real is not None:
-        real_features = shuffled(extract(extractor, real, cache=cache))
-        rows += _rows("real", {"student": ours, "teacher": theirs[config.num :]}, real_features, "other real images", config)
+        sets, decoded = {"student": ours, "teacher": theirs[config.num :]}, decoded_features(drawer, extractor, real, cache)
+        sets |= {} if decoded is None else {DECODED: decoded}
+        rows += _rows("real", sets, shuffled(extract(extractor, real, cache=cache)), "other real images", config)
     result = {
         **_header(extractor, config, device),
         "rows": rows,
@@ -145,7 +147,7 @@ def evaluate_student(
         "teacher": drawer.identity(),
         "samples": {"parts": samples.parts, "manifests": samples.manifests},
         "real_sha256": None if real is None else digest({"images": real}),
-        "pairs": _pairs(samples, model),
+        "pairs": _pairs(samples, model, drawer),
         "models": describe_models(fused, model, drawer, samples.info),
         "known_unseen": model.training_record is not None,
     }
@@ -281,11 +283,10 @@ def _rows(against, sets, reference, floor_name, config):
 
 
 def _require_drawable(extractor, model, teacher, config):
-    shape = (model.config.image_channels, model.config.image_size, model.config.image_size)
-    theirs = (teacher.image_channels, teacher.image_size, teacher.image_size)
-    if shape != theirs:
-        raise InputError(f"--student draws {describe_shape(shape)} images, --teacher {describe_shape(theirs)} ones")
-    drawn = torch.empty(config.num, *shape, dtype=torch.uint8, device="meta")
+    for ours, theirs in ((model.shape, teacher.shape), (model.image_shape, teacher.image_shape)):
+        if tuple(ours) != tuple(theirs):
+            raise InputError(f"--student draws {describe_shape(ours)} images, --teacher {describe_shape(theirs)} ones")
+    drawn = torch.empty(config.num, *model.image_shape, dtype=torch.uint8, device="meta")
     require_fit(extractor, drawn, f"--student with --num {config.num}")
 
 
@@ -324,14 +325,14 @@ def _draw_student(fused, config, turns=()):
     return gather((pictures.permute(0, 3, 1, 2) for pictures in batches), config.num)
 
 
-def _images(samples, num):
-    """The first ``num`` images of a recording, uint8 ``(num, C, S, S)``."""
+def _images(samples, teacher, num):
+    """The first ``num`` images of a teacher's recording, uint8 ``(num, C, S, S)``."""
     last, starts = samples.info.depth, range(0, num, 64)
     batches = (samples.batch(range(start, min(start + 64, num)), [last])[1][last] for start in starts)
-    return gather(map(eight_bit, batches), num)
+    return gather((eight_bit(teacher.images(batch.to(teacher.device))) for batch in batches), num)
 
 
-def _pairs(samples, model, n=256):
+def _pairs(samples, model, teacher, n=256):
     """The likeness of the student's image to the teacher's from the same noise and class, unseen in training, or None."""
     n, info, classes = min(n, len(samples)), samples.info, set(samples.info.class_names)
     if not samples.paired or bool(classes) != bool(model.num_classes) or not classes <= set(model.class_names):
@@ -340,7 +341,8 @@ def _pairs(samples, model, n=256):
     device = model.head.weight.device
     with torch.no_grad():
         z = model.project(samples.noise(range(n))).to(device)
-        drawn = model(z, labels=None if labels is None else labels.to(device)).cpu()
+        drawn = model.images(model(z, labels=None if labels is None else labels.to(device))).cpu()
+        images = teacher.images(images.to(teacher.device)).cpu()
     a, b = (x.flatten(1) - x.flatten(1).mean(dim=1, keepdim=True) for x in (drawn, images))
     correlation = torch.nn.functional.cosine_similarity(a, b)
     other = torch.nn.functional.cosine_similarity(a.roll(1, dims=0), b)
@@ -387,7 +389,7 @@ def _real_images(extractor, config, teacher, names, progress):
     if source != "none":
         classes = names or teacher.class_names
         num = config.real_num or 2 * config.num * (source in NAMES)
-        real = real_images(source, teacher.shape, num=num, progress=progress, classes=classes)
+        real = real_images(source, teacher.image_shape, num=num, progress=progress, classes=classes)
         require_fit(extractor, real[: len(real) // 2], f"half of --real {config.real}")
         return real
     if config.real_num:

@@ -13,6 +13,7 @@ from ..data.images import load_images
 from ..diffusion.solvers import Solver
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
+from ..models.autoencoder import require_pixels
 from ..runtime.devices import require_device
 from ..runtime.files import digest, read_tensors, require_digest, restoring, with_digest, write_json, write_tensors
 from ..runtime.folders import locked, require_output_folder
@@ -82,6 +83,7 @@ def evaluate_likelihood(
     """
     config.validate()
     model = Teacher.from_pretrained(teacher, require_device(device))
+    require_pixels(model, "the bound of a likelihood")
     bound = VariationalBound(model, config.steps or None, config.seed, config.variance or None)
     chosen = _chosen(str(images), model, config, progress)
     labels, out = bound.check(chosen), require_output_folder(out)

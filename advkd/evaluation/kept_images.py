@@ -109,7 +109,7 @@ def solver_set(model: Teacher, run: Run, batch_size: int, condition: Condition =
     def draw(count, first):
         return model.sample(count, run.seed, run.solver, run.steps, first, **condition.arguments(count, first))
 
-    return KeptSet("solvers", depends, run.num, model.shape, batch_size, draw)
+    return KeptSet("solvers", depends, run.num, model.image_shape, batch_size, draw)
 
 
 def fine_run(steps: int, seed: int, num: int) -> Run:

@@ -183,22 +183,24 @@ def save_pairs_of(teacher: Teacher, student: Student, path: str | Path, n: int =
     x_T = teacher.noise(n, seed)
     x_0 = teacher.sample(n, seed, **taught(student, teacher).arguments(n))
     with named("student"), torch.no_grad():
-        drawn = student(student.project(x_T), labels=all_in_turn(student, n))
+        drawn = student.images(student(student.project(x_T), labels=all_in_turn(student, n)))
     save_pairs(x_0, drawn, path)
 
 
 def save_levels_of(teacher: Teacher, student: Student, path: str | Path, seed: int = FRESH_SEED) -> None:
-    """Write the strip of all levels beneath what they learned of the teacher, from one noise."""
+    """Write the strip of all levels beneath what they learned of the teacher, from one noise; of latents the first channel."""
     x_T, lesson = teacher.noise(1, seed), taught(student, teacher)
     states = dict(teacher.path(x_T, **lesson.arguments(1)))
     timesteps = supervising_timesteps(lesson.solver, student.depth, [int(t) for t in states], teacher.train_timesteps)
     shown: list[int | None] = [*timesteps, None]
     if learned_image(student):
         timesteps, shown = [int(min(states))] * len(timesteps), [None] * len(shown)
-    targets = [downsample(states[t], side)[0] for t, side in zip(timesteps, student.resolutions)]
+    targets = [downsample(states[t], side) for t, side in zip(timesteps, student.resolutions)]
     with named("student"), torch.no_grad():
-        levels = [level[0] for level in student.levels(student.project(x_T), all_in_turn(student, 1))]
-    save_levels([*targets, states[min(states)][0]], levels, shown, path)
+        levels = student.levels(student.project(x_T), all_in_turn(student, 1))
+    channels = 1 if student.autoencoder is not None else student.config.image_channels
+    theirs, ours = ([level[0, :channels] for level in row] for row in ([*targets, states[min(states)]], levels))
+    save_levels(theirs, ours, shown, path)
 
 
 def _page(title, result, runs, pictures):

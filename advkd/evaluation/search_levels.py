@@ -162,7 +162,7 @@ def search_levels(student: str | Path, config: SearchLevelsConfig, out: str | Pa
     first, lowest = _ends(student, model)
     _require_room(lowest, first.sigma, config.tries, 2)
     extractor = build_extractor(config.extractor).to(device)
-    shape = model.model.shape
+    shape = model.model.image_shape
     if extractor.shape is not None and tuple(extractor.shape) != tuple(shape):
         wanted, drawn = describe_shape(extractor.shape), describe_shape(shape)
         raise InputError(

@@ -121,7 +121,7 @@ def evaluate_solvers(
     config.validate()
     device = require_device(device)
     model, extractor = Teacher.from_pretrained(teacher, device), build_extractor(config.extractor).to(device)
-    some = torch.empty(2 * extractor.num_features, *model.shape, dtype=torch.uint8, device="meta")
+    some = torch.empty(2 * extractor.num_features, *model.image_shape, dtype=torch.uint8, device="meta")
     require_fit(extractor, some, f"--teacher {teacher}")
     runs, left_out = _runs(config, model)
     if len(runs) == 1:
@@ -129,7 +129,7 @@ def evaluate_solvers(
     if model.num_classes and model.null_class is None:
         raise InputError(f"teacher {model.name} has no null class: its images of no class cannot be drawn")
     model.program(FINE, config.fine_steps)
-    real = real_images(config.real, model.shape, num=config.real_num, progress=progress, classes=model.class_names)
+    real = real_images(config.real, model.image_shape, num=config.real_num, progress=progress, classes=model.class_names)
     require_fit(extractor, real, "--real")
     for line in left_out:
         _LOGGER.warning("left out: %s", line)

@@ -66,6 +66,19 @@ class Yardstick:
         with restoring("the cache's measures", path, "delete it, and they are computed again"):
             return {name: Resampled(**one) for name, one in kept["distances"].items()}, {n: kept["shares"][n] for n in SHARES}
 
+    def of_decoded(self, features: torch.Tensor) -> dict[str, Resampled]:
+        """Distances of real images that went through an autoencoder, one half, to the other half as they were.
+
+        Args:
+            features: ``(M - M // 2, D)`` of the second half, encoded and decoded.
+
+        Returns:
+            ``frechet`` and ``at_infinity``.
+        """
+        half = len(self.real) // 2
+        sets = features[:half], self.real[:half], paired_rows(half, half, self.resamples)
+        return {"frechet": resampled_frechet(*sets), "at_infinity": resampled_limit(*sets)}
+
     def _distances(self, features):
         real, fine = self._rows[len(self.real)], self._rows[len(self.fine)]
         halves = features[: self.half], self.fine[: self.half], self._half_rows

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from ..diffusion.denoiser_student import DenoiserStudent, Sampler
 from ..diffusion.loading import Classes
-from ..diffusion.teacher import Teacher
+from ..diffusion.teacher import LatentTeacher, Teacher
 from ..errors import InputError
+from ..models.autoencoder import Autoencoder
 from .images import Generators, draw_seed, pipeline_output, require_call
 
 if TYPE_CHECKING:
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 class DenoiserPipeline(DiffusionPipeline):
     """A denoiser student as a diffusers pipeline, which draws in the student's own steps.
 
-    A folder without conditions runs in diffusers' own ``DDIMPipeline``, too; a student of solver ``ddim`` and the trailing
-    spacing draws the same images there of the same noise, in numbers of steps that divide the schedule's.
+    A folder without conditions runs in diffusers' own ``DDIMPipeline``, too, and one of latents in ``LDMPipeline``; a student
+    of solver ``ddim`` and the trailing spacing draws the same images there of the same noise, in numbers of steps that divide
+    the schedule's.
 
     Args:
         unet: the network.
         scheduler: its noise schedule, of v prediction.
         sampler: how it draws; None: one step of DDIM.
         classes: of a conditional network.
+        autoencoder: of a network that draws latents.
 
     Raises:
         InputError: as for :class:`DenoiserStudent`.
@@ -43,10 +46,14 @@ class DenoiserPipeline(DiffusionPipeline):
         scheduler: "DDIMScheduler",
         sampler: Sampler | None = None,
         classes: Classes | None = None,
+        autoencoder: Autoencoder | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.student = DenoiserStudent(Teacher(unet, scheduler, "student", classes), sampler or Sampler())
+        model = Teacher(unet, scheduler, "student", classes)
+        if autoencoder is not None:
+            model = LatentTeacher(unet, scheduler, autoencoder, "student", classes)
+        self.student = DenoiserStudent(model, sampler or Sampler())
 
     @classmethod
     def from_student(cls, student: DenoiserStudent) -> Self:
@@ -58,7 +65,8 @@ class DenoiserPipeline(DiffusionPipeline):
         Returns:
             Pipeline.
         """
-        pipeline = cls(student.model.unet, student.model.scheduler, student.sampler, student.model.classes)
+        model = student.model
+        pipeline = cls(model.unet, model.scheduler, student.sampler, model.classes, model.autoencoder)
         pipeline.student.training_record = student.training_record
         return pipeline
 

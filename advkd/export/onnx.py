@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..models.autoencoder import require_pixels
 from ..models.batch_norm import evaluating
 from ..models.classes import flat_join
 from ..models.fused_student import FusedStudent
@@ -48,6 +49,7 @@ def export_onnx(student: Student | FusedStudent, path: str | Path, opset_version
     """
     if not isinstance(student, (Student, FusedStudent)):
         raise InputError(f"student must be a Student or a FusedStudent, got {type(student).__name__}")
+    require_pixels(student, "export to ONNX")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"export to ONNX needs {' and '.join(missing)}: pip install 'advkd[onnx]'")
     # The exporter takes a batch of one for a constant.

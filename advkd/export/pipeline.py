@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import build_config
 from ..data.labels import labels_in_turn
 from ..errors import InputError
+from ..models.autoencoder import PARTS, require_pixels
 from ..models.batch_norm import CannotFoldError, evaluating
 from ..models.classes import listed, told, turns
 from ..models.folding import read_by_fusing
@@ -32,7 +33,7 @@ from ..runtime.hub import reason, resolve
 from ..runtime.pickles import require_weights
 from .images import Generators, draw_seed, pipeline_output, require_call
 
-FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", f"{PARTS[0]}/config.json")
 """Files that a student is loaded from."""
 
 ClassLabels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None
@@ -92,7 +93,8 @@ class StudentModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_student(cls, student: Student) -> Self:
-        """Wrap a copy of a student, in eval mode."""
+        """Wrap a copy of a student of pictures, in eval mode."""
+        require_pixels(student, "a pipeline")
         with torch.device("meta"):
             model = cls(**dataclasses.asdict(student.config))
         model._share(copy.deepcopy(student))
@@ -346,7 +348,9 @@ def _fetched(source, options, files):
 
 
 def _require_student(folder):
-    """Refuse files that no student has, before diffusers reads them."""
+    """Refuse files that no student of pictures has, before diffusers reads them."""
+    if (folder / PARTS[0]).is_dir():
+        raise InputError(f"{folder} is a student that draws latents: advkd.load_student loads it, a pipeline draws pictures")
     values = read_json(folder / "config.json", "StudentModel configuration")
     # diffusers writes null for the channels of a model that was made without any.
     values = {key: value for key, value in values.items() if not key.startswith("_") and value is not None}

@@ -23,6 +23,7 @@ METHODS = {
     "score-distillation": "score_distillation.ScoreDistillation",
     "denoising": "denoising.Denoising",
     "classification": "classification.Classification",
+    "autoencoding": "autoencoding.Autoencoding",
 }
 """Name -> module and class of every method."""
 

@@ -22,7 +22,7 @@ from ..ops.registry import BACKENDS
 from ..runtime.ranges import named
 from .base import Kept, Method, Needs, Settings, Stage, Step, Trained, cosine
 from .distances import Scales, kl_divergence
-from .generator import condition_channels, condition_planes, preview
+from .generator import condition_channels, condition_planes, preview, previewed
 
 Images = dict[int, torch.Tensor]
 """Images by level."""
@@ -386,9 +386,14 @@ class AdvKD(Method):
     def _condition(self, batch):
         return condition_planes(self.student, batch.z, batch.labels, self.config.conditional)
 
-    def samples(self, student: Any, stage: Stage) -> torch.Tensor:
-        """Images of the stage's last level, all classes in turn; standardised states are shown at a third of their contrast."""
+    def samples(self, student: Any, stage: Stage) -> torch.Tensor | None:
+        """Images of the stage's last level, all classes in turn; standardised states are shown at a third of their contrast.
+
+        Levels of latents before the last one are no pictures, and are not shown.
+        """
         k = stage.levels[-1]
+        if student.autoencoder is not None:
+            return previewed(student, self.config.seed) if k == student.depth else None
         z, labels = preview(student, self.config.seed)
         standardised = k < self.student.depth and self.config.targets == "states"
         return student(z, levels=(k,), labels=labels)[k] / (3.0 if standardised else 1.0)

@@ -13,6 +13,7 @@ from ..diffusion.denoiser import Denoiser
 from ..diffusion.denoiser_student import Sampler
 from ..diffusion.schedule import Schedule
 from ..errors import InputError
+from ..models.autoencoder import Autoencoder
 from .base import Kept, Method, Settings, Stage, Trained, cosine
 
 LEVELS = ("uniform", "lognormal")
@@ -80,6 +81,7 @@ class DenoiserMethod(Method):
         shape: of an image, ``(C, H, W)``; empty where no runner says so.
         num_classes: number of classes that the student is told; 0 without.
         null_class: label that stands for no class, or None.
+        autoencoder: between latents and pictures, of a student that draws latents; None of one that draws pictures.
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
 
@@ -91,6 +93,7 @@ class DenoiserMethod(Method):
     shape: tuple[int, ...] = ()
     num_classes: int = 0
     null_class: int | None = None
+    autoencoder: Autoencoder | None = None
     given: str = "images"
 
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):

@@ -27,6 +27,7 @@ class TeacherTrainingConfig:
         image_channels: 1 or 3 (0: from the data).
         channels: UNet channels from the highest to the lowest resolution (empty: those of ``init``, or 16, 32, 64, 64, ... down
             to 4x4).
+        autoencoder: folder of ``advkd autoencoder train``, in whose latents the teacher is trained (empty: of the pixels).
         init: teacher whose weights the run begins with: ``digits``, ``digits-conditional``, ``glyphs``, a folder or a hub id
             (empty: a fresh network).
         steps: optimiser steps.
@@ -50,6 +51,7 @@ class TeacherTrainingConfig:
     images: int = 0
     image_channels: int = 0
     channels: tuple[int, ...] = ()
+    autoencoder: str = ""
     init: str = ""
     steps: int = 5400
     batch_size: int = 64
@@ -118,7 +120,9 @@ class Denoising(Method):
 
     def settings(self) -> Settings:
         """The trainer's part of the configuration."""
-        return Settings(self.config.seed, self.config.checkpoint_every, free=("checkpoint_every", "device", "init"))
+        return Settings(
+            self.config.seed, self.config.checkpoint_every, free=("checkpoint_every", "device", "init", "autoencoder")
+        )
 
     def stages(self) -> list[Stage]:
         """One stage."""

@@ -102,7 +102,7 @@ class Features(Progressive):
         """
         config.validate()
         shape = load_classifier(config.classifier).config
-        taken, drawn = (shape.image_channels, shape.image_size, shape.image_size), tuple(student.model.shape)
+        taken, drawn = (shape.image_channels, shape.image_size, shape.image_size), tuple(student.model.image_shape)
         if taken != drawn:
             raise InputError(
                 f"classifier: {config.classifier} takes images {taken}, the student draws {drawn}: "
@@ -143,7 +143,7 @@ class Features(Progressive):
         return {**super().build(stage), "classifier": self.frozen(self.classifier)}
 
     def loss(self, x0: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
-        """KL of the features, alpha (beta H(p) - (1 - beta) H(mean of p)), and a part of the error of x0.
+        """KL of the features, alpha (beta H(p) - (1 - beta) H(mean of p)), and a part of the error of x0; latents are decoded.
 
         Args:
             x0: ``(N, ...)`` of the student, which is not clamped: a clamped pixel has no gradient.
@@ -154,13 +154,17 @@ class Features(Progressive):
             Scalar.
         """
         config, phi = self.config, self.classifier
+        image = self._picture(x0)
         with torch.no_grad():
-            wanted = phi.features(target)
-        loss = feature_kl(phi.features(x0), wanted, config.tau)
+            wanted = phi.features(self._picture(target))
+        loss = feature_kl(phi.features(image), wanted, config.tau)
         if config.alpha:
-            logits = phi(x0)
+            logits = phi(image)
             loss = loss + config.alpha * (config.beta * entropy(logits) - (1 - config.beta) * diversity(logits))
         return loss + config.pixels * super().loss(x0, target, sigma) if config.pixels else loss
+
+    def _picture(self, x):
+        return x if self.autoencoder is None else self.autoencoder.decode(x).to(x.dtype)
 
 
 def load_classifier(folder: str | Path) -> Classifier:

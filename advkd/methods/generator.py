@@ -62,7 +62,8 @@ def previewed(student: Any, seed: int) -> Tensor | None:
     if not hasattr(student, "latents"):
         return None
     z, labels = preview(student, seed)
-    return student(z, labels=labels)
+    drawn = student(z, labels=labels)
+    return student.images(drawn) if isinstance(student, Student) else drawn
 
 
 def preview(student: Student, seed: int) -> tuple[Tensor, Tensor | None]:

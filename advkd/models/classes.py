@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..ops.arguments import whole
 from ..ops.latents import split_latent
+from .autoencoder import Pictured
 from .shape import StudentConfig
 
 Labels = int | Sequence[int] | torch.Tensor | None
@@ -21,10 +22,15 @@ SHOWN = 100
 """Most names of classes that a message lists."""
 
 
-class Conditional:
-    """The names of a student's classes, as its configuration has them."""
+class Conditional(Pictured):
+    """The names of a student's classes and the shape of what it draws, as its configuration has them."""
 
     config: StudentConfig
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """``(C, S, S)`` of what the student draws: pictures, or latents divided by a bound."""
+        return (self.config.image_channels, self.config.image_size, self.config.image_size)
 
     @property
     def class_names(self) -> tuple[str, ...]:

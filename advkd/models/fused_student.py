@@ -130,7 +130,7 @@ class FusedStudent(Conditional, PretrainedModule):
         chosen = _choose(backend, convolutions(config), dtype, device)
         with device:
             module = cls(config, chosen)
-        module.tune, module.mixed = tune, backend == "auto"
+        module.tune, module.mixed, module.autoencoder = tune, backend == "auto", student.autoencoder
         for i, (weight, bias) in enumerate(folded(student, module.layers)):
             module._weight(i).copy_(weight)
             module._bias(i).copy_(bias)
@@ -316,7 +316,7 @@ class FusedStudent(Conditional, PretrainedModule):
         numbers = torch.tensor(turns(labels, self.class_names), dtype=torch.int64, device=device)
         what = f"images of {size}x{size} do not fit the memory of {device}"
         drawn = fitting(partial(self._draw, seed, numbers), parts, self._forget, what)
-        return to_host(map(form, drawn), device)
+        return to_host((form(self.images(x)) for x in drawn), device)
 
     def _draw(self, seed, numbers, first, count):
         """A batch of images on the engine's device, which take the class ``numbers`` in turn."""
@@ -356,7 +356,7 @@ class FusedStudent(Conditional, PretrainedModule):
             InputError: a number out of its range, or labels of an unconditional student.
             torch.OutOfMemoryError: as for :meth:`stream`.
         """
-        return gather(self.stream(n, seed, batch_size, start, labels=labels), n, self.config)
+        return gather(self.stream(n, seed, batch_size, start, labels=labels), n, self.image_shape)
 
     def memory(self, batch_size: int = 1) -> dict[str, int]:
         """Bytes that the engine takes beside latents and images, on a CPU for torch's current number of threads.

@@ -18,8 +18,9 @@ from ..errors import InputError
 from ..runtime.devices import require_device
 from ..runtime.files import digest, read_json, require_regular, why_unreadable, write_bytes, write_json
 from ..runtime.hub import resolve
+from .autoencoder import PARTS, Autoencoder, load_autoencoder
+from .weights import WEIGHTS
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAINING = "training.json"
 SAMPLER = "sampler.json"
 """File by which the folder of a denoiser student is known: a network of a teacher's kind, and how it draws."""
@@ -35,6 +36,7 @@ class PretrainedModule(nn.Module):
     embedded: ClassVar[Mapping[str, Path]] = {}
     training_keys: ClassVar[tuple[str, ...]] = ()
     config: Any
+    autoencoder: Autoencoder | None = None
     training_record: dict[str, Any] | None = None
     """The record of a loaded module's training (``training.json``), if that is known."""
 
@@ -54,7 +56,7 @@ class PretrainedModule(nn.Module):
         """
         device = require_device(device)
         part = cls.__name__.lower()
-        files = ["config.json", WEIGHTS, TRAINING, SAMPLER, "model_index.json", f"{part}/*"]
+        files = ["config.json", WEIGHTS, TRAINING, SAMPLER, "model_index.json", f"{part}/*", f"{PARTS[0]}/*"]
         folder = resolve(source, cls.embedded, cls.__name__, files)
         if os.path.lexists(folder / SAMPLER):
             raise InputError(f"{source} is a denoiser student, not a {cls.__name__}: advkd.load_student loads it")
@@ -70,6 +72,8 @@ class PretrainedModule(nn.Module):
         # Whatever torch's default device and the mode of autograd are: weights on the CPU that can be trained.
         with torch.inference_mode(False), torch.device("cpu"):
             module = cls._with_weights(config, folder / WEIGHTS)
+            if (folder / PARTS[0]).is_dir():
+                module.autoencoder = load_autoencoder(folder, PARTS[0], lambda _: folder)
         if os.path.lexists(folder / TRAINING):
             module.training_record = read_json(folder / TRAINING, "training record", cls.training_keys)
             if not cls.is_record(module.training_record):
@@ -116,7 +120,7 @@ class PretrainedModule(nn.Module):
             folder: made where it is not there.
 
         Raises:
-            InputError: ``folder`` is a file or no path, or holds a denoiser student.
+            InputError: ``folder`` is a file or no path, or holds a denoiser student, or another model's autoencoder.
         """
         if not isinstance(folder, (str, os.PathLike)):
             raise InputError(f"folder must be a path, got {folder!r}")
@@ -125,6 +129,10 @@ class PretrainedModule(nn.Module):
             raise InputError(f"{folder} is a file; name a folder")
         if os.path.lexists(folder / SAMPLER):
             raise InputError(f"{folder} holds a denoiser student: name another folder")
+        if self.autoencoder is not None:
+            self.autoencoder.save_pretrained(folder / PARTS[0])
+        elif os.path.lexists(folder / PARTS[0]):
+            raise InputError(f"{folder} holds the autoencoder of another model: name another folder")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, _in_order(save(tensors, {"format": "pt", "digest": digest(tensors)})))
         if self.training_record is not None:

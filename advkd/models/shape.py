@@ -102,6 +102,10 @@ PRESETS = {
     "digits": StudentConfig(
         image_size=32, image_channels=1, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=8
     ),
+    # For latents of a latent teacher of digits, 4x8x8.
+    "latent": StudentConfig(
+        image_size=8, image_channels=4, channels=(64, 64, 64, 64, 64, 64, 48, 48, 48, 32, 32, 32), latent_size=2
+    ),
     # Its classes are those of a run's trajectories.
     "glyphs": StudentConfig(
         image_size=32, channels=(96, 96, 96, 64, 64, 32, 32, 24, 24, 24, 16, 16), latent_size=1, detail_noise=True
@@ -156,10 +160,9 @@ def batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
     return ((first, min(batch_size, n - first)) for first in range(0, n, batch_size))
 
 
-def gather(pieces: Iterable[torch.Tensor], n: int, config: StudentConfig) -> torch.Tensor:
-    """Batches of images as one float32 tensor ``(n, C, S, S)`` on the CPU."""
-    shape = (int(n), config.image_channels, config.image_size, config.image_size)
-    images, first = torch.empty(shape, dtype=torch.float32, device="cpu"), 0
+def gather(pieces: Iterable[torch.Tensor], n: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Batches of images of one shape ``(C, S, S)`` as one float32 tensor ``(n, C, S, S)`` on the CPU."""
+    images, first = torch.empty((int(n), *shape), dtype=torch.float32, device="cpu"), 0
     for piece in pieces:
         images[first : first + len(piece)] = piece
         first += len(piece)

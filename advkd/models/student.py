@@ -125,7 +125,7 @@ class Student(Conditional, PretrainedModule):
         """A student of a known shape with fresh weights.
 
         Args:
-            name: ``paper-256``, ``pyramid-256``, ``digits`` or ``glyphs``, none of them with classes.
+            name: ``paper-256``, ``pyramid-256``, ``digits``, ``latent`` or ``glyphs``, none of them with classes.
 
         Returns:
             Student in training mode, in torch's default dtype and on its default device; its weights are drawn from torch's
@@ -293,9 +293,9 @@ class Student(Conditional, PretrainedModule):
 
         def draw(first, count):
             z = self.latents(count, seed, first).to(dtype)
-            return self(z, **told(labels_in_turn(numbers, first, count)))
+            return self.images(self(z, **told(labels_in_turn(numbers, first, count))))
 
-        return gather((draw(start + first, count).cpu() for first, count in parts), n, self.config)
+        return gather((draw(start + first, count).cpu() for first, count in parts), n, self.image_shape)
 
     def _initialize(self):
         if self.head.weight.is_meta:

@@ -11,11 +11,13 @@ from ..data.sources import RecordedPairs, Source, Tensors
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.guidance import is_packed, require_labels
+from ..diffusion.latent import require_same_latents
 from ..diffusion.networks import build_unet
 from ..diffusion.teacher import Teacher
 from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.base import Method, Needs
+from ..models.autoencoder import Autoencoder
 
 
 def source_of(
@@ -53,7 +55,7 @@ def source_of(
         return _pairs(method, needs, model, trajectories)
     if trajectories is not None:
         raise InputError(f"{method.name} does not read trajectories with these options: leave --trajectories out")
-    return images_of(method, needs, tuple(model.shape), model.class_names, data, progress)
+    return images_of(method, needs, model.image_shape, model.class_names, data, progress, model.autoencoder)
 
 
 def require_callable(teacher: Teacher, device: str | torch.device) -> None:
@@ -81,11 +83,12 @@ def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
         teacher: its teacher.
 
     Raises:
-        InputError: another shape, another noise schedule, other classes or another null class.
+        InputError: another shape, another autoencoder, another noise schedule, other classes or another null class.
     """
     model = student.model
     if tuple(model.shape) != tuple(teacher.shape):
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {tuple(model.shape)}")
+    require_same_latents(model, teacher)
     ours, theirs = model.schedule.alpha_bars, teacher.schedule.alpha_bars
     if ours.shape != theirs.shape or not torch.equal(ours, theirs):
         raise InputError("teacher and student have different noise schedules: begin with one of the teacher's own students")
@@ -128,20 +131,27 @@ def _require_classes(info, model):
 
 
 def images_of(
-    method: Method, needs: Needs, shape: tuple[int, ...], class_names: Sequence[str], data: Any, progress: bool = True
+    method: Method,
+    needs: Needs,
+    shape: tuple[int, ...],
+    class_names: Sequence[str],
+    data: Any,
+    progress: bool = True,
+    autoencoder: Autoencoder | None = None,
 ) -> Tensors:
-    """Images that a method learns from, with labels where the student is told classes; or no data at all.
+    """Images that a method learns from, or their latents, with labels where the student is told classes; or no data at all.
 
     Args:
         method: the method.
         needs: what its configuration needs, ``images`` or ``none``.
-        shape: of the student's images, ``(C, H, W)``.
+        shape: of the images, ``(C, H, W)``; of a student that draws latents that of the decoded ones.
         class_names: names of the student's classes.
         data: see :func:`advkd.training.denoisers.distill_denoiser`.
         progress: show a bar while glyphs are drawn.
+        autoencoder: of a student that draws latents; images are encoded once.
 
     Returns:
-        Source of images, or of nothing.
+        Source of images, of latents, or of nothing.
 
     Raises:
         InputError: data that is missing, or of another shape or other classes.
@@ -169,6 +179,8 @@ def images_of(
     _require_pictures(images)
     if labels is None and (needs.labels or class_names):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
+    if autoencoder is not None:
+        images = autoencoder.encode(images)
     return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
 
 

@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 from ..data.trajectories import Trajectories
 from ..diffusion.denoiser_student import DenoiserStudent
+from ..diffusion.latent import around
 from ..diffusion.saving import INDEX
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
@@ -126,7 +127,7 @@ class DenoiserDistiller(Trainer):
         self._start_student, self._recorded, self._last = student, trajectories, None
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
-        run.teacher, run.clip, run.shape = teacher, model.clip, tuple(model.shape)
+        run.teacher, run.clip, run.autoencoder, run.shape = teacher, model.clip, model.autoencoder, tuple(model.shape)
         run.num_classes, run.null_class = model.num_classes, model.null_class
         if run.null_class is None and hasattr(config, "drop"):
             require_unused(config, True, "a student that has a null class (--init)", "drop")
@@ -171,7 +172,7 @@ class DenoiserDistiller(Trainer):
         start = self._start_student.model
         assert isinstance(network, DenoiserNetwork)
         unet = copy.deepcopy(network.unet).to(memory_format=torch.contiguous_format)
-        model = Teacher(unet, start.scheduler, "student", start.classes)
+        model = around(unet, start, start.scheduler, "student")
         method: Any = self.method
         return DenoiserStudent(model, method.sampler(stage), self._record(stage, method.measured(model, stage)))
 

@@ -14,6 +14,7 @@ from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_trajectories
 from ..errors import InputError
 from ..methods import method_class
+from ..models.autoencoder import Autoencoder, require_pixels
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
@@ -191,7 +192,7 @@ class _Growing(Recorded):
 
     def __init__(self, data, student, needs, teacher, folder):
         latent = (student.config.latent_size, student.config.detail_noise)
-        super().__init__(data, latent, needs.limit, student.class_names, needs.averaged)
+        super().__init__(data, latent, needs.limit, student.class_names, needs.averaged, _bound(data, student))
         self._teacher, self._needs, self._folder = teacher, needs, folder
         self._given = len(data.folders)
         self._first = max(part["start"] + part["num"] for part in data.parts)
@@ -208,6 +209,23 @@ class _Growing(Recorded):
             record_trajectories(self._teacher, TrajectoryConfig(**values), folder, progress=False)
             barrier()
             self.data.append(folder)
+
+
+def _bound(data, student):
+    """Number by which recorded latents are divided for a student in [-1, 1], which is given their autoencoder with it; or 1."""
+    if not data.info.latents:
+        require_pixels(student, "a recording of pictures")
+        return 1.0
+    autoencoder = Autoencoder.from_pretrained(data.folder)
+    if autoencoder.sha256 != data.info.teacher["autoencoder_sha256"]:
+        raise InputError(f"--trajectories {data.folder}: its autoencoder is not the teacher's: restore or fetch a copy of it")
+    if student.autoencoder is None:
+        student.autoencoder = autoencoder.rescaled(data.largest())
+    if student.autoencoder.weights_sha256 != autoencoder.weights_sha256:
+        raise InputError(
+            "the student draws latents of another autoencoder than the trajectories': begin with a fresh one by --preset"
+        )
+    return autoencoder.scaling / student.autoencoder.scaling
 
 
 def _recorded(data, student, needs, teacher, images):
@@ -229,6 +247,7 @@ def _require_teacher(method, student, teacher, device):
     if teacher is None:
         raise InputError(f"{method} needs a teacher: name it by --teacher")
     require_callable(teacher, device)
+    require_pixels(teacher, f"{method} into a student that draws in one pass")
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")

@@ -40,13 +40,15 @@ def estimate_noise_power(
     Raises:
         InputError: images of another shape, numbers out of range, or a conditional teacher without a null class.
     """
-    if tuple(images.shape[1:]) != teacher.shape or not len(images):
-        raise InputError(f"images must be (M, {', '.join(map(str, teacher.shape))}), got {tuple(images.shape)}")
+    if tuple(images.shape[1:]) != teacher.image_shape or not len(images):
+        raise InputError(f"images must be (M, {', '.join(map(str, teacher.image_shape))}), got {tuple(images.shape)}")
     if teacher.num_classes and teacher.null_class is None:
         raise InputError(f"teacher {teacher.name} has no null class: the noise that it finds is known of single classes only")
     total = teacher.train_timesteps
     levels, num = whole("levels", levels, 2, total), whole("num", num, 1)
     times = sorted({round((total - 1) * (i / (levels - 1)) ** 2) for i in range(levels)})
+    if teacher.autoencoder is not None:
+        images = teacher.autoencoder.encode(images)
     plain = teacher.denoiser
     denoiser = Denoiser(plain.network, plain.schedule, plain.prediction)
     values = []

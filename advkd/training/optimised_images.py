@@ -16,6 +16,7 @@ from ..diffusion.guidance import require_labels
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods.score_distillation import ScoreDistillation, ScoreDistillationConfig, classes_in_turn
+from ..models.autoencoder import require_pixels
 from ..models.optimised_images import OptimisedImages, optimised_images
 from ..models.saving import TRAINING
 from ..runtime.devices import plain_defaults
@@ -101,6 +102,7 @@ class ImageOptimiser(Trainer):
     ):
         config.validate()
         require_callable(teacher, device)
+        require_pixels(teacher, "score-distillation, whose images are in [-1, 1],")
         numbers = classes_in_turn(teacher, config)
         self.labels = labels_in_turn(numbers, 0, config.num)
         prototypes = _prototypes(config, teacher, self.labels, data, progress)

@@ -14,6 +14,7 @@ from ..diffusion.saving import write_pipeline
 from ..diffusion.training_schedules import SCHEDULES, noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
+from ..models.autoencoder import PARTS, Autoencoder, sha256_of
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, read_json, write_json
 from .checkpoint import CHECKPOINT, claim
@@ -22,7 +23,7 @@ from .trainer import Trainer
 DATA = "data.json"
 """File that tells which glyphs a teacher was trained on, drawn with which versions, and which teacher it began with."""
 
-PIPELINE = ("unet", "scheduler", CLASSES, DATA, "model_index.json")
+PIPELINE = ("unet", "scheduler", *PARTS, CLASSES, DATA, "model_index.json")
 
 
 @plain_defaults()
@@ -30,13 +31,14 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     """Train and save a teacher in diffusers' pipeline layout (float16 safetensors) under ``out``.
 
     A checkpoint every ``config.checkpoint_every`` steps makes a killed run go on with ``resume=True``; every random draw
-    is a function of (seed, step), so the resumed run equals an uninterrupted one. The teacher has 1,000 timesteps and clips x0.
-    A conditional one has a class more than the data, which stands for no class, and ``classes.json`` with their names.
+    is a function of (seed, step), so the resumed run equals an uninterrupted one. The teacher has 1,000 timesteps and clips x0,
+    but for one of latents, which has a copy of its autoencoder beside it and runs in diffusers' ``LDMPipeline``. A conditional
+    one has a class more than the data, which stands for no class, and ``classes.json`` with their names.
 
     Args:
         config: a :class:`~advkd.methods.denoising.TeacherTrainingConfig`, with the data and the device.
-        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``classes.json``, ``data.json`` (of glyphs, or with a
-            start), and the checkpoint, which is removed at the end.
+        out: folder for ``model_index.json``, ``unet``, ``scheduler``, ``vqvae``, ``classes.json``, ``data.json`` (of glyphs,
+            with a start or with an autoencoder), and the checkpoint, which is removed at the end.
         resume: go on from ``out``'s checkpoint; a start must still be there, and have the same weights.
         progress: show a bar.
 
@@ -56,14 +58,15 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     for name in PIPELINE:
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
+    autoencoder = _autoencoder(config)
     claim(out, resume, PIPELINE, "teacher")
-    start = _start(config)
-    source, classes = _read(config, progress)
+    start = _start(config, autoencoder)
+    source, classes = _read(config, autoencoder, progress)
     unet = _network(config, source.tensors["images"].shape[1:], classes, start)
-    scheduler = noise_scheduler(config.schedule, config.prediction)
+    scheduler = noise_scheduler(config.schedule, config.prediction, clip=autoencoder is None)
     method = Denoising(config, unet, scheduler, classes.null if classes else None)
     weights = None if start is None else digest(unet.state_dict())
-    method.origin = {"init": weights}
+    method.origin = {"init": weights, "autoencoder": sha256_of(autoencoder)}
     trainer = Trainer(
         method,
         source,
@@ -72,7 +75,13 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         resume=resume,
         device=config.device,
         progress=progress,
-        save=partial(_save_pipeline, scheduler=scheduler, classes=classes, record=_record(config, start, weights)),
+        save=partial(
+            _save_pipeline,
+            scheduler=scheduler,
+            classes=classes,
+            autoencoder=autoencoder,
+            record=_record(config, start, weights, autoencoder),
+        ),
         finished=PIPELINE,
         what="teacher",
     )
@@ -80,19 +89,37 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     return trainer.out
 
 
-def _read(config, progress):
-    """The images, with labels for a conditional teacher, and its classes."""
+def _autoencoder(config):
+    """The autoencoder of the teacher's latents, or None; its images are the teacher's."""
+    if not config.autoencoder:
+        return None
+    found = Autoencoder.from_pretrained(config.autoencoder)
+    for name, own in (("size", found.image_shape[-1]), ("image_channels", found.image_shape[0])):
+        if getattr(config, name) not in (0, own):
+            raise InputError(f"{name} must be the autoencoder's {own}, got {getattr(config, name)}: leave it out")
+    return found
+
+
+def _read(config, autoencoder, progress):
+    """The images or their latents, with labels for a conditional teacher, and its classes."""
     size, channels = config.size or None, config.image_channels or None
+    if autoencoder is not None:
+        channels, size, _ = autoencoder.image_shape
     if not config.conditional:
-        images = load_images(config.data, size, channels, config.classes, config.images, progress)
-        return Tensors(images=images.to(config.device)), None
+        images = load_images(config.data, size, channels, config.classes, config.images, progress).to(config.device)
+        return Tensors(images=_states(images, autoencoder)), None
     images, labels, names = load_labelled(config.data, size, channels, config.classes, config.images, progress)
     # Without dropped labels the null class would never be trained.
     null = len(names) if config.drop else None
-    return Tensors(images=images.to(config.device), labels=labels), Classes(tuple(names), null)
+    states = _states(images.to(config.device), autoencoder)
+    return Tensors(images=states, labels=labels), Classes(tuple(names), null)
 
 
-def _start(config):
+def _states(images, autoencoder):
+    return images if autoencoder is None else autoencoder.encode(images)
+
+
+def _start(config, autoencoder):
     """The teacher that a run begins with, or None; one that fits no data with these options is refused before they are read."""
     if not config.init:
         return None
@@ -105,6 +132,8 @@ def _start(config):
         _refuse(config, "takes more than classes: advkd distill trains denoiser students")
     if given not in ("", own):
         _refuse(config, f"has the channels {own}, got {given}: leave --channels out")
+    if sha256_of(start.autoencoder) != sha256_of(autoencoder):
+        _refuse(config, "draws other latents, or none: give the --autoencoder that it was trained with, or none")
     if kind != config.prediction:
         _refuse(config, f"predicts {kind}: give --prediction {kind}")
     if config.schedule not in levels:
@@ -133,10 +162,11 @@ def _network(config, shape, classes, start):
     return start.unet
 
 
-def _record(config, start, weights):
-    """JSON values of ``data.json``: the glyphs that are trained on, and the start with those of its own training."""
+def _record(config, start, weights, autoencoder):
+    """JSON values of ``data.json``: the glyphs or latents that are trained on, and the start with those of its training."""
     glyphs = trained_glyphs(config.data, config.classes, config.images)
     record = {} if glyphs is None else glyphs.description()
+    record |= {} if autoencoder is None else {"autoencoder_sha256": autoencoder.sha256}
     if start is not None:
         path = start.folder / DATA
         before = read_json(path, "the record of the start's data") if path.exists() else None
@@ -144,11 +174,13 @@ def _record(config, start, weights):
     return record
 
 
-def _save_pipeline(unet, out, scheduler, classes, record):
-    from diffusers import DDPMPipeline
+def _save_pipeline(unet, out, scheduler, classes, autoencoder, record):
+    from diffusers import DDIMScheduler, DDPMPipeline
 
+    if autoencoder is not None:  # LDMPipeline's scheduler
+        scheduler = DDIMScheduler.from_config(scheduler.config)
     # The checkpoint stays until all is there, so a kill loses nothing.
-    write_pipeline(out, DDPMPipeline, unet, scheduler, classes, torch.float16)
+    write_pipeline(out, DDPMPipeline, unet, scheduler, classes, torch.float16, autoencoder)
     if record:
         write_json(out / DATA, record)
     (out / CHECKPOINT).unlink(missing_ok=True)

@@ -400,7 +400,7 @@ def everything_drawn(student, fused):
     again = student.fuse("reference", tune=False)
     yield from (student.latents(3, seed=1), student.sample(3, seed=1), student.project(x_T))
     yield from (fused.latents(3, seed=1), fused.sample(3, seed=1), *fused.stream(3, seed=1, batch_size=2))
-    yield from (again.sample(3, seed=1), student.sample(0), fused.sample(0), gather(iter(()), 0, student.config))
+    yield from (again.sample(3, seed=1), student.sample(0), fused.sample(0), gather(iter(()), 0, student.shape))
     yield from fused.stream(3, seed=1, dtype=torch.uint8)
 
 

@@ -67,7 +67,7 @@ def test_a_ddim_scheduler_is_taken(teacher_folder, tmp_path):
 @pytest.mark.parametrize(
     ("file", "changes", "reason"),
     [
-        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "latents"),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "vae/config.json does not exist"),
         ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "conditional"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
