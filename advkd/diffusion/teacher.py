@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..models.denoiser import embedding_of
+from ..models.denoiser import LowImage, embedding_of, evaluate
 from ..ops.arguments import whole
 from ..runtime.devices import require_device
 from ..runtime.files import digest
@@ -20,6 +20,7 @@ from .denoiser import Denoiser
 from .guidance import NoisyClassifier, classes_of, classifier_free, condition_of, guided, require_null
 from .loading import Classes, load_pipeline, require_network, require_scheduler
 from .loop import SamplingLoop, network_of
+from .low_images import LowImages
 from .noise_power import NoisePower
 from .sampling import DiffusionModel
 from .schedule import Level, Schedule
@@ -59,10 +60,11 @@ class Teacher(DiffusionModel):
         classes: Classes | None = None,
         folder: str | Path | None = None,
     ):
-        require_network(unet.config, name)
         require_scheduler(scheduler, name)
         side, config = unet.config.sample_size, scheduler.config
-        super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.in_channels, side, side))
+        super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.out_channels, side, side))
+        self.low = LowImages.of(unet, len(self.schedule), name)
+        require_network(unet.config, name, low=self.low is not None)
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
@@ -109,7 +111,7 @@ class Teacher(DiffusionModel):
     @property
     def image_channels(self) -> int:
         """Channels of the images."""
-        return self.unet.config.in_channels
+        return self.unet.config.out_channels
 
     @property
     def image_size(self) -> int:
@@ -134,10 +136,12 @@ class Teacher(DiffusionModel):
 
         Returns:
             JSON values: ``name``, number of ``parameters``, digests of weights, network and schedule, ``prediction``, ``clip``
-            (None: no clipping), ``variance``, only where it is on ``autocast``, and for analytic solvers ``noise_power``.
+            (None: no clipping), ``variance`` and, where there are any, what else the network takes and how it runs.
         """
         powers = self.noise_powers if solver is not None and solver.analytic else None
         network = {k: v for k, v in sorted(self.unet.config.items()) if not k.startswith("_")}
+        told = {"takes_guidance": self.most_guidance, "takes_latent": self.latent, "takes_low": list(self.low or ())}
+        told |= {"autocast": self._autocast and str(self._autocast), "noise_power": powers and list(powers.values)}
         return {
             "name": self.name,
             "parameters": self.num_parameters(),
@@ -147,9 +151,7 @@ class Teacher(DiffusionModel):
             "prediction": self.prediction,
             "clip": self.clip if math.isfinite(self.clip) else None,
             "variance": str(self.scheduler.config.get("variance_type")),
-            **({"autocast": str(self._autocast)} if self._autocast else {}),
-            **{k: v for k, v in (("takes_guidance", self.most_guidance), ("takes_latent", self.latent)) if v},
-            **({"noise_power": list(powers.values)} if powers else {}),
+            **{k: v for k, v in told.items() if v},
         }
 
     def num_parameters(self) -> int:
@@ -160,7 +162,7 @@ class Teacher(DiffusionModel):
         self,
         x: torch.Tensor,
         sigma: float | torch.Tensor,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor | LowImage | None = None,
         guidance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and the noise that the network finds in states, x0 clamped to [-``clip``, ``clip``].
@@ -168,8 +170,8 @@ class Teacher(DiffusionModel):
         Args:
             x: ``(N, C, H, W)`` float32 variance-preserving states, on the teacher's device.
             sigma: noise level sqrt((1 - a) / a), a number or ``(N,)``.
-            condition: ``(N,)`` classes, whole numbers, the null class among them; None: no class, which a conditional teacher
-                needs its null class for.
+            condition: ``(N,)`` classes, whole numbers, the null class among them, or the low images of a super-resolution
+                teacher; None: no class, which a conditional teacher needs its null class for.
             guidance: ``(N,)`` weights w of classifier-free guidance, after which x0 is clamped; None: no guidance.
 
         Returns:
@@ -187,11 +189,9 @@ class Teacher(DiffusionModel):
     @property
     def denoiser(self) -> Denoiser:
         """The network as a denoiser of variance-preserving states, with the teacher's clipping; gradients flow."""
-        parameter = next(self.unet.parameters())
 
-        def network(state, t, labels):
-            told = {} if labels is None else {"class_labels": labels}
-            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), **told, return_dict=False)[0]
+        def network(state, t, condition):
+            return evaluate(self.unet, state, self._timesteps_for(t), condition)
 
         return Denoiser(network, self.schedule, self.prediction, self.clip)
 
