@@ -103,7 +103,7 @@ class SuperResolution:
         if tuple(low.shape[1:]) != shape:
             raise InputError(f"low must be (N, {', '.join(map(str, shape))}) for {model.name}, got {tuple(low.shape)}")
         low, start = low.to(model.device, model.state_dtype), whole("start", start)
-        key = _key(seed, model.shape[-1])
+        key = stage_key(seed, model.shape[-1])
         indices = torch.arange(start, start + len(low), device=low.device)
         noise = philox_normal(key, indices, shape, stream="z").to(low.dtype)
         told = self.low.noised(low, torch.full_like(indices, level), noise, model.schedule)
@@ -245,7 +245,15 @@ class _Enlarging(DiffusionModel):
         return lambda x, place: network(x, place, self.told)
 
 
-def _key(seed, size):
-    """Key of a stage: stages of one seed, and the base, would repeat each other's noise under the seed itself."""
+def stage_key(seed: int, size: int) -> int:
+    """Key of the noise of a stage: stages of one seed, and the base, would repeat each other's under the seed itself.
+
+    Args:
+        seed: of a call, in [0, 2^64).
+        size: side of the stage's images.
+
+    Returns:
+        Key in [0, 2^64).
+    """
     high, low = philox_words(seed, range(size, size + 1), 2, stream="z", step=KEY_STEP)[0].tolist()
     return high << 32 | low
