@@ -11,7 +11,7 @@ from torch import nn
 from ..data.draws import Draw
 from ..data.glyph_sets import trained_glyphs
 from ..data.sources import Batch
-from ..diffusion.low_images import LowImages
+from ..diffusion.low_images import LowImages, require_divides
 from ..diffusion.schedule import Schedule
 from ..diffusion.training_schedules import TIMESTEPS, require_schedule
 from ..errors import InputError
@@ -106,6 +106,8 @@ class TeacherTrainingConfig:
             raise InputError("truncation is of the low images' noise: give --super-resolution, too")
         if self.super_resolution < 0:
             raise InputError(f"super_resolution must be the side of the low images, got {self.super_resolution}")
+        if self.super_resolution and self.size:
+            require_divides(self.super_resolution, self.size, "super_resolution")
         if self.super_resolution and self.conditional:
             raise InputError("super_resolution: the low image has the class: leave --conditional out")
 
