@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdvKDPipeline": "export.pipeline",
     "BackendUnavailableError": "errors",
+    "Cascade": "diffusion.cascade",
     "Classifier": "models.classifier",
     "Critic": "models.critic",
     "CriticConfig": "models.critic",
@@ -36,6 +37,7 @@ _EXPORTS = {
     "Sampler": "diffusion.denoiser_student",
     "Student": "models.student",
     "StudentConfig": "models.shape",
+    "SuperResolution": "diffusion.cascade",
     "Teacher": "diffusion.teacher",
     "Trajectories": "data.trajectories",
     "critic_gradients": "ops.critic.update",

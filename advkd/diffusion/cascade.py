@@ -29,7 +29,16 @@ class Base(Protocol):
     """A model that draws the first images of a cascade: a teacher or a student of either kind."""
 
     def sample(self, n: int, seed: int = 0, *, start: int = 0) -> torch.Tensor:
-        """Images ``start .. start + n - 1``, ``(n, C, h, w)``."""
+        """Images ``start .. start + n - 1``.
+
+        Args:
+            n: number of images.
+            seed: of their noise.
+            start: index of the first image.
+
+        Returns:
+            ``(n, C, h, w)`` in [-1, 1]; an image depends on seed and index alone.
+        """
 
 
 class SuperResolution:
