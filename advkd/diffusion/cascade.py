@@ -51,6 +51,7 @@ class SuperResolution:
 
     Attributes:
         model: the diffusion model.
+        low: size of the low images that it takes, and their largest level.
         solver: how it draws.
         steps: in how many steps; None: the solver's usual number.
 
@@ -64,7 +65,8 @@ class SuperResolution:
     def __init__(self, model: DiffusionModel | DenoiserStudent, solver: str | Solver | None = None, steps: int | None = None):
         if isinstance(model, DenoiserStudent):
             own, model = model.sampler, model.model
-            solver, steps = solver or own.solver, steps or own.steps
+            if solver is None:
+                solver, steps = own.solver, steps or own.steps
         if model.low is None:
             raise InputError(f"{model.name} takes no low image: train one with 'advkd teacher train --super-resolution'")
         self.model, self.low, self.solver, self.steps = model, model.low, as_solver(solver or "ddim"), steps
