@@ -7,6 +7,7 @@ Examples:
 """
 
 from .diffusion.exact import FiniteSetTeacher, GaussianTeacher, MixtureTeacher
+from .diffusion.exact_cascade import GaussianSuperResolution
 from .diffusion.exact_teacher import ExactTeacher
 
-__all__ = ["ExactTeacher", "FiniteSetTeacher", "GaussianTeacher", "MixtureTeacher"]
+__all__ = ["ExactTeacher", "FiniteSetTeacher", "GaussianSuperResolution", "GaussianTeacher", "MixtureTeacher"]

@@ -225,10 +225,14 @@ main.add_command(distill)
 )
 @click.option("--guidance", type=float, help="Weight w of guidance; 0: the class alone. diffusers' guidance_scale is 1 + w.")
 @click.option("--classifier", help="Folder of 'advkd classifier train --noisy', for classifier guidance.")
+@click.option("--cascade", multiple=True, help="Super-resolution teacher or student that enlarges them; may be repeated.")
+@click.option(
+    "--cascade-level", type=int, help="Noise on what --cascade enlarges, in timesteps (default: 100, or a model's largest)."
+)
 @device_option
 @options(Solver, rename={"name": "solver"})
 @computing
-def sample(student, teacher, n, seed, out, batch_size, device, **values):
+def sample(student, teacher, n, seed, out, batch_size, device, cascade, cascade_level, **values):
     """Draw images with a student or with a teacher. Into a folder, the same command goes on after a kill.
 
     A student is a generator, which draws in one pass, or a denoiser student, which takes its own few steps.
@@ -240,6 +244,10 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
     given = {name: value for name, value in values.items() if value is not None and value is not False}  # 0 was given
     if student is not None and teacher is not None:
         raise InputError("--student and --teacher: name one of them")
+    if cascade_level is not None and not cascade:
+        raise InputError("--cascade-level is of the images that --cascade enlarges: name a model by it")
+    if cascade and "interpolate" in given:
+        raise InputError("--interpolate: a cascade adds noise of its own to every picture: leave one of them out")
     kind = "teacher" if teacher is not None else work.kind_of_student(student or "digits")
     for name in given:
         if not kind.endswith(owners := OWNERS.get(name, ("teacher",))):
@@ -248,6 +256,7 @@ def sample(student, teacher, n, seed, out, batch_size, device, **values):
             raise InputError(f"--{option} is an option of a {owner}: leave it out, or name one by {places}")
     numbers = {"name" if name == "solver" else name: given.pop(name) for name in list(given) if name not in OWNERS}
     common = {**given, "device": local_device(device), "batch_size": batch_size}
+    common |= {"cascade": cascade, "cascade_level": cascade_level}
     if kind == "teacher":
         said = work.sample_teacher(teacher, n, seed, out, overlay(Solver(), numbers, "sample"), **common)
     elif kind == "denoiser student":

@@ -1,7 +1,7 @@
 """The work of ``advkd sample``: images of a student or a teacher to a picture or a folder, by one process or several."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from ..models.shape import DTYPES
 from ..models.student import Student
 from ..runtime.devices import require_device
 from ..runtime.files import digest
-from .output import require_counts, require_output, write_images
+from .enlarging import enlarged, load_stages
+from .output import Draw, require_counts, require_output, write_images
 
 
 def sample(
@@ -34,7 +35,9 @@ def sample(
     dtype: str = "float32",
     batch_size: int = 64,
     progress: bool = True,
-) -> None:
+    cascade: Sequence[str] = (),
+    cascade_level: int | None = None,
+) -> str:
     """Draw ``n`` images of seed ``seed`` with the fused student and save them.
 
     Args:
@@ -51,6 +54,11 @@ def sample(
         dtype: of the network, a name of :data:`advkd.models.shape.DTYPES`.
         batch_size: images that are drawn at a time.
         progress: show a bar.
+        cascade: super-resolution models that enlarge the images, in their order; see :func:`advkd.cli.enlarging.load_stages`.
+        cascade_level: level of the noise on the images that they are given; None: 100, or a model's largest.
+
+    Returns:
+        Words for what a cascade costs; empty without one.
 
     Under ``torchrun`` process r of w draws the batches r, r + w, ... into the folder.
     """
@@ -71,8 +79,11 @@ def sample(
     walk = partial(_walk, images, fused.latents(2, seed), n) if interpolate else None
     record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
     record |= {"classes": [model.class_names[label] for label in labels]} if labels else {}
-    draw = walk or partial(_drawn, fused, seed, labels, folder)
-    write_images(out, n, model.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+    stages = load_stages(cascade, device)
+    draw: Draw = walk or partial(_drawn, fused, seed, labels, folder and not stages)
+    draw, record, size, said = enlarged(draw, record, model, stages, cascade_level, seed)
+    write_images(out, n, size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+    return said.removeprefix("; ")
 
 
 def sample_denoiser(
@@ -87,6 +98,8 @@ def sample_denoiser(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     progress: bool = True,
+    cascade: Sequence[str] = (),
+    cascade_level: int | None = None,
 ) -> str:
     """Draw ``n`` images of seed ``seed`` with a denoiser student and save them.
 
@@ -102,6 +115,8 @@ def sample_denoiser(
         device: torch device that draws.
         batch_size: images that are drawn at a time.
         progress: show a bar.
+        cascade: super-resolution models that enlarge the images, in their order; see :func:`advkd.cli.enlarging.load_stages`.
+        cascade_level: level of the noise on the images that they are given; None: 100, or a model's largest.
 
     Returns:
         Sentence that names the solver and the network evaluations of an image.
@@ -126,9 +141,10 @@ def sample_denoiser(
     walk = partial(_walk, images, model.latents(2, seed), n) if interpolate else None
     record = {"student": {**model.identity(), "name": None}, "seed": seed, "walk": n if interpolate else None}
     record |= {"steps": steps, "classes": labels, "guidance": weight}
-    draw = walk or (lambda parts: (images(model.latents(count, seed, first), first) for first, count in parts))
-    write_images(out, n, model.image_size, draw, record, batch_size, min(n, 10) if walk else None, progress)
-    return _cost(sampler.solver, steps, bool(weight) and not model.model.most_guidance)
+    draw: Draw = walk or (lambda parts: (images(model.latents(count, seed, first), first) for first, count in parts))
+    draw, record, size, said = enlarged(draw, record, model, load_stages(cascade, device), cascade_level, seed)
+    write_images(out, n, size, draw, record, batch_size, min(n, 10) if walk else None, progress)
+    return _cost(sampler.solver, steps, bool(weight) and not model.model.most_guidance) + said
 
 
 def sample_teacher(
@@ -144,6 +160,8 @@ def sample_teacher(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     progress: bool = True,
+    cascade: Sequence[str] = (),
+    cascade_level: int | None = None,
 ) -> str:
     """Draw ``n`` images of seed ``seed`` with a teacher and save them.
 
@@ -160,6 +178,8 @@ def sample_teacher(
         device: torch device that draws.
         batch_size: images that are drawn at a time.
         progress: show a bar.
+        cascade: super-resolution models that enlarge the images, in their order; see :func:`advkd.cli.enlarging.load_stages`.
+        cascade_level: level of the noise on the images that they are given; None: 100, or a model's largest.
 
     Returns:
         Sentence that names the solver and the network evaluations of an image.
@@ -172,14 +192,16 @@ def sample_teacher(
     model = Teacher.from_pretrained(teacher, require_device(device))
     guide = Classifier.from_pretrained(classifier).to(device) if classifier else None
     labels = _classes(classes, model, guide, guidance)
-    draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
+    draw: Draw = partial(_from_teacher, model, seed, solver, steps, labels, guidance, guide)
     if guide is not None and not guidance:
         raise InputError("--classifier needs --guidance above 0, its weight")
     model.check_run(len(labels) or 1, solver, steps, labels=labels or None, guidance=guidance, classifier=guide)
     record = {"teacher": {**model.identity(solver), "name": None}, "seed": seed, "solver": solver.identity(), "steps": steps}
     record |= {"classes": labels, "guidance": guidance, "classifier": digest(guide.state_dict()) if guide else None}
-    write_images(out, n, model.image_size, draw, record, batch_size, progress=progress)
-    return _cost(solver, len(model.timesteps(solver, steps)), bool(guidance) and guide is None)
+    stages = load_stages(cascade, device, solver, steps)
+    draw, record, size, said = enlarged(draw, record, model, stages, cascade_level, seed)
+    write_images(out, n, size, draw, record, batch_size, progress=progress)
+    return _cost(solver, len(model.timesteps(solver, steps)), bool(guidance) and guide is None) + said
 
 
 def kind_of_student(student: str) -> str:

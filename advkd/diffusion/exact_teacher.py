@@ -37,7 +37,7 @@ class ExactTeacher(DiffusionModel):
         self.num_classes = num_classes
         self.null_class = num_classes if num_classes else None
 
-    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def x0(self, x: torch.Tensor, alpha: torch.Tensor, noise: torch.Tensor, labels: Any = None) -> torch.Tensor:
         """Posterior mean of x0 given x = alpha x0 + noise eps.
 
         Args:

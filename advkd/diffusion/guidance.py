@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import InputError
-from ..models.denoiser import pack
+from ..models.denoiser import LowImage, pack
 from ..ops.arguments import finite
 from .prediction import eps_weights
 
@@ -33,6 +33,7 @@ class Model(Protocol):
     null_class: int | None
     most_guidance: float
     latent: int
+    low: Any
     shape: tuple[int, ...]
     state_dtype: torch.dtype
 
@@ -119,6 +120,8 @@ def classes_of(
         InputError: classes out of range or of an unconditional model, guidance without classes or a null class, or a classifier
             of clean images, of other shapes or on another device.
     """
+    if model.low is not None:
+        raise InputError(f"{model.name} enlarges low images: name it by 'advkd sample --cascade', or take SuperResolution")
     guidance = finite("guidance", guidance)
     if guidance < 0:
         raise InputError(f"guidance must be at least 0 (the model itself), got {guidance}")
@@ -203,14 +206,16 @@ def null_labels(model: Model, n: int) -> torch.Tensor | None:
     return torch.full((n,), model.null_class, dtype=torch.int64, device=model.device)
 
 
-def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | int | None) -> torch.Tensor | None:
-    """The classes that a model's network is told of ``n`` states: those given, or the null class.
+def condition_of(
+    model: Model, n: int, labels: torch.Tensor | Sequence[int] | int | LowImage | None
+) -> torch.Tensor | LowImage | None:
+    """The conditions that a model's network is told of ``n`` states: the classes given, or the null class, or low images.
 
     Args:
         model: the model, which knows its classes.
         n: number of states.
         labels: ``(n,)`` classes, the null class among them, or one for all; None: no class. A model that takes the guidance
-            weight itself or a latent needs ``(n, k)`` of :func:`advkd.models.denoiser.pack`.
+            weight itself or a latent needs ``(n, k)`` of :func:`advkd.models.denoiser.pack`, one that enlarges low images.
 
     Returns:
         ``(n,)`` int64 on the model's device, or None for an unconditional model; ``(n, k)`` is handed on.
@@ -218,6 +223,11 @@ def condition_of(model: Model, n: int, labels: torch.Tensor | Sequence[int] | in
     Raises:
         InputError: classes out of range or of an unconditional model, or none where the model has no null class.
     """
+    if (model.low is not None) != isinstance(labels, LowImage):
+        takes = "takes low images with the level of their noise" if model.low else "takes no low images"
+        raise InputError(f"condition: {model.name} {takes}")
+    if isinstance(labels, LowImage):
+        return labels
     if is_packed(model):
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != n:
             raise InputError(f"condition: {model.name} takes conditions packed as ({n}, k), see advkd.models.denoiser.pack")

@@ -19,6 +19,7 @@ def identity_of(teacher: Any, autocast: Any, powers: Any) -> dict[str, Any]:
     Returns:
         See :meth:`~advkd.diffusion.teacher.Teacher.identity`.
     """
+    told = {"takes_guidance": teacher.most_guidance, "takes_latent": teacher.latent, "takes_low": list(teacher.low or ())}
     network = {k: v for k, v in sorted(teacher.unet.config.items()) if not k.startswith("_")}
     return {
         "name": teacher.name,
@@ -30,7 +31,7 @@ def identity_of(teacher: Any, autocast: Any, powers: Any) -> dict[str, Any]:
         "clip": teacher.clip if math.isfinite(teacher.clip) else None,
         "variance": str(teacher.scheduler.config.get("variance_type")),
         **({"autocast": str(autocast)} if autocast else {}),
-        **{k: v for k, v in (("takes_guidance", teacher.most_guidance), ("takes_latent", teacher.latent)) if v},
+        **{name: value for name, value in told.items() if value},
         **({"noise_power": list(powers.values)} if powers else {}),
         **({"autoencoder_sha256": teacher.autoencoder.sha256} if teacher.autoencoder else {}),
     }

@@ -155,7 +155,7 @@ def _require_fit(folder):
     classes = config.get("num_class_embeds")
     if classes is not None and (type(classes) is not int or not 1 <= classes <= MOST_CLASSES):
         raise InputError(f"teacher {folder}: num_class_embeds must be in [1, {MOST_CLASSES:,}], got {classes!r}")
-    require_network(config, folder)
+    require_network(config, folder, _takes_low_images(folder))
     size = config.get("sample_size")
     if not isinstance(size, int) or size < 8 or size & (size - 1):
         raise InputError(f"teacher {folder} has sample_size {size}; a student needs square images of side 4 * 2^k")
@@ -163,17 +163,24 @@ def _require_fit(folder):
     return autoencoder_part(folder, parts)
 
 
-def require_network(config: Mapping[str, Any], name: str | Path) -> None:
+def _takes_low_images(folder):
+    """True for the network of a super-resolution model, whose input has the low image's channels, too."""
+    path = folder / CONDITION / "config.json"
+    return path.is_file() and bool(read_json(path, "the network's conditions").get("low_size"))
+
+
+def require_network(config: Mapping[str, Any], name: str | Path, low: bool = False) -> None:
     """Refuse a network that predicts more than one image, or that is not told a timestep.
 
     Args:
         config: of the network.
         name: the teacher's, for errors.
+        low: True if it takes a low image as further channels.
 
     Raises:
         InputError: a learned variance, or a network that is told the noise's level.
     """
-    if config.get("out_channels") != config.get("in_channels"):
+    if (1 + low) * (config.get("out_channels") or 0) != config.get("in_channels"):
         shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
         raise InputError(f"teacher {name} has {shapes}: a learned variance is not supported")
     if config.get("time_embedding_type") == "fourier":
@@ -224,7 +231,7 @@ def _run_unet(network):
     labels = None if network.config.num_class_embeds is None else zero
     if network.config.class_embed_type == "identity":
         labels = torch.zeros(1, network.time_embedding.linear_2.out_features)
-    if network(x, zero, labels).sample.shape != x.shape:
+    if network(x, zero, labels).sample.shape != (1, network.config.out_channels, *x.shape[2:]):
         raise InputError("its network gives images of another shape than it takes")
 
 

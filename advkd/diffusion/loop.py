@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..errors import InputError
+from ..models.denoiser import evaluate
 from ..ops import coefficient_table, philox_normal, sampler_step
 from ..runtime.hub import reason
 from ..runtime.ranges import named
@@ -189,16 +190,15 @@ def network_of(unet: "UNet2DModel", autocast: torch.dtype | None = None, compile
     """
     parameter = next(unet.parameters())
 
-    def evaluate(x, place, labels=None):
-        classes = {} if labels is None else {"class_labels": labels}
+    def run(x, place, condition=None):
         with torch.autocast(parameter.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            output = unet(x.to(parameter.dtype), place.t, **classes, return_dict=False)[0]
+            output = evaluate(unet, x, place.t, condition)
         # The step reads halves as they are.
         return output.float() if output.dtype == torch.float64 else output
 
     if not compiled:
-        return torch.inference_mode()(evaluate)
-    return _Checked(evaluate, torch.compile(evaluate, dynamic=False))
+        return torch.inference_mode()(run)
+    return _Checked(run, torch.compile(run, dynamic=False))
 
 
 class _Checked:

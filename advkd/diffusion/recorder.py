@@ -247,8 +247,7 @@ def _describe(teacher, config):
 def _classes(teacher, config):
     """Fields of :class:`DatasetInfo` about classes: equal ones for equal classes, however they were named."""
     numbers, guidance = class_numbers(teacher, teacher.class_names, config.classes or None), float(config.guidance)
-    if numbers:
-        classes_of(teacher, len(numbers), numbers, guidance, None)
+    classes_of(teacher, len(numbers), numbers or None, guidance, None)
     names = [teacher.class_names[number] for number in numbers]
     every = numbers == list(range(teacher.num_classes)) and ALL not in names
     classes = ALL if numbers and every else joined(names)

@@ -10,6 +10,7 @@ from ..ops import philox_normal
 from ..ops.arguments import whole
 from .guidance import NoisyClassifier, classes_of, guided
 from .loop import SamplingLoop
+from .low_images import LowImages
 from .program import Evaluation
 from .schedule import Level, Schedule
 from .solvers import METHODS, Solver, as_solver
@@ -33,6 +34,7 @@ class DiffusionModel:
         null_class: label that stands for no class, or None.
         most_guidance: largest guidance weight that the network itself takes; 0: guidance is made of two evaluations.
         latent: numbers of the latent that the network is given in every evaluation; 0: none.
+        low: low images that a super-resolution network is told; None: none.
         variance_type: variance of the ancestral step, one of :data:`~advkd.diffusion.coefficients.VARIANCES`.
     """
 
@@ -44,6 +46,7 @@ class DiffusionModel:
     null_class: int | None = None
     most_guidance: float = 0.0
     latent: int = 0
+    low: LowImages | None = None
     variance_type: str = "fixed_small"
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):

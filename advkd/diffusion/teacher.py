@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..models.autoencoder import Autoencoder, Pictured
-from ..models.denoiser import embedding_of
+from ..models.denoiser import LowImage, embedding_of, evaluate
 from ..ops.arguments import whole
 from ..runtime.devices import require_device
 from .denoiser import Denoiser
@@ -19,6 +19,7 @@ from .guidance import NoisyClassifier, classes_of, classifier_free, condition_of
 from .identity import identity_of
 from .loading import Classes, load_pipeline, require_network, require_scheduler
 from .loop import SamplingLoop, network_of
+from .low_images import LowImages
 from .noise_power import NoisePower
 from .sampling import DiffusionModel
 from .schedule import Level, Schedule
@@ -58,10 +59,11 @@ class Teacher(Pictured, DiffusionModel):
         classes: Classes | None = None,
         folder: str | Path | None = None,
     ):
-        require_network(unet.config, name)
         require_scheduler(scheduler, name)
         side, config = unet.config.sample_size, scheduler.config
-        super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.in_channels, side, side))
+        super().__init__(Schedule(scheduler.alphas_cumprod), (unet.config.out_channels, side, side))
+        self.low = LowImages.of(unet, len(self.schedule), name)
+        require_network(unet.config, name, low=self.low is not None)
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.name = name
@@ -135,7 +137,7 @@ class Teacher(Pictured, DiffusionModel):
         self,
         x: torch.Tensor,
         sigma: float | torch.Tensor,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor | LowImage | None = None,
         guidance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image and the noise that the network finds in states, x0 clamped to [-``clip``, ``clip``].
@@ -143,8 +145,8 @@ class Teacher(Pictured, DiffusionModel):
         Args:
             x: ``(N, C, H, W)`` float32 variance-preserving states, on the teacher's device.
             sigma: noise level sqrt((1 - a) / a), a number or ``(N,)``.
-            condition: ``(N,)`` classes, whole numbers, the null class among them; None: no class, which a conditional teacher
-                needs its null class for.
+            condition: ``(N,)`` classes, whole numbers, the null class among them, or the low images of a super-resolution
+                teacher; None: no class, which a conditional teacher needs its null class for.
             guidance: ``(N,)`` weights w of classifier-free guidance, after which x0 is clamped; None: no guidance.
 
         Returns:
@@ -162,11 +164,9 @@ class Teacher(Pictured, DiffusionModel):
     @property
     def denoiser(self) -> Denoiser:
         """The network as a denoiser of variance-preserving states, with the teacher's clipping; gradients flow."""
-        parameter = next(self.unet.parameters())
 
-        def network(state, t, labels):
-            told = {} if labels is None else {"class_labels": labels}
-            return self.unet(state.to(parameter.dtype), self._timesteps_for(t), **told, return_dict=False)[0]
+        def network(state, t, condition):
+            return evaluate(self.unet, state, self._timesteps_for(t), condition)
 
         return Denoiser(network, self.schedule, self.prediction, self.clip)
 

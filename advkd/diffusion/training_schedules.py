@@ -10,6 +10,9 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
+TIMESTEPS = 1000
+"""T of a teacher that is trained here."""
+
 SCHEDULES = ("linear", "cosine", "edm")
 """Names of the schedules."""
 
@@ -20,7 +23,9 @@ def require_schedule(schedule: str) -> None:
         raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
-def noise_scheduler(schedule: str, prediction: str = "epsilon", timesteps: int = 1000, clip: bool = True) -> "DDPMScheduler":
+def noise_scheduler(
+    schedule: str, prediction: str = "epsilon", timesteps: int = TIMESTEPS, clip: bool = True
+) -> "DDPMScheduler":
     """A scheduler of a teacher's noise.
 
     Args:

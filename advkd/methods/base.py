@@ -220,6 +220,7 @@ class Method(Protocol):
         students: kinds of students that it trains: ``generator``, ``denoiser``; ``images`` alone where it optimises them.
         takes_weights: True if it tells a denoiser student a guidance weight.
         takes_latents: True if it tells a denoiser student a latent.
+        takes_low_images: True if it tells a denoiser student low images.
         teacher: the run's teacher; the trainer sets it before the first stage.
         averages: moving averages by the names of :meth:`build`: in it those of the stage before (none in a run that is resumed:
             the checkpoint's state comes after it), in :meth:`update` the stage's.
@@ -239,6 +240,7 @@ class Method(Protocol):
     students: ClassVar[tuple[str, ...]] = ("generator",)
     takes_weights: ClassVar[bool] = False
     takes_latents: ClassVar[bool] = False
+    takes_low_images: ClassVar[bool] = False
     config: Any
     teacher: Any = None
     averages: Mapping[str, nn.Module] = {}

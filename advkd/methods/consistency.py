@@ -120,6 +120,7 @@ class Consistency(DenoiserMethod):
     reference = "Song et al. 2023, Consistency models, algorithms 2 and 3; Song and Dhariwal 2024, Improved techniques"
     requires = "images (--data) and a student of v prediction (--init); a teacher (--teacher) for distillation"
     Config = ConsistencyConfig
+    takes_low_images = True
     config: ConsistencyConfig
 
     def __init__(self, config: ConsistencyConfig, student: nn.Module, schedule: Schedule):
@@ -256,7 +257,7 @@ class Consistency(DenoiserMethod):
         sigmas = self.sigmas(update).to(images.device)
         j = self._level(draw, sigmas)
         low, high = sigmas[j], sigmas[j + 1]
-        noise, condition = draw.normal("z", *images.shape[1:]), self.dropped(batch.labels, draw, config.drop)
+        noise, condition = draw.normal("z", *images.shape[1:]), self.condition(batch, draw)
         y = images + over(images, high) * noise
         with torch.no_grad():
             if self.teacher is None:

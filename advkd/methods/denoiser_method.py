@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from ..data.draws import Draw
+from ..data.sources import Batch
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.denoiser_student import Sampler
+from ..diffusion.low_images import LowImages
 from ..diffusion.schedule import Schedule
 from ..errors import InputError
 from ..models.autoencoder import Autoencoder
@@ -82,6 +84,7 @@ class DenoiserMethod(Method):
         num_classes: number of classes that the student is told; 0 without.
         null_class: label that stands for no class, or None.
         autoencoder: between latents and pictures, of a student that draws latents; None of one that draws pictures.
+        low: low images that the student of super-resolution is told, or None.
         given: data that the run has: ``images``, ``pairs`` or ``none``; its runner says so before it asks for :meth:`needs`.
     """
 
@@ -94,6 +97,7 @@ class DenoiserMethod(Method):
     num_classes: int = 0
     null_class: int | None = None
     autoencoder: Autoencoder | None = None
+    low: LowImages | None = None
     given: str = "images"
 
     def __init__(self, config: Any, student: nn.Module, schedule: Schedule):
@@ -155,6 +159,24 @@ class DenoiserMethod(Method):
             Denoiser of variance-preserving states; gradients flow.
         """
         return Denoiser(network, self.schedule, "v_prediction", clip, clipped_eps=False)
+
+    def condition(self, batch: Batch, draw: Draw) -> Any:
+        """Conditions that student and teacher are told beside the timestep.
+
+        Args:
+            batch: of an update.
+            draw: of its rows.
+
+        Returns:
+            ``(N,)`` classes, some of them the null class, or None; of a student of super-resolution the low images of the batch
+            with noise of levels drawn uniformly.
+        """
+        if self.low is None:
+            return self.dropped(batch.labels, draw, self.config.drop)
+        images, size = batch.images, self.low.size
+        level = draw.integers("level of the low image", self.low.level + 1)
+        noise = draw.normal("low image", images.shape[1], size, size)
+        return self.low.trained(images, level, noise, self.schedule)
 
     def dropped(self, labels: Any, draw: Draw, share: float) -> Any:
         """Labels, some replaced by the null class, so that the student learns it, too.

@@ -1,5 +1,6 @@
 """Training of a diffusion teacher by DDPM's simple objective (Ho et al. 2020, eq. 14)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import nn
 from ..data.draws import Draw
 from ..data.glyph_sets import trained_glyphs
 from ..data.sources import Batch
-from ..diffusion.training_schedules import require_schedule
+from ..diffusion.low_images import LowImages, require_divides
+from ..diffusion.schedule import Schedule
+from ..diffusion.training_schedules import TIMESTEPS, require_schedule
 from ..errors import InputError
+from ..models.denoiser import beside
 from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
 
 
@@ -39,6 +43,8 @@ class TeacherTrainingConfig:
         conditional: the network is told the image's class, or none.
         drop: probability, in [0, 1), with which a conditional network is told no class; at 0 it learns no null class, which
             guidance of either kind needs.
+        super_resolution: side of the low images, area averages with noise, that the network is told (0: none).
+        truncation: largest level of the low images' noise, in timesteps; 0 for none.
         schedule: noise schedule, ``linear`` (DDPM's), ``cosine`` or ``edm`` (levels from 0.002 to 80).
         seed: of weights, data order, timesteps and noise; a run that goes on from one of the same seed repeats its draws.
         checkpoint_every: steps between checkpoints.
@@ -61,6 +67,8 @@ class TeacherTrainingConfig:
     prediction: str = "epsilon"
     conditional: bool = False
     drop: float = 0.15
+    super_resolution: int = 0
+    truncation: int = TIMESTEPS
     schedule: str = "linear"
     seed: int = 0
     checkpoint_every: int = 200
@@ -79,6 +87,7 @@ class TeacherTrainingConfig:
             raise InputError(f"drop must be in [0, 1), got {self.drop}")
         if self.drop != type(self).drop and not self.conditional:
             raise InputError("drop is the share of labels that a conditional teacher is not told: give --conditional, too")
+        self._require_super_resolution()
         require_schedule(self.schedule)
         if any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"channels must be positive multiples of 8 (group norm has 8 groups), got {self.channels}")
@@ -92,6 +101,18 @@ class TeacherTrainingConfig:
         if glyphs is not None:
             glyphs.require(self.size or 32, self.image_channels or None)
 
+    def _require_super_resolution(self):
+        if not 0 <= self.truncation <= TIMESTEPS:
+            raise InputError(f"truncation must be in [0, {TIMESTEPS}], got {self.truncation}")
+        if not self.super_resolution and self.truncation != type(self).truncation:
+            raise InputError("truncation is of the low images' noise: give --super-resolution, too")
+        if self.super_resolution < 0:
+            raise InputError(f"super_resolution must be the side of the low images, got {self.super_resolution}")
+        if self.super_resolution and self.size:
+            require_divides(self.super_resolution, self.size, "super_resolution")
+        if self.super_resolution and self.conditional:
+            raise InputError("super_resolution: the low image has the class: leave --conditional out")
+
 
 class Denoising(Method):
     """A network learns to predict noise, image or velocity from noisy images.
@@ -102,6 +123,8 @@ class Denoising(Method):
             of diffusers with one in ``.sample``.
         scheduler: a diffusers scheduler with ``add_noise`` and ``get_velocity``.
         null: number of the class that stands for no class, or None: no label is dropped.
+        low: low images of a super-resolution run, which the network is given as further channels of x_t, with the levels of
+            their noise, ``(N, 1)``, in the place of labels.
     """
 
     name = "denoising"
@@ -111,8 +134,16 @@ class Denoising(Method):
     distils = False
     requires = "images (advkd teacher train)"
 
-    def __init__(self, config: TeacherTrainingConfig, network: nn.Module, scheduler: Any, null: int | None = None):
-        self.config, self.network, self.scheduler, self.null = config, network, scheduler, null
+    def __init__(
+        self,
+        config: TeacherTrainingConfig,
+        network: nn.Module,
+        scheduler: Any,
+        null: int | None = None,
+        low: LowImages | None = None,
+    ):
+        self.config, self.network, self.scheduler, self.null, self.low = config, network, scheduler, null, low
+        self.schedule = Schedule(scheduler.alphas_cumprod)
 
     def needs(self) -> Needs:
         """Images, and their classes in a conditional run."""
@@ -139,7 +170,7 @@ class Denoising(Method):
         return rate * cosine(update, self.config.steps)
 
     def generator(self, update: int) -> torch.Generator:
-        """Generator keyed by (seed, update): rows, noise, timesteps and dropped labels come from it, in this order."""
+        """Generator keyed by (seed, update): rows, noise, timesteps, and dropped labels or low images come from it in order."""
         # torch's generator keeps 32 bits of its seed: the factor spreads the run's seed over all of them.
         return torch.Generator("cpu").manual_seed((self.config.seed * 2654435761 + update) % 2**32)
 
@@ -148,9 +179,12 @@ class Denoising(Method):
         x0 = batch.images
         noise = draw.host.normal(*x0.shape).to(x0)
         t = draw.host.integers(self.scheduler.config.num_train_timesteps).to(x0.device)
-        condition = (self._some_dropped(batch.labels, draw),) if self.config.conditional else ()
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        condition: Sequence[Any] = (self._some_dropped(batch.labels, draw),) if self.config.conditional else ()
+        if self.low is not None:
+            x_t, *condition = beside(x_t, self._low_image(x0, draw))
         with step.autocast():
-            output = self.network(self.scheduler.add_noise(x0, noise, t), t, *condition)
+            output = self.network(x_t, t, *condition)
         loss = F.mse_loss(getattr(output, "sample", output), self._target(x0, noise, t))
         step("student", loss)
         step.log(loss=loss.detach())
@@ -160,6 +194,11 @@ class Denoising(Method):
         if self.null is None:
             return labels
         return labels.masked_fill((draw.host.uniform() < self.config.drop).to(labels.device), self.null)
+
+    def _low_image(self, x0, draw):
+        level = draw.host.integers(self.low.level + 1).to(x0.device)
+        noise = draw.host.normal(len(x0), x0.shape[1], self.low.size, self.low.size).to(x0)
+        return self.low.trained(x0, level, noise, self.schedule)
 
     def _target(self, x0, noise, t):
         kind = self.config.prediction

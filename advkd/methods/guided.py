@@ -74,6 +74,7 @@ class Guided(Progressive):
     Config = GuidedConfig
     first_round = 2
     takes_weights = True
+    takes_low_images = False
     config: GuidedConfig
 
     def __init__(self, config: GuidedConfig, student: nn.Module, schedule: Schedule):

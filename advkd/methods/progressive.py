@@ -83,6 +83,7 @@ class Progressive(DenoiserMethod):
     reference = "Salimans and Ho 2022, Progressive distillation for fast sampling of diffusion models, algorithm 2"
     requires = "images (--data), and a student of v prediction (--init); a teacher (--teacher) for the first round if you like"
     Config = ProgressiveConfig
+    takes_low_images = True
     first_round: ClassVar[int] = 1
     config: ProgressiveConfig
 
@@ -169,18 +170,6 @@ class Progressive(DenoiserMethod):
             Sampler.
         """
         return Sampler(Solver("ddim", spacing="trailing"), self.steps(stage))
-
-    def condition(self, batch: Batch, draw: Draw) -> Any:
-        """The condition that the networks are told beside the timestep.
-
-        Args:
-            batch: of an update.
-            draw: of its rows.
-
-        Returns:
-            ``(N,)`` classes, some of them the null class, or None.
-        """
-        return self.dropped(batch.labels, draw, self.config.drop)
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """w(SNR) |D(x_t) - x~|^2, where one step of DDIM with x~ is two of the teacher's.

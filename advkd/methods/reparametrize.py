@@ -49,6 +49,7 @@ class Reparametrize(DenoiserMethod):
     reference = "Salimans and Ho 2022, Progressive distillation for fast sampling of diffusion models, section 4"
     requires = "a teacher (--teacher) and images (--data)"
     Config = ReparametrizeConfig
+    takes_low_images = True
     config: ReparametrizeConfig
 
     @classmethod
@@ -112,11 +113,11 @@ class Reparametrize(DenoiserMethod):
         images, t = batch.images, draw.integers("t", len(self.schedule))
         sigma = self.schedule.sigma(t)
         x = noised(images, draw.normal("x_t", *images.shape[1:]), sigma)
-        labels = self.dropped(batch.labels, draw, self.config.drop)
-        x0, eps = self.teacher.predict(x, sigma, labels)
+        condition = self.condition(batch, draw)
+        x0, eps = self.teacher.predict(x, sigma, condition)
         alpha, noise = (w.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for w in vp_weights(sigma))
         with step.autocast():
-            v = self.student(x, t.float(), labels)
+            v = self.student(x, t.float(), condition)
         loss = F.mse_loss(v.to(x.dtype), (alpha * eps - noise * x0).to(x.dtype))
         step("student", loss)
         step.log(loss=loss.detach())

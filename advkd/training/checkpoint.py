@@ -28,7 +28,7 @@ from ..runtime.folders import require_output_folder, require_space
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "advkd-run-1"
 
-ADDED = {"targets": "states", "classes": "", "images": 0, "sigma_data": 0.5}
+ADDED = {"targets": "states", "classes": "", "images": 0, "sigma_data": 0.5, "super_resolution": 0, "truncation": 1000}
 """Values in every run's identity before these fields of configurations were."""
 
 

@@ -58,16 +58,19 @@ def source_of(
     return images_of(method, needs, model.image_shape, model.class_names, data, progress, model.autoencoder)
 
 
-def require_callable(teacher: Teacher, device: str | torch.device) -> None:
+def require_callable(teacher: Teacher, device: str | torch.device, low_images: bool = False) -> None:
     """Refuse a teacher that a method cannot call.
 
     Args:
         teacher: the teacher.
         device: torch device of the run.
+        low_images: True if the method gives it low images.
 
     Raises:
-        InputError: a teacher on another device, or one that takes a guidance weight or a latent itself.
+        InputError: a teacher on another device, or one that takes a guidance weight, a latent or a low image itself.
     """
+    if teacher.low is not None and not low_images:
+        raise InputError("--teacher takes a low image, which this method does not give: distil it by consistency")
     if is_packed(teacher):
         what = "a guidance weight" if teacher.most_guidance else "a latent"
         raise InputError(f"--teacher takes {what} itself: name the teacher that it was distilled from")
@@ -89,6 +92,9 @@ def require_alike(student: DenoiserStudent, teacher: Teacher) -> None:
     if tuple(model.shape) != tuple(teacher.shape):
         raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {tuple(model.shape)}")
     require_same_latents(model, teacher)
+    if model.low != teacher.low:
+        known = ["none" if low is None else f"{low.size} pixels, level {low.level}" for low in (teacher.low, model.low)]
+        raise InputError(f"the teacher's low images are {known[0]}, the student's {known[1]}: begin with the teacher's student")
     ours, theirs = model.schedule.alpha_bars, teacher.schedule.alpha_bars
     if ours.shape != theirs.shape or not torch.equal(ours, theirs):
         raise InputError("teacher and student have different noise schedules: begin with one of the teacher's own students")

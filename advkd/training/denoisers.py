@@ -128,7 +128,7 @@ class DenoiserDistiller(Trainer):
         model = student.model
         run = kind(config, DenoiserNetwork(model.unet), model.schedule)
         run.teacher, run.clip, run.autoencoder, run.shape = teacher, model.clip, model.autoencoder, tuple(model.shape)
-        run.num_classes, run.null_class = model.num_classes, model.null_class
+        run.num_classes, run.null_class, run.low = model.num_classes, model.null_class, model.low
         if run.null_class is None and hasattr(config, "drop"):
             require_unused(config, True, "a student that has a null class (--init)", "drop")
         run.given = "pairs" if trajectories is not None else "images" if data is not None else "none"
@@ -225,14 +225,15 @@ class DenoiserDistiller(Trainer):
 
 
 def _require_plain(kind, config, student, teacher, device):
-    """Refuse a teacher that is not called or elsewhere, and networks that take a weight or a latent where none is given."""
+    """Refuse a teacher that is not called or elsewhere, and networks that take what the method does not give."""
     if teacher is not None and not kind.calls_teacher(config):
         raise InputError(f"{kind.name} does not call a teacher with these options: leave --teacher out")
     if teacher is not None:
-        require_callable(teacher, device)
+        require_callable(teacher, device, kind.takes_low_images)
     for told, name, takes, owner in (
         (student.model.most_guidance, "guidance weight", kind.takes_weights, "guided"),
         (student.model.latent, "latent", kind.takes_latents, "ddgan"),
+        (student.model.low, "low image", kind.takes_low_images, "consistency"),
     ):
         if told and not takes:
             raise InputError(f"--init: the student takes a {name}, which {kind.name} does not give: continue it by {owner}")

@@ -8,13 +8,15 @@ import torch
 from ..data.glyph_sets import trained_glyphs
 from ..data.images import describe_shape, load_images, load_labelled
 from ..data.sources import Tensors
-from ..diffusion.loading import CLASSES, Classes, load_pipeline
+from ..diffusion.loading import CLASSES, CONDITION, Classes, load_pipeline
+from ..diffusion.low_images import LowImages, require_divides
 from ..diffusion.networks import build_unet
 from ..diffusion.saving import write_pipeline
 from ..diffusion.training_schedules import SCHEDULES, noise_scheduler
 from ..errors import InputError
 from ..methods.denoising import Denoising, TeacherTrainingConfig
 from ..models.autoencoder import PARTS, Autoencoder, sha256_of
+from ..models.denoiser import with_condition
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, read_json, write_json
 from .checkpoint import CHECKPOINT, claim
@@ -23,7 +25,7 @@ from .trainer import Trainer
 DATA = "data.json"
 """File that tells which glyphs a teacher was trained on, drawn with which versions, and which teacher it began with."""
 
-PIPELINE = ("unet", "scheduler", *PARTS, CLASSES, DATA, "model_index.json")
+PIPELINE = ("unet", "scheduler", *PARTS, CONDITION, CLASSES, DATA, "model_index.json")
 
 
 @plain_defaults()
@@ -64,8 +66,12 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     source, classes = _read(config, autoencoder, progress)
     unet = _network(config, source.tensors["images"].shape[1:], classes, start)
     scheduler = noise_scheduler(config.schedule, config.prediction, clip=autoencoder is None)
-    method = Denoising(config, unet, scheduler, classes.null if classes else None)
     weights = None if start is None else digest(unet.state_dict())
+    low = LowImages(config.super_resolution, config.truncation) if config.super_resolution else None
+    if low is not None:
+        require_divides(low.size, unet.config.sample_size, "super_resolution")
+        unet = with_condition(unet, low_size=low.size, low_level=low.level)
+    method = Denoising(config, unet, scheduler, classes.null if classes else None, low)
     method.origin = {"init": weights, "autoencoder": sha256_of(autoencoder)}
     trainer = Trainer(
         method,
