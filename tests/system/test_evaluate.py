@@ -27,7 +27,7 @@ from advkd.models.student import Student
 from advkd.runtime import files
 from advkd.runtime.files import digest, write_json, write_tensors
 
-from ..conftest import fork_cli, other_default, run_cli, tiny_recording, tiny_student
+from ..conftest import fork_cli, other_default, run_cli, tiny_recording, tiny_student, tiny_teacher
 
 QUICK = {"num": 30, "resamples": 20, "real": "none"}
 
@@ -242,7 +242,7 @@ def test_images_are_gathered_as_eight_bits(tiny, dtype):
     assert drawn.is_contiguous() and torch.equal(drawn, to_uint8(fused.sample(150, 5)).permute(0, 3, 1, 2))
     samples = Trajectories(tiny / "samples")
     recorded = samples.batch(range(59), [4])[1][4]
-    assert torch.equal(evaluate._images(samples, 59), to_uint8(recorded).permute(0, 3, 1, 2))
+    assert torch.equal(evaluate._images(samples, tiny_teacher(), 59), to_uint8(recorded).permute(0, 3, 1, 2))
 
 
 def test_students_images_are_never_floats_together(tiny, teacher_folder, tmp_path, monkeypatch):
