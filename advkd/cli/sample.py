@@ -79,6 +79,7 @@ def sample(
     walk = partial(_walk, images, fused.latents(2, seed), n) if interpolate else None
     record = {"student": digest(model.state_dict()), "seed": seed, "walk": n if interpolate else None}
     record |= {"classes": [model.class_names[label] for label in labels]} if labels else {}
+    record |= {"autoencoder": model.autoencoder.sha256} if model.autoencoder else {}
     stages = load_stages(cascade, device)
     draw: Draw = walk or partial(_drawn, fused, seed, labels, folder and not stages)
     draw, record, size, said = enlarged(draw, record, model, stages, cascade_level, seed)

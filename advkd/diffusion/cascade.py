@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import InputError
+from ..models.autoencoder import Pictured
 from ..models.denoiser import LowImage
 from ..ops import philox_normal, philox_words
 from ..ops.arguments import whole
@@ -226,6 +227,8 @@ def shape_of(model: Any) -> tuple[int, ...]:
     Returns:
         ``(C, H, W)``.
     """
+    if isinstance(model, Pictured):
+        return tuple(model.image_shape)
     if isinstance(model, DiffusionModel):
         return tuple(model.shape)
     shape = getattr(model, "config", model)  # a generator's

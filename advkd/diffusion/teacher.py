@@ -397,4 +397,4 @@ class LatentTeacher(Teacher):
         folder: str | Path | None = None,
     ):
         super().__init__(unet, scheduler, name, classes, folder)
-        self.autoencoder = autoencoder.require_latents(self.shape, name)
+        self.autoencoder = autoencoder.require_latents(self.shape, f"teacher {name}")

@@ -6,6 +6,7 @@ import torch
 
 from ..data.pictures import eight_bit
 from ..diffusion.teacher import Teacher
+from ..models.autoencoder import TOGETHER
 from .features import Extractor, extract
 from .image_sets import shuffled
 
@@ -28,5 +29,6 @@ def decoded_features(model: Teacher, extractor: Extractor, images: torch.Tensor,
     """
     if model.autoencoder is None:
         return None
-    decoded = model.images(model.autoencoder.encode(images.to(model.device)))
-    return shuffled(extract(extractor, eight_bit(decoded), cache=cache))[len(images) // 2 :]
+    parts = shuffled(images)[len(images) // 2 :].split(TOGETHER)
+    decoded = (model.images(model.autoencoder.encode(part.to(model.device))) for part in parts)
+    return extract(extractor, torch.cat([eight_bit(part) for part in decoded]), cache=cache)

@@ -1,5 +1,6 @@
 """Training of an autoencoder, in whose latents a teacher is trained (Rombach et al. 2022, section 3.1)."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -74,12 +75,12 @@ class AutoencoderTrainingConfig:
         for name, kind in (("codes", "vq"), ("kl", "kl")):
             if getattr(self, name) != getattr(type(self), name) and self.regularisation != kind:
                 raise InputError(f"{name} does nothing without regularisation {kind}: choose that, or leave {name} out")
-        if not 0 <= self.kl:
-            raise InputError(f"kl must not be negative, got {self.kl}")
+        if not 0 <= self.kl < math.inf:
+            raise InputError(f"kl must not be negative or infinite, got {self.kl}")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema must be in [0, 1), got {self.ema}")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if self.size and (self.size < 8 or self.size & (self.size - 1)):
             raise InputError(f"size must be 4 * 2^k and at least 8, got {self.size}")
         if not 0 <= self.seed < 2**63:

@@ -102,6 +102,8 @@ class TeacherTrainingConfig:
             glyphs.require(self.size or 32, self.image_channels or None)
 
     def _require_super_resolution(self):
+        if self.super_resolution and self.autoencoder:
+            raise InputError("super_resolution is of pictures, and a teacher of latents has none: leave --autoencoder out")
         if not 0 <= self.truncation <= TIMESTEPS:
             raise InputError(f"truncation must be in [0, {TIMESTEPS}], got {self.truncation}")
         if not self.super_resolution and self.truncation != type(self).truncation:

@@ -107,7 +107,7 @@ class Autoencoder:
 
         Args:
             shape: of the latents that a network draws.
-            name: of the teacher that the network is of, for errors.
+            name: of the model, for errors.
 
         Returns:
             The autoencoder itself.
@@ -118,8 +118,8 @@ class Autoencoder:
         if tuple(shape) != self.latent_shape:
             drawn, made, images = ("x".join(map(str, sides)) for sides in (shape, self.latent_shape, self.image_shape))
             raise InputError(
-                f"teacher {name}: its network draws latents of {drawn}, and its autoencoder makes {made} of {images} images: "
-                "put the autoencoder in its place that the network was trained with"
+                f"{name}: its network draws latents of {drawn}, and its autoencoder makes {made} of {images} images: put the "
+                "autoencoder in its place that the network was trained with, or correct sample_size in its config.json"
             )
         return self
 
@@ -135,8 +135,15 @@ class Autoencoder:
 
     @property
     def sha256(self) -> str:
-        """Digest of the weights and the scaling factor."""
-        return hashlib.sha256(f"{self.weights_sha256} {self.scaling!r}".encode()).hexdigest()
+        """Digest of the weights, the network's configuration, the images' shape and the scaling factor."""
+        config = {name: value for name, value in self._config().items() if not name.startswith("_")}
+        depends = [self.weights_sha256, config, list(self.image_shape), self.scaling]
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+    def _config(self):
+        """The network's configuration as JSON values, without the folder that it was read from and its own factor."""
+        config = json.loads(self.network.to_json_string()) if hasattr(self.network, "to_json_string") else {}
+        return {name: value for name, value in config.items() if name not in ("_name_or_path", "scaling_factor")}
 
     def num_parameters(self) -> int:
         """Number of parameters, the encoder's and the decoder's."""
@@ -162,9 +169,7 @@ class Autoencoder:
         folder, network = Path(folder), self.network
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt"}))
-        config = json.loads(network.to_json_string())
-        config = {name: value for name, value in config.items() if name != "_name_or_path"}
-        write_json(folder / "config.json", {**config, "scaling_factor": self.scaling})
+        write_json(folder / "config.json", {**self._config(), "scaling_factor": self.scaling})
 
 
 class Pictured:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..runtime.devices import require_device
 from ..runtime.files import digest, read_json, require_regular, why_unreadable, write_bytes, write_json
 from ..runtime.hub import resolve
-from .autoencoder import PARTS, Autoencoder, load_autoencoder
+from .autoencoder import PARTS, Autoencoder, load_autoencoder, sha256_of
 from .weights import WEIGHTS
 
 TRAINING = "training.json"
@@ -73,7 +73,8 @@ class PretrainedModule(nn.Module):
         with torch.inference_mode(False), torch.device("cpu"):
             module = cls._with_weights(config, folder / WEIGHTS)
             if (folder / PARTS[0]).is_dir():
-                module.autoencoder = load_autoencoder(folder, PARTS[0], lambda _: folder)
+                autoencoder = load_autoencoder(folder, PARTS[0], lambda _: folder)
+                module.autoencoder = autoencoder.require_latents(module.shape, f"{part} {source}")
         if os.path.lexists(folder / TRAINING):
             module.training_record = read_json(folder / TRAINING, "training record", cls.training_keys)
             if not cls.is_record(module.training_record):
@@ -129,15 +130,25 @@ class PretrainedModule(nn.Module):
             raise InputError(f"{folder} is a file; name a folder")
         if os.path.lexists(folder / SAMPLER):
             raise InputError(f"{folder} holds a denoiser student: name another folder")
+        self._require_own(folder)
         if self.autoencoder is not None:
-            self.autoencoder.save_pretrained(folder / PARTS[0])
-        elif os.path.lexists(folder / PARTS[0]):
-            raise InputError(f"{folder} holds the autoencoder of another model: name another folder")
+            shape: Any = self.shape
+            self.autoencoder.require_latents(shape, type(self).__name__.lower()).save_pretrained(folder / PARTS[0])
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_bytes(folder / WEIGHTS, _in_order(save(tensors, {"format": "pt", "digest": digest(tensors)})))
         if self.training_record is not None:
             write_json(folder / TRAINING, self.training_record)
         write_json(folder / "config.json", {"_class_name": type(self).__name__, **dataclasses.asdict(self.config)})
+
+    def _require_own(self, folder):
+        """Refuse a folder with another model's autoencoder, or with a model of pixels where this one has an autoencoder."""
+        ours, theirs = sha256_of(self.autoencoder), None
+        if os.path.lexists(folder / PARTS[0] / "config.json"):
+            theirs = Autoencoder.from_pretrained(folder / PARTS[0]).sha256
+        elif not os.path.lexists(folder / "config.json"):
+            return
+        if ours != theirs:
+            raise InputError(f"{folder} holds a model with another autoencoder, or without one: name another folder")
 
     def push_to_hub(
         self,

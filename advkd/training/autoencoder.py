@@ -11,7 +11,7 @@ from ..data.glyph_sets import trained_glyphs
 from ..data.images import load_images, normalize
 from ..data.sources import Tensors
 from ..methods.autoencoding import AutoencoderTrainingConfig, Autoencoding
-from ..models.autoencoder import Autoencoder, build_autoencoder, scaling_of
+from ..models.autoencoder import TOGETHER, Autoencoder, build_autoencoder, scaling_of
 from ..models.saving import TRAINING, WEIGHTS
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, write_json
@@ -51,11 +51,11 @@ def train_autoencoder(
     """
     config.validate()
     require_device(config.device)
-    claim(out, resume, FINISHED, "autoencoder")
     size, channels = config.size or None, config.image_channels or None
     images = load_images(config.data, size, channels, config.classes, config.images, progress).to(config.device)
     shape = tuple(images.shape[1:])
     config.require_size(shape[-1])
+    claim(out, resume, FINISHED, "autoencoder")
     torch.manual_seed(config.seed)
     network = build_autoencoder(config.regularisation, shape, config.channels, config.latent_channels, config.codes)
     trainer = Trainer(
@@ -78,11 +78,16 @@ def _save(network, out, images, config):
     """Measure the scale of the latents and the decoded images' error, and write; the checkpoint has served then."""
     plain = Autoencoder(network, 1.0, images.shape[1:])
     scaled = Autoencoder(network, scaling_of(plain.encode(images)), images.shape[1:])
-    with torch.no_grad():
-        error = (scaled.decode(scaled.encode(images)).clamp(-1, 1) - normalize(images)).abs().mean().item()
+    error = sum(_error(scaled, part) for part in images.split(TOGETHER)) / images.numel()
     glyphs = trained_glyphs(config.data, config.classes, config.images)
     record = {"config": asdict(config), "images": digest({"images": images}), "scaling_factor": scaled.scaling, "error": error}
     record |= {"data": glyphs.description()} if glyphs else {}
     write_json(out / TRAINING, {**record, "version": __version__})
     scaled.save_pretrained(out)
     (out / CHECKPOINT).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _error(autoencoder, images):
+    """Sum of the decoded images' absolute errors."""
+    return (autoencoder.decode(autoencoder.encode(images)).clamp(-1, 1) - normalize(images)).abs().sum().item()

@@ -17,7 +17,7 @@ from ..diffusion.teacher import Teacher
 from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.base import Method, Needs
-from ..models.autoencoder import Autoencoder
+from ..models.autoencoder import Autoencoder, sha256_of
 
 
 def source_of(
@@ -112,6 +112,8 @@ def _pairs(method, needs, model, trajectories):
     shape = (info.image_channels, info.image_size, info.image_size)
     if shape != tuple(model.shape):
         raise InputError(f"the trajectories hold images {shape}, the student draws {tuple(model.shape)}: record again")
+    if info.teacher.get("autoencoder_sha256") != sha256_of(model.autoencoder):
+        raise InputError("the trajectories are not of the student's latents or pixels: record its own teacher's")
     method.check(trajectories)
     if needs.paired:
         trajectories.require_paired()

@@ -61,8 +61,8 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
     autoencoder = _autoencoder(config)
-    claim(out, resume, PIPELINE, "teacher")
     start = _start(config, autoencoder)
+    claim(out, resume, PIPELINE, "teacher")
     source, classes = _read(config, autoencoder, progress)
     unet = _network(config, source.tensors["images"].shape[1:], classes, start)
     scheduler = noise_scheduler(config.schedule, config.prediction, clip=autoencoder is None)

@@ -279,6 +279,7 @@ def test_commands_refuse_what_does_not_fit(commands, tmp_path, arguments, messag
     given = [part.format(ae=commands / "ae", t=commands / "t") for part in arguments]
     done = CliRunner().invoke(main, [*given, "--out", str(tmp_path / "out")])
     assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_student_of_another_autoencoder_is_refused(tmp_path):
@@ -347,15 +348,55 @@ def test_the_pyramid_learns_latents_and_draws_pictures(recording, tmp_path):
         StudentModel.from_student(again)
 
 
-def test_pixels_and_latents_do_not_mix(recording, trajectories, tmp_path):
+def test_pixels_and_latents_do_not_mix(recording, tmp_path):
     torch.manual_seed(0)
     student = Student(STUDENT)
     student.autoencoder = tiny_autoencoder(seed=1)
     with pytest.raises(InputError, match="latents of another autoencoder than the trajectories'"):
         distill(recording, student, recipe("joint", updates=(1,), batch_sizes=(4,)), tmp_path / "s", progress=False)
     student.save_pretrained(tmp_path / "one")
-    with pytest.raises(InputError, match="holds the autoencoder of another model"):
-        Student(STUDENT).save_pretrained(tmp_path / "one")
+    other = Student(STUDENT)
+    for autoencoder in (None, tiny_autoencoder(seed=2)):
+        other.autoencoder = autoencoder
+        with pytest.raises(InputError, match="holds a model with another autoencoder, or without one: name another folder"):
+            other.save_pretrained(tmp_path / "one")
+    student.save_pretrained(tmp_path / "one")  # its own, again
+    Student(STUDENT).save_pretrained(tmp_path / "pixels")
+    with pytest.raises(InputError, match="or without one: name another folder"):
+        student.save_pretrained(tmp_path / "pixels")
+
+
+@pytest.mark.parametrize("method", ["pairs", "rectified-flow"])
+def test_recorded_latents_are_of_the_students_own_autoencoder(method, recording, tmp_path):
+    config = PairsConfig(**ONE) if method == "pairs" else RectifiedFlowConfig(steps=1, **ONE)
+    for seed, pixels in ((5, False), (0, True)):
+        student = DenoiserStudent.from_teacher(tiny_latent_teacher(prediction_type="v_prediction"))
+        model = student.model
+        model.autoencoder = tiny_autoencoder(seed=seed)
+        if pixels:
+            student.model = Teacher(model.unet, model.scheduler)
+        with pytest.raises(InputError, match="are not of the student's latents or pixels: record its own teacher's"):
+            distill_denoiser(method, config, student, tmp_path / "s", trajectories=recording, progress=False)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_students_autoencoder_of_another_size_is_refused(tmp_path):
+    student = Student(STUDENT)
+    student.autoencoder = tiny_autoencoder()
+    student.save_pretrained(tmp_path / "s")
+    path = tmp_path / "s" / "vqvae" / "config.json"
+    sound = json.loads(path.read_text())
+    path.write_text(json.dumps({**sound, "sample_size": 64}))
+    with pytest.raises(InputError, match="its network draws latents of 4x8x8, and its autoencoder makes 4x16x16 of"):
+        Student.from_pretrained(tmp_path / "s")
+
+
+def test_an_autoencoders_digest_has_its_configuration(tmp_path):
+    (one := tiny_autoencoder()).save_pretrained(tmp_path / "ae")
+    assert Autoencoder.from_pretrained(tmp_path / "ae").sha256 == one.sha256
+    path = tmp_path / "ae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "act_fn": "relu"}))
+    assert Autoencoder.from_pretrained(tmp_path / "ae").sha256 != one.sha256
 
 
 ONE = {"updates": 1, "batch_size": 4}
