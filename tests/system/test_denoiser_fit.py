@@ -61,7 +61,7 @@ def refused(message, method, student, out, **inputs):
 
 @pytest.mark.parametrize("method", ["reparametrize", "progressive", "rectified-flow"])
 def test_networks_that_take_a_weight_are_for_guided(method, tmp_path):
-    student, plain = begun(told(), guidance=4.0), begun(told())
+    student, plain = begun(told()).told_more(0, guidance=4.0), begun(told())
     teacher = {"teacher": told()} if method == "reparametrize" else {}
     refused("takes a guidance weight", method, student, tmp_path / "x", data=LABELLED, **teacher)
     if method != "rectified-flow":
@@ -171,7 +171,7 @@ def test_every_recording_of_a_chain_is_paid_for(tmp_path):
 
 
 def test_guided_students_draw_with_their_usual_weight_and_count_two_evaluations():
-    student = begun(told(), guidance=4.0)
+    student = begun(told()).told_more(0, guidance=4.0)
     method = Guided(GuidedConfig(usual=1.5), torch.nn.Module(), student.model.schedule)
     assert method.sampler(method.stages()[0]).guidance == 1.5
     assert {method.evaluations(stage) for stage in method.stages()} == {(3, 1)}

@@ -106,7 +106,7 @@ def test_kept_sets_have_the_names_of_earlier_versions(solver, folder, tmp_path):
     """Hours of images lie in users' caches; churn_max, which is infinite, is part of a name."""
 
     class Model:
-        shape = (1, 2, 2)
+        shape = image_shape = (1, 2, 2)
 
         def identity(self, solver):
             return {"name": "anything", "weights_sha256": "00", "clip": 1.0}
