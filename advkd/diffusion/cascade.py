@@ -14,6 +14,7 @@ from ..models.denoiser import LowImage
 from ..ops import philox_normal, philox_words
 from ..ops.arguments import whole
 from .denoiser_student import DenoiserStudent
+from .low_images import LowImages
 from .sampling import DiffusionModel
 from .schedule import Level
 from .solvers import Solver, as_solver
@@ -67,10 +68,16 @@ class SuperResolution:
         if isinstance(model, DenoiserStudent):
             own, model = model.sampler, model.model
             if solver is None:
-                solver, steps = own.solver, steps or own.steps
-        if model.low is None:
-            raise InputError(f"{model.name} takes no low image: train one with 'advkd teacher train --super-resolution'")
-        self.model, self.low, self.solver, self.steps = model, model.low, as_solver(solver or "ddim"), steps
+                solver, steps = own.solver, own.steps if steps is None else steps
+        low: LowImages | None = getattr(model, "low", None)
+        if low is None:
+            name = getattr(model, "name", type(model).__name__)
+            raise InputError(f"{name} takes no low image: train one with 'advkd teacher train --super-resolution'")
+        if getattr(model, "autoencoder", None) is not None:
+            raise InputError(f"{model.name} draws latents: a stage of a cascade enlarges pictures")
+        self.model, self.low, self.solver, self.steps = model, low, as_solver(solver or "ddim"), steps
+        if self.solver.analytic:
+            raise InputError(f"solver {self.solver.name}: a stage's noise power is not known: take another solver")
         model.program(self.solver, steps)
 
     @property

@@ -227,7 +227,7 @@ def condition_of(
         takes = "takes low images with the level of their noise" if model.low else "takes no low images"
         raise InputError(f"condition: {model.name} {takes}")
     if isinstance(labels, LowImage):
-        return labels
+        return model.low.require_told(labels, (n, model.shape[0]), model.name)
     if is_packed(model):
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or len(labels) != n:
             raise InputError(f"condition: {model.name} takes conditions packed as ({n}, k), see advkd.models.denoiser.pack")

@@ -103,6 +103,29 @@ class LowImages(NamedTuple):
             raise InputError(f"level must be at most {self.level}, the largest that {name} was trained with, got {level}")
         return level
 
+    def require_told(self, told: LowImage, shape: tuple[int, ...], name: str) -> LowImage:
+        """Refuse low images that a model does not take.
+
+        Args:
+            told: the low images and their levels.
+            shape: of the states, ``(N, C)``.
+            name: the model's.
+
+        Returns:
+            ``told``.
+
+        Raises:
+            InputError: another shape, or a level that the model was not trained with; levels on a GPU are not looked at.
+        """
+        wanted = (*shape, self.size, self.size)
+        if tuple(told.image.shape) != wanted or told.level.shape != wanted[:1]:
+            found = f"{tuple(told.image.shape)} with levels {tuple(told.level.shape)}"
+            raise InputError(f"condition: {name} takes low images {wanted} with a level each, got {found}")
+        if told.level.device.type == "cpu" and len(told.level):
+            for level in (int(told.level.min()), int(told.level.max())):
+                self.require_level(level, name)
+        return told
+
 
 def require_divides(low: int, size: int, name: str) -> None:
     """Refuse low images whose pixels are no averages of whole areas.

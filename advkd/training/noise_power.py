@@ -42,6 +42,8 @@ def estimate_noise_power(
     """
     if tuple(images.shape[1:]) != teacher.image_shape or not len(images):
         raise InputError(f"images must be (M, {', '.join(map(str, teacher.image_shape))}), got {tuple(images.shape)}")
+    if teacher.low is not None:
+        raise InputError(f"teacher {teacher.name} enlarges low images: its noise power is that of single ones, and not known")
     if teacher.num_classes and teacher.null_class is None:
         raise InputError(f"teacher {teacher.name} has no null class: the noise that it finds is known of single classes only")
     total = teacher.train_timesteps

@@ -161,3 +161,24 @@ def stage(size, low, **options):
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("side", "level", "count", "message"),
+    [
+        (2, 2000, 3, "level must be at most .*, the largest that .* was trained with, got 2000"),
+        (3, 1, 3, r"takes low images \(3, 1, 2, 2\) with a level each, got \(3, 1, 3, 3\)"),
+        (2, 1, 1, r"takes low images \(3, 1, 2, 2\) with a level each, got \(1, 1, 2, 2\)"),
+    ],
+)
+def test_states_with_low_images_that_the_model_does_not_take_are_refused(side, level, count, message):
+    told = LowImage(torch.zeros(count, 1, side, side), torch.full((count,), level))
+    with pytest.raises(InputError, match=message):
+        MODEL.predict(torch.zeros(3, 1, 4, 4), 1.0, told)
+
+
+def test_what_is_no_stage_is_refused():
+    with pytest.raises(InputError, match="Linear takes no low image"):
+        SuperResolution(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="solver analytic-ddim: a stage's noise power is not known: take another solver"):
+        SuperResolution(MODEL, "analytic-ddim")

@@ -23,7 +23,7 @@ from ...methods.progressive import Progressive, ProgressiveConfig
 from ...methods.rectified_flow import RectifiedFlow, RectifiedFlowConfig, straightness
 from ...methods.reparametrize import Reparametrize, ReparametrizeConfig
 from ...methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
-from .laboratory import EXACT, PATHS, Laboratory, Outcome, noise_errors, own_teacher, state_of
+from .laboratory import EXACT, Laboratory, Outcome, noise_errors, own_teacher, state_of
 from .students import PointsAsImages, ToyCritic, ToyGenerator, ToyPoints, ToyScore
 
 LEVELS = torch.logspace(-1.5, 1.0, 11, dtype=torch.float64)
@@ -210,7 +210,6 @@ def score_distillation(lab: Laboratory) -> Outcome:
     method = ScoreDistillation(config, ToyPoints(start.clone()), lab.teacher.schedule)
     points = lab.run(method, Tensors(), lab.teacher, outcome)(torch.arange(config.num))
     lab.place(outcome, "optimised points", points, evaluations=0)
-    outcome.paths["optimised points"] = torch.stack((start, points.detach()))[:, :PATHS]
     return outcome
 
 

@@ -113,7 +113,7 @@ def whole_reading(outcome: Outcome) -> str:
     for count in (WHOLE[1], WHOLE[-1]):
         shares = {name: _at_most(count, *values) for name, values in outcome.numbers["whole"].items() if name != "consistency"}
         worst, best = _ends(shares)
-        parts.append(f"with {count} evaluations {best} has {shares[best]:.0%}, {worst} {shares[worst]:.0%}")
+        parts.append(f"with at most {count} evaluations {best} has {shares[best]:.0%}, {worst} {shares[worst]:.0%}")
     told = outcome.numbers["whole"]["consistency"][1][-1]
     return (
         f"Shares of samples within three deviations: {'; '.join(parts)}. consistency, which expects a consistency function and "
