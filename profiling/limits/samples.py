@@ -146,7 +146,7 @@ def _make_denoisers(folder):
         unet = diffusers.UNet2DModel.from_config(teacher.unet.config, num_class_embeds=3)
         told = Teacher(unet, teacher.scheduler, "told", Classes(("a", "b") if seed else ("c", "d"), 2))
         sampler = Sampler(Solver("ddim", spacing="trailing"), 2 + seed, 1.0 + seed)
-        student = DenoiserStudent.from_teacher(told, guidance=4.0 + seed)
+        student = DenoiserStudent.from_teacher(told).told_more(seed, guidance=4.0 + seed)
         torch.nn.init.normal_(embedding_of(student.model.unet).guidance[-1].weight)
         record = {"samples": [{"seed": seed, "start": 0, "num": 4}], "runs": []}
         DenoiserStudent(student.model, sampler, record).save_pretrained(folder / name)
