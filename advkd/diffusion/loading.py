@@ -182,6 +182,10 @@ def require_network(config: Mapping[str, Any], name: str | Path, low: bool = Fal
     """
     if (1 + low) * (config.get("out_channels") or 0) != config.get("in_channels"):
         shapes = f"{config.get('in_channels')} channels in, {config.get('out_channels')} out"
+        if low:
+            file = Path(name) / CONDITION / "config.json"
+            remedy = f"twice as many in are needed for the low_size of {file}: restore the files"
+            raise InputError(f"teacher {name} has {shapes}, and {remedy}")
         raise InputError(f"teacher {name} has {shapes}: a learned variance is not supported")
     if config.get("time_embedding_type") == "fourier":
         raise InputError(f"teacher {name} is told the noise's level (Fourier embedding), not a timestep: it is not supported")

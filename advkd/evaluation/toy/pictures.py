@@ -1,5 +1,6 @@
 """Pictures of points, paths, errors and scores."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def show_points(axis: "Axes", data: ToyData, points: Tensor, title: str) -> None
     for chosen, colour in ((near, COLOURS[0]), (~near, COLOURS[1])):
         x, y = points[chosen].T.numpy()
         axis.scatter(x, y, s=2.5, color=colour, linewidths=0, alpha=0.8)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(textwrap.fill(title, 20), fontsize=9)
 
 
 def show_paths(axis: "Axes", data: ToyData, paths: Tensor) -> None:
