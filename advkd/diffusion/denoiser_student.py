@@ -17,6 +17,7 @@ from ..models.denoiser import with_condition
 from ..models.saving import SAMPLER, TRAINING
 from ..models.student import Student
 from ..ops.arguments import whole
+from ..runtime.devices import seeded_weights
 from ..runtime.files import read_json, write_json
 from ..runtime.hub import resolve
 from .guidance import is_packed
@@ -164,8 +165,7 @@ class DenoiserStudent:
             raise InputError(
                 f"{self.model.name} takes a guidance weight or a latent already: begin with one that takes neither"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)  # torch's own function would seed GPUs, too
+        with seeded_weights(seed):
             network = with_condition(self.model.unet, guidance, latent).float().requires_grad_(True)
         scheduler: Any = self.model.scheduler
         if latent:

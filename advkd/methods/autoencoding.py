@@ -10,7 +10,7 @@ from ..data.glyph_sets import trained_glyphs
 from ..data.sources import Batch
 from ..errors import InputError
 from ..models.autoencoder import KINDS
-from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
+from .base import Method, Needs, Settings, Stage, Step, Trained, warmed_cosine
 
 GROUPS = 8
 """Groups of channels that group normalisation takes together."""
@@ -140,9 +140,7 @@ class Autoencoding(Method):
         return {"student": Trained(network, config.learning_rate, schedule=self._schedule, clip=1.0, average=config.ema)}
 
     def _schedule(self, update):
-        """Linear warm-up times cosine decay."""
-        rate = min(1.0, (update + 1) / self.config.warmup) if self.config.warmup else 1.0
-        return rate * cosine(update, self.config.steps)
+        return warmed_cosine(update, self.config.steps, self.config.warmup)
 
     def update(self, step: Step, batch: Batch, draw: Draw) -> None:
         """|x - D(z)| at z drawn of the posterior, or at the nearest vectors of the codebook, and the regularisation."""

@@ -93,6 +93,20 @@ def cosine(update: int, updates: int, final: float = 0.0) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
+def warmed_cosine(update: int, updates: int, warmup: int) -> float:
+    """Linear warm-up times cosine decay to 0.
+
+    Args:
+        update: updates so far, from 0.
+        updates: length of the decay.
+        warmup: updates of the warm-up (0: none).
+
+    Returns:
+        Fraction of the learning rate.
+    """
+    return (min(1.0, (update + 1) / warmup) if warmup else 1.0) * cosine(update, updates)
+
+
 def constant(update: int) -> float:
     """Schedule of a learning rate that does not change.
 

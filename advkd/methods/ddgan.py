@@ -26,6 +26,7 @@ from ..models.critic import Critic, CriticConfig
 from ..models.denoiser import pack
 from ..ops.critic.update import critic_gradients
 from ..ops.registry import BACKENDS
+from ..runtime.devices import seeded_weights
 from .base import Kept, Needs, Settings, Stage, Step, Trained
 from .denoiser_method import DenoiserConfig, DenoiserMethod
 
@@ -212,8 +213,7 @@ class DDGAN(DenoiserMethod):
         config, student = self.config, self.trained(self.student, stage.updates)
         student.betas = config.betas
         if self._critic is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
+            with seeded_weights(config.seed):
                 self._critic = Critic(self._critic_config())
         critic = Trained(self._critic, config.critic_learning_rate, config.betas, schedule=student.schedule)
         return {"student": student, "critic": critic}

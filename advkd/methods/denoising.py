@@ -16,7 +16,7 @@ from ..diffusion.schedule import Schedule
 from ..diffusion.training_schedules import TIMESTEPS, require_schedule
 from ..errors import InputError
 from ..models.denoiser import beside
-from .base import Method, Needs, Settings, Stage, Step, Trained, cosine
+from .base import Method, Needs, Settings, Stage, Step, Trained, warmed_cosine
 
 
 @dataclass
@@ -167,9 +167,7 @@ class Denoising(Method):
         return {"student": Trained(network, config.learning_rate, schedule=self._schedule, clip=1.0, average=config.ema)}
 
     def _schedule(self, update):
-        """Linear warm-up times cosine decay."""
-        rate = min(1.0, (update + 1) / self.config.warmup) if self.config.warmup else 1.0
-        return rate * cosine(update, self.config.steps)
+        return warmed_cosine(update, self.config.steps, self.config.warmup)
 
     def generator(self, update: int) -> torch.Generator:
         """Generator keyed by (seed, update): rows, noise, timesteps, and dropped labels or low images come from it in order."""

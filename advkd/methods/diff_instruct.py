@@ -22,6 +22,7 @@ from ..diffusion.solvers import Solver
 from ..errors import InputError
 from ..models.critic import Critic, CriticConfig
 from ..ops.critic.update import critic_gradients
+from ..runtime.devices import seeded_weights
 from .base import Kept, Needs, Stage, Step, Trained
 from .denoiser_method import require_unused
 from .generator import previewed
@@ -200,8 +201,7 @@ class DiffInstruct(ScoreMethod):
         if self._norm == "frozen":
             student.eval()
         if config.gan:
-            with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(config.seed)  # torch's own function would seed GPUs, too
+            with seeded_weights(config.seed):
                 self._critic = Critic(self._critic_config())
             parts["critic"] = Trained(self._critic, config.critic_learning_rate, config.betas, schedule=self._rate)
         return parts

@@ -27,6 +27,18 @@ def require_device(name: str | torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device
 
 
+@contextlib.contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """A context in which weights on the CPU are drawn by a seed; torch's generators are left as they were.
+
+    Args:
+        seed: in [0, 2^63).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # torch's own function would seed GPUs, too
+        yield
+
+
 AUTOCAST = ("cpu", "cuda")
 """Devices with an autocast that the ops respect."""
 

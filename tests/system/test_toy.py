@@ -48,7 +48,7 @@ def page(small, tmp_path_factory):
 
 @pytest.mark.parametrize("name", DATA)
 def test_samples_of_the_data_have_its_measures(name):
-    """Of one Gaussian 1 - exp(-9/2) of the samples lie within three deviations; neighbours on a moon only add to them."""
+    """A share 1 - exp(-9/2) of a Gaussian's samples lies within three deviations; neighbours on a moon only add to it."""
     data, n = DATA[name](), 20_000
     found, least = data.measured(data.teacher.data(n, seed=5)), 1 - math.exp(-(REACH**2) / 2)
     assert found["modes"] == 1
@@ -270,7 +270,7 @@ HARNESS = """<!DOCTYPE html><body><script>onmessage = (event) => {
 
 
 def looked_at(text, folder):
-    """What a browser sees of a page in a frame of 400 pixels, and its complaints."""
+    """Measures of a page in a browser's frame of 400 pixels, and the browser's complaints."""
     (folder / "looked.html").write_text(text.replace("</body>", LOOK + "</body>"))
     (folder / "harness.html").write_text(HARNESS)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

@@ -14,6 +14,7 @@ from ...diffusion.sampling import DiffusionModel
 from ...diffusion.schedule import IMAGE
 from ...diffusion.solvers import Solver, as_solver
 from ...methods.base import Method, Stage
+from ...runtime.devices import seeded_weights
 from ...training.trainer import Trainer
 from .data import ToyData
 from .students import ToyModel, ToyNetwork
@@ -32,7 +33,7 @@ FRESH = 2**40
 
 @dataclass
 class Outcome:
-    """What is kept of one row of the page.
+    """Results of one row of the page.
 
     Attributes:
         samples: title of a picture -> points ``(N, 2)``.
@@ -111,8 +112,7 @@ class Laboratory:
         Returns:
             The module.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(self.seed)
+        with seeded_weights(self.seed):
             return make()
 
     def model(self, network: nn.Module, **options: Any) -> ToyModel:

@@ -164,7 +164,7 @@ def left_out(rows: Sequence[str]) -> str:
 
 
 def numbers_of(section: Section) -> dict[str, Any]:
-    """What was measured on one data set, as JSON values.
+    """Measures of one data set, as JSON values.
 
     Args:
         section: its part of the page.

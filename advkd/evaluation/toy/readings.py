@@ -1,4 +1,4 @@
-"""What a picture shows, in a line that is computed from what was measured."""
+"""One line of text for each picture, computed from its measures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

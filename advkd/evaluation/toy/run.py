@@ -34,7 +34,7 @@ PARTS = ("samples", "paths", "weights")
 
 @dataclass
 class ToyConfig:
-    """What ``advkd toy`` shows.
+    """Options of ``advkd toy``.
 
     Attributes:
         data: 25-gaussians, two-moons or both.
