@@ -112,17 +112,25 @@ def budgets():
     """A row for each student and solver, a column for each number of evaluations: distance, and precision and recall."""
     found = []
     for result in stored("budget"):
-        counts, models = sorted({row["evaluations"] for row in result["rows"]}), {}
+        columns, models = set(), {}
         for row in result["rows"]:
-            cells_of = models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"])), {})
-            if row["evaluations"] in cells_of:
-                raise InputError(f"{result['path']}: {row['name']} is there twice with {row['evaluations']} evaluations")
-            cells_of[row["evaluations"]] = row
-        table = [_budget(*model, models[model], counts) for model in sorted(models)]
-        titles = ["method", "student", *(f"{count} evaluation{'s' * (count > 1)}" for count in counts), "training"]
+            column = _column(row, result["config"]["evaluations"])
+            cells_of = models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"], row["evaluations"])), {})
+            if column in cells_of:
+                raise InputError(f"{result['path']}: {row['name']} is there twice with {column} evaluations")
+            cells_of[column] = row
+            columns.add(column)
+        table = [_budget(*model, models[model], sorted(columns)) for model in sorted(models)]
+        titles = ["method", "student", *(f"{count} evaluation{'s' * (count > 1)}" for count in sorted(columns)), "training"]
         above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
         found += [*above, *markdown(titles, table), "", reading(result), "", "```sh", command(result), "```", ""]
     return found[:-1] or NOTHING
+
+
+def _column(row, evaluations):
+    """The number of evaluations that a row was allowed: some solvers take fewer than they are given."""
+    allowed = [count for count in evaluations if count >= row["evaluations"]]
+    return min(allowed) if row["kind"] == "solver" and allowed else row["evaluations"]
 
 
 def command(result):
@@ -134,19 +142,27 @@ def command(result):
     return f"advkd compare --teacher {result['teacher']['name']} {options} --out comparison"
 
 
-def _budget(solver, method, name, rows, counts):
-    cells = [_quality(rows[count]) if count in rows else "" for count in counts]
-    return [method, "teacher" if solver else f"`{name}`", *cells, "" if solver else cost_of(next(iter(rows.values())))]
+def _budget(solver, method, name, rows, columns):
+    cells = [_quality(rows[count], count) if count in rows else "" for count in columns]
+    return [method, "teacher" if solver else f"`{name}`", *cells, "" if solver else _costs(rows)]
 
 
-def _quality(row):
-    """Distance to real images with its interval, over precision and recall."""
+def _costs(rows):
+    """The cost of a student's training, or of each of several."""
+    costs = {count: cost_of(row) for count, row in sorted(rows.items())}
+    several = len(set(costs.values())) > 1
+    return "<br>".join(f"{count}: {cost}" for count, cost in costs.items()) if several else next(iter(costs.values()))
+
+
+def _quality(row, column):
+    """Distance to real images with its interval, over precision and recall; and the evaluations, if fewer than allowed."""
     real, several = row["real"], len(row["trainings"]) > 1
     shares = " / ".join(f"{real[name]['value']:.3f}" for name in ("precision", "recall"))
-    return f"{said(real['frechet'], 3, several)}<br>{shares}"
+    fewer = f"<br>(with {row['evaluations']})" if row["evaluations"] != column else ""
+    return f"{said(real['frechet'], 3, several)}<br>{shares}{fewer}"
 
 
-def stem(name):
-    """A row's name without its number of evaluations: ``cd@1`` is of the student ``cd``, ``ddim 8`` of the solver ``ddim``."""
-    first, *others = [re.sub(r"(@\d+)?( \d+)?$", "", part) for part in name.split("+")]
+def stem(name, evaluations):
+    """A row's name without its number of evaluations: ``cd@1`` and ``cd``, ``pd/1`` and ``pd/2``, ``ddim 4`` and ``ddim 8``."""
+    first, *others = [re.sub(rf"(/{evaluations}|@\d+| \d+)$", "", part) for part in name.split("+")]
     return first + (f", {1 + len(others)} trainings" if others else "")

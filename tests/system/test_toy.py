@@ -24,7 +24,7 @@ from advkd.methods.rectified_flow import straightness
 from ..conftest import fork_cli
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TINY = ToyConfig(data="25-gaussians", updates_scale=0.002, samples=120)
+TINY = ToyConfig(data="25-gaussians", updates_scale=0.002, samples=1000)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,12 @@ def test_a_page_of_every_row(page):
     text = page.read_text()
     assert text.count("<figure>") == text.count('src="data:image/png') == text.count("<figcaption>") == len(ROWS) + 8
     assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", text))
+    (adversarial,) = [
+        caption
+        for caption in re.findall(r"<figcaption>(.*?)</figcaption>", text)
+        if "student, steps: 4" in caption and "DDPM" in caption
+    ]
+    assert all(f"exact teacher, DDPM, steps: {steps}: 25 of 25 modes" in adversarial for steps in (100, 500))
     assert "<h2>Where this was measured</h2>" in text
 
 
@@ -180,7 +186,7 @@ def trained(small, monkeypatch):
     return names
 
 
-QUICK = ToyConfig(data="two-moons", methods="pairs,progressive", updates_scale=0.001, samples=100)
+QUICK = ToyConfig(data="two-moons", methods="pairs,progressive", updates_scale=0.001, samples=1000)
 
 
 def test_a_second_run_trains_nothing_and_a_lost_row_alone_is_run_again(trained, tmp_path):
@@ -228,7 +234,7 @@ def test_a_killed_run_goes_on_with_the_row_that_it_was_at(trained, tmp_path, mon
         (["--data", "moons"], "data must be 25-gaussians, two-moons or both, got 'moons'"),
         (["--methods", "pairs,ddim"], "methods must be all, or some of reparametrize, .*, got 'ddim'"),
         (["--updates-scale", "0"], "updates_scale must be positive and finite, got 0.0"),
-        (["--samples", "99"], "samples must be from 100 to 1,000,000, got 99"),
+        (["--samples", "999"], "samples must be from 1,000 to 1,000,000, got 999"),
         (["--seed", "-1"], r"seed must be in \[0, 2\^32\), got -1"),
         (["--seed", "one"], "toy: seed must be a whole number, got 'one'"),
     ],
@@ -247,7 +253,7 @@ def test_an_output_that_is_a_file(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    options = ("--data", "two-moons", "--methods", "pairs", "--updates-scale", "0.001", "--samples", "100")
+    options = ("--data", "two-moons", "--methods", "pairs", "--updates-scale", "0.001", "--samples", "1000")
     done = fork_cli("toy", "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert f"the page with the pictures: {tmp_path / 'out' / 'toy.html'}" in done.stdout

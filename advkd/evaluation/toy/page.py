@@ -73,21 +73,23 @@ class Section:
         outcome = self.outcomes[name]
         samples, paths = self._beside(name)
         samples, paths = samples | outcome.samples, (paths if outcome.paths else {}) | outcome.paths
-        read = readings.guided_reading if name == "guided" else readings.samples_reading
-        drawn = self._picture(
-            name, lambda path: pictures.save_samples(self.data, samples, paths, path), read(self.data, outcome)
+        reading = (
+            readings.guided_reading(self.data, outcome) if name == "guided" else readings.samples_reading(self.data, samples)
         )
+        drawn = self._picture(name, lambda path: pictures.save_samples(self.data, samples, paths, path), reading)
         return [f"<h3>{html.escape(title)}</h3>", drawn]
 
     def _beside(self, name):
-        """First samples and paths of the rows that are shown beside one."""
+        """Samples and paths that are shown beside a row's own."""
         samples, paths = {}, {}
-        for other in ROWS[name].beside if name in ROWS else ():
-            first, points = next(iter(self.outcomes[other].samples.items()))
-            title = EXACT if other == "teacher" else f"{other}, {first}"
-            samples[title] = points
-            if first in self.outcomes[other].paths:
-                paths[title] = self.outcomes[other].paths[first]
+        for beside in ROWS[name].beside if name in ROWS else ():
+            other, _, wanted = beside.partition(": ")
+            outcome = self.outcomes[other]
+            shown = wanted or next(iter(outcome.samples))
+            title = ", ".join(dict.fromkeys((EXACT if other == "teacher" else other, shown)))
+            samples[title] = outcome.samples[shown]
+            if shown in outcome.paths:
+                paths[title] = outcome.paths[shown]
         return samples, paths
 
     def _solvers(self):

@@ -33,14 +33,14 @@ class Measured:
     found: dict[str, float]
 
 
-def samples_reading(data: ToyData, outcome: Outcome) -> str:
+def samples_reading(data: ToyData, samples: Mapping[str, Tensor]) -> str:
     """Modes and shares of every picture, and a verdict on the last one.
 
     Args:
         data: the data set.
-        outcome: a row's.
+        samples: title -> points ``(N, 2)``.
     """
-    measured = {title: data.measured(points) for title, points in outcome.samples.items()}
+    measured = {title: data.measured(points) for title, points in samples.items()}
     parts = [f"{title}: {facts(data, found)}" for title, found in measured.items()]
     return f"{'; '.join(parts)}. The last one {verdict(data, list(measured.values())[-1])}."
 

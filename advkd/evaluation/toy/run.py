@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import InputError
 from ...runtime.devices import plain_defaults
 from ...runtime.files import read_tensors, restoring, write_bytes, write_json, write_tensors
 from ...runtime.folders import locked, require_output_folder
 from ...runtime.progress import progress_bar
-from ...runtime.timing import provenance
+from ...runtime.timing import processor_identity, provenance
 from ..html_page import provenance_of, self_contained
 from .data import DATA
 from .laboratory import Laboratory, Outcome
@@ -30,6 +32,8 @@ ALWAYS: dict[str, Callable[[Laboratory], Outcome]] = {"teacher": exact_teacher, 
 """Rows without a student."""
 PARTS = ("samples", "paths", "weights")
 """Tensors of an outcome."""
+FEWEST = 1000
+"""Samples of the data itself that have half of every mode's fair share, but for one run in two hundred."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ class ToyConfig:
             raise InputError(f"methods must be all, or some of {', '.join(ROWS)}, got {unknown[0]!r}")
         for name, holds, wanted in (
             ("updates_scale", 0 < self.updates_scale < math.inf, "positive and finite"),
-            ("samples", 100 <= self.samples <= 10**6, "from 100 to 1,000,000"),
+            ("samples", FEWEST <= self.samples <= 10**6, f"from {FEWEST:,} to 1,000,000"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
         ):
             if not holds:
@@ -143,16 +147,17 @@ def _read(path):
 
 
 def _key(name, row, config):
-    """Digest of all that a row's result depends on: the configuration and the package's source."""
-    values = [name, row, config.updates_scale, config.samples, config.seed, source_digest()]
+    """Digest of all that a row's result depends on: the configuration, the code, and what computes."""
+    computing = [source_digest(), torch.__version__, processor_identity(), torch.backends.cpu.get_cpu_capability()]
+    values = [name, row, config.updates_scale, config.samples, config.seed, *computing]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def source_digest() -> str:
-    """Hexadecimal SHA-256 of the package's Python files, the code's version."""
+    """Hexadecimal SHA-256 of the package's Python files and extensions, the code's version."""
     package = Path(__file__).resolve().parents[2]
     state = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted((*package.rglob("*.py"), *package.glob("*.so"))):
         state.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return state.hexdigest()

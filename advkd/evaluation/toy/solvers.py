@@ -50,6 +50,11 @@ def shown(lab: Laboratory) -> Outcome:
     return outcome
 
 
+def ddpm_title(steps: int) -> str:
+    """Title of the exact teacher's samples by DDPM."""
+    return f"DDPM, steps: {steps}"
+
+
 def exact_teacher(lab: Laboratory) -> Outcome:
     """Points of the data, with the flow's paths; and DDPM with many steps.
 
@@ -59,7 +64,7 @@ def exact_teacher(lab: Laboratory) -> Outcome:
     outcome = Outcome()
     lab.draw(outcome, EXACT, lab.teacher, "unipc-2", 40)
     for steps in ANCESTRAL:
-        lab.draw(outcome, f"DDPM, steps: {steps}", lab.teacher, Solver("ddpm", "trailing"), steps)
+        lab.draw(outcome, ddpm_title(steps), lab.teacher, Solver("ddpm", "trailing"), steps)
     return outcome
 
 
