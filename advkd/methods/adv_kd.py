@@ -252,7 +252,8 @@ class AdvKD(Method):
         """Recorded levels; pairs where a distance compares with the teacher's image of the same noise."""
         config = self.config
         paired, labels = bool(config.mse or config.kl or config.conditional), bool(self.student.num_classes)
-        needs = Needs("levels", paired, labels=labels, averaged=config.targets == "image")
+        averaged, backend = config.targets == "image", config.critic_backend
+        needs = Needs("levels", paired, labels=labels, averaged=averaged, critic_backend=backend)
         return replace(needs, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
 
     def settings(self) -> Settings:

@@ -30,6 +30,7 @@ class Needs:
         limit: number of recorded trajectories that are used (0: all).
         grow: trajectories that the teacher adds after every ``grow_every`` updates (0: none).
         grow_every: updates between two such additions.
+        critic_backend: backend of critics' updates; ``autograd``: none.
     """
 
     data: str
@@ -41,6 +42,7 @@ class Needs:
     limit: int = 0
     grow: int = 0
     grow_every: int = 1
+    critic_backend: str = "autograd"
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ class DDGAN(DenoiserMethod):
             self._critic_config()
         elif self.shape:
             self._require_critic()
-        return Needs("images", labels=self.num_classes > 0, student="denoiser")
+        backend = self.config.critic_backend
+        return Needs("images", labels=self.num_classes > 0, student="denoiser", critic_backend=backend)
 
     @property
     def _classes(self):

@@ -6,13 +6,15 @@ import gc
 import sys
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+from ..methods.base import Method, Needs, Stage
+from ..ops.registry import choose
 from ..runtime import launcher
 from ..runtime.devices import require_device
 from ..runtime.hub import reason
@@ -56,6 +58,29 @@ def processes_of(mixed_precision: str, device: str | torch.device) -> Any:
     except ValueError as error:
         # accelerate keeps one precision and one device per process.
         raise InputError(f"mixed_precision {mixed_precision} on {device}: {reason(error)}") from error
+
+
+def require_fit(processes: Any, method: Method, needs: Needs, stages: Sequence[Stage]) -> None:
+    """Refuse what these processes cannot run.
+
+    Args:
+        processes: of :func:`processes_of`.
+        method: the method.
+        needs: its needs.
+        stages: its stages.
+
+    Raises:
+        InputError: several processes for a method of one, or for batches that they do not divide.
+        BackendUnavailableError: critics' kernels that cannot run on the device.
+    """
+    world = processes.num_processes
+    if world > 1 and not method.parallel:
+        raise InputError(f"{method.name} runs in one process: start it without a launcher")
+    if any(stage.batch_size % world for stage in stages):
+        sizes = ", ".join(map(str, dict.fromkeys(stage.batch_size for stage in stages)))
+        raise InputError(f"batches of {sizes} samples must be divisible by the {world} processes")
+    if needs.critic_backend != "autograd":
+        choose("gradient_penalty", needs.critic_backend, processes.device)
 
 
 def barrier() -> None:

@@ -28,7 +28,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 from .checkpoint import CHECKPOINT, Running, claim, file_state, read_checkpoint, require_room, write_checkpoint
 from .log import Log
-from .processes import GROUP, processes_of, share
+from .processes import GROUP, processes_of, require_fit, share
 
 
 class Trainer:
@@ -89,7 +89,7 @@ class Trainer:
         self.settings, self.stages = method.settings(), method.stages()
         self._require_intervals()
         self.accelerator = processes_of(self.settings.mixed_precision, device)
-        self._require_divisible()
+        require_fit(self.accelerator, method, self.needs, self.stages)
         self.out = claim(out, resume, finished, what)
         self.checkpoint = self.out / CHECKPOINT
         self._watched = [self.out / name for name in (CHECKPOINT, *finished)]
@@ -108,14 +108,6 @@ class Trainer:
             raise InputError(f"checkpoint_every must be a multiple of log_every {rows}, got {every}")
         if any(stage.updates < 1 for stage in self.stages):
             raise InputError(f"every stage must have an update, got {[stage.updates for stage in self.stages]}")
-
-    def _require_divisible(self):
-        world = self.accelerator.num_processes
-        if world > 1 and not self.method.parallel:
-            raise InputError(f"{self.method.name} runs in one process: start it without a launcher")
-        if any(stage.batch_size % world for stage in self.stages):
-            sizes = ", ".join(map(str, dict.fromkeys(stage.batch_size for stage in self.stages)))
-            raise InputError(f"batches of {sizes} samples must be divisible by the {world} processes")
 
     def _identity(self):
         """Settings and inputs that must not change between a run and its resumption."""

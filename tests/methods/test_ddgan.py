@@ -17,7 +17,7 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.schedule import IMAGE, Schedule
 from advkd.diffusion.solvers import Solver
 from advkd.diffusion.teacher import Teacher
-from advkd.errors import InputError
+from advkd.errors import BackendUnavailableError, InputError
 from advkd.methods import ddgan
 from advkd.methods.base import Stage
 from advkd.methods.ddgan import DDGAN, DDGANConfig
@@ -343,6 +343,13 @@ def test_a_critic_that_does_not_fit_is_refused(tmp_path):
         method.shape = shape
         with pytest.raises(InputError, match=message):
             Trainer(method, Tensors(images=tiny_images()), None, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kernels_that_cannot_run_here_are_named_before_the_folder_is_made(tmp_path):
+    config = DDGANConfig(updates=2, batch_size=4, steps=3, critic_backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="backend 'cuda' cannot run gradient_penalty on cpu: "):
+        DenoiserDistiller("ddgan", config, tiny_student(0), tmp_path / "out", None, tiny_images())
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from advkd.data.draws import DataOrder, shift, training_latents
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
-from advkd.errors import InputError, TrainingError
+from advkd.errors import BackendUnavailableError, InputError, TrainingError
 from advkd.methods.adv_kd import RECIPES, recipe
 from advkd.methods.distances import kl_divergence
 from advkd.models.student import Student
@@ -85,6 +85,12 @@ def losses(data, out, dtype, updates, **changes):
     config = recipe("joint", updates=(updates,), learning_rate=5e-3, **{**SMALL, **changes})
     run = Distiller(Trajectories(data), tiny_student(), config, out, dtype=dtype, progress=False)
     return [run.step() for _ in range(updates)]
+
+
+def test_kernels_that_cannot_run_here_are_named_before_the_folder_is_made(trajectories, tmp_path):
+    with pytest.raises(BackendUnavailableError, match="backend 'cuda' cannot run gradient_penalty on cpu: "):
+        losses(trajectories, tmp_path / "out", torch.float32, 1, critic_backend="cuda")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("conditional", [False, True])
