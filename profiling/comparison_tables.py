@@ -97,10 +97,10 @@ def _turned(one):
     return {key: {"value": -one[key]["value"], "interval": [-end for end in reversed(one[key]["interval"])]} for key in keys}
 
 
-def lines():
+def lines(name="comparison"):
     """The rows of every machine's comparison, the best at real images first, and how to read them."""
     found = []
-    for result in stored("comparison"):
+    for result in stored(name):
         rows = sorted(result["rows"], key=lambda row: row["real"]["at_infinity"]["value"])
         titles, *table = cells({**result, "rows": rows})
         above = source(result, [row["seconds"] for row in rows], "95 % intervals are in the table")

@@ -4,6 +4,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a figure w
 ``<!-- figure: NAME -->`` and ``<!-- end -->``; a test checks that pages and results agree.
 """
 
+import functools
 import os
 import re
 import statistics
@@ -13,7 +14,7 @@ from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
 from . import billion, comparison_tables, front, roofline, solver_tables
-from .cases import glyphs, guidance, guided, neighbours, recovery, score_error, straightness
+from .cases import cascade, glyphs, guidance, guided, neighbours, recovery, score_error, straightness
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
 from .gpu import tables as gpu
@@ -111,12 +112,14 @@ TABLES = {
     "comparison": comparison_tables.lines,
     "differences": comparison_tables.differences,
     "budgets": comparison_tables.budgets,
+    "latents": functools.partial(comparison_tables.lines, "latent"),
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
     "glyphs": glyphs.lines,
     "straightness": straightness.lines,
     "recovery": recovery.lines,
+    "cascade": cascade.lines,
     "score_error": score_error.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,
