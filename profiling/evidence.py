@@ -205,7 +205,7 @@ CRITIC = ("conv_bias_act_mask", "mask_mul", "penalty_reduce", "interpolate", "im
 MEASURED = {
     **dict.fromkeys(("bench_student", "layers", "scaling", "precision", "sample_scaling", "billion"), STUDENT),
     **dict.fromkeys(("bench_sampler_step", "step_scaling", "recording", "bench_teacher"), STEP),
-    **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling"), CRITIC),
+    **dict.fromkeys(("bench_gradient_penalty", "penalty_scaling", "bench_pair_critic"), CRITIC),
     "bench_norm_act": ("norm_act",),
     "distillation": (*CRITIC, "norm_act"),
     **dict.fromkeys(("traces", "counters", "compare", "demo", "roofline"), (*STUDENT, *STEP, *CRITIC, "norm_act")),

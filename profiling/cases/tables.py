@@ -149,6 +149,14 @@ TABLES = {
             "work bound": "{work_bound:.2f} x",
         },
     ),
+    "pair_critic": Table(
+        "bench_pair_critic",
+        {
+            "update": "{case}",
+            **{title: _penalty(title) for title in ("autograd", "advkd")},
+            "autograd / advkd": _ratio("autograd", "advkd"),
+        },
+    ),
     "penalty_memory": Table(
         "penalty_scaling",
         {

@@ -35,6 +35,7 @@ from profiling.cases import conv_block as bench_conv_block
 from profiling.cases import gradient_penalty as bench_gradient_penalty
 from profiling.cases import neighbours as bench_neighbours
 from profiling.cases import norm_act as bench_norm_act
+from profiling.cases import pair_critic as bench_pair_critic
 from profiling.cases import sampler_step as bench_sampler_step
 from profiling.cases import student as bench_student
 from profiling.cases import teacher as bench_teacher
@@ -641,6 +642,20 @@ def test_the_penaltys_contestants_agree(monkeypatch):
         result = harness.run_case(case)
         assert len(result["contestants"]) == 4 and all(c["parity"]["passed"] for c in result["contestants"])
         assert 1 < result["work_bound"] < 1.5
+
+
+@pytest.mark.parametrize("penalised", [True, False])
+def test_contestants_of_a_critic_of_pairs_agree(penalised, monkeypatch):
+    monkeypatch.setattr(bench_pair_critic, "SHAPES", {"tiny": (4, 8, 3)})
+    monkeypatch.setattr(bench_pair_critic, "SIZE", 8)
+    case = bench_pair_critic.case("tiny", penalised, "cpu")
+    case.repeats = 1
+    result = harness.run_case(case)
+    assert len(result["contestants"]) == 3 and all(c["parity"]["passed"] for c in result["contestants"])
+    # The penalty is part of what is compared.
+    given = bench_pair_critic.problem(4, 8, 3, dtype=torch.float64)
+    own, plain = (torch.cat([g.flatten() for g in bench_pair_critic.update("autograd", w, *given)()]) for w in (0.75, 0.0))
+    assert torch.equal(case.oracle(), (own if penalised else plain) / (own if penalised else plain).norm())
 
 
 def sampler_step_case(name):
