@@ -79,17 +79,20 @@ class Autoencoder:
         return load_autoencoder(folder, part or "", fetch)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """Latents of images: the posterior's mean of a KL-regularised network, the vectors before quantisation of the other.
 
         Args:
             images: ``(N, C, H, W)`` in [-1, 1], or of 8 bits.
+            device: where the network runs, on parts of the images (None: where they are).
 
         Returns:
             ``(N, *latent_shape)`` in the network's dtype on the images' device, of unit variance over the data. Order of
             differentiability 0.
         """
-        return self._in_parts(lambda x, dtype: _latents(self.network.encode(normalize(x).to(dtype))) * self.scaling, images)
+        return self._in_parts(
+            lambda x, dtype: _latents(self.network.encode(normalize(x).to(dtype))) * self.scaling, images, device
+        )
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Images of latents.
@@ -123,10 +126,10 @@ class Autoencoder:
             )
         return self
 
-    def _in_parts(self, function, x):
-        network = self.network.to(x.device)
-        dtype = next(network.parameters()).dtype
-        return torch.cat([function(part, dtype) for part in x.split(TOGETHER)])
+    def _in_parts(self, function, x, device=None):
+        device = device or x.device
+        dtype = next(self.network.to(device).parameters()).dtype
+        return torch.cat([function(part.to(device), dtype).to(x.device) for part in x.split(TOGETHER)])
 
     @functools.cached_property
     def weights_sha256(self) -> str:

@@ -104,8 +104,11 @@ PRESETS = {
     ),
     # For latents of a latent teacher of digits, 4x8x8: unlike an image's, their content is in the noise of all scales.
     "latent": StudentConfig(
-        **{"image_size": 8, "image_channels": 4, "channels": (64, 64, 64, 64, 64, 64, 48, 48, 48, 32, 32, 32)},
-        **{"latent_size": 1, "detail_noise": True},
+        image_size=8,
+        image_channels=4,
+        channels=(64, 64, 64, 64, 64, 64, 48, 48, 48, 32, 32, 32),
+        latent_size=1,
+        detail_noise=True,
     ),
     # Its classes are those of a run's trajectories.
     "glyphs": StudentConfig(

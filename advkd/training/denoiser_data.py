@@ -18,6 +18,7 @@ from ..diffusion.training_schedules import noise_scheduler
 from ..errors import InputError
 from ..methods.base import Method, Needs
 from ..models.autoencoder import Autoencoder, sha256_of
+from ..runtime.files import digest
 
 
 def source_of(
@@ -55,7 +56,8 @@ def source_of(
         return _pairs(method, needs, model, trajectories)
     if trajectories is not None:
         raise InputError(f"{method.name} does not read trajectories with these options: leave --trajectories out")
-    return images_of(method, needs, model.image_shape, model.class_names, data, progress, model.autoencoder)
+    source = images_of(method, needs, model.image_shape, model.class_names, data, progress)
+    return source if model.autoencoder is None else encoded(source, model.autoencoder, model.device)
 
 
 def require_callable(teacher: Teacher, device: str | torch.device, low_images: bool = False) -> None:
@@ -145,21 +147,19 @@ def images_of(
     class_names: Sequence[str],
     data: Any,
     progress: bool = True,
-    autoencoder: Autoencoder | None = None,
 ) -> Tensors:
-    """Images that a method learns from, or their latents, with labels where the student is told classes; or no data at all.
+    """Images that a method learns from, with labels where the student is told classes; or no data at all.
 
     Args:
         method: the method.
         needs: what its configuration needs, ``images`` or ``none``.
-        shape: of the images, ``(C, H, W)``; of a student that draws latents that of the decoded ones.
+        shape: of the images, ``(C, H, W)``.
         class_names: names of the student's classes.
         data: see :func:`advkd.training.denoisers.distill_denoiser`.
         progress: show a bar while glyphs are drawn.
-        autoencoder: of a student that draws latents; images are encoded once.
 
     Returns:
-        Source of images, of latents, or of nothing.
+        Source of images, or of nothing.
 
     Raises:
         InputError: data that is missing, or of another shape or other classes.
@@ -187,9 +187,25 @@ def images_of(
     _require_pictures(images)
     if labels is None and (needs.labels or class_names):
         raise InputError("data has no labels, and the student is told classes: name a folder of one folder a class")
-    if autoencoder is not None:
-        images = autoencoder.encode(images)
-    return Tensors(images=images) if labels is None else Tensors(images=images, labels=labels)
+    return Tensors(images=images, labels=labels)
+
+
+def encoded(source: Tensors, autoencoder: Autoencoder, device: torch.device) -> Tensors:
+    """Latents of images, once for all updates.
+
+    Args:
+        source: images and perhaps labels, or nothing.
+        autoencoder: of the latents.
+        device: where it runs; latents are where the images were.
+
+    Returns:
+        Source of latents. It is known by the images and the autoencoder, as latents differ in their last bits by device.
+    """
+    if not len(source):
+        return source
+    made_of = f"{autoencoder.sha256} {digest(source.tensors)}"
+    latents = {**source.tensors, "images": autoencoder.encode(source.tensors["images"], device)}
+    return Tensors(**latents, made_of=made_of)
 
 
 def fresh_student(data: str, channels: tuple[int, ...], device: str | torch.device = "cpu") -> DenoiserStudent:

@@ -20,6 +20,7 @@ from ..models.denoiser import with_condition
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, read_json, write_json
 from .checkpoint import CHECKPOINT, claim
+from .denoiser_data import encoded
 from .trainer import Trainer
 
 DATA = "data.json"
@@ -113,16 +114,16 @@ def _read(config, autoencoder, progress):
         channels, size, _ = autoencoder.image_shape
     if not config.conditional:
         images = load_images(config.data, size, channels, config.classes, config.images, progress).to(config.device)
-        return Tensors(images=_states(images, autoencoder)), None
+        return _states(Tensors(images=images), autoencoder), None
     images, labels, names = load_labelled(config.data, size, channels, config.classes, config.images, progress)
     # Without dropped labels the null class would never be trained.
     null = len(names) if config.drop else None
-    states = _states(images.to(config.device), autoencoder)
-    return Tensors(images=states, labels=labels), Classes(tuple(names), null)
+    source = Tensors(images=images.to(config.device), labels=labels)
+    return _states(source, autoencoder), Classes(tuple(names), null)
 
 
-def _states(images, autoencoder):
-    return images if autoencoder is None else autoencoder.encode(images)
+def _states(source, autoencoder):
+    return source if autoencoder is None else encoded(source, autoencoder, source.tensors["images"].device)
 
 
 def _start(config, autoencoder):

@@ -83,3 +83,22 @@ def test_numbers_that_cannot_work_are_refused_by_name(field):
     for value in NEVER[field]:
         with pytest.raises(InputError, match=f"^{field} must"):
             AutoencoderTrainingConfig(**{field: value}).validate()
+
+
+def test_a_killed_run_of_a_codebook_goes_on(tmp_path, monkeypatch):
+    """The codes and their average are those of a run that was not killed."""
+    whole = tiny_run(None, tmp_path / "whole", regularisation="vq", progress=False).run().state_dict()
+    original = Trainer.step
+
+    def killed(trainer):
+        if trainer.update == 5:
+            raise KeyboardInterrupt
+        return original(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", killed)
+        tiny_run(None, tmp_path / "killed", regularisation="vq", progress=False).run()
+    resumed = tiny_run(None, tmp_path / "killed", regularisation="vq", progress=False, resume=True)
+    assert resumed.update == 4
+    found = resumed.run().state_dict()
+    assert found.keys() == whole.keys() and all(torch.equal(tensor, whole[name]) for name, tensor in found.items())

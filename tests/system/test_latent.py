@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, VQModel
 from advkd.cli.main import main
 from advkd.data.dataset_info import TrajectoryConfig
 from advkd.data.images import load_images
+from advkd.data.sources import Tensors
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
 from advkd.diffusion.exact import GaussianTeacher
@@ -39,6 +41,7 @@ from advkd.methods.reparametrize import ReparametrizeConfig
 from advkd.models.autoencoder import Autoencoder, Pictured, build_autoencoder, scaling_of
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
+from advkd.training.denoiser_data import encoded
 from advkd.training.denoisers import distill_denoiser
 from advkd.training.distillation import distill
 
@@ -289,6 +292,26 @@ def test_a_student_of_another_autoencoder_is_refused(tmp_path):
     with pytest.raises(InputError, match="draws latents of the autoencoder .*, the student latents of the autoencoder"):
         distill_denoiser("reparametrize", ReparametrizeConfig(updates=1), student, tmp_path, teacher=teacher, data="digits")
     assert not list(tmp_path.iterdir())
+
+
+def test_latents_are_known_by_what_they_are_made_of():
+    """By images, labels and autoencoder: their own last bits depend on the machine that encodes, which may change."""
+    images, labels = load_images("digits", 32, 1)[:70], torch.arange(70) % 3
+    autoencoder, cpu = tiny_autoencoder(), torch.device("cpu")
+    source = Tensors(images=images, labels=labels)
+    found = encoded(source, autoencoder, cpu)
+    assert torch.equal(found.tensors["images"], autoencoder.encode(images)) and torch.equal(found.tensors["labels"], labels)
+    others = [
+        encoded(source, autoencoder.rescaled(2), cpu),
+        encoded(Tensors(images=images), autoencoder, cpu),
+        encoded(Tensors(images=images.flip(0), labels=labels), autoencoder, cpu),
+        encoded(Tensors(images=images, labels=labels.flip(0)), autoencoder, cpu),
+        found,
+    ]
+    assert len({other.identity()["tensors"] for other in others}) == len(others)
+    rounded = SimpleNamespace(sha256=autoencoder.sha256, encode=lambda images, device: 1.0000001 * autoencoder.encode(images))
+    assert encoded(source, rounded, cpu).identity() == found.identity()
+    assert len(encoded(Tensors(), autoencoder, cpu)) == 0
 
 
 @pytest.fixture(scope="module")
