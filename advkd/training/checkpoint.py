@@ -96,7 +96,7 @@ def claim(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> 
         if not resume:
             raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
     elif any((out / name).exists() for name in finished):
-        raise InputError(f"--out {out} holds a {what} already: name another folder")
+        raise InputError(f"--out {out} holds {'an' if what[0] in 'aeiou' else 'a'} {what} already: name another folder")
     elif resume:
         raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
     return out

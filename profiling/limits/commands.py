@@ -28,7 +28,7 @@ LIMIT = 300
 """Seconds after which a process counts as one that hangs."""
 
 RESUME_NEEDS_CHECKPOINT = "run without --resume"
-FINISHED = ("holds a teacher already", "holds a model already")
+FINISHED = ("holds a teacher already", "holds a model already", "holds an autoencoder already")
 """Words of the commands' refusals to repeat a run that is complete."""
 
 
@@ -99,6 +99,12 @@ def prepare(folder):
         ),
         Command("sample to a folder", student),
         Command("sample to a picture", student, out="picture.png"),
+        Command(
+            "autoencoder train",
+            ("autoencoder", "train", "--data", f"{folder}/pictures", "--size", "16", "--batch-size", "8")
+            + ("--channels", "8,8", *"--regularisation vq --codes 8 --steps 9 --checkpoint-every 2".split()),
+            resumes=True,
+        ),
     ]
     return {command.name: command for command in commands}
 
