@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 
 from advkd.errors import InputError
 from advkd.evaluation.compare import CompareConfig
@@ -112,12 +113,14 @@ def budgets():
     """A row for each student and solver, a column for each number of evaluations: distance, and precision and recall."""
     found = []
     for result in stored("budget"):
-        columns, models = set(), {}
+        columns, models, series = set(), {}, _series(result["rows"])
         for row in result["rows"]:
             column = _column(row, result["config"]["evaluations"])
-            cells_of = models.setdefault((row["kind"] == "solver", row["method"], stem(row["name"], row["evaluations"])), {})
+            name = _model(row["name"], row["evaluations"], series)
+            cells_of = models.setdefault((row["kind"] == "solver", row["method"], name), {})
             if column in cells_of:
-                raise InputError(f"{result['path']}: {row['name']} is there twice with {column} evaluations")
+                both = f"{cells_of[column]['name']} and {row['name']}"
+                raise InputError(f"{result['path']}: {both} are both {name} in column {column}: name their folders otherwise")
             cells_of[column] = row
             columns.add(column)
         table = [_budget(*model, models[model], sorted(columns)) for model in sorted(models)]
@@ -131,6 +134,21 @@ def _column(row, evaluations):
     """The number of evaluations that a row was allowed: some solvers take fewer than they are given."""
     allowed = [count for count in evaluations if count >= row["evaluations"]]
     return min(allowed) if row["kind"] == "solver" and allowed else row["evaluations"]
+
+
+def _series(rows):
+    """Folders of which several students, named by their evaluations, have a row: ``pd`` of ``pd/1`` and ``pd/2``."""
+    ends = [(row["name"].removesuffix(f"/{row['evaluations']}"), row) for row in rows]
+    folders = Counter(folder for folder, row in ends if folder != row["name"])
+    return {folder for folder, count in folders.items() if count > 1}
+
+
+def _model(name, evaluations, series):
+    """A row's name without its number of evaluations; of several trainings the first one's, and their number."""
+    first, *others = name.split("+")
+    folder = first.removesuffix(f"/{evaluations}")
+    shown = folder if folder in series else re.sub(r"(@\d+| \d+)$", "", first)
+    return shown + (f", {1 + len(others)} trainings" if others else "")
 
 
 def command(result):
@@ -148,10 +166,13 @@ def _budget(solver, method, name, rows, columns):
 
 
 def _costs(rows):
-    """The cost of a student's training, or of each of several."""
-    costs = {count: cost_of(row) for count, row in sorted(rows.items())}
-    several = len(set(costs.values())) > 1
-    return "<br>".join(f"{count}: {cost}" for count, cost in costs.items()) if several else next(iter(costs.values()))
+    """The cost of a student's training, or of the one behind each number of evaluations."""
+    costs = {}
+    for row in rows.values():
+        costs.setdefault(row["name"].partition("@")[0], []).append(row)
+    if len(costs) == 1:
+        return cost_of(next(iter(rows.values())))
+    return "<br>".join(f"{own[0]['evaluations']}: {cost_of(own[0])}" for own in costs.values())
 
 
 def _quality(row, column):
@@ -160,9 +181,3 @@ def _quality(row, column):
     shares = " / ".join(f"{real[name]['value']:.3f}" for name in ("precision", "recall"))
     fewer = f"<br>(with {row['evaluations']})" if row["evaluations"] != column else ""
     return f"{said(real['frechet'], 3, several)}<br>{shares}{fewer}"
-
-
-def stem(name, evaluations):
-    """A row's name without its number of evaluations: ``cd@1`` and ``cd``, ``pd/1`` and ``pd/2``, ``ddim 4`` and ``ddim 8``."""
-    first, *others = [re.sub(rf"(/{evaluations}|@\d+| \d+)$", "", part) for part in name.split("+")]
-    return first + (f", {1 + len(others)} trainings" if others else "")

@@ -1,5 +1,6 @@
 """Data sets as the trainer reads them: rows in, a batch of tensors out."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -76,7 +77,7 @@ class Tensors:
         images: ``(N, ...)``; images of 8 bits become floating point in [-1, 1].
         labels: ``(N,)`` int64 classes.
         rows: numbers of the rows that are used (None: all).
-        made_of: text that the tensors are known by (empty: their own digest).
+        made_of: text that stands for the tensors in :meth:`identity` (empty: none).
     """
 
     def __init__(
@@ -95,13 +96,15 @@ class Tensors:
         return len(used[0]) if used else 0
 
     def identity(self) -> dict[str, Any]:
-        """Digest of the tensors.
+        """Digest of the tensors, or of what they are made of.
 
         Returns:
-            ``{"tensors": ...}``: ``made_of``, or the hexadecimal SHA-256 of names, dtypes, shapes and contents and of ``rows``.
+            ``{"tensors": ...}``, the hexadecimal SHA-256 of names, dtypes, shapes and contents, of ``rows`` too.
         """
         rows = {} if self._rows is None else {"rows": self._rows}
-        return {"tensors": self._made_of or digest({**self.tensors, **rows})}
+        if self._made_of:
+            return {"tensors": hashlib.sha256(f"{self._made_of} {digest(rows)}".encode()).hexdigest()}
+        return {"tensors": digest({**self.tensors, **rows})}
 
     def batch(self, rows: Sequence[int], levels: Sequence[int], device: torch.device, dtype: torch.dtype) -> Batch:
         """The tensors' rows; see :class:`Source`.

@@ -252,7 +252,7 @@ class AdvKD(Method):
         """Recorded levels; pairs where a distance compares with the teacher's image of the same noise."""
         config = self.config
         paired, labels = bool(config.mse or config.kl or config.conditional), bool(self.student.num_classes)
-        averaged, backend = config.targets == "image", config.critic_backend
+        averaged, backend = config.targets == "image", config.critic_backend if config.wasserstein else "autograd"
         needs = Needs("levels", paired, labels=labels, averaged=averaged, critic_backend=backend)
         return replace(needs, limit=config.pairs, grow=config.grow, grow_every=config.grow_every)
 

@@ -30,7 +30,7 @@ class Needs:
         limit: number of recorded trajectories that are used (0: all).
         grow: trajectories that the teacher adds after every ``grow_every`` updates (0: none).
         grow_every: updates between two such additions.
-        critic_backend: backend of critics' updates; ``autograd``: none.
+        critic_backend: backend of the kernels of critics' updates; ``autograd`` where there are no kernels, or no critics.
     """
 
     data: str

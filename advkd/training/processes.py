@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import BackendUnavailableError, InputError
 from ..methods.base import Method, Needs, Stage
-from ..ops.registry import choose
+from ..ops.critic.update import critic_gap
 from ..runtime import launcher
 from ..runtime.devices import require_device
 from ..runtime.hub import reason
@@ -71,7 +71,7 @@ def require_fit(processes: Any, method: Method, needs: Needs, stages: Sequence[S
 
     Raises:
         InputError: several processes for a method of one, or for batches that they do not divide.
-        BackendUnavailableError: critics' kernels that cannot run on the device.
+        BackendUnavailableError: kernels for critics that cannot run on the device.
     """
     world = processes.num_processes
     if world > 1 and not method.parallel:
@@ -79,8 +79,11 @@ def require_fit(processes: Any, method: Method, needs: Needs, stages: Sequence[S
     if any(stage.batch_size % world for stage in stages):
         sizes = ", ".join(map(str, dict.fromkeys(stage.batch_size for stage in stages)))
         raise InputError(f"batches of {sizes} samples must be divisible by the {world} processes")
-    if needs.critic_backend != "autograd":
-        choose("gradient_penalty", needs.critic_backend, processes.device)
+    if needs.critic_backend in ("auto", "autograd"):
+        return
+    if why := critic_gap(needs.critic_backend, processes.device):
+        wish = f"critic_backend {needs.critic_backend} cannot run on {processes.device} ({why})"
+        raise BackendUnavailableError(f"{wish}: take auto or autograd")
 
 
 def barrier() -> None:

@@ -112,12 +112,12 @@ def prepare(folder):
 def _import_all():
     """Import all modules that the commands use, so that forked processes need not."""
     import accelerate  # noqa: F401
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel  # noqa: F401
     from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
     from tensorboard.summary.writer import record_writer  # noqa: F401
 
     from advkd.cli import main, sample  # noqa: F401
-    from advkd.training import classifier, distillation, teacher  # noqa: F401
+    from advkd.training import autoencoder, classifier, distillation, teacher  # noqa: F401
 
 
 def _write_inputs(folder, config, recording, student, teacher, unet):

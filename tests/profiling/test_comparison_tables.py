@@ -82,23 +82,29 @@ def test_differences_are_those_of_the_pages_whichever_way_they_are_stored(monkey
 
 def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkeypatch):
     """Students of several folders share a row, each training with its cost; solvers stand where they were allowed to."""
-    one, two, four = (
-        {**row("pd/1", 3.0, 1, {"forward": 7_000, "backward": 5_000}), "evaluations": 1},
+    cost = {"forward": 7_000, "backward": 5_000}
+    students = [
+        {**row("pd/1", 3.0, 1, cost), "evaluations": 1},
         {**row("pd/4@2", 5.0), "evaluations": 2},
-        {**row("pd/4", 2.0), "evaluations": 4},
-    )
+        {**row("pd/4", 2.0, 1, cost), "evaluations": 4},
+        {**row("cd@1", 6.0, 1, cost), "evaluations": 1},
+        {**row("cd", 7.0, 1, cost), "evaluations": 2},
+        {**row("seed/1", 8.0, 1, cost), "evaluations": 1},  # its number is not one of a series
+    ]
     solver = {**row("heun 3", 4.0), "method": "heun", "kind": "solver", "evaluations": 3}
     several = {**row("a@1+b@1", 1.0, 2, {"forward": 12_000, "backward": 3_000}), "evaluations": 1}
     config = {"students": "a b,c", "solvers": "", "evaluations": [4, 8], "fine_steps": 20, "num": 10_000}
-    result = {**RESULT, "rows": [solver, one, several, two, four], "config": config, "teacher": {"name": "digits"}}
+    result = {**RESULT, "rows": [solver, several, *students], "config": config, "teacher": {"name": "digits"}}
     monkeypatch.setattr(comparison_tables, "stored", lambda name: [result] if name == "budget" else [])
     _, _, titles, _, *rows, _, _, _, _, made, _ = comparison_tables.budgets()
     assert made == "advkd compare --teacher digits --students 'a b,c' --evaluations 4,8 --fine-steps 20 --out comparison"
     assert titles == "| method | student | 1 evaluation | 2 evaluations | 4 evaluations | training |"
     assert rows == [
         f"| progressive | `a, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  |  | 12,000 / 3,000 |",
-        f"| progressive | `pd` | {cell(3)} |  | {cell(2)} | 1: 7,000 / 5,000<br>4: not recorded |",
+        f"| progressive | `cd` | {cell(6)} | {cell(7)} |  | 7,000 / 5,000 |",
+        f"| progressive | `pd` | {cell(3)} |  | {cell(2)} | 1: 7,000 / 5,000<br>4: 7,000 / 5,000 |",
         f"| progressive | `pd/4` |  | {cell(5)} |  | not recorded |",
+        f"| progressive | `seed/1` | {cell(8)} |  |  | 7,000 / 5,000 |",
         f"| heun | teacher |  |  | {cell(4)}<br>(with 3) |  |",
     ]
 
@@ -107,13 +113,9 @@ def cell(value):
     return f"{value:.3f} ({value - 0.5:.3f} to {value + 0.5:.3f})<br>{value:.3f} / {value:.3f}"
 
 
-def test_stems(monkeypatch):
-    names = {"pd/4": ("pd", 4), "pd/4@2": ("pd/4", 2), "simulated/3@4": ("simulated/3", 4), "simulated/3": ("simulated/3", 8)}
-    names |= {"cd@1": ("cd", 1), "rf2-1": ("rf2-1", 1), "unipc-2 8": ("unipc-2", 8), "di": ("di", 1)}
-    assert {name: (comparison_tables.stem(name, count), count) for name, (_, count) in names.items()} == names
-    assert comparison_tables.stem("s0/4@2+s1/4@2+s2/4@2", 2) == "s0/4, 3 trainings"
+def test_rows_of_one_name_are_refused(monkeypatch):
     rows = [{**row("cd@1", 1.0), "evaluations": 1}, {**row("cd", 2.0), "evaluations": 1}]
     result = {**RESULT, "rows": rows, "config": {"evaluations": [4]}}
     monkeypatch.setattr(comparison_tables, "stored", lambda name: [result])
-    with pytest.raises(InputError, match="comparison.json: cd is there twice with 1 evaluations"):
+    with pytest.raises(InputError, match="comparison.json: cd@1 and cd are both cd in column 1: name their folders otherwise"):
         comparison_tables.budgets()

@@ -309,8 +309,13 @@ def test_latents_are_known_by_what_they_are_made_of():
         found,
     ]
     assert len({other.identity()["tensors"] for other in others}) == len(others)
-    rounded = SimpleNamespace(sha256=autoencoder.sha256, encode=lambda images, device: 1.0000001 * autoencoder.encode(images))
-    assert encoded(source, rounded, cpu).identity() == found.identity()
+    asked = []
+    rounded = SimpleNamespace(
+        sha256=autoencoder.sha256,
+        encode=lambda images, device: asked.append(device) or 1.0000001 * autoencoder.encode(images),
+    )
+    assert encoded(source, rounded, torch.device("meta")).identity() == found.identity()
+    assert asked == [torch.device("meta")]
     assert len(encoded(Tensors(), autoencoder, cpu)) == 0
 
 

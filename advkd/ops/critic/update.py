@@ -118,6 +118,19 @@ def critic_gradients(
     return update
 
 
+def critic_gap(backend: str, device: torch.device) -> str | None:
+    """The reason why a backend's kernels cannot run a critic's update on a device.
+
+    Args:
+        backend: one of :data:`advkd.ops.registry.BACKENDS`.
+        device: the samples' device.
+
+    Returns:
+        The reason as text, or None.
+    """
+    return registry.gap("gradient_penalty", backend, device)
+
+
 def critic_step(
     critic: torch.nn.Module, real: torch.Tensor, fake: torch.Tensor, *, synchronize: bool = True, **options: Any
 ) -> CriticGradients:
