@@ -21,8 +21,8 @@ from .students import ToyModel, ToyNetwork
 
 TRAINED = 2**14
 """Points or pairs that students learn from."""
-PATHS = 48
-"""Paths that a picture shows."""
+PATHS, NOISY_PATHS = 48, 6
+"""Paths that a picture shows, and those of a solver that adds noise, which entangles them."""
 PAIRS = Solver("unipc-2"), 30
 """Solver and steps of the teacher's pairs."""
 EXACT = "exact teacher"
@@ -172,9 +172,10 @@ class Laboratory:
         solver = as_solver(solver)
         z = model.noise(self.num, FRESH + self.seed)
         levels = [*solver.levels(model.schedule, steps)[1:], IMAGE]
-        states = [z[:PATHS].float()]
+        few = NOISY_PATHS if solver.stochastic else PATHS
+        states = [z[:few].float()]
         for (_, x), level in zip(model.path(z, solver, steps, FRESH + self.seed), levels, strict=True):
-            states.append((x[:PATHS] / (level.alpha + level.noise)).float())
+            states.append((x[:few] / (level.alpha + level.noise)).float())
         outcome.samples[title], outcome.paths[title] = x.float(), torch.stack(states)
         outcome.evaluations[title] = solver.evaluations(steps)
 

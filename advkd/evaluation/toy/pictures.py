@@ -23,8 +23,6 @@ EXTENT = 2.4
 SHOWN = 1500
 """Points of a picture."""
 MARKERS = "osXD^vPd<>p*h8"
-SMOOTH, FEW = 42, 6
-"""States of a path up to which all paths are shown, and paths that are shown of longer ones, which noise entangles."""
 COLOURS_KEPT = 128
 """Colours of a picture's palette, which takes a third of the bytes."""
 ARROWS = 17
@@ -109,7 +107,6 @@ def show_paths(axis: "Axes", data: ToyData, paths: Tensor) -> None:
         paths: ``(steps + 1, n, 2)``.
     """
     show_plane(axis, data)
-    paths = paths if len(paths) <= SMOOTH else paths[:, :FEW]
     for path in paths.transpose(0, 1).numpy():
         axis.plot(path[:, 0], path[:, 1], color=INK, lw=0.6, alpha=0.6)
     (x, y), (ends_x, ends_y) = paths[0].T.numpy(), paths[-1].T.numpy()
