@@ -67,6 +67,11 @@ DIFFERENCES = (
     ("simulated/3", "unipc-2 8"),
     ("cfd/1", "pd-on/1"),
     ("cfd/2", "pd-on/2"),
+    ("ddgan/4", "ddgan/1"),
+    ("ddgan/4", "ddgan/4@1"),
+    ("ddgan/4", "pd/4"),
+    ("ddgan/1", "digits"),
+    ("ddgan/1", "di-gan"),
 )
 """Pairs of rows that the pages speak of."""
 

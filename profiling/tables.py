@@ -113,6 +113,7 @@ TABLES = {
     "differences": comparison_tables.differences,
     "budgets": comparison_tables.budgets,
     "latents": functools.partial(comparison_tables.lines, "latent"),
+    "codes": functools.partial(comparison_tables.lines, "latent_codes"),
     **{f"students_of_{name}": comparison_tables.of_method(name) for name in comparison_tables.METHODS},
     "guidance": guidance.lines,
     "guided": guided.lines,
