@@ -13,7 +13,7 @@ from operator import itemgetter
 from advkd.errors import InputError
 from advkd.runtime.files import write_bytes
 
-from . import billion, comparison_tables, front, roofline, solver_tables
+from . import billion, comparison_tables, front, roofline, solver_tables, toy_tables
 from .cases import cascade, glyphs, guidance, guided, neighbours, recovery, score_error, straightness
 from .cases import tables as cases
 from .evidence import NOTHING, ROOT, checked, device_of, figure, link, source, stale, stored
@@ -121,6 +121,7 @@ TABLES = {
     "straightness": straightness.lines,
     "recovery": recovery.lines,
     "cascade": cascade.lines,
+    "toy": toy_tables.lines,
     "score_error": score_error.lines,
     "roofline": roofline.TABLE.lines,
     "counts": counts,

@@ -1,0 +1,31 @@
+"""Table of the plane's samples from stored results of ``advkd toy``."""
+
+import math
+
+from advkd.evaluation.toy.data import DATA
+
+from .evidence import NOTHING, markdown, source, stored
+
+
+def lines():
+    """A row for every picture of samples, with modes, share of good samples and width for each data set."""
+    found = []
+    for result in stored("toy"):
+        num, data = result["config"]["samples"], result["data"]
+        error = 50 / math.sqrt(num)
+        found += source(result, [], f"{num:,} samples a row, so that standard errors of shares are at most {error:.1f} %")
+        titles = ["row", "samples", "evaluations"]
+        titles += [f"{name}: modes, within, width" for name in data]
+        rows = zip(*(each["rows"] for each in data.values()), strict=True)
+        found += [*markdown(titles, [_cells(same, list(data)) for same in rows]), ""]
+    return found[:-1] or NOTHING
+
+
+def _cells(rows, names):
+    first = rows[0]
+    totals = [DATA[name]().total for name in names]
+    measured = [
+        f"{round(row['modes'] * total)} of {total}, {row['within']:.0%}, {row['width']:.2f}"
+        for row, total in zip(rows, totals, strict=True)
+    ]
+    return [f"`{first['row']}`", first["samples"], first["evaluations"] or "-", *measured]
