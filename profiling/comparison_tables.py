@@ -173,7 +173,7 @@ def _budget(solver, method, name, rows, columns):
 def _costs(rows):
     """The cost of a student's training, or of the one behind each number of evaluations."""
     costs = {}
-    for row in rows.values():
+    for _, row in sorted(rows.items()):
         costs.setdefault(row["name"].partition("@")[0], []).append(row)
     if len(costs) == 1:
         return cost_of(next(iter(rows.values())))
