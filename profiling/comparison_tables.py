@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 
 from advkd.errors import InputError
-from advkd.evaluation.compare import CompareConfig
+from advkd.evaluation.compare import FEW, CompareConfig
 from advkd.evaluation.comparison_page import cells, cost_of, reading, said
 
 from .evidence import NOTHING, markdown, source, stored
@@ -131,8 +131,17 @@ def budgets():
         table = [_budget(*model, models[model], sorted(columns)) for model in sorted(models)]
         titles = ["method", "student", *(f"{count} evaluation{'s' * (count > 1)}" for count in sorted(columns)), "training"]
         above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
-        found += [*above, *markdown(titles, table), "", reading(result), "", "```sh", command(result), "```", ""]
+        below = reading(result) + _shorter(result["config"])
+        found += [*above, *markdown(titles, table), "", below, "", "```sh", command(result), "```", ""]
     return found[:-1] or NOTHING
+
+
+def _shorter(config):
+    """A sentence about rows with fewer images, if there are any: their distances are not those of the others."""
+    if not config["num_long"]:
+        return ""
+    more = f"Rows of more than {FEW} evaluations have {config['num_long']:,} images and the others {config['num']:,}"
+    return f" {more}: fewer images raise a distance."
 
 
 def _column(row, evaluations):

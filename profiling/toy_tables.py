@@ -16,14 +16,13 @@ def lines():
         found += source(result, [], f"{num:,} samples a row, so that standard errors of shares are at most {error:.1f} %")
         titles = ["row", "samples", "evaluations"]
         titles += [f"{name}: modes, within, width" for name in data]
-        rows = zip(*(each["rows"] for each in data.values()), strict=True)
-        found += [*markdown(titles, [_cells(same, list(data)) for same in rows]), ""]
+        rows, totals = zip(*(each["rows"] for each in data.values()), strict=True), [DATA[name]().total for name in data]
+        found += [*markdown(titles, [_cells(same, totals) for same in rows]), ""]
     return found[:-1] or NOTHING
 
 
-def _cells(rows, names):
+def _cells(rows, totals):
     first = rows[0]
-    totals = [DATA[name]().total for name in names]
     measured = [
         f"{round(row['modes'] * total)} of {total}, {row['within']:.0%}, {row['width']:.2f}"
         for row, total in zip(rows, totals, strict=True)

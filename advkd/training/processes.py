@@ -60,7 +60,7 @@ def processes_of(mixed_precision: str, device: str | torch.device) -> Any:
         raise InputError(f"mixed_precision {mixed_precision} on {device}: {reason(error)}") from error
 
 
-def require_fit(processes: Any, method: Method, needs: Needs, stages: Sequence[Stage]) -> None:
+def require_runnable(processes: Any, method: Method, needs: Needs, stages: Sequence[Stage]) -> None:
     """Refuse what these processes cannot run.
 
     Args:

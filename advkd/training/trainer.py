@@ -28,7 +28,7 @@ from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
 from .checkpoint import CHECKPOINT, Running, claim, file_state, read_checkpoint, require_room, write_checkpoint
 from .log import Log
-from .processes import GROUP, processes_of, require_fit, share
+from .processes import GROUP, processes_of, require_runnable, share
 
 
 class Trainer:
@@ -89,7 +89,7 @@ class Trainer:
         self.settings, self.stages = method.settings(), method.stages()
         self._require_intervals()
         self.accelerator = processes_of(self.settings.mixed_precision, device)
-        require_fit(self.accelerator, method, self.needs, self.stages)
+        require_runnable(self.accelerator, method, self.needs, self.stages)
         self.out = claim(out, resume, finished, what)
         self.checkpoint = self.out / CHECKPOINT
         self._watched = [self.out / name for name in (CHECKPOINT, *finished)]

@@ -93,11 +93,17 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
     ]
     solver = {**row("heun 3", 4.0), "method": "heun", "kind": "solver", "evaluations": 3}
     several = {**row("a@1+b@1", 1.0, 2, {"forward": 12_000, "backward": 3_000}), "evaluations": 1}
-    config = {"students": "a b,c", "solvers": "", "evaluations": [4, 8], "fine_steps": 20, "num": 10_000}
+    config = {"students": "a b,c", "solvers": "", "evaluations": [4, 8], "fine_steps": 20, "num": 10_000, "num_long": 2_000}
     result = {**RESULT, "rows": [solver, several, *students], "config": config, "teacher": {"name": "digits"}}
     monkeypatch.setattr(comparison_tables, "stored", lambda name: [result] if name == "budget" else [])
-    _, _, titles, _, *rows, _, _, _, _, made, _ = comparison_tables.budgets()
-    assert made == "advkd compare --teacher digits --students 'a b,c' --evaluations 4,8 --fine-steps 20 --out comparison"
+    _, _, titles, _, *rows, _, below, _, _, made, _ = comparison_tables.budgets()
+    assert below.endswith(
+        "Rows of more than 8 evaluations have 2,000 images and the others 10,000: fewer images raise a distance."
+    )
+    assert (
+        made
+        == "advkd compare --teacher digits --students 'a b,c' --evaluations 4,8 --fine-steps 20 --num-long 2000 --out comparison"
+    )
     assert titles == "| method | student | 1 evaluation | 2 evaluations | 4 evaluations | training |"
     assert rows == [
         f"| progressive | `a, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  |  | 12,000 / 3,000 |",
