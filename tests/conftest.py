@@ -38,6 +38,7 @@ from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
+from advkd.training.trainer import Trainer
 
 from .forked import ROOT, SEEDS, Forked, Fresh
 
@@ -238,6 +239,21 @@ def fork_ranks(*arguments, world=2, environment=None, timeout=240, by=fork):
 
 def process_environment(changes=None):
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(changes or {})}
+
+
+@contextlib.contextmanager
+def killed_after(updates):
+    """Context in which a training ends by Ctrl-C after so many updates."""
+    step = Trainer.step
+
+    def killed(trainer):
+        if trainer.done == updates:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", killed)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

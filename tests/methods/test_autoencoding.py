@@ -11,6 +11,8 @@ from advkd.methods.autoencoding import AutoencoderTrainingConfig, Autoencoding
 from advkd.models.autoencoder import build_autoencoder
 from advkd.training.trainer import Trainer
 
+from ..conftest import killed_after
+
 
 def tiny_run(data, out, seed=0, weights=0, regularisation="kl", **options):
     """Six updates on random pictures."""
@@ -85,18 +87,10 @@ def test_numbers_that_cannot_work_are_refused_by_name(field):
             AutoencoderTrainingConfig(**{field: value}).validate()
 
 
-def test_a_killed_run_of_a_codebook_goes_on(tmp_path, monkeypatch):
+def test_a_killed_run_of_a_codebook_goes_on(tmp_path):
     """The codes and their average are those of a run that was not killed."""
     whole = tiny_run(None, tmp_path / "whole", regularisation="vq", progress=False).run().state_dict()
-    original = Trainer.step
-
-    def killed(trainer):
-        if trainer.update == 5:
-            raise KeyboardInterrupt
-        return original(trainer)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
+    with killed_after(5):
         tiny_run(None, tmp_path / "killed", regularisation="vq", progress=False).run()
     resumed = tiny_run(None, tmp_path / "killed", regularisation="vq", progress=False, resume=True)
     assert resumed.update == 4

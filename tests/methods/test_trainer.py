@@ -15,7 +15,7 @@ from advkd.training.distillation import distill
 from advkd.training.teacher import train_teacher
 from advkd.training.trainer import Trainer
 
-from ..conftest import tiny_student
+from ..conftest import killed_after, tiny_student
 from .test_classification import ClassifierTrainingConfig
 from .test_denoising import TeacherTrainingConfig
 
@@ -152,7 +152,7 @@ def test_what_cannot_run_is_refused_before_work(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["teacher", "classifier"])
-def test_an_unfinished_training_does_not_go_on_with_other_data(kind, tmp_path, monkeypatch):
+def test_an_unfinished_training_does_not_go_on_with_other_data(kind, tmp_path):
     from PIL import Image
 
     for place in ("a", "b"):
@@ -164,15 +164,7 @@ def test_an_unfinished_training_does_not_go_on_with_other_data(kind, tmp_path, m
     make = {"teacher": TeacherTrainingConfig, "classifier": ClassifierTrainingConfig}[kind]
     small = {"channels": (8,)} if kind == "teacher" else {"num_features": 4}
     configs = [make(data=str(tmp_path / place), steps=4, batch_size=2, checkpoint_every=2, **small) for place in ("a", "b")]
-    step = Trainer.step
-
-    def killed(trainer):
-        if trainer.done == 3:
-            raise KeyboardInterrupt
-        return step(trainer)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
+    with killed_after(3):
         train(configs[0], tmp_path / "out", progress=False)
     with pytest.raises(InputError, match="another data, tensors"):
         train(configs[1], tmp_path / "out", resume=True, progress=False)

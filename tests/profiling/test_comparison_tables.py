@@ -97,13 +97,10 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
     result = {**RESULT, "rows": [solver, several, *students], "config": config, "teacher": {"name": "digits"}}
     monkeypatch.setattr(comparison_tables, "stored", lambda name: [result] if name == "budget" else [])
     _, _, titles, _, *rows, _, below, _, _, made, _ = comparison_tables.budgets()
-    assert below.endswith(
-        "Rows of more than 8 evaluations have 2,000 images and the others 10,000: fewer images raise a distance."
-    )
-    assert (
-        made
-        == "advkd compare --teacher digits --students 'a b,c' --evaluations 4,8 --fine-steps 20 --num-long 2000 --out comparison"
-    )
+    told = "Rows of more than 8 evaluations have 2,000 images and the others 10,000: fewer images raise a distance."
+    assert below.endswith(told)
+    options = "--evaluations 4,8 --fine-steps 20 --num-long 2000"
+    assert made == f"advkd compare --teacher digits --students 'a b,c' {options} --out comparison"
     assert titles == "| method | student | 1 evaluation | 2 evaluations | 4 evaluations | training |"
     assert rows == [
         f"| progressive | `a, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  |  | 12,000 / 3,000 |",

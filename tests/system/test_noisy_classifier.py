@@ -13,7 +13,8 @@ from advkd.methods.classification import ClassifierTrainingConfig
 from advkd.models.classifier import Classifier, ClassifierConfig, add_noise
 from advkd.runtime.files import digest
 from advkd.training.classifier import train_classifier
-from advkd.training.trainer import Trainer
+
+from ..conftest import killed_after
 
 CONFIG = ClassifierConfig(image_size=8, classes=3, channels=(8,), num_features=4, noisy=True)
 ALPHA_BARS = torch.tensor([0.9999, 0.5, 1e-4], dtype=torch.float64)
@@ -115,18 +116,10 @@ def test_accuracy_falls_with_the_noise(trained):
     assert classifier.log_probability(x, 0.5, LABELS[:2]).shape == (2,)
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
     config = ClassifierTrainingConfig(size=8, steps=4, batch_size=8, checkpoint_every=2, noisy=True, schedule="cosine")
     train_classifier(config, tmp_path / "whole", progress=False)
-    step = Trainer.step
-
-    def killed(trainer):
-        if trainer.done == 3:
-            raise KeyboardInterrupt
-        return step(trainer)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", killed)
+    with killed_after(3):
         train_classifier(config, tmp_path / "killed", progress=False)
     train_classifier(config, tmp_path / "killed", progress=False, resume=True)
     for name in ("config.json", "training.json", "diffusion_pytorch_model.safetensors"):
