@@ -152,17 +152,16 @@ def _column(row, evaluations):
 
 def _series(rows):
     """Folders of which several students, named by their evaluations, have a row: ``pd`` of ``pd/1`` and ``pd/2``."""
-    ends = [(row["name"].removesuffix(f"/{row['evaluations']}"), row) for row in rows]
-    folders = Counter(folder for folder, row in ends if folder != row["name"])
+    names = [(row["name"].partition("+")[0], f"/{row['evaluations']}") for row in rows]
+    folders = Counter(name.removesuffix(end) for name, end in names if name.endswith(end))
     return {folder for folder, count in folders.items() if count > 1}
 
 
 def _model(name, evaluations, series):
-    """A row's name without its number of evaluations; of several trainings the first one's, and their number."""
-    first, *others = name.split("+")
+    """A row's name without its number of evaluations; of several trainings the first one's."""
+    first = name.partition("+")[0]
     folder = first.removesuffix(f"/{evaluations}")
-    shown = folder if folder in series else re.sub(r"(@\d+| \d+)$", "", first)
-    return shown + (f", {1 + len(others)} trainings" if others else "")
+    return folder if folder in series else re.sub(r"(@\d+| \d+)$", "", first)
 
 
 def command(result):
@@ -190,8 +189,9 @@ def _costs(rows):
 
 
 def _quality(row, column):
-    """Distance to real images with its interval, over precision and recall; and the evaluations, if fewer than allowed."""
-    real, several = row["real"], len(row["trainings"]) > 1
+    """Distance to real images with its interval, over precision and recall; the trainings; the evaluations if not as allowed."""
+    real, trainings = row["real"], len(row["trainings"])
     shares = " / ".join(f"{real[name]['value']:.3f}" for name in ("precision", "recall"))
     fewer = f"<br>(with {row['evaluations']})" if row["evaluations"] != column else ""
-    return f"{said(real['frechet'], 3, several)}<br>{shares}{fewer}"
+    several = f"<br>({trainings} trainings)" if trainings > 1 else ""
+    return f"{said(real['frechet'], 3, bool(several))}<br>{shares}{several}{fewer}"

@@ -84,7 +84,7 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
     """Students of several folders share a row, each training with its cost; solvers stand where they were allowed to."""
     cost = {"forward": 7_000, "backward": 5_000}
     students = [
-        {**row("pd/1", 3.0, 1, cost), "evaluations": 1},
+        {**row("pd/1+other/pd", 3.0, 2, cost), "evaluations": 1},
         {**row("pd/4@2", 5.0), "evaluations": 2},
         {**row("pd/4", 2.0, 1, cost), "evaluations": 4},
         {**row("cd@1", 6.0, 1, cost), "evaluations": 1},
@@ -103,9 +103,9 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
     assert made == f"advkd compare --teacher digits --students 'a b,c' {options} --out comparison"
     assert titles == "| method | student | 1 evaluation | 2 evaluations | 4 evaluations | training |"
     assert rows == [
-        f"| progressive | `a, 2 trainings` | {cell(1)[:22]} [0.900 to 1.100]{cell(1)[22:]} |  |  | 12,000 / 3,000 |",
+        f"| progressive | `a` | {of_two(1)} |  |  | 12,000 / 3,000 |",
         f"| progressive | `cd` | {cell(6)} | {cell(7)} |  | 7,000 / 5,000 |",
-        f"| progressive | `pd` | {cell(3)} |  | {cell(2)} | 1: 7,000 / 5,000<br>4: 7,000 / 5,000 |",
+        f"| progressive | `pd` | {of_two(3)} |  | {cell(2)} | 1: 7,000 / 5,000<br>4: 7,000 / 5,000 |",
         f"| progressive | `pd/4` |  | {cell(5)} |  | not recorded |",
         f"| progressive | `seed/1` | {cell(8)} |  |  | 7,000 / 5,000 |",
         f"| heun | teacher |  |  | {cell(4)}<br>(with 3) |  |",
@@ -114,6 +114,11 @@ def test_a_row_for_each_model_and_a_column_for_each_number_of_evaluations(monkey
 
 def cell(value):
     return f"{value:.3f} ({value - 0.5:.3f} to {value + 0.5:.3f})<br>{value:.3f} / {value:.3f}"
+
+
+def of_two(value):
+    distance, shares = cell(value).split("<br>")
+    return f"{distance} [{value - 0.1:.3f} to {value + 0.1:.3f}]<br>{shares}<br>(2 trainings)"
 
 
 def test_rows_of_one_name_are_refused(monkeypatch):
