@@ -189,7 +189,7 @@ def _costs(rows):
 
 
 def _quality(row, column):
-    """Distance to real images with its interval, over precision and recall; the trainings; the evaluations if not as allowed."""
+    """Distance to real images with its interval, precision and recall, its trainings, and evaluations other than allowed."""
     real, trainings = row["real"], len(row["trainings"])
     shares = " / ".join(f"{real[name]['value']:.3f}" for name in ("precision", "recall"))
     fewer = f"<br>(with {row['evaluations']})" if row["evaluations"] != column else ""

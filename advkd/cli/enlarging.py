@@ -1,5 +1,6 @@
 """The stages of ``advkd sample --cascade``, which enlarge what another model draws."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import tee
 from typing import Any
@@ -11,6 +12,7 @@ from ..diffusion.denoiser_student import DenoiserStudent
 from ..diffusion.solvers import Solver
 from ..diffusion.students import student_class
 from ..diffusion.teacher import Teacher
+from ..errors import InputError
 from .output import Draw
 
 
@@ -31,13 +33,23 @@ def load_stages(
     Raises:
         InputError: files that cannot be read, or models that take no low image.
     """
-    stages = []
-    for source in sources:
-        if student_class(source) is DenoiserStudent:
-            stages.append(SuperResolution(DenoiserStudent.from_pretrained(source, device)))
-        else:
-            stages.append(SuperResolution(Teacher.from_pretrained(source, device), solver, steps))
-    return stages
+    with _naming("--cascade"):
+        return [_stage(source, device, solver, steps) for source in sources]
+
+
+def _stage(source, device, solver, steps):
+    if student_class(source) is DenoiserStudent:
+        return SuperResolution(DenoiserStudent.from_pretrained(source, device))
+    return SuperResolution(Teacher.from_pretrained(source, device), solver, steps)
+
+
+@contextlib.contextmanager
+def _naming(option):
+    """Give the error of what ``option`` named its name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
 
 
 def enlarged(
@@ -62,7 +74,8 @@ def enlarged(
     if not stages:
         return draw, record, shape_of(base)[-1], ""
     cascade = Cascade(base, *stages)
-    levels = cascade.levels(level)
+    with _naming("--cascade-level"):
+        levels = cascade.levels(level)
 
     def draw_enlarged(parts: Iterator[tuple[int, int]]) -> Iterator[torch.Tensor]:
         parts, places = tee(parts)

@@ -337,8 +337,8 @@ def _require_known(config, where):
         raise InputError(f"autoencoder {where} is a {kind}; diffusers' {' and '.join(KINDS.values())} are supported")
     require_ordinary(config, f"autoencoder {where}")
     if scaling is None:
-        remedy = 'add "scaling_factor", 1 over the standard deviation of its latents, to its config.json'
-        raise InputError(f"autoencoder {where} has no scaling factor: {remedy} ('advkd autoencoder train' writes it)")
+        remedy = 'add "scaling_factor" to its config.json, the one that its teacher was trained with (1 for unscaled latents)'
+        raise InputError(f"autoencoder {where} has no scaling factor: {remedy}; 'advkd autoencoder train' writes it")
     if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
         raise InputError(f"autoencoder {where}: scaling_factor must be positive and finite, got {scaling!r}")
     if shifts := [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name) is not None]:

@@ -52,13 +52,19 @@ def _private_folder(folder):
     return folder
 
 
-def require_output_folder(path: str | Path, option: str = "--out") -> Path:
-    """Refuse an output path that is a file or cannot be written to; create the folder."""
+def require_folder_path(path: str | Path, option: str = "--out") -> Path:
+    """Refuse an output path that cannot become a folder; nothing is created."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{option} {path} is a file; name a folder")
     if path.is_symlink() and not path.exists():
         raise InputError(f"{option} {path} is a link to {os.path.realpath(path)}, which does not exist: make that folder")
+    return path
+
+
+def require_output_folder(path: str | Path, option: str = "--out") -> Path:
+    """Refuse an output path that is a file or cannot be written to; create the folder."""
+    path = require_folder_path(path, option)
     try:
         with writing(path):
             make_folder(path)

@@ -15,7 +15,7 @@ from ..models.autoencoder import TOGETHER, Autoencoder, build_autoencoder, scali
 from ..models.saving import TRAINING, WEIGHTS
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, write_json
-from .checkpoint import CHECKPOINT, claim
+from .checkpoint import CHECKPOINT, require_unclaimed
 from .trainer import Trainer
 
 FINISHED = ("config.json", WEIGHTS)
@@ -51,11 +51,11 @@ def train_autoencoder(
     """
     config.validate()
     require_device(config.device)
+    require_unclaimed(out, resume, FINISHED, "autoencoder")
     size, channels = config.size or None, config.image_channels or None
     images = load_images(config.data, size, channels, config.classes, config.images, progress).to(config.device)
     shape = tuple(images.shape[1:])
     config.require_size(shape[-1])
-    claim(out, resume, FINISHED, "autoencoder")
     torch.manual_seed(config.seed)
     network = build_autoencoder(config.regularisation, shape, config.channels, config.latent_channels, config.codes)
     trainer = Trainer(

@@ -23,7 +23,7 @@ from ..runtime.files import (
     with_digest,
     write_tensors,
 )
-from ..runtime.folders import require_output_folder, require_space
+from ..runtime.folders import require_folder_path, require_output_folder, require_space
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "advkd-run-1"
@@ -83,7 +83,13 @@ def _under(prefix, tensors):
 
 
 def claim(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> Path:
-    """The output folder; one that holds a result, or an unfinished run without ``resume``, is refused.
+    """The output folder, created; one that :func:`require_unclaimed` refuses is left as it is."""
+    require_unclaimed(out, resume, finished, what)
+    return require_output_folder(out)
+
+
+def require_unclaimed(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> None:
+    """Refuse an output folder that holds a result, or an unfinished run without ``resume``; nothing is created.
 
     Args:
         out: the folder.
@@ -91,7 +97,7 @@ def claim(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> 
         finished: names of files that a result consists of.
         what: word for a result.
     """
-    out = require_output_folder(out)
+    out = require_folder_path(out)
     if (out / CHECKPOINT).exists():
         if not resume:
             raise InputError(f"--out {out} holds a run already: add --resume, or name another folder")
@@ -99,7 +105,6 @@ def claim(out: str | Path, resume: bool, finished: Sequence[str], what: str) -> 
         raise InputError(f"--out {out} holds {'an' if what[0] in 'aeiou' else 'a'} {what} already: name another folder")
     elif resume:
         raise InputError(f"--resume: --out {out} holds no checkpoint yet: run without --resume")
-    return out
 
 
 def require_room(out: Path, modules: Sequence[torch.nn.Module], logged: bool) -> None:

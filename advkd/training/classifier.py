@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..methods.classification import Classification, ClassifierTrainingConfig
 from ..models.classifier import Classifier, ClassifierConfig
 from ..runtime.devices import plain_defaults
-from .checkpoint import CHECKPOINT, claim
+from .checkpoint import CHECKPOINT, require_unclaimed
 from .trainer import Trainer
 
 LEVELS = 5
@@ -47,7 +47,7 @@ def train_classifier(config: ClassifierTrainingConfig, out: str | Path, progress
         >>> train_classifier(ClassifierTrainingConfig(data="pictures-by-class"), "classifier")
     """
     config.validate()
-    claim(out, resume, ("config.json",), "model")
+    require_unclaimed(out, resume, ("config.json",), "model")
     images, labels, names = load_labelled(config.data, config.size or None, None, config.classes, config.images, progress)
     generator = torch.Generator("cpu").manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator, dtype=torch.int64, device="cpu")

@@ -19,7 +19,7 @@ from ..models.autoencoder import PARTS, Autoencoder, sha256_of
 from ..models.denoiser import with_condition
 from ..runtime.devices import plain_defaults, require_device
 from ..runtime.files import digest, read_json, write_json
-from .checkpoint import CHECKPOINT, claim
+from .checkpoint import CHECKPOINT, require_unclaimed
 from .denoiser_data import encoded
 from .trainer import Trainer
 
@@ -61,9 +61,9 @@ def train_teacher(config: TeacherTrainingConfig, out: str | Path, resume: bool =
     for name in PIPELINE:
         if Path(out, name).is_symlink():
             raise InputError(f"{Path(out, name)} is a link, and a teacher would take its place: remove it")
+    require_unclaimed(out, resume, PIPELINE, "teacher")
     autoencoder = _autoencoder(config)
     start = _start(config, autoencoder)
-    claim(out, resume, PIPELINE, "teacher")
     source, classes = _read(config, autoencoder, progress)
     unet = _network(config, source.tensors["images"].shape[1:], classes, start)
     scheduler = noise_scheduler(config.schedule, config.prediction, clip=autoencoder is None)

@@ -245,6 +245,8 @@ def test_a_teachers_training_goes_on_bit_for_bit(tmp_path, monkeypatch):
         ({"super_resolution": 4, "conditional": True}, "the low image has the class: leave --conditional out"),
         ({"super_resolution": 3, "size": 8, "channels": (8, 8)}, "super_resolution: .* must divide .* got 3 and 8"),
         ({"super_resolution": 8, "size": 8, "channels": (8, 8)}, "super_resolution: .* got 8 and 8"),
+        ({"super_resolution": 12}, "super_resolution: .* must divide .* got 12 and 32"),
+        ({"super_resolution": 16, "data": "nowhere"}, "nowhere"),
     ],
 )
 def test_trainings_that_cannot_be_are_refused(values, message, tmp_path):

@@ -52,7 +52,7 @@ with mock.patch("advkd.__main__.end_at_interrupt", lambda: signal.signal(signal.
     interrupt = {"signal": "Ctrl-C", "fresh": False, "to all": False}
     ignored = kills._kill(trial.command, trial.out, interrupt, (True, 0, 0), trial.whole)
 changes = {"trainer.locked": lambda out: contextlib.nullcontext(), "trainer.file_state": lambda path: None}
-changes |= dict.fromkeys(("trainer.claim", "classifier.claim"), lambda out, *_: require_output_folder(out))
+changes |= {"trainer.claim": lambda out, *_: require_output_folder(out), "classifier.require_unclaimed": lambda *_: None}
 with contextlib.ExitStack() as unlocked:
     for name, change in changes.items():
         unlocked.enter_context(mock.patch(f"advkd.training.{name}", change))

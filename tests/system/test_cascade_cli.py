@@ -68,8 +68,9 @@ def test_a_one_step_student_enlarges_what_students_draw(folders, capsys, tmp_pat
     ("arguments", "message"),
     [
         ("--teacher BASE --cascade SR2", "enlarges images of 1 x 16 x 16, the model before it draws 1 x 8 x 8"),
-        ("--teacher BASE --cascade SR --cascade-level 1001", "level must be at most 1000, the largest that"),
-        ("--teacher BASE --cascade SR --cascade SR2 --cascade-level 51", "level must be at most 50"),
+        ("--teacher BASE --cascade SR --cascade-level 1001", "--cascade-level: level must be at most 1000, the largest that"),
+        ("--teacher BASE --cascade SR --cascade SR2 --cascade-level 51", "--cascade-level: level must be at most 50"),
+        ("--teacher BASE --cascade nowhere", "--cascade: student 'nowhere' is neither a folder nor"),
         ("--teacher BASE --cascade BASE", "takes no low image: train one with 'advkd teacher train --super-resolution'"),
         ("--teacher BASE --cascade-level 3", "--cascade-level is of the images that --cascade enlarges"),
         ("--student GENERATOR --cascade SR --interpolate", "--interpolate: a cascade adds noise of its own"),

@@ -157,12 +157,18 @@ def test_ldm_pipelines_draw_the_same(regularisation, tmp_path, monkeypatch):
 
 
 def test_a_hub_repositorys_layout_loads(tmp_path):
-    """That of CompVis/ldm-celebahq-256 in small: a VQModel of three latent channels in colour, DDIM, a UNet2DModel."""
+    """That of CompVis/ldm-celebahq-256 in small: a VQModel of three latent channels in colour, DDIM, a UNet2DModel.
+
+    Its latents are not scaled, and its files are older than the scaling factor, whose default in diffusers is another.
+    """
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     network = VQModel(block_out_channels=(8, 8), norm_num_groups=8, sample_size=16, latent_channels=3, **blocks)
-    LDMPipeline(network, tiny_unet(3), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
-    teacher = Teacher.from_pretrained(tmp_path)
+    LDMPipeline(network, tiny_unet(3), DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "hub")
+    with pytest.raises(InputError, match=r"has no scaling factor.*trained with \(1 for unscaled latents\)"):
+        Teacher.from_pretrained(changed(tmp_path / "hub", tmp_path / "old", "vqvae/config.json", ("scaling_factor",)))
+    teacher = Teacher.from_pretrained(changed(tmp_path / "hub", tmp_path / "new", "vqvae/config.json", scaling_factor=1))
+    assert teacher.autoencoder.scaling == 1
     assert (teacher.shape, teacher.image_shape, teacher.clip) == ((3, 8, 8), (3, 16, 16), float("inf"))
     assert teacher.sample(1, steps=2).shape == (1, 3, 16, 16)
 
@@ -185,7 +191,6 @@ def test_states_are_latents_and_samples_pictures():
 @pytest.mark.parametrize(
     ("file", "remove", "changes", "message"),
     [
-        ("vqvae/config.json", ("scaling_factor",), {}, 'has no scaling factor: add "scaling_factor".*autoencoder train'),
         ("vqvae/config.json", (), {"scaling_factor": 0}, "scaling_factor must be positive"),
         ("vqvae/config.json", (), {"shift_factor": 0.1}, "has a shift_factor"),
         ("vqvae/config.json", (), {"_class_name": "AutoencoderDC"}, "is a AutoencoderDC; diffusers' AutoencoderKL and VQModel"),
@@ -225,6 +230,7 @@ def commands(tmp_path_factory):
     run("distill", "reparametrize", "--teacher", folder / "t", *learn, "--out", folder / "v")
     few = ("--teacher", folder / "v", "--init", folder / "v", "--levels", 3)
     run("distill", "consistency", *few, *learn, "--out", folder / "c")
+    run("distill", "ddgan", "--init", folder / "v", "--steps", 2, *learn, "--out", folder / "gan")
     return folder
 
 
@@ -239,10 +245,10 @@ def test_commands_make_a_latent_teacher_and_its_students(commands, tmp_path):
     assert teacher.autoencoder.sha256 == autoencoder.sha256 and teacher.clip == float("inf")
     record = json.loads((commands / "t" / "data.json").read_text())
     assert record["autoencoder_sha256"] == autoencoder.sha256
-    for name in ("v", "c"):
+    for name in ("v", "c", "gan"):
         student = DenoiserStudent.from_pretrained(commands / name)
         assert isinstance(student.model, LatentTeacher) and student.model.autoencoder.sha256 == autoencoder.sha256
-        assert student.sample(2, steps=3 if name == "v" else 1).shape == (2, *SHAPE)
+        assert student.sample(2, steps={"v": 3, "c": 1, "gan": 2}[name]).shape == (2, *SHAPE)
         assert LDMPipeline.from_pretrained(commands / name).vqvae.config.scaling_factor == autoencoder.scaling
     pipeline = DenoiserPipeline.from_pretrained(commands / "c")
     assert pipeline(1, output_type="np").images.shape == (1, 32, 32, 1)
@@ -270,6 +276,7 @@ def test_a_comparison_has_the_decoders_row(commands, tmp_path, monkeypatch):
     [
         (("teacher", "train", "--autoencoder", "{ae}", "--size", "16"), "size must be the autoencoder's 32, got 16"),
         (("teacher", "train", "--autoencoder", "{ae}", "--init", "digits"), "draws other latents, or none"),
+        (("teacher", "train", "--autoencoder", "{ae}", "--data", "nowhere"), "nowhere"),
         (("autoencoder", "train", "--channels", "8,8,8", "--size", "16"), "latents of 4 x 4 of images of 16 pixels"),
         (("autoencoder", "train", "--regularisation", "vae"), "regularisation must be one of kl, vq"),
         (("autoencoder", "train", "--codes", "16"), "codes does nothing without regularisation vq"),
