@@ -7,32 +7,26 @@ one kind of machine every run writes the same bytes (another processor, or a com
 """
 
 import contextlib
-import multiprocessing
 import os
-import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..data.dataset_info import DatasetInfo, TrajectoryConfig, differences
 from ..data.labels import labels_in_turn
 from ..data.levels import downsample, resolutions, supervising_timesteps
 from ..data.shards import SHARED_INFO, finish, is_of_older_version, missing_shards
 from ..data.trajectories import shard_path
-from ..errors import InputError, TrainingError
+from ..errors import InputError
 from ..models.autoencoder import PARTS
 from ..ops.latents import check_latent, project
 from ..runtime import launcher
-from ..runtime.devices import keep_freed_memory
 from ..runtime.files import digest, read_json, with_digest, write_json, write_tensors
-from ..runtime.folders import held, locked, require_output_folder
-from ..runtime.neighbours import unconfined
+from ..runtime.folders import locked, require_output_folder
 from ..runtime.progress import progress_bar
 from ..runtime.ranges import named
+from ..runtime.workers import run_in_processes
 from .guidance import ALL, class_numbers, classes_of, joined
 from .solvers import Solver
 from .teacher import Teacher
@@ -144,55 +138,11 @@ def record_in_processes(
     loading = (source, compiled, autocast)
     config.validate()
     info, out = _describe(_load(*loading), config), require_output_folder(out)
-    launcher.hold_standard_streams()
     with _alone(out):
         missing_shards(out, info)
-        context = multiprocessing.get_context("spawn")
-        workers, reports = [], []
-        for rank in range(processes):
-            # Pipes, since an interrupt that ends the process at once would leave the semaphores of queues and events.
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (loading, config, out, rank, processes, progress, os.getpid(), sender)
-            workers.append(context.Process(target=_record_as, args=arguments, daemon=True))
-            reports.append((receiver, sender))
-        try:
-            with launcher.deaf_to_interrupts(), unconfined():
-                for worker in workers:
-                    worker.start()
-            for worker in workers:
-                worker.join()
-        finally:  # a caller who handles an interrupt has no workers left
-            for worker in workers:
-                if worker.pid is not None:
-                    worker.terminate()
-                    worker.join()
-    said = [message for report in reports for message in _received(*report)]
-    if failures := [message for message in said if message]:
-        raise InputError(failures[0])
-    _require_success(workers, bool(said), out)
+        arguments = [(loading, config, out, rank, processes, progress) for rank in range(processes)]
+        run_in_processes(_record_as, arguments, out, "recording", "the finished shards are kept")
     return out
-
-
-def _received(receiver, sender):
-    """Messages through a pipe whose other process has ended."""
-    sender.close()
-    with contextlib.closing(receiver), contextlib.suppress(EOFError, OSError):
-        while True:
-            yield receiver.recv()
-
-
-def _require_success(workers, started, out):
-    """Say why recording processes ended early: never ``started``, by an error of their own, or killed."""
-    codes = [worker.exitcode for worker in workers if worker.exitcode]
-    if not codes:
-        return
-    if not started and min(codes) > 0:
-        raise InputError(
-            "the recording processes could not import the program that starts them: in a script, call this under "
-            "if __name__ == '__main__':, and run it from a file, not from standard input"
-        )
-    how = "was killed" if min(codes) < 0 else "failed (its error is above)"
-    raise TrainingError(f"a recording process {how}; the finished shards are kept in {out}: run the same command again")
 
 
 def _load(source, compiled, autocast):
@@ -200,28 +150,11 @@ def _load(source, compiled, autocast):
         return Teacher.from_pretrained(source).optimize(compiled, torch.bfloat16 if autocast else None)
 
 
-def _record_as(source, config, out, rank, world, progress, parent, report):
-    """Record one process' shards into a folder that the ``parent`` holds; ``report`` that it started, and a failure."""
-    report.send("")
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
-    keep_freed_memory()
-    try:
-        with named("trajectories"), held(out):
-            teacher = _load(*source)
-            _record(teacher, _describe(teacher, config), out, rank, world, progress)
-    except (InputError, OSError) as error:
-        report.send(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _end_with(parent):
-    """End this process when its parent is gone (killed, say): nothing waits for it any more."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _record_as(source, config, out, rank, world, progress):
+    """Record one process' shards."""
+    with named("trajectories"):
+        teacher = _load(*source)
+        _record(teacher, _describe(teacher, config), out, rank, world, progress)
 
 
 def _describe(teacher, config):

@@ -67,6 +67,17 @@ def plain_defaults() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on the CPU with one thread meanwhile: results do not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the kernel; a no-op with other C libraries.
 

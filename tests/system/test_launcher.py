@@ -15,7 +15,7 @@ from advkd.cli.warmup import warmup
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.recorder import record_trajectories
 from advkd.diffusion.teacher import Teacher
-from advkd.errors import InputError
+from advkd.errors import InputError, TrainingError
 from advkd.evaluation import evaluate
 from advkd.methods.denoising import TeacherTrainingConfig
 from advkd.runtime import launcher
@@ -294,8 +294,8 @@ def test_a_script_from_standard_input_does_not_record(tmp_path, teacher_folder):
     assert done.returncode == 1 and "from a file, not from standard input" in done.stderr
 
 
-def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, teacher_folder):
-    from advkd.diffusion import recorder
+def test_a_recording_process_that_is_killed_is_not_called_unguarded():
+    from advkd.runtime import workers
 
     class Worker:
         def __init__(self, exitcode):
@@ -306,9 +306,9 @@ def test_a_recording_process_that_is_killed_is_not_called_unguarded(tmp_path, te
         ((0, -9), False, "was killed"),
         ((1, 0), True, "failed"),
     ):
-        with pytest.raises(recorder.TrainingError, match=words):
-            recorder._require_success([Worker(code) for code in codes], started, tmp_path)
-    recorder._require_success([Worker(0)], True, tmp_path)
+        with pytest.raises(TrainingError, match=words):
+            workers._require_success([Worker(code) for code in codes], started, "recording", "the finished shards are kept")
+    workers._require_success([Worker(0)], True, "recording", "")
 
 
 def test_the_package_is_the_command_line():

@@ -17,7 +17,7 @@ from advkd.evaluation.toy import laboratory, readings, solvers
 from advkd.evaluation.toy.data import DATA, REACH, SCHEDULE
 from advkd.evaluation.toy.methods import LEFT_OUT, ROWS
 from advkd.evaluation.toy.page import Section, left_out
-from advkd.evaluation.toy.run import ToyConfig, source_digest, write_toy
+from advkd.evaluation.toy.run import ALWAYS, ToyConfig, source_digest, write_toy
 from advkd.methods import METHODS, method_class
 from advkd.methods.rectified_flow import straightness
 
@@ -251,13 +251,18 @@ def test_an_output_that_is_a_file(tmp_path):
     assert done.returncode == 2 and "is a file; name a folder" in done.stderr
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    options = ("--data", "two-moons", "--methods", "pairs", "--updates-scale", "0.001", "--samples", "1000")
-    done = fork_cli("toy", "--out", tmp_path / "out", *options)
-    assert done.returncode == 0, done.stderr
-    assert f"the page with the pictures: {tmp_path / 'out' / 'toy.html'}" in done.stdout
-    assert "two-moons: pairs" in done.stderr
+@pytest.mark.kernels
+def test_each_data_set_has_a_process_and_the_rows_that_it_has_alone(tmp_path):
+    options = ("--methods", "reparametrize", "--updates-scale", "0.001", "--samples", "1000")
+    both = fork_cli("toy", "--out", tmp_path / "both", *options)
+    assert both.returncode == 0, both.stderr
+    assert f"the page with the pictures: {tmp_path / 'both' / 'toy.html'}" in both.stdout
+    assert set(json.loads((tmp_path / "both" / "toy.json").read_text())["data"]) == set(DATA)
+    alone = fork_cli("toy", "--out", tmp_path / "alone", "--data", "two-moons", *options)
+    assert alone.returncode == 0 and "toy: two-moons" in alone.stderr, alone.stderr
+    kept = list((tmp_path / "alone" / "kept").iterdir())
+    assert len(kept) == len(ALWAYS) + 1
+    assert all((tmp_path / "both" / "kept" / path.name).read_bytes() == path.read_bytes() for path in kept)
 
 
 LOOK = """<script>onload = () => parent.postMessage({

@@ -1,4 +1,4 @@
-"""``advkd toy``: all rows in turn, each kept when it is done, and the page."""
+"""``advkd toy``: a process for each data set with all rows in turn, each kept when it is done, and the page."""
 
 import functools
 import hashlib
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ...errors import InputError
-from ...runtime.devices import plain_defaults
+from ...runtime.devices import one_thread, plain_defaults
 from ...runtime.files import read_tensors, restoring, write_bytes, write_json, write_tensors
 from ...runtime.folders import locked, require_output_folder
 from ...runtime.progress import progress_bar
 from ...runtime.timing import processor_identity, provenance
+from ...runtime.workers import run_in_processes
 from ..html_page import provenance_of, self_contained
 from .data import DATA
 from .laboratory import Laboratory, Outcome
@@ -92,39 +93,52 @@ def write_toy(config: ToyConfig, out: str | Path, progress: bool = True) -> Path
         The page.
 
     Raises:
-        InputError: a configuration or a folder that cannot be; nothing was started.
+        InputError: a configuration or a folder that cannot be; nothing was started. Also a script that calls this for both data
+            sets and not under ``if __name__ == "__main__":``, which their processes would run again.
+        TrainingError: a data set's process failed or was killed; its finished rows are kept.
 
     Examples:
         >>> write_toy(ToyConfig(data="two-moons", methods="pairs,reflow"), "toy")
     """
     config.validate()
-    out, rows = require_output_folder(out), config.rows()
+    out = require_output_folder(out)
     names = list(DATA) if config.data == BOTH else [config.data]
-    with locked(out), progress_bar(total=len(names) * (len(ALWAYS) + len(rows) + 1), desc="toy", shown=progress) as bar:
-        sections = [_section(name, rows, config, out, bar) for name in names]
-        body = [part for section in sections for part in _told(section.body(), bar)]
+    with locked(out), one_thread():
+        missing = [name for name in names if not all(path.exists() for path in _paths(name, config, out).values())]
+        if len(missing) > 1:
+            arguments = [(name, config, out, progress and name == missing[0]) for name in missing]
+            run_in_processes(_keep_rows, arguments, out, "toy", "finished rows are kept")
+        shown = progress and len(missing) == 1
+        sections = [Section(_keep_rows(name, config, out, shown), out / "pictures") for name in names]
+        with progress_bar(total=len(names), desc="toy: pictures", shown=progress) as bar:
+            body = [part for section in sections for part in _told(section, bar)]
         result: dict[str, Any] = {"config": vars(config), "provenance": provenance()}
-        body += [left_out(rows), "<h2>Where this was measured</h2>", provenance_of(result)]
+        body += [left_out(config.rows()), "<h2>Where this was measured</h2>", provenance_of(result)]
         write_json(out / NUMBERS, {"data": {section.data.name: numbers_of(section) for section in sections}, **result})
         write_bytes(out / PAGE, self_contained("Every method and every solver on a plane", body).encode())
     return out / PAGE
 
 
-def _section(name, rows, config, out, bar):
+def _paths(name, config, out):
+    """Where the rows of a data set are kept."""
+    return {row: out / "kept" / f"{name}-{row}-{_key(name, row, config)}.safetensors" for row in (*ALWAYS, *config.rows())}
+
+
+def _keep_rows(name, config, out, shown):
     """All rows of a data set: read, or run and kept."""
-    lab = Laboratory(DATA[name](), config.samples, config.seed, config.updates_scale)
-    for row in (*ALWAYS, *rows):
-        bar.set_postfix_str(f"{name}: {row}")
-        path = out / "kept" / f"{name}-{row}-{_key(name, row, config)}.safetensors"
-        if not path.exists():
-            _run(lab, row, path)
-        lab.outcomes[row] = _read(path)  # a page of kept rows is that of fresh ones
-        bar.update()
-    return Section(lab, out / "pictures")
+    lab, paths = Laboratory(DATA[name](), config.samples, config.seed, config.updates_scale), _paths(name, config, out)
+    with progress_bar(total=len(paths), desc=f"toy: {name}", shown=shown) as bar:
+        for row, path in paths.items():
+            bar.set_postfix_str(row)
+            if not path.exists():
+                _run(lab, row, path)
+            lab.outcomes[row] = _read(path)  # a page of kept rows is that of fresh ones
+            bar.update()
+    return lab
 
 
-def _told(body, bar):
-    bar.set_postfix_str("pictures")
+def _told(section, bar):
+    body = section.body()
     bar.update()
     return body
 
@@ -148,8 +162,7 @@ def _read(path):
 
 def _key(name, row, config):
     """Digest of all that a row's result depends on: the configuration, the code, and what computes."""
-    computing = [source_digest(), torch.__version__, torch.get_num_threads()]
-    computing += [processor_identity(), torch.backends.cpu.get_cpu_capability()]
+    computing = [source_digest(), torch.__version__, processor_identity(), torch.backends.cpu.get_cpu_capability()]
     values = [name, row, config.updates_scale, config.samples, config.seed, *computing]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
