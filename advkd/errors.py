@@ -19,6 +19,6 @@ class BackendUnavailableError(RuntimeError):
 class TrainingError(RuntimeError):
     """A training run that cannot go on (a loss that is not finite); the last good checkpoint is kept.
 
-    A recording whose processes were ended raises it too, and keeps its finished shards. The command line prints the message
+    Work whose processes were ended raises it too, and keeps what they finished. The command line prints the message
     alone and ends with exit code 1.
     """

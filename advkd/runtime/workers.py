@@ -34,7 +34,7 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
 
     Raises:
         InputError: that of a process, a script without that guard, or one that cannot be imported (standard input).
-        TrainingError: a process failed or was killed.
+        TrainingError: that of a process, or one failed or was killed.
     """
     launcher.hold_standard_streams()
     context = multiprocessing.get_context("spawn")
@@ -56,13 +56,13 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
                 worker.terminate()
                 worker.join()
     said = [message for report in reports for message in _received(*report)]
-    if failures := [message for message in said if message]:
-        raise InputError(failures[0])
+    for failure in filter(None, said):
+        raise failure
     _require_success(workers, bool(said), what, f"{kept} in {out}")
 
 
 def _received(receiver, sender):
-    """Messages through a pipe whose other process has ended."""
+    """What came through a pipe whose other process has ended."""
     sender.close()
     with contextlib.closing(receiver), contextlib.suppress(EOFError, OSError):
         while True:
@@ -85,7 +85,7 @@ def _require_success(workers, started, what, kept):
 
 def _run(work, given, out, parent, report):
     """Do one process' work in a folder that the ``parent`` holds; ``report`` that it started, and a failure."""
-    report.send("")
+    report.send(None)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
@@ -93,8 +93,10 @@ def _run(work, given, out, parent, report):
     try:
         with held(out):
             work(*given)
-    except (InputError, OSError) as error:
-        report.send(str(error))
+    except (InputError, TrainingError) as error:
+        report.send(error)
+    except OSError as error:
+        report.send(InputError(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
 
