@@ -25,16 +25,18 @@ METHODS = (
     "dpdm",
     "ddgan",
 )
-"""Methods on denoisers, as the tables of their pages name them."""
+"""Methods with rows, as the tables of their pages name them."""
 
 
 def of_method(name):
-    """The rows of one method's students, and the table's baseline below them."""
+    """The rows of one method's students, each of the first result that has it, and that table's baseline below them."""
 
     def rows_of():
-        found = []
-        for result in stored("comparison"):
-            rows = [row for row in result["rows"] if row["method"] == name.replace("_", "-") and row["name"] != "digits"]
+        found, shown = [], set()
+        for result in (*stored("comparison"), *stored("budget")):
+            own = [row for row in result["rows"] if row["method"] == name.replace("_", "-") and row["name"] != "digits"]
+            rows = [row for row in own if _model_of(row) not in shown]
+            shown.update(map(_model_of, own))
             base = [row for row in result["rows"] if row["name"] == result["baseline"]]
             if rows:
                 titles, *table = [[line[i] for i in OF_A_METHOD] for line in cells({**result, "rows": [*rows, *base]})]
@@ -44,6 +46,16 @@ def of_method(name):
 
     return rows_of
 
+
+def _model_of(row):
+    """Method, evaluations and weights of a row: what it is, whatever its name."""
+    return row["method"], row["evaluations"], *(training["weights_sha256"] for training in row["trainings"])
+
+
+V, DDGAN, DI_GAN = (
+    f"{first}+seed-1/{other}+seed-2/{other}" for first, other in (("v@8", "v@8"), ("ddgan/1", "ddgan"), ("di-gan", "di-gan"))
+)
+"""Rows of three trainings."""
 
 DIFFERENCES = (
     ("pd/4", "dpmpp-3m 4"),
@@ -72,19 +84,27 @@ DIFFERENCES = (
     ("ddgan/4", "pd/4"),
     ("ddgan/1", "digits"),
     ("ddgan/1", "di-gan"),
+    ("ddgan/4", DDGAN),
+    (DDGAN, "ddgan/c1"),
+    (DDGAN, DI_GAN),
+    (DDGAN, "digits"),
+    (DI_GAN, "digits"),
+    (V, "unipc-2 8"),
+    ("paper", "digits"),
 )
 """Pairs of rows that the pages speak of."""
 
 
 def differences():
-    """Paired differences of distances to real images, below 0 where the first row is better."""
-    found = []
-    for result in stored("comparison"):
+    """Paired differences of distances to real images, below 0 where the first row is better; each of the first result."""
+    found, shown = [], set()
+    for result in (*stored("comparison"), *stored("budget")):
         known = {(one["row"], one["less"]): one for one in result["differences"]}
-        rows = []
+        models, rows = {row["name"]: _model_of(row) for row in result["rows"]}, []
         for pair in DIFFERENCES:
             one = known.get(pair) or _turned(known.get(pair[::-1]))
-            if one:
+            if one and (both := tuple(map(models.get, pair))) not in shown:
+                shown.add(both)
                 rows.append(
                     (*(f"`{name}`" for name in pair), *(said(one[key], 3, sign="+") for key in ("frechet", "at_infinity")))
                 )

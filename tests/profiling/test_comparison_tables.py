@@ -16,7 +16,7 @@ def row(name, distance, trainings=1, cost=None):
         "fine": dict.fromkeys(("frechet", "at_infinity", "times_floor"), figure),
         "seconds": {"median": 0.002, "p20": 0.0019, "p80": 0.0021, "repeats": 5},
         **{"cost": cost, "classes": None, "guidance": 0.0},
-        "trainings": [{"known_unseen": True}] * trainings,
+        "trainings": [{"known_unseen": True, "weights_sha256": name}] * trainings,
     }
 
 
@@ -59,11 +59,30 @@ def test_nothing_without_a_result_and_no_result_of_changed_sources(monkeypatch):
 def test_a_methods_rows_stand_above_the_baseline(monkeypatch):
     solver = {**row("ddim 2", 3.0), "method": "ddim", "kind": "solver"}
     result = {**RESULT, "rows": [solver, RESULT["rows"][1]]}
-    monkeypatch.setattr(comparison_tables, "stored", lambda name: [result])
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [result] if name == "comparison" else [])
     _, _, titles, _, own, base = comparison_tables.of_method("progressive")()
     assert titles.startswith("| row | evaluations | FD-digits to real images | at infinity | less ddim 2 |")
     assert own.startswith("| `a/2+b/2` | 2 |") and base.startswith("| `ddim 2` | 2 |")
     assert comparison_tables.of_method("rectified_flow")() == NOTHING
+
+
+def test_a_row_of_two_results_stands_in_the_first_alone(monkeypatch):
+    """One model may have another name in the second, and one name stand for another model."""
+    solver = {**row("ddim 2", 3.0), "method": "ddim", "kind": "solver"}
+    again = {**RESULT["rows"][1], "name": "the same"}
+    other = {**row("a/2+b/2", 5.0), "trainings": [{"known_unseen": True, "weights_sha256": "another"}]}
+    one = {"frechet": {"value": -1.0, "interval": [-2.0, 0.0]}}
+    told = [{"row": "pairs", "less": "digits", "frechet": one["frechet"], "at_infinity": one["frechet"]}]
+    rows = [{**row("pairs", 1.0), "evaluations": 1}, {**row("digits", 2.0), "evaluations": 1}]
+    results = {
+        "comparison": {**RESULT, "rows": [solver, RESULT["rows"][1], *rows], "differences": told},
+        "budget": {**RESULT, "rows": [solver, again, other, *rows], "differences": told},
+    }
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [results[name]] if name in results else [])
+    shown = [line for line in comparison_tables.of_method("progressive")() if line.startswith("| `") and "ddim 2" not in line]
+    assert [line.split("|")[3].split()[0] for line in shown if "`a/2+b/2`" in line] == ["1.250", "5.000"]
+    assert not any("the same" in line for line in shown)
+    assert sum(line.startswith("| `pairs` | `digits`") for line in comparison_tables.differences()) == 1
 
 
 def test_differences_are_those_of_the_pages_whichever_way_they_are_stored(monkeypatch):
@@ -74,7 +93,9 @@ def test_differences_are_those_of_the_pages_whichever_way_they_are_stored(monkey
         {"row": "pd/4", "less": "dpmpp-3m 4", "frechet": one, "at_infinity": one},
         {"row": "prototype/pd/4", "less": "pd/4", "frechet": turned, "at_infinity": turned},
     ]
-    monkeypatch.setattr(comparison_tables, "stored", lambda name: [{**RESULT, "differences": stored}])
+    rows = [row(name, 1.0) for name in ("pd/4", "dpmpp-3m 4", "prototype/pd/4")]
+    result = {**RESULT, "rows": rows, "differences": stored}
+    monkeypatch.setattr(comparison_tables, "stored", lambda name: [result] if name == "comparison" else [])
     *_, first, second = comparison_tables.differences()
     assert first == "| `pd/4` | `dpmpp-3m 4` | -1.000 (-1.250 to -0.500) | -1.000 (-1.250 to -0.500) |"
     assert second == "| `pd/4` | `prototype/pd/4` | -0.750 (-1.500 to -0.500) | -0.750 (-1.500 to -0.500) |"
