@@ -41,10 +41,18 @@ def of_method(name):
             if rows:
                 titles, *table = [[line[i] for i in OF_A_METHOD] for line in cells({**result, "rows": [*rows, *base]})]
                 above = source(result, [row["seconds"] for row in rows], "95 % intervals are in the table")
-                found += [*above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), ""]
+                told = [BUDGET, ""] if result["path"].endswith("budget.json") else []
+                found += [*told, *above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), ""]
         return found[:-1] or NOTHING
 
     return rows_of
+
+
+BUDGET = (
+    "Rows of the [same-budget table](docs/pages/index.md#methods-by-evaluations) that no other comparison has; "
+    "one whose name stands in another is of another training:"
+)
+"""Line above rows of ``budget.json``, whose folders may be named as those of other trainings."""
 
 
 def _model_of(row):
@@ -111,7 +119,8 @@ def differences():
         if rows:
             above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
             titles = ("row", "less", f"{result['score']} to real images, difference", "at infinity, difference")
-            found += [*above, *markdown(titles, rows), ""]
+            told = [BUDGET, ""] if result["path"].endswith("budget.json") else []
+            found += [*told, *above, *markdown(titles, rows), ""]
     return found[:-1] or NOTHING
 
 

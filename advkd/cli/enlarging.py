@@ -73,7 +73,8 @@ def enlarged(
     """
     if not stages:
         return draw, record, shape_of(base)[-1], ""
-    cascade = Cascade(base, *stages)
+    with _naming("--cascade"):
+        cascade = Cascade(base, *stages)
     with _naming("--cascade-level"):
         levels = cascade.levels(level)
 

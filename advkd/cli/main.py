@@ -17,7 +17,7 @@ from ..methods.autoencoding import AutoencoderTrainingConfig
 from ..methods.classification import ClassifierTrainingConfig
 from ..methods.denoising import TeacherTrainingConfig
 from ..ops.arguments import whole
-from ..runtime.devices import keep_freed_memory
+from ..runtime.devices import keep_freed_memory, out_of_memory
 from ..runtime.hub import reason
 from ..runtime.launcher import INTERRUPTED, hold_standard_streams, local_device
 from .compare import compare
@@ -52,9 +52,7 @@ class _Commands(click.Group):
         except TrainingError as error:
             self._fail(error, 1)
         except (MemoryError, RuntimeError) as error:
-            # torch's allocators raise RuntimeError: on the CPU with these words, on a GPU with those.
-            words = ("can't allocate memory", "out of memory")
-            if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            if not out_of_memory(error):
                 raise
             self._fail(f"not enough memory: lower the batch size or the model's channels ({reason(error)})", 2)
         except KeyboardInterrupt:

@@ -135,7 +135,8 @@ def reading(result: dict[str, Any]) -> str:
         f"differences have intervals of their own.{shared}{spread} The floor, {floors}, is the mean distance of random "
         f"halves of the fine-step reference; x floor is the distance of {half} to {that} of it. Times are medians of "
         f"batches of {result['batch_size']}, all rows in turn, with their 20th and 80th percentiles. Training cost counts "
-        f"evaluations of teachers and students, not of critics and classifiers.{decoded}{told(result)}{unknown(result)}"
+        f"evaluations of teachers, students and score networks, not of critics and classifiers."
+        f"{decoded}{told(result)}{unknown(result)}"
     )
 
 

@@ -67,6 +67,13 @@ def plain_defaults() -> Iterator[None]:
         yield
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: torch's allocators raise RuntimeError, on CPUs and GPUs in other words."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    return isinstance(error, MemoryError)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute on the CPU with one thread meanwhile: results do not depend on how many there are."""

@@ -59,7 +59,16 @@ def require_folder_path(path: str | Path, option: str = "--out") -> Path:
         raise InputError(f"{option} {path} is a file; name a folder")
     if path.is_symlink() and not path.exists():
         raise InputError(f"{option} {path} is a link to {os.path.realpath(path)}, which does not exist: make that folder")
+    existing = _existing(path)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "is not writable" if existing.is_dir() else "is a file"
+        raise InputError(f"{option} {path} cannot be created or written to ({existing} {why})")
     return path
+
+
+def _existing(path):
+    """The nearest folder above ``path`` that is there, or ``path`` itself."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
 def require_output_folder(path: str | Path, option: str = "--out") -> Path:
@@ -70,18 +79,13 @@ def require_output_folder(path: str | Path, option: str = "--out") -> Path:
             make_folder(path)
     except OSError as error:
         raise InputError(f"{option} {path} cannot be created ({error.strerror})") from error
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{option} {path} is not writable")
     remove_leftovers(path)
     return path
 
 
 def require_space(folder: str | Path, needed: int, what: str) -> None:
     """Refuse before work starts when ``folder``'s disk has less than ``needed`` bytes left."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(Path(folder))).free
     if free < needed:
         raise InputError(f"{what} needs {needed / 2**20:.0f} MiB in {folder}, where {free / 2**20:.0f} MiB are free")
 

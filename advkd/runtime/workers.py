@@ -2,7 +2,9 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 import time
@@ -13,15 +15,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, TrainingError
+from ..errors import BackendUnavailableError, InputError, TrainingError
 from . import launcher
-from .devices import keep_freed_memory
+from .devices import keep_freed_memory, out_of_memory
 from .folders import held
 from .neighbours import unconfined
 
 
 def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]], out: Path, what: str, kept: str) -> None:
-    """Run ``work(*arguments[r])`` in process r, and wait for all; at an error or an interrupt none is left.
+    """Run ``work(*arguments[r])`` in process r, and wait for all; the first error, or an interrupt, ends them.
 
     The processes import the caller's script, which must call this under ``if __name__ == "__main__":``.
 
@@ -34,7 +36,8 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
 
     Raises:
         InputError: that of a process, a script without that guard, or one that cannot be imported (standard input).
-        TrainingError: that of a process, or one failed or was killed.
+        TrainingError: that of a process, or one was killed, or failed by an error that it has shown itself.
+        RuntimeError: a process has no memory left, or not the backend that was asked for.
     """
     launcher.hold_standard_streams()
     context = multiprocessing.get_context("spawn")
@@ -48,8 +51,7 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
         with launcher.deaf_to_interrupts(), unconfined():
             for worker in workers:
                 worker.start()
-        for worker in workers:
-            worker.join()
+        failed = _first_failure(workers)
     finally:  # a caller who handles an interrupt has no workers left
         for worker in workers:
             if worker.pid is not None:
@@ -58,7 +60,20 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
     said = [message for report in reports for message in _received(*report)]
     for failure in filter(None, said):
         raise failure
-    _require_success(workers, bool(said), what, f"{kept} in {out}")
+    if failed:
+        raise _unsaid(failed, bool(said), what, f"{kept} in {out}")
+
+
+def _first_failure(workers):
+    """Exit code of the first process that fails; 0 once all have ended well."""
+    running = {worker.sentinel: worker for worker in workers}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            worker = running.pop(sentinel)
+            worker.join()
+            if worker.exitcode:
+                return worker.exitcode
+    return 0
 
 
 def _received(receiver, sender):
@@ -69,36 +84,37 @@ def _received(receiver, sender):
             yield receiver.recv()
 
 
-def _require_success(workers, started, what, kept):
-    """Say why processes ended early: never ``started``, by an error of their own, or killed."""
-    codes = [worker.exitcode for worker in workers if worker.exitcode]
-    if not codes:
-        return
-    if not started and min(codes) > 0:
-        raise InputError(
+def _unsaid(code, started, what, kept):
+    """The error for a process that has sent none: no process ever ``started``, it was killed, or it failed."""
+    if not started and code > 0:
+        return InputError(
             f"the {what} processes could not import the program that starts them: in a script, call this under "
             "if __name__ == '__main__':, and run it from a file, not from standard input"
         )
-    how = "was killed" if min(codes) < 0 else "failed (its error is above)"
-    raise TrainingError(f"a {what} process {how}; {kept}: run the same command again")
+    how = "was killed" if code < 0 else "failed (its error is above)"
+    return TrainingError(f"a {what} process {how}; {kept}: run the same command again")
 
 
 def _run(work, given, out, parent, report):
     """Do one process' work in a folder that the ``parent`` holds; ``report`` that it started, and a failure."""
     report.send(None)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a terminated process leaves behind
     keep_freed_memory()
     try:
         with held(out):
             work(*given)
-    except (InputError, TrainingError) as error:
-        report.send(error)
-    except OSError as error:
-        report.send(InputError(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError):
+            error = InputError(str(error))
+        if not isinstance(error, (InputError, TrainingError, BackendUnavailableError)) and not out_of_memory(error):
+            raise
+        report.send(error)
+        sys.exit(1)
 
 
 def _end_with(parent):

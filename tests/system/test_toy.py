@@ -21,7 +21,7 @@ from advkd.evaluation.toy.run import ALWAYS, ToyConfig, source_digest, write_toy
 from advkd.methods import METHODS, method_class
 from advkd.methods.rectified_flow import straightness
 
-from ..conftest import fork_cli
+from ..conftest import fork_cli, start
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY = ToyConfig(data="25-gaussians", updates_scale=0.002, samples=1000)
@@ -254,11 +254,14 @@ def test_an_output_that_is_a_file(tmp_path):
 @pytest.mark.kernels
 def test_each_data_set_has_a_process_and_the_rows_that_it_has_alone(tmp_path):
     options = ("--methods", "reparametrize", "--updates-scale", "0.001", "--samples", "1000")
-    both = fork_cli("toy", "--out", tmp_path / "both", *options)
+    environment = {"OMP_NUM_THREADS": "2"}
+    both = start("-m", "advkd.cli", "toy", "--out", tmp_path / "both", *options, environment=environment).finish(300)
     assert both.returncode == 0, both.stderr
     assert f"the page with the pictures: {tmp_path / 'both' / 'toy.html'}" in both.stdout
     assert set(json.loads((tmp_path / "both" / "toy.json").read_text())["data"]) == set(DATA)
-    alone = fork_cli("toy", "--out", tmp_path / "alone", "--data", "two-moons", *options)
+    assert "toy: 25-gaussians" in both.stderr and "toy: two-moons" not in both.stderr  # one of several processes has a bar
+    alone = ("toy", "--out", tmp_path / "alone", "--data", "two-moons", *options)
+    alone = start("-m", "advkd.cli", *alone, environment=environment).finish(300)
     assert alone.returncode == 0 and "toy: two-moons" in alone.stderr, alone.stderr
     kept = list((tmp_path / "alone" / "kept").iterdir())
     assert len(kept) == len(ALWAYS) + 1

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from ...errors import InputError
 from ...runtime.devices import one_thread, plain_defaults
 from ...runtime.files import read_tensors, restoring, write_bytes, write_json, write_tensors
-from ...runtime.folders import locked, require_output_folder
+from ...runtime.folders import locked, remove_leftovers, require_output_folder
 from ...runtime.progress import progress_bar
 from ...runtime.timing import processor_identity, provenance
 from ...runtime.workers import run_in_processes
@@ -93,9 +94,9 @@ def write_toy(config: ToyConfig, out: str | Path, progress: bool = True) -> Path
         The page.
 
     Raises:
-        InputError: a configuration or a folder that cannot be; nothing was started. Also a script that calls this for both data
-            sets and not under ``if __name__ == "__main__":``, which their processes would run again.
-        TrainingError: a data set's process failed or was killed; its finished rows are kept.
+        InputError: a configuration or a folder that cannot be, or a script that does not call this under
+            ``if __name__ == "__main__":``, where both data sets have a process of their own; nothing was started.
+        TrainingError: a data set's process failed or was killed; finished rows are kept.
 
     Examples:
         >>> write_toy(ToyConfig(data="two-moons", methods="pairs,reflow"), "toy")
@@ -103,13 +104,15 @@ def write_toy(config: ToyConfig, out: str | Path, progress: bool = True) -> Path
     config.validate()
     out = require_output_folder(out)
     names = list(DATA) if config.data == BOTH else [config.data]
+    side_by_side = torch.get_num_threads() > 1 and not multiprocessing.current_process().daemon
     with locked(out), one_thread():
+        remove_leftovers(out / "kept")
         missing = [name for name in names if not all(path.exists() for path in _paths(name, config, out).values())]
-        if len(missing) > 1:
+        if side_by_side and len(missing) > 1:
             arguments = [(name, config, out, progress and name == missing[0]) for name in missing]
-            run_in_processes(_keep_rows, arguments, out, "toy", "finished rows are kept")
-        shown = progress and len(missing) == 1
-        sections = [Section(_keep_rows(name, config, out, shown), out / "pictures") for name in names]
+            run_in_processes(_keep_rows, arguments, out, "data set's", "finished rows are kept")
+            missing = []
+        sections = [Section(_keep_rows(name, config, out, progress and name in missing), out / "pictures") for name in names]
         with progress_bar(total=len(names), desc="toy: pictures", shown=progress) as bar:
             body = [part for section in sections for part in _told(section, bar)]
         result: dict[str, Any] = {"config": vars(config), "provenance": provenance()}
