@@ -41,8 +41,7 @@ def of_method(name):
             if rows:
                 titles, *table = [[line[i] for i in OF_A_METHOD] for line in cells({**result, "rows": [*rows, *base]})]
                 above = source(result, [row["seconds"] for row in rows], "95 % intervals are in the table")
-                told = [BUDGET, ""] if result["path"].endswith("budget.json") else []
-                found += [*told, *above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), ""]
+                found += [*_told(result), *above, *markdown(titles, [[f"`{row[0]}`", *row[1:]] for row in table]), ""]
         return found[:-1] or NOTHING
 
     return rows_of
@@ -53,6 +52,10 @@ BUDGET = (
     "one whose name stands in another is of another training:"
 )
 """Line above rows of ``budget.json``, whose folders may be named as those of other trainings."""
+
+
+def _told(result):
+    return [BUDGET, ""] if result["path"].endswith("budget.json") else []
 
 
 def _model_of(row):
@@ -119,8 +122,7 @@ def differences():
         if rows:
             above = source(result, [row["seconds"] for row in result["rows"]], "95 % intervals are in the table")
             titles = ("row", "less", f"{result['score']} to real images, difference", "at infinity, difference")
-            told = [BUDGET, ""] if result["path"].endswith("budget.json") else []
-            found += [*told, *above, *markdown(titles, rows), ""]
+            found += [*_told(result), *above, *markdown(titles, rows), ""]
     return found[:-1] or NOTHING
 
 

@@ -75,14 +75,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on the CPU with one thread meanwhile: results do not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute on the CPU with ``count`` threads meanwhile: with one, results do not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

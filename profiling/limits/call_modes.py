@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from advkd import ops
+from advkd.runtime.devices import threads
 
 from .call import Wrong, flat, identical, mapped
 from .call_gradients import choices, forward_mode, grad_transform, jvp_transform, vectorized, with_gradient
@@ -52,22 +53,12 @@ def _deterministic():
         torch.use_deterministic_algorithms(False)
 
 
-@contextlib.contextmanager
-def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def two_threads(call, draw):
-    with _two_threads():
+    with threads(2):
         return call.function(**call.arguments)
 
 
@@ -128,7 +119,7 @@ def from_threads(call, draw):
 
 def after_fork(call, draw):
     """A child of a process that has used two threads gets its parent's bits, where the threads are not torch's own."""
-    with _two_threads():
+    with threads(2):
         wanted = call.function(**call.arguments)
         reading, writing = os.pipe()
         child = os.fork()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import InputError
-from ...runtime.devices import one_thread, plain_defaults
+from ...runtime.devices import plain_defaults, threads
 from ...runtime.files import read_tensors, restoring, write_bytes, write_json, write_tensors
 from ...runtime.folders import locked, remove_leftovers, require_output_folder
 from ...runtime.progress import progress_bar
@@ -105,7 +105,7 @@ def write_toy(config: ToyConfig, out: str | Path, progress: bool = True) -> Path
     out = require_output_folder(out)
     names = list(DATA) if config.data == BOTH else [config.data]
     side_by_side = torch.get_num_threads() > 1 and not multiprocessing.current_process().daemon
-    with locked(out), one_thread():
+    with locked(out), threads(1):
         remove_leftovers(out / "kept")
         missing = [name for name in names if not all(path.exists() for path in _paths(name, config, out).values())]
         if side_by_side and len(missing) > 1:
