@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ def run_in_processes(work: Callable[..., None], arguments: Sequence[tuple[Any, .
         RuntimeError: a process has no memory left, or not the backend that was asked for.
     """
     launcher.hold_standard_streams()
+    multiprocessing.resource_tracker.ensure_running()  # it unblocks interrupts, and must not among the workers' starts
     context = multiprocessing.get_context("spawn")
     workers, reports = [], []
     for given in arguments:
@@ -115,6 +117,8 @@ def _run(work, given, out, parent, report):
             raise
         report.send(error)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to remove, and the end prints no traceback
 
 
 def _end_with(parent):

@@ -12,6 +12,8 @@ from advkd.runtime.files import replacing
 from advkd.runtime.folders import locked
 from advkd.runtime.workers import run_in_processes
 
+from ..conftest import start
+
 
 def work(kind, folder):
     if kind == "input":
@@ -57,3 +59,25 @@ def test_all_processes_are_waited_for(tmp_path):
     with locked(tmp_path):
         run_in_processes(work, [("one", tmp_path), ("two", tmp_path)], tmp_path, "drawing", "pictures are kept")
     assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["1 thread", "1 thread"]
+
+
+DEAF = """
+import signal, sys
+from pathlib import Path
+from advkd.runtime.folders import locked
+from advkd.runtime.workers import run_in_processes
+def work(folder, number):
+    (folder / number).write_text(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+if __name__ == "__main__":
+    with locked(folder := Path(sys.argv[1])):
+        run_in_processes(work, [(folder, "0"), (folder, "1")], folder, "drawing", "pictures are kept")
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_processes_are_deaf_to_interrupts(tmp_path):
+    """In a fresh interpreter, where the first process starts the tracker of resources, which unblocks interrupts."""
+    (tmp_path / "script.py").write_text(DEAF)
+    done = start(tmp_path / "script.py", tmp_path).finish(120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert [(tmp_path / number).read_text() for number in "01"] == ["True", "True"]
