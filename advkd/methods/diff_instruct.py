@@ -4,6 +4,7 @@ The student draws in one pass. Its images' scores are those of a network trained
 the images move. Reverse divergences forget modes: pairs of the teacher's (DMD) or a critic on noised images (DMD2) hold them.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ class DiffInstruct(ScoreMethod):
         schedule: noise schedule of a denoiser student; None: the student is a generator.
         score: see :class:`~advkd.methods.score.ScoreMethod`.
 
+    Attributes:
+        bound: factor of a generator's output in [-1, 1] that makes it the teacher's latents, and by which recorded ones have
+            been divided; 1 of pictures.
+
     Raises:
         InputError: numbers that cannot work, or an entry outside of the schedule's levels.
     """
@@ -98,6 +103,7 @@ class DiffInstruct(ScoreMethod):
     Config = DiffInstructConfig
     config: DiffInstructConfig
     given = "none"
+    bound = 1.0
 
     def __init__(
         self, config: DiffInstructConfig, student: Any, schedule: Schedule | None = None, score: nn.Module | None = None
@@ -247,6 +253,8 @@ class DiffInstruct(ScoreMethod):
         for i in range(rounds):
             if i:
                 batch, draw = step.next_batch()
+            if self.given == "pairs" and self.bound != 1:
+                batch = dataclasses.replace(batch, images=self.bound * batch.images)
             last, labels = i + 1 == rounds and not waits, self._labels(batch, draw)
             fresh, paired = self._images(step, batch, draw, labels, last)
             told = labels if labels is None or self._numbers is None else self._numbers.to(labels.device)[labels]
@@ -281,7 +289,8 @@ class DiffInstruct(ScoreMethod):
 
     def _generate(self, z, labels):
         if self._draws:
-            return self.student(z) if labels is None else self.student(z, labels=labels)
+            drawn = self.student(z) if labels is None else self.student(z, labels=labels)
+            return drawn if self.bound == 1 else self.bound * drawn
         return self.denoiser(self.student).predict(z, self.config.entry, labels)[0]
 
     def _judged(self, step, batch, draw, labels, fresh):

@@ -13,10 +13,11 @@ from ..errors import InputError
 
 
 class OptimisedImages(nn.Module):
-    """Images in [-1, 1], each a function of its own row of one parameter.
+    """Images in [-1, 1] or latents, each a function of its own row of one parameter.
 
     Args:
         start: ``(num, ...)`` the parameter where optimisation begins.
+        bounded: False for latents, which may be any numbers.
 
     Attributes:
         values: ``(num, ...)`` the parameter.
@@ -25,9 +26,9 @@ class OptimisedImages(nn.Module):
 
     spread: ClassVar[float] = 0.5
 
-    def __init__(self, start: Tensor):
+    def __init__(self, start: Tensor, bounded: bool = True):
         super().__init__()
-        self.values = nn.Parameter(start)
+        self.values, self.bounded = nn.Parameter(start), bounded
 
     def __len__(self) -> int:
         return len(self.values)
@@ -43,17 +44,21 @@ class OptimisedImages(nn.Module):
         """
         raise NotImplementedError
 
+    def _bounded(self, x):
+        return x.tanh() if self.bounded else x
+
 
 class Pixels(OptimisedImages):
-    """Every pixel is a number: x = tanh(phi).
+    """Every pixel is a number: x = tanh(phi), or phi of latents.
 
     Args:
         start: ``(num, ...)``, of the images' own shape, whatever it is.
+        bounded: see :class:`OptimisedImages`.
     """
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Some of the images; see :class:`OptimisedImages`."""
-        return self.values[numbers].tanh()
+        return self._bounded(self.values[numbers])
 
 
 class Coefficients(OptimisedImages):
@@ -62,15 +67,16 @@ class Coefficients(OptimisedImages):
     Args:
         start: ``(num, C, grid, grid)``.
         size: ``(height, width)`` of the images.
+        bounded: see :class:`OptimisedImages`; x = U phi of latents.
     """
 
-    def __init__(self, start: Tensor, size: Sequence[int]):
-        super().__init__(start)
+    def __init__(self, start: Tensor, size: Sequence[int], bounded: bool = True):
+        super().__init__(start, bounded)
         self.size = tuple(size)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Some of the images; see :class:`OptimisedImages`."""
-        return F.interpolate(self.values[numbers], self.size, mode="bilinear", align_corners=False).tanh()
+        return self._bounded(F.interpolate(self.values[numbers], self.size, mode="bilinear", align_corners=False))
 
 
 class Warp(OptimisedImages):
@@ -80,7 +86,7 @@ class Warp(OptimisedImages):
 
     Args:
         start: ``(num, 2, 3)``; 0 is the prototype itself. Lengths are halves of the image's side.
-        prototypes: ``(num, C, H, W)`` in [-1, 1].
+        prototypes: ``(num, C, H, W)``.
     """
 
     spread = 0.05
@@ -110,6 +116,7 @@ def optimised_images(
     seed: int = 0,
     grid: int = 16,
     prototypes: Tensor | None = None,
+    bounded: bool = True,
 ) -> OptimisedImages:
     """Images at a random start, in float32 on the CPU.
 
@@ -119,7 +126,8 @@ def optimised_images(
         num: number of images, at least 1.
         seed: of the start; image i's is a function of (seed, i) alone.
         grid: side of the grid of ``coefficients``, from 1 to the image's own.
-        prototypes: of ``warp``: ``(C, H, W)``, or ``(num, C, H, W)`` for one an image, finite and in [-1, 1].
+        prototypes: of ``warp``: ``(C, H, W)``, or ``(num, C, H, W)`` for one an image, finite, and in [-1, 1] if ``bounded``.
+        bounded: True for images, which are in [-1, 1]; False for latents.
 
     Returns:
         Module of the images.
@@ -142,22 +150,22 @@ def optimised_images(
     draw = Draw(seed, 0, num, "cpu", torch.float32)
     shape, kind = tuple(shape), GENERATORS[generator]
     if generator == "pixels":
-        return Pixels(kind.spread * draw.normal("start", *shape))
+        return Pixels(kind.spread * draw.normal("start", *shape), bounded)
     if generator == "warp":
         assert prototypes is not None
-        return Warp(kind.spread * draw.normal("start", 2, 3), _prototypes(prototypes, shape, num))
+        return Warp(kind.spread * draw.normal("start", 2, 3), _prototypes(prototypes, shape, num, bounded))
     channels, *size = shape
     if not 1 <= grid <= min(size):
         raise InputError(f"grid must be from 1 to the image's side, {min(size)}, got {grid}")
-    return Coefficients(kind.spread * draw.normal("start", channels, grid, grid), size)
+    return Coefficients(kind.spread * draw.normal("start", channels, grid, grid), size, bounded)
 
 
-def _prototypes(prototypes, shape, num):
+def _prototypes(prototypes, shape, num, bounded):
     """One prototype an image, checked."""
     if tuple(prototypes.shape) not in (shape, (num, *shape)):
         raise InputError(f"prototypes must be {shape} or {(num, *shape)}, got {tuple(prototypes.shape)}")
     largest = float(prototypes.abs().max()) if prototypes.isfinite().all() else math.inf
-    if not largest <= 1:
+    if not largest <= (1 if bounded else torch.finfo(torch.float32).max):
         raise InputError(
             f"prototypes must be finite images in [-1, 1], the largest magnitude is {largest:g}: choose other --data"
         )

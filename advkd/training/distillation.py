@@ -14,12 +14,12 @@ from ..data.trajectories import Trajectories
 from ..diffusion.recorder import record_trajectories
 from ..errors import InputError
 from ..methods import method_class
-from ..models.autoencoder import Autoencoder, require_pixels
+from ..models.autoencoder import Autoencoder, sha256_of
 from ..models.student import Student
 from ..runtime.devices import plain_defaults
 from ..runtime.files import digest
 from .cost import run_cost, unpaid
-from .denoiser_data import images_of, learnt_from, require_callable
+from .denoiser_data import encoded, images_of, learnt_from, require_callable
 from .processes import barrier
 from .trainer import Trainer
 
@@ -134,11 +134,14 @@ class Distiller(Trainer):
             taught = {**teacher.identity(), "name": None}
             run.origin = {"init": digest(student.state_dict()), "teacher": taught}
         self._recorded = data = _recorded(data, student, needs, teacher, images)
+        bound = _bound(data, student, teacher)
+        if needs.teacher and student.autoencoder is not None:
+            run.bound, run.origin["bound"] = bound, bound
         if data is not None:
-            source: Source = _Growing(data, student, needs, teacher, Path(out) / "trajectories")
+            source: Source = _Growing(data, student, needs, teacher, bound, Path(out) / "trajectories")
         else:
-            shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
-            source = images_of(run, needs, shape, student.class_names, images, progress)
+            source = images_of(run, needs, student.image_shape, student.class_names, images, progress)
+            source = source if teacher.autoencoder is None else encoded(source, teacher.autoencoder, teacher.device)
         super().__init__(
             run,
             source,
@@ -190,9 +193,9 @@ class Distiller(Trainer):
 class _Growing(Recorded):
     """Recorded trajectories to which the teacher adds some while a student is trained."""
 
-    def __init__(self, data, student, needs, teacher, folder):
+    def __init__(self, data, student, needs, teacher, bound, folder):
         latent = (student.config.latent_size, student.config.detail_noise)
-        super().__init__(data, latent, needs.limit, student.class_names, needs.averaged, _bound(data, student))
+        super().__init__(data, latent, needs.limit, student.class_names, needs.averaged, bound)
         self._teacher, self._needs, self._folder = teacher, needs, folder
         self._given = len(data.folders)
         self._first = max(part["start"] + part["num"] for part in data.parts)
@@ -211,21 +214,38 @@ class _Growing(Recorded):
             self.data.append(folder)
 
 
-def _bound(data, student):
-    """Number by which recorded latents are divided for a student in [-1, 1], which is given their autoencoder with it; or 1."""
-    if not data.info.latents:
-        require_pixels(student, "a recording of pictures")
+def _bound(data, student, teacher):
+    """Number by which latents are divided for a student in [-1, 1], which is given their autoencoder; 1 of pictures."""
+    autoencoder = _autoencoder(data, teacher)
+    if autoencoder is None and student.autoencoder is not None:
+        raise InputError("the student draws latents, and what it is to learn are pictures: begin with another by --preset")
+    if autoencoder is None:
         return 1.0
-    autoencoder = Autoencoder.from_pretrained(data.folder)
-    if autoencoder.sha256 != data.info.teacher["autoencoder_sha256"]:
-        raise InputError(f"--trajectories {data.folder}: its autoencoder is not the teacher's: restore or fetch a copy of it")
+    if student.autoencoder is None and data is None:
+        raise InputError(
+            "a student in one pass draws numbers in [-1, 1], and the teacher's latents have no known bound: record some "
+            "and name them by --trajectories, or begin with a student of these latents by --init"
+        )
     if student.autoencoder is None:
         student.autoencoder = autoencoder.rescaled(data.largest())
     if student.autoencoder.weights_sha256 != autoencoder.weights_sha256:
-        raise InputError(
-            "the student draws latents of another autoencoder than the trajectories': begin with a fresh one by --preset"
-        )
+        raise InputError("the student draws latents of another autoencoder: begin with a fresh one by --preset")
     return autoencoder.scaling / student.autoencoder.scaling
+
+
+def _autoencoder(data, teacher):
+    """The autoencoder of what a student learns from, of a recording, a teacher, or both; None of pictures."""
+    if data is None:
+        return teacher.autoencoder
+    known = data.info.teacher.get("autoencoder_sha256")
+    if teacher is not None and known != sha256_of(teacher.autoencoder):
+        raise InputError("the trajectories and the teacher are not of one autoencoder: record others, or name their teacher")
+    if not data.info.latents:
+        return None
+    autoencoder = Autoencoder.from_pretrained(data.folder)
+    if autoencoder.sha256 != known:
+        raise InputError(f"--trajectories {data.folder}: its autoencoder is not the teacher's: restore or fetch a copy of it")
+    return autoencoder
 
 
 def _recorded(data, student, needs, teacher, images):
@@ -247,10 +267,9 @@ def _require_teacher(method, student, teacher, device):
     if teacher is None:
         raise InputError(f"{method} needs a teacher: name it by --teacher")
     require_callable(teacher, device)
-    require_pixels(teacher, f"{method} into a student that draws in one pass")
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
-        raise InputError(f"the teacher draws images {tuple(teacher.shape)}, the student {shape}")
+        raise InputError(f"the teacher draws {tuple(teacher.shape)}, the student {shape}: choose another preset")
     if teacher.num_classes and not student.num_classes:
         raise InputError("the teacher is told classes and the student knows none: begin with a fresh one by --preset")
     if missing := [name for name in student.class_names if name not in teacher.class_names]:

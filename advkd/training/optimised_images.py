@@ -16,7 +16,6 @@ from ..diffusion.guidance import require_labels
 from ..diffusion.teacher import Teacher
 from ..errors import InputError
 from ..methods.score_distillation import ScoreDistillation, ScoreDistillationConfig, classes_in_turn
-from ..models.autoencoder import require_pixels
 from ..models.optimised_images import OptimisedImages, optimised_images
 from ..models.saving import TRAINING
 from ..runtime.devices import plain_defaults
@@ -26,7 +25,9 @@ from .denoiser_data import require_callable
 from .trainer import Trainer
 
 IMAGES = "images.safetensors"
-"""File of the images: ``images``, ``(num, C, H, W)`` float32 in [-1, 1], and ``labels`` where they have classes."""
+"""File of the images: ``images``, ``(num, C, H, W)`` float32 in [-1, 1], and ``labels`` where they have classes.
+
+Of a teacher of latents it has ``latents``, which were optimised, and the images are what they decode to."""
 
 PICTURE = "images.png"
 """File of the images as one grid."""
@@ -67,7 +68,8 @@ def optimise_images(
     Examples:
         >>> images = optimise_images(ScoreDistillationConfig(num=4), Teacher.from_pretrained("digits"), "sds")
     """
-    return drawn(ImageOptimiser(config, teacher, out, data, resume=resume, device=device, progress=progress).run())
+    optimised = drawn(ImageOptimiser(config, teacher, out, data, resume=resume, device=device, progress=progress).run())
+    return teacher.images(optimised)
 
 
 class ImageOptimiser(Trainer):
@@ -102,11 +104,11 @@ class ImageOptimiser(Trainer):
     ):
         config.validate()
         require_callable(teacher, device)
-        require_pixels(teacher, "score-distillation, whose images are in [-1, 1],")
         numbers = classes_in_turn(teacher, config)
         self.labels = labels_in_turn(numbers, 0, config.num)
         prototypes = _prototypes(config, teacher, self.labels, data, progress)
-        images = optimised_images(config.generator, teacher.shape, config.num, config.seed, config.grid, prototypes)
+        kind, bounded = (config.generator, teacher.shape, config.num, config.seed, config.grid), teacher.autoencoder is None
+        images = optimised_images(*kind, prototypes, bounded)
         run = ScoreDistillation(config, images, teacher.schedule)
         run.origin = {"teacher": {**teacher.identity(), "name": None}}
         if prototypes is not None:
@@ -128,8 +130,10 @@ class ImageOptimiser(Trainer):
 
     def _save_images(self, images, out):
         """The record comes last: a folder with one is complete."""
-        found = drawn(images).cpu()
+        optimised = drawn(images)
+        found = self.method.teacher.images(optimised).cpu()
         tensors = {"images": found} if self.labels is None else {"images": found, "labels": self.labels}
+        tensors |= {} if self.method.teacher.autoencoder is None else {"latents": optimised.cpu()}
         write_tensors(out / IMAGES, tensors, with_digest(tensors, {"classes": self._class_names}))
         save_grid(found, out / PICTURE)
         write_json(out / TRAINING, self._record())
@@ -164,19 +168,25 @@ def _prototypes(config, teacher, labels, data, progress):
     if data is None:
         raise InputError("generator warp needs images to make prototypes of: name them by --data")
     images, known = _read(teacher, labels is not None, data, progress)
-    if tuple(images.shape[1:]) != tuple(teacher.shape) or not len(images):
-        raise InputError(f"data holds images {tuple(images.shape)}, the teacher draws {tuple(teacher.shape)}")
+    if tuple(images.shape[1:]) != tuple(teacher.image_shape) or not len(images):
+        raise InputError(f"data holds images {tuple(images.shape)}, the teacher draws {tuple(teacher.image_shape)}")
     if labels is None:
-        return _prototype(config.prototype, images, "images").expand(config.num, *teacher.shape)
+        return _states(teacher, _prototype(config.prototype, images, "images")).expand(config.num, *teacher.shape)
     own = {
-        k: _prototype(config.prototype, images[known == k], f"images of {teacher.class_names[k]}") for k in set(labels.tolist())
+        k: _states(teacher, _prototype(config.prototype, images[known == k], f"images of {teacher.class_names[k]}"))
+        for k in set(labels.tolist())
     }
-    return torch.stack([own[k] for k in labels.tolist()])
+    return torch.cat([own[k] for k in labels.tolist()])
+
+
+def _states(teacher, prototype):
+    """A prototype as the teacher's state, ``(1, ...)``."""
+    return prototype[None] if teacher.autoencoder is None else teacher.autoencoder.encode(prototype[None])
 
 
 def _read(teacher, labelled, data, progress):
     """Images and, where they are asked for, the teacher's numbers of their classes."""
-    channels, size, _ = teacher.shape
+    channels, size, _ = teacher.image_shape
     if isinstance(data, (Tensor, tuple)):
         images, labels = data if isinstance(data, tuple) else (data, None)
         if labelled and labels is None:

@@ -134,10 +134,14 @@ def test_the_generator_ends_with_the_datas_moments(weight, score_updates, tmp_pa
     assert torch.allclose(network.gain.abs(), VARIANCE.sqrt(), rtol=0, atol=tolerance)
 
 
-def test_pairs_hold_the_sign_that_a_divergence_leaves_open(tmp_path):
-    """x = offset - gain z has the same distribution; the squared error on pairs tells them apart."""
+@pytest.mark.parametrize("bound", [1.0, 3.0])
+def test_pairs_hold_the_sign_that_a_divergence_leaves_open(bound, tmp_path):
+    """x = offset - gain z has the same distribution; the squared error on pairs tells them apart.
+
+    A generator of latents draws a third of them, and a third of them is recorded.
+    """
     z = normal(512, 2)
-    pairs = Tensors(z=z, images=MEAN - VARIANCE.sqrt() * z)
+    pairs = Tensors(z=z, images=(MEAN - VARIANCE.sqrt() * z) / bound)
     config = DiffInstructConfig(
         updates=1000,
         batch_size=64,
@@ -147,9 +151,11 @@ def test_pairs_hold_the_sign_that_a_divergence_leaves_open(tmp_path):
         regression=1.0,
         clip=0.0,
     )
-    network = run_of(config, TEACHER, AffineGenerator(), GaussianScore(SCHEDULE), tmp_path, pairs, "pairs").run()
-    assert torch.allclose(network.gain, -VARIANCE.sqrt(), rtol=0, atol=0.05)
-    assert torch.allclose(network.offset, MEAN, rtol=0, atol=0.05)
+    run = run_of(config, TEACHER, AffineGenerator(), GaussianScore(SCHEDULE), tmp_path, pairs, "pairs")
+    run.method.bound = bound
+    network = run.run()
+    assert torch.allclose(bound * network.gain, -VARIANCE.sqrt(), rtol=0, atol=0.05)
+    assert torch.allclose(bound * network.offset, MEAN, rtol=0, atol=0.05)
 
 
 class Centres(nn.Module):
@@ -393,7 +399,7 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
         ({"data": tiny_images()}, "images are for the critic: give --gan a weight"),
         ({"teacher": conditional_teacher()}, "the teacher is told classes and the student knows none"),
         ({"guidance": 1.0}, "guidance: teacher tiny is unconditional"),
-        ({"teacher": tiny_teacher(channels=3)}, r"the teacher draws images \(3, 8, 8\), the student \(1, 8, 8\)"),
+        ({"teacher": tiny_teacher(channels=3)}, r"draws \(3, 8, 8\), the student \(1, 8, 8\): choose another preset"),
         ({"data": torch.zeros(4, 3, 8, 8), "gan": 0.1}, r"data holds images \(3, 8, 8\), the student draws \(1, 8, 8\)"),
     ):
         with pytest.raises(InputError, match=message):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, VQModel
 
 from advkd.cli.main import main
 from advkd.data.dataset_info import TrajectoryConfig
-from advkd.data.images import load_images
+from advkd.data.images import load_images, normalize
 from advkd.data.sources import Tensors
 from advkd.data.trajectories import Trajectories
 from advkd.diffusion.denoiser_student import DenoiserStudent, Sampler
@@ -39,13 +40,15 @@ from advkd.methods.progressive import ProgressiveConfig
 from advkd.methods.rectified_flow import RectifiedFlowConfig
 from advkd.methods.reparametrize import ReparametrizeConfig
 from advkd.models.autoencoder import Autoencoder, Pictured, build_autoencoder, scaling_of
+from advkd.models.classifier import Classifier, ClassifierConfig
 from advkd.models.shape import StudentConfig
 from advkd.models.student import Student
+from advkd.runtime.files import read_tensors
 from advkd.training.denoiser_data import encoded
 from advkd.training.denoisers import distill_denoiser
-from advkd.training.distillation import distill
+from advkd.training.distillation import Distiller, distill
 
-from ..conftest import tiny_unet
+from ..conftest import tiny_teacher, tiny_unet
 
 SCALING = 0.5
 SHAPE, LATENTS = (1, 32, 32), (4, 8, 8)
@@ -281,8 +284,7 @@ def test_a_comparison_has_the_decoders_row(commands, tmp_path, monkeypatch):
         (("autoencoder", "train", "--regularisation", "vae"), "regularisation must be one of kl, vq"),
         (("autoencoder", "train", "--codes", "16"), "codes does nothing without regularisation vq"),
         (("evaluate", "--likelihood", "--teacher", "{t}"), "likelihood takes models of pictures"),
-        (("distill", "score-distillation", "--teacher", "{t}"), "takes models of pictures"),
-        (("distill", "diff-instruct", "--teacher", "{t}", "--preset", "latent"), "takes models of pictures"),
+        (("distill", "diff-instruct", "--teacher", "{t}", "--preset", "latent"), "name them by --trajectories, or begin with"),
     ],
 )
 def test_commands_refuse_what_does_not_fit(commands, tmp_path, arguments, message):
@@ -387,7 +389,7 @@ def test_pixels_and_latents_do_not_mix(recording, tmp_path):
     torch.manual_seed(0)
     student = Student(STUDENT)
     student.autoencoder = tiny_autoencoder(seed=1)
-    with pytest.raises(InputError, match="latents of another autoencoder than the trajectories'"):
+    with pytest.raises(InputError, match="the student draws latents of another autoencoder: begin with a fresh one"):
         distill(recording, student, recipe("joint", updates=(1,), batch_sizes=(4,)), tmp_path / "s", progress=False)
     student.save_pretrained(tmp_path / "one")
     other = Student(STUDENT)
@@ -399,6 +401,44 @@ def test_pixels_and_latents_do_not_mix(recording, tmp_path):
     Student(STUDENT).save_pretrained(tmp_path / "pixels")
     with pytest.raises(InputError, match="or without one: name another folder"):
         student.save_pretrained(tmp_path / "pixels")
+
+
+def test_a_generator_by_two_scores_draws_latents(recording, tmp_path):
+    """With pairs its bound is the largest latent recorded; trained further, without pairs, it keeps that."""
+    torch.manual_seed(0)
+    teacher, config = tiny_latent_teacher(), DiffInstructConfig(updates=2, batch_size=4, checkpoint_every=1)
+    given = {"teacher": teacher, "method": "diff-instruct", "progress": False}
+    with pytest.raises(InputError, match="the trajectories and the teacher are not of one autoencoder"):
+        other = LatentTeacher(tiny_unet(LATENTS[0]), teacher.scheduler, tiny_autoencoder(seed=1))
+        distill(recording, Student(STUDENT), config, tmp_path / "s", **{**given, "teacher": other})
+    assert not (tmp_path / "s").exists()
+    student = distill(recording, Student(STUDENT), config, tmp_path / "s", **given)
+    bound = Trajectories(recording).largest()
+    assert student.autoencoder.scaling == pytest.approx(SCALING / bound, rel=1e-12)
+    assert student.sample(2).shape == (2, *SHAPE)
+    with pytest.raises(InputError, match="the student draws latents, and what it is to learn are pictures"):
+        distill(None, student, config, tmp_path / "p", **{**given, "teacher": tiny_teacher(channels=LATENTS[0])})
+    images = load_images("digits")[:8]
+    judged = DiffInstructConfig(updates=1, batch_size=4, gan=0.1, critic_channels=4)
+    run = Distiller(None, student, judged, tmp_path / "more", images=images, **given)
+    assert run.method.bound == pytest.approx(bound, rel=1e-12)
+    assert torch.equal(run.data.tensors["images"], teacher.autoencoder.encode(images))
+    assert run.run().autoencoder.scaling == student.autoencoder.scaling
+
+
+@pytest.mark.parametrize("generator", ["pixels", "coefficients", "warp"])
+def test_optimised_latents_are_shown_as_pictures(generator, commands, tmp_path):
+    """A warp's prototype is the latent of the mean picture."""
+    options = {"coefficients": ("--grid", 4), "warp": ("--data", "digits")}.get(generator, ())
+    given = ("--teacher", commands / "t", "--generator", generator, "--num", 2, "--updates", 2, *options)
+    run("distill", "score-distillation", *given, "--out", tmp_path / "o")
+    found, _ = read_tensors(tmp_path / "o" / "images.safetensors")
+    autoencoder = Teacher.from_pretrained(commands / "t").autoencoder
+    assert found["latents"].shape == (2, *LATENTS) and found["latents"].abs().max() > 1
+    assert torch.equal(found["images"], autoencoder.decode(found["latents"]).clamp(-1, 1))
+    if generator == "warp":
+        mean = autoencoder.encode(normalize(load_images("digits")).mean(dim=0, keepdim=True))
+        assert (found["latents"] - mean).abs().mean() < 0.5 * (mean - mean.mean()).abs().mean()
 
 
 @pytest.mark.parametrize("method", ["pairs", "rectified-flow"])
@@ -440,18 +480,23 @@ METHOD_RUNS = {
     "progressive": (ProgressiveConfig(rounds=(2,), **ONE), "", "images"),
     "guided": (GuidedConfig(rounds=(1,), first_updates=1, **ONE), "teacher", "images"),
     "consistency": (ConsistencyConfig(levels=3, **ONE), "teacher", "images"),
+    "consistency training": (ConsistencyConfig(levels=3, **ONE), "", "images"),
+    "features": (FeaturesConfig(rounds=(2,), **ONE), "", "images"),
     "diff-instruct": (DiffInstructConfig(**ONE), "teacher", ""),
     "dpdm": (DPDMConfig(steps=2, **ONE), "teacher", "images"),
     "rectified-flow": (RectifiedFlowConfig(steps=1, **ONE), "", "trajectories"),
     "pairs": (PairsConfig(**ONE), "", "trajectories"),
 }
-"""Methods on denoisers, an update each, with what they call and learn from."""
+"""Methods on denoisers, an update each, with what they call and learn from; ddgan is among the commands."""
 
 
 @pytest.mark.parametrize("name", METHOD_RUNS)
 def test_every_denoiser_method_trains_on_latents(name, recording, tmp_path):
     """Its student keeps the autoencoder and draws pictures; images are encoded once, to unit variance."""
     config, called, learnt = METHOD_RUNS[name]
+    if name == "features":
+        Classifier(ClassifierConfig(channels=(4, 4, 4), num_features=12)).save_pretrained(tmp_path / "classifier")
+        config = replace(config, classifier=str(tmp_path / "classifier"))
     conditional = name == "guided"
     classes = Classes(("even", "odd"), 2) if conditional else None
     told = {"num_class_embeds": 3} if conditional else {}
@@ -461,10 +506,10 @@ def test_every_denoiser_method_trains_on_latents(name, recording, tmp_path):
     data = (images, torch.arange(16) % 2) if conditional else images
     given = {"data": data} if learnt == "images" else {"trajectories": recording} if learnt else {}
     student = distill_denoiser(
-        name,
+        name.partition(" ")[0],
         config,
         DenoiserStudent.from_teacher(teacher),
-        tmp_path,
+        tmp_path / "s",
         teacher=teacher if called else None,
         progress=False,
         **given,
