@@ -13,7 +13,9 @@ def lines():
     for result in stored("toy"):
         num, data = result["config"]["samples"], result["data"]
         error = 50 / math.sqrt(num)
-        found += source(result, [], f"{num:,} samples a row, so that standard errors of shares are at most {error:.1f} %")
+        took = " and ".join(f"{one['seconds'] / 60:.1f}" for one in data.values())
+        sure = f"{num:,} samples a row, so that standard errors of shares are at most {error:.1f} %"
+        found += source(result, [], f"{sure}; the rows of {' and '.join(data)} took {took} minutes, a thread each")
         titles = ["row", "samples", "evaluations"]
         titles += [f"{name}: modes, within, width" for name in data]
         rows, totals = zip(*(each["rows"] for each in data.values()), strict=True), [DATA[name]().total for name in data]

@@ -84,23 +84,30 @@ class ToyData:
 
         Returns:
             ``within``: share within :data:`REACH` deviations of a centre; ``modes``: share of the modes that have at least
-            :data:`FAIR` of their weight there; ``width``: root mean square distance from the nearest centre among those, over
-            that of the data.
+            :data:`FAIR` of their weight there; ``width``: deviation of those with one nearest centre from their own mean, over
+            that of the data's; ``spread``: root mean square distance of all samples from their mean, over that of the data.
         """
         distance, component = self.nearest(x)
         near = distance <= REACH
         weights = torch.zeros(self.total).double().index_add(0, self.modes, self.teacher.weights)
         counts = torch.bincount(self.modes[component[near]], minlength=len(weights))
-        own = distance[near].square().mean().sqrt() if near.any() else torch.tensor(0.0)
+        own = self.teacher.data(2**13, seed=2**40)
         return {
             "within": near.double().mean().item(),
             "modes": (counts >= FAIR * weights * len(x)).double().mean().item(),
-            "width": (own / self._width()).item(),
+            "width": self._width(x) / self._width(own),
+            "spread": _spread(x) / _spread(own),
         }
 
-    def _width(self):
-        distance, _ = self.nearest(self.teacher.data(2**13, seed=2**40))
-        return distance[distance <= REACH].square().mean().sqrt()
+    def _width(self, x):
+        """Deviation of points within reach of a centre from the mean of those that share it; a lone point has none."""
+        distance, component = self.nearest(x)
+        near = distance <= REACH
+        x, (_, component) = x[near].double(), torch.unique(component[near], return_inverse=True)
+        count = torch.bincount(component)
+        means = torch.zeros(len(count), 2).double().index_add(0, component, x) / count[:, None]
+        squares = (x - means[component]).square().sum()
+        return (squares / max(len(x) - len(count), 1)).sqrt().item()
 
     def density(self, x: Tensor) -> Tensor:
         """Density of the data.
@@ -114,6 +121,11 @@ class ToyData:
         variance = self.teacher.variance
         exponents = -torch.cdist(x.double(), self.teacher.means).square() / (2 * variance)
         return exponents.exp() @ self.teacher.weights / (2 * math.pi * variance)
+
+
+def _spread(x):
+    """Root mean square distance of points from their mean."""
+    return x.double().var(dim=0, correction=0).sum().sqrt().item()
 
 
 def _grid():

@@ -42,6 +42,7 @@ class Outcome:
         numbers: what was measured beside, JSON values by name.
         weights: of the networks that later rows begin with.
         cost: network evaluations of the training, forward and backward.
+        seconds: that the row took, by one thread.
     """
 
     samples: dict[str, Tensor] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Outcome:
     numbers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     cost: tuple[float, float] = (0.0, 0.0)
+    seconds: float = 0.0
 
 
 class Laboratory:

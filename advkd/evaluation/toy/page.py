@@ -58,9 +58,9 @@ class Section:
         return (
             f"{len(data.teacher.means)} Gaussians of deviation {data.deviation:.3f}; a mode is a {data.what}, and there are "
             f"{data.total}. A sample is within if the nearest centre is at most {REACH:g} deviations away (blue; others are "
-            f"orange). A mode is kept if {FAIR:.0%} of its fair share of all samples are within it. Width is the root mean "
-            "square distance from the nearest centre of those within, over the data's. Paths are drawn in tau x + (1 - tau) z, "
-            "where a straight flow has straight lines; all begin at the same noise."
+            f"orange). A mode is kept if {FAIR:.0%} of its fair share of all samples are within it. Width is the deviation of "
+            "those within from the mean of those with the same nearest centre, over the data's. Paths are drawn in "
+            "tau x + (1 - tau) z, where a straight flow has straight lines; all begin at the same noise."
         )
 
     def _picture(self, name: str, draw: Callable[[Path], None], reading: str) -> str:
@@ -166,11 +166,16 @@ def left_out(rows: Sequence[str]) -> str:
 
 
 def numbers_of(section: Section) -> dict[str, Any]:
-    """Measures of one data set, as JSON values.
+    """Measures of one data set, and the seconds that its rows took one thread, as JSON values.
 
     Args:
         section: its part of the page.
     """
     rows = [{"row": row.name, "samples": row.title, "evaluations": row.evaluations, **row.found} for row in section.measured()]
     outcomes: dict[str, Outcome] = section.outcomes
-    return {"rows": rows, **{name: outcome.numbers for name, outcome in outcomes.items() if outcome.numbers}}
+    seconds = sum(outcome.seconds for outcome in outcomes.values())
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        **{name: outcome.numbers for name, outcome in outcomes.items() if outcome.numbers},
+    }

@@ -12,8 +12,8 @@ from .methods import LEVELS
 from .solvers import COUNTS, WHOLE
 
 COLLAPSED, SHARP, SPREAD = 0.25, 0.9, 1.25
-"""Width below which samples have collapsed, share within three deviations from which they are sharp, and width above which they
-are blurred."""
+"""Spread or width below which samples have collapsed, share within three deviations from which they are sharp, and width above
+which they are blurred."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def verdict(data: ToyData, found: dict[str, float]) -> str:
     """
     lost = data.total - round(found["modes"] * data.total)
     said = [f"loses {lost} of {data.total} modes" if lost else "keeps every mode"]
-    if found["width"] < COLLAPSED:
+    if found["spread"] < COLLAPSED:
+        said.append(f"has collapsed to one place, {found['spread']:.2f} of the data's spread")
+    elif found["within"] and found["width"] < COLLAPSED:
         said.append(f"has collapsed to {found['width']:.2f} of the data's width")
     if found["within"] < SHARP:
         said.append(f"leaves {1 - found['within']:.0%} of the samples between the modes")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,20 +148,23 @@ def _told(section, bar):
 
 
 def _run(lab, row, path):
+    start = time.perf_counter()
     outcome = (ALWAYS[row] if row in ALWAYS else ROWS[row].run)(lab)
     tensors = {f"{part}/{title}": tensor for part in PARTS for title, tensor in getattr(outcome, part).items()}
     order = {part: list(getattr(outcome, part)) for part in PARTS}
     facts = {"evaluations": outcome.evaluations, "numbers": outcome.numbers, "cost": outcome.cost, "order": order}
+    facts["seconds"] = time.perf_counter() - start
     write_tensors(path, tensors, facts)
 
 
 def _read(path):
     """A kept outcome; its titles in their first order, as headers are sorted."""
     what, remedy = "kept row", "delete it and run again"
-    tensors, facts = read_tensors(path, what, ("evaluations", "numbers", "cost", "order"), remedy)
+    tensors, facts = read_tensors(path, what, ("evaluations", "numbers", "cost", "seconds", "order"), remedy)
     with restoring(what, path, remedy):
         parts = {part: {title: tensors[f"{part}/{title}"] for title in facts["order"][part]} for part in PARTS}
-        return Outcome(**parts, **{name: facts[name] for name in ("evaluations", "numbers")}, cost=tuple(facts["cost"]))
+        values = {name: facts[name] for name in ("evaluations", "numbers", "seconds")}
+        return Outcome(**parts, **values, cost=tuple(facts["cost"]))
 
 
 def _key(name, row, config):
