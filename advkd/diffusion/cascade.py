@@ -155,7 +155,10 @@ class Cascade:
             if (channels, size) != wanted:
                 before = f"{channels} x {size} x {size}"
                 needed = f"{wanted[0]} x {wanted[1]} x {wanted[1]}"
-                raise InputError(f"{stage.model.name} enlarges images of {needed}, the model before it draws {before}")
+                raise InputError(
+                    f"{stage.model.name} enlarges images of {needed}, the model before it draws {before}: "
+                    f"put a model of {needed} before it"
+                )
             size = stage.model.shape[-1]
 
     @property
