@@ -14,6 +14,7 @@ OF_A_METHOD = (0, 3, 5, 6, 7, 8, 9, 12, 14)
 """Columns of a method's own table."""
 
 METHODS = (
+    "adv_kd",
     "reparametrize",
     "progressive",
     "guided",
@@ -100,8 +101,9 @@ DIFFERENCES = (
     (DDGAN, DI_GAN),
     (DDGAN, "digits"),
     (DI_GAN, "digits"),
-    (V, "unipc-2 8"),
-    ("paper", "digits"),
+    *((V, solver) for solver in ("unipc-2 8", "dpm-2 7", "ddpm 50", "unipc-2 50")),
+    ("paper-long", "paper"),
+    ("paper-long", "digits"),
 )
 """Pairs of rows that the pages speak of."""
 

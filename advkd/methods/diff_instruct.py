@@ -284,13 +284,13 @@ class DiffInstruct(ScoreMethod):
         both = torch.cat((z, batch.z.reshape(z.shape))) if regresses else z
         told = labels if labels is None or not regresses else labels.repeat(2)
         with torch.set_grad_enabled(trained), step.autocast():
-            images = self._generate(both, told).to(z.dtype)
+            images = self._generate(both, told)
+        images = self.bound * images.to(z.dtype)
         return (images[: len(z)], images[len(z) :]) if regresses else (images, None)
 
     def _generate(self, z, labels):
         if self._draws:
-            drawn = self.student(z) if labels is None else self.student(z, labels=labels)
-            return drawn if self.bound == 1 else self.bound * drawn
+            return self.student(z) if labels is None else self.student(z, labels=labels)
         return self.denoiser(self.student).predict(z, self.config.entry, labels)[0]
 
     def _judged(self, step, batch, draw, labels, fresh):

@@ -156,7 +156,8 @@ def optimised_images(
         return Warp(kind.spread * draw.normal("start", 2, 3), _prototypes(prototypes, shape, num, bounded))
     channels, *size = shape
     if not 1 <= grid <= min(size):
-        raise InputError(f"grid must be from 1 to the image's side, {min(size)}, got {grid}")
+        what = "image" if bounded else "latent"
+        raise InputError(f"grid must be from 1 to the {what}'s side, {min(size)}, got {grid}")
     return Coefficients(kind.spread * draw.normal("start", channels, grid, grid), size, bounded)
 
 
@@ -166,7 +167,6 @@ def _prototypes(prototypes, shape, num, bounded):
         raise InputError(f"prototypes must be {shape} or {(num, *shape)}, got {tuple(prototypes.shape)}")
     largest = float(prototypes.abs().max()) if prototypes.isfinite().all() else math.inf
     if not largest <= (1 if bounded else torch.finfo(torch.float32).max):
-        raise InputError(
-            f"prototypes must be finite images in [-1, 1], the largest magnitude is {largest:g}: choose other --data"
-        )
+        wanted = "finite images in [-1, 1]" if bounded else "finite latents"
+        raise InputError(f"prototypes must be {wanted}, the largest magnitude is {largest:g}: choose other --data")
     return prototypes.detach().to("cpu", torch.float32).expand(num, *shape).clone()

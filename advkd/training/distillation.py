@@ -218,7 +218,9 @@ def _bound(data, student, teacher):
     """Number by which latents are divided for a student in [-1, 1], which is given their autoencoder; 1 of pictures."""
     autoencoder = _autoencoder(data, teacher)
     if autoencoder is None and student.autoencoder is not None:
-        raise InputError("the student draws latents, and what it is to learn are pictures: begin with another by --preset")
+        raise InputError(
+            "the student draws latents, and --teacher or --trajectories is of pictures: begin with another student by --preset"
+        )
     if autoencoder is None:
         return 1.0
     if student.autoencoder is None and data is None:
@@ -229,7 +231,10 @@ def _bound(data, student, teacher):
     if student.autoencoder is None:
         student.autoencoder = autoencoder.rescaled(data.largest())
     if student.autoencoder.weights_sha256 != autoencoder.weights_sha256:
-        raise InputError("the student draws latents of another autoencoder: begin with a fresh one by --preset")
+        raise InputError(
+            "the student draws latents of another autoencoder than --trajectories or --teacher: begin with a fresh one by "
+            "--preset and --trajectories"
+        )
     return autoencoder.scaling / student.autoencoder.scaling
 
 
@@ -239,7 +244,9 @@ def _autoencoder(data, teacher):
         return teacher.autoencoder
     known = data.info.teacher.get("autoencoder_sha256")
     if teacher is not None and known != sha256_of(teacher.autoencoder):
-        raise InputError("the trajectories and the teacher are not of one autoencoder: record others, or name their teacher")
+        raise InputError(
+            "--trajectories and --teacher are not of one autoencoder: record others, or name the trajectories' teacher"
+        )
     if not data.info.latents:
         return None
     autoencoder = Autoencoder.from_pretrained(data.folder)
@@ -269,7 +276,7 @@ def _require_teacher(method, student, teacher, device):
     require_callable(teacher, device)
     shape = (student.config.image_channels, student.config.image_size, student.config.image_size)
     if tuple(teacher.shape) != shape:
-        raise InputError(f"the teacher draws {tuple(teacher.shape)}, the student {shape}: choose another preset")
+        raise InputError(f"the teacher draws {tuple(teacher.shape)}, the student {shape}: choose another by --preset")
     if teacher.num_classes and not student.num_classes:
         raise InputError("the teacher is told classes and the student knows none: begin with a fresh one by --preset")
     if missing := [name for name in student.class_names if name not in teacher.class_names]:

@@ -107,8 +107,10 @@ class ImageOptimiser(Trainer):
         numbers = classes_in_turn(teacher, config)
         self.labels = labels_in_turn(numbers, 0, config.num)
         prototypes = _prototypes(config, teacher, self.labels, data, progress)
-        kind, bounded = (config.generator, teacher.shape, config.num, config.seed, config.grid), teacher.autoencoder is None
-        images = optimised_images(*kind, prototypes, bounded)
+        autoencoder = teacher.autoencoder
+        states = prototypes if prototypes is None or autoencoder is None else autoencoder.encode(prototypes)
+        kind = (config.generator, teacher.shape, config.num, config.seed, config.grid)
+        images = optimised_images(*kind, states, bounded=autoencoder is None)
         run = ScoreDistillation(config, images, teacher.schedule)
         run.origin = {"teacher": {**teacher.identity(), "name": None}}
         if prototypes is not None:
@@ -171,17 +173,11 @@ def _prototypes(config, teacher, labels, data, progress):
     if tuple(images.shape[1:]) != tuple(teacher.image_shape) or not len(images):
         raise InputError(f"data holds images {tuple(images.shape)}, the teacher draws {tuple(teacher.image_shape)}")
     if labels is None:
-        return _states(teacher, _prototype(config.prototype, images, "images")).expand(config.num, *teacher.shape)
+        return _prototype(config.prototype, images, "images").expand(config.num, *images.shape[1:])
     own = {
-        k: _states(teacher, _prototype(config.prototype, images[known == k], f"images of {teacher.class_names[k]}"))
-        for k in set(labels.tolist())
+        k: _prototype(config.prototype, images[known == k], f"images of {teacher.class_names[k]}") for k in set(labels.tolist())
     }
-    return torch.cat([own[k] for k in labels.tolist()])
-
-
-def _states(teacher, prototype):
-    """A prototype as the teacher's state, ``(1, ...)``."""
-    return prototype[None] if teacher.autoencoder is None else teacher.autoencoder.encode(prototype[None])
+    return torch.stack([own[k] for k in labels.tolist()])
 
 
 def _read(teacher, labelled, data, progress):

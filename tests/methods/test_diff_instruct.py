@@ -399,7 +399,7 @@ def test_bad_numbers_and_data_are_refused(tmp_path):
         ({"data": tiny_images()}, "images are for the critic: give --gan a weight"),
         ({"teacher": conditional_teacher()}, "the teacher is told classes and the student knows none"),
         ({"guidance": 1.0}, "guidance: teacher tiny is unconditional"),
-        ({"teacher": tiny_teacher(channels=3)}, r"draws \(3, 8, 8\), the student \(1, 8, 8\): choose another preset"),
+        ({"teacher": tiny_teacher(channels=3)}, r"draws \(3, 8, 8\), the student \(1, 8, 8\): choose another by --preset"),
         ({"data": torch.zeros(4, 3, 8, 8), "gan": 0.1}, r"data holds images \(3, 8, 8\), the student draws \(1, 8, 8\)"),
     ):
         with pytest.raises(InputError, match=message):

@@ -389,7 +389,7 @@ def test_pixels_and_latents_do_not_mix(recording, tmp_path):
     torch.manual_seed(0)
     student = Student(STUDENT)
     student.autoencoder = tiny_autoencoder(seed=1)
-    with pytest.raises(InputError, match="the student draws latents of another autoencoder: begin with a fresh one"):
+    with pytest.raises(InputError, match="latents of another autoencoder than --trajectories or --teacher"):
         distill(recording, student, recipe("joint", updates=(1,), batch_sizes=(4,)), tmp_path / "s", progress=False)
     student.save_pretrained(tmp_path / "one")
     other = Student(STUDENT)
@@ -408,7 +408,7 @@ def test_a_generator_by_two_scores_draws_latents(recording, tmp_path):
     torch.manual_seed(0)
     teacher, config = tiny_latent_teacher(), DiffInstructConfig(updates=2, batch_size=4, checkpoint_every=1)
     given = {"teacher": teacher, "method": "diff-instruct", "progress": False}
-    with pytest.raises(InputError, match="the trajectories and the teacher are not of one autoencoder"):
+    with pytest.raises(InputError, match="--trajectories and --teacher are not of one autoencoder"):
         other = LatentTeacher(tiny_unet(LATENTS[0]), teacher.scheduler, tiny_autoencoder(seed=1))
         distill(recording, Student(STUDENT), config, tmp_path / "s", **{**given, "teacher": other})
     assert not (tmp_path / "s").exists()
@@ -416,7 +416,7 @@ def test_a_generator_by_two_scores_draws_latents(recording, tmp_path):
     bound = Trajectories(recording).largest()
     assert student.autoencoder.scaling == pytest.approx(SCALING / bound, rel=1e-12)
     assert student.sample(2).shape == (2, *SHAPE)
-    with pytest.raises(InputError, match="the student draws latents, and what it is to learn are pictures"):
+    with pytest.raises(InputError, match="the student draws latents, and --teacher or --trajectories is of pictures"):
         distill(None, student, config, tmp_path / "p", **{**given, "teacher": tiny_teacher(channels=LATENTS[0])})
     images = load_images("digits")[:8]
     judged = DiffInstructConfig(updates=1, batch_size=4, gan=0.1, critic_channels=4)

@@ -76,6 +76,9 @@ def test_measures_of_samples_that_are_placed_by_hand():
     outside = data.measured(means + 3.001 * step)
     assert outside == {"within": 0.0, "modes": 0.0, "width": 0.0, "spread": pytest.approx(1, abs=0.02)}
     assert readings.verdict(data, outside) == "loses 25 of 25 modes and leaves 100% of the samples between the modes"
+    # One point a mode says nothing of their width.
+    few = torch.cat([means, (means + 10 * step).repeat(40, 1)])
+    assert readings.verdict(data, data.measured(few)) == "loses 25 of 25 modes and leaves 98% of the samples between the modes"
     # Points beside a centre are as narrow as those on it.
     beside = data.measured((means + 2 * step).repeat(4, 1))
     assert beside["width"] == none and readings.verdict(data, beside) == (

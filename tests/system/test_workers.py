@@ -1,5 +1,6 @@
 """Local processes that share a folder: their errors, and those of processes that cannot say one."""
 
+import atexit
 import os
 import signal
 import time
@@ -30,6 +31,8 @@ def work(kind, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "else":
         raise KeyError(kind)
+    if kind == "ends":
+        atexit.register(os.kill, os.getpid(), signal.SIGTERM)
     if kind == "waits":
         with replacing(folder / kind):
             time.sleep(600)
@@ -53,6 +56,12 @@ def test_a_processes_error_is_the_callers_at_once(kind, error, message, tmp_path
     with locked(tmp_path), pytest.raises(error, match=message):
         run_in_processes(work, [(kind, tmp_path), ("waits", tmp_path)], tmp_path, "drawing", "pictures are kept")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_signal_at_the_end_of_a_process_prints_nothing(tmp_path, capfd):
+    with locked(tmp_path), pytest.raises(TrainingError, match="^a drawing process was killed"):
+        run_in_processes(work, [("ends", tmp_path)], tmp_path, "drawing", "pictures are kept")
+    assert (tmp_path / "ends").exists() and "Traceback" not in capfd.readouterr().err
 
 
 def test_all_processes_are_waited_for(tmp_path):

@@ -59,7 +59,8 @@ class Section:
             f"{len(data.teacher.means)} Gaussians of deviation {data.deviation:.3f}; a mode is a {data.what}, and there are "
             f"{data.total}. A sample is within if the nearest centre is at most {REACH:g} deviations away (blue; others are "
             f"orange). A mode is kept if {FAIR:.0%} of its fair share of all samples are within it. Width is the deviation of "
-            "those within from the mean of those with the same nearest centre, over the data's. Paths are drawn in "
+            "those within from the mean of those with the same nearest centre, over the data's; spread is the root mean "
+            "square distance of all samples from their mean, over the data's. Paths are drawn in "
             "tau x + (1 - tau) z, where a straight flow has straight lines; all begin at the same noise."
         )
 
@@ -143,13 +144,13 @@ class Section:
         return ["<h3>All methods</h3>", picture, self._table()]
 
     def _table(self):
-        titles = ("row", "samples", "evaluations", "modes kept", "within", "width", "training: forward / backward")
+        titles = ("row", "samples", "evaluations", "modes kept", "within", "width", "spread", "training: forward / backward")
         return table_of(titles, [self._cells(row) for row in self.measured()])
 
     def _cells(self, row):
         cost = " / ".join(f"{value:,.0f}" for value in self.outcomes[row.name].cost)
         kept = f"{round(row.found['modes'] * self.data.total)} of {self.data.total}"
-        shares = (f"{row.found['within']:.1%}", f"{row.found['width']:.2f}")
+        shares = (f"{row.found['within']:.1%}", f"{row.found['width']:.2f}", f"{row.found['spread']:.2f}")
         return (row.name, row.title, str(row.evaluations or "-"), kept, *shares, cost)
 
 

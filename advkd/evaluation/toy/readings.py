@@ -14,6 +14,8 @@ from .solvers import COUNTS, WHOLE
 COLLAPSED, SHARP, SPREAD = 0.25, 0.9, 1.25
 """Spread or width below which samples have collapsed, share within three deviations from which they are sharp, and width above
 which they are blurred."""
+JUDGED = 0.05
+"""Least share within three deviations whose width says something of the samples."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def facts(data: ToyData, found: dict[str, float]) -> str:
         found: of :meth:`~advkd.evaluation.toy.data.ToyData.measured`.
     """
     kept = round(found["modes"] * data.total)
-    return f"{kept} of {data.total} modes, {found['within']:.0%} within, width {found['width']:.2f}"
+    shares = f"{found['within']:.0%} within, width {found['width']:.2f}, spread {found['spread']:.2f}"
+    return f"{kept} of {data.total} modes, {shares}"
 
 
 def verdict(data: ToyData, found: dict[str, float]) -> str:
@@ -81,7 +84,7 @@ def verdict(data: ToyData, found: dict[str, float]) -> str:
     said = [f"loses {lost} of {data.total} modes" if lost else "keeps every mode"]
     if found["spread"] < COLLAPSED:
         said.append(f"has collapsed to one place, {found['spread']:.2f} of the data's spread")
-    elif found["within"] and found["width"] < COLLAPSED:
+    elif found["within"] >= JUDGED and found["width"] < COLLAPSED:
         said.append(f"has collapsed to {found['width']:.2f} of the data's width")
     if found["within"] < SHARP:
         said.append(f"leaves {1 - found['within']:.0%} of the samples between the modes")
