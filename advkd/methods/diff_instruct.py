@@ -4,7 +4,6 @@ The student draws in one pass. Its images' scores are those of a network trained
 the images move. Reverse divergences forget modes: pairs of the teacher's (DMD) or a critic on noised images (DMD2) hold them.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,8 +87,7 @@ class DiffInstruct(ScoreMethod):
         score: see :class:`~advkd.methods.score.ScoreMethod`.
 
     Attributes:
-        bound: factor of a generator's output in [-1, 1] that makes it the teacher's latents, and by which recorded ones have
-            been divided; 1 of pictures.
+        bound: factor of a generator's output in [-1, 1] that makes it the teacher's latents; 1 of pictures.
 
     Raises:
         InputError: numbers that cannot work, or an entry outside of the schedule's levels.
@@ -253,8 +251,6 @@ class DiffInstruct(ScoreMethod):
         for i in range(rounds):
             if i:
                 batch, draw = step.next_batch()
-            if self.given == "pairs" and self.bound != 1:
-                batch = dataclasses.replace(batch, images=self.bound * batch.images)
             last, labels = i + 1 == rounds and not waits, self._labels(batch, draw)
             fresh, paired = self._images(step, batch, draw, labels, last)
             told = labels if labels is None or self._numbers is None else self._numbers.to(labels.device)[labels]

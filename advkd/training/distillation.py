@@ -135,8 +135,9 @@ class Distiller(Trainer):
             run.origin = {"init": digest(student.state_dict()), "teacher": taught}
         self._recorded = data = _recorded(data, student, needs, teacher, images)
         bound = _bound(data, student, teacher)
-        if needs.teacher and student.autoencoder is not None:
-            run.bound, run.origin["bound"] = bound, bound
+        if needs.teacher and student.autoencoder is not None:  # the method works at the teacher's scale, the data stay there
+            run.bound = run.origin["bound"] = bound
+            bound = 1.0
         if data is not None:
             source: Source = _Growing(data, student, needs, teacher, bound, Path(out) / "trajectories")
         else:

@@ -27,7 +27,7 @@ from .trainer import Trainer
 IMAGES = "images.safetensors"
 """File of the images: ``images``, ``(num, C, H, W)`` float32 in [-1, 1], and ``labels`` where they have classes.
 
-Of a teacher of latents it has ``latents``, which were optimised, and the images are what they decode to."""
+If the teacher draws latents, it has ``latents``, too: they were optimised, and the images are what they decode to."""
 
 PICTURE = "images.png"
 """File of the images as one grid."""

@@ -404,7 +404,7 @@ def test_pixels_and_latents_do_not_mix(recording, tmp_path):
 
 
 def test_a_generator_by_two_scores_draws_latents(recording, tmp_path):
-    """With pairs its bound is the largest latent recorded; trained further, without pairs, it keeps that."""
+    """With pairs, at the teacher's scale, its bound is the largest latent recorded; trained further, without, it keeps that."""
     torch.manual_seed(0)
     teacher, config = tiny_latent_teacher(), DiffInstructConfig(updates=2, batch_size=4, checkpoint_every=1)
     given = {"teacher": teacher, "method": "diff-instruct", "progress": False}
@@ -412,8 +412,11 @@ def test_a_generator_by_two_scores_draws_latents(recording, tmp_path):
         other = LatentTeacher(tiny_unet(LATENTS[0]), teacher.scheduler, tiny_autoencoder(seed=1))
         distill(recording, Student(STUDENT), config, tmp_path / "s", **{**given, "teacher": other})
     assert not (tmp_path / "s").exists()
-    student = distill(recording, Student(STUDENT), config, tmp_path / "s", **given)
     bound = Trajectories(recording).largest()
+    run = Distiller(Trajectories(recording), Student(STUDENT), config, tmp_path / "s", **given)
+    pairs = run.data.batch(range(8), (4,), torch.device("cpu"), torch.float32)
+    assert run.method.bound == pytest.approx(bound, rel=1e-12) and pairs.images.abs().max() == bound
+    student = run.run()
     assert student.autoencoder.scaling == pytest.approx(SCALING / bound, rel=1e-12)
     assert student.sample(2).shape == (2, *SHAPE)
     with pytest.raises(InputError, match="the student draws latents, and --teacher or --trajectories is of pictures"):
